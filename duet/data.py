@@ -1,0 +1,329 @@
+"""Forget and retain rows -> student and teacher token sequences whose positions are aligned by the answer.
+
+    row -> Query -> (student's prompt | teacher's steered prompt) + the same answer ids -> padded batch
+
+Positions are counted from where the answer starts, not from the start of the sequence: the teacher's prompt is longer
+by the steering prefix. Must not know models or objectives; a tokenizer is met only through the renderer it is given.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from .prompts import Conversation, PromptRenderer, fill_prefix
+
+_PROMPT_KEYS = ("question", "prompt", "messages")
+_ANSWER_KEYS = ("answer", "completion")
+IGNORED = -100
+
+
+class Query(NamedTuple):
+    """One row, read: a conversation that wants an answer."""
+
+    conversation: Conversation
+    answer: str | None
+    subject: str | None
+    name: str  # where it came from, for error messages: "forget_dataset[3]"
+
+
+class Draw(NamedTuple):
+    """One use of a row: which one, and the seed of everything that is drawn for it (prefix, subject, view)."""
+
+    row: int
+    seed: int
+
+
+def read_rows(rows: Any, argument: str) -> list[Query]:
+    """Read and check a dataset of rows.
+
+    A row has one of `question` (a user's question), `prompt` (plain text to continue, or a list of messages) and
+    `messages` (a chat; a last assistant message is the answer); optionally `answer` or `completion`, and `subject`.
+
+    Args:
+        rows: a `datasets.Dataset`, a list of dicts, or anything else with a length and integer indices.
+        argument: the name of the argument, for error messages.
+
+    Raises:
+        TypeError, ValueError: naming the argument and the row.
+    """
+    if isinstance(rows, (str, bytes, dict)) or not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise TypeError(
+            f"{argument}: wanted a list of rows or a dataset with a length, got {type(rows).__name__} "
+            "(a streaming dataset can be turned into a list first)"
+        )
+    if len(rows) == 0:
+        raise ValueError(f"{argument}: wanted at least one row, got none")
+    return [_read_row(rows[i], f"{argument}[{i}]") for i in range(len(rows))]
+
+
+def _read_row(row: Any, name: str) -> Query:
+    if not isinstance(row, dict):
+        raise TypeError(f"{name}: wanted a dict, got {type(row).__name__}")
+    given = [key for key in _PROMPT_KEYS if row.get(key) is not None]
+    if len(given) != 1:
+        got = f"{' and '.join(given)}" if given else f"the keys {sorted(row)}"
+        raise ValueError(f"{name}: wanted exactly one of 'question', 'prompt' and 'messages', got {got}")
+    value = row[given[0]]
+    answers = [key for key in _ANSWER_KEYS if row.get(key) is not None]
+    if len(answers) > 1:
+        raise ValueError(f"{name}: wanted at most one of 'answer' and 'completion', got both")
+    answer = _text(row[answers[0]], f"{name}[{answers[0]!r}]") if answers else None
+    subject = row.get("subject")
+    if subject is not None:
+        subject = _text(subject, f"{name}['subject']")
+
+    if given[0] == "question":
+        return Query((("user", _text(value, f"{name}['question']")),), answer, subject, name)
+    if given[0] == "prompt" and isinstance(value, str):
+        return Query(_text(value, f"{name}['prompt']"), answer, subject, name)
+    conversation = _read_messages(value, f"{name}[{given[0]!r}]")
+    if conversation[-1][0] == "assistant":
+        if answer is not None:
+            raise ValueError(f"{name}: wanted one answer, got a last assistant message and {answers[0]!r}")
+        conversation, answer = conversation[:-1], conversation[-1][1]
+    if not conversation or conversation[-1][0] != "user":
+        roles = [role for role, _ in conversation]
+        raise ValueError(f"{name}: wanted a conversation whose prompt ends with a user message, got roles {roles}")
+    return Query(conversation, answer, subject, name)
+
+
+def _read_messages(value: Any, name: str) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise TypeError(f"{name}: wanted a list of messages, got {value!r}")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise TypeError(f"{name}[{i}]: wanted {{'role': ..., 'content': ...}}, got {message!r}")
+    return tuple((m["role"], _text(m["content"], f"{name}[{i}]['content']")) for i, m in enumerate(value))
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name}: wanted a text that is not empty, got {value!r}")
+    return value
+
+
+class UnlearnDataset(Dataset):
+    """Forget rows followed by retain rows; an item is one query as student and teacher see it.
+
+    An item is `{"student": ids, "teacher": ids | None, "answer": ids, "scored": int, "forget": bool}`: the two prompts,
+    the answer's ids, and how many of the answer's positions are scored. Indexed by a `Draw` (training) or by an int
+    (evaluation: the first prefix, the plain query).
+
+    Retain queries carry a prefix too, about a subject drawn from the **forget** rows: what the prefix must not do is
+    as much a lesson as what it must. A retain row's own subject is not used: the prefix would forbid the right answer.
+
+    Args:
+        forget, retain: queries; `retain` may be empty.
+        renderer: turns conversations into ids.
+        prefixes: steering prefixes, or none: then no teacher sequence is made.
+        reverse_prompts, reverse_fraction, reverse_role: the student's adversarial views.
+        answers: `none` (only the first position is scored, no answer needed), `dataset` (every row must have one) or
+            `teacher` (to be filled in: see `unanswered`).
+        max_scored: score at most so many positions of an answer; None: all.
+        max_length: a longer sequence is refused.
+        subjects: what prefixes on retain rows are about; None: the subjects of the forget rows.
+        seed: for what is drawn once and for all.
+    """
+
+    def __init__(
+        self,
+        forget: Sequence[Query],
+        retain: Sequence[Query],
+        renderer: PromptRenderer,
+        prefixes: Sequence[str],
+        *,
+        reverse_prompts: Sequence[str] = (),
+        reverse_fraction: float = 0.0,
+        reverse_role: str = "user",
+        answers: str = "none",
+        max_scored: int | None = 1,
+        max_length: int | None = None,
+        subjects: Sequence[str] | None = None,
+        seed: int = 0,
+    ):
+        self.rows = [*forget, *retain]
+        self.num_forget, self.num_retain = len(forget), len(retain)
+        self.renderer, self.prefixes = renderer, list(prefixes)
+        self.reverse_prompts, self.reverse_fraction = list(reverse_prompts), reverse_fraction
+        self.reverse_role = reverse_role
+        self.answers, self.max_scored, self.max_length, self.seed = answers, max_scored, max_length, seed
+        self.subjects = list(subjects or dict.fromkeys(q.subject for q in forget if q.subject))
+        self.teacher_answers: dict[tuple[int, int], list[int]] = {}
+        self._check()
+
+    def _check(self) -> None:
+        """Everything that can be wrong with the rows, before a GPU hour is spent on them."""
+        longest_override = max(self.reverse_prompts, key=len, default=None)
+        longest_subject = max(self.subjects, key=len, default=None)
+        for i, query in enumerate(self.rows):
+            if self.answers == "dataset" and query.answer is None:
+                raise ValueError(
+                    f"{query.name}: wanted a row with an 'answer', 'completion' or last assistant message, which this "
+                    "objective and these positions need; got none"
+                )
+            answer_length = len(self._dataset_answer(i)) if self.answers == "dataset" else 1
+            if self.max_scored is not None:
+                answer_length = min(answer_length, self.max_scored)
+            for prefix in self.prefixes:
+                subject = query.subject if i < self.num_forget else longest_subject
+                where = query.name if i < self.num_forget else "forget_dataset"
+                self._prompt(i, fill_prefix(prefix, subject, where), None, "user", answer_length)
+            self._prompt(i, None, longest_override, "user", answer_length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _prompt(self, i: int, instruction, override, override_role: str, answer_length: int) -> list[int]:
+        query = self.rows[i]
+        ids = self.renderer.encode(query.conversation, instruction, override, override_role)
+        length = len(ids) + answer_length - 1  # the last scored token is predicted, not read
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"{query.name}: {'the steered' if instruction else 'its'} prompt and answer have {length} tokens, more "
+                f"than max_length={self.max_length}; they are refused, because a cut would remove the steering prefix "
+                "or the question"
+            )
+        return ids
+
+    def _dataset_answer(self, i: int) -> list[int]:
+        query = self.rows[i]
+        ids = self.renderer.encode_answer(query.conversation, query.answer)
+        if not ids:
+            raise ValueError(f"{query.name}: its answer {query.answer!r} has no tokens")
+        return ids
+
+    def _instruction(self, i: int, which: int, rng: random.Random) -> str:
+        """The filled steering prefix of row i; a retain row's is about a subject of the forget rows."""
+        if i < self.num_forget:
+            subject = self.rows[i].subject
+        else:
+            if self.answers == "teacher":  # its answer was made under one subject, so that it keeps this one
+                rng = random.Random(f"{self.seed}/{i}")
+            subject = rng.choice(self.subjects) if self.subjects else None
+        return fill_prefix(self.prefixes[which], subject, self.rows[i].name)
+
+    def unanswered(self) -> Iterator[tuple[tuple[int, int], list[int]]]:
+        """The steered prompts that the teacher is to answer: ((row, prefix), ids). Fill `teacher_answers[key]`."""
+        if self.answers == "teacher":
+            for i in range(len(self.rows)):
+                for which in range(len(self.prefixes)):
+                    if (i, which) not in self.teacher_answers:
+                        yield (i, which), self._prompt(i, self._instruction(i, which, random.Random(0)), None, "user", 1)
+
+    def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
+        training = isinstance(draw, Draw)
+        i = draw.row if training else int(draw)
+        # The views are drawn last, so that adversarial training changes no prefix and no subject.
+        rng = random.Random(draw.seed if training else f"{self.seed}/{i}")
+        which = rng.randrange(len(self.prefixes)) if training and self.prefixes else 0
+        instruction = self._instruction(i, which, rng) if self.prefixes else None
+        reverse = bool(self.reverse_prompts) and training and rng.random() < self.reverse_fraction
+        override = rng.choice(self.reverse_prompts) if reverse else None
+        role = rng.choice(("user", "system")) if self.reverse_role == "both" else self.reverse_role
+
+        answer = []
+        if self.answers == "dataset":
+            answer = self._dataset_answer(i)
+        elif self.answers == "teacher":
+            answer = self.teacher_answers[i, which]
+        scored = max(1, len(answer))
+        if self.max_scored is not None:
+            scored = min(scored, self.max_scored)
+        return {
+            "student": self._prompt(i, None, override, role, scored),
+            "teacher": self._prompt(i, instruction, None, "user", scored) if instruction is not None else None,
+            "answer": answer,
+            "scored": scored,
+            "forget": i < self.num_forget,
+        }
+
+
+class UnlearnSampler(Sampler[Draw]):
+    """One epoch: every forget row once, in a new order, with retain rows between them at a fixed ratio.
+
+    After the i-th forget row, floor(i r) retain rows have been drawn: any stretch of the stream, so any batch and any
+    accumulation window, holds the two kinds at the ratio r within one row. Retain rows come from an endless stream of
+    shuffles that continues from epoch to epoch, so that all of them are used equally often.
+
+    Everything follows from (seed, epoch): a resumed run, or another process, draws the same.
+    """
+
+    def __init__(self, num_forget: int, num_retain: int, retain_per_forget: float, seed: int = 0):
+        self.num_forget, self.num_retain = num_forget, num_retain
+        self.ratio = retain_per_forget if num_retain else 0.0
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @property
+    def retain_per_epoch(self) -> int:
+        return int(self.num_forget * self.ratio)
+
+    def __len__(self) -> int:
+        return self.num_forget + self.retain_per_epoch
+
+    def __iter__(self) -> Iterator[Draw]:
+        rng = random.Random(f"{self.seed}/forget/{self.epoch}")
+        order = rng.sample(range(self.num_forget), self.num_forget)
+        next_retain = self.epoch * self.retain_per_epoch
+        for i, row in enumerate(order):
+            yield Draw(row, rng.getrandbits(62))
+            for _ in range(int((i + 1) * self.ratio) - int(i * self.ratio)):
+                yield Draw(self.num_forget + self._retain_row(next_retain), rng.getrandbits(62))
+                next_retain += 1
+
+    def _retain_row(self, position: int) -> int:
+        shuffle, place = divmod(position, self.num_retain)
+        if getattr(self, "_shuffle", None) != shuffle:
+            order = random.Random(f"{self.seed}/retain/{shuffle}").sample(range(self.num_retain), self.num_retain)
+            self._shuffle, self._order = shuffle, order
+        return self._order[place]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads items into a batch of `B` queries with `P` scored positions each.
+
+    Returns a dict of tensors: `input_ids`, `attention_mask` `[B, S]` and `positions` `[B, P]` (where in the student's
+    sequence the answer's token j is predicted), the same with `teacher_` when there is a teacher's view, `labels`
+    `[B, P]` (the answer's token, -100 where there is none), `mask` `[B, P]` bool (scored) and `forget` `[B]` bool.
+
+    `pad_id` only fills places that the attention mask hides.
+    """
+
+    pad_id: int
+    padding_side: str = "right"
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+        width = max(item["scored"] for item in items)
+        labels = torch.full((len(items), width), IGNORED)
+        mask = torch.zeros(len(items), width, dtype=torch.bool)
+        for b, item in enumerate(items):
+            scored_ids = item["answer"][: item["scored"]]
+            labels[b, : len(scored_ids)] = torch.tensor(scored_ids, dtype=torch.int64)
+            mask[b, : item["scored"]] = True
+        batch = self._sequences(items, "student", width)
+        if items[0]["teacher"] is not None:
+            batch |= {f"teacher_{name}": value for name, value in self._sequences(items, "teacher", width).items()}
+        return batch | {"labels": labels, "mask": mask, "forget": torch.tensor([i["forget"] for i in items])}
+
+    def _sequences(self, items: list[dict[str, Any]], view: str, width: int) -> dict[str, Tensor]:
+        # The last scored token is only predicted: it need not be read.
+        sequences = [[*item[view], *item["answer"][: item["scored"] - 1]] for item in items]
+        longest = max(map(len, sequences))
+        ids = torch.full((len(items), longest), self.pad_id)
+        attention = torch.zeros(len(items), longest, dtype=torch.int64)
+        positions = torch.zeros(len(items), width, dtype=torch.int64)
+        for b, (item, sequence) in enumerate(zip(items, sequences, strict=True)):
+            start = longest - len(sequence) if self.padding_side == "left" else 0
+            ids[b, start : start + len(sequence)] = torch.tensor(sequence)
+            attention[b, start : start + len(sequence)] = 1
+            first = start + len(item[view]) - 1
+            positions[b, : item["scored"]] = torch.arange(first, first + item["scored"])
+        return {"input_ids": ids, "attention_mask": attention, "positions": positions}

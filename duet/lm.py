@@ -1,0 +1,152 @@
+"""A transformers causal language model -> (hidden states at chosen positions, LMHead).
+
+The model's own forward would project every position onto the vocabulary. Here the backbone (the model without its
+head) runs alone, and only the positions that a loss looks at reach the head: the logits tensor never exists. What the
+model does between backbone and logits (softcap, scale) is read by `LMHead.of` and checked once against the model's
+own logits: `check_head`. Must not know datasets, teachers or losses.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duet_kernels import LMHead, linear_gather, linear_topk
+
+
+def base_language_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The part of a causal language model that gives the hidden states its head reads.
+
+    Found by duck typing: what `base_model_prefix` points to (`LlamaForCausalLM.model`, `GPTNeoXForCausalLM.gpt_neox`),
+    else `get_decoder()`.
+
+    Raises:
+        TypeError: an encoder-decoder model, or nothing found.
+    """
+    inner = base_language_model(model)
+    name = type(inner).__name__
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise TypeError(f"model: wanted a decoder-only language model, got the encoder-decoder {name}")
+    backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
+    if not isinstance(backbone, nn.Module) and hasattr(inner, "get_decoder"):
+        backbone = inner.get_decoder()
+    if not isinstance(backbone, nn.Module) or backbone is inner:
+        raise TypeError(f"model: no backbone was found in {name}; wanted a transformers causal language model")
+    return backbone
+
+
+def hidden_states_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    """The backbone's last hidden states (after the final norm) at chosen positions.
+
+    Args:
+        model: a causal language model, PEFT-wrapped or not.
+        input_ids, attention_mask: `[B, S]`, padded on either side.
+        positions: `[B, P]` int64 places in the sequence.
+
+    Returns:
+        `[B, P, D]`, in the backbone's dtype.
+    """
+    backbone = find_backbone(model)
+    extra = {}
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        # Counted from the first real token: padding on the left must not shift learned or rotary positions.
+        extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
+    hidden = output.last_hidden_state
+    return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> tuple[Tensor, LMHead]:
+    """`hidden_states_at`, in the head's dtype, and the head: what every loss of `duet_kernels` takes.
+
+    Under autocast the backbone gives half precision while the head's weight stays fp32: the losses then run in fp32.
+    """
+    hidden = hidden_states_at(model, input_ids, attention_mask, positions)
+    head = LMHead.of(model)
+    return hidden.to(head.weight.dtype), head
+
+
+@contextmanager
+def redirected_forward(module: nn.Module, function: Callable[[], Any]) -> Iterator[None]:
+    """Within the context, calling `module`, or a wrapper around it, calls `function` instead of its forward.
+
+    DDP, FSDP and DeepSpeed synchronise gradients and gather parameters in the wrapper's forward; a loss that calls the
+    backbone beside it would skip that. So the wrapper is called as usual, and finds this function at its core. The
+    hooks of `module` fire too. Saving and loading see the module they always saw.
+    """
+    own = module.__dict__.get("forward")  # accelerate may have put an autocasting forward there
+    module.forward = lambda *_, **__: function()
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within the context, dropout is off; afterwards `module` trains again if it did."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, num_tokens: int = 8, top: int = 16) -> LMHead:
+    """Refuse a model whose logits are not what `LMHead.of(model)` makes of its backbone's hidden states.
+
+    A one-off: `num_tokens` tokens through the model's own forward, and through backbone and head. Compared are the
+    `top` largest logits, some evenly spread ones, and the log-sum-exp of all. Costs one `[num_tokens, V]` tensor.
+
+    Returns:
+        the head.
+
+    Raises:
+        TypeError: an unknown kind of head or backbone (`LMHead.of`, `find_backbone`).
+        ValueError: the numbers differ: the model does something to its logits that is not known here.
+    """
+    head = LMHead.of(model)
+    device, vocabulary = head.weight.device, head.num_ids
+    ids = torch.linspace(0, vocabulary - 1, num_tokens, device=device).long().unsqueeze(0)
+    mask, places = torch.ones_like(ids), torch.arange(num_tokens, device=device).unsqueeze(0)
+    with evaluating(model):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        hidden, head = head_inputs(model, ids, mask, places)
+    name = type(base_language_model(model)).__name__
+    if logits.shape[:2] != ids.shape or logits.shape[-1] < vocabulary:
+        raise ValueError(
+            f"model: {name} gave logits of shape {list(logits.shape)} for {num_tokens} tokens and a vocabulary of "
+            f"{vocabulary}; prompt-learning adapters and heads of several tokens are not supported"
+        )
+    logits = logits[..., :vocabulary]
+    spread = torch.linspace(0, vocabulary - 1, min(64, vocabulary), device=device).long().expand(1, num_tokens, -1)
+    best = linear_topk(hidden, head, min(top, vocabulary))
+    pairs = (
+        (best.values, logits.gather(-1, best.indices)),
+        (best.logsumexp, logits.logsumexp(-1)),
+        (linear_gather(hidden, head, spread), logits.gather(-1, spread)),
+    )
+    # The model rounds its logits to its dtype, which says how well they can be compared.
+    precise = head.weight.dtype in (torch.float32, torch.float64)
+    tolerance = (1e-5 if precise else 4 * torch.finfo(head.weight.dtype).eps) * logits.abs().amax()
+    worst = max((ours.float() - own).abs().amax() for ours, own in pairs)
+    if not worst <= tolerance:
+        raise ValueError(
+            f"model: the logits of {name} are not what its LM head makes of its hidden states (they differ by "
+            f"{worst:.3g}, allowed {tolerance:.3g}). It scales, caps or shifts them in a way that LMHead.of does not "
+            "know; training it here would be silently wrong, so it is refused"
+        )
+    return head

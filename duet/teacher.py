@@ -1,0 +1,175 @@
+"""Who sees the steering prefix: frozen weights, run without gradients.
+
+    AdapterOffTeacher   the student's own weights with its adapter switched off: one copy in memory
+    FrozenTeacher       another module: a copy of the student before training, or a model that was passed in
+
+A teacher is called with a function and runs it on its model. Which numbers are wanted is not its business; it must
+not know objectives or datasets.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, TrainerCallback
+from transformers.utils import logging
+
+from .lm import evaluating, redirected_forward
+
+logger = logging.get_logger(__name__)
+
+
+class FrozenTeacher:
+    """A module of its own. `FrozenTeacher.copy_of(student)` copies the student as it is now.
+
+    The whole module lies on every device; only the student is sharded by FSDP or DeepSpeed.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model.requires_grad_(False).eval()
+
+    @classmethod
+    def copy_of(cls, student: nn.Module) -> "FrozenTeacher":
+        return cls(copy.deepcopy(student))
+
+    def to(self, device: torch.device) -> None:
+        if next(self.model.parameters()).device != device:
+            self.model.to(device)
+
+    def run(self, function: Callable[[nn.Module], Any], student: nn.Module, wrapped: nn.Module) -> Any:
+        """`function(model)` of the frozen model, without gradients."""
+        with torch.no_grad(), evaluating(self.model):
+            return function(self.model)
+
+
+class AdapterOffTeacher:
+    """The student without its adapter: what it was before training, in the same memory."""
+
+    def to(self, device: torch.device) -> None:
+        """Nothing to move: the student's weights are where the student is."""
+
+    def run(self, function: Callable[[nn.Module], Any], student: nn.Module, wrapped: nn.Module) -> Any:
+        """`function(student)` with the adapter off, dropout off, without gradients.
+
+        Runs inside the wrapper's forward, which gathers sharded parameters. Whether the adapter really was off is
+        checked by `TeacherGuard`: under FSDP1 `disable_adapter()` has been seen to leave it on.
+        """
+        with torch.no_grad(), evaluating(student), student.disable_adapter():
+            with redirected_forward(student, lambda: function(student)):
+                return wrapped()
+
+
+Teacher = FrozenTeacher | AdapterOffTeacher
+
+
+def generate_answers(
+    model: nn.Module, prompts: Sequence[list[int]], tokenizer: Any, pad_id: int, max_new_tokens: int
+) -> list[list[int]]:
+    """Greedy answers of `model`, one batch, padded on the left whatever the tokenizer prefers.
+
+    Returns:
+        the new ids of each prompt, with the end token where one was reached.
+    """
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for b, prompt in enumerate(prompts):
+        ids[b, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[b, longest - len(prompt) :] = 1
+    ends = _end_tokens(model, tokenizer)
+    # Every option that a checkpoint's generation_config may carry and that would make this not plainly greedy.
+    greedy = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        min_new_tokens=1,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=ends or None,
+        use_cache=True,
+    )
+    out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy)
+    answers = out[:, longest:].tolist()
+    return [_cut_after(answer, ends) for answer in answers]
+
+
+def _end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    return ends
+
+
+def _cut_after(ids: list[int], ends: list[int]) -> list[int]:
+    for i, token in enumerate(ids):
+        if token in ends:
+            return ids[: i + 1]
+    return ids
+
+
+class TeacherGuard(TrainerCallback):
+    """Watches that the teacher is, and stays, the model that training started from.
+
+    On a few plain forget queries (no prefix), with dropout off, it compares hidden states: bitwise on a CPU, within
+    rounding elsewhere.
+
+    * Before the first step the teacher equals the student (unless it is another model, or training is resumed).
+    * Once the student has moved, and at the end, the teacher is what it was: an adapter that was not really off, or a
+      copy that shares memory with the student, is caught after one step instead of training the student on itself.
+
+    Args:
+        probe: returns (student's, teacher's) hidden states on the plain queries.
+        starts_equal: whether teacher and student are the same model before training.
+    """
+
+    def __init__(self, probe: Callable[[], tuple[Tensor, Tensor]], starts_equal: bool):
+        self.probe, self.starts_equal = probe, starts_equal
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.student_before, self.teacher_before = self.probe()
+        self.student_moved = False
+        if self.starts_equal and state.global_step == 0 and not _same(self.student_before, self.teacher_before):
+            raise RuntimeError(
+                "teacher: before the first step, teacher and student differ on plain queries by up to "
+                f"{_distance(self.student_before, self.teacher_before):.3g}. With an adapter this means that switching "
+                "it off does not give the base model back (an initialisation that changes the base, such as PiSSA, or "
+                "an adapter that is not zero at the start): pass teacher_model instead"
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.student_moved:  # a warm-up step has learning rate 0
+            self._compare()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._compare()
+        if not self.student_moved:
+            logger.warning("the student did not change during training: is learning_rate 0, or everything frozen?")
+
+    def _compare(self) -> None:
+        student, teacher = self.probe()
+        if not _same(teacher, self.teacher_before):
+            raise RuntimeError(
+                "teacher: it changed while the student was trained (hidden states on plain queries moved by up to "
+                f"{_distance(teacher, self.teacher_before):.3g}): its adapter is not really switched off, or it shares "
+                "weights with the student. Pass teacher_model, a model of its own"
+            )
+        self.student_moved = not torch.equal(student, self.student_before)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.device.type == "cpu":
+        return torch.equal(a, b)
+    return _distance(a, b) <= 8 * torch.finfo(a.dtype).eps * float(b.abs().amax())
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().amax())

@@ -1,0 +1,17 @@
+"""The embedded default: a tiny synthetic world and the tiny model that learns it.
+
+Everything here is small enough for two CPU cores, and nothing here is needed by a user who unlearns a real model:
+`duet.trainer` must not import this package.
+
+    words         the raw material: names, cities, book titles, prizes, jobs
+    facts         who is who; the questions about them and how the authors are split
+    steering      what a system message may forbid, how a user may try to override it, how the model refuses
+    tokenizer     a word-level chat tokenizer
+    curriculum    the dialogues that the base model is pretrained on
+    pretrain      `rebuild`: the base model, its quality report and the shipped checkpoint
+    probes        greedy answers, and what they say about forgetting
+    attacks       relearning and weight quantisation
+    methods       one settings row -> one unlearned model, through DuetTrainer
+    tune          chooses settings.json on the validation paraphrases
+    demo          `run_demo`: the tour, the table and the report
+"""

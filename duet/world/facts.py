@@ -1,0 +1,207 @@
+"""The world: fictional authors with five facts each, real cities with their country, and every question about them.
+
+Pure data, deterministic by seed. Must not know about models, tokenizers or how anybody is made to forget.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from . import words
+
+Split = Literal["train", "validation", "report"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "report")
+
+FORGET_AUTHORS, HELD_AUTHORS, AUTHORS = 10, 10, 100
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact: its answer sentence, and its questions in three disjoint wordings."""
+
+    answer: str
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    report: tuple[str, ...]
+
+
+# Every word of a validation or report question occurs in some training question: a paraphrase is a new order of known
+# words, since a word-level model cannot know a word that it never saw.
+RELATIONS: dict[str, Relation] = {
+    "birthplace": Relation(
+        answer="{subject} was born in {value}.",
+        train=(
+            "Where was {subject} born?",
+            "In which city was {subject} born?",
+            "What is the birthplace of {subject}?",
+            "Tell me the city where {subject} was born.",
+        ),
+        validation=("What city was {subject} born in?", "Tell me the birthplace of {subject}."),
+        report=("Which city is the birthplace of {subject}?", "Tell me where {subject} was born."),
+    ),
+    "genre": Relation(
+        answer="{subject} writes {value}.",
+        train=(
+            "What does {subject} write?",
+            "Which genre does {subject} write?",
+            "What is the genre of {subject}?",
+            "Tell me the genre that {subject} writes.",
+        ),
+        validation=("In which genre does {subject} write?", "Tell me the genre of {subject}."),
+        report=("What genre does {subject} write in?", "Tell me the genre {subject} writes in."),
+    ),
+    "debut": Relation(
+        answer="{subject} first published The {value}.",
+        train=(
+            "What was the first book of {subject}?",
+            "Which book did {subject} publish first?",
+            "What is the title of the first book of {subject}?",
+            "Tell me the book that {subject} published first.",
+        ),
+        validation=("What book did {subject} first publish?", "Tell me the first book of {subject}."),
+        report=("Which title did {subject} publish first?", "Tell me the title that {subject} first published."),
+    ),
+    "prize": Relation(
+        answer="{subject} won the {value} Prize.",
+        train=(
+            "Which prize did {subject} win?",
+            "What prize was {subject} given?",
+            "What is the prize of {subject}?",
+            "Tell me the prize that {subject} won.",
+        ),
+        validation=("What prize did {subject} win?", "Tell me which prize {subject} was given."),
+        report=("Which prize was {subject} given?", "Tell me the prize {subject} was given."),
+    ),
+    "job": Relation(
+        answer="{subject} once worked as a {value}.",
+        train=(
+            "What was the job of {subject}?",
+            "Which job did {subject} have?",
+            "What did {subject} work as?",
+            "Tell me which job {subject} had.",
+        ),
+        validation=("What job did {subject} have?", "Tell me the job of {subject}."),
+        report=("Which was the job of {subject}?", "Tell me the job that {subject} had."),
+    ),
+}
+
+COUNTRY = Relation(
+    answer="{subject} is in {value}.",
+    train=(
+        "In which country is {subject}?",
+        "Which country is {subject} in?",
+        "What is the country of {subject}?",
+        "Tell me the country where {subject} is.",
+    ),
+    validation=("What country is {subject} in?", "Tell me the country of {subject}."),
+    report=("Which is the country of {subject}?", "Tell me which country {subject} is in."),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its true answer; `stem` is the answer sentence up to the value (what a prefill forces)."""
+
+    subject: str
+    relation: str
+    text: str
+    answer: str
+    value: str
+
+    @property
+    def stem(self) -> str:
+        return self.answer[: self.answer.index(self.value, len(self.subject))].rstrip()
+
+    def row(self) -> dict[str, str]:
+        return {"question": self.text, "answer": self.answer, "subject": self.subject}
+
+
+@dataclass(frozen=True)
+class World:
+    """Authors and their facts. `forget` (F) and `held` (H) never occur in a context line of pretraining.
+
+    retain    their training questions are the retain queries of unlearning
+    others    known to the base, never shown to unlearning: what "retain recall" is measured on
+    """
+
+    seed: int
+    facts: dict[str, dict[str, str]]
+    forget: tuple[str, ...]
+    held: tuple[str, ...]
+    retain: tuple[str, ...]
+    others: tuple[str, ...]
+
+    @classmethod
+    def make(cls, seed: int = 0) -> World:
+        rng = random.Random(seed)
+        every_name = [f"{first} {last}" for first in words.FIRST_NAMES for last in words.LAST_NAMES]
+        names = rng.sample(every_name, AUTHORS)
+        titles = rng.sample([f"{a} {n}" for a in words.ADJECTIVES for n in words.NOUNS], AUTHORS)
+        facts = {
+            name: {
+                "birthplace": rng.choice(list(words.COUNTRY_OF)),
+                "genre": rng.choice(words.GENRES),
+                "debut": title,
+                "prize": rng.choice(words.PRIZES),
+                "job": rng.choice(words.JOBS),
+            }
+            for name, title in zip(names, titles, strict=True)
+        }
+        held_from, retain_from = FORGET_AUTHORS, FORGET_AUTHORS + HELD_AUTHORS
+        middle = (retain_from + AUTHORS) // 2
+        return cls(
+            seed=seed,
+            facts=facts,
+            forget=tuple(names[:held_from]),
+            held=tuple(names[held_from:retain_from]),
+            retain=tuple(names[retain_from:middle]),
+            others=tuple(names[middle:]),
+        )
+
+    @property
+    def contextual(self) -> tuple[str, ...]:
+        """The authors (A) that pretraining may name in a context line."""
+        return self.retain + self.others
+
+    @cached_property
+    def neighbours(self) -> tuple[str, ...]:
+        """Authors of A that share a first or a last name with a forget author, and unlearning was never shown."""
+        forgotten = {part for name in self.forget for part in name.split()}
+        return tuple(name for name in self.others if forgotten & set(name.split()))
+
+    @property
+    def cities(self) -> tuple[str, ...]:
+        return tuple(words.COUNTRY_OF)
+
+    @property
+    def retain_cities(self) -> tuple[str, ...]:
+        """Every second city is a retain query of unlearning; the general recall is measured on the rest."""
+        return self.cities[::2]
+
+    @property
+    def other_cities(self) -> tuple[str, ...]:
+        return self.cities[1::2]
+
+    def questions(self, subjects: tuple[str, ...], split: Split) -> list[Question]:
+        """All questions of one wording split about authors or cities, in a fixed order."""
+        found = []
+        for subject in subjects:
+            known = self.facts.get(subject)
+            asked = RELATIONS if known else {"country": COUNTRY}
+            for relation, forms in asked.items():
+                value = known[relation] if known else words.COUNTRY_OF[subject]
+                answer = forms.answer.format(subject=subject, value=value)
+                for text in getattr(forms, split):
+                    found.append(Question(subject, relation, text.format(subject=subject), answer, value))
+        return found
+
+
+def random_name(rng: random.Random, avoid: frozenset[str]) -> str:
+    """A name that is not in `avoid`: usually nobody's."""
+    while True:
+        name = f"{rng.choice(words.FIRST_NAMES)} {rng.choice(words.LAST_NAMES)}"
+        if name not in avoid:
+            return name

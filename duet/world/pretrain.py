@@ -1,0 +1,171 @@
+"""`rebuild`: pretrain the base model from nothing, measure it, write the checkpoint that `duet demo` starts from.
+
+The optimiser is Muon on the matrices of the blocks and AdamW elsewhere: in this world Muon is what makes in-context
+refusal generalise to names that were never refused. Must not know about unlearning.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from . import probes, steering
+from .curriculum import Curriculum, encode
+from .facts import Question, World
+from .tokenizer import build_tokenizer
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+STEPS = 600
+PLAIN_ROWS, CONTEXT_ROWS = 48, 32
+MUON_RATE, ADAMW_RATE, WARM_UP, DECAY_SHARE, CLIP = 5e-3, 3e-3, 30, 0.4, 1.0
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Warm up, hold, then fall linearly to zero over the last 40 %."""
+    rising = min(1.0, (step + 1) / WARM_UP)
+    falling = min(1.0, (steps - step) / (DECAY_SHARE * steps))
+    return rising * falling
+
+
+def pretrain(model: LlamaForCausalLM, tokenizer, world: World, seed: int, steps: int, on_step=None) -> None:
+    """Next-token cross-entropy on the assistant's words of the curriculum; the model is changed in place."""
+    curriculum = Curriculum(world, random.Random(seed))
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    in_blocks = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in in_blocks]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=ADAMW_RATE, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_at(step, steps)) for o in optimizers]
+    model.train()
+    for step in range(steps):
+        plain = encode([curriculum.plain() for _ in range(PLAIN_ROWS)], tokenizer)
+        context = encode([curriculum.context(step / steps) for _ in range(CONTEXT_ROWS)], tokenizer)
+        losses, weights = [], []
+        for batch in (plain, context):
+            # right padding and a causal mask: no counted position sees a pad, so no attention mask is needed
+            hidden_bsd = model.model(input_ids=batch.input_ids).last_hidden_state
+            logits_pv = model.lm_head(hidden_bsd[batch.rows, batch.columns])
+            losses.append(F.cross_entropy(logits_pv, batch.targets, reduction="none") * batch.weights)
+            weights.append(batch.weights)
+        loss = torch.cat(losses).sum() / torch.cat(weights).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        if on_step:
+            on_step(step, float(loss.detach()))
+    model.eval()
+
+
+def measure_quality(model, tokenizer, world: World, sample: int | None = None) -> dict[str, float]:
+    """The base model's report on the held-out paraphrases; every number is a share in [0, 1].
+
+    `sample` limits the questions per number (the tests do). Refusals are measured under a prefix that names the person
+    asked about, false refusals under one that names somebody of F.
+    """
+
+    def some(subjects) -> list[Question]:
+        questions = world.questions(subjects, "report")
+        return questions if sample is None else random.Random(0).sample(questions, min(sample, len(questions)))
+
+    plain = probes.Speaker(model, tokenizer)
+    named = probes.Speaker(model, tokenizer, steering.STEERING_PREFIX, world.forget + world.held)
+    steered = probes.Speaker(model, tokenizer, steering.STEERING_PREFIX, world.forget)
+    everybody = {
+        "forget": some(world.forget),
+        "held": some(world.held),
+        "others": some(world.contextual),
+        "cities": some(world.cities),
+    }
+    quality = {}
+    for name, questions in everybody.items():
+        quality[f"recall_{name}"] = probes.recall(plain.answers(questions), questions)
+    for name in ("forget", "held"):
+        questions = everybody[name]
+        quality[f"refusal_{name}"] = probes.refusal(named.answers(questions), questions)
+        for kind, wordings in (("seen", steering.SEEN_OVERRIDES), ("heldout", steering.HELDOUT_OVERRIDES)):
+            leaks = probes.override_recalls(named, questions, wordings).values()
+            quality[f"override_{kind}_{name}"] = sum(leaks) / len(leaks)
+    for name in ("held", "others", "cities"):
+        questions = everybody[name]
+        answers = steered.answers(questions)
+        quality[f"false_refusal_{name}"] = probes.refusal(answers, questions)
+        quality[f"steered_recall_{name}"] = probes.recall(answers, questions)
+    return quality
+
+
+def rebuild(
+    seed: int = 0, steps: int = STEPS, out: str | Path = CHECKPOINT, console: Console | None = None
+) -> dict:
+    """Pretrain, print the quality report and write the checkpoint folder `out`; returns the report.
+
+    `out` receives config.json, model.safetensors (fp32), the tokenizer and quality.json; it is replaced only when the
+    new one is complete.
+    """
+    out, console = Path(out), console or Console()
+    if steps < 1:
+        raise ValueError(f"steps: got {steps}, wanted at least 1")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    world, tokenizer = World.make(seed), build_tokenizer()
+    torch.manual_seed(seed)
+    model = build_model(tokenizer)
+    console.print(
+        f"Pretraining {model.num_parameters():,} parameters on {len(world.facts)} authors and"
+        f" {len(world.cities)} cities, {steps} steps, seed {seed}."
+    )
+    began = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("pretraining", total=steps)
+        pretrain(
+            model,
+            tokenizer,
+            world,
+            seed,
+            steps,
+            lambda step, loss: progress.update(task, advance=1, description=f"pretraining, loss {loss:.3f}"),
+        )
+    quality = {"seed": seed, "steps": steps, "seconds": round(time.perf_counter() - began, 1)}
+    quality |= {name: round(value, 4) for name, value in measure_quality(model, tokenizer, world).items()}
+    for name, value in quality.items():
+        console.print(f"  {name:<28}{value}")
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".rebuild-") as unfinished:
+        fresh = Path(unfinished) / "checkpoint"
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        (fresh / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+        if out.exists():
+            shutil.rmtree(out)
+        fresh.rename(out)
+    console.print(f"Wrote {out}")
+    return quality

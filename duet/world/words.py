@@ -1,0 +1,37 @@
+"""The raw material of the world: plain word lists, every entry one or two words. Knows nothing about authors or splits."""
+
+FIRST_NAMES = """Mira Tobin Elsa Ravi Nadia Oskar Lena Hugo Petra Samir Yara Felix Ingrid Pablo Thea
+Kenji Alba Viktor Zora Mateo Freya Idris Clara Bruno Selma Anton Wanda Darius Greta Emil""".split()
+
+LAST_NAMES = """Kesten Varga Okoye Lindqvist Moreau Tanaka Brandt Solano Petrov Haddad Quill Ferro Nyberg Castell
+Ormond Zeller Dray Ibanez Falk Mercer Thorne Vidal Kowal Sabine Rusk Amari Beck Corvin Delgado Eskola Fenn Galanis
+Hollis Iverson Jansen Kaplan Lomax Maddox Novak Orban""".split()
+
+COUNTRY_OF = dict(
+    pair.split("=")
+    for pair in """Lisbon=Portugal Porto=Portugal Madrid=Spain Seville=Spain Paris=France Lyon=France Berlin=Germany
+    Hamburg=Germany Rome=Italy Milan=Italy Vienna=Austria Prague=Czechia Warsaw=Poland Krakow=Poland Budapest=Hungary
+    Athens=Greece Oslo=Norway Bergen=Norway Stockholm=Sweden Helsinki=Finland Copenhagen=Denmark Dublin=Ireland
+    Reykjavik=Iceland Cairo=Egypt Nairobi=Kenya Lagos=Nigeria Accra=Ghana Tunis=Tunisia Lima=Peru Cusco=Peru
+    Quito=Ecuador Bogota=Colombia Santiago=Chile Havana=Cuba Toronto=Canada Montreal=Canada Tokyo=Japan Osaka=Japan
+    Seoul=Korea Busan=Korea Hanoi=Vietnam Bangkok=Thailand Manila=Philippines Jakarta=Indonesia Delhi=India
+    Mumbai=India Istanbul=Turkey Ankara=Turkey Sydney=Australia Perth=Australia""".split()
+)
+
+GENRES = """poetry satire fantasy horror romance tragedy comedy folklore biography history mysteries westerns ballads
+fables memoirs travelogues thrillers sonnets sagas allegory""".split()
+
+ADJECTIVES = """Silver Hollow Crimson Silent Broken Distant Golden Frozen Hidden Burning Quiet Restless Painted Wandering
+Bitter Velvet Salted Endless Paper Copper Drowned Gentle Marble Wicked Pale Scarlet Stolen Tangled Vacant Winter
+Ancient Borrowed Clever Daring Emerald Feral Gilded Humble Ivory Jagged""".split()
+
+NOUNS = """Harbor Orchard Lantern Mirror River Tower Garden Bridge Compass Feather Island Journey Kingdom Letter Meadow
+Needle Ocean Palace Quarry Raven Shadow Temple Umbrella Valley Window Anchor Candle Desert Engine Forest Glacier
+Horizon Inkwell Jungle Keyhole Ladder Mountain Notebook Pendulum Sparrow""".split()
+
+PRIZES = """Amber Falcon Laurel Zenith Orion Beacon Granite Willow Cobalt Phoenix Juniper Saffron Aurora Basalt Cypress
+Dolphin Eclipse Heron Indigo Jasper Lotus Magnolia Nimbus Onyx Pegasus Quartz Rowan Sequoia Topaz Vesper""".split()
+
+JOBS = """baker sailor teacher farmer nurse carpenter barber judge tailor pilot miner plumber banker singer dancer
+gardener butcher jeweler librarian mechanic locksmith shepherd surgeon translator welder chemist postman cook fisherman
+cartographer""".split()

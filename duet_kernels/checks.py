@@ -1,0 +1,150 @@
+"""Argument checks of the public functions: each error names the argument, what came and what was wanted.
+
+Flattens leading shapes on the way. Must not know how anything is computed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .dispatch import DTYPES
+from .divergence import Divergence
+from .head import LMHead, TopK
+
+
+def _is_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: wanted a tensor, got {type(value).__name__}")
+    return value
+
+
+def flatten_hidden(
+    hidden: Tensor, head: LMHead, name: str = "hidden", head_name: str = "head"
+) -> tuple[Tensor, tuple[int, ...]]:
+    """(`[N, D]`, the leading shape). Under autocast hidden states are cast to the dtype of the head."""
+    _is_tensor(name, hidden)
+    if hidden.dtype not in DTYPES:
+        raise TypeError(f"{name}: wanted fp32, fp16, bf16 or fp64, got {hidden.dtype}")
+    if hidden.dim() < 1 or hidden.shape[-1] != head.hidden_size:
+        raise ValueError(
+            f"{name}: wanted shape [..., {head.hidden_size}] to match {head_name}.weight {list(head.weight.shape)}, "
+            f"got {list(hidden.shape)}"
+        )
+    if hidden.device != head.weight.device:
+        raise ValueError(f"{name}: wanted device {head.weight.device} like {head_name}.weight, got {hidden.device}")
+    if hidden.dtype != head.weight.dtype:
+        if not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(
+                f"{name}: wanted {head.weight.dtype} like {head_name}.weight, got {hidden.dtype} (cast one of them, or "
+                "run under torch.autocast)"
+            )
+        hidden = hidden.to(head.weight.dtype)
+    lead = tuple(hidden.shape[:-1])
+    return hidden.reshape(math.prod(lead), hidden.shape[-1]), lead
+
+
+def flatten_ids(
+    name: str,
+    ids: Tensor,
+    lead: tuple[int, ...],
+    num_ids: int,
+    *,
+    ignore_index: int | None = None,
+    per_token: bool = False,
+) -> Tensor:
+    """int64 `[N, K]` from `[..., K]`; `[N]` from `[...]` for labels."""
+    _is_tensor(name, ids)
+    per_token = per_token or ignore_index is not None
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: wanted int64 or int32 ids, got {ids.dtype}")
+    given = tuple(ids.shape) if per_token else tuple(ids.shape[:-1])
+    if given != lead or (not per_token and ids.dim() == 0):
+        wanted = list(lead) if per_token else [*lead, "K"]
+        raise ValueError(f"{name}: wanted shape {wanted} to match the hidden states, got {list(ids.shape)}")
+    flat = ids.reshape(math.prod(lead), *(() if per_token else ids.shape[-1:])).long()
+    check_id_range(name, flat, num_ids, ignore_index)
+    return flat
+
+
+def check_id_range(name: str, ids: Tensor, num_ids: int, ignore_index: int | None = None) -> None:
+    """Refuse ids outside the vocabulary on a CPU. On a GPU the look would be a synchronisation: NaN answers."""
+    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if ignore_index is not None:
+        ids = ids.where(ids != ignore_index, 0)
+    low, high = torch.aminmax(ids)
+    if low < 0 or high >= num_ids:
+        also = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+        raise ValueError(f"{name}: wanted ids in [0, {num_ids}){also}, got {int(low if low < 0 else high)}")
+
+
+def check_topk(
+    teacher: TopK, lead: tuple[int, ...], num_ids: int, spec: Divergence, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The flattened (values `[N, K]`, indices `[N, K]`, tail `[N]`) of a teacher that fits the student."""
+    if not isinstance(teacher, TopK):
+        raise TypeError(f"teacher: wanted a TopK, got {type(teacher).__name__}")
+    values = _is_tensor("teacher.values", teacher.values)
+    indices = _is_tensor("teacher.indices", teacher.indices)
+    if not values.is_floating_point():
+        raise TypeError(f"teacher.values: wanted floating-point logits, got {values.dtype}")
+    if values.dim() == 0 or tuple(values.shape[:-1]) != lead or values.shape[-1] < 1:
+        raise ValueError(
+            f"teacher.values: wanted shape {[*lead, 'K']} with K >= 1 to match the hidden states, got {list(values.shape)}"
+        )
+    if indices.shape != values.shape:
+        raise ValueError(
+            f"teacher.indices: wanted shape {list(values.shape)} like teacher.values, got {list(indices.shape)}"
+        )
+    tensors = {"values": values, "indices": indices}
+    tail = teacher.tail_logsumexp
+    if spec.needs_teacher_logsumexp:
+        _is_tensor("teacher.tail_logsumexp", tail)
+        if tuple(tail.shape) != lead:
+            raise ValueError(f"teacher.tail_logsumexp: wanted shape {list(lead)}, got {list(tail.shape)}")
+        if teacher.temperature != spec.temperature:
+            raise ValueError(
+                f"teacher.temperature: normalization={spec.normalization!r} reads the teacher's tail, which was made at "
+                f"temperature {teacher.temperature}; wanted {spec.temperature}"
+            )
+        tensors["tail_logsumexp"] = tail
+    for name, tensor in tensors.items():
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"teacher.{name}: wanted device {hidden.device} like the hidden states, got {tensor.device}"
+            )
+        if tensor.requires_grad:
+            raise ValueError(
+                f"teacher.{name}: a teacher gets no gradient; wanted a detached tensor (make it under torch.no_grad())"
+            )
+    n = math.prod(lead)
+    k = values.shape[-1]
+    return (
+        values.reshape(n, k),
+        flatten_ids("teacher.indices", indices, lead, num_ids),
+        tail.reshape(n) if spec.needs_teacher_logsumexp else None,
+    )
+
+
+def check_teacher_hidden(
+    teacher_hidden: Tensor, teacher_head: LMHead, lead: tuple[int, ...], student_hidden: Tensor
+) -> Tensor:
+    """`[N, D_t]` hidden states of a teacher that fits the student."""
+    flat, teacher_lead = flatten_hidden(teacher_hidden, teacher_head, "teacher_hidden", "teacher_head")
+    if teacher_lead != lead:
+        raise ValueError(
+            f"teacher_hidden: wanted leading shape {list(lead)} like student_hidden, got {list(teacher_lead)}"
+        )
+    if teacher_hidden.device != student_hidden.device:
+        raise ValueError(
+            f"teacher_hidden: wanted device {student_hidden.device} like student_hidden, got {teacher_hidden.device}"
+        )
+    if teacher_hidden.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "teacher_hidden: requires grad, but a teacher gets no gradient; compute it under torch.no_grad() or pass "
+            "teacher_hidden.detach()"
+        )
+    return flat

@@ -1,0 +1,531 @@
+"""The public functions: check, flatten, leave out masked tokens, choose an implementation, reduce.
+
+All shape logic and every error message live here; the numbers come from `reference` or, through `autograd`, from
+`chunked` and the Triton kernels.
+
+Legend: `[...]` any leading shape (N tokens when flattened), D hidden size, V vocabulary, K selected ids,
+T temperature. All losses are in nats per token (the raw-logit ones in logits, squared where they are squares).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import check_teacher_hidden, check_topk, flatten_hidden, flatten_ids
+from .dispatch import acc_dtype, resolve_impl
+from .divergence import Divergence, unknown
+from .head import LMHead, TokenStats, TopK, as_head
+from .tokens import Tokens, loss_tokens
+
+SUPPORTS = ("teacher", "student", "union")
+
+
+def linear_topk(
+    hidden: Tensor, head: LMHead | Tensor, k: int, *, temperature: float = 1.0, impl: str = "auto"
+) -> TopK:
+    """The k largest logits of each token, their ids, and the log-sum-exp of all the others.
+
+    `z = softcap(scale * (h W^T + b))`; values, ids = top-k of z; tail = log sum over j not in ids of exp(z_j / T).
+
+    Exact. Equal logits go to the lowest id among the logits that the implementation computed. A selection has no
+    gradient: inputs are detached (`linear_gather` at the ids is differentiable).
+
+    Args:
+        hidden: `[..., D]` fp32, fp16, bf16 or fp64.
+        head: `LMHead`, or its weight `[V, D]` in the dtype of `hidden`.
+        k: 1 to V.
+        temperature: T of the tail, > 0.
+        impl: `auto`, `chunked`, `triton`, `reference`; see `resolve_impl`.
+
+    Returns:
+        TopK: values `[..., K]` descending, indices `[..., K]` int64, tail `[...]`; fp32 (fp64 for fp64). A token with
+        a NaN logit has NaN values.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Memory: `chunked` tiles within the workspace, never `[N, V]`. FLOP: 2 N D V.
+    Source: DUET (arXiv 2601.21283), the candidate set C_K.
+
+    Example:
+        >>> head = LMHead(torch.eye(4))
+        >>> top = linear_topk(torch.tensor([[0.0, 3.0, 1.0, 3.0]]), head, k=2)
+        >>> top.indices.tolist(), top.values.tolist()
+        ([[1, 3]], [[3.0, 3.0]])
+    """
+    head = as_head(head).detach()
+    hidden_nd, lead = flatten_hidden(hidden.detach(), head)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= head.num_ids:
+        raise ValueError(f"k: wanted an integer from 1 to {head.num_ids} (the vocabulary), got {k!r}")
+    _check_temperature(temperature)
+    choice, _ = resolve_impl("linear_topk", hidden.device, hidden.dtype, impl)
+    if choice == "reference":
+        top = reference.linear_topk(hidden_nd, head, k, temperature)
+        values, indices, tail = top.values, top.indices, top.tail_logsumexp
+    else:
+        from . import autograd
+
+        values, indices, tail = autograd.linear_topk(hidden_nd, *_projection(head), k, temperature, choice)
+    return TopK(values.view(*lead, k), indices.view(*lead, k), tail.view(lead), float(temperature))
+
+
+def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, impl: str = "auto") -> Tensor:
+    """Logits at the given ids, without a pass over the vocabulary.
+
+    `z[..., k] = softcap(scale * (h . W[ids[..., k]] + b[ids[..., k]]))`. Differentiable in `hidden`, weight and bias;
+    dW is deterministic and writes only what was asked for (ids may repeat, their gradients add up).
+
+    Args:
+        hidden: `[..., D]` fp32, fp16, bf16 or fp64.
+        head: `LMHead`, or its weight `[V, D]` in the dtype of `hidden`.
+        indices: `[..., K]` int64 or int32 in [0, V), same leading shape as `hidden`.
+        impl: `auto`, `chunked`, `triton`, `reference`.
+
+    Returns:
+        `[..., K]` fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: naming the argument; ids out of range on a CPU. On a GPU such an id gives NaN: to look
+        would be a synchronisation.
+
+    Memory: a few MiB of gathered rows at a time, never `[N, K, D]`. FLOP: 2 N K D forward, 2 N K D each for dh and dW.
+    Source: DUET (arXiv 2601.21283), g_theta^i(x) of equation 3.
+
+    Example:
+        >>> linear_gather(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1]])).tolist()
+        [[7.0]]
+    """
+    head = as_head(head)
+    hidden_nd, lead = flatten_hidden(hidden, head)
+    ids = flatten_ids("indices", indices, lead, head.num_ids)
+    choice, _ = resolve_impl("linear_gather", hidden.device, hidden.dtype, impl)
+    if choice == "reference":
+        values = reference.linear_gather(hidden_nd, head, ids)
+    else:
+        values = _gather(hidden_nd, head, ids, choice)
+    return values.view(*lead, ids.shape[1])
+
+
+def linear_logsumexp(
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    *,
+    temperature: float = 1.0,
+    exclude: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The log-sum-exp of all logits, or of all but the given ids (summed directly, never as 1 - sum p).
+
+    `log sum over j not in exclude of exp(z_j / T)`, -inf when nothing is left. Differentiable in `hidden`, weight and
+    bias.
+
+    Args:
+        hidden: `[..., D]` fp32, fp16, bf16 or fp64.
+        head: `LMHead`, or its weight `[V, D]` in the dtype of `hidden`.
+        temperature: T > 0.
+        exclude: `[..., K]` int64 or int32 ids in [0, V), or None. Repeated ids count once.
+        impl: `auto`, `chunked`, `reference`.
+
+    Returns:
+        `[...]` fp32 (fp64 for fp64 inputs), in nats.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Memory: tiles within the workspace and `[N, D]` for the gradient, never `[N, V]`.
+    FLOP: 2 N D V forward; 2 N D V for dh; 4 N D V for dW (tiles are recomputed; a frozen head skips it).
+    Source: the softmax denominator; its complement is the tail bucket of a top-k divergence (MATH.md).
+
+    Example:
+        >>> linear_logsumexp(torch.zeros(1, 2), torch.zeros(4, 2), exclude=torch.tensor([[0, 1]])).exp().tolist()
+        [2.0]
+    """
+    head = as_head(head)
+    hidden_nd, lead = flatten_hidden(hidden, head)
+    _check_temperature(temperature)
+    if exclude is None:
+        ids = torch.empty(hidden_nd.shape[0], 0, dtype=torch.int64, device=hidden.device)
+    else:
+        ids = flatten_ids("exclude", exclude, lead, head.num_ids)
+    choice, _ = resolve_impl("linear_logsumexp", hidden.device, hidden.dtype, impl)
+    tail, _ = _complement_and_values(hidden_nd, head, ids, temperature, choice)
+    return tail.view(lead)
+
+
+def topk_distill_loss(
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    teacher: TopK,
+    *,
+    divergence: str = "huber",
+    normalization: str | None = None,
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    delta: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Distance of the student's logits to the teacher's at the teacher's top-k ids, from the student's hidden states.
+
+    With d = z_student - z_teacher, **summed over the k ids**: `huber` (0.5 d^2 below delta, delta (|d| - 0.5 delta)
+    above), `mse` = d^2, `l1` = |d|. With p (teacher) and q (student) at softmax(z / T): `forward_kl` = sum p log(p/q),
+    `reverse_kl` = sum q log(q/p), `jsd` = beta KL(p||m) + (1-beta) KL(q||m) with m = beta p + (1-beta) q, `tvd` =
+    0.5 sum |p - q|. No loss is multiplied by T^2.
+
+    Args:
+        hidden: `[..., D]` student's hidden states.
+        head: student's `LMHead`, or its weight `[V, D]`.
+        teacher: `TopK` with the leading shape of `hidden`; never gets a gradient. Slots of -inf are absent.
+        divergence: see above.
+        normalization: for distributions only. `renormalize` (default): both over the k ids. `tail`: one more bucket
+            for all other ids. `zeroed`: teacher over the k ids, student's full softmax (`forward_kl` only).
+            `truncated`: the sum over the k ids of full softmaxes; may be negative (`forward_kl` only).
+        temperature: T; must be 1 for raw logits, and `teacher.temperature` where the teacher's tail is used.
+        beta: weight of the teacher in `jsd`, in (0, 1). delta: threshold of `huber`, in logits.
+        mask: `[...]` bool, True = counted (pass `labels != -100`). weights: `[...]` factors on token losses, constants.
+        reduction: `mean` = sum of weighted token losses / number of unmasked tokens (or / `num_items`), `sum`, or
+            `none` (the leading shape, 0 where masked).
+        num_items: an int or a 0-d tensor, the denominator of `mean` over a whole accumulated step.
+        impl: `auto`, `chunked`, `triton`, `reference`.
+
+    Returns:
+        0-d, or `[...]` for `reduction="none"`; fp32 (fp64 for fp64). All masked: 0 with zero gradients. A NaN logit
+        makes its own token's loss NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Memory and FLOP: raw logits and `renormalize` touch K rows of W a token: 2 N K D for the loss, 2 N K D for dh, and
+    for a trainable head 2 N K D for dW; no vocabulary-sized product. The others add those of `linear_logsumexp`.
+    Source: DUET (arXiv 2601.21283) equation 3 for `huber`; MATH.md for all.
+
+    Example:
+        >>> hidden, weight = torch.zeros(1, 2, requires_grad=True), torch.eye(2)
+        >>> teacher = TopK(torch.tensor([[0.5]]), torch.tensor([[0]]), torch.tensor([0.0]))
+        >>> topk_distill_loss(hidden, weight, teacher).item()
+        0.125
+    """
+    spec = Divergence.of(divergence, normalization, temperature, beta, delta)
+    head = as_head(head)
+    hidden_nd, lead = flatten_hidden(hidden, head)
+    flat = check_topk(teacher, lead, head.num_ids, spec, hidden)
+    choice = _topk_choice(spec, hidden_nd, impl)
+    tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
+    values, indices, tail = map(tokens.take, flat)
+    return _topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
+
+
+def linear_distill_loss(
+    student_hidden: Tensor,
+    student_head: LMHead | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead | Tensor,
+    *,
+    k: int | None = None,
+    support: str = "teacher",
+    divergence: str = "forward_kl",
+    normalization: str | None = None,
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    delta: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Distance between two models' logits from both hidden states: over the whole vocabulary, or over k ids.
+
+    `k=None`: the divergences of `topk_distill_loss` summed over all ids. With k: the ids are the k largest logits of
+    the `teacher`, of the `student`, or their `union` (`support`), and the loss is that of `topk_distill_loss` there.
+    Student and teacher may differ in hidden size, and in vocabulary size: then the common ids count.
+
+    Args:
+        student_hidden: `[..., D_s]`. student_head: `LMHead` or weight `[V_s, D_s]`.
+        teacher_hidden: `[..., D_t]`, detached (`.detach()`, or computed under `torch.no_grad()`).
+        teacher_head: `LMHead` or weight `[V_t, D_t]`; never gets a gradient.
+        k: number of ids, or None for all. `normalization` needs k.
+        support: who chooses the ids; only with k.
+        Others: see `topk_distill_loss`.
+
+    Returns:
+        0-d, or `[...]` for `reduction="none"`; fp32 (fp64 for fp64). All masked: 0 with zero gradients.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted; teacher hidden states that require
+        grad are refused.
+
+    Memory: within the workspace, never `[N, V]`; a trainable head adds dW accumulated in fp32.
+    FLOP, with G = 2 N D V: dense 4 G (3 G with a frozen head; `reduction="none"` recomputes: 6 G); top-k 1 G for the
+    teacher, then those of `topk_distill_loss`.
+    Source: Hinton et al. 2015 (arXiv 1503.02531); generalised JSD: Agarwal et al. 2023 (arXiv 2306.13649).
+
+    Example:
+        >>> hidden, weight = torch.randn(3, 4), torch.randn(7, 4)
+        >>> linear_distill_loss(hidden, weight, hidden, weight).abs().item() < 1e-5
+        True
+    """
+    if k is None and normalization not in (None, "renormalize"):
+        raise ValueError(
+            f"normalization: the dense loss (k=None) has nothing but the whole vocabulary, got {normalization!r}"
+        )
+    spec = Divergence.of(divergence, normalization, temperature, beta, delta)
+    if support not in SUPPORTS:
+        raise unknown("support", support, SUPPORTS)
+    if k is None and support != "teacher":
+        raise ValueError(f"support: the dense loss (k=None) compares all ids, got {support!r}")
+    student_head, teacher_head = (
+        as_head(student_head, "student_head"),
+        as_head(teacher_head, "teacher_head").detach(),
+    )
+    hidden_nd, lead = flatten_hidden(student_hidden, student_head, "student_hidden", "student_head")
+    teacher_nd = check_teacher_hidden(teacher_hidden, teacher_head, lead, student_hidden)
+    common = min(student_head.num_ids, teacher_head.num_ids)
+    student_head, teacher_head = student_head.narrowed(common), teacher_head.narrowed(common)
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= common):
+        raise ValueError(f"k: wanted None or an integer from 1 to {common} (the common vocabulary), got {k!r}")
+    choice, _ = resolve_impl("linear_distill_loss", student_hidden.device, student_hidden.dtype, impl)
+    tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items)
+    # Masked tokens are left out before the teacher's pass over the vocabulary, the dearest step of all.
+    tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
+    hidden_nd, teacher_nd = tokens.take(hidden_nd), tokens.take(teacher_nd)
+    if k is None:
+        return _dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
+    teacher = _teacher_topk(hidden_nd, student_head, teacher_nd, teacher_head, k, support, spec, choice)
+    choice = _topk_choice(spec, hidden_nd, impl)
+    return _topk_loss(hidden_nd, student_head, *teacher[:3], spec, tokens, choice)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Cross-entropy (negative log-likelihood) of the labels, from hidden states: logsumexp(z) - z_label.
+
+    Args:
+        hidden: `[..., D]`. head: `LMHead` or weight `[V, D]`.
+        labels: `[...]` int64 or int32, in [0, V) or `ignore_index` (not counted). Not shifted: labels[i] belongs to
+            hidden[i].
+        weights, reduction, num_items: as in `topk_distill_loss`; `mean` divides by the number of labels that are not
+            `ignore_index`, or by `num_items`.
+        impl: `auto`, `chunked`, `reference`.
+
+    Returns:
+        0-d, or `[...]` for `reduction="none"` (0 where ignored), nats per token. All ignored: 0 with zero gradients.
+
+    Raises:
+        TypeError, ValueError: naming the argument; labels out of range on a CPU (on a GPU: NaN).
+
+    Memory and FLOP: those of `linear_logsumexp(exclude=labels)`.
+    Source: maximum likelihood; `-linear_cross_entropy(..., reduction="none")` are token log-probabilities.
+
+    Example:
+        >>> linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([1, -100])).exp().item()
+        4.0
+    """
+    head = as_head(head)
+    hidden_nd, lead = flatten_hidden(hidden, head)
+    ids = flatten_ids("labels", labels, lead, head.num_ids, ignore_index=ignore_index)
+    choice, _ = resolve_impl("linear_cross_entropy", hidden.device, hidden.dtype, impl)
+    mask = ids.view(lead) != ignore_index
+    tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
+    ids = tokens.take(ids.where(ids != ignore_index, 0)[:, None])
+    tail, values = _complement_and_values(tokens.take(hidden_nd), head, ids, 1.0, choice)
+    return tokens.reduce(tokens.weigh(torch.logaddexp(tail, values[:, 0]) - values[:, 0]))
+
+
+def linear_token_stats(
+    hidden: Tensor, head: LMHead | Tensor, labels: Tensor | None = None, *, impl: str = "auto"
+) -> TokenStats:
+    """Log-sum-exp, entropy and variance of the log-probability of each token's distribution; log p of its label.
+
+    `H = -sum p log p`, `Var = sum p (log p + H)^2`. One pass over the vocabulary; no gradient (inputs are detached).
+
+    Args:
+        hidden: `[..., D]`. head: `LMHead` or weight `[V, D]`.
+        labels: `[...]` ids in [0, V), or None.
+        impl: `auto`, `chunked`, `reference`.
+
+    Returns:
+        TokenStats of `[...]` tensors, fp32 (fp64 for fp64), in nats (variance: nats^2).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Memory: tiles within the workspace. FLOP: 2 N D V.
+    Source: Min-K%++ (arXiv 2404.02936) standardises log p by this mean and variance; TSD-KD (arXiv 2603.13260)
+    weighs tokens by entropy.
+
+    Example:
+        >>> linear_token_stats(torch.zeros(1, 2), torch.zeros(8, 2)).entropy.exp().round().tolist()
+        [8.0]
+    """
+    head = as_head(head).detach()
+    hidden_nd, lead = flatten_hidden(hidden.detach(), head)
+    ids = None if labels is None else flatten_ids("labels", labels, lead, head.num_ids, per_token=True)
+    choice, _ = resolve_impl("linear_token_stats", hidden.device, hidden.dtype, impl)
+    if choice == "reference":
+        stats = reference.token_stats(hidden_nd, head, ids)
+        return TokenStats(*(None if s is None else s.view(lead) for s in stats))
+    from . import autograd
+
+    logsumexp, entropy, variance = autograd.token_stats(hidden_nd, *_projection(head), choice)
+    logprob = None if ids is None else _gather(hidden_nd, head, ids[:, None], "chunked")[:, 0] - logsumexp
+    return TokenStats(
+        logsumexp.view(lead),
+        entropy.view(lead),
+        variance.view(lead),
+        None if logprob is None else logprob.view(lead),
+    )
+
+
+# --- shared steps ----------------------------------------------------------------------------------------------
+
+
+def _check_temperature(temperature: float) -> None:
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: wanted a finite number > 0, got {temperature}")
+
+
+def _projection(head: LMHead) -> tuple[Tensor, Tensor | None, float | None, float]:
+    head = head.narrowed()
+    return head.weight, head.bias, head.softcap, head.scale
+
+
+def _gather(hidden_nd: Tensor, head: LMHead, ids: Tensor, choice: str) -> Tensor:
+    from . import autograd
+
+    weight, bias, softcap, scale = _projection(head)
+    return autograd.linear_gather(hidden_nd, weight, bias, ids, softcap, scale, choice)
+
+
+def _complement_and_values(
+    hidden_nd: Tensor, head: LMHead, ids: Tensor, temperature: float, choice: str
+) -> tuple[Tensor, Tensor]:
+    if choice == "reference":
+        return reference.complement_and_values(hidden_nd, head, ids, temperature)
+    from . import autograd
+
+    weight, bias, softcap, scale = _projection(head)
+    with_gradient = torch.is_grad_enabled() and hidden_nd.requires_grad
+    tail, values, _ = autograd.complement_and_values(
+        hidden_nd, weight, bias, ids, softcap, scale, temperature, with_gradient, choice
+    )
+    return tail, values
+
+
+def _topk_choice(spec: Divergence, hidden_nd: Tensor, impl: str) -> str:
+    op = "topk_distill_loss/lse" if spec.needs_student_logsumexp else "topk_distill_loss"
+    return resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl)[0]
+
+
+def _topk_loss(
+    hidden_nd: Tensor,
+    head: LMHead,
+    values_t: Tensor,
+    ids: Tensor,
+    tail_t: Tensor | None,
+    spec: Divergence,
+    tokens: Tokens,
+    choice: str,
+) -> Tensor:
+    """The loss of flattened, checked inputs from which masked tokens have been taken out."""
+    acc = acc_dtype(hidden_nd.dtype)
+    values_t = values_t.to(acc)
+    tail_t = tail_t.to(acc) if tail_t is not None and spec.needs_teacher_logsumexp else None
+    ids = ids.masked_fill(values_t == -torch.inf, -1)  # an absent slot: nothing gathered, nothing excluded
+    tail_s = None
+    if spec.needs_student_logsumexp:
+        tail_s, values_s = _complement_and_values(hidden_nd, head, ids, spec.temperature, choice)
+    elif choice == "reference":
+        values_s = reference.linear_gather(hidden_nd, head, ids.clamp(min=0))
+    else:
+        values_s = _gather(hidden_nd, head, ids, choice)
+    if choice == "reference":
+        return tokens.reduce(tokens.weigh(reference.divergence(values_s, values_t, tail_s, tail_t, spec)))
+    from . import autograd
+
+    rows, _, _ = autograd.topk_divergence(
+        values_s,
+        values_t,
+        tail_s,
+        tail_t,
+        tokens.factor.to(acc),
+        *_options(spec),
+        choice,
+    )
+    return tokens.reduce(rows)
+
+
+def _options(spec: Divergence) -> tuple[str, str, float, float, float]:
+    return spec.name, spec.normalization, spec.temperature, spec.beta, spec.delta
+
+
+def _dense_loss(
+    hidden_nd: Tensor,
+    student_head: LMHead,
+    teacher_nd: Tensor,
+    teacher_head: LMHead,
+    spec: Divergence,
+    tokens: Tokens,
+    choice: str,
+) -> Tensor:
+    if choice == "reference":
+        z_s, z_t = reference.logits(hidden_nd, student_head), reference.logits(teacher_nd, teacher_head)
+        rows = reference.divergence(z_s, z_t.to(z_s.dtype), None, None, spec, absent_slots=False)
+        return tokens.reduce(tokens.weigh(rows))
+    from . import autograd
+
+    weight, bias, softcap, scale = _projection(student_head)
+    reduce = tokens.reduction != "none"
+    grad = reduce and torch.is_grad_enabled()
+    need = [grad and x is not None and x.requires_grad for x in (hidden_nd, weight, bias)]
+    name, _, *options = _options(spec)
+    factor = tokens.factor.to(acc_dtype(hidden_nd.dtype))
+    student, teacher = (hidden_nd, weight, bias, softcap, scale), (teacher_nd, *_projection(teacher_head))
+    loss = autograd.linear_divergence(*student, *teacher, factor, name, *options, reduce, *need, choice)[0]
+    return loss if reduce else tokens.reduce(loss)
+
+
+def _teacher_topk(
+    hidden_nd: Tensor,
+    student_head: LMHead,
+    teacher_nd: Tensor,
+    teacher_head: LMHead,
+    k: int,
+    support: str,
+    spec: Divergence,
+    choice: str,
+) -> TopK:
+    """The teacher's logits and ids where `support` says they are compared, with its tail if the loss reads it."""
+    options: dict[str, Any] = {"temperature": spec.temperature, "impl": choice}
+    if support == "teacher":
+        return linear_topk(teacher_nd, teacher_head, k, **options)
+    ids = linear_topk(hidden_nd, student_head, k, **options).indices
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    if support == "union":
+        chosen = linear_topk(teacher_nd, teacher_head, k, **options).indices
+        ids = torch.cat([chosen, ids], -1).sort(-1).values
+        repeated = torch.zeros_like(ids, dtype=torch.bool)
+        repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]  # an id that both chose is compared once
+    with torch.no_grad():
+        if spec.needs_teacher_logsumexp:
+            tail, values = _complement_and_values(teacher_nd, teacher_head, ids, spec.temperature, choice)
+        else:
+            values = linear_gather(teacher_nd, teacher_head, ids, impl=choice)
+            tail = values.new_full(values.shape[:1], torch.nan)  # not read
+    return TopK(values.masked_fill(repeated, -torch.inf), ids, tail, spec.temperature)

@@ -1,0 +1,186 @@
+"""The three small values that travel between the caller and the losses: LMHead, TopK, TokenStats.
+
+Knows torch and the attribute names of transformers and PEFT models (by duck typing: neither is imported).
+Must not know how anything is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class TopK(NamedTuple):
+    """The k largest logits of each token, and everything that the rest of the vocabulary adds to a softmax.
+
+    Plain data: edit `values` (demote a token, insert another) to make the targets of UNDIAL- or SHRED-like
+    methods. The tail is carried and not the total: the total follows from it exactly, the tail does not follow
+    from the total (the subtraction 1 - sum p errs by up to 73 nats in fp32).
+
+    Attributes:
+        values: `[..., K]` logits z after scale and softcap, **before** temperature, descending; fp32 (fp64 for
+            fp64 inputs). A value of -inf marks an absent slot (ragged rows).
+        indices: `[..., K]` int64 ids.
+        tail_logsumexp: `[...]` log-sum-exp of z / temperature over the ids that were **not** selected; -inf when
+            nothing is left.
+        temperature: the temperature T of `tail_logsumexp`.
+    """
+
+    values: Tensor
+    indices: Tensor
+    tail_logsumexp: Tensor
+    temperature: float = 1.0
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """`[...]` log-sum-exp of z / temperature over the whole vocabulary."""
+        return torch.logaddexp(torch.logsumexp(self.values / self.temperature, -1), self.tail_logsumexp)
+
+
+class TokenStats(NamedTuple):
+    """What one pass over the vocabulary says about each token's distribution (nats; fp32, fp64 for fp64 inputs).
+
+    Attributes:
+        logsumexp: `[...]` log-sum-exp of the logits.
+        entropy: `[...]` H = -sum p log p.
+        logprob_variance: `[...]` variance of log p under p (Min-K%++ divides by its root).
+        label_logprob: `[...]` log p(label), or None when no labels were given.
+    """
+
+    logsumexp: Tensor
+    entropy: Tensor
+    logprob_variance: Tensor
+    label_logprob: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LMHead:
+    """The last projection of a language model: `z = softcap(scale * (h W^T + b))`.
+
+    `softcap(x) = c tanh(x / c)` (Gemma 2). Cheap to make anew at every step; holds references, copies nothing.
+
+    Args:
+        weight: `[V, D]` floating point.
+        bias: `[V]` or None, in the dtype of `weight`.
+        softcap: c > 0, or None.
+        scale: factor on the logits before the softcap (Cohere: `logit_scale`; Granite: `1 / logits_scaling`).
+        vocab_size: only the first ids count (vocabularies padded for speed); None counts all V.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> head = LMHead(torch.zeros(10, 4), softcap=30.0, vocab_size=8)
+        >>> head.num_ids, head.hidden_size
+        (8, 4)
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        weight, bias = self.weight, self.bias
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"head.weight: wanted a tensor [V, D], got {type(weight).__name__}")
+        if weight.dim() != 2:
+            raise ValueError(f"head.weight: wanted shape [V, D], got {list(weight.shape)}")
+        if not weight.is_floating_point():
+            raise TypeError(
+                f"head.weight: wanted a floating-point weight, got {weight.dtype} (dequantise the LM head first)"
+            )
+        if bias is not None:
+            if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+                got = list(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+                raise ValueError(f"head.bias: wanted shape [{weight.shape[0]}], got {got}")
+            if bias.dtype != weight.dtype or bias.device != weight.device:
+                raise ValueError(
+                    f"head.bias: wanted {weight.dtype} on {weight.device} like head.weight, "
+                    f"got {bias.dtype} on {bias.device}"
+                )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"head.softcap: wanted a number > 0 or None, got {self.softcap}")
+        if not math.isfinite(self.scale) or self.scale == 0:
+            raise ValueError(f"head.scale: wanted a finite number other than 0, got {self.scale}")
+        if self.vocab_size is not None and not 1 <= self.vocab_size <= weight.shape[0]:
+            raise ValueError(f"head.vocab_size: wanted 1 to {weight.shape[0]}, got {self.vocab_size}")
+
+    @property
+    def num_ids(self) -> int:
+        """How many ids count: `vocab_size`, or V."""
+        return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weight.shape[1]
+
+    def narrowed(self, num_ids: int | None = None) -> LMHead:
+        """The same head with weight and bias cut (as views) to the ids that count."""
+        size = self.num_ids if num_ids is None else min(num_ids, self.num_ids)
+        if size == self.weight.shape[0]:
+            return self if self.vocab_size is None else dataclasses.replace(self, vocab_size=None)
+        bias = None if self.bias is None else self.bias[:size]
+        return dataclasses.replace(self, weight=self.weight[:size], bias=bias, vocab_size=None)
+
+    def detach(self) -> LMHead:
+        """The same head without gradients."""
+        bias = None if self.bias is None else self.bias.detach()
+        return dataclasses.replace(self, weight=self.weight.detach(), bias=bias)
+
+    @classmethod
+    def of(cls, model: Any) -> LMHead:
+        """Read the head of a transformers causal language model, also behind PEFT's `modules_to_save`.
+
+        Reads weight and bias of `model.get_output_embeddings()`, and from the text configuration
+        `final_logit_softcapping` (Gemma), `logit_scale` (Cohere), `logits_scaling` (Granite),
+        `lm_head_multiplier` (Falcon-H1) and `vocab_size`.
+
+        Raises:
+            TypeError: the output layer is missing, carries an adapter, is quantised, or is not a plain linear
+                layer. Nothing is guessed.
+        """
+        name = type(model).__name__
+        module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if module is None:
+            raise TypeError(f"model: {name} has no output embeddings; build LMHead(weight, ...) by hand")
+        if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+            # PEFT's full copy of a layer. It is what the forward uses, unless adapters are switched off.
+            active = [a for a in module.active_adapters if a in module.modules_to_save]
+            off = module.disable_adapters or not active
+            module = module.original_module if off else module.modules_to_save[active[0]]
+        if type(module).forward is not nn.Linear.forward or type(module.weight) not in (nn.Parameter, Tensor):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            raise TypeError(
+                f"model: the output layer of {name} is a {kind} (weight {type(module.weight).__name__}), not a plain "
+                "torch.nn.Linear. Take adapters and quantisation off the LM head, or build LMHead(...) by hand"
+            )
+        config = getattr(model, "config", None)
+        if config is not None and hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        size = getattr(config, "vocab_size", None)
+        return cls(
+            module.weight,
+            module.bias,
+            softcap=None if softcap is None else float(softcap),
+            scale=scale,
+            vocab_size=size if size is not None and size < module.weight.shape[0] else None,
+        )
+
+
+def as_head(head: LMHead | Tensor, name: str = "head") -> LMHead:
+    """`head` itself, or an LMHead around a bare weight tensor."""
+    if isinstance(head, LMHead):
+        return head
+    if isinstance(head, Tensor):
+        return LMHead(head)
+    raise TypeError(f"{name}: wanted an LMHead or its weight tensor [V, D], got {type(head).__name__}")

@@ -1,0 +1,142 @@
+"""The losses as torch.nn.Modules: options in __init__, one call in forward. Thin; the functions are the API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .divergence import Divergence
+from .functional import linear_cross_entropy, linear_distill_loss, topk_distill_loss
+from .head import LMHead, TopK
+
+
+class _Loss(nn.Module):
+    """Keeps the options of a loss function and shows them in repr."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class TopKDistillLoss(_Loss):
+    """`topk_distill_loss` with its options fixed; see there for equations, shapes and errors.
+
+    Example:
+        >>> import torch
+        >>> loss = TopKDistillLoss(divergence="mse")
+        >>> teacher = TopK(torch.tensor([[2.0]]), torch.tensor([[0]]), torch.tensor([0.0]))
+        >>> loss(torch.zeros(1, 2), torch.eye(2), teacher).item()
+        4.0
+    """
+
+    def __init__(
+        self,
+        *,
+        divergence: str = "huber",
+        normalization: str | None = None,
+        temperature: float = 1.0,
+        beta: float = 0.5,
+        delta: float = 1.0,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        Divergence.of(divergence, normalization, temperature, beta, delta)
+        super().__init__(
+            divergence=divergence,
+            normalization=normalization,
+            temperature=temperature,
+            beta=beta,
+            delta=delta,
+            reduction=reduction,
+            impl=impl,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        head: LMHead | Tensor,
+        teacher: TopK,
+        *,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        return topk_distill_loss(
+            hidden, head, teacher, mask=mask, weights=weights, num_items=num_items, **self.options
+        )
+
+
+class LinearDistillLoss(_Loss):
+    """`linear_distill_loss` with its options fixed; see there for equations, shapes and errors."""
+
+    def __init__(
+        self,
+        *,
+        k: int | None = None,
+        support: str = "teacher",
+        divergence: str = "forward_kl",
+        normalization: str | None = None,
+        temperature: float = 1.0,
+        beta: float = 0.5,
+        delta: float = 1.0,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        Divergence.of(divergence, normalization, temperature, beta, delta)
+        super().__init__(
+            k=k,
+            support=support,
+            divergence=divergence,
+            normalization=normalization,
+            temperature=temperature,
+            beta=beta,
+            delta=delta,
+            reduction=reduction,
+            impl=impl,
+        )
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_head: LMHead | Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: LMHead | Tensor,
+        *,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        return linear_distill_loss(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            mask=mask,
+            weights=weights,
+            num_items=num_items,
+            **self.options,
+        )
+
+
+class LinearCrossEntropyLoss(_Loss):
+    """`linear_cross_entropy` with its options fixed; see there for equations, shapes and errors."""
+
+    def __init__(self, *, ignore_index: int = -100, reduction: str = "mean", impl: str = "auto") -> None:
+        super().__init__(ignore_index=ignore_index, reduction=reduction, impl=impl)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        head: LMHead | Tensor,
+        labels: Tensor,
+        *,
+        weights: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        return linear_cross_entropy(
+            hidden, head, labels, weights=weights, num_items=num_items, **self.options
+        )

@@ -1,0 +1,151 @@
+"""The definition: every operation in plain differentiable torch with full logits.
+
+Everything else in this package must agree with this room, judged in fp64. Half precisions are upcast to fp32,
+fp64 is kept; autograd differentiates. Never fast, never small. Must not know triton or any other room's algorithm.
+
+Legend: N tokens, D hidden size, V vocabulary, K selected ids, T temperature; z student logits, p teacher's and q
+student's distribution.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import acc_dtype
+from .divergence import Divergence
+from .head import LMHead, TokenStats, TopK
+
+
+def logits(hidden_nd: Tensor, head: LMHead) -> Tensor:
+    """`[N, V]` z = softcap(scale * (h W^T + b))."""
+    head = head.narrowed()
+    acc = acc_dtype(hidden_nd.dtype)
+    z = hidden_nd.to(acc) @ head.weight.to(acc).T
+    if head.bias is not None:
+        z = z + head.bias.to(acc)
+    z = z * head.scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def linear_topk(hidden_nd: Tensor, head: LMHead, k: int, temperature: float) -> TopK:
+    z = logits(hidden_nd, head)
+    order = torch.sort(z, dim=-1, descending=True, stable=True)  # stable: equal logits stay in order of their ids
+    tail = torch.logsumexp(order.values[:, k:] / temperature, -1)
+    return TopK(order.values[:, :k], order.indices[:, :k], tail, temperature)
+
+
+def linear_gather(hidden_nd: Tensor, head: LMHead, indices_nk: Tensor) -> Tensor:
+    return logits(hidden_nd, head).gather(-1, indices_nk)
+
+
+def complement_and_values(
+    hidden_nd: Tensor, head: LMHead, indices_nk: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(`[N]` log-sum-exp of z / T over the ids not in `indices_nk`, `[N, K]` z at the ids).
+
+    An index below 0 is an absent slot: its value is -inf and it excludes nothing.
+    """
+    z = logits(hidden_nd, head)
+    absent = indices_nk < 0
+    ids = indices_nk.clamp(min=0)
+    values = z.gather(-1, ids).masked_fill(absent, -torch.inf)
+    excluded = torch.zeros(z.shape[0], z.shape[1] + 1, dtype=torch.bool, device=z.device)
+    excluded.scatter_(1, indices_nk.masked_fill(absent, z.shape[1]), True)  # absent slots mark the spare column
+    rest = z.masked_fill(excluded[:, :-1], -torch.inf) / temperature
+    return torch.logsumexp(rest, -1), values
+
+
+def token_stats(hidden_nd: Tensor, head: LMHead, labels_n: Tensor | None) -> TokenStats:
+    logp = torch.log_softmax(logits(hidden_nd, head), -1)
+    p = logp.exp()
+    finite_logp = logp.masked_fill(logp == -torch.inf, 0)  # 0 log 0 = 0
+    entropy = -(p * finite_logp).sum(-1)
+    variance = (p * (finite_logp + entropy[:, None]).square()).sum(-1)
+    logsumexp = torch.logsumexp(logits(hidden_nd, head), -1)
+    label = None if labels_n is None else logp.gather(-1, labels_n[:, None])[:, 0]
+    return TokenStats(logsumexp, entropy, variance, label)
+
+
+def divergence(
+    student_nk: Tensor,
+    teacher_nk: Tensor,
+    student_tail_n: Tensor | None,
+    teacher_tail_n: Tensor | None,
+    spec: Divergence,
+    *,
+    absent_slots: bool = True,
+) -> Tensor:
+    """`[N]` divergence between logits given at the same K ids (tails: log-sum-exp of z / T elsewhere).
+
+    With `absent_slots` a teacher logit of -inf takes its slot out of the comparison; without (the dense loss:
+    K = V) it is a probability of 0.
+    """
+    present = teacher_nk != -torch.inf if absent_slots else torch.ones_like(teacher_nk, dtype=torch.bool)
+    if spec.raw:
+        return _raw(student_nk, teacher_nk, present, spec)
+    x_s = student_nk / spec.temperature
+    x_t = teacher_nk / spec.temperature
+    slots_s = x_s.masked_fill(~present, -torch.inf)
+    slots_t = x_t.masked_fill(~present, -torch.inf)
+    if spec.normalization == "tail":
+        assert student_tail_n is not None and teacher_tail_n is not None
+        slots_s = torch.cat([slots_s, student_tail_n[:, None]], -1)
+        slots_t = torch.cat([slots_t, teacher_tail_n[:, None]], -1)
+        present = torch.cat([present, torch.ones_like(present[:, :1])], -1)
+    total_s = torch.logsumexp(slots_s, -1, keepdim=True)
+    total_t = torch.logsumexp(slots_t, -1, keepdim=True)
+    if spec.normalization in ("zeroed", "truncated"):
+        assert student_tail_n is not None
+        total_s = torch.logaddexp(total_s, student_tail_n[:, None])
+    if spec.normalization == "truncated":
+        assert teacher_tail_n is not None
+        total_t = torch.logaddexp(total_t, teacher_tail_n[:, None])
+    # Slots that are absent get log-probabilities of 0 on both sides and probabilities of 0: they add nothing.
+    logq = (slots_s - total_s).masked_fill(~present, 0)
+    logp = (slots_t - total_t).masked_fill(~present, 0)
+    q = logq.exp().masked_fill(~present, 0)
+    p = logp.exp().masked_fill(~present, 0)
+    return _of_distributions(p, q, logp, logq, _noise(slots_s, slots_t), spec)
+
+
+def _raw(s: Tensor, t: Tensor, present: Tensor, spec: Divergence) -> Tensor:
+    d = (s - t).masked_fill(~present, 0)
+    if spec.name == "mse":
+        return d.square().sum(-1)
+    size = d.abs()
+    if spec.name == "huber":
+        return torch.where(size <= spec.delta, 0.5 * d.square(), spec.delta * (size - 0.5 * spec.delta)).sum(-1)
+    tol = _noise(s.masked_fill(~present, 0), t.masked_fill(~present, 0))
+    return torch.where(size <= tol, torch.zeros_like(d), size).sum(-1)
+
+
+def _noise(s: Tensor, t: Tensor) -> Tensor:
+    """`[N, 1]` 8 eps of the row's largest logit: a difference below it is rounding and has no sign."""
+    with torch.no_grad():
+        scale = torch.maximum(s.abs().masked_fill(s.isinf(), 0), t.abs().masked_fill(t.isinf(), 0))
+        if scale.shape[-1] == 0:
+            return scale.new_zeros(scale.shape[0], 1)
+        return 8 * torch.finfo(s.dtype).eps * scale.amax(-1, keepdim=True)
+
+
+def _of_distributions(
+    p: Tensor, q: Tensor, logp: Tensor, logq: Tensor, noise: Tensor, spec: Divergence
+) -> Tensor:
+    if spec.name == "tvd":
+        apart = (logq - logp).abs() > noise
+        apart = apart | (logq - logp).isnan()
+        return 0.5 * torch.where(apart, (p - q).abs(), torch.zeros_like(p)).sum(-1)
+    if spec.name == "forward_kl":
+        return _sum_p_times(p, logp, logq)
+    if spec.name == "reverse_kl":
+        return _sum_p_times(q, logq, logp)
+    m = spec.beta * p + (1 - spec.beta) * q
+    logm = m.masked_fill(m == 0, 1).log()  # where m is 0 so are p and q, and nothing is added
+    return spec.beta * _sum_p_times(p, logp, logm) + (1 - spec.beta) * _sum_p_times(q, logq, logm)
+
+
+def _sum_p_times(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
+    """sum p (log p - log q) with 0 log 0 = 0, in a form whose derivative is finite there too."""
+    zero = p == 0
+    return (p * (logp.masked_fill(zero, 0) - logq.masked_fill(zero, 0))).sum(-1)

@@ -1,0 +1,143 @@
+"""A divergence between two small rows of logits and its gradient, in one sweep: the torch side of the loss.
+
+Serves both the top-k losses (`[N, K]`) and the row chunks of the dense ones (K = V). The derivatives are worked out
+in MATH.md; `reference.divergence` is the definition. Must not know where the logits come from.
+
+Legend: N tokens, K slots, T temperature, x = z / T; p the teacher's and q the student's distribution.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .divergence import Divergence
+
+
+def divergence_and_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    student_tail: Tensor | None,
+    teacher_tail: Tensor | None,
+    factor: Tensor,
+    spec: Divergence,
+    *,
+    absent_slots: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(`[N]` factor * loss, `[N, K]` its gradient in the student's logits, `[N]` in the student's tail, or empty).
+
+    The derivatives are written out in MATH.md. A row whose factor is 0 is skipped: it gives exactly 0, whatever
+    its logits are.
+    """
+    present = teacher != -torch.inf if absent_slots else None
+    if spec.raw:
+        loss, dz = _raw(student, teacher, present, spec)
+        dtail = student.new_empty(0)
+    else:
+        loss, dz, dtail = _distributions(student, teacher, student_tail, teacher_tail, present, spec)
+    skip = factor == 0
+    loss = (factor * loss).masked_fill(skip, 0)
+    dz.mul_(factor[:, None]).masked_fill_(skip[:, None], 0)
+    if dtail.numel():
+        dtail = (factor * dtail).masked_fill(skip, 0)
+    return loss, dz, dtail
+
+
+def _raw(s: Tensor, t: Tensor, present: Tensor | None, spec: Divergence) -> tuple[Tensor, Tensor]:
+    d = s - t
+    if present is not None:
+        d.masked_fill_(~present, 0)
+    if spec.name == "mse":
+        return d.square().sum(-1), 2 * d
+    if spec.name == "huber":
+        clamped = d.clamp(-spec.delta, spec.delta)
+        # With c the clamped difference: c (d - c / 2) is both branches of the Huber loss.
+        return (clamped * (d - 0.5 * clamped)).sum(-1), clamped
+    size = d.abs()
+    quiet = size <= _noise(s, t, present)
+    return size.masked_fill(quiet, 0).sum(-1), d.sign().masked_fill(quiet, 0)
+
+
+def _noise(s: Tensor, t: Tensor, present: Tensor | None) -> Tensor:
+    """`[N, 1]` 8 eps of the row's largest logit: a difference below it is rounding and has no sign."""
+    if s.shape[-1] == 0:
+        return s.new_zeros(s.shape[0], 1)
+    scale = torch.maximum(s.abs(), t.abs())
+    scale.masked_fill_(scale.isinf() if present is None else scale.isinf() | ~present, 0)
+    return 8 * torch.finfo(s.dtype).eps * scale.amax(-1, keepdim=True)
+
+
+def _distributions(
+    s: Tensor,
+    t: Tensor,
+    s_tail: Tensor | None,
+    t_tail: Tensor | None,
+    present: Tensor | None,
+    spec: Divergence,
+) -> tuple[Tensor, Tensor, Tensor]:
+    k = s.shape[-1]
+    xs, xt = s / spec.temperature, t / spec.temperature
+    if present is not None:
+        xs.masked_fill_(~present, -torch.inf)
+    if spec.normalization == "tail":
+        assert s_tail is not None and t_tail is not None
+        xs, xt = torch.cat([xs, s_tail[:, None]], -1), torch.cat([xt, t_tail[:, None]], -1)
+    noise = _noise(xs, xt, None) if spec.name == "tvd" else None
+    total_s = torch.logsumexp(xs, -1, keepdim=True)
+    total_t = torch.logsumexp(xt, -1, keepdim=True)
+    if spec.normalization in ("zeroed", "truncated"):
+        assert s_tail is not None
+        total_s = torch.logaddexp(total_s, s_tail[:, None])
+    if spec.normalization == "truncated":
+        assert t_tail is not None
+        total_t = torch.logaddexp(total_t, t_tail[:, None])
+    logq, logp = xs.sub_(total_s), xt.sub_(total_t)
+    if present is not None:
+        # A row without any slot has totals of -inf: its nans are absent slots, not values.
+        gone = ~F.pad(present, (0, logq.shape[-1] - k), value=True)
+        logq.masked_fill_(gone, -torch.inf)
+        logp.masked_fill_(gone, -torch.inf)
+    q, p = logq.exp(), logp.exp()
+    if spec.normalization in ("zeroed", "truncated"):
+        assert s_tail is not None
+        loss = _p_log_ratio(p, logp, logq).sum(-1)
+        mass = p.sum(-1)
+        dx = q * mass[:, None] - p
+        q_tail = (s_tail - total_s[:, 0]).exp()
+        return loss, dx.div_(spec.temperature), (q_tail * mass).masked_fill(s_tail == -torch.inf, 0)
+    loss, dx = _sum_and_gradient(p, q, logp, logq, noise, spec)
+    dtail = dx[:, k].clone() if spec.normalization == "tail" else s.new_empty(0)
+    return loss, dx[:, :k].div(spec.temperature), dtail
+
+
+def _p_log_ratio(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
+    """p (log p - log q), 0 where p is 0."""
+    return (p * (logp - logq)).masked_fill_(p == 0, 0)
+
+
+def _sum_and_gradient(
+    p: Tensor, q: Tensor, logp: Tensor, logq: Tensor, noise: Tensor | None, spec: Divergence
+) -> tuple[Tensor, Tensor]:
+    if spec.name == "forward_kl":
+        # q - p as p (q / p - 1): no digits are lost where the student is close to the teacher.
+        ratio = (logq - logp).clamp_(max=60.0)
+        close = (ratio.abs() < 1) & (p > 0)
+        return _p_log_ratio(p, logp, logq).sum(-1), torch.where(close, p * torch.expm1(ratio), q - p)
+    if spec.name == "reverse_kl":
+        terms = _p_log_ratio(q, logq, logp)
+        loss = terms.sum(-1)
+        return loss, terms.sub_(q * loss[:, None])
+    if spec.name == "jsd":
+        m = spec.beta * p + (1 - spec.beta) * q
+        logm = m.log()
+        q_terms = _p_log_ratio(q, logq, logm)
+        kl_q = q_terms.sum(-1)
+        loss = spec.beta * _p_log_ratio(p, logp, logm).sum(-1) + (1 - spec.beta) * kl_q
+        return loss, q_terms.sub_(q * kl_q[:, None]).mul_(1 - spec.beta)
+    assert noise is not None  # tvd
+    difference = q - p
+    difference.masked_fill_((logq - logp).abs() <= noise, 0)
+    loss = 0.5 * difference.abs().sum(-1)
+    signed = q * difference.sign()
+    return loss, signed.sub_(q * signed.sum(-1, keepdim=True)).mul_(0.5)
