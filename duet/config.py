@@ -136,7 +136,9 @@ class DuetConfig(TrainingArguments):
         _texts("steering_prefixes", self.steering_prefixes, at_least=1)
         _texts("reverse_prompts", self.reverse_prompts, at_least=0)
         if "{question}" not in self.plain_template:
-            raise ValueError(f"plain_template: wanted a text with {{question}} in it, got {self.plain_template!r}")
+            raise ValueError(
+                f"plain_template: wanted a text with {{question}} in it, got {self.plain_template!r}"
+            )
         if self.objective == "duet" and self.temperature != 1:
             raise ValueError(
                 f"temperature: objective 'duet' compares raw logits and knows no temperature, got {self.temperature}. "
@@ -156,7 +158,11 @@ _UNSUPPORTED = (
     ("remove_unused_columns", False, "the rows' columns are read when queries are turned into tokens"),
     ("label_smoothing_factor", 0.0, "the losses here have no label smoothing"),
     ("torch_compile", False, "the loss runs inside the wrapped model's forward, which changes at every step"),
-    ("train_sampling_strategy", "random", "forget and retain queries are interleaved by a sampler of our own"),
+    (
+        "train_sampling_strategy",
+        "random",
+        "forget and retain queries are interleaved by a sampler of our own",
+    ),
 )
 
 

@@ -51,7 +51,11 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
     Raises:
         TypeError, ValueError: naming the argument and the row.
     """
-    if isinstance(rows, (str, bytes, dict)) or not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+    if (
+        isinstance(rows, (str, bytes, dict))
+        or not hasattr(rows, "__len__")
+        or not hasattr(rows, "__getitem__")
+    ):
         raise TypeError(
             f"{argument}: wanted a list of rows or a dataset with a length, got {type(rows).__name__} "
             "(a streaming dataset can be turned into a list first)"
@@ -88,7 +92,9 @@ def _read_row(row: Any, name: str) -> Query:
         conversation, answer = conversation[:-1], conversation[-1][1]
     if not conversation or conversation[-1][0] != "user":
         roles = [role for role, _ in conversation]
-        raise ValueError(f"{name}: wanted a conversation whose prompt ends with a user message, got roles {roles}")
+        raise ValueError(
+            f"{name}: wanted a conversation whose prompt ends with a user message, got roles {roles}"
+        )
     return Query(conversation, answer, subject, name)
 
 
@@ -96,7 +102,11 @@ def _read_messages(value: Any, name: str) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, (list, tuple)) or not value:
         raise TypeError(f"{name}: wanted a list of messages, got {value!r}")
     for i, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or "content" not in message
+        ):
             raise TypeError(f"{name}[{i}]: wanted {{'role': ..., 'content': ...}}, got {message!r}")
     return tuple((m["role"], _text(m["content"], f"{name}[{i}]['content']")) for i, m in enumerate(value))
 
@@ -207,13 +217,20 @@ class UnlearnDataset(Dataset):
             subject = rng.choice(self.subjects) if self.subjects else None
         return fill_prefix(self.prefixes[which], subject, self.rows[i].name)
 
+    def plain(self, i: int) -> list[int]:
+        """The prompt of row i as it is, without prefix or reverse prompt."""
+        return self._prompt(i, None, None, "user", 1)
+
     def unanswered(self) -> Iterator[tuple[tuple[int, int], list[int]]]:
         """The steered prompts that the teacher is to answer: ((row, prefix), ids). Fill `teacher_answers[key]`."""
         if self.answers == "teacher":
             for i in range(len(self.rows)):
                 for which in range(len(self.prefixes)):
                     if (i, which) not in self.teacher_answers:
-                        yield (i, which), self._prompt(i, self._instruction(i, which, random.Random(0)), None, "user", 1)
+                        yield (
+                            (i, which),
+                            self._prompt(i, self._instruction(i, which, random.Random(0)), None, "user", 1),
+                        )
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
         training = isinstance(draw, Draw)
@@ -236,7 +253,9 @@ class UnlearnDataset(Dataset):
             scored = min(scored, self.max_scored)
         return {
             "student": self._prompt(i, None, override, role, scored),
-            "teacher": self._prompt(i, instruction, None, "user", scored) if instruction is not None else None,
+            "teacher": self._prompt(i, instruction, None, "user", scored)
+            if instruction is not None
+            else None,
             "answer": answer,
             "scored": scored,
             "forget": i < self.num_forget,
@@ -281,7 +300,9 @@ class UnlearnSampler(Sampler[Draw]):
     def _retain_row(self, position: int) -> int:
         shuffle, place = divmod(position, self.num_retain)
         if getattr(self, "_shuffle", None) != shuffle:
-            order = random.Random(f"{self.seed}/retain/{shuffle}").sample(range(self.num_retain), self.num_retain)
+            order = random.Random(f"{self.seed}/retain/{shuffle}").sample(
+                range(self.num_retain), self.num_retain
+            )
             self._shuffle, self._order = shuffle, order
         return self._order[place]
 
@@ -310,7 +331,9 @@ class Collator:
             mask[b, : item["scored"]] = True
         batch = self._sequences(items, "student", width)
         if items[0]["teacher"] is not None:
-            batch |= {f"teacher_{name}": value for name, value in self._sequences(items, "teacher", width).items()}
+            batch |= {
+                f"teacher_{name}": value for name, value in self._sequences(items, "teacher", width).items()
+            }
         return batch | {"labels": labels, "mask": mask, "forget": torch.tensor([i["forget"] for i in items])}
 
     def _sequences(self, items: list[dict[str, Any]], view: str, width: int) -> dict[str, Tensor]:

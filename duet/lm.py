@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_kernels import LMHead, linear_gather, linear_topk
+from duet_kernels import LMHead, linear_gather
 
 
 def base_language_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    return (
+        model.get_base_model()
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        else model
+    )
 
 
 def find_backbone(model: nn.Module) -> nn.Module:
@@ -39,11 +43,15 @@ def find_backbone(model: nn.Module) -> nn.Module:
     if not isinstance(backbone, nn.Module) and hasattr(inner, "get_decoder"):
         backbone = inner.get_decoder()
     if not isinstance(backbone, nn.Module) or backbone is inner:
-        raise TypeError(f"model: no backbone was found in {name}; wanted a transformers causal language model")
+        raise TypeError(
+            f"model: no backbone was found in {name}; wanted a transformers causal language model"
+        )
     return backbone
 
 
-def hidden_states_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+def hidden_states_at(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
+) -> Tensor:
     """The backbone's last hidden states (after the final norm) at chosen positions.
 
     Args:
@@ -64,7 +72,9 @@ def hidden_states_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor
     return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
-def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> tuple[Tensor, LMHead]:
+def head_inputs(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
+) -> tuple[Tensor, LMHead]:
     """`hidden_states_at`, in the head's dtype, and the head: what every loss of `duet_kernels` takes.
 
     Under autocast the backbone gives half precision while the head's weight stays fp32: the losses then run in fp32.
@@ -74,23 +84,22 @@ def head_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, pos
     return hidden.to(head.weight.dtype), head
 
 
-@contextmanager
-def redirected_forward(module: nn.Module, function: Callable[[], Any]) -> Iterator[None]:
-    """Within the context, calling `module`, or a wrapper around it, calls `function` instead of its forward.
+def call_through(wrapped: nn.Module, inner: nn.Module, function: Callable[[], Any]) -> Any:
+    """Call `wrapped` (a DDP, FSDP, DeepSpeed wrapper of `inner`, or `inner` itself) with `function` as its core.
 
-    DDP, FSDP and DeepSpeed synchronise gradients and gather parameters in the wrapper's forward; a loss that calls the
-    backbone beside it would skip that. So the wrapper is called as usual, and finds this function at its core. The
-    hooks of `module` fire too. Saving and loading see the module they always saw.
+    The wrappers synchronise gradients and gather parameters in their own forward; a loss that called the backbone
+    beside them would skip that. So the wrapper is called as usual, and for this one call `inner.forward` is `function`.
+    The hooks of `inner` fire too, and saving and loading see the module that they always saw.
     """
-    own = module.__dict__.get("forward")  # accelerate may have put an autocasting forward there
-    module.forward = lambda *_, **__: function()
+    own = inner.__dict__.get("forward")  # accelerate may have put an autocasting forward there
+    inner.forward = lambda *_, **__: function()
     try:
-        yield
+        return wrapped(None)  # DDP wants an argument that it can move to the device
     finally:
         if own is None:
-            del module.forward
+            del inner.forward
         else:
-            module.forward = own
+            inner.forward = own
 
 
 @contextmanager
@@ -105,11 +114,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, num_tokens: int = 8, top: int = 16) -> LMHead:
+def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
     """Refuse a model whose logits are not what `LMHead.of(model)` makes of its backbone's hidden states.
 
-    A one-off: `num_tokens` tokens through the model's own forward, and through backbone and head. Compared are the
-    `top` largest logits, some evenly spread ones, and the log-sum-exp of all. Costs one `[num_tokens, V]` tensor.
+    A one-off: `num_tokens` tokens through the model's own forward, and through backbone and head; every logit is
+    compared. Costs two `[num_tokens, V]` tensors.
 
     Returns:
         the head.
@@ -132,17 +141,12 @@ def check_head(model: nn.Module, num_tokens: int = 8, top: int = 16) -> LMHead:
             f"{vocabulary}; prompt-learning adapters and heads of several tokens are not supported"
         )
     logits = logits[..., :vocabulary]
-    spread = torch.linspace(0, vocabulary - 1, min(64, vocabulary), device=device).long().expand(1, num_tokens, -1)
-    best = linear_topk(hidden, head, min(top, vocabulary))
-    pairs = (
-        (best.values, logits.gather(-1, best.indices)),
-        (best.logsumexp, logits.logsumexp(-1)),
-        (linear_gather(hidden, head, spread), logits.gather(-1, spread)),
-    )
+    every_id = torch.arange(vocabulary, device=device).expand(1, num_tokens, -1)
+    ours = linear_gather(hidden, head, every_id, impl="reference").float()
     # The model rounds its logits to its dtype, which says how well they can be compared.
     precise = head.weight.dtype in (torch.float32, torch.float64)
     tolerance = (1e-5 if precise else 4 * torch.finfo(head.weight.dtype).eps) * logits.abs().amax()
-    worst = max((ours.float() - own).abs().amax() for ours, own in pairs)
+    worst = (ours - logits).abs().amax()
     if not worst <= tolerance:
         raise ValueError(
             f"model: the logits of {name} are not what its LM head makes of its hidden states (they differ by "

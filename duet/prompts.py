@@ -23,7 +23,9 @@ def fill_prefix(prefix: str, subject: str | None, where: str = "row") -> str:
     if SUBJECT not in prefix:
         return prefix
     if not subject:
-        raise ValueError(f"{where}: the steering prefix {prefix!r} names {SUBJECT}, but the row has no 'subject'")
+        raise ValueError(
+            f"{where}: the steering prefix {prefix!r} names {SUBJECT}, but the row has no 'subject'"
+        )
     return prefix.replace(SUBJECT, subject)
 
 
@@ -37,7 +39,9 @@ def accepts_system(tokenizer: Any, **template_kwargs: Any) -> bool:
     mark = "duet-looks-for-this-system-message"
     messages = [{"role": "system", "content": mark}, {"role": "user", "content": "x"}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs)
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **template_kwargs
+        )
     except Exception:  # a template may raise anything through jinja's raise_exception
         return False
     return mark in text
@@ -57,7 +61,9 @@ class PromptRenderer:
         chat_template_kwargs: further arguments of the chat template.
     """
 
-    def __init__(self, tokenizer: Any, plain_template: str = "Question: {question}\nAnswer:", chat_template_kwargs=None):
+    def __init__(
+        self, tokenizer: Any, plain_template: str = "Question: {question}\nAnswer:", chat_template_kwargs=None
+    ):
         self.tokenizer = tokenizer
         self.plain_template = plain_template
         self.template_kwargs = dict(chat_template_kwargs or {})
@@ -141,7 +147,11 @@ class PromptRenderer:
         answer position j is the same token in the student's and the teacher's sequence, whatever stands before it.
         It is also what a model meets in use: the prompt is tokenised, and the answer follows token by token.
         """
-        if not self.has_template and not isinstance(conversation, str) and not self.plain_template[-1].isspace():
+        if (
+            not self.has_template
+            and not isinstance(conversation, str)
+            and not self.plain_template[-1].isspace()
+        ):
             answer = " " + answer  # "Answer:" is continued by " Paris", which is another token than "Paris"
         ids = list(self.tokenizer(answer, add_special_tokens=False, truncation=False)["input_ids"])
         end = self.tokenizer.eos_token_id

@@ -28,7 +28,7 @@ from .rowwise import divergence_and_gradient
 from .workspace import workspace_bytes
 
 _MAX_ROWS = 8192  # rows of a vocabulary tile: keeps a tile wide enough to be an efficient product
-_TILE_BYTES = 16 * 2**20  # a tile that stays in the last-level cache is folded several times faster
+_TILE_BYTES = 8 * 2**20  # a tile that stays in the last-level cache is folded several times faster
 _GATHER_BYTES = 4 * 2**20
 _BLOCK = 16  # columns of a block in top-k selection
 
@@ -159,7 +159,8 @@ def _stable_topk(x: Tensor, k: int) -> Tensor:
         return torch.sort(x, dim=1, descending=True, stable=True).indices[:, :k]
     # fp32 bits as an integer of the same order, above the complement of the position: unique keys, one top-k.
     bits = (x + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    # A NaN stands before everything, whatever its sign bit (x86 makes inf - inf a negative one).
+    ordered = torch.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
     position = torch.arange(x.shape[1] - 1, -1, -1, device=x.device)
     return x.shape[1] - 1 - (torch.topk((ordered.long() << 32) | position, k, dim=1).values & 0xFFFFFFFF)
 
@@ -451,7 +452,7 @@ def linear_divergence(
     dbias = torch.zeros(v, dtype=head.acc, device=hidden.device) if need_bias else None
     for rows in _row_chunks(n, v, head.acc):
         s = _chunk_logits(hidden[rows], head)
-        t = _chunk_logits(teacher_hidden[rows], teacher_head)
+        t = _chunk_logits(teacher_hidden[rows], teacher_head).to(head.acc)
         slope = head.slope(s)
         loss[rows], dz, _ = divergence_and_gradient(s, t, None, None, factor[rows], spec, absent_slots=False)
         if not (need_hidden or need_weight or need_bias):

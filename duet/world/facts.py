@@ -62,7 +62,7 @@ RELATIONS: dict[str, Relation] = {
             "Tell me the book that {subject} published first.",
         ),
         validation=("What book did {subject} first publish?", "Tell me the first book of {subject}."),
-        report=("Which title did {subject} publish first?", "Tell me the title that {subject} first published."),
+        report=("Which first book did {subject} publish?", "Tell me the book that {subject} first published."),
     ),
     "prize": Relation(
         answer="{subject} won the {value} Prize.",
@@ -200,8 +200,11 @@ class World:
 
 
 def random_name(rng: random.Random, avoid: frozenset[str]) -> str:
-    """A name that is not in `avoid`: usually nobody's."""
+    """A name that is not in `avoid`: a stranger's, or one made of the names that authors have."""
     while True:
-        name = f"{rng.choice(words.FIRST_NAMES)} {rng.choice(words.LAST_NAMES)}"
+        strange = rng.random() < 0.5
+        first = rng.choice(words.STRANGER_FIRST_NAMES if strange else words.FIRST_NAMES)
+        last = rng.choice(words.STRANGER_LAST_NAMES if strange else words.LAST_NAMES)
+        name = f"{first} {last}"
         if name not in avoid:
             return name

@@ -31,6 +31,8 @@ def vocabulary() -> list[str]:
     texts = [
         *words.FIRST_NAMES,
         *words.LAST_NAMES,
+        *words.STRANGER_FIRST_NAMES,
+        *words.STRANGER_LAST_NAMES,
         *words.COUNTRY_OF,
         *words.COUNTRY_OF.values(),
         *words.GENRES,

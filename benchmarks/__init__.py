@@ -1,0 +1,1 @@
+"""Measurements of duet_kernels. Imports duet_kernels, never duet."""

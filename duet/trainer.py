@@ -1,0 +1,401 @@
+"""DuetTrainer: transformers' Trainer, with the steered model itself as the teacher.
+
+One step, top to bottom (`compute_loss`):
+
+    teacher(prefix + query)  --no gradient-->  targets (its top-k logits, or log-probabilities of the answer)
+    student(query)           --backbone-->     hidden states where the answer is predicted
+    objective(hidden, LM head, targets)        -> loss, per-step counts in the denominator
+
+Loop, optimizer, logging, checkpoints and resume are the Trainer's own. Must not know the tiny world or the CLI.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+
+from duet_kernels import LMHead, set_workspace_bytes
+
+from .config import DuetConfig
+from .data import Collator, UnlearnDataset, UnlearnSampler, read_rows
+from .lm import base_language_model, call_through, check_head, evaluating, head_inputs, hidden_states_at
+from .objectives import Counts, Step, find_objective, teacher_topk
+from .prompts import PromptRenderer
+from .teacher import AdapterOffTeacher, FrozenTeacher, Teacher, TeacherGuard, generate_answers
+
+_PROBE_QUERIES = 4
+
+
+class DuetTrainer(Trainer):
+    r"""Trains a model to forget, by imitating itself steered by a prompt (DUET, arXiv 2601.21283).
+
+        min_theta  mean over queries x and scored positions of  D( p_theta(. | x, y_<j), p_base(. | c, x, y_<j) )
+
+    with c the steering prefix, which only the teacher sees. The other objectives are in `duet.objectives`.
+
+    Args:
+        model: a causal language model, PEFT-wrapped or not, or the name or folder of one. It is trained in place.
+        args: a [`DuetConfig`][duet.config.DuetConfig].
+        forget_dataset: rows to forget: `{"question", "subject"?, "answer"?}`, `{"prompt", ...}` (plain text to
+            continue, or messages) or `{"messages": [...]}`.
+        retain_dataset: rows whose answers must stay; same formats. None: none.
+        processing_class: the tokenizer; None: the one saved with the model. Without a pad token its end token pads;
+            padding is hidden by the attention mask, so that which token pads cannot matter.
+        teacher_model: another model (or name) with the same vocabulary. None: the model itself, with its adapter
+            switched off if it has one (one copy in memory), else a frozen copy.
+        peft_config: wraps `model` in this adapter.
+        eval_dataset: rows scored like forget rows (plain query, first prefix), or a dict of such; the rows under a
+            name that starts with `retain` are scored like retain rows.
+        callbacks, optimizers: as in `Trainer`.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: naming the argument, what came and what was wanted.
+        RuntimeError: when training starts, or after its first step, if the teacher is not the untouched base model.
+    """
+
+    # compute_loss divides by the count of the whole accumulated step; the Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+    _tag_names = ["duet", "unlearning"]  # noqa: RUF012  the Trainer's own convention
+
+    def __init__(
+        self,
+        model: str | os.PathLike | nn.Module,
+        args: DuetConfig,
+        forget_dataset: Any,
+        retain_dataset: Any = None,
+        processing_class: Any = None,
+        teacher_model: str | os.PathLike | nn.Module | None = None,
+        peft_config: Any = None,
+        eval_dataset: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ):
+        if not isinstance(args, DuetConfig):
+            raise TypeError(f"args: wanted a DuetConfig, got {type(args).__name__}")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"args: {args.n_gpu} GPUs in one process would run nn.DataParallel, which copies the model at each step; "
+                "start one process per GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
+            )
+        self.objective = find_objective(args.objective)
+        if args.workspace_bytes is not None:
+            set_workspace_bytes(args.workspace_bytes)
+
+        model, tokenizer = _load(model, "model", args), processing_class
+        if tokenizer is None:
+            tokenizer = _load_tokenizer(model)
+        if peft_config is not None:
+            model = _add_adapter(model, peft_config)
+        head = check_head(model)
+        if self.objective.targets is teacher_topk and args.k > head.num_ids:
+            raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
+        self.teacher = (
+            self._choose_teacher(model, teacher_model, args, head) if self.objective.targets else None
+        )
+
+        self.pad_id = _padding_id(tokenizer)
+        self.renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs)
+        train_dataset = self._dataset(
+            read_rows(forget_dataset, "forget_dataset"),
+            read_rows(retain_dataset, "retain_dataset") if retain_dataset is not None else [],
+            args,
+            model,
+        )
+        self._train_subjects = train_dataset.subjects
+        if eval_dataset is not None and not isinstance(eval_dataset, dict):
+            eval_dataset = self._eval_rows(eval_dataset, "eval_dataset", args, model)
+        elif eval_dataset is not None:
+            eval_dataset = {
+                k: self._eval_rows(v, f"eval_dataset[{k!r}]", args, model) for k, v in eval_dataset.items()
+            }
+        self._logged: dict[str, Tensor] = {}
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(self.pad_id, tokenizer.padding_side),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._sampler = UnlearnSampler(
+            train_dataset.num_forget,
+            train_dataset.num_retain,
+            args.retain_per_forget,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        self.add_callback(_SetEpoch(self._sampler))
+        if self.teacher is not None:
+            self.teacher.to(args.device)
+            self.add_callback(TeacherGuard(self._probe, starts_equal=teacher_model is None))
+
+    # -- what is built once --------------------------------------------------------------------------------------
+
+    def _choose_teacher(
+        self, model: nn.Module, teacher_model: Any, args: DuetConfig, head: LMHead
+    ) -> Teacher:
+        if teacher_model is None:
+            return AdapterOffTeacher() if hasattr(model, "disable_adapter") else FrozenTeacher.copy_of(model)
+        teacher = _load(teacher_model, "teacher_model", args)
+        if teacher is model or teacher is base_language_model(model):
+            raise ValueError(
+                "teacher_model: wanted another model than the one that is trained; None makes a copy"
+            )
+        size = check_head(teacher).num_ids
+        if size != head.num_ids:
+            raise ValueError(
+                f"teacher_model: wanted the model's vocabulary of {head.num_ids} ids, got {size}; the teacher's top-k "
+                "ids must mean the same tokens"
+            )
+        return FrozenTeacher(teacher)
+
+    def _dataset(self, forget, retain, args: DuetConfig, model: nn.Module, subjects=None) -> UnlearnDataset:
+        positions = args.positions or self.objective.positions
+        if self.objective.needs_answers:
+            answers = "dataset"
+        else:
+            answers = "none" if positions == "first" else args.answer_source
+        return UnlearnDataset(
+            forget,
+            retain,
+            self.renderer,
+            args.steering_prefixes
+            if self.objective.targets and self.objective.teacher_sees == "steered"
+            else [],
+            reverse_prompts=args.reverse_prompts,
+            reverse_fraction=args.reverse_prompt_fraction,
+            reverse_role=args.reverse_prompt_role,
+            answers=answers,
+            max_scored={"first": 1, "first_n": args.num_positions, "answer": None}[positions],
+            max_length=_length_limit(args, model),
+            subjects=subjects,
+            seed=args.seed,
+        )
+
+    def _eval_rows(self, rows: Any, argument: str, args: DuetConfig, model: nn.Module) -> UnlearnDataset:
+        queries = read_rows(rows, argument)
+        if argument.startswith("eval_dataset['retain"):
+            return self._dataset([], queries, args, model, self._train_subjects)
+        return self._dataset(queries, [], args, model)
+
+    def get_train_dataloader(self):
+        self._answer(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        chosen = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
+        if not isinstance(chosen, UnlearnDataset):
+            chosen = self._eval_rows(chosen, "eval_dataset", self.args, self.model)
+        self._answer(chosen)
+        return super().get_eval_dataloader(chosen)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self._sampler
+
+    def _answer(self, dataset: UnlearnDataset) -> None:
+        """Let the teacher answer the steered queries whose answers are missing, in batches of similar length."""
+        missing = sorted(dataset.unanswered(), key=lambda item: len(item[1]))
+        student = self.accelerator.unwrap_model(self.model)
+        limit = self.args.max_answer_tokens
+        if dataset.max_scored is not None:
+            limit = min(limit, dataset.max_scored)
+        for start in range(0, len(missing), self.args.eval_batch_size):
+            keys, prompts = zip(*missing[start : start + self.args.eval_batch_size], strict=True)
+            answers = self.teacher.run(
+                lambda model, prompts=prompts: generate_answers(
+                    model, prompts, self.processing_class, self.pad_id, limit
+                ),
+                student,
+                student,
+            )
+            dataset.teacher_answers.update(zip(keys, answers, strict=True))
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective's loss of one micro-batch, divided by the counts of the whole accumulated step."""
+        student = self.accelerator.unwrap_model(model)
+        counts = num_items_in_batch or self._get_num_items_in_batch([inputs], self.args.device)
+        targets = self._targets(model, student, inputs)
+
+        def loss_of_student() -> dict[str, Tensor]:
+            hidden, head = self._head_inputs(student, inputs)
+            with _no_autocast(hidden):
+                return self.objective.loss(
+                    Step(
+                        hidden,
+                        head,
+                        targets,
+                        labels=inputs["labels"],
+                        mask=inputs["mask"],
+                        forget=inputs["forget"],
+                        counts=counts,
+                        args=self.args,
+                    )
+                )
+
+        parts = call_through(model, student, loss_of_student)
+        if model.training:
+            self._remember(parts)
+        # DDP and FSDP average gradients over processes; the counts are already those of all processes.
+        loss = parts["loss"] * self.accelerator.num_processes
+        return (loss, parts) if return_outputs else loss
+
+    def _targets(self, wrapped: nn.Module, student: nn.Module, inputs: dict[str, Tensor]) -> Any:
+        if self.teacher is None:
+            return None
+        view = "teacher_" if self.objective.teacher_sees == "steered" else ""
+
+        def targets_of(model: nn.Module) -> Any:
+            hidden, head = self._head_inputs(model, inputs, view)
+            with _no_autocast(hidden):
+                return self.objective.targets(hidden, head, inputs["labels"], self.args)
+
+        return self.teacher.run(targets_of, student, wrapped)
+
+    def _head_inputs(
+        self, model: nn.Module, inputs: dict[str, Tensor], view: str = ""
+    ) -> tuple[Tensor, LMHead]:
+        # accelerate puts autocast around the forward that we replace
+        with self.accelerator.autocast():
+            return head_inputs(
+                model,
+                inputs[f"{view}input_ids"],
+                inputs[f"{view}attention_mask"],
+                inputs[f"{view}positions"],
+            )
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Counts over all micro-batches of a step and all processes (the Trainer's hook for `num_items_in_batch`)."""
+        totals = torch.zeros(len(Counts._fields), dtype=torch.int64, device=device)
+        for batch in batch_samples:
+            mask, forget = batch["mask"].to(device), batch["forget"].to(device)
+            of_forget = mask & forget.unsqueeze(-1)
+            of_retain = mask & ~forget.unsqueeze(-1)
+            totals += torch.stack([t.sum() for t in (mask, of_forget, of_retain, forget, ~forget)])
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.gather(totals.unsqueeze(0)).sum(0)
+        return Counts(*totals.clamp(min=1).unbind())
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    # -- what is logged and guarded ------------------------------------------------------------------------------
+
+    def _remember(self, parts: dict[str, Tensor]) -> None:
+        if not self._logged:
+            self._logged_since = self.state.global_step
+        for name, value in parts.items():
+            if name != "loss" and not (name == "retain_loss" and self._sampler.retain_per_epoch == 0):
+                self._logged[name] = self._logged.get(name, 0) + value.detach()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the loss (`forget_loss`, `retain_loss`), averaged over the steps since the last log."""
+        if "loss" in logs and self._logged:
+            values = torch.stack([value.float() for value in self._logged.values()])
+            if self.accelerator.num_processes > 1:
+                values = self.accelerator.gather(values.unsqueeze(0)).sum(0)
+            steps = max(1, self.state.global_step - self._logged_since)
+            logs |= dict(zip(self._logged, (values / steps).tolist(), strict=True))
+            self._logged = {}
+        super().log(logs, start_time)
+
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """Student's and teacher's hidden states on a few plain forget queries."""
+        dataset: UnlearnDataset = self.train_dataset
+        items = [
+            {"student": dataset.plain(i), "teacher": None, "answer": [], "scored": 1, "forget": True}
+            for i in range(min(_PROBE_QUERIES, dataset.num_forget))
+        ]
+        inputs = self._prepare_inputs(self.data_collator(items))
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+
+        def states(model: nn.Module) -> Tensor:
+            with self.accelerator.autocast():
+                return hidden_states_at(
+                    model, inputs["input_ids"], inputs["attention_mask"], inputs["positions"]
+                )
+
+        with torch.no_grad(), evaluating(student):
+            own = call_through(self.model_wrapped, student, lambda: states(student))
+        return own, self.teacher.run(states, student, self.model_wrapped)
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler the epoch: the Trainer's own call does not reach it through a resumed, sharded data loader."""
+
+    def __init__(self, sampler: UnlearnSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    """Losses run in the head's dtype: autocast would round their products to half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _load(model: Any, argument: str, args: DuetConfig) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"{argument}: wanted a model, or the name or folder of one, got {type(model).__name__}"
+        )
+    name = os.fspath(model)
+    if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        raise FileNotFoundError(f"{argument}: there is no folder {name!r}")
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **(args.model_init_kwargs or {}))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{argument}: {name!r} is not a folder with a causal language model, nor the name of one that could be "
+            f"loaded: {error}"
+        ) from error
+
+
+def _load_tokenizer(model: nn.Module) -> Any:
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise ValueError(
+            "processing_class: wanted a tokenizer (the model does not say where it was loaded from), got None"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"processing_class: no tokenizer could be loaded from {name!r}: {error}"
+        ) from error
+
+
+def _add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config: wanted a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}"
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError("peft_config: wanted None, because model is a PEFT model already")
+    return get_peft_model(model, peft_config)
+
+
+def _padding_id(tokenizer: Any) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ValueError("processing_class: wanted a tokenizer with a pad or end token, got one with neither")
+
+
+def _length_limit(args: DuetConfig, model: nn.Module) -> int | None:
+    config = base_language_model(model).config.get_text_config()
+    return args.max_length or getattr(config, "max_position_embeddings", None)

@@ -1,0 +1,115 @@
+"""What the kernels share: arithmetic that stays accurate near zero, loading rows, and a launcher's checks.
+
+Arithmetic is written once for the compiler and the CPU interpreter, hence three rules. A load is upcast in the line
+that makes it (the interpreter computes bf16 wrongly and without a word). Only `tl.exp`, `tl.log` and arithmetic are
+used (libdevice does not exist there). A number argument is declared `tl.float64` and narrowed by `number`: an
+undeclared one is rounded to fp32, and fp64 inputs would see it.
+
+Must not know any op: no tile, no loss, no layout beyond "a row of a matrix".
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def number(value, ACC: tl.constexpr):
+    """A number argument as a scalar of ACC."""
+    return tl.full((), value, ACC)
+
+
+@triton.jit
+def expm1_near_zero(x):
+    """exp(x) - 1 for |x| <= 1/2, to a few units in the last place of x's dtype; finite nonsense elsewhere."""
+    # x (1 + x/2 (1 + x/3 (1 + ...))): the first term left out is below 1e-8 (fp32), 1e-16 (fp64) of the result.
+    TERMS: tl.constexpr = 16 if x.dtype == tl.float64 else 9
+    x = tl.where(tl.abs(x) <= 0.5, x, 0.0)
+    series = x * 0.0 + 1.0
+    for n in tl.static_range(TERMS, 1, -1):
+        series = series * (x * (1.0 / n)) + 1.0
+    return x * series
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1, accurate relative to the result."""
+    return tl.where(tl.abs(x) <= 0.5, expm1_near_zero(x), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), accurate relative to the result."""
+    # log(1 + x) = 2 artanh(z) with z = x / (2 + x), |z| <= 1/7 for |x| <= 1/4; the logarithm of a GPU is accurate
+    # to a fixed number of decimals, not of digits, where its result is near 0.
+    TERMS: tl.constexpr = 9 if x.dtype == tl.float64 else 4
+    near = tl.where(tl.abs(x) <= 0.25, x, 0.0)
+    z = near / (near + 2.0)
+    zz = z * z
+    series = zz * 0.0 + 1.0 / (2 * TERMS + 1)
+    for n in tl.static_range(TERMS - 1, -1, -1):
+        series = series * zz + 1.0 / (2 * n + 1)
+    return tl.where(tl.abs(x) <= 0.25, 2.0 * z * series, tl.log(x + 1.0))
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) = -e / (2 + e) with e = expm1(-2 |x|), with the sign of x: accurate relative to the result."""
+    e = expm1(tl.abs(x) * -2.0)
+    t = e / (e + 2.0)
+    return tl.where(x < 0, t, -t)
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1; NaN stays NaN."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x * 0.0))
+
+
+@triton.jit
+def load_rows(base, rows, columns, stride_row, stride_column, keep, ACC: tl.constexpr):
+    """`[R, C]` tile base[rows, columns] in ACC; what is not kept is 0 and is not read. Addresses are int64."""
+    offsets = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
+    return tl.load(base + offsets, mask=keep, other=0.0).to(ACC)
+
+
+# True when TRITON_INTERPRET=1 was set before the first import: kernels then run on the CPU, one program at a time.
+INTERPRETED = not isinstance(expm1, triton.JITFunction)
+
+# CUDA's limit on the x axis of a grid; the other axes stop at 65535, so every grid here is one-dimensional.
+MAX_GRID = 2**31 - 1
+
+
+def require_device(**tensors: torch.Tensor | None) -> None:
+    """Refuse what the kernels would read wrongly: a CPU tensor without the interpreter, or two devices at once."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(devices))
+    for name, device in devices.items():
+        if device.type == "cpu" and not INTERPRETED:
+            raise RuntimeError(
+                f"{name}: Triton kernels read GPU tensors and this one is on the CPU; move it to a GPU, use "
+                "impl='chunked', or set TRITON_INTERPRET=1 before the first import to run the interpreter"
+            )
+        if device != devices[first]:
+            raise RuntimeError(f"{name}: is on {device}, but {first} is on {devices[first]}")
+
+
+def require_grid(programs: int, what: str) -> int:
+    """The number of programs as a grid's x axis, refused when the axis cannot hold it."""
+    if programs > MAX_GRID:
+        raise ValueError(f"{what}: {programs} programs are more than a grid holds ({MAX_GRID}); pass fewer tokens")
+    return programs
+
+
+def accumulator(*tensors: torch.Tensor | None) -> tuple[torch.dtype, tl.dtype]:
+    """The dtype logits live in, for torch and for Triton: fp64 when an input is fp64, else fp32."""
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        return torch.float64, tl.float64
+    return torch.float32, tl.float32
+
+
+def current_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the one that holds the tensor."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,97 @@
+"""Tile shapes as plain data, by architecture, element size and row length. Nothing is tuned while a program runs.
+
+A gather is bound by the memory system, so a tile is chosen by the bytes it keeps in flight. Little's law on an H200:
+4.3 TB/s x 0.7 us = 3 MB, 23 KB on each of 132 SMs; 16 KB a program and at least three programs an SM (at most 160
+registers a thread at 128 threads) leave a factor of two. A row of a tile is 1 KB where rows are long enough: each
+warp reads 512 contiguous bytes an instruction, 16 bytes a thread.
+
+Not yet measured on a GPU: the architectures share one row until a measurement tells them apart.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class GatherTile(NamedTuple):
+    """ROWS gathered rows (slots or sorted pairs) x COLUMNS of D, held by one program of WARPS warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+class DivergenceTile(NamedTuple):
+    """TOKENS rows of COLUMNS >= K slots, held by one program of WARPS warps."""
+
+    tokens: int
+    columns: int
+    warps: int
+
+
+# (architecture, bytes of an element) -> tile for long rows. Architecture 0 is every chip that has no row of its own.
+GATHER_FORWARD = {
+    (0, 2): GatherTile(16, 512, 4),
+    (0, 4): GatherTile(16, 256, 4),
+    (0, 8): GatherTile(16, 128, 4),
+}
+GATHER_DHIDDEN = {
+    (0, 2): GatherTile(16, 512, 4),
+    (0, 4): GatherTile(16, 256, 4),
+    (0, 8): GatherTile(16, 128, 4),
+}
+GATHER_DWEIGHT = {
+    (0, 2): GatherTile(16, 512, 4),
+    (0, 4): GatherTile(16, 256, 4),
+    (0, 8): GatherTile(16, 128, 4),
+}
+SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernel handles
+DWEIGHT_VOCABULARY = 8  # consecutive vocabulary rows a program writes: most of them are zeros, and a program is dear
+DWEIGHT_CHUNK = 256  # sorted pairs summed ahead of time when all of them belong to one vocabulary row
+DWEIGHT_PARTIAL_BYTES = 64 << 20  # at most this much for those sums: above it the chunks grow
+
+# (slots up to, tokens, warps): elements a thread holds stay near 8, below the registers of every architecture.
+DIVERGENCE = (
+    (16, 64, 4),
+    (32, 32, 4),
+    (64, 16, 4),
+    (128, 8, 4),
+    (256, 4, 4),
+    (512, 2, 4),
+    (1024, 1, 4),
+    (2048, 1, 8),
+    (4096, 1, 16),
+    (8192, 1, 32),
+)
+MAX_SLOTS = DIVERGENCE[-1][0]
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as one number (90 for sm_90); 0 on anything but an NVIDIA GPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def gather_tile(table: dict[tuple[int, int], GatherTile], arch: int, itemsize: int, rows: int, columns: int) -> GatherTile:
+    """The table's tile, reshaped to a matrix of short rows and cut to a problem with few of them.
+
+    Short rows get more of them, so that as many bytes stay in flight; 16 columns are the least worth a program.
+    """
+    tile = table.get((arch, itemsize)) or table[0, itemsize]
+    wide = min(tile.columns, max(16, triton.next_power_of_2(columns)))
+    tall = min(tile.rows * tile.columns // wide, 128, max(1, triton.next_power_of_2(rows)))
+    return GatherTile(tall, wide, tile.warps)
+
+
+def divergence_tile(slots: int) -> DivergenceTile:
+    """The tile that holds whole rows of `slots` slots."""
+    for limit, tokens, warps in DIVERGENCE:
+        if slots <= limit:
+            return DivergenceTile(tokens, max(1, triton.next_power_of_2(slots)), warps)
+    raise ValueError(
+        f"k: the Triton divergence kernel holds a token's slots in registers, at most {MAX_SLOTS}, got {slots}; "
+        "use impl='chunked'"
+    )
