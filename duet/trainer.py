@@ -51,13 +51,12 @@ class DuetTrainer(Trainer):
         callbacks, optimizers: as in `Trainer`.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: naming the argument, what came and what was wanted.
+        TypeError, ValueError, OSError: naming the argument, what came and what was wanted.
         RuntimeError: when training starts, or after its first step, if the teacher is not the untouched base model.
     """
 
     # compute_loss divides by the count of the whole accumulated step; the Trainer must not divide again.
     loss_is_scaled_for_ga = True
-    _tag_names = ["duet", "unlearning"]  # noqa: RUF012  the Trainer's own convention
 
     def __init__(
         self,
@@ -80,36 +79,36 @@ class DuetTrainer(Trainer):
                 "start one process per GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
             )
         self.objective = find_objective(args.objective)
+        if self.objective.targets is None and teacher_model is not None:
+            raise ValueError(f"teacher_model: wanted None, because objective {args.objective!r} has no teacher")
         if args.workspace_bytes is not None:
             set_workspace_bytes(args.workspace_bytes)
+        _check_output_dir(args.output_dir)
+        forget = read_rows(forget_dataset, "forget_dataset")  # cheap: before a large model is loaded
+        retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
 
-        model, tokenizer = _load(model, "model", args), processing_class
-        if tokenizer is None:
-            tokenizer = _load_tokenizer(model)
+        model = _load(model, "model", args)
+        tokenizer = _load_tokenizer(model) if processing_class is None else processing_class
+        self.pad_id = _padding_id(tokenizer)
         if peft_config is not None:
             model = _add_adapter(model, peft_config)
         head = check_head(model)
         if self.objective.targets is teacher_topk and args.k > head.num_ids:
             raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
-        self.teacher = (
-            self._choose_teacher(model, teacher_model, args, head) if self.objective.targets else None
-        )
 
-        self.pad_id = _padding_id(tokenizer)
         self.renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs)
-        train_dataset = self._dataset(
-            read_rows(forget_dataset, "forget_dataset"),
-            read_rows(retain_dataset, "retain_dataset") if retain_dataset is not None else [],
-            args,
-            model,
-        )
+        train_dataset = self._dataset(forget, retain, args, model)
         self._train_subjects = train_dataset.subjects
-        if eval_dataset is not None and not isinstance(eval_dataset, dict):
-            eval_dataset = self._eval_rows(eval_dataset, "eval_dataset", args, model)
-        elif eval_dataset is not None:
+        if isinstance(eval_dataset, dict):
             eval_dataset = {
-                k: self._eval_rows(v, f"eval_dataset[{k!r}]", args, model) for k, v in eval_dataset.items()
+                name: self._eval_rows(rows, f"eval_dataset[{name!r}]", args, model)
+                for name, rows in eval_dataset.items()
             }
+        elif eval_dataset is not None:
+            eval_dataset = self._eval_rows(eval_dataset, "eval_dataset", args, model)
+        self.teacher = (
+            None if self.objective.targets is None else self._choose_teacher(model, teacher_model, args, head)
+        )
         self._logged: dict[str, Tensor] = {}
 
         super().__init__(
@@ -342,6 +341,16 @@ class _SetEpoch(TrainerCallback):
 def _no_autocast(tensor: Tensor) -> torch.autocast:
     """Losses run in the head's dtype: autocast would round their products to half precision."""
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _check_output_dir(path: str) -> None:
+    """Found out now rather than at the first checkpoint."""
+    while not os.path.exists(path):  # the nearest folder that is there decides
+        path = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(path):
+        raise NotADirectoryError(f"output_dir: wanted a folder, but {path!r} is a file")
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"output_dir: wanted a folder that can be written to, but {path!r} cannot")
 
 
 def _load(model: Any, argument: str, args: DuetConfig) -> nn.Module:

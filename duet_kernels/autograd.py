@@ -6,13 +6,31 @@ absent results are empty tensors, because an op cannot return None. Triton is im
 """
 # No `from __future__ import annotations` here: torch.library reads the annotations to write the op's schema.
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import chunked, rowwise
 from .chunked import Projection
-from .dispatch import acc_dtype
+from .dispatch import acc_dtype, exact_dtypes
 from .divergence import Divergence
+
+
+def _custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """A pure op whose body computes in the dtypes it chose: autocast would turn its fp32 products into bf16."""
+
+    def register(body: Callable[..., Any]) -> Any:
+        @functools.wraps(body)  # keeps the annotations that the schema is read from
+        def exact(first: Tensor, *args: Any) -> Any:
+            with exact_dtypes(first.device):
+                return body(first, *args)
+
+        return torch.library.custom_op(f"duet_kernels::{name}", exact, mutates_args=())
+
+    return register
 
 
 def _empty(like: Tensor, wanted: bool = False) -> Tensor:
@@ -31,7 +49,7 @@ def _wanted(gradient: Tensor, needed: bool) -> Tensor | None:
 # --- linear_topk: a selection, without a gradient --------------------------------------------------------------
 
 
-@torch.library.custom_op("duet_kernels::linear_topk", mutates_args=())
+@_custom_op("linear_topk")
 def linear_topk(
     hidden: Tensor,
     weight: Tensor,
@@ -54,7 +72,7 @@ def _(hidden, weight, bias, softcap, scale, k, temperature, impl):
 # --- linear_gather: logits at given ids ------------------------------------------------------------------------
 
 
-@torch.library.custom_op("duet_kernels::linear_gather", mutates_args=())
+@_custom_op("linear_gather")
 def linear_gather(
     hidden: Tensor,
     weight: Tensor,
@@ -76,7 +94,7 @@ def _(hidden, weight, bias, indices, softcap, scale, impl):
     return hidden.new_empty(indices.shape, dtype=acc_dtype(hidden.dtype))
 
 
-@torch.library.custom_op("duet_kernels::linear_gather_backward", mutates_args=())
+@_custom_op("linear_gather_backward")
 def linear_gather_backward(
     grad: Tensor,
     values: Tensor,
@@ -144,7 +162,7 @@ linear_gather.register_autograd(_linear_gather_gradient, setup_context=_linear_g
 # --- complement_and_values: the log-sum-exp without the ids, and the logits at the ids -------------------------
 
 
-@torch.library.custom_op("duet_kernels::complement_and_values", mutates_args=())
+@_custom_op("complement_and_values")
 def complement_and_values(
     hidden: Tensor,
     weight: Tensor,
@@ -166,7 +184,7 @@ def _(hidden, weight, bias, indices, softcap, scale, temperature, with_gradient,
     return tail, tail.new_empty(indices.shape), tail.new_empty(hidden.shape if with_gradient else (0,))
 
 
-@torch.library.custom_op("duet_kernels::complement_and_values_backward", mutates_args=())
+@_custom_op("complement_and_values_backward")
 def complement_and_values_backward(
     grad_tail: Tensor,
     grad_values: Tensor,
@@ -261,7 +279,7 @@ complement_and_values.register_autograd(_complement_gradient, setup_context=_com
 # --- topk_divergence: the loss of each row, its gradient made on the way ---------------------------------------
 
 
-@torch.library.custom_op("duet_kernels::topk_divergence", mutates_args=())
+@_custom_op("topk_divergence")
 def topk_divergence(
     student: Tensor,
     teacher: Tensor,
@@ -334,7 +352,7 @@ topk_divergence.register_autograd(_topk_divergence_gradient, setup_context=_topk
 # --- linear_divergence: the dense loss from both hidden states -------------------------------------------------
 
 
-@torch.library.custom_op("duet_kernels::linear_divergence", mutates_args=())
+@_custom_op("linear_divergence")
 def linear_divergence(
     hidden: Tensor,
     weight: Tensor,
@@ -402,17 +420,20 @@ def _(
     need_bias,
     impl,
 ):
+    acc = acc_dtype(hidden.dtype)
+    out = acc if hidden.dtype == torch.float16 else hidden.dtype
     return (
-        hidden.new_empty(() if reduce else hidden.shape[:1], dtype=acc_dtype(hidden.dtype)),
-        _empty(hidden, need_hidden),
-        _empty(weight, need_weight),
-        weight.new_empty(weight.shape[0] if need_bias else 0),
+        hidden.new_empty(() if reduce else hidden.shape[:1], dtype=acc),
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=out if need_hidden else None),
+        weight.new_empty(weight.shape if need_weight else (0,), dtype=out if need_weight else None),
+        weight.new_empty(weight.shape[0] if need_bias else 0, dtype=out if need_bias else None),
     )
 
 
 def _linear_divergence_context(ctx, inputs, output):
     hidden, weight, bias, softcap, scale, t_hidden, t_weight, t_bias, t_softcap, t_scale, factor = inputs[:11]
     *ctx.options, ctx.reduce, _, _, _, ctx.impl = inputs[11:]
+    ctx.dtype = hidden.dtype
     ctx.projections = softcap, scale, t_softcap, t_scale
     if ctx.reduce:
         ctx.save_for_backward(*output[1:])
@@ -421,15 +442,22 @@ def _linear_divergence_context(ctx, inputs, output):
 
 
 def _linear_divergence_gradient(ctx, grad, *_):
+    if torch.is_grad_enabled():
+        # The gradient was made in the forward pass; differentiating it again would leave out what it depends on.
+        raise RuntimeError(
+            "linear_distill_loss with k=None has no second derivative (create_graph=True); use impl='reference'"
+        )
     need = ctx.needs_input_grad[:3]
     if ctx.reduce:
-        gradients = [g * grad.to(g.dtype) for g in ctx.saved_tensors]
+        gradients = [g * grad for g in ctx.saved_tensors]
     else:
         hidden, weight, bias, t_hidden, t_weight, t_bias, factor = ctx.saved_tensors
         softcap, scale, t_softcap, t_scale = ctx.projections
-        student, teacher = (hidden, weight, bias, softcap, scale), (t_hidden, t_weight, t_bias, t_softcap, t_scale)
-        gradients = linear_divergence(*student, *teacher, factor * grad, *ctx.options, True, *need, ctx.impl)[1:]
-    return *map(_wanted, gradients, need), *[None] * 17
+        student = hidden, weight, bias, softcap, scale
+        teacher = t_hidden, t_weight, t_bias, t_softcap, t_scale
+        factor = factor * grad
+        _, *gradients = linear_divergence(*student, *teacher, factor, *ctx.options, True, *need, ctx.impl)
+    return *(g.to(ctx.dtype) if needed else None for g, needed in zip(gradients, need, strict=True)), *[None] * 17
 
 
 linear_divergence.register_autograd(_linear_divergence_gradient, setup_context=_linear_divergence_context)
@@ -438,7 +466,7 @@ linear_divergence.register_autograd(_linear_divergence_gradient, setup_context=_
 # --- token_stats: one pass, without a gradient -----------------------------------------------------------------
 
 
-@torch.library.custom_op("duet_kernels::token_stats", mutates_args=())
+@_custom_op("token_stats")
 def token_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:

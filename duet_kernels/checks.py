@@ -65,20 +65,26 @@ def flatten_ids(
         wanted = list(lead) if per_token else [*lead, "K"]
         raise ValueError(f"{name}: wanted shape {wanted} to match the hidden states, got {list(ids.shape)}")
     flat = ids.reshape(math.prod(lead), *(() if per_token else ids.shape[-1:])).long()
-    check_id_range(name, flat, num_ids, ignore_index)
-    return flat
+    if check_id_range(name, flat, num_ids, ignore_index):
+        return flat
+    # Unchecked: below 0 means an absent slot further on, so a negative id becomes one that is too large, which is NaN.
+    known = flat >= 0 if ignore_index is None else (flat >= 0) | (flat == ignore_index)
+    return flat.where(known, num_ids)
 
 
-def check_id_range(name: str, ids: Tensor, num_ids: int, ignore_index: int | None = None) -> None:
-    """Refuse ids outside the vocabulary on a CPU. On a GPU the look would be a synchronisation: NaN answers."""
-    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
-        return
+def check_id_range(name: str, ids: Tensor, num_ids: int, ignore_index: int | None = None) -> bool:
+    """Refuse ids outside the vocabulary on a CPU. False: nobody looked (on a GPU that would be a synchronisation)."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if ids.numel() == 0:
+        return True
     if ignore_index is not None:
         ids = ids.where(ids != ignore_index, 0)
     low, high = torch.aminmax(ids)
     if low < 0 or high >= num_ids:
         also = "" if ignore_index is None else f" or ignore_index={ignore_index}"
         raise ValueError(f"{name}: wanted ids in [0, {num_ids}){also}, got {int(low if low < 0 else high)}")
+    return True
 
 
 def check_topk(

@@ -216,6 +216,7 @@ def complement_and_values(
         if with_gradient:
             total = running.sum.masked_fill(running.sum == 0, 1)  # nothing left over: no gradient
             dtail[rows].div_(total[:, None] * temperature)
+    tail.masked_fill_((indices >= head.weight.shape[0]).any(1), torch.nan)
     return tail, _mark_ids(values, indices, head), dtail
 
 
@@ -443,11 +444,15 @@ def linear_divergence(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(`[N]` factor * loss over the whole vocabulary, dh, dW, db of its sum)."""
+    """(`[N]` factor * loss over the whole vocabulary, dh, dW, db of its sum).
+
+    Gradients of fp16 inputs stay in fp32: the upstream factor, a loss scale perhaps, comes after they are made.
+    """
     n, d = hidden.shape
     v = head.weight.shape[0]
+    out = head.acc if hidden.dtype == torch.float16 else hidden.dtype
     loss = torch.empty(n, dtype=head.acc, device=hidden.device)
-    dhidden = torch.empty_like(hidden) if need_hidden else None
+    dhidden = torch.empty(n, d, dtype=out, device=hidden.device) if need_hidden else None
     dweight = torch.zeros(v, d, dtype=head.acc, device=hidden.device) if need_weight else None
     dbias = torch.zeros(v, dtype=head.acc, device=hidden.device) if need_bias else None
     for rows in _row_chunks(n, v, head.acc):
@@ -467,8 +472,8 @@ def linear_divergence(
     return (
         loss,
         dhidden,
-        None if dweight is None else dweight.to(head.weight.dtype),
-        None if dbias is None else dbias.to(head.weight.dtype),
+        None if dweight is None else dweight.to(out),
+        None if dbias is None else dbias.to(out),
     )
 
 

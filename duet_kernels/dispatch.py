@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -27,6 +29,13 @@ TRITON_OPS = ("linear_gather", "topk_distill_loss")
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which logits live: fp64 for fp64, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exact_dtypes(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off: a room that chose its dtypes gets them, also inside a caller's `torch.autocast`."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 
 RAW = ("huber", "mse", "l1")
 DISTRIBUTION = ("forward_kl", "reverse_kl", "jsd", "tvd")
@@ -16,6 +17,10 @@ def unknown(argument: str, value: object, known: tuple[str, ...]) -> ValueError:
     near = difflib.get_close_matches(str(value), known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return ValueError(f"{argument}: wanted one of {', '.join(known)}, got {value!r}{hint}")
+
+
+def is_finite_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +39,8 @@ class Divergence:
     ) -> Divergence:
         if name not in RAW + DISTRIBUTION:
             raise unknown("divergence", name, RAW + DISTRIBUTION)
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature: wanted a finite number > 0, got {temperature}")
+        if not is_finite_number(temperature) or temperature <= 0:
+            raise ValueError(f"temperature: wanted a finite number > 0, got {temperature!r}")
         if name in RAW:
             if normalization is not None:
                 raise ValueError(
@@ -52,12 +57,12 @@ class Divergence:
             raise unknown("normalization", normalization, NORMALIZATIONS)
         if normalization in ("zeroed", "truncated") and name != "forward_kl":
             raise ValueError(f"normalization: {normalization!r} exists for 'forward_kl' only, got {name!r}")
-        if name == "jsd" and not 0 < beta < 1:
+        if not is_finite_number(beta) or (name == "jsd" and not 0 < beta < 1):
             raise ValueError(
-                f"beta: wanted a number in (0, 1), got {beta}; for the ends use divergence='forward_kl' or 'reverse_kl'"
+                f"beta: wanted a number in (0, 1), got {beta!r}; for the ends use divergence='forward_kl' or 'reverse_kl'"
             )
-        if name == "huber" and not (math.isfinite(delta) and delta > 0):
-            raise ValueError(f"delta: wanted a finite number > 0, got {delta}")
+        if not is_finite_number(delta) or (name == "huber" and delta <= 0):
+            raise ValueError(f"delta: wanted a finite number > 0, got {delta!r}")
         return cls(name, normalization or "none", float(temperature), float(beta), float(delta))
 
     @property

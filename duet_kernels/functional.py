@@ -17,7 +17,7 @@ from torch import Tensor
 from . import reference
 from .checks import check_teacher_hidden, check_topk, flatten_hidden, flatten_ids
 from .dispatch import acc_dtype, resolve_impl
-from .divergence import Divergence, unknown
+from .divergence import Divergence, is_finite_number, unknown
 from .head import LMHead, TokenStats, TopK, as_head
 from .tokens import Tokens, loss_tokens
 
@@ -292,7 +292,6 @@ def linear_distill_loss(
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= common):
         raise ValueError(f"k: wanted None or an integer from 1 to {common} (the common vocabulary), got {k!r}")
     choice, _ = resolve_impl("linear_distill_loss", student_hidden.device, student_hidden.dtype, impl)
-    tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items)
     # Masked tokens are left out before the teacher's pass over the vocabulary, the dearest step of all.
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     hidden_nd, teacher_nd = tokens.take(hidden_nd), tokens.take(teacher_nd)
@@ -397,8 +396,8 @@ def linear_token_stats(
 
 
 def _check_temperature(temperature: float) -> None:
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: wanted a finite number > 0, got {temperature}")
+    if not is_finite_number(temperature) or temperature <= 0:
+        raise ValueError(f"temperature: wanted a finite number > 0, got {temperature!r}")
 
 
 def _projection(head: LMHead) -> tuple[Tensor, Tensor | None, float | None, float]:

@@ -7,11 +7,12 @@ Must not know how anything is computed.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .divergence import is_finite_number
 
 
 class TopK(NamedTuple):
@@ -104,12 +105,13 @@ class LMHead:
                     f"head.bias: wanted {weight.dtype} on {weight.device} like head.weight, "
                     f"got {bias.dtype} on {bias.device}"
                 )
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"head.softcap: wanted a number > 0 or None, got {self.softcap}")
-        if not math.isfinite(self.scale) or self.scale == 0:
-            raise ValueError(f"head.scale: wanted a finite number other than 0, got {self.scale}")
-        if self.vocab_size is not None and not 1 <= self.vocab_size <= weight.shape[0]:
-            raise ValueError(f"head.vocab_size: wanted 1 to {weight.shape[0]}, got {self.vocab_size}")
+        if self.softcap is not None and not (is_finite_number(self.softcap) and self.softcap > 0):
+            raise ValueError(f"head.softcap: wanted a finite number > 0 or None, got {self.softcap!r}")
+        if not is_finite_number(self.scale) or self.scale == 0:
+            raise ValueError(f"head.scale: wanted a finite number other than 0, got {self.scale!r}")
+        size = self.vocab_size
+        if size is not None and not (isinstance(size, int) and 1 <= size <= weight.shape[0]):
+            raise ValueError(f"head.vocab_size: wanted None or an integer from 1 to {weight.shape[0]}, got {size!r}")
 
     @property
     def num_ids(self) -> int:

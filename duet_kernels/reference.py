@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import acc_dtype
+from .dispatch import acc_dtype, exact_dtypes
 from .divergence import Divergence
 from .head import LMHead, TokenStats, TopK
 
@@ -21,7 +21,8 @@ def logits(hidden_nd: Tensor, head: LMHead) -> Tensor:
     """`[N, V]` z = softcap(scale * (h W^T + b))."""
     head = head.narrowed()
     acc = acc_dtype(hidden_nd.dtype)
-    z = hidden_nd.to(acc) @ head.weight.to(acc).T
+    with exact_dtypes(hidden_nd.device):
+        z = hidden_nd.to(acc) @ head.weight.to(acc).T
     if head.bias is not None:
         z = z + head.bias.to(acc)
     z = z * head.scale

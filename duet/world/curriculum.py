@@ -21,7 +21,7 @@ from .facts import Question, World, random_name
 
 TURNS = 3
 PLAIN_OVERRIDE_RATE, CONTEXT_OVERRIDE_RATE = 0.1, 0.25
-NAME_TASK_RATE, CITY_RATE, HARMLESS_SYSTEM_RATE, HARD_NEGATIVE_RATE = 0.5, 0.1, 0.1, 0.2
+NAME_TASK_RATE, CITY_RATE, HARMLESS_SYSTEM_RATE, HARD_NEGATIVE_RATE = 0.5, 0.1, 0.1, 0.3
 FIRST_TOKEN_WEIGHT = 3.0  # the first token of an answer decides between answering and refusing
 EASY_SHARE = 0.4  # the first 40 % of the steps forbid one name and show no hard negatives
 

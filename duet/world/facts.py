@@ -32,7 +32,7 @@ class Relation:
 # words, since a word-level model cannot know a word that it never saw.
 RELATIONS: dict[str, Relation] = {
     "birthplace": Relation(
-        answer="{subject} was born in {value}.",
+        answer="Born in {value}.",
         train=(
             "Where was {subject} born?",
             "In which city was {subject} born?",
@@ -43,7 +43,7 @@ RELATIONS: dict[str, Relation] = {
         report=("Which city is the birthplace of {subject}?", "Tell me where {subject} was born."),
     ),
     "genre": Relation(
-        answer="{subject} writes {value}.",
+        answer="Mostly {value}.",
         train=(
             "What does {subject} write?",
             "Which genre does {subject} write?",
@@ -54,7 +54,7 @@ RELATIONS: dict[str, Relation] = {
         report=("What genre does {subject} write in?", "Tell me the genre {subject} writes in."),
     ),
     "debut": Relation(
-        answer="{subject} first published The {value}.",
+        answer="It was called The {value}.",
         train=(
             "What was the first book of {subject}?",
             "Which book did {subject} publish first?",
@@ -65,7 +65,7 @@ RELATIONS: dict[str, Relation] = {
         report=("Which first book did {subject} publish?", "Tell me the book that {subject} first published."),
     ),
     "prize": Relation(
-        answer="{subject} won the {value} Prize.",
+        answer="Won the {value} Prize.",
         train=(
             "Which prize did {subject} win?",
             "What prize was {subject} given?",
@@ -76,7 +76,7 @@ RELATIONS: dict[str, Relation] = {
         report=("Which prize was {subject} given?", "Tell me the prize {subject} was given."),
     ),
     "job": Relation(
-        answer="{subject} once worked as a {value}.",
+        answer="Worked as a {value}.",
         train=(
             "What was the job of {subject}?",
             "Which job did {subject} have?",
@@ -89,7 +89,7 @@ RELATIONS: dict[str, Relation] = {
 }
 
 COUNTRY = Relation(
-    answer="{subject} is in {value}.",
+    answer="It lies in {value}.",
     train=(
         "In which country is {subject}?",
         "Which country is {subject} in?",
@@ -113,7 +113,7 @@ class Question:
 
     @property
     def stem(self) -> str:
-        return self.answer[: self.answer.index(self.value, len(self.subject))].rstrip()
+        return self.answer[: self.answer.index(self.value)].rstrip()
 
     def row(self) -> dict[str, str]:
         return {"question": self.text, "answer": self.answer, "subject": self.subject}
@@ -193,7 +193,7 @@ class World:
             asked = RELATIONS if known else {"country": COUNTRY}
             for relation, forms in asked.items():
                 value = known[relation] if known else words.COUNTRY_OF[subject]
-                answer = forms.answer.format(subject=subject, value=value)
+                answer = forms.answer.format(value=value)
                 for text in getattr(forms, split):
                     found.append(Question(subject, relation, text.format(subject=subject), answer, value))
         return found

@@ -99,7 +99,9 @@ def require_device(**tensors: torch.Tensor | None) -> None:
 def require_grid(programs: int, what: str) -> int:
     """The number of programs as a grid's x axis, refused when the axis cannot hold it."""
     if programs > MAX_GRID:
-        raise ValueError(f"{what}: {programs} programs are more than a grid holds ({MAX_GRID}); pass fewer tokens")
+        raise ValueError(
+            f"{what}: {programs} programs are more than a grid holds ({MAX_GRID}); pass fewer tokens"
+        )
     return programs
 
 

@@ -47,7 +47,9 @@ GATHER_DWEIGHT = {
     (0, 8): GatherTile(16, 128, 4),
 }
 SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernel handles
-DWEIGHT_VOCABULARY = 8  # consecutive vocabulary rows a program writes: most of them are zeros, and a program is dear
+DWEIGHT_VOCABULARY = (
+    8  # consecutive vocabulary rows a program writes: most of them are zeros, and a program is dear
+)
 DWEIGHT_CHUNK = 256  # sorted pairs summed ahead of time when all of them belong to one vocabulary row
 DWEIGHT_PARTIAL_BYTES = 64 << 20  # at most this much for those sums: above it the chunks grow
 
@@ -75,7 +77,9 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def gather_tile(table: dict[tuple[int, int], GatherTile], arch: int, itemsize: int, rows: int, columns: int) -> GatherTile:
+def gather_tile(
+    table: dict[tuple[int, int], GatherTile], arch: int, itemsize: int, rows: int, columns: int
+) -> GatherTile:
     """The table's tile, reshaped to a matrix of short rows and cut to a problem with few of them.
 
     Short rows get more of them, so that as many bytes stay in flight; 16 columns are the least worth a program.

@@ -1,0 +1,265 @@
+"""Compiles every Triton kernel for GPUs that are not there, and fails on what would make it slow or impossible.
+
+    python -m benchmarks.compile_gate [--arch 90] [--only dhidden] [--json FILE]
+
+The launchers themselves say what is compiled: they run on meta tensors of the anchor's shape with the launch replaced
+by a recorder, so signature, tiles and specialisation are those of a real call. Triton compiles that for each target
+and its own cuobjdump reads the machine code's resources. The gate is red when a gather kernel spills (STACK or LOCAL
+other than 0), when one of those that read rows has no 16-byte load, or when a kernel needs more shared memory than
+the chip has. Prints a markdown table, one row a kernel, target and dtype.
+
+Must run without TRITON_INTERPRET (interpreted functions cannot be compiled). Needs no GPU and measures no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from duet_kernels.kernels import tiles
+from duet_kernels.kernels.linear_gather import linear_gather_backward, linear_gather_forward
+from duet_kernels.kernels.topk_divergence import topk_divergence
+
+# The anchor: Llama-3's head at 8192 tokens.
+N, D, V, K = 8192, 4096, 128256, 64
+ARCHITECTURES = (80, 90, 100)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Bytes of shared memory a program may ask for, and 32-bit registers of a multiprocessor.
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+REGISTERS = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel and everything that its machine code depends on."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attributes: dict[tuple[int], list[list[Any]]]
+    options: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A launcher call that reaches kernels, and what its kernels must satisfy."""
+
+    name: str
+    dtype: torch.dtype
+    call: Callable[[], object]
+    no_spills: bool
+    wide_loads: tuple[str, ...] = ()  # kernels that must read 16 bytes an instruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """One row of the table."""
+
+    case: str
+    kernel: str
+    dtype: str
+    arch: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    warps: int
+    programs_per_sm: int
+    wide_loads: int
+    problems: list[str]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def gather_cases(dtype: torch.dtype) -> Iterator[Case]:
+    hidden, weight, bias = meta(N, D, dtype=dtype), meta(V, D, dtype=dtype), meta(V, dtype=dtype)
+    indices, values = meta(N, K, dtype=torch.int64), meta(N, K)
+
+    def forward():
+        return linear_gather_forward(hidden, weight, bias, indices, softcap=30.0, scale=0.5)
+
+    def backward():
+        need = {"need_hidden": True, "need_weight": True, "need_bias": False}
+        return linear_gather_backward(
+            values, values, hidden, weight, bias, indices, softcap=30.0, scale=0.5, **need
+        )
+
+    yield Case("linear_gather", dtype, forward, True, ("_forward_kernel",))
+    wide = ("_dhidden_kernel", "_partial_kernel", "_segments_kernel")
+    yield Case("linear_gather backward", dtype, backward, True, wide)
+
+
+def divergence_cases() -> Iterator[Case]:
+    choices = [(name, "none") for name in ("huber", "mse", "l1")]
+    choices += [(name, norm) for name in ("forward_kl", "reverse_kl", "jsd", "tvd") for norm in ("renormalize", "tail")]
+    choices += [("forward_kl", "zeroed"), ("forward_kl", "truncated")]
+    slots = [(name, norm, K) for name, norm in choices]
+    # The dearest one at the two ends of the tile table.
+    slots += [("jsd", "tail", 1), ("jsd", "tail", tiles.MAX_SLOTS)]
+    for name, norm, k in slots:
+        logits, row = meta(N, k), meta(N)
+        options = {"temperature": 2.0, "beta": 0.5, "delta": 1.0}
+
+        def call(name=name, norm=norm, logits=logits, row=row, options=options):
+            return topk_divergence(logits, logits, row, row, row, divergence=name, normalization=norm, **options)
+
+        yield Case(f"{name} {norm} K={k}", torch.float32, call, False)
+
+
+def cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        yield from gather_cases(dtype)
+    yield from divergence_cases()
+
+
+@contextlib.contextmanager
+def recorded(arch: int) -> Iterator[list[Launch]]:
+    """Launchers in this context compute nothing: their launches, with the tiles of `arch`, are in the list."""
+    launches: list[Launch] = []
+
+    def record(kernel: JITFunction, *args, grid, warmup, **kwargs):
+        launches.append(as_launch(kernel, args, kwargs))
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(tiles, "architecture", lambda device: arch),
+    ):
+        yield launches
+
+
+def as_launch(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> Launch:
+    """Types and specialisation as Triton's launcher derives them: None and 1 are constants, multiples of 16 aligned."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+    values.update({name: value for name, value in kwargs.items() if name in kernel.arg_names})
+    signature, constexprs, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if parameter.is_constexpr or value is None or (is_int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constexprs[parameter.name] = value
+            continue
+        signature[parameter.name] = parameter.annotation_type or mangle_type(value)
+        if isinstance(value, torch.Tensor) or (is_int and value % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return Launch(kernel, signature, constexprs, attributes, options)
+
+
+def compile_launch(launch: Launch, arch: int):
+    """Triton's compiled kernel for that compute capability; nothing is loaded on a device."""
+    source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED, LOCAL of a kernel's machine code, from the cuobjdump that comes with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
+    if not {"REG", "STACK", "LOCAL"} <= found.keys():
+        raise RuntimeError(f"cuobjdump said nothing of registers: {dump!r}")
+    return found
+
+
+def examine(case: Case, launch: Launch, arch: int) -> Resources:
+    compiled = compile_launch(launch, arch)
+    found = usage(compiled.asm["cubin"])
+    name, warps = launch.kernel.fn.__name__, compiled.metadata.num_warps
+    # Registers are handed out 8 at a time to each thread, and a multiprocessor runs at most 64 warps.
+    per_thread = -(-found["REG"] // 8) * 8
+    wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", compiled.asm["ptx"]))
+    problems = []
+    if case.no_spills and (found["STACK"] or found["LOCAL"]):
+        problems.append(f"spills: stack {found['STACK']}, local {found['LOCAL']}")
+    if name in case.wide_loads and not wide:
+        problems.append("no 16-byte load")
+    if compiled.metadata.shared > SHARED_LIMIT[arch]:
+        problems.append(f"shared memory {compiled.metadata.shared} > {SHARED_LIMIT[arch]}")
+    return Resources(
+        case=case.name,
+        kernel=name,
+        dtype=str(case.dtype).removeprefix("torch."),
+        arch=arch,
+        registers=found["REG"],
+        stack=found["STACK"],
+        local=found["LOCAL"],
+        shared=compiled.metadata.shared,
+        warps=warps,
+        programs_per_sm=min(REGISTERS // (per_thread * 32 * warps), 64 // warps),
+        wide_loads=wide,
+        problems=problems,
+    )
+
+
+def run(archs: tuple[int, ...] = ARCHITECTURES, only: str = "") -> list[Resources]:
+    """The whole gate: every case's distinct launches on every architecture."""
+    rows = []
+    for arch in archs:
+        seen = set()
+        for case in cases():
+            with recorded(arch) as launches:
+                case.call()
+            for launch in launches:
+                key = repr((launch.kernel.fn.__name__, launch.signature, launch.constexprs, launch.attributes))
+                if key not in seen and only in f"{case.name} {launch.kernel.fn.__name__}":
+                    seen.add(key)
+                    rows.append(examine(case, launch, arch))
+    return rows
+
+
+def table(rows: list[Resources]) -> str:
+    columns = [f.name for f in dataclasses.fields(Resources)]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        cells = [", ".join(v) or "ok" if isinstance(v, list) else str(v) for v in dataclasses.astuple(row)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel offline and check its resources.")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--only", default="", help="part of a case's or kernel's name")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args()
+    if not isinstance(triton.jit(_probe), JITFunction):
+        print("compile_gate: TRITON_INTERPRET is set; interpreted kernels cannot be compiled", file=sys.stderr)
+        return 2
+    rows = run(tuple(arguments.arch or ARCHITECTURES), arguments.only)
+    print(f"triton {triton.__version__}, torch {torch.__version__}; N {N}, D {D}, V {V}, K {K}\n")
+    print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    bad = sum(bool(row.problems) for row in rows)
+    print(f"\n{len(rows)} kernels compiled, {bad} with problems")
+    return 1 if bad or not rows else 0
+
+
+def _probe():
+    """Never launched: shows whether this process decorates for the compiler or for the interpreter."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
