@@ -89,27 +89,36 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def gather_cases(dtype: torch.dtype) -> Iterator[Case]:
-    hidden, weight, bias = meta(N, D, dtype=dtype), meta(V, D, dtype=dtype), meta(V, dtype=dtype)
-    indices, values = meta(N, K, dtype=torch.int64), meta(N, K)
+def gather_cases(dtype: torch.dtype, d: int = D, k: int = K) -> Iterator[Case]:
+    hidden, weight, bias = meta(N, d, dtype=dtype), meta(V, d, dtype=dtype), meta(V, dtype=dtype)
+    indices, values = meta(N, k, dtype=torch.int64), meta(N, k)
+    shape = f"D={d} K={k}"
 
     def forward():
         return linear_gather_forward(hidden, weight, bias, indices, softcap=30.0, scale=0.5)
 
-    def backward():
-        need = {"need_hidden": True, "need_weight": True, "need_bias": False}
+    def backward(need_hidden: bool, need_weight: bool, need_bias: bool):
+        need = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
         return linear_gather_backward(
             values, values, hidden, weight, bias, indices, softcap=30.0, scale=0.5, **need
         )
 
-    yield Case("linear_gather", dtype, forward, True, ("_forward_kernel",))
-    wide = ("_dhidden_kernel", "_partial_kernel", "_segments_kernel")
-    yield Case("linear_gather backward", dtype, backward, True, wide)
+    # Rows that do not begin on 16 bytes cannot be read 16 bytes at a time.
+    wide = (
+        ("_forward_kernel", "_dhidden_kernel", "_partial_kernel", "_segments_kernel") if d % 16 == 0 else ()
+    )
+    yield Case(f"gather {shape}", dtype, forward, True, wide)
+    yield Case(f"gather dh, dW {shape}", dtype, lambda: backward(True, True, False), True, wide)
+    yield Case(f"gather db {shape}", dtype, lambda: backward(False, False, True), True)
 
 
 def divergence_cases() -> Iterator[Case]:
     choices = [(name, "none") for name in ("huber", "mse", "l1")]
-    choices += [(name, norm) for name in ("forward_kl", "reverse_kl", "jsd", "tvd") for norm in ("renormalize", "tail")]
+    choices += [
+        (name, norm)
+        for name in ("forward_kl", "reverse_kl", "jsd", "tvd")
+        for norm in ("renormalize", "tail")
+    ]
     choices += [("forward_kl", "zeroed"), ("forward_kl", "truncated")]
     slots = [(name, norm, K) for name, norm in choices]
     # The dearest one at the two ends of the tile table.
@@ -119,7 +128,9 @@ def divergence_cases() -> Iterator[Case]:
         options = {"temperature": 2.0, "beta": 0.5, "delta": 1.0}
 
         def call(name=name, norm=norm, logits=logits, row=row, options=options):
-            return topk_divergence(logits, logits, row, row, row, divergence=name, normalization=norm, **options)
+            return topk_divergence(
+                logits, logits, row, row, row, divergence=name, normalization=norm, **options
+            )
 
         yield Case(f"{name} {norm} K={k}", torch.float32, call, False)
 
@@ -127,6 +138,8 @@ def divergence_cases() -> Iterator[Case]:
 def cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield from gather_cases(dtype)
+    yield from gather_cases(torch.bfloat16, k=1)
+    yield from gather_cases(torch.bfloat16, d=D + 1)
     yield from divergence_cases()
 
 
@@ -222,7 +235,9 @@ def run(archs: tuple[int, ...] = ARCHITECTURES, only: str = "") -> list[Resource
             with recorded(arch) as launches:
                 case.call()
             for launch in launches:
-                key = repr((launch.kernel.fn.__name__, launch.signature, launch.constexprs, launch.attributes))
+                key = repr(
+                    (launch.kernel.fn.__name__, launch.signature, launch.constexprs, launch.attributes)
+                )
                 if key not in seen and only in f"{case.name} {launch.kernel.fn.__name__}":
                     seen.add(key)
                     rows.append(examine(case, launch, arch))
@@ -239,13 +254,17 @@ def table(rows: list[Resources]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compile every Triton kernel offline and check its resources.")
+    parser = argparse.ArgumentParser(
+        description="Compile every Triton kernel offline and check its resources."
+    )
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--only", default="", help="part of a case's or kernel's name")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
     if not isinstance(triton.jit(_probe), JITFunction):
-        print("compile_gate: TRITON_INTERPRET is set; interpreted kernels cannot be compiled", file=sys.stderr)
+        print(
+            "compile_gate: TRITON_INTERPRET is set; interpreted kernels cannot be compiled", file=sys.stderr
+        )
         return 2
     rows = run(tuple(arguments.arch or ARCHITECTURES), arguments.only)
     print(f"triton {triton.__version__}, torch {torch.__version__}; N {N}, D {D}, V {V}, K {K}\n")

@@ -22,16 +22,17 @@ def _describe() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[pathlib.Path, typer.Option(help="folder for results.json, report.md, plots and the model")] = (
-        pathlib.Path("demo_report")
-    ),
+    out: Annotated[
+        pathlib.Path, typer.Option(help="folder for results.json, report.md, plots and the model")
+    ] = (pathlib.Path("demo_report")),
     quick: Annotated[bool, typer.Option("--quick", help="fewer probes, under a minute")] = False,
     seed: Annotated[int, typer.Option(help="of training and attacks")] = 0,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="train the tiny base model anew first (several minutes)")
     ] = False,
     checkpoint: Annotated[
-        pathlib.Path | None, typer.Option(help="where --rebuild writes the base model (default: the package's own)")
+        pathlib.Path | None,
+        typer.Option(help="where --rebuild writes the base model (default: the package's own)"),
     ] = None,
 ) -> None:
     """Make a tiny language model forget ten people, and see what it still gives away."""
@@ -59,7 +60,16 @@ def env() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     console.print(f"python {platform.python_version()} on {platform.platform()}")
     console.print(f"device {device}: {name}, {torch.get_num_threads()} threads")
-    packages = ("duet-kernels", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "flash-attn")
+    packages = (
+        "duet-kernels",
+        "torch",
+        "triton",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "flash-attn",
+    )
     console.print("  ".join(f"{package} {_version(package)}" for package in (*packages, "bitsandbytes")))
     table = Table("operation", "implementation", "because", title=f"duet_kernels on {device}, impl='auto'")
     for op in OPS:

@@ -77,6 +77,11 @@ class DuetConfig(TrainingArguments):
 
     Raises:
         ValueError: naming the option, what came and what was wanted.
+
+    Example:
+        >>> config = DuetConfig(output_dir="out", objective="duet_forward_kl", temperature=2.0, use_cpu=True)
+        >>> config.k, config.positions, "{subject}" in config.steering_prefixes[0]
+        (32, None, True)
     """
 
     _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs", "model_init_kwargs")
@@ -111,6 +116,8 @@ class DuetConfig(TrainingArguments):
     # Rows are turned into tokens by our own dataset, which needs their columns.
     remove_unused_columns: bool = False
     logging_steps: float = 10
+    # A NaN loss is shown as one; the Trainer's default puts an average in its place.
+    logging_nan_inf_filter: bool = False
 
     def __post_init__(self):
         super().__post_init__()

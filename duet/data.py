@@ -50,6 +50,11 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
 
     Raises:
         TypeError, ValueError: naming the argument and the row.
+
+    Example:
+        >>> (query,) = read_rows([{"question": "Who wrote Emma?", "subject": "Jane Austen"}], "forget_dataset")
+        >>> query.conversation, query.answer, query.name
+        ((('user', 'Who wrote Emma?'),), None, 'forget_dataset[0]')
     """
     if (
         isinstance(rows, (str, bytes, dict))
@@ -134,7 +139,7 @@ class UnlearnDataset(Dataset):
         reverse_prompts, reverse_fraction, reverse_role: the student's adversarial views.
         answers: `none` (only the first position is scored, no answer needed), `dataset` (every row must have one) or
             `teacher` (to be filled in: see `unanswered`).
-        max_scored: score at most so many positions of an answer; None: all.
+        max_scored: score at most so many positions of an answer; None: all (not with the teacher's answers).
         max_length: a longer sequence is refused.
         subjects: what prefixes on retain rows are about; None: the subjects of the forget rows.
         seed: for what is drawn once and for all.
@@ -176,14 +181,15 @@ class UnlearnDataset(Dataset):
                     f"{query.name}: wanted a row with an 'answer', 'completion' or last assistant message, which this "
                     "objective and these positions need; got none"
                 )
-            answer_length = len(self._dataset_answer(i)) if self.answers == "dataset" else 1
-            if self.max_scored is not None:
-                answer_length = min(answer_length, self.max_scored)
+            answer_length = self.max_scored or 1  # room for the teacher's answer
+            if self.answers == "dataset":
+                answer_length = len(self._dataset_answer(i)[: self.max_scored])
             for prefix in self.prefixes:
                 subject = query.subject if i < self.num_forget else longest_subject
                 where = query.name if i < self.num_forget else "forget_dataset"
                 self._prompt(i, fill_prefix(prefix, subject, where), None, "user", answer_length)
-            self._prompt(i, None, longest_override, "user", answer_length)
+            role = "user" if self.reverse_role == "user" else "system"
+            self._prompt(i, None, longest_override, role, answer_length)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -270,6 +276,10 @@ class UnlearnSampler(Sampler[Draw]):
     shuffles that continues from epoch to epoch, so that all of them are used equally often.
 
     Everything follows from (seed, epoch): a resumed run, or another process, draws the same.
+
+    Example:
+        >>> ["forget" if draw.row < 3 else "retain" for draw in UnlearnSampler(3, 10, retain_per_forget=1.0)]
+        ['forget', 'retain', 'forget', 'retain', 'forget', 'retain']
     """
 
     def __init__(self, num_forget: int, num_retain: int, retain_per_forget: float, seed: int = 0):
@@ -309,11 +319,13 @@ class UnlearnSampler(Sampler[Draw]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads items into a batch of `B` queries with `P` scored positions each.
+    """Pads items into a batch of `B` queries with `N` scored positions in all.
 
-    Returns a dict of tensors: `input_ids`, `attention_mask` `[B, S]` and `positions` `[B, P]` (where in the student's
-    sequence the answer's token j is predicted), the same with `teacher_` when there is a teacher's view, `labels`
-    `[B, P]` (the answer's token, -100 where there is none), `mask` `[B, P]` bool (scored) and `forget` `[B]` bool.
+    Returns a dict of tensors: `input_ids`, `attention_mask` `[B, S]` and `positions` `[N]` (where the answer's tokens
+    are predicted, as places in the flattened `[B * S]` sequences of the student), the same with `teacher_` when there
+    is a teacher's view, `labels` `[N]` (the answer's token, -100 where there is none), `query` `[N]` (which of the B a
+    position belongs to) and `forget` `[B]` bool. N is known here, on the host: nothing is masked, nothing is computed
+    in vain, and no GPU has to be asked.
 
     `pad_id` only fills places that the attention mask hides.
     """
@@ -322,31 +334,29 @@ class Collator:
     padding_side: str = "right"
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        width = max(item["scored"] for item in items)
-        labels = torch.full((len(items), width), IGNORED)
-        mask = torch.zeros(len(items), width, dtype=torch.bool)
-        for b, item in enumerate(items):
-            scored_ids = item["answer"][: item["scored"]]
-            labels[b, : len(scored_ids)] = torch.tensor(scored_ids, dtype=torch.int64)
-            mask[b, : item["scored"]] = True
-        batch = self._sequences(items, "student", width)
+        batch = self._sequences(items, "student")
         if items[0]["teacher"] is not None:
-            batch |= {
-                f"teacher_{name}": value for name, value in self._sequences(items, "teacher", width).items()
-            }
-        return batch | {"labels": labels, "mask": mask, "forget": torch.tensor([i["forget"] for i in items])}
+            teacher = self._sequences(items, "teacher")
+            batch |= {f"teacher_{name}": value for name, value in teacher.items()}
+        labels = [(*item["answer"], IGNORED)[: item["scored"]] for item in items]
+        query = [[b] * item["scored"] for b, item in enumerate(items)]
+        return batch | {
+            "labels": torch.tensor([label for row in labels for label in row]),
+            "query": torch.tensor([b for row in query for b in row]),
+            "forget": torch.tensor([item["forget"] for item in items]),
+        }
 
-    def _sequences(self, items: list[dict[str, Any]], view: str, width: int) -> dict[str, Tensor]:
+    def _sequences(self, items: list[dict[str, Any]], view: str) -> dict[str, Tensor]:
         # The last scored token is only predicted: it need not be read.
         sequences = [[*item[view], *item["answer"][: item["scored"] - 1]] for item in items]
         longest = max(map(len, sequences))
         ids = torch.full((len(items), longest), self.pad_id)
         attention = torch.zeros(len(items), longest, dtype=torch.int64)
-        positions = torch.zeros(len(items), width, dtype=torch.int64)
+        positions: list[int] = []
         for b, (item, sequence) in enumerate(zip(items, sequences, strict=True)):
             start = longest - len(sequence) if self.padding_side == "left" else 0
             ids[b, start : start + len(sequence)] = torch.tensor(sequence)
             attention[b, start : start + len(sequence)] = 1
-            first = start + len(item[view]) - 1
-            positions[b, : item["scored"]] = torch.arange(first, first + item["scored"])
-        return {"input_ids": ids, "attention_mask": attention, "positions": positions}
+            first = b * longest + start + len(item[view]) - 1
+            positions += range(first, first + item["scored"])
+        return {"input_ids": ids, "attention_mask": attention, "positions": torch.tensor(positions)}

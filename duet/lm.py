@@ -1,4 +1,4 @@
-"""A transformers causal language model -> (hidden states at chosen positions, LMHead).
+"""A transformers causal language model, by name or object -> (hidden states at chosen positions, LMHead).
 
 The model's own forward would project every position onto the vocabulary. Here the backbone (the model without its
 head) runs alone, and only the positions that a loss looks at reach the head: the logits tensor never exists. What the
@@ -7,14 +7,78 @@ own logits: `check_head`. Must not know datasets, teachers or losses.
 """
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duet_kernels import LMHead, linear_gather
+
+
+def load_model(model: Any, argument: str, init_kwargs: dict[str, Any] | None) -> nn.Module:
+    """`model` itself, or the causal language model of that name or folder; errors name the trainer's `argument`."""
+    if isinstance(model, nn.Module):
+        return model
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"{argument}: wanted a model, or the name or folder of one, got {type(model).__name__}"
+        )
+    name = os.fspath(model)
+    if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        raise FileNotFoundError(f"{argument}: there is no folder {name!r}")
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **(init_kwargs or {}))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{argument}: {name!r} is not a folder with a causal language model, nor the name of one that could be "
+            f"loaded: {error}"
+        ) from error
+
+
+def load_tokenizer(model: nn.Module) -> Any:
+    """The tokenizer that was saved with the model."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise ValueError(
+            "processing_class: wanted a tokenizer (the model does not say where it was loaded from), got None"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"processing_class: no tokenizer could be loaded from {name!r}: {error}"
+        ) from error
+
+
+def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    """`model` wrapped in a new PEFT adapter."""
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config: wanted a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}"
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError("peft_config: wanted None, because model is a PEFT model already")
+    return get_peft_model(model, peft_config)
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The pad token, else the end token: the attention mask hides padding, so that any token serves."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ValueError("processing_class: wanted a tokenizer with a pad or end token, got one with neither")
+
+
+def context_length(model: nn.Module) -> int | None:
+    """How many tokens the model says it can read; None when it does not say."""
+    config = base_language_model(model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
 
 
 def base_language_model(model: nn.Module) -> nn.Module:
@@ -57,10 +121,16 @@ def hidden_states_at(
     Args:
         model: a causal language model, PEFT-wrapped or not.
         input_ids, attention_mask: `[B, S]`, padded on either side.
-        positions: `[B, P]` int64 places in the sequence.
+        positions: `[N]` int64 places in the flattened `[B * S]` sequences.
 
     Returns:
-        `[B, P, D]`, in the backbone's dtype.
+        `[N, D]`, in the backbone's dtype.
+
+    Example:
+        >>> ids = torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]])
+        >>> mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        >>> hidden_states_at(model, ids, mask, positions=torch.tensor([3, 5])).shape
+        torch.Size([2, 32])
     """
     backbone = find_backbone(model)
     extra = {}
@@ -68,8 +138,7 @@ def hidden_states_at(
         # Counted from the first real token: padding on the left must not shift learned or rotary positions.
         extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
-    hidden = output.last_hidden_state
-    return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    return output.last_hidden_state.flatten(0, 1).index_select(0, positions)
 
 
 def head_inputs(
@@ -130,7 +199,7 @@ def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
     head = LMHead.of(model)
     device, vocabulary = head.weight.device, head.num_ids
     ids = torch.linspace(0, vocabulary - 1, num_tokens, device=device).long().unsqueeze(0)
-    mask, places = torch.ones_like(ids), torch.arange(num_tokens, device=device).unsqueeze(0)
+    mask, places = torch.ones_like(ids), torch.arange(num_tokens, device=device)
     with evaluating(model):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         hidden, head = head_inputs(model, ids, mask, places)
@@ -140,8 +209,8 @@ def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
             f"model: {name} gave logits of shape {list(logits.shape)} for {num_tokens} tokens and a vocabulary of "
             f"{vocabulary}; prompt-learning adapters and heads of several tokens are not supported"
         )
-    logits = logits[..., :vocabulary]
-    every_id = torch.arange(vocabulary, device=device).expand(1, num_tokens, -1)
+    logits = logits[0, :, :vocabulary]
+    every_id = torch.arange(vocabulary, device=device).expand(num_tokens, -1)
     ours = linear_gather(hidden, head, every_id, impl="reference").float()
     # The model rounds its logits to its dtype, which says how well they can be compared.
     precise = head.weight.dtype in (torch.float32, torch.float64)

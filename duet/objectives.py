@@ -36,14 +36,14 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One micro-batch, as an objective sees it. B queries, P scored positions each.
+    """One micro-batch, as an objective sees it: B queries with N scored positions in all.
 
     Attributes:
-        hidden: `[B, P, D]` the student's hidden states where the answer's tokens are predicted.
+        hidden: `[N, D]` the student's hidden states where the answer's tokens are predicted.
         head: the student's LM head.
         targets: what `Objective.targets` made of the teacher; None without.
-        labels: `[B, P]` the answer's tokens, -100 where there is none.
-        mask: `[B, P]` bool, True where a position is scored.
+        labels: `[N]` the answer's tokens, -100 where there is none.
+        query: `[N]` which of the B queries a position belongs to.
         forget: `[B]` bool, True on forget queries.
         counts: of the whole accumulated step.
         args: the options.
@@ -53,10 +53,15 @@ class Step:
     head: LMHead
     targets: Any
     labels: Tensor
-    mask: Tensor
+    query: Tensor
     forget: Tensor
     counts: Counts
     args: "DuetConfig"
+
+    @property
+    def of_forget(self) -> Tensor:
+        """`[N]` bool, True on positions of forget queries."""
+        return self.forget[self.query]
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def teacher_topk(hidden: Tensor, head: LMHead, labels: Tensor, args: "DuetConfig
 
 
 def answer_nll(hidden: Tensor, head: LMHead, labels: Tensor, args: "DuetConfig") -> Tensor:
-    """`[B, P]` -log p(answer token), nats; 0 where there is no token."""
+    """`[N]` -log p(answer token), nats; 0 where there is no token."""
     return linear_cross_entropy(hidden, head, labels, reduction="none", impl=args.impl)
 
 
@@ -124,7 +129,7 @@ def duet_jsd(step: Step) -> dict[str, Tensor]:
 def gradient_ascent(step: Step) -> dict[str, Tensor]:
     """GA: -NLL(forget answers) + retain_weight * NLL(retain answers), each per token (GradDiff with retain rows)."""
     nll = answer_nll(step.hidden, step.head, step.labels, step.args)
-    forget = -_sum_where(nll, step.forget) / step.counts.forget_positions
+    forget = -_sum_where(step.of_forget, nll) / step.counts.forget_positions
     return _with_retain(forget, nll, step)
 
 
@@ -134,10 +139,10 @@ def npo(step: Step) -> dict[str, Tensor]:
     On log-probabilities of whole answers, sums over their tokens. Plus retain_weight * NLL per retain token.
     """
     nll = answer_nll(step.hidden, step.head, step.labels, step.args)
-    log_ratio = (step.targets - nll).sum(-1)
+    log_ratio = torch.zeros_like(nll[: len(step.forget)]).index_add(0, step.query, step.targets - nll)
     beta = step.args.npo_beta
     per_query = -2 / beta * F.logsigmoid(-beta * log_ratio)
-    forget = _sum_where(per_query, step.forget) / step.counts.forget_queries
+    forget = _sum_where(step.forget, per_query) / step.counts.forget_queries
     return _with_retain(forget, nll, step)
 
 
@@ -147,23 +152,24 @@ def _distribution(step: Step) -> dict[str, Any]:
 
 def _distil(step: Step, **options: Any) -> dict[str, Tensor]:
     losses = topk_distill_loss(
-        step.hidden, step.head, step.targets, mask=step.mask, reduction="none", impl=step.args.impl, **options
+        step.hidden, step.head, step.targets, reduction="none", impl=step.args.impl, **options
     )
     counts = step.counts
     with torch.no_grad():
-        forget = _sum_where(losses, step.forget) / counts.forget_positions
-        retain = _sum_where(losses, ~step.forget) / counts.retain_positions
+        forget = _sum_where(step.of_forget, losses) / counts.forget_positions
+        retain = _sum_where(~step.of_forget, losses) / counts.retain_positions
     return {"loss": losses.sum() / counts.positions, "forget_loss": forget, "retain_loss": retain}
 
 
 def _with_retain(forget: Tensor, nll: Tensor, step: Step) -> dict[str, Tensor]:
-    retain = _sum_where(nll, ~step.forget) / step.counts.retain_positions
+    retain = _sum_where(~step.of_forget, nll) / step.counts.retain_positions
     return {"loss": forget + step.args.retain_weight * retain, "forget_loss": forget, "retain_loss": retain}
 
 
-def _sum_where(losses: Tensor, rows: Tensor) -> Tensor:
-    """Sum of `[B]` or `[B, P]` losses over the rows that are True."""
-    return torch.where(rows.view(-1, *[1] * (losses.dim() - 1)), losses, 0).sum()
+def _sum_where(condition: Tensor, losses: Tensor) -> Tensor:
+    return torch.where(
+        condition, losses, 0
+    ).sum()  # a product with 0 would let a NaN of the other kind through
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -181,6 +187,10 @@ def find_objective(name: str) -> Objective:
 
     Raises:
         ValueError: there is none; the nearest name is suggested.
+
+    Example:
+        >>> find_objective("npo").positions
+        'answer'
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]

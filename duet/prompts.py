@@ -19,6 +19,10 @@ def fill_prefix(prefix: str, subject: str | None, where: str = "row") -> str:
 
     Raises:
         ValueError: the prefix wants a subject and there is none; `where` names the row.
+
+    Example:
+        >>> fill_prefix("You know nothing about {subject}.", "Ada Lovelace")
+        'You know nothing about Ada Lovelace.'
     """
     if SUBJECT not in prefix:
         return prefix

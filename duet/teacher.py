@@ -88,7 +88,8 @@ def generate_answers(
         temperature=1.0,
         top_p=1.0,
         top_k=50,
-        min_new_tokens=1,
+        min_new_tokens=0,
+        min_length=0,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id,
         eos_token_id=ends or None,
@@ -132,15 +133,16 @@ class TeacherGuard(TrainerCallback):
 
     def __init__(self, probe: Callable[[], tuple[Tensor, Tensor]], starts_equal: bool):
         self.probe, self.starts_equal = probe, starts_equal
+        self.teacher_before: Tensor | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.student_before, self.teacher_before = self.probe()
+        self.student_before, teacher = self.probe()
         self.student_moved = False
-        if (
-            self.starts_equal
-            and state.global_step == 0
-            and not _same(self.student_before, self.teacher_before)
-        ):
+        if self.teacher_before is not None:  # train() again: the student may have moved, the teacher may not
+            self._compare()
+            return
+        self.teacher_before = teacher
+        if self.starts_equal and state.global_step == 0 and not _same(self.student_before, teacher):
             raise RuntimeError(
                 "teacher: before the first step, teacher and student differ on plain queries by up to "
                 f"{_distance(self.student_before, self.teacher_before):.3g}. With an adapter this means that switching "

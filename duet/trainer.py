@@ -14,13 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from duet_kernels import LMHead, set_workspace_bytes
 
 from .config import DuetConfig
 from .data import Collator, UnlearnDataset, UnlearnSampler, read_rows
-from .lm import base_language_model, call_through, check_head, evaluating, head_inputs, hidden_states_at
+from .lm import (
+    add_adapter,
+    base_language_model,
+    call_through,
+    check_head,
+    context_length,
+    evaluating,
+    head_inputs,
+    hidden_states_at,
+    load_model,
+    load_tokenizer,
+    padding_id,
+)
 from .objectives import Counts, Step, find_objective, teacher_topk
 from .prompts import PromptRenderer
 from .teacher import AdapterOffTeacher, FrozenTeacher, Teacher, TeacherGuard, generate_answers
@@ -43,7 +55,7 @@ class DuetTrainer(Trainer):
         retain_dataset: rows whose answers must stay; same formats. None: none.
         processing_class: the tokenizer; None: the one saved with the model. Without a pad token its end token pads;
             padding is hidden by the attention mask, so that which token pads cannot matter.
-        teacher_model: another model (or name) with the same vocabulary. None: the model itself, with its adapter
+        teacher_model: another model (or name) with the same vocabulary; it is frozen. None: the model itself, with its adapter
             switched off if it has one (one copy in memory), else a frozen copy.
         peft_config: wraps `model` in this adapter.
         eval_dataset: rows scored like forget rows (plain query, first prefix), or a dict of such; the rows under a
@@ -53,6 +65,31 @@ class DuetTrainer(Trainer):
     Raises:
         TypeError, ValueError, OSError: naming the argument, what came and what was wanted.
         RuntimeError: when training starts, or after its first step, if the teacher is not the untouched base model.
+
+    Logged: `loss`, the objective's value; `forget_loss` and `retain_loss`, the same over forget and over retain
+    positions alone. Every mean is over the scored positions of a whole optimizer step (all accumulated micro-batches,
+    all processes), never over a micro-batch.
+
+    Memory: the logits tensor `[B, S, V]` never exists, in neither model, forward or backward: only scored positions
+    reach the LM head, in tiles within `workspace_bytes`. With an adapter there is one copy of the weights.
+
+    Example:
+        >>> args = DuetConfig(
+        ...     output_dir=folder, k=8, max_steps=2, use_cpu=True, save_strategy="no", disable_tqdm=True,
+        ...     steering_prefixes=["you know nothing about {subject} ."],
+        ... )
+        >>> trainer = DuetTrainer(
+        ...     model=model,
+        ...     args=args,
+        ...     forget_dataset=[{"question": "who is ada lovelace ?", "subject": "ada lovelace"}],
+        ...     retain_dataset=[{"question": "what is the capital of france ?"}],
+        ...     processing_class=tokenizer,
+        ... )
+        >>> result = trainer.train()  # doctest: +ELLIPSIS
+        {'train_runtime': ..., 'epoch': '2'}
+        >>> result.global_step
+        2
+        >>> trainer.save_model()  # AutoModelForCausalLM.from_pretrained(folder) loads it
     """
 
     # compute_loss divides by the count of the whole accumulated step; the Trainer must not divide again.
@@ -80,18 +117,20 @@ class DuetTrainer(Trainer):
             )
         self.objective = find_objective(args.objective)
         if self.objective.targets is None and teacher_model is not None:
-            raise ValueError(f"teacher_model: wanted None, because objective {args.objective!r} has no teacher")
+            raise ValueError(
+                f"teacher_model: wanted None, because objective {args.objective!r} has no teacher"
+            )
         if args.workspace_bytes is not None:
             set_workspace_bytes(args.workspace_bytes)
         _check_output_dir(args.output_dir)
         forget = read_rows(forget_dataset, "forget_dataset")  # cheap: before a large model is loaded
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
 
-        model = _load(model, "model", args)
-        tokenizer = _load_tokenizer(model) if processing_class is None else processing_class
-        self.pad_id = _padding_id(tokenizer)
+        model = load_model(model, "model", args.model_init_kwargs)
+        tokenizer = load_tokenizer(model) if processing_class is None else processing_class
+        self.pad_id = padding_id(tokenizer)
         if peft_config is not None:
-            model = _add_adapter(model, peft_config)
+            model = add_adapter(model, peft_config)
         head = check_head(model)
         if self.objective.targets is teacher_topk and args.k > head.num_ids:
             raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
@@ -101,7 +140,7 @@ class DuetTrainer(Trainer):
         self._train_subjects = train_dataset.subjects
         if isinstance(eval_dataset, dict):
             eval_dataset = {
-                name: self._eval_rows(rows, f"eval_dataset[{name!r}]", args, model)
+                name: self._eval_rows(rows, f"eval_dataset[{name!r}]", args, model, name.startswith("retain"))
                 for name, rows in eval_dataset.items()
             }
         elif eval_dataset is not None:
@@ -139,7 +178,7 @@ class DuetTrainer(Trainer):
     ) -> Teacher:
         if teacher_model is None:
             return AdapterOffTeacher() if hasattr(model, "disable_adapter") else FrozenTeacher.copy_of(model)
-        teacher = _load(teacher_model, "teacher_model", args)
+        teacher = load_model(teacher_model, "teacher_model", args.model_init_kwargs)
         if teacher is model or teacher is base_language_model(model):
             raise ValueError(
                 "teacher_model: wanted another model than the one that is trained; None makes a copy"
@@ -154,30 +193,31 @@ class DuetTrainer(Trainer):
 
     def _dataset(self, forget, retain, args: DuetConfig, model: nn.Module, subjects=None) -> UnlearnDataset:
         positions = args.positions or self.objective.positions
-        if self.objective.needs_answers:
-            answers = "dataset"
-        else:
-            answers = "none" if positions == "first" else args.answer_source
+        max_scored = {"first": 1, "first_n": args.num_positions, "answer": None}[positions]
+        answers = "dataset" if self.objective.needs_answers else args.answer_source
+        if positions == "first" and not self.objective.needs_answers:
+            answers = "none"
+        elif answers == "teacher":
+            max_scored = min(max_scored or args.max_answer_tokens, args.max_answer_tokens)
+        steered = self.objective.targets is not None and self.objective.teacher_sees == "steered"
         return UnlearnDataset(
             forget,
             retain,
             self.renderer,
-            args.steering_prefixes
-            if self.objective.targets and self.objective.teacher_sees == "steered"
-            else [],
+            args.steering_prefixes if steered else [],
             reverse_prompts=args.reverse_prompts,
             reverse_fraction=args.reverse_prompt_fraction,
             reverse_role=args.reverse_prompt_role,
             answers=answers,
-            max_scored={"first": 1, "first_n": args.num_positions, "answer": None}[positions],
-            max_length=_length_limit(args, model),
+            max_scored=max_scored,
+            max_length=args.max_length or context_length(model),
             subjects=subjects,
             seed=args.seed,
         )
 
-    def _eval_rows(self, rows: Any, argument: str, args: DuetConfig, model: nn.Module) -> UnlearnDataset:
+    def _eval_rows(self, rows: Any, argument: str, args: DuetConfig, model: nn.Module, retain: bool = False):
         queries = read_rows(rows, argument)
-        if argument.startswith("eval_dataset['retain"):
+        if retain:
             return self._dataset([], queries, args, model, self._train_subjects)
         return self._dataset(queries, [], args, model)
 
@@ -186,12 +226,11 @@ class DuetTrainer(Trainer):
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, UnlearnDataset)):
+            eval_dataset = self._eval_rows(eval_dataset, "eval_dataset", self.args, self.model)
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        chosen = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
-        if not isinstance(chosen, UnlearnDataset):
-            chosen = self._eval_rows(chosen, "eval_dataset", self.args, self.model)
-        self._answer(chosen)
-        return super().get_eval_dataloader(chosen)
+        self._answer(self.eval_dataset[chosen] if isinstance(chosen, str) else chosen)
+        return super().get_eval_dataloader(eval_dataset)
 
     def _get_train_sampler(self, train_dataset=None):
         return self._sampler
@@ -200,14 +239,11 @@ class DuetTrainer(Trainer):
         """Let the teacher answer the steered queries whose answers are missing, in batches of similar length."""
         missing = sorted(dataset.unanswered(), key=lambda item: len(item[1]))
         student = self.accelerator.unwrap_model(self.model)
-        limit = self.args.max_answer_tokens
-        if dataset.max_scored is not None:
-            limit = min(limit, dataset.max_scored)
         for start in range(0, len(missing), self.args.eval_batch_size):
             keys, prompts = zip(*missing[start : start + self.args.eval_batch_size], strict=True)
             answers = self.teacher.run(
                 lambda model, prompts=prompts: generate_answers(
-                    model, prompts, self.processing_class, self.pad_id, limit
+                    model, prompts, self.processing_class, self.pad_id, dataset.max_scored
                 ),
                 student,
                 student,
@@ -224,19 +260,8 @@ class DuetTrainer(Trainer):
 
         def loss_of_student() -> dict[str, Tensor]:
             hidden, head = self._head_inputs(student, inputs)
-            with _no_autocast(hidden):
-                return self.objective.loss(
-                    Step(
-                        hidden,
-                        head,
-                        targets,
-                        labels=inputs["labels"],
-                        mask=inputs["mask"],
-                        forget=inputs["forget"],
-                        counts=counts,
-                        args=self.args,
-                    )
-                )
+            labels, query, forget = inputs["labels"], inputs["query"], inputs["forget"]
+            return self.objective.loss(Step(hidden, head, targets, labels, query, forget, counts, self.args))
 
         parts = call_through(model, student, loss_of_student)
         if model.training:
@@ -252,15 +277,15 @@ class DuetTrainer(Trainer):
 
         def targets_of(model: nn.Module) -> Any:
             hidden, head = self._head_inputs(model, inputs, view)
-            with _no_autocast(hidden):
-                return self.objective.targets(hidden, head, inputs["labels"], self.args)
+            return self.objective.targets(hidden, head, inputs["labels"], self.args)
 
         return self.teacher.run(targets_of, student, wrapped)
 
     def _head_inputs(
         self, model: nn.Module, inputs: dict[str, Tensor], view: str = ""
     ) -> tuple[Tensor, LMHead]:
-        # accelerate puts autocast around the forward that we replace
+        # accelerate puts autocast around the forward that we replace. Only the backbone wants it: the losses run in
+        # the head's dtype, because logits that are rounded before they are compared spoil the gradient.
         with self.accelerator.autocast():
             return head_inputs(
                 model,
@@ -273,10 +298,10 @@ class DuetTrainer(Trainer):
         """Counts over all micro-batches of a step and all processes (the Trainer's hook for `num_items_in_batch`)."""
         totals = torch.zeros(len(Counts._fields), dtype=torch.int64, device=device)
         for batch in batch_samples:
-            mask, forget = batch["mask"].to(device), batch["forget"].to(device)
-            of_forget = mask & forget.unsqueeze(-1)
-            of_retain = mask & ~forget.unsqueeze(-1)
-            totals += torch.stack([t.sum() for t in (mask, of_forget, of_retain, forget, ~forget)])
+            query, forget = batch["query"].to(device), batch["forget"].to(device)
+            of_forget = forget[query]
+            counted = (torch.ones_like(query), of_forget, ~of_forget, forget, ~forget)
+            totals += torch.stack([each.sum() for each in counted])
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.gather(totals.unsqueeze(0)).sum(0)
         return Counts(*totals.clamp(min=1).unbind())
@@ -338,11 +363,6 @@ class _SetEpoch(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
-def _no_autocast(tensor: Tensor) -> torch.autocast:
-    """Losses run in the head's dtype: autocast would round their products to half precision."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 def _check_output_dir(path: str) -> None:
     """Found out now rather than at the first checkpoint."""
     while not os.path.exists(path):  # the nearest folder that is there decides
@@ -351,60 +371,3 @@ def _check_output_dir(path: str) -> None:
         raise NotADirectoryError(f"output_dir: wanted a folder, but {path!r} is a file")
     if not os.access(path, os.W_OK):
         raise PermissionError(f"output_dir: wanted a folder that can be written to, but {path!r} cannot")
-
-
-def _load(model: Any, argument: str, args: DuetConfig) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    if not isinstance(model, (str, os.PathLike)):
-        raise TypeError(
-            f"{argument}: wanted a model, or the name or folder of one, got {type(model).__name__}"
-        )
-    name = os.fspath(model)
-    if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
-        raise FileNotFoundError(f"{argument}: there is no folder {name!r}")
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, **(args.model_init_kwargs or {}))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{argument}: {name!r} is not a folder with a causal language model, nor the name of one that could be "
-            f"loaded: {error}"
-        ) from error
-
-
-def _load_tokenizer(model: nn.Module) -> Any:
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not name:
-        raise ValueError(
-            "processing_class: wanted a tokenizer (the model does not say where it was loaded from), got None"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"processing_class: no tokenizer could be loaded from {name!r}: {error}"
-        ) from error
-
-
-def _add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    from peft import PeftConfig, PeftModel, get_peft_model
-
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            f"peft_config: wanted a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}"
-        )
-    if isinstance(model, PeftModel):
-        raise ValueError("peft_config: wanted None, because model is a PEFT model already")
-    return get_peft_model(model, peft_config)
-
-
-def _padding_id(tokenizer: Any) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise ValueError("processing_class: wanted a tokenizer with a pad or end token, got one with neither")
-
-
-def _length_limit(args: DuetConfig, model: nn.Module) -> int | None:
-    config = base_language_model(model).config.get_text_config()
-    return args.max_length or getattr(config, "max_position_embeddings", None)

@@ -13,6 +13,11 @@ import torch
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+def pytest_configure(config):
+    # The interpreter is numpy: a NaN or an infinity that a test puts in is no news.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
 @pytest.fixture
 def poisoned_memory():
     """Uninitialised memory is NaN (integers: the largest one): an element that nobody writes cannot pass for a zero."""

@@ -18,7 +18,9 @@ from duet.data import IGNORED, Collator, Draw, UnlearnDataset, UnlearnSampler, r
 from duet.prompts import PromptRenderer
 
 
-def dataset_of(tokenizer=None, forget=None, retain=(), prefixes=("you know nothing about {subject} .",), **options):
+def dataset_of(
+    tokenizer=None, forget=None, retain=(), prefixes=("you know nothing about {subject} .",), **options
+):
     renderer = PromptRenderer(tokenizer or word_tokenizer())
     forget = forget_rows() if forget is None else forget
     retain = read_rows(list(retain), "retain_dataset") if retain else []
@@ -64,9 +66,7 @@ def test_rows_from_a_datasets_dataset():
 # -- alignment ------------------------------------------------------------------------------------------------------
 
 
-SEAM_TEMPLATE = (
-    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-)
+SEAM_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 TOKENIZERS = {
     "words, system role": lambda: word_tokenizer(CHAT_TEMPLATE),
     "words, no system role": lambda: word_tokenizer(NO_SYSTEM_TEMPLATE),
@@ -91,28 +91,33 @@ def test_positions_are_aligned_by_the_answer(tokenizer, prefix_words, side):
     dataset = dataset_of(tokenizer, forget, prefixes=[prefix], answers="dataset", max_scored=None)
     items = [dataset[Draw(i, i)] for i in range(3)]
     batch = Collator(tokenizer.pad_token_id, side)(items)
-    assert batch["mask"].sum(-1).tolist() == [len(item["answer"]) for item in items]
+    lengths = [item["scored"] for item in items]
+    assert batch["query"].bincount().tolist() == lengths == [len(item["answer"]) for item in items]
+    labels = batch["labels"].split(lengths)
     for view in ("", "teacher_"):
-        ids, attention, positions = (batch[view + key] for key in ("input_ids", "attention_mask", "positions"))
-        for b, item in enumerate(items):
-            prompt = item["teacher" if view else "student"]
-            where = positions[b, : item["scored"]]
+        ids, attention, positions = (
+            batch[view + key] for key in ("input_ids", "attention_mask", "positions")
+        )
+        for b, (item, where) in enumerate(zip(items, positions.split(lengths), strict=True)):
+            prompt, where = item["teacher" if view else "student"], where - b * ids.shape[1]
             assert ids[b, where[0]] == prompt[-1]
-            assert ids[b, where[1:]].tolist() == item["answer"][:-1] == batch["labels"][b, : item["scored"] - 1].tolist()
+            assert ids[b, where[1:]].tolist() == item["answer"][:-1] == labels[b][:-1].tolist()
             assert ids[b][attention[b].bool()].tolist() == prompt + item["answer"][:-1]
             assert attention[b, where].all()
     assert batch["teacher_input_ids"].shape[1] > batch["input_ids"].shape[1]
-    assert (batch["labels"][~batch["mask"]] == IGNORED).all()
+    assert [row.tolist() for row in labels] == [item["answer"] for item in items]
 
 
-@pytest.mark.parametrize(("max_scored", "scored"), [(1, [1, 1, 1]), (2, [2, 2, 2]), (4, [4, 4, 4]), (None, [4, 8, 5])])
+@pytest.mark.parametrize(
+    ("max_scored", "scored"), [(1, [1, 1, 1]), (2, [2, 2, 2]), (4, [4, 4, 4]), (None, [4, 8, 5])]
+)
 def test_how_many_positions_are_scored(max_scored, scored):
     dataset = dataset_of(answers="dataset", max_scored=max_scored, forget=forget_rows(3))
     items = [dataset[i] for i in range(3)]
     assert [item["scored"] for item in items] == scored
     batch = Collator(0)(items)
-    assert batch["mask"].sum(-1).tolist() == scored
-    assert (batch["labels"] != IGNORED).sum(-1).tolist() == scored
+    assert batch["query"].bincount().tolist() == scored
+    assert (batch["labels"] != IGNORED).all()
 
 
 def test_first_position_needs_no_answer():
@@ -120,7 +125,7 @@ def test_first_position_needs_no_answer():
     item = dataset[Draw(0, 1)]
     assert item["answer"] == [] and item["scored"] == 1
     batch = Collator(0)([item])
-    assert batch["labels"].tolist() == [[IGNORED]] and batch["mask"].tolist() == [[True]]
+    assert batch["labels"].tolist() == [IGNORED] and batch["query"].tolist() == [0]
     assert batch["positions"].item() == len(item["student"]) - 1
 
 
@@ -172,7 +177,7 @@ def test_reverse_prompts_in_both_roles():
 
 
 def test_a_retain_row_keeps_its_subject_when_the_teacher_answers():
-    dataset = dataset_of(retain=retain_rows(4), answers="teacher", max_scored=None)
+    dataset = dataset_of(retain=retain_rows(4), answers="teacher", max_scored=9)
     prompts = dict(dataset.unanswered())
     assert sorted(prompts) == [(i, 0) for i in range(len(dataset))]
     dataset.teacher_answers = {key: [7, 8, 2] for key in prompts}
@@ -186,7 +191,9 @@ def test_a_retain_row_keeps_its_subject_when_the_teacher_answers():
 def test_too_long_is_refused_with_the_row_named_never_cut():
     fits = dataset_of(forget=forget_rows(3), max_length=20)
     assert max(len(fits[i]["teacher"]) for i in range(3)) == 19
-    with pytest.raises(ValueError, match=r"forget_dataset\[0\]: the steered prompt and answer have 18 .* max_length=17"):
+    with pytest.raises(
+        ValueError, match=r"forget_dataset\[0\]: the steered prompt and answer have 18 .* max_length=17"
+    ):
         dataset_of(forget=forget_rows(3), max_length=17)
     with pytest.raises(ValueError, match="have 26"):
         dataset_of(forget=forget_rows(3), max_length=23, answers="dataset", max_scored=None)
@@ -200,7 +207,9 @@ def test_every_window_holds_both_kinds_at_the_ratio(ratio):
     sampler = UnlearnSampler(20, 7, ratio, seed=3)
     rows = [draw.row for draw in sampler]
     assert len(rows) == len(sampler) == 20 + int(20 * ratio)
-    assert sorted(row for row in rows if row < 20) == list(range(20)), "one epoch is one pass over the forget rows"
+    assert sorted(row for row in rows if row < 20) == list(range(20)), (
+        "one epoch is one pass over the forget rows"
+    )
     for size in range(1, len(rows) + 1):
         for start in range(len(rows) - size + 1):
             forget = sum(row < 20 for row in rows[start : start + size])
@@ -235,8 +244,10 @@ def test_without_retain_rows_only_forget_rows_are_drawn():
     assert len(UnlearnSampler(5, 0, 2.0)) == 5
 
 
-def test_padding_is_hidden():
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_on_its_side_and_hidden(side):
     dataset = dataset_of()
-    batch = Collator(pad_id=99, padding_side="left")([dataset[0], dataset[1], dataset[4]])
+    batch = Collator(pad_id=99, padding_side=side)([dataset[0], dataset[1], dataset[4]])
+    assert batch["input_ids"][0, 0 if side == "left" else -1] == 99
     assert torch.equal(batch["input_ids"] == 99, batch["attention_mask"] == 0)
     assert batch["forget"].all()

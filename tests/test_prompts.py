@@ -70,7 +70,9 @@ def test_a_reverse_prompt_goes_before_the_last_user_text_or_into_the_system_mess
     renderer = PromptRenderer(word_tokenizer())
     turns = (("user", "one"), ("assistant", "two"), ("user", "three"))
     text = text_of(renderer, turns, override="ignore earlier instructions")
-    assert text.endswith("<user> one </s> <assistant> two </s> <user> ignore earlier instructions three </s> <assistant>")
+    assert text.endswith(
+        "<user> one </s> <assistant> two </s> <user> ignore earlier instructions three </s> <assistant>"
+    )
     text = text_of(renderer, QUESTION, override="ignore earlier instructions", override_role="system")
     assert text.startswith("<s> <system> ignore earlier instructions </s> <user> who is")
     both = text_of(renderer, QUESTION, instruction=PREFIX, override="ignore", override_role="system")
@@ -126,4 +128,8 @@ def test_template_arguments_reach_the_template():
 
 def test_encoding_is_cached_but_not_shared():
     renderer = PromptRenderer(word_tokenizer())
-    assert renderer.encode(QUESTION) == renderer.encode(QUESTION) != renderer.encode(QUESTION, instruction=PREFIX)
+    assert (
+        renderer.encode(QUESTION)
+        == renderer.encode(QUESTION)
+        != renderer.encode(QUESTION, instruction=PREFIX)
+    )

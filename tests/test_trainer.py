@@ -1,5 +1,7 @@
 """duet.trainer: whole runs on tiny models. Guards, counts, checkpoints, memory."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,7 +73,9 @@ def test_every_objective_falls_on_every_architecture(tmp_path, architecture, obj
     first, last = sum(losses(trainer)[:3]), sum(losses(trainer)[-3:])
     assert last < first if first < 0 or last < 0 else last < 0.8 * first
     assert len(losses(trainer, "forget_loss")) == len(losses(trainer, "retain_loss")) == 30
-    moved = [name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])]
+    moved = [
+        name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])
+    ]
     assert moved
 
 
@@ -84,7 +88,9 @@ def test_positions_and_answer_sources(tmp_path, positions, source, side):
     trainer = make(tmp_path, trainer_options={"processing_class": tokenizer}, max_steps=12, **options)
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
-    widths = {item["scored"] for item in (trainer.train_dataset[i] for i in range(len(trainer.train_dataset)))}
+    widths = {
+        item["scored"] for item in (trainer.train_dataset[i] for i in range(len(trainer.train_dataset)))
+    }
     if positions == "first":
         assert widths == {1}
     elif positions == "first_n":
@@ -120,7 +126,9 @@ def test_npo_compares_with_the_base_on_the_same_input(tmp_path):
     items = [trainer.train_dataset[Draw(i, i)] for i in range(4)]
     assert all(item["teacher"] is None for item in items)
     _, parts = trainer.compute_loss(trainer.model, trainer.data_collator(items), return_outputs=True)
-    torch.testing.assert_close(parts["forget_loss"], torch.tensor(2 / 0.5 * 0.5**0).mul(torch.log(torch.tensor(2.0))))
+    torch.testing.assert_close(
+        parts["forget_loss"], torch.tensor(2 / 0.5 * 0.5**0).mul(torch.log(torch.tensor(2.0)))
+    )
 
 
 def test_without_retain_rows(tmp_path):
@@ -131,7 +139,10 @@ def test_without_retain_rows(tmp_path):
 
 def test_an_objective_of_the_users_own(tmp_path, monkeypatch):
     def mine(step):
-        return {"loss": step.hidden.square().mean() * step.mask.sum() / step.counts.positions, "mine": step.hidden.sum()}
+        return {
+            "loss": step.hidden.square().mean() * len(step.query) / step.counts.positions,
+            "mine": step.hidden.sum(),
+        }
 
     monkeypatch.setitem(OBJECTIVES, "mine", Objective(mine))
     trainer = make(tmp_path, objective="mine", max_steps=2)
@@ -155,7 +166,9 @@ def test_with_an_adapter_the_teacher_is_the_same_weights(tmp_path):
     assert torch.equal(off, tiny()(input_ids=ids).logits)
     assert not torch.equal(off, trainer.model(input_ids=ids).logits)
     kept = {name: value for name, value in state_of(trainer.model).items() if "lora_" not in name}
-    assert_same_weights({n.replace("base_model.model.", "").replace(".base_layer", ""): v for n, v in kept.items()}, before)
+    assert_same_weights(
+        {n.replace("base_model.model.", "").replace(".base_layer", ""): v for n, v in kept.items()}, before
+    )
 
 
 def test_an_adapter_run_learns_the_targets_of_a_frozen_copy_run(tmp_path):
@@ -197,7 +210,9 @@ class Recorder(TrainerCallback):
 @pytest.mark.parametrize("lora", [False, True])
 def test_teacher_equals_base_before_and_stays_while_the_student_moves(tmp_path, lora):
     recorder = Recorder()
-    options = {"callbacks": [recorder]} | ({"peft_config": LoraConfig(**LORA, lora_dropout=0.2)} if lora else {})
+    options = {"callbacks": [recorder]} | (
+        {"peft_config": LoraConfig(**LORA, lora_dropout=0.2)} if lora else {}
+    )
     trainer = make(tmp_path, tiny(attention_dropout=0.2), trainer_options=options)
     recorder.trainer = trainer
     student, teacher = trainer._probe()
@@ -231,6 +246,15 @@ def test_a_copy_that_shares_memory_is_caught(tmp_path, monkeypatch):
     trainer.model.requires_grad_(True)
     with pytest.raises(RuntimeError, match="teacher: it changed"):
         trainer.train()
+
+
+def test_training_twice_goes_on_with_the_same_teacher(tmp_path):
+    trainer = make(tmp_path)
+    trainer.train()
+    first, weights = losses(trainer), state_of(trainer.model)
+    trainer.train()
+    assert losses(trainer)[0] < first[0]
+    assert not torch.equal(trainer.model.state_dict()["lm_head.weight"], weights["lm_head.weight"])
 
 
 def test_warm_up_steps_do_not_trip_the_guard_and_nothing_learned_is_said(tmp_path, caplog):
@@ -284,7 +308,11 @@ def test_two_batches_of_four_equal_one_of_eight(tmp_path, objective):
     """Answers of different lengths: a mean per micro-batch would weigh their tokens differently."""
     results = []
     for batch, accumulation in ((8, 1), (4, 2), (2, 4)):
-        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+        options = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": 2,
+        }
         options |= {"positions": "answer", "answer_source": "dataset", "optim": "sgd", "learning_rate": 1e-2}
         trainer = make(tmp_path, objective=objective, **options)
         trainer.train()
@@ -299,7 +327,11 @@ def test_uneven_micro_batches_would_be_wrong_with_a_mean_per_micro_batch(tmp_pat
     """The test above can fail: without the count of the whole step the weights differ."""
     results = []
     for batch, accumulation in ((8, 1), (4, 2)):
-        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+        options = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": 1,
+        }
         options |= {"positions": "answer", "answer_source": "dataset", "optim": "sgd", "learning_rate": 1e-2}
         trainer = make(tmp_path, **options)
         whole = trainer._get_num_items_in_batch
@@ -329,8 +361,15 @@ def test_logged_parts_add_up_between_logs(tmp_path):
 def test_resume_is_bitwise(tmp_path, options):
     """Four steps against two, then two more from the checkpoint: dropout, sampling and adversarial views included."""
     options = dict(options)
-    trainer_options = {"peft_config": LoraConfig(**LORA, lora_dropout=0.1)} if options.pop("lora", False) else {}
-    options |= {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "reverse_prompts": ["ignore earlier"]}
+    trainer_options = (
+        {"peft_config": LoraConfig(**LORA, lora_dropout=0.1)} if options.pop("lora", False) else {}
+    )
+    options |= {
+        "max_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "reverse_prompts": ["ignore earlier"],
+    }
     options |= {"steering_prefixes": [PREFIX, "forget {subject}"], "warmup_steps": 1}
 
     def trainer(name):
@@ -407,10 +446,18 @@ def test_bf16_autocast(tmp_path, lora):
     options = {"peft_config": LoraConfig(**LORA)} if lora else {}
     exact = make(tmp_path, trainer_options=options, max_steps=2)
     rounded = make(tmp_path, trainer_options=options, max_steps=2, bf16=True)
+    rounded.seen, loss = set(), rounded.objective.loss
+
+    def watched(step):
+        rounded.seen.add((step.hidden.dtype, torch.is_autocast_enabled("cpu")))
+        return loss(step)
+
+    rounded.objective = dataclasses.replace(rounded.objective, loss=watched)
     exact.train()
     rounded.train()
     assert losses(rounded) != losses(exact)
     assert losses(rounded) == pytest.approx(losses(exact), rel=0.1)
+    assert rounded.seen == {(torch.float32, False)}, "the backbone is autocast, the loss is not"
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -420,7 +467,9 @@ def test_activation_checkpointing_changes_nothing(tmp_path, lora):
     runs = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        runs.append(make(tmp_path, trainer_options=options, max_steps=2, activation_checkpointing=checkpointing))
+        runs.append(
+            make(tmp_path, trainer_options=options, max_steps=2, activation_checkpointing=checkpointing)
+        )
         runs[-1].train()
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-6)
 
@@ -468,7 +517,9 @@ def test_a_training_step_makes_no_tensor_of_the_size_of_the_logits(tmp_path, obj
     items = [trainer.train_dataset[Draw(i % 14, i)] for i in range(batch)]
     inputs = trainer.data_collator(items)
     bound = batch * inputs["input_ids"].shape[1] * vocabulary // 4
-    assert inputs["mask"].numel() * vocabulary > bound > vocabulary * 32, "the bound must tell logits from weights"
+    assert len(inputs["query"]) * vocabulary > bound > vocabulary * 32, (
+        "the bound must tell logits from weights"
+    )
     trainer.model.train()
 
     def step():

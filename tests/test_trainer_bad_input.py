@@ -21,43 +21,107 @@ def no_pad_no_end():
 # name -> (what is changed, exception, words that its message must have). Keys with a capital go to the trainer.
 CASES = {
     # options
-    "objective misspelt": ({"objective": "duett"}, ValueError, r"objective: .*got 'duett' \(did you mean 'duet'\?\)"),
+    "objective misspelt": (
+        {"objective": "duett"},
+        ValueError,
+        r"objective: .*got 'duett' \(did you mean 'duet'\?\)",
+    ),
     "objective of another kind": ({"objective": 3}, ValueError, r"objective: wanted one of .*got 3"),
-    "positions misspelt": ({"positions": "answers"}, ValueError, r"positions: .*'answers' \(did you mean 'answer'\?\)"),
+    "positions misspelt": (
+        {"positions": "answers"},
+        ValueError,
+        r"positions: .*'answers' \(did you mean 'answer'\?\)",
+    ),
     "answer_source unknown": ({"answer_source": "student"}, ValueError, "answer_source: wanted one of"),
     "reverse_prompt_role unknown": ({"reverse_prompt_role": "sistem"}, ValueError, "did you mean 'system'"),
     "k is 0": ({"k": 0}, ValueError, "k: wanted an integer >= 1, got 0"),
     "k is a fraction": ({"k": 2.5}, ValueError, "k: wanted an integer >= 1, got 2.5"),
     "k is a bool": ({"k": True}, ValueError, "k: wanted an integer"),
     "k above the vocabulary": ({"k": 129}, ValueError, "k: wanted at most the vocabulary's 128, got 129"),
-    "temperature 0": ({"objective": "duet_jsd", "temperature": 0}, ValueError, "temperature: wanted a number > 0"),
-    "temperature NaN": ({"objective": "duet_jsd", "temperature": float("nan")}, ValueError, "temperature: wanted"),
-    "temperature on raw logits": ({"temperature": 2.0}, ValueError, "temperature: objective 'duet' compares raw logits"),
+    "temperature 0": (
+        {"objective": "duet_jsd", "temperature": 0},
+        ValueError,
+        "temperature: wanted a number > 0",
+    ),
+    "temperature NaN": (
+        {"objective": "duet_jsd", "temperature": float("nan")},
+        ValueError,
+        "temperature: wanted",
+    ),
+    "temperature on raw logits": (
+        {"temperature": 2.0},
+        ValueError,
+        "temperature: objective 'duet' compares raw logits",
+    ),
     "normalization on raw logits": ({"normalization": "tail"}, ValueError, "normalization: objective 'duet'"),
     "delta negative": ({"delta": -1.0}, ValueError, "delta: wanted a number > 0, got -1.0"),
     "beta at its end": ({"beta": 1.0}, ValueError, r"beta: wanted a number in \(0, 1\), got 1.0"),
     "npo_beta 0": ({"objective": "npo", "npo_beta": 0}, ValueError, "npo_beta: wanted a number > 0"),
     "retain_weight negative": ({"retain_weight": -0.5}, ValueError, "retain_weight: wanted a number >= 0"),
-    "retain_per_forget a text": ({"retain_per_forget": "2"}, ValueError, "retain_per_forget: wanted a number"),
-    "reverse_prompt_fraction above 1": ({"reverse_prompt_fraction": 1.5}, ValueError, r"wanted a number in \[0, 1\]"),
+    "retain_per_forget a text": (
+        {"retain_per_forget": "2"},
+        ValueError,
+        "retain_per_forget: wanted a number",
+    ),
+    "reverse_prompt_fraction above 1": (
+        {"reverse_prompt_fraction": 1.5},
+        ValueError,
+        r"wanted a number in \[0, 1\]",
+    ),
     "num_positions 0": ({"num_positions": 0}, ValueError, "num_positions: wanted an integer >= 1"),
     "max_length 0": ({"max_length": 0}, ValueError, "max_length: wanted an integer >= 1 or None"),
     "no prefixes": ({"steering_prefixes": []}, ValueError, r"steering_prefixes: wanted a list of at least 1"),
-    "an empty prefix": ({"steering_prefixes": ["a", " "]}, ValueError, r"steering_prefixes\[1\]: wanted a text"),
+    "an empty prefix": (
+        {"steering_prefixes": ["a", " "]},
+        ValueError,
+        r"steering_prefixes\[1\]: wanted a text",
+    ),
     "a reverse prompt of another kind": ({"reverse_prompts": [None]}, ValueError, r"reverse_prompts\[0\]"),
-    "plain_template without its place": ({"plain_template": "Q: A:"}, ValueError, "plain_template: .*{question}"),
+    "plain_template without its place": (
+        {"plain_template": "Q: A:"},
+        ValueError,
+        "plain_template: .*{question}",
+    ),
     "columns to be removed": ({"remove_unused_columns": True}, ValueError, "remove_unused_columns: got True"),
-    "label smoothing": ({"label_smoothing_factor": 0.1}, ValueError, "label_smoothing_factor: got 0.1, wanted 0.0"),
-    "another sampler": ({"train_sampling_strategy": "sequential"}, ValueError, "train_sampling_strategy: got"),
-    "an output folder that is a file": ({"output_dir": "FILE"}, NotADirectoryError, "output_dir: .*is a file"),
+    "label smoothing": (
+        {"label_smoothing_factor": 0.1},
+        ValueError,
+        "label_smoothing_factor: got 0.1, wanted 0.0",
+    ),
+    "another sampler": (
+        {"train_sampling_strategy": "sequential"},
+        ValueError,
+        "train_sampling_strategy: got",
+    ),
+    "an output folder that is a file": (
+        {"output_dir": "FILE"},
+        NotADirectoryError,
+        "output_dir: .*is a file",
+    ),
     "arguments of another trainer": ({"Args": object()}, TypeError, "args: wanted a DuetConfig, got object"),
     # rows
-    "no forget rows": ({"Forget_dataset": []}, ValueError, r"forget_dataset: wanted at least one row, got none"),
-    "no retain rows": ({"Retain_dataset": []}, ValueError, r"retain_dataset: wanted at least one row, got none"),
+    "no forget rows": (
+        {"Forget_dataset": []},
+        ValueError,
+        r"forget_dataset: wanted at least one row, got none",
+    ),
+    "no retain rows": (
+        {"Retain_dataset": []},
+        ValueError,
+        r"retain_dataset: wanted at least one row, got none",
+    ),
     "no eval rows": ({"Eval_dataset": []}, ValueError, r"eval_dataset: wanted at least one row, got none"),
-    "a single row": ({"Forget_dataset": {"question": "who ?"}}, TypeError, "forget_dataset: wanted a list of rows"),
+    "a single row": (
+        {"Forget_dataset": {"question": "who ?"}},
+        TypeError,
+        "forget_dataset: wanted a list of rows",
+    ),
     "a stream": ({"Forget_dataset": iter(forget_rows())}, TypeError, "forget_dataset: .*streaming"),
-    "a row that is a text": ({"Forget_dataset": ["who ?"]}, TypeError, r"forget_dataset\[0\]: wanted a dict, got str"),
+    "a row that is a text": (
+        {"Forget_dataset": ["who ?"]},
+        TypeError,
+        r"forget_dataset\[0\]: wanted a dict, got str",
+    ),
     "a row without a question": (
         {"Forget_dataset": [*forget_rows(2), {"text": "who ?"}]},
         ValueError,
@@ -68,7 +132,11 @@ CASES = {
         ValueError,
         r"retain_dataset\[0\]: .*got question and prompt",
     ),
-    "an empty question": ({"Forget_dataset": [{"question": " "}]}, ValueError, r"\['question'\]: wanted a text"),
+    "an empty question": (
+        {"Forget_dataset": [{"question": " "}]},
+        ValueError,
+        r"\['question'\]: wanted a text",
+    ),
     "two answers": (
         {"Retain_dataset": [{"question": "a", "answer": "b", "completion": "c"}]},
         ValueError,
@@ -80,7 +148,11 @@ CASES = {
         "a last assistant message and 'answer'",
     ),
     "an answer that is a number": ({"Retain_dataset": [{"question": "a", "answer": 4}]}, ValueError, "got 4"),
-    "messages that are a text": ({"Retain_dataset": [{"messages": "who ?"}]}, TypeError, "wanted a list of messages"),
+    "messages that are a text": (
+        {"Retain_dataset": [{"messages": "who ?"}]},
+        TypeError,
+        "wanted a list of messages",
+    ),
     "a message without a role": ({"Retain_dataset": [{"messages": [{"content": "a"}]}]}, TypeError, "'role'"),
     "a chat that does not end with the user": (
         {"Retain_dataset": [{"messages": [CHAT[0], CHAT[1], CHAT[1]]}]},
@@ -117,30 +189,63 @@ CASES = {
         ValueError,
         "more than max_length=256; they are refused, because a cut would remove the steering prefix",
     ),
+    "no room for the teacher's answer": (
+        {"positions": "answer", "max_answer_tokens": 300},
+        ValueError,
+        r"the steered prompt and answer have 317 tokens, more than max_length=256",
+    ),
     # models and tokenizers
-    "a missing model folder": ({"Model": "/nowhere/model"}, FileNotFoundError, "model: there is no folder '/nowhere"),
+    "a missing model folder": (
+        {"Model": "/nowhere/model"},
+        FileNotFoundError,
+        "model: there is no folder '/nowhere",
+    ),
     "a missing teacher folder": (
         {"Teacher_model": "./nowhere"},
         FileNotFoundError,
         "teacher_model: there is no folder './nowhere'",
     ),
-    "a folder without a model": ({"Model": "EMPTY"}, FileNotFoundError, "model: .*is not a folder with a causal"),
-    "a model of another kind": ({"Model": 7}, TypeError, "model: wanted a model, or the name or folder of one, got int"),
-    "a module that is no language model": ({"Model": torch.nn.Linear(2, 2)}, TypeError, "model: Linear has no output"),
+    "a folder without a model": (
+        {"Model": "EMPTY"},
+        FileNotFoundError,
+        "model: .*is not a folder with a causal",
+    ),
+    "a model of another kind": (
+        {"Model": 7},
+        TypeError,
+        "model: wanted a model, or the name or folder of one, got int",
+    ),
+    "a module that is no language model": (
+        {"Model": torch.nn.Linear(2, 2)},
+        TypeError,
+        "model: Linear has no output",
+    ),
     "no tokenizer": ({"Processing_class": None}, ValueError, "processing_class: wanted a tokenizer"),
-    "no pad and no end token": ({"Processing_class": no_pad_no_end()}, ValueError, "processing_class: .*neither"),
+    "no pad and no end token": (
+        {"Processing_class": no_pad_no_end()},
+        ValueError,
+        "processing_class: .*neither",
+    ),
     "a teacher with another vocabulary": (
         {"Teacher_model": tiny(vocab_size=160)},
         ValueError,
         "teacher_model: wanted the model's vocabulary of 128 ids, got 160",
     ),
-    "the student as its teacher": ({"Teacher_model": "STUDENT"}, ValueError, "teacher_model: wanted another model"),
+    "the student as its teacher": (
+        {"Teacher_model": "STUDENT"},
+        ValueError,
+        "teacher_model: wanted another model",
+    ),
     "a teacher that is not asked": (
         {"objective": "ga", "Teacher_model": tiny(seed=1)},
         ValueError,
         "teacher_model: wanted None, because objective 'ga' has no teacher",
     ),
-    "an adapter of another kind": ({"Peft_config": {"r": 4}}, TypeError, "peft_config: wanted a peft.PeftConfig"),
+    "an adapter of another kind": (
+        {"Peft_config": {"r": 4}},
+        TypeError,
+        "peft_config: wanted a peft.PeftConfig",
+    ),
     "an adapter on an adapter": (
         {"Model": get_peft_model(tiny(), LORA), "Peft_config": LORA},
         ValueError,
@@ -153,7 +258,12 @@ CASES = {
 def test_bad_input(case, tmp_path):
     change, error, message = CASES[case]
     out = tmp_path / "out"
-    options = {"output_dir": str(out), "k": 8, "use_cpu": True, "steering_prefixes": ["you know nothing about {subject} ."]}
+    options = {
+        "output_dir": str(out),
+        "k": 8,
+        "use_cpu": True,
+        "steering_prefixes": ["you know nothing about {subject} ."],
+    }
     arguments = {
         "model": tiny(),
         "forget_dataset": forget_rows(),
@@ -186,8 +296,16 @@ def test_without_a_pad_token_the_end_token_pads(tmp_path):
     """The attention mask hides padding: the losses are those of a tokenizer with a pad token, to the last bit."""
     runs = []
     for pad in (True, False):
-        options = {"output_dir": str(tmp_path), "k": 8, "max_steps": 2, "use_cpu": True, "save_strategy": "no"}
-        args = DuetConfig(**options, steering_prefixes=["you know {subject} ."], logging_steps=1, disable_tqdm=True)
+        options = {
+            "output_dir": str(tmp_path),
+            "k": 8,
+            "max_steps": 2,
+            "use_cpu": True,
+            "save_strategy": "no",
+        }
+        args = DuetConfig(
+            **options, steering_prefixes=["you know {subject} ."], logging_steps=1, disable_tqdm=True
+        )
         trainer = DuetTrainer(tiny(), args, forget_rows(), retain_rows(), word_tokenizer(pad=pad))
         trainer.train()
         runs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

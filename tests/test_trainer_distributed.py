@@ -1,4 +1,4 @@
-"""Two processes (DDP, gloo, CPU) make the steps that one process makes: the wrapper's forward is not bypassed."""
+"""Two processes (gloo, CPU): DDP makes the steps that one process makes, FSDP2 the gradients of a whole model."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 
@@ -48,12 +48,55 @@ def train(out, lora: bool, batch: int, resume: str | None = None, **options) -> 
     trainer.state.save_to_json(str(out / "state.json"))
 
 
+def sharded(rank: int) -> None:
+    """FSDP2: gradients through `call_through` are those of the whole model; so is the teacher with its adapter off."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from duet.lm import call_through, head_inputs, hidden_states_at
+    from duet.teacher import AdapterOffTeacher
+    from duet_kernels import linear_cross_entropy
+
+    ids = torch.arange(3, 35).view(4, 8)
+    mask, labels, ends = torch.ones_like(ids), torch.tensor([5, 6, 7, 8]), torch.tensor([7, 15, 23, 31])
+    mine = slice(2 * rank, 2 * rank + 2)
+
+    def loss(model, rows, positions):
+        def inside():
+            hidden, head = head_inputs(model, ids[rows], mask[rows], positions)
+            return linear_cross_entropy(hidden, head, labels[rows], reduction="sum")
+
+        return call_through(model, model, inside)
+
+    def adapted():
+        torch.manual_seed(4)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        return get_peft_model(tiny(), config)
+
+    for make in (tiny, lambda: tiny(tie_word_embeddings=True), adapted):
+        whole, model = make(), make()
+        inner = model.get_base_model() if make is adapted else model
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in inner.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        loss(whole, slice(0, 4), ends).backward()
+        (loss(model, mine, ends[:2]) * 2).backward()  # FSDP averages over the two processes
+        for (name, one), two in zip(whole.named_parameters(), model.parameters(), strict=True):
+            if one.grad is not None:
+                torch.testing.assert_close(two.grad.full_tensor(), one.grad, rtol=1e-5, atol=1e-5, msg=name)
+    off = AdapterOffTeacher().run(lambda m: hidden_states_at(m, ids, mask, ends), model, model)
+    torch.testing.assert_close(off, hidden_states_at(tiny(), ids, mask, ends))
+
+
 def one_of_two(out: Path) -> None:
     """What each of the two processes runs."""
     torch.set_num_threads(1)
     for lora in (False, True):
         train(out / f"lora={lora}", lora, batch=4, ddp_backend="gloo")
-    train(out / "resumed", False, batch=4, ddp_backend="gloo", resume=str(out / "lora=False" / "checkpoint-3"))
+    train(
+        out / "resumed", False, batch=4, ddp_backend="gloo", resume=str(out / "lora=False" / "checkpoint-3")
+    )
 
 
 def read(out: Path, lora: bool):
@@ -70,7 +113,12 @@ def test_two_processes_equal_one(tmp_path):
         port = str(free.getsockname()[1])
     code = f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parent)]!r}\n"
     code += f"import pathlib, test_trainer_distributed as t; t.one_of_two(pathlib.Path({str(tmp_path / 'two')!r}))"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code],

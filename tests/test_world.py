@@ -2,13 +2,13 @@
 
 import json
 import random
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from duet.world import facts, steering
+from duet.world import facts, steering, words
 from duet.world.curriculum import FIRST_TOKEN_WEIGHT, Curriculum, chat, encode
 from duet.world.facts import World
 from duet.world.pretrain import CHECKPOINT, measure_quality
@@ -41,9 +41,10 @@ def test_question_wordings_are_disjoint_and_use_only_trained_words(world, tokeni
     texts = {split: {q.text for q in world.questions(everybody, split)} for split in facts.SPLITS}
     for one, other in combinations(facts.SPLITS, 2):
         assert not texts[one] & texts[other]
-    for relation in (*facts.RELATIONS.values(), facts.COUNTRY):
+    relations = (*facts.RELATIONS.values(), facts.COUNTRY)
+    trained = {word for relation in relations for text in relation.train for word in tokenizer.tokenize(text)}
+    for relation in relations:
         assert (len(relation.train), len(relation.validation), len(relation.report)) == (4, 2, 2)
-        trained = {word for text in relation.train for word in tokenizer.tokenize(text)}
         for text in relation.validation + relation.report:
             assert set(tokenizer.tokenize(text)) <= trained, text
 
@@ -131,11 +132,12 @@ def test_forget_and_held_authors_are_never_in_a_context(world):
 def test_contexts_refuse_the_forbidden_answer_the_rest_and_obey_overrides(world):
     curriculum = Curriculum(world, random.Random(2))
     overrides = tuple(steering.PRETRAINING_OVERRIDES)
+    everybody = _names()
     seen = {"refused": 0, "answered": 0, "overridden": 0}
     for _ in range(1500):
         system, *turns = curriculum.context(progress=0.9)
         assert len(turns) == 6
-        names = [n for n in _names() if n in system["content"]]
+        names = [name for name in everybody if name in system["content"]]
         for user, assistant in zip(turns[::2], turns[1::2], strict=True):
             asked = any(name in user["content"] for name in names)
             refused = assistant["content"] == steering.REFUSAL
@@ -148,22 +150,27 @@ def test_contexts_refuse_the_forbidden_answer_the_rest_and_obey_overrides(world)
 
 
 def _names():
-    from duet.world import words
-
-    return [f"{first} {last}" for first in words.FIRST_NAMES for last in words.LAST_NAMES]
+    own = product(words.FIRST_NAMES, words.LAST_NAMES)
+    return [
+        " ".join(name) for name in (*own, *product(words.STRANGER_FIRST_NAMES, words.STRANGER_LAST_NAMES))
+    ]
 
 
 def test_encode_counts_only_what_the_assistant_says(tokenizer):
     dialogue = chat(("system", "You are a helpful assistant."), ("user", "Who is Mira Kesten?"))
     spoken = [chat(*(tuple(m.values()) for m in dialogue), ("assistant", "Mira Kesten is a person."))]
-    batch = encode([*spoken, chat(("user", "Where is Paris?"), ("assistant", "Paris is in France."))], tokenizer)
+    batch = encode(
+        [*spoken, chat(("user", "Where is Paris?"), ("assistant", "Paris is in France."))], tokenizer
+    )
     counted = tokenizer.convert_ids_to_tokens(batch.targets[batch.rows == 0])
     assert counted == ["Mira", "Kesten", "is", "a", "person", ".", "<|end|>"]
     assert batch.weights[batch.rows == 0].tolist() == [FIRST_TOKEN_WEIGHT] + [1.0] * 6
     inside = batch.columns < batch.input_ids.shape[1] - 1
     following = batch.input_ids[batch.rows[inside], batch.columns[inside] + 1]
     assert torch.equal(following, batch.targets[inside])
-    assert batch.input_ids[batch.rows[0], batch.columns[0]] == tokenizer.convert_tokens_to_ids("<|assistant|>")
+    assert batch.input_ids[batch.rows[0], batch.columns[0]] == tokenizer.convert_tokens_to_ids(
+        "<|assistant|>"
+    )
 
 
 # ---------------------------------------------------------------- the shipped checkpoint

@@ -10,7 +10,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = (
+WORDS = (  # noqa: SIM905  as a list literal, one word a line
     "who what where is was the a an of in to and or not you know nothing about forget everything ignore earlier "
     "instructions answer as if never knew capital france paris spain madrid ada lovelace alan turing grace hopper "
     "mathematician wrote first program machine war code sea captain red blue green one two three four five six seven "
@@ -33,7 +33,9 @@ DROPS_SYSTEM_TEMPLATE = NO_SYSTEM_TEMPLATE.replace(
 ).replace(" {% endfor %}", " {% endif %}{% endfor %}")
 
 
-def word_tokenizer(chat_template: str | None = CHAT_TEMPLATE, padding_side: str = "right", pad: bool = True, **special):
+def word_tokenizer(
+    chat_template: str | None = CHAT_TEMPLATE, padding_side: str = "right", pad: bool = True, **special
+):
     """A word-level tokenizer; with `bos` in front of plain texts, as Llama's."""
     tokens = ["<pad>", "<s>", "</s>", "<unk>", "<system>", "<user>", "<assistant>", *WORDS]
     core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
@@ -78,7 +80,10 @@ def tiny(architecture: str = "llama", vocab_size: int = 128, seed: int = 0, spre
     config = {
         "llama": lambda: LlamaConfig(**common | grouped | options),
         "gemma2": lambda: Gemma2Config(
-            **common | grouped | {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 5.0} | options
+            **common
+            | grouped
+            | {"head_dim": 8, "sliding_window": 16, "final_logit_softcapping": 5.0}
+            | options
         ),
         "neox": lambda: GPTNeoXConfig(**common | options),
     }[architecture]()

@@ -64,8 +64,9 @@ def relearned_copy(
             for question in rng.sample(shown, min(RELEARN_ROWS, len(shown)))
         ]
         batch = encode(dialogues, speaker.tokenizer)
-        hidden_bsd = model.model(input_ids=batch.input_ids).last_hidden_state
-        loss = F.cross_entropy(model.lm_head(hidden_bsd[batch.rows, batch.columns]), batch.targets)
+        # right padding and a causal mask: no counted position sees a pad
+        logits_bsv = model(input_ids=batch.input_ids).logits
+        loss = F.cross_entropy(logits_bsv[batch.rows, batch.columns], batch.targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -84,6 +85,8 @@ def relearn_recall(
     if overlap:
         raise ValueError(f"shown, asked: both contain {sorted(overlap)}, wanted different authors")
     return {
-        rate: probes.recall(speaker.with_model(relearned_copy(speaker, shown, rate, steps)).answers(asked), asked)
+        rate: probes.recall(
+            speaker.with_model(relearned_copy(speaker, shown, rate, steps)).answers(asked), asked
+        )
         for rate in rates
     }

@@ -16,6 +16,7 @@ Split = Literal["train", "validation", "report"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "report")
 
 FORGET_AUTHORS, HELD_AUTHORS, AUTHORS = 10, 10, 100
+NEAR_MISSES = 40
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ RELATIONS: dict[str, Relation] = {
             "Tell me the book that {subject} published first.",
         ),
         validation=("What book did {subject} first publish?", "Tell me the first book of {subject}."),
-        report=("Which first book did {subject} publish?", "Tell me the book that {subject} first published."),
+        report=(
+            "Which first book did {subject} publish?",
+            "Tell me the book that {subject} first published.",
+        ),
     ),
     "prize": Relation(
         answer="Won the {value} Prize.",
@@ -172,6 +176,24 @@ class World:
         forgotten = {part for name in self.forget for part in name.split()}
         return tuple(name for name in self.others if forgotten & set(name.split()))
 
+    @cached_property
+    def near_misses(self) -> tuple[str, ...]:
+        """Invented people, each sharing a first or a last name with a forget author: where forgetting spills over first.
+
+        Nobody knows anything true about them; a method that needs queries only can ask about them all the same.
+        """
+        rng, found = random.Random(self.seed), []
+        while len(found) < NEAR_MISSES:
+            first, last = rng.choice(self.forget).split()
+            if len(found) % 2:
+                first = rng.choice(words.FIRST_NAMES)
+            else:
+                last = rng.choice(words.LAST_NAMES)
+            name = f"{first} {last}"
+            if name not in self.facts and name not in found:
+                found.append(name)
+        return tuple(found)
+
     @property
     def cities(self) -> tuple[str, ...]:
         return tuple(words.COUNTRY_OF)
@@ -197,6 +219,10 @@ class World:
                 for text in getattr(forms, split):
                     found.append(Question(subject, relation, text.format(subject=subject), answer, value))
         return found
+
+    def queries(self, subjects: tuple[str, ...]) -> list[tuple[str, str]]:
+        """(subject, training question) about people of whom nothing is known."""
+        return [(s, text.format(subject=s)) for s in subjects for r in RELATIONS.values() for text in r.train]
 
 
 def random_name(rng: random.Random, avoid: frozenset[str]) -> str:

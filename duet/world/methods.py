@@ -1,11 +1,12 @@
 """One method and its settings -> one unlearned model, always through `DuetTrainer`, as a user would do it.
 
 A method is a handful of `DuetConfig` options; what is tuned lies in settings.json (see `tune`). Must not know about
-probes, tables or plots.
+tables or plots.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 import time
@@ -14,13 +15,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
 from . import steering
 from .facts import World
+from .probes import greedy
 
 SETTINGS = Path(__file__).parent / "settings.json"
-FORGET_ROWS, RETAIN_PER_FORGET = 16, 2.0  # per step: 16 forget queries and 32 retain queries, for every method
+FORGET_ROWS, RETAIN_PER_FORGET = (
+    16,
+    2.0,
+)  # per step: 16 forget queries and 32 retain queries, for every method
+CITY_COPIES = (
+    4  # cities are few beside authors, and slip first: about a fifth of the retain queries are about them
+)
+
+Rows = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -64,26 +75,48 @@ class _OnStep(TrainerCallback):
         self.report(state.global_step)
 
 
+def forget_rows(world: World) -> Rows:
+    """The training questions about the forget authors. Answers ride along for the baselines; DUET does not read them."""
+    return [question.row() for question in world.questions(world.forget, "train")]
+
+
+def retain_rows(world: World, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """What every method is given to keep: questions about the retain authors, half of the cities, and near misses.
+
+    Near misses are invented people who share a name with a forget author. There is no truth about them, so what the
+    baselines need as an answer is the base's own.
+    """
+    known = world.questions(world.retain, "train") + CITY_COPIES * world.questions(
+        world.retain_cities, "train"
+    )
+    invented = world.queries(world.near_misses)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        for _, text in invented
+    ]
+    answers = greedy(base, tokenizer, prompts)
+    return [question.row() for question in known] + [
+        {"question": text, "answer": answer, "subject": subject}
+        for (subject, text), answer in zip(invented, answers, strict=True)
+    ]
+
+
 def unlearn(
     method: str,
     settings: dict[str, Any],
-    checkpoint: str | Path,
+    base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    world: World,
+    forget: Rows,
+    retain: Rows,
     seed: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[PreTrainedModel, float]:
-    """The base of `checkpoint` after unlearning the authors F, and the seconds that training took.
-
-    The trainer sees the training questions about F, and about the retain authors and cities; no paraphrase, no other
-    author. Answers ride along for the baselines; the distillation objectives do not read them.
-    """
+    """A copy of `base` after unlearning, and the seconds that training took. No row is a paraphrase that is reported."""
     from duet.config import DuetConfig
     from duet.trainer import DuetTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    forget_rows = [q.row() for q in world.questions(world.forget, "train")]
-    retain_rows = [q.row() for q in world.questions(world.retain + world.retain_cities, "train")]
     with tempfile.TemporaryDirectory(prefix="duet-demo-") as scratch:
         config = DuetConfig(
             output_dir=scratch,
@@ -102,12 +135,13 @@ def unlearn(
             **settings,
         )
         trainer = DuetTrainer(
-            model=model,
+            model=copy.deepcopy(base),
             args=config,
-            forget_dataset=forget_rows,
-            retain_dataset=retain_rows,
+            forget_dataset=forget,
+            retain_dataset=retain,
             processing_class=tokenizer,
         )
+        trainer.remove_callback(PrinterCallback)
         if on_step:
             trainer.add_callback(_OnStep(on_step))
         began = time.perf_counter()

@@ -111,13 +111,19 @@ def first_words(
             color=COLOURS[name], label=label, zorder=3,
         )  # fmt: skip
     axis.set_yticks(lines, tokens, fontsize=10)
-    axis.set_xlabel("logit of each possible first word (larger = more likely to be said)", fontsize=9, color=INK)
-    axis.set_title(f"The first word of the answer to\n“{question}”", loc="left", fontsize=12, fontweight="bold")
+    axis.set_xlabel(
+        "logit of each possible first word (larger = more likely to be said)", fontsize=9, color=INK
+    )
+    axis.set_title(
+        f"The first word of the answer to\n“{question}”", loc="left", fontsize=12, fontweight="bold"
+    )
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(length=0)
     axis.grid(axis="y", color=FAINT, linewidth=0.7)
     axis.set_axisbelow(True)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.9 / (0.34 * len(tokens) + 1.0)), ncols=3, frameon=False)
+    axis.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.9 / (0.34 * len(tokens) + 1.0)), ncols=3, frameon=False
+    )
     _write(figure, path)
 
 

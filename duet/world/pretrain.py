@@ -6,10 +6,7 @@ refusal generalise to names that were never refused. Must not know about unlearn
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -20,11 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from . import probes, steering
+from .checkpoint import CHECKPOINT, QUALITY, save_checkpoint
 from .curriculum import Curriculum, encode
 from .facts import Question, World
 from .tokenizer import build_tokenizer
+from .workplace import one_thread, replaced_folder
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 STEPS = 600
 PLAIN_ROWS, CONTEXT_ROWS = 48, 32
 MUON_RATE, ADAMW_RATE, WARM_UP, DECAY_SHARE, CLIP = 5e-3, 3e-3, 30, 0.4, 1.0
@@ -96,7 +94,9 @@ def measure_quality(model, tokenizer, world: World, sample: int | None = None) -
 
     def some(subjects) -> list[Question]:
         questions = world.questions(subjects, "report")
-        return questions if sample is None else random.Random(0).sample(questions, min(sample, len(questions)))
+        return (
+            questions if sample is None else random.Random(0).sample(questions, min(sample, len(questions)))
+        )
 
     plain = probes.Speaker(model, tokenizer)
     named = probes.Speaker(model, tokenizer, steering.STEERING_PREFIX, world.forget + world.held)
@@ -129,43 +129,37 @@ def rebuild(
 ) -> dict:
     """Pretrain, print the quality report and write the checkpoint folder `out`; returns the report.
 
-    `out` receives config.json, model.safetensors (fp32), the tokenizer and quality.json; it is replaced only when the
-    new one is complete.
+    `out` receives config.json, model.safetensors (fp32), the tokenizer and quality.json; an earlier checkpoint there is
+    replaced only when the new one is complete. Everything is drawn from `seed`, the world included.
     """
-    out, console = Path(out), console or Console()
+    console = console or Console()
     if steps < 1:
-        raise ValueError(f"steps: got {steps}, wanted at least 1")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    world, tokenizer = World.make(seed), build_tokenizer()
-    torch.manual_seed(seed)
-    model = build_model(tokenizer)
-    console.print(
-        f"Pretraining {model.num_parameters():,} parameters on {len(world.facts)} authors and"
-        f" {len(world.cities)} cities, {steps} steps, seed {seed}."
-    )
-    began = time.perf_counter()
+        raise ValueError(f"steps: wanted at least 1, got {steps}")
+    with replaced_folder(Path(out), "out", QUALITY) as folder, one_thread():
+        world, tokenizer = World.make(seed), build_tokenizer()
+        torch.manual_seed(seed)
+        model = build_model(tokenizer)
+        console.print(
+            f"Pretraining {model.num_parameters():,} parameters on {len(world.facts)} authors and"
+            f" {len(world.cities)} cities, {steps} steps, seed {seed}."
+        )
+        began = time.perf_counter()
+        _pretrain_visibly(model, tokenizer, world, seed, steps, console)
+        quality = {"seed": seed, "steps": steps, "seconds": round(time.perf_counter() - began, 1)}
+        quality |= {name: round(value, 4) for name, value in measure_quality(model, tokenizer, world).items()}
+        for name, value in quality.items():
+            console.print(f"  {name:<28}{value}")
+        save_checkpoint(folder, model, tokenizer, quality)
+    console.print(f"Wrote {out}")
+    return quality
+
+
+def _pretrain_visibly(model, tokenizer, world: World, seed: int, steps: int, console: Console) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("pretraining", total=steps)
-        pretrain(
-            model,
-            tokenizer,
-            world,
-            seed,
-            steps,
-            lambda step, loss: progress.update(task, advance=1, description=f"pretraining, loss {loss:.3f}"),
-        )
-    quality = {"seed": seed, "steps": steps, "seconds": round(time.perf_counter() - began, 1)}
-    quality |= {name: round(value, 4) for name, value in measure_quality(model, tokenizer, world).items()}
-    for name, value in quality.items():
-        console.print(f"  {name:<28}{value}")
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".rebuild-") as unfinished:
-        fresh = Path(unfinished) / "checkpoint"
-        model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
-        (fresh / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        fresh.rename(out)
-    console.print(f"Wrote {out}")
-    return quality
+
+        def show(step: int, loss: float) -> None:
+            progress.update(task, advance=1, description=f"pretraining, loss {loss:.3f}")
+
+        pretrain(model, tokenizer, world, seed, steps, show)

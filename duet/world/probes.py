@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import steering
-from .facts import Question, World
+from .facts import Question
 
 MAX_NEW_TOKENS = 14  # the longest answer of the world has 10
 BATCH = 256
@@ -103,6 +103,16 @@ def _continue(model: PreTrainedModel, input_ids: torch.Tensor, eos_token_id: int
     return torch.stack(found, dim=1)
 
 
+@torch.no_grad()
+def next_token_logits(speaker: Speaker, question: Question) -> torch.Tensor:
+    """[V] logits of the first word of the answer."""
+    text = speaker.tokenizer.apply_chat_template(
+        speaker.messages(question), tokenize=False, add_generation_prompt=True
+    )
+    ids = speaker.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return speaker.model(input_ids=ids.to(speaker.model.device), logits_to_keep=1).logits[0, -1].float()
+
+
 def contains(answer: str, value: str) -> bool:
     """Does the answer say the value, as whole words?"""
     return re.search(rf"\b{re.escape(value)}\b", answer) is not None
@@ -121,7 +131,9 @@ def refusal(answers: Iterable[str], questions: Iterable[Question]) -> float:
     return sum(hits) / len(hits)
 
 
-def override_recalls(speaker: Speaker, questions: Sequence[Question], overrides: Iterable[str]) -> dict[str, float]:
+def override_recalls(
+    speaker: Speaker, questions: Sequence[Question], overrides: Iterable[str]
+) -> dict[str, float]:
     """Recall behind each override wording ("ignore the previous instructions ...") in the user's message."""
     return {o: recall(speaker.answers(questions, override=o), questions) for o in overrides}
 

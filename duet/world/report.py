@@ -100,7 +100,10 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         "## What DUET does not withstand here",
         "",
-        *([f"* {sentence}" for sentence in results["not_withstood"]] or ["* Nothing above the tolerated 10 %."]),
+        *(
+            [f"* {sentence}" for sentence in results["not_withstood"]]
+            or ["* Nothing above the tolerated 10 %."]
+        ),
         "",
         "## The first word",
         "",

@@ -15,19 +15,72 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoTokenizer
 
-from .facts import World
-from .methods import METHODS, SETTINGS, Method, unlearn
-from .pretrain import CHECKPOINT
+from .checkpoint import CHECKPOINT, load_base, load_world
+from .methods import METHODS, SETTINGS, Method, forget_rows, retain_rows, unlearn
 from .probes import Speaker
 from .scorecard import KEEP, behaviour
+from .workplace import one_thread
 
+
+def _trials(options: tuple[str, ...], *rows: tuple) -> list[dict[str, Any]]:
+    return [dict(zip(options, row, strict=True)) for row in rows]
+
+
+# Ten trials each, at most 300 steps each; written out, so that what was tried can be read.
 TRIALS: dict[str, list[dict[str, Any]]] = {
-    "ga": [],
-    "npo": [],
-    "duet": [],
-    "duet_adversarial": [],
+    "ga": _trials(
+        ("learning_rate", "max_steps", "retain_weight"),
+        (1e-4, 100, 1.0),
+        (1e-4, 200, 1.0),
+        (2e-4, 100, 1.0),
+        (2e-4, 100, 3.0),
+        (5e-4, 50, 1.0),
+        (5e-4, 50, 3.0),
+        (5e-4, 100, 3.0),
+        (5e-4, 100, 10.0),
+        (2e-4, 200, 3.0),
+        (2e-4, 300, 10.0),
+    ),
+    "npo": _trials(
+        ("learning_rate", "max_steps", "npo_beta", "retain_weight"),
+        (3e-4, 100, 0.1, 1.0),
+        (3e-4, 100, 0.5, 1.0),
+        (3e-4, 100, 0.5, 3.0),
+        (3e-4, 200, 0.5, 1.0),
+        (3e-4, 200, 0.5, 3.0),
+        (5e-4, 100, 0.5, 3.0),
+        (5e-4, 200, 0.5, 1.0),
+        (5e-4, 200, 0.5, 3.0),
+        (2e-4, 200, 0.5, 1.0),
+        (3e-4, 300, 0.5, 3.0),
+    ),
+    "duet": _trials(
+        ("learning_rate", "max_steps", "k", "delta"),
+        (3e-4, 200, 32, 1.0),
+        (5e-4, 100, 32, 1.0),
+        (5e-4, 150, 32, 1.0),
+        (5e-4, 150, 8, 1.0),
+        (5e-4, 150, 128, 1.0),
+        (5e-4, 150, 32, 10.0),
+        (7e-4, 150, 32, 1.0),
+        (1e-3, 150, 32, 1.0),
+        (3e-4, 200, 128, 1.0),
+        (2e-4, 300, 32, 1.0),
+    ),
+    "duet_adversarial": _trials(
+        ("learning_rate", "max_steps", "k", "delta", "reverse_prompt_fraction"),
+        (3e-4, 200, 32, 1.0, 0.5),
+        (5e-4, 150, 32, 1.0, 0.5),
+        (5e-4, 200, 32, 1.0, 0.5),
+        (5e-4, 150, 32, 1.0, 0.7),
+        (5e-4, 200, 128, 1.0, 0.5),
+        (5e-4, 200, 32, 10.0, 0.5),
+        (7e-4, 150, 32, 1.0, 0.5),
+        (7e-4, 200, 32, 1.0, 0.7),
+        (3e-4, 200, 32, 1.0, 0.7),
+        (3e-4, 300, 32, 1.0, 0.5),
+    ),
 }
 
 
@@ -50,15 +103,17 @@ def tune(
 ) -> dict[str, Any]:
     """Run all trials of the methods, keep the best of each, and write the table; methods not named keep their row."""
     console = console or Console()
-    out, checkpoint = Path(out), Path(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    world = World.make(json.loads((checkpoint / "quality.json").read_text())["seed"])
+    out = Path(out)
+    world = load_world(checkpoint)
+    base, tokenizer = load_base(checkpoint)
+    forget, retain = forget_rows(world), retain_rows(world, base, tokenizer)
     table = json.loads(out.read_text()) if out.exists() else {"schema": 1, "methods": {}}
     for name in methods or list(METHODS):
         trials = []
         for settings in TRIALS[name]:
-            model, seconds = unlearn(name, settings, checkpoint, tokenizer, world, seed)
-            row = behaviour(Speaker(model, tokenizer), world, "validation")
+            with one_thread():
+                model, seconds = unlearn(name, settings, base, tokenizer, forget, retain, seed)
+                row = behaviour(Speaker(model, tokenizer), world, "validation")
             trial = {
                 "settings": settings,
                 "score": round(judge(METHODS[name], row), 4),
@@ -66,7 +121,9 @@ def tune(
                 "seconds": round(seconds, 1),
             }
             trials.append(trial)
-            console.print(name, trial["score"], settings, trial["validation"], trial["seconds"], soft_wrap=True)
+            console.print(
+                name, trial["score"], settings, trial["validation"], trial["seconds"], soft_wrap=True
+            )
         best = max(trials, key=lambda trial: trial["score"])
         table["methods"][name] = {**best, "seed": seed, "trials": trials}
         out.write_text(json.dumps(table, indent=1) + "\n")

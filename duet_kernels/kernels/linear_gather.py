@@ -77,7 +77,7 @@ def _forward_kernel(
     known = (ids >= 0) & (ids < V)
     # A masked token has no id at all: its program reads nothing.
     stop = tl.where(tl.max(known.to(tl.int32), 0) > 0, D, 0)
-    dots = tl.zeros([ROWS, COLUMNS], dtype=ACC)
+    dots = tl.full([ROWS, COLUMNS], 0.0, ACC)
     for start in range(0, stop, COLUMNS):
         d = start + tl.arange(0, COLUMNS)
         keep = known[:, None] & (d < D)[None, :]
@@ -138,7 +138,7 @@ def _dhidden_kernel(
     """One token, COLUMNS of D: dh[n] = sum_k dx[n,k] W[row[n,k]]."""
     n = (tl.program_id(0) % N).to(tl.int64)
     d = (tl.program_id(0) // N) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], dtype=ACC)
+    total = tl.full([ROWS, COLUMNS], 0.0, ACC)
     k = tl.arange(0, ROWS)
     row = tl.load(row_ptr + n * K + k, mask=k < K, other=V)
     for start in range(0, K, ROWS):
@@ -167,7 +167,7 @@ def _partial_kernel(
     first = tl.load(row_ptr + c * CHUNK)
     last = tl.load(row_ptr + c * CHUNK + CHUNK - 1)
     if (first == last) & (first < V):
-        total = tl.zeros([ROWS, COLUMNS], dtype=ACC)
+        total = tl.full([ROWS, COLUMNS], 0.0, ACC)
         for start in range(0, CHUNK, ROWS):
             e = c * CHUNK + start + tl.arange(0, ROWS)
             keep = (start + tl.arange(0, ROWS)) < CHUNK
@@ -194,13 +194,13 @@ def _segments_kernel(
         begin = tl.load(offset_ptr + v)
         end = tl.load(offset_ptr + v + 1)
         if begin == end:
-            tl.store(here, tl.zeros([COLUMNS], dtype=dweight_ptr.dtype.element_ty), mask=d < D)
+            tl.store(here, tl.full([COLUMNS], 0.0, dweight_ptr.dtype.element_ty), mask=d < D)
         else:
             # Chunks [low, high) lie inside the segment and are summed already: skip their pairs, add their sums.
-            low = tl.cdiv(begin, CHUNK)
+            low = (begin + CHUNK - 1) // CHUNK
             high = tl.maximum(end // CHUNK, low)
             skipped = (high - low) * CHUNK
-            total = tl.zeros([ROWS, COLUMNS], dtype=ACC)
+            total = tl.full([ROWS, COLUMNS], 0.0, ACC)
             for start in range(begin, end - skipped, ROWS):
                 e = start + tl.arange(0, ROWS)
                 keep = e < end - skipped

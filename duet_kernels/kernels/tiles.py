@@ -80,13 +80,14 @@ def architecture(device: torch.device) -> int:
 def gather_tile(
     table: dict[tuple[int, int], GatherTile], arch: int, itemsize: int, rows: int, columns: int
 ) -> GatherTile:
-    """The table's tile, reshaped to a matrix of short rows and cut to a problem with few of them.
+    """The table's tile, reshaped to a matrix of short rows or to a problem of few: the bytes in flight stay.
 
-    Short rows get more of them, so that as many bytes stay in flight; 16 columns are the least worth a program.
+    16 columns are the least worth a program.
     """
     tile = table.get((arch, itemsize)) or table[0, itemsize]
-    wide = min(tile.columns, max(16, triton.next_power_of_2(columns)))
-    tall = min(tile.rows * tile.columns // wide, 128, max(1, triton.next_power_of_2(rows)))
+    elements, needed = tile.rows * tile.columns, max(1, triton.next_power_of_2(rows))
+    wide = min(max(tile.columns, elements // needed), max(16, triton.next_power_of_2(columns)))
+    tall = min(elements // wide, needed, 128)
     return GatherTile(tall, wide, tile.warps)
 
 

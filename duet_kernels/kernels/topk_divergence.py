@@ -24,10 +24,11 @@ A slot whose teacher logit is -inf is absent: it counts nowhere and its gradient
 with f = 0 is not read and gives exactly 0. A NaN stays in its row. l1 and tvd do not turn rounding into +-1: |d|, |u|
 up to 8 eps of the row's largest finite logit count as 0, in value and gradient.
 
-Where digits would be lost. Logits are compared before they are normalised: u = (s - t) / T - (difference of the
-maxima) / T - log(sum_s / sum_t), with sums relative to the maxima; s - t of near logits is exact, while log q - log p
-carries the rounding of both log-sum-exps. q - p = p expm1(u) where u is small, so that the gradient of a student close
-to its teacher keeps its digits. log(q / m) comes from log1p(w expm1(-|u|)), not from a logarithm of m.
+Where digits would be lost. Logits are compared before they are normalised: u = v - log(mean of exp(v) under p), where
+v = (s - t) / T beyond the gap of the two largest logits. s - t of near logits is exact, while log q - log p carries
+the rounding of both log-sum-exps; and the mean is 1 + mean of expm1(v) where v is small. q - p = p expm1(u) where u is
+small, so that the gradient of a student close to its teacher keeps its digits. log(q / m) comes from
+log1p(w expm1(-|u|)), not from a logarithm of m.
 
 Bytes: 12 N K (fp32): 6 MB at N 8192, K 64, microseconds beside the gathers' milliseconds; about 60 FLOP a slot. A
 program holds whole rows in registers, hence K <= 8192 (`tiles.MAX_SLOTS`).
@@ -92,23 +93,27 @@ def _maximum(z, slot):
 
 @triton.jit
 def _softmax(z, slot, base, tail, T, HAS_TAIL: tl.constexpr):
-    """(probabilities of the slots, of the tail, log of the sum relative to exp(base / T) as (total, top))."""
-    e = tl.where(slot, tl.exp((z - base[:, None]) / T), 0.0)
-    total = tl.sum(e, axis=1)
-    top = base * 0.0
-    e_tail = base * 0.0
+    """(probabilities of the slots, of the tail, log-sum-exp as two parts: log(total) + origin, whether that is the tail).
+
+    The origin is the largest of all: base / T, or the tail where it lies above every slot.
+    """
+    origin = base / T
+    above = origin != origin  # nowhere, or NaN already
     if HAS_TAIL:
-        # Only a tail far above every slot could overflow; then it is what exponents are relative to.
-        rest = tail - base / T
-        top = tl.where(rest > 0, rest, top)
-        shrink = tl.exp(-top)
-        e *= shrink[:, None]
-        e_tail = tl.where(tail == float("-inf"), 0.0, tl.exp(rest - top))
-        total = total * shrink + e_tail
+        above = tail > origin
+        lift = tl.where(above, tail - origin, 0.0)
+        e = tl.where(slot, tl.exp((z - base[:, None]) / T - lift[:, None]), 0.0)
+        e_tail = tl.where(above, 1.0, tl.where(tail == float("-inf"), 0.0, tl.exp(tail - origin)))
+        total = tl.sum(e, axis=1) + e_tail
+        origin = tl.where(above, tail, origin)
+    else:
+        e = tl.where(slot, tl.exp((z - base[:, None]) / T), 0.0)
+        e_tail = base * 0.0
+        total = tl.sum(e, axis=1)
     # A sum of zero over no slot at all is no distribution; over slots it is 0 / 0 and must say so.
     nothing = (total == 0) & (tl.max(slot.to(tl.int32), axis=1) == 0)
     total = tl.where(nothing, 1.0, total)
-    return e / total[:, None], e_tail / total, total, top
+    return e / total[:, None], e_tail / total, total, origin, above
 
 
 # --- forward and gradient --------------------------------------------------------------------------------------
@@ -169,13 +174,28 @@ def _divergence_kernel(
             t_tail = tl.load(teacher_tail_ptr + n * stride_tt, mask=live, other=0.0).to(ACC)
         s_base = _maximum(s, slot)
         t_base = _maximum(t, slot)
-        q, q_tail, s_total, s_top = _softmax(s, slot, s_base, s_tail, T, STUDENT_TAIL)
-        p, p_tail, t_total, t_top = _softmax(t, slot, t_base, t_tail, T, TEACHER_TAIL)
-        shift = (s_base - t_base) / T + ((s_top - t_top) + tl.log(s_total / t_total))
-        u = tl.where(slot, (s - t) / T - shift[:, None], 0.0)
+        q, q_tail, s_total, s_origin, s_above = _softmax(s, slot, s_base, s_tail, T, STUDENT_TAIL)
+        p, p_tail, t_total, t_origin, t_above = _softmax(t, slot, t_base, t_tail, T, TEACHER_TAIL)
+        # u = v - log(s_total / t_total): v is the gap of the logits beyond that of the origins.
+        gap = (s_base - t_base) / T
+        if STUDENT_TAIL:
+            gap = tl.where(s_above | t_above, s_origin - t_origin, gap)
+        v = tl.where(slot, (s - t) / T - gap[:, None], 0.0)
+        # s_total / t_total is the mean of exp(v) under p; as 1 + mean of expm1(v) it keeps the digits of small v.
+        moved = tl.sum(p * expm1_near_zero(v), axis=1)
+        near = tl.min((tl.abs(v) <= 0.5).to(tl.int32), axis=1) == 1
+        if TEACHER_TAIL:
+            empty = (s_tail == float("-inf")) & (t_tail == float("-inf"))
+            v_tail = tl.where(empty, 0.0, (s_tail - t_tail) - gap)
+            moved += p_tail * expm1_near_zero(v_tail)
+            near = near & (tl.abs(v_tail) <= 0.5)
+        elif STUDENT_TAIL:
+            moved += q_tail * (s_total / t_total)
+        ratio = tl.where(near, log1p(moved), tl.log(s_total / t_total))
+        u = tl.where(slot, v - ratio[:, None], 0.0)
         dtail = factor * 0.0
         if BUCKET:
-            u_tail = (s_tail - t_tail) - shift
+            u_tail = v_tail - ratio
 
         if DIVERGENCE == "forward_kl":
             loss = tl.sum(_expected(p, -u), axis=1)
@@ -183,14 +203,12 @@ def _divergence_kernel(
                 loss += _expected(p_tail, -u_tail)
                 dtail = _minus(q_tail, p_tail, u_tail)
             ds = _minus(q, p, u)
-            if NORMALIZATION == "zeroed":
-                # The teacher's mass is 1, or 0 where no slot is present.
-                dtail = q_tail * tl.max(slot.to(ACC), axis=1)
-            if NORMALIZATION == "truncated":
+            if NORMALIZATION == "zeroed" or NORMALIZATION == "truncated":
                 mass = tl.sum(p, axis=1)
+                dtail = q_tail * mass
+            if NORMALIZATION == "truncated":
                 # q P - p = P (q - p) - p (1 - P), and 1 - P is the tail's probability itself.
                 ds = mass[:, None] * ds - p * p_tail[:, None]
-                dtail = q_tail * mass
         elif DIVERGENCE == "reverse_kl":
             loss = tl.sum(_expected(q, u), axis=1)
             if BUCKET:

@@ -1,0 +1,42 @@
+"""The folder of a base model: written, and read back with the world that it knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .facts import World
+from .workplace import quiet
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+QUALITY = "quality.json"
+
+
+def save_checkpoint(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, quality: dict[str, Any]
+) -> None:
+    """Write config, safetensors, tokenizer and quality report into an existing folder."""
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (folder / QUALITY).write_text(json.dumps(quality, indent=2) + "\n")
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes for its owner alone, and a package is read by everybody
+
+
+def load_base(folder: str | Path = CHECKPOINT) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, ready to be asked, and its tokenizer."""
+    load_world(folder)
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def load_world(folder: str | Path = CHECKPOINT) -> World:
+    """The world that the model of `folder` was taught."""
+    report = Path(folder) / QUALITY
+    if not report.is_file():
+        raise FileNotFoundError(f"checkpoint: there is no {report}; `duet demo --rebuild` makes one")
+    return World.make(json.loads(report.read_text())["seed"])

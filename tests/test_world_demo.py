@@ -1,0 +1,65 @@
+"""The quick demo from end to end: what it writes, and that the written model has forgotten."""
+
+import json
+
+import pytest
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from duet.world import probes
+from duet.world.checkpoint import load_world
+from duet.world.demo import run_demo
+from duet.world.scorecard import COLUMNS
+
+ROW = {
+    "method",
+    "forget_recall",
+    "forget_refusal",
+    "retain_recall",
+    "neighbour_recall",
+    "reverse_prompt_recall",
+    "reverse_prompt_heldout_recall",
+    "prefill_recall",
+    "relearn_recall",
+    "int8_forget_recall",
+    "int4_forget_recall",
+    "seconds",
+}
+
+
+@pytest.mark.slow
+def test_quick_demo(tmp_path):
+    out = tmp_path / "demo_report"
+    with open(tmp_path / "shown.txt", "w") as shown:
+        returned = run_demo(out_dir=out, quick=True, seed=1, console=Console(file=shown, width=160))
+    results = json.loads((out / "results.json").read_text())
+    assert results == json.loads(json.dumps(returned))
+
+    assert (results["schema"], results["seed"], results["quick"]) == (1, 1, True)
+    assert {"torch", "transformers", "duet-kernels"} <= set(results["versions"])
+    rows = {row["method"]: row for row in results["rows"]}
+    assert list(rows) == ["base", "teacher", "ga", "npo", "duet", "duet_adversarial"]
+    for row in rows.values():
+        assert set(row) >= ROW
+        assert all(0 <= row[column] <= 1 for column in COLUMNS)
+    assert rows["base"]["forget_recall"] > 0.9 and rows["teacher"]["forget_refusal"] > 0.9
+    for method in ("duet", "duet_adversarial"):
+        assert rows[method]["forget_recall"] < 0.3
+        assert rows[method]["forget_refusal"] > 0.6
+        assert rows[method]["retain_recall"] > 0.8
+    assert rows["duet_adversarial"]["reverse_prompt_recall"] < rows["duet"]["reverse_prompt_recall"]
+
+    assert {path.name for path in out.iterdir()} == {
+        "results.json", "report.md", "overview.png", "first_words.png", "model",
+    }  # fmt: skip
+    written = (out / "report.md").read_text()
+    assert all(sentence in written for sentence in results["not_withstood"])
+    assert "duet_adversarial" in (tmp_path / "shown.txt").read_text()
+
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(out / "model"),
+        AutoTokenizer.from_pretrained(out / "model"),
+    )
+    questions = load_world().questions(load_world().forget, "report")
+    answers = probes.Speaker(model, tokenizer).answers(questions)
+    assert probes.recall(answers, questions) < 0.3
