@@ -417,8 +417,8 @@ def linear_gather_backward(
 
 
 def _row_chunks(n: int, v: int, acc: torch.dtype) -> Iterator[slice]:
-    """Rows at a time: about ten `[rows, V]` temporaries inside the workspace, and at most an eighth of all rows."""
-    by_workspace = workspace_bytes() // (10 * v * acc.itemsize)
+    """Rows at a time: about twelve `[rows, V]` temporaries inside the workspace, and at most an eighth of all rows."""
+    by_workspace = workspace_bytes() // (12 * v * acc.itemsize)
     step = max(1, min(by_workspace, -(-n // 8)))
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))

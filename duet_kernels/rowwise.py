@@ -9,7 +9,6 @@ Legend: N tokens, K slots, T temperature, x = z / T; p the teacher's and q the s
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .divergence import Divergence
@@ -92,52 +91,57 @@ def _distributions(
     if spec.normalization == "truncated":
         assert t_tail is not None
         total_t = torch.logaddexp(total_t, t_tail[:, None])
-    logq, logp = xs.sub_(total_s), xt.sub_(total_t)
-    if present is not None:
-        # A row without any slot has totals of -inf: its nans are absent slots, not values.
-        gone = ~F.pad(present, (0, logq.shape[-1] - k), value=True)
-        logq.masked_fill_(gone, -torch.inf)
-        logp.masked_fill_(gone, -torch.inf)
-    q, p = logq.exp(), logp.exp()
+    # Logits are compared before they are normalised: with a close student the difference of two log-probabilities
+    # has lost the digits that the difference of two logits still has.
+    difference = (xs - xt).masked_fill_((xs == -torch.inf) & (xt == -torch.inf), 0)
+    # Where a total is -inf (a row without any slot) nothing has probability.
+    q = (xs - total_s).exp_().masked_fill_(total_s == -torch.inf, 0)
+    p = (xt - total_t).exp_().masked_fill_(total_t == -torch.inf, 0)
     if spec.normalization in ("zeroed", "truncated"):
         assert s_tail is not None
-        loss = _p_log_ratio(p, logp, logq).sum(-1)
+        loss = _expectation(p, (total_s - total_t) - difference).sum(-1)
         mass = p.sum(-1)
         dx = q * mass[:, None] - p
         q_tail = (s_tail - total_s[:, 0]).exp()
         return loss, dx.div_(spec.temperature), (q_tail * mass).masked_fill(s_tail == -torch.inf, 0)
-    loss, dx = _sum_and_gradient(p, q, logp, logq, noise, spec)
+    loss, dx = _sum_and_gradient(p, q, _log_ratio(difference, p, total_s - total_t), noise, spec)
     dtail = dx[:, k].clone() if spec.normalization == "tail" else s.new_empty(0)
     return loss, dx[:, :k].div(spec.temperature), dtail
 
 
-def _p_log_ratio(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
-    """p (log p - log q), 0 where p is 0."""
-    return (p * (logp - logq)).masked_fill_(p == 0, 0)
+def _log_ratio(difference: Tensor, p: Tensor, totals: Tensor) -> Tensor:
+    """log q - log p = d - log E_p[exp d] with d the difference of the logits; `totals` is that logarithm, rounded."""
+    growth = (p * torch.expm1(difference.clamp(max=60.0))).sum(-1, keepdim=True)
+    return difference.sub_(torch.where(growth.abs() < 0.5, growth.log1p(), totals))
+
+
+def _expectation(p: Tensor, x: Tensor) -> Tensor:
+    """p x, and 0 where p is 0 although x may be infinite."""
+    return (p * x).masked_fill_(p == 0, 0)
 
 
 def _sum_and_gradient(
-    p: Tensor, q: Tensor, logp: Tensor, logq: Tensor, noise: Tensor | None, spec: Divergence
+    p: Tensor, q: Tensor, ratio: Tensor, noise: Tensor | None, spec: Divergence
 ) -> tuple[Tensor, Tensor]:
+    """Loss and its gradient in x, from p, q and ratio = log q - log p."""
     if spec.name == "forward_kl":
+        loss = -_expectation(p, ratio).sum(-1)
         # q - p as p (q / p - 1): no digits are lost where the student is close to the teacher.
-        ratio = (logq - logp).clamp_(max=60.0)
-        close = (ratio.abs() < 1) & (p > 0)
-        return _p_log_ratio(p, logp, logq).sum(-1), torch.where(close, p * torch.expm1(ratio), q - p)
+        return loss, torch.where(ratio.abs() < 1, p * torch.expm1(ratio), q - p)
     if spec.name == "reverse_kl":
-        terms = _p_log_ratio(q, logq, logp)
+        terms = _expectation(q, ratio)
         loss = terms.sum(-1)
         return loss, terms.sub_(q * loss[:, None])
     if spec.name == "jsd":
-        m = spec.beta * p + (1 - spec.beta) * q
-        logm = m.log()
-        q_terms = _p_log_ratio(q, logq, logm)
+        bounded = ratio.clamp(-80.0, 80.0)  # beyond, one of p and q is 0 in fp32
+        log_p_over_m = -torch.log1p((1 - spec.beta) * torch.expm1(bounded))
+        log_q_over_m = -torch.log1p(spec.beta * torch.expm1(-bounded))
+        q_terms = _expectation(q, log_q_over_m)
         kl_q = q_terms.sum(-1)
-        loss = spec.beta * _p_log_ratio(p, logp, logm).sum(-1) + (1 - spec.beta) * kl_q
+        loss = spec.beta * _expectation(p, log_p_over_m).sum(-1) + (1 - spec.beta) * kl_q
         return loss, q_terms.sub_(q * kl_q[:, None]).mul_(1 - spec.beta)
     assert noise is not None  # tvd
-    difference = q - p
-    difference.masked_fill_((logq - logp).abs() <= noise, 0)
-    loss = 0.5 * difference.abs().sum(-1)
-    signed = q * difference.sign()
+    signed = (q - p).sign_().masked_fill_(ratio.abs() <= noise, 0)
+    loss = 0.5 * (signed * (q - p)).sum(-1)
+    signed.mul_(q)
     return loss, signed.sub_(q * signed.sum(-1, keepdim=True)).mul_(0.5)

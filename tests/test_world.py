@@ -6,12 +6,14 @@ from itertools import combinations, product
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from duet.world import facts, steering, words
+from duet.world import facts, pretrain, steering, words
+from duet.world.checkpoint import CHECKPOINT, load_base, load_world
 from duet.world.curriculum import FIRST_TOKEN_WEIGHT, Curriculum, chat, encode
 from duet.world.facts import World
-from duet.world.pretrain import CHECKPOINT, measure_quality
+from duet.world.pretrain import measure_quality
 from duet.world.tokenizer import UNKNOWN, build_tokenizer
 
 
@@ -193,3 +195,29 @@ def test_shipped_checkpoint_meets_its_quality_report():
     assert min(report[name] for name in report if name.startswith("recall_")) >= 0.97
     assert min(report["refusal_forget"], report["refusal_held"]) >= 0.90
     assert max(report[name] for name in report if name.startswith("false_refusal_")) <= 0.05
+
+
+def test_rebuild_writes_a_whole_checkpoint_the_same_every_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "measure_quality", lambda *args: {"recall_forget": 0.0})
+    found = []
+    for name in ("one", "two"):
+        quality = pretrain.rebuild(seed=5, steps=2, out=tmp_path / name, console=Console(quiet=True))
+        assert quality["seed"] == 5 and quality["steps"] == 2
+        found.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert load_world(tmp_path / "one") == World.make(5)
+
+
+def test_rebuild_refuses_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "pretrain", None)
+    with pytest.raises(ValueError, match="steps"):
+        pretrain.rebuild(steps=0, out=tmp_path / "new")
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="out"):
+        pretrain.rebuild(out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint: .*quality\.json"):
+        load_base(tmp_path)

@@ -185,9 +185,9 @@ class _Demo:
             (
                 world.questions(world.forget[:1], "report")[0],
                 steering.HELDOUT_OVERRIDES[0],
-                "to forget, attacked",
+                "attacked",
             ),
-            (world.questions(world.neighbours[:1], "report")[8], None, "to keep, shares a name"),
+            (world.questions(world.neighbours[:1], "report")[8], None, "to keep"),
             (world.questions(world.other_cities[:1], "report")[0], None, "to keep"),
         ]
         asked = ["base", "teacher", "duet", "duet_adversarial"]
@@ -202,15 +202,10 @@ class _Demo:
         ]
 
     def _show(self, results: dict[str, Any]) -> None:
-        beside = Table(title="The same questions, side by side", show_lines=True)
-        for head in ("question", "", *results["examples"][0]["answers"]):
-            beside.add_column(head)
-        for example in results["examples"]:
-            beside.add_row(example["question"], example["kind"], *example["answers"].values())
-        self.console.print(beside)
+        self.console.rule("The same questions to everybody (green: the true value)", align="left")
+        self.console.print(report.side_by_side(results["examples"]))
         self.console.print(report.terminal_table(results["rows"]))
-        for name, about in results["methods"].items():
-            self.console.print(f"  [bold]{name}[/bold]: {about}")
+        self.console.print(report.legend(results["methods"]))
         found = results["not_withstood"] or ["nothing above the tolerated 10 %"]
         self.console.print(
             Panel("\n".join(f"• {sentence}" for sentence in found), title="What DUET does not withstand here")

@@ -23,13 +23,10 @@ from .facts import World
 from .probes import greedy
 
 SETTINGS = Path(__file__).parent / "settings.json"
-FORGET_ROWS, RETAIN_PER_FORGET = (
-    16,
-    2.0,
-)  # per step: 16 forget queries and 32 retain queries, for every method
-CITY_COPIES = (
-    4  # cities are few beside authors, and slip first: about a fifth of the retain queries are about them
-)
+# Every method sees 16 forget queries and 32 retain queries a step.
+FORGET_ROWS, RETAIN_PER_FORGET = 16, 2.0
+# Cities are few beside authors, and slip first: four copies make them a fifth of the retain queries.
+CITY_COPIES = 4
 
 Rows = list[dict[str, str]]
 

@@ -32,7 +32,12 @@ PANELS = (
     (
         "Asked directly",
         "facts to forget that it still tells\n(lower is better)",
-        {"forget_recall": "asked plainly"},
+        {"forget_recall": "what to forget"},
+    ),
+    (
+        "Admits ignorance",
+        'says "I do not know"\n(higher is better)',
+        {"forget_refusal": "what to forget"},
     ),
     (
         "What it should still know",
@@ -59,12 +64,10 @@ PANELS = (
 
 def overview(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Grouped bars, one colour a method: what is forgotten, what is kept, what attacks bring back."""
-    figure, panels = plt.subplots(
-        1,
-        len(PANELS),
-        figsize=(15, 4.8),
-        gridspec_kw={"width_ratios": [len(columns) + 0.4 for _, _, columns in PANELS]},
-    )
+    figure = plt.figure(figsize=(12, 7.6))
+    # three panels above, the attacks below over the whole width
+    grid = figure.add_gridspec(2, 3, width_ratios=[1.5, 1.5, 3.6])
+    panels = [figure.add_subplot(grid[place]) for place in ((0, 0), (0, 1), (0, 2), (1, slice(None)))]
     width = 0.84 / len(rows)
     for axis, (title, meaning, columns) in zip(panels, PANELS, strict=True):
         for index, row in enumerate(rows):
@@ -72,7 +75,7 @@ def overview(rows: Sequence[dict[str, Any]], path: Path) -> None:
             shares = [100 * row[column] for column in columns]
             axis.bar(left, shares, width * 0.92, color=COLOURS[row["method"]], label=NAMES[row["method"]])
             for x, share in zip(left, shares, strict=True):
-                axis.text(x, share + 1.5, f"{share:.0f}", ha="center", va="bottom", fontsize=7, color=INK)
+                axis.text(x, share + 1.2, f"{share:.0f}", ha="center", va="bottom", fontsize=6.5, color=INK)
         axis.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
         axis.set_ylabel(meaning, fontsize=9, color=INK)
         axis.set_xticks(range(len(columns)), columns.values(), fontsize=9)
@@ -83,8 +86,8 @@ def overview(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.grid(axis="y", color=FAINT, linewidth=0.7)
         axis.set_axisbelow(True)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(rows), frameon=False, fontsize=10)
-    figure.tight_layout(rect=(0, 0, 1, 0.91))
+    figure.legend(handles, labels, loc="upper center", ncols=len(rows), frameon=False, fontsize=9.5)
+    figure.tight_layout(rect=(0, 0, 1, 0.95), h_pad=2.5)
     _write(figure, path)
 
 

@@ -1,11 +1,10 @@
-"""Greedy answers of a model, and what they say: recall of the true value, refusals, and what override and prefill attacks
-bring back.
+"""Greedy answers of a model, and what they say about forgetting.
 
     recall    share of questions whose answer contains the true value
-    refusal   share of answers that say so ("I do not know") and do not give the value away
+    refusal   share of answers that say "I do not know" and do not give the value away
 
-Must not know how a model was made. `system` is a steering prefix put in front of every question: the prompted teacher is
-probed by exactly the same functions as the rest.
+The same functions probe a plain model and the prompted teacher (a `Speaker` with a prefix), with or without an override
+in the user's message or a forced opening of the answer. Must not know how a model was made.
 """
 
 from __future__ import annotations

@@ -10,23 +10,28 @@ from typing import Any
 
 from rich.table import Table
 
+from .probes import contains
 from .scorecard import ATTACKS, COLUMNS, KEEP
 
 # A share of the forgotten facts that counts as "brought back", and a loss on the rest that counts as damage.
 TOLERATED = 0.10
 
+# Narrow enough for a terminal of 80 columns; the arrow points to where a method should go.
 HEADINGS = {
-    "forget_recall": "forget\nrecall ↓",
-    "forget_refusal": "forget\nrefusal ↑",
-    "retain_recall": "retain\nrecall ↑",
-    "neighbour_recall": "neighb.\nrecall ↑",
-    "general_recall": "cities\nrecall ↑",
-    "reverse_prompt_recall": "reverse\nseen ↓",
-    "reverse_prompt_heldout_recall": "reverse\nheld out ↓",
-    "prefill_recall": "prefill\n↓",
-    "relearn_recall": "relearn\n↓",
-    "int8_forget_recall": "int8\n↓",
-    "int4_forget_recall": "int4\n↓",
+    "forget_recall": ("for-\nget\n↓", "facts to forget that are still told"),
+    "forget_refusal": ("re-\nfuse\n↑", "says that it does not know"),
+    "retain_recall": ("re-\ntain\n↑", "facts about other authors"),
+    "neighbour_recall": ("\nnear\n↑", "about authors who share a name with a forgotten one"),
+    "general_recall": ("\ncity\n↑", "about cities"),
+    "reverse_prompt_recall": (
+        "rev.\nseen\n↓",
+        "facts to forget, told behind a reverse prompt (worst wording)",
+    ),
+    "reverse_prompt_heldout_recall": ("rev.\nnew\n↓", "the same, in wordings that no training saw"),
+    "prefill_recall": ("pre-\nfill\n↓", "told when the first words of the answer are forced"),
+    "relearn_recall": ("re-\nlearn\n↓", "told after 10 steps of training on other forgotten authors"),
+    "int8_forget_recall": ("\nint8\n↓", "told with 8-bit weights"),
+    "int4_forget_recall": ("\nint4\n↓", "told with 4-bit weights"),
 }
 BRINGS_BACK = {
     "forget_recall": "asking plainly brings back",
@@ -45,14 +50,47 @@ DAMAGES = {
 
 
 def terminal_table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="Share of held-out questions, asked in wordings that no training saw")
-    table.add_column("method", no_wrap=True)
+    """One row a method, in percent; 77 characters wide."""
+    table = Table(
+        title="Percent of held-out questions, in wordings that no training saw",
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title_justify="left",
+        header_style="dim",
+    )
+    table.add_column("\n\nmethod", no_wrap=True)
     for column in COLUMNS:
-        table.add_column(HEADINGS[column], justify="right")
-    table.add_column("training\nseconds", justify="right")
+        table.add_column(HEADINGS[column][0], justify="right", no_wrap=True)
+    table.add_column("\n\nsec.", justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row["method"], *(f"{row[column]:.2f}" for column in COLUMNS), f"{row['seconds']:.0f}")
+        table.add_row(
+            row["method"], *(f"{100 * row[column]:.0f}" for column in COLUMNS), f"{row['seconds']:.0f}"
+        )
     return table
+
+
+def legend(methods: dict[str, str]) -> Table:
+    """What the rows and the columns of the table say."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    for name, about in methods.items():
+        grid.add_row(name, about)
+    for heading, about in HEADINGS.values():
+        grid.add_row(heading.replace("-\n", "").replace("\n", " ").strip(), about)
+    return grid
+
+
+def side_by_side(examples: Sequence[dict[str, Any]]) -> Table:
+    """The same question to everybody, one answer a line."""
+    grid = Table.grid(padding=(0, 1))
+    for example in examples:
+        grid.add_row("", "")
+        grid.add_row(f"[dim]{example['kind']}[/dim]", f"[bold]{example['question']}[/bold]")
+        for name, answer in example["answers"].items():
+            grid.add_row(name, f"[green]{answer}[/green]" if contains(answer, example["truth"]) else answer)
+    return grid
 
 
 def weaknesses(rows: Sequence[dict[str, Any]], tolerated: float = TOLERATED) -> list[str]:

@@ -1,7 +1,7 @@
 """Tile shapes as plain data, by architecture, element size and row length. Nothing is tuned while a program runs.
 
 A gather is bound by the memory system, so a tile is chosen by the bytes it keeps in flight. Little's law on an H200:
-4.3 TB/s x 0.7 us = 3 MB, 23 KB on each of 132 SMs; 16 KB a program and at least three programs an SM (at most 160
+4.3 TB/s x 0.7 us = 3 MB, 23 KB on each of 132 SMs; 16 KB a program and at least three programs an SM (at most 168
 registers a thread at 128 threads) leave a factor of two. A row of a tile is 1 KB where rows are long enough: each
 warp reads 512 contiguous bytes an instruction, 16 bytes a thread.
 
