@@ -75,6 +75,58 @@ def load_rows(base, rows, columns, stride_row, stride_column, keep, ACC: tl.cons
     return tl.load(base + offsets, mask=keep, other=0.0).to(ACC)
 
 
+@triton.jit
+def finish(x, columns, bias_ptr, stride_bv, keep, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """z = softcap tanh(scale (x + b) / softcap) of products x in ACC; b is read at the columns that are kept."""
+    ACC: tl.constexpr = x.dtype
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + columns.to(tl.int64) * stride_bv, mask=keep, other=0.0).to(ACC)
+    z = x * number(scale, ACC)
+    if HAS_SOFTCAP:
+        cap = number(softcap, ACC)
+        z = cap * tanh(z / cap)
+    return z
+
+
+@triton.jit
+def ordered(z):
+    """z as an integer of its width in the same order: -0 equals 0, any NaN stands above everything.
+
+    The least integer belongs to no number: it marks what is not there.
+    """
+    INT: tl.constexpr = tl.int64 if z.dtype == tl.float64 else tl.int32
+    TOP: tl.constexpr = 0x7FFFFFFFFFFFFFFF if z.dtype == tl.float64 else 0x7FFFFFFF
+    bits = tl.where(z == 0.0, 0.0, z).to(INT, bitcast=True)
+    return tl.where(z == z, tl.where(bits < 0, bits ^ TOP, bits), TOP)
+
+
+@triton.jit
+def unordered(order):
+    """The number that `ordered` made an integer of."""
+    FLOAT: tl.constexpr = tl.float64 if order.dtype == tl.int64 else tl.float32
+    TOP: tl.constexpr = 0x7FFFFFFFFFFFFFFF if order.dtype == tl.int64 else 0x7FFFFFFF
+    return tl.where(order < 0, order ^ TOP, order).to(FLOAT, bitcast=True)
+
+
+# A sum of exponentials is a pair (m, s) = (largest x, sum of exp(x - origin(m))). Infinite maxima need the origin:
+# inf - inf is NaN, while exp(-inf - 0) = 0 and exp(inf - 0) = inf are what the sum should hold.
+
+
+@triton.jit
+def origin(m):
+    """What the exponentials of a sum with the maximum m are relative to: m, or 0 where m is infinite."""
+    return tl.where(tl.abs(m) == float("inf"), 0.0, m)
+
+
+@triton.jit
+def add_exponentials(m, s, x, counted):
+    """(m, s) with the counted columns of x `[R, C]` taken in; a NaN among them makes s NaN."""
+    top = tl.maximum(m, tl.max(tl.where(counted, x, float("-inf")), 1))
+    zero = origin(top)
+    terms = tl.where(counted, tl.exp(x - zero[:, None]), 0.0)
+    return top, s * tl.exp(m - zero) + tl.sum(terms, 1)
+
+
 # True when TRITON_INTERPRET=1 was set before the first import: kernels then run on the CPU, one program at a time.
 INTERPRETED = not isinstance(expm1, triton.JITFunction)
 
@@ -115,3 +167,11 @@ def accumulator(*tensors: torch.Tensor | None) -> tuple[torch.dtype, tl.dtype]:
 def current_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the one that holds the tensor."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """a b by the device's library, summed and returned in ACC; half operands are multiplied as they are on a GPU."""
+    acc, _ = accumulator(a, b)
+    if a.dtype == b.dtype and a.dtype != acc and (a.is_cuda or a.is_meta):
+        return torch.mm(a, b, out_dtype=acc) if out is None else torch.mm(a, b, out_dtype=acc, out=out)
+    return torch.mm(a.to(acc), b.to(acc), out=out)

@@ -100,3 +100,50 @@ def divergence_tile(slots: int) -> DivergenceTile:
         f"k: the Triton divergence kernel holds a token's slots in registers, at most {MAX_SLOTS}, got {slots}; "
         "use impl='chunked'"
     )
+
+
+class SkinnyTile(NamedTuple):
+    """VOCABULARY rows of W x DEPTH of D, STAGES of them under way, held by one program of WARPS warps."""
+
+    vocabulary: int
+    depth: int
+    stages: int
+    warps: int
+
+
+# (architecture, bytes of an element, tokens up to): a few tokens against the whole of W, bound by reading W once.
+# 48 KB of W or more under way in an SM, by Little's law above; several programs an SM hide each other's ends.
+SKINNY = {
+    (0, 2, 16): SkinnyTile(128, 64, 4, 4),
+    (0, 2, 64): SkinnyTile(128, 64, 4, 4),
+    (0, 4, 16): SkinnyTile(128, 32, 3, 4),
+    (0, 4, 64): SkinnyTile(128, 32, 3, 8),
+    (0, 8, 16): SkinnyTile(128, 16, 2, 4),
+    (0, 8, 64): SkinnyTile(128, 16, 2, 8),
+}
+# Up to this many tokens one kernel reads W once and folds as it goes; above, the library's product and a fold.
+TOPK_SKINNY_TOKENS = 64
+# Tokens a library product takes when the workspace cannot hold their logits over the whole vocabulary: with fewer,
+# reading W again for every block of tokens would cost as much as multiplying.
+TOPK_TOKENS = 512
+TOPK_MIN_TOKENS = 256
+FOLD_ROWS = 32  # blocks of logits a program folds: 16 KB at 128 columns
+CHOOSE_ELEMENTS = 8192  # block maxima a program holds in registers; 32 a thread
+CHOOSE_WARPS = 8
+SURVIVORS_COLUMNS = 1024  # candidates a program takes at a time, of one token
+SURVIVORS_WARPS = 4
+ORDER_ROWS = 64  # selected ids that one program ranks
+
+
+def topk_block(k: int, columns: int) -> int:
+    """Columns of a block in top-k selection: as many as leave the k best blocks a quarter of the vocabulary."""
+    for block in (128, 64, 32):
+        if k * block <= columns // 4:
+            return block
+    return 16
+
+
+def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:
+    """The tile for at most 64 tokens."""
+    limit = 16 if tokens <= 16 else 64
+    return SKINNY.get((arch, itemsize, limit)) or SKINNY[0, itemsize, limit]
