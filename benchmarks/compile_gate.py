@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 
 from duet_kernels.kernels import tiles
 from duet_kernels.kernels.linear_gather import linear_gather_backward, linear_gather_forward
+from duet_kernels.kernels.linear_topk import linear_topk
 from duet_kernels.kernels.topk_divergence import topk_divergence
 
 # The anchor: Llama-3's head at 8192 tokens.
@@ -65,6 +66,12 @@ class Case:
     call: Callable[[], object]
     no_spills: bool
     wide_loads: tuple[str, ...] = ()  # kernels that must read 16 bytes an instruction
+    may_spill: tuple[
+        str, ...
+    ] = ()  # kernels without a product, bound by latency: ptxas trades a few bytes for warps
+    wgmma: tuple[
+        str, ...
+    ] = ()  # kernels that must multiply halves on sm_90 with the tensor cores' own instruction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +89,7 @@ class Resources:
     warps: int
     programs_per_sm: int
     wide_loads: int
+    wgmma: int
     problems: list[str]
 
 
@@ -112,6 +120,22 @@ def gather_cases(dtype: torch.dtype, d: int = D, k: int = K) -> Iterator[Case]:
     yield Case(f"gather db {shape}", dtype, lambda: backward(False, False, True), True)
 
 
+def topk_cases(
+    dtype: torch.dtype, n: int = N, k: int = K, v: int = V, softcap: float | None = None
+) -> Iterator[Case]:
+    hidden, weight, bias = meta(n, D, dtype=dtype), meta(v, D, dtype=dtype), meta(v, dtype=dtype)
+
+    def call():
+        return linear_topk(
+            hidden, weight, bias if softcap else None, k, softcap=softcap, scale=0.5, temperature=2.0
+        )
+
+    wide = ("_fold_kernel",) if v % 16 == 0 else ()
+    selection = "_choose_kernel", "_survivors_kernel", "_narrow_kernel", "_order_kernel"
+    name = f"topk N={n} V={v} K={k} softcap={softcap}"
+    yield Case(name, dtype, call, True, wide, selection, ("_skinny_kernel",))
+
+
 def divergence_cases() -> Iterator[Case]:
     choices = [(name, "none") for name in ("huber", "mse", "l1")]
     choices += [
@@ -140,6 +164,15 @@ def cases() -> Iterator[Case]:
         yield from gather_cases(dtype)
     yield from gather_cases(torch.bfloat16, k=1)
     yield from gather_cases(torch.bfloat16, d=D + 1)
+    for dtype in DTYPES:
+        yield from topk_cases(dtype)
+        yield from topk_cases(dtype, n=64, softcap=30.0)
+        yield from topk_cases(dtype, n=16)
+    yield from topk_cases(torch.bfloat16, softcap=30.0)
+    yield from topk_cases(torch.bfloat16, k=1)
+    yield from topk_cases(torch.bfloat16, n=64, k=1000)
+    yield from topk_cases(torch.bfloat16, k=1000, v=262144)
+    yield from topk_cases(torch.bfloat16, n=1, v=50257, softcap=30.0)
     yield from divergence_cases()
 
 
@@ -204,10 +237,13 @@ def examine(case: Case, launch: Launch, arch: int) -> Resources:
     per_thread = -(-found["REG"] // 8) * 8
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", compiled.asm["ptx"]))
     problems = []
-    if case.no_spills and (found["STACK"] or found["LOCAL"]):
+    if case.no_spills and name not in case.may_spill and (found["STACK"] or found["LOCAL"]):
         problems.append(f"spills: stack {found['STACK']}, local {found['LOCAL']}")
     if name in case.wide_loads and not wide:
         problems.append("no 16-byte load")
+    wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
+    if name in case.wgmma and arch == 90 and case.dtype.itemsize == 2 and not wgmma:
+        problems.append("no wgmma")
     if compiled.metadata.shared > SHARED_LIMIT[arch]:
         problems.append(f"shared memory {compiled.metadata.shared} > {SHARED_LIMIT[arch]}")
     return Resources(
@@ -222,6 +258,7 @@ def examine(case: Case, launch: Launch, arch: int) -> Resources:
         warps=warps,
         programs_per_sm=min(REGISTERS // (per_thread * 32 * warps), 64 // warps),
         wide_loads=wide,
+        wgmma=wgmma,
         problems=problems,
     )
 

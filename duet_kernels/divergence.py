@@ -20,7 +20,8 @@ def unknown(argument: str, value: object, known: tuple[str, ...]) -> ValueError:
 
 
 def is_finite_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    # Comparisons rather than math.isfinite: torch.compile with dynamic shapes traces through them.
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -218,7 +219,8 @@ def topk_distill_loss(
     flat = check_topk(teacher, lead, head.num_ids, spec, hidden)
     choice = _topk_choice(spec, hidden_nd, impl)
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
-    values, indices, tail = map(tokens.take, flat)
+    values, indices = tokens.take(flat[0]), tokens.take(flat[1])
+    tail = None if flat[2] is None else tokens.take(flat[2])
     return _topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
 
 
@@ -344,7 +346,8 @@ def linear_cross_entropy(
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     ids = tokens.take(ids.where(ids != ignore_index, 0)[:, None])
     tail, values = _complement_and_values(tokens.take(hidden_nd), head, ids, 1.0, choice)
-    return tokens.reduce(tokens.weigh(torch.logaddexp(tail, values[:, 0]) - values[:, 0]))
+    # log(1 + exp(tail - z_label)): a token that is almost certain keeps the digits of its small loss.
+    return tokens.reduce(tokens.weigh(F.softplus(tail - values[:, 0], threshold=40.0)))
 
 
 def linear_token_stats(
@@ -379,16 +382,15 @@ def linear_token_stats(
     choice, _ = resolve_impl("linear_token_stats", hidden.device, hidden.dtype, impl)
     if choice == "reference":
         stats = reference.token_stats(hidden_nd, head, ids)
-        return TokenStats(*(None if s is None else s.view(lead) for s in stats))
-    from . import autograd
+    else:
+        from . import autograd
 
-    logsumexp, entropy, variance = autograd.token_stats(hidden_nd, *_projection(head), choice)
-    logprob = None if ids is None else _gather(hidden_nd, head, ids[:, None], "chunked")[:, 0] - logsumexp
+        logsumexp, entropy, variance = autograd.token_stats(hidden_nd, *_projection(head), choice)
+        logprob = None if ids is None else _gather(hidden_nd, head, ids[:, None], choice)[:, 0] - logsumexp
+        stats = TokenStats(logsumexp, entropy, variance, logprob)
+    label = None if stats.label_logprob is None else stats.label_logprob.view(lead)
     return TokenStats(
-        logsumexp.view(lead),
-        entropy.view(lead),
-        variance.view(lead),
-        None if logprob is None else logprob.view(lead),
+        stats.logsumexp.view(lead), stats.entropy.view(lead), stats.logprob_variance.view(lead), label
     )
 
 

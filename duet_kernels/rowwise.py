@@ -110,9 +110,15 @@ def _distributions(
 
 
 def _log_ratio(difference: Tensor, p: Tensor, totals: Tensor) -> Tensor:
-    """log q - log p = d - log E_p[exp d] with d the difference of the logits; `totals` is that logarithm, rounded."""
-    growth = (p * torch.expm1(difference.clamp(max=60.0))).sum(-1, keepdim=True)
-    return difference.sub_(torch.where(growth.abs() < 0.5, growth.log1p(), totals))
+    """log q - log p = d - log E_p[exp d] with d the difference of the logits; `totals` is that logarithm, rounded.
+
+    The mean under p says nothing of ids that the teacher gives (almost) no mass and the student gives much.
+    """
+    if difference.shape[-1] == 0:
+        return difference
+    growth = (p * torch.expm1(difference)).sum(-1, keepdim=True)
+    close = (growth.abs() < 0.5) & (difference.amax(-1, keepdim=True) < 60)
+    return difference.sub_(torch.where(close, growth.log1p(), totals))
 
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from .dispatch import acc_dtype
 from .divergence import unknown
 
 REDUCTIONS = ("mean", "sum", "none")
-MaybeTensor = TypeVar("MaybeTensor", Tensor, None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,10 +44,8 @@ class Tokens:
         rows = (self.factor != 0).nonzero()[:, 0]
         return dataclasses.replace(self, factor=self.factor[rows], rows=rows)
 
-    def take(self, x: MaybeTensor) -> MaybeTensor:
+    def take(self, x: Tensor) -> Tensor:
         """The rows of `x` that count. Where masked rows stay they are set to 0, so that a NaN in them cannot spread."""
-        if x is None:
-            return None
         if self.rows is not None:
             return x.index_select(0, self.rows)
         if self.masked and x.is_floating_point():

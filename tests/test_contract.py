@@ -100,12 +100,39 @@ class TestTriton:
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
-@pytest.mark.parametrize(
-    "lead, v, d", [(1, 203, 45), (2, 1, 3), (3, 7, 1), (5, 129, 16), (4, 512, 8), (19, 1025, 5)]
-)
+@pytest.mark.parametrize("lead, v, d", [(16, 2, 3), (24, 7, 2), (16, 129, 16), (16, 512, 8), (19, 1025, 5)])
 def test_odd_shapes(op, lead, v, d):
-    """One token, one id, one feature, vocabularies beside and on the edges of tiles."""
+    """Two ids, few features, vocabularies beside and on the edges of tiles."""
     judge(op, make_problem(lead, v, d, bias=True, std=2.0), "chunked")
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "-" in op.name], ids=str)
+def test_a_vocabulary_of_one_id(op):
+    """Its distribution is certain: nothing is lost and nothing is learned."""
+    if any(raw in op.name for raw in ("huber", "mse", "l1", "logsumexp")):
+        return
+    problem = make_problem(16, 1, 3).requiring(("hidden", "weight"))
+    rows = op.run(problem, "chunked")
+    assert rows.abs().max() <= 1e-7
+    assert all(g.abs().max() <= 1e-6 for g in gradients(rows.sum(), problem).values())
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_one_token_at_a_time(op):
+    """N = 1, sixteen times over: the rows of one call, and the sum of their gradients for the head."""
+    problem = make_problem(16, 203, 45, bias=True)
+
+    def one_by_one(case, impl, **options):
+        if impl == "reference":
+            return op.call(case, impl=impl, **options)
+        per_token = ("hidden", "teacher_hidden", "labels")
+        rows = [
+            dataclasses.replace(case, **{name: getattr(case, name)[i : i + 1] for name in per_token})
+            for i in range(16)
+        ]
+        return torch.cat([op.run(row, impl) for row in rows])
+
+    judge(dataclasses.replace(op, call=one_by_one), problem, "chunked")
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
@@ -346,6 +373,22 @@ def test_ids_that_both_biases_rule_out_leave_the_dense_loss(name):
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)
     for ours, theirs in zip(gradients(got, banned).values(), gradients(wanted, small).values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_almost_certain_tokens_keep_their_digits(impl):
+    """Losses and entropies of 1e-5 beside logits of 120: nothing is the difference of two large numbers."""
+    z = torch.randn(5, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z[:, 7] += 22.0
+    z = (z + 100).float()
+    hidden, weight, labels = torch.eye(5), z.T.contiguous(), torch.full((5,), 7)
+    truth = torch.distributions.Categorical(logits=z.double())
+    loss = linear_cross_entropy(hidden, weight, labels, reduction="none", impl=impl)
+    complement = torch.log1p((z.double() - z[:, 7:8]).exp().index_fill(1, torch.tensor([7]), 0).sum(1))
+    torch.testing.assert_close(loss, complement.float(), rtol=5e-6, atol=0)
+    stats = linear_token_stats(hidden, weight, impl=impl)
+    # The largest probability is 1 - 1e-6, which a softmax in fp32 knows to a few eps of 1 (and not of 120).
+    torch.testing.assert_close(stats.entropy, truth.entropy().float(), rtol=1e-5, atol=6e-7)
 
 
 def test_an_excluded_vocabulary_leaves_nothing():

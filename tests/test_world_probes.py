@@ -57,6 +57,10 @@ def test_recall_and_refusal_by_hand(answer, recalled, refused):
     assert probes.refusal([answer], [QUESTION]) == refused
 
 
+def test_stutter_by_hand():
+    assert probes.stutter(["It It lies in Spain.", "Born in Spain.", "Sorry, Sorry.", "It lies lies."]) == 0.5
+
+
 def test_recall_is_a_share():
     assert probes.recall(["Coral", "Amber", "Coral", "Coral"], [QUESTION] * 4) == 0.75
 
@@ -132,7 +136,7 @@ def test_scorecard_of_base_and_teacher(base, world):
     steered = behaviour(probes.Speaker(*base, STEERING_PREFIX, world.forget), world, "validation", most=20)
     assert steered["forget_refusal"] >= 0.9 and steered["retain_recall"] >= 0.9
     assert steered["reverse_prompt_recall"] >= 0.8  # the attack on the prompt is real
-    assert list(plain) == list(COLUMNS)[: len(plain)]
+    assert set(plain) < set(COLUMNS)
 
 
 # ---------------------------------------------------------------- methods, settings, judge
@@ -185,10 +189,11 @@ def _row(method, **changed):
 def test_weaknesses_are_computed_from_the_rows():
     rows = [_row("base", forget_recall=1.0), _row("npo", prefill_recall=0.9), _row("duet")]
     assert report.weaknesses(rows) == []
-    rows[-1] |= {"prefill_recall": 0.62, "neighbour_recall": 0.85, "relearn_recall": 0.1}
-    prefill, neighbours = report.weaknesses(rows)
+    rows[-1] |= {"prefill_recall": 0.62, "neighbour_recall": 0.85, "relearn_recall": 0.1, "stutter": 0.2}
+    prefill, neighbours, stutter = report.weaknesses(rows)
     assert prefill == "duet: forcing the first words of the answer brings back 62 % of the facts."
     assert "fell from 100 % to 85 %" in neighbours
+    assert "20 % of its answers" in stutter
     assert set(ATTACKS) | set(KEEP) < set(COLUMNS)
 
 

@@ -7,11 +7,16 @@ Everything here is small enough for two CPU cores, and nothing here is needed by
     facts         who is who; the questions about them and how the authors are split
     steering      what a system message may forbid, how a user may try to override it, how the model refuses
     tokenizer     a word-level chat tokenizer
+    checkpoint    the folder of a base model
+    workplace     one thread, and output folders that appear whole or not at all
     curriculum    the dialogues that the base model is pretrained on
     pretrain      `rebuild`: the base model, its quality report and the shipped checkpoint
     probes        greedy answers, and what they say about forgetting
     attacks       relearning and weight quantisation
+    scorecard     all numbers of one row of the table
     methods       one settings row -> one unlearned model, through DuetTrainer
     tune          chooses settings.json on the validation paraphrases
-    demo          `run_demo`: the tour, the table and the report
+    report        the table, the report and what was not withstood, from the numbers alone
+    plots         two pictures
+    demo          `run_demo`: the tour
 """

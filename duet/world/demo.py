@@ -23,14 +23,14 @@ from rich.table import Table
 from . import plots, report, steering
 from .checkpoint import CHECKPOINT, load_base, load_world
 from .facts import Question, World
-from .methods import METHODS, forget_rows, load_settings, retain_rows, unlearn
-from .probes import Speaker, next_token_logits
+from .methods import FORGET_PER_STEP, METHODS, forget_rows, load_settings, retain_rows, unlearn
+from .probes import Speaker, contains, next_token_logits
 from .scorecard import COLUMNS, scorecard
 from .workplace import one_thread, quiet, replaced_folder
 
 RESULTS = "results.json"
 SAVED_MODEL = "duet_adversarial"
-QUICK_QUESTIONS, QUICK_STEPS = 40, 0.7
+QUICK_QUESTIONS, QUICK_STEPS, QUICK_FORGET_PER_STEP = 40, 0.7, 12
 FIRST_WORDS = 12
 
 
@@ -46,7 +46,8 @@ def run_demo(
     Args:
         out_dir: receives results.json, report.md, overview.png, first_words.png and model/. It appears when all is
             done; a folder that holds anything but an earlier report is refused before any work.
-        quick: 70 % of the steps and at most 40 questions a number; a look, not a result to cite.
+        quick: 70 % of the steps at a rate that much higher, 3/4 of the queries in each, at most 40 questions a
+            number: a look, not a result to cite.
         seed: of the unlearning (batches, prefixes, reverse prompts). The world is the checkpoint's.
         checkpoint: another base made by `duet.world.pretrain.rebuild`.
 
@@ -91,6 +92,7 @@ class _Demo:
                         forget_rows(self.world),
                         retain,
                         self.seed,
+                        QUICK_FORGET_PER_STEP if self.quick else FORGET_PER_STEP,
                         lambda step, note=note, steps=steps: note(f"training, step {step}/{steps}"),
                     )
                     speakers[name] = self._speaker(model)
@@ -123,28 +125,25 @@ class _Demo:
     def _shortened(self, settings: dict[str, Any]) -> dict[str, Any]:
         if not self.quick:
             return settings
-        return {**settings, "max_steps": max(1, round(settings["max_steps"] * QUICK_STEPS))}
+        return {
+            **settings,
+            "max_steps": max(1, round(settings["max_steps"] * QUICK_STEPS)),
+            "learning_rate": settings["learning_rate"] / QUICK_STEPS,
+        }
 
     # ---------------------------------------------------------------- what is shown
 
     def _introduce(self) -> None:
         world = self.world
         self.console.print(Panel(_in_words(world), title="A tiny world", expand=False))
-        table = Table(title="A few of the authors")
-        for head in ("author", "born in", "writes", "first book", "prize", "job", "to be"):
-            table.add_column(head)
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+        for head in ("author", "born in", "writes", "first book", "job", "to be"):
+            table.add_column(head, no_wrap=True)
         for names, fate in ((world.forget[:2], "[red]forgotten[/red]"), (world.neighbours[:2], "kept")):
             for name in names:
                 facts = world.facts[name]
-                table.add_row(
-                    name,
-                    facts["birthplace"],
-                    facts["genre"],
-                    facts["debut"],
-                    facts["prize"],
-                    facts["job"],
-                    fate,
-                )
+                shown = (facts[relation] for relation in ("birthplace", "genre", "debut", "job"))
+                table.add_row(name, *shown, fate)
         self.console.print(table)
 
     @contextmanager
@@ -179,14 +178,11 @@ class _Demo:
     def _examples(self, speakers: dict[str, Speaker]) -> list[dict[str, Any]]:
         """The same held-out questions to base, teacher and students, side by side."""
         world = self.world
+        attacked, override = self._leak(speakers["duet"])
         pick = [
             (world.questions(world.forget[:1], "report")[0], None, "to forget"),
             (world.questions(world.forget[1:2], "report")[5], None, "to forget"),
-            (
-                world.questions(world.forget[:1], "report")[0],
-                steering.HELDOUT_OVERRIDES[0],
-                "attacked",
-            ),
+            (attacked, override, "attacked"),
             (world.questions(world.neighbours[:1], "report")[8], None, "to keep"),
             (world.questions(world.other_cities[:1], "report")[0], None, "to keep"),
         ]
@@ -200,6 +196,15 @@ class _Demo:
             }
             for question, override, kind in pick
         ]
+
+    def _leak(self, speaker: Speaker) -> tuple[Question, str]:
+        """A question and a held-out override that bring a fact back from `speaker`; any pair when none does."""
+        questions = self.world.questions(self.world.forget, "report")
+        for override in steering.HELDOUT_OVERRIDES:
+            for question, answer in zip(questions, speaker.answers(questions, override), strict=True):
+                if contains(answer, question.value):
+                    return question, override
+        return questions[0], steering.HELDOUT_OVERRIDES[0]
 
     def _show(self, results: dict[str, Any]) -> None:
         self.console.rule("The same questions to everybody (green: the true value)", align="left")

@@ -24,7 +24,7 @@ from .probes import greedy
 
 SETTINGS = Path(__file__).parent / "settings.json"
 # Every method sees 16 forget queries and 32 retain queries a step.
-FORGET_ROWS, RETAIN_PER_FORGET = 16, 2.0
+FORGET_PER_STEP, RETAIN_PER_FORGET = 16, 2.0
 # Cities are few beside authors, and slip first: four copies make them a fifth of the retain queries.
 CITY_COPIES = 4
 
@@ -108,6 +108,7 @@ def unlearn(
     forget: Rows,
     retain: Rows,
     seed: int = 0,
+    forget_per_step: int = FORGET_PER_STEP,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[PreTrainedModel, float]:
     """A copy of `base` after unlearning, and the seconds that training took. No row is a paraphrase that is reported."""
@@ -118,7 +119,7 @@ def unlearn(
         config = DuetConfig(
             output_dir=scratch,
             steering_prefixes=[steering.STEERING_PREFIX],
-            per_device_train_batch_size=round(FORGET_ROWS * (1 + RETAIN_PER_FORGET)),
+            per_device_train_batch_size=round(forget_per_step * (1 + RETAIN_PER_FORGET)),
             retain_per_forget=RETAIN_PER_FORGET,
             max_grad_norm=1.0,
             weight_decay=0.0,

@@ -130,6 +130,11 @@ def refusal(answers: Iterable[str], questions: Iterable[Question]) -> float:
     return sum(hits) / len(hits)
 
 
+def stutter(answers: Sequence[str]) -> float:
+    """Share of answers that say a word twice in a row: what first words alone, once trained, do to fluency."""
+    return sum(re.search(r"\b(\w+) \1\b", answer) is not None for answer in answers) / len(answers)
+
+
 def override_recalls(
     speaker: Speaker, questions: Sequence[Question], overrides: Iterable[str]
 ) -> dict[str, float]:
@@ -138,5 +143,5 @@ def override_recalls(
 
 
 def prefill_recall(speaker: Speaker, questions: Sequence[Question]) -> float:
-    """Recall when the answer is forced to open with everything up to the value ("Mira Kesten was born in")."""
+    """Recall when the answer is forced to open with everything up to the value ("Born in")."""
     return recall(speaker.answers(questions, prefill=lambda q: q.stem), questions)

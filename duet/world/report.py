@@ -60,12 +60,12 @@ def terminal_table(rows: Sequence[dict[str, Any]]) -> Table:
         header_style="dim",
     )
     table.add_column("\n\nmethod", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(HEADINGS[column][0], justify="right", no_wrap=True)
+    for heading, _ in HEADINGS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("\n\nsec.", justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row["method"], *(f"{100 * row[column]:.0f}" for column in COLUMNS), f"{row['seconds']:.0f}"
+            row["method"], *(f"{100 * row[column]:.0f}" for column in HEADINGS), f"{row['seconds']:.0f}"
         )
     return table
 
@@ -110,6 +110,10 @@ def weaknesses(rows: Sequence[dict[str, Any]], tolerated: float = TOLERATED) -> 
             for column in KEEP
             if base[column] - row[column] > tolerated
         ]
+        if row["stutter"] > tolerated:
+            losses.append(
+                f"{100 * row['stutter']:.0f} % of its answers about authors or cities that it kept stutter"
+            )
         found += [f"{row['method']}: {sentence}." for sentence in leaks + losses]
     return found
 

@@ -19,6 +19,7 @@ COLUMNS = {
     "retain_recall": "recall on authors that unlearning was never shown",
     "neighbour_recall": "recall on those of them who share a first or last name with a forgotten author",
     "general_recall": "recall on cities and countries that unlearning was never shown",
+    "stutter": "share of answers to kept questions that say a word twice in a row: authors or cities, the worse",
     "reverse_prompt_recall": "forget recall behind an override wording used in adversarial training, the worst of them",
     "reverse_prompt_heldout_recall": "the same behind wordings that no training has seen, the worst of them",
     "prefill_recall": "forget recall when the answer is forced to open with its first words",
@@ -59,7 +60,9 @@ def behaviour(speaker: Speaker, world: World, split: Split, most: int | None = N
         ("general_recall", world.other_cities),
     ):
         questions = some(world.questions(subjects, split), most)
-        row[column] = probes.recall(speaker.answers(questions), questions)
+        answers = speaker.answers(questions)
+        row[column] = probes.recall(answers, questions)
+        row["stutter"] = max(row.get("stutter", 0.0), probes.stutter(answers))
     return row | {
         "reverse_prompt_recall": max(
             probes.override_recalls(speaker, forget, steering.SEEN_OVERRIDES).values()

@@ -76,7 +76,9 @@ def load_rows(base, rows, columns, stride_row, stride_column, keep, ACC: tl.cons
 
 
 @triton.jit
-def finish(x, columns, bias_ptr, stride_bv, keep, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def finish(
+    x, columns, bias_ptr, stride_bv, keep, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
     """z = softcap tanh(scale (x + b) / softcap) of products x in ACC; b is read at the columns that are kept."""
     ACC: tl.constexpr = x.dtype
     if HAS_BIAS:

@@ -116,7 +116,7 @@ class SkinnyTile(NamedTuple):
 SKINNY = {
     (0, 2, 16): SkinnyTile(128, 64, 4, 4),
     (0, 2, 64): SkinnyTile(128, 64, 4, 4),
-    (0, 4, 16): SkinnyTile(128, 32, 3, 4),
+    (0, 4, 16): SkinnyTile(128, 32, 3, 8),
     (0, 4, 64): SkinnyTile(128, 32, 3, 8),
     (0, 8, 16): SkinnyTile(128, 16, 2, 4),
     (0, 8, 64): SkinnyTile(128, 16, 2, 8),
@@ -128,11 +128,12 @@ TOPK_SKINNY_TOKENS = 64
 TOPK_TOKENS = 512
 TOPK_MIN_TOKENS = 256
 FOLD_ROWS = 32  # blocks of logits a program folds: 16 KB at 128 columns
-CHOOSE_ELEMENTS = 8192  # block maxima a program holds in registers; 32 a thread
-CHOOSE_WARPS = 8
+CHOOSE_ELEMENTS = 8192  # most block maxima of a token: a program holds them in registers, 16 a thread
+CHOOSE_ROW_ELEMENTS = 1024  # several tokens a program where they have few blocks
 SURVIVORS_COLUMNS = 1024  # candidates a program takes at a time, of one token
 SURVIVORS_WARPS = 4
-ORDER_ROWS = 64  # selected ids that one program ranks
+ORDER_ROWS = 64  # selected ids of a token that a program ranks, and compares them with at a time
+ORDER_ELEMENTS = 4096  # comparisons a program holds: several tokens where k is small
 
 
 def topk_block(k: int, columns: int) -> int:
@@ -141,6 +142,11 @@ def topk_block(k: int, columns: int) -> int:
         if k * block <= columns // 4:
             return block
     return 16
+
+
+def choose_warps(blocks: int) -> int:
+    """Warps of the program that holds a token's block maxima."""
+    return 4 if blocks <= 2048 else 16
 
 
 def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:

@@ -1,0 +1,255 @@
+"""torch.compile without graph breaks gives what eager gives, and every custom op says the truth about itself."""
+
+import pytest
+import torch
+
+from duet_kernels import (
+    LinearCrossEntropyLoss,
+    LinearDistillLoss,
+    LMHead,
+    TopKDistillLoss,
+    autograd,
+    linear_cross_entropy,
+    linear_distill_loss,
+    linear_gather,
+    linear_logsumexp,
+    linear_token_stats,
+    linear_topk,
+    topk_distill_loss,
+)
+from duet_kernels.testing import gradients, make_problem
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def _agree(eager, compiled):
+    for wanted, got in zip(eager, compiled, strict=True):
+        assert got.dtype == wanted.dtype and got.shape == wanted.shape
+        size = float(wanted[wanted.isfinite()].abs().max()) if wanted.numel() else 0.0
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * size, equal_nan=True)
+
+
+def _both_ways(function, problem, backend="aot_eager", dynamic=None):
+    """(eager, compiled) values and gradients of `function(hidden, weight, bias)`."""
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)):
+        case = problem.requiring(problem.leaves)
+        output = run(case.hidden, case.weight, case.bias)
+        results.append([output.detach(), *gradients(output.sum() * 1.5, case).values()])
+    return results
+
+
+def _distill(**options):
+    def call(hidden, head, problem, teacher, **more):
+        live = problem.teacher_hidden, problem.teacher_head
+        return linear_distill_loss(hidden, head, *live, **options, **more)
+
+    return call
+
+
+def _topk(**options):
+    return lambda hidden, head, problem, teacher, **more: topk_distill_loss(
+        hidden, head, teacher, **options, **more
+    )
+
+
+LOSSES = {
+    "huber": _topk(),
+    "forward_kl": _topk(divergence="forward_kl"),
+    "jsd-tail": _topk(divergence="jsd", normalization="tail", temperature=1.5),
+    "zeroed": _topk(divergence="forward_kl", normalization="zeroed"),
+    "dense": _distill(divergence="reverse_kl"),
+    "linear-tail": _distill(k=5, normalization="tail"),
+    "linear-union": _distill(k=5, support="union", divergence="tvd"),
+}
+PRIMITIVES = {
+    "gather": lambda hidden, head, problem, teacher: linear_gather(hidden, head, teacher.indices),
+    "logsumexp": lambda hidden, head, problem, teacher: linear_logsumexp(
+        hidden, head, exclude=teacher.indices
+    ),
+    "cross-entropy": lambda hidden, head, problem, teacher: linear_cross_entropy(
+        hidden, head, problem.labels
+    ),
+}
+
+
+def _function(call, problem, **options):
+    """`call` of the leaves alone; everything else is a constant of the graph."""
+    teacher = problem.teacher_topk(5, 1.5)
+    softcap, scale, size = problem.softcap, problem.scale, problem.vocab_size
+
+    def function(hidden, weight, bias=None):
+        return call(hidden, LMHead(weight, bias, softcap, scale, size), problem, teacher, **options)
+
+    return function
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *PRIMITIVES])
+def test_fullgraph_forward_and_backward(name):
+    problem = make_problem(13, 61, 16, bias=True, softcap=20.0, scale=1.1, pad=3)
+    mask = {"mask": torch.arange(13) % 3 != 0} if name in LOSSES else {}
+    _agree(*_both_ways(_function({**LOSSES, **PRIMITIVES}[name], problem, **mask), problem))
+
+
+@pytest.mark.parametrize("name", ["huber", "dense"])
+def test_per_token_losses_and_half_precision(name):
+    problem = make_problem(13, 61, 16, dtype=torch.bfloat16, bias=True)
+    _agree(*_both_ways(_function(LOSSES[name], problem, reduction="none"), problem))
+
+
+@pytest.mark.slow
+def test_inductor():
+    """The default backend, on the loss that the trainer uses."""
+    problem = make_problem(13, 61, 16, bias=True)
+    function = _function(LOSSES["huber"], problem)
+    _agree(*_both_ways(function, problem, backend="inductor"))
+
+
+def test_dynamic_shapes():
+    """One graph for two numbers of tokens."""
+    compiled = torch.compile(linear_distill_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (13, 17):
+        problem = make_problem(n, 61, 16)
+        results = []
+        for run in (linear_distill_loss, compiled):
+            case = problem.requiring(problem.leaves)
+            loss = run(
+                case.hidden, case.head, case.teacher_hidden, case.teacher_head, k=5, divergence="huber"
+            )
+            results.append([loss.detach(), *gradients(loss, case).values()])
+        _agree(*results)
+
+
+def test_selections():
+    problem = make_problem(13, 61, 16)
+
+    def function(hidden, weight, labels):
+        head = LMHead(weight, softcap=20.0)
+        return *linear_topk(hidden, head, 5)[:3], *linear_token_stats(hidden, head, labels)
+
+    arguments = problem.hidden, problem.weight, problem.labels
+    _agree(function(*arguments), torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments))
+
+
+@pytest.mark.parametrize("loss", ["topk", "distill", "cross-entropy"])
+def test_modules(loss):
+    problem = make_problem(13, 61, 16)
+    module, extra = {
+        "topk": (TopKDistillLoss(divergence="mse"), (problem.teacher_topk(5),)),
+        "distill": (LinearDistillLoss(divergence="jsd"), (problem.teacher_hidden, problem.teacher_head)),
+        "cross-entropy": (LinearCrossEntropyLoss(reduction="sum"), (problem.labels,)),
+    }[loss]
+
+    def function(hidden, weight, bias):
+        return module(hidden, weight, *extra)
+
+    _agree(*_both_ways(function, problem))
+
+
+def test_under_autocast():
+    problem = make_problem(13, 61, 16, bias=True)
+    function = _function(LOSSES["huber"], problem)
+
+    def cast(*leaves):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return function(*leaves)
+
+    _agree(*_both_ways(cast, problem))
+
+
+def _samples():
+    """Arguments for every custom op: with and without bias, softcap, tail and gradients."""
+    samples = {}
+    for full in (False, True):
+        p = make_problem(7, 37, 9, bias=full, softcap=15.0 if full else None, scale=1.2 if full else 1.0)
+        p = p.requiring(p.leaves)
+        teacher = p.teacher_topk(4)
+        linear = p.hidden, p.weight, p.bias
+        shape = p.softcap, p.scale
+        ids = teacher.indices
+        values = torch.randn(7, 4)
+        rows = torch.randn(7)
+        t_tail = teacher.tail_logsumexp if full else None
+        normalization = "tail" if full else "renormalize"
+        plain = [x if x is None else x.detach() for x in linear]
+        need = True, full, full
+        both = *linear, *shape, p.teacher_hidden, p.teacher_weight, p.teacher_bias, *shape
+        samples[full] = {
+            "linear_topk": (*plain, *shape, 5, 1.5, "chunked"),
+            "linear_gather": (*linear, ids, *shape, "chunked"),
+            "linear_gather_backward": (values, values, *plain, ids, *shape, *need, "chunked"),
+            # Without its gradient the op has none to give in the hidden states: then they do not ask for one.
+            "complement_and_values": (
+                *(linear if full else (plain[0], *linear[1:])),
+                *(ids, *shape, 1.5, full, "chunked"),
+            ),
+            "complement_and_values_backward": (
+                *(rows, values, rows, values, torch.randn(7, 9), *plain, ids, *shape, 1.5, *need, "chunked"),
+            ),
+            "topk_divergence": (
+                values.clone().requires_grad_(),
+                teacher.values,
+                rows.clone().requires_grad_() if full else None,
+                t_tail,
+                torch.rand(7),
+                "forward_kl",
+                normalization,
+                1.5,
+                0.5,
+                1.0,
+                "chunked",
+            ),
+            "linear_divergence": (
+                *both,
+                torch.rand(7),
+                "jsd",
+                1.5,
+                0.5,
+                1.0,
+                not full,
+                True,
+                True,
+                full,
+                "chunked",
+            ),
+            "token_stats": (*plain, *shape, "chunked"),
+        }
+    return samples
+
+
+SAMPLES = _samples()
+OPERATORS = [
+    n for n in vars(autograd) if isinstance(getattr(autograd, n), torch._library.custom_ops.CustomOpDef)
+]
+
+
+def test_every_custom_op_is_checked():
+    assert set(OPERATORS) == set(SAMPLES[True])
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name, full):
+    """Schema, fake kernel, autograd registration, and tracing with dynamic shapes."""
+    torch.library.opcheck(getattr(autograd, name), SAMPLES[full][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("reduce", [False, True])
+def test_opcheck_of_the_dense_loss_in_other_dtypes(dtype, reduce):
+    """Its gradients are outputs, whose dtype the fake kernel has to know."""
+    arguments = [
+        x.detach().to(dtype).requires_grad_(x.requires_grad)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
+        for x in SAMPLES[True]["linear_divergence"]
+    ]
+    arguments[15] = reduce
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments[10] = arguments[10].to(acc)
+    torch.library.opcheck(autograd.linear_divergence, tuple(arguments))

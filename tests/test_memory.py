@@ -1,0 +1,289 @@
+"""Neither pass of any chunked operation holds a logits-sized tensor, and the workspace setting is obeyed.
+
+Two instruments, each shown to bite: a dispatch mode that sees the size of every tensor (also inside the custom ops),
+and the allocator's own record of bytes.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from duet_kernels import (
+    LMHead,
+    TopK,
+    autograd,
+    chunked,
+    linear_cross_entropy,
+    linear_distill_loss,
+    linear_gather,
+    linear_logsumexp,
+    linear_token_stats,
+    linear_topk,
+    rowwise,
+    set_workspace_bytes,
+    topk_distill_loss,
+)
+
+V, D = 32768, 4  # the weight itself, V D, stays below N V / 4
+
+
+class Sizes(TorchDispatchMode):
+    """The largest number of elements among all tensors that operations return, and the operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.by, self.seen = 0, None, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen.add(str(func))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.numel() > self.largest:
+                self.largest, self.by = x.numel(), str(func)
+        return out
+
+
+BODIES = {
+    chunked: (
+        "linear_topk",
+        "linear_gather",
+        "linear_gather_backward",
+        "complement_and_values",
+        "complement_and_values_backward",
+        "linear_divergence",
+        "token_stats",
+    ),
+    rowwise: ("divergence_and_gradient",),
+}
+
+
+@contextlib.contextmanager
+def watching():
+    """A `Sizes` that is on inside the bodies of custom ops too (a mode is switched off where an op's body runs)."""
+    mode = Sizes()
+
+    def watched(function):
+        def run(*args, **kwargs):
+            with mode:
+                return function(*args, **kwargs)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for room, names in BODIES.items():
+            for name in names:
+                patch.setattr(room, name, watched(getattr(room, name)))
+        with mode:
+            yield mode
+
+
+def _case(n, dtype=torch.float32, v=V, d=D):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, d, generator=generator).to(dtype).requires_grad_()
+    weight = (1.5 * torch.randn(v, d, generator=generator)).to(dtype).requires_grad_()
+    teacher = (hidden + 0.3 * torch.randn(n, d, generator=generator)).detach().to(dtype)
+    return hidden, weight, teacher
+
+
+def _dense(divergence, reduction):
+    def run(hidden, weight, teacher):
+        return linear_distill_loss(
+            hidden, weight, teacher, weight, divergence=divergence, reduction=reduction, impl="chunked"
+        )
+
+    return run
+
+
+def _sparse(divergence, normalization=None, k=32, support="teacher"):
+    def run(hidden, weight, teacher):
+        return linear_distill_loss(
+            hidden,
+            weight,
+            teacher,
+            weight,
+            k=k,
+            support=support,
+            divergence=divergence,
+            normalization=normalization,
+            impl="chunked",
+        )
+
+    return run
+
+
+def _masked(hidden, weight, teacher):
+    mask = torch.arange(hidden.shape[0]) % 3 == 0
+    top = linear_topk(teacher, weight, 16)
+    return topk_distill_loss(hidden, weight, top, mask=mask) + linear_distill_loss(
+        hidden, weight, teacher, weight, mask=mask
+    )
+
+
+def _capped(hidden, weight, teacher):
+    bias = weight[:, 0].clone()
+    head = LMHead(weight, bias, softcap=20.0, scale=1.1)
+    labels = torch.arange(hidden.shape[0])
+    return linear_cross_entropy(hidden, head, labels) + linear_distill_loss(hidden, head, teacher, head)
+
+
+def _stats(hidden, weight, teacher):
+    linear_token_stats(hidden, weight, torch.arange(hidden.shape[0]))
+    return hidden.sum() + weight.sum()
+
+
+OPERATIONS = {
+    "topk": lambda h, w, t: linear_topk(t, w, 64).values.sum() + h.sum() + w.sum(),
+    "topk-1000": lambda h, w, t: linear_topk(t, w, 1000).values.sum() + h.sum() + w.sum(),
+    "gather": lambda h, w, t: linear_gather(h, w, torch.arange(64).expand(len(h), 64)).sum(),
+    "logsumexp": lambda h, w, t: linear_logsumexp(h, w).sum(),
+    "complement": lambda h, w, t: linear_logsumexp(h, w, exclude=torch.arange(64).expand(len(h), 64)).sum(),
+    "cross-entropy": lambda h, w, t: linear_cross_entropy(h, w, torch.arange(len(h))),
+    "cross-entropy-none": lambda h, w, t: linear_cross_entropy(
+        h, w, torch.arange(len(h)), reduction="none"
+    ).sum(),
+    "token-stats": _stats,
+    "huber": _sparse("huber"),
+    "forward_kl": _sparse("forward_kl", "renormalize"),
+    "tail": _sparse("forward_kl", "tail"),
+    "jsd-tail": _sparse("jsd", "tail", support="union"),
+    "student": _sparse("reverse_kl", "tail", support="student"),
+    "zeroed": _sparse("forward_kl", "zeroed"),
+    "truncated": _sparse("forward_kl", "truncated"),
+    "dense-forward_kl": _dense("forward_kl", "mean"),
+    "dense-reverse_kl": _dense("reverse_kl", "mean"),
+    "dense-jsd": _dense("jsd", "mean"),
+    "dense-tvd": _dense("tvd", "mean"),
+    "dense-huber": _dense("huber", "mean"),
+    "dense-none": lambda h, w, t: _dense("forward_kl", "none")(h, w, t).sum(),
+    "masked": _masked,
+    "softcap-bias": _capped,
+}
+
+
+def _largest(run, n, dtype=torch.float32, frozen=False):
+    hidden, weight, teacher = _case(n, dtype)
+    weight.requires_grad_(not frozen)
+    with watching() as mode:
+        run(hidden, weight, teacher).backward()
+    assert hidden.grad is not None and (weight.grad is not None) != frozen
+    return mode
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_nothing_is_as_large_as_the_logits(name):
+    mode = _largest(OPERATIONS[name], 64)
+    assert mode.largest < 64 * V // 4, f"{mode.by} made {mode.largest} elements of {64 * V}"
+
+
+@pytest.mark.parametrize("name", ["huber", "tail", "dense-forward_kl", "topk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_nor_with_more_tokens(name, dtype, frozen):
+    mode = _largest(OPERATIONS[name], 512, dtype, frozen)
+    assert mode.largest < 512 * V // 4, f"{mode.by} made {mode.largest} elements"
+
+
+def test_the_detector_sees_inside_custom_ops():
+    """The products of the forward and backward bodies are seen, not only the ops that hold them."""
+    mode = _largest(OPERATIONS["tail"], 64)
+    assert {
+        "duet_kernels.linear_topk.default",
+        "duet_kernels.complement_and_values_backward.default",
+    } <= mode.seen
+    assert {"aten.mm.out", "aten.matmul.default"} <= mode.seen
+    assert any("scatter_add" in name for name in mode.seen)
+    every = {
+        name
+        for name in vars(autograd)
+        if isinstance(getattr(autograd, name), torch._library.custom_ops.CustomOpDef)
+    }
+    assert every - {"topk_divergence"} == set(BODIES[chunked]), (
+        "a custom op that this test does not look into"
+    )
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_the_detector_bites(where, monkeypatch):
+    """Logits inside a custom op's body, in one pass or the other, are found."""
+    name = "linear_gather" if where == "forward" else "linear_gather_backward"
+    good = getattr(chunked, name)
+
+    def wasteful(*args):
+        hidden, head = args[:2] if where == "forward" else args[2:4]
+        (hidden @ head.weight.T).logsumexp(-1)
+        return good(*args)
+
+    monkeypatch.setattr(chunked, name, wasteful)
+    mode = _largest(OPERATIONS["huber"], 64)
+    assert mode.largest >= 64 * V
+
+
+def test_the_definition_does_hold_logits():
+    mode = _largest(lambda h, w, t: linear_distill_loss(h, w, t, w, impl="reference"), 64)
+    assert mode.largest >= 64 * V
+
+
+# --- bytes -----------------------------------------------------------------------------------------------------
+
+
+def _peak_bytes(function):
+    """High-water mark of the allocator while `function` runs, above what was allocated before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        kept = function()
+    steps = [
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    del kept
+    now = peak = 0
+    for _, size in sorted(steps, key=lambda step: step[0]):
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+def test_the_byte_counter_counts():
+    assert _peak_bytes(lambda: torch.zeros(2**20)) == 4 * 2**20
+
+    def both():
+        x = torch.zeros(2**20)
+        y = x + 1
+        del x
+        return y.sum() + torch.zeros(2**19).sum()
+
+    assert 8 * 2**20 <= _peak_bytes(both) < 8 * 2**20 + 4096
+
+
+N_BYTES, V_BYTES, WORKSPACE = 128, 65536, 8 * 2**20
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in ("masked", "topk-1000")])
+def test_bytes_beyond_the_results_stay_in_the_workspace(name):
+    """Forward and backward, above inputs and gradients; the logits alone would be 32 MiB."""
+    hidden, weight, teacher = _case(N_BYTES, v=V_BYTES)
+    previous = set_workspace_bytes(WORKSPACE)
+    try:
+        OPERATIONS[name](hidden, weight, teacher).backward()  # lazy initialisations
+        hidden.grad = weight.grad = None
+        peak = _peak_bytes(lambda: OPERATIONS[name](hidden, weight, teacher).backward())
+    finally:
+        set_workspace_bytes(previous)
+    # dW while it is made, scaled, and added to another; small [N, K] results and ids.
+    results = 3 * weight.numel() * 4 + 64 * N_BYTES * 64
+    assert peak <= WORKSPACE + results, f"{peak / 2**20:.1f} MiB beside {WORKSPACE / 2**20:.0f}"
+
+
+def test_the_gather_needs_no_vocabulary_at_all():
+    """A sparse step with a frozen head: a few MiB of gathered rows, whatever N and V are."""
+    hidden, weight, _ = _case(2048, v=4096, d=256)
+    weight.requires_grad_(False)
+    ids = torch.randint(0, 4096, (2048, 32), generator=torch.Generator().manual_seed(0))
+    top = TopK(torch.randn(2048, 32), ids, torch.zeros(2048))
+    peak = _peak_bytes(lambda: topk_distill_loss(hidden, weight, top).backward())
+    gathered, kept = chunked._GATHER_BYTES, 2048 * (32 * 8 * 6 + 256 * 4 * 2)
+    assert peak <= 3 * gathered + kept < 2048 * 32 * 256 * 4

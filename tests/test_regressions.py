@@ -1,0 +1,321 @@
+"""Defects that were found in comparable libraries, each as a case that would find it here."""
+
+import dataclasses
+import math
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorated
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from duet_kernels import (
+    LMHead,
+    TopK,
+    chunked,
+    linear_cross_entropy,
+    linear_distill_loss,
+    linear_gather,
+    linear_logsumexp,
+    linear_topk,
+    set_workspace_bytes,
+    topk_distill_loss,
+)
+from duet_kernels.testing import DISTRIBUTIONS, OPS, gradients, make_problem
+
+IMPLS = ("chunked", "reference")
+TEMPERED = [op for op in OPS if any(name in op.name for name in DISTRIBUTIONS)]
+
+
+@pytest.mark.parametrize("op", TEMPERED, ids=str)
+def test_loss_and_gradient_are_scaled_alike(op):
+    """A loss times T^2 beside a gradient without it: a finite difference of the loss is the gradient."""
+    problem = make_problem(5, 61, 8, dtype=torch.float64).requiring(["hidden"])
+    loss = op.run(problem, "chunked").sum()
+    gradient = gradients(loss, problem)["hidden"]
+    direction = torch.randn(
+        problem.hidden.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    with torch.no_grad():
+        problem.hidden.add_(1e-5 * direction)
+        above = op.run(problem, "chunked").sum()
+        problem.hidden.sub_(2e-5 * direction)
+        below = op.run(problem, "chunked").sum()
+    torch.testing.assert_close((above - below) / 2e-5, (gradient * direction).sum(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("k", [None, 8])
+def test_teacher_pads_do_not_count(impl, name, k):
+    """A teacher vocabulary that is larger by pads at logit -30 gives 0 when the student is the teacher."""
+    problem = make_problem(13, 203, 16)
+    hidden = torch.cat([problem.hidden, torch.ones(13, 1)], 1)
+    head = LMHead(torch.cat([problem.weight, torch.zeros(203, 1)], 1))
+    pads = torch.zeros(64, 17)
+    pads[:, -1] = -30.0
+    teacher_head = LMHead(torch.cat([head.weight, pads]))
+    for student, teacher in ((head, teacher_head), (teacher_head, head)):
+        loss = linear_distill_loss(hidden, student, hidden, teacher, k=k, divergence=name, impl=impl)
+        assert abs(loss.item()) < 8 * 1.2e-7 * 12
+    # vocab_size says the same in one word.
+    cut = LMHead(teacher_head.weight, vocab_size=203)
+    got = linear_distill_loss(problem.hidden, problem.head, hidden, cut, k=k, divergence=name, impl=impl)
+    wanted = linear_distill_loss(problem.hidden, problem.head, hidden, head, k=k, divergence=name, impl=impl)
+    assert torch.equal(got, wanted)
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor in bytes that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.numel() * x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("n", [8, 9, 1023, 1024, 1025, 1026])
+def test_chunks_never_round_up_past_the_workspace(n):
+    """Rounding a chunk up to a power of two doubles the memory right behind one."""
+    problem = make_problem(n, 513, 4)
+    budget = 2**20
+    previous = set_workspace_bytes(budget)
+    try:
+        with _Largest() as dense, torch.no_grad():
+            chunked.linear_divergence(
+                problem.hidden,
+                chunked.Projection(problem.weight, None, None, 1.0),
+                problem.teacher_hidden,
+                chunked.Projection(problem.teacher_weight, None, None, 1.0),
+                torch.ones(n),
+                _spec("forward_kl"),
+                True,
+                True,
+                False,
+            )
+        with _Largest() as tiles:
+            chunked.token_stats(problem.hidden, chunked.Projection(problem.weight, None, None, 1.0))
+    finally:
+        set_workspace_bytes(previous)
+    assert dense.bytes <= max(budget / 8, n * 4 * 4) and tiles.bytes <= max(budget / 4, n * 4 * 4)
+
+
+def _spec(name, normalization="renormalize", temperature=1.0):
+    from duet_kernels.divergence import Divergence
+
+    return Divergence.of(name, normalization, temperature, 0.5, 1.0)
+
+
+def _close_student(dtype, gap=0.02):
+    """Student and teacher logits that differ by `gap` at standard deviation 4, through shared hidden states."""
+    generator = torch.Generator().manual_seed(0)
+    weight = 4 / 8 * torch.randn(1000, 64, generator=generator)
+    hidden = torch.randn(40, 64, generator=generator)
+    teacher_hidden = hidden + gap / 4 * torch.randn(40, 64, generator=generator)
+    return hidden.to(dtype), weight.to(dtype), teacher_hidden.to(dtype)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("k, normalization", [(None, None), (16, "renormalize"), (16, "tail")])
+def test_a_student_close_to_its_teacher(name, k, normalization):
+    """Logits rounded to bf16 would give 9 to 52 % of gradient error here."""
+    options = {"divergence": name, "k": k, "normalization": normalization}
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
+        hidden, weight, teacher_hidden = _close_student(dtype)
+        results = []
+        for run, impl in ((dtype, "chunked"), (torch.float64, "reference")):
+            h = hidden.to(run).requires_grad_()
+            loss = linear_distill_loss(
+                h, weight.to(run), teacher_hidden.to(run), weight.to(run), impl=impl, **options
+            )
+            results.append((loss.detach().double(), torch.autograd.grad(loss, h)[0].double()))
+        (got_loss, got), (loss, wanted) = results
+        assert (got - wanted).norm() / wanted.norm() <= bound, dtype
+        assert abs(got_loss - loss) / loss <= 1e-3
+        # Rounding the logits first is what this guards against.
+        if dtype == torch.float32 and name == "forward_kl" and k is None:
+            rounded = (hidden @ weight.T).bfloat16().float().requires_grad_()
+            target = F.log_softmax((teacher_hidden @ weight.T).bfloat16().float(), -1)
+            kl = F.kl_div(F.log_softmax(rounded, -1), target, log_target=True, reduction="batchmean")
+            wrong = (torch.autograd.grad(kl, rounded)[0] @ weight).double()
+            assert (wrong - wanted).norm() / wanted.norm() > 0.05
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_small_tail_keeps_its_digits(impl):
+    """log of a tail mass of 5e-7: 1 - sum(p) has one digit of it, the complement has all."""
+    z = torch.zeros(1000)
+    z[:8] = 18.85 + torch.arange(8) / 8
+    hidden, weight = torch.ones(3, 1), z[:, None].clone()
+    top = linear_topk(hidden, weight, 8, impl=impl)
+    truth = torch.logsumexp(z.double()[8:], 0)
+    mass = (truth - torch.logsumexp(z.double(), 0)).exp().item()
+    assert 3e-7 < mass < 8e-7
+    log_tail = top.tail_logsumexp - top.logsumexp
+    assert (log_tail.double() - math.log(mass)).abs().max() <= 1e-5
+    exclude = linear_logsumexp(hidden, weight, exclude=top.indices, impl=impl)
+    assert (exclude.double() - truth).abs().max() <= 1e-5
+    by_subtraction = torch.log(1 - F.softmax(z, 0)[:8].sum())
+    assert abs(by_subtraction.item() - math.log(mass)) > 1e-2
+
+
+def test_a_small_tail_in_the_loss():
+    """The bucket's share of a forward KL at tail masses of 1e-7 and 1e-6, judged in fp64."""
+    z_t = torch.cat([torch.linspace(20, 23, 8), torch.randn(992, generator=torch.Generator().manual_seed(0))])
+    z_s = z_t + torch.cat([torch.zeros(8), torch.full((992,), 2.0)])
+    rows = {}
+    for dtype, impl in ((torch.float32, "chunked"), (torch.float64, "reference")):
+        weight = z_s[:, None].to(dtype).requires_grad_()
+        top = linear_topk(torch.ones(1, 1, dtype=dtype), z_t[:, None].to(dtype), 8, impl=impl)
+        loss = topk_distill_loss(
+            torch.ones(1, 1, dtype=dtype),
+            weight,
+            top,
+            divergence="forward_kl",
+            normalization="tail",
+            impl=impl,
+        )
+        rows[dtype] = torch.autograd.grad(loss, weight)[0].double()
+    error = (rows[torch.float32] - rows[torch.float64])[8:].norm() / rows[torch.float64][8:].norm()
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_the_third_backward_pass_is_like_the_first(op):
+    """Gradients written in place by a backward pass make the next one wrong."""
+    problem = make_problem(9, 61, 8).requiring(("hidden", "weight"))
+    loss = op.run(problem, "chunked", **({"reduction": "mean"} if op.loss else {})).sum()
+    passes = [gradients(loss, problem, retain_graph=True) for _ in range(3)]
+    for later in passes[1:]:
+        assert all(torch.equal(later[name], passes[0][name]) for name in later)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_option_of_the_head_is_ignored(op, impl):
+    """softcap, scale, bias and vocab_size each change the result."""
+    problem = make_problem(9, 61, 8, std=4.0)
+    plain = op.run(problem, impl)
+    bias = torch.linspace(-2, 2, 61)
+    for change in ({"softcap": 3.0}, {"scale": 0.5}, {"bias": bias}, {"vocab_size": 40}):
+        labels = problem.labels.clamp(max=39) if "vocab_size" in change else problem.labels
+        if "vocab_size" in change:
+            base = op.run(dataclasses.replace(problem, labels=labels), impl)
+        else:
+            base = plain
+        other = op.run(dataclasses.replace(problem, labels=labels, **change), impl)
+        assert not torch.allclose(base, other, rtol=1e-3), change
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ignored_labels_and_masks_are_not_ignored(impl):
+    problem = make_problem(9, 61, 8)
+    labels = problem.labels.clone()
+    labels[::2] = -100
+    rows = linear_cross_entropy(problem.hidden, problem.head, labels, reduction="none", impl=impl)
+    full = linear_cross_entropy(problem.hidden, problem.head, problem.labels, reduction="none", impl=impl)
+    assert bool((rows[::2] == 0).all()) and torch.equal(rows[1::2], full[1::2])
+    mean = linear_cross_entropy(problem.hidden, problem.head, labels, impl=impl)
+    torch.testing.assert_close(mean, full[1::2].mean())
+
+
+class _Products(TorchDispatchMode):
+    """Shapes that operations return."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.shapes.append((str(func), tuple(x.shape)))
+        return out
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_a_frozen_head_pays_nothing(op, monkeypatch):
+    """No operation of a step with a frozen head, inside the custom ops too, returns anything of dW's shape."""
+    problem = make_problem(9, 67, 8, bias=True)
+    mode = _Products()
+
+    def watched(function):
+        def run(*args, **kwargs):
+            with mode:  # a dispatch mode does not look into a custom op by itself
+                return function(*args, **kwargs)
+
+        return run
+
+    for name in (
+        "linear_gather",
+        "linear_gather_backward",
+        "complement_and_values",
+        "complement_and_values_backward",
+        "linear_divergence",
+    ):
+        monkeypatch.setattr(chunked, name, watched(getattr(chunked, name)))
+
+    def made(names):
+        mode.shapes.clear()
+        case = problem.requiring(names)
+        loss = op.run(case, "chunked", **({"reduction": "mean"} if op.loss else {})).sum()
+        with mode:
+            gradients(loss, case)
+        return [s for s in mode.shapes if s[1] == (67, 8) and "detach" not in s[0]]
+
+    assert made(problem.leaves), "the detector does not see dW"
+    assert not made(["hidden"])
+
+
+def test_a_truncated_vocabulary_is_not_renormalised_in_secret():
+    """`truncated` and `zeroed` are what their names say, and differ from `renormalize`."""
+    problem = make_problem(9, 61, 8)
+    teacher = problem.teacher_topk(4)
+    losses = {
+        n: topk_distill_loss(
+            problem.hidden, problem.head, teacher, divergence="forward_kl", normalization=n, reduction="none"
+        )
+        for n in ("renormalize", "tail", "zeroed", "truncated")
+    }
+    names = list(losses)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert not torch.allclose(losses[a], losses[b], rtol=1e-2), (a, b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_out_of_range_ids_where_nobody_looks(impl):
+    """Compiled code (and a GPU) does not look at ids: NaN for that row, never a finite number or an infinity."""
+    if impl == "reference":
+        return  # the definition gathers, which raises
+    problem = make_problem(4, 61, 8)
+    ids = torch.tensor([[1, 2], [3, 61], [-1, 4], [5, 6]])
+    nan = torch.tensor([False, True, True, False])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        gathered = linear_gather(problem.hidden, problem.head, ids)
+        rest = linear_logsumexp(problem.hidden, problem.head, exclude=ids)
+        teacher = TopK(torch.zeros(4, 2), ids, torch.zeros(4))
+        losses = [
+            topk_distill_loss(problem.hidden, problem.head, teacher, reduction="none", **options)
+            for options in (
+                {"divergence": "huber"},
+                {"divergence": "forward_kl"},
+                {"divergence": "jsd", "normalization": "tail"},
+                {"divergence": "forward_kl", "normalization": "zeroed"},
+            )
+        ]
+        labels = torch.tensor([1, 61, -7, 3])
+        losses.append(linear_cross_entropy(problem.hidden, problem.head, labels, reduction="none"))
+    assert torch.equal(gathered.isnan().any(1), nan)
+    for result in (rest, *losses):
+        assert torch.equal(result.isnan(), nan)
