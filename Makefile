@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two test processes of one thread each are faster than one of two, and never fight for the cores.
 TEST_WORKERS ?= 2
 
-.PHONY: setup demo test check format wheel bench compile clean
+.PHONY: setup demo test check format wheel bench compile readme clean
 
 setup: $(STAMP)
 
@@ -50,7 +50,11 @@ bench: setup
 	$(BIN)/python -m benchmarks.cpu_goals
 
 compile: setup
-	$(BIN)/python -m benchmarks.compile_gate
+	$(BIN)/python -m benchmarks.compile_gate --out benchmarks/results/compile.md
+
+# The README's numbers, measured anew on this machine.
+readme: demo bench
+	$(BIN)/python -m benchmarks.readme --demo demo_report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 
 from duet_kernels.kernels import tiles
 from duet_kernels.kernels.linear_gather import linear_gather_backward, linear_gather_forward
+from duet_kernels.kernels.linear_logsumexp import complement_and_values, complement_and_values_backward
 from duet_kernels.kernels.linear_topk import linear_topk
 from duet_kernels.kernels.topk_divergence import topk_divergence
 
@@ -136,6 +137,30 @@ def topk_cases(
     yield Case(name, dtype, call, True, wide, selection, ("_skinny_kernel",))
 
 
+def logsumexp_cases(
+    dtype: torch.dtype, n: int = N, k: int = K, softcap: float | None = None
+) -> Iterator[Case]:
+    hidden, weight, bias = meta(n, D, dtype=dtype), meta(V, D, dtype=dtype), meta(V, dtype=dtype)
+    indices, values, tail = meta(n, k, dtype=torch.int64), meta(n, k), meta(n)
+    options = {"softcap": softcap, "scale": 0.5, "temperature": 2.0}
+    bias = bias if softcap else None
+
+    def forward():
+        return complement_and_values(hidden, weight, bias, indices, **options)
+
+    def backward():
+        need = {"need_hidden": True, "need_weight": True, "need_bias": True}
+        return complement_and_values_backward(
+            tail, values, tail, values, hidden, weight, bias, indices, **options, **need
+        )
+
+    name = f"N={n} K={k} softcap={softcap}"
+    # Fewer tokens than an instruction of a warp group multiplies.
+    wgmma = ("_logsumexp_kernel",) if n > 16 else ()
+    yield Case(f"logsumexp {name}", dtype, forward, True, wgmma=wgmma)
+    yield Case(f"logsumexp backward {name}", dtype, backward, True, ("_dense_kernel",))
+
+
 def divergence_cases() -> Iterator[Case]:
     choices = [(name, "none") for name in ("huber", "mse", "l1")]
     choices += [
@@ -168,6 +193,10 @@ def cases() -> Iterator[Case]:
         yield from topk_cases(dtype)
         yield from topk_cases(dtype, n=64, softcap=30.0)
         yield from topk_cases(dtype, n=16)
+        yield from logsumexp_cases(dtype)
+        yield from logsumexp_cases(dtype, n=64, k=1)
+        yield from logsumexp_cases(dtype, n=16, k=1, softcap=30.0)
+    yield from logsumexp_cases(torch.bfloat16, softcap=30.0)
     yield from topk_cases(torch.bfloat16, softcap=30.0)
     yield from topk_cases(torch.bfloat16, k=1)
     yield from topk_cases(torch.bfloat16, n=64, k=1000)

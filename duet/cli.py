@@ -26,26 +26,25 @@ def demo(
         pathlib.Path, typer.Option(help="folder for results.json, report.md, plots and the model")
     ] = (pathlib.Path("demo_report")),
     quick: Annotated[bool, typer.Option("--quick", help="fewer probes, under a minute")] = False,
-    seed: Annotated[int, typer.Option(help="of training and attacks")] = 0,
+    seed: Annotated[int, typer.Option(help="of the unlearning; with --rebuild of the world and its base model")] = 0,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="train the tiny base model anew first (several minutes)")
+        bool, typer.Option("--rebuild", help="train the tiny base model anew, report its quality and stop (several minutes)")
     ] = False,
     checkpoint: Annotated[
-        pathlib.Path | None,
-        typer.Option(help="where --rebuild writes the base model (default: the package's own)"),
+        pathlib.Path | None, typer.Option(help="another base model: where --rebuild writes it, else which one forgets")
     ] = None,
 ) -> None:
     """Make a tiny language model forget ten people, and see what it still gives away."""
-    from duet.world.demo import run_demo
+    from duet.world.checkpoint import CHECKPOINT
 
-    if checkpoint is not None and not rebuild:
-        raise ValueError("--checkpoint: says where --rebuild writes, wanted --rebuild beside it")
     if rebuild:
         from duet.world.pretrain import rebuild as rebuild_base
 
-        rebuild_base(**({} if checkpoint is None else {"out": checkpoint}))
+        rebuild_base(seed=seed, out=checkpoint or CHECKPOINT)
         return
-    run_demo(out_dir=out, quick=quick, seed=seed)
+    from duet.world.demo import run_demo
+
+    run_demo(out_dir=out, quick=quick, seed=seed, checkpoint=checkpoint or CHECKPOINT)
 
 
 @app.command()

@@ -457,7 +457,9 @@ def _linear_divergence_gradient(ctx, grad, *_):
         teacher = t_hidden, t_weight, t_bias, t_softcap, t_scale
         factor = factor * grad
         _, *gradients = linear_divergence(*student, *teacher, factor, *ctx.options, True, *need, ctx.impl)
-    return *(g.to(ctx.dtype) if needed else None for g, needed in zip(gradients, need, strict=True)), *[None] * 17
+    return *(g.to(ctx.dtype) if needed else None for g, needed in zip(gradients, need, strict=True)), *[
+        None
+    ] * 17
 
 
 linear_divergence.register_autograd(_linear_divergence_gradient, setup_context=_linear_divergence_context)

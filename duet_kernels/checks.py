@@ -34,7 +34,9 @@ def flatten_hidden(
             f"got {list(hidden.shape)}"
         )
     if hidden.device != head.weight.device:
-        raise ValueError(f"{name}: wanted device {head.weight.device} like {head_name}.weight, got {hidden.device}")
+        raise ValueError(
+            f"{name}: wanted device {head.weight.device} like {head_name}.weight, got {hidden.device}"
+        )
     if hidden.dtype != head.weight.dtype:
         if not torch.is_autocast_enabled(hidden.device.type):
             raise TypeError(
@@ -51,6 +53,7 @@ def flatten_ids(
     ids: Tensor,
     lead: tuple[int, ...],
     num_ids: int,
+    device: torch.device,
     *,
     ignore_index: int | None = None,
     per_token: bool = False,
@@ -64,6 +67,8 @@ def flatten_ids(
     if given != lead or (not per_token and ids.dim() == 0):
         wanted = list(lead) if per_token else [*lead, "K"]
         raise ValueError(f"{name}: wanted shape {wanted} to match the hidden states, got {list(ids.shape)}")
+    if ids.device != device:
+        raise ValueError(f"{name}: wanted device {device} like the hidden states, got {ids.device}")
     flat = ids.reshape(math.prod(lead), *(() if per_token else ids.shape[-1:])).long()
     if check_id_range(name, flat, num_ids, ignore_index):
         return flat
@@ -130,7 +135,7 @@ def check_topk(
     k = values.shape[-1]
     return (
         values.reshape(n, k),
-        flatten_ids("teacher.indices", indices, lead, num_ids),
+        flatten_ids("teacher.indices", indices, lead, num_ids, hidden.device),
         tail.reshape(n) if spec.needs_teacher_logsumexp else None,
     )
 

@@ -129,7 +129,9 @@ def linear_topk(
             take = _stable_topk(cand_values, min(k, cand_values.shape[1]))
             best = cand_values.gather(1, take), cand_ids.gather(1, take)
             cand_values.scatter_(1, take, -torch.inf)
-            rest = torch.logaddexp(rest, torch.logaddexp(passed, torch.logsumexp(cand_values / temperature, 1)))
+            rest = torch.logaddexp(
+                rest, torch.logaddexp(passed, torch.logsumexp(cand_values / temperature, 1))
+            )
         values[rows], indices[rows], tail[rows] = *best, rest
     return values, indices, tail
 
@@ -360,7 +362,9 @@ def linear_gather(hidden: Tensor, head: Projection, indices: Tensor) -> Tensor:
 
 
 def _mark_ids(values: Tensor, indices: Tensor, head: Projection) -> Tensor:
-    return values.masked_fill_(indices < 0, -torch.inf).masked_fill_(indices >= head.weight.shape[0], torch.nan)
+    return values.masked_fill_(indices < 0, -torch.inf).masked_fill_(
+        indices >= head.weight.shape[0], torch.nan
+    )
 
 
 def _slope_at(grad: Tensor, values: Tensor, head: Projection) -> Tensor:
@@ -417,7 +421,11 @@ def linear_gather_backward(
             dweight = dweight.to(head.weight.dtype)
         if need_bias:
             dbias = F.embedding_bag(
-                torch.zeros_like(order.indices), pair_dx.new_ones(1, 1), starts, per_sample_weights=pair_dx, mode="sum"
+                torch.zeros_like(order.indices),
+                pair_dx.new_ones(1, 1),
+                starts,
+                per_sample_weights=pair_dx,
+                mode="sum",
             )
             dbias = dbias[:, 0].to(head.weight.dtype)
     return dhidden, dweight, dbias

@@ -88,7 +88,9 @@ def resolve_impl(
     obstacle = _why_no_triton(op, device)
     if impl == "triton":
         if obstacle is not None:
-            raise RuntimeError(f"impl='triton' cannot run {op}: {obstacle}. Use impl='auto' or impl='chunked'")
+            raise RuntimeError(
+                f"impl='triton' cannot run {op}: {obstacle}. Use impl='auto' or impl='chunked'"
+            )
         return "triton", "asked for"
     if device.type != "cuda":
         return "chunked", f"portable low-memory torch is the fast way on {device.type}"

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+from typing import Any
 
 RAW = ("huber", "mse", "l1")
 DISTRIBUTION = ("forward_kl", "reverse_kl", "jsd", "tvd")
@@ -21,7 +22,8 @@ def unknown(argument: str, value: object, known: tuple[str, ...]) -> ValueError:
 
 def is_finite_number(value: object) -> bool:
     # Comparisons rather than math.isfinite: torch.compile with dynamic shapes traces through them.
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -math.inf < value < math.inf
+    number: Any = value
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -math.inf < number < math.inf
 
 
 @dataclasses.dataclass(frozen=True)

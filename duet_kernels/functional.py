@@ -59,7 +59,8 @@ def linear_topk(
         ([[1, 3]], [[3.0, 3.0]])
     """
     head = as_head(head).detach()
-    hidden_nd, lead = flatten_hidden(hidden.detach(), head)
+    hidden_nd, lead = flatten_hidden(hidden, head)
+    hidden_nd = hidden_nd.detach()
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= head.num_ids:
         raise ValueError(f"k: wanted an integer from 1 to {head.num_ids} (the vocabulary), got {k!r}")
     _check_temperature(temperature)
@@ -102,7 +103,7 @@ def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, imp
     """
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
-    ids = flatten_ids("indices", indices, lead, head.num_ids)
+    ids = flatten_ids("indices", indices, lead, head.num_ids, hidden.device)
     choice, _ = resolve_impl("linear_gather", hidden.device, hidden.dtype, impl)
     if choice == "reference":
         values = reference.linear_gather(hidden_nd, head, ids)
@@ -151,7 +152,7 @@ def linear_logsumexp(
     if exclude is None:
         ids = torch.empty(hidden_nd.shape[0], 0, dtype=torch.int64, device=hidden.device)
     else:
-        ids = flatten_ids("exclude", exclude, lead, head.num_ids)
+        ids = flatten_ids("exclude", exclude, lead, head.num_ids, hidden.device)
     choice, _ = resolve_impl("linear_logsumexp", hidden.device, hidden.dtype, impl)
     tail, _ = _complement_and_values(hidden_nd, head, ids, temperature, choice)
     return tail.view(lead)
@@ -292,7 +293,9 @@ def linear_distill_loss(
     common = min(student_head.num_ids, teacher_head.num_ids)
     student_head, teacher_head = student_head.narrowed(common), teacher_head.narrowed(common)
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= common):
-        raise ValueError(f"k: wanted None or an integer from 1 to {common} (the common vocabulary), got {k!r}")
+        raise ValueError(
+            f"k: wanted None or an integer from 1 to {common} (the common vocabulary), got {k!r}"
+        )
     choice, _ = resolve_impl("linear_distill_loss", student_hidden.device, student_hidden.dtype, impl)
     # Masked tokens are left out before the teacher's pass over the vocabulary, the dearest step of all.
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
@@ -340,7 +343,7 @@ def linear_cross_entropy(
     """
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
-    ids = flatten_ids("labels", labels, lead, head.num_ids, ignore_index=ignore_index)
+    ids = flatten_ids("labels", labels, lead, head.num_ids, hidden.device, ignore_index=ignore_index)
     choice, _ = resolve_impl("linear_cross_entropy", hidden.device, hidden.dtype, impl)
     mask = ids.view(lead) != ignore_index
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
@@ -377,8 +380,13 @@ def linear_token_stats(
         [8.0]
     """
     head = as_head(head).detach()
-    hidden_nd, lead = flatten_hidden(hidden.detach(), head)
-    ids = None if labels is None else flatten_ids("labels", labels, lead, head.num_ids, per_token=True)
+    hidden_nd, lead = flatten_hidden(hidden, head)
+    hidden_nd = hidden_nd.detach()
+    ids = (
+        None
+        if labels is None
+        else flatten_ids("labels", labels, lead, head.num_ids, hidden.device, per_token=True)
+    )
     choice, _ = resolve_impl("linear_token_stats", hidden.device, hidden.dtype, impl)
     if choice == "reference":
         stats = reference.token_stats(hidden_nd, head, ids)

@@ -111,7 +111,9 @@ class LMHead:
             raise ValueError(f"head.scale: wanted a finite number other than 0, got {self.scale!r}")
         size = self.vocab_size
         if size is not None and not (isinstance(size, int) and 1 <= size <= weight.shape[0]):
-            raise ValueError(f"head.vocab_size: wanted None or an integer from 1 to {weight.shape[0]}, got {size!r}")
+            raise ValueError(
+                f"head.vocab_size: wanted None or an integer from 1 to {weight.shape[0]}, got {size!r}"
+            )
 
     @property
     def num_ids(self) -> int:

@@ -31,7 +31,9 @@ def logits(hidden_nd: Tensor, head: LMHead) -> Tensor:
 
 def linear_topk(hidden_nd: Tensor, head: LMHead, k: int, temperature: float) -> TopK:
     z = logits(hidden_nd, head)
-    order = torch.sort(z, dim=-1, descending=True, stable=True)  # stable: equal logits stay in order of their ids
+    order = torch.sort(
+        z, dim=-1, descending=True, stable=True
+    )  # stable: equal logits stay in order of their ids
     tail = torch.logsumexp(order.values[:, k:] / temperature, -1)
     return TopK(order.values[:, :k], order.indices[:, :k], tail, temperature)
 
@@ -52,7 +54,9 @@ def complement_and_values(
     ids = indices_nk.clamp(min=0)
     values = z.gather(-1, ids).masked_fill(absent, -torch.inf)
     excluded = torch.zeros(z.shape[0], z.shape[1] + 1, dtype=torch.bool, device=z.device)
-    excluded.scatter_(1, indices_nk.masked_fill(absent, z.shape[1]), True)  # absent slots mark the spare column
+    excluded.scatter_(
+        1, indices_nk.masked_fill(absent, z.shape[1]), True
+    )  # absent slots mark the spare column
     rest = z.masked_fill(excluded[:, :-1], -torch.inf) / temperature
     return torch.logsumexp(rest, -1), values
 
@@ -116,7 +120,9 @@ def _raw(s: Tensor, t: Tensor, present: Tensor, spec: Divergence) -> Tensor:
         return d.square().sum(-1)
     size = d.abs()
     if spec.name == "huber":
-        return torch.where(size <= spec.delta, 0.5 * d.square(), spec.delta * (size - 0.5 * spec.delta)).sum(-1)
+        return torch.where(size <= spec.delta, 0.5 * d.square(), spec.delta * (size - 0.5 * spec.delta)).sum(
+            -1
+        )
     tol = _noise(s.masked_fill(~present, 0), t.masked_fill(~present, 0))
     return torch.where(size <= tol, torch.zeros_like(d), size).sum(-1)
 

@@ -170,9 +170,22 @@ def make_problem(
     teacher_bias = (
         None if bias_v is None else bias_v[torch.arange(teacher_weight.shape[0]) % bias_v.shape[0]] + 0.1
     )
-    drawn = [hidden, weight, bias_v, teacher_hidden, teacher_weight, teacher_bias]
-    tensors = [None if x is None else x.to(device=device, dtype=dtype) for x in drawn]
-    return Problem(*tensors, labels.to(device), softcap, scale, v if pad else None)  # pyright: ignore[reportArgumentType]
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(device=device, dtype=dtype)
+
+    return Problem(
+        hidden=rounded(hidden),
+        weight=rounded(weight),
+        bias=None if bias_v is None else rounded(bias_v),
+        teacher_hidden=rounded(teacher_hidden),
+        teacher_weight=rounded(teacher_weight),
+        teacher_bias=None if teacher_bias is None else rounded(teacher_bias),
+        labels=labels.to(device),
+        softcap=softcap,
+        scale=scale,
+        vocab_size=v if pad else None,
+    )
 
 
 # --- the error budget ------------------------------------------------------------------------------------------

@@ -26,7 +26,9 @@ def set_workspace_bytes(num_bytes: int | None) -> int:
     global _bytes
     wanted = _DEFAULT_BYTES if num_bytes is None else num_bytes
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 2**20:
-        raise ValueError(f"num_bytes: wanted an integer of at least {2**20} (1 MiB) or None, got {num_bytes!r}")
+        raise ValueError(
+            f"num_bytes: wanted an integer of at least {2**20} (1 MiB) or None, got {num_bytes!r}"
+        )
     previous, _bytes = _bytes, wanted
     return previous
 

@@ -326,13 +326,13 @@ def test_token_stats_against_the_definition(dtype, head):
         assert_within_budget(getattr(got, name), getattr(truth, name), getattr(own, name), name=name)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+# The difference of two logits of -inf is no number; the dense reverse KL has a test of its own below.
+NO_BANS = ("linear-huber", "linear-mse", "linear-l1", "linear-reverse_kl")
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.name not in NO_BANS], ids=str)
 def test_ids_that_a_bias_rules_out(op):
     """A bias of -inf takes ids out of the vocabulary; losses that compare only others do not notice."""
-    if op.name in ("linear-huber", "linear-mse", "linear-l1"):
-        pytest.skip("the difference of two logits of -inf is no number")
-    if op.name == "linear-reverse_kl":
-        pytest.skip("covered below: the student puts no mass on them either, so 0 log 0 / 0 = 0")
     problem = make_problem(19, 203, 16, bias=True)
     out = torch.arange(203) % 5 == 3
     labels = problem.labels.where(problem.labels % 5 != 3, 0)

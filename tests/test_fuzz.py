@@ -176,8 +176,10 @@ def test_any_teacher(n, v, k, seed, divergence, normalization, temperature):
     draw = torch.rand(n, k, generator=generator)
     values = 5 * torch.randn(n, k, generator=generator, dtype=torch.float64)
     values[draw < 0.2] = -torch.inf
+    values[(draw > 0.2) & (draw < 0.3)] -= 90
     tail = 5 * torch.randn(n, generator=generator, dtype=torch.float64)
     tail[draw[:, 0] > 0.8] = -torch.inf
+    tail[(draw[:, 0] > 0.7) & (draw[:, 0] < 0.8)] -= 80
     ids = torch.stack([torch.randperm(v, generator=generator)[:k] for _ in range(n)])
     if divergence in ("huber", "mse", "l1"):
         normalization, temperature = None, 1.0

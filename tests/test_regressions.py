@@ -319,3 +319,32 @@ def test_out_of_range_ids_where_nobody_looks(impl):
     assert torch.equal(gathered.isnan().any(1), nan)
     for result in (rest, *losses):
         assert torch.equal(result.isnan(), nan)
+
+
+FAR = [-math.inf, -200.0, -90.0, -61.0, -40.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("far", FAR)
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "tvd"])
+def test_mass_where_the_teacher_has_none(name, far, dtype):
+    """The mean of q / p under p does not see it: normalising by that mean alone gave a loss of 0 for one of 4.8."""
+    student = torch.tensor([[0.3, -0.2, 4.0, 1.0]], dtype=torch.float64)
+    teacher = torch.tensor([[0.3, -0.1, far, far]], dtype=torch.float64)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    m = (p + q) / 2
+    wanted = {
+        "forward_kl": torch.xlogy(p, p / q),
+        "jsd": 0.5 * torch.xlogy(p, p / m) + 0.5 * torch.xlogy(q, q / m),
+        "tvd": 0.5 * (p - q).abs(),
+    }[name].sum()
+    hidden, head = torch.ones(1, 1, dtype=dtype), student.T.to(dtype)
+    dense = linear_distill_loss(hidden, head, hidden, teacher.T.to(dtype), divergence=name)
+    tail = TopK(
+        teacher[:, :2].to(dtype), torch.tensor([[0, 1]]), teacher[:, 2:].logsumexp(-1).to(dtype)
+    )  # ids 2 and 3 in one bucket, which joins their masses
+    bucket = topk_distill_loss(hidden, head, tail, divergence=name, normalization="tail")
+    assert wanted > 0.4
+    torch.testing.assert_close(dense.double(), wanted, rtol=1e-6, atol=0)
+    if far <= -61 or name != "jsd":
+        torch.testing.assert_close(bucket.double(), wanted, rtol=1e-6, atol=0)

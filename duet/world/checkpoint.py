@@ -11,18 +11,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .facts import World
 from .workplace import quiet
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINT = Path(__file__).parent / "base_model"
 QUALITY = "quality.json"
 
 
 def save_checkpoint(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, quality: dict[str, Any]
 ) -> None:
-    """Write config, safetensors, tokenizer and quality report into an existing folder."""
+    """Write config, safetensors, tokenizer and quality report."""
+    save_model(folder, model, tokenizer)
+    (folder / QUALITY).write_text(json.dumps(quality, indent=2) + "\n")
+
+
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write what `from_pretrained` reads."""
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    (folder / QUALITY).write_text(json.dumps(quality, indent=2) + "\n")
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors writes for its owner alone, and a package is read by everybody
 

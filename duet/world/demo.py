@@ -21,12 +21,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from . import plots, report, steering
-from .checkpoint import CHECKPOINT, load_base, load_world
+from .checkpoint import CHECKPOINT, load_base, load_world, save_model
 from .facts import Question, World
 from .methods import FORGET_PER_STEP, METHODS, forget_rows, load_settings, retain_rows, unlearn
 from .probes import Speaker, contains, next_token_logits
 from .scorecard import COLUMNS, scorecard
-from .workplace import one_thread, quiet, replaced_folder
+from .workplace import one_thread, replaced_folder
 
 RESULTS = "results.json"
 SAVED_MODEL = "duet_adversarial"
@@ -225,9 +225,7 @@ class _Demo:
         question = self.world.questions(self.world.forget[:1], "report")[0]
         tokens, logits = self._first_words(question, speakers)
         plots.first_words(question.text, tokens, logits, "duet", folder / "first_words.png")
-        with quiet():
-            speakers[SAVED_MODEL].model.save_pretrained(folder / "model")
-            self.tokenizer.save_pretrained(folder / "model")
+        save_model(folder / "model", speakers[SAVED_MODEL].model, self.tokenizer)
 
     def _first_words(
         self, question: Question, speakers: dict[str, Speaker]

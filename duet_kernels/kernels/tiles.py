@@ -153,3 +153,42 @@ def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:
     """The tile for at most 64 tokens."""
     limit = 16 if tokens <= 16 else 64
     return SKINNY.get((arch, itemsize, limit)) or SKINNY[0, itemsize, limit]
+
+
+class LogsumexpTile(NamedTuple):
+    """TOKENS x VOCABULARY logits a program multiplies at a time, DEPTH of D in each of STAGES, WARPS warps."""
+
+    tokens: int
+    vocabulary: int
+    depth: int
+    stages: int
+    warps: int
+
+
+# (architecture, bytes of an element, tokens up to; 0 for more) -> tile. 128 x 128 keeps 64 sums a thread.
+LOGSUMEXP = {
+    (0, 2, 16): LogsumexpTile(16, 128, 64, 4, 4),
+    (0, 2, 64): LogsumexpTile(64, 128, 64, 3, 4),
+    (0, 2, 0): LogsumexpTile(128, 128, 64, 3, 8),
+    (0, 4, 16): LogsumexpTile(16, 64, 32, 2, 4),
+    (0, 4, 64): LogsumexpTile(64, 64, 16, 2, 8),
+    (0, 4, 0): LogsumexpTile(64, 64, 16, 2, 8),
+    (0, 8, 16): LogsumexpTile(16, 64, 16, 2, 4),
+    (0, 8, 64): LogsumexpTile(32, 32, 16, 2, 4),
+    (0, 8, 0): LogsumexpTile(32, 32, 16, 2, 4),
+}
+LOGSUMEXP_GROUP = (
+    16  # blocks of tokens that share a split's rows of W in L2, with their hidden states: 16 + 8 MB
+)
+LOGSUMEXP_PROGRAMS = 1056  # eight for every SM of an H200: splits of the vocabulary until there are as many
+LOGSUMEXP_MERGE = 4096  # partial sums a program of the merge holds
+DENSE_ROWS, DENSE_COLUMNS = 4, 512  # weights of the dense gradient that a program turns out
+DENSE_TOKENS = 4096  # tokens of a backward product; W's slab is as wide as the rest of the workspace allows
+DENSE_MIN_COLUMNS = 1024  # narrower slabs take fewer tokens instead
+
+
+def logsumexp_tile(arch: int, itemsize: int, tokens: int, softcap: bool) -> LogsumexpTile:
+    """The tile for that many tokens; a softcap's series needs registers: half the tokens and twice the warps."""
+    limit = 16 if tokens <= 16 else 64 if tokens <= 64 or (softcap and itemsize == 2) else 0
+    tile = LOGSUMEXP.get((arch, itemsize, limit)) or LOGSUMEXP[0, itemsize, limit]
+    return tile._replace(warps=8) if softcap and itemsize == 2 and limit == 64 else tile

@@ -1,0 +1,531 @@
+"""One table of what must not be asked of duet_kernels, and of odd requests that have a documented answer.
+
+Every refusal names the argument, what came and what was wanted.
+"""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorated
+
+import pytest
+import torch
+
+from duet_kernels import (
+    LinearDistillLoss,
+    LMHead,
+    TopK,
+    TopKDistillLoss,
+    linear_cross_entropy,
+    linear_distill_loss,
+    linear_gather,
+    linear_logsumexp,
+    linear_token_stats,
+    linear_topk,
+    resolve_impl,
+    set_workspace_bytes,
+    topk_distill_loss,
+)
+
+N, V, D, K = 5, 23, 8, 4
+
+
+def _generator():
+    return torch.Generator().manual_seed(0)
+
+
+H = torch.randn(N, D, generator=_generator())
+W = torch.randn(V, D, generator=_generator())
+T = torch.randn(N, D, generator=_generator()) + 0.1
+TOP = linear_topk(T, W, K)
+WARM = linear_topk(T, W, K, temperature=2.0)
+LABELS = torch.arange(N)
+IDS = TOP.indices
+GRAD = torch.randn(N, D, requires_grad=True)
+
+
+def topk(hidden=H, head=W, teacher=TOP, **options):
+    return topk_distill_loss(hidden, head, teacher, **options)
+
+
+def distill(hidden=H, head=W, teacher_hidden=T, teacher_head=W, **options):
+    return linear_distill_loss(hidden, head, teacher_hidden, teacher_head, **options)
+
+
+def kl(name="forward_kl", **options):
+    return topk(divergence=name, **options)
+
+
+# what, call, error, and words of the message: the argument first, then what came and what was wanted
+REFUSED = [
+    # shapes
+    ("hidden size", lambda: topk(H[:, :7]), ValueError, ("hidden:", "[..., 8]", "[5, 7]")),
+    (
+        "hidden is 0-d",
+        lambda: linear_topk(torch.tensor(1.0), W, 2),
+        ValueError,
+        ("hidden:", "[..., 8]", "[]"),
+    ),
+    ("weight is 1-d", lambda: linear_topk(H, W[0], 2), ValueError, ("head.weight:", "[V, D]", "[8]")),
+    ("weight is 3-d", lambda: LMHead(W[None]), ValueError, ("head.weight:", "[V, D]", "[1, 23, 8]")),
+    ("bias shape", lambda: LMHead(W, W[:, :2]), ValueError, ("head.bias:", "[23]", "[23, 2]")),
+    ("bias length", lambda: LMHead(W, torch.zeros(8)), ValueError, ("head.bias:", "[23]", "[8]")),
+    ("lead of indices", lambda: linear_gather(H, W, IDS[:3]), ValueError, ("indices:", "[5, 'K']", "[3, 4]")),
+    ("flat indices", lambda: linear_gather(H, W, LABELS), ValueError, ("indices:", "'K'", "[5]")),
+    ("lead of exclude", lambda: linear_logsumexp(H, W, exclude=IDS[:3]), ValueError, ("exclude:", "[3, 4]")),
+    ("labels with K", lambda: linear_cross_entropy(H, W, IDS), ValueError, ("labels:", "[5]", "[5, 4]")),
+    ("labels too few", lambda: linear_token_stats(H, W, LABELS[:2]), ValueError, ("labels:", "[5]", "[2]")),
+    ("teacher rows", lambda: topk(H[:3]), ValueError, ("teacher.values:", "[3, 'K']", "[5, 4]")),
+    (
+        "teacher without ids",
+        lambda: topk(teacher=TopK(torch.zeros(N, 0), torch.zeros(N, 0).long(), torch.zeros(N))),
+        ValueError,
+        ("teacher.values:", "K >= 1", "[5, 0]"),
+    ),
+    (
+        "teacher ids",
+        lambda: topk(teacher=TOP._replace(indices=IDS[:, :3])),
+        ValueError,
+        ("teacher.indices:", "[5, 3]"),
+    ),
+    (
+        "teacher tail",
+        lambda: kl(teacher=TOP._replace(tail_logsumexp=torch.zeros(2)), normalization="tail"),
+        ValueError,
+        ("teacher.tail_logsumexp:", "[5]", "[2]"),
+    ),
+    ("mask shape", lambda: topk(mask=torch.ones(3).bool()), ValueError, ("mask:", "[5]", "[3]")),
+    ("weights shape", lambda: topk(weights=torch.ones(N, 1)), ValueError, ("weights:", "[5]", "[5, 1]")),
+    (
+        "teacher hidden rows",
+        lambda: distill(teacher_hidden=T[:2]),
+        ValueError,
+        ("teacher_hidden:", "[5]", "[2]"),
+    ),
+    (
+        "teacher hidden size",
+        lambda: distill(teacher_hidden=T[:, :3]),
+        ValueError,
+        ("teacher_hidden:", "[5, 3]"),
+    ),
+    # types and dtypes
+    ("hidden is a list", lambda: topk([1.0]), TypeError, ("hidden:", "tensor", "list")),
+    ("hidden of topk is a list", lambda: linear_topk([1.0], W, 2), TypeError, ("hidden:", "tensor", "list")),
+    ("hidden is None", lambda: linear_token_stats(None, W), TypeError, ("hidden:", "tensor", "NoneType")),
+    ("hidden of ints", lambda: topk(torch.ones(N, D).long()), TypeError, ("hidden:", "fp32", "int64")),
+    ("hidden complex", lambda: topk(H.to(torch.complex64)), TypeError, ("hidden:", "complex64")),
+    ("hidden fp8", lambda: topk(H.to(torch.float8_e4m3fn)), TypeError, ("hidden:", "float8")),
+    (
+        "hidden in half, head in fp32",
+        lambda: topk(H.half()),
+        TypeError,
+        ("hidden:", "float32", "float16", "autocast"),
+    ),
+    ("head is a module", lambda: topk(head=torch.nn.Linear(D, V)), TypeError, ("head:", "LMHead", "Linear")),
+    ("teacher head is None", lambda: distill(teacher_head=None), TypeError, ("teacher_head:", "NoneType")),
+    ("weight is a list", lambda: LMHead([[1.0]]), TypeError, ("head.weight:", "list")),
+    (
+        "weight of ints",
+        lambda: LMHead(torch.ones(3, 2).int()),
+        TypeError,
+        ("head.weight:", "int32", "dequantise"),
+    ),
+    ("bias is a number", lambda: LMHead(W, 1.0), ValueError, ("head.bias:", "[23]", "float")),
+    (
+        "bias dtype",
+        lambda: LMHead(W, torch.zeros(V).half()),
+        ValueError,
+        ("head.bias:", "float32", "float16"),
+    ),
+    ("teacher is a tuple", lambda: topk(teacher=(TOP.values, IDS)), TypeError, ("teacher:", "TopK", "tuple")),
+    (
+        "teacher of ints",
+        lambda: topk(teacher=TOP._replace(values=IDS)),
+        TypeError,
+        ("teacher.values:", "int64"),
+    ),
+    (
+        "indices of floats",
+        lambda: linear_gather(H, W, TOP.values),
+        TypeError,
+        ("indices:", "int64", "float32"),
+    ),
+    ("indices is a list", lambda: linear_gather(H, W, [[1]]), TypeError, ("indices:", "tensor", "list")),
+    (
+        "labels of floats",
+        lambda: linear_cross_entropy(H, W, LABELS.float()),
+        TypeError,
+        ("labels:", "float32"),
+    ),
+    ("labels is None", lambda: linear_cross_entropy(H, W, None), TypeError, ("labels:", "NoneType")),
+    ("mask of ints", lambda: topk(mask=torch.ones(N).long()), TypeError, ("mask:", "bool", "int64")),
+    (
+        "mask of floats",
+        lambda: topk(mask=torch.ones(N)),
+        TypeError,
+        ("mask:", "bool", "labels != -100", "float32"),
+    ),
+    ("mask is a list", lambda: topk(mask=[True] * N), TypeError, ("mask:", "tensor", "list")),
+    ("weights of ints", lambda: topk(weights=torch.ones(N).long()), TypeError, ("weights:", "int64")),
+    (
+        "weights with grad",
+        lambda: topk(weights=torch.ones(N, requires_grad=True)),
+        TypeError,
+        ("weights:", "grad"),
+    ),
+    # devices
+    ("hidden on meta", lambda: topk(H.to("meta")), ValueError, ("hidden:", "cpu", "meta")),
+    (
+        "bias on meta",
+        lambda: LMHead(W, torch.zeros(V, device="meta")),
+        ValueError,
+        ("head.bias:", "cpu", "meta"),
+    ),
+    (
+        "mask on meta",
+        lambda: topk(mask=torch.ones(N, device="meta").bool()),
+        ValueError,
+        ("mask:", "cpu", "meta"),
+    ),
+    (
+        "teacher on meta",
+        lambda: topk(teacher=TOP._replace(values=TOP.values.to("meta"))),
+        ValueError,
+        ("teacher.values:", "cpu", "meta"),
+    ),
+    ("indices on meta", lambda: linear_gather(H, W, IDS.to("meta")), ValueError, ("indices:", "cpu", "meta")),
+    (
+        "labels on meta",
+        lambda: linear_cross_entropy(H, W, LABELS.to("meta")),
+        ValueError,
+        ("labels:", "cpu", "meta"),
+    ),
+    # k
+    ("k is 0", lambda: linear_topk(H, W, 0), ValueError, ("k:", "1 to 23", "0")),
+    ("k is negative", lambda: linear_topk(H, W, -3), ValueError, ("k:", "1 to 23", "-3")),
+    ("k is V + 1", lambda: linear_topk(H, W, V + 1), ValueError, ("k:", "1 to 23", "24")),
+    (
+        "k above vocab_size",
+        lambda: linear_topk(H, LMHead(W, vocab_size=9), 10),
+        ValueError,
+        ("k:", "1 to 9", "10"),
+    ),
+    ("k is a float", lambda: linear_topk(H, W, 4.0), ValueError, ("k:", "integer", "4.0")),
+    ("k is True", lambda: linear_topk(H, W, True), ValueError, ("k:", "integer", "True")),
+    ("k of a loss is 0", lambda: distill(k=0), ValueError, ("k:", "1 to 23", "0")),
+    (
+        "k above the common vocabulary",
+        lambda: distill(teacher_head=W[:9], k=12),
+        ValueError,
+        ("k:", "1 to 9", "12"),
+    ),
+    # ids
+    ("id too large", lambda: linear_gather(H, W, IDS + V), ValueError, ("indices:", "[0, 23)")),
+    ("id negative", lambda: linear_gather(H, W, IDS - V), ValueError, ("indices:", "[0, 23)", "-")),
+    (
+        "id in the padding",
+        lambda: linear_gather(H, LMHead(W, vocab_size=2), IDS),
+        ValueError,
+        ("indices:", "[0, 2)"),
+    ),
+    ("excluded id", lambda: linear_logsumexp(H, W, exclude=IDS + V), ValueError, ("exclude:", "[0, 23)")),
+    (
+        "label too large",
+        lambda: linear_cross_entropy(H, W, LABELS + V),
+        ValueError,
+        ("labels:", "[0, 23)", "-100"),
+    ),
+    (
+        "label negative",
+        lambda: linear_cross_entropy(H, W, LABELS - 2),
+        ValueError,
+        ("labels:", "ignore_index", "-2"),
+    ),
+    ("stats of label -100", lambda: linear_token_stats(H, W, LABELS - 100), ValueError, ("labels:", "-100")),
+    (
+        "teacher id",
+        lambda: topk(teacher=TOP._replace(indices=IDS + V)),
+        ValueError,
+        ("teacher.indices:", "[0, 23)"),
+    ),
+    # options
+    (
+        "divergence",
+        lambda: topk(divergence="hubr"),
+        ValueError,
+        ("divergence:", "'hubr'", "did you mean 'huber'"),
+    ),
+    (
+        "divergence kl",
+        lambda: distill(divergence="forwardkl"),
+        ValueError,
+        ("divergence:", "forward_kl", "did you"),
+    ),
+    (
+        "normalization",
+        lambda: kl(normalization="renorm"),
+        ValueError,
+        ("normalization:", "did you mean 'renormalize'"),
+    ),
+    ("support", lambda: distill(k=3, support="students"), ValueError, ("support:", "did you mean 'student'")),
+    ("reduction", lambda: topk(reduction="batchmean"), ValueError, ("reduction:", "did you mean 'mean'")),
+    ("impl", lambda: topk(impl="cuda"), ValueError, ("impl:", "triton", "'cuda'")),
+    ("op", lambda: resolve_impl("linear_topp", "cpu"), ValueError, ("op:", "linear_topk", "'linear_topp'")),
+    ("dtype", lambda: resolve_impl("linear_topk", "cpu", torch.int8), ValueError, ("dtype:", "int8")),
+    ("beta 0", lambda: kl("jsd", beta=0.0), ValueError, ("beta:", "(0, 1)", "0.0", "forward_kl")),
+    ("beta 1", lambda: kl("jsd", beta=1), ValueError, ("beta:", "(0, 1)", "1")),
+    ("beta a string", lambda: kl("jsd", beta="half"), ValueError, ("beta:", "'half'")),
+    ("beta nan", lambda: kl("jsd", beta=float("nan")), ValueError, ("beta:", "nan")),
+    ("delta 0", lambda: topk(delta=0.0), ValueError, ("delta:", "> 0", "0.0")),
+    ("delta negative", lambda: topk(delta=-1.0), ValueError, ("delta:", "> 0", "-1.0")),
+    ("delta infinite", lambda: topk(delta=float("inf")), ValueError, ("delta:", "finite", "inf")),
+    (
+        "temperature with huber",
+        lambda: topk(temperature=2.0),
+        ValueError,
+        ("temperature:", "huber", "1.0", "2.0"),
+    ),
+    ("temperature 0", lambda: kl(temperature=0.0), ValueError, ("temperature:", "> 0", "0.0")),
+    (
+        "temperature negative",
+        lambda: linear_topk(H, W, 2, temperature=-1.0),
+        ValueError,
+        ("temperature:", "> 0", "-1"),
+    ),
+    (
+        "temperature infinite",
+        lambda: linear_logsumexp(H, W, temperature=float("inf")),
+        ValueError,
+        ("temperature:",),
+    ),
+    ("temperature a string", lambda: kl(temperature="2"), ValueError, ("temperature:", "'2'")),
+    (
+        "temperature a tensor",
+        lambda: kl(temperature=torch.tensor(2.0)),
+        ValueError,
+        ("temperature:", "tensor"),
+    ),
+    (
+        "normalization with huber",
+        lambda: topk(normalization="tail"),
+        ValueError,
+        ("normalization:", "raw", "'tail'"),
+    ),
+    (
+        "zeroed reverse",
+        lambda: kl("reverse_kl", normalization="zeroed"),
+        ValueError,
+        ("normalization:", "forward_kl"),
+    ),
+    (
+        "truncated jsd",
+        lambda: kl("jsd", normalization="truncated"),
+        ValueError,
+        ("normalization:", "forward_kl"),
+    ),
+    (
+        "dense with a tail",
+        lambda: distill(normalization="tail"),
+        ValueError,
+        ("normalization:", "k=None", "'tail'"),
+    ),
+    ("dense with a support", lambda: distill(support="union"), ValueError, ("support:", "k=None", "'union'")),
+    (
+        "teacher at another temperature",
+        lambda: kl(normalization="tail", teacher=WARM),
+        ValueError,
+        ("teacher.temperature:", "2.0", "wanted 1.0"),
+    ),
+    (
+        "teacher at the default temperature",
+        lambda: kl(normalization="truncated", temperature=2.0),
+        ValueError,
+        ("teacher.temperature:", "1.0", "wanted 2.0"),
+    ),
+    # gradients
+    (
+        "teacher hidden with grad",
+        lambda: distill(teacher_hidden=GRAD),
+        ValueError,
+        ("teacher_hidden:", "detach()"),
+    ),
+    (
+        "teacher values with grad",
+        lambda: topk(teacher=TOP._replace(values=linear_gather(GRAD, W, IDS))),
+        ValueError,
+        ("teacher.values:", "no gradient", "detached"),
+    ),
+    # num_items
+    (
+        "num_items with sum",
+        lambda: topk(num_items=3, reduction="sum"),
+        ValueError,
+        ("num_items:", "mean", "'sum'"),
+    ),
+    (
+        "num_items with none",
+        lambda: topk(num_items=3, reduction="none"),
+        ValueError,
+        ("num_items:", "'none'"),
+    ),
+    ("num_items negative", lambda: topk(num_items=-3), ValueError, ("num_items:", ">= 0", "-3")),
+    ("num_items a float", lambda: topk(num_items=2.5), ValueError, ("num_items:", "int", "2.5")),
+    ("num_items a vector", lambda: topk(num_items=torch.ones(3)), ValueError, ("num_items:", "0-d", "[3]")),
+    # head
+    ("softcap 0", lambda: LMHead(W, softcap=0.0), ValueError, ("head.softcap:", "> 0", "0.0")),
+    (
+        "softcap infinite",
+        lambda: LMHead(W, softcap=float("inf")),
+        ValueError,
+        ("head.softcap:", "finite", "inf"),
+    ),
+    ("softcap a string", lambda: LMHead(W, softcap="30"), ValueError, ("head.softcap:", "'30'")),
+    ("scale 0", lambda: LMHead(W, scale=0.0), ValueError, ("head.scale:", "other than 0", "0.0")),
+    ("scale nan", lambda: LMHead(W, scale=float("nan")), ValueError, ("head.scale:", "finite", "nan")),
+    ("scale a tensor", lambda: LMHead(W, scale=torch.tensor(2.0)), ValueError, ("head.scale:", "tensor")),
+    ("vocab_size 0", lambda: LMHead(W, vocab_size=0), ValueError, ("head.vocab_size:", "1 to 23", "0")),
+    (
+        "vocab_size too large",
+        lambda: LMHead(W, vocab_size=24),
+        ValueError,
+        ("head.vocab_size:", "1 to 23", "24"),
+    ),
+    (
+        "vocab_size a float",
+        lambda: LMHead(W, vocab_size=5.0),
+        ValueError,
+        ("head.vocab_size:", "integer", "5.0"),
+    ),
+    # implementations and settings
+    (
+        "no kernel yet",
+        lambda: linear_logsumexp(H, W, impl="triton"),
+        RuntimeError,
+        ("impl='triton'", "linear_logsumexp"),
+    ),
+    ("workspace 1", lambda: set_workspace_bytes(1), ValueError, ("num_bytes:", "1 MiB", "1")),
+    (
+        "workspace a float",
+        lambda: set_workspace_bytes(2.0**28),
+        ValueError,
+        ("num_bytes:", "integer", "268435456.0"),
+    ),
+    (
+        "module options",
+        lambda: TopKDistillLoss(divergence="mes"),
+        ValueError,
+        ("divergence:", "did you mean 'mse'"),
+    ),
+    (
+        "distill module options",
+        lambda: LinearDistillLoss(divergence="jsd", beta=2.0),
+        ValueError,
+        ("beta:", "(0, 1)", "2.0"),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "what, call, error, words", REFUSED, ids=[row[0].replace(" ", "-") for row in REFUSED]
+)
+def test_refused(what, call, error, words):
+    with pytest.raises(error) as raised:
+        call()
+    message = str(raised.value)
+    for word in words:
+        assert word in message, f"{what}: no {word!r} in {message!r}"
+    if words and words[0].endswith(":"):
+        assert message.startswith(words[0]), f"the message begins with the argument: {message!r}"
+    assert "\n" not in message and len(message) < 300
+
+
+def test_the_table():
+    names = [row[0] for row in REFUSED]
+    assert len(names) >= 40 and len(set(names)) == len(names)
+
+
+def test_a_refusal_leaves_nothing_behind():
+    """No gradient, no changed setting after an error."""
+    hidden, weight = H.clone().requires_grad_(), W.clone().requires_grad_()
+    before = set_workspace_bytes(2**22)
+    try:
+        for call in (
+            lambda: topk_distill_loss(hidden, weight, TOP, mask=torch.ones(3).bool()).backward(),
+            lambda: set_workspace_bytes(0),
+        ):
+            with pytest.raises(ValueError):
+                call()
+        assert hidden.grad is None and weight.grad is None
+        assert set_workspace_bytes(None) == 2**22
+    finally:
+        set_workspace_bytes(before)
+
+
+# --- odd, and answered -----------------------------------------------------------------------------------------
+
+INFINITE = H.clone()
+INFINITE[1, 0] = torch.inf
+NAN = H.clone()
+NAN[1, 0] = torch.nan
+LOSSES = {
+    "huber": topk,
+    "renormalize": lambda **o: kl(**o),
+    "tail": lambda **o: kl("jsd", normalization="tail", **o),
+    "zeroed": lambda **o: kl(normalization="zeroed", **o),
+    "truncated": lambda **o: kl(normalization="truncated", **o),
+    "dense": distill,
+    "dense-mse": lambda **o: distill(divergence="mse", **o),
+    "union": lambda **o: distill(k=3, support="union", **o),
+    "cross-entropy": lambda hidden=H, **o: linear_cross_entropy(hidden, W, LABELS, **o),
+}
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("bad", [INFINITE, NAN], ids=["inf", "nan"])
+def test_hidden_states_that_are_not_numbers(name, impl, bad):
+    """NaN or infinite for that token, never a wrong finite number; the other tokens as ever."""
+    got = LOSSES[name](hidden=bad, reduction="none", impl=impl)
+    wanted = LOSSES[name](reduction="none", impl=impl)
+    assert not bool(got[1].isfinite())
+    others = torch.arange(N) != 1
+    assert torch.equal(got[others], wanted[others])
+
+
+@pytest.mark.parametrize("name", [n for n in LOSSES if n != "cross-entropy"])
+def test_documented_answers(name):
+    loss = LOSSES[name]
+    full = loss(reduction="none")
+    # No token counted: 0, whatever the denominator.
+    nobody = torch.zeros(N, dtype=torch.bool)
+    for options in ({}, {"num_items": 7}, {"num_items": 0}, {"reduction": "sum"}):
+        assert loss(mask=nobody, **options) == 0
+    # num_items as a tensor of any number type; 0 items are 1.
+    for items in (torch.tensor(4), torch.tensor(4.0), torch.tensor([4]), 4):
+        torch.testing.assert_close(loss(num_items=items), full.sum() / 4)
+    # int32 ids, and a teacher of another float type.
+    teacher = TOP._replace(values=TOP.values.double(), indices=IDS.int())
+    if name in ("huber", "renormalize", "tail", "zeroed", "truncated"):
+        assert torch.equal(loss(teacher=teacher, reduction="none"), full)
+    # Weights of 0 are a mask that still counts in the denominator.
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.0, -1.0])
+    torch.testing.assert_close(loss(weights=weights), (full * weights).sum() / N)
+
+
+def test_teacher_hidden_with_grad_under_no_grad_is_fine():
+    with torch.no_grad():
+        assert distill(teacher_hidden=GRAD).isfinite()
+
+
+def test_a_teacher_head_gets_no_gradient():
+    head = W.clone().requires_grad_()
+    hidden = H.clone().requires_grad_()
+    linear_distill_loss(hidden, W, T, head).backward()
+    assert head.grad is None and hidden.grad is not None
+
+
+def test_a_bare_weight_is_a_head():
+    assert torch.equal(topk(head=LMHead(W)), topk(head=W))
+
+
+def test_teacher_at_another_temperature_where_its_tail_is_not_read():
+    assert topk(teacher=WARM).isfinite() and kl(teacher=WARM, temperature=3.0).isfinite()

@@ -1,0 +1,314 @@
+"""What the package promises: its names, its docstrings, and who may import whom."""
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import duet_kernels
+
+ROOT = Path(duet_kernels.__file__).parents[1]
+
+NAMES = [
+    "LMHead",
+    "LinearCrossEntropyLoss",
+    "LinearDistillLoss",
+    "TopK",
+    "TopKDistillLoss",
+    "linear_cross_entropy",
+    "linear_distill_loss",
+    "linear_gather",
+    "linear_logsumexp",
+    "linear_token_stats",
+    "linear_topk",
+    "resolve_impl",
+    "set_workspace_bytes",
+    "topk_distill_loss",
+]
+
+
+def test_names_are_pinned():
+    assert sorted(duet_kernels.__all__) == NAMES
+    assert len(NAMES) <= 15
+    assert all(hasattr(duet_kernels, name) for name in NAMES)
+
+
+# --- docstrings (house rule 10) --------------------------------------------------------------------------------
+
+SECTIONS = {"Args:", "Returns:", "Raises:", "Memory", "FLOP", "Source:", "Example:"}
+SHORT = {
+    "LMHead": {"Args:", "Raises:", "Example:"},
+    "TopK": {"Attributes:"},
+    "resolve_impl": {"Args:", "Returns:", "Raises:", "Example:"},
+    "set_workspace_bytes": {"Args:", "Returns:", "Raises:", "Example:"},
+    "TopKDistillLoss": {"`topk_distill_loss`"},
+    "LinearDistillLoss": {"`linear_distill_loss`"},
+    "LinearCrossEntropyLoss": {"`linear_cross_entropy`"},
+}
+LOSSES = ("topk_distill_loss", "linear_distill_loss", "linear_cross_entropy")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings_have_their_sections(name):
+    text = inspect.getdoc(getattr(duet_kernels, name))
+    first = text.split("\n\n")[0]
+    assert first.rstrip().endswith((".", "errors.")) and len(first) < 250, "one sentence first"
+    missing = {section for section in SHORT.get(name, SECTIONS) if section not in text}
+    assert not missing, f"{name}: no {missing}"
+    if name not in SHORT:
+        assert re.search(r"`[^`]*=|sum|log", text), f"{name}: no equation"
+    if name in LOSSES:
+        assert re.search(r"All (masked|ignored): 0 with zero gradients", text), f"{name}: the all-masked case"
+    assert "TODO" not in text
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_say_their_denominator_and_unit(name):
+    text = inspect.getdoc(getattr(duet_kernels, name))
+    borrowed = inspect.getdoc(duet_kernels.topk_distill_loss) if "see `topk_distill_loss`" in text else ""
+    assert re.search(r"number of (unmasked tokens|labels)", text + borrowed)
+    room = inspect.getdoc(inspect.getmodule(getattr(duet_kernels, name)))
+    assert "nats" in text or "nats per token" in room
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_argument_is_documented(name):
+    thing = getattr(duet_kernels, name)
+    if inspect.isclass(thing):
+        return
+    text = inspect.getdoc(thing)
+    shared = inspect.getdoc(duet_kernels.topk_distill_loss) if "topk_distill_loss`" in text else ""
+    arguments = text.split("Args:")[1].split("Returns:")[0] + shared
+    missing = [a for a in inspect.signature(thing).parameters if not re.search(rf"\b{a}\b", arguments)]
+    assert not missing, f"{name}: {missing}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("duet*/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms_say_what_they_are_for(path):
+    source = path.read_text()
+    if source.strip():
+        assert ast.get_docstring(ast.parse(source)), "the first lines of a room say what it is for"
+
+
+# --- who may import whom ---------------------------------------------------------------------------------------
+
+
+class Imports(ast.NodeVisitor):
+    """Absolute names of what a file imports; those inside functions apart (they are lazy)."""
+
+    def __init__(self, package, source):
+        self.package, self.depth = package, 0
+        self.at_once, self.lazy = set(), set()
+        self.visit(ast.parse(source))
+
+    def _add(self, name):
+        (self.lazy if self.depth else self.at_once).add(name)
+
+    def visit_FunctionDef(self, node):
+        self.depth += 1
+        self.generic_visit(node)
+        self.depth -= 1
+
+    visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
+
+    def visit_If(self, node):
+        """`if TYPE_CHECKING:` imports nothing when the program runs."""
+        if "TYPE_CHECKING" not in ast.unparse(node.test):
+            self.generic_visit(node)
+
+    def visit_Import(self, node):
+        for alias in node.names:
+            self._add(alias.name)
+
+    def visit_ImportFrom(self, node):
+        base = self.package.split(".")[: len(self.package.split(".")) - node.level + 1] if node.level else []
+        module = ".".join([*base, *([node.module] if node.module else [])])
+        for alias in node.names:
+            self._add(f"{module}.{alias.name}")
+
+    @property
+    def all(self):
+        return self.at_once | self.lazy
+
+
+def _imports(path, root=ROOT):
+    parts = path.relative_to(root).with_suffix("").parts
+    package = ".".join(parts[:-1])
+    return Imports(package, path.read_text())
+
+
+def _within(names, room):
+    return {name for name in names if name == room or name.startswith(room + ".")}
+
+
+KERNEL_FILES = sorted(ROOT.glob("duet_kernels/**/*.py"))
+IN_KERNELS = [path for path in KERNEL_FILES if "kernels" in path.relative_to(ROOT).parts[1:-1]]
+OUTSIDE = [path for path in KERNEL_FILES if path not in IN_KERNELS]
+
+
+def test_the_import_visitor_sees():
+    """It tells lazy from immediate, follows relative names, and skips type checking."""
+    seen = Imports(
+        "a.b",
+        "import x.y\nfrom . import c\nfrom ..d import e\nfrom .f.g import h as i\n"
+        "if TYPE_CHECKING:\n    import hidden\n"
+        "def late():\n    from .kernels import k\n    import triton\n",
+    )
+    assert seen.at_once == {"x.y", "a.b.c", "a.d.e", "a.b.f.g.h"}
+    assert seen.lazy == {"a.b.kernels.k", "triton"}
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda p: p.name)
+def test_only_kernels_import_triton(path):
+    assert not _within(_imports(path).all, "triton")
+
+
+ALLOWED = {
+    # room: what of duet_kernels it may import (None: any of those that nothing below forbids)
+    "workspace": set(),
+    "divergence": set(),
+    "dispatch": set(),
+    "head": {"divergence"},
+    "tokens": {"dispatch", "divergence"},
+    "checks": {"dispatch", "divergence", "head"},
+    "reference": {"dispatch", "divergence", "head"},
+    "rowwise": {"divergence"},
+    "chunked": {"dispatch", "divergence", "rowwise", "workspace"},
+    "autograd": {"chunked", "rowwise", "dispatch", "divergence", "kernels"},
+    "functional": {"autograd", "checks", "dispatch", "divergence", "head", "reference", "tokens"},
+    "modules": {"divergence", "functional", "head", "tokens"},
+    "testing": {"functional", "head", "reference"},
+    "__init__": {"dispatch", "functional", "head", "modules", "workspace"},
+}
+
+
+def _rooms(names):
+    return {name.split(".")[1] for name in _within(names, "duet_kernels") if "." in name}
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda p: p.name)
+def test_rooms_import_only_what_they_may(path):
+    """A new room, or a new arrow between rooms, is a decision: write it down here."""
+    assert path.stem in ALLOWED, "a room that nobody has placed"
+    used = _rooms(_imports(path).all)
+    assert used <= ALLOWED[path.stem], used - ALLOWED[path.stem]
+
+
+def test_no_room_imports_in_a_circle():
+    def below(room, above=()):
+        assert room not in above, (*above, room)
+        for next_room in ALLOWED.get(room, ()):
+            below(next_room, (*above, room))
+
+    for room in ALLOWED:
+        below(room)
+
+
+def test_kernels_and_autograd_are_imported_when_needed():
+    assert not _within(_imports(ROOT / "duet_kernels/functional.py").at_once, "duet_kernels.autograd")
+    assert not _within(_imports(ROOT / "duet_kernels/autograd.py").at_once, "duet_kernels.kernels")
+
+
+@pytest.mark.parametrize("path", IN_KERNELS, ids=lambda p: p.name)
+def test_kernels_know_no_rooms_above_them(path):
+    above = {
+        "functional",
+        "modules",
+        "autograd",
+        "reference",
+        "chunked",
+        "testing",
+        "checks",
+        "tokens",
+        "rowwise",
+    }
+    assert not _rooms(_imports(path).all) & above
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("duet/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)).replace("/", "-")
+)
+def test_the_trainer_uses_public_names_only(path):
+    """And nobody imports the command line."""
+    names = _imports(path).all
+    private = {
+        n for n in _within(names, "duet_kernels") if n.split(".", 1)[-1] not in (*NAMES, "duet_kernels")
+    }
+    assert not private
+    if path.name not in ("cli.py", "__main__.py"):
+        assert not _within(names, "duet.cli")
+    assert not _within(names, "benchmarks") and not _within(names, "tests")
+
+
+BENCHMARKS = sorted(ROOT.glob("benchmarks/**/*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: p.name)
+def test_benchmarks_never_import_the_trainer(path):
+    assert not _within(_imports(path).all, "duet")
+
+
+def test_nobody_unpickles():
+    """House rule 13."""
+    pattern = re.compile(r"\bpickle\b|torch\.load\(|trust_remote_code=True")
+    for path in ROOT.glob("duet*/**/*.py"):
+        assert not pattern.search(path.read_text()), path
+
+
+def _python(code, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
+USE = """
+import torch, duet_kernels
+h = torch.randn(3, 4, requires_grad=True)
+w = torch.randn(9, 4)
+top = duet_kernels.linear_topk(h, w, 2)
+duet_kernels.topk_distill_loss(h, w, top, divergence="mse").backward()
+duet_kernels.linear_distill_loss(h, w, h.detach(), w).backward()
+"""
+
+
+def test_import_and_use_without_triton():
+    """As on macOS, or with a CPU-only torch."""
+    asked = """
+try:
+    duet_kernels.linear_gather(h, w, top.indices, impl="triton")
+except RuntimeError as error:
+    assert "triton is not installed" in str(error), error
+else:
+    raise AssertionError("impl='triton' ran without triton")
+"""
+    done = _python("import sys; sys.modules['triton'] = None\n" + USE + asked, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_and_use_with_a_triton_that_raises(tmp_path):
+    """Installed, but made for another platform: nobody on a CPU imports it."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('this triton cannot be imported')")
+    done = _python(USE, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_is_light_and_changes_no_global_state():
+    code = """
+import sys, torch
+def state():
+    return torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state().sum()
+before = state()
+import duet_kernels, duet_kernels.testing
+assert state() == before
+heavy = [m for m in sys.modules if m.split(".")[0] in ("triton", "transformers", "duet")]
+assert not heavy, heavy
+"""
+    done = _python(code)
+    assert done.returncode == 0, done.stderr
