@@ -88,8 +88,7 @@ def generate_answers(
         temperature=1.0,
         top_p=1.0,
         top_k=50,
-        min_new_tokens=0,
-        min_length=0,
+        min_new_tokens=0,  # takes precedence over min_length
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id,
         eos_token_id=ends or None,

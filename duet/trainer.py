@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
 from duet_kernels import LMHead, set_workspace_bytes
 
@@ -239,8 +240,10 @@ class DuetTrainer(Trainer):
         """Let the teacher answer the steered queries whose answers are missing, in batches of similar length."""
         missing = sorted(dataset.unanswered(), key=lambda item: len(item[1]))
         student = self.accelerator.unwrap_model(self.model)
-        for start in range(0, len(missing), self.args.eval_batch_size):
-            keys, prompts = zip(*missing[start : start + self.args.eval_batch_size], strict=True)
+        size, hidden = self.args.eval_batch_size, self.args.disable_tqdm or not self.is_world_process_zero()
+        batches = range(0, len(missing), size)
+        for start in logging.tqdm(batches, desc="the teacher answers", disable=hidden or not missing):
+            keys, prompts = zip(*missing[start : start + size], strict=True)
             answers = self.teacher.run(
                 lambda model, prompts=prompts: generate_answers(
                     model, prompts, self.processing_class, self.pad_id, dataset.max_scored

@@ -14,6 +14,7 @@ import torch
 from duet_kernels import (
     LMHead,
     TopK,
+    autograd,
     chunked,
     linear_cross_entropy,
     linear_distill_loss,
@@ -150,6 +151,32 @@ def test_no_tokens(op, impl, lead):
         for name, gradient in gradients(output.sum(), problem).items():
             assert gradient.shape == getattr(problem, name).shape
             assert torch.equal(gradient, torch.zeros_like(gradient)), name
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.loss], ids=str)
+def test_masked_rows_that_stay(op, monkeypatch):
+    """Where leaving masked rows out would be a synchronisation they are computed, and count exactly nothing."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    check_masked_rows(op, make_problem(13, 61, 16, bias=True), "chunked")
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["huber", "mse", "l1", *DISTRIBUTIONS])
+def test_a_row_whose_factor_is_0_is_skipped(name, garbage):
+    """The row factor is an input of the op: at 0 the row gives exactly 0, whatever its logits are."""
+    normalization = "tail" if name in DISTRIBUTIONS else "none"
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(4, 6, generator=generator) for _ in range(2))
+    tails = [torch.randn(4, generator=generator) for _ in range(2)]
+    for x in (student, teacher, *tails):
+        x[1::2] = garbage
+    factor = torch.tensor([1.0, 0.0, 0.5, 0.0])
+    given = tails if name in DISTRIBUTIONS else (None, None)
+    results = autograd.topk_divergence(
+        student, teacher, *given, factor, name, normalization, 1.0, 0.5, 1.0, "chunked"
+    )
+    for result in results:
+        assert bool((result[1::2] == 0).all()) and bool(result[::2].isfinite().all())
 
 
 @pytest.mark.parametrize("op", [op for op in ON_TRITON if op.name in ("gather", "topk-huber")], ids=str)
@@ -426,6 +453,16 @@ def test_repeated_ids_add_up(impl, dtype):
         gather, call=lambda p, **o: linear_logsumexp(p.hidden, p.head, exclude=ids, **o), name="complement"
     )
     judge(complement, problem, "chunked")
+    # Both parts of the op with one backward pass: a teacher that names an id twice compares it twice.
+    teacher = TopK(torch.randn(13, 6, generator=torch.Generator().manual_seed(2)), ids, torch.ones(13))
+    both = dataclasses.replace(
+        BY_NAME["topk-forward_kl-tail"],
+        call=lambda p, **o: topk_distill_loss(
+            p.hidden, p.head, teacher, divergence="forward_kl", normalization="tail", **o
+        ),
+        ids=lambda p: ids,
+    )
+    judge(both, problem, "chunked")
 
 
 def test_the_gather_gradient_is_deterministic():

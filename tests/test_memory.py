@@ -278,6 +278,19 @@ def test_bytes_beyond_the_results_stay_in_the_workspace(name):
     assert peak <= WORKSPACE + results, f"{peak / 2**20:.1f} MiB beside {WORKSPACE / 2**20:.0f}"
 
 
+@pytest.mark.parametrize("k", [8, 64, 200])
+def test_selection_counts_its_keys_and_ids(k):
+    """A tile that is sorted whole needs ten times its own bytes: int64 keys, ids, their copies."""
+    hidden, weight, _ = _case(256, v=V_BYTES)
+    previous = set_workspace_bytes(4 * 2**20)
+    try:
+        peak = _peak_bytes(lambda: linear_topk(hidden, weight, k))
+    finally:
+        set_workspace_bytes(previous)
+    candidates = 256 * k * 64  # the result, and the best so far in the company of a tile's
+    assert peak <= 4 * 2**20 + candidates
+
+
 def test_the_gather_needs_no_vocabulary_at_all():
     """A sparse step with a frozen head: a few MiB of gathered rows, whatever N and V are."""
     hidden, weight, _ = _case(2048, v=4096, d=256)

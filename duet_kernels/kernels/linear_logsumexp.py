@@ -229,7 +229,7 @@ def complement_and_values(
     group = min(tiles.LOGSUMEXP_GROUP, token_blocks)
     grid = triton.cdiv(token_blocks, group) * group * splits
     # The last value of an id is V: one step past the vocabulary, in 32 bits.
-    ids = indices_nk.clamp(-1, v).to(torch.int32).sort(1).values if k else None
+    ids = indices_nk.clamp(-1, v).to(torch.int32).sort(1).values.contiguous() if k else None
     partial = torch.empty(2, n, splits, dtype=torch_acc, device=device)
     with current_device(hidden_nd):
         _logsumexp_kernel[(require_grid(grid, "linear_logsumexp"),)](
@@ -352,8 +352,8 @@ def slab_of(
             break
         tokens = triton.cdiv(tokens, 2)
     large = columns >= wide and tokens >= min(n, tiles.DENSE_TOKENS // 2)
-    columns = max(min(columns, v), min(v, 128))
     # Slabs of one size, whose rows begin on 64 bytes where that is possible.
+    columns = max(min(columns // 16 * 16, v), min(v, 128))
     columns = min(v, triton.cdiv(triton.cdiv(v, triton.cdiv(v, columns)), 16) * 16)
     return Slab(tokens, columns), large
 
