@@ -52,8 +52,7 @@ def env() -> None:
     """Versions, devices, and which implementation runs each operation, and why."""
     import torch
 
-    from duet_kernels import resolve_impl
-    from duet_kernels.dispatch import OPS
+    import duet_kernels
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
@@ -71,8 +70,9 @@ def env() -> None:
     )
     console.print("  ".join(f"{package} {_version(package)}" for package in (*packages, "bitsandbytes")))
     table = Table("operation", "implementation", "because", title=f"duet_kernels on {device}, impl='auto'")
-    for op in OPS:
-        table.add_row(op, *resolve_impl(op, device))
+    ops = [name for name in duet_kernels.__all__ if name.startswith(("linear_", "topk_"))]
+    for op in [*ops, "topk_distill_loss/lse"]:
+        table.add_row(op, *duet_kernels.resolve_impl(op, device))
     console.print(table)
 
 

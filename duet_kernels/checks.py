@@ -133,6 +133,7 @@ def check_topk(
             )
     n = math.prod(lead)
     k = values.shape[-1]
+    indices = indices.masked_fill(values == -torch.inf, 0)  # what fills an absent slot is nobody's business
     return (
         values.reshape(n, k),
         flatten_ids("teacher.indices", indices, lead, num_ids, hidden.device),

@@ -731,3 +731,19 @@ def test_checkpointing_recomputes_the_same():
             grads.append(gradients(loss, case))
         for name in grads[0]:
             assert torch.equal(grads[0][name], grads[1][name]), (op.name, name)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("fill", [-1, 10**6])
+def test_an_absent_slot_may_hold_any_id(impl, fill):
+    """Ragged rows are padded with what is at hand; only its value says that a slot is absent."""
+    hidden, weight = torch.randn(3, 4), torch.randn(9, 4)
+    full = linear_topk(torch.randn(3, 4), weight, k=4)
+    absent = torch.tensor([[False, False, True, True]] * 3)
+    ragged = full._replace(values=full.values.masked_fill(absent, -torch.inf))
+    padded = ragged._replace(indices=full.indices.masked_fill(absent, fill))
+    for options in ({"divergence": "huber"}, {"divergence": "forward_kl", "normalization": "tail"}):
+        expected = topk_distill_loss(hidden, weight, ragged, impl=impl, **options)
+        assert torch.equal(topk_distill_loss(hidden, weight, padded, impl=impl, **options), expected)
+    with pytest.raises(ValueError, match=r"teacher\.indices"):
+        topk_distill_loss(hidden, weight, full._replace(indices=padded.indices), impl=impl)
