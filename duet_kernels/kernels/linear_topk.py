@@ -25,8 +25,9 @@ later slabs have higher ids. Every list is in the order of ids among equals, so 
 element enters the tail where it is passed over, so the tail is a sum of what is left, never a difference.
 
 The k-th largest of a list is found two bits at a time: 16 rounds of counts (32 for fp64), no sort, no atomics, no
-key that packs an id. Fold and survivors compute z twice from the same product and must agree to the last bit. (x + b) scale has two
-operations that no compiler may fuse, so it does; the softcap's polynomial has more, so with one the fold writes z back.
+key that packs an id. Fold and survivors compute z twice from the same product and must agree to the last bit.
+(x + b) scale has two operations that no compiler may fuse, so it does; the softcap's polynomial has more, so with one
+the fold writes z back.
 
 Bytes and FLOP (calculated, at N 8192, K 64, D 4096, V 128256, bf16; no GPU measurement yet):
 
@@ -37,6 +38,7 @@ Bytes and FLOP (calculated, at N 8192, K 64, D 4096, V 128256, bf16; no GPU meas
 | choose    | 8 N V / B                      | 4 N k              | latency of 16 rounds                            |
 | survivors | 4 N k B = 0.27 GB              | 8 N k and a little | latency                                         |
 | narrow    | 8 bytes a survivor, 16 times   | 8 N k              | latency; the list stays in L1                   |
+| order     | 4 N k, k / 64 times            | 12 N k             | N k^2 comparisons: meant for k to a few 1000    |
 
 At N <= 64 everything but W (1.05 GB, 0.24 ms) is small: 4 N V = 33 MB written at N = 64. Workspace: the slab, its
 blocks and candidates, by `plan` under `workspace_bytes()`.
