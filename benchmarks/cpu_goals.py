@@ -55,7 +55,9 @@ def gate() -> bool:
     ok &= abs(loss.item() - truth.item()) <= 1e-4 * truth.item()
     error = (hidden.grad.double() - z_s.grad).norm() / z_s.grad.norm()
     ok &= error.item() <= 1e-4
-    ok &= torch.allclose(linear_gather(teacher, weight, chosen).double(), z_t.gather(-1, chosen), rtol=1e-4, atol=1e-4)
+    ok &= torch.allclose(
+        linear_gather(teacher, weight, chosen).double(), z_t.gather(-1, chosen), rtol=1e-4, atol=1e-4
+    )
     return bool(ok)
 
 
@@ -100,7 +102,9 @@ def variants() -> dict[str, tuple[str, str, str, Callable[[], object]]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()

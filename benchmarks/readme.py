@@ -71,7 +71,9 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--demo", type=pathlib.Path, help="a demo_report folder to take results from first")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()

@@ -26,12 +26,18 @@ def demo(
         pathlib.Path, typer.Option(help="folder for results.json, report.md, plots and the model")
     ] = (pathlib.Path("demo_report")),
     quick: Annotated[bool, typer.Option("--quick", help="fewer probes, under a minute")] = False,
-    seed: Annotated[int, typer.Option(help="of the unlearning; with --rebuild of the world and its base model")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="of the unlearning; with --rebuild of the world and its base model")
+    ] = 0,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="train the tiny base model anew, report its quality and stop (several minutes)")
+        bool,
+        typer.Option(
+            "--rebuild", help="train the tiny base model anew, report its quality and stop (several minutes)"
+        ),
     ] = False,
     checkpoint: Annotated[
-        pathlib.Path | None, typer.Option(help="another base model: where --rebuild writes it, else which one forgets")
+        pathlib.Path | None,
+        typer.Option(help="another base model: where --rebuild writes it, else which one forgets"),
     ] = None,
 ) -> None:
     """Make a tiny language model forget ten people, and see what it still gives away."""

@@ -60,6 +60,12 @@ def linear_topk(
     temperature: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "triton":
+        from .kernels import linear_topk as kernel
+
+        return kernel.linear_topk(
+            hidden, weight, bias, k, softcap=softcap, scale=scale, temperature=temperature
+        )
     return chunked.linear_topk(hidden, Projection(weight, bias, softcap, scale), k, temperature)
 
 
@@ -174,6 +180,13 @@ def complement_and_values(
     with_gradient: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if impl == "triton":
+        from .kernels import linear_logsumexp as kernel
+
+        tail, values = kernel.complement_and_values(
+            hidden, weight, bias, indices, softcap=softcap, scale=scale, temperature=temperature
+        )
+        return tail, values, tail.new_empty(0)
     head = Projection(weight, bias, softcap, scale)
     return chunked.complement_and_values(hidden, head, indices, temperature, with_gradient)
 
@@ -181,7 +194,8 @@ def complement_and_values(
 @complement_and_values.register_fake
 def _(hidden, weight, bias, indices, softcap, scale, temperature, with_gradient, impl):
     tail = hidden.new_empty(hidden.shape[0], dtype=acc_dtype(hidden.dtype))
-    return tail, tail.new_empty(indices.shape), tail.new_empty(hidden.shape if with_gradient else (0,))
+    along = with_gradient and impl == "chunked"  # the kernel recomputes instead
+    return tail, tail.new_empty(indices.shape), tail.new_empty(hidden.shape if along else (0,))
 
 
 @_custom_op("complement_and_values_backward")
@@ -203,20 +217,40 @@ def complement_and_values_backward(
     need_bias: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = chunked.complement_and_values_backward(
-        grad_tail,
-        grad_values,
-        tail,
-        values,
-        dtail,
-        hidden,
-        Projection(weight, bias, softcap, scale),
-        indices,
-        temperature,
-        need_hidden,
-        need_weight,
-        need_bias,
-    )
+    if impl == "triton":
+        from .kernels import linear_logsumexp as kernel
+
+        gradients = kernel.complement_and_values_backward(
+            grad_tail,
+            grad_values,
+            tail,
+            values,
+            hidden,
+            weight,
+            bias,
+            indices,
+            softcap=softcap,
+            scale=scale,
+            temperature=temperature,
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
+    else:
+        gradients = chunked.complement_and_values_backward(
+            grad_tail,
+            grad_values,
+            tail,
+            values,
+            dtail,
+            hidden,
+            Projection(weight, bias, softcap, scale),
+            indices,
+            temperature,
+            need_hidden,
+            need_weight,
+            need_bias,
+        )
     return _present(gradients[0], hidden), _present(gradients[1], weight), _present(gradients[2], weight)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager
@@ -12,6 +11,7 @@ import torch
 
 IMPLS = ("auto", "triton", "chunked", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looks for it, imports nothing
 # "topk_distill_loss/lse" are its forms that need a log-sum-exp of the student: tail, zeroed, truncated.
 OPS = (
     "linear_topk",
@@ -23,7 +23,16 @@ OPS = (
     "linear_cross_entropy",
     "linear_token_stats",
 )
-TRITON_OPS = ("linear_gather", "topk_distill_loss")
+TRITON_OPS = (
+    "linear_topk",
+    "linear_gather",
+    "linear_logsumexp",
+    "topk_distill_loss",
+    "topk_distill_loss/lse",
+    "linear_cross_entropy",
+)
+# Which way is faster for these depends on the GPU: `auto` waits for a measurement.
+UNMEASURED_TRITON_OPS = ("linear_topk", "linear_logsumexp", "topk_distill_loss/lse", "linear_cross_entropy")
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -38,16 +47,11 @@ def exact_dtypes(device: torch.device) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _why_no_triton(op: str, device: torch.device) -> str | None:
     """The sentence that says why the Triton kernel of `op` cannot run on `device`, or None when it can."""
     if op not in TRITON_OPS:
         return f"{op} has no Triton kernel yet (there are: {', '.join(TRITON_OPS)})"
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         return "triton is not installed"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -96,4 +100,6 @@ def resolve_impl(
         return "chunked", f"portable low-memory torch is the fast way on {device.type}"
     if obstacle is not None:
         return "chunked", obstacle
+    if op in UNMEASURED_TRITON_OPS:
+        return "chunked", "its Triton kernel has not been measured on a GPU yet; impl='triton' runs it"
     return "triton", f"fused kernel on {device.type}"

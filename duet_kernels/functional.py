@@ -130,7 +130,7 @@ def linear_logsumexp(
         head: `LMHead`, or its weight `[V, D]` in the dtype of `hidden`.
         temperature: T > 0.
         exclude: `[..., K]` int64 or int32 ids in [0, V), or None. Repeated ids count once.
-        impl: `auto`, `chunked`, `reference`.
+        impl: `auto`, `chunked`, `triton`, `reference`.
 
     Returns:
         `[...]` fp32 (fp64 for fp64 inputs), in nats.
@@ -296,13 +296,14 @@ def linear_distill_loss(
         raise ValueError(
             f"k: wanted None or an integer from 1 to {common} (the common vocabulary), got {k!r}"
         )
-    choice, _ = resolve_impl("linear_distill_loss", student_hidden.device, student_hidden.dtype, impl)
+    op = "linear_distill_loss" if k is None else "linear_topk"
+    choice, _ = resolve_impl(op, student_hidden.device, student_hidden.dtype, impl)
     # Masked tokens are left out before the teacher's pass over the vocabulary, the dearest step of all.
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     hidden_nd, teacher_nd = tokens.take(hidden_nd), tokens.take(teacher_nd)
     if k is None:
         return _dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
-    teacher = _teacher_topk(hidden_nd, student_head, teacher_nd, teacher_head, k, support, spec, choice)
+    teacher = _teacher_topk(hidden_nd, student_head, teacher_nd, teacher_head, k, support, spec, impl)
     choice = _topk_choice(spec, hidden_nd, impl)
     return _topk_loss(hidden_nd, student_head, *teacher[:3], spec, tokens, choice)
 
@@ -326,7 +327,7 @@ def linear_cross_entropy(
             hidden[i].
         weights, reduction, num_items: as in `topk_distill_loss`; `mean` divides by the number of labels that are not
             `ignore_index`, or by `num_items`.
-        impl: `auto`, `chunked`, `reference`.
+        impl: `auto`, `chunked`, `triton`, `reference`.
 
     Returns:
         0-d, or `[...]` for `reduction="none"` (0 where ignored), nats per token. All ignored: 0 with zero gradients.
@@ -518,10 +519,10 @@ def _teacher_topk(
     k: int,
     support: str,
     spec: Divergence,
-    choice: str,
+    impl: str,
 ) -> TopK:
     """The teacher's logits and ids where `support` says they are compared, with its tail if the loss reads it."""
-    options: dict[str, Any] = {"temperature": spec.temperature, "impl": choice}
+    options: dict[str, Any] = {"temperature": spec.temperature, "impl": impl}
     if support == "teacher":
         return linear_topk(teacher_nd, teacher_head, k, **options)
     ids = linear_topk(hidden_nd, student_head, k, **options).indices
@@ -533,8 +534,9 @@ def _teacher_topk(
         repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]  # an id that both chose is compared once
     with torch.no_grad():
         if spec.needs_teacher_logsumexp:
+            choice, _ = resolve_impl("linear_logsumexp", teacher_nd.device, teacher_nd.dtype, impl)
             tail, values = _complement_and_values(teacher_nd, teacher_head, ids, spec.temperature, choice)
         else:
-            values = linear_gather(teacher_nd, teacher_head, ids, impl=choice)
+            values = linear_gather(teacher_nd, teacher_head, ids, impl=impl)
             tail = values.new_full(values.shape[:1], torch.nan)  # not read
     return TopK(values.masked_fill(repeated, -torch.inf), ids, tail, spec.temperature)

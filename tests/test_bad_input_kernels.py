@@ -398,9 +398,9 @@ REFUSED = [
     # implementations and settings
     (
         "no kernel yet",
-        lambda: linear_logsumexp(H, W, impl="triton"),
+        lambda: linear_token_stats(H, W, impl="triton"),
         RuntimeError,
-        ("impl='triton'", "linear_logsumexp"),
+        ("impl='triton'", "linear_token_stats"),
     ),
     ("workspace 1", lambda: set_workspace_bytes(1), ValueError, ("num_bytes:", "1 MiB", "1")),
     (

@@ -76,7 +76,13 @@ class TestTriton:
     def test_which_operations_have_a_kernel(self):
         if not ON_TRITON:
             pytest.skip("triton is not installed")
-        assert {op.resolve for op in ON_TRITON} == {"linear_gather", "topk_distill_loss"}
+        assert {op.resolve for op in ON_TRITON} == {
+            "linear_gather",
+            "linear_logsumexp",
+            "linear_cross_entropy",
+            "topk_distill_loss",
+            "topk_distill_loss/lse",
+        }
 
     @pytest.mark.parametrize("op", ON_TRITON, ids=str)
     def test_definition(self, op):
@@ -747,3 +753,14 @@ def test_an_absent_slot_may_hold_any_id(impl, fill):
         assert torch.equal(topk_distill_loss(hidden, weight, padded, impl=impl, **options), expected)
     with pytest.raises(ValueError, match=r"teacher\.indices"):
         topk_distill_loss(hidden, weight, full._replace(indices=padded.indices), impl=impl)
+
+
+@pytest.mark.skipif(not ON_TRITON, reason="triton is not installed")
+def test_auto_waits_for_a_measurement():
+    """On a GPU `auto` runs the sparse kernels; where a library product competes it says what it waits for."""
+    assert (
+        resolve_impl("linear_gather", "cuda")[0] == resolve_impl("topk_distill_loss", "cuda")[0] == "triton"
+    )
+    choice, reason = resolve_impl("linear_topk", "cuda")
+    assert choice == "chunked" and "measured" in reason
+    assert resolve_impl("linear_topk", "cuda", impl="triton")[0] == "triton"
