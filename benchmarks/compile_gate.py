@@ -326,6 +326,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--only", default="", help="part of a case's or kernel's name")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     if not isinstance(triton.jit(_probe), JITFunction):
         print(
@@ -333,12 +334,17 @@ def main() -> int:
         )
         return 2
     rows = run(tuple(arguments.arch or ARCHITECTURES), arguments.only)
-    print(f"triton {triton.__version__}, torch {torch.__version__}; N {N}, D {D}, V {V}, K {K}\n")
-    print(table(rows))
+    bad = sum(bool(row.problems) for row in rows)
+    report = (
+        f"`make compile`, triton {triton.__version__}, torch {torch.__version__}; N {N}, D {D}, V {V}, K {K}\n\n"
+        f"{table(rows)}\n\n{len(rows)} kernels compiled, {bad} with problems"
+    )
+    print(report)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(report + "\n")
     if arguments.json:
         arguments.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
-    bad = sum(bool(row.problems) for row in rows)
-    print(f"\n{len(rows)} kernels compiled, {bad} with problems")
     return 1 if bad or not rows else 0
 
 
