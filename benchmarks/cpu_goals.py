@@ -149,7 +149,8 @@ def report(runs: dict, rows: list[Row], where: dict[str, str]) -> tuple[str, boo
     by_name = dict(zip(runs, rows, strict=True))
     lines = [
         f"V = {V}, D = {D}, N = {N}, K = {K}, fp32, frozen head; {where['device']}, torch {where['torch']}, "
-        f"commit {where['commit']}; `make bench`",
+        f"commit {where['commit']}; `make bench`. `topk_distill_loss` (forward and backward) is given the teacher's top-k, as "
+        "from a cache; with a live teacher add `linear_topk`.",
         "",
         "| | ms (p20 - p80) | extra memory, MiB |",
         "|---|---|---|",

@@ -123,7 +123,8 @@ def linear_topk(
         copies = 8 if _tile_width(h.shape[0], head, 8) // _BLOCK > 2 * k else 12
         for columns, size, _, z in _vocab_tiles(h, head, copies):
             # Candidates stand in the order of their ids: the best so far came from lower ids than this tile.
-            cand_values, cand_ids, passed = _tile_candidates(z, columns.start, size, k, temperature)
+            worst = best[0][:, -1:] if best[0].shape[1] == k else None
+            cand_values, cand_ids, passed = _tile_candidates(z, columns.start, size, k, worst, temperature)
             cand_values = torch.cat([best[0], cand_values], 1)
             cand_ids = torch.cat([best[1], cand_ids], 1)
             take = _stable_topk(cand_values, min(k, cand_values.shape[1]))
@@ -137,15 +138,20 @@ def linear_topk(
 
 
 def _tile_candidates(
-    z: Tensor, first_id: int, size: int, k: int, temperature: float
+    z: Tensor, first_id: int, size: int, k: int, worst: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Elements of a tile that can be among its k largest, in the order of their ids, and the others' log-sum-exp."""
+    """Elements of a tile that can be among the k largest, in the order of their ids, and the others' log-sum-exp.
+
+    `worst` `[N, 1]` is the k-th largest so far: only something larger replaces it, because its id is lower.
+    """
     blocks = size // _BLOCK
+    whole = blocks * _BLOCK
+    maxima = z[:, :whole].unflatten(1, (blocks, _BLOCK)).amax(-1)
+    if worst is not None and blocks and z.device.type == "cpu":  # to look would synchronise a GPU
+        k = min(k, int((~(maxima <= worst)).sum(1).amax()) if z.shape[0] else 0)  # a NaN is larger
     if blocks <= 2 * k:
         ids = torch.arange(first_id, first_id + size, device=z.device).expand(z.shape[0], size)
         return z, ids, z.new_full((z.shape[0],), -torch.inf)
-    whole = blocks * _BLOCK
-    maxima = z[:, :whole].unflatten(1, (blocks, _BLOCK)).amax(-1)
     chosen = _stable_topk(maxima, k).sort(1).values
     local = (chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=z.device)).flatten(1)
     if whole < size:
