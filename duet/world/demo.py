@@ -30,7 +30,7 @@ from .workplace import one_thread, replaced_folder
 
 RESULTS = "results.json"
 SAVED_MODEL = "duet_adversarial"
-QUICK_QUESTIONS, QUICK_STEPS, QUICK_FORGET_PER_STEP = 40, 0.7, 12
+QUICK_QUESTIONS, QUICK_STEPS, QUICK_FORGET_PER_STEP = 40, 0.6, 12
 FIRST_WORDS = 12
 
 
@@ -46,7 +46,7 @@ def run_demo(
     Args:
         out_dir: receives results.json, report.md, overview.png, first_words.png and model/. It appears when all is
             done; a folder that holds anything but an earlier report is refused before any work.
-        quick: 70 % of the steps at a rate that much higher, 3/4 of the queries in each, at most 40 questions a
+        quick: 60 % of the steps at a rate that much higher, 3/4 of the queries in each, one relearning rate, at most 40 questions a
             number: a look, not a result to cite.
         seed: of the unlearning (batches, prefixes, reverse prompts). The world is the checkpoint's.
         checkpoint: another base made by `duet.world.pretrain.rebuild`.

@@ -73,13 +73,17 @@ def behaviour(speaker: Speaker, world: World, split: Split, most: int | None = N
 
 
 def resilience(speaker: Speaker, world: World, split: Split, most: int | None = None) -> dict[str, float]:
-    """The columns that attack the weights. Relearning shows the attacker the first five forget authors."""
+    """The columns that attack the weights. Relearning shows the attacker the first five forget authors.
+
+    A quick look (`most`) tries the largest learning rate only.
+    """
     half = len(world.forget) // 2
     shown = world.questions(world.forget[:half], "train")
     asked = some(world.questions(world.forget[half:], split), most)
     forget = some(world.questions(world.forget, split), most)
+    rates = attacks.RELEARN_RATES if most is None else attacks.RELEARN_RATES[-1:]
     return {
-        "relearn_recall": max(attacks.relearn_recall(speaker, shown, asked).values()),
+        "relearn_recall": max(attacks.relearn_recall(speaker, shown, asked, rates).values()),
         "int8_forget_recall": attacks.quantized_recall(speaker, forget, 8),
         "int4_forget_recall": attacks.quantized_recall(speaker, forget, 4),
     }
