@@ -86,7 +86,7 @@ def _vocab_tiles(
 ) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
     """Yield `(columns, width, W tile in the accumulation dtype, z tile [rows, C])`; z is the caller's to overwrite.
 
-    The z tile is a view of one reused buffer with a spare column on the right, which `_excluded` scatters into.
+    The z tile is a view of one reused buffer with a spare column on the right, which `_with_spare_column` gives access to.
     """
     v = head.weight.shape[0]
     width = _tile_width(hidden.shape[0], head, copies)
