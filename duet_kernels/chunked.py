@@ -59,7 +59,8 @@ class Projection(NamedTuple):
         """dz / d(h W^T), from z itself."""
         if self.softcap is None:
             return self.scale
-        return self.scale * (1 - (z / self.softcap).square())
+        # (c - z)(c + z) / c^2: near saturation c - z is exact, where 1 - (z / c)^2 has lost its digits.
+        return (self.softcap - z).mul_(self.softcap + z).mul_(self.scale / self.softcap**2)
 
 
 # --- vocabulary tiles ------------------------------------------------------------------------------------------

@@ -370,3 +370,13 @@ def test_mass_where_the_teacher_has_none(name, far, dtype):
     torch.testing.assert_close(dense.double(), wanted, rtol=1e-6, atol=0)
     if far <= -61 or name != "jsd":
         torch.testing.assert_close(bucket.double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_the_slope_near_the_softcap_keeps_its_digits():
+    """dz/dx = 1 - (z / c)^2 from a z just below c, judged in fp64 at that same z."""
+    cap = 30.0
+    z = cap - torch.logspace(-4, 0, 50)
+    head = chunked.Projection(torch.zeros(1, 1), None, cap, 1.0)
+    truth = (cap - z.double()) * (cap + z.double()) / cap**2
+    assert ((head.slope(z).double() - truth) / truth).abs().max() <= 1e-6
+    assert ((1 - (z / cap).square()).double() / truth - 1).abs().max() > 1e-3  # what the plain form loses
