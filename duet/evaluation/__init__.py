@@ -1,0 +1,1 @@
+"""Did it really forget? Metrics of answers and likelihoods (`metrics`)."""

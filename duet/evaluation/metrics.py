@@ -1,0 +1,353 @@
+"""The metrics of unlearning, as pure functions of numbers and texts. The variant is in the name or in an argument.
+
+    L   mean negative log-likelihood of an answer's tokens, nats        P = exp(-L)
+    R   truth ratio, exp(mean_j L_perturbed,j - L_paraphrased)
+    s   a membership score; log p_t a token's log-probability
+
+The same name means different numbers in different papers (ROUGE-L is recall with a stemmer in TOFU, F1 without one in
+MUSE), so no function here has a default where the literature disagrees. What cannot be computed is NaN or an error,
+never a 0 that looks like a result. Must not know models, tokenizers or files.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from rouge_score import rouge_scorer
+from scipy import stats
+
+MEASURES = ("recall", "f1")
+UTILITY_PARTS = ("probability", "rouge_l_recall", "truth_ratio")
+
+# Openings and phrases of answers that decline to say. Whole words, any case.
+REFUSAL_PATTERNS = (
+    r"\bI (?:do not|don't|don’t|did not|didn't) (?:know|have|recall|recognise|recognize)\b",
+    r"\bI(?:'m| am|’m) (?:not sure|not aware|not familiar|unable|afraid|sorry)\b",
+    r"\bI (?:cannot|can't|can’t|could not|couldn't|am unable to) (?:say|tell|answer|help|provide|find|recall)\b",
+    r"\b(?:no|not any) (?:information|knowledge|idea|record)s?\b",
+    r"\b(?:not|never) (?:heard of|come across|familiar with)\b",
+    r"\bunknown to me\b",
+)
+
+
+# --- likelihood ------------------------------------------------------------------------------------------------
+
+
+def probability(loss: float) -> float:
+    """P = exp(-L), the geometric mean of an answer's token probabilities; `loss` is L in nats per token."""
+    return math.exp(-loss)
+
+
+def multiple_choice_probability(true_loss: float, wrong_losses: Sequence[float]) -> float:
+    """P_true / (P_true + sum P_wrong): TOFU's probability on real authors and world facts."""
+    losses = np.array([true_loss, *_not_empty("wrong_losses", wrong_losses)])
+    return float(np.exp(-losses[0] - np.logaddexp.reduce(-losses)))
+
+
+def truth_ratio(paraphrased_loss: float, perturbed_losses: Sequence[float]) -> float:
+    """R = exp(mean_j L_perturbed,j - L_paraphrased) (TOFU, arXiv 2401.06121).
+
+    Above 1 where the true answer in other words is likelier than wrong answers of the same form.
+
+    Example:
+        >>> round(truth_ratio(1.0, [2.0, 4.0]), 4)
+        7.3891
+    """
+    return math.exp(float(np.mean(_not_empty("perturbed_losses", perturbed_losses))) - paraphrased_loss)
+
+
+def truth_ratio_score(ratios: Sequence[float]) -> float:
+    """mean max(0, 1 - 1 / R): the truth ratio of a set of facts that should still be known."""
+    return float(np.mean(np.maximum(0.0, 1.0 - 1.0 / _not_empty("ratios", ratios))))
+
+
+def forget_quality(unlearned_ratios: Sequence[float], retain_ratios: Sequence[float]) -> float:
+    """p-value of a two-sample Kolmogorov-Smirnov test between the truth ratios R of two models on the forget rows.
+
+    The second model was trained without them. A high value: the unlearned model cannot be told from it by R.
+    Without such a model the number is undefined (do not call this function).
+    """
+    unlearned = _finite("unlearned_ratios", unlearned_ratios)
+    return float(stats.ks_2samp(unlearned, _finite("retain_ratios", retain_ratios)).pvalue)
+
+
+def model_utility(sets: Mapping[str, Mapping[str, float]]) -> float:
+    """Harmonic mean of `probability`, `rouge_l_recall` and `truth_ratio` over all sets (TOFU: three sets, nine numbers).
+
+    Args:
+        sets: name -> the three numbers, each in [0, 1]; `truth_ratio` is `truth_ratio_score`.
+
+    Returns:
+        0 when one of them is 0; NaN when one of them is NaN.
+
+    Example:
+        >>> model_utility({"retain": {"probability": 1.0, "rouge_l_recall": 0.5, "truth_ratio": 0.5}})
+        0.6
+    """
+    if not sets:
+        raise ValueError("sets: wanted at least one, got none")
+    parts = []
+    for name, numbers in sets.items():
+        for part in UTILITY_PARTS:
+            value = numbers.get(part)
+            if value is None:
+                raise ValueError(f"sets[{name!r}]: wanted {', '.join(UTILITY_PARTS)}, got no {part!r}")
+            if value < 0 or value > 1:
+                raise ValueError(f"sets[{name!r}][{part!r}]: wanted a number in [0, 1], got {value}")
+            parts.append(float(value))
+    return 0.0 if 0.0 in parts else len(parts) / sum(1 / part for part in parts)
+
+
+def perplexity(token_logprobs: Sequence[float]) -> float:
+    """exp(-mean log p_t) over all given tokens."""
+    return math.exp(-float(np.mean(_not_empty("token_logprobs", token_logprobs))))
+
+
+# --- what is said ----------------------------------------------------------------------------------------------
+
+
+def rouge_l(prediction: str, reference: str, *, measure: str, stemmer: bool) -> float:
+    """ROUGE-L of the longest common subsequence of words: `recall` = LCS / words of the reference, or `f1`.
+
+    TOFU: recall, stemmer on. MUSE: f1, stemmer off. OpenUnlearning: f1, stemmer on. RWKU: recall.
+    An empty prediction scores 0.
+
+    Raises:
+        ValueError: unknown `measure`; a reference without a word, for which no recall exists.
+
+    Example:
+        >>> rouge_l("the cat sat", "the cat sat down", measure="recall", stemmer=False)
+        0.75
+    """
+    if measure not in MEASURES:
+        raise ValueError(f"measure: wanted one of {', '.join(MEASURES)}, got {measure!r}")
+    if not re.search(r"[a-z0-9]", reference.lower()):
+        raise ValueError(f"reference: wanted a text with at least one word of a-z or 0-9, got {reference!r}")
+    score = _rouge_scorer(stemmer).score(reference, prediction)["rougeL"]
+    return score.recall if measure == "recall" else score.fmeasure
+
+
+@functools.cache
+def _rouge_scorer(stemmer: bool) -> rouge_scorer.RougeScorer:
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stemmer)
+
+
+def refusal_rate(answers: Sequence[str], patterns: Sequence[str] = REFUSAL_PATTERNS) -> float:
+    """Share of answers in which one of the regular expressions is found. An empty answer is no refusal."""
+    found = [any(re.search(p, answer, re.IGNORECASE) for p in patterns) for answer in answers]
+    return float(np.mean(_not_empty("answers", found)))
+
+
+def fluency(text: str) -> float:
+    """Weighted entropy of word n-grams, bits: (2/3 H_2 + 4/3 H_3) / 2, as in ROME and RWKU. Low: it repeats itself.
+
+    NaN for a text of fewer than three words.
+    """
+    words = text.split()
+    if len(words) < 3:
+        return math.nan
+    entropies = []
+    for n in (2, 3):
+        counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+        entropies.append(stats.entropy(list(counts.values()), base=2))
+    return float((2 / 3 * entropies[0] + 4 / 3 * entropies[1]) / 2)
+
+
+# --- what is memorised -----------------------------------------------------------------------------------------
+
+
+def exact_memorization(hits: Sequence[bool]) -> float:
+    """Share of an answer's tokens that are the argmax under teacher forcing."""
+    return float(np.mean(_not_empty("hits", hits)))
+
+
+def extraction_strength(hits: Sequence[bool]) -> float:
+    """1 - k* / L, with k* the shortest prefix after which every teacher-forced argmax is the true token.
+
+    0 when not even the last token is.
+
+    Example:
+        >>> extraction_strength([True, False, True, True])
+        0.5
+    """
+    hits = _not_empty("hits", hits)
+    wrong = np.flatnonzero(~np.asarray(hits, dtype=bool))
+    return 1.0 if len(wrong) == 0 else 1.0 - float(wrong[-1] + 1) / len(hits)
+
+
+def multiple_choice_accuracy(choice_scores: Sequence[Sequence[float]], correct: Sequence[int]) -> float:
+    """Share of questions whose correct choice has the highest score (a log-probability, length-normalised or not)."""
+    if len(choice_scores) != len(correct) or not len(correct):
+        raise ValueError(
+            f"correct: wanted one index a question, got {len(correct)} for {len(choice_scores)} questions"
+        )
+    hits = []
+    for i, (scores, index) in enumerate(zip(choice_scores, correct, strict=True)):
+        if not 0 <= index < len(scores):
+            raise ValueError(f"correct[{i}]: wanted 0 to {len(scores) - 1}, got {index}")
+        hits.append(int(np.argmax(_finite(f"choice_scores[{i}]", scores))) == index)
+    return float(np.mean(hits))
+
+
+# --- membership ------------------------------------------------------------------------------------------------
+
+
+def min_k(token_logprobs: Sequence[float], k: float) -> float:
+    """Min-K%: minus the mean of the lowest k % token log-probabilities (at least one token), nats.
+
+    `k` in percent (MUSE: 40). Low for text that was trained on. Source: arXiv 2310.16789.
+    """
+    return -_mean_of_lowest("token_logprobs", token_logprobs, k)
+
+
+def min_k_plus_plus(
+    token_logprobs: Sequence[float], entropies: Sequence[float], variances: Sequence[float], k: float
+) -> float:
+    """Min-K%++: the same on (log p_t - mu_t) / sigma_t, with mu = -entropy and sigma^2 = Var log p of the position.
+
+    All three come from one pass of `duet_kernels.linear_token_stats`. A position whose distribution is a point
+    (variance 0) says nothing and is left out. Source: arXiv 2404.02936.
+    """
+    logp, entropy, variance = (np.asarray(x, dtype=float) for x in (token_logprobs, entropies, variances))
+    if not logp.shape == entropy.shape == variance.shape:
+        raise ValueError(
+            f"entropies, variances: wanted shape {logp.shape} like token_logprobs, got {entropy.shape}, {variance.shape}"
+        )
+    some = variance > 0
+    return -_mean_of_lowest(
+        "token_logprobs", (logp[some] + entropy[some]) / np.sqrt(variance[some]), k, empty=math.nan
+    )
+
+
+def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """P(a positive scores higher than a negative), ties counted half: the area under the ROC curve."""
+    positive, negative = _finite("positive", positive), _finite("negative", negative)
+    return float(stats.mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative)))
+
+
+def privleak(forget_scores: Sequence[float], holdout_scores: Sequence[float], auc_retrain: float) -> float:
+    """PrivLeak = 100 (AUC - AUC_retrain) / AUC_retrain (MUSE, arXiv 2407.06460); scores as `min_k` returns them.
+
+    AUC tells holdout (1) from forget (0) by minus the score. 0: like a model that never saw the forget text; above: it
+    looks less seen than text that never was (over-unlearned); below: it still looks seen.
+    """
+    if not 0 < auc_retrain <= 1:
+        raise ValueError(f"auc_retrain: wanted a number in (0, 1], got {auc_retrain}")
+    ours = auc([-s for s in holdout_scores], [-s for s in forget_scores])
+    return 100 * (ours - auc_retrain) / auc_retrain
+
+
+# --- summaries -------------------------------------------------------------------------------------------------
+
+
+def performance_shift(base: Mapping[str, float], unlearned: Mapping[str, float]) -> float:
+    """DUET's (RF_base - RF) + (RF500_base - RF500) + (RR - RR_base) + (MMLU - MMLU_base), in points.
+
+    Keys: `forget`, `forget_500`, `retain`, `mmlu`.
+
+    Example:
+        >>> base = {"forget": 32.13, "forget_500": 39.99, "retain": 84.29, "mmlu": 61.46}
+        >>> round(performance_shift(base, {"forget": 4.27, "forget_500": 5.98, "retain": 78.33, "mmlu": 61.45}), 2)
+        55.9
+    """
+    for name, numbers in (("base", base), ("unlearned", unlearned)):
+        for key in ("forget", "forget_500", "retain", "mmlu"):
+            if key not in numbers:
+                raise ValueError(f"{name}: wanted forget, forget_500, retain and mmlu, got no {key!r}")
+    forgotten = sum(base[key] - unlearned[key] for key in ("forget", "forget_500"))
+    return forgotten + sum(unlearned[key] - base[key] for key in ("retain", "mmlu"))
+
+
+class Interval(NamedTuple):
+    """An estimate with the ends of its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    values: Sequence[float],
+    statistic: Callable[..., np.ndarray] = np.mean,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of a statistic of rows. `statistic` takes an `axis`, as numpy's do.
+
+    One row has no interval: its ends are NaN.
+    """
+    values = _finite("values", values)
+    estimate = float(statistic(values, axis=0))
+    if len(values) == 1:
+        return Interval(estimate, math.nan, math.nan)
+    rng = np.random.default_rng(seed)
+    drawn = statistic(values[rng.integers(len(values), size=(resamples, len(values)))], axis=1)
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(estimate, float(low), float(high))
+
+
+class Comparison(NamedTuple):
+    """b - a over the same rows: the mean difference, its interval, and the p-value of a sign-flip test."""
+
+    difference: Interval
+    p_value: float
+
+
+def compare_paired(
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Are two models different on the same rows? Mean of b - a with a bootstrap interval, and a two-sided sign-flip test.
+
+    p = (1 + #{flips with a mean at least as far from 0}) / (1 + flips): never 0.
+    """
+    a, b = _finite("a", a), _finite("b", b)
+    if a.shape != b.shape:
+        raise ValueError(f"b: wanted {len(a)} rows like a, got {len(b)}")
+    difference = b - a
+    interval = bootstrap(difference, confidence=confidence, resamples=resamples, seed=seed)
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, len(difference)))
+    as_far = np.abs((signs * difference).mean(1)) >= abs(difference.mean()) - 1e-12
+    return Comparison(interval, float((1 + as_far.sum()) / (1 + resamples)))
+
+
+# --- checks ----------------------------------------------------------------------------------------------------
+
+
+def _not_empty(name: str, values: Sequence) -> np.ndarray:
+    values = np.asarray(values)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"{name}: wanted at least one number, got shape {list(values.shape)}")
+    return values
+
+
+def _finite(name: str, values: Sequence[float]) -> np.ndarray:
+    values = _not_empty(name, values).astype(float)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}: wanted finite numbers, got {values[~np.isfinite(values)][0]}")
+    return values
+
+
+def _mean_of_lowest(name: str, values: Sequence[float], k: float, empty: float | None = None) -> float:
+    if not 0 < k <= 100:
+        raise ValueError(f"k: wanted a percentage in (0, 100], got {k}")
+    if empty is not None and len(values) == 0:
+        return empty
+    ordered = np.sort(
+        _not_empty(name, values).astype(float)
+    )  # a NaN is sorted to the end and would hide there
+    if np.isnan(ordered).any():
+        return math.nan
+    return float(ordered[: max(1, int(len(ordered) * k / 100))].mean())
