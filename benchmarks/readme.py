@@ -1,6 +1,7 @@
 """Every number of the README comes from here: `python -m benchmarks.readme` fills its marked blocks from results.
 
     cpu     benchmarks/results/cpu/goals.md            made by `make bench`
+    bench   benchmarks/results/*/bench.jsonl           made by `make bench-cpu`, `make gpu`
     demo    benchmarks/results/demo/results.json       taken over from demo_report/ with --demo DIR
 
 `--check` writes nothing and exits 1 when the README says something else than the results.
@@ -14,6 +15,9 @@ import pathlib
 import re
 import shutil
 import sys
+
+from benchmarks import report
+from benchmarks.harness import read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -56,7 +60,30 @@ def demo_block() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"cpu": lambda: (RESULTS / "cpu" / "goals.md").read_text().strip(), "demo": demo_block}
+def bench_block() -> str:
+    """For every device: one table of the largest cases, the figures of what grows, and where all numbers are."""
+    lines: list[str] = []
+    for path in sorted(RESULTS.glob("*/bench.jsonl")):
+        rows = read_rows(path)
+        folder = path.parent.relative_to(ROOT)
+        command = "make bench-cpu" if path.parent.name == "cpu" else "make gpu"
+        said = f"{report.where(rows)}; `{command}`, [all numbers]({folder}/bench.md)."
+        lines += [said, "", *report.summary(rows), ""]
+        lines += [f"![{figure.stem}: time and memory]({folder}/{figure.name})" for figure in _figures(path)]
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def _figures(path: pathlib.Path) -> list[pathlib.Path]:
+    """The first screen shows one figure of a device: the top-k loss where it was swept."""
+    return sorted(path.parent.glob("topk_distill_loss_*.png"))[:1]
+
+
+BLOCKS = {
+    "cpu": lambda: (RESULTS / "cpu" / "goals.md").read_text().strip(),
+    "demo": demo_block,
+    "bench": bench_block,
+}
 
 
 def filled(text: str) -> str:

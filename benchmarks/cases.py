@@ -1,0 +1,155 @@
+"""What is measured: operations at shapes, inputs with real probability mass, and the least work each could do.
+
+A `Case` is one operation at one shape; `make_inputs` draws its tensors; `floor_ms` is the time of the cheapest work
+that an exact result needs, in units of what this machine was measured to do (`harness.Floors`). Knows no provider.
+
+    G = 2 N D V FLOP, one product of logits' size
+    linear_topk, linear_token_stats   1 G
+    topk_distill_loss                 N K D read for the loss, N K D for dh; a trainable head writes dW. Forms with a
+                                      tail: 2 G (3 G), logits for the sum and dh (and dW)
+    linear_distill_loss               two logits 2 G, dh 1 G, trainable head 1 G
+    linear_cross_entropy              logits 1 G, dh 1 G, trainable head 1 G
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Floors
+from duet_kernels import TopK, linear_topk
+
+OPS = (
+    "linear_topk",
+    "topk_distill_loss",
+    "linear_distill_loss",
+    "linear_cross_entropy",
+    "linear_token_stats",
+)
+LOSSES = OPS[1:4]
+PASSES = ("forward", "full")
+DIVERGENCES = {
+    "topk_distill_loss": ("huber", "forward_kl", "forward_kl/tail"),
+    "linear_distill_loss": ("forward_kl", "jsd"),
+}
+LOGIT_STD = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One operation at one shape. `divergence` may carry a normalization: "forward_kl/tail"."""
+
+    op: str
+    n: int
+    d: int
+    v: int
+    k: int = 64
+    dtype: torch.dtype = torch.float32
+    divergence: str = ""
+    trainable: bool = False  # the head asks for its gradient
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise ValueError(f"op: wanted one of {', '.join(OPS)}, got {self.op!r}")
+        wanted = DIVERGENCES.get(self.op, ("",))
+        if self.divergence not in wanted:
+            raise ValueError(f"divergence of {self.op}: wanted one of {wanted}, got {self.divergence!r}")
+
+    @property
+    def has_gradient(self) -> bool:
+        return self.op in LOSSES
+
+    @property
+    def has_tail(self) -> bool:
+        return self.divergence.endswith("/tail")
+
+    @property
+    def head(self) -> str:
+        return ("trainable" if self.trainable else "frozen") if self.has_gradient else "none"
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """A backward alone is not measured: half of the providers compute their gradient in the forward pass."""
+        return PASSES if self.has_gradient else PASSES[:1]
+
+    def small(self) -> Case:
+        """The same kind of case at a size at which fp64 is quick: what the correctness gate looks at."""
+        return dataclasses.replace(self, n=48, d=128, v=4096, k=min(self.k, 16))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+    """Student and teacher of one call. Each model has a head of its own; labels have real probability mass."""
+
+    hidden: Tensor  # [N, D], requires grad where the operation is a loss
+    weight: Tensor  # [V, D], requires grad where the head is trainable
+    teacher_hidden: Tensor  # [N, D]
+    teacher_weight: Tensor  # [V, D]
+    teacher: TopK  # the teacher's top-k: what a cache would hold
+    labels: Tensor  # [N]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.hidden, self.weight) if x.requires_grad]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.hidden.nbytes + self.weight.nbytes
+
+    def double(self) -> Inputs:
+        """The same numbers in fp64, with leaves of their own."""
+
+        def cast(x: Tensor) -> Tensor:
+            return x.detach().double().requires_grad_(x.requires_grad)
+
+        teacher = self.teacher._replace(
+            values=self.teacher.values.double(), tail_logsumexp=self.teacher.tail_logsumexp.double()
+        )
+        return Inputs(
+            cast(self.hidden),
+            cast(self.weight),
+            cast(self.teacher_hidden),
+            cast(self.teacher_weight),
+            teacher,
+            self.labels,
+        )
+
+
+def make_inputs(case: Case, device: torch.device | str, seed: int = 0) -> Inputs:
+    """Logits of standard deviation 3; a teacher that mostly agrees; labels among the teacher's likeliest ids."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int, std: float = 1.0) -> Tensor:
+        drawn = torch.empty(shape, device=device, dtype=torch.float32)
+        return drawn.normal_(std=std, generator=generator)
+
+    std = LOGIT_STD / math.sqrt(case.d)
+    hidden, weight = draw(case.n, case.d), draw(case.v, case.d, std=std)
+    teacher_hidden = (hidden + draw(case.n, case.d, std=0.3)).to(case.dtype)
+    if case.op == "linear_distill_loss":
+        teacher_weight = (weight + draw(case.v, case.d, std=0.1 * std)).to(case.dtype)
+    else:
+        teacher_weight = weight.to(case.dtype)
+    hidden, weight = hidden.to(case.dtype), weight.to(case.dtype)
+    teacher = linear_topk(teacher_hidden, teacher_weight, case.k, impl="chunked")
+    pick = torch.randint(min(8, case.k), (case.n, 1), device=device, generator=generator)
+    labels = teacher.indices.gather(-1, pick)[:, 0]
+    hidden.requires_grad_(case.has_gradient)
+    weight.requires_grad_(case.has_gradient and case.trainable)
+    return Inputs(hidden, weight, teacher_hidden, teacher_weight, teacher, labels)
+
+
+def floor_ms(case: Case, floors: Floors, which_pass: str) -> float:
+    """Time of the least work for an exact result, by what this machine was measured to do."""
+    size = torch.finfo(case.dtype).bits // 8
+    backward = which_pass == "full"
+    if case.op == "topk_distill_loss" and not case.has_tail:
+        rows = floors.traffic_ms(case.n * case.k * case.d * size)
+        dweight = floors.traffic_ms(case.v * case.d * size) if backward and case.trainable else 0.0
+        return rows * (2 if backward else 1) + dweight
+    logits = 2 if case.op == "linear_distill_loss" else 1
+    gradients = (1 + case.trainable) if backward else 0
+    return floors.product_ms * (logits + gradients)

@@ -1,0 +1,337 @@
+"""Measures providers against each other: `python -m benchmarks.run --preset quick --out FILE.jsonl`.
+
+For every case a correctness gate looks at each provider first, on a small case of the same kind: value and gradients
+against plain torch in fp64. Ours have to keep the error budget of `duet_kernels.testing`, peers a loose bound of
+published tolerances' size; at full size the losses have to agree with plain torch's. A red gate prints no speed. Memory
+and time of all that passed, in turn, beside the floor measured in the same run. Absence, failure and out of memory are
+rows too.
+
+    --compare A.jsonl B.jsonl     which is faster, row by row
+    --table FILE.jsonl            the markdown tables of a result
+    --plots FILE.jsonl            time and memory against N, V and k, beside the file
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness, plots, report
+from benchmarks.cases import OPS, PASSES, Case, Inputs, floor_ms, make_inputs
+from benchmarks.definitions import DEFINITIONS, exact_logits, fp32_logits
+from benchmarks.harness import Call, Row
+from benchmarks.presets import PRESETS
+from benchmarks.providers import OURS, Provider, Run, chosen
+from duet_kernels import set_workspace_bytes
+from duet_kernels.testing import assert_within_budget
+
+# Relative RMS error that a peer may have: rounding of logits to half precision is its own choice, a wrong sign is not.
+PEER_BOUND = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
+COLD_BYTES = {
+    "cpu": 64 << 20,
+    "cuda": 256 << 20,
+}  # input sets rotate until they add up to more than a cache holds
+MAX_SETS = 4
+
+
+# --- the correctness gate ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    green: bool
+    error: float | None = None  # largest relative RMS error of what was judged
+    reason: str = ""
+
+
+def gate(provider: Provider, case: Case, device: torch.device) -> Verdict:
+    """Value and gradients of the small case against fp64."""
+    small = case.small()
+    inputs = make_inputs(small, device, seed=1)
+    definition = DEFINITIONS[case.op]
+    truth = _outcome(small, lambda x: definition(small, x, fp32_logits), inputs.double())
+    baseline = _outcome(small, lambda x: definition(small, x, exact_logits), inputs)
+    try:
+        actual = _outcome(small, provider.build(small), inputs)
+    except ImportError as error:
+        return Verdict(False, reason=f"absent: {type(error).__name__}: {error}")
+    except Exception as error:  # a provider that cannot run the case is a result
+        return Verdict(False, reason=harness.why(error))
+    if case.op == "linear_topk":
+        actual, baseline, truth = (_by_value(o, inputs.double()) for o in (actual, baseline, truth))
+    errors = {name: _relative(actual[name], truth[name]) for name in truth}
+    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    if provider.name != OURS:
+        bad = not errors[worst] <= PEER_BOUND[case.dtype]
+        return Verdict(not bad, errors[worst], f"wrong: {worst} errs by {errors[worst]:.1e}" if bad else "")
+    try:
+        for name in truth:
+            assert_within_budget(actual[name], truth[name], baseline[name], name=name)
+    except AssertionError as error:
+        return Verdict(False, errors[worst], f"wrong: {error}")
+    return Verdict(True, errors[worst])
+
+
+def _outcome(case: Case, run: Run, inputs: Inputs) -> dict[str, Tensor]:
+    """Everything that is judged, by name: the value or values, and the gradient of each leaf."""
+    output = run(inputs)
+    if not case.has_gradient:
+        return {f"output {i}": part.detach() for i, part in enumerate(output)}
+    names = ["dhidden", "dweight"][: len(inputs.leaves)]
+    gradients = torch.autograd.grad(output, inputs.leaves)
+    wide = torch.float64 if inputs.hidden.dtype == torch.float64 else torch.float32
+    return {"loss": output.detach().to(wide), **dict(zip(names, gradients, strict=True))}
+
+
+def _by_value(outcome: dict[str, Tensor], exact: Inputs) -> dict[str, Tensor]:
+    """Ids become the exact logits they point at: equal logits may be chosen either way."""
+    z = exact.teacher_hidden @ exact.teacher_weight.T
+    at_ids = z.gather(-1, outcome["output 1"]).to(outcome["output 0"].dtype)
+    return {"values": outcome["output 0"], "logits at ids": at_ids, "logsumexp": outcome["output 2"]}
+
+
+def _relative(actual: Tensor, truth: Tensor) -> float:
+    difference = (actual.double() - truth.double()).square().mean().sqrt()
+    return float(difference / truth.double().square().mean().sqrt())
+
+
+# --- the measurement --------------------------------------------------------------------------------------------
+
+
+def benchmark(
+    cases: Iterable[Case],
+    providers: Sequence[Provider],
+    *,
+    device: torch.device | str,
+    seconds: float = 1.0,
+    passes: Sequence[str] = PASSES,
+    emit: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Rows of every provider that takes each case, `emit`ted as soon as a case is done.
+
+    Args:
+        seconds: timed per provider, case and pass.
+        passes: of losses ("forward", "full"); an operation without a gradient has its forward only.
+    """
+    device = torch.device(device)
+    where = harness.environment(device)
+    verdicts: dict[tuple[Provider, Case], Verdict] = {}
+    rows: list[Row] = []
+    for case in cases:
+        for row in _measure_case(case, providers, device, seconds, passes, where, verdicts):
+            rows.append(row)
+            emit(row)
+    return rows
+
+
+def _measure_case(
+    case: Case,
+    providers: Sequence[Provider],
+    device: torch.device,
+    seconds: float,
+    passes: Sequence[str],
+    where: dict[str, str],
+    verdicts: dict[tuple[Provider, Case], Verdict],
+) -> list[Row]:
+    passes = [p for p in case.passes if p in passes] or list(case.passes[-1:])
+    rows: list[Row] = []
+
+    def add(provider: Provider, which: str, **fields: object) -> None:
+        rows.append(row_of(case, provider, where, which, **fields))
+
+    passed: list[tuple[Provider, Verdict]] = []
+    torch.compiler.reset()  # every case is compiled for its own shapes, however many came before
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    for provider in (p for p in providers if p.takes(case)):
+        absent = provider.absent(case, device)
+        if absent is not None:
+            add(provider, passes[-1], gate="not run", status=f"absent: {absent}")
+            continue
+        key = provider, case.small()
+        if key not in verdicts:
+            verdicts[key] = gate(provider, case, device)
+        verdict = verdicts[key]
+        if verdict.green:
+            passed.append((provider, verdict))
+        elif verdict.reason.startswith("absent"):
+            add(provider, passes[-1], gate="not run", status=verdict.reason)
+        else:
+            red = {"gate": "red", "status": verdict.reason, "error": verdict.error}
+            add(provider, passes[-1], **red)
+    if not passed:
+        return rows
+    floors = harness.floors(case.n, case.d, case.v, case.dtype, device)
+    first = make_inputs(case, device)
+    wanted = -(-COLD_BYTES[device.type] // first.num_bytes)
+    sets = [first, *(make_inputs(case, device, seed) for seed in range(1, min(MAX_SETS, wanted)))]
+    built: dict[str, Run] = {}
+    losses: dict[str, Tensor] = {}
+    for which in passes:
+        variants = {p.label: _calls(p, case, sets, which, built, losses) for p, _ in passed}
+        measured = harness.measure(variants, device=device, seconds=seconds)
+        wrong = _disagreeing(losses, case.dtype)
+        floor = round(floor_ms(case, floors, which), 4)
+        for provider, verdict in passed:
+            if provider.label in wrong:
+                add(provider, which, gate="red", error=verdict.error, status=wrong[provider.label])
+            else:
+                fields = measured[provider.label].fields()
+                add(provider, which, gate="green", error=verdict.error, floor_ms=floor, **fields)
+    return rows
+
+
+def _disagreeing(losses: dict[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
+    """Who was right at the gate's size but at this one has another loss than plain torch has; and what it is."""
+    truth = losses.get("torch eager")
+    if truth is None:
+        return {}
+    return {
+        label: f"wrong: at this size the loss is {float(loss):.6g}, plain torch's is {float(truth):.6g}"
+        for label, loss in losses.items()
+        if not abs(float(loss) - float(truth)) <= PEER_BOUND[dtype] * abs(float(truth))
+    }
+
+
+def _calls(
+    provider: Provider,
+    case: Case,
+    sets: Sequence[Inputs],
+    which: str,
+    built: dict[str, Run],
+    losses: dict[str, Tensor],
+) -> list[Call]:
+    """One call per input set. The provider is built by its first call, which is the warm-up; its loss is kept."""
+
+    def call(inputs: Inputs) -> object:
+        if provider.label not in built:
+            built[provider.label] = provider.build(case)
+        before = set_workspace_bytes(provider.workspace_mb << 20 if provider.workspace_mb else None)
+        try:
+            output = built[provider.label](inputs)
+            if case.has_gradient and inputs is sets[0]:
+                losses[provider.label] = output.detach()
+            return output if which == "forward" else torch.autograd.grad(output, inputs.leaves)
+        finally:
+            set_workspace_bytes(before)
+
+    return [lambda inputs=inputs: call(inputs) for inputs in sets]
+
+
+def row_of(case: Case, provider: Provider, where: dict[str, str], which: str, **fields: object) -> Row:
+    """The row of a case and a provider, with what was found out about them."""
+    return Row(
+        **where,
+        op=case.op,
+        provider=provider.name,
+        impl=provider.impl,
+        n=case.n,
+        d=case.d,
+        v=case.v,
+        k=case.k,
+        dtype=str(case.dtype).removeprefix("torch."),
+        which_pass=which,
+        divergence=case.divergence,
+        head=case.head,
+        provider_version=provider.version,
+        workspace_mb=provider.workspace_mb,
+        **fields,
+    )
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--preset", choices=PRESETS, help="default: cpu on a CPU, anchor on a GPU")
+    parser.add_argument("--ops", nargs="+", choices=OPS)
+    parser.add_argument("--providers", nargs="+", help='names, or "name/implementation"')
+    for size in "nvkd":
+        parser.add_argument(f"--{size}", nargs="+", type=int, help="instead of the preset's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
+    parser.add_argument("--budget-seconds", type=float, default=1.0, help="timed per provider, case and pass")
+    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--compare", nargs=2, type=pathlib.Path, metavar=("A", "B"))
+    parser.add_argument("--table", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--plots", type=pathlib.Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    if options.compare:
+        print(report.comparison(*(harness.read_rows(path) for path in options.compare)))
+    elif options.table or options.plots:
+        if options.table:
+            print(report.tables(harness.read_rows(options.table)))
+        if options.plots:
+            for path in plots.draw_all(harness.read_rows(options.plots), options.plots.parent):
+                print(path)
+    else:
+        return _run(options)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    name = options.preset or ("cpu" if options.device == "cpu" else "anchor")
+    cases = override(PRESETS[name](torch.device(options.device)), options)
+    providers = chosen(options.providers)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text("")
+    start = time.perf_counter()
+    absent: set[str] = set()  # said once, however many cases
+
+    def emit(row: Row) -> None:
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(row.to_json() + "\n")
+        said = report.line(row)
+        if row.status.startswith("absent"):
+            said = f"{row.op} | {row.provider} {row.impl}: {row.status}"
+            if said in absent:
+                return
+            absent.add(said)
+        print(f"{time.perf_counter() - start:6.0f} s  {said}", flush=True)
+
+    rows = benchmark(
+        cases,
+        providers,
+        device=options.device,
+        seconds=options.budget_seconds,
+        passes=options.passes,
+        emit=emit,
+    )
+    if options.out:
+        options.out.with_suffix(".md").write_text(report.tables(rows) + "\n")
+        for path in plots.draw_all(rows, options.out.parent):
+            print(path)
+    return int(any(row.gate == "red" and row.provider == OURS for row in rows))
+
+
+def override(cases: Iterable[Case], options: argparse.Namespace) -> list[Case]:
+    """The preset's cases with the sizes, operations and dtype of the command line, each once."""
+    made: dict[Case, None] = {}
+    for case in cases:
+        if options.ops and case.op not in options.ops:
+            continue
+        fields = {"dtype": getattr(torch, options.dtype)} if options.dtype else {}
+        variants = [dataclasses.replace(case, **fields)]
+        for size in "nvkd":
+            values = getattr(options, size)
+            if values:
+                variants = [dataclasses.replace(c, **{size: value}) for c in variants for value in values]
+        made.update(dict.fromkeys(variants))
+    return list(made)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
