@@ -15,7 +15,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two test processes of one thread each are faster than one of two, and never fight for the cores.
 TEST_WORKERS ?= 2
 
-.PHONY: setup demo test check format wheel bench compile readme clean
+# What runs from the checkout as it is: the prepared environment where there is one, else the python3 at hand.
+AS_IT_IS := PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: setup demo test check format wheel bench bench-cpu compile gpu tune readme clean
 
 setup: $(STAMP)
 
@@ -49,11 +52,25 @@ wheel: setup
 bench: setup
 	$(BIN)/python -m benchmarks.cpu_goals
 
+# Everybody who runs on a CPU, and what grows with N, V and k: some minutes on two quiet cores.
+# Peers take part where they are installed (pip install liger-kernel trl).
+bench-cpu: setup
+	$(BIN)/python -m benchmarks.run --device cpu --passes full --budget-seconds 0.5 \
+		--out benchmarks/results/cpu/bench.jsonl
+
 compile: setup
 	$(BIN)/python -m benchmarks.compile_gate --out benchmarks/results/compile.md
 
+# On a CUDA machine, nothing installed, no network. gpu: is it right, then how fast, under nine minutes; results in
+# benchmarks/results/<device>. tune: which tiles and implementations are fastest, into duet_kernels/kernels/measured.json.
+gpu:
+	$(AS_IT_IS) -m benchmarks.gpu $(GPU_OPTIONS)
+
+tune:
+	$(AS_IT_IS) -m benchmarks.tune $(TUNE_OPTIONS)
+
 # The README's numbers, measured anew on this machine.
-readme: demo bench
+readme: demo bench bench-cpu
 	$(BIN)/python -m benchmarks.readme --demo demo_report
 
 clean:

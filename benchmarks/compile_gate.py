@@ -4,9 +4,10 @@
 
 The launchers themselves say what is compiled: they run on meta tensors of the anchor's shape with the launch replaced
 by a recorder, so signature, tiles and specialisation are those of a real call. Triton compiles that for each target
-and its own cuobjdump reads the machine code's resources. The gate is red when a gather kernel spills (STACK or LOCAL
-other than 0), when one of those that read rows has no 16-byte load, or when a kernel needs more shared memory than
-the chip has. Prints a markdown table, one row a kernel, target and dtype.
+and its own cuobjdump reads the machine code's resources. The gate is red when a kernel that multiplies (`tl.dot`) or one
+of the gathers spills (STACK or LOCAL other than 0), when a product of halves with 64 tokens or more does without sm_90's
+`wgmma`, when one of those that read rows has no 16-byte load, or when a kernel needs more shared memory than the chip
+has. Prints a markdown table, one row a kernel, target and dtype; `tma` counts the bulk copies of tensor descriptors.
 
 Must run without TRITON_INTERPRET (interpreted functions cannot be compiled). Needs no GPU and measures no time.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import subprocess
@@ -33,9 +35,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from duet_kernels.kernels import tiles
+from duet_kernels.kernels.linear_cross_entropy import linear_cross_entropy
+from duet_kernels.kernels.linear_divergence import linear_divergence
 from duet_kernels.kernels.linear_gather import linear_gather_backward, linear_gather_forward
 from duet_kernels.kernels.linear_logsumexp import complement_and_values, complement_and_values_backward
 from duet_kernels.kernels.linear_topk import linear_topk
+from duet_kernels.kernels.token_stats import token_stats
 from duet_kernels.kernels.topk_divergence import topk_divergence
 
 # The anchor: Llama-3's head at 8192 tokens.
@@ -91,6 +96,7 @@ class Resources:
     programs_per_sm: int
     wide_loads: int
     wgmma: int
+    tma: int
     problems: list[str]
 
 
@@ -161,6 +167,37 @@ def logsumexp_cases(
     yield Case(f"logsumexp backward {name}", dtype, backward, True, ("_dense_kernel",))
 
 
+def stats_cases(dtype: torch.dtype, n: int = N, v: int = V, softcap: float | None = None) -> Iterator[Case]:
+    hidden, weight, bias = meta(n, D, dtype=dtype), meta(v, D, dtype=dtype), meta(v, dtype=dtype)
+    labels = meta(n, dtype=torch.int64)
+
+    def call():
+        return token_stats(hidden, weight, bias if softcap else None, labels, softcap=softcap, scale=0.5)
+
+    wide = ("_fold_kernel",) if v % 16 == 0 else ()
+    yield Case(f"token stats N={n} V={v} softcap={softcap}", dtype, call, True, wide)
+
+
+def dense_cases(dtype: torch.dtype, softcap: float | None = None, v: int = V) -> Iterator[Case]:
+    hidden, weight, bias = meta(N, D, dtype=dtype), meta(v, D, dtype=dtype), meta(v, dtype=dtype)
+    side = hidden, weight, bias if softcap else None, softcap, 0.5
+    factor, labels = meta(N), meta(N, dtype=torch.int64)
+    need = {"need_hidden": True, "need_weight": True, "need_bias": softcap is not None}
+    options = {"beta": 0.3, "delta": 1.0, **need}
+    wide = ("_moments_kernel", "_terms_kernel", "_gradient_kernel")
+    wide += ("_tail_kernel", "_softmax_gradient_kernel")
+
+    def divergence(name: str):
+        temperature = 1.0 if name in ("huber", "mse", "l1") else 2.0
+        return linear_divergence(*side, *side, factor, divergence=name, temperature=temperature, **options)
+
+    for name in ("forward_kl", "reverse_kl", "jsd", "tvd", "huber", "mse", "l1"):
+        call = functools.partial(divergence, name)
+        yield Case(f"dense divergence {name} V={v} softcap={softcap}", dtype, call, True, wide)
+    call = functools.partial(linear_cross_entropy, *side, labels, factor, **need)
+    yield Case(f"cross-entropy V={v} softcap={softcap}", dtype, call, True, wide)
+
+
 def divergence_cases() -> Iterator[Case]:
     choices = [(name, "none") for name in ("huber", "mse", "l1")]
     choices += [
@@ -188,6 +225,7 @@ def cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield from gather_cases(dtype)
     yield from gather_cases(torch.bfloat16, k=1)
+    yield from gather_cases(torch.bfloat16, k=1024)
     yield from gather_cases(torch.bfloat16, d=D + 1)
     for dtype in DTYPES:
         yield from topk_cases(dtype)
@@ -196,12 +234,17 @@ def cases() -> Iterator[Case]:
         yield from logsumexp_cases(dtype)
         yield from logsumexp_cases(dtype, n=64, k=1)
         yield from logsumexp_cases(dtype, n=16, k=1, softcap=30.0)
+        yield from stats_cases(dtype)
+        yield from stats_cases(dtype, n=16, v=262144, softcap=30.0)
+        yield from dense_cases(dtype)
+        yield from dense_cases(dtype, softcap=30.0)
     yield from logsumexp_cases(torch.bfloat16, softcap=30.0)
     yield from topk_cases(torch.bfloat16, softcap=30.0)
     yield from topk_cases(torch.bfloat16, k=1)
     yield from topk_cases(torch.bfloat16, n=64, k=1000)
     yield from topk_cases(torch.bfloat16, k=1000, v=262144)
     yield from topk_cases(torch.bfloat16, n=1, v=50257, softcap=30.0)
+    yield from dense_cases(torch.bfloat16, v=50257)
     yield from divergence_cases()
 
 
@@ -261,17 +304,21 @@ def usage(cubin: bytes) -> dict[str, int]:
 def examine(case: Case, launch: Launch, arch: int) -> Resources:
     compiled = compile_launch(launch, arch)
     found = usage(compiled.asm["cubin"])
-    name, warps = launch.kernel.fn.__name__, compiled.metadata.num_warps
+    name, warps, ptx = launch.kernel.fn.__name__, compiled.metadata.num_warps, compiled.asm["ptx"]
     # Registers are handed out 8 at a time to each thread, and a multiprocessor runs at most 64 warps.
     per_thread = -(-found["REG"] // 8) * 8
-    wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", compiled.asm["ptx"]))
+    wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", ptx))
+    # A product of fp32 has no matrix instruction: there the source says that it is one.
+    multiplies = "tl.dot(" in launch.kernel.src or bool(re.search(r"\bmma\.sync|wgmma|tcgen05\.mma", ptx))
     problems = []
-    if case.no_spills and name not in case.may_spill and (found["STACK"] or found["LOCAL"]):
+    if (multiplies or (case.no_spills and name not in case.may_spill)) and (found["STACK"] or found["LOCAL"]):
         problems.append(f"spills: stack {found['STACK']}, local {found['LOCAL']}")
     if name in case.wide_loads and not wide:
         problems.append("no 16-byte load")
-    wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
-    if name in case.wgmma and arch == 90 and case.dtype.itemsize == 2 and not wgmma:
+    wgmma = ptx.count("wgmma.mma_async")
+    # An instruction of a warp group takes 64 rows: fewer tokens have it only where W's rows take their place.
+    wanted = name in case.wgmma or (multiplies and launch.constexprs.get("TOKENS", 64) >= 64)
+    if wanted and arch == 90 and case.dtype.itemsize == 2 and not wgmma:
         problems.append("no wgmma")
     if compiled.metadata.shared > SHARED_LIMIT[arch]:
         problems.append(f"shared memory {compiled.metadata.shared} > {SHARED_LIMIT[arch]}")
@@ -288,6 +335,7 @@ def examine(case: Case, launch: Launch, arch: int) -> Resources:
         programs_per_sm=min(REGISTERS // (per_thread * 32 * warps), 64 // warps),
         wide_loads=wide,
         wgmma=wgmma,
+        tma=ptx.count("cp.async.bulk"),
         problems=problems,
     )
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import harness, plots, report
+from benchmarks import harness, report
 from benchmarks.cases import OPS, PASSES, Case, Inputs, floor_ms, make_inputs
 from benchmarks.definitions import DEFINITIONS, exact_logits, fp32_logits
 from benchmarks.harness import Call, Row
@@ -273,8 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.table:
             print(report.tables(harness.read_rows(options.table)))
         if options.plots:
-            for path in plots.draw_all(harness.read_rows(options.plots), options.plots.parent):
-                print(path)
+            _draw(harness.read_rows(options.plots), options.plots.parent)
     else:
         return _run(options)
     return 0
@@ -312,9 +311,19 @@ def _run(options: argparse.Namespace) -> int:
     )
     if options.out:
         options.out.with_suffix(".md").write_text(report.tables(rows) + "\n")
-        for path in plots.draw_all(rows, options.out.parent):
-            print(path)
+        _draw(rows, options.out.parent)
     return int(any(row.gate == "red" and row.provider == OURS for row in rows))
+
+
+def _draw(rows: Sequence[Row], folder: pathlib.Path) -> None:
+    """Figures where matplotlib is installed: a GPU's `python3` need not have it."""
+    try:
+        from benchmarks import plots
+    except ImportError as error:
+        print(f"no figures: {error}; `--plots` draws them from the rows, on any machine")
+        return
+    for path in plots.draw_all(rows, folder):
+        print(path)
 
 
 def override(cases: Iterable[Case], options: argparse.Namespace) -> list[Case]:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunked, rowwise
-from .chunked import Projection
+from . import chunked, dense_chunks, rowwise
 from .dispatch import acc_dtype, exact_dtypes
 from .divergence import Divergence
+from .projection import Projection
 
 
 def _custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -40,6 +40,11 @@ def _empty(like: Tensor, wanted: bool = False) -> Tensor:
 
 def _present(gradient: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if gradient is None else gradient
+
+
+def _bias_like(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What db is like; without a bias nobody asks for it."""
+    return weight.new_empty(0) if bias is None else bias
 
 
 def _wanted(gradient: Tensor, needed: bool) -> Tensor | None:
@@ -136,7 +141,8 @@ def linear_gather_backward(
         gradients = chunked.linear_gather_backward(
             grad, values, hidden, head, indices, need_hidden, need_weight, need_bias
         )
-    return _present(gradients[0], hidden), _present(gradients[1], weight), _present(gradients[2], weight)
+    dhidden, dweight, dbias = gradients
+    return _present(dhidden, hidden), _present(dweight, weight), _present(dbias, _bias_like(weight, bias))
 
 
 @linear_gather_backward.register_fake
@@ -144,7 +150,7 @@ def _(grad, values, hidden, weight, bias, indices, softcap, scale, need_hidden, 
     return (
         _empty(hidden, need_hidden),
         _empty(weight, need_weight),
-        weight.new_empty(weight.shape[0] if need_bias else 0),
+        _empty(_bias_like(weight, bias), need_bias),
     )
 
 
@@ -251,7 +257,8 @@ def complement_and_values_backward(
             need_weight,
             need_bias,
         )
-    return _present(gradients[0], hidden), _present(gradients[1], weight), _present(gradients[2], weight)
+    dhidden, dweight, dbias = gradients
+    return _present(dhidden, hidden), _present(dweight, weight), _present(dbias, _bias_like(weight, bias))
 
 
 @complement_and_values_backward.register_fake
@@ -276,7 +283,7 @@ def _(
     return (
         _empty(hidden, need_hidden),
         _empty(weight, need_weight),
-        weight.new_empty(weight.shape[0] if need_bias else 0),
+        _empty(_bias_like(weight, bias), need_bias),
     )
 
 
@@ -414,19 +421,43 @@ def linear_divergence(
     A sum's gradient is known up to one number when the loss is computed, so it is made there (4 products). Rows
     each get their own upstream gradient: the backward pass computes them again with it as their factor (6 products).
     """
-    raw = divergence in ("huber", "mse", "l1")
-    spec = Divergence(divergence, "none" if raw else "renormalize", temperature, beta, delta)
-    loss, dhidden, dweight, dbias = chunked.linear_divergence(
-        hidden,
-        Projection(weight, bias, softcap, scale),
-        teacher_hidden,
-        Projection(teacher_weight, teacher_bias, teacher_softcap, teacher_scale),
-        factor,
-        spec,
-        need_hidden,
-        need_weight,
-        need_bias,
-    )
+    if impl == "triton":
+        from .kernels import linear_divergence as kernel
+
+        loss, dhidden, dweight, dbias = kernel.linear_divergence(
+            hidden,
+            weight,
+            bias,
+            softcap,
+            scale,
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            teacher_softcap,
+            teacher_scale,
+            factor,
+            divergence=divergence,
+            temperature=temperature,
+            beta=beta,
+            delta=delta,
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
+    else:
+        raw = divergence in ("huber", "mse", "l1")
+        spec = Divergence(divergence, "none" if raw else "renormalize", temperature, beta, delta)
+        loss, dhidden, dweight, dbias = dense_chunks.linear_divergence(
+            hidden,
+            Projection(weight, bias, softcap, scale),
+            teacher_hidden,
+            Projection(teacher_weight, teacher_bias, teacher_softcap, teacher_scale),
+            factor,
+            spec,
+            need_hidden,
+            need_weight,
+            need_bias,
+        )
     gradients = _present(dhidden, hidden), _present(dweight, weight), _present(dbias, weight)
     return loss.sum() if reduce else loss, *gradients
 
@@ -499,17 +530,118 @@ def _linear_divergence_gradient(ctx, grad, *_):
 linear_divergence.register_autograd(_linear_divergence_gradient, setup_context=_linear_divergence_context)
 
 
+# --- linear_cross_entropy: the loss of the labels, its gradient made on the way ---------------------------------
+
+
+@_custom_op("linear_cross_entropy")
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    labels: Tensor,
+    factor: Tensor,
+    reduce: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed), as `linear_divergence`."""
+    if impl == "triton":
+        from .kernels import linear_cross_entropy as kernel
+
+        loss, dhidden, dweight, dbias = kernel.linear_cross_entropy(
+            hidden,
+            weight,
+            bias,
+            softcap,
+            scale,
+            labels,
+            factor,
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
+    else:
+        head = Projection(weight, bias, softcap, scale)
+        loss, dhidden, dweight, dbias = dense_chunks.linear_cross_entropy(
+            hidden, head, labels, factor, need_hidden, need_weight, need_bias
+        )
+    gradients = _present(dhidden, hidden), _present(dweight, weight), _present(dbias, weight)
+    return loss.sum() if reduce else loss, *gradients
+
+
+@linear_cross_entropy.register_fake
+def _(
+    hidden, weight, bias, softcap, scale, labels, factor, reduce, need_hidden, need_weight, need_bias, impl
+):
+    acc = acc_dtype(hidden.dtype)
+    out = acc if hidden.dtype == torch.float16 else hidden.dtype
+    return (
+        hidden.new_empty(() if reduce else hidden.shape[:1], dtype=acc),
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=out if need_hidden else None),
+        weight.new_empty(weight.shape if need_weight else (0,), dtype=out if need_weight else None),
+        weight.new_empty(weight.shape[0] if need_bias else 0, dtype=out if need_bias else None),
+    )
+
+
+def _linear_cross_entropy_context(ctx, inputs, output):
+    hidden, weight, bias, ctx.softcap, ctx.scale, labels, factor, ctx.reduce, *_, ctx.impl = inputs
+    ctx.dtype = hidden.dtype
+    if ctx.reduce:
+        ctx.save_for_backward(*output[1:])
+    else:
+        ctx.save_for_backward(hidden, weight, bias, labels, factor)
+
+
+def _linear_cross_entropy_gradient(ctx, grad, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_cross_entropy has no second derivative (create_graph=True); use impl='reference'"
+        )
+    need = ctx.needs_input_grad[:3]
+    if ctx.reduce:
+        gradients = [g * grad for g in ctx.saved_tensors]
+    else:
+        hidden, weight, bias, labels, factor = ctx.saved_tensors
+        linear = hidden, weight, bias, ctx.softcap, ctx.scale
+        _, *gradients = linear_cross_entropy(*linear, labels, factor * grad, True, *need, ctx.impl)
+    return *(g.to(ctx.dtype) if needed else None for g, needed in zip(gradients, need, strict=True)), *[
+        None
+    ] * 9
+
+
+linear_cross_entropy.register_autograd(
+    _linear_cross_entropy_gradient, setup_context=_linear_cross_entropy_context
+)
+
+
 # --- token_stats: one pass, without a gradient -----------------------------------------------------------------
 
 
 @_custom_op("token_stats")
 def token_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return chunked.token_stats(hidden, Projection(weight, bias, softcap, scale))
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    labels: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if impl == "triton":
+        from .kernels import token_stats as kernel
+
+        stats = kernel.token_stats(hidden, weight, bias, labels, softcap=softcap, scale=scale)
+    else:
+        stats = chunked.token_stats(hidden, Projection(weight, bias, softcap, scale), labels)
+    logsumexp, entropy, variance, logprob = stats
+    return logsumexp, entropy, variance, _present(logprob, logsumexp)
 
 
 @token_stats.register_fake
-def _(hidden, weight, bias, softcap, scale, impl):
+def _(hidden, weight, bias, softcap, scale, labels, impl):
     row = hidden.new_empty(hidden.shape[0], dtype=acc_dtype(hidden.dtype))
-    return row, torch.empty_like(row), torch.empty_like(row)
+    return row, torch.empty_like(row), torch.empty_like(row), _empty(row, labels is not None)

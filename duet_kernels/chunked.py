@@ -1,105 +1,39 @@
 """Portable low-memory torch: what a CPU user gets, and every device without a fused kernel.
 
-No step holds `[N, V]` logits or an `[N, K, D]` gather. Two shapes of work:
-
-* **Vocabulary tiles** (`_vocab_tiles`) for top-k, log-sum-exps and statistics: z for all rows against a slice of W,
-  folded into running sums. W is read once a pass; a slice of dW is finished when its tile is.
-* **Row chunks** (`_row_chunks`) for the dense divergences, whose rows need the whole vocabulary twice: student and
-  teacher logits of a few rows, loss and gradient while they are at hand (4 products in all, 3 with a frozen head).
-
-Everything is computed in fp32 (fp64 for fp64 inputs): half precisions are upcast a tile at a time. Functions take
-checked, flattened tensors, write none of their inputs and never synchronise with a GPU. Must not know triton.
+No step holds `[N, V]` logits or an `[N, K, D]` gather. Top-k, log-sum-exps and statistics fold vocabulary tiles into
+running sums, gathers take a few tokens' rows of W at a time (`projection` cuts the pieces); losses that read all logits
+of a token are in `dense_chunks`. Functions take checked, flattened tensors, write none of their inputs and never
+synchronise with a GPU. Must not know triton.
 
 Legend: N tokens, D hidden size, V vocabulary, K selected ids, T temperature, C columns of a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import acc_dtype
-from .divergence import Divergence
-from .rowwise import divergence_and_gradient
-from .workspace import workspace_bytes
+from . import projection
+from .projection import (
+    Projection,
+    chunk_logits,
+    locate,
+    row_blocks,
+    row_chunks,
+    rows_that_fit,
+    vocab_tiles,
+    with_spare_column,
+)
 
-_MAX_ROWS = 8192  # rows of a vocabulary tile: keeps a tile wide enough to be an efficient product
-_TILE_BYTES = 8 * 2**20  # a tile that stays in the last-level cache is folded several times faster
 _GATHER_BYTES = 4 * 2**20
+# With more than V / this many ids a token all logits are cheaper than K rows of W; by whether W is in the dtype of the
+# sums already (`benchmarks/gather_crossover.py`).
+_MANY_IDS = {True: 16, False: 10}
 _BLOCK = 16  # columns of a block in top-k selection
 
 
-class Projection(NamedTuple):
-    """An LM head's tensors and its elementwise end: z = softcap(scale * (h W^T + b))."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-
-    @property
-    def acc(self) -> torch.dtype:
-        return acc_dtype(self.weight.dtype)
-
-    def finish(self, z: Tensor, bias: Tensor | None) -> Tensor:
-        """Turn h W^T into logits, in place."""
-        if bias is not None:
-            z += bias
-        if self.scale != 1.0:
-            z *= self.scale
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z
-
-    def slope(self, z: Tensor) -> Tensor | float:
-        """dz / d(h W^T), from z itself."""
-        if self.softcap is None:
-            return self.scale
-        # (c - z)(c + z) / c^2: near saturation c - z is exact, where 1 - (z / c)^2 has lost its digits.
-        return (self.softcap - z).mul_(self.softcap + z).mul_(self.scale / self.softcap**2)
-
-
-# --- vocabulary tiles ------------------------------------------------------------------------------------------
-
-
-def _row_blocks(n: int) -> Iterator[slice]:
-    for start in range(0, n, _MAX_ROWS):
-        yield slice(start, min(start + _MAX_ROWS, n))
-
-
-def _tile_width(n: int, head: Projection, copies: int) -> int:
-    """Columns of a vocabulary tile: at most an eighth of the vocabulary, `copies` tiles inside the workspace."""
-    v, d = head.weight.shape
-    item = head.acc.itemsize
-    upcast = d * item if head.weight.dtype != head.acc else 0
-    rows = max(min(n, _MAX_ROWS), 1)
-    by_workspace = workspace_bytes() // (copies * rows * item + upcast)
-    by_cache = max(_TILE_BYTES // (rows * item), 512)
-    return max(1, min(by_workspace, by_cache, -(-v // 8)))
-
-
-def _vocab_tiles(
-    hidden: Tensor, head: Projection, copies: int = 3
-) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
-    """Yield `(columns, width, W tile in the accumulation dtype, z tile [rows, C])`; z is the caller's to overwrite.
-
-    The z tile is a view of one reused buffer with a spare column on the right, which `_with_spare_column` gives access to.
-    """
-    v = head.weight.shape[0]
-    width = _tile_width(hidden.shape[0], head, copies)
-    buffer = torch.empty(hidden.shape[0], width + 1, dtype=head.acc, device=hidden.device)
-    for start in range(0, v, width):
-        columns = slice(start, min(start + width, v))
-        weight = head.weight[columns].to(head.acc)
-        size = columns.stop - columns.start
-        z = buffer[:, :size]
-        torch.mm(hidden, weight.T, out=z)
-        head.finish(z, None if head.bias is None else head.bias[columns])
-        yield columns, size, weight, z
+# --- folds over the vocabulary ---------------------------------------------------------------------------------
 
 
 def linear_topk(
@@ -116,13 +50,13 @@ def linear_topk(
     values = torch.empty(n, k, dtype=head.acc, device=device)
     indices = torch.empty(n, k, dtype=torch.int64, device=device)
     tail = torch.empty(n, dtype=head.acc, device=device)
-    for rows in _row_blocks(n):
+    for rows in row_blocks(n):
         h = hidden[rows].to(head.acc)
         best = h.new_empty(h.shape[0], 0), torch.empty(h.shape[0], 0, dtype=torch.int64, device=device)
         rest = h.new_full((h.shape[0],), -torch.inf)
         # Sorting keys and ids take some ten times the bytes of what is sorted: a few blocks, or the whole tile.
-        copies = 8 if _tile_width(h.shape[0], head, 8) // _BLOCK > 2 * k else 12
-        for columns, size, _, z in _vocab_tiles(h, head, copies):
+        copies = 8 if projection.tile_width(h.shape[0], head, 8) // _BLOCK > 2 * k else 12
+        for columns, size, _, z in vocab_tiles(h, head, copies):
             # Candidates stand in the order of their ids: the best so far came from lower ids than this tile.
             worst = best[0][:, -1:] if best[0].shape[1] == k else None
             cand_values, cand_ids, passed = _tile_candidates(z, columns.start, size, k, worst, temperature)
@@ -176,7 +110,7 @@ def _stable_topk(x: Tensor, k: int) -> Tensor:
     return x.shape[1] - 1 - (torch.topk((ordered.long() << 32) | position, k, dim=1).values & 0xFFFFFFFF)
 
 
-class _RunningLogsumexp:
+class RunningLogsumexp:
     """A log-sum-exp over tiles: the maximum and the sum relative to it, both `[N]`."""
 
     def __init__(self, n: int, like: Tensor) -> None:
@@ -186,7 +120,7 @@ class _RunningLogsumexp:
     def add(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Take in a tile, overwriting it with exp(x - max); return (it, the factor on everything summed before)."""
         top = torch.maximum(self.max, x.amax(1))
-        origin = top.masked_fill(top == -torch.inf, 0)  # a row of -inf so far: exp(-inf - 0) = 0, not nan
+        origin = _origin(top)
         rescale = (self.max - origin).exp()
         x.sub_(origin[:, None]).exp_()
         self.sum = self.sum * rescale + x.sum(1)
@@ -210,14 +144,14 @@ def complement_and_values(
     tail = torch.empty(n, dtype=head.acc, device=device)
     values = torch.full((n, k), -torch.inf, dtype=head.acc, device=device)
     dtail = torch.zeros((n, hidden.shape[1]) if with_gradient else (0,), dtype=head.acc, device=device)
-    for rows in _row_blocks(n):
+    for rows in row_blocks(n):
         h, ids = hidden[rows].to(head.acc), indices[rows]
-        running = _RunningLogsumexp(h.shape[0], h)
-        for columns, size, weight, z in _vocab_tiles(h, head):
+        running = RunningLogsumexp(h.shape[0], h)
+        for columns, size, weight, z in vocab_tiles(h, head):
             slope = head.slope(z) if with_gradient else 1.0
             if k:
-                inside, local = _locate(ids, columns, size)
-                spare = _with_spare_column(z)
+                inside, local = locate(ids, columns, size)
+                spare = with_spare_column(z)
                 values[rows] = torch.where(inside, spare.gather(1, local), values[rows])
                 spare.scatter_(1, local, -torch.inf)
             weights, rescale = running.add(z if temperature == 1.0 else z.div_(temperature))
@@ -229,17 +163,6 @@ def complement_and_values(
             dtail[rows].div_(total[:, None] * temperature)
     tail.masked_fill_((indices >= head.weight.shape[0]).any(1), torch.nan)
     return tail, _mark_ids(values, indices, head), dtail
-
-
-def _locate(ids: Tensor, columns: slice, size: int) -> tuple[Tensor, Tensor]:
-    """(which ids lie in the tile, their columns; the spare column for all others)."""
-    inside = (ids >= columns.start) & (ids < columns.stop)
-    return inside, torch.where(inside, ids - columns.start, size)
-
-
-def _with_spare_column(z: Tensor) -> Tensor:
-    """The tile and the column on its right that `_vocab_tiles` keeps spare."""
-    return z.as_strided((z.shape[0], z.shape[1] + 1), z.stride(), z.storage_offset())
 
 
 def complement_and_values_backward(
@@ -255,16 +178,21 @@ def complement_and_values_backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dh, dW, db). dh from what the forward pass summed; dW and db from recomputed tiles, each written once."""
+    """(dh, dW, db) in `dtype`, that of the inputs unless given.
+
+    dh from what the forward pass summed; dW and db from recomputed tiles, each written once.
+    """
     dhidden = dweight = dbias = None
     dx = _slope_at(grad_values, values, head).masked_fill(indices < 0, 0)
     if need_hidden:
         sparse = _sum_of_rows(head.weight, indices.clamp(0, head.weight.shape[0] - 1), dx)
-        dhidden = sparse.addcmul_(grad_tail[:, None], dtail).to(hidden.dtype)
+        dhidden = sparse.addcmul_(grad_tail[:, None], dtail).to(dtype or hidden.dtype)
     if need_weight or need_bias:
+        out = dtype or head.weight.dtype
         dweight, dbias = _complement_weight_gradient(
-            grad_tail, dx, tail, hidden, head, indices, temperature, need_weight, need_bias
+            grad_tail, dx, tail, hidden, head, indices, temperature, need_weight, need_bias, out
         )
     return dhidden, dweight, dbias
 
@@ -279,23 +207,24 @@ def _complement_weight_gradient(
     temperature: float,
     need_weight: bool,
     need_bias: bool,
+    out: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
     v, d = head.weight.shape
-    blocks = list(_row_blocks(hidden.shape[0]))
+    blocks = list(row_blocks(hidden.shape[0]))
     # One block of rows finishes a slice of dW at once; several add up in fp32 before the cast.
     direct = len(blocks) <= 1
-    dtype = head.weight.dtype if direct else head.acc
+    dtype = out if direct else head.acc
     dweight = torch.zeros(v, d, dtype=dtype, device=hidden.device) if need_weight else None
     dbias = torch.zeros(v, dtype=head.acc, device=hidden.device) if need_bias else None
     for rows in blocks:
         h, ids = hidden[rows].to(head.acc), indices[rows]
         origin = tail[rows].masked_fill(tail[rows] == -torch.inf, 0)[:, None]
         factor = grad_tail[rows, None] / temperature
-        for columns, size, _, z in _vocab_tiles(h, head, copies=4):
+        for columns, size, _, z in vocab_tiles(h, head, copies=4):
             slope = head.slope(z)
-            _, local = _locate(ids, columns, size)
+            _, local = locate(ids, columns, size)
             dz = z.div_(temperature).sub_(origin).exp_().mul_(factor).mul_(slope)
-            spare = _with_spare_column(dz)
+            spare = with_spare_column(dz)
             spare.scatter_(1, local, 0).scatter_add_(1, local, dx[rows])
             if dweight is not None:
                 if direct:
@@ -304,45 +233,81 @@ def _complement_weight_gradient(
                     dweight[columns].addmm_(dz.T, h)
             if dbias is not None:
                 dbias[columns] += dz.sum(0)
-    return (
-        None if dweight is None else dweight.to(head.weight.dtype),
-        None if dbias is None else dbias.to(head.weight.dtype),
-    )
+    return None if dweight is None else dweight.to(out), None if dbias is None else dbias.to(out)
 
 
-def token_stats(hidden: Tensor, head: Projection) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-sum-exp, entropy, variance of the log-probability), each `[N]`, in one pass over the vocabulary.
+class _RunningStats:
+    """Maximum m, the sum R of exp(x - m) without one largest term, mean and variance of x - m under it, all `[N]`.
 
-    With m the largest logit, S = sum exp(z - m) and the mean of z - m under p: H = log S - mean, a sum of two terms
-    that are not negative (logsumexp - mean z would subtract two large numbers, all digits of a confident token).
-    Tiles merge by their S; variances as in Chan, Golub and LeVeque 1979.
+    The largest term is 1: an almost certain token has an R far below eps, which the whole sum 1 + R would lose.
+    """
+
+    def __init__(self, n: int, like: Tensor) -> None:
+        self.max = like.new_full((n,), -torch.inf)
+        self.rest, self.mean, self.variance = like.new_zeros(3, n)
+
+    def add(self, x: Tensor) -> None:
+        """Take in a tile, overwriting it; merged as in Chan, Golub and LeVeque 1979."""
+        top, at = x.max(1, keepdim=True)
+        x.sub_(_origin(top))
+        weights = x.exp()
+        x.masked_fill_(x == -torch.inf, 0)
+        largest = weights.gather(1, at)  # 1, or 0 where everything is -inf
+        rest = weights.scatter_(1, at, 0).sum(1)
+        total = (rest + largest[:, 0]).clamp(min=torch.finfo(x.dtype).tiny)
+        mean = (weights * x).sum(1) / total
+        weights.scatter_(1, at, largest)
+        variance = weights.mul_(x.sub_(mean[:, None]).square_()).sum(1) / total
+        self._merge(top[:, 0], rest, mean, variance)
+
+    def _merge(self, top: Tensor, rest: Tensor, mean: Tensor, variance: Tensor) -> None:
+        before, self.max = self.max, torch.maximum(self.max, top)
+        origin = _origin(self.max)
+        fall, drop = (before - origin).exp(), (top - origin).exp()
+        # The largest term of the side that stays below joins the rest.
+        lesser = torch.where(top > before, fall, drop)
+        old, new = fall * self.rest + fall, drop * rest + drop
+        self.rest = fall * self.rest + drop * rest + lesser
+        total = self.rest + (self.max != -torch.inf)
+        old, new = (w / total.masked_fill(total == 0, 1) for w in (old, new))
+        shift = (top - origin).masked_fill(new == 0, 0) + mean
+        self.mean = (before - origin).masked_fill(old == 0, 0) + self.mean
+        self.variance = old * self.variance + new * variance + old * new * (shift - self.mean).square()
+        self.mean = old * self.mean + new * shift
+
+
+def _origin(top: Tensor) -> Tensor:
+    """What exponentials are relative to: the maximum, or 0 where it is infinite and inf - inf would be NaN."""
+    return top.masked_fill(top.isinf(), 0)
+
+
+def token_stats(
+    hidden: Tensor, head: Projection, labels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(log-sum-exp, entropy, variance of the log-probability, log p of the labels or None), each `[N]`, in one pass.
+
+    With m the largest logit, R = sum exp(z - m) without its own 1, and the mean of z - m under p: the log-sum-exp is
+    m + log(1 + R), H = log(1 + R) - mean, log p(y) = (z_y - m) - log(1 + R). Entropy and the log-probability of a
+    certain label are sums of terms of one sign and keep their digits (logsumexp - mean z would lose all).
     """
     n = hidden.shape[0]
-    out = torch.empty(3, n, dtype=head.acc, device=hidden.device)
-    for rows in _row_blocks(n):
+    out = torch.empty(4, n, dtype=head.acc, device=hidden.device)
+    for rows in row_blocks(n):
         h = hidden[rows].to(head.acc)
-        top, total = h.new_full((h.shape[0],), -torch.inf), h.new_zeros(h.shape[0])
-        mean, variance = h.new_zeros(h.shape[0]), h.new_zeros(h.shape[0])
-        for _, _, _, z in _vocab_tiles(h, head, copies=5):
-            before, top = top, torch.maximum(top, z.amax(1))
-            origin = top.masked_fill(top == -torch.inf, 0)
-            x = z.sub_(origin[:, None])
-            weights = x.exp()
-            x.masked_fill_(x == -torch.inf, 0)
-            tile = weights.sum(1)
-            some = tile.masked_fill(tile == 0, 1)
-            tile_mean = (weights * x).sum(1) / some
-            tile_variance = (weights * x.sub_(tile_mean[:, None]).square_()).sum(1) / some
-            fall = before - origin
-            rest = total * fall.exp()
-            mean = mean + fall.masked_fill(fall == -torch.inf, 0)
-            total = rest + tile
-            some = total.masked_fill(total == 0, 1)
-            old, new = rest / some, tile / some
-            variance = old * variance + new * tile_variance + old * new * (tile_mean - mean).square()
-            mean = old * mean + new * tile_mean
-        out[0, rows], out[1, rows], out[2, rows] = top + total.log(), total.log() - mean, variance
-    return out[0].clone(), out[1].clone(), out[2].clone()
+        stats, value = _RunningStats(h.shape[0], h), h.new_full((h.shape[0], 1), torch.nan)
+        for columns, size, _, z in vocab_tiles(h, head, copies=5):
+            if labels is not None:
+                inside, local = locate(labels[rows, None], columns, size)
+                value = torch.where(inside, with_spare_column(z).gather(1, local), value)
+            stats.add(z)
+        log_total = stats.rest.log1p().masked_fill_(
+            stats.max.isinf(), torch.nan
+        )  # where there is no distribution
+        out[0, rows] = stats.max.where(stats.max.isinf(), stats.max + log_total)
+        out[1, rows], out[2, rows] = log_total - stats.mean, stats.variance + 0 * log_total
+        out[3, rows] = value[:, 0] - stats.max - log_total
+    logsumexp, entropy, variance, logprob = (x.clone() for x in out)
+    return logsumexp, entropy, variance, None if labels is None else logprob
 
 
 # --- the sparse student: logits at given ids -------------------------------------------------------------------
@@ -353,10 +318,27 @@ def _gather_chunk(k: int, d: int, acc: torch.dtype) -> int:
 
 
 def linear_gather(hidden: Tensor, head: Projection, indices: Tensor) -> Tensor:
-    """`[N, K]` z at `indices`, a few tokens' rows of W at a time; -inf where an index is below 0, NaN from V on."""
-    n, k = indices.shape
+    """`[N, K]` z at `indices`; -inf where an index is below 0, NaN from V on."""
+    (n, k), v = indices.shape, head.weight.shape[0]
+    ids = indices.clamp(0, v - 1)
+    step = rows_that_fit(n, v, head.acc, copies=1)
+    many = k * _MANY_IDS[head.weight.dtype == head.acc] >= v and step >= projection.ENOUGH_ROWS
+    values = gather_from_logits(hidden, head, ids, step) if many else gather_rows(hidden, head, ids)
+    return _mark_ids(values, indices, head)
+
+
+def gather_from_logits(hidden: Tensor, head: Projection, ids: Tensor, step: int) -> Tensor:
+    """z at `ids` (in range) out of all logits of `step` tokens at a time: 2 N D V FLOP, the way for many ids."""
+    values = torch.empty(ids.shape, dtype=head.acc, device=hidden.device)
+    for rows in row_chunks(ids.shape[0], step):
+        torch.gather(chunk_logits(hidden[rows], head), 1, ids[rows], out=values[rows])
+    return values
+
+
+def gather_rows(hidden: Tensor, head: Projection, ids: Tensor) -> Tensor:
+    """z at `ids` (in range) from their rows of W, those of a few tokens at a time."""
+    n, k = ids.shape
     values = torch.empty(n, k, dtype=head.acc, device=hidden.device)
-    ids = indices.clamp(0, head.weight.shape[0] - 1)
     step = _gather_chunk(k, hidden.shape[1], head.acc)
     for start in range(0, n, step):
         rows = slice(start, start + step)
@@ -364,8 +346,7 @@ def linear_gather(hidden: Tensor, head: Projection, indices: Tensor) -> Tensor:
         # A sum by halves, as exact as the blocked product that chose the ids (a dot product that adds in one run is
         # 10 eps off), and faster than a batch of matrix-vector products.
         values[rows] = gathered.mul_(hidden[rows, None].to(head.acc)).sum(-1)
-    bias = None if head.bias is None else head.bias.to(head.acc)[ids]
-    return _mark_ids(head.finish(values, bias), indices, head)
+    return head.finish(values, None if head.bias is None else head.bias.to(head.acc)[ids])
 
 
 def _mark_ids(values: Tensor, indices: Tensor, head: Projection) -> Tensor:
@@ -404,7 +385,7 @@ def linear_gather_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dh, dW, db) of `linear_gather`.
+    """(dh, dW, db) of `linear_gather`: sparse however many ids there are (`benchmarks/gather_crossover.py`).
 
     dW row v is a sum over the (token, slot) pairs that chose id v. Sorted by id (stable), those pairs are
     consecutive: one bag of hidden rows per vocabulary row, which also writes the zeros of the rows nobody chose.
@@ -434,81 +415,5 @@ def linear_gather_backward(
                 per_sample_weights=pair_dx,
                 mode="sum",
             )
-            dbias = dbias[:, 0].to(head.weight.dtype)
+            dbias = dbias[:, 0].to((hidden if head.bias is None else head.bias).dtype)
     return dhidden, dweight, dbias
-
-
-# --- the dense family: row chunks over the whole vocabulary ----------------------------------------------------
-
-
-def _row_chunks(n: int, v: int, acc: torch.dtype) -> Iterator[slice]:
-    """Rows at a time: about twelve `[rows, V]` temporaries inside the workspace, and at most an eighth of all rows."""
-    by_workspace = workspace_bytes() // (12 * v * acc.itemsize)
-    step = max(1, min(by_workspace, -(-n // 8)))
-    for start in range(0, n, step):
-        yield slice(start, min(start + step, n))
-
-
-def _chunk_logits(hidden: Tensor, head: Projection) -> Tensor:
-    if head.weight.dtype == head.acc:
-        return head.finish(hidden.to(head.acc) @ head.weight.T, head.bias)
-    z = torch.empty(hidden.shape[0], head.weight.shape[0], dtype=head.acc, device=hidden.device)
-    for columns, _, _, tile in _vocab_tiles(hidden.to(head.acc), head):
-        z[:, columns] = tile
-    return z
-
-
-def linear_divergence(
-    hidden: Tensor,
-    head: Projection,
-    teacher_hidden: Tensor,
-    teacher_head: Projection,
-    factor: Tensor,
-    spec: Divergence,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(`[N]` factor * loss over the whole vocabulary, dh, dW, db of its sum).
-
-    Gradients of fp16 inputs stay in fp32: the upstream factor, a loss scale perhaps, comes after they are made.
-    """
-    n, d = hidden.shape
-    v = head.weight.shape[0]
-    out = head.acc if hidden.dtype == torch.float16 else hidden.dtype
-    loss = torch.empty(n, dtype=head.acc, device=hidden.device)
-    dhidden = torch.empty(n, d, dtype=out, device=hidden.device) if need_hidden else None
-    dweight = torch.zeros(v, d, dtype=head.acc, device=hidden.device) if need_weight else None
-    dbias = torch.zeros(v, dtype=head.acc, device=hidden.device) if need_bias else None
-    for rows in _row_chunks(n, v, head.acc):
-        s = _chunk_logits(hidden[rows], head)
-        t = _chunk_logits(teacher_hidden[rows], teacher_head).to(head.acc)
-        slope = head.slope(s)
-        loss[rows], dz, _ = divergence_and_gradient(s, t, None, None, factor[rows], spec, absent_slots=False)
-        if not (need_hidden or need_weight or need_bias):
-            continue
-        dz *= slope
-        if dhidden is not None:
-            dhidden[rows] = _times_weight(dz, head.weight)
-        if dweight is not None:
-            dweight.addmm_(dz.T, hidden[rows].to(head.acc))
-        if dbias is not None:
-            dbias += dz.sum(0)
-    return (
-        loss,
-        dhidden,
-        None if dweight is None else dweight.to(out),
-        None if dbias is None else dbias.to(out),
-    )
-
-
-def _times_weight(dz: Tensor, weight: Tensor) -> Tensor:
-    """dz W, a slice of W at a time where W has to be upcast."""
-    if weight.dtype == dz.dtype:
-        return dz @ weight
-    out = dz.new_zeros(dz.shape[0], weight.shape[1])
-    step = max(1, workspace_bytes() // (4 * weight.shape[1] * dz.element_size()))
-    for start in range(0, weight.shape[0], step):
-        columns = slice(start, start + step)
-        out.addmm_(dz[:, columns], weight[columns].to(dz.dtype))
-    return out

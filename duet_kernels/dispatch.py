@@ -1,4 +1,8 @@
-"""Which implementation runs an operation, and why. A leaf: imports no triton until it is asked about it."""
+"""Which implementation runs an operation, and why. Imports no triton until it is asked about it.
+
+On a GPU `auto` follows what was measured on that architecture (`measured`); where nothing was, it runs the sparse
+kernels, which read K rows where anything else reads V, and leaves to `chunked` what competes with library products.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import os
 from contextlib import AbstractContextManager
 
 import torch
+
+from . import measured
 
 IMPLS = ("auto", "triton", "chunked", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -29,10 +35,20 @@ TRITON_OPS = (
     "linear_logsumexp",
     "topk_distill_loss",
     "topk_distill_loss/lse",
+    "linear_distill_loss",
     "linear_cross_entropy",
+    "linear_token_stats",
 )
-# Which way is faster for these depends on the GPU: `auto` waits for a measurement.
-UNMEASURED_TRITON_OPS = ("linear_topk", "linear_logsumexp", "topk_distill_loss/lse", "linear_cross_entropy")
+# Which way is faster for these depends on the GPU: `auto` takes them where a measurement says so.
+UNMEASURED_TRITON_OPS = (
+    "linear_topk",
+    "linear_logsumexp",
+    "topk_distill_loss/lse",
+    "linear_distill_loss",
+    "linear_cross_entropy",
+    "linear_token_stats",
+)
+MAX_SLOTS = 8192  # of `topk_distill_loss`'s kernel: `tiles.MAX_SLOTS`, known here without triton
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,19 +63,35 @@ def exact_dtypes(device: torch.device) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def _why_no_triton(op: str, device: torch.device) -> str | None:
+def _why_no_triton(op: str, device: torch.device, k: int | None) -> str | None:
     """The sentence that says why the Triton kernel of `op` cannot run on `device`, or None when it can."""
     if op not in TRITON_OPS:
         return f"{op} has no Triton kernel yet (there are: {', '.join(TRITON_OPS)})"
     if not _TRITON_INSTALLED:
         return "triton is not installed"
+    if op.startswith("topk_distill_loss") and k is not None and k > MAX_SLOTS:
+        return f"its kernel holds the k ids of a token in registers, at most {MAX_SLOTS}, and there are {k}"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"Triton kernels need a CUDA device (or TRITON_INTERPRET=1 for tests), the tensors are on {device}"
 
 
+def architecture(device: torch.device) -> int:
+    """Compute capability as one number (90 for sm_90); 0 on anything but an NVIDIA GPU that is there."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor
+
+
 def resolve_impl(
-    op: str, device: torch.device | str, dtype: torch.dtype = torch.float32, impl: str = "auto"
+    op: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
+    *,
+    tokens: int | None = None,
+    k: int | None = None,
 ) -> tuple[str, str]:
     """Which implementation of `op` runs for tensors of `dtype` on `device`, and the reason in a sentence.
 
@@ -68,6 +100,8 @@ def resolve_impl(
             `truncated`.
         device, dtype: of the hidden states.
         impl: `auto`, or an explicit choice, which is returned if it can run.
+        tokens, k: of the call, for `auto`; None stands for large ones. The kernel of `topk_distill_loss` ends at
+            k = 8192.
 
     Returns:
         `(choice, reason)` with choice one of `triton`, `chunked`, `reference`.
@@ -89,7 +123,7 @@ def resolve_impl(
     device = torch.device(device)
     if impl in ("chunked", "reference"):
         return impl, "asked for"
-    obstacle = _why_no_triton(op, device)
+    obstacle = _why_no_triton(op, device, k)
     if impl == "triton":
         if obstacle is not None:
             raise RuntimeError(
@@ -100,6 +134,13 @@ def resolve_impl(
         return "chunked", f"portable low-memory torch is the fast way on {device.type}"
     if obstacle is not None:
         return "chunked", obstacle
+    arch = architecture(device)
+    for choice in measured.MEASURED.choices:
+        same = (choice.op, choice.arch, choice.itemsize) == (op, arch, dtype.itemsize)
+        if same and choice.takes(tokens, k):
+            return choice.impl, choice.reason
+    chip = f"sm_{arch}" if arch else "a GPU"
     if op in UNMEASURED_TRITON_OPS:
-        return "chunked", "its Triton kernel has not been measured on a GPU yet; impl='triton' runs it"
-    return "triton", f"fused kernel on {device.type}"
+        why = f"its Triton kernel has not been measured on {chip}: `make tune` does; impl='triton' runs it"
+        return "chunked", why
+    return "triton", f"reads only the selected rows of the head (not measured on {chip}: `make tune` does)"

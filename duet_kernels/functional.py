@@ -64,7 +64,7 @@ def linear_topk(
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= head.num_ids:
         raise ValueError(f"k: wanted an integer from 1 to {head.num_ids} (the vocabulary), got {k!r}")
     _check_temperature(temperature)
-    choice, _ = resolve_impl("linear_topk", hidden.device, hidden.dtype, impl)
+    choice = _resolve("linear_topk", hidden_nd, impl, k)
     if choice == "reference":
         top = reference.linear_topk(hidden_nd, head, k, temperature)
         values, indices, tail = top.values, top.indices, top.tail_logsumexp
@@ -94,7 +94,10 @@ def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, imp
         TypeError, ValueError: naming the argument; ids out of range on a CPU. On a GPU such an id gives NaN: to look
         would be a synchronisation.
 
-    Memory: a few MiB of gathered rows at a time, never `[N, K, D]`. FLOP: 2 N K D forward, 2 N K D each for dh and dW.
+    Memory: a few MiB of gathered rows at a time, never `[N, K, D]`; with a trainable head also some 40 bytes for each of
+    the N K pairs that are sorted, whatever the workspace is (256 MiB at 6.7 million pairs: pass fewer tokens at a time).
+    FLOP: 2 N K D forward, 2 N K D each for dh and dW. For many ids (a CPU: K > V / 16, half precision V / 10) the
+    forward pass multiplies all logits of a few tokens at a time, within the workspace: 2 N D V.
     Source: DUET (arXiv 2601.21283), g_theta^i(x) of equation 3.
 
     Example:
@@ -104,7 +107,7 @@ def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, imp
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
     ids = flatten_ids("indices", indices, lead, head.num_ids, hidden.device)
-    choice, _ = resolve_impl("linear_gather", hidden.device, hidden.dtype, impl)
+    choice = _resolve("linear_gather", hidden_nd, impl, ids.shape[1])
     if choice == "reference":
         values = reference.linear_gather(hidden_nd, head, ids)
     else:
@@ -153,7 +156,7 @@ def linear_logsumexp(
         ids = torch.empty(hidden_nd.shape[0], 0, dtype=torch.int64, device=hidden.device)
     else:
         ids = flatten_ids("exclude", exclude, lead, head.num_ids, hidden.device)
-    choice, _ = resolve_impl("linear_logsumexp", hidden.device, hidden.dtype, impl)
+    choice = _resolve("linear_logsumexp", hidden_nd, impl, ids.shape[1])
     tail, _ = _complement_and_values(hidden_nd, head, ids, temperature, choice)
     return tail.view(lead)
 
@@ -218,7 +221,7 @@ def topk_distill_loss(
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
     flat = check_topk(teacher, lead, head.num_ids, spec, hidden)
-    choice = _topk_choice(spec, hidden_nd, impl)
+    choice = _topk_choice(spec, hidden_nd, impl, flat[0].shape[1])
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     values, indices = tokens.take(flat[0]), tokens.take(flat[1])
     tail = None if flat[2] is None else tokens.take(flat[2])
@@ -297,14 +300,14 @@ def linear_distill_loss(
             f"k: wanted None or an integer from 1 to {common} (the common vocabulary), got {k!r}"
         )
     op = "linear_distill_loss" if k is None else "linear_topk"
-    choice, _ = resolve_impl(op, student_hidden.device, student_hidden.dtype, impl)
+    choice = _resolve(op, hidden_nd, impl, k)
     # Masked tokens are left out before the teacher's pass over the vocabulary, the dearest step of all.
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     hidden_nd, teacher_nd = tokens.take(hidden_nd), tokens.take(teacher_nd)
     if k is None:
         return _dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
     teacher = _teacher_topk(hidden_nd, student_head, teacher_nd, teacher_head, k, support, spec, impl)
-    choice = _topk_choice(spec, hidden_nd, impl)
+    choice = _topk_choice(spec, hidden_nd, impl, teacher.indices.shape[1])
     return _topk_loss(hidden_nd, student_head, *teacher[:3], spec, tokens, choice)
 
 
@@ -335,7 +338,10 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: naming the argument; labels out of range on a CPU (on a GPU: NaN).
 
-    Memory and FLOP: those of `linear_logsumexp(exclude=labels)`.
+    Memory: within the workspace, never `[N, V]`.
+    FLOP, with G = 2 N D V: 1 G for the loss, 1 G for dh, 1 G for dW, all in the forward pass, where the factor of every
+    row is known. `chunked` makes dW with 2 G where it tiles the vocabulary (a half head, few tokens, or a workspace
+    that holds few rows of logits). `reduction="none"` computes the logits again in the backward pass: 1 G more.
     Source: maximum likelihood; `-linear_cross_entropy(..., reduction="none")` are token log-probabilities.
 
     Example:
@@ -345,13 +351,22 @@ def linear_cross_entropy(
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
     ids = flatten_ids("labels", labels, lead, head.num_ids, hidden.device, ignore_index=ignore_index)
-    choice, _ = resolve_impl("linear_cross_entropy", hidden.device, hidden.dtype, impl)
+    choice = _resolve("linear_cross_entropy", hidden_nd, impl)
     mask = ids.view(lead) != ignore_index
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
-    ids = tokens.take(ids.where(ids != ignore_index, 0)[:, None])
-    tail, values = _complement_and_values(tokens.take(hidden_nd), head, ids, 1.0, choice)
-    # log(1 + exp(tail - z_label)): a token that is almost certain keeps the digits of its small loss.
-    return tokens.reduce(tokens.weigh(F.softplus(tail - values[:, 0], threshold=40.0)))
+    ids, hidden_nd = tokens.take(ids.where(ids != ignore_index, 0)), tokens.take(hidden_nd)
+    if choice == "reference":
+        tail, values = _complement_and_values(hidden_nd, head, ids[:, None], 1.0, choice)
+        # log(1 + exp(tail - z_label)): a token that is almost certain keeps the digits of its small loss.
+        return tokens.reduce(tokens.weigh(F.softplus(tail - values[:, 0], threshold=40.0)))
+    from . import autograd
+
+    linear = hidden_nd, *_projection(head)
+    reduce, need = _gradient_now(tokens, *linear[:3])
+    loss = autograd.linear_cross_entropy(
+        *linear, ids, tokens.factor.to(acc_dtype(hidden_nd.dtype)), reduce, *need, choice
+    )[0]
+    return loss if reduce else tokens.reduce(loss)
 
 
 def linear_token_stats(
@@ -360,11 +375,13 @@ def linear_token_stats(
     """Log-sum-exp, entropy and variance of the log-probability of each token's distribution; log p of its label.
 
     `H = -sum p log p`, `Var = sum p (log p + H)^2`. One pass over the vocabulary; no gradient (inputs are detached).
+    An almost certain token keeps the digits of its entropy and of its label's log p: sums run without their largest
+    term, and log p(y) = (z_y - max z) - log1p(the rest), from the logit of that same pass.
 
     Args:
         hidden: `[..., D]`. head: `LMHead` or weight `[V, D]`.
         labels: `[...]` ids in [0, V), or None.
-        impl: `auto`, `chunked`, `reference`.
+        impl: `auto`, `chunked`, `triton`, `reference`.
 
     Returns:
         TokenStats of `[...]` tensors, fp32 (fp64 for fp64), in nats (variance: nats^2).
@@ -388,15 +405,16 @@ def linear_token_stats(
         if labels is None
         else flatten_ids("labels", labels, lead, head.num_ids, hidden.device, per_token=True)
     )
-    choice, _ = resolve_impl("linear_token_stats", hidden.device, hidden.dtype, impl)
+    choice = _resolve("linear_token_stats", hidden_nd, impl)
     if choice == "reference":
         stats = reference.token_stats(hidden_nd, head, ids)
     else:
         from . import autograd
 
-        logsumexp, entropy, variance = autograd.token_stats(hidden_nd, *_projection(head), choice)
-        logprob = None if ids is None else _gather(hidden_nd, head, ids[:, None], choice)[:, 0] - logsumexp
-        stats = TokenStats(logsumexp, entropy, variance, logprob)
+        logsumexp, entropy, variance, logprob = autograd.token_stats(
+            hidden_nd, *_projection(head), ids, choice
+        )
+        stats = TokenStats(logsumexp, entropy, variance, None if ids is None else logprob)
     label = None if stats.label_logprob is None else stats.label_logprob.view(lead)
     return TokenStats(
         stats.logsumexp.view(lead), stats.entropy.view(lead), stats.logprob_variance.view(lead), label
@@ -438,9 +456,20 @@ def _complement_and_values(
     return tail, values
 
 
-def _topk_choice(spec: Divergence, hidden_nd: Tensor, impl: str) -> str:
+def _gradient_now(tokens: Tokens, *leaves: Tensor | None) -> tuple[bool, list[bool]]:
+    """(whether the op sums the rows itself, which gradients of the sum it makes along with the loss)."""
+    reduce = tokens.reduction != "none"
+    grad = reduce and torch.is_grad_enabled()
+    return reduce, [grad and x is not None and x.requires_grad for x in leaves]
+
+
+def _resolve(op: str, hidden_nd: Tensor, impl: str, k: int | None = None) -> str:
+    return resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl, tokens=hidden_nd.shape[0], k=k)[0]
+
+
+def _topk_choice(spec: Divergence, hidden_nd: Tensor, impl: str, k: int) -> str:
     op = "topk_distill_loss/lse" if spec.needs_student_logsumexp else "topk_distill_loss"
-    return resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl)[0]
+    return _resolve(op, hidden_nd, impl, k)
 
 
 def _topk_loss(
@@ -500,13 +529,10 @@ def _dense_loss(
         return tokens.reduce(tokens.weigh(rows))
     from . import autograd
 
-    weight, bias, softcap, scale = _projection(student_head)
-    reduce = tokens.reduction != "none"
-    grad = reduce and torch.is_grad_enabled()
-    need = [grad and x is not None and x.requires_grad for x in (hidden_nd, weight, bias)]
+    student, teacher = (hidden_nd, *_projection(student_head)), (teacher_nd, *_projection(teacher_head))
+    reduce, need = _gradient_now(tokens, *student[:3])
     name, _, *options = _options(spec)
     factor = tokens.factor.to(acc_dtype(hidden_nd.dtype))
-    student, teacher = (hidden_nd, weight, bias, softcap, scale), (teacher_nd, *_projection(teacher_head))
     loss = autograd.linear_divergence(*student, *teacher, factor, name, *options, reduce, *need, choice)[0]
     return loss if reduce else tokens.reduce(loss)
 
@@ -534,7 +560,7 @@ def _teacher_topk(
         repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]  # an id that both chose is compared once
     with torch.no_grad():
         if spec.needs_teacher_logsumexp:
-            choice, _ = resolve_impl("linear_logsumexp", teacher_nd.device, teacher_nd.dtype, impl)
+            choice = _resolve("linear_logsumexp", teacher_nd, impl, ids.shape[1])
             tail, values = _complement_and_values(teacher_nd, teacher_head, ids, spec.temperature, choice)
         else:
             values = linear_gather(teacher_nd, teacher_head, ids, impl=impl)

@@ -1,7 +1,6 @@
 """A divergence between two small rows of logits and its gradient, in one sweep: the torch side of the loss.
 
-Serves both the top-k losses (`[N, K]`) and the row chunks of the dense ones (K = V). The derivatives are worked out
-in MATH.md; `reference.divergence` is the definition. Must not know where the logits come from.
+Serves the top-k losses (`[N, K]`); whole rows of the vocabulary are `dense_rows`. The derivatives are worked out in MATH.md; `reference.divergence` is the definition. Must not know where the logits come from.
 
 Legend: N tokens, K slots, T temperature, x = z / T; p the teacher's and q the student's distribution.
 """
@@ -21,15 +20,13 @@ def divergence_and_gradient(
     teacher_tail: Tensor | None,
     factor: Tensor,
     spec: Divergence,
-    *,
-    absent_slots: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(`[N]` factor * loss, `[N, K]` its gradient in the student's logits, `[N]` in the student's tail, or empty).
 
     The derivatives are written out in MATH.md. A row whose factor is 0 is skipped: it gives exactly 0, whatever
     its logits are.
     """
-    present = teacher != -torch.inf if absent_slots else None
+    present = teacher != -torch.inf
     if spec.raw:
         loss, dz = _raw(student, teacher, present, spec)
         dtail = student.new_empty(0)
@@ -43,10 +40,9 @@ def divergence_and_gradient(
     return loss, dz, dtail
 
 
-def _raw(s: Tensor, t: Tensor, present: Tensor | None, spec: Divergence) -> tuple[Tensor, Tensor]:
+def _raw(s: Tensor, t: Tensor, present: Tensor, spec: Divergence) -> tuple[Tensor, Tensor]:
     d = s - t
-    if present is not None:
-        d.masked_fill_(~present, 0)
+    d.masked_fill_(~present, 0)
     if spec.name == "mse":
         return d.square().sum(-1), 2 * d
     if spec.name == "huber":
@@ -58,12 +54,12 @@ def _raw(s: Tensor, t: Tensor, present: Tensor | None, spec: Divergence) -> tupl
     return size.masked_fill(quiet, 0).sum(-1), d.sign().masked_fill(quiet, 0)
 
 
-def _noise(s: Tensor, t: Tensor, present: Tensor | None) -> Tensor:
+def _noise(s: Tensor, t: Tensor, present: Tensor) -> Tensor:
     """`[N, 1]` 8 eps of the row's largest logit: a difference below it is rounding and has no sign."""
     if s.shape[-1] == 0:
         return s.new_zeros(s.shape[0], 1)
     scale = torch.maximum(s.abs(), t.abs())
-    scale.masked_fill_(scale.isinf() if present is None else scale.isinf() | ~present, 0)
+    scale.masked_fill_(scale.isinf() | ~present, 0)
     return 8 * torch.finfo(s.dtype).eps * scale.amax(-1, keepdim=True)
 
 
@@ -72,17 +68,16 @@ def _distributions(
     t: Tensor,
     s_tail: Tensor | None,
     t_tail: Tensor | None,
-    present: Tensor | None,
+    present: Tensor,
     spec: Divergence,
 ) -> tuple[Tensor, Tensor, Tensor]:
     k = s.shape[-1]
     xs, xt = s / spec.temperature, t / spec.temperature
-    if present is not None:
-        xs.masked_fill_(~present, -torch.inf)
+    xs.masked_fill_(~present, -torch.inf)
     if spec.normalization == "tail":
         assert s_tail is not None and t_tail is not None
         xs, xt = torch.cat([xs, s_tail[:, None]], -1), torch.cat([xt, t_tail[:, None]], -1)
-    noise = _noise(xs, xt, None) if spec.name == "tvd" else None
+    noise = _noise(xs, xt, torch.ones_like(xs, dtype=torch.bool)) if spec.name == "tvd" else None
     total_s = torch.logsumexp(xs, -1, keepdim=True)
     total_t = torch.logsumexp(xt, -1, keepdim=True)
     if spec.normalization in ("zeroed", "truncated"):
@@ -139,9 +134,7 @@ def _sum_and_gradient(
         loss = terms.sum(-1)
         return loss, terms.sub_(q * loss[:, None])
     if spec.name == "jsd":
-        bounded = ratio.clamp(-80.0, 80.0)  # beyond, one of p and q is 0 in fp32
-        log_p_over_m = -torch.log1p((1 - spec.beta) * torch.expm1(bounded))
-        log_q_over_m = -torch.log1p(spec.beta * torch.expm1(-bounded))
+        log_p_over_m, log_q_over_m = log_to_mixture(ratio, spec.beta)
         q_terms = _expectation(q, log_q_over_m)
         kl_q = q_terms.sum(-1)
         loss = spec.beta * _expectation(p, log_p_over_m).sum(-1) + (1 - spec.beta) * kl_q
@@ -151,3 +144,12 @@ def _sum_and_gradient(
     loss = 0.5 * (signed * (q - p)).sum(-1)
     signed.mul_(q)
     return loss, signed.sub_(q * signed.sum(-1, keepdim=True)).mul_(0.5)
+
+
+def log_to_mixture(ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """(log(p / m), log(q / m)) of m = beta p + (1 - beta) q, given ratio = log q - log p."""
+    # With c the share of the smaller of p and q: log(m / larger) = log1p(c (smaller / larger - 1)).
+    above = ratio > 0
+    share = torch.where(above, ratio.new_full((), beta), ratio.new_full((), 1 - beta))
+    mixture = torch.expm1(-ratio.abs()).mul_(share).log1p_()
+    return torch.where(above, -ratio, 0).sub_(mixture), torch.where(above, 0, ratio).sub_(mixture)

@@ -114,4 +114,5 @@ def _denominator(num_items: int | Tensor, factor: Tensor) -> Tensor:
         return num_items.detach().reshape(()).to(device=factor.device, dtype=factor.dtype)
     if isinstance(num_items, bool) or not isinstance(num_items, int) or num_items < 0:
         raise ValueError(f"num_items: wanted an int >= 0 or a 0-d tensor, got {num_items!r}")
-    return factor.new_tensor(float(num_items))
+    # Not a copy from the host: that would be a synchronisation.
+    return torch.full((), float(num_items), dtype=factor.dtype, device=factor.device)

@@ -396,12 +396,6 @@ REFUSED = [
         ("head.vocab_size:", "integer", "5.0"),
     ),
     # implementations and settings
-    (
-        "no kernel yet",
-        lambda: linear_token_stats(H, W, impl="triton"),
-        RuntimeError,
-        ("impl='triton'", "linear_token_stats"),
-    ),
     ("workspace 1", lambda: set_workspace_bytes(1), ValueError, ("num_bytes:", "1 MiB", "1")),
     (
         "workspace a float",

@@ -204,6 +204,13 @@ def _samples():
                 1.0,
                 "chunked",
             ),
+            "linear_cross_entropy": (
+                *linear,
+                *shape,
+                p.labels,
+                torch.rand(7),
+                *(not full, True, True, full, "chunked"),
+            ),
             "linear_divergence": (
                 *both,
                 torch.rand(7),
@@ -217,7 +224,7 @@ def _samples():
                 full,
                 "chunked",
             ),
-            "token_stats": (*plain, *shape, "chunked"),
+            "token_stats": (*plain, *shape, p.labels if full else None, "chunked"),
         }
     return samples
 
@@ -241,15 +248,16 @@ def test_opcheck(name, full):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("reduce", [False, True])
-def test_opcheck_of_the_dense_loss_in_other_dtypes(dtype, reduce):
-    """Its gradients are outputs, whose dtype the fake kernel has to know."""
+@pytest.mark.parametrize("name", ["linear_divergence", "linear_cross_entropy"])
+def test_opcheck_of_the_fused_losses_in_other_dtypes(name, dtype, reduce):
+    """Their gradients are outputs, whose dtype the fake kernel has to know."""
     arguments = [
         x.detach().to(dtype).requires_grad_(x.requires_grad)
         if isinstance(x, torch.Tensor) and x.is_floating_point()
         else x
-        for x in SAMPLES[True]["linear_divergence"]
+        for x in SAMPLES[True][name]
     ]
-    arguments[15] = reduce
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    arguments[10] = arguments[10].to(acc)
-    torch.library.opcheck(autograd.linear_divergence, tuple(arguments))
+    factor, reduce_at = {"linear_divergence": (10, 15), "linear_cross_entropy": (6, 7)}[name]
+    arguments[reduce_at] = reduce
+    arguments[factor] = arguments[factor].to(torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.library.opcheck(getattr(autograd, name), tuple(arguments))

@@ -11,8 +11,8 @@ import duet_kernels
 
 ROOMS = [
     room.name
-    for room in pkgutil.iter_modules(duet_kernels.__path__, "duet_kernels.")
-    if not room.name.endswith(".kernels")  # imports triton
+    for room in pkgutil.walk_packages(duet_kernels.__path__, "duet_kernels.")
+    if ".kernels" not in room.name  # imports triton
 ]
 
 

@@ -1,4 +1,4 @@
-"""Drawn shapes, dtypes, strides, tile sizes and special values: `chunked` against the definition."""
+"""Drawn shapes, dtypes, strides, tile sizes and special values: `chunked` and the kernels against the definition."""
 
 import dataclasses
 
@@ -20,6 +20,7 @@ from duet_kernels import (  # noqa: E402
     linear_logsumexp,
     linear_token_stats,
     linear_topk,
+    projection,
     topk_distill_loss,
 )
 from duet_kernels.testing import DISTRIBUTIONS, OPS, gradients, make_problem  # noqa: E402
@@ -73,8 +74,8 @@ def small_tiles(monkeypatch):
     """Tiles of a few rows and columns, so that small problems have many of them."""
 
     def set_sizes(rows, tile_bytes):
-        monkeypatch.setattr(chunked, "_MAX_ROWS", rows)
-        monkeypatch.setattr(chunked, "_TILE_BYTES", tile_bytes)
+        monkeypatch.setattr(projection, "MAX_ROWS", rows)
+        monkeypatch.setattr(projection, "TILE_BYTES", tile_bytes)
         monkeypatch.setattr(chunked, "_GATHER_BYTES", tile_bytes)
 
     return set_sizes
@@ -250,3 +251,149 @@ def test_leading_shapes(lead, v, seed, ignored):
             problem.hidden, LMHead(problem.weight), problem.teacher_hidden, problem.teacher_head, impl=impl
         )
         assert dense.shape == () and bool(dense.isfinite())
+
+
+# --- the kernels, in the interpreter ----------------------------------------------------------------------------
+# A program of the interpreter takes milliseconds, a test of many drawn cases is bounded by its number of examples:
+# shapes are tiny, tiles small enough that there are several of each.
+
+triton = pytest.importorskip("triton")
+
+from duet_kernels.kernels import tiles  # noqa: E402
+
+on_kernels = settings(bounded, max_examples=12)
+
+
+@st.composite
+def kernel_problems(draw):
+    """fp32 and fp64, K up to V, strided inputs, ties, a NaN token, ids that a bias of -inf rules out."""
+    n, v, d = draw(st.integers(1, 5)), draw(st.integers(2, 23)), draw(st.integers(1, 9))
+    problem = make_problem(
+        n,
+        v,
+        d,
+        dtype=draw(st.sampled_from([torch.float64, torch.float32])),
+        seed=draw(st.integers(0, 10**6)),
+        bias=draw(st.booleans()),
+        softcap=draw(st.sampled_from([None, 5.0])),
+        scale=draw(st.sampled_from([1.0, -0.7])),
+        ties=draw(st.sampled_from([None, None, "quantised", "equal"])),
+    )
+    special = draw(st.sampled_from(["nothing", "nothing", "nan", "inf"]))
+    if special == "nan":
+        hidden = problem.hidden.clone()
+        hidden[draw(st.integers(0, n - 1)), 0] = torch.nan
+        problem = dataclasses.replace(problem, hidden=hidden)
+    if special == "inf" and problem.bias is not None and problem.softcap is None and problem.scale > 0:
+        out = torch.arange(v) % 3 == draw(st.integers(0, 2))
+        if not out.all():
+            kept = int((~out).nonzero()[0])
+            labels = problem.labels.where(~out[problem.labels], kept)
+            problem = dataclasses.replace(
+                problem, bias=problem.bias.masked_fill(out, -torch.inf), labels=labels
+            )
+    if draw(st.booleans()):
+        odd = torch.cat([problem.hidden, problem.hidden], 1)[:, :d], problem.weight.T.contiguous().T
+        problem = dataclasses.replace(problem, hidden=odd[0], weight=odd[1])
+    return problem
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch):
+    """Several programs of every kind, also on rows of a few logits; few enough for the interpreter."""
+    monkeypatch.setattr(tiles, "SLOTS_BLOCK", 16)
+    monkeypatch.setattr(tiles, "STATS_COLUMNS", 8)
+    monkeypatch.setattr(tiles, "DWEIGHT_CHUNK", 2)
+    monkeypatch.setattr(tiles, "DENSE_ROWS", 4)
+    monkeypatch.setattr(tiles, "DENSE_COLUMNS", 16)
+
+
+def _on_kernels(problem, function, tolerance, what):
+    """Values and gradients of `function(case, impl)` on the kernels and by the definition."""
+    results = []
+    for impl in ("triton", "reference"):
+        case = problem.requiring(problem.leaves)
+        output = function(case, impl)
+        finite = output.where(output.isfinite(), 0)
+        results.append([output.detach(), *gradients(finite.sum(), case).values()])
+    for name, got, wanted in zip(("value", *problem.leaves), *results, strict=True):
+        # Where an input is not finite the definition spreads it (0 * NaN) into gradients that we keep clean.
+        if name == "value" or (problem.hidden.isfinite().all() and wanted.isfinite().all()):
+            _same(got, wanted, tolerance, f"{what} {name}")
+
+
+@on_kernels
+@given(problem=kernel_problems(), k=st.integers(1, 23), seed=st.integers(0, 99), dense=st.booleans())
+def test_kernels_at_any_ids(tiny_tiles, problem, k, seed, dense):
+    """Gathers and complements at drawn ids, repeated ones and all of them; rows of W, or picked logits."""
+    v = problem.head.num_ids
+    ids = torch.randint(0, v, (problem.hidden.shape[0], k), generator=torch.Generator().manual_seed(seed))
+    tolerance = TOLERANCE[problem.hidden.dtype]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "gather_product_tokens", lambda *args: 2 if dense else 0)
+        _on_kernels(
+            problem,
+            lambda case, impl: linear_gather(case.hidden, case.head, ids, impl=impl),
+            tolerance,
+            "gather",
+        )
+        _on_kernels(
+            problem,
+            lambda case, impl: linear_logsumexp(
+                case.hidden, case.head, exclude=ids, temperature=0.7, impl=impl
+            ),
+            tolerance,
+            "complement",
+        )
+
+
+@on_kernels
+@given(problem=kernel_problems(), data=st.data())
+def test_kernels_over_the_vocabulary(tiny_tiles, problem, data):
+    """Selection up to K = V, statistics, and the cross-entropy."""
+    k = data.draw(st.one_of(st.just(problem.head.num_ids), st.integers(1, problem.head.num_ids)))
+    tolerance = TOLERANCE[problem.hidden.dtype] if problem.hidden.dtype == torch.float64 else 1e-5
+    got, wanted = (linear_topk(problem.hidden, problem.head, k, impl=i) for i in ("triton", "reference"))
+    _same(got.values, wanted.values, tolerance, "values")
+    _same(got.tail_logsumexp, wanted.tail_logsumexp, tolerance, "tail")
+    gathered = linear_gather(problem.hidden, problem.head, got.indices, impl="reference")
+    _same(gathered, wanted.values, tolerance, "values at the chosen ids")
+    assert all(len(set(row)) == k for row in got.indices.tolist())
+    stats = [
+        linear_token_stats(problem.hidden, problem.head, problem.labels, impl=i)
+        for i in ("triton", "reference")
+    ]
+    for name, a, b in zip(stats[0]._fields, *stats, strict=True):
+        _same(a, b, max(tolerance, 1e-8), name)
+    reduction = data.draw(st.sampled_from(["none", "mean"]))
+    _on_kernels(
+        problem,
+        lambda case, impl: linear_cross_entropy(
+            case.hidden, case.head, problem.labels, reduction=reduction, impl=impl
+        ),
+        TOLERANCE[problem.hidden.dtype],
+        "cross-entropy",
+    )
+
+
+SPARSE = [op for op in OPS if op.resolve.startswith("topk_distill_loss")]
+
+
+@on_kernels
+@given(
+    problem=kernel_problems(),
+    op=st.sampled_from(SPARSE),
+    reduction=st.sampled_from(["none", "mean"]),
+    masked=st.booleans(),
+)
+def test_kernels_of_the_topk_losses(tiny_tiles, problem, op, reduction, masked):
+    problem = dataclasses.replace(problem, teacher_bias=None)
+    options = {"reduction": reduction}
+    if masked:
+        options["mask"] = torch.arange(problem.hidden.shape[0]) % 2 == 0
+    _on_kernels(
+        problem,
+        lambda case, impl: op.run(case, impl, **options),
+        TOLERANCE[problem.hidden.dtype],
+        str(op),
+    )

@@ -83,6 +83,34 @@ def test_the_gate_can_fail(tmp_path):
         assert problem in done.stdout
 
 
+BAD_PRODUCT = """
+import torch, triton, triton.language as tl
+from benchmarks import compile_gate as gate
+
+@triton.jit
+def _upcast_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x, y = tl.load(x_ptr + i).to(tl.float32), tl.load(y_ptr + i).to(tl.float32)
+    tl.store(y_ptr + i, tl.dot(x, y, input_precision="ieee").to(tl.bfloat16))
+
+x = torch.empty(64, 64, device="meta", dtype=torch.bfloat16)
+# A case that allows spills: a product may not have them all the same.
+case = gate.Case("bad", torch.bfloat16, lambda: _upcast_kernel[(1,)](x, x, 64, num_warps=1), False)
+with gate.recorded(90) as launches:
+    case.call()
+print(gate.examine(case, launches[0], 90).problems)
+"""
+
+
+@pytest.mark.slow
+def test_a_product_may_neither_spill_nor_miss_the_tensor_cores(tmp_path):
+    script = tmp_path / "bad_product.py"
+    script.write_text(BAD_PRODUCT)
+    done = outside_the_interpreter(tmp_path, str(script))
+    assert done.returncode == 0, done.stderr
+    assert "spills: stack" in done.stdout and "no wgmma" in done.stdout
+
+
 def test_the_gate_refuses_interpreted_kernels(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(

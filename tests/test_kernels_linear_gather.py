@@ -10,13 +10,23 @@ pytest.importorskip("triton")
 from duet_kernels.kernels import linear_gather as kernel
 from duet_kernels.kernels.linear_gather import linear_gather_backward, linear_gather_forward
 from duet_kernels.kernels.primitives import INTERPRETED
-from duet_kernels.kernels.tiles import GatherTile
+from duet_kernels.kernels.tiles import GatherTile, gather_product_tokens
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 N, V, D, K = 19, 61, 45, 6
 ALL = {"need_hidden": True, "need_weight": True, "need_bias": True}
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+BOTH = pytest.mark.parametrize("rows_or_logits", ["rows", "logits"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def rows_or_logits(request, monkeypatch):
+    """Which way the forward pass goes: rows of W unless a test asks for `logits`, a few tokens' at a time."""
+    way = getattr(request, "param", "rows")
+    tokens = 0 if way == "rows" else 8
+    monkeypatch.setattr(kernel.tiles, "gather_product_tokens", lambda *args: tokens)
+    return way
 
 
 def problem(dtype=torch.float64, *, n=N, v=V, d=D, k=K, seed=0):
@@ -68,6 +78,7 @@ def relative_rms(got, wanted):
 # --- values and gradients --------------------------------------------------------------------------------------
 
 
+@BOTH
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (None, 0.7), (2.5, 0.7)])
 def test_fp64_equals_torch(softcap, scale, with_bias):
@@ -80,6 +91,7 @@ def test_fp64_equals_torch(softcap, scale, with_bias):
     assert with_bias or got[3] is None
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 2.5])
 def test_error_budget(dtype, softcap):
@@ -160,6 +172,7 @@ def test_partial_sums_keep_their_budget(monkeypatch):
         assert chunk == kernel.tiles.DWEIGHT_CHUNK or (2 * pairs // chunk) * d * 4 > 1 << 20
 
 
+@BOTH
 def test_any_strides():
     hidden, weight, bias, indices, grad = problem()
     wanted = run(hidden, weight, bias, indices, grad, softcap=2.5, scale=0.7)
@@ -182,6 +195,7 @@ def test_any_strides():
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
+@BOTH
 def test_vocabulary_slice_of_a_padded_weight():
     hidden, weight, bias, indices, grad = problem()
     padded = torch.full((V + 21, D + 3), math.nan, dtype=torch.float64, device=DEVICE)
@@ -236,6 +250,7 @@ def test_more_pairs_than_32_bits_are_refused():
 # --- what must not leak ----------------------------------------------------------------------------------------
 
 
+@BOTH
 def test_absent_slots():
     hidden, weight, bias, indices, grad = problem()
     indices[:] = torch.where(torch.rand(indices.shape).to(DEVICE) < 0.4, -1, indices)
@@ -247,6 +262,7 @@ def test_absent_slots():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@BOTH
 def test_ids_past_the_vocabulary_give_nan_in_their_row():
     hidden, weight, bias, indices, grad = problem()
     clean = run(hidden, weight, bias, indices, grad, softcap=None, scale=1.0)
@@ -260,6 +276,7 @@ def test_ids_past_the_vocabulary_give_nan_in_their_row():
     assert dweight.isfinite().all() and dbias.isfinite().all()
 
 
+@BOTH
 @pytest.mark.parametrize("softcap", [None, 2.5])
 def test_nan_stays_in_its_row(softcap):
     inputs = problem()
@@ -316,7 +333,7 @@ def test_a_frozen_head_pays_nothing(monkeypatch):
 
     hidden, weight, bias, indices, grad = problem()
     wanted = run(hidden, weight, bias, indices, grad, softcap=None, scale=1.0)
-    monkeypatch.setattr(kernel, "_SortedPairs", refuse)
+    monkeypatch.setattr(kernel, "SortedPairs", refuse)
     monkeypatch.setattr(torch, "sort", refuse)
     frozen = {"need_weight": False, "need_bias": False}
     _, dhidden, dweight, dbias = run(hidden, weight, bias, indices, grad, softcap=None, scale=1.0, **frozen)
@@ -352,3 +369,36 @@ def test_softcap_near_saturation_keeps_its_gradient():
     values, dhidden, _, _ = run(hidden, weight, None, indices, grad, softcap=1.0, scale=1.0)
     z = values.double().item()
     assert dhidden.item() == pytest.approx((1 - z) * (1 + z), rel=1e-6)
+
+
+# --- many ids: all logits ---------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_which_way_runs(rows_or_logits, monkeypatch):
+    """`logits` picks from products of at most so many tokens and never gathers; `rows` makes no product."""
+    seen = []
+    monkeypatch.setattr(kernel, "product", lambda a, b, out: seen.append(len(a)) or torch.mm(a, b, out=out))
+    hidden, weight, bias, indices, _ = problem()
+    linear_gather_forward(hidden, weight, bias, indices, softcap=None, scale=1.0)
+    assert seen == ([8, 8, 3] if rows_or_logits == "logits" else [])
+
+
+BIG = 256 << 20
+
+
+@pytest.mark.parametrize(
+    ("n", "v", "k", "workspace", "wanted"),
+    [
+        (8192, 128256, 64, BIG, 0),  # DUET's own case
+        (8192, 128256, 821, BIG, 0),
+        (8192, 128256, 823, BIG, 512),  # V / 156, whole tiles of a product
+        (8192, 32000, 1000, BIG, 2048),
+        (400, 32000, 1000, BIG, 400),  # all tokens at once
+        (8, 32000, 1000, BIG, 0),  # fewer rows than W has
+        (8192, 128256, 1000, 64 << 20, 0),  # the logits of too few tokens fit
+    ],
+)
+def test_the_crossover(n, v, k, workspace, wanted):
+    tokens = gather_product_tokens(90, 2, 4, n, v, k, workspace)
+    assert tokens == wanted and tokens * v * 4 <= workspace

@@ -15,12 +15,14 @@ from duet_kernels import (
     TopK,
     autograd,
     chunked,
+    dense_chunks,
     linear_cross_entropy,
     linear_distill_loss,
     linear_gather,
     linear_logsumexp,
     linear_token_stats,
     linear_topk,
+    projection,
     rowwise,
     set_workspace_bytes,
     topk_distill_loss,
@@ -52,9 +54,9 @@ BODIES = {
         "linear_gather_backward",
         "complement_and_values",
         "complement_and_values_backward",
-        "linear_divergence",
         "token_stats",
     ),
+    dense_chunks: ("linear_cross_entropy", "linear_divergence"),
     rowwise: ("divergence_and_gradient",),
 }
 
@@ -199,7 +201,7 @@ def test_the_detector_sees_inside_custom_ops():
         for name in vars(autograd)
         if isinstance(getattr(autograd, name), torch._library.custom_ops.CustomOpDef)
     }
-    assert every - {"topk_divergence"} == set(BODIES[chunked]), (
+    assert every - {"topk_divergence"} == {*BODIES[chunked], *BODIES[dense_chunks]}, (
         "a custom op that this test does not look into"
     )
 
@@ -273,9 +275,52 @@ def test_bytes_beyond_the_results_stay_in_the_workspace(name):
         peak = _peak_bytes(lambda: OPERATIONS[name](hidden, weight, teacher).backward())
     finally:
         set_workspace_bytes(previous)
-    # dW while it is made, scaled, and added to another; small [N, K] results and ids.
-    results = 3 * weight.numel() * 4 + 64 * N_BYTES * 64
+    # dW and db while they are made, scaled, and added to another; small [N, K] results and ids.
+    results = 3 * (weight.numel() + V_BYTES) * 4 + 64 * N_BYTES * 64
     assert peak <= WORKSPACE + results, f"{peak / 2**20:.1f} MiB beside {WORKSPACE / 2**20:.0f}"
+
+
+@pytest.mark.parametrize("softcap, workspace", [(None, 16 * 2**20), (20.0, 56 * 2**20)])
+def test_row_chunks_of_the_cross_entropy_stay_in_the_workspace(softcap, workspace, monkeypatch):
+    """The chunks of logits, and what a softcap's slope adds to them; the logits alone would be 80 MiB."""
+    hidden, weight, _ = _case(320, v=V_BYTES)
+    labels = torch.arange(320)
+    chunks = []
+    by_rows = dense_chunks._cross_entropy_by_rows
+    monkeypatch.setattr(
+        dense_chunks, "_cross_entropy_by_rows", lambda *args: chunks.append(args[4]) or by_rows(*args)
+    )
+
+    def step():
+        linear_cross_entropy(hidden, LMHead(weight, softcap=softcap), labels).backward()
+        hidden.grad = weight.grad = None
+
+    previous = set_workspace_bytes(workspace)
+    try:
+        step()  # lazy initialisations
+        peak = _peak_bytes(step)
+    finally:
+        set_workspace_bytes(previous)
+    assert chunks and min(chunks) >= projection.ENOUGH_ROWS
+    assert peak <= workspace + 3 * weight.numel() * 4 + 320 * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_that_many_ids_are_picked_from_stay_in_the_workspace(dtype, monkeypatch):
+    hidden, weight, _ = _case(320, dtype, v=V_BYTES, d=64)
+    ids = torch.randint(0, V_BYTES, (320, V_BYTES // 10 + 1), generator=torch.Generator().manual_seed(0))
+    picked = []
+    by_logits = chunked.gather_from_logits
+    monkeypatch.setattr(chunked, "gather_from_logits", lambda *args: picked.append(args) or by_logits(*args))
+    previous = set_workspace_bytes(16 * 2**20)
+    try:
+        with torch.no_grad():
+            peak = _peak_bytes(lambda: linear_gather(hidden, weight, ids))
+    finally:
+        set_workspace_bytes(previous)
+    assert picked
+    results = ids.numel() * (4 + 8 + 2)  # values, ids in range, and which of them are not
+    assert peak <= 16 * 2**20 + results
 
 
 @pytest.mark.parametrize("k", [8, 64, 200])

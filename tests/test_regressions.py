@@ -15,6 +15,7 @@ from duet_kernels import (
     LMHead,
     TopK,
     chunked,
+    dense_chunks,
     linear_cross_entropy,
     linear_distill_loss,
     linear_gather,
@@ -25,6 +26,8 @@ from duet_kernels import (
     set_workspace_bytes,
     topk_distill_loss,
 )
+from duet_kernels.dense_rows import DenseRows
+from duet_kernels.projection import Projection
 from duet_kernels.testing import DISTRIBUTIONS, OPS, gradients, make_problem
 
 IMPLS = ("chunked", "reference")
@@ -92,11 +95,11 @@ def test_chunks_never_round_up_past_the_workspace(n):
     previous = set_workspace_bytes(budget)
     try:
         with _Largest() as dense, torch.no_grad():
-            chunked.linear_divergence(
+            dense_chunks.linear_divergence(
                 problem.hidden,
-                chunked.Projection(problem.weight, None, None, 1.0),
+                Projection(problem.weight, None, None, 1.0),
                 problem.teacher_hidden,
-                chunked.Projection(problem.teacher_weight, None, None, 1.0),
+                Projection(problem.teacher_weight, None, None, 1.0),
                 torch.ones(n),
                 _spec("forward_kl"),
                 True,
@@ -104,10 +107,10 @@ def test_chunks_never_round_up_past_the_workspace(n):
                 False,
             )
         with _Largest() as tiles:
-            chunked.token_stats(problem.hidden, chunked.Projection(problem.weight, None, None, 1.0))
+            chunked.token_stats(problem.hidden, Projection(problem.weight, None, None, 1.0), problem.labels)
     finally:
         set_workspace_bytes(previous)
-    assert dense.bytes <= max(budget / 8, n * 4 * 4) and tiles.bytes <= max(budget / 4, n * 4 * 4)
+    assert dense.bytes <= max(budget / 2, n * 4 * 4) and tiles.bytes <= max(budget / 4, n * 4 * 4)
 
 
 def _spec(name, normalization="renormalize", temperature=1.0):
@@ -169,6 +172,28 @@ def test_logits_are_compared_before_they_are_normalised(name):
         logp, logq = teacher.log_softmax(-1), student.log_softmax(-1)
         late = logp.exp() * torch.expm1(logq - logp)
         assert (late - wanted).norm() / wanted.norm() > 1e-5
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("shift", [0.0, 50.0])
+def test_whole_rows_keep_the_digits_of_a_close_student(name, shift):
+    """The same over a vocabulary, where a softmax's rounding is larger; a shift costs the digits of z_s - z_t alone."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = 4 * torch.randn(16, 3000, generator=generator)
+    student = teacher + 0.02 * torch.randn(16, 3000, generator=generator) + shift
+    spec = _spec(name)
+    inputs = student.double().requires_grad_(), teacher.double()
+    truth = reference.divergence(*inputs, None, None, spec, absent_slots=False)
+    wanted = torch.autograd.grad(truth.sum(), inputs[0])[0]
+    compared = DenseRows(student.clone(), teacher.clone(), spec)
+    loss = compared.loss
+    got = compared.gradient_(torch.ones(16))
+    digits = 1 + shift
+    assert (got - wanted).norm() / wanted.norm() <= 2e-5 * digits
+    assert (loss - truth).norm() / truth.norm() <= 1e-4 * digits
+    logp, logq = teacher.log_softmax(-1), student.log_softmax(-1)
+    late = (logp.exp() * (logp - logq)).sum(-1) if name == "forward_kl" else loss + 1
+    assert (late - truth).norm() / truth.norm() > 1e-3
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -282,9 +307,11 @@ def test_a_frozen_head_pays_nothing(op, monkeypatch):
         "linear_gather_backward",
         "complement_and_values",
         "complement_and_values_backward",
+        "linear_cross_entropy",
         "linear_divergence",
     ):
-        monkeypatch.setattr(chunked, name, watched(getattr(chunked, name)))
+        room = chunked if hasattr(chunked, name) else dense_chunks
+        monkeypatch.setattr(room, name, watched(getattr(room, name)))
 
     def made(names):
         mode.shapes.clear()
@@ -376,7 +403,7 @@ def test_the_slope_near_the_softcap_keeps_its_digits():
     """dz/dx = 1 - (z / c)^2 from a z just below c, judged in fp64 at that same z."""
     cap = 30.0
     z = cap - torch.logspace(-4, 0, 50)
-    head = chunked.Projection(torch.zeros(1, 1), None, cap, 1.0)
+    head = Projection(torch.zeros(1, 1), None, cap, 1.0)
     truth = (cap - z.double()) * (cap + z.double()) / cap**2
     assert ((head.slope(z).double() - truth) / truth).abs().max() <= 1e-6
     assert ((1 - (z / cap).square()).double() / truth - 1).abs().max() > 1e-3  # what the plain form loses

@@ -37,8 +37,15 @@ fixed length, and a chunk that lies inside one segment is summed ahead of time b
 E / chunk is known on the host, no synchronisation is needed; the longest chain of a program is then two chunks and
 E / chunk partial sums. db is the same sum with h = 1.
 
-Workspace: dx and ids 8 E bytes (ACC fp32); for dW also the sort (about 24 E), the sorted pairs (8 E) and the partial
-sums (at most 64 MiB): 21 MB + 34 MB at the shape above.
+Many ids: from K = V / 156 (bf16, calculated; `tiles.GATHER_CROSSOVER`) all logits of a block of tokens by the library's
+product, of which a small kernel picks K, are cheaper than K rows of W a token: 1 G = 2 N D V FLOP and 8 N V bytes. The
+backward pass stays sparse whatever K is: as a product in the operands' dtype it would round dx, a sum of corrections that
+have to stay exact, and in fp32 it costs an order more than in bf16 (50 against 790 TFLOP/s).
+
+Workspace: of the forward pass none, or the logits of a block of tokens within `workspace_bytes()`. Of the backward pass
+dx and ids, 8 E bytes (ACC fp32); for dW also the sort (about 24 E), the sorted pairs (8 E) and the partial sums (at most
+64 MiB): 21 MB + 34 MB at the shape above. **With a trainable head that is 40 bytes a pair whatever the workspace is
+set to**: from E = 6.7 million pairs (N 8192, K 820) it is more than 256 MiB; pass fewer tokens at a time.
 """
 
 import torch
@@ -46,12 +53,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..workspace import workspace_bytes
 from . import tiles
 from .primitives import (
     accumulator,
     current_device,
+    finish,
     load_rows,
     number,
+    product,
     require_device,
     require_grid,
     tanh,
@@ -94,6 +104,25 @@ def _forward_kernel(
         z = cap * tanh(z / cap)
     z = tl.where(known, z, tl.where(ids < 0, float("-inf"), float("nan")))
     tl.store(values_ptr + n * K + k, z, mask=k < K)
+
+
+@triton.jit
+def _pick_kernel(
+    product_ptr, bias_ptr, indices_ptr, values_ptr,
+    E, K, V,
+    stride_bv, stride_in, stride_ik,
+    softcap: tl.float64, scale: tl.float64,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK (token, slot) pairs: z from the products h W^T of all ids."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = e // K
+    ids = tl.load(indices_ptr + n * stride_in + (e % K) * stride_ik, mask=e < E, other=-1).to(tl.int64)
+    known = (ids >= 0) & (ids < V)
+    x = tl.load(product_ptr + n * V + ids, mask=known, other=0.0).to(ACC)
+    z = finish(x, ids, bias_ptr, stride_bv, known, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+    z = tl.where(known, z, tl.where(ids < 0, float("-inf"), float("nan")))
+    tl.store(values_ptr + e, z, mask=e < E)
 
 
 # --- backward --------------------------------------------------------------------------------------------------
@@ -229,7 +258,7 @@ def linear_gather_forward(
     scale: float,
     tile: tiles.GatherTile | None = None,
 ) -> Tensor:
-    """z at the ids, `[N, K]` in ACC. `tile` replaces the table's choice, for tests and measurements."""
+    """z at the ids, `[N, K]` in ACC. `tile`, of a gather, replaces the table's choice, for tests and measurements."""
     require_device(hidden=hidden_nd, weight=weight_vd, bias=bias_v, indices=indices_nk)
     (n, d), v, k = hidden_nd.shape, weight_vd.shape[0], indices_nk.shape[1]
     torch_acc, acc = accumulator(hidden_nd, weight_vd)
@@ -237,6 +266,11 @@ def linear_gather_forward(
     if values_nk.numel() == 0:
         return values_nk
     arch, itemsize = tiles.architecture(hidden_nd.device), weight_vd.element_size()
+    tokens = tiles.gather_product_tokens(arch, itemsize, torch_acc.itemsize, n, v, k, workspace_bytes())
+    if tokens and tile is None:
+        with current_device(hidden_nd):
+            _pick(hidden_nd, weight_vd, bias_v, indices_nk, values_nk, softcap, scale, tokens)
+        return values_nk
     tile = tile or tiles.gather_tile(tiles.GATHER_FORWARD, arch, itemsize, k, d)
     grid = (require_grid(n * triton.cdiv(k, tile.rows), "linear_gather"),)
     with current_device(hidden_nd):
@@ -249,6 +283,25 @@ def linear_gather_forward(
             ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
     return values_nk
+
+
+def _pick(hidden, weight, bias, indices, values, softcap, scale, tokens: int) -> None:
+    """Write the values out of all logits of `tokens` tokens at a time."""
+    (n, k), v = indices.shape, weight.shape[0]
+    logits = torch.empty(tokens * v, dtype=values.dtype, device=values.device)
+    for start in range(0, n, tokens):
+        rows = slice(start, min(start + tokens, n))
+        count = rows.stop - rows.start
+        x = product(hidden[rows], weight.T, out=logits[: count * v].view(count, v))
+        ids = indices[rows]
+        _pick_kernel[(require_grid(triton.cdiv(count * k, tiles.SLOTS_BLOCK), "linear_gather"),)](
+            x, bias, ids, values[rows],
+            count * k, k, v,
+            0 if bias is None else bias.stride(0), *ids.stride(),
+            softcap or 0.0, scale,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, ACC=accumulator(values)[1],
+            BLOCK=tiles.SLOTS_BLOCK, num_warps=4,
+        )  # fmt: skip
 
 
 def linear_gather_backward(
@@ -289,19 +342,21 @@ def linear_gather_backward(
         )
     dweight = dbias = None
     with current_device(hidden_nd):
-        dx, row = _slots(grad_nk, values_nk, hidden_nd, weight_vd, indices_nk, softcap, scale)
-        dhidden = _dhidden(dx, row, hidden_nd, weight_vd, tile) if need_hidden else None
+        dx, row = slot_gradients(grad_nk, values_nk, hidden_nd, weight_vd, indices_nk, softcap, scale)
+        dhidden = sum_rows(dx, row, hidden_nd, weight_vd, tile) if need_hidden else None
         if need_weight or need_bias:
-            pairs = _SortedPairs(dx, row, v)
+            pairs = SortedPairs(dx, row, v)
             if need_weight:
                 dweight = pairs.sum(hidden_nd, weight_vd.dtype, tile, chunk)
             if need_bias:
                 ones = dx.new_ones(1, 1).expand(n, 1)
-                dbias = pairs.sum(ones, bias_v.dtype, None, chunk)[:, 0]
+                dbias = pairs.sum(ones, bias_v.dtype, chunk=chunk)[:, 0]
     return dhidden, dweight, dbias
 
 
-def _slots(grad_nk, values_nk, hidden_nd, weight_vd, indices_nk, softcap, scale) -> tuple[Tensor, Tensor]:
+def slot_gradients(
+    grad_nk, values_nk, hidden_nd, weight_vd, indices_nk, softcap, scale
+) -> tuple[Tensor, Tensor]:
     """(dx in ACC, its row of W in int32), both `[N, K]`."""
     torch_acc, acc = accumulator(hidden_nd, weight_vd)
     n, k = indices_nk.shape
@@ -317,7 +372,8 @@ def _slots(grad_nk, values_nk, hidden_nd, weight_vd, indices_nk, softcap, scale)
     return dx, row
 
 
-def _dhidden(dx, row, hidden_nd, weight_vd, tile: tiles.GatherTile | None) -> Tensor:
+def sum_rows(dx, row, hidden_nd, weight_vd, tile: tiles.GatherTile | None = None) -> Tensor:
+    """dh `[N, D]` in the dtype of `hidden_nd`: the sum over k of dx times its row of W."""
     (n, d), (_, k) = hidden_nd.shape, dx.shape
     arch, itemsize = tiles.architecture(hidden_nd.device), weight_vd.element_size()
     tile = tile or tiles.gather_tile(tiles.GATHER_DHIDDEN, arch, itemsize, k, d)
@@ -332,7 +388,7 @@ def _dhidden(dx, row, hidden_nd, weight_vd, tile: tiles.GatherTile | None) -> Te
     return dhidden
 
 
-class _SortedPairs:
+class SortedPairs:
     """The (token, slot) pairs in the order of (row of W, token), and where each row's segment begins."""
 
     def __init__(self, dx: Tensor, row: Tensor, v: int):
@@ -345,37 +401,59 @@ class _SortedPairs:
         self.offset = torch.searchsorted(self.row, edges, out_int32=True)
 
     def sum(
-        self, hidden_nd: Tensor, dtype: torch.dtype, tile: tiles.GatherTile | None, chunk: int | None
+        self,
+        hidden_nd: Tensor,
+        dtype: torch.dtype,
+        tile: tiles.GatherTile | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
         """`[V, D]` the sum of dx h over each row's pairs."""
-        pairs, d = self.row.numel(), hidden_nd.shape[1]
-        arch, itemsize = tiles.architecture(hidden_nd.device), hidden_nd.element_size()
-        tile = tile or tiles.gather_tile(tiles.GATHER_DWEIGHT, arch, itemsize, pairs, d)
-        chunk = chunk or dweight_chunk(pairs, d, self.dx.element_size())
-        slabs, chunks = triton.cdiv(d, tile.columns), pairs // chunk
-        shape = {
-            "ACC": accumulator(self.dx)[1],
-            "ROWS": tile.rows,
-            "COLUMNS": tile.columns,
-            "num_warps": tile.warps,
-        }
+        chunk = chunk or dweight_chunk(self.row.numel(), hidden_nd.shape[1], self.dx.element_size())
+        out = torch.empty(self.v, hidden_nd.shape[1], dtype=dtype, device=self.dx.device)
+        self.write(out, 0, hidden_nd, self.chunk_sums(hidden_nd, chunk, tile), chunk, tile)
+        return out
+
+    def chunk_sums(self, hidden_nd: Tensor, chunk: int, tile: tiles.GatherTile | None = None) -> Tensor:
+        """`[E / chunk, D]` in ACC: the sums of the chunks that belong to one row of W; nothing for the others."""
+        chunks, d = self.row.numel() // chunk, hidden_nd.shape[1]
         partial = torch.empty(chunks, d, dtype=self.dx.dtype, device=self.dx.device)
         if chunks:
-            _partial_kernel[(require_grid(slabs * chunks, "linear_gather"),)](
+            steps, shape = self._shape(hidden_nd, tile)
+            _partial_kernel[(require_grid(steps * chunks, "linear_gather"),)](
                 self.row, self.token, self.dx, hidden_nd, partial,
                 chunks, chunk, self.v, d,
                 *hidden_nd.stride(),
                 **shape,
             )  # fmt: skip
-        dweight = torch.empty(self.v, d, dtype=dtype, device=self.dx.device)
-        blocks = triton.cdiv(self.v, tiles.DWEIGHT_VOCABULARY)
-        _segments_kernel[(require_grid(slabs * blocks, "linear_gather"),)](
-            self.offset, self.token, self.dx, hidden_nd, partial, dweight,
-            blocks, chunk, self.v, d,
+        return partial
+
+    def write(
+        self,
+        out: Tensor,
+        first: int,
+        hidden_nd: Tensor,
+        partial: Tensor,
+        chunk: int,
+        tile: tiles.GatherTile | None = None,
+    ) -> None:
+        """Write rows `first`, `first` + 1, ... of the sum into `out`, as many as it has, from `chunk_sums`."""
+        rows, d = out.shape
+        steps, shape = self._shape(hidden_nd, tile)
+        blocks = triton.cdiv(rows, tiles.DWEIGHT_VOCABULARY)
+        _segments_kernel[(require_grid(steps * blocks, "linear_gather"),)](
+            self.offset[first:], self.token, self.dx, hidden_nd, partial, out,
+            blocks, chunk, rows, d,
             *hidden_nd.stride(),
             VOCABULARY=tiles.DWEIGHT_VOCABULARY, **shape,
         )  # fmt: skip
-        return dweight
+
+    def _shape(self, hidden_nd: Tensor, tile: tiles.GatherTile | None) -> tuple[int, dict[str, object]]:
+        """(programs beside each other along D, the kernels' constants)."""
+        pairs, d = self.row.numel(), hidden_nd.shape[1]
+        arch, itemsize = tiles.architecture(hidden_nd.device), hidden_nd.element_size()
+        tile = tile or tiles.gather_tile(tiles.GATHER_DWEIGHT, arch, itemsize, pairs, d)
+        constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps}
+        return triton.cdiv(d, tile.columns), {"ACC": accumulator(self.dx)[1], **constants}
 
 
 def dweight_chunk(pairs: int, d: int, itemsize: int) -> int:

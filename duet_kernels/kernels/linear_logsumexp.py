@@ -225,8 +225,9 @@ def complement_and_values(
     arch, itemsize = tiles.architecture(device), weight_vd.element_size()
     tile = tile or tiles.logsumexp_tile(arch, itemsize, n, softcap is not None)
     token_blocks = triton.cdiv(n, tile.tokens)
-    columns, splits = split_columns(v, token_blocks, tile.vocabulary, splits)
-    group = min(tiles.LOGSUMEXP_GROUP, token_blocks)
+    splits = splits or triton.cdiv(tiles.measured_number("LOGSUMEXP_PROGRAMS", arch), token_blocks)
+    columns, splits = split_columns(v, tile.vocabulary, splits)
+    group = min(tiles.measured_number("LOGSUMEXP_GROUP", arch), token_blocks)
     grid = triton.cdiv(token_blocks, group) * group * splits
     # The last value of an id is V: one step past the vocabulary, in 32 bits.
     ids = indices_nk.clamp(-1, v).to(torch.int32).sort(1).values.contiguous() if k else None
@@ -254,10 +255,10 @@ def complement_and_values(
     return tail, values
 
 
-def split_columns(v: int, token_blocks: int, vocabulary: int, splits: int | None) -> tuple[int, int]:
-    """(columns of a split in whole tiles, splits): enough programs for a GPU, none of them empty."""
-    wanted = min(splits or triton.cdiv(tiles.LOGSUMEXP_PROGRAMS, token_blocks), tiles.LOGSUMEXP_MERGE)
-    columns = triton.cdiv(triton.cdiv(v, max(wanted, 1)), vocabulary) * vocabulary
+def split_columns(v: int, vocabulary: int, splits: int) -> tuple[int, int]:
+    """(columns of a split in whole tiles, splits): at most so many, none of them empty."""
+    wanted = min(splits, tiles.LOGSUMEXP_MERGE)
+    columns = triton.cdiv(triton.cdiv(v, wanted), vocabulary) * vocabulary
     return columns, triton.cdiv(v, columns)
 
 
@@ -395,9 +396,9 @@ class _Backward:
         shrink = gain.reciprocal()
         dh = db = pairs = None
         if k:
-            dx, row = gather._slots(grad_values, values, hidden, weight, indices, softcap, scale)
+            dx, row = gather.slot_gradients(grad_values, values, hidden, weight, indices, softcap, scale)
             if dhidden is not None:
-                dh = gather._dhidden(dx, row, dx.new_empty(1, 1).expand(n, d), weight, None)
+                dh = gather.sum_rows(dx, row, dx.new_empty(1, 1).expand(n, d), weight)
             if dweight is not None or dbias is not None:
                 pairs = _Pairs(dx, row, v, hidden)
         if dhidden is not None and dh is None:
@@ -465,43 +466,23 @@ class _Backward:
             )  # fmt: skip
 
 
-class _Pairs(gather._SortedPairs):
+class _Pairs(gather.SortedPairs):
     """The sparse gradient in ACC, a slab of the vocabulary at a time: the sums of whole chunks are made once."""
 
     def __init__(self, dx: Tensor, row: Tensor, v: int, hidden: Tensor) -> None:
         super().__init__(dx, row, v)
         self.hidden = hidden
+        self.chunk = gather.dweight_chunk(self.row.numel(), hidden.shape[1], dx.element_size())
         self.partial: Tensor | None = None
 
     def bias(self) -> Tensor:
         ones = self.dx.new_ones(1, 1).expand(self.hidden.shape[0], 1)
-        return self.sum(ones, self.dx.dtype, None, None)[:, 0]
+        return self.sum(ones, self.dx.dtype)[:, 0]
 
     def weight(self, slab: slice) -> Tensor:
         """`[C, D]` rows of the slab."""
-        pairs, d = self.row.numel(), self.hidden.shape[1]
-        arch, itemsize = tiles.architecture(self.hidden.device), self.hidden.element_size()
-        tile = tiles.gather_tile(tiles.GATHER_DWEIGHT, arch, itemsize, pairs, d)
-        chunk = gather.dweight_chunk(pairs, d, self.dx.element_size())
-        steps, chunks, c = triton.cdiv(d, tile.columns), pairs // chunk, slab.stop - slab.start
-        shape = {
-            "ACC": accumulator(self.dx)[1], "ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps,
-        }  # fmt: skip
         if self.partial is None:
-            self.partial = torch.empty(chunks, d, dtype=self.dx.dtype, device=self.dx.device)
-            if chunks:
-                gather._partial_kernel[(require_grid(steps * chunks, "linear_logsumexp"),)](
-                    self.row, self.token, self.dx, self.hidden, self.partial,
-                    chunks, chunk, self.v, d,
-                    *self.hidden.stride(),
-                    **shape,
-                )  # fmt: skip
-        out = torch.empty(c, d, dtype=self.dx.dtype, device=self.dx.device)
-        blocks = triton.cdiv(c, tiles.DWEIGHT_VOCABULARY)
-        gather._segments_kernel[(require_grid(steps * blocks, "linear_logsumexp"),)](
-            self.offset[slab.start :], self.token, self.dx, self.hidden, self.partial, out,
-            blocks, chunk, c, d,
-            *self.hidden.stride(),
-            VOCABULARY=tiles.DWEIGHT_VOCABULARY, **shape,
-        )  # fmt: skip
+            self.partial = self.chunk_sums(self.hidden, self.chunk)
+        out = self.dx.new_empty(slab.stop - slab.start, self.hidden.shape[1])
+        self.write(out, slab.start, self.hidden, self.partial, self.chunk)
         return out

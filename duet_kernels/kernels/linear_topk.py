@@ -378,16 +378,16 @@ def token_bytes(columns: int, k: int, block: int, itemsize: int) -> int:
     return columns * itemsize + 2 * blocks * itemsize + lists + 64
 
 
-def plan(n: int, v: int, k: int, itemsize: int) -> Plan:
+def plan(n: int, v: int, k: int, itemsize: int, arch: int = 0) -> Plan:
     """The whole vocabulary at once for as many tokens as the workspace holds; slabs where that would be too few."""
     budget, block = workspace_bytes(), tiles.topk_block(k, v)
-    skinny = n <= tiles.TOPK_SKINNY_TOKENS
+    skinny = n <= tiles.measured_number("TOPK_SKINNY_TOKENS", arch)
     limit = tiles.CHOOSE_ELEMENTS * block
     tokens = min(n, budget // token_bytes(v, k, block, itemsize))
     if v <= limit and tokens >= min(n, tiles.TOPK_MIN_TOKENS):
         # Whole tiles of the library's product.
         return Plan(tokens if tokens == n else tokens - tokens % 128, v, block, skinny)
-    tokens = n if skinny else min(n, tiles.TOPK_TOKENS)
+    tokens = n if skinny else min(n, tiles.measured_number("TOPK_TOKENS", arch))
     while tokens > 1 and token_bytes(min(v, 32 * block), k, block, itemsize) * tokens > budget:
         tokens //= 2
     columns = min(limit, triton.cdiv(v, block) * block)
@@ -422,7 +422,7 @@ def linear_topk(
     indices = torch.empty(n, k, dtype=torch.int64, device=device)
     tail = torch.empty(n, dtype=torch_acc, device=device)
     if n:
-        cut = cut or plan(n, v, k, torch_acc.itemsize)
+        cut = cut or plan(n, v, k, torch_acc.itemsize, tiles.architecture(device))
         head = _Head(weight_vd, bias_v, softcap, scale, 1.0 / temperature)
         with current_device(hidden_nd):
             for start in range(0, n, cut.tokens):
@@ -480,12 +480,13 @@ def _topk_of_tokens(
             _skinny(hidden, head, first, z, top, total, cut.block)
         else:
             product(hidden, head.weight[first : first + c].T, out=z)
-            _fold_kernel[(require_grid(triton.cdiv(n * j, tiles.FOLD_ROWS), "linear_topk"),)](
+            fold_rows = tiles.measured_number("FOLD_ROWS", tiles.architecture(device))
+            _fold_kernel[(require_grid(triton.cdiv(n * j, fold_rows), "linear_topk"),)](
                 z, bias, top, total,
                 n * j, first, c, j,
                 stride_bv,
                 *numbers,
-                **has, ACC=acc, ROWS=tiles.FOLD_ROWS, BLOCK=cut.block, num_warps=4,
+                **has, ACC=acc, ROWS=fold_rows, BLOCK=cut.block, num_warps=4,
             )  # fmt: skip
         padded = triton.next_power_of_2(j)
         choose_rows = max(1, tiles.CHOOSE_ROW_ELEMENTS // padded)

@@ -177,3 +177,12 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -
     if a.dtype == b.dtype and a.dtype != acc and (a.is_cuda or a.is_meta):
         return torch.mm(a, b, out_dtype=acc) if out is None else torch.mm(a, b, out_dtype=acc, out=out)
     return torch.mm(a.to(acc), b.to(acc), out=out)
+
+
+def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """out += a b, as `product` multiplies; `out` is in ACC."""
+    acc, _ = accumulator(a, b)
+    if a.dtype == b.dtype and a.dtype != acc and a.is_cuda:  # meta tensors have no such form in torch 2.11
+        torch.addmm(out, a, b, out_dtype=acc, out=out)
+    else:
+        out.addmm_(a.to(acc), b.to(acc))

@@ -5,13 +5,17 @@ A gather is bound by the memory system, so a tile is chosen by the bytes it keep
 registers a thread at 128 threads) leave a factor of two. A row of a tile is 1 KB where rows are long enough: each
 warp reads 512 contiguous bytes an instruction, 16 bytes a thread.
 
-Not yet measured on a GPU: the architectures share one row until a measurement tells them apart.
+The rows below are reasoned and shared by all architectures (0). What was measured on a GPU lies in `measured.json`
+and goes before them: `adopt`, the last step of this room's import, adds a row for each entry.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-import torch
 import triton
+
+from .. import measured
+from ..dispatch import architecture as architecture  # asked for here by every launcher
 
 
 class GatherTile(NamedTuple):
@@ -46,7 +50,14 @@ GATHER_DWEIGHT = {
     (0, 4): GatherTile(16, 256, 4),
     (0, 8): GatherTile(16, 128, 4),
 }
-SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernel handles
+SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels handles
+# (architecture, bytes of an element) -> from V / this many ids on, all logits by the library's product are cheaper than
+# K gathered rows of W a token. Calculated: N K D bytes at 4.3 TB/s against 2 N D V FLOP at 790 TFLOP/s (fp32: 50, fp64: 60)
+# and 8 N V bytes (D 4096).
+GATHER_CROSSOVER = {(0, 2): 156, (0, 4): 23, (0, 8): 55}
+GATHER_MIN_TOKENS = (
+    256  # tokens of a product whose logits the workspace must hold: fewer would read W too often
+)
 DWEIGHT_VOCABULARY = (
     8  # consecutive vocabulary rows a program writes: most of them are zeros, and a program is dear
 )
@@ -69,14 +80,6 @@ DIVERGENCE = (
 MAX_SLOTS = DIVERGENCE[-1][0]
 
 
-def architecture(device: torch.device) -> int:
-    """Compute capability as one number (90 for sm_90); 0 on anything but an NVIDIA GPU."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def gather_tile(
     table: dict[tuple[int, int], GatherTile], arch: int, itemsize: int, rows: int, columns: int
 ) -> GatherTile:
@@ -89,6 +92,18 @@ def gather_tile(
     wide = min(max(tile.columns, elements // needed), max(16, triton.next_power_of_2(columns)))
     tall = min(elements // wide, needed, 128)
     return GatherTile(tall, wide, tile.warps)
+
+
+def gather_product_tokens(arch: int, operand: int, acc: int, n: int, v: int, k: int, workspace: int) -> int:
+    """Tokens of a product for which all logits are made, of which k are picked; 0 where gathering rows is cheaper.
+
+    `operand` and `acc` are bytes of an element of W and of a logit. N K gathered rows below V never pay a pass over W.
+    """
+    crossover = GATHER_CROSSOVER.get((arch, operand)) or GATHER_CROSSOVER[0, operand]
+    tokens = min(n, workspace // (v * acc))
+    if k * min(crossover, n) < v or tokens < min(n, GATHER_MIN_TOKENS):
+        return 0
+    return tokens if tokens == n else tokens - tokens % 128
 
 
 def divergence_tile(slots: int) -> DivergenceTile:
@@ -192,3 +207,72 @@ def logsumexp_tile(arch: int, itemsize: int, tokens: int, softcap: bool) -> Logs
     limit = 16 if tokens <= 16 else 64 if tokens <= 64 or (softcap and itemsize == 2) else 0
     tile = LOGSUMEXP.get((arch, itemsize, limit)) or LOGSUMEXP[0, itemsize, limit]
     return tile._replace(warps=8) if softcap and itemsize == 2 and limit == 64 else tile
+
+
+STATS_ROWS, STATS_COLUMNS, STATS_WARPS = 4, 512, 4  # logits a program of the statistics folds: 16 a thread
+STATS_MERGE = 4096  # partial statistics a program of the merge holds
+STATS_TOKENS = 8192  # tokens of a product; W's slab is as wide as the rest of the workspace allows
+STATS_SLAB_COLUMNS = 4096  # narrower slabs take fewer tokens instead
+
+
+# The losses that read every logit (`dense`): a program takes SLAB_ROWS rows of a slab, SLAB_COLUMNS at a time.
+SLAB_ROWS = 1
+SLAB_COLUMNS = {4: 1024, 8: 512}  # by the bytes of a logit: 8 (4) pairs a thread, 10 programs an SM
+SLAB_WARPS = 4
+SLAB_PROGRAMS = 1056  # eight for every SM of an H200: rows are split until there are as many
+DENSE_MERGE = 512  # partial statistics of a kind that a program of a merge holds
+
+# What the planner of `dense` reckons with, of an H200: FLOP/s of a product by the bytes of an operand, bytes/s.
+PRODUCT_FLOPS = {2: 790e12, 4: 50e12, 8: 60e12}
+BANDWIDTH = 4.3e12
+DENSE_LEAST_ROWS = 128  # fewer rows of a product waste its tiles
+DENSE_WHOLE_ROWS = 256  # so few tokens may have their logits over the whole vocabulary at once
+
+
+# --- what was measured -----------------------------------------------------------------------------------------
+
+# Numbers above that a measurement may replace, for one architecture each, and the largest that the kernels take.
+NUMBERS = {
+    "TOPK_SKINNY_TOKENS": 64,
+    "TOPK_TOKENS": 8192,
+    "FOLD_ROWS": 128,
+    "LOGSUMEXP_PROGRAMS": 1 << 16,
+    "LOGSUMEXP_GROUP": 1024,
+}
+_numbers: dict[tuple[str, int], int] = {}
+
+
+def measured_number(name: str, arch: int) -> int:
+    """One of `NUMBERS` on that architecture."""
+    return _numbers.get((name, arch), globals()[name])
+
+
+def place_of(entry: measured.Tile) -> tuple[dict[Any, Any], Any, Any]:
+    """(table, key, row) of a measured entry. Refused by name: a table, a key or a shape that this room does not have."""
+    table, name = globals().get(entry.table), f"measured.json: {entry.table}{list(entry.key)}"
+    if not entry.key or entry.key[0] < 1:
+        raise ValueError(f"{name}: wanted an architecture first, 90 for sm_90")
+    if entry.table in NUMBERS:
+        limit = NUMBERS[entry.table]
+        if len(entry.key) != 1 or len(entry.value) != 1 or not 1 <= entry.value[0] <= limit:
+            raise ValueError(
+                f"{name}: wanted an architecture and one number from 1 to {limit}, got {list(entry.value)}"
+            )
+        return _numbers, (entry.table, *entry.key), entry.value[0]
+    default = table.get((0, *entry.key[1:])) if isinstance(table, dict) else None
+    if default is None:
+        raise ValueError(f"{name}: no such entry in tiles.py")
+    fields = getattr(default, "_fields", ("a number",))
+    if len(entry.value) != len(fields) or min(entry.value) < 1:
+        raise ValueError(f"{name}: wanted {', '.join(fields)}, each at least 1, got {list(entry.value)}")
+    return table, entry.key, type(default)(*entry.value)
+
+
+def adopt(entries: Iterable[measured.Tile]) -> None:
+    """Put measured rows into the tables."""
+    for entry in entries:
+        table, key, row = place_of(entry)
+        table[key] = row
+
+
+adopt(measured.MEASURED.tiles)

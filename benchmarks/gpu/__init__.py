@@ -1,0 +1,1 @@
+"""What a CUDA machine is asked: `python -m benchmarks.gpu`."""

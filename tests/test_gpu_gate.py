@@ -1,0 +1,368 @@
+"""`make gpu` and `make tune` without a GPU: the gate in the interpreter, that it can be red, and the measured table."""
+
+import json
+import os
+import sys
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorated
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import tune
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import gate
+from benchmarks.gpu.suite import SAMPLED, Check, Skip, Suite
+from duet_kernels import dispatch, measured, resolve_impl
+from duet_kernels.kernels import tiles
+from duet_kernels.testing import OPS, Error
+
+CPU = torch.device("cpu")
+
+
+def run(tmp_path, *words):
+    return command.main(["--device", "cpu", "--quick", "--out", str(tmp_path), *words])
+
+
+def rows_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "gate.jsonl").read_text().splitlines()]
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------
+
+
+def test_the_gate_runs_in_the_interpreter(tmp_path, capsys):
+    """One check of each kind and all that is about addresses; those that need a GPU say so."""
+    words = (
+        "even bf16 triton",
+        "beyond/",
+        "ties bf16",
+        "same/triton topk-",
+        "autocast triton gather",
+        "no host",
+    )
+    assert run(tmp_path, "--gate", *[w for word in words for w in ("--only", word)]) == 0
+    rows = rows_of(tmp_path)
+    assert {row["section"] for row in rows} == {"contract", "beyond", "order", "same", "conduct"}
+    assert {row["status"] for row in rows} == {"green", "needs CUDA"}
+    assert all(row["status"] == "needs CUDA" for row in rows if "no host" in row["check"])
+    judged = [row for row in rows if row["section"] in ("contract", "beyond") and "slots" not in row["check"]]
+    assert judged and all(0 <= row["error"] <= row["budget"] for row in judged)
+    assert all({"commit", "device", "torch", "triton", "python", "seconds"} <= set(row) for row in rows)
+    assert "correctness gate: green" in capsys.readouterr().out
+
+
+def test_a_broken_kernel_makes_the_gate_red_and_no_speed_is_printed(tmp_path, monkeypatch, capsys):
+    from duet_kernels.kernels import topk_divergence as kernel
+
+    right = kernel.topk_divergence
+
+    def wrong(*args, **options):
+        loss, dstudent, dtail = right(*args, **options)
+        return loss, 1.05 * dstudent, dtail
+
+    monkeypatch.setattr(kernel, "topk_divergence", wrong)
+    monkeypatch.setattr(command, "benchmark", lambda *_: pytest.fail("speed was measured behind a red gate"))
+    assert run(tmp_path, "--only", "even bf16 triton") == 1
+    status = {row["check"].removeprefix("even bf16 triton "): row["status"] for row in rows_of(tmp_path)}
+    assert status["topk-huber"] == status["topk-jsd-tail"] == "red"
+    assert status["gather"] == status["topk"] == "green", "a red check stops no other"
+    out, err = capsys.readouterr()
+    assert "correctness gate: RED" in out and "relative error" in out and "no speed" in err
+    assert not list(tmp_path.glob("*.md")) and " ms" not in out
+
+
+def test_a_green_gate_goes_on_to_the_benchmark(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "benchmark", lambda arguments, out: asked.append(out) or 0)
+    assert run(tmp_path, "--only", "order/equal ties fp32") == 0 and asked == [tmp_path]
+    # Where the time did not suffice for every check the speed is measured, and the exit status says it.
+    monkeypatch.setattr(gate, "run", lambda *_: "not run")
+    assert run(tmp_path) == 1 and asked == [tmp_path] * 2
+
+
+def test_a_gate_without_time_has_shown_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "benchmark", lambda *_: pytest.fail("speed was measured without a gate"))
+    assert run(tmp_path, "--only", "order/equal ties", "--gate-seconds", "-1") == 1
+    assert {row["status"] for row in rows_of(tmp_path)} == {"not run"}
+
+
+def test_without_a_gpu_it_says_what_to_do(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert command.main(["--gate"]) == 2
+    assert "--device cpu --quick" in capsys.readouterr().err
+
+
+def test_every_operation_and_dtype_is_checked_natively():
+    """New kernels come in through the table of operations; nothing is listed twice."""
+    titles = [check.title for check in gate.checks_of(Suite(CPU))]
+    assert len(titles) == len(set(titles))
+    for op in OPS:
+        for dtype in ("fp32", "bf16", "fp16"):
+            for head in ("plain", "full"):
+                assert f"contract/{head} {dtype} triton {op.name}" in titles
+    resolved = {op.resolve for op in OPS} | {"linear_topk", "linear_token_stats"}
+    assert set(dispatch.TRITON_OPS) <= resolved
+    assert {op.name for op in OPS} >= set(SAMPLED)
+
+
+@pytest.mark.parametrize(
+    "statuses, colour",
+    [
+        (["green", "green"], "green"),
+        (["green", "needs CUDA", "absent: no such tool"], "green"),
+        (["green", "not run"], "not run"),
+        (["green", "not run", "red"], "red"),
+        (["needs CUDA"], "red"),
+        ([], "red"),
+    ],
+)
+def test_colours(statuses, colour):
+    assert gate.colour({"status": status} for status in statuses) == colour
+
+
+def test_what_a_check_says():
+    def raising(error):
+        def run():
+            raise error
+
+        return Check("s", "n", run)
+
+    assert gate.perform(raising(Skip("absent: x")))["status"] == "absent: x"
+    red = gate.perform(raising(ValueError("hidden: wrong")))
+    assert red["status"] == "red" and "ValueError: hidden: wrong" in red["said"]
+    assert gate.perform(Check("s", "n", lambda: Error(1e-7, 4e-7)))["budget"] == 4e-7
+
+
+SERVANT = """
+import json, os, sys, time
+for line in sys.stdin:
+    title = line.strip()
+    if "die" in title: os._exit(3)
+    if "hang" in title: time.sleep(60)
+    print(json.dumps({"section": "s", "check": title, "status": "red" if "bad" in title else "green",
+                      "seconds": 0.0, "pid": os.getpid()}), flush=True)
+    if "bad" in title: break
+"""
+
+
+def test_a_process_that_dies_or_hangs_stops_no_other_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "START_SECONDS", 1.0)
+    names = ["one", "die", "two", "hang", "three", "bad", "four"]
+    checks = [Check("s", name, lambda: None, seconds=1.0) for name in names]
+    with (tmp_path / "log").open("w") as log:
+        ask = lambda: gate.Worker([sys.executable, "-c", SERVANT], log)  # noqa: E731 - one use
+        rows = gate.run_checks(checks, ask, 2, 60, lambda row: None)
+    status = dict(zip(names, (row["status"] for row in rows), strict=True))
+    assert [name for name in names if status[name] == "red"] == ["die", "hang", "bad"]
+    assert "died with exit status 3" in rows[1]["said"] and "no answer in" in rows[3]["said"]
+
+
+@pytest.mark.slow
+def test_checks_run_in_processes_of_their_own(tmp_path):
+    assert run(tmp_path, "--gate", "--jobs", "1", "--only", "ties fp32", "--only", "beyond/slots") == 0
+    assert [row["status"] for row in rows_of(tmp_path)] == ["green"] * 3
+
+
+# --- the measured table -----------------------------------------------------------------------------------------
+
+SMALL = tune.Shape(9, k=4, d=16, v=67)
+KNOB = tune.Knob("SKINNY", (2, 16), ((128, 64, 4, 4), (128, 64, 6, 4), (256, 64, 4, 8)), "linear_topk", SMALL)
+
+
+@pytest.fixture
+def untouched(monkeypatch):
+    """Tables and choices that a test changes are put back."""
+    tables = {
+        name: dict(table)
+        for name, table in vars(tiles).items()
+        if isinstance(table, dict) and not name.startswith("__")
+    }
+    yield
+    for name, table in tables.items():
+        vars(tiles)[name].clear()
+        vars(tiles)[name].update(table)
+
+
+def tuner(times, right=lambda *_: None):
+    """A Tuner on a chip of its own whose clock reads `times`, by name, in the order of calls."""
+    clock = iter(times)
+    timer = lambda calls: {n: ms for n, ms in zip(calls, next(clock), strict=True) if ms}  # noqa: E731
+    return tune.Tuner(CPU, 90, "NVIDIA H200", "abc1234", timer, right, say=lambda text: None)
+
+
+def test_the_fastest_tile_is_written_read_and_used(tmp_path, untouched):
+    path = tmp_path / "measured.json"
+    entries = list(tuner([[1.0, 0.8, 0.9]]).run([KNOB], 60))
+    tune.write(path, entries)
+    (entry,) = measured.load(path).tiles
+    assert (
+        entry.key == (90, 2, 16)
+        and entry.value == (128, 64, 6, 4)
+        and (entry.ms, entry.default_ms) == (0.8, 1.0)
+    )
+    assert entry.device == "NVIDIA H200" and entry.commit == "abc1234" and "N 9" in entry.shape
+    tiles.adopt([entry])
+    assert tiles.skinny_tile(90, 2, 9) == tiles.SkinnyTile(128, 64, 6, 4)
+    assert tiles.skinny_tile(80, 2, 9) == tiles.SKINNY[0, 2, 16]
+    # Another architecture's entries stay, the same one's are replaced.
+    tune.write(path, [entry._replace(value=(256, 64, 4, 8)), entry._replace(key=(100, 2, 16))])
+    assert {e.key: e.value[0] for e in measured.load(path).tiles} == {(90, 2, 16): 256, (100, 2, 16): 128}
+
+
+@pytest.mark.parametrize("times", [[1.0, 0.99, 1.2], [None, 0.5, 0.6]], ids=["no gain", "default fails"])
+def test_a_tile_that_gains_nothing_is_not_written(times, untouched):
+    assert list(tuner([times]).run([KNOB], 60)) == []
+
+
+def test_a_wrong_tile_cannot_win(untouched):
+    def right(name, shape, impl, device):
+        return "wrong" if tiles.skinny_tile(90, 2, 9).stages == 6 else None
+
+    (entry,) = tuner([[1.0, 0.9]], right).run([KNOB], 60)
+    assert entry.value == (256, 64, 4, 8)
+    assert (90, 2, 16) not in tiles.SKINNY or tiles.SKINNY[90, 2, 16].vocabulary == 256
+
+
+def test_a_number_is_measured_for_one_architecture(untouched):
+    knob = tune.Knob("FOLD_ROWS", (), ((32,), (64,)), "linear_topk", SMALL)
+    (entry,) = tuner([[1.0, 0.5]]).run([knob], 60)
+    assert entry.key == (90,) and entry.value == (64,)
+    assert (
+        tiles.measured_number("FOLD_ROWS", 90) == 64
+        and tiles.measured_number("FOLD_ROWS", 80) == tiles.FOLD_ROWS
+    )
+
+
+def test_auto_follows_the_table(tmp_path, monkeypatch):
+    path = tmp_path / "measured.json"
+    steps = [tune.Contest("linear_topk", SMALL, 0), tune.Contest("linear_topk", SMALL, 64)]
+    tune.write(path, list(tuner([[1.0, 3.1], [2.0, 1.0]]).run(steps, 60)))
+    monkeypatch.setattr(measured, "MEASURED", measured.load(path))
+    monkeypatch.setattr(dispatch, "architecture", lambda device: 90)
+    choice, reason = resolve_impl("linear_topk", "cuda", torch.bfloat16, tokens=8192)
+    assert choice == "triton"
+    assert reason == f"measured on NVIDIA H200 (commit abc1234): triton 3.1 x faster than chunked at {SMALL}"
+    assert (
+        resolve_impl("linear_topk", "cuda", torch.float16)[0] == "triton"
+    )  # of the same size, however many tokens
+    choice, reason = resolve_impl("linear_topk", "cuda", torch.bfloat16, tokens=64)
+    assert choice == "chunked" and "chunked 2.0 x faster than triton" in reason
+    choice, reason = resolve_impl("linear_topk", "cuda", torch.float32, tokens=8192)
+    assert choice == "chunked" and "not been measured on sm_90" in reason
+    assert resolve_impl("linear_topk", "cuda", torch.bfloat16, "chunked") == ("chunked", "asked for")
+    monkeypatch.setattr(dispatch, "architecture", lambda device: 80)
+    assert "not been measured on sm_80" in resolve_impl("linear_topk", "cuda", torch.bfloat16)[1]
+    assert resolve_impl("linear_topk", "cpu", torch.bfloat16)[0] == "chunked"
+
+
+def test_an_implementation_that_does_not_run_decides_nothing():
+    contest = tune.Contest("linear_topk", SMALL, 0)
+    assert list(tuner([[1.0, None]]).run([contest], 60)) == []
+    assert list(tuner([], right=lambda *_: "wrong").run([contest], 60)) == []
+    assert list(tuner([]).run([contest], -1)) == []  # no time left
+
+
+CHOICE = {
+    "op": "linear_topk", "arch": 90, "itemsize": 2, "tokens": 0, "k": 0, "impl": "triton",
+    "triton_ms": 1.0, "chunked_ms": 2.0, "shape": "N 1", "device": "NVIDIA H200", "commit": "abc",
+}  # fmt: skip
+TILE = {
+    "table": "SKINNY", "key": [90, 2, 16], "value": [128, 64, 6, 4], "ms": 1.0, "default_ms": 2.0,
+    "shape": "N 1", "device": "NVIDIA H200", "commit": "abc",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content, wanted",
+    [
+        ("{", "not JSON"),
+        ({}, "wanted the fields"),
+        ({"format": 2, "choices": [], "tiles": []}, "format 1"),
+        ({"format": 1, "choices": [{**CHOICE, "speed": 1}], "tiles": []}, r"choices\[0\]: wanted the fields"),
+        (
+            {"format": 1, "choices": [CHOICE, {**CHOICE, "arch": "90"}], "tiles": []},
+            r"choices\[1\].arch: wanted",
+        ),
+        (
+            {"format": 1, "choices": [{**CHOICE, "impl": "cuda"}], "tiles": []},
+            r"choices\[0\].impl: wanted one of",
+        ),
+        ({"format": 1, "choices": [{**CHOICE, "triton_ms": 0.0}], "tiles": []}, "times above 0"),
+        ({"format": 1, "choices": [], "tiles": [{**TILE, "key": [90, "2"]}]}, r"tiles\[0\].key: wanted"),
+    ],
+)
+def test_a_file_that_is_not_understood_is_refused(content, wanted, tmp_path):
+    path = tmp_path / "measured.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=rf"measured\.json: .*{wanted}|measured\.json: {wanted}"):
+        measured.load(path)
+
+
+@pytest.mark.parametrize(
+    "change, wanted",
+    [
+        ({"table": "SKINY"}, r"SKINY\[90, 2, 16\]: no such entry"),
+        ({"table": "TILES"}, "no such entry"),
+        ({"key": (90, 3, 16)}, "no such entry"),
+        ({"key": (0, 2, 16)}, "wanted an architecture first"),
+        ({"value": (128, 64, 6)}, "wanted vocabulary, depth, stages, warps"),
+        ({"value": (128, 64, 6, 0)}, "each at least 1"),
+        ({"table": "FOLD_ROWS"}, "one number"),
+        ({"table": "TOPK_SKINNY_TOKENS", "key": (90,), "value": (128,)}, "from 1 to 64"),
+    ],
+)
+def test_an_entry_without_a_place_is_refused_by_name(change, wanted, untouched):
+    entry = measured.Tile(**{**TILE, "key": (90, 2, 16), "value": (128, 64, 6, 4), **change})
+    with pytest.raises(ValueError, match=wanted):
+        tiles.adopt([entry])
+
+
+def test_the_packaged_file_is_read():
+    assert measured.load() == measured.MEASURED
+
+
+def test_the_plan(capsys):
+    """Every value has a place, the reasoned one stands first, and every operation with a kernel is contested."""
+    for step in tune.plan():
+        if isinstance(step, tune.Knob):
+            assert len(step.values) == len(set(step.values)) > 1
+            for value in step.values:
+                entry = measured.Tile(step.table, (90, *step.key), value, 1.0, 1.0, "", "", "")
+                _, _, row = tiles.place_of(entry)
+                default = getattr(tiles, step.table)
+                default = default[0, *step.key] if isinstance(default, dict) else default
+                assert (row == default) == (value == step.values[0])
+    contests = [step for step in tune.plan() if isinstance(step, tune.Contest)]
+    assert {step.op for step in contests} == set(dispatch.TRITON_OPS)
+    for op in dispatch.TRITON_OPS:
+        limits = [(s.tokens, s.k, s.shape.itemsize) for s in contests if s.op == op]
+        assert len(set(limits)) == len(limits) and {0, 64} <= {tokens for tokens, _, _ in limits}
+    assert tune.main(["--plan"]) == 0
+    assert "LOGSUMEXP[2, 0]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("impl", ["triton", "chunked"])
+@pytest.mark.parametrize("name", [*tune.CONTESTED, "linear_gather dh", "linear_gather dW"])
+def test_what_is_timed_runs(name, impl):
+    inputs = tune.Inputs.of(SMALL, CPU)
+    result = tune.call_of(name, inputs, impl)()
+    tensors = [
+        x for x in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(x, torch.Tensor)
+    ]
+    assert tensors and all(x.isfinite().all() for x in tensors)
+
+
+def test_what_is_timed_is_judged_first(monkeypatch):
+    assert tune.is_right("linear_gather dh", SMALL, "triton", CPU) is None
+    from duet_kernels.kernels import linear_gather as kernel
+
+    right = kernel.linear_gather_backward
+    monkeypatch.setattr(
+        kernel, "linear_gather_backward", lambda *a, **o: [g and None for g in right(*a, **o)]
+    )
+    assert tune.is_right("linear_gather dh", SMALL, "triton", CPU) is not None
