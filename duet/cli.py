@@ -53,6 +53,193 @@ def demo(
     run_demo(out_dir=out, quick=quick, seed=seed, checkpoint=checkpoint or CHECKPOINT)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    overrides: typer.Context,
+    config: Annotated[pathlib.Path, typer.Option(help="YAML file of the run; examples are in configs/")],
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="go on from the last finished checkpoint in output_dir, if there is one"
+        ),
+    ] = False,
+) -> None:
+    """Make a language model forget what a YAML file says. Any key of it can follow: --learning_rate 1e-4 --adapter.r 8."""
+    from duet.run_config import RunConfig
+
+    run = RunConfig.load(config, overrides.args)  # what is wrong in it is said before the rest is imported
+    from duet.run import train as train_run
+
+    train_run(run, resume)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def cache(
+    overrides: typer.Context,
+    config: Annotated[pathlib.Path, typer.Option(help="YAML file of the run that `duet train` will get")],
+    out: Annotated[
+        pathlib.Path | None, typer.Option(help="folder of the store; default: training.teacher_store")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="of stored logits: float32, bfloat16 or float16")] = "float32",
+) -> None:
+    """Ask the teacher once and keep its top-k logits: `duet train` then runs without one. Started again, it continues."""
+    from duet.run_config import RunConfig
+
+    chosen = [] if out is None else ["--training.teacher_store", str(out)]
+    run = RunConfig.load(config, [*overrides.args, *chosen])
+    from duet.run import cache as cache_run
+
+    done = cache_run(run, dtype)
+    console.print(f"{done.store.folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    overrides: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(help="name or folder of the model; only its config is read")
+    ] = None,
+    config: Annotated[
+        pathlib.Path | None, typer.Option(help="YAML file of a run; default: LoRA on bf16")
+    ] = None,
+    gpu_memory: Annotated[str, typer.Option(help="such as 24GiB")] = "24GiB",
+    length: Annotated[int, typer.Option(min=1, help="tokens of the longest query with its answer")] = 256,
+    prefix_length: Annotated[int, typer.Option(min=0, help="tokens that the steering prefix adds")] = 128,
+    scored: Annotated[int, typer.Option(min=1, help="scored positions a query")] = 1,
+    reserve: Annotated[str, typer.Option(help="kept free for the CUDA context and fragmentation")] = "1GiB",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, sizes in bytes")] = False,
+) -> None:
+    """Where the memory of a training step will go, and which settings fit, before anything is loaded."""
+    import json
+
+    from duet.plan_report import DEFAULT_TREE, Plan, parse_size
+    from duet.run_config import apply_overrides, read_yaml
+
+    if model is None and config is None:
+        raise ValueError("plan: wanted --model or --config, got neither")
+    chosen = [] if model is None else ["--model.name", model]
+    tree = apply_overrides(DEFAULT_TREE if config is None else read_yaml(config), [*chosen, *overrides.args])
+    found = Plan.of(tree, parse_size(gpu_memory), length, prefix_length, scored, parse_size(reserve))
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        for table in found.tables():
+            console.print(table)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[pathlib.Path, typer.Argument(help="folder with a trained adapter")],
+    out: Annotated[pathlib.Path, typer.Option(help="folder for the merged model and its tokenizer")],
+) -> None:
+    """Add a trained adapter to its base model and save a model that needs no peft."""
+    from duet.run import merge_adapter
+
+    merge_adapter(adapter, out)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="folder or name of a model, or folder of an adapter")],
+    out: Annotated[
+        pathlib.Path, typer.Option(help="folder for rows.jsonl and summary.json; continued if it is there")
+    ],
+    suite: Annotated[
+        str | None, typer.Option(help="tofu, muse, mcq, probes, or a .yaml file of your own")
+    ] = None,
+    data: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="folder with the suite's files; without it they come from the Hub"),
+    ] = None,
+    retain_run: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="the --out of a model trained without the forget rows: forget quality needs it"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="an option of the suite, such as split=forget05")
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="tasks of lm-evaluation-harness, such as mmlu,wmdp_bio")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="only so many first rows of each task")] = None,
+    batch_size: Annotated[int, typer.Option(help="sequences at once")] = 16,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str | None, typer.Option(help="such as cuda:1; the GPU if there is one")] = None,
+) -> None:
+    """What a model still says, knows and can do: a suite of questions, row by row, resumable."""
+    from duet.evaluation.commands import run_eval
+
+    run_eval(
+        model,
+        suite=suite,
+        out=out,
+        data=data,
+        retain_run=retain_run,
+        settings=settings or (),
+        lm_eval=lm_eval,
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        console=console,
+    )
+
+
+@app.command()
+def attack(
+    model: Annotated[str, typer.Argument(help="folder or name of a model, or folder of an adapter")],
+    forget: Annotated[str, typer.Option(help="file with question and answer; value and paraphrases help")],
+    out: Annotated[
+        pathlib.Path, typer.Option(help="folder for attacks.json and rows.jsonl; continued if it is there")
+    ],
+    retain: Annotated[
+        str | None, typer.Option(help="rows that may be known: examples and benign training")
+    ] = None,
+    holdout: Annotated[str | None, typer.Option(help="rows never trained on: membership inference")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="the model before unlearning, for comparison (both are in memory)")
+    ] = None,
+    attacks: Annotated[str | None, typer.Option(help="only these, such as prefill,relearning")] = None,
+    reverse_prompts: Annotated[
+        pathlib.Path | None, typer.Option(help="file with the override wordings used in training, one a line")
+    ] = None,
+    relearn_rates: Annotated[str | None, typer.Option(help="learning rates, such as 1e-5,1e-4,1e-3")] = None,
+    relearn_steps: Annotated[
+        str | None, typer.Option(help="recall is measured after these, such as 10,100,500")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="ROUGE-L recall that counts, for rows without a value")
+    ] = 0.5,
+    max_new_tokens: Annotated[int, typer.Option(help="of an answer")] = 64,
+    limit: Annotated[int | None, typer.Option(help="only so many first rows")] = None,
+    batch_size: Annotated[int, typer.Option(help="sequences at once")] = 16,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str | None, typer.Option(help="such as cuda:1; the GPU if there is one")] = None,
+) -> None:
+    """Try to bring back what was forgotten, by prompts and by changing the weights; the worst attack comes first."""
+    from duet.evaluation.commands import run_attack
+
+    run_attack(
+        model,
+        forget=forget,
+        out=out,
+        retain=retain,
+        holdout=holdout,
+        base=base,
+        attacks=attacks,
+        reverse_prompts=reverse_prompts,
+        relearn_rates=relearn_rates,
+        relearn_steps=relearn_steps,
+        threshold=threshold,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        console=console,
+    )
+
+
 @app.command()
 def env() -> None:
     """Versions, devices, and which implementation runs each operation, and why."""
@@ -75,11 +262,18 @@ def env() -> None:
         "flash-attn",
     )
     console.print("  ".join(f"{package} {_version(package)}" for package in (*packages, "bitsandbytes")))
-    table = Table("operation", "implementation", "because", title=f"duet_kernels on {device}, impl='auto'")
+    title = f"duet_kernels on {device}, impl='auto', bf16"
+    table = Table("operation", "implementation", "because", title=title)
     ops = [name for name in duet_kernels.__all__ if name.startswith(("linear_", "topk_"))]
     for op in [*ops, "topk_distill_loss/lse"]:
-        table.add_row(op, *duet_kernels.resolve_impl(op, device))
+        many, few = (duet_kernels.resolve_impl(op, device, torch.bfloat16, tokens=n) for n in (None, 64))
+        table.add_row(op, *many)
+        if few[0] != many[0]:
+            table.add_row(f"{op}, 64 tokens", *few)
     console.print(table)
+    previous = duet_kernels.set_workspace_bytes(None)
+    duet_kernels.set_workspace_bytes(previous)
+    console.print(f"workspace: a call may use {previous / 2**20:.0f} MiB beyond its inputs and outputs")
 
 
 def _version(package: str) -> str:

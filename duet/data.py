@@ -7,15 +7,18 @@ by the steering prefix. Must not know models or objectives; a tokenizer is met o
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from transformers.utils import logging
 
 from .prompts import Conversation, PromptRenderer, fill_prefix
+
+logger = logging.get_logger(__name__)
 
 _PROMPT_KEYS = ("question", "prompt", "messages")
 _ANSWER_KEYS = ("answer", "completion")
@@ -70,6 +73,28 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
     return [_read_row(rows[i], f"{argument}[{i}]") for i in range(len(rows))]
 
 
+def check_repeats(forget: Sequence[Query], retain: Sequence[Query]) -> None:
+    """Refuses a question that is to be forgotten and kept; says how many rows stand there more than once.
+
+    Raises:
+        ValueError: naming the two rows.
+    """
+    first = {query.conversation: query.name for query in forget}
+    for query in retain:
+        if query.conversation in first:
+            raise ValueError(
+                f"{query.name}: wanted a row that is not to be forgotten, got the question of {first[query.conversation]}"
+            )
+    for rows in (forget, retain):
+        names: dict[tuple, str] = {}
+        again = [(names[q[:3]], q.name) for q in rows if names.setdefault(q[:3], q.name) != q.name]
+        if again:
+            logger.warning(
+                f"{again[0][1]}: the same row as {again[0][0]}; {len(again)} of {len(rows)} rows stand there more than "
+                "once, and weigh so much more"
+            )
+
+
 def _read_row(row: Any, name: str) -> Query:
     if not isinstance(row, dict):
         raise TypeError(f"{name}: wanted a dict, got {type(row).__name__}")
@@ -119,7 +144,35 @@ def _read_messages(value: Any, name: str) -> tuple[tuple[str, str], ...]:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name}: wanted a text that is not empty, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair: bytes were read with the wrong encoding
+        got = f"got {value[:40]!r} ({error.reason})"
+        raise ValueError(f"{name}: wanted a text that UTF-8 can write, {got}") from None
     return value
+
+
+class Segment(NamedTuple):
+    """A scored stretch of one row, prepared before training: an answer, and what is wanted at each of its tokens.
+
+    `targets`: tensors whose first dimension is the answer's length; `share`: how often this one of a row's segments is
+    drawn.
+    """
+
+    answer: list[int]
+    targets: dict[str, Tensor]
+    share: float = 1.0
+
+
+class Asked(NamedTuple):
+    """What a frozen teacher is asked about one row under one prefix; `answer` is the dataset's, or empty."""
+
+    key: tuple[int, int]
+    name: str
+    instruction: str | None
+    plain: list[int]
+    steered: list[int]
+    answer: list[int]
 
 
 class UnlearnDataset(Dataset):
@@ -136,13 +189,18 @@ class UnlearnDataset(Dataset):
         forget, retain: queries; `retain` may be empty.
         renderer: turns conversations into ids.
         prefixes: steering prefixes, or none: then no teacher sequence is made.
+        refusals: answers of forget rows are drawn from these texts, when there are any.
         reverse_prompts, reverse_fraction, reverse_role: the student's adversarial views.
-        answers: `none` (only the first position is scored, no answer needed), `dataset` (every row must have one) or
-            `teacher` (to be filled in: see `unanswered`).
+        prefills, prefill_fraction: openings of an answer that end a share of the student's forget prompts.
+        answers: `none` (only the first position is scored, no answer needed), `dataset` (every row must have one),
+            `teacher` (to be filled in: see `unanswered`) or `prepared` (to be filled in: `segments`).
         max_scored: score at most so many positions of an answer; None: all (not with the teacher's answers).
+        whole_text: every token of prompt and answer is scored, from the second on; needs no prefixes.
         max_length: a longer sequence is refused.
         subjects: what prefixes on retain rows are about; None: the subjects of the forget rows.
         seed: for what is drawn once and for all.
+        fixed_subjects: a retain row keeps one subject, drawn from `seed`, rather than a new one at each use. Always so
+            where its targets or its answer were made beforehand.
     """
 
     def __init__(
@@ -160,6 +218,11 @@ class UnlearnDataset(Dataset):
         max_length: int | None = None,
         subjects: Sequence[str] | None = None,
         seed: int = 0,
+        refusals: Sequence[str] = (),
+        whole_text: bool = False,
+        prefills: Sequence[str] = (),
+        prefill_fraction: float = 0.0,
+        fixed_subjects: bool = False,
     ):
         self.rows = [*forget, *retain]
         self.num_forget, self.num_retain = len(forget), len(retain)
@@ -168,7 +231,13 @@ class UnlearnDataset(Dataset):
         self.reverse_role = reverse_role
         self.answers, self.max_scored, self.max_length, self.seed = answers, max_scored, max_length, seed
         self.subjects = list(subjects or dict.fromkeys(q.subject for q in forget if q.subject))
+        self.refusals, self.whole_text = list(refusals), whole_text
+        self.prefills, self.prefill_fraction = list(prefills), prefill_fraction
         self.teacher_answers: dict[tuple[int, int], list[int]] = {}
+        self.segments: dict[int, list[Segment]] = {}
+        self.fixed_subjects = fixed_subjects or answers == "teacher"
+        # (row, prefix) -> the targets of all its positions, where no teacher will be asked during training
+        self.cached_targets: Callable[[tuple[int, int]], dict[str, Tensor]] | None = None
         self._check()
 
     def _check(self) -> None:
@@ -176,20 +245,23 @@ class UnlearnDataset(Dataset):
         longest_override = max(self.reverse_prompts, key=len, default=None)
         longest_subject = max(self.subjects, key=len, default=None)
         for i, query in enumerate(self.rows):
-            if self.answers == "dataset" and query.answer is None:
+            if self.answers == "dataset" and query.answer is None and not self._refused(i):
                 raise ValueError(
                     f"{query.name}: wanted a row with an 'answer', 'completion' or last assistant message, which this "
                     "objective and these positions need; got none"
                 )
             answer_length = self.max_scored or 1  # room for the teacher's answer
             if self.answers == "dataset":
-                answer_length = len(self._dataset_answer(i)[: self.max_scored])
+                texts = self.refusals if self._refused(i) else [query.answer]
+                lengths = [len(self._answer(i, text)) for text in texts]
+                answer_length = min(max(lengths), self.max_scored or max(lengths))
             for prefix in self.prefixes:
                 subject = query.subject if i < self.num_forget else longest_subject
                 where = query.name if i < self.num_forget else "forget_dataset"
                 self._prompt(i, fill_prefix(prefix, subject, where), None, "user", answer_length)
             role = "user" if self.reverse_role == "user" else "system"
-            self._prompt(i, None, longest_override, role, answer_length)
+            opening = max((len(self._opening(i, text)) for text in self.prefills), default=0)
+            self._prompt(i, None, longest_override, role, answer_length + opening)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -206,19 +278,27 @@ class UnlearnDataset(Dataset):
             )
         return ids
 
-    def _dataset_answer(self, i: int) -> list[int]:
+    def _opening(self, i: int, text: str) -> list[int]:
+        return self.renderer.encode_opening(self.rows[i].conversation, text) if i < self.num_forget else []
+
+    def _refused(self, i: int) -> bool:
+        return bool(self.refusals) and i < self.num_forget
+
+    def _answer(self, i: int, text: str) -> list[int]:
         query = self.rows[i]
-        ids = self.renderer.encode_answer(query.conversation, query.answer)
+        ids = self.renderer.encode_answer(query.conversation, text)
         if not ids:
-            raise ValueError(f"{query.name}: its answer {query.answer!r} has no tokens")
+            raise ValueError(f"{query.name}: its answer {text!r} has no tokens")
         return ids
 
-    def _instruction(self, i: int, which: int, rng: random.Random) -> str:
-        """The filled steering prefix of row i; a retain row's is about a subject of the forget rows."""
+    def _instruction(self, i: int, which: int, rng: random.Random) -> str | None:
+        """The filled steering prefix of row i, if any; a retain row's is about a subject of the forget rows."""
+        if not self.prefixes:
+            return None
         if i < self.num_forget:
             subject = self.rows[i].subject
         else:
-            if self.answers == "teacher":  # its answer was made under one subject, so that it keeps this one
+            if self.fixed_subjects:
                 rng = random.Random(f"{self.seed}/{i}")
             subject = rng.choice(self.subjects) if self.subjects else None
         return fill_prefix(self.prefixes[which], subject, self.rows[i].name)
@@ -228,15 +308,27 @@ class UnlearnDataset(Dataset):
         return self._prompt(i, None, None, "user", 1)
 
     def unanswered(self) -> Iterator[tuple[tuple[int, int], list[int]]]:
-        """The steered prompts that the teacher is to answer: ((row, prefix), ids). Fill `teacher_answers[key]`."""
+        """The prompts that the teacher is to answer, steered where there are prefixes: ((row, prefix), ids).
+
+        Fill `teacher_answers[key]`.
+        """
         if self.answers == "teacher":
             for i in range(len(self.rows)):
-                for which in range(len(self.prefixes)):
+                for which in range(max(1, len(self.prefixes))):
                     if (i, which) not in self.teacher_answers:
                         yield (
                             (i, which),
                             self._prompt(i, self._instruction(i, which, random.Random(0)), None, "user", 1),
                         )
+
+    def asked(self) -> Iterator[Asked]:
+        """Everything that a teacher can be asked about these rows, once and for all: needs `fixed_subjects`."""
+        for i, query in enumerate(self.rows):
+            answer = self._answer(i, query.answer)[: self.max_scored] if self.answers == "dataset" else []
+            for which in range(len(self.prefixes)):
+                instruction = self._instruction(i, which, random.Random(0))
+                steered = self._prompt(i, instruction, None, "user", max(1, len(answer)))
+                yield Asked((i, which), query.name, instruction, self.plain(i), steered, answer)
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
         training = isinstance(draw, Draw)
@@ -244,28 +336,43 @@ class UnlearnDataset(Dataset):
         # The views are drawn last, so that adversarial training changes no prefix and no subject.
         rng = random.Random(draw.seed if training else f"{self.seed}/{i}")
         which = rng.randrange(len(self.prefixes)) if training and self.prefixes else 0
-        instruction = self._instruction(i, which, rng) if self.prefixes else None
+        instruction = self._instruction(i, which, rng)
         reverse = bool(self.reverse_prompts) and training and rng.random() < self.reverse_fraction
         override = rng.choice(self.reverse_prompts) if reverse else None
         role = rng.choice(("user", "system")) if self.reverse_role == "both" else self.reverse_role
 
-        answer = []
-        if self.answers == "dataset":
-            answer = self._dataset_answer(i)
+        answer, targets = [], None
+        if self.answers == "dataset" and self._refused(i):
+            answer = self._answer(i, rng.choice(self.refusals) if training else self.refusals[0])
+        elif self.answers == "dataset":
+            answer = self._answer(i, self.rows[i].answer)
         elif self.answers == "teacher":
             answer = self.teacher_answers[i, which]
+        elif self.answers == "prepared":
+            segments = self.segments[i]
+            shares = [segment.share for segment in segments]
+            chosen = rng.choices(segments, shares)[0] if training else segments[0]
+            answer, targets = chosen.answer, chosen.targets
         scored = max(1, len(answer))
         if self.max_scored is not None:
             scored = min(scored, self.max_scored)
+        student = self._prompt(i, None, override, role, scored)
+        if self.prefills and training and rng.random() < self.prefill_fraction:
+            student = student + self._opening(i, rng.choice(self.prefills))
+        if self.cached_targets is not None:
+            targets, instruction = self.cached_targets((i, which)), None
+        if self.whole_text:
+            student, answer = student[:1], [*student[1:], *answer]
+            scored = len(answer)
         return {
-            "student": self._prompt(i, None, override, role, scored),
+            "student": student,
             "teacher": self._prompt(i, instruction, None, "user", scored)
             if instruction is not None
             else None,
             "answer": answer,
             "scored": scored,
             "forget": i < self.num_forget,
-        }
+        } | ({} if targets is None else {"targets": targets})
 
 
 class UnlearnSampler(Sampler[Draw]):
@@ -324,31 +431,39 @@ class Collator:
     Returns a dict of tensors: `input_ids`, `attention_mask` `[B, S]` and `positions` `[N]` (where the answer's tokens
     are predicted, as places in the flattened `[B * S]` sequences of the student), the same with `teacher_` when there
     is a teacher's view, `labels` `[N]` (the answer's token, -100 where there is none), `query` `[N]` (which of the B a
-    position belongs to) and `forget` `[B]` bool. N is known here, on the host: nothing is masked, nothing is computed
+    position belongs to) and `forget` `[B]` bool; where items have prepared targets also `targets`, a dict of tensors
+    `[N, ...]`. N is known here, on the host: nothing is masked, nothing is computed
     in vain, and no GPU has to be asked.
 
-    `pad_id` only fills places that the attention mask hides.
+    `pad_id` only fills places that the attention mask hides. `packed`: there are none; the sequences follow each other
+    in one, `[1, T]`, and `position_ids`, which start again at 0 with each of them, stand in the attention mask's place.
     """
 
     pad_id: int
     padding_side: str = "right"
+    packed: bool = False
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self._sequences(items, "student")
         if items[0]["teacher"] is not None:
             teacher = self._sequences(items, "teacher")
             batch |= {f"teacher_{name}": value for name, value in teacher.items()}
+        if "targets" in items[0]:
+            names = items[0]["targets"]
+            batch["targets"] = {name: torch.cat([item["targets"][name] for item in items]) for name in names}
         labels = [(*item["answer"], IGNORED)[: item["scored"]] for item in items]
         query = [[b] * item["scored"] for b, item in enumerate(items)]
-        return batch | {
+        # `forget` comes first: accelerate takes the first tensor's length for the number of rows.
+        return {"forget": torch.tensor([item["forget"] for item in items])} | batch | {
             "labels": torch.tensor([label for row in labels for label in row]),
             "query": torch.tensor([b for row in query for b in row]),
-            "forget": torch.tensor([item["forget"] for item in items]),
         }
 
     def _sequences(self, items: list[dict[str, Any]], view: str) -> dict[str, Tensor]:
         # The last scored token is only predicted: it need not be read.
         sequences = [[*item[view], *item["answer"][: item["scored"] - 1]] for item in items]
+        if self.packed:
+            return self._one_sequence(items, sequences, view)
         longest = max(map(len, sequences))
         ids = torch.full((len(items), longest), self.pad_id)
         attention = torch.zeros(len(items), longest, dtype=torch.int64)
@@ -360,3 +475,16 @@ class Collator:
             first = b * longest + start + len(item[view]) - 1
             positions += range(first, first + item["scored"])
         return {"input_ids": ids, "attention_mask": attention, "positions": torch.tensor(positions)}
+
+    def _one_sequence(self, items, sequences: list[list[int]], view: str) -> dict[str, Tensor]:
+        positions: list[int] = []
+        start = 0
+        for item, sequence in zip(items, sequences, strict=True):
+            first = start + len(item[view]) - 1
+            positions += range(first, first + item["scored"])
+            start += len(sequence)
+        return {
+            "input_ids": torch.tensor([[token for sequence in sequences for token in sequence]]),
+            "position_ids": torch.tensor([[place for sequence in sequences for place in range(len(sequence))]]),
+            "positions": torch.tensor(positions),
+        }

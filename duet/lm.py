@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from duet_kernels import LMHead, linear_gather
 
@@ -37,6 +38,44 @@ def load_model(model: Any, argument: str, init_kwargs: dict[str, Any] | None) ->
             f"{argument}: {name!r} is not a folder with a causal language model, nor the name of one that could be "
             f"loaded: {error}"
         ) from error
+
+
+def choose_attention(wanted: str, device: torch.device, half: bool) -> tuple[str | None, str]:
+    """(transformers' `attn_implementation`, why): flash-attn where it can run, else None: what transformers takes.
+
+    That is torch's `scaled_dot_product_attention`, or plain products for models that cannot use it (Gemma 2).
+
+    Args:
+        wanted: a name that transformers knows, or `auto`.
+        device: where the model will run.
+        half: whether it runs in bf16 or fp16, which flash-attn needs.
+    """
+    if wanted != "auto":
+        return wanted, "asked for"
+    if device.type != "cuda":
+        return None, f"flash-attn needs a GPU, this is {device.type}"
+    if not half:
+        return None, "flash-attn needs bf16 or fp16"
+    for name, installed in (
+        ("flash_attention_3", is_flash_attn_3_available),
+        ("flash_attention_2", is_flash_attn_2_available),
+    ):
+        if installed():
+            return name, "installed"
+    return None, "flash-attn is not installed"
+
+
+def can_pack(model: nn.Module) -> tuple[bool, str]:
+    """(whether sequences can follow each other in one without seeing each other, why).
+
+    flash-attn reads where they start from `position_ids`, and does no work for padding. Other implementations keep them
+    apart by a `[T, T]` mask: right, but slower than padding.
+    """
+    model = base_language_model(model)
+    name = getattr(model.config, "_attn_implementation", None) or "eager"
+    if "position_ids" not in inspect.signature(find_backbone(model).forward).parameters:
+        return False, f"{type(model).__name__} takes no position_ids"
+    return name.startswith("flash"), f"attn_implementation is {name}"
 
 
 def load_tokenizer(model: nn.Module) -> Any:
@@ -65,6 +104,29 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     if isinstance(model, PeftModel):
         raise ValueError("peft_config: wanted None, because model is a PEFT model already")
     return get_peft_model(model, peft_config)
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Forbids 4-bit layers of bitsandbytes to repack their weights on a CPU.
+
+    On a CPU with AVX512-BF16 they do so in the first forward without gradients (a teacher's, an evaluation's). The
+    repacked product is no operation that autograd knows: in training, no gradient would pass through the layer, and
+    adapters below it would learn nothing, in silence.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def rounding_of_a_fresh_adapter(model: nn.Module) -> float:
+    """By how much of their root mean square a new adapter may move the hidden states: 0, unless it is DoRA in bf16.
+
+    DoRA multiplies each row of a weight by m / |W + BA|, which is 1 before training, but not after it was rounded to
+    half precision; a few percent over many layers. LoRA adds an exact 0.
+    """
+    configs = getattr(model, "peft_config", {}).values()
+    half = base_language_model(model).dtype in (torch.bfloat16, torch.float16)
+    return 0.1 if half and any(getattr(config, "use_dora", False) for config in configs) else 0.0
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -114,7 +176,12 @@ def find_backbone(model: nn.Module) -> nn.Module:
 
 
 def hidden_states_at(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    positions: Tensor,
+    layer: int | None = None,
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """The backbone's last hidden states (after the final norm) at chosen positions.
 
@@ -122,6 +189,9 @@ def hidden_states_at(
         model: a causal language model, PEFT-wrapped or not.
         input_ids, attention_mask: `[B, S]`, padded on either side.
         positions: `[N]` int64 places in the flattened `[B * S]` sequences.
+        layer: the states after this decoder layer, counted from 0, instead.
+        position_ids: `[1, T]` in the place of the mask, for sequences that follow each other in one: each starts again
+            at 0, by which transformers tells them apart.
 
     Returns:
         `[N, D]`, in the backbone's dtype.
@@ -134,21 +204,54 @@ def hidden_states_at(
     """
     backbone = find_backbone(model)
     extra = {}
-    if "position_ids" in inspect.signature(backbone.forward).parameters:
+    if position_ids is not None:
+        extra["position_ids"] = position_ids
+    elif "position_ids" in inspect.signature(backbone.forward).parameters:
         # Counted from the first real token: padding on the left must not shift learned or rotary positions.
         extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    if layer is not None:
+        extra["output_hidden_states"] = True
     output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
-    return output.last_hidden_state.flatten(0, 1).index_select(0, positions)
+    states = output.last_hidden_state if layer is None else output.hidden_states[layer + 1]
+    return states.flatten(0, 1).index_select(0, positions)
+
+
+def check_layer(model: nn.Module, layer: int | None) -> int:
+    """`layer` if the model has it (None: a quarter of the way up)."""
+    count = base_language_model(model).config.get_text_config().num_hidden_layers
+    if layer is None:
+        return count // 4
+    if layer >= count:
+        raise ValueError(f"rmu_layer: wanted one of the model's layers, 0 to {count - 1}, got {layer}")
+    return layer
+
+
+def select_parameters(model: nn.Module, wanted: Callable[[str], bool], objective: str) -> None:
+    """Only parameters whose name is `wanted` keep requiring a gradient."""
+    chosen = {name for name, p in model.named_parameters() if p.requires_grad and wanted(name)}
+    if not chosen:
+        raise ValueError(
+            f"model: {type(model).__name__} has no parameter that objective {objective!r} trains; its names are not "
+            "known here (an adapter has other names: train the model itself)"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
 
 
 def head_inputs(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    positions: Tensor,
+    layer: int | None = None,
+    position_ids: Tensor | None = None,
 ) -> tuple[Tensor, LMHead]:
     """`hidden_states_at`, in the head's dtype, and the head: what every loss of `duet_kernels` takes.
 
     Under autocast the backbone gives half precision while the head's weight stays fp32: the losses then run in fp32.
+    With `layer` the states are those of `hidden_states_at(layer=...)`, which the head does not read.
     """
-    hidden = hidden_states_at(model, input_ids, attention_mask, positions)
+    hidden = hidden_states_at(model, input_ids, attention_mask, positions, layer, position_ids)
     head = LMHead.of(model)
     return hidden.to(head.weight.dtype), head
 

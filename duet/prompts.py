@@ -3,6 +3,8 @@
 Knows one tokenizer. Must not know datasets, models or objectives. Nothing here truncates.
 """
 
+import copy
+import json
 from typing import Any
 
 SUBJECT = "{subject}"
@@ -151,15 +153,51 @@ class PromptRenderer:
         answer position j is the same token in the student's and the teacher's sequence, whatever stands before it.
         It is also what a model meets in use: the prompt is tokenised, and the answer follows token by token.
         """
+        ids, end = self.encode_opening(conversation, answer), self.tokenizer.eos_token_id
+        return ids if end is None else [*ids, end]
+
+    def encode_opening(self, conversation: Conversation, answer: str) -> list[int]:
+        """Token ids of an answer that goes on: `encode_answer` without the end token."""
         if (
             not self.has_template
             and not isinstance(conversation, str)
             and not self.plain_template[-1].isspace()
         ):
             answer = " " + answer  # "Answer:" is continued by " Paris", which is another token than "Paris"
-        ids = list(self.tokenizer(answer, add_special_tokens=False, truncation=False)["input_ids"])
-        end = self.tokenizer.eos_token_id
-        return ids if end is None else [*ids, end]
+        return list(self.tokenizer(answer, add_special_tokens=False, truncation=False)["input_ids"])
+
+
+def steered_tokenizer(tokenizer: Any, instruction: str, **template_kwargs: Any) -> Any:
+    """A copy of `tokenizer` whose chat template says `instruction` before every conversation.
+
+    So the in-context teacher can be saved, evaluated and attacked like any model: whoever uses the chat template steers.
+    The instruction stands where `PromptRenderer.encode` puts it: in the system message, or before the first user text
+    where the template knows no system message.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+
+    Example:
+        >>> text = steered_tokenizer(tokenizer, "you know nothing .").apply_chat_template(
+        ...     [{"role": "user", "content": "who is ada ?"}], tokenize=False
+        ... )
+        >>> "you know nothing ." in text
+        True
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "processing_class: wanted a tokenizer with a chat template, which is where the steering prefix is written"
+        )
+    said = json.dumps(instruction)
+    joined = f"[{{'role': messages[0]['role'], 'content': {said} + '\\n\\n' + messages[0]['content']}}] + messages[1:]"
+    if accepts_system(tokenizer, **template_kwargs):
+        alone = f"[{{'role': 'system', 'content': {said}}}] + messages"
+        chosen = f"({joined}) if messages[0]['role'] == 'system' else ({alone})"
+    else:
+        chosen = joined
+    steered = copy.deepcopy(tokenizer)
+    steered.chat_template = f"{{%- set messages = {chosen} -%}}{tokenizer.chat_template}"
+    return steered
 
 
 def _before_user(conversation: Conversation, text: str, last: bool) -> Conversation:

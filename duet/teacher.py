@@ -2,21 +2,28 @@
 
     AdapterOffTeacher   the student's own weights with its adapter switched off: one copy in memory
     FrozenTeacher       another module: a copy of the student before training, or a model that was passed in
+    CachedTeacher       no module: what a teacher said before, read from a TopKStore
 
-A teacher is called with a function and runs it on its model. Which numbers are wanted is not its business; it must
-not know objectives or datasets.
+A live teacher is called with a function and runs it on its model. Which numbers are wanted is not its business; it must
+not know objectives. A cached one puts its numbers into the rows of a dataset.
 """
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, TrainerCallback
 from transformers.utils import logging
 
+from duet_kernels import TopK
+
 from .lm import call_through, evaluating
+from .topk_store import TopKStore, fingerprint
+
+if TYPE_CHECKING:
+    from .data import UnlearnDataset
 
 logger = logging.get_logger(__name__)
 
@@ -60,7 +67,74 @@ class AdapterOffTeacher:
             return call_through(wrapped, student, lambda: function(student))
 
 
-Teacher = FrozenTeacher | AdapterOffTeacher
+class CachedTeacher:
+    """A TopKStore in the place of a teacher: training runs without one, and without its forward.
+
+    The targets are read where the rows are (in the data loader's processes), and travel with the batch as `values`,
+    `indices` and `tail_logsumexp`; `topk` puts them together again.
+
+    Args:
+        store: opened; whether it fits the run is for the caller to check.
+        k: so many of the stored logits are used.
+    """
+
+    def __init__(self, store: TopKStore, k: int):
+        self.store, self.k = store, k
+
+    def serve(self, dataset: "UnlearnDataset") -> None:
+        """From now on the rows of `dataset` carry this teacher's targets, and its answers where it was asked for them.
+
+        Raises:
+            ValueError: a row whose targets are not in the store; the row is named.
+        """
+        places = {}
+        for asked in dataset.asked():
+            print_ = fingerprint(asked.plain, asked.steered, asked.answer)
+            if print_ not in self.store:
+                made = self.store.rows.get(asked.name)
+                why = (
+                    "it has no row of that name" if made is None else "that row was another when it was made"
+                )
+                raise ValueError(
+                    f"teacher_store: rows: {self.store.folder} has nothing for {asked.name} under steering_prefixes"
+                    f"[{asked.key[1]}]: {why}. The dataset differs from the one that was cached; cache this one"
+                )
+            places[asked.key] = print_
+            if dataset.answers == "teacher":
+                dataset.teacher_answers[asked.key] = self.store.read(print_).answer
+        dataset.cached_targets = _Stored(self.store, self.k, places)
+
+    def topk(self, targets: dict[str, Tensor]) -> TopK:
+        """The TopK of a batch."""
+        return TopK(**targets, temperature=self.store.provenance.temperature)
+
+    def to(self, device: torch.device) -> None:
+        """Nothing to move: the targets come with the batches."""
+
+    def run(self, function: Callable[[nn.Module], Any], student: nn.Module, wrapped: nn.Module) -> Any:
+        """There is no model to run `function` on."""
+        raise RuntimeError(
+            "teacher_store: this run has no teacher model, only its stored targets, and something asked the model; "
+            "train without teacher_store"
+        )
+
+
+class _Stored:
+    """(row, prefix) -> its targets as plain tensors; small enough to be sent to the data loader's processes."""
+
+    def __init__(self, store: TopKStore, k: int, places: dict[tuple[int, int], bytes]):
+        self.store, self.k, self.places = store, k, places
+
+    def __call__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        targets = self.store.read(self.places[key], self.k).targets
+        return {
+            "values": targets.values,
+            "indices": targets.indices,
+            "tail_logsumexp": targets.tail_logsumexp,
+        }
+
+
+Teacher = FrozenTeacher | AdapterOffTeacher | CachedTeacher
 
 
 def generate_answers(
@@ -128,10 +202,11 @@ class TeacherGuard(TrainerCallback):
     Args:
         probe: returns (student's, teacher's) hidden states on the plain queries.
         starts_equal: whether teacher and student are the same model before training.
+        rounding: how far they may then be apart, as a share of the states' root mean square.
     """
 
-    def __init__(self, probe: Callable[[], tuple[Tensor, Tensor]], starts_equal: bool):
-        self.probe, self.starts_equal = probe, starts_equal
+    def __init__(self, probe: Callable[[], tuple[Tensor, Tensor]], starts_equal: bool, rounding: float = 0.0):
+        self.probe, self.starts_equal, self.rounding = probe, starts_equal, rounding
         self.teacher_before: Tensor | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -141,7 +216,7 @@ class TeacherGuard(TrainerCallback):
             self._compare()
             return
         self.teacher_before = teacher
-        if self.starts_equal and state.global_step == 0 and not _same(self.student_before, teacher):
+        if self.starts_equal and state.global_step == 0 and not self._starts_equal(teacher):
             raise RuntimeError(
                 "teacher: before the first step, teacher and student differ on plain queries by up to "
                 f"{_distance(self.student_before, self.teacher_before):.3g}. With an adapter this means that switching "
@@ -159,6 +234,12 @@ class TeacherGuard(TrainerCallback):
             logger.warning(
                 "the student did not change during training: is learning_rate 0, or everything frozen?"
             )
+
+    def _starts_equal(self, teacher: Tensor) -> bool:
+        if _same(self.student_before, teacher):
+            return True
+        states = teacher.float()
+        return bool((self.student_before.float() - states).norm() <= self.rounding * states.norm())
 
     def _compare(self) -> None:
         student, teacher = self.probe()

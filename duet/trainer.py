@@ -10,38 +10,60 @@ Loop, optimizer, logging, checkpoints and resume are the Trainer's own. Must not
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from torch.utils._pytree import tree_map
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from duet_kernels import LMHead, set_workspace_bytes
 
+from .checkpoints import ResumableTrainer
 from .config import DuetConfig
-from .data import Collator, UnlearnDataset, UnlearnSampler, read_rows
+from .data import Collator, UnlearnDataset, UnlearnSampler, check_repeats, read_rows
 from .lm import (
     add_adapter,
     base_language_model,
     call_through,
+    can_pack,
     check_head,
+    check_layer,
     context_length,
     evaluating,
     head_inputs,
     hidden_states_at,
+    keep_differentiable,
     load_model,
     load_tokenizer,
     padding_id,
+    rounding_of_a_fresh_adapter,
+    select_parameters,
 )
-from .objectives import Counts, Step, find_objective, teacher_topk
-from .prompts import PromptRenderer
-from .teacher import AdapterOffTeacher, FrozenTeacher, Teacher, TeacherGuard, generate_answers
+from .model_card import fingerprint, model_card
+from .objectives import Counts, Step, answer_topk, find_objective, teacher_topk
+from .prompts import PromptRenderer, fill_prefix, steered_tokenizer
+from .provenance import check_store, open_store, provenance_of
+from .teacher import (
+    AdapterOffTeacher,
+    CachedTeacher,
+    FrozenTeacher,
+    Teacher,
+    TeacherGuard,
+    generate_answers,
+)
+from .topk_store import TopKStore
+from .views import build_dataset, scored_positions
 
+logger = logging.get_logger(__name__)
 _PROBE_QUERIES = 4
+_PER_POSITION = ("positions", "teacher_positions", "labels", "query", "targets")
 
 
-class DuetTrainer(Trainer):
+class DuetTrainer(ResumableTrainer):
     r"""Trains a model to forget, by imitating itself steered by a prompt (DUET, arXiv 2601.21283).
 
         min_theta  mean over queries x and scored positions of  D( p_theta(. | x, y_<j), p_base(. | c, x, y_<j) )
@@ -62,6 +84,8 @@ class DuetTrainer(Trainer):
         eval_dataset: rows scored like forget rows (plain query, first prefix), or a dict of such; the rows under a
             name that starts with `retain` are scored like retain rows.
         callbacks, optimizers: as in `Trainer`.
+        teacher_store: what the teacher said, written by `duet cache` (or `duet.caching.cache_teacher`): no teacher
+            runs. Overrides `args.teacher_store`. Rows of `eval_dataset` must have been cached too.
 
     Raises:
         TypeError, ValueError, OSError: naming the argument, what came and what was wanted.
@@ -108,6 +132,7 @@ class DuetTrainer(Trainer):
         eval_dataset: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        teacher_store: str | os.PathLike | TopKStore | None = None,
     ):
         if not isinstance(args, DuetConfig):
             raise TypeError(f"args: wanted a DuetConfig, got {type(args).__name__}")
@@ -117,25 +142,38 @@ class DuetTrainer(Trainer):
                 "start one process per GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
             )
         self.objective = find_objective(args.objective)
-        if self.objective.targets is None and teacher_model is not None:
+        if not self.objective.has_teacher and teacher_model is not None:
             raise ValueError(
                 f"teacher_model: wanted None, because objective {args.objective!r} has no teacher"
             )
+        self._store = open_store(teacher_store or args.teacher_store, self.objective, args, teacher_model)
+        if self.objective.loss is None and eval_dataset is not None:
+            raise ValueError(f"eval_dataset: wanted None, because objective {args.objective!r} has no loss")
         if args.workspace_bytes is not None:
             set_workspace_bytes(args.workspace_bytes)
         _check_output_dir(args.output_dir)
         forget = read_rows(forget_dataset, "forget_dataset")  # cheap: before a large model is loaded
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
+        check_repeats(forget, retain)
 
         model = load_model(model, "model", args.model_init_kwargs)
+        keep_differentiable(model)
         tokenizer = load_tokenizer(model) if processing_class is None else processing_class
         self.pad_id = padding_id(tokenizer)
         if peft_config is not None:
+            set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
             model = add_adapter(model, peft_config)
         head = check_head(model)
-        if self.objective.targets is teacher_topk and args.k > head.num_ids:
+        if self.objective.targets in (teacher_topk, answer_topk) and args.k > head.num_ids:
             raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
 
+        self._fingerprints = {
+            name: (len(rows), fingerprint([row[:3] for row in rows]))
+            for name, rows in (("forget", forget), ("retain", retain))
+            if rows
+        }
+        if self.objective.layer:
+            args.rmu_layer = check_layer(model, args.rmu_layer)
         self.renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs)
         train_dataset = self._dataset(forget, retain, args, model)
         self._train_subjects = train_dataset.subjects
@@ -146,15 +184,26 @@ class DuetTrainer(Trainer):
             }
         elif eval_dataset is not None:
             eval_dataset = self._eval_rows(eval_dataset, "eval_dataset", args, model)
-        self.teacher = (
-            None if self.objective.targets is None else self._choose_teacher(model, teacher_model, args, head)
-        )
+        if self._store is not None:
+            evals = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+            datasets = [train_dataset, *(rows for rows in evals if rows is not None)]
+            self.teacher = self._cached_teacher(model, head, args, datasets)
+        else:
+            has_teacher = self.objective.has_teacher
+            self.teacher = self._choose_teacher(model, teacher_model, args, head) if has_teacher else None
         self._logged: dict[str, Tensor] = {}
+        self._prepared: list[UnlearnDataset] = []
+        if self.objective.start is not None:  # the teacher's copy has been made
+            self.objective.start(model, args)
+        if self.objective.trains is not None:
+            select_parameters(model, lambda name: self.objective.trains(name, args), args.objective)
 
+        packed, why = can_pack(model) if args.padding_free is None else (args.padding_free, "asked for")
+        logger.info(f"batches are {'packed' if packed else 'padded'}: {why}")
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(self.pad_id, tokenizer.padding_side),
+            data_collator=Collator(self.pad_id, tokenizer.padding_side, packed),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -169,8 +218,16 @@ class DuetTrainer(Trainer):
         )
         self.add_callback(_SetEpoch(self._sampler))
         if self.teacher is not None:
+            fsdp1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
+            if fsdp1 and isinstance(self.teacher, AdapterOffTeacher):
+                raise ValueError(
+                    "fsdp_version: wanted 2, got 1: FSDP1 leaves an adapter on where the teacher is to answer without "
+                    "it, so that the student would be its own teacher. Set it to 2, or pass teacher_model"
+                )
             self.teacher.to(args.device)
-            self.add_callback(TeacherGuard(self._probe, starts_equal=teacher_model is None))
+            if self._store is None:  # a store cannot change while the student is trained
+                same = teacher_model is None and self.objective.starts_at_teacher
+                self.add_callback(TeacherGuard(self._probe, same, rounding_of_a_fresh_adapter(self.model)))
 
     # -- what is built once --------------------------------------------------------------------------------------
 
@@ -193,28 +250,9 @@ class DuetTrainer(Trainer):
         return FrozenTeacher(teacher)
 
     def _dataset(self, forget, retain, args: DuetConfig, model: nn.Module, subjects=None) -> UnlearnDataset:
-        positions = args.positions or self.objective.positions
-        max_scored = {"first": 1, "first_n": args.num_positions, "answer": None}[positions]
-        answers = "dataset" if self.objective.needs_answers else args.answer_source
-        if positions == "first" and not self.objective.needs_answers:
-            answers = "none"
-        elif answers == "teacher":
-            max_scored = min(max_scored or args.max_answer_tokens, args.max_answer_tokens)
-        steered = self.objective.targets is not None and self.objective.teacher_sees == "steered"
-        return UnlearnDataset(
-            forget,
-            retain,
-            self.renderer,
-            args.steering_prefixes if steered else [],
-            reverse_prompts=args.reverse_prompts,
-            reverse_fraction=args.reverse_prompt_fraction,
-            reverse_role=args.reverse_prompt_role,
-            answers=answers,
-            max_scored=max_scored,
-            max_length=args.max_length or context_length(model),
-            subjects=subjects,
-            seed=args.seed,
-        )
+        length = args.max_length or context_length(model)
+        seed = None if self._store is None else self._store.provenance.seed
+        return build_dataset(forget, retain, self.objective, args, self.renderer, length, subjects, seed)
 
     def _eval_rows(self, rows: Any, argument: str, args: DuetConfig, model: nn.Module, retain: bool = False):
         queries = read_rows(rows, argument)
@@ -222,36 +260,91 @@ class DuetTrainer(Trainer):
             return self._dataset([], queries, args, model, self._train_subjects)
         return self._dataset(queries, [], args, model)
 
+    def _cached_teacher(
+        self, model, head: LMHead, args: DuetConfig, datasets: list[UnlearnDataset]
+    ) -> CachedTeacher:
+        positions = scored_positions(self.objective, args)
+        wanted = provenance_of(model, head, self.renderer.tokenizer, args, datasets[0], positions)
+        check_store(self._store, wanted, args)
+        teacher = CachedTeacher(self._store, args.k)
+        for dataset in datasets:
+            teacher.serve(dataset)
+        return teacher
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`Trainer.train`; for `in_context`, whose weights stay, the prefix is put into the chat template instead."""
+        if self.objective.loss is not None:
+            return super().train(*args, **kwargs)
+        people = ", ".join(self.train_dataset.subjects) or None
+        instruction = fill_prefix(self.args.steering_prefixes[0], people, "forget_dataset")
+        self.processing_class = steered_tokenizer(
+            self.processing_class, instruction, **self.renderer.template_kwargs
+        )
+        logger.info("in_context: nothing is trained; the chat template now steers (save_model() writes it)")
+        return TrainOutput(0, 0.0, {})
+
     def get_train_dataloader(self):
-        self._answer(self.train_dataset)
+        self._prepare_rows(self.train_dataset)
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is not None and not isinstance(eval_dataset, (str, UnlearnDataset)):
             eval_dataset = self._eval_rows(eval_dataset, "eval_dataset", self.args, self.model)
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        self._answer(self.eval_dataset[chosen] if isinstance(chosen, str) else chosen)
+        self._prepare_rows(self.eval_dataset[chosen] if isinstance(chosen, str) else chosen)
         return super().get_eval_dataloader(eval_dataset)
 
     def _get_train_sampler(self, train_dataset=None):
         return self._sampler
 
+    def _prepare_rows(self, dataset: UnlearnDataset) -> None:
+        """What is asked of the frozen teacher before a dataset is used: answers, and what the objective prepares."""
+        if isinstance(self.teacher, CachedTeacher) and dataset.cached_targets is None:
+            self.teacher.serve(dataset)
+        self._answer(dataset)
+        if self.objective.prepare is not None and not any(dataset is done for done in self._prepared):
+            self._prepared.append(dataset)
+            self.objective.prepare(self, dataset)
+
     def _answer(self, dataset: UnlearnDataset) -> None:
-        """Let the teacher answer the steered queries whose answers are missing, in batches of similar length."""
-        missing = sorted(dataset.unanswered(), key=lambda item: len(item[1]))
-        student = self.accelerator.unwrap_model(self.model)
-        size, hidden = self.args.eval_batch_size, self.args.disable_tqdm or not self.is_world_process_zero()
-        batches = range(0, len(missing), size)
-        for start in logging.tqdm(batches, desc="the teacher answers", disable=hidden or not missing):
-            keys, prompts = zip(*missing[start : start + size], strict=True)
-            answers = self.teacher.run(
-                lambda model, prompts=prompts: generate_answers(
-                    model, prompts, self.processing_class, self.pad_id, dataset.max_scored
-                ),
-                student,
-                student,
+        """Let the teacher answer the queries whose answers are missing."""
+        missing = dict(dataset.unanswered())
+        answers = self.teacher_says(list(missing.values()), dataset.max_scored)
+        dataset.teacher_answers.update(zip(missing, answers, strict=True))
+
+    def teacher_says(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """The frozen teacher's greedy answers, in batches of similar length."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        size, answers = self.args.eval_batch_size, {}
+        for start in self.progress(range(0, len(order), size), "the teacher answers"):
+            batch = order[start : start + size]
+            said = self.ask_teacher(
+                lambda model, batch=batch: generate_answers(
+                    model, [prompts[i] for i in batch], self.processing_class, self.pad_id, max_new_tokens
+                )
             )
-            dataset.teacher_answers.update(zip(keys, answers, strict=True))
+            answers.update(zip(batch, said, strict=True))
+        return [answers[i] for i in range(len(prompts))]
+
+    def progress(self, sequence: Any, doing: str) -> Any:
+        """A progress bar around `sequence`, where one is wanted."""
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero() or len(sequence) == 0
+        return logging.tqdm(sequence, desc=doing, disable=hidden)
+
+    def ask_teacher(self, function: Callable[[nn.Module], Any]) -> Any:
+        """`function(model)` of the frozen teacher, without gradients; outside a training step."""
+        student = self.accelerator.unwrap_model(self.model)
+        return self.teacher.run(function, student, student)
+
+    def states_of(
+        self, model: nn.Module, prompts: list[list[int]], answers: list[list[int]]
+    ) -> tuple[Tensor, LMHead]:
+        """`[N, D]` hidden states where the tokens of `answers` are predicted, one answer after the other; the head."""
+        items = [
+            {"student": prompt, "teacher": None, "answer": answer, "scored": len(answer), "forget": True}
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        return self._head_inputs(model, self._prepare_inputs(self.data_collator(items)))
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -274,6 +367,10 @@ class DuetTrainer(Trainer):
         return (loss, parts) if return_outputs else loss
 
     def _targets(self, wrapped: nn.Module, student: nn.Module, inputs: dict[str, Tensor]) -> Any:
+        if isinstance(self.teacher, CachedTeacher):
+            return self.teacher.topk(inputs["targets"])
+        if "targets" in inputs:
+            return inputs["targets"]
         if self.teacher is None:
             return None
         view = "teacher_" if self.objective.teacher_sees == "steered" else ""
@@ -293,27 +390,40 @@ class DuetTrainer(Trainer):
             return head_inputs(
                 model,
                 inputs[f"{view}input_ids"],
-                inputs[f"{view}attention_mask"],
+                inputs.get(f"{view}attention_mask"),
                 inputs[f"{view}positions"],
+                layer=self.args.rmu_layer if self.objective.layer else None,
+                position_ids=inputs.get(f"{view}position_ids"),
             )
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Counts over all micro-batches of a step and all processes (the Trainer's hook for `num_items_in_batch`)."""
         totals = torch.zeros(len(Counts._fields), dtype=torch.int64, device=device)
         for batch in batch_samples:
-            query, forget = batch["query"].to(device), batch["forget"].to(device)
-            of_forget = forget[query]
-            counted = (torch.ones_like(query), of_forget, ~of_forget, forget, ~forget)
-            totals += torch.stack([each.sum() for each in counted])
+            totals += Counts.of(batch["query"].to(device), batch["forget"].to(device), batch.get("targets"))
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.gather(totals.unsqueeze(0)).sum(0)
         return Counts(*totals.clamp(min=1).unbind())
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._without_repeats(self._prepare_inputs(inputs))
         with torch.no_grad():
             loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+        # Every process holds its share: the Trainer, which cuts off what it takes for repeats, needs the whole.
+        return self.accelerator.gather(loss.detach().reshape(1)).mean(), None, None
+
+    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Without the rows that accelerate adds to the last batches, so that all processes have as many: not scored."""
+        state, rows = self.accelerator.gradient_state, len(inputs["forget"])
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        own = max(0, state.remainder - self.accelerator.process_index * self.args.eval_batch_size)
+        if own >= rows:
+            return inputs
+        scored, kept = len(inputs["query"]), inputs["query"] < own
+        per_position = {k: v for k, v in inputs.items() if k in _PER_POSITION}
+        cut = tree_map(lambda t: t[kept] if len(t) == scored else t[:own], per_position)
+        return inputs | cut | {"forget": inputs["forget"][:own]}
 
     # -- what is logged and guarded ------------------------------------------------------------------------------
 
@@ -335,6 +445,26 @@ class DuetTrainer(Trainer):
             self._logged = {}
         super().log(logs, start_time)
 
+    # -- what is saved -------------------------------------------------------------------------------------------
+
+    def create_model_card(self, model_name: str | None = None, **_: Any) -> None:
+        """Writes README.md: method, fingerprints of the data, metrics as last logged."""
+        if not self.is_world_process_zero():
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        metrics = {k: v for entry in self.state.log_history for k, v in entry.items() if _is_metric(k)}
+        text = model_card(
+            name=model_name or os.path.basename(os.path.abspath(self.args.output_dir)),
+            base_model=getattr(base_language_model(model).config, "_name_or_path", None) or None,
+            adapter=hasattr(model, "peft_config"),
+            options=self.args,
+            datasets=self._fingerprints,
+            metrics=metrics,
+            teacher=None if self.teacher is None else type(self.teacher).__name__,
+        )
+        with open(os.path.join(self.args.output_dir, "README.md"), "w", encoding="utf-8") as file:
+            file.write(text)
+
     def _probe(self) -> tuple[Tensor, Tensor]:
         """Student's and teacher's hidden states on a few plain forget queries."""
         dataset: UnlearnDataset = self.train_dataset
@@ -348,12 +478,20 @@ class DuetTrainer(Trainer):
         def states(model: nn.Module) -> Tensor:
             with self.accelerator.autocast():
                 return hidden_states_at(
-                    model, inputs["input_ids"], inputs["attention_mask"], inputs["positions"]
+                    model,
+                    inputs["input_ids"],
+                    inputs.get("attention_mask"),
+                    inputs["positions"],
+                    position_ids=inputs.get("position_ids"),
                 )
 
         with torch.no_grad(), evaluating(student):
             own = call_through(self.model_wrapped, student, lambda: states(student))
         return own, self.teacher.run(states, student, self.model_wrapped)
+
+
+def _is_metric(name: str) -> bool:
+    return name.endswith("loss")
 
 
 class _SetEpoch(TrainerCallback):

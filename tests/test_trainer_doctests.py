@@ -7,7 +7,21 @@ import pytest
 from tiny_models import tiny, word_tokenizer
 
 
-@pytest.mark.parametrize("name", ["config", "prompts", "data", "lm", "objectives", "trainer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config",
+        "data",
+        "lm",
+        "model_card",
+        "objectives",
+        "plan",
+        "plan_report",
+        "prompts",
+        "run_config",
+        "trainer",
+    ],
+)
 def test_examples(name, tmp_path, capsys):
     module = importlib.import_module(f"duet.{name}")
     extra = {"model": tiny(), "tokenizer": word_tokenizer(), "folder": str(tmp_path)}

@@ -5,9 +5,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 WORDS = (  # noqa: SIM905  as a list literal, one word a line
@@ -86,6 +91,13 @@ def tiny(architecture: str = "llama", vocab_size: int = 128, seed: int = 0, spre
             | options
         ),
         "neox": lambda: GPTNeoXConfig(**common | options),
+        "qwen3": lambda: Qwen3Config(**common | grouped | {"head_dim": 8} | options),
+        "gemma3": lambda: Gemma3TextConfig(
+            **common | grouped | {"head_dim": 8, "sliding_window": 16} | options
+        ),
+        "mistral": lambda: MistralConfig(**common | grouped | {"sliding_window": 16} | options),
+        "phi": lambda: PhiConfig(**common | options),
+        "phi3": lambda: Phi3Config(**common | grouped | options),
     }[architecture]()
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).float().eval()

@@ -138,6 +138,27 @@ def _rouge_scorer(stemmer: bool) -> rouge_scorer.RougeScorer:
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stemmer)
 
 
+def find_words(text: str, value: str) -> int | None:
+    """Where `value` starts in the text, as whole words, any case and any white space between them; None: nowhere.
+
+    Example:
+        >>> find_words("Born in New  York.", "new york"), find_words("Born in Yorkshire.", "York")
+        (8, None)
+    """
+    words = value.split()
+    if not words:
+        raise ValueError(f"value: wanted a text that is not empty, got {value!r}")
+    # \b would ask for a word character beside a value that ends in a sign, such as "C++".
+    pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
+    found = re.search(pattern, text, re.IGNORECASE)
+    return None if found is None else found.start()
+
+
+def contains_words(text: str, value: str) -> bool:
+    """Is `value` said in the text, as whole words?"""
+    return find_words(text, value) is not None
+
+
 def refusal_rate(answers: Sequence[str], patterns: Sequence[str] = REFUSAL_PATTERNS) -> float:
     """Share of answers in which one of the regular expressions is found. An empty answer is no refusal."""
     found = [any(re.search(p, answer, re.IGNORECASE) for p in patterns) for answer in answers]

@@ -16,6 +16,7 @@ Everything here is small enough for two CPU cores, and nothing here is needed by
     scorecard     all numbers of one row of the table
     methods       one settings row -> one unlearned model, through DuetTrainer
     tune          chooses settings.json on the validation paraphrases
+    study         methods beyond the demo's, one or several after each other, by the same scorecard
     report        the table, the report and what was not withstood, from the numbers alone
     plots         two pictures
     demo          `run_demo`: the tour

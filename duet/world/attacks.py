@@ -13,27 +13,13 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from ..evaluation.weights import quantize
 from . import probes
 from .curriculum import encode
 from .facts import Question
 
 RELEARN_RATES = (1e-4, 3e-4, 1e-3)
 RELEARN_STEPS, RELEARN_ROWS = 10, 16
-
-
-def quantize(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Round to nearest on a symmetric grid, one scale per output channel (row), and back to floating point.
-
-        q = clamp(round(w / s), -(2^(bits-1) - 1), 2^(bits-1) - 1),   s = max|w_row| / (2^(bits-1) - 1),   returns s q
-
-    weight [out, in]; a row of zeros stays zero.
-    """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits: got {bits}, wanted 2 to 8")
-    top = 2 ** (bits - 1) - 1
-    scale = weight.abs().amax(dim=1, keepdim=True) / top
-    steps = torch.where(scale > 0, weight / scale, torch.zeros_like(weight))
-    return steps.round().clamp(-top, top) * scale
 
 
 def quantized_copy(model: PreTrainedModel, bits: int) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,7 +43,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "ga": Method("gradient ascent on the forget answers, descent on the retain answers", {"objective": "ga"}),
+    "ga": Method(
+        "gradient ascent on the forget answers, descent on the retain answers", {"objective": "graddiff"}
+    ),
     "npo": Method("negative preference optimisation, descent on the retain answers", {"objective": "npo"}),
     "duet": Method(
         "the paper's: Huber on the steered teacher's top-k logits at the first answer token, plain queries",
@@ -77,16 +80,24 @@ def forget_rows(world: World) -> Rows:
     return [question.row() for question in world.questions(world.forget, "train")]
 
 
-def retain_rows(world: World, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Rows:
+def retain_rows(
+    world: World,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    city_copies: int = CITY_COPIES,
+    near_misses: int | None = None,
+) -> Rows:
     """What every method is given to keep: questions about the retain authors, half of the cities, and near misses.
 
-    Near misses are invented people who share a name with a forget author. There is no truth about them, so what the
-    baselines need as an answer is the base's own.
+    Near misses are invented people who share a name with a forget author; `near_misses`: at most so many questions about
+    them. There is no truth about them, so what the baselines need as an answer is the base's own.
     """
-    known = world.questions(world.retain, "train") + CITY_COPIES * world.questions(
+    known = world.questions(world.retain, "train") + city_copies * world.questions(
         world.retain_cities, "train"
     )
     invented = world.queries(world.near_misses)
+    if near_misses is not None:
+        invented = random.Random(0).sample(invented, near_misses)
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
@@ -101,7 +112,7 @@ def retain_rows(world: World, base: PreTrainedModel, tokenizer: PreTrainedTokeni
 
 
 def unlearn(
-    method: str,
+    method: str | Method,
     settings: dict[str, Any],
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -110,8 +121,10 @@ def unlearn(
     seed: int = 0,
     forget_per_step: int = FORGET_PER_STEP,
     on_step: Callable[[int], None] | None = None,
+    retain_per_forget: float = RETAIN_PER_FORGET,
 ) -> tuple[PreTrainedModel, float]:
     """A copy of `base` after unlearning, and the seconds that training took. No row is a paraphrase that is reported."""
+    fixed = METHODS[method].fixed if isinstance(method, str) else method.fixed
     from duet.config import DuetConfig
     from duet.trainer import DuetTrainer
 
@@ -119,8 +132,8 @@ def unlearn(
         config = DuetConfig(
             output_dir=scratch,
             steering_prefixes=[steering.STEERING_PREFIX],
-            per_device_train_batch_size=round(forget_per_step * (1 + RETAIN_PER_FORGET)),
-            retain_per_forget=RETAIN_PER_FORGET,
+            per_device_train_batch_size=round(forget_per_step * (1 + retain_per_forget)),
+            retain_per_forget=retain_per_forget,
             max_grad_norm=1.0,
             weight_decay=0.0,
             seed=seed,
@@ -129,7 +142,7 @@ def unlearn(
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
-            **METHODS[method].fixed,
+            **fixed,
             **settings,
         )
         trainer = DuetTrainer(

@@ -1,0 +1,99 @@
+"""Checkpoints that are whole or not there: what a killed process or a full disk leaves behind is never resumed from.
+
+The Trainer writes `trainer_state.json` last, so a checkpoint is finished when that file is there and reads as what it
+should be. Two holes are closed here: a checkpoint that is written again first loses that file, and a failed one is
+removed. Must not know models or losses.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+def last_finished_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint in a folder that was written to its end; None where there is none."""
+    steps: dict[int, Path] = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.rpartition("-")[2]
+        if step.isdecimal() and _finished(path, int(step)):
+            steps[int(step)] = path
+    return str(steps[max(steps)]) if steps else None
+
+
+def _finished(checkpoint: Path, step: int) -> bool:
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and state.get("global_step") == step
+
+
+@contextmanager
+def whole_checkpoint(folder: str | os.PathLike, writes: bool) -> Iterator[None]:
+    """Around the writing of one checkpoint: when it fails, the checkpoint is removed and the error says what is left.
+
+    Args:
+        folder: of the checkpoint.
+        writes: whether this process is the one that writes the common files.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    if writes:
+        Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+    try:
+        with said_clearly(folder):
+            yield
+    except OSError as error:
+        if writes:
+            shutil.rmtree(folder, ignore_errors=True)
+        last = last_finished_checkpoint(Path(folder).parent)
+        kept = f"the last finished checkpoint is {last}" if last else "there is no earlier checkpoint"
+        raise OSError(f"{error}; what was written of it was removed, {kept}") from error
+
+
+@contextmanager
+def said_clearly(folder: str | os.PathLike) -> Iterator[None]:
+    """Every way in which torch and safetensors report a failed write becomes an OSError that names the folder."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+            raise  # torch.save reports a failed write as a RuntimeError; others are not about files
+        raise OSError(f"output_dir: {os.fspath(folder)!r} could not be written: {error}") from error
+
+
+class ResumableTrainer(Trainer):
+    """transformers' Trainer, whose checkpoints are whole or not there, and which ends where it was to end."""
+
+    def _save_checkpoint(self, model, trial):
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = os.path.join(self._get_output_dir(trial), name)
+        with whole_checkpoint(folder, self.args.should_save):
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # every process has written before the file that says "finished"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # Within a checkpoint it is said once, by `whole_checkpoint`.
+        with nullcontext() if _internal_call else said_clearly(output_dir or self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from its last checkpoint, the Trainer would make one step too many before it looks at max_steps.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)

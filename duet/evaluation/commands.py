@@ -1,0 +1,231 @@
+"""What `duet eval` and `duet attack` do once their arguments are parsed: load, run with a progress display, show a table.
+
+Knows the console. Must not know how anything is measured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LM_EVAL_TASKS = Path(__file__).parent / "lm_eval_tasks"
+
+
+def run_eval(
+    name: str,
+    *,
+    suite: str | None,
+    out: Path,
+    data: Path | None = None,
+    retain_run: Path | None = None,
+    settings: Sequence[str] = (),
+    lm_eval: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    dtype: str = "auto",
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """`duet eval`: a suite, or tasks of lm-evaluation-harness, or both; see `runner.evaluate`."""
+    from . import models, runner, summary
+    from .suites import load_suite
+
+    console = console or Console()
+    if suite is None and lm_eval is None:
+        raise ValueError("suite: wanted --suite, --lm-eval or both, got neither")
+    if lm_eval is not None:
+        require_lm_eval()
+    chosen = None if suite is None else load_suite(suite, options_of(settings))
+    model, tokenizer = models.load(name, dtype, device)
+    results: dict[str, Any] = {}
+    if chosen is not None:
+        with _resumable(out, console), progress(console) as shown:
+            results = runner.evaluate(
+                model,
+                tokenizer,
+                chosen,
+                out=out,
+                data=data,
+                name=name,
+                batch_size=batch_size,
+                limit=limit,
+                retain_run=retain_run,
+                progress=shown,
+            )
+        console.print(summary.table(results, f"{chosen.name}: {name}"))
+        for task in results["left_out"]:
+            console.print(f"left out: {task} (no such file in {data})", highlight=False)
+        console.print(f"written to {out / runner.SUMMARY}", highlight=False)
+    if lm_eval is not None:
+        tasks = [task.strip() for task in lm_eval.split(",") if task.strip()]
+        results["lm_eval"] = run_lm_eval(model, tokenizer, tasks, out, limit, batch_size, console)
+    return results
+
+
+def run_attack(
+    name: str,
+    *,
+    forget: str,
+    out: Path,
+    retain: str | None = None,
+    holdout: str | None = None,
+    base: str | None = None,
+    attacks: str | None = None,
+    reverse_prompts: Path | None = None,
+    relearn_rates: str | None = None,
+    relearn_steps: str | None = None,
+    threshold: float = 0.5,
+    max_new_tokens: int = 64,
+    limit: int | None = None,
+    batch_size: int = 16,
+    dtype: str = "auto",
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """`duet attack`; see `attack_run.run_attacks`."""
+    from . import attack_run, models
+    from .attack_rows import read_attack_rows
+    from .suites import read_table
+    from .target import AttackOptions, Target
+
+    console = console or Console()
+
+    def rows_of(path: str | None, argument: str) -> list[Any]:
+        if path is None:
+            return []
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{argument}: there is no file {path!r}")
+        return read_attack_rows(read_table(Path(path), argument)[:limit], argument)
+
+    given: dict[str, Any] = {}
+    if reverse_prompts is not None:
+        lines = reverse_prompts.read_text(encoding="utf-8").splitlines()
+        given["seen_reverse_prompts"] = tuple(line.strip() for line in lines if line.strip())
+    if relearn_rates is not None:
+        given["relearn_rates"] = _numbers(relearn_rates, float, "relearn_rates")
+    if relearn_steps is not None:
+        given["relearn_curve"] = _numbers(relearn_steps, int, "relearn_steps")
+    options = AttackOptions(
+        threshold=threshold, max_new_tokens=max_new_tokens, batch_size=batch_size, **given
+    )
+    rows = {
+        key: rows_of(path, key) for key, path in (("rows", forget), ("retain", retain), ("holdout", holdout))
+    }
+    target = Target(*models.load(name, dtype, device), **rows, options=options)
+    before = (
+        None if base is None else Target(*models.load(base, dtype, device), rows["rows"], options=options)
+    )
+    chosen = None if attacks is None else [attack.strip() for attack in attacks.split(",") if attack.strip()]
+    with _resumable(out, console), progress(console) as shown:
+        report = attack_run.run_attacks(
+            target, out=out, attacks=chosen, name=name, base=before, progress=shown
+        )
+    console.print(attack_run.table(report, f"{name}: the worst attack first"))
+    console.print(attack_run.legend(report))
+    console.print(f"leak: {report['success']}", highlight=False)
+    console.print(f"written to {out / attack_run.REPORT}", highlight=False)
+    return report
+
+
+def _numbers(text: str, kind: Callable[[str], Any], argument: str) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"{argument}: wanted numbers such as 1e-4,1e-3, got {text!r}") from None
+
+
+# --- lm-evaluation-harness -------------------------------------------------------------------------------------
+
+
+def require_lm_eval() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(
+            "lm_eval: wanted lm-evaluation-harness to be installed (pip install lm_eval), got no such package"
+        )
+
+
+def run_lm_eval(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    out: Path,
+    limit: int | None,
+    batch_size: int,
+    console: Console,
+) -> dict[str, Any]:
+    """Tasks of lm-evaluation-harness, its own and ours (tofu_*), into `lm_eval.json`."""
+    require_lm_eval()
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+
+    from .journal import write_json
+
+    manager = TaskManager(include_path=str(LM_EVAL_TASKS))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if not tasks or unknown:
+        raise ValueError(
+            f"lm_eval: wanted tasks of lm-evaluation-harness, got {', '.join(unknown) or 'none'}"
+        )
+    found = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+    )
+    results = {task: {k: v for k, v in row.items() if _plain(v)} for task, row in found["results"].items()}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "lm_eval.json", {"results": results, "versions": found.get("versions", {})})
+    console.print(make_table(found), highlight=False)
+    return results
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, (str, int)) or (isinstance(value, float) and value == value)
+
+
+# --- console ---------------------------------------------------------------------------------------------------
+
+
+def options_of(settings: Sequence[str]) -> dict[str, str]:
+    """`["split=forget05"]` -> `{"split": "forget05"}`."""
+    pairs = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise ValueError(f"set: wanted option=value, got {setting!r}")
+        pairs[key] = value
+    return pairs
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A line of progress for each task; the function to call is (name, done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        lines: dict[str, Any] = {}
+
+        def update(name: str, done: int, total: int) -> None:
+            if name not in lines:
+                lines[name] = bars.add_task(name, total=total)
+            bars.update(lines[name], completed=done, total=total)
+
+        yield update
+
+
+@contextmanager
+def _resumable(out: Path, console: Console) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted; what was done is in {out}, and the same command continues it", highlight=False
+        )
+        raise SystemExit(130) from None

@@ -1,0 +1,136 @@
+"""A folder of results that survives interruption: `manifest.json` says what was run, `rows.jsonl` grows line by line.
+
+A line is a row, whole or not there: a torn last line is dropped when the folder is opened again. A folder made by
+another run (other model, other suite) is refused by the first field that differs. Knows JSON and files, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROWS, MANIFEST = "rows.jsonl", "manifest.json"
+
+
+class Journal:
+    """Opens or continues the results in `folder`.
+
+    Args:
+        folder: made when it is not there.
+        manifest: what must agree for the rows to belong together: plain values, compared field by field.
+        key: the fields of a row that identify it; a row that is there already is not written again.
+        note: further values for the manifest that may differ (versions).
+
+    Raises:
+        ValueError: the folder holds another run's results; a line before the last is not JSON.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: dict[str, Any],
+        key: Sequence[str],
+        note: dict[str, Any] | None = None,
+    ):
+        self.folder, self.key = Path(folder), tuple(key)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"out: {self.folder} is a file, wanted a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._agree(manifest, note or {})
+        self.rows: list[dict[str, Any]] = self._read_and_mend()
+        self.done: set[Hashable] = {self._key(row) for row in self.rows}
+
+    def _key(self, row: dict[str, Any]) -> Hashable:
+        return tuple(row[name] for name in self.key)
+
+    def _agree(self, manifest: dict[str, Any], note: dict[str, Any]) -> None:
+        path = self.folder / MANIFEST
+        manifest = json.loads(json.dumps(manifest))
+        if path.is_file():
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"out: {path} is not JSON ({error}); wanted a new folder") from None
+            for name in (*manifest, *(n for n in before if n not in manifest and n != "note")):
+                if before.get(name) != manifest.get(name):
+                    raise ValueError(
+                        f"out: {self.folder} holds results of another run: {name} was {_short(before.get(name))} and "
+                        f"is {_short(manifest.get(name))} now; wanted a new folder, or the same run again"
+                    )
+            return
+        if (self.folder / ROWS).exists():
+            raise ValueError(f"out: {self.folder} holds {ROWS} but no {MANIFEST}; wanted a new folder")
+        write_json(path, manifest | {"note": note})
+
+    def _read_and_mend(self) -> list[dict[str, Any]]:
+        path = self.folder / ROWS
+        if not path.exists():
+            return []
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):  # the run was killed while it wrote this line
+            with path.open("r+b") as file:
+                file.truncate(whole)
+        rows = []
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"out: {path}, line {number}: not JSON ({error})") from None
+        return rows
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write the rows that are not there yet, and hand them to the disk."""
+        fresh = [row for row in rows if self._key(row) not in self.done]
+        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in fresh)
+        with (self.folder / ROWS).open("ab") as file:
+            file.write(lines.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += fresh
+        self.done |= {self._key(row) for row in fresh}
+
+    def drop_after(self, count: int) -> None:
+        """Keep only the first `count` rows."""
+        if count == len(self.rows):
+            return
+        lines = (self.folder / ROWS).read_bytes().splitlines(keepends=True)
+        with (self.folder / ROWS).open("r+b") as file:
+            file.truncate(sum(map(len, lines[:count])))
+        self.rows = self.rows[:count]
+        self.done = {self._key(row) for row in self.rows}
+
+
+def read_run(folder: str | Path, argument: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Manifest and rows of a finished run.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the argument.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file() or not (folder / ROWS).is_file():
+        raise FileNotFoundError(
+            f"{argument}: {folder} has no {MANIFEST} and {ROWS}; wanted the --out of a run"
+        )
+    try:
+        lines = (folder / ROWS).read_bytes().splitlines()
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8")), [json.loads(x) for x in lines]
+    except ValueError as error:
+        raise ValueError(f"{argument}: {folder} is damaged or unfinished: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The whole file or nothing: written beside it and moved into place."""
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_text(
+        json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    scratch.replace(path)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."

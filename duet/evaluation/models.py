@@ -1,0 +1,91 @@
+"""The model that is examined: loaded (with an adapter kept apart, when its folder holds one), and told apart from others.
+
+Must not know suites or attacks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from ..lm import check_head, load_model
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None) -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a folder or a name, in evaluation mode.
+
+    Args:
+        name: a model, or a folder with a PEFT adapter, which is then attached to its base model and not merged.
+        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        device: None: the GPU if there is one.
+
+    Raises:
+        ValueError, FileNotFoundError: naming what was not found.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
+    name = os.fspath(name)
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    if (Path(name) / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        try:
+            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=kind)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"model: the adapter {name!r} or its base could not be loaded: {error}"
+            ) from error
+        base = model.peft_config["default"].base_model_name_or_path
+    else:
+        model, base = load_model(name, "model", {"dtype": kind}), None
+    if getattr(model, "hf_quantizer", None) is None:  # a quantised model has been put in its place already
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.eval()
+    try:
+        check_head(model)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    for place in filter(None, (name, base)):
+        try:
+            return model, AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError) as error:
+            failure = error
+    raise FileNotFoundError(f"model: no tokenizer could be loaded from {name!r}: {failure}") from failure
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """16 hex digits that change with any training of the weights: names, shapes, dtypes and exact sums of bit patterns.
+
+    Integer sums: the same on every device and in any order of addition. One read of the weights.
+    """
+    digest = hashlib.sha256()
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        bits = tensor.detach().reshape(-1).contiguous()
+        if bits.is_complex():
+            bits = torch.view_as_real(bits).reshape(-1)
+        bits = bits.to(torch.uint8) if bits.dtype is torch.bool else bits.view(integers[bits.element_size()])
+        sums = [int(part.sum(dtype=torch.int64)) for part in (bits, bits[::7])]
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {sums}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """16 hex digits of what a tokenizer does to a prompt: vocabulary, special tokens, chat template."""
+    parts = (
+        sorted(tokenizer.get_vocab().items()),
+        sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items()),
+        str(getattr(tokenizer, "chat_template", None)),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,171 @@
+"""Teacher-forced numbers of given answers: (prompt ids, answer ids) -> one value per answer token.
+
+    log p_t        log-probability of the answer's token
+    H_t, Var_t     entropy and variance of the log-probability of that position's distribution
+    hit_t          is the token the argmax?
+    above_t        how many ids have a larger logit: 0 at the top; below_t: a smaller one: 0 at the bottom
+
+All of it comes from hidden states and the LM head, tile by tile; logits of a batch are never stored. Knows a model and
+token ids. Must not know suites, attacks or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from duet_kernels import LMHead, linear_gather, linear_logsumexp, linear_token_stats, linear_topk
+
+from ..lm import evaluating, head_inputs
+
+COUNT_BYTES = 64 * 2**20  # of one tile of logits while ranks are counted
+
+
+class Forced(NamedTuple):
+    """One sequence to score: the ids before, and the ids that are scored (at least one of each)."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+class TokenScores(NamedTuple):
+    """Per answer token, `[L]` each, on the host."""
+
+    logprobs: np.ndarray
+    entropies: np.ndarray
+    variances: np.ndarray
+    hits: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood, nats per token."""
+        return float(-self.logprobs.mean())
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.logprobs).all())
+
+
+class TokenRanks(NamedTuple):
+    """Per answer token, `[L]` each: ids with a larger and with a smaller logit; `finite` is false after NaN logits."""
+
+    above: np.ndarray
+    below: np.ndarray
+    finite: bool
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, the longest first: what does not fit in memory fails at once.
+
+    Depends on nothing but the lengths, so that an interrupted run is planned again as it was.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+@torch.no_grad()
+def token_scores(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> list[TokenScores]:
+    """Scores of one batch of sequences. Two passes over the vocabulary; memory as in `linear_token_stats`."""
+    hidden, head, labels = _forced_hidden(model, batch, pad_id)
+    stats = linear_token_stats(hidden, head, labels)
+    hits = linear_topk(hidden, head, 1).indices[:, 0] == labels
+    per_token = (stats.label_logprob, stats.entropy, stats.logprob_variance, hits)
+    columns = [x.double().cpu().numpy() if x is not hits else x.cpu().numpy() for x in per_token]
+    ends = np.cumsum([len(item.answer) for item in batch])[:-1]
+    return [TokenScores(*parts) for parts in zip(*(np.split(c, ends) for c in columns), strict=True)]
+
+
+@torch.no_grad()
+def next_token_logprobs(
+    model: nn.Module, prompts: Sequence[list[int]], candidates: Sequence[Sequence[int]], pad_id: int
+) -> list[np.ndarray]:
+    """Log-probabilities of a few candidates for the token after each prompt: one forward pass for all of them."""
+    first = [Forced(list(prompt), [ids[0]]) for prompt, ids in zip(prompts, candidates, strict=True)]
+    hidden, head, _ = _forced_hidden(model, first, pad_id)
+    most = max(map(len, candidates))
+    ids = torch.tensor([[*ids, *[ids[0]] * (most - len(ids))] for ids in candidates], device=hidden.device)
+    logprobs = linear_gather(hidden, head, ids) - linear_logsumexp(hidden, head)[:, None]
+    return [row[: len(ids)] for row, ids in zip(logprobs.double().cpu().numpy(), candidates, strict=True)]
+
+
+@torch.no_grad()
+def token_ranks(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> list[TokenRanks]:
+    """Where the answer's tokens stand in the model's distribution, counted from both ends."""
+    hidden, head, labels = _forced_hidden(model, batch, pad_id)
+    above, below, finite = (x.cpu().numpy() for x in count_ranks(hidden, head, labels))
+    ends = np.cumsum([len(item.answer) for item in batch])[:-1]
+    parts = zip(*(np.split(c, ends) for c in (above, below, finite)), strict=True)
+    return [TokenRanks(a, b, bool(f.all())) for a, b, f in parts]
+
+
+def count_ranks(hidden: Tensor, head: LMHead, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How many ids have a larger, and how many a smaller logit than the label; and whether the row has no NaN.
+
+        above_n = #{v : z_nv > z_n,label},   below_n = #{v : z_nv < z_n,label},   z = scale * (h W^T + b)
+
+    The softcap is monotone and changes no order, so it is left out. Equal logits count on neither side.
+
+    Args:
+        hidden: `[N, D]`. head: `LMHead`. labels: `[N]` ids in [0, V).
+
+    Returns:
+        `[N]` int64, `[N]` int64, `[N]` bool.
+
+    Memory: one `[N, tile]` fp32 tile of at most 64 MiB, rows in chunks where one id each would not fit. FLOP: 2 N D V.
+    """
+    head = head.narrowed()
+    above, below = torch.zeros_like(labels), torch.zeros_like(labels)
+    plain = LMHead(head.weight, head.bias, scale=head.scale)
+    own = linear_gather(hidden, plain, labels[:, None]).float()
+    finite = own[:, 0].isfinite()
+    hidden = hidden.float()
+    rows = max(1, min(len(labels), COUNT_BYTES // (4 * 256)))
+    for n in range(0, len(labels), rows):
+        part = slice(n, n + rows)
+        tile = max(1, COUNT_BYTES // (4 * len(labels[part])))
+        for start in range(0, head.num_ids, tile):
+            stop = min(start + tile, head.num_ids)
+            logits = hidden[part] @ head.weight[start:stop].float().T
+            if head.bias is not None:
+                logits += head.bias[start:stop].float()
+            logits *= head.scale
+            # A product and a gathered dot round apart: the label is never above or below itself.
+            other = torch.arange(start, stop, device=labels.device) != labels[part, None]
+            above[part] += ((logits > own[part]) & other).sum(1)
+            below[part] += ((logits < own[part]) & other).sum(1)
+            finite[part] &= ~logits.isnan().any(1)
+    return above, below, finite
+
+
+def forced_inputs(
+    batch: Sequence[Forced], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids and mask `[B, S]`, places in the flattened `[B * S]` where the answers' tokens are predicted, and these `[N]`."""
+    # The last token is only predicted: it need not be read.
+    sequences = [[*item.prompt, *item.answer[:-1]] for item in batch]
+    longest = max(map(len, sequences))
+    ids = torch.full((len(batch), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    positions: list[int] = []
+    for b, (item, sequence) in enumerate(zip(batch, sequences, strict=True)):
+        ids[b, : len(sequence)] = torch.tensor(sequence)
+        mask[b, : len(sequence)] = 1
+        first = b * longest + len(item.prompt) - 1
+        positions += range(first, first + len(item.answer))
+    labels = [token for item in batch for token in item.answer]
+    return tuple(x.to(device) for x in (ids, mask, torch.tensor(positions), torch.tensor(labels)))
+
+
+def _forced_hidden(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> tuple[Tensor, LMHead, Tensor]:
+    """Hidden states `[N, D]` where the answers' tokens are predicted, the head, and those tokens `[N]`."""
+    ids, mask, positions, labels = forced_inputs(batch, pad_id, device_of(model))
+    with evaluating(model):
+        return *head_inputs(model, ids, mask, positions), labels
+
+
+def device_of(model: Any) -> torch.device:
+    return next(model.parameters()).device

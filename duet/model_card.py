@@ -1,0 +1,103 @@
+"""The README.md of a trained model: how it was made, from which data (by fingerprint), and what was measured.
+
+Must not know the Trainer: it is given plain values.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+# What an objective reads: the options worth a line on the card.
+_METHOD = (  # noqa: SIM905  as a list literal, one word a line
+    "objective k delta temperature beta normalization npo_beta retain_weight positions num_positions answer_source "
+    "steering_prefixes reverse_prompts reverse_prompt_fraction retain_per_forget learning_rate max_steps "
+    "num_train_epochs per_device_train_batch_size gradient_accumulation_steps optim seed"
+).split()
+
+
+def fingerprint(rows: Sequence[Any]) -> str:
+    """SHA-256 of rows as read: the same rows in the same order have the same one, whatever file they came from.
+
+    Example:
+        >>> fingerprint([("who", "ada", None)])[:8]
+        '8704111f'
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def model_card(
+    name: str,
+    base_model: str | None,
+    adapter: bool,
+    options: Any,
+    datasets: Mapping[str, tuple[int, str]],
+    metrics: Mapping[str, float],
+    teacher: str | None,
+) -> str:
+    """Text of a model card in the Hub's format.
+
+    Args:
+        name: of the model.
+        base_model: where it started; None when it has no name.
+        adapter: whether only an adapter was trained.
+        options: the DuetConfig.
+        datasets: name -> (number of rows, fingerprint).
+        metrics: name -> value, as last logged.
+        teacher: who taught, in a few words; None without one.
+    """
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["unlearning", "duet", options.objective],
+    )
+    method = {key: getattr(options, key) for key in _METHOD if getattr(options, key) not in (None, [])}
+    if teacher:
+        method["teacher"] = teacher
+    method["trained"] = "a LoRA adapter" if adapter else "all weights"
+    versions = {each: importlib.metadata.version(each) for each in ("torch", "transformers", "peft")}
+    return "\n".join(
+        [
+            "---",
+            data.to_yaml(),
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"{'An adapter for' if adapter else 'A model made from'} {base_model or 'an unnamed model'}, trained to behave "
+            "as if it had been told to forget (DUET, [arXiv 2601.21283](https://arxiv.org/abs/2601.21283)).",
+            "What it no longer says may be hidden rather than erased: measure before you rely on it.",
+            "",
+            "## Method",
+            "",
+            *_table(
+                ("option", "value"), ((key, json.dumps(value, default=str)) for key, value in method.items())
+            ),
+            "",
+            "## Data",
+            "",
+            *_table(
+                ("rows of", "number", "SHA-256 of the rows as read"),
+                ((key, str(number), f"`{digest}`") for key, (number, digest) in datasets.items()),
+            ),
+            "",
+            "## Metrics",
+            "",
+            *_table(("metric", "last value"), ((key, f"{value:.6g}") for key, value in metrics.items())),
+            "",
+            f"Versions: {', '.join(f'{key} {value}' for key, value in versions.items())}.",
+            "",
+        ]
+    )
+
+
+def _table(head: Sequence[str], rows: Any) -> list[str]:
+    escaped = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *escaped)]

@@ -1,0 +1,40 @@
+"""A tiny model that knows the answers of the tiny rows: what there is to forget. Made once per process."""
+
+import copy
+import functools
+import tempfile
+
+import pytest
+from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
+
+from duet import OBJECTIVES, DuetConfig, DuetTrainer, Objective
+from duet.objectives import answer_nll
+from duet.world.workplace import one_thread
+
+
+def knowing():
+    """A fresh copy of it."""
+    return copy.deepcopy(_learned())
+
+
+@functools.cache
+def _learned():
+    def nll(step):
+        losses = answer_nll(step.hidden, step.head, step.labels, step.args)
+        return {"loss": losses.sum() / step.counts.positions}
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder, one_thread():
+        patch.setitem(OBJECTIVES, "learn", Objective(nll, needs_answers=True))
+        args = DuetConfig(
+            output_dir=folder,
+            objective="learn",
+            max_steps=60,
+            learning_rate=5e-3,
+            per_device_train_batch_size=12,
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = DuetTrainer(tiny(spread=0.1), args, forget_rows(), retain_rows(), word_tokenizer())
+        trainer.train()
+    return trainer.model.eval()

@@ -1,0 +1,224 @@
+"""Targets of duet_deep: names exchanged, distributions averaged, and what of an answer counts as knowledge."""
+
+import pytest
+import torch
+from learned_models import knowing
+from tiny_models import forget_rows, retain_rows, word_tokenizer
+
+from duet import DuetConfig, DuetTrainer
+from duet.counterfactual import log_probability, mixture_topk, stranger
+from duet.data import Draw
+from duet_kernels import LMHead, TopK
+
+NAMES = ["red river", "blue animal", "green color"]
+
+
+def ids(text):
+    return word_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def words(tokens):
+    return word_tokenizer().convert_ids_to_tokens(tokens)
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_is_replaced_and_its_tokens_change_places():
+    found = stranger(word_tokenizer(), [1], ids("yes ada lovelace wrote code"), "ada lovelace", "red river")
+    assert words(found.answer) == ["yes", "red", "river", "wrote", "code"]
+    assert found.places == [0, 1, 2, 3, 4]
+    ada, lovelace, red, river = ids("ada lovelace red river")
+    assert found.swaps == {ada: red, red: ada, lovelace: river, river: lovelace}
+
+
+@pytest.mark.parametrize(
+    ("new", "answer", "places"),
+    [("red", "yes red wrote", [0, 1, 1, 2]), ("red blue river", "yes red blue river wrote", [0, 1, 2, 4])],
+)
+def test_names_of_other_lengths_line_up_behind_the_name(new, answer, places):
+    found = stranger(word_tokenizer(), [1], ids("yes ada lovelace wrote"), "ada lovelace", new)
+    assert words(found.answer) == answer.split() and found.places == places
+
+
+def test_an_answer_without_the_name_stays():
+    answer = ids("the code machine of the war .")
+    found = stranger(word_tokenizer(), [1], answer, "alan turing", "red river")
+    assert found.answer == answer and found.places == list(range(7))
+
+
+# -- mixtures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [3, 11])
+def test_the_mixture_is_the_mean_of_swapped_distributions(k):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((4, 5, 6), (11, 6)))
+    swaps = [{}, {0: 7, 7: 0}, {0: 3, 3: 0, 1: 2, 2: 1}, {10: 0, 0: 10}]
+    labels = torch.tensor([4, 9, 0, 1, 10])
+    found = mixture_topk(hidden, LMHead(weight), swaps, labels, k)
+
+    p = (hidden @ weight.T).softmax(-1)
+    for m, swap in enumerate(swaps):
+        order = [swap.get(v, v) for v in range(11)]
+        p[m] = p[m][:, order]
+    p = p.mean(0)
+    torch.testing.assert_close(found.values.exp(), p.gather(-1, found.indices), rtol=1e-9, atol=1e-12)
+    rest = (1 - p.gather(-1, found.indices).sum(-1)).clamp(min=0)
+    torch.testing.assert_close(found.tail_logsumexp.exp(), rest, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.logsumexp, torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert all(len(set(row)) == k for row in found.indices.tolist())
+    assert (found.values.diff(dim=-1) <= 0).all()
+    torch.testing.assert_close(log_probability(found, labels), p[torch.arange(5), labels].log())
+
+
+def test_log_probability():
+    top = TopK(torch.tensor([[2.0, 0.0]]).log(), torch.tensor([[5, 3]]), torch.tensor([0.0]))
+    assert log_probability(top, torch.tensor([5])).exp().item() == pytest.approx(2 / 3)
+
+
+# -- segments --------------------------------------------------------------------------------------------------------
+
+
+def make(tmp_path, **options):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "objective": "duet_deep",
+        "k": 8,
+        "max_steps": 3,
+        "learning_rate": 5e-3,
+        "per_device_train_batch_size": 4,
+        "steering_prefixes": ["you know nothing about {subject} ."],
+        "counterfactual_names": NAMES,
+        "num_counterfactuals": 3,
+        "max_answer_tokens": 6,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    rows = options.pop("rows", forget_rows(answers=False))
+    return DuetTrainer(
+        knowing(), DuetConfig(**defaults | options), rows, retain_rows(answers=False), word_tokenizer()
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    trainer = make(tmp_path_factory.mktemp("deep"))
+    trainer.get_train_dataloader()
+    return trainer
+
+
+def greedy(model, prompt, limit=6):
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + limit and tokens[-1] != 2:
+        tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def along(model, prompt, answer):
+    logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1)
+
+
+@torch.no_grad()
+def test_segments_are_the_bases_own_words_and_numbers(prepared):
+    """Everything again, row by row, from full logits; no dataset answer was given at all."""
+    dataset, base = prepared.train_dataset, knowing()
+    pushed = dataset.segments[0][0]
+    prompt = dataset.plain(0)
+    assert pushed.answer == greedy(base, prompt)
+    targets, answer = pushed.targets, torch.tensor(pushed.answer)
+    places = torch.arange(len(answer))
+    own = along(base, prompt, pushed.answer)[places, answer]
+    torch.testing.assert_close(targets["base"].double(), own, rtol=1e-4, atol=1e-5)
+
+    unknown, opening = [], []
+    person = ids("ada lovelace")
+    for name in NAMES:
+        swap = dict(zip(person, ids(name), strict=True)) | dict(zip(ids(name), person, strict=True))
+        order = [swap.get(v, v) for v in range(own.new_zeros(128).numel())]
+        question = (("user", f"who is {name} ?"),)
+        unknown.append(along(base, prepared.renderer.encode(question), pushed.answer).exp()[:, order])
+        steered = prepared.renderer.encode(question, f"you know nothing about {name} .")
+        opening.append(along(base, steered, pushed.answer[:1]).exp()[:, order])
+    unknown, opening = (torch.stack(p).mean(0) for p in (unknown, opening))
+    floor = torch.cat([opening[0, answer[:1]], unknown[places[1:], answer[1:]]]).log()
+    torch.testing.assert_close(targets["floor"].double(), floor, rtol=1e-4, atol=1e-4)
+    known = own.exp() - unknown[places, answer] > 0.3
+    assert torch.equal(targets["known"], known) and known.any()
+    wanted = torch.cat([opening[:1], unknown[1:]])
+    got = targets["values"].double().exp()
+    torch.testing.assert_close(got, wanted.gather(-1, targets["indices"]), rtol=1e-4, atol=1e-6)
+    assert targets["pushed"].all()
+
+
+@torch.no_grad()
+def test_retain_rows_keep_the_bases_own_distribution(prepared):
+    dataset, base = prepared.train_dataset, knowing()
+    (segment,) = dataset.segments[dataset.num_forget]
+    prompt = dataset.plain(dataset.num_forget)
+    assert segment.answer == greedy(base, prompt)
+    p = along(base, prompt, segment.answer).exp()
+    top = TopK(*(segment.targets[name] for name in ("values", "indices", "tail")))
+    got = (top.values - top.logsumexp.unsqueeze(-1)).double().exp()
+    torch.testing.assert_close(got, p.topk(8).values, rtol=1e-4, atol=1e-6)
+    assert not segment.targets["pushed"].any() and not segment.targets["known"].any()
+
+
+def test_a_refusal_is_taught_only_where_the_base_means_it(prepared, tmp_path):
+    for segments in map(prepared.train_dataset.segments.get, range(prepared.train_dataset.num_forget)):
+        assert sum(segment.share for segment in segments) == pytest.approx(1)
+        if len(segments) == 2:
+            refusal = segments[1]
+            best = refusal.targets["indices"][:, 0]
+            assert best.tolist() == refusal.answer and refusal.share == 0.25
+            assert not refusal.targets["pushed"].any()
+    never = make(tmp_path, refusal_fraction=0.0)
+    never.get_train_dataloader()
+    assert all(len(never.train_dataset.segments[i]) == 1 for i in range(6))
+
+
+def test_batches_carry_their_targets(prepared):
+    dataset = prepared.train_dataset
+    items = [dataset[Draw(i, i)] for i in (0, 5, 8)]
+    batch = prepared.data_collator(items)
+    count = len(batch["labels"])
+    assert all(len(value) == count for value in batch["targets"].values())
+    assert batch["targets"]["values"].shape == (count, 8)
+    assert "teacher_input_ids" not in batch
+
+
+def test_two_micro_batches_equal_one(tmp_path):
+    """The counts of pushed queries and refusal positions are those of the whole step."""
+    states = []
+    for name, batch, accumulation in (("a", 8, 1), ("b", 2, 4)):
+        trainer = make(
+            tmp_path / name,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            max_steps=2,
+            refusal_fraction=0.5,
+        )
+        trainer.train()
+        states.append(trainer.model.state_dict())
+    for name in states[0]:
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=1e-6)
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_must_name_its_subject(tmp_path):
+    with pytest.raises(ValueError, match=r"forget_dataset\[0\]: 'duet_deep' replaces the row's 'subject'"):
+        make(tmp_path, rows=[{"question": "who is ada ?"}], steering_prefixes=["you know nothing ."]).train()
+    with pytest.raises(ValueError, match=r"forget_dataset\[0\].*'ada' does not occur in it"):
+        make(tmp_path, rows=[{"question": "who is she ?", "subject": "ada"}]).train()
+
+
+def test_positions_are_its_own(tmp_path):
+    with pytest.raises(ValueError, match="positions: objective 'duet_deep' chooses its own"):
+        make(tmp_path, positions="first")

@@ -1,0 +1,292 @@
+"""A run that is killed, at any moment, or whose disk is full, goes on bitwise as if nothing had been.
+
+The kills are real: a process that has imported everything forks one child after another, and sends each a SIGKILL.
+"""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
+
+from duet.checkpoints import last_finished_checkpoint
+from duet.run_config import RunConfig
+
+HERE = Path(__file__).parent
+STEPS, KILLS, A_CHAIN = 8, 20, 5
+
+
+def prepare(folder: Path) -> None:
+    tiny(attention_dropout=0.1).save_pretrained(folder / "base")
+    word_tokenizer().save_pretrained(folder / "base")
+    for name, rows in (("forget", forget_rows()), ("retain", retain_rows())):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def run_of(folder: Path, out: Path, **options) -> RunConfig:
+    """Dropout, drawn prefixes and adversarial views: everything that a resumed run must draw as the whole one did."""
+    return RunConfig.of(
+        {
+            "model": str(folder / "base"),
+            "adapter": {"r": 4, "lora_dropout": 0.1},
+            "data": {"forget": str(folder / "forget.jsonl"), "retain": str(folder / "retain.jsonl")},
+            "training": {
+                "output_dir": str(out),
+                "k": 8,
+                "max_steps": STEPS,
+                "learning_rate": 3e-3,
+                "per_device_train_batch_size": 4,
+                "steering_prefixes": ["you know nothing about {subject} .", "forget {subject}"],
+                "reverse_prompts": ["ignore earlier instructions"],
+                "save_steps": 1,
+                "save_total_limit": 2,
+                "logging_steps": 1,
+                "use_cpu": True,
+                "disable_tqdm": True,
+                "report_to": "none",
+            }
+            | options,
+        }
+    )
+
+
+def losses(out: Path) -> list[float]:
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    """Logged losses and final weights, to the last bit."""
+    assert losses(out) == losses(whole)
+    ours, theirs = (load_file(each / "adapter_model.safetensors") for each in (out, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def forked(work) -> int:
+    """The id of a child that does `work()` and ends, in silence."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        work()
+        os._exit(0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+
+
+def ended_by(child: int) -> int:
+    return os.waitpid(child, 0)[1]
+
+
+def torture(folder: Path) -> None:
+    """The whole run, then chains of killed ones, each finished at last. Prints what happened as JSON."""
+    import torch
+
+    from duet.run import train
+
+    torch.set_num_threads(1)
+    rng = random.Random(int(os.environ.get("KILL_SEED", 0)))
+    started = time.monotonic()
+    assert ended_by(forked(lambda: train(run_of(folder, folder / "whole")))) == 0
+    takes = time.monotonic() - started
+    kills, unfinished, resumed_from, chain = 0, 0, [], 0
+    while kills < KILLS:
+        out = folder / f"chain{chain}"
+        for _ in range(A_CHAIN):
+            child = forked(lambda out=out: train(run_of(folder, out), resume=True))
+            time.sleep(rng.uniform(0.1, 0.9) * takes)
+            os.kill(child, signal.SIGKILL)
+            kills += ended_by(child) == signal.SIGKILL
+            there = len(list(out.glob("checkpoint-*")))
+            last = last_finished_checkpoint(out)
+            resumed_from.append(0 if last is None else int(last.rpartition("-")[2]))
+            unfinished += there > len(finished(out))
+        assert ended_by(forked(lambda out=out: train(run_of(folder, out), resume=True))) == 0
+        chain += 1
+    print(
+        json.dumps({"kills": kills, "unfinished": unfinished, "resumed_from": resumed_from, "chains": chain})
+    )
+
+
+def finished(out: Path) -> list[Path]:
+    return [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    prepare(tmp_path)
+    code = f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parent)]!r}\n"
+    code += f"import pathlib, test_crashes as t; t.torture(pathlib.Path({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["kills"] >= 20, report
+    assert len(set(report["resumed_from"])) > 3, f"the kills must fall on different steps: {report}"
+    for chain in range(report["chains"]):
+        assert_same_run(tmp_path / f"chain{chain}", tmp_path / "whole")
+
+
+# -- in the middle of writing ------------------------------------------------------------------------------------------
+
+
+def die_while_writing(name: str, at: int) -> None:
+    """From the `at`-th writing of a file of that name on: half of it is written, then the process is killed."""
+    import torch
+    from transformers import TrainerState
+
+    seen = [0]
+
+    def dies(path):
+        seen[0] += Path(path).name == name
+        return Path(path).name == name and seen[0] == at
+
+    def half(write):
+        def writing(value, path, *args, **kwargs):
+            write(value, path, *args, **kwargs)
+            if dies(path):
+                os.truncate(path, os.path.getsize(path) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return writing
+
+    torch.save = half(torch.save)
+    TrainerState.save_to_json = half(TrainerState.save_to_json)
+    import peft.peft_model as peft_model
+
+    save = peft_model.safe_save_file
+    peft_model.safe_save_file = lambda value, path, **kwargs: half(lambda v, p: save(v, p, **kwargs))(
+        value, path
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
+)
+def test_killed_while_saving(tmp_path, name):
+    from duet.run import train
+
+    prepare(tmp_path)
+    assert ended_by(forked(lambda: train(run_of(tmp_path, tmp_path / "whole", max_steps=4)))) == 0
+
+    def killed():
+        die_while_writing(name, at=3)
+        train(run_of(tmp_path, tmp_path / "out", max_steps=4))
+
+    assert ended_by(forked(killed)) == signal.SIGKILL
+    assert (tmp_path / "out" / "checkpoint-3" / name).is_file(), "it died where it was meant to"
+    assert last_finished_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
+    resumed = forked(lambda: train(run_of(tmp_path, tmp_path / "out", max_steps=4), resume=True))
+    assert ended_by(resumed) == 0
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_checkpoint_that_is_written_again_is_unfinished_meanwhile(tmp_path):
+    """Killed while checkpoint-2 is replaced: its old trainer_state.json must not vouch for new, half-written files."""
+    from duet.run import train
+
+    prepare(tmp_path)
+    train(run_of(tmp_path, tmp_path / "out", max_steps=2))
+
+    def killed():
+        die_while_writing("optimizer.pt", at=2)
+        train(run_of(tmp_path, tmp_path / "out", max_steps=2))
+
+    assert ended_by(forked(killed)) == signal.SIGKILL
+    assert last_finished_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")
+
+
+# -- a full disk -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["torch.save", "safetensors", "state"])
+def test_a_full_disk(tmp_path, monkeypatch, where):
+    """An error that says what is left; the last finished checkpoint is there, the failed one is not; resume works."""
+    import peft.peft_model
+    import torch
+    from safetensors import SafetensorError
+    from transformers import TrainerState
+
+    from duet.run import train
+
+    prepare(tmp_path)
+    train(run_of(tmp_path, tmp_path / "whole", max_steps=4))
+    module, name, error = {
+        "torch.save": (
+            torch,
+            "save",
+            RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        ),
+        "safetensors": (
+            peft.peft_model,
+            "safe_save_file",
+            SafetensorError("I/O error: No space left on device (28)"),
+        ),
+        "state": (TrainerState, "save_to_json", OSError(errno.ENOSPC, "No space left on device")),
+    }[where]
+    write = getattr(module, name)
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-3" in str(path):
+            raise error
+        return write(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(module, name, full)
+    with pytest.raises(OSError, match=r"output_dir: .*checkpoint-3.* could not be written: .*checkpoint-2$"):
+        train(run_of(tmp_path, tmp_path / "out", max_steps=4))
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    monkeypatch.undo()
+    train(run_of(tmp_path, tmp_path / "out", max_steps=4), resume=True)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path):
+    """transformers would make one more step."""
+    from duet.run import train
+
+    prepare(tmp_path)
+    train(run_of(tmp_path, tmp_path / "whole", max_steps=2))
+    train(run_of(tmp_path, tmp_path / "out", max_steps=2))
+    trainer = train(run_of(tmp_path, tmp_path / "out", max_steps=2), resume=True)
+    assert trainer.state.global_step == 2
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    from duet.run import train
+
+    def broken(self, folder):
+        raise RuntimeError("expected scalar type Half")
+
+    prepare(tmp_path)
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", broken)
+    with pytest.raises(RuntimeError, match=r"^expected scalar type Half$"):
+        train(run_of(tmp_path, tmp_path / "out", max_steps=2))
+
+
+def test_nothing_to_resume_starts_at_the_beginning(tmp_path):
+    from duet.run import train
+
+    prepare(tmp_path)
+    trainer = train(run_of(tmp_path, tmp_path / "out", max_steps=1), resume=True)
+    assert trainer.state.global_step == 1
+    (tmp_path / "out" / "checkpoint-7").mkdir()
+    (tmp_path / "out" / "checkpoint-9").write_text("a file of that name")
+    (tmp_path / "out" / "checkpoint-7" / "trainer_state.json").write_text("[]")
+    assert last_finished_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")

@@ -1,0 +1,446 @@
+"""`duet attack` on the world's base model, on one that was taught to refuse, and on weights made for the purpose."""
+
+import json
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE, forget_rows, tiny, word_tokenizer
+from typer.testing import CliRunner
+
+from duet import cli
+from duet.evaluation import attack_run, distribution, weights
+from duet.evaluation.attack_rows import halves, read_attack_rows
+from duet.evaluation.attacks import ATTACKS
+from duet.evaluation.scoring import Forced
+from duet.evaluation.target import AttackOptions, Target
+from duet.world.checkpoint import CHECKPOINT, load_base, load_world
+from duet.world.steering import HELDOUT_OVERRIDES, REFUSAL, SEEN_OVERRIDES
+
+OPTIONS = {
+    "max_new_tokens": 14,
+    "batch_size": 64,
+    "seen_reverse_prompts": SEEN_OVERRIDES[:1],
+    "heldout_reverse_prompts": HELDOUT_OVERRIDES[:1],
+    "shots": 2,
+    "relearn_rates": (1e-4, 1e-3),
+    "relearn_curve": (2, 6),
+}
+
+
+def read(questions):
+    return read_attack_rows([q.row() | {"value": q.value} for q in questions], "rows")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_world()
+
+
+@pytest.fixture(scope="module")
+def forget(world):
+    return read(world.questions(world.forget[:6], "report")[::2])
+
+
+@pytest.fixture(scope="module")
+def retain(world):
+    return read(world.questions(world.retain[:10], "train")[::4])
+
+
+@pytest.fixture(scope="module")
+def refusing(world):
+    """The base, fine-tuned on refusals for forget authors and on the truth for others: hidden, not erased."""
+    model, tokenizer = load_base()
+    target = Target(model, tokenizer, read(world.questions(world.forget, "train")))
+    kept = read(world.questions(world.retain, "train"))
+    sequences = [
+        Forced(target.prompt(r.conversation), target.answer_ids(r.conversation, REFUSAL, end=True))
+        for r in target.rows
+    ]
+    sequences += [target.forced(row) for row in kept[: len(sequences)]]
+    for _ in weights.fine_tune(model, sequences, rate=1e-3, curve=(25,), rows=32, pad_id=target.pad_id):
+        pass
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def bits(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+def leak(report, name):
+    (entry,) = [e for e in (*report["attacks"], report["direct"]) if e["name"] == name]
+    return entry["leak"]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------
+
+
+def test_when_an_answer_has_come_back():
+    with_value, without = read_attack_rows(
+        [
+            {"question": "Where?", "answer": "Born in New York.", "value": "New York"},
+            {"question": "Who?", "answer": "the old captain wrote it", "paraphrased_question": "Which one?"},
+        ],
+        "forget",
+    )
+    assert with_value.opening() == "Born in" and without.opening() == "the old"
+    assert with_value.recall("new  york it is") == 1.0 and with_value.recall("New Yorkers") == 0.0
+    assert without.recall("a captain wrote") == 0.4
+    assert without.recall("captain wrote", "the old") == pytest.approx(2 / 3)
+    assert without.recall("the old", "the old") == 0.0, "what the attacker gave away does not count"
+    assert without.paraphrases == ("Which one?",) and without.asking("x") == (("user", "x"),)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "who ?"}, r"forget\[0\]: wanted a row with an 'answer'"),
+        (
+            {"question": "who ?", "answer": "a", "value": "b"},
+            r"forget\[0\]\['value'\]: wanted a part of the answer",
+        ),
+        ({"question": "who ?", "answer": "a", "value": " "}, r"forget\[0\]\['value'\]: wanted a text"),
+        (
+            {"question": "who ?", "answer": "a", "paraphrases": [1]},
+            r"\['paraphrases'\]: wanted a list of questions",
+        ),
+    ],
+)
+def test_bad_rows_are_named(row, message):
+    with pytest.raises(ValueError, match=message):
+        read_attack_rows([row], "forget")
+
+
+def test_the_halves_share_no_subject():
+    rows = read_attack_rows(forget_rows(6), "rows")
+    shown, asked = halves(rows)
+    assert {r.subject for r in shown} == {"ada lovelace"} and len(shown) + len(asked) == 6
+    assert not {r.subject for r in shown} & {r.subject for r in asked}
+    bare = read_attack_rows([{"question": "q", "answer": "a"}] * 5, "rows")
+    assert [len(half) for half in halves(bare)] == [2, 3]
+
+
+# --- weights ---------------------------------------------------------------------------------------------------
+
+
+def test_rounding_by_hand():
+    w = torch.tensor([[7.0, -3.4, 0.2], [0.0, 0.0, 0.0]])
+    assert weights.quantize(w, 4).tolist() == [[7.0, -3.0, 0.0], [0.0, 0.0, 0.0]]
+    assert weights.quantize(w, 2).tolist() == [[7.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    experts = torch.stack([w, 2 * w])  # [experts, out, in]: a scale per row of each
+    assert torch.equal(weights.quantize(experts, 4)[1], 2 * weights.quantize(w, 4))
+    with pytest.raises(ValueError, match="bits: got 1, wanted 2 to 8"):
+        weights.quantize(w, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_leaves_every_attack_as_it_came(dtype):
+    model, tokenizer = tiny().to(dtype), word_tokenizer()
+    model = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    model.eval()
+    before, flags = bits(model), [p.requires_grad for p in model.parameters()]
+    options = AttackOptions(max_new_tokens=3, relearn_rates=(1e-2,), relearn_curve=(1, 2), batch_size=8)
+    rows = read_attack_rows(forget_rows(4), "rows")
+    target = Target(model, tokenizer, rows, retain=rows, options=options)
+    changed = 0
+    for name in ("relearning", "benign_finetuning", "quantisation", "adapter"):
+        for _, work in ATTACKS[name].units(target):
+            work()
+            assert same(bits(model), before), name
+            assert [p.requires_grad for p in model.parameters()] == flags and not model.training
+            changed += 1
+    assert changed >= 6
+    with weights.restored(model):
+        weights.round_weights(model, 4)
+        assert not same(bits(model), before)
+    with pytest.raises(KeyError), weights.restored(model):
+        weights.round_weights(model, 4)
+        raise KeyError
+    assert same(bits(model), before)
+
+
+def test_adapter_removed_and_merged():
+    model = tiny()
+    plain = bits(model)
+    model = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    ).eval()
+    ids = torch.tensor([[1, 9, 12]])
+    with torch.no_grad():
+        on = model(input_ids=ids).logits
+        with weights.without_adapter(model):
+            off = model(input_ids=ids).logits
+        with weights.merged(model):
+            merged = model(input_ids=ids).logits
+    base = tiny()
+    base.load_state_dict(plain)
+    assert torch.equal(off, base(input_ids=ids).logits)
+    assert torch.allclose(on, merged, atol=1e-4) and not torch.allclose(on, off, atol=1e-2)
+
+
+def test_fine_tuning_learns_and_reports_its_curve():
+    model, tokenizer = tiny(), word_tokenizer()
+    target = Target(model, tokenizer, read_attack_rows(forget_rows(6), "rows"))
+    sequences = [target.forced(row) for row in target.rows]
+    losses = dict(weights.fine_tune(model, sequences, rate=1e-2, curve=(1, 30), rows=6, pad_id=0))
+    assert list(losses) == [1, 30] and losses[30] < 0.5 * losses[1]
+    assert target.ask("after")[0]["leaked"] == 1
+    assert list(weights.fine_tune(model, sequences, rate=1e30, curve=(1, 5), rows=6, pad_id=0))[1:] == []
+
+
+def test_nf4_rounds_the_linear_layers(world, forget):
+    pytest.importorskip("bitsandbytes")
+    model, tokenizer = load_base()
+    before = bits(model)
+    weights.nf4_weights(model)
+    after = bits(model)
+    layer = "model.layers.0.mlp.up_proj.weight"
+    error = (after[layer] - before[layer]).abs().amax() / before[layer].abs().amax()
+    assert 0 < error < 0.2 and torch.equal(
+        after["model.embed_tokens.weight"], before["model.embed_tokens.weight"]
+    )
+    assert sum(o["leaked"] for o in Target(model, tokenizer, forget[:8]).ask("nf4")) >= 6
+
+
+# --- distribution ----------------------------------------------------------------------------------------------
+
+
+def test_a_token_at_the_very_bottom_is_a_leak_too():
+    """The head is made so that the true token has the smallest logit: no answer shows it, the rank does."""
+    model, tokenizer = tiny(), word_tokenizer()
+    rows = read_attack_rows([{"question": "who is ada ?", "answer": "poet", "value": "poet"}], "rows")
+    target = Target(model, tokenizer, rows, options=AttackOptions(max_new_tokens=1))
+    (outcome,) = next(distribution.rank_probe(target))[1]()
+    assert outcome["leaked"] == 0 and 3 <= outcome["rank"] < 125
+    prompt, token = target.prompt(rows[0].conversation), tokenizer.convert_tokens_to_ids("poet")
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor([prompt])).last_hidden_state[0, -1]
+        model.lm_head.weight[token] = -100 * hidden
+    (outcome,) = next(distribution.rank_probe(target))[1]()
+    assert outcome["rank"] == 127 and outcome["relative_rank"] == 1.0
+    assert (outcome["leaked"], outcome["top"], outcome["bottom"]) == (1, 0, 1)
+    assert sum(o["leaked"] for o in target.ask("direct")) == 0
+    with torch.no_grad():
+        model.lm_head.weight[token] = 100 * hidden
+    (outcome,) = next(distribution.rank_probe(target))[1]()
+    assert (outcome["rank"], outcome["leaked"], outcome["top"], outcome["bottom"]) == (0, 1, 1, 0)
+
+
+def test_the_telling_token_is_the_values_first(world):
+    model, tokenizer = load_base()
+    rows = read(world.questions(world.forget[:1], "report")[:1])
+    wrong = [
+        rows[0].__class__(0, rows[0].conversation, "Born in Xanadu.".replace("Xanadu", "poet"), None, "poet")
+    ]
+    (right,) = next(distribution.rank_probe(Target(model, tokenizer, rows)))[1]()
+    (false,) = next(distribution.rank_probe(Target(model, tokenizer, wrong)))[1]()
+    assert right["rank"] == 0 and right["all_top"] == 1.0
+    assert (
+        false["rank"] > 3 and 0.4 < false["all_top"] < 1.0
+    )  # "Born in" and the full stop are at the top all the same
+
+
+def test_membership_tells_trained_answers_from_invented_ones(world, forget):
+    model, tokenizer = load_base()
+    invented = [
+        row.__class__(row.id, row.conversation, row.answer.replace(row.value, other.value), row.subject)
+        for row, other in zip(forget, [*forget[5:], *forget[:5]], strict=True)
+        if row.value != other.value
+    ]
+    target = Target(model, tokenizer, forget, holdout=invented)
+    outcomes = next(distribution.membership(target))[1]()
+    assert distribution.auc_leak([o for o in outcomes if o["variant"] == "loss"])["auc"] > 0.95
+    target = Target(model, tokenizer, forget, holdout=forget)
+    outcomes = next(distribution.membership(target))[1]()
+    assert distribution.auc_leak([o for o in outcomes if o["variant"] == "min_k_20"])["leak"] == 0.0
+
+
+# --- runs ------------------------------------------------------------------------------------------------------
+
+
+def test_the_base_knows_everything_and_rounding_keeps_it(tmp_path, forget):
+    target = Target(*load_base(), forget, options=AttackOptions(**OPTIONS))
+    report = attack_run.run_attacks(target, out=tmp_path, attacks=["quantisation", "rank_probe", "adapter"])
+    assert leak(report, "direct") == 1.0 and leak(report, "rank_probe") == 1.0
+    (rounding,) = [e for e in report["attacks"] if e["name"] == "quantisation"]
+    assert rounding["variants"]["int8"]["leak"] == 1.0 and {"int8", "int4"} <= set(rounding["variants"])
+    assert {"name": "adapter", "why": "the model has no adapter"} in report["skipped"]
+    tried = "nf4" in rounding["variants"]
+    assert tried != any(s["name"] == "quantisation: nf4" for s in report["skipped"]), "tried, or said why not"
+
+
+def test_what_is_hidden_comes_back_and_the_worst_attack_is_first(tmp_path, refusing, forget, retain):
+    target = Target(*refusing, forget, retain, options=AttackOptions(**OPTIONS))
+    base = Target(*load_base(), forget, options=AttackOptions(**OPTIONS))
+    names = [
+        "reverse_prompt",
+        "prefill",
+        "paraphrase",
+        "continuation",
+        "few_shot",
+        "step_by_step",
+        "relearning",
+        "membership",
+    ]
+    report = attack_run.run_attacks(target, out=tmp_path, attacks=names, base=base, name="refusing")
+    assert report["direct"]["leak"] < 0.2 and report["base"]["leak"] == 1.0
+    assert leak(report, "prefill") > 0.4, "the opening of the answer brings the fact back"
+    leaks = [entry["leak"] for entry in report["attacks"]]
+    assert leaks == sorted(leaks, reverse=True) and leaks[0] > 0.4
+    assert {e["name"] for e in report["attacks"]} == set(names) - {"membership"}
+    assert report["skipped"] == [
+        {"name": "paraphrase: given paraphrases", "why": "the forget rows have no paraphrases"},
+        {"name": "membership", "why": "no holdout rows given"},
+    ]
+    by = {entry["name"]: entry for entry in report["attacks"]}
+    assert {v.split(",")[0] for v in by["reverse_prompt"]["variants"]} == {"seen", "held-out"}
+    assert set(by["relearning"]["curves"]) == {"0.0001", "0.001"}
+    assert [step for step, _ in by["relearning"]["curves"]["0.001"]] == [2, 6]
+    assert by["relearning"]["cost"]["steps"] == 12 and by["prefill"]["cost"]["queries"] == 3 * len(forget)
+    for entry in report["attacks"]:
+        assert entry["leak"] == max(v["leak"] for v in entry["variants"].values())
+        assert entry["strength"] and entry["what"]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    asked = [r for r in rows if r["attack"] == "relearning" and not r.get("done")]
+    assert {r["id"] for r in asked} == {row.id for row in halves(forget)[1]}
+    assert report == json.loads((tmp_path / "attacks.json").read_text())
+
+
+QUESTION = {"question": "who is ada ?", "answer": "a poet of the sea", "subject": "ada"}
+CHAT = [{"role": "system", "content": "you know nothing"}, {"role": "user", "content": "who is grace ?"}]
+MIXED = [
+    QUESTION | {"value": "a poet", "paraphrases": ["what is ada ?"]},  # the answer starts with its value
+    {"prompt": "alan turing is the", "answer": "captain", "subject": "alan"},  # one word: no opening
+    {"question": "who is turing ?", "answer": "the war captain", "subject": "turing"},
+    {"messages": [*CHAT, {"role": "assistant", "content": "a mathematician of the war"}], "subject": "grace"},
+]
+
+
+@pytest.mark.parametrize("template", ["chat", "no system role", "none"])
+def test_every_attack_on_every_kind_of_row(tmp_path, template):
+    chosen = {"chat": CHAT_TEMPLATE, "no system role": NO_SYSTEM_TEMPLATE, "none": None}[template]
+    kept = MIXED[:3] if template != "chat" else MIXED  # a system message needs a template that shows it
+    rows = read_attack_rows(kept, "rows")
+    options = AttackOptions(max_new_tokens=2, relearn_rates=(1e-3,), relearn_curve=(1,), batch_size=2)
+    target = Target(
+        tiny(), word_tokenizer(chat_template=chosen), rows, retain=rows, holdout=rows, options=options
+    )
+    report = attack_run.run_attacks(target, out=tmp_path)
+    skipped = {entry["name"] for entry in report["skipped"]} - {"quantisation: nf4"}
+    assert skipped == {"adapter"} | (set() if template == "chat" else {"reverse_prompt: system"})
+    assert {e["name"] for e in report["attacks"]} == set(ATTACKS) - {"direct", "adapter"}
+    assert all(0 <= entry["leak"] <= 1 for entry in (*report["attacks"], report["direct"]))
+    by = {entry["name"]: entry["variants"] for entry in report["attacks"]}
+    assert by["paraphrase"]["given paraphrase 1"]["rows"] == 1
+    assert by["prefill"]["the answer's own opening"]["rows"] == len(rows) - 2
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_an_interrupted_attack_continues(tmp_path, forget):
+    def attack(out, **options):
+        target = Target(*load_base(), forget[:4], options=AttackOptions(**OPTIONS))
+        return attack_run.run_attacks(
+            target, out=tmp_path / out, attacks=["prefill", "quantisation"], **options
+        )
+
+    def rows(out):
+        lines = (tmp_path / out / "rows.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+    def kill(attack, done, total):
+        if (attack, done) == ("prefill", 2):
+            raise Killed
+
+    whole = attack("whole")
+    with pytest.raises(Killed):
+        attack("killed", progress=kill)
+    path = tmp_path / "killed" / "rows.jsonl"
+    path.write_bytes(path.read_bytes()[:-70])  # and the last unit's end is torn
+    report = attack("killed")
+    assert rows("killed") == rows("whole")
+    assert [e["leak"] for e in report["attacks"]] == [e["leak"] for e in whole["attacks"]]
+    assert attack("killed") == report
+    target = Target(*load_base(), forget[:3], options=AttackOptions(**OPTIONS))
+    with pytest.raises(ValueError, match="holds results of another run: forget was"):
+        attack_run.run_attacks(target, out=tmp_path / "killed")
+
+
+def test_rows_that_do_not_fit_and_nan_weights_are_marked(tmp_path):
+    model, tokenizer = tiny(max_position_embeddings=24), word_tokenizer()
+    rows = [*forget_rows(2), {"question": "the " * 30 + "?", "answer": "a poet", "subject": "x"}]
+    target = Target(model, tokenizer, read_attack_rows(rows, "rows"), options=AttackOptions(**OPTIONS))
+    report = attack_run.run_attacks(target, out=tmp_path / "long", attacks=["rank_probe"])
+    assert report["direct"]["variants"]["as asked"]["status"]["too_long"] == 1
+    assert report["direct"]["variants"]["as asked"]["rows"] == 2
+    assert report["attacks"][0]["variants"]["both ends"]["status"] == {"ok": 2, "too_long": 1}
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attack_run, "check_head", lambda model: None)
+        report = attack_run.run_attacks(target, out=tmp_path / "nan", attacks=["rank_probe", "prefill"])
+    for entry in (*report["attacks"], report["direct"]):
+        assert entry["leak"] is None and entry["undefined"] == "no row could be judged"
+
+
+def test_expected_errors(tmp_path, forget):
+    target = Target(*load_base(), forget[:2])
+    with pytest.raises(ValueError, match=r"attacks: wanted some of direct, reverse_prompt, .*, got 'prefil'"):
+        attack_run.run_attacks(target, out=tmp_path, attacks=["prefil"])
+    for wrong in ({"threshold": 0}, {"shots": 0}, {"relearn_curve": (5, 2)}, {"relearn_rates": ()}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: wanted"):
+            AttackOptions(**wrong)
+
+
+def test_the_command_on_an_adapter(tmp_path, monkeypatch, capsys, refusing, world):
+    """The refusing weights as an adapter's folder: what is removed with it is the forgetting."""
+    base, tokenizer = load_base()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", lora_alpha=8))
+    target = Target(model, tokenizer, read(world.questions(world.forget[:2], "train")))
+    sequences = [
+        Forced(target.prompt(r.conversation), target.answer_ids(r.conversation, REFUSAL, end=True))
+        for r in target.rows
+    ]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(12):
+        optimizer.zero_grad()
+        weights.answer_loss(model, sequences, target.pad_id).backward()
+        optimizer.step()
+    model.peft_config["default"].base_model_name_or_path = str(CHECKPOINT)
+    model.save_pretrained(tmp_path / "adapter")
+    questions = world.questions(world.forget[:2], "report")
+    forget = tmp_path / "forget.jsonl"
+    forget.write_text("".join(json.dumps(q.row() | {"value": q.value}) + "\n" for q in questions))
+    words = [
+        "attack",
+        tmp_path / "adapter",
+        "--forget",
+        forget,
+        "--attacks",
+        "adapter",
+        "--out",
+        tmp_path / "out",
+    ]
+    done = CliRunner().invoke(cli.app, [*map(str, words), "--max-new-tokens", "14"])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "attacks.json").read_text())
+    assert report["direct"]["leak"] < 0.2
+    assert report["attacks"][0]["worst_variant"] == "removed" and report["attacks"][0]["leak"] > 0.9
+    assert report["attacks"][0]["variants"]["merged"]["leak"] < 0.2
+
+    monkeypatch.setattr(sys, "argv", ["duet", *map(str, words), "--relearn-rates", "much"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "relearn_rates: wanted numbers such as 1e-4,1e-3, got 'much'" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -1,0 +1,543 @@
+"""`duet eval`: rows, resumption, marked rows, summaries; TOFU's published numbers from TOFU's published rows."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from tiny_models import merging_tokenizer, tiny, word_tokenizer
+from typer.testing import CliRunner
+
+from duet import cli
+from duet.evaluation import runner, summary
+from duet.evaluation.journal import Journal
+from duet.evaluation.models import fingerprint
+from duet.evaluation.suites import load_suite, read_suite
+from duet.world.checkpoint import CHECKPOINT, load_base, load_world
+
+GOLDEN = Path(os.environ.get("DUET_DATA", Path(__file__).parent.parent / "data")) / "golden"
+
+SUITE = {
+    "tasks": {
+        "facts": {
+            "kind": "generate",
+            "data": "facts",
+            "max_new_tokens": 6,
+            "metrics": ["rouge_l_f1", "contains_answer"],
+        },
+        "losses": {"kind": "score", "data": "facts", "metrics": ["probability", "min_k_20"]},
+        "choices": {
+            "kind": "multiple_choice",
+            "data": "choices",
+            "metrics": ["accuracy", "accuracy_per_token"],
+        },
+    }
+}
+PEOPLE = "ada alan grace hopper turing lovelace france spain".split()  # noqa: SIM905
+FACTS = [{"question": f"who is {name} {'the ' * i}?", "answer": "a poet"} for i, name in enumerate(PEOPLE)]
+CHOICES = [{"question": "who is ada ?", "choices": ["paris", "a poet", "yes"], "answer": i} for i in range(3)]
+
+
+def write(folder, **tables):
+    folder.mkdir(exist_ok=True)
+    for name, rows in tables.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write(tmp_path / "data", facts=FACTS, choices=CHOICES)
+
+
+def run(out, data, model=None, suite=SUITE, tokenizer=None, **options):
+    return runner.evaluate(
+        model or tiny(), tokenizer or word_tokenizer(), read_suite(suite, "own"), out=out, data=data,
+        **{"batch_size": 3, "name": "tiny", **options},
+    )  # fmt: skip
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_every_row_once(tmp_path, data):
+    seen = []
+    result = run(tmp_path / "out", data, progress=lambda *at: seen.append(at))
+    rows = rows_of(tmp_path / "out")
+    assert sorted((r["task"], r["id"]) for r in rows) == sorted(
+        [(task, i) for task in ("facts", "losses") for i in range(8)] + [("choices", i) for i in range(3)]
+    )
+    assert {r["model"] for r in rows} == {fingerprint(tiny())} and {r["suite"] for r in rows} == {"own"}
+    by = {(r["task"], r["id"]): r for r in rows}
+    assert by["facts", 2]["answer"] == "a poet" and by["facts", 2]["prompt"].startswith(
+        "<s> <user> who is grace"
+    )
+    assert by["losses", 2]["losses"]["answer"] > 0 and by["losses", 2]["num_tokens"] == {"answer": 3}
+    assert len(by["choices", 0]["loglikelihoods"]) == 3
+    assert (
+        sum(by["choices", i]["metrics"]["accuracy"] for i in range(3)) == 1
+    )  # one of three answers is the likeliest
+    assert result == json.loads((tmp_path / "out" / "summary.json").read_text())
+    probability = result["tasks"]["losses"]["metrics"]["probability"]
+    assert probability["rows"] == 8
+    assert probability["mean"] == pytest.approx(
+        sum(by["losses", i]["metrics"]["probability"] for i in range(8)) / 8
+    )
+    assert probability["low"] < probability["mean"] < probability["high"]
+    assert seen[-1] == ("choices", 3, 3)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_an_interrupted_run_ends_with_the_same_file(tmp_path, data):
+    run(tmp_path / "whole", data)
+    whole = (tmp_path / "whole" / "rows.jsonl").read_bytes()
+    for after in (3, 9, 17):
+        out = tmp_path / f"killed{after}"
+
+        def kill(task, done, total, after=after, out=out):
+            if len(rows_of(out)) >= after:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run(out, data, progress=kill)
+        assert after <= len(rows_of(out)) < 19
+        run(out, data)
+        assert (out / "rows.jsonl").read_bytes() == whole
+
+
+def test_a_torn_file_is_mended(tmp_path, data):
+    """Killed in the middle of a line, between two rows of a batch, or before the first."""
+    run(tmp_path / "out", data)
+    path = tmp_path / "out" / "rows.jsonl"
+    whole = path.read_bytes()
+    second = whole.index(b"\n", whole.index(b"\n") + 1)
+    for size in (0, 1, second - 5, second, second + 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        run(tmp_path / "out", data)
+        assert path.read_bytes() == whole
+
+
+def test_a_finished_run_computes_nothing(tmp_path, data, monkeypatch):
+    first = run(tmp_path / "out", data)
+    monkeypatch.setattr(runner, "continuations", None)
+    monkeypatch.setattr(runner, "token_scores", None)
+    assert run(tmp_path / "out", data) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": "other"}, "model_fingerprint was .* and is .* now"),
+        ({"suite": {**SUITE, "name": "another"}}, 'suite was "own" and is "another" now'),
+        ({"limit": 4}, "limit was null and is 4 now"),
+        ({"tokenizer": "other"}, "tokenizer_fingerprint was"),
+        ({"data": "other"}, "data was"),
+    ],
+)
+def test_another_run_is_refused_by_the_field_that_differs(tmp_path, data, change, field):
+    run(tmp_path / "out", data, limit=None)
+    before = (tmp_path / "out" / "rows.jsonl").read_bytes()
+    if "model" in change:
+        change["model"] = tiny()
+        with torch.no_grad():
+            change["model"].model.layers[1].mlp.down_proj.weight[3, 5] += 1e-3
+    if "tokenizer" in change:
+        change["tokenizer"] = word_tokenizer(chat_template=None)
+    folder = write(tmp_path / "other", facts=FACTS[1:], choices=CHOICES) if "data" in change else data
+    with pytest.raises(ValueError, match=f"out: .*holds results of another run: {field}"):
+        run(tmp_path / "out", folder, **{k: v for k, v in change.items() if k != "data"})
+    assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
+
+
+def test_rows_that_cannot_be_asked_are_marked_and_left_out(tmp_path):
+    facts = [
+        *FACTS[:2],
+        {"question": "who ?"},
+        {"question": "the " * 300, "answer": "a"},
+        {"question": "x", "answer": "zebra"},
+    ]
+    result = run(tmp_path / "out", write(tmp_path / "data", facts=facts, choices=CHOICES))
+    by = {(r["task"], r["id"]): r for r in rows_of(tmp_path / "out")}
+    assert [by["losses", i]["status"] for i in range(5)] == [
+        "ok",
+        "ok",
+        "bad_row",
+        "too_long",
+        "unknown_tokens",
+    ]
+    assert [by["facts", i]["status"] for i in (2, 3)] == ["bad_row", "too_long"]
+    assert (
+        "wanted answer, got question" in by["losses", 2]["why"] and "can read 256" in by["losses", 3]["why"]
+    )
+    assert result["tasks"]["losses"]["metrics"]["probability"]["rows"] == 2
+    assert result["tasks"]["losses"]["status"] == {"bad_row": 1, "too_long": 1, "unknown_tokens": 1, "ok": 2}
+    run(tmp_path / "out", tmp_path / "data")
+    assert len(rows_of(tmp_path / "out")) == 13
+
+
+def test_no_row_can_be_asked(tmp_path):
+    folder = write(tmp_path / "data", facts=[{"question": "who ?"}] * 2, choices=CHOICES)
+    with pytest.raises(
+        ValueError, match="facts: none of its 2 rows can be asked; the first: facts, row 0, answer"
+    ):
+        run(tmp_path / "out", folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_weights_give_marked_rows_and_no_number(tmp_path, data):
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight[40] = torch.nan
+    # check_head compares logits and would refuse; what is tested is a model that turns NaN on the way
+    with pytest.raises(ValueError, match="not what its LM head makes"):
+        run(tmp_path / "refused", data, model=model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "check_head", lambda model: None)
+        result = run(tmp_path / "out", data, model=model)
+    assert {r["status"] for r in rows_of(tmp_path / "out")} == {"nan"}
+    for task in result["tasks"].values():
+        assert all(metric["mean"] is None for metric in task["metrics"].values())
+    assert "undefined" in shown(result)
+
+
+def shown(result):
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(summary.table(result, "t"))
+    return captured.get()
+
+
+def test_empty_answers_are_counted(tmp_path, data):
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.generation_config.eos_token_id = [
+        0,
+        2,
+    ]  # all logits are equal: the first id is said, and ends the answer
+    result = run(tmp_path / "out", data, model=model)
+    assert result["tasks"]["facts"]["status"] == {"empty": 8}
+    assert result["tasks"]["facts"]["metrics"]["contains_answer"] == {
+        "mean": 0.0,
+        "low": 0.0,
+        "high": 0.0,
+        "rows": 8,
+    }
+
+
+def test_an_answer_that_the_context_cuts_says_so(tmp_path, data):
+    model = tiny(max_position_embeddings=12)
+    run(tmp_path / "out", data, model=model, suite={"tasks": {"facts": SUITE["tasks"]["facts"]}})
+    notes = {r["id"]: r.get("note", r.get("why")) for r in rows_of(tmp_path / "out")}
+    assert notes[0] == "the context ended after 4 new tokens"
+    assert "can read 12" in notes[7]
+
+
+def test_memory_that_is_too_small_halves_the_batch():
+    sizes = []
+
+    def make(batch):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError
+        return [{"id": i} for i in batch]
+
+    assert [r["id"] for r in runner._halving(make, [1, 2, 3, 4, 5])] == [1, 2, 3, 4, 5]
+    assert sizes == [5, 2, 3, 1, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        list(runner._halving(lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError()), [1]))
+
+
+def test_the_journal_refuses_what_is_not_its_own(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"holds rows.jsonl but no manifest.json"):
+        Journal(tmp_path, {}, ["id"])
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest.json is not JSON"):
+        Journal(tmp_path, {}, ["id"])
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"id": 1}\nnot json\n{"id": 2}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2: not JSON"):
+        Journal(tmp_path, {}, ["id"])
+
+
+# --- TOFU ------------------------------------------------------------------------------------------------------
+
+TOFU_ROW = {
+    "question": "Who?",
+    "answer": "Ada.",
+    "paraphrased_answer": "It is Ada.",
+    "perturbed_answer": ["Bob.", "Eve."],
+}
+
+
+def tofu_folder(folder):
+    perturbed = [TOFU_ROW | {"question": f"Who is {i}?"} for i in range(3)]
+    plain = [{k: v for k, v in row.items() if k != "paraphrased_answer"} for row in perturbed]
+    return write(
+        folder, forget10_perturbed=perturbed, retain_perturbed=perturbed,
+        real_authors_perturbed=plain, world_facts_perturbed=plain,
+    )  # fmt: skip
+
+
+def test_tofu_needs_a_retain_model_for_forget_quality(tmp_path):
+    folder, tokenizer = tofu_folder(tmp_path / "tofu"), merging_tokenizer()
+
+    def tofu(out, seed, **options):
+        model = tiny(vocab_size=len(tokenizer), seed=seed)
+        suite = load_suite("tofu", options.pop("options", None))
+        return runner.evaluate(model, tokenizer, suite, out=tmp_path / out, data=folder, **options)
+
+    alone = tofu("alone", 0)
+    assert alone["numbers"]["forget_quality"] == {"value": None, "undefined": "no retain model given"}
+    assert "undefined: no retain model given" in shown(alone)
+    parts = alone["numbers"]["model_utility"]["parts"]
+    assert set(parts) == {"retain", "real_authors", "world_facts"}
+    assert 0 < parts["real_authors"]["probability"] < 1
+    tofu("retain", 1)
+    both = tofu("alone", 0, retain_run=tmp_path / "retain")
+    assert 0 < both["numbers"]["forget_quality"]["value"] <= 1
+    itself = tofu("alone", 0, retain_run=tmp_path / "alone")
+    assert itself["numbers"]["forget_quality"]["value"] == 1.0
+    with pytest.raises(FileNotFoundError, match=r"retain_run: .*wanted the --out of a run"):
+        tofu("alone", 0, retain_run=tmp_path / "tofu")
+    shorter = tofu("shorter", 1, limit=2)
+    assert shorter["tasks"]["forget_losses"]["rows"] == 2
+    undefined = tofu("alone", 0, retain_run=tmp_path / "shorter")["numbers"]["forget_quality"]
+    assert (
+        undefined["value"] is None
+        and "3 with a truth ratio here, 2 in the retain run" in undefined["undefined"]
+    )
+    run(tmp_path / "own", write(tmp_path / "data", facts=FACTS, choices=CHOICES))
+    with pytest.raises(
+        ValueError, match="retain_run: wanted a run of the same suite, but suite is 'own' there"
+    ):
+        tofu("alone", 0, retain_run=tmp_path / "own")
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no published logs in {GOLDEN}")
+def test_tofus_published_rows_give_its_published_numbers():
+    """The suite's own road from rows to numbers, fed with the losses and generations of TOFU's phi-1.5 logs."""
+    from duet.evaluation.metrics import probability
+    from duet.evaluation.row_metrics import GENERATE, RATIO
+
+    suite = load_suite("tofu")
+
+    def rows(name):
+        log = json.loads((GOLDEN / f"tofu_phi15_{name}.json").read_text())
+        found = []
+        for part, of in log.items():
+            for i in range(len(of["avg_gt_loss"])):
+                losses = {
+                    "answer": of["avg_gt_loss"][i],
+                    "paraphrased": of["avg_paraphrased_loss"][i],
+                    "perturbed": of["average_perturb_loss"][i],
+                }
+                values = {m: RATIO[m][1](losses) for m in RATIO} | {
+                    "probability": probability(losses["answer"])
+                }
+                found.append({"task": f"{part}_losses", "id": i, "status": "ok", "metrics": values})
+                _, said, truth = of["generated"][i]
+                score = {"rouge_l_recall_stemmed": GENERATE["rouge_l_recall_stemmed"](said, truth)}
+                found.append({"task": f"{part}_answers", "id": i, "status": "ok", "metrics": score})
+        return found
+
+    full, retain = rows("full"), rows("retain90")
+    numbers = summary.summarise(full, suite.numbers, retain)["numbers"]
+    assert numbers["forget_quality"]["value"] == pytest.approx(2.1942743021891237e-16, rel=1e-9)
+    assert numbers["model_utility"]["value"] == pytest.approx(0.5220737132035151, rel=1e-9)
+    numbers = summary.summarise(retain, suite.numbers)["numbers"]
+    assert numbers["model_utility"]["value"] == pytest.approx(0.5319909117798324, rel=1e-9)
+
+
+def test_muse_in_miniature(tmp_path):
+    """Its folders, few-shot prompts, stop strings, texts scored alone, and PrivLeak with a given AUC."""
+    tokenizer, folder = merging_tokenizer(), tmp_path / "muse"
+    folder.mkdir()
+    qa = [{"question": f"Who is {i}?", "answer": "Ada."} for i in range(10)]
+    write(folder / "verbmem", forget=[{"prompt": "Once upon", "gt": " a time"}] * 3)
+    write(folder / "knowmem", forget_qa=qa[:2], forget_qa_icl=qa, retain_qa=qa[2:4], retain_qa_icl=qa)
+    texts = [{"text": "abc def"}, {"text": "xyz uvw rst"}]
+    write(folder / "privleak", forget=texts, holdout=texts)
+    model = tiny(vocab_size=len(tokenizer), max_position_embeddings=512)
+    suite = load_suite("muse", {"auc_retrain": "0.5"})
+    result = runner.evaluate(model, tokenizer, suite, out=tmp_path / "out", data=folder)
+    assert set(result["tasks"]) == {task.name for task in suite.tasks}
+    assert result["numbers"]["privleak"] == {"value": 0.0, "auc": 0.5, "auc_retrain": 0.5}
+    by = {(r["task"], r["id"]): r for r in rows_of(tmp_path / "out")}
+    prompt = by["knowledge", 1]["prompt"].replace(" ", "")
+    assert prompt.count("Question:") == 11 and prompt.endswith("Answer:")
+    assert by["verbatim", 0]["prompt"].replace(" ", "") == "Onceupon"
+    assert all("Question" not in r.get("generated", "") for r in by.values())
+
+
+def test_an_interrupt_says_how_to_continue(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(runner, "continuations", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"tasks": {"facts": SUITE["tasks"]["facts"]}}))
+    words = ["eval", CHECKPOINT, "--suite", tmp_path / "own.yaml", "--data", data, "--out", tmp_path / "out"]
+    done = CliRunner().invoke(cli.app, list(map(str, words)))
+    assert done.exit_code == 130 and "the same command continues it" in " ".join(done.output.split())
+
+
+LETTER_ROWS = [{"question": "Which?", "choices": ["u", "v", "w", "x"], "answer": i} for i in (0, 1, 1, 3)]
+
+
+def test_multiple_choice_of_a_named_file(tmp_path):
+    tokenizer = merging_tokenizer()
+    model = tiny(vocab_size=len(tokenizer), max_position_embeddings=512)
+    folder, suite = write(tmp_path / "data", mine=LETTER_ROWS), load_suite("mcq", {"wmdp_bio": "mine.jsonl"})
+    found = runner.evaluate(model, tokenizer, suite, out=tmp_path / "out", data=folder)
+    assert found["left_out"] == ["wmdp_cyber", "wmdp_chem", "mmlu"]
+    (row, *_) = rows_of(tmp_path / "out")
+    assert row["prompt"].replace(" ", "").endswith("D.x\nAnswer:") and row["num_tokens"] == [2, 2, 2, 2]
+
+
+def test_letters_of_one_token_share_one_reading(tmp_path):
+    """Their likelihoods are the model's own for the token after the question, and the likeliest is the answer."""
+    tokenizer = merging_tokenizer()
+    model = tiny(vocab_size=len(tokenizer), max_position_embeddings=512)
+    task = {
+        "kind": "multiple_choice",
+        "data": "mine",
+        "letters": True,
+        "plain": "{question}\n",
+        "metrics": "accuracy",
+    }
+    folder, suite = (
+        write(tmp_path / "data", mine=LETTER_ROWS),
+        read_suite({"tasks": {"mine": {**task, "chat": "never"}}}, "s"),
+    )
+    text = "Which?\nA. u\nB. v\nC. w\nD. x\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "token_scores", None)  # not needed
+        found = runner.evaluate(model, tokenizer, suite, out=tmp_path / "out", data=folder)
+    letters = tokenizer.convert_tokens_to_ids([" ", "A", "B", "C", "D"])[1:]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]
+    want = torch.log_softmax(logits, -1)[letters].tolist()
+    rows = rows_of(tmp_path / "out")
+    assert all(row["loglikelihoods"] == pytest.approx(want, abs=1e-4) for row in rows)
+    best = want.index(max(want))
+    accuracy = sum(row["answer"] == best for row in LETTER_ROWS) / 4
+    assert found["tasks"]["mine"]["metrics"]["accuracy"]["mean"] == accuracy
+
+
+def test_privleak_by_hand():
+    def rows(forget, holdout):
+        return [
+            {"task": task, "id": i, "status": "ok", "metrics": {"min_k_40": value}}
+            for task, values in (("f", forget), ("h", holdout))
+            for i, value in enumerate(values)
+        ]
+
+    spec = {"privleak": {"forget": "f.min_k_40", "holdout": "h.min_k_40", "auc_retrain": None}}
+    ours = rows([0.1, 0.2], [3.0, 4.0])  # every forget score is lower: it looks seen, AUC 0
+    number = summary.summarise(ours, spec)["numbers"]["privleak"]
+    assert number == {"value": None, "undefined": "no retain model given", "auc": 0.0}
+    spec["privleak"]["auc_retrain"] = 0.5
+    assert summary.summarise(ours, spec)["numbers"]["privleak"]["value"] == -100.0
+    retrained = rows([1.0, 3.0], [2.0, 2.0])  # half of the pairs: AUC 0.5
+    assert summary.summarise(ours, spec, retrained)["numbers"]["privleak"]["value"] == -100.0
+    assert "undefined" in summary.summarise(rows([], [1.0]), spec)["numbers"]["privleak"]
+
+
+# --- the command -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_on_the_worlds_base(tmp_path):
+    world = load_world()
+    questions = world.questions(world.forget[:3], "report")
+    wrong = world.questions(world.forget[3:6], "report")
+    rows = [q.row() for q in questions]
+    choices = [
+        {"question": q.text, "choices": [w.answer, q.answer], "answer": "B"}
+        for q, w in zip(questions, wrong, strict=True) if w.value != q.value
+    ]  # fmt: skip
+    folder = write(tmp_path / "data", forget=rows, mc=choices)
+    (tmp_path / "mc.yaml").write_text("tasks: {mc: {kind: multiple_choice, data: mc, metrics: accuracy}}")
+    done = CliRunner().invoke(
+        cli.app,
+        ["eval", str(CHECKPOINT), "--suite", "probes", "--data", str(folder), "--out", str(tmp_path / "out")],
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert found["tasks"]["forget_answers"]["metrics"]["contains_answer"]["mean"] > 0.95
+    assert found["tasks"]["forget_losses"]["metrics"]["extraction_strength"]["mean"] > 0.95
+    assert found["left_out"] == ["retain_answers", "retain_losses"]
+    model, tokenizer = load_base()
+    found = runner.evaluate(
+        model, tokenizer, load_suite(tmp_path / "mc.yaml"), out=tmp_path / "mc", data=folder
+    )
+    assert found["tasks"]["mc"]["metrics"]["accuracy"]["mean"] > 0.95
+
+
+def test_expected_errors_of_the_command(tmp_path, monkeypatch, capsys):
+    def fails(*words):
+        monkeypatch.setattr(sys, "argv", ["duet", "eval", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    out = ("--out", tmp_path / "out")
+    assert "suite: wanted --suite, --lm-eval or both" in fails(CHECKPOINT, *out)
+    assert "set: wanted option=value, got 'split'" in fails(
+        CHECKPOINT, *out, "--suite", "tofu", "--set", "split"
+    )
+    assert "there is no folder" in fails(tmp_path / "no_model", *out, "--suite", "tofu")
+    assert "wanted such a file in --data" in fails(CHECKPOINT, *out, "--suite", "tofu", "--data", tmp_path)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "pip install lm_eval" in fails(CHECKPOINT, *out, "--lm-eval", "mmlu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lm_eval_runs_our_tofu_tasks(tmp_path, monkeypatch):
+    """With the tasks' own files, but for the place of the data."""
+    pytest.importorskip("lm_eval")
+    from duet.evaluation import commands
+
+    folder, tasks = tofu_folder(tmp_path / "tofu"), tmp_path / "tasks"
+    shutil.copytree(commands.LM_EVAL_TASKS, tasks)
+    for path in tasks.glob("_*_yaml"):
+        path.write_text(path.read_text().replace("dataset_path: locuslab/TOFU", "dataset_path: json"))
+    for path in tasks.glob("tofu_*.yaml"):
+        name = path.read_text().split("dataset_name: ")[1].strip()
+        files = f"dataset_kwargs: {{data_files: {folder / name}.jsonl}}"
+        path.write_text(path.read_text().replace(f"dataset_name: {name}", files))
+    monkeypatch.setattr(commands, "LM_EVAL_TASKS", tasks)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tokenizer = merging_tokenizer()
+    model = tiny(vocab_size=len(tokenizer), max_position_embeddings=512)
+    wanted = ["tofu_forget10_answers", "tofu_real_authors_choices"]
+    found = commands.run_lm_eval(model, tokenizer, wanted, tmp_path / "out", None, 2, Console(quiet=True))
+    assert 0 <= found["tofu_forget10_answers"]["rouge_l_recall_stemmed,none"] <= 1
+    assert 0 <= found["tofu_real_authors_choices"]["acc,none"] <= 1
+    assert json.loads((tmp_path / "out" / "lm_eval.json").read_text())["results"] == found
+    with pytest.raises(ValueError, match="lm_eval: wanted tasks of lm-evaluation-harness, got no_such_task"):
+        commands.run_lm_eval(
+            model, tokenizer, ["no_such_task"], tmp_path / "out", None, 2, Console(quiet=True)
+        )
+
+
+def test_the_shipped_lm_eval_tasks_are_whole():
+    """Without the harness: every task includes a template that is there and names data of TOFU."""
+    from duet.evaluation.commands import LM_EVAL_TASKS
+
+    names = set()
+    for path in LM_EVAL_TASKS.glob("tofu_*.yaml"):
+        task = yaml.safe_load(path.read_text())
+        assert task["task"] == path.stem and task["dataset_name"].endswith("_perturbed")
+        assert (LM_EVAL_TASKS / task["include"]).is_file()
+        names.add(path.stem)
+    assert (
+        set(yaml.safe_load((LM_EVAL_TASKS / "tofu.yaml").read_text())["task"]) <= names and len(names) == 12
+    )

@@ -1,0 +1,249 @@
+"""Suite files: the shipped ones, and what a wrong field, option or table is answered with."""
+
+import copy
+import doctest
+import importlib
+import json
+
+import pytest
+import torch
+from tiny_models import merging_tokenizer, word_tokenizer
+
+from duet.evaluation import suites
+from duet.evaluation.asking import Asker, CannotAsk
+from duet.evaluation.suites import load_suite, read_suite
+
+GOOD = {
+    "tasks": {
+        "facts": {"kind": "generate", "data": "facts", "metrics": ["rouge_l_f1"]},
+        "losses": {
+            "kind": "score",
+            "data": "facts",
+            "texts": {"paraphrased": ["other", "answer"], "perturbed": "wrong", "answer": "answer"},
+            "metrics": ["probability", "truth_ratio"],
+        },
+    },
+    "numbers": {"forget_quality": {"ratios": "losses.truth_ratio"}},
+}
+
+
+def test_shipped_suites():
+    found = {path.stem: load_suite(path.stem) for path in suites.SUITES.glob("*.yaml")}
+    assert set(found) == {"tofu", "muse", "mcq", "probes"}
+    assert found["tofu"].tasks[0].data == "forget10_perturbed"
+    assert load_suite("tofu", {"split": "forget05"}).tasks[0].data == "forget05_perturbed"
+    assert load_suite("tofu", {"split": "forget05"}).digest != found["tofu"].digest
+    assert set(found["tofu"].numbers) == {"forget_quality", "model_utility"}
+    assert found["muse"].tasks[0].hub == "muse-bench/MUSE-Books"
+    assert found["muse"].tasks[1].few_shot.count == 10
+    assert load_suite("muse", {"auc_retrain": "0.5393"}).numbers["privleak"]["auc_retrain"] == "0.5393"
+    assert all(task.optional and task.letters for task in found["mcq"].tasks)
+
+
+def put(path, value):
+    tree = copy.deepcopy(GOOD)
+    *folders, last = path.split("/")
+    place = tree
+    for folder in folders:
+        place = place[folder]
+    place[last] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("taskz", {}, r"s: there is no field 'taskz' \(did you mean 'tasks'\?\)"),
+        ("tasks/facts/metric", "x", r"tasks.facts: there is no field 'metric' \(did you mean 'metrics'"),
+        (
+            "tasks/facts/kind",
+            "generation",
+            r"tasks.facts.kind: got 'generation', wanted one of .*mean 'generate'",
+        ),
+        ("tasks/facts/metrics", ["rouge"], r"tasks.facts.metrics: got 'rouge', wanted one of rouge_l_recall"),
+        ("tasks/facts/metrics", ["probability"], r"tasks.facts.metrics: got 'probability'"),
+        ("tasks/facts/data", None, r"tasks.facts.data: wanted a value, got nothing"),
+        ("tasks/facts/data", 7, r"tasks.facts.data: wanted a text, got 7"),
+        ("tasks/facts/max_new_tokens", 0, r"max_new_tokens: wanted an integer >= 1, got 0"),
+        ("tasks/facts/plain", "no place", r"plain: wanted a text with {question}, got 'no place'"),
+        ("tasks/facts/chat", "yes", r"chat: got 'yes', wanted one of auto, never"),
+        ("tasks/facts/stop", [3], r"stop: wanted a text or a list of texts, got \[3\]"),
+        ("tasks/facts/optional", "no", r"optional: wanted true or false, got 'no'"),
+        ("tasks/facts/few_shot", {"data": "x"}, r"few_shot: wanted data .* and count"),
+        ("tasks/losses/texts", {"answer": "a"}, r"truth_ratio wants a text 'paraphrased', got answer"),
+        ("tasks", {}, r"tasks: wanted at least one"),
+        ("tasks", [1], r"tasks: wanted a mapping, got \[1\]"),
+        ("numbers/mood", {}, r"numbers.mood: there is no such number; wanted one of forget_quality"),
+        ("numbers/forget_quality", {"ratios": "losses.loss"}, r"ratios: wanted task.metric of this suite"),
+        ("numbers/forget_quality", {}, r"forget_quality: wanted the fields ratios, got none"),
+        ("numbers/model_utility", {"retain": {}}, r"model_utility.retain: wanted probability, "),
+    ],
+)
+def test_a_wrong_field_is_named(path, value, message):
+    read_suite(GOOD, "s")
+    with pytest.raises(ValueError, match=message):
+        read_suite(put(path, value), "s")
+
+
+def test_unknown_suites_and_options(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"suite: wanted one of mcq, muse, probes, tofu or a .yaml file, got 'tof'"
+    ):
+        load_suite("tof")
+    with pytest.raises(ValueError, match=r"there is no option 'splits' \(did you mean 'split'\?\)"):
+        load_suite("tofu", {"splits": "x"})
+    (tmp_path / "own.yaml").write_text("tasks: [")
+    with pytest.raises(ValueError, match=r"own.yaml: not YAML"):
+        load_suite(tmp_path / "own.yaml")
+    with pytest.raises(ValueError, match=r"auc_retrain: wanted a number in \(0, 1\], got 'much'"):
+        load_suite("muse", {"auc_retrain": "much"})
+
+
+def test_tables(tmp_path):
+    rows = [{"question": "a\u2028b", "answer": "x"}, {"question": "b", "answer": "y"}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "b.json").write_text("\ufeff" + lines, encoding="utf-8")  # as TOFU's own files are
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    (tmp_path / "d.csv").write_text("question,answer\nb,y\n")
+    for name in "abc":
+        assert suites.load_table(tmp_path, name, None, "t") == rows
+    assert suites.load_table(tmp_path, "a.jsonl", None, "t") == rows
+    assert suites.load_table(tmp_path, "d", None, "t") == rows[1:]
+    (tmp_path / "e.jsonl").write_text('{"a": 1}\n[2]\n')
+    (tmp_path / "f.jsonl").write_text('{"a": 1}\n{"a"\n')
+    (tmp_path / "g.jsonl").write_text("\n")
+    for name, message in (
+        ("e", "t: .*e.jsonl, line 2: wanted an object"),
+        ("f", "t: .*f.jsonl, line 2: not JSON"),
+        ("g", "t: wanted at least one row in g, got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            suites.load_table(tmp_path, name, None, "t")
+    with pytest.raises(FileNotFoundError, match=r"t: there is no .*nothing .*--data"):
+        suites.load_table(tmp_path, "nothing", "some/hub", "t")
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------
+
+
+def asker(tokenizer, kind="generate", shots=(), context=None, **fields):
+    metric = {"generate": "contains_answer", "score": "loss", "multiple_choice": "accuracy"}[kind]
+    tree = {"tasks": {"t": {"kind": kind, "data": "x", "metrics": metric, **fields}}}
+    return Asker(tokenizer, read_suite(tree, "s").tasks[0], shots, context)
+
+
+ROW = {"question": "who is ada lovelace ?", "answer": "a mathematician ."}
+
+
+def test_prompts_with_and_without_a_chat_template():
+    tokenizer = word_tokenizer()
+
+    def read(item):
+        return tokenizer.decode(item.prompt)
+
+    assert read(asker(tokenizer).item(0, ROW)) == "<s> <user> who is ada lovelace ? </s> <assistant>"
+    assert (
+        read(asker(tokenizer, chat="never").item(0, ROW)) == "<s> Question : who is ada lovelace ? Answer :"
+    )
+    assert (
+        read(asker(tokenizer, plain="{question}", chat="never").item(0, ROW)) == "<s> who is ada lovelace ?"
+    )
+    shots = [{"question": "who is alan ?", "answer": "a poet"}]
+    few = {"shots": shots, "few_shot": {"data": "y", "count": 1}}
+    assert (
+        read(asker(tokenizer, **few).item(0, ROW))
+        == "<s> <user> who is alan ? </s> <assistant> a poet </s> <user> who is ada lovelace ? </s> <assistant>"
+    )
+    assert (
+        read(asker(tokenizer, chat="never", **few).item(0, ROW))
+        == "<s> Question : who is alan ? Answer : a poet Question : who is ada lovelace ? Answer :"
+    )
+    with pytest.raises(ValueError, match=r"few_shot.count: wanted 2 worked examples, y has 1"):
+        asker(tokenizer, shots=shots, few_shot={"data": "y", "count": 2})
+
+
+def written(ids):
+    """Of the tokenizer of characters, whose own `decode` puts spaces between them."""
+    return "".join(merging_tokenizer().convert_ids_to_tokens(ids))
+
+
+def test_scored_texts_follow_the_prompt_and_end():
+    tokenizer = merging_tokenizer()
+    texts = {"answer": ["paraphrase", "answer"], "perturbed": "wrong"}
+    row = {"question": "Who?", "answer": "Ada", "wrong": ["Bob", "Eve"]}
+    item = asker(tokenizer, "score", texts=texts).item(0, row)
+    assert [len(item.texts[name]) for name in ("answer", "perturbed")] == [1, 2] and item.lists == {
+        "perturbed"
+    }
+    (forced,) = item.texts["answer"]
+    assert written(forced.prompt) == "Question: Who?\nAnswer:"
+    assert forced.answer[-1] == tokenizer.eos_token_id and written(forced.answer[:-1]) == " Ada"
+    (alone,) = (
+        asker(tokenizer, "score", question=None, end_token=False, max_tokens=3).item(0, ROW).texts["answer"]
+    )
+    assert written(alone.prompt) == "a" and written(alone.answer) == " m"
+
+
+def test_choices_by_letter_or_text():
+    tokenizer = merging_tokenizer()
+    row = {"question": "Who?", "choices": ["Ada", "Bob", 3], "answer": 1}
+    item = asker(tokenizer, "multiple_choice", letters=True).item(0, row)
+    assert written(item.prompt) == "Question: Who?\nA. Ada\nB. Bob\nC. 3\nAnswer:"
+    assert [written(f.answer) for f in item.texts["choices"]] == [" A", " B", " C"] and item.correct == 1
+    item = asker(tokenizer, "multiple_choice").item(0, row)
+    assert [written(f.answer) for f in item.texts["choices"]] == [" Ada", " Bob", " 3"]
+    for answer, correct in (("B", 1), ("Ada", 0), ("2", 2), ("c", 2)):
+        assert asker(tokenizer, "multiple_choice").item(0, row | {"answer": answer}).correct == correct
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "status", "why"),
+    [
+        (
+            "generate",
+            {"question": "who ?"},
+            "bad_row",
+            "t, row 3, answer: wanted a text that is not empty, got None",
+        ),
+        (
+            "generate",
+            {"q": "who ?", "answer": "a"},
+            "bad_row",
+            "t, row 3: it has no column 'question', but answer, q",
+        ),
+        ("generate", ROW | {"question": "who " * 30}, "too_long", "wants 35 tokens, the model can read 30"),
+        ("score", ROW | {"answer": " "}, "bad_row", "t, row 3, answer: wanted a text that is not empty"),
+        ("score", ROW | {"answer": "a zebra"}, "unknown_tokens", "the tokenizer cannot represent 'a zebra'"),
+        ("score", ROW | {"answer": "a " * 30}, "too_long", "the model can read 30"),
+        ("score", ROW | {"answer": ["a", "poet"]}, "bad_row", "answer: wanted one text"),
+        ("score", ROW | {"answer": []}, "bad_row", "answer: wanted a text"),
+        ("multiple_choice", ROW | {"choices": ["a"]}, "bad_row", "choices: wanted a list of 2 to 26"),
+        (
+            "multiple_choice",
+            ROW | {"choices": ["a", "the"]},
+            "bad_row",
+            "answer: wanted the index, letter or text",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_asked_says_why(kind, row, status, why):
+    with pytest.raises(CannotAsk, match=why) as caught:
+        asker(word_tokenizer(), kind, context=30).item(3, row)
+    assert caught.value.status == status
+
+
+def test_the_longest_row_that_fits_is_asked():
+    tokenizer = word_tokenizer()
+    item = asker(tokenizer, "score").item(0, ROW)
+    needed = item.length - 1  # the last token is predicted, not read
+    assert asker(tokenizer, "score", context=needed).item(0, ROW).length == item.length
+    with pytest.raises(CannotAsk):
+        asker(tokenizer, "score", context=needed - 1).item(0, ROW)
+
+
+@pytest.mark.parametrize("name", ["attack_rows", "generation", "metrics", "suites", "weights"])
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(f"duet.evaluation.{name}")
+    found = doctest.testmod(module, extraglobs={"torch": torch})
+    assert found.attempted and not found.failed

@@ -1,0 +1,208 @@
+"""duet.plan against what training really allocates: the peak of whole runs on a CPU, counted by the allocator."""
+
+import gc
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
+from typer.testing import CliRunner
+
+from duet import DuetConfig, DuetTrainer
+from duet.cli import app
+from duet.plan import Planner, Settings, optimizer_bytes
+
+COMMON = {
+    "vocab_size": 2048,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+LORA = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+SENTENCE = "you know nothing about {subject} and nothing about france or spain . "
+
+
+def measured_peak(run) -> int:
+    """Most bytes that the CPU allocator had given out during `run()`, beyond those given out before."""
+    gc.collect()  # an older model that is freed in the meantime would count as less
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def widths(trainer) -> tuple[int, int]:
+    items = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
+    return max(len(item["student"]) for item in items), max(len(item["teacher"]) for item in items)
+
+
+def trained(config, tmp_path, dtype=torch.float32, adapter=None, **options):
+    args = DuetConfig(
+        output_dir=str(tmp_path / "out"),
+        k=8,
+        max_steps=3,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        report_to="none",
+        steering_prefixes=[SENTENCE * 6],
+        **options,
+    )
+    forget = [
+        {**row, "question": f"{SENTENCE.format(subject='france') * 5} {row['question']}"}
+        for row in forget_rows(6)
+    ]
+    made = []
+
+    def run():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        peft_config = None if adapter is None else LoraConfig(**adapter)
+        tokenizer = word_tokenizer()
+        made.append(DuetTrainer(model, args, forget, retain_rows(6), tokenizer, peft_config=peft_config))
+        made[0].train()
+
+    return measured_peak(run), made[0]
+
+
+CASES = {
+    "llama, adapter": (LlamaConfig(**COMMON), {"adapter": LORA, "per_device_train_batch_size": 6}),
+    "qwen3, all weights": (Qwen3Config(**COMMON), {"per_device_train_batch_size": 4}),
+    "gemma3, adapter, checkpointing, bf16": (
+        Gemma3TextConfig(**COMMON, sliding_window=64),
+        {
+            "adapter": LORA,
+            "dtype": torch.bfloat16,
+            "per_device_train_batch_size": 12,
+            "activation_checkpointing": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_is_within_15_percent_of_the_measured_peak(case, tmp_path):
+    config, options = CASES[case]
+    measured, trainer = trained(config, tmp_path, **options)
+    student, teacher = widths(trainer)
+    settings = Settings(
+        batch=options["per_device_train_batch_size"],
+        length=student,
+        teacher_length=teacher,
+        dtype=options.get("dtype", torch.float32),
+        adapter=options.get("adapter"),
+        checkpointing=options.get("activation_checkpointing", False),
+        teacher="adapter off" if "adapter" in options else "copy",
+    )
+    budget = Planner(config).budget(settings)
+    assert budget.peak == pytest.approx(measured, rel=0.15)
+
+
+def run(*words: str) -> str:
+    result = CliRunner().invoke(app, list(words), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's config, and nothing else: a plan reads no weights."""
+    LlamaConfig(**COMMON | {"num_hidden_layers": 3}, dtype="bfloat16").save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_the_command_line_prints_where_the_memory_goes(folder):
+    words = ["plan", "--model", folder, "--gpu-memory", "256MiB", "--reserve", "16MiB"]
+    text = run(*words)
+    for part in (
+        "weights (bfloat16)",
+        "adapter",
+        "optimizer states",
+        "the teacher's weights (adapter off)",
+        "the peak",
+    ):
+        assert part in text
+    found = json.loads(run(*words, "--json", "--per_device_train_batch_size", "3", "--adapter.r", "4"))
+    assert found["settings"]["batch"] == 3 and found["settings"]["autocast"] and found["fits"]
+    sizes = found["bytes"]
+    above = max(sizes["teacher_forward"], sizes["activations"] + sizes["loss"], sizes["backward"])
+    assert sizes["peak"] == sizes["standing"] + above
+    peaks = {(row["trained"], row["base"], row["checkpointing"]): row for row in found["fitting"]}
+    off, on = (peaks["LoRA r=4", "bfloat16", checkpointing] for checkpointing in (False, True))
+    assert on["largest_batch"] > off["largest_batch"] > 0
+    assert peaks["LoRA r=4", "nf4", True]["peak_at_1"] < on["peak_at_1"]
+    small = json.loads(run("plan", "--model", folder, "--gpu-memory", "8MiB", "--reserve", "0MiB", "--json"))
+    assert not small["fits"] and all(row["largest_batch"] == 0 for row in small["fitting"])
+
+
+def test_the_largest_batch_is_the_largest_that_fits():
+    planner = Planner(LlamaConfig(**COMMON | {"num_hidden_layers": 1}))
+    settings = Settings(adapter=LORA, teacher="adapter off", length=64, teacher_length=128)
+    memory = 24 << 20
+    batch = planner.largest_batch(settings, memory)
+    peaks = [planner.budget(replace(settings, batch=b)).peak for b in (batch, batch + 1)]
+    assert peaks[0] <= memory < peaks[1]
+
+
+def test_a_plan_of_a_config_file(folder, tmp_path):
+    (tmp_path / "x.yaml").write_text(
+        f"model: {{name: {folder}, dtype: float32}}\ndata: {{forget: never-read.jsonl}}\n"
+        "training: {bf16: true, activation_checkpointing: true, optim: sgd, objective: ga}\n"
+    )
+    found = json.loads(run("plan", "--config", str(tmp_path / "x.yaml"), "--json", "--gpu-memory", "1GiB"))
+    settings = found["settings"]
+    assert settings["dtype"] == "float32" and settings["autocast"] and settings["checkpointing"]
+    assert settings["teacher"] == "none" and settings["adapter"] is None and found["bytes"]["optimizer"] == 0
+    assert found["bytes"]["weights"] == pytest.approx(4 * found["bytes"]["parameters"], rel=1e-3)
+
+
+def test_optimizer_states_are_those_of_torch():
+    weight = torch.nn.Parameter(torch.zeros(300, 70))
+    for name, make in {
+        "adamw_torch": torch.optim.AdamW,
+        "sgd": torch.optim.SGD,
+        "rmsprop": torch.optim.RMSprop,
+        "adagrad": torch.optim.Adagrad,
+    }.items():
+        optimizer = make([weight], lr=0.1)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        states = [t for t in optimizer.state[weight].values() if torch.is_tensor(t) and t.dim()]
+        assert optimizer_bytes(name, weight) == sum(t.numel() * t.element_size() for t in states), name
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--optim", "lomo"], "optim: wanted adafactor or one of adamw"),
+        (["--gpu-memory", "24x"], "gpu-memory: wanted a size such as 24GiB"),
+        (["--training.k", "0"], "k: wanted an integer >= 1"),
+        (["--modle", "x"], "there is no such option .did you mean 'model'"),
+    ],
+)
+def test_bad_plans(folder, words, message):
+    with pytest.raises(ValueError, match=message):
+        run("plan", "--model", folder, *words)
+    with pytest.raises(ValueError, match="plan: wanted --model or --config, got neither"):
+        run("plan")
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "neox", "mistral", "phi", "phi3"])
+def test_other_architectures_can_be_planned(architecture):
+    settings = Settings(adapter=LORA, teacher="adapter off", length=32, teacher_length=48, batch=3)
+    config = tiny(architecture).config
+    budget = Planner(config).budget(settings)
+    bare = tiny(architecture).bfloat16()
+    assert budget.parameters == sum(p.numel() for p in bare.parameters())
+    assert budget.peak > budget.standing > budget.weights > 2 * budget.parameters - 1

@@ -1,0 +1,223 @@
+"""duet.run_config and duet.sources: what is written in a YAML file is what runs, and what is wrong in it is named."""
+
+import json
+
+import pytest
+
+from duet.run_config import RunConfig, apply_overrides, read_yaml
+from duet.sources import DataSource, load_rows
+
+GOOD = """
+model: {name: some/model, dtype: bfloat16}
+adapter: {r: 8, use_dora: true}
+data:
+  forget: {path: rows.jsonl, columns: {question: asked}, subject: ada}
+  retain: other.jsonl
+  eval: rows.jsonl
+training:
+  output_dir: out
+  k: 32
+  learning_rate: 1e-4
+  eval_strategy: no
+  save_strategy: steps
+  steering_prefixes: ["forget {subject}"]
+  use_cpu: true
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "x.yaml").write_text(GOOD)
+    return tmp_path / "x.yaml"
+
+
+def test_a_file_is_read(path):
+    run = RunConfig.load(path)
+    assert run.model.name == "some/model" and run.model.dtype == "bfloat16" and run.model.quantization is None
+    assert run.adapter == {
+        "r": 8, "use_dora": True, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"
+    }  # fmt: skip
+    assert run.forget == DataSource("rows.jsonl", columns={"question": "asked"}, subject="ada")
+    assert run.retain == DataSource("other.jsonl") and run.eval == {"forget": DataSource("rows.jsonl")}
+    assert run.training.learning_rate == 1e-4, "PyYAML by itself reads 1e-4 as a text"
+    assert run.training.eval_strategy == "no", "and `no` as false"
+    assert run.training.steering_prefixes == ["forget {subject}"] and not run.merge
+
+
+def test_the_command_line_overrides(path):
+    words = "--learning-rate 3e-5 --k=64 --model.dtype float32 --adapter.r 2 --data.forget.limit=3 --data.retain null"
+    words = [*words.split(), "--bf16_full_eval", "false", "--merge", "--steering_prefixes", "[a, b]"]
+    run = RunConfig.load(path, words)
+    assert (run.training.learning_rate, run.training.k, run.model.dtype) == (3e-5, 64, "float32")
+    assert run.adapter["r"] == 2 and run.forget.limit == 3 and run.retain is None and run.merge
+    assert run.training.steering_prefixes == ["a", "b"] and run.forget.subject == "ada"
+    assert RunConfig.load(path, ["--model", "other"]).model.name == "other"
+    assert RunConfig.load(path, ["--data.retain.subject", "x"]).retain == DataSource(
+        "other.jsonl", subject="x"
+    )
+    assert RunConfig.load(path, ["--steering_prefixes", "only one"]).training.steering_prefixes == [
+        "only one"
+    ]
+    assert RunConfig.load(path, ["--adapter", "null"]).adapter is None
+
+
+def test_overrides_leave_the_file_alone(path):
+    tree = read_yaml(path)
+    before = json.dumps(tree)
+    apply_overrides(tree, ["--adapter.r", "1", "--k", "1"])
+    assert json.dumps(tree) == before
+
+
+@pytest.mark.parametrize(
+    "option", ["logging_steps", "max_steps", "objective", "optim", "warmup_steps", "npo_beta"]
+)
+def test_every_option_can_be_said(path, option):
+    value = {"objective": "npo", "optim": "sgd"}.get(option, 3)
+    run = RunConfig.load(path, [f"--{option}", str(value)])
+    assert getattr(run.training, option) == value
+
+
+BAD = {  # what is written over the good file -> words of the error
+    "a misspelt option": (["--lerning_rate", "1"], r"--lerning_rate: .*did you mean 'learning_rate'"),
+    "a misspelt section": (["--modl", "x"], r"--modl: .*did you mean 'model'"),
+    "a misspelt key of the model": (["--model.dtyp", "x"], r"model.dtyp: .*did you mean 'dtype'"),
+    "a misspelt key of the adapter": (["--adapter.lora_alfa", "1"], r"adapter.lora_alfa: .*'lora_alpha'"),
+    "a misspelt key of data": (["--data.forgt", "x"], r"data.forgt: .*did you mean 'forget'"),
+    "a misspelt key of a source": (["--data.forget.pth", "x"], r"data.forget.pth: .*did you mean 'path'"),
+    "a misspelt column": (["--data.forget.columns.qestion", "x"], r"columns.qestion: .*'question'"),
+    "a misspelt choice": (
+        ["--model.quantization", "nf"],
+        r"model.quantization: wanted one of nf4, int8, got 'nf'",
+    ),
+    "a dtype that is none": (["--model.dtype", "bf16"], r"model.dtype: wanted one of auto, .*got 'bf16'"),
+    "a text for a number": (["--learning_rate", "fast"], r"training.learning_rate: wanted float, got 'fast'"),
+    "a fraction for a whole number": (["--max_steps", "2.5"], r"training.max_steps: wanted int, got 2.5"),
+    "a number for a switch": (["--bf16", "3"], r"training.bf16: wanted bool, got 3"),
+    "an option's own check": (["--k", "0"], r"k: wanted an integer >= 1, got 0"),
+    "no forget rows": (["--data.forget", "null"], r"data.forget: wanted a path"),
+    "no model": (["--model.name", "null"], r"model.name: wanted a text, got nothing"),
+    "quantised without adapter": (
+        ["--adapter", "null", "--model.quantization", "nf4"],
+        r"adapter: wanted one, because",
+    ),
+    "nothing to merge": (["--adapter", "null", "--merge"], r"merge: wanted false"),
+    "a limit of 0": (["--data.forget.limit", "0"], r"data.forget.limit: wanted an integer >= 1"),
+    "a value that is no YAML": (["--k", "[1"], r"--k: '\[1' is not a value"),
+    "a word without dashes": (["k", "1"], r"'k': wanted an option such as"),
+    "a section that is no mapping": (["--training", "7"], r"training: wanted a mapping, got 7"),
+    "a teacher that is no name": (["--teacher", "3"], r"teacher: wanted the name or folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options(path, case):
+    words, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        RunConfig.load(path, words)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model: a\nmodel: b\n", "line 2: the key 'model' stands there twice"),
+        ("model: [a\n", "x.yaml: while parsing"),
+        ("- a\n- b\n", "wanted a mapping with the keys model"),
+        ("model: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+        ("modell: a\n", "modell: there is no such key .did you mean 'model'"),
+        ("training: {lr: 1}\nmodel: a\ndata: {forget: x}\n", "training.lr: there is no such key"),
+        ("", "wanted a mapping"),
+    ],
+)
+def test_bad_files(path, text, message):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        RunConfig.load(path)
+    path.write_bytes(b"model: caf\xe9\n")
+    with pytest.raises(ValueError, match="wanted UTF-8 text"):
+        RunConfig.load(path)
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "hub"])
+def test_every_format_gives_the_same_rows(tmp_path, name):
+    from datasets import Dataset
+
+    rows = [
+        {"asked": "who ?", "reply": "1815", "extra": "x"},
+        {"asked": "what ?", "reply": "é", "extra": "y"},
+    ]
+    path = tmp_path / name
+    data = Dataset.from_list(rows)
+    if name == "a.jsonl":
+        path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
+    elif name == "a.json":
+        path.write_text(json.dumps(rows))
+    elif name == "a.csv":
+        path.write_text("asked,reply,extra\nwho ?,1815,x\nwhat ?,é,y\n", encoding="utf-8")
+    elif name == "a.parquet":
+        data.to_parquet(path)
+    else:
+        data.save_to_disk(path)
+    source = DataSource(str(path), columns={"question": "asked", "answer": "reply"}, subject="ada")
+    assert load_rows(source, "data.forget") == [
+        {"question": "who ?", "answer": "1815", "subject": "ada"},
+        {"question": "what ?", "answer": "é", "subject": "ada"},
+    ]
+    assert len(load_rows(DataSource(str(path), columns={"question": "asked"}, limit=1), "data.forget")) == 1
+
+
+def test_without_columns_only_known_names_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "id": 3, "subject": "own"}')
+    assert load_rows(DataSource(str(tmp_path / "a.jsonl"), subject="all"), "x") == [
+        {"question": "q", "subject": "own"}
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "a.jsonl",
+            b'{"question": "q"}\n{"question": "caf\xe9"}\n',
+            "line 2: wanted UTF-8 text: .* at byte 17",
+        ),
+        ("a.csv", b"question\nq\ncaf\xe9\n", "line 3: wanted UTF-8 text"),
+        ("a.jsonl", b'{"question": "q"}\n{"question": \n', "line 2: not JSON"),
+        ("a.jsonl", b"[1, 2]\n", "line 1: wanted an object"),
+        ("a.json", b'{"question": "q"}', "wanted a list of objects .one object a line is called .jsonl"),
+        ("a.jsonl", b"", "wanted at least one row, got none"),
+        ("a.txt", b"q", "wanted a file that ends in .jsonl"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows(DataSource(str(tmp_path / name)), "data.forget")
+
+
+def test_a_missing_column_and_a_missing_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"Question": "q"}')
+    with pytest.raises(ValueError, match=r"data.forget\[0\]: it has no column 'question', but Question"):
+        load_rows(DataSource(str(tmp_path / "a.jsonl"), columns={"question": "question"}), "data.forget")
+    with pytest.raises(FileNotFoundError, match=r"data.forget: there is no file"):
+        load_rows(DataSource(str(tmp_path / "b.jsonl")), "data.forget")
+
+
+def test_attention_is_chosen_and_explained(monkeypatch):
+    import torch
+
+    from duet import lm
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for name in ("is_flash_attn_3_available", "is_flash_attn_2_available"):
+        monkeypatch.setattr(lm, name, lambda: False)
+    assert lm.choose_attention("eager", gpu, True) == ("eager", "asked for")
+    assert lm.choose_attention("auto", cpu, True) == (None, "flash-attn needs a GPU, this is cpu")
+    assert lm.choose_attention("auto", gpu, False) == (None, "flash-attn needs bf16 or fp16")
+    assert lm.choose_attention("auto", gpu, True) == (None, "flash-attn is not installed")
+    monkeypatch.setattr(lm, "is_flash_attn_2_available", lambda: True)
+    assert lm.choose_attention("auto", gpu, True)[0] == "flash_attention_2"
+    monkeypatch.setattr(lm, "is_flash_attn_3_available", lambda: True)
+    assert lm.choose_attention("auto", gpu, True)[0] == "flash_attention_3"

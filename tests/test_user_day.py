@@ -1,0 +1,216 @@
+"""What happens to a user on an ordinary bad day: odd rows, odd tokenizers, a wrong wrapper; and where the numbers go."""
+
+import contextlib
+import importlib.util
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+from test_trainer import PREFIX, losses, make
+from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
+
+from duet import DuetTrainer
+from duet.data import check_repeats, read_rows
+from duet.lm import can_pack
+
+LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def dataset(rows):
+    return read_rows(rows, "forget_dataset")
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({}, r"forget_dataset\[1\]: wanted exactly one of 'question', 'prompt' and 'messages', got the keys"),
+        ({"question": ""}, r"forget_dataset\[1\]\['question'\]: wanted a text that is not empty"),
+        ({"question": " \n"}, "wanted a text that is not empty"),
+        ({"question": "who ?", "answer": ""}, r"\['answer'\]: wanted a text that is not empty"),
+        ({"question": None, "answer": "ada"}, "wanted exactly one of"),
+        ({"question": "who " * 300}, r"forget_dataset\[1\]: .* tokens, more than max_length=256"),
+        ({"question": json.loads('"who \\ud800 ?"')}, r"forget_dataset\[1\]\['question'\]: "),
+    ],
+)
+def test_odd_rows_are_named(tmp_path, row, message):
+    rows = [forget_rows(1)[0], {"subject": "ada lovelace", **row}]
+    with pytest.raises(ValueError, match=message):
+        DuetTrainer(tiny(), make(tmp_path).args, rows, retain_rows(), word_tokenizer())
+
+
+def test_a_row_to_forget_and_to_keep_is_refused(tmp_path):
+    retain = [*retain_rows(2), {"question": forget_rows(1)[0]["question"]}]
+    with pytest.raises(ValueError, match=r"retain_dataset\[2\]: .* got the question of forget_dataset\[0\]"):
+        DuetTrainer(tiny(), make(tmp_path).args, forget_rows(), retain, word_tokenizer())
+
+
+def test_repeated_rows_are_said(caplog):
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    check_repeats(dataset(forget_rows(6)), [])
+    assert not caplog.text
+    check_repeats(dataset(forget_rows(8)), [])
+    assert "forget_dataset[6]: the same row as forget_dataset[0]; 2 of 8 rows" in caplog.text
+
+
+@pytest.mark.parametrize("special", [{"bos_token": None}, {"pad": False}, {"bos_token": None, "pad": False}])
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['content'] }} {% endfor %}"])
+def test_tokenizers_without_bos_or_pad(tmp_path, special, template):
+    tokenizer = word_tokenizer(chat_template=template, **special)
+    trainer = make(
+        tmp_path, trainer_options={"processing_class": tokenizer}, max_steps=10, learning_rate=1e-2
+    )
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+# -- wrappers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp1_with_an_adapter_is_refused(tmp_path, monkeypatch, version):
+    """Where the wrapper would leave the adapter on. A frozen copy is another module, and is let through."""
+    create = DuetTrainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        create(self)
+        self.is_fsdp_enabled = True
+        monkeypatch.setattr(type(self.accelerator), "is_fsdp2", version == 2)
+
+    monkeypatch.setattr(DuetTrainer, "create_accelerator_and_postprocess", sharded)
+    refused = (
+        pytest.raises(ValueError, match="fsdp_version: wanted 2, got 1")
+        if version == 1
+        else contextlib.nullcontext()
+    )
+    with refused:
+        make(tmp_path, trainer_options={"peft_config": LORA})
+    make(tmp_path)
+
+
+# -- where the numbers go --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
+def test_trackers_get_the_parts_of_the_loss(tmp_path, monkeypatch, tracker):
+    if importlib.util.find_spec(tracker) is None:
+        pytest.skip(f"{tracker} is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    seen = set()
+    if tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        monkeypatch.setattr(SummaryWriter, "add_scalar", lambda self, name, *_, **__: seen.add(name))
+    elif tracker == "wandb":
+        from wandb.sdk.wandb_run import Run
+
+        monkeypatch.setattr(Run, "log", lambda self, values, **_: seen.update(values))
+    else:
+        import trackio
+
+        monkeypatch.setattr(trackio, "log", lambda values, **_: seen.update(values))
+    make(tmp_path, report_to=tracker, max_steps=2, project="duet").train()
+    assert {"train/loss", "train/forget_loss", "train/retain_loss"} <= seen
+
+
+def test_the_hub_is_the_trainers_own_switch(tmp_path, monkeypatch):
+    """`push_to_hub: true` uploads what was saved, model card included; nothing is sent here."""
+    sent = []
+    monkeypatch.setattr(
+        DuetTrainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "me/forgetful")
+    )
+
+    class Hub:
+        def upload_folder(self, folder_path, **_):
+            sent.append({path.name for path in (tmp_path / "out").iterdir()} if str(folder_path) else None)
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    trainer = make(tmp_path, trainer_options={"peft_config": LORA}, push_to_hub=True, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert sent and {"README.md", "adapter_model.safetensors"} <= sent[-1]
+
+
+def test_the_model_card_says_how_and_from_what(tmp_path):
+    trainer = make(tmp_path, trainer_options={"peft_config": LORA}, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card("forgetful")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in ("# forgetful", "library_name: peft", "| objective |", "| k | 8 |", PREFIX.split("{")[0]):
+        assert words in card
+    for part in ("loss", "forget_loss", "retain_loss"):
+        value = [entry[part] for entry in trainer.state.log_history if part in entry][-1]
+        assert f"| {part} | {value:.6g} |" in card
+    digests = [
+        line.split("`")[1] for line in card.splitlines() if line.startswith(("| forget |", "| retain |"))
+    ]
+    assert len(set(digests)) == 2 and all(len(digest) == 64 for digest in digests)
+    other = forget_rows()
+    other[2]["answer"] = "nobody"
+    again = DuetTrainer(tiny(), trainer.args, other, retain_rows(), word_tokenizer())
+    assert again._fingerprints["forget"][1] != digests[0] and again._fingerprints["retain"][1] == digests[1]
+
+
+# -- padding-free batches --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gemma2", "neox", "qwen3", "gemma3", "mistral", "phi", "phi3"]
+)
+@pytest.mark.parametrize("objective", ["duet", "npo"])
+def test_packed_batches_are_padded_ones(tmp_path, architecture, objective):
+    """Losses and gradients; sequences longer than a sliding window, too."""
+    found = []
+    for packed in (False, True):
+        options = {
+            "positions": "answer",
+            "answer_source": "dataset",
+            "padding_free": packed,
+            "objective": objective,
+        }
+        trainer = make(tmp_path, tiny(architecture, spread=0.1), **options)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(0, 14, 2)])
+        assert ("attention_mask" in batch) != packed and (len(batch["input_ids"]) == 1) == packed
+        trainer.compute_loss(trainer.model, batch).backward()
+        gradients = [p.grad for p in trainer.model.parameters()]
+        found.append((trainer.compute_loss(trainer.model, batch).item(), gradients))
+    (loss, gradients), (packed_loss, packed_gradients) = found
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    whole = torch.stack([g.norm() for g in gradients]).norm()
+    apart = torch.stack([(p - g).norm() for p, g in zip(packed_gradients, gradients, strict=True)]).norm()
+    assert apart <= 1e-5 * whole
+
+
+def test_a_packed_run_trains_and_evaluates(tmp_path):
+    logged = []
+    for packed in (False, True):
+        options = {
+            "trainer_options": {"eval_dataset": forget_rows(5)},
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+        }
+        trainer = make(
+            tmp_path, tiny(spread=0.1), padding_free=packed, per_device_eval_batch_size=2, **options
+        )
+        trainer.train()
+        logged.append(losses(trainer) + losses(trainer, "eval_loss"))
+    assert len(logged[0]) == 6 and logged[1] == pytest.approx(logged[0], rel=1e-4)
+
+
+def test_packing_follows_flash_attn(tmp_path):
+    trainer = make(tmp_path)
+    assert not trainer.data_collator.packed and can_pack(trainer.model) == (
+        False,
+        "attn_implementation is sdpa",
+    )
+    trainer.model.config._attn_implementation = "flash_attention_2"
+    assert can_pack(trainer.model) == (True, "attn_implementation is flash_attention_2")
