@@ -454,10 +454,14 @@ class Collator:
         labels = [(*item["answer"], IGNORED)[: item["scored"]] for item in items]
         query = [[b] * item["scored"] for b, item in enumerate(items)]
         # `forget` comes first: accelerate takes the first tensor's length for the number of rows.
-        return {"forget": torch.tensor([item["forget"] for item in items])} | batch | {
-            "labels": torch.tensor([label for row in labels for label in row]),
-            "query": torch.tensor([b for row in query for b in row]),
-        }
+        return (
+            {"forget": torch.tensor([item["forget"] for item in items])}
+            | batch
+            | {
+                "labels": torch.tensor([label for row in labels for label in row]),
+                "query": torch.tensor([b for row in query for b in row]),
+            }
+        )
 
     def _sequences(self, items: list[dict[str, Any]], view: str) -> dict[str, Tensor]:
         # The last scored token is only predicted: it need not be read.
@@ -485,6 +489,8 @@ class Collator:
             start += len(sequence)
         return {
             "input_ids": torch.tensor([[token for sequence in sequences for token in sequence]]),
-            "position_ids": torch.tensor([[place for sequence in sequences for place in range(len(sequence))]]),
+            "position_ids": torch.tensor(
+                [[place for sequence in sequences for place in range(len(sequence))]]
+            ),
             "positions": torch.tensor(positions),
         }

@@ -65,7 +65,8 @@ def assert_same_weights(a, b, **tolerance):
 
 
 @pytest.mark.parametrize(  # every method, on one architecture: test_methods_fall.py
-    "objective", ["duet", "duet_forward_kl", "duet_reverse_kl", "duet_jsd", "bidirectional", "ga", "npo", "refusal"]
+    "objective",
+    ["duet", "duet_forward_kl", "duet_reverse_kl", "duet_jsd", "bidirectional", "ga", "npo", "refusal"],
 )
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "neox"])
 def test_every_objective_falls_on_every_architecture(tmp_path, architecture, objective):
