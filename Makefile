@@ -18,7 +18,7 @@ TEST_WORKERS ?= 2
 # What runs from the checkout as it is: the prepared environment where there is one, else the python3 at hand.
 AS_IT_IS := PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: setup demo test check format wheel bench bench-cpu compile gpu tune readme clean
+.PHONY: setup demo test check format wheel bench bench-cpu study compile gpu tune readme clean
 
 setup: $(STAMP)
 
@@ -57,6 +57,16 @@ bench: setup
 bench-cpu: setup
 	$(BIN)/python -m benchmarks.run --device cpu --passes full --budget-seconds 0.5 \
 		--out benchmarks/results/cpu/bench.jsonl
+
+# What DUET leaves open, in the tiny world: an hour on two cores, ten minutes with STUDY_OPTIONS=--quick. Goes on where an
+# earlier run stopped.
+study: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m duet.world.study $(STUDY_OPTIONS)
+
+# A whole training step, live and cached teacher and (pip install trl) TRL's SDFT: some minutes on two quiet cores.
+# On a GPU: make bench-step STEP_OPTIONS="--device cuda --shape 1b".
+bench-step: setup
+	$(BIN)/python -m benchmarks.training_step $(STEP_OPTIONS)
 
 compile: setup
 	$(BIN)/python -m benchmarks.compile_gate --out benchmarks/results/compile.md

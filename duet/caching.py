@@ -94,9 +94,9 @@ def cache_teacher(
             and how prompts are written decide what is asked. `per_device_eval_batch_size` queries are read at once.
         forget_dataset, retain_dataset, processing_class, eval_dataset: as in `DuetTrainer`.
         folder: where to write; None: `args.teacher_store`. Unfinished, it is continued; finished, nothing is done.
-        dtype: in which logits are stored: `float32` (training from the store is then bit for bit training with this
-            teacher), `bfloat16` or `float16`. Tails are always fp32.
-        reuse_prefix: read common prefixes once.
+        dtype: in which logits are stored: `float32` (what this teacher said, bit for bit), `bfloat16` or `float16`. Tails
+            are always fp32.
+        reuse_prefix: read common prefixes once; the logits then differ by rounding from those of whole prompts.
         shard_entries: so many entries a file; what a kill can cost.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -90,7 +91,8 @@ def cache(
     from duet.run import cache as cache_run
 
     done = cache_run(run, dtype)
-    console.print(f"{done.store.folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}")
+    folder = escape(str(done.store.folder))
+    console.print(f"{folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -241,6 +243,70 @@ def attack(
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="folders that eval, attack, train or demo wrote, or folders of such; label=folder names the method"
+        ),
+    ] = None,
+    out: Annotated[pathlib.Path, typer.Option(help="folder for report.html, report.md and figures")] = (
+        pathlib.Path("report")
+    ),
+    base: Annotated[list[str] | None, typer.Option(help="run of the model before unlearning")] = None,
+    teacher: Annotated[list[str] | None, typer.Option(help="run of the base steered in context")] = None,
+    values: Annotated[
+        list[pathlib.Path] | None,
+        typer.Option(help="file with question, answer and value: which answers say the truth"),
+    ] = None,
+    forget_metric: Annotated[
+        str | None, typer.Option(help="task.metric, the frontier's horizontal axis")
+    ] = None,
+    retain_metric: Annotated[str | None, typer.Option(help="task.metric, its vertical axis")] = None,
+    examples: Annotated[int, typer.Option(help="questions shown per task")] = 6,
+    model_before: Annotated[
+        str | None, typer.Option(help="model whose logits are compared, before unlearning")
+    ] = None,
+    model_after: Annotated[str | None, typer.Option(help="the same model after it")] = None,
+    query: Annotated[list[str] | None, typer.Option(help="a question for both")] = None,
+    top_k: Annotated[int, typer.Option(help="logits of each of them")] = 8,
+    steering: Annotated[
+        str | None, typer.Option(help="prefix behind which the model before is the teacher")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str | None, typer.Option(help="such as cuda:1; the GPU if there is one")] = None,
+) -> None:
+    """Everything that was measured, on one page: the table, answers side by side, frontier, relearning, logits."""
+    from duet.evaluation.report import write_report, write_topk
+
+    topk = []
+    if model_before or model_after or query:
+        told = write_topk(
+            model_before,
+            model_after,
+            query or (),
+            out,
+            k=top_k,
+            steering=steering,
+            dtype=dtype,
+            device=device,
+        )
+        topk.append(told)
+    page = write_report(
+        runs or (),
+        out,
+        base=base or (),
+        teacher=teacher or (),
+        values=values or (),
+        forget_metric=forget_metric,
+        retain_metric=retain_metric,
+        examples=examples,
+        topk=topk,
+    )
+    console.print(f"written to {page} and {page.with_suffix('.md')}", highlight=False)
+
+
+@app.command()
 def env() -> None:
     """Versions, devices, and which implementation runs each operation, and why."""
     import torch
@@ -287,8 +353,12 @@ def main() -> None:
     """Run the command line; an expected error is one line and exit status 2, not a traceback."""
     try:
         app()
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False)
+    except (ValueError, OSError, TypeError) as error:
+        if isinstance(error, TypeError) and "wanted" not in str(error):
+            raise  # a mistake of ours, not of the input
+        # What stands in square brackets belongs to the message, and a line is broken by the terminal.
+        text = f"[bold red]error[/]: {escape(str(error))}"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
 
 

@@ -60,10 +60,11 @@ class DuetConfig(TrainingArguments):
             (and `graddiff_kl`, `npo_kl`, whose retain term is KL(base || student) instead of the answers' NLL),
             `simnpo`, `undial`, `shred`, `rmu`; `refusal` needs the answers of retain rows only.
         k: how many of the teacher's largest logits the student imitates.
-        delta: where Huber turns linear (`duet` only), in logits.
-        temperature: T of the distributions (not for `duet`, which compares raw logits).
+        delta: where Huber turns linear, in logits (`duet`, `duet_adversarial`, `bidirectional`).
+        temperature: T of the distributions of `duet_forward_kl`, `duet_reverse_kl` and `duet_jsd`. Raw logits have none,
+            and the others are defined at T = 1.
         beta: weight of the teacher in the mixture of `duet_jsd`, in (0, 1).
-        normalization: of the top-k distributions: None or `renormalize`, `tail` (one more bucket for the rest of
+        normalization: of the top-k distributions of the same three: None or `renormalize`, `tail` (one more bucket for the rest of
             the vocabulary); `zeroed` and `truncated` exist for `duet_forward_kl`.
         npo_beta: beta of `npo`.
         retain_weight: factor on the retain term of `graddiff*`, `npo*`, `simnpo`, `refusal`, `undial` and `duet_deep`

@@ -7,6 +7,10 @@ import copy
 import json
 from typing import Any
 
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
 SUBJECT = "{subject}"
 _CACHED_PROMPTS = 50_000
 
@@ -74,6 +78,14 @@ class PromptRenderer:
         self.plain_template = plain_template
         self.template_kwargs = dict(chat_template_kwargs or {})
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        if (
+            "strftime_now" in str(getattr(tokenizer, "chat_template", ""))
+            and "date_string" not in self.template_kwargs
+        ):
+            logger.warning_once(
+                "the chat template writes today's date into every prompt (Llama 3.2's does): a cached teacher or a resumed "
+                "run meets other prompts tomorrow; chat_template_kwargs={'date_string': '26 Jul 2024'} fixes it"
+            )
         self.system_allowed = accepts_system(tokenizer, **self.template_kwargs)
         self._cache: dict[tuple, list[int]] = {}
 
@@ -188,7 +200,7 @@ def steered_tokenizer(tokenizer: Any, instruction: str, **template_kwargs: Any) 
         raise ValueError(
             "processing_class: wanted a tokenizer with a chat template, which is where the steering prefix is written"
         )
-    said = json.dumps(instruction)
+    said = json.dumps(instruction, ensure_ascii=False)  # jinja knows no surrogate pairs
     joined = f"[{{'role': messages[0]['role'], 'content': {said} + '\\n\\n' + messages[0]['content']}}] + messages[1:]"
     if accepts_system(tokenizer, **template_kwargs):
         alone = f"[{{'role': 'system', 'content': {said}}}] + messages"

@@ -35,10 +35,15 @@ def train(run: RunConfig, resume: bool = False) -> DuetTrainer:
     Raises:
         TypeError, ValueError, OSError: naming the key, what came and what was wanted.
     """
+    checkpoint, last = run.training.resume_from_checkpoint, last_finished_checkpoint(run.training.output_dir)
+    if last and not (resume or checkpoint):
+        raise FileExistsError(
+            f"training.output_dir: {run.training.output_dir!r} holds {last!r} of an earlier run, which a later --resume "
+            "could take for this one's; wanted --resume, or a folder without checkpoints"
+        )
     trainer = make_trainer(run)
-    checkpoint = run.training.resume_from_checkpoint
     if checkpoint is None and resume:
-        checkpoint = last_finished_checkpoint(run.training.output_dir)
+        checkpoint = last
         logger.warning(
             f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting at step 0"
         )
@@ -68,7 +73,7 @@ def cache(run: RunConfig, dtype: str = "float32") -> Cached:
         raise ValueError("training.teacher_store: wanted the folder to write, got nothing")
     forget, retain, evals = _rows(run)
     kwargs = model_kwargs(run.model, args) | (args.model_init_kwargs or {})
-    model = load_model(run.teacher or run.model.name, "teacher" if run.teacher else "model", kwargs)
+    model = _teacher(run, kwargs) if run.teacher else load_model(run.model.name, "model", kwargs)
     return cache_teacher(model, args, forget, retain, _tokenizer(run.model), evals, dtype=dtype)
 
 
@@ -93,9 +98,14 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
         retain_dataset=retain,
         eval_dataset=evals,
         processing_class=_tokenizer(run.model),
-        teacher_model=load_model(run.teacher, "teacher", kwargs) if live else None,
-        peft_config=None if run.adapter is None else _lora(run.adapter),
+        teacher_model=_teacher(run, kwargs) if live else None,
+        peft_config=None if run.adapter is None else _lora({"revision": run.model.revision} | run.adapter),
     )
+
+
+def _teacher(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
+    """The other model of `teacher:`, loaded as the model is, but for the revision, which is the model's own."""
+    return load_model(run.teacher, "teacher", kwargs | {"revision": None})
 
 
 def model_kwargs(section: ModelSection, args: Any) -> dict[str, Any]:

@@ -57,6 +57,21 @@ def load_rows(source: DataSource, argument: str) -> list[dict[str, Any]]:
     return [_renamed(row, source, f"{argument}[{i}]") for i, row in enumerate(rows)]
 
 
+def read_table(path: Path, argument: str) -> list[dict[str, Any]]:
+    """The rows of a file, with their own column names; may be none.
+
+    `.json` is a list of objects, or an object a line (as TOFU's files are). Cells of a `.csv` file are texts; an empty
+    one is None.
+
+    Raises:
+        ValueError: another suffix, not UTF-8 or not JSON; the message names the line.
+    """
+    read = FORMATS.get(path.suffix)
+    if read is None:
+        raise ValueError(f"{argument}: wanted a file that ends in {', '.join(FORMATS)}, got {str(path)!r}")
+    return list(read(path, argument))
+
+
 def _renamed(row: dict[str, Any], source: DataSource, where: str) -> dict[str, Any]:
     if source.columns:
         missing = [theirs for theirs in source.columns.values() if theirs not in row]
@@ -75,12 +90,7 @@ def _renamed(row: dict[str, Any], source: DataSource, where: str) -> dict[str, A
 def _read(source: DataSource, argument: str) -> list[dict[str, Any]]:
     path = Path(source.path).expanduser()
     if path.is_file():
-        read = FORMATS.get(path.suffix)
-        if read is None:
-            raise ValueError(
-                f"{argument}: wanted a file that ends in {', '.join(FORMATS)}, got {source.path!r}"
-            )
-        return list(read(path, argument))
+        return read_table(path, argument)
     if not path.is_dir() and (path.suffix in FORMATS or source.path[0] in "./~"):
         raise FileNotFoundError(f"{argument}: there is no file {source.path!r}")
     from datasets import load_dataset, load_from_disk
@@ -113,9 +123,12 @@ def _json_lines(path: Path, argument: str) -> Iterator[dict[str, Any]]:
 
 def _json(path: Path, argument: str) -> list[dict[str, Any]]:
     text = "".join(line for _, line in _lines(path, argument))
+    if not text.lstrip().startswith("["):
+        return list(_json_lines(path, argument))
     rows = _parsed(text, f"{argument}: {path}")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{argument}: {path}: wanted a list of objects (one object a line is called .jsonl)")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{argument}: {path}, row {i}: wanted an object, got {row!r:.60}")
     return rows
 
 

@@ -27,7 +27,7 @@ TILE_BYTES = 8 * 2**20  # a tile that stays in the last-level cache is folded se
 WEIGHT_SHARE = (
     8  # one part in so many of the workspace holds a slab of W that had to be cast, the others row chunks
 )
-ENOUGH_ROWS = 48  # rows of a chunk from which three products beat four, whose every tile is read once
+ENOUGH_ROWS = 48  # rows of a chunk that are worth reading W for: three products of them beat four by tiles
 
 
 class Projection(NamedTuple):
@@ -76,7 +76,8 @@ def tile_width(n: int, head: Projection, copies: int) -> int:
     rows = max(min(n, MAX_ROWS), 1)
     by_workspace = workspace_bytes() // (copies * rows * item + upcast)
     by_cache = max(TILE_BYTES // (rows * item), 512)
-    return max(1, min(by_workspace, by_cache, -(-v // 8)))
+    width = max(1, min(by_workspace, by_cache, -(-v // 8)))
+    return width // 16 * 16 - 1 if width >= 32 else width  # with the spare column whole cache lines
 
 
 def vocab_tiles(
@@ -88,7 +89,8 @@ def vocab_tiles(
     """
     v = head.weight.shape[0]
     width = tile_width(hidden.shape[0], head, copies)
-    buffer = torch.empty(hidden.shape[0], width + 1, dtype=head.acc, device=hidden.device)
+    pitch = -(-(width + 1) // 16) * 16  # rows that begin on a cache line are written faster
+    buffer = torch.empty(hidden.shape[0], pitch, dtype=head.acc, device=hidden.device)
     for start in range(0, v, width):
         columns = slice(start, min(start + width, v))
         weight = head.weight[columns].to(head.acc)
@@ -114,9 +116,12 @@ def with_spare_column(z: Tensor) -> Tensor:
 
 
 def rows_that_fit(n: int, v: int, acc: torch.dtype, copies: int) -> int:
-    """Rows whose `copies` `[rows, V]` temporaries lie in 7/8 of the workspace, 0 perhaps; at most a fifth of all rows."""
+    """Rows whose `copies` `[rows, V]` temporaries lie in 7/8 of the workspace, 0 perhaps.
+
+    At most a fifth of all rows; of few rows half of them, because every chunk reads W again.
+    """
     budget = workspace_bytes() - workspace_bytes() // WEIGHT_SHARE
-    return min(budget // (copies * v * acc.itemsize), -(-n // 5))
+    return min(budget // (copies * v * acc.itemsize), max(-(-n // 5), min(-(-n // 2), ENOUGH_ROWS)))
 
 
 def row_chunks(n: int, step: int) -> Iterator[slice]:

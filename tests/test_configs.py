@@ -87,6 +87,25 @@ def test_a_config_trains_a_tiny_model(path, tmp_path, monkeypatch):
     assert model(**tokenizer("who is ada", return_tensors="pt")).logits.isfinite().all()
 
 
+def test_a_second_run_does_not_mix_its_checkpoints_with_the_firsts(tmp_path):
+    """A later --resume would take the newer step for its own."""
+    (tmp_path / "x.yaml").write_text("training: {use_cpu: true, report_to: none, save_steps: 2}\n")
+    words = [
+        "--config",
+        tmp_path / "x.yaml",
+        "--model",
+        folder_of("llama", tmp_path),
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    words += ["--data.forget", ROOT / "configs/data/forget.jsonl", "--disable_tqdm"]
+    run("train", *words, "--max_steps", "4")
+    with pytest.raises(FileExistsError, match=r"training.output_dir: .*checkpoint-4' of an earlier run"):
+        run("train", *words, "--max_steps", "2")
+    run("train", *words, "--max_steps", "6", "--resume")
+    assert (tmp_path / "out" / "checkpoint-6").is_dir()
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_is_known_to_every_key_and_says_how_it_is_started(path):
     tree = yaml.safe_load(path.read_text())

@@ -110,6 +110,8 @@ def test_tables(tmp_path):
         assert suites.load_table(tmp_path, name, None, "t") == rows
     assert suites.load_table(tmp_path, "a.jsonl", None, "t") == rows
     assert suites.load_table(tmp_path, "d", None, "t") == rows[1:]
+    (tmp_path / "year.csv").write_text("question,answer\nwhen,1815\n")  # as `duet train` reads it: texts
+    assert suites.load_table(tmp_path, "year", None, "t") == [{"question": "when", "answer": "1815"}]
     (tmp_path / "e.jsonl").write_text('{"a": 1}\n[2]\n')
     (tmp_path / "f.jsonl").write_text('{"a": 1}\n{"a"\n')
     (tmp_path / "g.jsonl").write_text("\n")

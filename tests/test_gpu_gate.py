@@ -366,3 +366,12 @@ def test_what_is_timed_is_judged_first(monkeypatch):
         kernel, "linear_gather_backward", lambda *a, **o: [g and None for g in right(*a, **o)]
     )
     assert tune.is_right("linear_gather dh", SMALL, "triton", CPU) is not None
+
+
+@pytest.mark.parametrize(
+    ("gate_took", "left"), [(100.0, 180.0), (260.0, 180.0), (320.0, 120.0), (600.0, 60.0)]
+)
+def test_what_the_gate_takes_beyond_its_time_the_benchmark_goes_without(gate_took, left):
+    words = ["--gate-seconds", "260", "--benchmark-seconds", "180"]
+    assert command.left_for_benchmark(command.parsed(words), gate_took) == left
+    assert command.left_for_benchmark(command.parsed([*words[:3], "20"]), gate_took) <= 20.0

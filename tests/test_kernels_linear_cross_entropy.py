@@ -198,6 +198,16 @@ def test_banned_ids_weigh_nothing():
         assert (a[40:] == 0).all()
 
 
+@pytest.mark.parametrize("z", [-1e3, 0.0, 1e3])
+def test_a_label_that_is_the_only_id_left_has_no_loss_and_no_gradient(z):
+    hidden, weight = torch.full((1, 1), z, device=DEVICE), torch.ones(3, 1, device=DEVICE)
+    bias = torch.tensor([-math.inf, 0.0, -math.inf], device=DEVICE)
+    label, factor = torch.ones(1, dtype=torch.int64, device=DEVICE), torch.ones(1, device=DEVICE)
+    results = kernel.linear_cross_entropy(hidden, weight, bias, None, 1.0, label, factor, **ALL)
+    for result in results:
+        assert torch.equal(result, torch.zeros_like(result))
+
+
 @pytest.mark.parametrize(("n", "v", "d"), [(0, 5, 3), (1, 1, 2), (1, 2, 1), (70, 16, 5), (3, 300, 8)])
 def test_shapes(n, v, d):
     case = problem(n=n, v=v, d=d, bias=True)

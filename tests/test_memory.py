@@ -175,8 +175,8 @@ def _largest(run, n, dtype=torch.float32, frozen=False):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_nothing_is_as_large_as_the_logits(name):
-    mode = _largest(OPERATIONS[name], 64)
-    assert mode.largest < 64 * V // 4, f"{mode.by} made {mode.largest} elements of {64 * V}"
+    mode = _largest(OPERATIONS[name], 256)
+    assert mode.largest < 256 * V // 4, f"{mode.by} made {mode.largest} elements of {256 * V}"
 
 
 @pytest.mark.parametrize("name", ["huber", "tail", "dense-forward_kl", "topk"])

@@ -156,10 +156,22 @@ def test_a_steered_template_shows_what_the_teacher_sees(template, system):
 
 
 def test_an_instruction_may_hold_quotes_and_braces():
-    instruction = "say \"no\" and '{{ nothing }}' %}\nelse"
+    instruction = "say \"no\" and '{{ nothing }}' %}\nelse, é \U0001f600"
     steered = steered_tokenizer(word_tokenizer(), instruction)
     text = steered.apply_chat_template([{"role": "user", "content": "who"}], tokenize=False)
     assert instruction in text
+
+
+@pytest.mark.parametrize("kwargs, said", [({}, True), ({"date_string": "26 Jul 2024"}, False)])
+def test_a_template_that_writes_the_date_is_said(kwargs, said, caplog):
+    """As Llama 3.2's: what was cached today is not found tomorrow."""
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.get_logger("duet.prompts").warning_once.__func__.cache_clear()
+    dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b') %}{% endif %}{{ date_string }}"
+    PromptRenderer(word_tokenizer(dated + CHAT_TEMPLATE), chat_template_kwargs=kwargs)
+    assert ("today's date" in caplog.text) == said
 
 
 def test_a_tokenizer_without_a_template_is_refused():

@@ -11,6 +11,7 @@ import torch
 
 from duet import DuetConfig
 from duet.objectives import OBJECTIVES, Counts, Step
+from duet.objectives.baselines import least_probable
 from duet_kernels import LMHead
 
 NONE = -100
@@ -166,6 +167,27 @@ def test_shred():
     assert found["loss"].item() == pytest.approx(expected / 3)
     assert found["forget_loss"].item() == pytest.approx(expected / 2)
     assert found["retain_loss"].item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("length, percent, deleted", [(100, 15, 15), (7, 15, 2), (1, 1, 1), (5, 100, 5)])
+def test_shred_deletes_that_share_rounded_up(length, percent, deleted):
+    query, forget = torch.zeros(length, dtype=torch.int64), torch.tensor([True])
+    nothing = torch.zeros(length, 2)
+    step = Step(nothing, None, None, query, query, forget, None, None)
+    assert least_probable(step, torch.arange(length).float(), percent).tolist() == [
+        i >= length - deleted for i in range(length)
+    ]
+
+
+def test_rmu_is_computed_in_single_precision():
+    """A mean over 300 squares of bf16 states keeps more than bf16's 8 bits."""
+    hidden = torch.linspace(0.5, 1.5, 300 * 8).reshape(300, 8).bfloat16()
+    query = torch.arange(300) + 1
+    counts = Counts(*Counts.of(query, query.new_ones(301).bool() & (torch.arange(301) == 0)).clamp(min=1))
+    args = DuetConfig(output_dir="unused", objective="rmu")
+    step = Step(hidden, None, torch.zeros_like(hidden), query, query, torch.arange(301) == 0, counts, args)
+    exact = hidden.double().square().mean().item()
+    assert OBJECTIVES["rmu"].loss(step)["retain_loss"].item() == pytest.approx(exact, rel=1e-5)
 
 
 def test_shred_counts_the_mass_that_the_student_leaves_on_the_deleted_token():

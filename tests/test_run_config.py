@@ -1,9 +1,11 @@
 """duet.run_config and duet.sources: what is written in a YAML file is what runs, and what is wrong in it is named."""
 
 import json
+import sys
 
 import pytest
 
+from duet import cli, run
 from duet.run_config import RunConfig, apply_overrides, read_yaml
 from duet.sources import DataSource, load_rows
 
@@ -140,7 +142,7 @@ def test_bad_files(path, text, message):
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "hub"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "lines.json", "a.csv", "a.parquet", "hub"])
 def test_every_format_gives_the_same_rows(tmp_path, name):
     from datasets import Dataset
 
@@ -150,7 +152,7 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
     ]
     path = tmp_path / name
     data = Dataset.from_list(rows)
-    if name == "a.jsonl":
+    if name in ("a.jsonl", "lines.json"):
         path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
     elif name == "a.json":
         path.write_text(json.dumps(rows))
@@ -186,7 +188,8 @@ def test_without_columns_only_known_names_are_read(tmp_path):
         ("a.csv", b"question\nq\ncaf\xe9\n", "line 3: wanted UTF-8 text"),
         ("a.jsonl", b'{"question": "q"}\n{"question": \n', "line 2: not JSON"),
         ("a.jsonl", b"[1, 2]\n", "line 1: wanted an object"),
-        ("a.json", b'{"question": "q"}', "wanted a list of objects .one object a line is called .jsonl"),
+        ("a.json", b'[{"question": "q"}, 3]', "row 1: wanted an object, got 3"),
+        ("a.json", b'{"question": "q"}\n3\n', "line 2: wanted an object, got '3'"),
         ("a.jsonl", b"", "wanted at least one row, got none"),
         ("a.txt", b"q", "wanted a file that ends in .jsonl"),
     ],
@@ -195,6 +198,48 @@ def test_bad_rows_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_rows(DataSource(str(tmp_path / name)), "data.forget")
+
+
+def test_the_message_of_an_error_is_shown_whole(monkeypatch, tmp_path, capsys):
+    """Also what stands in square brackets, and a wrong type in a row is one line rather than a traceback."""
+    path = tmp_path / "[dim]rows.jsonl"
+    (tmp_path / "x.yaml").write_text(
+        f"model: nowhere\ndata: {{forget: {str(path)!r}}}\ntraining: {{use_cpu: true}}"
+    )
+    said = []
+    for written in (None, '{"messages": [{"x": 1}]}'):
+        if written:
+            path.write_text(written)
+            monkeypatch.setattr("duet.run.load_model", lambda *_: None)
+            monkeypatch.setattr("duet.run._tokenizer", lambda *_: None)
+        monkeypatch.setattr(sys, "argv", ["duet", "train", "--config", str(tmp_path / "x.yaml")])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        said.append(capsys.readouterr().err)
+    assert "[dim]rows.jsonl" in said[0]
+    assert "forget_dataset[0]['messages'][0]: wanted" in said[1]
+
+
+def test_a_revision_is_the_models_own(monkeypatch, tmp_path):
+    """Not the teacher's, which is another repository; the adapter remembers it for `duet merge`."""
+    (tmp_path / "a.jsonl").write_text('{"question": "q"}')
+    tree = {
+        "model": {"name": "a/b", "revision": "v2"},
+        "teacher": "c/d",
+        "adapter": {"r": 2},
+        "data": {"forget": str(tmp_path / "a.jsonl")},
+        "training": {"use_cpu": True, "teacher_store": None},
+    }
+    loaded, given = {}, {}
+    monkeypatch.setattr(
+        run, "load_model", lambda name, argument, kwargs: loaded.update({name: kwargs["revision"]})
+    )
+    monkeypatch.setattr(run, "_tokenizer", lambda section: None)
+    monkeypatch.setattr(run, "DuetTrainer", lambda **kwargs: given.update(kwargs))
+    run.make_trainer(RunConfig.of(tree))
+    assert loaded == {"a/b": "v2", "c/d": None}
+    assert given["peft_config"].revision == "v2"
 
 
 def test_a_missing_column_and_a_missing_file(tmp_path):

@@ -89,9 +89,9 @@ def run_attack(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """`duet attack`; see `attack_run.run_attacks`."""
+    from ..sources import read_table
     from . import attack_run, models
     from .attack_rows import read_attack_rows
-    from .suites import read_table
     from .target import AttackOptions, Target
 
     console = console or Console()

@@ -20,11 +20,12 @@ from typing import Any
 
 import yaml
 
+from ..sources import FORMATS, read_table
 from .row_metrics import METRICS_OF_KIND, RATIO
 from .summary import check_number
 
 SUITES = Path(__file__).parent / "suites"
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = tuple(FORMATS)
 CHAT = ("auto", "never")
 _COLUMN = re.compile(r"\{(\w+)\}")
 
@@ -236,39 +237,6 @@ def load_table(data: str | Path | None, name: str, hub: str | None, where: str) 
     if not rows:
         raise ValueError(f"{where}: wanted at least one row in {name}, got none")
     return rows
-
-
-def read_table(path: Path, where: str) -> list[dict[str, Any]]:
-    """Rows of a .json (a list, or an object a line), .jsonl, .csv or .parquet file."""
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{where}: wanted a {', '.join(SUFFIXES)} file, got {path}")
-    if path.suffix in (".csv", ".parquet"):
-        from datasets import Dataset
-
-        read = Dataset.from_csv if path.suffix == ".csv" else Dataset.from_parquet
-        return list(read(str(path)))
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: {path}: wanted UTF-8 text: {error.reason} at byte {error.start}"
-        ) from None
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        rows = [(f", row {i}", row) for i, row in enumerate(_parsed(text, f"{where}: {path}"))]
-    else:  # only a line feed ends a line: a text may hold other separators
-        lines = enumerate(text.split("\n"), 1)
-        rows = [(f", line {n}", _parsed(x, f"{where}: {path}, line {n}")) for n, x in lines if x.strip()]
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: {path}{place}: wanted an object, got {row!r:.60}")
-    return [row for _, row in rows]
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
 
 
 def _from_hub(hub: str, name: str, where: str) -> list[dict[str, Any]]:

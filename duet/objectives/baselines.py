@@ -181,7 +181,8 @@ def least_probable(step: Step, nll: Tensor, percent: float) -> Tensor:
     starts = lengths.cumsum(0) - lengths
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device) - starts[step.query[order]]
-    return rank < (lengths * (percent / 100)).ceil()[step.query]
+    # In fp64: 15 % of 100 are 15.000001 in fp32, which would be 16.
+    return rank < (lengths.double() * percent / 100).ceil()[step.query]
 
 
 def _tail_kl(step: Step, teacher: TopK) -> Tensor:
@@ -208,9 +209,10 @@ def rmu(step: Step) -> dict[str, Tensor]:
     width = step.hidden.shape[-1]
     generator = torch.Generator().manual_seed(step.args.seed)
     control = F.normalize(torch.rand(width, generator=generator, dtype=torch.float64), dim=0)
-    control = step.args.rmu_scale * control.to(step.hidden)
-    moved = (step.hidden - control).square().mean(-1)
-    kept = (step.hidden - step.targets).square().mean(-1)
+    hidden = step.hidden.float()  # sums of half precision squares would be rounded to it
+    control = step.args.rmu_scale * control.to(hidden)
+    moved = (hidden - control).square().mean(-1)
+    kept = (hidden - step.targets.float()).square().mean(-1)
     forget = sum_where(step.of_forget, moved) / step.counts.forget_positions
     retain = sum_where(~step.of_forget, kept) / step.counts.retain_positions
     return {

@@ -16,7 +16,11 @@ Everything here is small enough for two CPU cores, and nothing here is needed by
     scorecard     all numbers of one row of the table
     methods       one settings row -> one unlearned model, through DuetTrainer
     tune          chooses settings.json on the validation paraphrases
-    study         methods beyond the demo's, one or several after each other, by the same scorecard
+    recipes       methods beyond the demo's, with their settings
+    study_arms    what the study compares, and the questions that set arms side by side
+    study_job     one arm and one seed -> one row of numbers
+    study         runs the arms over seeds, goes on where it stopped
+    study_report  the rows as tables, verdicts and study.md; study_figures draws its pictures
     report        the table, the report and what was not withstood, from the numbers alone
     plots         two pictures
     demo          `run_demo`: the tour

@@ -131,7 +131,6 @@ def unlearn(
     with tempfile.TemporaryDirectory(prefix="duet-demo-") as scratch:
         config = DuetConfig(
             output_dir=scratch,
-            steering_prefixes=[steering.STEERING_PREFIX],
             per_device_train_batch_size=round(forget_per_step * (1 + retain_per_forget)),
             retain_per_forget=retain_per_forget,
             max_grad_norm=1.0,
@@ -142,14 +141,13 @@ def unlearn(
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
-            **fixed,
-            **settings,
+            **({"steering_prefixes": [steering.STEERING_PREFIX]} | fixed | settings),
         )
         trainer = DuetTrainer(
             model=copy.deepcopy(base),
             args=config,
             forget_dataset=forget,
-            retain_dataset=retain,
+            retain_dataset=retain or None,
             processing_class=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)

@@ -1,246 +1,183 @@
-"""`python -m duet.world.study duet_deep --seeds 0 1 2`: methods beyond the demo's four, scored by the same scorecard.
+"""`python -m duet.world.study`: the questions that DUET leaves open, over seeds, in the tiny world.
 
-A name may be several, joined by `+`: `duet+undo` unlearns, then perturbs and distils what was unlearned. The settings
-are written down here; unlike the demo's they were not searched for on a grid. Beside the scorecard two things that any
-method with a push must show are measured: relearning over 40 steps, and whether the forgotten value is still readable as
-an unusually *unlikely* one. Must not know the demo.
+    python -m duet.world.study                          every arm and seed that is not in results.jsonl yet, then the page
+    python -m duet.world.study --quick                  core arms, two seeds, fewer questions of a kind
+    python -m duet.world.study --report                 the page and its figures from the rows there are
+    python -m duet.world.study duet_deep --seeds 0 1    one method's scorecard on the validation wordings, to look at
+
+A job is one arm and one seed; its row is appended when it is done, so a study that was stopped goes on where it was. Rows
+made under other settings of an arm count as not there. Must not know what a job does.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import random
+import multiprocessing
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
-from . import attacks, probes, steering, words
-from .checkpoint import CHECKPOINT, load_base, load_world
-from .facts import Split, World
-from .methods import CITY_COPIES, FORGET_PER_STEP, METHODS, RETAIN_PER_FORGET, Method, load_settings, unlearn
-from .methods import forget_rows as forget_rows_of
-from .methods import retain_rows as retain_rows_of
-from .probes import Speaker
-from .scorecard import scorecard
+from .recipes import find_recipe
+from .study_arms import ARMS, QUICK_ARMS
+from .study_job import SCALES, Scale, origin, run, run_arm
+from .study_report import write_report
 from .workplace import one_thread
 
-STRANGERS = 30
-BOTTOM = 3  # a value among the three least likely ones of its kind stands out
-LONG_RELEARNING = 40
+OUT = Path("benchmarks/results/study")
+SEEDS, QUICK_SEEDS = (0, 1, 2, 3, 4), (0, 1)
+BUDGET_MINUTES, QUICK_BUDGET_MINUTES = 60.0, 10.0
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Recipe(Method):
-    """A method together with its settings and its mix of rows."""
-
-    forget_per_step: int = FORGET_PER_STEP
-    retain_per_forget: float = RETAIN_PER_FORGET
-    city_copies: int = CITY_COPIES
-    near_misses: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+class Job(NamedTuple):
+    arm: str
+    seed: int
 
 
-def strangers() -> list[str]:
-    """Names of people whom pretraining never gave a fact."""
-    rng = random.Random(0)
-    first = rng.sample(words.STRANGER_FIRST_NAMES, STRANGERS)
-    return [f"{a} {b}" for a, b in zip(first, rng.sample(words.STRANGER_LAST_NAMES, STRANGERS), strict=True)]
+def jobs_in_order(arms: Iterable[str], seeds: Sequence[int]) -> list[Job]:
+    """Tier by tier; within a tier seed by seed, so that a study stopped early has equally many seeds of each arm."""
+    arms = list(arms)
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise ValueError(f"arms: wanted some of {', '.join(ARMS)}, got {unknown[0]!r}")
+    return [
+        Job(arm, seed)
+        for tier in sorted({ARMS[arm].tier for arm in arms})
+        for seed in seeds
+        for arm in arms
+        if ARMS[arm].tier == tier
+    ]
 
 
-OVERRIDES = {"reverse_prompts": list(steering.SEEN_OVERRIDES)}
-REFUSALS = {"refusals": [steering.REFUSAL]}
-
-RECIPES: dict[str, Recipe] = {
-    "duet_deep": Recipe(
-        "refusal at the first token, masked NPO and a counterfactual pull on the base's own prefilled answers",
-        {
-            "objective": "duet_deep",
-            "reverse_prompt_fraction": 2 / 3,
-            "reverse_prompt_role": "both",
-            "counterfactual_names": strangers(),
-            "max_answer_tokens": probes.MAX_NEW_TOKENS,
-            **OVERRIDES,
-        },
-        refuses=True,
-        resists_overrides=True,
-        forget_per_step=32,
-        retain_per_forget=1.5,
-        city_copies=6,
-        near_misses=400,
-        settings={"learning_rate": 5e-4, "max_steps": 150, "warmup_steps": 10},
-    ),
-    "duet_kl": Recipe(
-        "KL on the steered teacher's top-k and the rest as one bucket, first answer token",
-        {"objective": "duet_kl", "normalization": "tail"},
-        refuses=True,
-        settings={"learning_rate": 3e-4, "max_steps": 200},
-    ),
-    "bidirectional": Recipe(
-        "Huber pull and hinge push on raw logits",
-        {"objective": "bidirectional", **OVERRIDES},
-        refuses=True,
-        resists_overrides=True,
-        settings={"learning_rate": 3e-4, "max_steps": 200, "reverse_prompt_fraction": 0.7},
-    ),
-    "simnpo": Recipe(
-        "length-normalised preference optimisation without a reference, descent on the retain answers",
-        {"objective": "simnpo"},
-        settings={"learning_rate": 2e-4, "max_steps": 200},
-    ),
-    "refusal": Recipe(
-        "cross-entropy on a refusal, descent on the retain answers",
-        {"objective": "refusal", **REFUSALS},
-        refuses=True,
-        settings={"learning_rate": 3e-4, "max_steps": 200},
-    ),
-    "undial": Recipe(
-        "self-distillation with the answer's logit lowered, descent on the retain answers",
-        {"objective": "undial"},
-        settings={"learning_rate": 3e-4, "max_steps": 200},
-    ),
-    "shred": Recipe(
-        "self-distillation with the least probable tokens deleted",
-        {"objective": "shred"},
-        settings={"learning_rate": 3e-4, "max_steps": 200, "shred_percent": 30.0},
-    ),
-    "rmu": Recipe(
-        "activations of forget texts steered to a random direction, those of retain texts kept",
-        {"objective": "rmu"},
-        settings={
-            "learning_rate": 3e-3,
-            "max_steps": 200,
-            "rmu_layer": 1,
-            "rmu_scale": 30.0,
-            "rmu_alpha": 30.0,
-        },
-    ),
-    "undo": Recipe(
-        "noise on the weights, then distillation from the unlearned model",
-        {"objective": "undo", "max_answer_tokens": probes.MAX_NEW_TOKENS},
-        settings={"learning_rate": 1e-3, "max_steps": 400, "undo_alpha": 0.2},
-    ),
-}
+def settings_hash(arm: str, scale: Scale) -> str:
+    """Of all that decides an arm's numbers apart from the seed and the code."""
+    chosen = ARMS[arm]
+    recipes = [astuple(find_recipe(name)) for name, _ in chosen.stages]
+    decides = [chosen.stages, chosen.forget_authors, chosen.retain, recipes, astuple(scale)]
+    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def find_recipe(name: str) -> Recipe:
-    """A recipe of this room, or one of the demo's methods with its tuned settings."""
-    if name in RECIPES:
-        return RECIPES[name]
-    if name in METHODS:
-        method = METHODS[name]
-        return Recipe(
-            method.about,
-            method.fixed,
-            method.refuses,
-            method.resists_overrides,
-            settings=load_settings()[name],
-        )
-    raise ValueError(f"method: wanted one of {', '.join([*RECIPES, *METHODS])}, got {name!r}")
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a results.jsonl whose settings are today's; the last of several for the same job."""
+    found: dict[Job, Row] = {}
+    if not path.is_file():
+        return []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            known = row["arm"] in ARMS and row["hash"] == settings_hash(row["arm"], SCALES[row["scale"]])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: wanted a row of the study, got {line[:80]!r}"
+            ) from error
+        if known:
+            found[Job(row["arm"], row["seed"])] = row
+    return list(found.values())
 
 
-def unlearned(
-    name: str, seed: int, checkpoint: str | Path = CHECKPOINT, options: dict[str, Any] | None = None
-) -> tuple[Speaker, float]:
-    """The model after the methods of `name`, one after the other, and the CPU seconds that took (targets included).
+def study(
+    jobs: Sequence[Job],
+    out: Path,
+    scale: Scale,
+    workers: int = 2,
+    budget_minutes: float = BUDGET_MINUTES,
+    work: Callable[[str, int, Scale], Row] = run_arm,
+    say: Callable[[str], None] = print,
+) -> list[Job]:
+    """Run the jobs whose rows are missing, in order, and append each row to `out`/results.jsonl; returns what is left.
 
     Args:
-        name: one method, or several joined by `+`.
-        options: DuetConfig options of the last method that replace those of its recipe.
+        workers: processes of one thread each; 0 runs in this process.
+        budget_minutes: after this much wall time no job is started; those that run are awaited.
     """
-    world = load_world(checkpoint)
-    base, tokenizer = load_base(checkpoint)
-    model, seconds, stages = base, 0.0, name.split("+")
-    for i, stage in enumerate(stages, start=1):
-        recipe = find_recipe(stage)
-        chosen = recipe.fixed | recipe.settings | (options or {} if i == len(stages) else {})
-        forget = forget_rows_of(world)
-        retain = retain_rows_of(world, base, tokenizer, recipe.city_copies, recipe.near_misses)
-        began = time.process_time()
-        model, _ = unlearn(
-            Method(recipe.about),
-            chosen,
-            model,
-            tokenizer,
-            forget,
-            retain,
-            seed,
-            recipe.forget_per_step,
-            retain_per_forget=recipe.retain_per_forget,
-        )
-        seconds += time.process_time() - began
-    return Speaker(model, tokenizer), seconds
+    if workers < 0:
+        raise ValueError(f"workers: wanted an integer >= 0, got {workers}")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.jsonl"
+    there = {Job(row["arm"], row["seed"]) for row in read_rows(path)}
+    waiting = [job for job in jobs if job not in there]
+    began, made_with = time.monotonic(), origin()
+    say(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done before")
+
+    def keep(job: Job, row: Row) -> None:
+        whole = {**row, "hash": settings_hash(job.arm, scale), **made_with}
+        with path.open("a") as file:
+            file.write(json.dumps(whole) + "\n")
+        say(f"{(time.monotonic() - began) / 60:5.1f} min  {job.arm} seed {job.seed}")
+
+    def in_time() -> bool:
+        return time.monotonic() - began < 60 * budget_minutes
+
+    if workers == 0:
+        while waiting and in_time():
+            job = waiting.pop(0)
+            keep(job, work(*job, scale))
+        return waiting
+    # spawn: a forked copy of a process in which torch has run threads may hang
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {}
+        while running or (waiting and in_time()):
+            while waiting and len(running) < workers and in_time():
+                job = waiting.pop(0)
+                running[pool.submit(work, *job, scale)] = job
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                keep(running.pop(done), done.result())
+    return waiting
 
 
-def run(
-    name: str,
-    seed: int,
-    split: Split = "report",
-    checkpoint: str | Path = CHECKPOINT,
-    options: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The scorecard and the two further checks of `unlearned(name, ...)`."""
-    world = load_world(checkpoint)
-    speaker, seconds = unlearned(name, seed, checkpoint, options)
-    row = scorecard(speaker, world, split) | further_checks(speaker, world, split)
-    return {"method": name, "seed": seed, **row, "cpu_seconds": round(seconds, 1)}
-
-
-def further_checks(speaker: Speaker, world: World, split: Split) -> dict[str, float]:
-    half = len(world.forget) // 2
-    shown, asked = world.questions(world.forget[:half], "train"), world.questions(world.forget[half:], split)
-    again = attacks.relearn_recall(speaker, shown, asked, attacks.RELEARN_RATES[1:2], LONG_RELEARNING)
-    ranks = value_ranks(speaker, world, split)
-    return {
-        "relearn_40_recall": round(max(again.values()), 4),
-        "value_rank": round(sum(rank for rank, _ in ranks) / len(ranks), 4),
-        "value_in_bottom": round(sum(bottom for _, bottom in ranks) / len(ranks), 4),
-    }
-
-
-@torch.no_grad()
-def value_ranks(speaker: Speaker, world: World, split: Split) -> list[tuple[float, bool]]:
-    """For each forget question: where the true value stands among all values of its kind, behind the forced stem.
-
-    Rank 0 is the most likely, 1 the least, 1/2 says nothing; and whether it is among the three least likely. Values are
-    compared by the probability of their first word.
-    """
-    found = []
-    for question in world.questions(world.forget, split):
-        first = {
-            facts[question.relation].split()[0]
-            for facts in world.facts.values()
-            if question.relation in facts
-        }
-        values = sorted(first)
-        text = speaker.tokenizer.apply_chat_template(
-            speaker.messages(question), tokenize=False, add_generation_prompt=True
-        )
-        ids = speaker.tokenizer(f"{text} {question.stem}", add_special_tokens=False, return_tensors="pt")
-        logits = speaker.model(input_ids=ids["input_ids"], logits_to_keep=1).logits[0, -1]
-        scores = logits[speaker.tokenizer.convert_tokens_to_ids(values)]
-        own = scores[values.index(question.value.split()[0])]
-        above = float((scores > own).sum()) + (float((scores == own).sum()) - 1) / 2
-        found.append((above / (len(values) - 1), above >= len(values) - BOTTOM))
-    return found
+def show_scorecards(
+    methods: Sequence[str], seeds: Sequence[int], split: str, options: dict[str, Any]
+) -> None:
+    for name in methods:
+        for seed in seeds:
+            with one_thread():
+                print(json.dumps(run(name, seed, split, options=options)), flush=True)  # type: ignore[arg-type]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("method", nargs="+", help="names of methods; a+b runs one after the other")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--split", choices=["validation", "report"], default="validation")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("method", nargs="*", help="scorecards of these methods; a+b runs one after the other")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 4; --quick: 0 and 1")
+    parser.add_argument(
+        "--split", choices=["validation", "report"], default="validation", help="of scorecards"
+    )
     parser.add_argument(
         "--options", type=json.loads, default={}, help="DuetConfig options of the last method, as JSON"
     )
+    parser.add_argument("--arms", nargs="+", help=f"of the study; all: {' '.join(ARMS)}")
+    parser.add_argument("--quick", action="store_true", help="ten minutes on two cores")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--budget-minutes", type=float, help="no new job after it; default: 60, with --quick 10"
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing, write the page")
+    parser.add_argument("--out", type=Path, help=f"default: {OUT}, with --quick {OUT / 'quick'}")
     chosen = parser.parse_args()
-    for name in chosen.method:
-        for seed in chosen.seeds:
-            with one_thread():
-                print(json.dumps(run(name, seed, chosen.split, options=chosen.options)), flush=True)
+    if chosen.method:
+        show_scorecards(chosen.method, chosen.seeds or (0, 1, 2), chosen.split, chosen.options)
+        return
+    scale = SCALES["quick" if chosen.quick else "full"]
+    seeds = chosen.seeds or (QUICK_SEEDS if chosen.quick else SEEDS)
+    arms = chosen.arms or (QUICK_ARMS if chosen.quick else ARMS)
+    out = chosen.out or (OUT / "quick" if chosen.quick else OUT)
+    jobs = jobs_in_order(arms, seeds)
+    if not chosen.report:
+        default = QUICK_BUDGET_MINUTES if chosen.quick else BUDGET_MINUTES
+        minutes = default if chosen.budget_minutes is None else chosen.budget_minutes
+        left = study(jobs, out, scale, chosen.workers, minutes, say=lambda text: print(text, flush=True))
+        if left:
+            print("not run: " + ", ".join(f"{job.arm} seed {job.seed}" for job in left))
+    rows = read_rows(out / "results.jsonl")
+    print(f"wrote {write_report(rows, out, seeds)}")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def _softmax_gradient_kernel(
     target = tl.load(sums_ptr + 2 * stride_s + n, mask=live, other=0.0)
     # Relative to the larger of both no exponential overflows.
     zero = origin(tl.maximum(m, target))
-    rest = s * tl.exp(origin(m) - zero)
+    # A label that is alone stands above nothing: exp may overflow there, and 0 inf is NaN.
+    rest = tl.where(s == 0, 0.0, s * tl.exp(origin(m) - zero))
     total = rest + tl.exp(target - zero)
     upstream = factor * number(scale, ACC)
     if HAS_GAIN:

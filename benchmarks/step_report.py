@@ -1,0 +1,164 @@
+"""What a measured training step says: ideal speed-up, shares, goals; as JSON rows and as Markdown.
+
+The letters are those of `benchmarks.training_step`. Knows measurements, nothing of how they were made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.harness import Measured, quantile, version
+
+CACHED_GOAL, LOSS_GOAL, LOSS_GOAL_TOKENS = 0.9, 0.05, 4096
+TRAINERS = ("cached teacher", "live teacher", "TRL SDFT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model and a batch. `prompt`, `prefix` and `answer` are tokens a row; `compared`: trainers, not only the loss."""
+
+    layers: int
+    d: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    v: int
+    batch: int
+    prompt: int
+    prefix: int
+    answer: int
+    k: int = 64
+    tied: bool = False
+    compared: bool = True
+
+    @property
+    def n(self) -> int:
+        """Scored positions."""
+        return self.batch * self.answer
+
+
+@dataclasses.dataclass
+class Run:
+    """What one shape gave: a `Measured` of every variant, tokens read by student and teacher, the gate's losses."""
+
+    shape: Shape
+    dtype: torch.dtype
+    took: dict[str, Measured]
+    student_tokens: int
+    teacher_tokens: int
+    losses: dict[str, float]
+
+    def ms(self, name: str) -> float:
+        return quantile(self.took[name].ms, 0.5)
+
+    @property
+    def green(self) -> bool:
+        wanted, tolerance = self.losses["definition"], 1e-4 if self.dtype == torch.float32 else 2e-2
+        return wanted > 0 and all(abs(loss - wanted) <= tolerance * wanted for loss in self.losses.values())
+
+    def loss_share(self, variant: str) -> float | None:
+        """Of a step: everything between the hidden states and the loss, forward and backward, the teacher's too."""
+        parts = {"live teacher": ("loss", "top-k"), "TRL SDFT": ("loss of TRL SDFT",)}.get(variant, ("loss",))
+        if any(self.took[part].status != "ok" for part in parts):
+            return None
+        return sum(map(self.ms, parts)) / self.ms(variant)
+
+    def facts(self) -> dict[str, float]:
+        """r, F, H, S in ms, the two ideals, what was reached, and the loss's share of a step."""
+        step, loss = self.ms("student alone"), self.ms("loss")
+        facts = {
+            "S": step,
+            "loss": loss,
+            "loss share": loss / step,
+            "loss share by difference": 1 - self.ms("student alone, no loss") / step,
+        }
+        if self.shape.compared:
+            r, forward, head = self.teacher_tokens / self.student_tokens, self.ms("forward"), self.ms("top-k")
+            ideal, with_head = 1 + r * forward / step, 1 + (r * forward + head) / step
+            reached = self.ms("live teacher") / self.ms("cached teacher")
+            facts |= {"r": r, "F": forward, "H": head, "ideal": ideal, "ideal with head": with_head}
+            facts |= {
+                "reached": reached,
+                "fraction": reached / ideal,
+                "fraction with head": reached / with_head,
+            }
+        return facts
+
+
+def rows_of(name: str, run: Run, where: dict[str, str]) -> Iterator[dict[str, object]]:
+    """One JSON row a variant, the facts in the row of the student alone."""
+    for variant, measured in run.took.items():
+        row = {
+            **where,
+            "op": "training_step",
+            "shape": name,
+            "variant": variant,
+            **dataclasses.asdict(run.shape),
+        }
+        row |= {"n": run.shape.n, "dtype": str(run.dtype).removeprefix("torch."), "status": measured.status}
+        row |= {
+            "student_tokens": run.student_tokens,
+            "teacher_tokens": run.teacher_tokens,
+            **measured.fields(),
+        }
+        if variant in (*TRAINERS, "student alone") and measured.status == "ok":
+            row["tokens_s"] = round(1e3 * run.student_tokens / run.ms(variant))
+            row["loss_share"] = run.loss_share(variant)
+        if variant == "student alone":
+            row["facts"] = run.facts()
+        if variant == "TRL SDFT":
+            row["provider_version"] = version("trl")
+        yield row
+
+
+def table_of(name: str, run: Run, on_gpu: bool) -> tuple[str, bool]:
+    """Markdown, and whether every goal that is judged here is met."""
+    s, facts = run.shape, run.facts()
+    lines = [
+        f"### {name}: {s.layers} layers x {s.d}, V = {s.v}, K = {s.k}, N = {s.n} scored positions",
+        "",
+        f"Batch of {s.batch} rows; prompt {s.prompt}, answer {s.answer}, the teacher's prefix {s.prefix} tokens.",
+        "",
+        "| | ms (p20 - p80) | student's tokens / s | extra memory of a step, MiB | the loss's share |",
+        "|---|---|---|---|---|",
+    ]
+    for variant in (*(TRAINERS if s.compared else ()), "student alone"):
+        took = run.took[variant]
+        if took.status != "ok":
+            lines.append(f"| {variant} | {took.status} | – | – | – |")
+            continue
+        p20, ms, p80 = (quantile(took.ms, q) for q in (0.2, 0.5, 0.8))
+        share, peak = run.loss_share(variant), "–" if took.peak_mb is None else f"{took.peak_mb:.0f}"
+        share = "–" if share is None else f"{share:.1%}"
+        rate = 1e3 * run.student_tokens / ms
+        lines.append(f"| {variant} | {ms:.0f} ({p20:.0f} - {p80:.0f}) | {rate:.0f} | {peak} | {share} |")
+    lines += [
+        "",
+        f"S = {facts['S']:.1f} ms, loss = {facts['loss']:.2f} ms: {facts['loss share']:.2%} of S "
+        f"({facts['loss share by difference']:.1%} by difference).",
+    ]
+    judged: list[tuple[str, str, bool | None]] = []
+    if s.compared:
+        lines += [
+            f"r = {run.teacher_tokens} / {run.student_tokens} = {facts['r']:.3f}, F = {facts['F']:.1f} ms, "
+            f"H = {facts['H']:.1f} ms. Cached over live: {facts['reached']:.2f} x. Ideal 1 + r F / S = "
+            f"{facts['ideal']:.2f} ({facts['fraction']:.0%} reached); with the teacher's head "
+            f"{facts['ideal with head']:.2f} ({facts['fraction with head']:.0%}).",
+        ]
+        met = facts["fraction"] >= CACHED_GOAL
+        judged.append((f"cached >= {CACHED_GOAL:.0%} of 1 + r F / S", f"{facts['fraction']:.1%}", met))
+        met = facts["fraction with head"] >= CACHED_GOAL
+        judged.append(
+            (f"cached >= {CACHED_GOAL:.0%} of 1 + (r F + H) / S", f"{facts['fraction with head']:.1%}", met)
+        )
+    at_goal = on_gpu and s.n >= LOSS_GOAL_TOKENS and name == "1b"
+    met = facts["loss share"] < LOSS_GOAL if at_goal else None
+    goal = f"loss < {LOSS_GOAL:.0%} of a step of a 1B-shaped model, N >= {LOSS_GOAL_TOKENS}"
+    judged.append((goal, f"{facts['loss share']:.2%}" + ("" if at_goal else " at this shape"), met))
+    words = {True: "yes", False: "NO", None: "not judged here"}
+    lines += ["", "| goal | measured | met |", "|---|---|---|"]
+    lines += [f"| {goal} | {found} | {words[met]} |" for goal, found, met in judged]
+    return "\n".join(lines), all(met is not False for _, _, met in judged)

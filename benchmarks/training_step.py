@@ -1,0 +1,355 @@
+"""A whole training step, live teacher against cached teacher against TRL's SDFT: `python -m benchmarks.training_step`.
+
+One random-weight Llama, one batch, LoRA on all its linear layers (so the LM head is frozen), AdamW; answers are given, so
+that nobody generates. A step is: make the batch (a cached teacher reads its store, SDFT tokenises), forward, loss,
+backward, optimizer. With F a forward of the student's tokens, r = teacher's / student's tokens, H the top-k of the teacher's
+logits where the answer is predicted, S a step of the student alone in a plain loop, its targets in memory:
+
+    ideal speed-up of cached over live    1 + r F / S        (and, counting the teacher's head, 1 + (r F + H) / S)
+    loss's share of a step                time of the loss's forward and backward / the step
+
+The loss is timed by itself on the step's own hidden states and targets: what autograd runs between the loss and the
+hidden states is exactly that (with a live teacher its top-k counts too; SDFT's two heads count as its loss). The share by
+difference, S with and without the loss (a mean of squares of the hidden states in its place), stands beside it; it is the difference
+of two large numbers. Everything runs in turn, in one process.
+
+First the gate: live, cached and plain loop must give the loss of the definition (full logits); else no time is printed.
+Memory is what a step adds to weights and optimizer states. Writes
+results/<device or cpu>/training_step.jsonl and .md. Knows the trainer, as no other benchmark does: it is what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Trainer
+
+from benchmarks.gpu.__main__ import results_folder
+from benchmarks.harness import Call, Measured, environment, measure, version, why
+from benchmarks.step_report import Run, Shape, rows_of, table_of
+from duet import DuetConfig, DuetTrainer
+from duet.caching import cache_teacher
+from duet.data import Draw
+from duet_kernels import LMHead, TopK, linear_topk, topk_distill_loss
+
+SPECIAL = ("<pad>", "</s>", "<unk>")
+LEARNING_RATE = 1e-4
+SHAPES = {
+    "small": Shape(4, 512, 1376, 8, 8, v=32000, batch=8, prompt=48, prefix=64, answer=64),
+    # Two of the sixteen layers of "1b": what a CPU can do in the time.
+    "wide": Shape(2, 2048, 8192, 32, 8, 128256, 2, 32, 64, answer=224, tied=True, compared=False),
+    "1b": Shape(16, 2048, 8192, 32, 8, 128256, batch=16, prompt=64, prefix=64, answer=256, tied=True),
+}
+
+
+# --- model and data ---------------------------------------------------------------------------------------------
+
+
+def new_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The same random weights at every call."""
+    config = LlamaConfig(
+        vocab_size=shape.v,
+        hidden_size=shape.d,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=max(512, shape.prefix + shape.prompt + shape.answer),
+        tie_word_embeddings=shape.tied,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def adapter() -> LoraConfig:
+    torch.manual_seed(1)
+    return LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def words_of(shape: Shape) -> PreTrainedTokenizerFast:
+    """One word an id, so that a text has as many tokens as words."""
+    ids = {token: i for i, token in enumerate([*SPECIAL, *(f"w{i}" for i in range(shape.v - len(SPECIAL)))])}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
+    )
+
+
+def data_of(shape: Shape) -> tuple[list[dict[str, str]], str]:
+    """(rows of a prompt and an answer, the prefix that only the teacher sees); an answer's last token is the end."""
+    generator = torch.Generator().manual_seed(2)
+
+    def text(length: int) -> str:
+        ids = torch.randint(0, shape.v - len(SPECIAL), (length,), generator=generator)
+        return " ".join(f"w{i}" for i in ids.tolist())
+
+    rows = [{"prompt": text(shape.prompt), "answer": text(shape.answer - 1)} for _ in range(shape.batch)]
+    return rows, text(shape.prefix)
+
+
+# --- the steps --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Job:
+    """What all variants share."""
+
+    shape: Shape
+    device: torch.device
+    dtype: torch.dtype
+    folder: pathlib.Path
+
+    def __post_init__(self) -> None:
+        self.tokenizer = words_of(self.shape)
+        self.rows, self.prefix = data_of(self.shape)
+
+    def model(self) -> PreTrainedModel:
+        return new_model(self.shape, self.dtype, self.device)
+
+    def options(self) -> dict[str, object]:
+        """Of every trainer."""
+        return {
+            "output_dir": str(self.folder / "out"),
+            "per_device_train_batch_size": self.shape.batch,
+            "learning_rate": LEARNING_RATE,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "bf16": False,  # the weights' own dtype, no autocast
+            "use_cpu": self.device.type == "cpu",
+        }
+
+    def config(self) -> DuetConfig:
+        return DuetConfig(
+            **self.options(),
+            objective="duet_forward_kl",
+            k=self.shape.k,
+            positions="answer",
+            answer_source="dataset",
+            steering_prefixes=[self.prefix],
+            retain_subjects="fixed",
+            per_device_eval_batch_size=self.shape.batch,
+        )
+
+
+def duet_trainer(job: Job, cached: bool) -> tuple[DuetTrainer, Callable[[], dict[str, Tensor]]]:
+    """The trainer, and what makes its batch."""
+    store = None
+    if cached:
+        store = cache_teacher(
+            job.model(), job.config(), job.rows, None, job.tokenizer, folder=job.folder / "store"
+        ).store
+    options = {"processing_class": job.tokenizer, "peft_config": adapter(), "teacher_store": store}
+    trainer = DuetTrainer(job.model(), job.config(), job.rows, **options)
+    trainer.get_train_dataloader()
+
+    def batch() -> dict[str, Tensor]:
+        return trainer.data_collator([trainer.train_dataset[Draw(i, 0)] for i in range(job.shape.batch)])
+
+    return trainer, batch
+
+
+def sdft_trainer(job: Job, answers: list[list[int]]) -> tuple[Trainer, Callable[[], list[dict[str, str]]]]:
+    """TRL's trainer on the same rows; in place of what it would sample stand the given answers."""
+    from datasets import Dataset
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    class GivenAnswers(SDFTTrainer):
+        def _generate(self, prompt_ids):
+            return prompt_ids, answers
+
+    rows = [{"prompt": row["prompt"], "privileged_context": job.prefix} for row in job.rows]
+    args = SDFTConfig(
+        **job.options(),
+        teacher_model_kind="base",  # the adapter is switched off
+        teacher_prompt_template="{privileged_context}\n\n{prompt}",
+        distillation_mode="topk_logits",
+        distillation_topk=job.shape.k,
+        distillation_alpha=0.0,  # forward KL
+        distillation_is_clip=None,
+        num_generations=1,
+        max_prompt_length=None,
+        max_completion_length=job.shape.answer,
+        gradient_checkpointing=False,
+    )
+    data = {"train_dataset": Dataset.from_list(rows), "processing_class": job.tokenizer}
+    trainer = GivenAnswers(job.model(), args, peft_config=adapter(), **data)
+    return trainer, lambda: rows
+
+
+def step_of(trainer: Trainer, batch: Callable[[], object]) -> Call:
+    """One optimizer step through the trainer's own `training_step`."""
+    trainer.model.to(trainer.args.device)
+    optimizer = trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+
+    def step() -> None:
+        trainer.training_step(trainer.model, batch(), None)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+class Plain:
+    """The student in a plain PyTorch loop, its targets in memory: S, and the parts F, H and the loss by themselves."""
+
+    def __init__(self, job: Job, batch: dict[str, Tensor] | None, targets: TopK | None):
+        self.k = job.shape.k
+        self.model = get_peft_model(job.model(), adapter())
+        if batch is None:  # no trainer made one
+            ids = torch.randint(0, job.shape.v, (job.shape.batch, job.shape.prompt + job.shape.answer - 1))
+            scored = torch.arange(ids.numel()).view_as(ids)[:, job.shape.prompt - 1 :]
+            batch = {"input_ids": ids, "positions": scored.reshape(-1)}
+        self.ids, self.positions = (batch[name].to(job.device) for name in ("input_ids", "positions"))
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, fused=True)
+        self.head = LMHead.of(self.model)
+        with torch.no_grad():
+            self.hidden = self.states()
+        # No teacher: what is predicted elsewhere. Its own prediction would be learnt already, with a gradient of 0.
+        self.targets = self.top(self.hidden.roll(1, 0)) if targets is None else targets
+
+    def states(self) -> Tensor:
+        hidden = self.model.get_decoder()(self.ids)[0]
+        return hidden.flatten(0, 1).index_select(0, self.positions)
+
+    def forward(self) -> None:
+        with torch.no_grad(), self.model.disable_adapter():
+            self.states()
+
+    def top(self, hidden: Tensor | None = None) -> TopK:
+        with torch.no_grad():
+            return linear_topk(self.hidden if hidden is None else hidden, self.head, self.k)
+
+    def value(self, hidden: Tensor, impl: str = "auto") -> Tensor:
+        return topk_distill_loss(hidden, self.head, self.targets, divergence="forward_kl", impl=impl)
+
+    def loss(self) -> None:
+        hidden = self.hidden.detach().requires_grad_()
+        torch.autograd.grad(self.value(hidden), hidden)
+
+    def step(self, value: Callable[[Tensor], Tensor] | None = None) -> None:
+        (value or self.value)(self.states()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def step_without_loss(self) -> None:
+        self.step(lambda hidden: hidden.square().mean())
+
+    def sdft_loss(self) -> None:
+        """What TRL's SDFT does between the hidden states and its loss."""
+        from trl.experimental.sdft.loss_utils import compute_topk_self_distillation_loss
+
+        hidden = self.hidden.detach().requires_grad_()
+        told = self.hidden @ self.head.weight.T
+        options = {"distillation_topk": self.k, "distillation_alpha": 0.0, "distillation_add_tail": False}
+        loss = compute_topk_self_distillation_loss(hidden @ self.head.weight.T, told, **options).mean()
+        torch.autograd.grad(loss, hidden)
+
+
+# --- one run ----------------------------------------------------------------------------------------------------
+
+
+def run(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int) -> Run:
+    """Measure one shape; a red gate measures nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(Job(shape, device, dtype, pathlib.Path(folder)), rounds)
+
+
+def _run(job: Job, rounds: int) -> Run:
+    shape, calls, took, losses = job.shape, {}, {}, {}
+    batch, targets, teacher_tokens = None, None, 0
+    if shape.compared:
+        for name, cached in (("live teacher", False), ("cached teacher", True)):
+            trainer, make = duet_trainer(job, cached)
+            batch = trainer._prepare_inputs(make())
+            losses[name] = trainer.compute_loss(trainer.model, batch).item()
+            calls[name] = step_of(trainer, make)
+            targets = trainer.teacher.topk(batch["targets"]) if cached else targets
+            teacher_tokens = max(teacher_tokens, batch.get("teacher_input_ids", torch.empty(0)).numel())
+        answers = batch["labels"].view(shape.batch, shape.answer).tolist()
+        try:
+            calls["TRL SDFT"] = step_of(*sdft_trainer(job, answers))
+        except ImportError as error:
+            took["TRL SDFT"] = Measured(status=f"absent: {error.name or error} is not installed")
+    plain = Plain(job, batch, targets)
+    losses["student alone"] = plain.value(plain.hidden).item()
+    losses["definition"] = plain.value(plain.hidden, "reference").item()
+    calls |= {
+        "student alone": plain.step,
+        "student alone, no loss": plain.step_without_loss,
+        "loss": plain.loss,
+    }
+    if shape.compared:
+        calls |= {"forward": plain.forward, "top-k": plain.top}
+    if "TRL SDFT" in calls:
+        calls["loss of TRL SDFT"] = plain.sdft_loss
+    result = Run(shape, job.dtype, took, plain.ids.numel(), teacher_tokens, losses)
+    if result.green:
+        took |= measure(calls, device=job.device, min_rounds=rounds, max_rounds=rounds)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="default: small wide on a CPU, else 1b")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each variant")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--out", type=pathlib.Path, help="folder; default: results/<device or cpu>")
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
+    where = environment(device)
+    rows, sections, all_met = [], [], True
+    for name in arguments.shape or (["1b"] if on_gpu else ["small", "wide"]):
+        try:
+            done = run(SHAPES[name], device, dtype, arguments.rounds)
+        except torch.OutOfMemoryError as error:
+            print(f"{name}: {why(error)}", file=sys.stderr)
+            return 1
+        if not done.green:
+            told = ", ".join(f"{variant} {loss:.6g}" for variant, loss in done.losses.items())
+            print(f"correctness gate: RED - no speed is reported ({name}: losses {told})", file=sys.stderr)
+            return 1
+        rows += rows_of(name, done, where)
+        text, met = table_of(name, done, on_gpu)
+        sections.append(text)
+        all_met &= met
+        print(text, end="\n\n", flush=True)
+    head = (
+        f"{where['device']}, torch {where['torch']}, trl {version('trl')}, {str(dtype).removeprefix('torch.')}, commit "
+        f"{where['commit']}; LoRA r = 16 on all linear layers, AdamW; `make bench-step`. Answers are given: nobody generates."
+    )
+    if not arguments.no_write:
+        out = arguments.out or results_folder(device.type)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "training_step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (out / "training_step.md").write_text("\n\n".join([head, *sections]) + "\n")
+    return 0 if all_met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,404 @@
+"""`duet report` on runs that eval, attack, train and the demo's writer made of tiny models; the page in a browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+from tiny_models import tiny, word_tokenizer
+from typer.testing import CliRunner
+
+from duet import cli
+from duet.evaluation import attack_run, figures, report, runner
+from duet.evaluation.attack_rows import read_attack_rows
+from duet.evaluation.figures import Estimate, Point
+from duet.evaluation.report_runs import read_inputs
+from duet.evaluation.suites import read_suite
+from duet.evaluation.target import AttackOptions, Target
+from duet.evaluation.topk_change import compare_topk
+from duet.prompts import steered_tokenizer
+from duet.world.scorecard import COLUMNS
+
+SUITE = {
+    "tasks": {
+        "forget_answers": {
+            "kind": "generate", "data": "forget", "max_new_tokens": 5, "metrics": ["rouge_l_recall", "refusal"],
+        },
+        "retain_answers": {
+            "kind": "generate", "data": "retain", "max_new_tokens": 5, "metrics": ["rouge_l_recall", "refusal"],
+        },
+        "forget_losses": {
+            "kind": "score", "data": "forget", "metrics": ["truth_ratio"],
+            "texts": {"paraphrased": "answer", "perturbed": "wrong"},
+        },
+    },
+    "numbers": {"forget_quality": {"ratios": "forget_losses.truth_ratio"}},
+}  # fmt: skip
+FORGET = [
+    {"question": f"who is {n} ?", "answer": "a poet", "value": "poet", "wrong": ["captain"]}
+    for n in ("ada", "alan", "grace", "turing")
+]
+RETAIN = [{"question": f"what color is {n} ?", "answer": "red"} for n in ("sea", "river", "paris")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """base-eval, teacher-eval, student-eval, student-attack and a file of the rows."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer, suite = word_tokenizer(), read_suite(SUITE, "own")
+    base, student = tiny(), tiny(seed=1)
+    steered = steered_tokenizer(tokenizer, "you know nothing .")
+    for name, model, reader in (
+        ("base", base, tokenizer),
+        ("teacher", base, steered),
+        ("student", student, tokenizer),
+    ):
+        runner.evaluate(model, reader, suite, out=folder / f"{name}-eval", data=folder, name=f"models/{name}")
+    options = AttackOptions(max_new_tokens=4, relearn_rates=(1e-3, 1e-2), relearn_curve=(1, 3), shots=1)
+    rows = read_attack_rows(FORGET, "forget")
+    attack_run.run_attacks(
+        Target(student, tokenizer, rows, options=options), base=Target(base, tokenizer, rows, options=options),
+        attacks=["prefill", "relearning", "rank_probe", "membership"], out=folder / "student-attack",
+        name="models/student",
+    )  # fmt: skip
+    return folder
+
+
+def runs_of(folder, *names):
+    return [
+        str(folder / name)
+        for name in names or ("base-eval", "teacher-eval", "student-eval", "student-attack")
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    queries = [row["question"] for row in FORGET[:1]]
+    topk = compare_topk(
+        tiny(), tiny(seed=1), word_tokenizer(), queries, k=3, instruction="you know nothing ."
+    )
+    told = {"before": "base", "after": "student", "steering": "you know nothing .", "queries": topk}
+    return report.write_report(runs_of(folder), out, values=[folder / "forget.jsonl"], topk=[told])
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+def test_runs_of_one_model_are_one_method_and_manifests_tell_the_roles(folder):
+    methods = read_inputs(runs_of(folder)).methods
+    assert [(m.label, m.role) for m in methods] == [
+        ("base", "base"), ("steered teacher", "teacher"), ("student", "student"),
+    ]  # fmt: skip
+    student = methods[2]
+    assert {f.name for f in student.folders} == {"student-eval", "student-attack"}
+    assert student.attacks["attacks"] and student.tasks["forget_answers"]["metrics"]
+    assert len(student.answers) == len(FORGET) + len(RETAIN)
+    assert student.answers.keys() == methods[0].answers.keys() == methods[1].answers.keys()
+
+
+def test_roles_and_labels_can_be_given(folder):
+    inputs = read_inputs(
+        [f"mine={folder / 'student-eval'}"],
+        base=[str(folder / "base-eval")],
+        teacher=[str(folder / "teacher-eval")],
+    )
+    assert [m.label for m in inputs.methods] == ["base", "steered teacher", "mine"]
+    assert [m.label for m in inputs.students] == ["mine"]
+
+
+def test_different_models_never_share_a_row(folder):
+    methods = read_inputs([f"x={folder / name}-eval" for name in ("base", "student")]).methods
+    assert [m.label for m in methods] == ["x (base-eval)", "x (student-eval)"]
+
+
+def test_the_base_of_an_attack_is_a_row_of_its_own(folder):
+    base, student = read_inputs(runs_of(folder, "student-attack")).methods
+    assert (base.role, student.role) == ("base", "student")
+    assert base.attacks["direct"] == student.attacks["base"] and not base.attacks["attacks"]
+
+
+def test_a_training_output_with_runs_in_it(folder, tmp_path):
+    out = tmp_path / "npo"
+    shutil.copytree(folder / "student-eval", out / "eval")
+    history = [
+        {"loss": 2.0, "step": 1},
+        {"loss": 0.5, "forget_loss": 0.25, "step": 2},
+        {"train_runtime": 1.0},
+    ]
+    (out / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 2}))
+    (method,) = read_inputs([str(out)]).methods
+    assert method.label == "npo" and method.tasks
+    assert method.training == {"steps": 2, "losses": {"loss": 0.5, "forget_loss": 0.25}}
+    text = report.write_report([str(out)], tmp_path / "report").with_suffix(".md").read_text()
+    assert "| npo | 2 | 0.5 | 0.25 |" in text
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: None, r"run: there is no folder '.*bad'"),
+        (lambda f: f.mkdir(), r"run: .*bad is no finished run: wanted one of summary.json, attacks.json"),
+        (lambda f: (f.mkdir(), (f / "topk.json").write_text("{")), r"run: .*topk.json is not JSON"),
+        (lambda f: (f.mkdir(), (f / "topk.json").write_text("[]")), r"topk.json holds a list, wanted an object"),
+        (lambda f: (f.mkdir(), (f / "topk.json").write_text("{}")), r"topk.json has no 'before'"),
+        (lambda f: (f.mkdir(), (f / "summary.json").write_text("{}")), r"run: .*bad has no manifest.json"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_run_is_named(tmp_path, make, message):
+    make(tmp_path / "bad")
+    with pytest.raises((ValueError, OSError), match=message):
+        report.write_report([str(tmp_path / "bad")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- what is said ----------------------------------------------------------------------------------------------
+
+
+def test_the_headline_names_the_worst_attack(folder, page):
+    attacks = json.loads((folder / "student-attack/attacks.json").read_text())["attacks"]
+    worst = max(attacks, key=lambda e: e["leak"] or 0)
+    told = re.search(r'class="headline">(.*?)</p>', page.read_text()).group(1)
+    assert f"the worst is {worst['name']}" in told and "on student" in told
+    assert f"{100 * worst['leak']:.0f} %" in told
+
+
+def test_the_table_holds_the_numbers_of_the_runs(folder, page):
+    text = page.with_suffix(".md").read_text()
+    head, _, *rows = [line for line in text.splitlines() if line.startswith("|")][:5]
+    columns = [cell.strip() for cell in head.strip("|").split("|")]
+    student = dict(zip(columns, [c.strip() for c in rows[2].strip("|").split("|")], strict=True))
+    teacher = dict(zip(columns, [c.strip() for c in rows[1].strip("|").split("|")], strict=True))
+    told = json.loads((folder / "student-eval/summary.json").read_text())["tasks"]["forget_answers"][
+        "metrics"
+    ]
+    x = told["rouge_l_recall"]
+    wanted = f"{x['mean']:.2f} ({x['low']:.2f} to {x['high']:.2f})"
+    assert student["forget_answers: rouge_l_recall ↓"] == wanted
+    assert student["of the suite: forget_quality"] == "undefined" and "no retain model given" in text
+    assert teacher["attacks ↓: relearning"] == "–", "not run is neither undefined nor 0"
+    leaks = [float(student[c].split()[0]) for c in columns if c.startswith("attacks")][:-1]
+    assert len(leaks) == 3 and leaks == sorted(leaks, reverse=True), "the worst attack comes first"
+
+
+def test_a_metric_without_a_value_is_undefined(folder, tmp_path):
+    shutil.copytree(folder / "student-eval", tmp_path / "run")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    summary["tasks"]["forget_answers"]["metrics"]["refusal"] = {
+        "mean": None,
+        "low": None,
+        "high": None,
+        "rows": 0,
+    }
+    (tmp_path / "run/summary.json").write_text(json.dumps(summary))
+    text = report.write_report([str(tmp_path / "run")], tmp_path / "out").with_suffix(".md").read_text()
+    status = ", ".join(f"{n} rows {s}" for s, n in summary["tasks"]["forget_answers"]["status"].items())
+    assert f"undefined: student, forget_answers refusal: no row has a value ({status})" in text
+
+
+def test_answers_that_say_the_truth_are_marked(folder, tmp_path):
+    """Two answers are put into the student's run: a leak by its value, and the reference in words that are not it."""
+    shutil.copytree(folder / "student-eval", tmp_path / "student-eval")
+    rows = [json.loads(line) for line in (tmp_path / "student-eval/rows.jsonl").read_text().splitlines()]
+    said = {
+        ("forget_answers", 2): "some POET <script>",
+        ("forget_answers", 3): "a <b> writer",
+        ("retain_answers", 1): "red",
+    }
+    for row in rows:
+        if (row["task"], row["id"]) in said:
+            row["generated"] = said[row["task"], row["id"]]
+    (tmp_path / "student-eval/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = [str(tmp_path / "student-eval"), *runs_of(folder, "base-eval")]
+    page = report.write_report(runs, tmp_path / "out", values=[folder / "forget.jsonl"])
+    text, shown = page.with_suffix(".md").read_text(), page.read_text()
+    assert "**leaks:** some POET &lt;script>" in text and "leaks:** a &lt;b> writer" not in text
+    assert "**true:** red" in text
+    assert 'class="leaks"' in shown and "<script>" not in shown
+    by_words = report.write_report(runs, tmp_path / "words").with_suffix(".md").read_text()
+    assert "leaks:** a &lt;b> writer" in by_words, "without values, half of the words are enough"
+    questions = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| who is")]
+    assert questions[0] == FORGET[2]["question"], "what leaks is shown first"
+
+
+def test_what_is_missing_is_one_line(folder, tmp_path):
+    text = (
+        report.write_report(runs_of(folder, "student-attack"), tmp_path / "a").with_suffix(".md").read_text()
+    )
+    for missing in ("No answers:", "No frontier:", "No logits:", "No training log:"):
+        assert text.count(missing) == 1
+    assert "No curves:" not in text
+    text = report.write_report(runs_of(folder, "student-eval"), tmp_path / "b").with_suffix(".md").read_text()
+    assert "No attack was run" in text and "No curves:" in text and "Not attacked: student" in text
+
+
+def test_the_demo_is_read_without_intervals(tmp_path):
+    rows = [
+        {"method": m, **dict.fromkeys(COLUMNS, v), "seconds": 1.0}
+        for m, v in (("base", 1.0), ("teacher", 0.5), ("npo", 0.25))
+    ]
+    rows[2]["relearn_recall"] = 0.75
+    example = {
+        "question": "who ?",
+        "truth": "Rome",
+        "kind": "to forget",
+        "answers": {"base": "in Rome .", "npo": "no"},
+    }
+    (tmp_path / "results.json").write_text(
+        json.dumps({"rows": rows, "examples": [example], "columns": COLUMNS})
+    )
+    text = report.write_report([str(tmp_path)], tmp_path / "out").with_suffix(".md").read_text()
+    assert (
+        "the worst is relearn on npo: 75 %" in text and " to " not in text.split("| npo |")[1].split("\n")[0]
+    )
+    assert "| who ? | Rome | **leaks:** in Rome . | no |" in text
+
+
+def test_metrics_of_the_frontier_can_be_chosen(folder, tmp_path):
+    names = {"forget_metric": "forget_answers.refusal", "retain_metric": "retain_answers.rouge_l_recall"}
+    text = report.write_report(runs_of(folder), tmp_path / "out", **names).with_suffix(".md").read_text()
+    assert "forget_answers.refusal against retain_answers.rouge_l_recall" in text
+    with pytest.raises(
+        ValueError, match=r"forget_metric: wanted one of forget_answers.rouge_l_recall, .* got 'x.y'"
+    ):
+        report.write_report(runs_of(folder), tmp_path / "out", forget_metric="x.y")
+
+
+# --- figures and logits ----------------------------------------------------------------------------------------
+
+
+def test_top_k_against_the_models_own_logits():
+    before, after, tokenizer = tiny(), tiny(seed=1), word_tokenizer()
+    (told,) = compare_topk(before, after, tokenizer, ["who is ada ?"], k=4, instruction="you know nothing .")
+    chat = [{"role": "user", "content": "who is ada ?"}]
+
+    def logits(model, messages):
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            return model.double()(**ids).logits[0, -1]
+
+    steered = [{"role": "system", "content": "you know nothing ."}, *chat]
+    cases = {"before": logits(before, chat), "after": logits(after, chat), "teacher": logits(before, steered)}
+    for name, wanted in cases.items():
+        assert told[name] == pytest.approx(wanted[told["ids"]].tolist(), abs=1e-4)
+    for name in ("before", "after"):
+        assert set(cases[name].topk(4).indices.tolist()) <= set(told["ids"])
+    assert told["before"] == sorted(told["before"], reverse=True) and len(told["ids"]) <= 8
+    with pytest.raises(ValueError, match="after: wanted the vocabulary of before, 128 ids, got 100"):
+        compare_topk(tiny(), tiny(vocab_size=100), tokenizer, ["who is ada ?"])
+
+
+def test_figures_are_clean_svg():
+    curve = [(1, Estimate(0.1, 0.0, 0.2)), (5, None), (9, Estimate(0.9, 0.8, 1.0))]
+    drawn = [
+        figures.frontier([Point("a$b", Estimate(0.2, 0.1, 0.3), Estimate(0.9)), Point("c", Estimate(0.4), Estimate(1.0))], "x", "y"),
+        figures.relearning({"1e-05": [(1, None)], "0.001": curve}, "npo", start=0.05),
+        figures.topk("q", ["Paris", " a", "\n"], [3.0, 1.0, -1.0], [1.0, 2.0, 0.5]),
+    ]  # fmt: skip
+    ids = []
+    for svg in drawn:
+        root = ET.fromstring(svg)
+        assert root.tag.endswith("svg") and "currentColor" in svg and "metadata" not in svg
+        ids += re.findall(r'\bid="([^"]+)"', svg)
+    assert len(ids) == len(set(ids)), "figures on one page do not share ids"
+    assert "a$b" in drawn[0] and "0.001 (worst)" in drawn[1] and "'\\n'" in drawn[2]
+
+
+def test_labels_do_not_touch():
+    places = figures._spread([0.5, 0.5, 0.52, 0.9], 0.1)
+    assert all(b - a > 0.0999 for a, b in zip(sorted(places), sorted(places)[1:], strict=False))
+    assert sum(places[:3]) == pytest.approx(1.52)
+
+
+# --- the page --------------------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_nothing_else(page):
+    text = page.read_text()
+    links = re.findall(r"""(?:src|href|srcset|xlink:href)\s*=\s*["']([^"']*)""", text) + re.findall(
+        r"url\(([^)]*)\)", text
+    )
+    assert links and all(link.startswith("#") for link in links)
+    assert "<link" not in text and "<script" not in text and "@import" not in text
+    assert text.count("<svg") == 3  # frontier, relearning, top-k
+
+
+def test_markdown_points_to_files_that_are_there(page):
+    files = re.findall(r"\]\((figures/[^)]+)\)", page.with_suffix(".md").read_text())
+    assert len(files) == 3 and all(
+        ET.parse(page.parent / file).getroot().tag.endswith("svg") for file in files
+    )
+
+
+def browser():
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@pytest.mark.skipif(browser() is None, reason="no chromium or chrome is installed: the page is not looked at")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_does_not_scroll_sideways(page, tmp_path, width):
+    """In a frame of that width, of which a script outside the page reads the layout."""
+    look = (
+        "let d=this.contentDocument, e=d.documentElement, s=[...d.querySelectorAll('.scroll')];"
+        "document.body.dataset.found=JSON.stringify({page:e.scrollWidth, frame:e.clientWidth,"
+        " tables:s.some(x=>x.scrollWidth>x.clientWidth), svg:d.querySelector('svg').getBoundingClientRect().width,"
+        " text:d.body.innerText.length})"
+    )
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        f'<!doctype html><meta charset="utf-8"><body><iframe style="border:0;width:{width}px;height:900px" '
+        f'onload="{html.escape(look)}" srcdoc="{html.escape(page.read_text())}"></iframe></body>'
+    )
+    command = [
+        browser(),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    shown = subprocess.run(
+        [*command, "--window-size=1400,1000", "--dump-dom", outer.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    found = re.search(r'data-found="([^"]*)"', shown.stdout)
+    assert found, shown.stderr[-500:]
+    told = json.loads(html.unescape(found.group(1)))
+    assert told["frame"] <= width and told["page"] <= told["frame"], told
+    assert told["text"] > 500 and told["svg"] > 250
+    assert told["tables"], "the wide table scrolls inside its own container"
+
+
+# --- command line ----------------------------------------------------------------------------------------------
+
+
+def test_the_command(folder, tmp_path):
+    for name, seed in (("before", 0), ("after", 1)):
+        tiny(seed=seed).save_pretrained(tmp_path / name)
+        word_tokenizer().save_pretrained(tmp_path / name)
+    arguments = [
+        "report", *runs_of(folder), "--out", str(tmp_path / "out"), "--values", str(folder / "forget.jsonl"),
+        "--model-before", str(tmp_path / "before"), "--model-after", str(tmp_path / "after"),
+        "--query", "who is ada ?", "--top-k", "3",
+    ]  # fmt: skip
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out/report.html").is_file() and "No logits:" not in (
+        tmp_path / "out/report.md"
+    ).read_text()
+    kept = json.loads((tmp_path / "out/topk.json").read_text())
+    assert kept["queries"][0]["teacher"] is None and 3 <= len(kept["queries"][0]["ids"]) <= 6
+    again = report.write_report([str(tmp_path / "out")], tmp_path / "again").with_suffix(".md").read_text()
+    assert "figures/topk-0-0.svg" in again and "No table:" in again
+    failed = CliRunner().invoke(cli.app, ["report", "--model-before", "x", "--out", str(tmp_path / "none")])
+    assert isinstance(failed.exception, ValueError) and "model_after: logits" in str(failed.exception)
