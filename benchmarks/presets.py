@@ -27,12 +27,14 @@ CPU_DENSE_N = 256  # a dense loss of more tokens takes a peer half a minute on a
 def _anchor(device: torch.device) -> list[Case]:
     """Every operation, divergence and kind of head at one shape."""
     if device.type == "cuda":
-        return [
-            Case(op, divergence=divergence, trainable=trainable, **GPU_ANCHOR)
+        made = [
+            (i + trainable, Case(op, divergence=divergence, trainable=trainable, **GPU_ANCHOR))
             for op in OPS
-            for divergence in DIVERGENCES.get(op, ("",))
+            for i, divergence in enumerate(DIVERGENCES.get(op, ("",)))
             for trainable in ((False, True) if op in LOSSES else (False,))
         ]
+        # Every operation once before any a second time: a run may end before its last case.
+        return [case for _, case in sorted(made, key=lambda pair: pair[0])]
     half = {**CPU_ANCHOR, "n": 128}  # dense losses take seconds a call
     return [
         Case("linear_topk", **CPU_ANCHOR),

@@ -58,7 +58,9 @@ def complement_and_values(
         1, indices_nk.masked_fill(absent, z.shape[1]), True
     )  # absent slots mark the spare column
     rest = z.masked_fill(excluded[:, :-1], -torch.inf) / temperature
-    return torch.logsumexp(rest, -1), values
+    nothing = (rest == -torch.inf).all(-1, keepdim=True)  # its log-sum-exp is -inf, without a gradient
+    tail = torch.logsumexp(rest.masked_fill(nothing, 0), -1)
+    return tail.masked_fill(nothing[:, 0], -torch.inf), values
 
 
 def token_stats(hidden_nd: Tensor, head: LMHead, labels_n: Tensor | None) -> TokenStats:

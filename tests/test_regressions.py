@@ -197,6 +197,17 @@ def test_whole_rows_keep_the_digits_of_a_close_student(name, shift):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("z", [0.0, -200.0])
+def test_a_label_that_is_the_only_id_left_has_no_loss_and_no_gradient(impl, z):
+    """All other ids are ruled out by their bias: nothing is left to be wrong about, and nothing is NaN."""
+    hidden, weight = torch.full((1, 1), z).requires_grad_(), torch.ones(3, 1).requires_grad_()
+    bias = torch.tensor([-math.inf, 0.0, -math.inf])
+    loss = linear_cross_entropy(hidden, LMHead(weight, bias), torch.tensor([1]), impl=impl)
+    loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_small_tail_keeps_its_digits(impl):
     """log of a tail mass of 5e-7: 1 - sum(p) has one digit of it, the complement has all."""
     z = torch.zeros(1000)

@@ -139,7 +139,7 @@ QUESTIONS: dict[str, Question] = {
         "How many logits",
         "Which k of the teacher's largest logits should the student imitate?",
         ("k1", "k8", "k32", "duet", "kV"),
-        JUDGED,
+        ("forget_recall", *JUDGED, "stutter"),
         f"V = {VOCABULARY}, so k = 128 is a fifth of the vocabulary here and a thousandth of a real one.",
         {"duet": "k = 128"},
     ),
@@ -188,7 +188,13 @@ QUESTIONS: dict[str, Question] = {
         "Adversarial views",
         "Does training behind reverse prompts, or behind forced openings, help against the attack it imitates?",
         ("duet", "duet_adversarial", "views_both", "views_prefill", "duet_deep"),
-        ("reverse_prompt_recall", "reverse_prompt_heldout_recall", "prefill_recall", "forget_refusal"),
+        (
+            "reverse_prompt_recall",
+            "reverse_prompt_heldout_recall",
+            "prefill_recall",
+            "forget_refusal",
+            "stutter",
+        ),
         "The wordings of the attack are not those of training, except in `reverse_prompt_recall`.",
     ),
 }

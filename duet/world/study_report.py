@@ -1,4 +1,4 @@
-"""Rows of the study -> study.md: tables with intervals, and a paragraph a question that is computed from them.
+"""Rows of the study -> study.md: tables with intervals, and a verdict for each column, computed from them.
 
     cell        mean over seeds [ends of the 95 % bootstrap interval of that mean], in percent
     a apart b   the 95 % bootstrap interval of their difference, paired by seed, does not contain 0
@@ -116,7 +116,7 @@ def answer(question: Question, rows: Sequence[Row]) -> list[str]:
         text += [f"Not run: {', '.join(missing)}.", ""]
     judged = [column for column in question.columns if column not in NOT_JUDGED]
     if len(lines) > 1:
-        text += [" ".join(verdict(question, column, rows) for column in judged), ""]
+        text += [*(f"* {verdict(question, column, rows)}" for column in judged), ""]
     return text
 
 
