@@ -10,12 +10,12 @@ logits where the answer is predicted, S a step of the student alone in a plain l
 
 The loss is timed by itself on the step's own hidden states and targets: what autograd runs between the loss and the
 hidden states is exactly that (with a live teacher its top-k counts too; SDFT's two heads count as its loss). The share by
-difference, S with and without the loss (a mean of squares of the hidden states in its place), stands beside it; it is the difference
-of two large numbers. Everything runs in turn, in one process.
+difference, S with and without the loss (a mean of squares of the hidden states in its place), stands beside it; it is the
+difference of two large numbers. Everything runs in turn, in one process.
 
 First the gate: live, cached and plain loop must give the loss of the definition (full logits); else no time is printed.
-Memory is what a step adds to weights and optimizer states. Writes
-results/<device or cpu>/training_step.jsonl and .md. Knows the trainer, as no other benchmark does: it is what is measured.
+Memory is what a step adds to weights and optimizer states. Writes results/<device or cpu>/training_step.jsonl and .md.
+Knows the trainer, as no other benchmark does: it is what is measured.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .prompts import PLAIN_TEMPLATE
+
 # Written in our own words after RWKU's in-context unlearning instruction (arXiv 2406.10890): name the subject, ask for
 # ignorance rather than refusal, keep everything else. A starting point: the prefix is worth a sweep.
 DEFAULT_PREFIX = (
@@ -172,7 +174,7 @@ class DuetConfig(TrainingArguments):
     retain_per_forget: float = 1.0
     max_length: int | None = None
     padding_free: bool | None = None
-    plain_template: str = "Question: {question}\nAnswer:"
+    plain_template: str = PLAIN_TEMPLATE
     chat_template_kwargs: dict[str, Any] | str | None = None
 
     teacher_store: str | None = None

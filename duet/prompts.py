@@ -5,13 +5,20 @@ Knows one tokenizer. Must not know datasets, models or objectives. Nothing here 
 
 import copy
 import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 SUBJECT = "{subject}"
+PLAIN_TEMPLATE = "Question: {question}\nAnswer:"
+PROMPTING = "prompting.json"
 _CACHED_PROMPTS = 50_000
 
 # A conversation is a tuple of (role, text) messages, or one plain text that the model is to continue.
@@ -57,6 +64,75 @@ def accepts_system(tokenizer: Any, **template_kwargs: Any) -> bool:
     return mark in text
 
 
+@dataclass(frozen=True)
+class Prompting:
+    """How prompts are written, beyond what the tokenizer itself says: the options of `PromptRenderer`.
+
+    Kept beside a trained model as `prompting.json`, so that it is examined on the prompts that it was trained on.
+
+    Attributes:
+        plain_template: text with `{question}` in it.
+        chat_template_kwargs: further arguments of the chat template; plain values that JSON can hold.
+
+    Raises:
+        ValueError: either is something else.
+    """
+
+    plain_template: str = PLAIN_TEMPLATE
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.plain_template, str) or "{question}" not in self.plain_template:
+            raise ValueError(
+                f"plain_template: wanted a text with {{question}} in it, got {self.plain_template!r}"
+            )
+        try:
+            same = json.loads(json.dumps(self.chat_template_kwargs)) == self.chat_template_kwargs
+        except (TypeError, ValueError):
+            same = False
+        if not isinstance(self.chat_template_kwargs, dict) or not same:
+            raise ValueError(
+                "chat_template_kwargs: wanted a mapping of plain values (texts, numbers, lists, ...), got "
+                f"{self.chat_template_kwargs!r}"
+            )
+
+    @classmethod
+    def of(cls, name: str | os.PathLike) -> "Prompting":
+        """That of a model's folder or name; the defaults where it says nothing.
+
+        Raises:
+            ValueError: its `prompting.json` is damaged.
+        """
+        path = Path(name, PROMPTING)
+        if not Path(name).is_dir():
+            try:
+                path = Path(hf_hub_download(os.fspath(name), PROMPTING))
+            except EntryNotFoundError:
+                return cls()
+        if not path.is_file():
+            return cls()
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: wanted plain_template and chat_template_kwargs of a trained model: {error}"
+            ) from None
+
+    def save(self, folder: str | os.PathLike) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, PROMPTING).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def changed(self) -> dict[str, Any]:
+        """What differs from the defaults.
+
+        Example:
+            >>> Prompting(chat_template_kwargs={"enable_thinking": False}).changed()
+            {'chat_template_kwargs': {'enable_thinking': False}}
+        """
+        usual = asdict(Prompting())
+        return {name: value for name, value in asdict(self).items() if value != usual[name]}
+
+
 class PromptRenderer:
     """Turns a conversation into the ids after which the model's answer starts.
 
@@ -72,7 +148,7 @@ class PromptRenderer:
     """
 
     def __init__(
-        self, tokenizer: Any, plain_template: str = "Question: {question}\nAnswer:", chat_template_kwargs=None
+        self, tokenizer: Any, plain_template: str = PLAIN_TEMPLATE, chat_template_kwargs=None
     ):
         self.tokenizer = tokenizer
         self.plain_template = plain_template

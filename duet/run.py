@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .caching import Cached, cache_teacher
 from .checkpoints import last_finished_checkpoint
 from .lm import choose_attention, load_model
+from .prompts import Prompting
 from .run_config import ModelSection, RunConfig
 from .sources import load_rows
 from .trainer import DuetTrainer
@@ -181,4 +182,5 @@ def merge_adapter(folder: str | os.PathLike, out: str | os.PathLike, dtype: str 
     model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu").merge_and_unload()
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    Prompting.of(folder).save(out)
     return model

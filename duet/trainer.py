@@ -45,7 +45,7 @@ from .lm import (
 )
 from .model_card import fingerprint, model_card
 from .objectives import Counts, Step, answer_topk, find_objective, teacher_topk
-from .prompts import PromptRenderer, fill_prefix, steered_tokenizer
+from .prompts import PromptRenderer, Prompting, fill_prefix, steered_tokenizer
 from .provenance import check_store, open_store, provenance_of
 from .teacher import (
     AdapterOffTeacher,
@@ -174,6 +174,7 @@ class DuetTrainer(ResumableTrainer):
         }
         if self.objective.layer:
             args.rmu_layer = check_layer(model, args.rmu_layer)
+        self._prompting = Prompting(args.plain_template, args.chat_template_kwargs or {})
         self.renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs)
         train_dataset = self._dataset(forget, retain, args, model)
         self._train_subjects = train_dataset.subjects
@@ -446,6 +447,12 @@ class DuetTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     # -- what is saved -------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer.save_model`, and `prompting.json`: how prompts are written for this model."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self._prompting.save(output_dir or self.args.output_dir)
 
     def create_model_card(self, model_name: str | None = None, **_: Any) -> None:
         """Writes README.md: method, fingerprints of the data, metrics as last logged."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..prompts import Conversation, PromptRenderer
+from ..prompts import Conversation, Prompting, PromptRenderer
 from .scoring import Forced
 from .suites import Task, fill
 
@@ -65,13 +65,21 @@ class Asker:
         task: of a suite.
         shots: rows of the worked examples.
         context: how many tokens the model can read, or None.
+        prompting: how prompts are written for the model; a task's own `plain` comes first.
     """
 
     def __init__(
-        self, tokenizer: Any, task: Task, shots: Sequence[Mapping[str, Any]] = (), context: int | None = None
+        self,
+        tokenizer: Any,
+        task: Task,
+        shots: Sequence[Mapping[str, Any]] = (),
+        context: int | None = None,
+        prompting: Prompting | None = None,
     ):
+        prompting = prompting or Prompting()
         self.tokenizer, self.task, self.context = tokenizer, task, context
-        self.renderer = PromptRenderer(tokenizer, plain_template=task.plain)
+        self.plain = task.plain or prompting.plain_template
+        self.renderer = PromptRenderer(tokenizer, self.plain, prompting.chat_template_kwargs)
         self.chat = task.chat == "auto" and self.renderer.has_template
         if task.few_shot and len(shots) < task.few_shot.count:
             raise ValueError(
@@ -126,12 +134,12 @@ class Asker:
         return (*messages, ("user", self._question(row, where)))
 
     def _plain(self, row: Mapping[str, Any], where: str) -> str:
-        return self.task.plain.replace("{question}", self._question(row, where))
+        return self.plain.replace("{question}", self._question(row, where))
 
     def _answer_text(self, prompt: Conversation | None, text: str) -> str:
         """ "Answer:" is continued by " Paris", which is another token than "Paris"; a running text as it stands."""
-        written = isinstance(prompt, str) and not self.task.plain.endswith("{question}")
-        return f" {text}" if written and not self.task.plain[-1].isspace() else text
+        written = isinstance(prompt, str) and not self.plain.endswith("{question}")
+        return f" {text}" if written and not self.plain[-1].isspace() else text
 
     def _reference(self, row: Mapping[str, Any], where: str) -> str:
         if self.task.kind == "multiple_choice":

@@ -116,6 +116,7 @@ def _manifest(target: Target, base: Target | None) -> dict[str, Any]:
         "base_fingerprint": None if base is None else models.fingerprint(base.model),
         "model_fingerprint": models.fingerprint(target.model),
         "tokenizer_fingerprint": models.tokenizer_fingerprint(target.tokenizer),
+        **target.prompting.changed(),
     }
 
 

@@ -33,6 +33,7 @@ def run_eval(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """`duet eval`: a suite, or tasks of lm-evaluation-harness, or both; see `runner.evaluate`."""
+    from ..prompts import Prompting
     from . import models, runner, summary
     from .suites import load_suite
 
@@ -56,6 +57,7 @@ def run_eval(
                 batch_size=batch_size,
                 limit=limit,
                 retain_run=retain_run,
+                prompting=Prompting.of(name),
                 progress=shown,
             )
         console.print(summary.table(results, f"{chosen.name}: {name}"))
@@ -89,6 +91,7 @@ def run_attack(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """`duet attack`; see `attack_run.run_attacks`."""
+    from ..prompts import Prompting
     from ..sources import read_table
     from . import attack_run, models
     from .attack_rows import read_attack_rows
@@ -117,10 +120,10 @@ def run_attack(
     rows = {
         key: rows_of(path, key) for key, path in (("rows", forget), ("retain", retain), ("holdout", holdout))
     }
-    target = Target(*models.load(name, dtype, device), **rows, options=options)
-    before = (
-        None if base is None else Target(*models.load(base, dtype, device), rows["rows"], options=options)
-    )
+    # The base, too, is asked as the model was trained: the same questions, or nothing could be compared.
+    asked = {"options": options, "prompting": Prompting.of(name)}
+    target = Target(*models.load(name, dtype, device), **rows, **asked)
+    before = None if base is None else Target(*models.load(base, dtype, device), rows["rows"], **asked)
     chosen = None if attacks is None else [attack.strip() for attack in attacks.split(",") if attack.strip()]
     with _resumable(out, console), progress(console) as shown:
         report = attack_run.run_attacks(

@@ -104,7 +104,10 @@ def write_topk(
     (before, tokenizer), (after, other) = (models.load(m, dtype, device) for m in (model_before, model_after))
     if tokenizer.get_vocab() != other.get_vocab():
         raise ValueError("model_after: wanted the tokenizer of model_before, got another vocabulary")
-    compared = compare_topk(before, after, tokenizer, queries, k=k, instruction=steering)
+    prompting = Prompting.of(model_after)
+    compared = compare_topk(
+        before, after, tokenizer, queries, k=k, instruction=steering, prompting=prompting
+    )
     told = {"before": model_before, "after": model_after, "steering": steering, "queries": compared}
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / TOPK, told)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..lm import check_head, context_length, padding_id
+from ..prompts import Prompting
 from . import models, row_metrics, summary
 from .asking import Asker, CannotAsk, Item
 from .generation import continuations
@@ -43,6 +44,7 @@ def evaluate(
     batch_size: int = 16,
     limit: int | None = None,
     retain_run: str | Path | None = None,
+    prompting: Prompting | None = None,
     progress: Progress = lambda task, done, total: None,
 ) -> dict[str, Any]:
     """Run `suite`, or what is missing of it, and summarise.
@@ -56,6 +58,7 @@ def evaluate(
         batch_size: sequences at once; halved for a batch that does not fit in the GPU's memory.
         limit: only so many first rows of each task.
         retain_run: `out` of the same suite on a model trained without the forget rows.
+        prompting: how prompts are written for the model (`Prompting.of(name)`); None: the defaults.
         progress: called after every batch.
 
     Returns:
@@ -71,6 +74,7 @@ def evaluate(
         raise ValueError(f"limit: wanted an integer >= 1, got {limit}")
     retain_rows = _retain_rows(retain_run, suite) if retain_run is not None else None
     tables = dict(_tables(suite, data, limit))
+    prompting = prompting or Prompting()
     manifest = {
         "schema": 1,
         "suite": suite.name,
@@ -80,6 +84,7 @@ def evaluate(
         "suite_digest": suite.digest,
         "model_fingerprint": models.fingerprint(model),
         "tokenizer_fingerprint": models.tokenizer_fingerprint(tokenizer),
+        **prompting.changed(),
     }
     context = context_length(model)
     prepared = {}
@@ -87,7 +92,7 @@ def evaluate(
         shots = (
             load_table(data, task.few_shot.data, task.hub, f"{task.name}.few_shot") if task.few_shot else ()
         )
-        prepared[task] = _prepare(Asker(tokenizer, task, shots, context), task, rows)
+        prepared[task] = _prepare(Asker(tokenizer, task, shots, context, prompting), task, rows)
     check_head(model)
     journal = Journal(
         Path(out),

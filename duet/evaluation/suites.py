@@ -57,7 +57,8 @@ class Task:
         metrics: per row; `row_metrics` lists them by kind.
         hub: the dataset on the Hub; None: the suite's.
         question: what is asked, with `{column}`; null: nothing, the texts are scored alone.
-        plain: how the question is written where there is no chat template; `{question}` stands for it.
+        plain: how the question is written where there is no chat template; `{question}` stands for it. None: as the
+            model was trained.
         chat: `auto` (the tokenizer's chat template, if it has one) or `never`.
         system: a system message, for chat templates.
         answer: the reference's column; for `multiple_choice` the index, letter or text of the correct choice.
@@ -77,7 +78,7 @@ class Task:
     metrics: tuple[str, ...]
     hub: str | None = None
     question: str | None = "{question}"
-    plain: str = "Question: {question}\nAnswer:"
+    plain: str | None = None
     chat: str = "auto"
     system: str | None = None
     answer: str = "answer"

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..lm import context_length, padding_id
-from ..prompts import Conversation, PromptRenderer
+from ..prompts import Conversation, Prompting, PromptRenderer
 from .attack_rows import AttackRow
 from .generation import Continuation, continuations
 from .scoring import Forced, batches_by_length
@@ -83,6 +83,7 @@ class Target:
 
     Attributes:
         rows: what must not come back. retain: what may be known. holdout: never trained on. Both may be empty.
+        prompting: how prompts are written for the model.
         queries, steps: what has been spent so far: answers and sequences asked for, optimiser steps.
     """
 
@@ -92,11 +93,12 @@ class Target:
     retain: Sequence[AttackRow] = ()
     holdout: Sequence[AttackRow] = ()
     options: AttackOptions = field(default_factory=AttackOptions)
+    prompting: Prompting = field(default_factory=Prompting)
     queries: int = 0
     steps: int = 0
 
     def __post_init__(self) -> None:
-        self.renderer = PromptRenderer(self.tokenizer)
+        self.renderer = PromptRenderer(self.tokenizer, **vars(self.prompting))
         self.context = context_length(self.model)
         self.pad_id = padding_id(self.tokenizer)
 

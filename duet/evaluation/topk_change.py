@@ -31,6 +31,7 @@ def compare_topk(
     *,
     k: int = 8,
     instruction: str | None = None,
+    prompting: Prompting | None = None,
 ) -> list[dict[str, Any]]:
     """The logits that either model puts on top as the first token of its answer.
 
@@ -40,6 +41,7 @@ def compare_topk(
         queries: questions, asked with the chat template where there is one.
         k: how many of each model.
         instruction: a steering prefix: the teacher is `before` behind it.
+        prompting: how prompts are written for `after`; None: the defaults.
 
     Returns:
         a query each: {"question", "ids", "tokens", "before", "after", "teacher" (None without an instruction)}; between
@@ -50,7 +52,7 @@ def compare_topk(
     """
     if k < 1:
         raise ValueError(f"k: wanted an integer >= 1, got {k}")
-    renderer = PromptRenderer(tokenizer)
+    renderer = PromptRenderer(tokenizer, **vars(prompting or Prompting()))
     found = []
     for question in queries:
         plain = renderer.encode((("user", question),))
