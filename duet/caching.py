@@ -27,6 +27,7 @@ from .lm import (
     check_head,
     context_length,
     evaluating,
+    generate_answers,
     hidden_states_at,
     load_model,
     load_tokenizer,
@@ -36,7 +37,6 @@ from .objectives import Objective, find_objective
 from .prefix_cache import PrefixCache, common_length
 from .prompts import PromptRenderer
 from .provenance import check_cacheable, provenance_of
-from .teacher import generate_answers
 from .topk_columns import read_columns
 from .topk_store import LOG_PROBABILITIES, Entry, Provenance, TopKStore, fingerprint
 from .topk_writer import StoreWriter

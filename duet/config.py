@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .prompts import PLAIN_TEMPLATE
+from .prompts import PLAIN_TEMPLATE, Prompting
 
 # Written in our own words after RWKU's in-context unlearning instruction (arXiv 2406.10890): name the subject, ask for
 # ignorance rather than refusal, keep everything else. A starting point: the prefix is worth a sweep.
@@ -64,7 +64,7 @@ class DuetConfig(TrainingArguments):
         k: how many of the teacher's largest logits the student imitates.
         delta: where Huber turns linear, in logits (`duet`, `duet_adversarial`, `bidirectional`).
         temperature: T of the distributions of `duet_forward_kl`, `duet_reverse_kl` and `duet_jsd`. Raw logits have none,
-            and the others are defined at T = 1.
+            the others are defined at T = 1 and refuse another.
         beta: weight of the teacher in the mixture of `duet_jsd`, in (0, 1).
         normalization: of the top-k distributions of the same three: None or `renormalize`, `tail` (one more bucket for the rest of
             the vocabulary); `zeroed` and `truncated` exist for `duet_forward_kl`.
@@ -260,10 +260,7 @@ class DuetConfig(TrainingArguments):
         _choice("reverse_prompt_role", self.reverse_prompt_role, REVERSE_PROMPT_ROLES)
         _texts("steering_prefixes", self.steering_prefixes, at_least=1)
         _texts("reverse_prompts", self.reverse_prompts, at_least=0)
-        if "{question}" not in self.plain_template:
-            raise ValueError(
-                f"plain_template: wanted a text with {{question}} in it, got {self.plain_template!r}"
-            )
+        Prompting(self.plain_template, self.chat_template_kwargs or {})  # checks them
         if self.objective in RAW_LOGITS and self.temperature != 1:
             raise ValueError(
                 f"temperature: objective {self.objective!r} compares raw logits and knows no temperature, got "

@@ -8,16 +8,18 @@ own logits: `check_head`. Must not know datasets, teachers or losses.
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
 
 from duet_kernels import LMHead, linear_gather
+
+logger = logging.get_logger(__name__)
 
 
 def load_model(model: Any, argument: str, init_kwargs: dict[str, Any] | None) -> nn.Module:
@@ -118,6 +120,20 @@ def keep_differentiable(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
+def warn_of_half_precision(model: nn.Module) -> None:
+    """Says once when weights are trained in half precision themselves: without an fp32 copy most updates round to 0.
+
+    bf16 has 8 significant bits: an update below 1/512 of a weight leaves it as it is. PEFT keeps adapters in fp32.
+    """
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if kinds and not hasattr(model, "peft_config"):
+        names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        logger.warning_once(
+            f"weights are trained in {names}, in which most updates are too small to change them; load the model in "
+            "float32 and let autocast compute in bf16 (model.dtype: float32 with bf16: true), or train an adapter"
+        )
+
+
 def rounding_of_a_fresh_adapter(model: nn.Module) -> float:
     """By how much of their root mean square a new adapter may move the hidden states: 0, unless it is DoRA in bf16.
 
@@ -135,6 +151,69 @@ def padding_id(tokenizer: Any) -> int:
         if token is not None:
             return token
     raise ValueError("processing_class: wanted a tokenizer with a pad or end token, got one with neither")
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the model's (a chat model has several) and the tokenizer's."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    return ends
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    pad_id: int,
+    max_new_tokens: int,
+    **how: Any,
+) -> list[list[int]]:
+    """Greedy answers of `model` to one batch of prompts, padded on the left whatever the tokenizer prefers.
+
+    Args:
+        prompts: token ids, at least one each.
+        how: further arguments of `generate`.
+
+    Returns:
+        the new ids of each prompt, with the end token where one was reached, and without what follows it.
+    """
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for b, prompt in enumerate(prompts):
+        ids[b, longest - len(prompt) :] = torch.tensor(list(prompt))
+        mask[b, longest - len(prompt) :] = 1
+    ends = end_tokens(model, tokenizer)
+    # Every option that a checkpoint's generation_config may carry and that would make this not plainly greedy.
+    greedy = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        min_new_tokens=0,  # takes precedence over min_length
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=ends or None,
+        use_cache=True,
+    )
+    out = model.generate(
+        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy, **how
+    )
+    return [_through_end(answer, ends) for answer in out[:, longest:].tolist()]
+
+
+def _through_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    for i, token in enumerate(ids):
+        if token in ends:
+            return ids[: i + 1]
+    return ids
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -11,11 +11,11 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-# What an objective reads: the options worth a line on the card.
+# Beside what the objective reads (`Objective.reads`): the options worth a line on the card.
 _METHOD = (  # noqa: SIM905  as a list literal, one word a line
-    "objective k delta temperature beta normalization npo_beta retain_weight positions num_positions answer_source "
-    "steering_prefixes reverse_prompts reverse_prompt_fraction retain_per_forget learning_rate max_steps "
-    "num_train_epochs per_device_train_batch_size gradient_accumulation_steps optim seed"
+    "positions num_positions answer_source steering_prefixes reverse_prompts reverse_prompt_fraction prefills "
+    "retain_per_forget plain_template chat_template_kwargs teacher_store learning_rate max_steps num_train_epochs "
+    "per_device_train_batch_size gradient_accumulation_steps optim seed"
 ).split()
 
 
@@ -35,8 +35,9 @@ def fingerprint(rows: Sequence[Any]) -> str:
 def model_card(
     name: str,
     base_model: str | None,
-    adapter: bool,
+    adapter: str | None,
     options: Any,
+    reads: Sequence[str],
     datasets: Mapping[str, tuple[int, str]],
     metrics: Mapping[str, float],
     teacher: str | None,
@@ -46,8 +47,9 @@ def model_card(
     Args:
         name: of the model.
         base_model: where it started; None when it has no name.
-        adapter: whether only an adapter was trained.
+        adapter: PEFT's name of the adapter's configuration; None: all weights were trained.
         options: the DuetConfig.
+        reads: names of the options that the objective reads.
         datasets: name -> (number of rows, fingerprint).
         metrics: name -> value, as last logged.
         teacher: who taught, in a few words; None without one.
@@ -58,10 +60,11 @@ def model_card(
         pipeline_tag="text-generation",
         tags=["unlearning", "duet", options.objective],
     )
-    method = {key: getattr(options, key) for key in _METHOD if getattr(options, key) not in (None, [])}
+    told = dict.fromkeys(("objective", *reads, *_METHOD))
+    method = {key: getattr(options, key) for key in told if getattr(options, key) not in (None, [])}
     if teacher:
         method["teacher"] = teacher
-    method["trained"] = "a LoRA adapter" if adapter else "all weights"
+    method["trained"] = f"an adapter ({adapter} of peft)" if adapter else "all weights"
     versions = {each: importlib.metadata.version(each) for each in ("torch", "transformers", "peft")}
     return "\n".join(
         [

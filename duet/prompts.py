@@ -147,9 +147,7 @@ class PromptRenderer:
         chat_template_kwargs: further arguments of the chat template.
     """
 
-    def __init__(
-        self, tokenizer: Any, plain_template: str = PLAIN_TEMPLATE, chat_template_kwargs=None
-    ):
+    def __init__(self, tokenizer: Any, plain_template: str = PLAIN_TEMPLATE, chat_template_kwargs=None):
         self.tokenizer = tokenizer
         self.plain_template = plain_template
         self.template_kwargs = dict(chat_template_kwargs or {})

@@ -71,8 +71,9 @@ class RunConfig:
 
         Args:
             path: of the file. Paths in it are relative to the working folder, as on the command line.
-            overrides: `["--learning_rate", "1e-4", "--adapter.r=8"]`. A name without a dot is an option of
-                DuetConfig, or a top-level key.
+            overrides: `["--learning_rate", "1e-4", "--adapter.r=8"]`. A name that is no
+                top-level key is an option of DuetConfig; a dot leads into one that is a mapping
+                (`--chat_template_kwargs.enable_thinking false`).
 
         Raises:
             OSError, ValueError: naming the file or the key, what came and what was wanted.
@@ -216,12 +217,17 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    path = key.replace("-", "_").split(".")
+    written = key.split(".")
+    path = [name.replace("-", "_") for name in written]
     if path[0] not in SECTIONS:
         names = [f.name for f in dataclasses.fields(DuetConfig) if f.init]
-        if len(path) > 1 or path[0] not in names:
+        if path[0] not in names or (len(path) > 1 and path[0] not in DuetConfig._VALID_DICT_FIELDS):
             raise ValueError(f"--{key}: there is no such option{_nearest(path[0], (*names, *SECTIONS))}")
-        path = ["training", *path]
+        path, written = ["training", *path], ["training", *written]
+    if path[:2] == ["data", "eval"] or (
+        path[0] == "training" and len(path) > 2 and path[1] in DuetConfig._VALID_DICT_FIELDS
+    ):
+        path[2:] = written[2:]  # names of the user's own: of a set of rows, of a template's variable
     for depth, name in enumerate(path[:-1]):
         below = tree.get(name)
         if isinstance(below, str) and (name == "model" or "data" in path[:depth]):

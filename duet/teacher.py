@@ -9,12 +9,12 @@ not know objectives. A cached one puts its numbers into the rows of a dataset.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from duet_kernels import TopK
@@ -135,58 +135,6 @@ class _Stored:
 
 
 Teacher = FrozenTeacher | AdapterOffTeacher | CachedTeacher
-
-
-def generate_answers(
-    model: nn.Module, prompts: Sequence[list[int]], tokenizer: Any, pad_id: int, max_new_tokens: int
-) -> list[list[int]]:
-    """Greedy answers of `model`, one batch, padded on the left whatever the tokenizer prefers.
-
-    Returns:
-        the new ids of each prompt, with the end token where one was reached.
-    """
-    device = next(model.parameters()).device
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    for b, prompt in enumerate(prompts):
-        ids[b, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[b, longest - len(prompt) :] = 1
-    ends = _end_tokens(model, tokenizer)
-    # Every option that a checkpoint's generation_config may carry and that would make this not plainly greedy.
-    greedy = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        min_new_tokens=0,  # takes precedence over min_length
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id,
-        eos_token_id=ends or None,
-        use_cache=True,
-    )
-    out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy)
-    answers = out[:, longest:].tolist()
-    return [_cut_after(answer, ends) for answer in answers]
-
-
-def _end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    config = getattr(model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
-    return ends
-
-
-def _cut_after(ids: list[int], ends: list[int]) -> list[int]:
-    for i, token in enumerate(ids):
-        if token in ends:
-            return ids[: i + 1]
-    return ids
 
 
 class TeacherGuard(TrainerCallback):

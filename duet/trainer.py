@@ -34,6 +34,7 @@ from .lm import (
     check_layer,
     context_length,
     evaluating,
+    generate_answers,
     head_inputs,
     hidden_states_at,
     keep_differentiable,
@@ -42,10 +43,11 @@ from .lm import (
     padding_id,
     rounding_of_a_fresh_adapter,
     select_parameters,
+    warn_of_half_precision,
 )
 from .model_card import fingerprint, model_card
-from .objectives import Counts, Step, answer_topk, find_objective, teacher_topk
-from .prompts import PromptRenderer, Prompting, fill_prefix, steered_tokenizer
+from .objectives import Counts, Step, answer_topk, check_options, find_objective, teacher_topk
+from .prompts import Prompting, PromptRenderer, fill_prefix, steered_tokenizer
 from .provenance import check_store, open_store, provenance_of
 from .teacher import (
     AdapterOffTeacher,
@@ -53,7 +55,6 @@ from .teacher import (
     FrozenTeacher,
     Teacher,
     TeacherGuard,
-    generate_answers,
 )
 from .topk_store import TopKStore
 from .views import build_dataset, scored_positions
@@ -142,6 +143,7 @@ class DuetTrainer(ResumableTrainer):
                 "start one process per GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
             )
         self.objective = find_objective(args.objective)
+        check_options(self.objective, args)
         if not self.objective.has_teacher and teacher_model is not None:
             raise ValueError(
                 f"teacher_model: wanted None, because objective {args.objective!r} has no teacher"
@@ -198,6 +200,8 @@ class DuetTrainer(ResumableTrainer):
             self.objective.start(model, args)
         if self.objective.trains is not None:
             select_parameters(model, lambda name: self.objective.trains(name, args), args.objective)
+        if self.objective.loss is not None and not args.deepspeed:  # DeepSpeed keeps fp32 copies itself
+            warn_of_half_precision(model)
 
         packed, why = can_pack(model) if args.padding_free is None else (args.padding_free, "asked for")
         logger.info(f"batches are {'packed' if packed else 'padded'}: {why}")
@@ -459,12 +463,14 @@ class DuetTrainer(ResumableTrainer):
         if not self.is_world_process_zero():
             return
         model = self.accelerator.unwrap_model(self.model)
+        adapter = next(iter(getattr(model, "peft_config", {}).values()), None)
         metrics = {k: v for entry in self.state.log_history for k, v in entry.items() if _is_metric(k)}
         text = model_card(
             name=model_name or os.path.basename(os.path.abspath(self.args.output_dir)),
             base_model=getattr(base_language_model(model).config, "_name_or_path", None) or None,
-            adapter=hasattr(model, "peft_config"),
+            adapter=adapter and type(adapter).__name__,
             options=self.args,
+            reads=self.objective.reads,
             datasets=self._fingerprints,
             metrics=metrics,
             teacher=None if self.teacher is None else type(self.teacher).__name__,

@@ -387,7 +387,7 @@ def test_the_command_line(tmp_path):
     assert "saved)" in done.output
     assert CliRunner().invoke(app, ["train", *options]).exit_code == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
-    failed = CliRunner().invoke(app, ["train", *options, "--k", "9"])
+    failed = CliRunner().invoke(app, ["train", *options, "--k", "9", "--output_dir", str(tmp_path / "other")])
     assert isinstance(failed.exception, ValueError) and str(failed.exception).startswith("teacher_store: k:")
     other = CliRunner().invoke(
         app, ["cache", *options, "--out", str(tmp_path / "half"), "--dtype", "bfloat16"]

@@ -5,7 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from duet import DuetConfig
-from duet.objectives import OBJECTIVES, Counts, Objective, Step, answer_nll, find_objective, teacher_topk
+from duet.config import RAW_LOGITS
+from duet.objectives import (
+    OBJECTIVES,
+    Counts,
+    Objective,
+    Step,
+    answer_nll,
+    check_options,
+    find_objective,
+    teacher_topk,
+)
 from duet_kernels import LMHead, linear_topk
 
 B, P, D, V, K = 5, 3, 8, 40, 6
@@ -185,3 +195,54 @@ def test_names():
     assert find_objective("duet").targets is teacher_topk and find_objective("duet").positions == "first"
     with pytest.raises(ValueError, match="did you mean 'duet_jsd'"):
         find_objective("duet_jds")
+
+
+# -- which options an objective reads ---------------------------------------------------------------------------------
+
+
+class Watched:
+    """A DuetConfig that remembers which options were looked at."""
+
+    def __init__(self, args):
+        self.args, self.seen = args, set()
+
+    def __getattr__(self, name):
+        self.seen.add(name)
+        return getattr(self.args, name)
+
+
+@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"in_context"}))
+def test_an_objective_reads_what_it_says(monkeypatch, problem, name):
+    watched, make = [], DuetConfig
+
+    def watch(**options):
+        watched.append(Watched(make(**options)))
+        return watched[-1]
+
+    monkeypatch.setitem(globals(), "DuetConfig", watch)
+    run(name, problem)
+    # `teacher_topk` hands `temperature` on, which DuetConfig holds at 1 for raw logits.
+    others = {"impl", "seed", "temperature"} if name in RAW_LOGITS else {"impl", "seed"}
+    assert watched[0].seen - others <= set(OBJECTIVES[name].reads)
+
+
+@pytest.mark.parametrize("option, value", [("temperature", 3.0), ("normalization", "tail")])
+@pytest.mark.parametrize("name", ["undial", "npo", "ga", "undo", "duet_deep", "in_context"])
+def test_an_option_that_would_be_ignored_is_refused(name, option, value):
+    args = DuetConfig(output_dir="unused", objective=name, **{option: value})
+    readers = "read by duet_kl, duet_forward_kl, duet_reverse_kl, duet_jsd"
+    with pytest.raises(
+        ValueError, match=f"^{option}: objective '{name}' does not read it; .* got {value!r} .*{readers}"
+    ):
+        check_options(OBJECTIVES[name], args)
+
+
+@pytest.mark.parametrize("name", ["duet_kl", "duet_forward_kl", "duet_reverse_kl", "duet_jsd"])
+def test_an_option_that_is_read_is_not_refused(name):
+    check_options(
+        OBJECTIVES[name],
+        DuetConfig(output_dir="unused", objective=name, temperature=3.0, normalization="tail", k=7),
+    )
+    check_options(
+        Objective(lambda step: {}), DuetConfig(output_dir="unused", objective="mine", temperature=3.0)
+    )

@@ -63,6 +63,24 @@ def test_the_command_line_overrides(path):
     assert RunConfig.load(path, ["--adapter", "null"]).adapter is None
 
 
+def test_an_option_that_is_a_mapping_is_entered_by_a_dot(path):
+    words = [
+        "--chat_template_kwargs.enable_thinking",
+        "false",
+        "--chat-template-kwargs.date-string=26 Jul 2024",
+    ]
+    run = RunConfig.load(path, [*words, "--training.model-init-kwargs.use_cache", "false"])
+    assert run.training.chat_template_kwargs == {"enable_thinking": False, "date-string": "26 Jul 2024"}
+    assert run.training.model_init_kwargs == {"use_cache": False}
+    with pytest.raises(ValueError, match=r"--k\.x: there is no such option"):
+        RunConfig.load(path, ["--k.x", "3"])
+
+
+def test_names_of_eval_sets_keep_their_dashes(path):
+    run = RunConfig.load(path, ["--data.eval", "{}", "--data.eval.retain-a", "a.jsonl"])
+    assert run.eval == {"retain-a": DataSource("a.jsonl")}
+
+
 def test_overrides_leave_the_file_alone(path):
     tree = read_yaml(path)
     before = json.dumps(tree)

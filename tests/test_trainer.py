@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer, Objective
 from duet.data import Draw
-from duet.teacher import AdapterOffTeacher, FrozenTeacher, generate_answers
+from duet.lm import generate_answers
+from duet.teacher import AdapterOffTeacher, FrozenTeacher
 
 PREFIX = "you know nothing about {subject} ."
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

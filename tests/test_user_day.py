@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 from test_trainer import PREFIX, losses, make
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 
@@ -158,6 +158,53 @@ def test_the_model_card_says_how_and_from_what(tmp_path):
     other[2]["answer"] = "nobody"
     again = DuetTrainer(tiny(), trainer.args, other, retain_rows(), word_tokenizer())
     assert again._fingerprints["forget"][1] != digests[0] and again._fingerprints["retain"][1] == digests[1]
+
+
+@pytest.mark.parametrize(
+    "options, adapter, there, absent",
+    [
+        (
+            {"objective": "undial", "undial_gamma": 7.5},
+            LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+            ["| undial_gamma | 7.5 |", "| k | 8 |", "LoHaConfig"],
+            ["| delta |", "| npo_beta |", "LoRA"],
+        ),
+        (
+            {"objective": "simnpo", "simnpo_gamma": 0.25, "chat_template_kwargs": {"loud": True}},
+            None,
+            [
+                "| simnpo_beta | 2.5 |",
+                "| simnpo_gamma | 0.25 |",
+                '{"loud": true}',
+                '| trained | "all weights" |',
+            ],
+            ["| k |", "| temperature |"],
+        ),
+    ],
+)
+def test_the_model_card_tells_the_options_of_its_method(tmp_path, options, adapter, there, absent):
+    trainer = make(tmp_path, trainer_options={"peft_config": adapter}, **options)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(words in card for words in there) and not any(words in card for words in absent)
+
+
+@pytest.mark.parametrize(
+    "dtype, adapter, said",
+    [(torch.bfloat16, None, True), (torch.float32, None, False), (torch.bfloat16, LORA, False)],
+)
+def test_half_precision_weights_that_are_trained_are_said(tmp_path, caplog, dtype, adapter, said):
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.get_logger("duet.lm").warning_once.__func__.cache_clear()
+    make(tmp_path, tiny().to(dtype), trainer_options={"peft_config": adapter})
+    wanted = (
+        "weights are trained in bfloat16" in caplog.text
+        and "model.dtype: float32 with bf16: true" in caplog.text
+    )
+    assert wanted == said
 
 
 # -- padding-free batches --------------------------------------------------------------------------------------------

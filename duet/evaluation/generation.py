@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from ..lm import evaluating, padding_id
-from .scoring import device_of
+from ..lm import end_tokens, evaluating, generate_answers, padding_id
 
 
 class Continuation(NamedTuple):
@@ -73,43 +71,23 @@ def continuations(
         max_new_tokens: at most so many new tokens.
         stop: texts that end a continuation; the stop text itself is cut off.
     """
-    device, pad_id = device_of(model), padding_id(tokenizer)
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    for b, prompt in enumerate(prompts):
-        ids[b, longest - len(prompt) :] = torch.tensor(list(prompt))
-        mask[b, longest - len(prompt) :] = 1
-    ends = end_tokens(model, tokenizer)
-    # Every option that a checkpoint's generation_config may carry and that would make this not plainly greedy.
-    greedy = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        min_new_tokens=0,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id,
-        eos_token_id=ends or None,
-        use_cache=True,
-    )
     watch = _NumberWatch()
-    stopping = StoppingCriteriaList([_StopText(tokenizer, stop, longest)] if stop else [])
+    stopping = StoppingCriteriaList([_StopText(tokenizer, stop, max(map(len, prompts)))] if stop else [])
     with evaluating(model):
-        out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=greedy,
+        answers = generate_answers(
+            model,
+            prompts,
+            tokenizer,
+            padding_id(tokenizer),
+            max_new_tokens,
             logits_processor=LogitsProcessorList([watch]),
             stopping_criteria=stopping,
         )
+    ends = end_tokens(model, tokenizer)
     finite = [True] * len(prompts) if watch.broken is None else (~watch.broken).tolist()
     said = []
-    for tokens, good in zip(out[:, longest:].tolist(), finite, strict=True):
-        tokens = _up_to_end(tokens, ends)
+    for tokens, good in zip(answers, finite, strict=True):
+        tokens = tokens[:-1] if tokens and tokens[-1] in ends else tokens
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         said.append(Continuation(cut_at(text, stop).strip(), len(tokens), good))
     return said
@@ -123,19 +101,3 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
         'Paris. '
     """
     return text[: min((text.index(s) for s in stop if s in text), default=len(text))]
-
-
-def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: the model's (a chat model has several) and the tokenizer's."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
-    return ends
-
-
-def _up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    for i, token in enumerate(tokens):
-        if token in ends:
-            return tokens[:i]
-    return tokens

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..prompts import Prompting
 from . import figures, metrics
 from .attack_rows import AttackRow, read_attack_rows
 from .figures import Estimate
@@ -105,9 +106,7 @@ def write_topk(
     if tokenizer.get_vocab() != other.get_vocab():
         raise ValueError("model_after: wanted the tokenizer of model_before, got another vocabulary")
     prompting = Prompting.of(model_after)
-    compared = compare_topk(
-        before, after, tokenizer, queries, k=k, instruction=steering, prompting=prompting
-    )
+    compared = compare_topk(before, after, tokenizer, queries, k=k, instruction=steering, prompting=prompting)
     told = {"before": model_before, "after": model_after, "steering": steering, "queries": compared}
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / TOPK, told)

@@ -16,7 +16,7 @@ from torch import nn
 from duet_kernels import linear_gather, linear_topk
 
 from ..lm import evaluating, head_inputs
-from ..prompts import PromptRenderer
+from ..prompts import Prompting, PromptRenderer
 from .scoring import device_of
 
 TOPK = "topk.json"

@@ -12,7 +12,9 @@
 Every loss here comes from public names of `duet_kernels`. Must not know models, tokenizers or the Trainer.
 """
 
+from dataclasses import fields
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from ..counterfactual import prepare_deep
 from ..noising import prepare_undo, start_undo
@@ -45,6 +47,9 @@ from .distillation import (
 )
 from .record import Counts, Objective, Step
 
+if TYPE_CHECKING:
+    from ..config import DuetConfig
+
 __all__ = [
     "OBJECTIVES",
     "Counts",
@@ -52,20 +57,39 @@ __all__ = [
     "Step",
     "answer_nll",
     "answer_topk",
+    "check_options",
     "find_objective",
     "teacher_states",
     "teacher_topk",
 ]
 
+_HUBER = ("k", "delta", "entropy_weighting")
+_DIVERGENCE = ("k", "temperature", "normalization", "entropy_weighting")
+
 OBJECTIVES: dict[str, Objective] = {
-    "duet": Objective(duet, teacher_topk),
-    "duet_kl": Objective(duet_forward_kl, teacher_topk),
-    "duet_forward_kl": Objective(duet_forward_kl, teacher_topk),
-    "duet_reverse_kl": Objective(duet_reverse_kl, teacher_topk),
-    "duet_jsd": Objective(duet_jsd, teacher_topk),
-    "duet_adversarial": Objective(duet, teacher_topk, adversarial=True),
-    "bidirectional": Objective(bidirectional, teacher_topk),
-    "duet_deep": Objective(duet_deep, positions="prepared", prepare=prepare_deep),
+    "duet": Objective(duet, teacher_topk, reads=_HUBER),
+    "duet_kl": Objective(duet_forward_kl, teacher_topk, reads=_DIVERGENCE),
+    "duet_forward_kl": Objective(duet_forward_kl, teacher_topk, reads=_DIVERGENCE),
+    "duet_reverse_kl": Objective(duet_reverse_kl, teacher_topk, reads=_DIVERGENCE),
+    "duet_jsd": Objective(duet_jsd, teacher_topk, reads=("beta", *_DIVERGENCE)),
+    "duet_adversarial": Objective(duet, teacher_topk, adversarial=True, reads=_HUBER),
+    "bidirectional": Objective(bidirectional, teacher_topk, reads=(*_HUBER, "push_weight")),
+    "duet_deep": Objective(
+        duet_deep,
+        positions="prepared",
+        prepare=prepare_deep,
+        reads=(
+            "k",
+            "retain_weight",
+            "counterfactual_names",
+            "num_counterfactuals",
+            "refusal_fraction",
+            "knowledge_threshold",
+            "counterfactual_weight",
+            "deep_npo_beta",
+            "lift_weight",
+        ),
+    ),
     "undo": Objective(
         undo,
         teacher_states,
@@ -74,17 +98,40 @@ OBJECTIVES: dict[str, Objective] = {
         start=start_undo,
         prepare=prepare_undo,
         starts_at_teacher=False,
+        reads=("undo_alpha", "undo_beta", "undo_tolerance", "undo_check_steps"),
     ),
-    "in_context": Objective(None),
-    "ga": Objective(gradient_ascent, needs_answers=True),
-    "graddiff": Objective(gradient_difference, needs_answers=True),
-    "graddiff_kl": Objective(gradient_difference_kl, answer_topk, teacher_sees="student", needs_answers=True),
-    "npo": Objective(npo, answer_nll, teacher_sees="student", needs_answers=True),
-    "npo_kl": Objective(npo_kl, answer_topk, teacher_sees="student", needs_answers=True),
-    "simnpo": Objective(simnpo, needs_answers=True),
-    "refusal": Objective(refusal, needs_answers=True, refuses=True),
-    "undial": Objective(undial, answer_topk, teacher_sees="student", needs_answers=True),
-    "shred": Objective(shred, answer_topk, teacher_sees="student", needs_answers=True),
+    "in_context": Objective(None, reads=()),
+    "ga": Objective(gradient_ascent, needs_answers=True, reads=()),
+    "graddiff": Objective(gradient_difference, needs_answers=True, reads=("retain_weight",)),
+    "graddiff_kl": Objective(
+        gradient_difference_kl,
+        answer_topk,
+        teacher_sees="student",
+        needs_answers=True,
+        reads=("k", "retain_weight"),
+    ),
+    "npo": Objective(
+        npo, answer_nll, teacher_sees="student", needs_answers=True, reads=("npo_beta", "retain_weight")
+    ),
+    "npo_kl": Objective(
+        npo_kl,
+        answer_topk,
+        teacher_sees="student",
+        needs_answers=True,
+        reads=("k", "npo_beta", "retain_weight"),
+    ),
+    "simnpo": Objective(simnpo, needs_answers=True, reads=("simnpo_beta", "simnpo_gamma", "retain_weight")),
+    "refusal": Objective(refusal, needs_answers=True, refuses=True, reads=("refusals", "retain_weight")),
+    "undial": Objective(
+        undial,
+        answer_topk,
+        teacher_sees="student",
+        needs_answers=True,
+        reads=("k", "undial_gamma", "retain_weight"),
+    ),
+    "shred": Objective(
+        shred, answer_topk, teacher_sees="student", needs_answers=True, reads=("k", "shred_percent")
+    ),
     "rmu": Objective(
         rmu,
         teacher_activations,
@@ -93,6 +140,7 @@ OBJECTIVES: dict[str, Objective] = {
         positions="text",
         layer=True,
         trains=rmu_parameters,
+        reads=("rmu_layer", "rmu_scale", "rmu_alpha"),
     ),
 }
 
@@ -112,3 +160,22 @@ def find_objective(name: str) -> Objective:
     close = get_close_matches(str(name), OBJECTIVES, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ValueError(f"objective: wanted one of {', '.join(OBJECTIVES)}, got {name!r}{hint}")
+
+
+def check_options(objective: Objective, args: "DuetConfig") -> None:
+    """Refuses a `temperature` or `normalization` that the objective would not read.
+
+    `k` is not refused: one that is never looked up changes no number, and runs that compare methods share it.
+
+    Raises:
+        ValueError: naming the option, what came, what was wanted, and who reads it.
+    """
+    usual = {f.name: f.default for f in fields(args)}
+    for name in ("temperature", "normalization"):
+        given = getattr(args, name)
+        if name not in objective.reads and given != usual[name]:
+            readers = ", ".join(key for key, each in OBJECTIVES.items() if name in each.reads)
+            raise ValueError(
+                f"{name}: objective {args.objective!r} does not read it; wanted {usual[name]!r}, got {given!r} (it is "
+                f"read by {readers})"
+            )

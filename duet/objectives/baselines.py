@@ -209,10 +209,13 @@ def rmu(step: Step) -> dict[str, Tensor]:
     width = step.hidden.shape[-1]
     generator = torch.Generator().manual_seed(step.args.seed)
     control = F.normalize(torch.rand(width, generator=generator, dtype=torch.float64), dim=0)
-    hidden = step.hidden.float()  # sums of half precision squares would be rounded to it
+    acc = torch.promote_types(
+        step.hidden.dtype, torch.float32
+    )  # sums of half precision squares would be rounded to it
+    hidden = step.hidden.to(acc)
     control = step.args.rmu_scale * control.to(hidden)
     moved = (hidden - control).square().mean(-1)
-    kept = (hidden - step.targets.float()).square().mean(-1)
+    kept = (hidden - step.targets.to(acc)).square().mean(-1)
     forget = sum_where(step.of_forget, moved) / step.counts.forget_positions
     retain = sum_where(~step.of_forget, kept) / step.counts.retain_positions
     return {

@@ -118,6 +118,8 @@ class Objective:
         prepare: `prepare(trainer, dataset)`, run once before a dataset is used: what is made of the frozen teacher
             before training (and could be cached).
         starts_at_teacher: whether the student equals the teacher before the first step (watched by a guard).
+        reads: the options of `DuetConfig` that shape the loss. `temperature` and `normalization` are refused where they
+            are not among them; the model card shows all.
     """
 
     loss: Callable[[Step], dict[str, Tensor]] | None
@@ -132,6 +134,15 @@ class Objective:
     start: Callable[[Any, "DuetConfig"], None] | None = None
     prepare: Callable[[Any, Any], None] | None = None
     starts_at_teacher: bool = True
+    reads: tuple[str, ...] = (
+        "k",
+        "delta",
+        "temperature",
+        "beta",
+        "normalization",
+        "npo_beta",
+        "retain_weight",
+    )
 
     def __post_init__(self) -> None:
         if not self.positions:
