@@ -196,15 +196,16 @@ def test_killed_while_saving(tmp_path, name):
 
 
 def test_a_checkpoint_that_is_written_again_is_unfinished_meanwhile(tmp_path):
-    """Killed while checkpoint-2 is replaced: its old trainer_state.json must not vouch for new, half-written files."""
+    """Killed while checkpoint-2 is made again: its old trainer_state.json must not vouch for half-written files."""
     from duet.run import train
 
     prepare(tmp_path)
     train(run_of(tmp_path, tmp_path / "out", max_steps=2))
 
     def killed():
-        die_while_writing("optimizer.pt", at=2)
-        train(run_of(tmp_path, tmp_path / "out", max_steps=2))
+        die_while_writing("optimizer.pt", at=1)
+        first = str(tmp_path / "out" / "checkpoint-1")
+        train(run_of(tmp_path, tmp_path / "out", max_steps=2, resume_from_checkpoint=first))
 
     assert ended_by(forked(killed)) == signal.SIGKILL
     assert last_finished_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")
