@@ -66,6 +66,11 @@ def test_a_stage_counts_forget_and_retain_queries():
     assert (halves.method, halves.queries()) == ("duet+undo", 7 * 48)
 
 
+def test_the_reference_costs_a_pretraining():
+    assert ARMS["retrained"].method == "retrained"
+    assert ARMS["retrained"].queries() == 600 * (48 + 32)
+
+
 def test_arms_fit_the_tiny_model():
     base, tokenizer = load_base()
     assert base.config.vocab_size == VOCABULARY
@@ -185,6 +190,14 @@ def test_rows_of_other_settings_do_not_count(tmp_path):
 # ---------------------------------------------------------------- page
 
 
+def test_the_reference_does_not_compete():
+    rows = [numbers(arm, seed) for arm in ("duet_deep", "deep_no_lift") for seed in (0, 1)]
+    rows += [numbers("retrained", seed, prefill_recall=0.0) for seed in (0, 1)]
+    said = study_report.verdict(QUESTIONS["deep"], "prefill_recall", rows)
+    assert "best is the whole recipe, 50" in said and "retrained" not in said
+    assert "retrained without them" in "\n".join(study_report.answer(QUESTIONS["deep"], rows))
+
+
 def test_cells_carry_the_interval_over_seeds():
     rows = [numbers("duet", seed, retain_recall=value) for seed, value in enumerate((0.8, 0.9, 1.0))]
     found = study_report.interval(rows, "duet", "retain_recall")
@@ -244,6 +257,25 @@ def test_a_real_job_in_four_steps(tmp_path):
     assert set(COLUMNS) <= set(row) and set(row["relearn_curve"]) == {str(steps) for steps in CURVE}
     assert row["teacher_refusal"] > 0.9 and row["untouched_recall"] > 0.9
     assert json.loads(json.dumps(row)) == row
+
+
+def test_the_reference_never_meets_whom_to_forget(monkeypatch):
+    from duet.world import curriculum
+
+    read = []
+    encode = curriculum.encode
+    monkeypatch.setattr(
+        "duet.world.pretrain.encode",
+        lambda dialogues, tokenizer: read.extend(dialogues) or encode(dialogues, tokenizer),
+    )
+    with one_thread():
+        row = run_arm("retrained", 0, Scale("quick", 0.005, 5))
+    assert row["settings"] == [{"max_steps": 3}] and row["queries"] == 240
+    assert row["method"] == "retrained" and "teacher_refusal" not in row
+    said = " ".join(message["content"] for dialogue in read for message in dialogue)
+    world = load_world()
+    assert not [name for name in world.forget if name in said]
+    assert [name for name in world.held if name in said] and [name for name in world.others if name in said]
 
 
 def test_without_retain_rows_a_step_shows_forget_queries_alone():

@@ -1,5 +1,7 @@
 """What the study compares: arms (one way to unlearn each) and the questions that set arms side by side.
 
+The arm without methods is the reference: a model that was pretrained without the authors to forget.
+
 Equal compute is counted, not timed: no arm (but those marked) shows its model more than MOST_QUERIES queries, forget and
 retain together, over all its stages (those tuned for fewer keep what tuning chose; more steps were tried there and judged no better). CPU
 seconds are reported beside it. Must not know how an arm is run or how a page looks.
@@ -10,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import steering
+from . import pretrain, steering
 from .facts import RELATIONS
 from .probes import MAX_NEW_TOKENS
 from .recipes import find_recipe
@@ -27,6 +29,7 @@ STEMS = [relation.answer[: relation.answer.index("{")].rstrip() for relation in 
 class Arm:
     """One way to unlearn: methods one after the other, each with DuetConfig options that replace its recipe's.
 
+    No method at all means that the model was pretrained anew, without the authors to forget.
     `tier` 0 runs first over all seeds; `forget_authors` None: the world's ten; `retain`: whether D_r is shown;
     `equal_compute` False: it takes what its stages take, whatever the others have.
     """
@@ -40,11 +43,11 @@ class Arm:
 
     @property
     def method(self) -> str:
-        return "+".join(name for name, _ in self.stages)
+        return "+".join(name for name, _ in self.stages) or "retrained"
 
     def queries(self) -> int:
         """How many queries training shows, forget and retain, at most."""
-        total = 0
+        total = 0 if self.stages else pretrain.STEPS * (pretrain.PLAIN_ROWS + pretrain.CONTEXT_ROWS)
         for name, options in self.stages:
             recipe = find_recipe(name)
             steps = (recipe.settings | options)["max_steps"]
@@ -89,13 +92,27 @@ ARMS: dict[str, Arm] = {
     "authors_2": Arm("2 authors", (("duet", {}),), 2, forget_authors=2),
     "authors_5": Arm("5 authors", (("duet", {}),), 2, forget_authors=5),
     "authors_20": Arm("20 authors", (("duet", {}),), 2, forget_authors=20),
+    "deep_no_push": _arm("without the push and the lift", "duet_deep", 2, knowledge_threshold=1.0),
+    "deep_no_lift": _arm("without the lift to the floor", "duet_deep", 2, lift_weight=0.0),
+    "deep_no_counterfactual": _arm(
+        "without the counterfactual pull", "duet_deep", 2, counterfactual_weight=0.0
+    ),
+    "deep_no_reverse": _arm("without reverse prompts", "duet_deep", 2, reverse_prompt_fraction=0.0),
+    "deep+undo": Arm(
+        "duet_deep + UNDO (more compute)",
+        (("duet_deep", {}), ("undo", {"max_steps": 250})),
+        2,
+        equal_compute=False,
+    ),
     "views_both": _arm("reverse prompts, user or system", "duet_adversarial", 3, reverse_prompt_role="both"),
     "views_prefill": _arm("reverse prompts and prefills", "duet_adversarial", 3, prefills=STEMS),
     "ga": _arm("gradient ascent", "ga", 3),
     "simnpo": _arm("SimNPO", "simnpo", 3),
     "refusal": _arm("refusal training", "refusal", 3),
     "undo": _arm("UNDO alone (a control)", "undo", 3, max_steps=250),
+    "retrained": Arm("retrained without them (the reference)", (), 3, equal_compute=False),
 }
+REFERENCE = "retrained"  # what forgetting should look like; it takes part in no contest
 
 
 @dataclass(frozen=True)
@@ -130,10 +147,35 @@ QUESTIONS: dict[str, Question] = {
             "simnpo",
             "refusal",
             "undo",
+            REFERENCE,
         ),
         ("relearn_recall", "relearn_40_recall", "prefill_recall", "retain_recall", "value_in_bottom"),
         f"No arm but the one marked sees more than {MOST_QUERIES:,} queries. UNDO is a second stage, for a model that was "
         "suppressed; at equal compute both stages have half of it, for which their settings were not chosen.",
+    ),
+    "deep": Question(
+        "What each part of duet_deep does",
+        "What is lost when one part of the recipe is left out, and does UNDO after it add anything?",
+        (
+            "duet_deep",
+            "deep_no_push",
+            "deep_no_lift",
+            "deep_no_counterfactual",
+            "deep_no_reverse",
+            "deep+undo",
+            REFERENCE,
+        ),
+        (
+            "forget_refusal",
+            "retain_recall",
+            "general_recall",
+            "reverse_prompt_heldout_recall",
+            "prefill_recall",
+            "relearn_recall",
+            "value_in_bottom",
+        ),
+        "`value_in_bottom` is to be near the reference's: above it the forgotten value can be read off from below.",
+        {"duet_deep": "the whole recipe"},
     ),
     "k": Question(
         "How many logits",

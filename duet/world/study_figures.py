@@ -35,8 +35,9 @@ COLOURS = {
     "simnpo": "#b08968",
     "refusal": "#8c8c8c",
     "undo": "#555555",
+    "retrained": "#111111",
 }
-MARKERS = dict(zip(COLOURS, "osDvp^PX<>*", strict=True))
+MARKERS = dict(zip(COLOURS, "osDvp^PX<>*h", strict=True))
 NUMBER_OF_LOGITS = {"k1": 1, "k8": 8, "k32": 32, "duet": 128, "kV": VOCABULARY}
 SWEPT = {
     "forget_refusal": ("refuses what to forget (higher is better)", "#2a9d8f"),

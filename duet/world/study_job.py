@@ -20,10 +20,12 @@ from . import attacks, probes, steering
 from .checkpoint import CHECKPOINT, load_base, load_world
 from .facts import Split, World
 from .methods import Method, forget_rows, retain_rows, unlearn
+from .pretrain import STEPS, build_model, pretrain
 from .probes import Speaker
 from .recipes import find_recipe
 from .scorecard import scorecard, some
 from .study_arms import ARMS, Arm
+from .tokenizer import build_tokenizer
 from .workplace import one_thread
 
 BOTTOM = 3  # a value among the three least likely ones of its kind stands out
@@ -109,20 +111,35 @@ def run(
     return {"method": name, "seed": seed, **row, "cpu_seconds": round(seconds, 1)}
 
 
+def retrained(world: World, seed: int, steps: float = 1.0) -> tuple[Speaker, float, list[dict[str, Any]]]:
+    """As `unlearned`, of a model that was pretrained like the base but never met the authors to forget."""
+    known = {name: facts for name, facts in world.facts.items() if name not in world.forget}
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    count = max(1, round(STEPS * steps))
+    began = time.process_time()
+    pretrain(model, tokenizer, replace(world, facts=known), seed, count)
+    return Speaker(model, tokenizer), time.process_time() - began, [{"max_steps": count}]
+
+
 def run_arm(name: str, seed: int, scale: Scale, split: Split = "report") -> dict[str, Any]:
     """The row of the arm `name`: scorecard, further checks, what its teacher does, settings, and what it ran on."""
     arm = ARMS[name]
     with one_thread():
         began = time.process_time()
         world = forgetting(load_world(), arm.forget_authors)
-        speaker, seconds, used = unlearned(
-            arm.method,
-            seed,
-            options=[options for _, options in arm.stages],
-            world=world,
-            retained=arm.retain,
-            steps=scale.steps,
-        )
+        if arm.stages:
+            speaker, seconds, used = unlearned(
+                arm.method,
+                seed,
+                options=[options for _, options in arm.stages],
+                world=world,
+                retained=arm.retain,
+                steps=scale.steps,
+            )
+        else:
+            speaker, seconds, used = retrained(world, seed, scale.steps)
         row = scorecard(speaker, world, split, scale.most) | further_checks(speaker, world, split, scale.most)
         row |= _about_the_teacher(arm, world, split, scale.most)
         untouched = load_world().forget[len(world.forget) :]
@@ -156,7 +173,7 @@ def forgetting(world: World, authors: int | None) -> World:
 
 def _about_the_teacher(arm: Arm, world: World, split: Split, most: int | None) -> dict[str, float]:
     """What the steered base says, for arms whose one method is steered by some prefix."""
-    if len(arm.stages) > 1 or not find_recipe(arm.method).fixed["objective"].startswith("duet"):
+    if len(arm.stages) != 1 or not find_recipe(arm.method).fixed["objective"].startswith("duet"):
         return {}
     options = arm.stages[-1][1]
     prefix = options.get("steering_prefixes", [steering.STEERING_PREFIX])[0]

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..evaluation.metrics import Interval, bootstrap, compare_paired
 from .scorecard import COLUMNS, KEEP
-from .study_arms import ARMS, BAR, MOST_QUERIES, QUESTIONS, Question
+from .study_arms import ARMS, BAR, MOST_QUERIES, QUESTIONS, REFERENCE, Question
 from .study_figures import draw_figures
 
 Row = dict[str, Any]
@@ -55,9 +55,11 @@ def shown(found: Interval | None) -> str:
 def verdict(question: Question, column: str, rows: Sequence[Row]) -> str:
     """Which arm is best in a column, and which of the others its seeds tell apart from it.
 
-    Arms are compared with the best over the seeds they share; fewer than two of them decide nothing.
+    Arms are compared with the best over the seeds they share; fewer than two of them decide nothing. The reference does
+    not compete.
     """
-    means = {arm: found for arm in question.arms if (found := interval(rows, arm, column))}
+    arms = [arm for arm in question.arms if arm != REFERENCE]
+    means = {arm: found for arm in arms if (found := interval(rows, arm, column))}
     if len(means) < 2:
         return f"`{column}`: fewer than two arms have run."
     sign = 1 if column in HIGHER else -1
