@@ -29,25 +29,9 @@ OPS = (
     "linear_cross_entropy",
     "linear_token_stats",
 )
-TRITON_OPS = (
-    "linear_topk",
-    "linear_gather",
-    "linear_logsumexp",
-    "topk_distill_loss",
-    "topk_distill_loss/lse",
-    "linear_distill_loss",
-    "linear_cross_entropy",
-    "linear_token_stats",
-)
-# Which way is faster for these depends on the GPU: `auto` takes them where a measurement says so.
-UNMEASURED_TRITON_OPS = (
-    "linear_topk",
-    "linear_logsumexp",
-    "topk_distill_loss/lse",
-    "linear_distill_loss",
-    "linear_cross_entropy",
-    "linear_token_stats",
-)
+# Their kernels read K rows of the head where anything else reads V. Which way is faster for the others depends on the
+# GPU: there `auto` takes the kernel where a measurement says so.
+SPARSE_OPS = ("linear_gather", "topk_distill_loss")
 MAX_SLOTS = 8192  # of `topk_distill_loss`'s kernel: `tiles.MAX_SLOTS`, known here without triton
 
 
@@ -65,8 +49,6 @@ def exact_dtypes(device: torch.device) -> AbstractContextManager[object]:
 
 def _why_no_triton(op: str, device: torch.device, k: int | None) -> str | None:
     """The sentence that says why the Triton kernel of `op` cannot run on `device`, or None when it can."""
-    if op not in TRITON_OPS:
-        return f"{op} has no Triton kernel yet (there are: {', '.join(TRITON_OPS)})"
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if op.startswith("topk_distill_loss") and k is not None and k > MAX_SLOTS:
@@ -140,7 +122,7 @@ def resolve_impl(
         if same and choice.takes(tokens, k):
             return choice.impl, choice.reason
     chip = f"sm_{arch}" if arch else "a GPU"
-    if op in UNMEASURED_TRITON_OPS:
+    if op not in SPARSE_OPS:
         why = f"its Triton kernel has not been measured on {chip}: `make tune` does; impl='triton' runs it"
         return "chunked", why
     return "triton", f"reads only the selected rows of the head (not measured on {chip}: `make tune` does)"

@@ -1,7 +1,6 @@
-"""The public functions: check, flatten, leave out masked tokens, choose an implementation, reduce.
+"""The public functions: check, flatten, leave out masked tokens, choose an implementation, give the shape back.
 
-All shape logic and every error message live here; the numbers come from `reference` or, through `autograd`, from
-`chunked` and the Triton kernels.
+What they promise stands in their docstrings; what they refuse in `checks`, how it is computed in `compute`.
 
 Legend: `[...]` any leading shape (N tokens when flattened), D hidden size, V vocabulary, K selected ids,
 T temperature. All losses are in nats per token (the raw-logit ones in logits, squared where they are squares).
@@ -12,15 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import compute
 from .checks import check_teacher_hidden, check_topk, flatten_hidden, flatten_ids
-from .dispatch import acc_dtype, resolve_impl
+from .dispatch import resolve_impl
 from .divergence import Divergence, is_finite_number, unknown
 from .head import LMHead, TokenStats, TopK, as_head
-from .tokens import Tokens, loss_tokens
+from .tokens import loss_tokens
 
 SUPPORTS = ("teacher", "student", "union")
 
@@ -65,13 +63,7 @@ def linear_topk(
         raise ValueError(f"k: wanted an integer from 1 to {head.num_ids} (the vocabulary), got {k!r}")
     _check_temperature(temperature)
     choice = _resolve("linear_topk", hidden_nd, impl, k)
-    if choice == "reference":
-        top = reference.linear_topk(hidden_nd, head, k, temperature)
-        values, indices, tail = top.values, top.indices, top.tail_logsumexp
-    else:
-        from . import autograd
-
-        values, indices, tail = autograd.linear_topk(hidden_nd, *_projection(head), k, temperature, choice)
+    values, indices, tail, _ = compute.topk(hidden_nd, head, k, temperature, choice)
     return TopK(values.view(*lead, k), indices.view(*lead, k), tail.view(lead), float(temperature))
 
 
@@ -108,11 +100,7 @@ def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, imp
     hidden_nd, lead = flatten_hidden(hidden, head)
     ids = flatten_ids("indices", indices, lead, head.num_ids, hidden.device)
     choice = _resolve("linear_gather", hidden_nd, impl, ids.shape[1])
-    if choice == "reference":
-        values = reference.linear_gather(hidden_nd, head, ids)
-    else:
-        values = _gather(hidden_nd, head, ids, choice)
-    return values.view(*lead, ids.shape[1])
+    return compute.gather(hidden_nd, head, ids, choice).view(*lead, ids.shape[1])
 
 
 def linear_logsumexp(
@@ -157,7 +145,7 @@ def linear_logsumexp(
     else:
         ids = flatten_ids("exclude", exclude, lead, head.num_ids, hidden.device)
     choice = _resolve("linear_logsumexp", hidden_nd, impl, ids.shape[1])
-    tail, _ = _complement_and_values(hidden_nd, head, ids, temperature, choice)
+    tail, _ = compute.complement_and_values(hidden_nd, head, ids, temperature, choice)
     return tail.view(lead)
 
 
@@ -225,7 +213,7 @@ def topk_distill_loss(
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     values, indices = tokens.take(flat[0]), tokens.take(flat[1])
     tail = None if flat[2] is None else tokens.take(flat[2])
-    return _topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
+    return compute.topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
 
 
 def linear_distill_loss(
@@ -305,10 +293,10 @@ def linear_distill_loss(
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     hidden_nd, teacher_nd = tokens.take(hidden_nd), tokens.take(teacher_nd)
     if k is None:
-        return _dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
+        return compute.dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
     teacher = _teacher_topk(hidden_nd, student_head, teacher_nd, teacher_head, k, support, spec, impl)
     choice = _topk_choice(spec, hidden_nd, impl, teacher.indices.shape[1])
-    return _topk_loss(hidden_nd, student_head, *teacher[:3], spec, tokens, choice)
+    return compute.topk_loss(hidden_nd, student_head, *teacher[:3], spec, tokens, choice)
 
 
 def linear_cross_entropy(
@@ -355,18 +343,7 @@ def linear_cross_entropy(
     mask = ids.view(lead) != ignore_index
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     ids, hidden_nd = tokens.take(ids.where(ids != ignore_index, 0)), tokens.take(hidden_nd)
-    if choice == "reference":
-        tail, values = _complement_and_values(hidden_nd, head, ids[:, None], 1.0, choice)
-        # log(1 + exp(tail - z_label)): a token that is almost certain keeps the digits of its small loss.
-        return tokens.reduce(tokens.weigh(F.softplus(tail - values[:, 0], threshold=40.0)))
-    from . import autograd
-
-    linear = hidden_nd, *_projection(head)
-    reduce, need = _gradient_now(tokens, *linear[:3])
-    loss = autograd.linear_cross_entropy(
-        *linear, ids, tokens.factor.to(acc_dtype(hidden_nd.dtype)), reduce, *need, choice
-    )[0]
-    return loss if reduce else tokens.reduce(loss)
+    return compute.cross_entropy(hidden_nd, head, ids, tokens, choice)
 
 
 def linear_token_stats(
@@ -405,16 +382,7 @@ def linear_token_stats(
         if labels is None
         else flatten_ids("labels", labels, lead, head.num_ids, hidden.device, per_token=True)
     )
-    choice = _resolve("linear_token_stats", hidden_nd, impl)
-    if choice == "reference":
-        stats = reference.token_stats(hidden_nd, head, ids)
-    else:
-        from . import autograd
-
-        logsumexp, entropy, variance, logprob = autograd.token_stats(
-            hidden_nd, *_projection(head), ids, choice
-        )
-        stats = TokenStats(logsumexp, entropy, variance, None if ids is None else logprob)
+    stats = compute.token_stats(hidden_nd, head, ids, _resolve("linear_token_stats", hidden_nd, impl))
     label = None if stats.label_logprob is None else stats.label_logprob.view(lead)
     return TokenStats(
         stats.logsumexp.view(lead), stats.entropy.view(lead), stats.logprob_variance.view(lead), label
@@ -429,40 +397,6 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature: wanted a finite number > 0, got {temperature!r}")
 
 
-def _projection(head: LMHead) -> tuple[Tensor, Tensor | None, float | None, float]:
-    head = head.narrowed()
-    return head.weight, head.bias, head.softcap, head.scale
-
-
-def _gather(hidden_nd: Tensor, head: LMHead, ids: Tensor, choice: str) -> Tensor:
-    from . import autograd
-
-    weight, bias, softcap, scale = _projection(head)
-    return autograd.linear_gather(hidden_nd, weight, bias, ids, softcap, scale, choice)
-
-
-def _complement_and_values(
-    hidden_nd: Tensor, head: LMHead, ids: Tensor, temperature: float, choice: str
-) -> tuple[Tensor, Tensor]:
-    if choice == "reference":
-        return reference.complement_and_values(hidden_nd, head, ids, temperature)
-    from . import autograd
-
-    weight, bias, softcap, scale = _projection(head)
-    with_gradient = torch.is_grad_enabled() and hidden_nd.requires_grad
-    tail, values, _ = autograd.complement_and_values(
-        hidden_nd, weight, bias, ids, softcap, scale, temperature, with_gradient, choice
-    )
-    return tail, values
-
-
-def _gradient_now(tokens: Tokens, *leaves: Tensor | None) -> tuple[bool, list[bool]]:
-    """(whether the op sums the rows itself, which gradients of the sum it makes along with the loss)."""
-    reduce = tokens.reduction != "none"
-    grad = reduce and torch.is_grad_enabled()
-    return reduce, [grad and x is not None and x.requires_grad for x in leaves]
-
-
 def _resolve(op: str, hidden_nd: Tensor, impl: str, k: int | None = None) -> str:
     return resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl, tokens=hidden_nd.shape[0], k=k)[0]
 
@@ -470,71 +404,6 @@ def _resolve(op: str, hidden_nd: Tensor, impl: str, k: int | None = None) -> str
 def _topk_choice(spec: Divergence, hidden_nd: Tensor, impl: str, k: int) -> str:
     op = "topk_distill_loss/lse" if spec.needs_student_logsumexp else "topk_distill_loss"
     return _resolve(op, hidden_nd, impl, k)
-
-
-def _topk_loss(
-    hidden_nd: Tensor,
-    head: LMHead,
-    values_t: Tensor,
-    ids: Tensor,
-    tail_t: Tensor | None,
-    spec: Divergence,
-    tokens: Tokens,
-    choice: str,
-) -> Tensor:
-    """The loss of flattened, checked inputs from which masked tokens have been taken out."""
-    acc = acc_dtype(hidden_nd.dtype)
-    values_t = values_t.to(acc)
-    tail_t = tail_t.to(acc) if tail_t is not None and spec.needs_teacher_logsumexp else None
-    ids = ids.masked_fill(values_t == -torch.inf, -1)  # an absent slot: nothing gathered, nothing excluded
-    tail_s = None
-    if spec.needs_student_logsumexp:
-        tail_s, values_s = _complement_and_values(hidden_nd, head, ids, spec.temperature, choice)
-    elif choice == "reference":
-        values_s = reference.linear_gather(hidden_nd, head, ids.clamp(min=0))
-    else:
-        values_s = _gather(hidden_nd, head, ids, choice)
-    if choice == "reference":
-        return tokens.reduce(tokens.weigh(reference.divergence(values_s, values_t, tail_s, tail_t, spec)))
-    from . import autograd
-
-    rows, _, _ = autograd.topk_divergence(
-        values_s,
-        values_t,
-        tail_s,
-        tail_t,
-        tokens.factor.to(acc),
-        *_options(spec),
-        choice,
-    )
-    return tokens.reduce(rows)
-
-
-def _options(spec: Divergence) -> tuple[str, str, float, float, float]:
-    return spec.name, spec.normalization, spec.temperature, spec.beta, spec.delta
-
-
-def _dense_loss(
-    hidden_nd: Tensor,
-    student_head: LMHead,
-    teacher_nd: Tensor,
-    teacher_head: LMHead,
-    spec: Divergence,
-    tokens: Tokens,
-    choice: str,
-) -> Tensor:
-    if choice == "reference":
-        z_s, z_t = reference.logits(hidden_nd, student_head), reference.logits(teacher_nd, teacher_head)
-        rows = reference.divergence(z_s, z_t.to(z_s.dtype), None, None, spec, absent_slots=False)
-        return tokens.reduce(tokens.weigh(rows))
-    from . import autograd
-
-    student, teacher = (hidden_nd, *_projection(student_head)), (teacher_nd, *_projection(teacher_head))
-    reduce, need = _gradient_now(tokens, *student[:3])
-    name, _, *options = _options(spec)
-    factor = tokens.factor.to(acc_dtype(hidden_nd.dtype))
-    loss = autograd.linear_divergence(*student, *teacher, factor, name, *options, reduce, *need, choice)[0]
-    return loss if reduce else tokens.reduce(loss)
 
 
 def _teacher_topk(
@@ -561,7 +430,9 @@ def _teacher_topk(
     with torch.no_grad():
         if spec.needs_teacher_logsumexp:
             choice = _resolve("linear_logsumexp", teacher_nd, impl, ids.shape[1])
-            tail, values = _complement_and_values(teacher_nd, teacher_head, ids, spec.temperature, choice)
+            tail, values = compute.complement_and_values(
+                teacher_nd, teacher_head, ids, spec.temperature, choice
+            )
         else:
             values = linear_gather(teacher_nd, teacher_head, ids, impl=impl)
             tail = values.new_full(values.shape[:1], torch.nan)  # not read

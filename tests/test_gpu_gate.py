@@ -106,7 +106,7 @@ def test_every_operation_and_dtype_is_checked_natively():
             for head in ("plain", "full"):
                 assert f"contract/{head} {dtype} triton {op.name}" in titles
     resolved = {op.resolve for op in OPS} | {"linear_topk", "linear_token_stats"}
-    assert set(dispatch.TRITON_OPS) <= resolved
+    assert set(dispatch.OPS) <= resolved
     assert {op.name for op in OPS} >= set(SAMPLED)
 
 
@@ -338,8 +338,8 @@ def test_the_plan(capsys):
                 default = default[0, *step.key] if isinstance(default, dict) else default
                 assert (row == default) == (value == step.values[0])
     contests = [step for step in tune.plan() if isinstance(step, tune.Contest)]
-    assert {step.op for step in contests} == set(dispatch.TRITON_OPS)
-    for op in dispatch.TRITON_OPS:
+    assert {step.op for step in contests} == set(dispatch.OPS)
+    for op in dispatch.OPS:
         limits = [(s.tokens, s.k, s.shape.itemsize) for s in contests if s.op == op]
         assert len(set(limits)) == len(limits) and {0, 64} <= {tokens for tokens, _, _ in limits}
     assert tune.main(["--plan"]) == 0

@@ -243,8 +243,36 @@ def test_more_pairs_than_32_bits_are_refused():
     hidden = torch.zeros(1, 4).expand(2**20, 4)
     indices = torch.zeros(1, 1, dtype=torch.int64).expand(2**20, 2**11)
     grad = torch.zeros(1, 1).expand(2**20, 2**11)
-    with pytest.raises(ValueError, match=r"indices: 1048576 tokens x 2048 slots .* pass fewer tokens"):
+    with pytest.raises(ValueError, match=r"indices: 1048576 tokens x 2048 slots; .* pass fewer tokens"):
         linear_gather_backward(grad, grad, hidden, hidden[:9], None, indices, softcap=None, scale=1.0, **ALL)
+
+
+def test_the_last_pairs_that_32_bits_can_number(tmp_path):
+    """The most pairs that are not refused: the ends of their last chunk and tile are numbers of 32 bits, too."""
+    d, pairs = 5, 2**31 - 1
+    with pytest.raises(ValueError, match="indices: "):
+        kernel.require_pairs(pairs, 1, d)
+    pairs -= kernel.dweight_chunk(pairs, d, 8) + kernel.tiles.MAX_GATHER_ROWS
+    kernel.require_pairs(pairs, 1, d)
+    begin, end = pairs - 90, pairs
+
+    def memory(name, dtype):
+        if not INTERPRETED:
+            return torch.empty(pairs, dtype=dtype, device=DEVICE)
+        # A file without contents: what is not touched takes neither disk nor memory.
+        return torch.from_file(str(tmp_path / name), shared=True, size=pairs, dtype=dtype)
+
+    hidden = torch.randn(end - begin, d, device=DEVICE)
+    one_row = object.__new__(kernel.SortedPairs)
+    one_row.v = 1
+    one_row.row = torch.zeros((), dtype=torch.int32, device=DEVICE).expand(pairs)
+    one_row.token, one_row.dx = memory("token", torch.int32), memory("dx", torch.float32)
+    one_row.token[begin:end] = torch.arange(end - begin, dtype=torch.int32, device=DEVICE)
+    one_row.dx[begin:end] = 2.0
+    one_row.offset = torch.tensor([begin, end], dtype=torch.int32, device=DEVICE)
+    out = torch.full((1, d), math.nan, device=DEVICE)
+    one_row.write(out, 0, hidden, hidden.new_empty(0, d), chunk=kernel.dweight_chunk(pairs, d, 4))
+    torch.testing.assert_close(out[0], 2 * hidden.sum(0))
 
 
 # --- what must not leak ----------------------------------------------------------------------------------------

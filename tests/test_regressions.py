@@ -9,6 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorat
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from duet_kernels import (
@@ -418,3 +419,38 @@ def test_the_slope_near_the_softcap_keeps_its_digits():
     truth = (cap - z.double()) * (cap + z.double()) / cap**2
     assert ((head.slope(z).double() - truth) / truth).abs().max() <= 1e-6
     assert ((1 - (z / cap).square()).double() / truth - 1).abs().max() > 1e-3  # what the plain form loses
+
+
+ONE_OF_EACH = list({op.resolve: op for op in OPS}.values())
+
+
+@pytest.mark.parametrize("op", ONE_OF_EACH, ids=str)
+def test_forward_mode_is_refused_and_never_zero(op):
+    """torch drops the tangents of a custom op's inputs without a word: torch.func.jvp said 0."""
+    problem = make_problem(3, 13, 5, dtype=torch.float64, bias=True)
+    for leaf, name in (("hidden", "hidden"), ("weight", "head.weight"), ("bias", "head.bias")):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(getattr(problem, leaf), torch.ones_like(getattr(problem, leaf)))
+            with pytest.raises(RuntimeError, match=f"{name}: carries a forward-mode tangent .*'reference'"):
+                op.run(dataclasses.replace(problem, **{leaf: dual}), "chunked")
+
+
+def test_the_definition_has_forward_mode():
+    problem = make_problem(3, 13, 5, dtype=torch.float64)
+    loss, tangent = torch.func.jvp(
+        lambda hidden: linear_cross_entropy(hidden, problem.head, problem.labels, impl="reference"),
+        (problem.hidden,),
+        (problem.hidden,),
+    )
+    hidden = problem.hidden.clone().requires_grad_()
+    linear_cross_entropy(hidden, problem.head, problem.labels, impl="chunked").backward()
+    torch.testing.assert_close(tangent, (hidden.grad * problem.hidden).sum())
+    assert loss.item() > 0
+
+
+@pytest.mark.parametrize("op", ONE_OF_EACH, ids=str)
+def test_a_second_derivative_is_refused_by_name(op):
+    problem = make_problem(3, 13, 5).requiring(["hidden"])
+    with pytest.raises(RuntimeError, match=r"^linear_.* has no second derivative .*'reference'"):
+        (first,) = torch.autograd.grad(op.run(problem, "chunked").sum(), [problem.hidden], create_graph=True)
+        torch.autograd.grad(first.square().sum(), [problem.hidden])

@@ -1,4 +1,7 @@
-"""How operations behave inside a program: no host synchronisation, autocast, torch.compile, CUDA graphs, sanitizers."""
+"""How operations behave inside a program: no host synchronisation, autocast, torch.compile, CUDA graphs, sanitizers.
+
+Run as a program (`python -m benchmarks.gpu.conduct`) it calls every operation once: what compute-sanitizer watches.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,6 @@ from benchmarks.gpu.suite import (
     Skip,
     Suite,
     assert_equal,
-    has_kernel,
     kernels,
     outcome,
     with_cached_teacher,
@@ -108,9 +110,8 @@ def conduct(suite: Suite) -> Iterator[Check]:
     cases = [(name, "triton", "aot_eager") for name in (list(TRACED)[:1] if suite.quick else TRACED)]
     cases += [] if suite.quick else [("topk_distill_loss", impl, "inductor") for impl in ("triton", "auto")]
     for name, impl, backend in cases:
-        if has_kernel(name):
-            run = functools.partial(compiled, name, impl, backend)
-            yield Check("conduct", f"torch.compile {backend} {impl} {name}", run, seconds=180)
+        run = functools.partial(compiled, name, impl, backend)
+        yield Check("conduct", f"torch.compile {backend} {impl} {name}", run, seconds=180)
     for op in suite.sampled:
         if op.name in ("topk-huber", "topk-jsd-tail"):
             yield Check("conduct", f"CUDA graph {op.name}", functools.partial(captured, suite, op))
@@ -144,7 +145,7 @@ def captured(suite: Suite, op: Op) -> None:
     assert_equal(replayed, [x.detach() for x in step()], "a replayed graph")
 
 
-# --- beyond 2^31 ------------------------------------------------------------------------------------------------
+# --- compute-sanitizer ------------------------------------------------------------------------------------------
 
 
 def sanitizer(suite: Suite) -> Iterator[Check]:
@@ -192,7 +193,7 @@ def sanitized(suite: Suite, tool: str) -> str:
 
 
 def main() -> None:
-    """Every operation once, at a shape whose kernels are compiled already: what compute-sanitizer watches."""
+    """Every operation once, at a shape whose kernels are compiled already."""
     suite = Suite(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     problem = suite.problem(suite.sizes.small, "bf16", **FULL)
     for op, impl in kernels(suite, (*suite.sampled, *SELECTIONS)):

@@ -20,7 +20,6 @@ from benchmarks.gpu.suite import (
     Selection,
     Suite,
     assert_equal,
-    has_kernel,
     kernels,
     with_cached_teacher,
     workspace,
@@ -35,9 +34,11 @@ from duet_kernels import (
 from duet_kernels.testing import Error, Op, Problem, assert_within_budget, gradients, worst
 
 GIB = 2**30
-SLACK = (
-    48 * MIB
-)  # small tensors (ids, factors, sums of a token), and 32 MiB that the library's products may use
+# Small tensors (ids, factors, sums of a token), and 32 MiB that the library's products may use.
+SLACK = 48 * MIB
+
+
+# --- beyond 2^31 ------------------------------------------------------------------------------------------------
 
 
 def blocks_of(weight: Tensor, count: int = 4096) -> Iterator[tuple[slice, Tensor]]:
@@ -109,18 +110,9 @@ def beyond(suite: Suite) -> Iterator[Check]:
         yield assert_within_budget(dh, truth[1], baseline[1].to(dh.dtype), name="dh")
         yield assert_within_budget(dw[rows], truth[2], baseline[2].to(dw.dtype), name="dW")
 
-    yield Check("beyond", "W elements, N=1", functools.partial(long_weight, 1), alone=True, seconds=90)
-    yield Check(
-        "beyond", "W elements, few tokens", functools.partial(long_weight, min(64, sizes.long_weight[0])),
-        alone=True, seconds=90,
-    )  # fmt: skip
-    yield Check(
-        "beyond",
-        "W elements, more tokens",
-        functools.partial(long_weight, sizes.long_weight[0]),
-        alone=True,
-        seconds=90,
-    )
+    most = sizes.long_weight[0]
+    for name, n in (("N=1", 1), ("few tokens", min(64, most)), ("more tokens", most)):
+        yield Check("beyond", f"W elements, {name}", functools.partial(long_weight, n), alone=True)
 
     def long_logits(op: str) -> Error:
         suite.needs_memory(12)
@@ -163,16 +155,8 @@ def beyond(suite: Suite) -> Iterator[Check]:
                 results.append((nll, grad.to(dh.dtype) if x is z32 else grad))
         return worst(assert_within_budget(*triple, name=op) for triple in zip(got, *results, strict=True))
 
-    needs = {
-        "topk": "linear_topk",
-        "cross-entropy": "linear_cross_entropy",
-        "token-stats": "linear_token_stats",
-        "forward_kl": "linear_distill_loss",
-    }
-    for name, resolve in needs.items():
-        if has_kernel(resolve):
-            run = functools.partial(long_logits, name)
-            yield Check("beyond", f"logits {name}", run, alone=True, seconds=90)
+    for name in ("topk", "cross-entropy", "token-stats", "forward_kl"):
+        yield Check("beyond", f"logits {name}", functools.partial(long_logits, name), alone=True)
 
     def long_gather() -> Error:
         suite.needs_memory(12)
@@ -199,7 +183,7 @@ def beyond(suite: Suite) -> Iterator[Check]:
             for name, a, t, b in zip(("values", "dh", "dW"), got, truth, baseline, strict=True)
         )
 
-    yield Check("beyond", "gathered elements", long_gather, alone=True, seconds=90)
+    yield Check("beyond", "gathered elements", long_gather, alone=True)
 
     def long_slots() -> str:
         suite.needs_memory(16)
@@ -221,7 +205,7 @@ def beyond(suite: Suite) -> Iterator[Check]:
             return "forward; the backward pass is refused by name"
         raise AssertionError("the backward pass of more than 2^31 slots was not refused")
 
-    yield Check("beyond", "slots", long_slots, alone=True, seconds=90)
+    yield Check("beyond", "slots", long_slots, alone=True)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------
@@ -312,9 +296,6 @@ def exhausted(suite: Suite, op: Op | Selection, impl: str) -> str:
         torch.cuda.empty_cache()
     assert_equal(run(), wanted, "after running out of memory")
     return f"with all of {free / GIB:.0f} GiB taken"
-
-
-# --- sanitizer --------------------------------------------------------------------------------------------------
 
 
 SECTIONS = beyond, memory

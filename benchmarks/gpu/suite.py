@@ -23,7 +23,6 @@ from duet_kernels import (
     set_workspace_bytes,
     topk_distill_loss,
 )
-from duet_kernels.dispatch import TRITON_OPS
 from duet_kernels.testing import (
     OPS,
     Error,
@@ -63,7 +62,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Shapes are (N, V, D); `narrow` is a dtype for what is about addresses and memory, not about rounding."""
+    """Shapes are (N, V, D), with K behind them where a check is about slots."""
 
     small: tuple[int, int, int] = (37, 203, 45)
     even: tuple[int, int, int] = (128, 1000, 64)
@@ -78,7 +77,7 @@ class Sizes:
     middle: tuple[int, int, int] = (1024, 32000, 512)
     long_weight: tuple[int, int, int] = (96, 262144, 8256)
     long_logits: tuple[int, int, int] = (16896, 131072, 64)
-    long_gather: tuple[int, int, int, int] = (8192, 32000, 4096, 72)  # and K
+    long_gather: tuple[int, int, int, int] = (8192, 32000, 4096, 72)
     long_slots: tuple[int, int, int, int] = (2**21, 1000, 16, 1040)
     memory: tuple[int, int, int] = (4096, 32000, 1024)
     workspace: int = 64 * MIB
@@ -106,14 +105,6 @@ QUICK = Sizes(
 
 
 # --- the operations ---------------------------------------------------------------------------------------------
-
-
-# --- the operations ---
-
-
-def has_kernel(resolve: str) -> bool:
-    """An operation without one is passed over; one that has it and cannot run here is red."""
-    return resolve in TRITON_OPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +196,7 @@ def at_k(k: int) -> Iterator[Op]:
 SAMPLED = ("gather", "logsumexp-exclude", "cross-entropy", "topk-huber", "topk-jsd-tail", "linear-forward_kl")
 
 
-# --- the suite ---
+# --- the suite --------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)
@@ -253,29 +244,7 @@ class Suite:
             raise Skip(f"needs a GPU with {gib} GiB")
 
 
-def judged(
-    suite: Suite,
-    section: str,
-    name: str,
-    op: Op | Selection,
-    impl: str,
-    shape: tuple[int, int, int],
-    tight: bool = False,
-    **options: Any,
-) -> Check:
-    """One operation against fp64; `tight`: its mean over tokens, within a MiB of workspace."""
-
-    def run() -> Error:
-        if impl == "triton" and not has_kernel(op.resolve):
-            raise Skip("no kernel")
-        problem = suite.problem(shape, **options)
-        with poisoned_memory(), workspace(MIB) if tight else contextlib.nullcontext():
-            if isinstance(op, Selection):
-                return op.judge(problem, impl)
-            # A mean makes its gradients along with the loss, tokens on their own make them afterwards.
-            return judge(op, problem, impl, **({"reduction": "mean"} if tight and op.loss else {}))
-
-    return Check(section, f"{name} {impl} {op.name}", run)
+# --- what a check runs in ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -303,7 +272,30 @@ def poisoned_memory() -> Iterator[None]:
             torch.utils.deterministic.fill_uninitialized_memory = before
 
 
-# --- contract, obligations, edges of tiles, order ---------------------------------------------------------------
+# --- what checks do with an operation ---------------------------------------------------------------------------
+
+
+def judged(
+    suite: Suite,
+    section: str,
+    name: str,
+    op: Op | Selection,
+    impl: str,
+    shape: tuple[int, int, int],
+    tight: bool = False,
+    **options: Any,
+) -> Check:
+    """One operation against fp64; `tight`: its mean over tokens, within a MiB of workspace."""
+
+    def run() -> Error:
+        problem = suite.problem(shape, **options)
+        with poisoned_memory(), workspace(MIB) if tight else contextlib.nullcontext():
+            if isinstance(op, Selection):
+                return op.judge(problem, impl)
+            # A mean makes its gradients along with the loss, tokens on their own make them afterwards.
+            return judge(op, problem, impl, **({"reduction": "mean"} if tight and op.loss else {}))
+
+    return Check(section, f"{name} {impl} {op.name}", run)
 
 
 def outcome(op: Op | Selection, problem: Problem, impl: str, **options: Any) -> list[Tensor]:
@@ -323,8 +315,7 @@ def assert_equal(first: list[Tensor], second: list[Tensor], what: str) -> None:
 def kernels(suite: Suite, ops: tuple[Op | Selection, ...]) -> Iterator[tuple[Op | Selection, str]]:
     """Every operation with the kernel and, sampled, with the portable way, which `auto` may choose."""
     for op in ops:
-        if has_kernel(op.resolve):
-            yield op, "triton"
+        yield op, "triton"
         if op.name in SAMPLED or isinstance(op, Selection):
             yield op, "chunked"
 

@@ -41,7 +41,10 @@ from torch import Tensor
 
 from . import tiles
 from .dense_plan import Need, Plan, Shape, Sweep, pitch, plan
-from .primitives import accumulator, add_product, product, require_grid
+from .primitives import MAX_SIZE, accumulator, add_product, product, require_grid, require_sizes
+
+# A loss keeps up to eight statistics of every token one behind the other, which its kernels find in 32 bits.
+MAX_TOKENS = MAX_SIZE // 8
 
 
 class Side(NamedTuple):
@@ -118,6 +121,9 @@ def run(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Make the loss's statistics, and (dh, dW, db) of its sum; `sides[0]` is the one with gradients."""
     (n, d), v = sides[0].hidden.shape, sides[0].weight.shape[0]
+    require_sizes("the dense losses", hidden=d, weight=v)
+    if n > MAX_TOKENS:
+        raise ValueError(f"hidden: the dense losses take at most {MAX_TOKENS} tokens at a time, got {n}")
     acc, dtype, device = sides[0].acc, sides[0].hidden.dtype, factor.device
     out = acc if dtype == torch.float16 else dtype
     make = torch.empty if n and v else torch.zeros

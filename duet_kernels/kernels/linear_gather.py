@@ -64,6 +64,7 @@ from .primitives import (
     product,
     require_device,
     require_grid,
+    require_sizes,
     tanh,
 )
 
@@ -261,6 +262,7 @@ def linear_gather_forward(
     """z at the ids, `[N, K]` in ACC. `tile`, of a gather, replaces the table's choice, for tests and measurements."""
     require_device(hidden=hidden_nd, weight=weight_vd, bias=bias_v, indices=indices_nk)
     (n, d), v, k = hidden_nd.shape, weight_vd.shape[0], indices_nk.shape[1]
+    require_sizes("linear_gather", hidden=d, weight=v, indices=k)
     torch_acc, acc = accumulator(hidden_nd, weight_vd)
     values_nk = torch.empty(n, k, dtype=torch_acc, device=hidden_nd.device)
     if values_nk.numel() == 0:
@@ -335,11 +337,8 @@ def linear_gather_backward(
             torch.zeros_like(weight_vd, memory_format=torch.contiguous_format) if need_weight else None,
             torch.zeros_like(bias_v, memory_format=torch.contiguous_format) if need_bias else None,
         )
-    if n * k >= 2**31 or v >= 2**31 - 1:
-        raise ValueError(
-            f"indices: {n} tokens x {k} slots of {v} ids; the sparse gradient counts pairs and ids in 32 bits, "
-            "pass fewer tokens at a time"
-        )
+    require_sizes("linear_gather", hidden=d, weight=v, indices=k)
+    require_pairs(n, k, d)
     dweight = dbias = None
     with current_device(hidden_nd):
         dx, row = slot_gradients(grad_nk, values_nk, hidden_nd, weight_vd, indices_nk, softcap, scale)
@@ -352,6 +351,14 @@ def linear_gather_backward(
                 ones = dx.new_ones(1, 1).expand(n, 1)
                 dbias = pairs.sum(ones, bias_v.dtype, chunk=chunk)[:, 0]
     return dhidden, dweight, dbias
+
+
+def require_pairs(n: int, k: int, d: int) -> None:
+    """Refuse more (token, slot) pairs than an int32 numbers; it has to hold a chunk or a tile past the last one, too."""
+    if n * k + dweight_chunk(n * k, d, 8) + tiles.MAX_GATHER_ROWS >= 2**31:
+        raise ValueError(
+            f"indices: {n} tokens x {k} slots; the sparse gradient counts pairs in 32 bits, pass fewer tokens at a time"
+        )
 
 
 def slot_gradients(

@@ -56,6 +56,7 @@ from .primitives import (
     product,
     require_device,
     require_grid,
+    require_sizes,
 )
 
 # --- forward ---------------------------------------------------------------------------------------------------
@@ -213,8 +214,7 @@ def complement_and_values(
     """(tail `[N]`, values `[N, K]`), in ACC. `tile` and `splits` replace the table's, for tests and measurements."""
     require_device(hidden=hidden_nd, weight=weight_vd, bias=bias_v, indices=indices_nk)
     (n, d), v, k, device = hidden_nd.shape, weight_vd.shape[0], indices_nk.shape[1], hidden_nd.device
-    if v >= 2**31 - 1:
-        raise ValueError(f"weight: {v} ids; linear_logsumexp counts them in 32 bits")
+    require_sizes("linear_logsumexp", hidden=max(n, d), weight=v, exclude=k)
     values = gather.linear_gather_forward(
         hidden_nd, weight_vd, bias_v, indices_nk, softcap=softcap, scale=scale
     )
@@ -286,10 +286,7 @@ def complement_and_values_backward(
     )  # fmt: skip
     need_bias = need_bias and bias is not None
     (n, d), (v, k) = hidden.shape, (weight.shape[0], indices.shape[1])
-    if n * k >= 2**31:
-        raise ValueError(
-            f"indices: {n} tokens x {k} slots; the sparse gradient counts pairs in 32 bits, pass fewer tokens"
-        )
+    gather.require_pairs(n, k, d)
     acc, _ = accumulator(hidden, weight)
     if n == 0 or d == 0:
         # Without a hidden dimension only the bias has a gradient, and it needs no product: it is the general way's.

@@ -65,6 +65,7 @@ from .primitives import (
     product,
     require_device,
     require_grid,
+    require_sizes,
     unordered,
 )
 
@@ -415,8 +416,7 @@ def linear_topk(
     """
     require_device(hidden=hidden_nd, weight=weight_vd, bias=bias_v)
     n, v, device = hidden_nd.shape[0], weight_vd.shape[0], hidden_nd.device
-    if v >= 2**31:
-        raise ValueError(f"weight: {v} ids; linear_topk counts them in 32 bits")
+    require_sizes("linear_topk", hidden=hidden_nd.shape[1], weight=v)
     torch_acc, _ = accumulator(hidden_nd, weight_vd)
     values = torch.empty(n, k, dtype=torch_acc, device=device)
     indices = torch.empty(n, k, dtype=torch.int64, device=device)

@@ -134,6 +134,8 @@ INTERPRETED = not isinstance(expm1, triton.JITFunction)
 
 # CUDA's limit on the x axis of a grid; the other axes stop at 65535, so every grid here is one-dimensional.
 MAX_GRID = 2**31 - 1
+# Products of two sizes are int64 in the kernels; a position along one dimension is an int32, and twice it must be one.
+MAX_SIZE = 2**30
 
 
 def require_device(**tensors: torch.Tensor | None) -> None:
@@ -157,6 +159,15 @@ def require_grid(programs: int, what: str) -> int:
             f"{what}: {programs} programs are more than a grid holds ({MAX_GRID}); pass fewer tokens"
         )
     return programs
+
+
+def require_sizes(what: str, **sizes: int) -> None:
+    """Refuse a dimension whose positions, and the end of a tile or a split past the last, 32 bits cannot count."""
+    for name, size in sizes.items():
+        if size > MAX_SIZE:
+            raise ValueError(
+                f"{name}: {what} counts the positions of a dimension in 32 bits, at most {MAX_SIZE}, got {size}"
+            )
 
 
 def accumulator(*tensors: torch.Tensor | None) -> tuple[torch.dtype, tl.dtype]:

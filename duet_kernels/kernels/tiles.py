@@ -50,6 +50,7 @@ GATHER_DWEIGHT = {
     (0, 4): GatherTile(16, 256, 4),
     (0, 8): GatherTile(16, 128, 4),
 }
+MAX_GATHER_ROWS = 128
 SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels handles
 # (architecture, bytes of an element) -> from V / this many ids on, all logits by the library's product are cheaper than
 # K gathered rows of W a token. Calculated: N K D bytes at 4.3 TB/s against 2 N D V FLOP at 790 TFLOP/s (fp32: 50, fp64: 60)
@@ -90,7 +91,7 @@ def gather_tile(
     tile = table.get((arch, itemsize)) or table[0, itemsize]
     elements, needed = tile.rows * tile.columns, max(1, triton.next_power_of_2(rows))
     wide = min(max(tile.columns, elements // needed), max(16, triton.next_power_of_2(columns)))
-    tall = min(elements // wide, needed, 128)
+    tall = min(elements // wide, needed, MAX_GATHER_ROWS)
     return GatherTile(tall, wide, tile.warps)
 
 

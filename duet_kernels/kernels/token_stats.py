@@ -48,6 +48,7 @@ from .primitives import (
     product,
     require_device,
     require_grid,
+    require_sizes,
 )
 
 # --- kernels ---------------------------------------------------------------------------------------------------
@@ -186,8 +187,7 @@ def token_stats(
     """
     require_device(hidden=hidden_nd, weight=weight_vd, bias=bias_v, labels=labels_n)
     n, v, device = hidden_nd.shape[0], weight_vd.shape[0], hidden_nd.device
-    if v >= 2**31 - 1:
-        raise ValueError(f"weight: {v} ids; token_stats counts them in 32 bits")
+    require_sizes("linear_token_stats", hidden=hidden_nd.shape[1], weight=v)
     torch_acc, acc = accumulator(hidden_nd, weight_vd)
     results = torch.empty(4 if labels_n is not None else 3, n, dtype=torch_acc, device=device)
     if n:
