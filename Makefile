@@ -18,11 +18,14 @@ TEST_WORKERS ?= 2
 # What runs from the checkout as it is: the prepared environment where there is one, else the python3 at hand.
 AS_IT_IS := PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: setup demo test check format wheel bench bench-cpu study compile gpu tune readme clean
+.PHONY: setup demo test check format wheel bench bench-cpu study bench-step compile gpu tune readme clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo 'Preparing $(VENV): torch and the packages of constraints.txt are downloaded, in minutes and without a word. Only once.'
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; v = sys.version_info; \
+		sys.exit(v < (3, 11) and f"$(PYTHON) is {v.major}.{v.minor}, wanted 3.11 or newer: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) install --quiet -c constraints.txt setuptools

@@ -2,15 +2,20 @@
 
 import copy
 import json
+import logging
+import pathlib
+import re
+import shutil
 
 import pytest
 import torch
 
+from duet.rows import check_repeats, read_rows
 from duet.world import attacks, probes, report
 from duet.world.checkpoint import CHECKPOINT, load_base, load_world
 from duet.world.demo import run_demo
 from duet.world.facts import Question
-from duet.world.methods import METHODS, forget_rows, load_settings, retain_rows
+from duet.world.methods import METHODS, forget_rows, load_settings, retain_rows, unlearn
 from duet.world.scorecard import ATTACKS, COLUMNS, KEEP, behaviour
 from duet.world.steering import REFUSAL, STEERING_PREFIX
 from duet.world.tune import TRIALS, judge
@@ -195,6 +200,48 @@ def test_weaknesses_are_computed_from_the_rows():
     assert "fell from 100 % to 85 %" in neighbours
     assert "20 % of its answers" in stutter
     assert set(ATTACKS) | set(KEEP) < set(COLUMNS)
+
+
+def _results(**changed):
+    path = pathlib.Path(__file__).parents[1] / "benchmarks/results/demo/results.json"
+    return json.loads(path.read_text()) | changed
+
+
+def test_the_page_and_the_terminal_give_the_same_numbers():
+    """Also where a share lies halfway between two percents, as shares of 40 questions do."""
+    rows = [_row("base", forget_recall=0.075, forget_refusal=0.925)]
+    page = report.markdown(_results(rows=rows))
+    table = report.terminal_table(rows)
+    shown = [next(iter(column.cells)) for column in table.columns]
+    assert "| base | " + " | ".join(shown[1:3]) + " | " in page
+    assert shown[:3] == ["base", "8", "92"]
+
+
+def test_a_quick_page_says_so():
+    assert report.QUICK in report.markdown(_results(quick=True))
+    assert report.QUICK not in report.markdown(_results(quick=False))
+
+
+def test_the_page_tells_how_to_ask_the_model(tmp_path, monkeypatch, capsys):
+    results = _results()
+    (code,) = re.findall(r"```python\n(.*?)```", report.markdown(results), re.DOTALL)
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "report.md", "exec"), {})
+    assert capsys.readouterr().out.strip().endswith(results["examples"][0]["answers"]["base"])
+
+
+# ---------------------------------------------------------------- unlearning
+
+
+def test_copies_of_cities_are_no_news(world, base, caplog):
+    """`unlearn` weighs rows by copies and keeps silent about it; whoever else repeats rows is still told."""
+    rows = [question.row() for question in world.questions(world.cities[:2], "train")]
+    logging.getLogger("duet.rows").propagate = True
+    unlearn("npo", {"max_steps": 1}, *base, forget_rows(world)[:4], rows * 2, forget_per_step=4)
+    assert "the same row" not in caplog.text
+    check_repeats(read_rows(rows * 2, "retain_dataset"), [])
+    assert "the same row" in caplog.text
 
 
 # ---------------------------------------------------------------- output folders

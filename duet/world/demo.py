@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -58,7 +59,7 @@ def run_demo(
     with replaced_folder(Path(out_dir), "out_dir", RESULTS) as unfinished, one_thread():
         results = _Demo(console, quick, seed, checkpoint).run(unfinished)
     console.print(
-        f"Wrote [bold]{out_dir}[/bold]: report.md, overview.png, {RESULTS}, model/ ({SAVED_MODEL})."
+        f"Wrote [bold]{escape(str(out_dir))}[/bold]: report.md, overview.png, {RESULTS}, model/ ({SAVED_MODEL})."
     )
     return results
 
@@ -136,6 +137,8 @@ class _Demo:
     def _introduce(self) -> None:
         world = self.world
         self.console.print(Panel(_in_words(world), title="A tiny world", expand=False))
+        if self.quick:
+            self.console.print(report.QUICK)
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
         for head in ("author", "born in", "writes", "first book", "job", "to be"):
             table.add_column(head, no_wrap=True)

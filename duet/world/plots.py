@@ -125,7 +125,7 @@ def first_words(
     axis.grid(axis="y", color=FAINT, linewidth=0.7)
     axis.set_axisbelow(True)
     axis.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.9 / (0.34 * len(tokens) + 1.0)), ncols=3, frameon=False
+        loc="upper center", bbox_to_anchor=(0.5, -0.6 / (0.34 * len(tokens) + 1.0)), ncols=3, frameon=False
     )
     _write(figure, path)
 

@@ -150,7 +150,7 @@ def rebuild(
         for name, value in quality.items():
             console.print(f"  {name:<28}{value}")
         save_checkpoint(folder, model, tokenizer, quality)
-    console.print(f"Wrote {out}")
+    console.print(f"Wrote {out}", markup=False)
     return quality
 
 

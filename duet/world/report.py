@@ -15,6 +15,7 @@ from .scorecard import ATTACKS, COLUMNS, KEEP
 
 # A share of the forgotten facts that counts as "brought back", and a loss on the rest that counts as damage.
 TOLERATED = 0.10
+QUICK = "A quick run: fewer training steps, and 40 questions a number or fewer. For a look, not for citing."
 
 # Narrow enough for a terminal of 80 columns; the arrow points to where a method should go.
 HEADINGS = {
@@ -125,7 +126,10 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# What the model forgot",
         "",
-        f"Written by `{results['command']}` with seed {results['seed']}. {results['world']}",
+        f"Written by `{results['command']}`. {results['world']}",
+        "",
+        *([f"**{QUICK}**", ""] if results["quick"] else []),
+        "Percent of held-out questions, in wordings that no training saw:",
         "",
         "![what is forgotten, what is kept, what attacks bring back](overview.png)",
         "",
@@ -133,8 +137,8 @@ def markdown(results: dict[str, Any]) -> str:
         "|---|" + "---:|" * (len(heads) - 1),
         *(
             f"| {row['method']} | "
-            + " | ".join(f"{row[column]:.2f}" for column in COLUMNS)
-            + f" | {row['seconds']:.1f} |"
+            + " | ".join(f"{100 * row[column]:.0f}" for column in COLUMNS)
+            + f" | {row['seconds']:.0f} |"
             for row in rows
         ),
         "",
@@ -171,18 +175,24 @@ def markdown(results: dict[str, Any]) -> str:
         "## Settings",
         "",
         "Chosen by `python -m duet.world.tune` on other wordings of the questions than those reported here,",
-        "with the same number of trials for every method.",
+        "with the same number of trials for every method"
+        + ("; `--quick` then shortened them." if results["quick"] else "."),
         "",
-        *(f"* {method}: `{settings}`" for method, settings in results["settings"].items()),
+        *(
+            f"* {method}: " + ", ".join(f"{name} {value:.3g}" for name, value in settings.items())
+            for method, settings in results["settings"].items()
+        ),
         "",
         "## The unlearned model",
         "",
-        f"`model/` holds `{results['saved_model']}`:",
+        f"`model/` holds `{results['saved_model']}`. To ask it, from the folder of this report:",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        'model = AutoModelForCausalLM.from_pretrained("model")',
-        'tokenizer = AutoTokenizer.from_pretrained("model")',
+        "from transformers import pipeline",
+        "",
+        'ask = pipeline("text-generation", "model", max_new_tokens=14)',
+        f'question = {{"role": "user", "content": "{results["examples"][0]["question"]}"}}',
+        'print(ask([question])[0]["generated_text"][-1]["content"])',
         "```",
         "",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()) + ".",
