@@ -8,12 +8,13 @@ import platform
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from duet.evaluation.commands import literal_console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
+console = literal_console()
 
 
 @app.callback()
@@ -91,8 +92,7 @@ def cache(
     from duet.run import cache as cache_run
 
     done = cache_run(run, dtype)
-    folder = escape(str(done.store.folder))
-    console.print(f"{folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}")
+    console.print(f"{done.store.folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -115,12 +115,12 @@ def plan(
     import json
 
     from duet.plan_report import DEFAULT_TREE, Plan, parse_size
-    from duet.run_config import apply_overrides, read_yaml
+    from duet.run_config import apply_overrides, read_run
 
     if model is None and config is None:
         raise ValueError("plan: wanted --model or --config, got neither")
     chosen = [] if model is None else ["--model.name", model]
-    tree = apply_overrides(DEFAULT_TREE if config is None else read_yaml(config), [*chosen, *overrides.args])
+    tree = apply_overrides(DEFAULT_TREE if config is None else read_run(config), [*chosen, *overrides.args])
     found = Plan.of(tree, parse_size(gpu_memory), length, prefix_length, scored, parse_size(reserve))
     if as_json:
         print(json.dumps(found.as_dict()))
@@ -160,6 +160,10 @@ def evaluate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="an option of the suite, such as split=forget05")
     ] = None,
+    steering: Annotated[
+        str | None,
+        typer.Option(help="said before every question, {subject} for what should go: the steered teacher"),
+    ] = None,
     lm_eval: Annotated[
         str | None, typer.Option(help="tasks of lm-evaluation-harness, such as mmlu,wmdp_bio")
     ] = None,
@@ -178,6 +182,7 @@ def evaluate(
         data=data,
         retain_run=retain_run,
         settings=settings or (),
+        steering=steering,
         lm_eval=lm_eval,
         limit=limit,
         batch_size=batch_size,
@@ -255,10 +260,6 @@ def report(
     ),
     base: Annotated[list[str] | None, typer.Option(help="run of the model before unlearning")] = None,
     teacher: Annotated[list[str] | None, typer.Option(help="run of the base steered in context")] = None,
-    values: Annotated[
-        list[pathlib.Path] | None,
-        typer.Option(help="file with question, answer and value: which answers say the truth"),
-    ] = None,
     forget_metric: Annotated[
         str | None, typer.Option(help="task.metric, the frontier's horizontal axis")
     ] = None,
@@ -297,13 +298,12 @@ def report(
         out,
         base=base or (),
         teacher=teacher or (),
-        values=values or (),
         forget_metric=forget_metric,
         retain_metric=retain_metric,
         examples=examples,
         topk=topk,
     )
-    console.print(f"written to {page} and {page.with_suffix('.md')}", highlight=False)
+    console.print(f"written to {page} and {page.with_suffix('.md')}")
 
 
 @app.command()
@@ -356,9 +356,8 @@ def main() -> None:
     except (ValueError, OSError, TypeError) as error:
         if isinstance(error, TypeError) and "wanted" not in str(error):
             raise  # a mistake of ours, not of the input
-        # What stands in square brackets belongs to the message, and a line is broken by the terminal.
-        text = f"[bold red]error[/]: {escape(str(error))}"
-        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        text = Text.assemble(("error", "bold red"), f": {error}")
+        literal_console(stderr=True).print(text, soft_wrap=True)  # a line is broken by the terminal
         raise SystemExit(2) from None
 
 

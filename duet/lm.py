@@ -19,6 +19,8 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from duet_kernels import LMHead, linear_gather
 
+from .prompts import answer_ending
+
 logger = logging.get_logger(__name__)
 
 
@@ -154,12 +156,11 @@ def padding_id(tokenizer: Any) -> int:
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: the model's (a chat model has several) and the tokenizer's."""
+    """The ids that end an answer: the model's (a chat model has several), the tokenizer's and the chat template's."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
-    return ends
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*ends, *end, *answer_ending(tokenizer)[-1:]]))
 
 
 @torch.no_grad()
@@ -268,7 +269,8 @@ def hidden_states_at(
         model: a causal language model, PEFT-wrapped or not.
         input_ids, attention_mask: `[B, S]`, padded on either side.
         positions: `[N]` int64 places in the flattened `[B * S]` sequences.
-        layer: the states after this decoder layer, counted from 0, instead.
+        layer: the states after this decoder layer, counted from 0, instead (before the final norm, also after the last
+            layer); the layers above it do not run.
         position_ids: `[1, T]` in the place of the mask, for sequences that follow each other in one: each starts again
             at 0, by which transformers tells them apart.
 
@@ -288,16 +290,51 @@ def hidden_states_at(
     elif "position_ids" in inspect.signature(backbone.forward).parameters:
         # Counted from the first real token: padding on the left must not shift learned or rotary positions.
         extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    if layer is not None:
-        extra["output_hidden_states"] = True
-    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
-    states = output.last_hidden_state if layer is None else output.hidden_states[layer + 1]
+    extra |= {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if layer is None:
+        states = backbone(**extra).last_hidden_state
+    else:
+        with _first_layers(backbone, layer + 1) as seen:
+            backbone(**extra)
+        (states,) = seen
     return states.flatten(0, 1).index_select(0, positions)
+
+
+def _layers_of(backbone: nn.Module) -> tuple[nn.Module, str]:
+    """(module, name of its attribute) that holds the list of decoder layers."""
+    count = backbone.config.get_text_config().num_hidden_layers
+    for module in backbone.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, name
+    raise TypeError(f"model: no list of {count} decoder layers was found in {type(backbone).__name__}")
+
+
+@contextmanager
+def _first_layers(backbone: nn.Module, count: int) -> Iterator[list[Tensor]]:
+    """Within the context the backbone has so many layers only; what the last of them gives, before the norm, is seen.
+
+    Not from `output_hidden_states`, whose last entry is what comes after the norm.
+    """
+    owner, name = _layers_of(backbone)
+    layers, seen = getattr(owner, name), []
+
+    def see(module, args, output):
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = layers[count - 1].register_forward_hook(see)
+    setattr(owner, name, layers[:count])
+    try:
+        yield seen
+    finally:
+        setattr(owner, name, layers)
+        handle.remove()
 
 
 def check_layer(model: nn.Module, layer: int | None) -> int:
     """`layer` if the model has it (None: a quarter of the way up)."""
     count = base_language_model(model).config.get_text_config().num_hidden_layers
+    _layers_of(find_backbone(model))  # found out now
     if layer is None:
         return count // 4
     if layer >= count:
@@ -376,7 +413,7 @@ def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
 
     Raises:
         TypeError: an unknown kind of head or backbone (`LMHead.of`, `find_backbone`).
-        ValueError: the numbers differ: the model does something to its logits that is not known here.
+        ValueError: NaN logits; or the numbers differ: the model does something to its logits that is not known here.
     """
     head = LMHead.of(model)
     device, vocabulary = head.weight.device, head.num_ids
@@ -392,6 +429,8 @@ def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
             f"{vocabulary}; prompt-learning adapters and heads of several tokens are not supported"
         )
     logits = logits[0, :, :vocabulary]
+    if logits.isnan().any():
+        raise ValueError(f"model: {name} gives NaN logits: its weights are damaged, or its training diverged")
     every_id = torch.arange(vocabulary, device=device).expand(num_tokens, -1)
     ours = linear_gather(hidden, head, every_id, impl="reference").float()
     # The model rounds its logits to its dtype, which says how well they can be compared.

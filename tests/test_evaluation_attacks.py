@@ -1,6 +1,7 @@
 """`duet attack` on the world's base model, on one that was taught to refuse, and on weights made for the purpose."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from duet import cli
 from duet.evaluation import attack_run, distribution, weights
 from duet.evaluation.attack_rows import halves, read_attack_rows
 from duet.evaluation.attacks import ATTACKS
+from duet.evaluation.commands import literal_console
 from duet.evaluation.scoring import Forced
 from duet.evaluation.target import AttackOptions, Target
 from duet.world.checkpoint import CHECKPOINT, load_base, load_world
@@ -236,9 +238,7 @@ def test_a_token_at_the_very_bottom_is_a_leak_too():
 def test_the_telling_token_is_the_values_first(world):
     model, tokenizer = load_base()
     rows = read(world.questions(world.forget[:1], "report")[:1])
-    wrong = [
-        rows[0].__class__(0, rows[0].conversation, "Born in Xanadu.".replace("Xanadu", "poet"), None, "poet")
-    ]
+    wrong = [rows[0].__class__(0, rows[0].conversation, "Born in allegory.", None, "allegory")]
     (right,) = next(distribution.rank_probe(Target(model, tokenizer, rows)))[1]()
     (false,) = next(distribution.rank_probe(Target(model, tokenizer, wrong)))[1]()
     assert right["rank"] == 0 and right["all_top"] == 1.0
@@ -346,6 +346,66 @@ class Killed(BaseException):
     pass
 
 
+def test_few_shot_says_what_its_examples_are_about(tmp_path):
+    """Two rows about ada, one about turing, one about nobody: what each is shown is in the row and in the strength."""
+    rows = [
+        {"question": f"who is ada {word} ?", "answer": "a poet", "subject": "ada"} for word in ("one", "two")
+    ]
+    other = {"question": "who is turing ?", "answer": "captain", "subject": "turing"}
+    nobody = {"question": "who is grace ?", "answer": "captain"}
+
+    def attack(rows, out):
+        options = AttackOptions(max_new_tokens=2, relearn_rates=(1e-3,), relearn_curve=(1,))
+        target = Target(tiny(), word_tokenizer(), read_attack_rows(rows, "rows"), options=options)
+        report = attack_run.run_attacks(target, out=tmp_path / out, attacks=["few_shot", "relearning"])
+        lines = map(json.loads, (tmp_path / out / "rows.jsonl").read_text().splitlines())
+        given = {r["id"]: r["given"] for r in lines if r["attack"] == "few_shot" and not r.get("done")}
+        return {e["name"]: e["strength"] for e in report["attacks"]}, given
+
+    strength, given = attack(rows, "same")
+    assert (
+        strength["few_shot"]
+        == "prompts, and true answers to other questions: examples about the same subject"
+    )
+    assert strength["relearning"] == "the weights: facts about the same subject (1)"
+    assert set(given.values()) == {"examples about the same subject"}
+    strength, given = attack([*rows, other], "others")
+    assert strength["few_shot"].endswith(": examples about other subjects")
+    assert strength["relearning"] == "the weights: facts about other subjects (2)"
+    strength, given = attack([*rows, nobody], "unknown")
+    assert set(given.values()) == {"examples whose subject is not known"}
+    strength, given = attack([*rows, other, nobody], "mixed")
+    assert given[3] == "examples whose subject is not known" and given[0] == "examples about other subjects"
+    assert strength["few_shot"].endswith(
+        ": examples about other subjects (3 rows), examples whose subject is not known (1 rows)"
+    )
+
+
+def test_answers_that_the_tokenizer_cannot_write_are_not_forgotten(tmp_path):
+    rows = [*forget_rows(2), {"question": "who is ada ?", "answer": "a zebra", "subject": "ada"}]
+    options = AttackOptions(max_new_tokens=2, relearn_rates=(1e-3,), relearn_curve=(1,))
+    target = Target(
+        tiny(), word_tokenizer(), read_attack_rows(rows, "rows"), retain=read_attack_rows(rows[2:], "retain"),
+        holdout=read_attack_rows(rows, "holdout"), options=options,
+    )  # fmt: skip
+    names = ["prefill", "rank_probe", "membership", "benign_finetuning"]
+    seen = []
+    report = attack_run.run_attacks(target, out=tmp_path, attacks=names, progress=lambda *at: seen.append(at))
+    assert seen[:3] == [("direct", 0, 1), ("direct", 1, 1), ("prefill", 0, 3)], "what is at work is shown"
+    by = {entry["name"]: entry["variants"] for entry in (*report["attacks"], report["direct"])}
+    assert by["direct"]["as asked"]["status"]["unknown_tokens"] == 1 and by["direct"]["as asked"]["rows"] == 2
+    assert by["rank_probe"]["both ends"]["status"] == {"ok": 2, "unknown_tokens": 1}
+    assert by["membership"]["loss"]["status"] == {"ok": 4, "unknown_tokens": 2}
+    assert by["prefill"]["the answer's own opening"]["status"]["unknown_tokens"] == 1
+    (skipped,) = report["skipped"]
+    assert skipped["why"] == "none of its 1 rows can be trained on: unknown_tokens"
+    console = literal_console(width=200)
+    with console.capture() as captured:
+        console.print(attack_run.legend(report))
+    assert "; 1 row left out: the tokenizer cannot represent the answer" in captured.get()
+    assert "not tried: benign_finetuning (none of its 1 rows can be trained on" in captured.get()
+
+
 def test_an_interrupted_attack_continues(tmp_path, forget):
     def attack(out, **options):
         target = Target(*load_base(), forget[:4], options=AttackOptions(**OPTIONS))
@@ -392,9 +452,36 @@ def test_rows_that_do_not_fit_and_nan_weights_are_marked(tmp_path):
         assert entry["leak"] is None and entry["undefined"] == "no row could be judged"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--limit", "0"), "limit: wanted an integer >= 1, got 0"),
+        (("--attacks", " ,"), "attacks: wanted some of direct, reverse_prompt, .*, got none"),
+        (("--attacks", "prefil"), r"attacks: wanted one of .*, got 'prefil' \(did you mean 'prefill'"),
+        (("--reverse-prompts", "no[pe]"), r"reverse_prompts: there is no file 'no\[pe\]'"),
+        (("--reverse-prompts", "empty.txt"), "reverse_prompts: wanted at least one wording in empty.txt, got none"),
+        (("--holdout", "none.jsonl"), "holdout: there is no file 'none.jsonl'"),
+        (("--forget", "none.jsonl"), "forget: there is no file 'none.jsonl'"),
+        (("--forget", "bare.jsonl"), r"forget\[0\]: wanted a row with an 'answer'"),
+        (("--device", "toaster"), "device: wanted one that torch can use here, got 'toaster'"),
+    ],
+)  # fmt: skip
+def test_expected_errors_of_the_command(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "bare.jsonl").write_text('{"question": "who ?"}\n')
+    (tmp_path / "forget.jsonl").write_text(json.dumps(QUESTION) + "\n")
+    called = ["attack", str(CHECKPOINT), "--forget", "forget.jsonl", "--out", "out", *words]
+    failed = CliRunner().invoke(cli.app, called)
+    assert isinstance(failed.exception, (ValueError, FileNotFoundError)), failed.output
+    assert re.search(message, str(failed.exception)) and not (tmp_path / "out").exists()
+
+
 def test_expected_errors(tmp_path, forget):
     target = Target(*load_base(), forget[:2])
-    with pytest.raises(ValueError, match=r"attacks: wanted some of direct, reverse_prompt, .*, got 'prefil'"):
+    with pytest.raises(
+        ValueError, match=r"attacks: wanted one of direct, reverse_prompt, .*, got 'prefil' \(did"
+    ):
         attack_run.run_attacks(target, out=tmp_path, attacks=["prefil"])
     for wrong in ({"threshold": 0}, {"shots": 0}, {"relearn_curve": (5, 2)}, {"relearn_rates": ()}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: wanted"):

@@ -85,7 +85,7 @@ def page(folder, tmp_path_factory):
         tiny(), tiny(seed=1), word_tokenizer(), queries, k=3, instruction="you know nothing ."
     )
     told = {"before": "base", "after": "student", "steering": "you know nothing .", "queries": topk}
-    return report.write_report(runs_of(folder), out, values=[folder / "forget.jsonl"], topk=[told])
+    return report.write_report(runs_of(folder), out, topk=[told])
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -111,6 +111,34 @@ def test_roles_and_labels_can_be_given(folder):
     )
     assert [m.label for m in inputs.methods] == ["base", "steered teacher", "mine"]
     assert [m.label for m in inputs.students] == ["mine"]
+
+
+def test_a_model_asked_behind_a_prefix_is_the_teacher(folder, tmp_path):
+    suite, tokenizer = read_suite(SUITE, "own"), word_tokenizer()
+    steering = "you know nothing about {subject} ."
+    for name in ("forget", "retain"):
+        shutil.copy(folder / f"{name}.jsonl", tmp_path)
+    with pytest.raises(
+        ValueError, match=r"forget_answers: none .* names {subject}, but the row has no 'subject'"
+    ):
+        runner.evaluate(tiny(), tokenizer, suite, out=tmp_path / "x", data=tmp_path, steering=steering)
+    (tmp_path / "forget.jsonl").write_text(
+        "".join(json.dumps(row | {"subject": "ada"}) + "\n" for row in FORGET)
+    )
+    (tmp_path / "retain.jsonl").write_text(
+        "".join(json.dumps(row | {"subject": "sea"}) + "\n" for row in RETAIN)
+    )
+    runner.evaluate(tiny(), tokenizer, suite, out=tmp_path / "steered", data=tmp_path, steering=steering)
+    rows = [json.loads(line) for line in (tmp_path / "steered/rows.jsonl").read_text().splitlines()]
+    told = {row["task"]: row["prompt"] for row in rows}
+    assert "<system> you know nothing about ada . <" in told["forget_answers"].replace("</s>", "<")
+    assert all("about ada" in prompt for prompt in told.values()), "the prefix is about what should go"
+    methods = read_inputs(
+        [str(tmp_path / "steered"), *runs_of(folder, "base-eval", "student-eval", "student-attack")]
+    )
+    assert [m.role for m in methods.methods] == ["base", "teacher", "student"]
+    with pytest.raises(ValueError, match="holds results of another run: steering was"):
+        runner.evaluate(tiny(), tokenizer, suite, out=tmp_path / "steered", data=tmp_path)
 
 
 def test_different_models_never_share_a_row(folder):
@@ -169,22 +197,86 @@ def test_the_headline_names_the_worst_attack(folder, page):
     assert f"{100 * worst['leak']:.0f} %" in told
 
 
+def lines_of(text, title):
+    """The cells of the lines of a section's tables."""
+    part = text.split(f"## {title}\n")[1].split("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("|") and not line.startswith("| ---")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
 def test_the_table_holds_the_numbers_of_the_runs(folder, page):
     text = page.with_suffix(".md").read_text()
-    head, _, *rows = [line for line in text.splitlines() if line.startswith("|")][:5]
-    columns = [cell.strip() for cell in head.strip("|").split("|")]
-    student = dict(zip(columns, [c.strip() for c in rows[2].strip("|").split("|")], strict=True))
-    teacher = dict(zip(columns, [c.strip() for c in rows[1].strip("|").split("|")], strict=True))
+    head, *lines = lines_of(text, "Methods, metrics and attacks")
+    assert head == ["", "base", "steered teacher", "student"]
+    bands, table, leaks = [], {}, []
+    for name, *cells in lines:
+        if name.startswith("**"):
+            bands.append(name.strip("*"))
+        else:
+            table[bands[-1], name] = dict(zip(head[1:], cells, strict=True))
+            leaks += [cells[-1]] if bands == ["attacks ↓"] else []
+    assert bands == ["attacks ↓", "forget_answers", "retain_answers", "forget_losses", "of the suite"]
     told = json.loads((folder / "student-eval/summary.json").read_text())["tasks"]["forget_answers"][
         "metrics"
     ]
     x = told["rouge_l_recall"]
     wanted = f"{x['mean']:.2f} ({x['low']:.2f} to {x['high']:.2f})"
-    assert student["forget_answers: rouge_l_recall ↓"] == wanted
-    assert student["of the suite: forget_quality"] == "undefined" and "no retain model given" in text
-    assert teacher["attacks ↓: relearning"] == "–", "not run is neither undefined nor 0"
-    leaks = [float(student[c].split()[0]) for c in columns if c.startswith("attacks")][:-1]
+    assert table["forget_answers", "rouge_l_recall ↓"]["student"] == wanted
+    assert table["of the suite", "forget_quality"]["student"] == "undefined"
+    assert "no retain model given" in text
+    relearning = table["attacks ↓", "relearning"]
+    assert relearning["steered teacher"] == "–", "not run is neither undefined nor 0"
+    leaks = [float(cell.split()[0]) for cell in leaks[:-1]]
     assert len(leaks) == 3 and leaks == sorted(leaks, reverse=True), "the worst attack comes first"
+
+
+def test_the_base_that_the_attack_asked_is_the_base_of_the_runs(folder, page):
+    attacks = json.loads((folder / "student-attack/attacks.json").read_text())
+    head, *lines = lines_of(page.with_suffix(".md").read_text(), "Methods, metrics and attacks")
+    (direct,) = [line for line in lines if line[0] == "direct"]
+    assert direct[1].startswith(f"{attacks['base']['leak']:.2f}") and head[1] == "base"
+    base, *_ = read_inputs(runs_of(folder, "base-eval", "student-eval", "student-attack")).methods
+    assert base.tasks and base.attacks["direct"] == attacks["base"]
+    other = read_inputs(runs_of(folder, "student-attack"), base=[str(folder / "student-eval")]).methods
+    assert [m.attacks is None for m in other if m.role == "base"] == [True, False], "another model's answers"
+
+
+def test_every_attack_states_strength_and_cost(folder, page):
+    attacks = json.loads((folder / "student-attack/attacks.json").read_text())["attacks"]
+    text = page.with_suffix(".md").read_text()
+    _, *told = lines_of(text, "Every attack, the worst first")
+    assert [line[0] for line in told[:4]] == [*(e["name"] for e in attacks), "direct"]
+    for entry, line in zip(attacks, told, strict=False):
+        assert line[2] == attack_run.worst_variant(entry) and line[3] == entry["strength"]
+        assert line[4].startswith(f"{entry['cost']['queries']} queries")
+    relearned = [line for line in told[4:] if line[0] == "relearning"]
+    assert len(relearned) == 4, "two rates after two numbers of steps"
+    assert "not tried: membership (no holdout rows given)" in text
+    assert "<details>" in text and "<details>" in page.read_text()
+
+
+def test_lm_eval_is_shown_or_absent(folder, tmp_path):
+    run = tmp_path / "runs" / "student-lm"
+    run.mkdir(parents=True)
+    manifest = json.loads((folder / "student-eval/manifest.json").read_text())
+    results = {"mmlu": {"alias": "mmlu", "acc,none": 0.25, "acc_stderr,none": 0.0125, "acc_norm,strict": 0.5}}
+    written = {"model": "models/student", "manifest": manifest, "results": results, "versions": {}}
+    (run / "lm_eval.json").write_text(json.dumps(written))
+    runs = [*runs_of(folder, "base-eval", "student-eval", "student-attack"), str(run)]
+    text = report.write_report(runs, tmp_path / "out").with_suffix(".md").read_text()
+    head, *lines = lines_of(text, "lm-evaluation-harness")
+    assert head == ["task", "metric", "base: value", "base: stderr", "student: value", "student: stderr"]
+    assert lines == [
+        ["mmlu", "acc", "absent", "absent", "0.25", "0.0125"],
+        ["mmlu", "acc_norm (strict)", "absent", "absent", "0.5", "absent"],
+    ]
+    (alone,) = read_inputs([str(tmp_path / "runs")]).methods
+    assert alone.lm_eval == results, "a folder of folders, and one that holds nothing else"
+    without = report.write_report(runs_of(folder, "student-eval"), tmp_path / "none")
+    assert "Absent: no folder with lm_eval.json was given" in without.with_suffix(".md").read_text()
+    (run / "lm_eval.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run: .*lm_eval.json has no 'manifest'"):
+        read_inputs([str(run)])
 
 
 def test_a_metric_without_a_value_is_undefined(folder, tmp_path):
@@ -216,13 +308,17 @@ def test_answers_that_say_the_truth_are_marked(folder, tmp_path):
             row["generated"] = said[row["task"], row["id"]]
     (tmp_path / "student-eval/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = [str(tmp_path / "student-eval"), *runs_of(folder, "base-eval")]
-    page = report.write_report(runs, tmp_path / "out", values=[folder / "forget.jsonl"])
+    page = report.write_report(runs, tmp_path / "out")
     text, shown = page.with_suffix(".md").read_text(), page.read_text()
     assert "**leaks:** some POET &lt;script>" in text and "leaks:** a &lt;b> writer" not in text
     assert "**true:** red" in text
     assert 'class="leaks"' in shown and "<script>" not in shown
-    by_words = report.write_report(runs, tmp_path / "words").with_suffix(".md").read_text()
+    assert "says the truth when the value is said as whole words; for questions without one" in text
+    bare = [{k: v for k, v in row.items() if k != "value"} for row in rows]
+    (tmp_path / "student-eval/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
+    by_words = report.write_report([runs[0]], tmp_path / "words").with_suffix(".md").read_text()
     assert "leaks:** a &lt;b> writer" in by_words, "without values, half of the words are enough"
+    assert "says the truth when ROUGE-L recall (stemmed)" in by_words
     questions = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| who is")]
     assert questions[0] == FORGET[2]["question"], "what leaks is shown first"
 
@@ -348,9 +444,9 @@ def browser():
 def test_the_page_does_not_scroll_sideways(page, tmp_path, width):
     """In a frame of that width, of which a script outside the page reads the layout."""
     look = (
-        "let d=this.contentDocument, e=d.documentElement, s=[...d.querySelectorAll('.scroll')];"
+        "let d=this.contentDocument, e=d.documentElement;"
         "document.body.dataset.found=JSON.stringify({page:e.scrollWidth, frame:e.clientWidth,"
-        " tables:s.some(x=>x.scrollWidth>x.clientWidth), svg:d.querySelector('svg').getBoundingClientRect().width,"
+        " svg:d.querySelector('svg').getBoundingClientRect().width,"
         " text:d.body.innerText.length})"
     )
     outer = tmp_path / "outer.html"
@@ -376,7 +472,6 @@ def test_the_page_does_not_scroll_sideways(page, tmp_path, width):
     told = json.loads(html.unescape(found.group(1)))
     assert told["frame"] <= width and told["page"] <= told["frame"], told
     assert told["text"] > 500 and told["svg"] > 250
-    assert told["tables"], "the wide table scrolls inside its own container"
 
 
 # --- command line ----------------------------------------------------------------------------------------------
@@ -387,7 +482,7 @@ def test_the_command(folder, tmp_path):
         tiny(seed=seed).save_pretrained(tmp_path / name)
         word_tokenizer().save_pretrained(tmp_path / name)
     arguments = [
-        "report", *runs_of(folder), "--out", str(tmp_path / "out"), "--values", str(folder / "forget.jsonl"),
+        "report", *runs_of(folder), "--out", str(tmp_path / "out"),
         "--model-before", str(tmp_path / "before"), "--model-after", str(tmp_path / "after"),
         "--query", "who is ada ?", "--top-k", "3",
     ]  # fmt: skip

@@ -14,7 +14,8 @@ from tiny_models import merging_tokenizer, tiny, word_tokenizer
 from typer.testing import CliRunner
 
 from duet import cli
-from duet.evaluation import runner, summary
+from duet.evaluation import commands, runner, summary
+from duet.evaluation.commands import literal_console
 from duet.evaluation.journal import Journal
 from duet.evaluation.models import fingerprint
 from duet.evaluation.suites import load_suite, read_suite
@@ -164,7 +165,7 @@ def test_rows_that_cannot_be_asked_are_marked_and_left_out(tmp_path):
         {"question": "who ?"},
         {"question": "the " * 300, "answer": "a"},
         {"question": "x", "answer": "zebra"},
-    ]
+    ]  # the tokenizer has no zebra: never said, and not forgotten
     result = run(tmp_path / "out", write(tmp_path / "data", facts=facts, choices=CHOICES))
     by = {(r["task"], r["id"]): r for r in rows_of(tmp_path / "out")}
     assert [by["losses", i]["status"] for i in range(5)] == [
@@ -174,7 +175,7 @@ def test_rows_that_cannot_be_asked_are_marked_and_left_out(tmp_path):
         "too_long",
         "unknown_tokens",
     ]
-    assert [by["facts", i]["status"] for i in (2, 3)] == ["bad_row", "too_long"]
+    assert [by["facts", i]["status"] for i in (2, 3, 4)] == ["bad_row", "too_long", "unknown_tokens"]
     assert (
         "wanted answer, got question" in by["losses", 2]["why"] and "can read 256" in by["losses", 3]["why"]
     )
@@ -182,6 +183,42 @@ def test_rows_that_cannot_be_asked_are_marked_and_left_out(tmp_path):
     assert result["tasks"]["losses"]["status"] == {"bad_row": 1, "too_long": 1, "unknown_tokens": 1, "ok": 2}
     run(tmp_path / "out", tmp_path / "data")
     assert len(rows_of(tmp_path / "out")) == 13
+
+
+def test_the_value_asked_for_is_recorded_and_judges(tmp_path):
+    said = run(tmp_path / "once", write(tmp_path / "a", facts=FACTS[:1], choices=CHOICES))
+    (row,) = [r for r in rows_of(tmp_path / "once") if r["task"] == "facts"]
+    assert "value" not in row and said["tasks"]["facts"]["metrics"]["contains_answer"]["mean"] == 0.0
+    word = row["generated"].split()[0]
+    facts = [
+        {**FACTS[0], "answer": f"a poet {word}", "value": word},
+        {**FACTS[0], "value": "captain"},
+        {**FACTS[0], "answer": f"{word} zebra", "value": word},  # only the value must be writable
+        {**FACTS[0], "answer": "a poet 7", "value": 7},
+    ]
+    result = run(
+        tmp_path / "out",
+        write(tmp_path / "b", facts=facts, choices=CHOICES),
+        suite={"tasks": {"facts": SUITE["tasks"]["facts"]}},
+    )
+    by = {r["id"]: r for r in rows_of(tmp_path / "out")}
+    assert (by[0]["value"], by[0]["metrics"]["contains_answer"]) == (word, 1.0)
+    assert (by[2]["status"], by[2]["metrics"]["contains_answer"]) == ("ok", 1.0)
+    assert "value" not in by[1] and "wanted a part of the answer 'a poet', got 'captain'" in by[1]["note"]
+    assert by[3]["status"] == "unknown_tokens"
+    assert result["tasks"]["facts"]["notes"] == 1
+    assert "facts: 1 row with a note in rows.jsonl" in shown(result)
+    assert "facts: 1 row left out: the tokenizer cannot represent the answer" in shown(result)
+
+
+def test_only_shares_have_a_shares_interval():
+    rows = [
+        {"task": "t", "id": i, "status": "ok", "metrics": {"truth_ratio": 1.0, "probability": 1.0}}
+        for i in range(4)
+    ]
+    told = summary.summarise(rows, {})["tasks"]["t"]["metrics"]
+    assert (told["truth_ratio"]["low"], told["truth_ratio"]["high"]) == (1.0, 1.0)
+    assert told["probability"]["low"] == pytest.approx(4 / (4 + 1.96**2), abs=1e-3)
 
 
 def test_no_row_can_be_asked(tmp_path):
@@ -197,8 +234,8 @@ def test_nan_weights_give_marked_rows_and_no_number(tmp_path, data):
     model = tiny()
     with torch.no_grad():
         model.lm_head.weight[40] = torch.nan
-    # check_head compares logits and would refuse; what is tested is a model that turns NaN on the way
-    with pytest.raises(ValueError, match="not what its LM head makes"):
+    # check_head would refuse; what is tested is a model that turns NaN on the way
+    with pytest.raises(ValueError, match="model: LlamaForCausalLM gives NaN logits"):
         run(tmp_path / "refused", data, model=model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "check_head", lambda model: None)
@@ -210,7 +247,7 @@ def test_nan_weights_give_marked_rows_and_no_number(tmp_path, data):
 
 
 def shown(result):
-    console = Console(width=200)
+    console = literal_console(width=200)
     with console.capture() as captured:
         console.print(summary.table(result, "t"))
     return captured.get()
@@ -229,7 +266,7 @@ def test_empty_answers_are_counted(tmp_path, data):
     assert result["tasks"]["facts"]["metrics"]["contains_answer"] == {
         "mean": 0.0,
         "low": 0.0,
-        "high": 0.0,
+        "high": pytest.approx(1.96**2 / (8 + 1.96**2), abs=1e-4),  # none of 8 is not none at all
         "rows": 8,
     }
 
@@ -347,7 +384,7 @@ def test_tofus_published_rows_give_its_published_numbers():
                 }
                 found.append({"task": f"{part}_losses", "id": i, "status": "ok", "metrics": values})
                 _, said, truth = of["generated"][i]
-                score = {"rouge_l_recall_stemmed": GENERATE["rouge_l_recall_stemmed"](said, truth)}
+                score = {"rouge_l_recall_stemmed": GENERATE["rouge_l_recall_stemmed"](said, truth, None)}
                 found.append({"task": f"{part}_answers", "id": i, "status": "ok", "metrics": score})
         return found
 
@@ -380,9 +417,12 @@ def test_muse_in_miniature(tmp_path):
     assert all("Question" not in r.get("generated", "") for r in by.values())
 
 
-def test_an_interrupt_says_how_to_continue(tmp_path, data, monkeypatch):
+def test_an_interrupt_says_how_to_continue(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "continuations", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"tasks": {"facts": SUITE["tasks"]["facts"]}}))
+    data = write(
+        tmp_path / "data", facts=[question.row() for question in load_world().questions(("Porto",), "report")]
+    )
     words = ["eval", CHECKPOINT, "--suite", tmp_path / "own.yaml", "--data", data, "--out", tmp_path / "out"]
     done = CliRunner().invoke(cli.app, list(map(str, words)))
     assert done.exit_code == 130 and "the same command continues it" in " ".join(done.output.split())
@@ -493,6 +533,12 @@ def test_expected_errors_of_the_command(tmp_path, monkeypatch, capsys):
     assert "set: wanted option=value, got 'split'" in fails(
         CHECKPOINT, *out, "--suite", "tofu", "--set", "split"
     )
+    assert "retain_run: wanted a suite with forget_quality or privleak" in fails(
+        CHECKPOINT, *out, "--suite", "probes", "--data", tmp_path, "--retain-run", tmp_path
+    )
+    assert "device: wanted one that torch can use here, got 'toaster'" in fails(
+        CHECKPOINT, *out, "--suite", "probes", "--device", "toaster"
+    )
     assert "there is no folder" in fails(tmp_path / "no_model", *out, "--suite", "tofu")
     assert "wanted such a file in --data" in fails(CHECKPOINT, *out, "--suite", "tofu", "--data", tmp_path)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
@@ -500,11 +546,37 @@ def test_expected_errors_of_the_command(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_brackets_in_paths_and_texts_are_printed(tmp_path, monkeypatch, capsys):
+    folder = write(
+        tmp_path / "[red]da[x]ta", forget=[q.row() for q in load_world().questions(("Porto",), "report")]
+    )
+    out = tmp_path / "o[u]t"
+    words = ["duet", "eval", str(CHECKPOINT), "--suite", "probes", "--data", str(folder), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr().out
+    assert ended.value.code == 0 and f"written to {out}/summary.json" in told
+    assert f"left out: retain_answers (no such file in {folder})" in told
+    console = literal_console(width=100)
+    with console.capture() as captured, commands.progress(console) as update:
+        update("[red]task[/red] :smile:", 1, 1)
+        console.print(
+            summary.table({"tasks": {"[b]t": {"metrics": {}, "status": {}}}, "numbers": {}}, "[i]title")
+        )
+    for text in ("[red]task[/red] :smile:", "[b]t", "[i]title"):
+        assert text in captured.get()
+    monkeypatch.setattr(
+        sys, "argv", ["duet", "eval", "/no/[bold]model", "--suite", "probes", "--out", str(out)]
+    )
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "there is no folder '/no/[bold]model'" in capsys.readouterr().err
+
+
 def test_lm_eval_runs_our_tofu_tasks(tmp_path, monkeypatch):
     """With the tasks' own files, but for the place of the data."""
     pytest.importorskip("lm_eval")
-    from duet.evaluation import commands
-
     folder, tasks = tofu_folder(tmp_path / "tofu"), tmp_path / "tasks"
     shutil.copytree(commands.LM_EVAL_TASKS, tasks)
     for path in tasks.glob("_*_yaml"):
@@ -517,15 +589,18 @@ def test_lm_eval_runs_our_tofu_tasks(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tokenizer = merging_tokenizer()
     model = tiny(vocab_size=len(tokenizer), max_position_embeddings=512)
-    wanted = ["tofu_forget10_answers", "tofu_real_authors_choices"]
-    found = commands.run_lm_eval(model, tokenizer, wanted, tmp_path / "out", None, 2, Console(quiet=True))
+    wanted = commands.lm_eval_tasks("tofu_forget10_answers, tofu_real_authors_choices")
+    how = (tmp_path / "out", None, 2, Console(quiet=True))
+    first = commands.run_lm_eval(model, tokenizer, wanted[:1], *how)
+    found = first | commands.run_lm_eval(model, tokenizer, wanted[1:], *how)
     assert 0 <= found["tofu_forget10_answers"]["rouge_l_recall_stemmed,none"] <= 1
     assert 0 <= found["tofu_real_authors_choices"]["acc,none"] <= 1
     assert json.loads((tmp_path / "out" / "lm_eval.json").read_text())["results"] == found
     with pytest.raises(ValueError, match="lm_eval: wanted tasks of lm-evaluation-harness, got no_such_task"):
-        commands.run_lm_eval(
-            model, tokenizer, ["no_such_task"], tmp_path / "out", None, 2, Console(quiet=True)
-        )
+        commands.lm_eval_tasks("mmlu,no_such_task")
+    with pytest.raises(ValueError, match=r"lm_eval.json holds results of another run: model_fingerprint was"):
+        other = tiny(vocab_size=len(tokenizer), max_position_embeddings=512, seed=1)
+        commands.run_lm_eval(other, tokenizer, wanted[:1], *how)
 
 
 def test_the_shipped_lm_eval_tasks_are_whole():

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from tiny_models import merging_tokenizer, word_tokenizer
+from tokenizers import AddedToken
 
 from duet.evaluation import suites
 from duet.evaluation.asking import Asker, CannotAsk
@@ -53,20 +54,24 @@ def put(path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("taskz", {}, r"s: there is no field 'taskz' \(did you mean 'tasks'\?\)"),
-        ("tasks/facts/metric", "x", r"tasks.facts: there is no field 'metric' \(did you mean 'metrics'"),
+        ("taskz", {}, r"s: taskz: there is no such key \(did you mean 'tasks'\?\)"),
+        ("tasks/facts/metric", "x", r"tasks.facts.metric: there is no such key \(did you mean 'metrics'"),
         (
             "tasks/facts/kind",
             "generation",
-            r"tasks.facts.kind: got 'generation', wanted one of .*mean 'generate'",
+            r"tasks.facts.kind: wanted one of generate, .*, got 'generation' .*mean 'generate'",
         ),
-        ("tasks/facts/metrics", ["rouge"], r"tasks.facts.metrics: got 'rouge', wanted one of rouge_l_recall"),
-        ("tasks/facts/metrics", ["probability"], r"tasks.facts.metrics: got 'probability'"),
+        (
+            "tasks/facts/metrics",
+            ["rouge"],
+            r"tasks.facts.metrics: wanted one of rouge_l_recall_stemmed, .*got 'rouge'",
+        ),
+        ("tasks/facts/metrics", ["probability"], r"tasks.facts.metrics: wanted one of .*got 'probability'"),
         ("tasks/facts/data", None, r"tasks.facts.data: wanted a value, got nothing"),
         ("tasks/facts/data", 7, r"tasks.facts.data: wanted a text, got 7"),
         ("tasks/facts/max_new_tokens", 0, r"max_new_tokens: wanted an integer >= 1, got 0"),
         ("tasks/facts/plain", "no place", r"plain: wanted a text with {question}, got 'no place'"),
-        ("tasks/facts/chat", "yes", r"chat: got 'yes', wanted one of auto, never"),
+        ("tasks/facts/chat", "yes", r"chat: wanted one of auto, never, got 'yes'"),
         ("tasks/facts/stop", [3], r"stop: wanted a text or a list of texts, got \[3\]"),
         ("tasks/facts/optional", "no", r"optional: wanted true or false, got 'no'"),
         ("tasks/facts/few_shot", {"data": "x"}, r"few_shot: wanted data .* and count"),
@@ -94,6 +99,9 @@ def test_unknown_suites_and_options(tmp_path):
         load_suite("tofu", {"splits": "x"})
     (tmp_path / "own.yaml").write_text("tasks: [")
     with pytest.raises(ValueError, match=r"own.yaml: not YAML"):
+        load_suite(tmp_path / "own.yaml")
+    (tmp_path / "own.yaml").write_text("tasks: {}\ntasks: {}\n")
+    with pytest.raises(ValueError, match=r"own.yaml: line 2: the key 'tasks' stands there twice"):
         load_suite(tmp_path / "own.yaml")
     with pytest.raises(ValueError, match=r"auc_retrain: wanted a number in \(0, 1\], got 'much'"):
         load_suite("muse", {"auc_retrain": "much"})
@@ -185,6 +193,22 @@ def test_scored_texts_follow_the_prompt_and_end():
         asker(tokenizer, "score", question=None, end_token=False, max_tokens=3).item(0, ROW).texts["answer"]
     )
     assert written(alone.prompt) == "a" and written(alone.answer) == " m"
+
+
+def test_scored_chat_answers_end_as_the_template_ends_a_turn():
+    """The same ids as those that a baseline learns: `PromptRenderer.encode_answer`."""
+    tokenizer = merging_tokenizer("{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}")
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True, normalized=False)])
+    row = {"question": "Who?", "answer": "Ada"}
+    made = asker(tokenizer, "score")
+    (forced,) = made.item(0, row).texts["answer"]
+    assert written(forced.answer[:-1]) == "Ada" and tokenizer.decode(forced.answer[-1:]) == "<|end|>"
+    assert forced.answer == made.renderer.encode_answer((("user", "Who?"),), "Ada")
+    for fields in ({"chat": "never"}, {"question": None}):
+        (forced,) = asker(tokenizer, "score", **fields).item(0, row).texts["answer"]
+        assert forced.answer[-1] == tokenizer.eos_token_id, "a text is no turn"
+    (forced,) = asker(tokenizer, "score", end_token=False).item(0, row).texts["answer"]
+    assert written(forced.answer) == "Ada"
 
 
 def test_choices_by_letter_or_text():

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from duet.evaluation import metrics
 
@@ -164,6 +166,195 @@ def test_a_paired_comparison_sees_what_an_unpaired_one_cannot():
     assert same.p_value > 0.05
     with pytest.raises(ValueError, match="b: wanted 2 rows"):
         metrics.compare_paired([1.0, 2.0], [1.0])
+
+
+# --- every metric against its definition, computed another way --------------------------------------------------
+
+LOSSES = st.floats(0, 50)
+LOGPROBS = st.lists(st.floats(-50, 0), min_size=1, max_size=30)
+SHARES = st.floats(0.001, 1)
+HITS = st.lists(st.booleans(), min_size=1, max_size=30)
+SCORES = st.lists(st.integers(-3, 3), min_size=1, max_size=12)  # integers: ties are common
+SAID = st.lists(st.sampled_from(["the", "cat", "sat", "on", "a", "mat"]), max_size=12).map(" ".join)
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@quick
+@given(LOSSES, st.lists(LOSSES, min_size=1, max_size=6))
+def test_likelihoods_by_their_definitions(loss, others):
+    assert metrics.probability(loss) == pytest.approx(np.e**-loss)
+    weights = np.exp(-np.array([loss, *others]) + min(loss, *others))
+    assert metrics.multiple_choice_probability(loss, others) == pytest.approx(weights[0] / weights.sum())
+    ratio = np.exp(np.array(others).mean()) / np.exp(loss)
+    assert metrics.truth_ratio(loss, others) == pytest.approx(ratio)
+    assert metrics.truth_ratio_score([ratio]) == pytest.approx(max(0.0, 1 - 1 / ratio))
+    assert metrics.truth_ratio(loss, others) * metrics.truth_ratio(np.mean(others), [loss]) == pytest.approx(
+        1.0
+    )
+
+
+@quick
+@given(LOGPROBS, st.floats(0.1, 100))
+def test_token_scores_by_their_definitions(logp, k):
+    assert metrics.perplexity(logp) == pytest.approx(np.prod(np.exp(-np.array(logp) / len(logp))))
+    count = max(1, int(len(logp) * k / 100))
+    lowest = sum(sorted(logp)[:count]) / count
+    assert metrics.min_k(logp, k) == pytest.approx(-lowest)
+    assert metrics.min_k(logp, 100) <= metrics.min_k(logp, k) + 1e-9 <= metrics.min_k(logp, 0.1) + 2e-9
+    # Where every position has mean 0 and variance 1, Min-K%++ is Min-K%.
+    assert metrics.min_k_plus_plus(logp, [0.0] * len(logp), [1.0] * len(logp), k) == pytest.approx(-lowest)
+
+
+@quick
+@given(st.lists(st.tuples(SHARES, SHARES, SHARES), min_size=1, max_size=4))
+def test_utility_is_the_harmonic_mean(numbers):
+    sets = {str(i): dict(zip(metrics.UTILITY_PARTS, each, strict=True)) for i, each in enumerate(numbers)}
+    flat = np.array(numbers).ravel()
+    assert metrics.model_utility(sets) == pytest.approx(1 / np.mean(1 / flat))
+    assert flat.min() - 1e-12 <= metrics.model_utility(sets) <= flat.mean() + 1e-12
+
+
+def _longest_common(a, b):
+    """By its recursion, without a table's bookkeeping."""
+    table = np.zeros((len(a) + 1, len(b) + 1), int)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
+    return table[-1, -1]
+
+
+@quick
+@given(SAID, SAID.filter(bool))
+def test_rouge_l_by_its_definition(said, reference):
+    common = _longest_common(said.split(), reference.split())
+    recall, precision = common / len(reference.split()), common / max(1, len(said.split()))
+    f1 = 2 * recall * precision / (recall + precision) if common else 0.0
+    assert metrics.rouge_l(said, reference, measure="recall", stemmer=False) == pytest.approx(recall)
+    assert metrics.rouge_l(said, reference, measure="f1", stemmer=False) == pytest.approx(f1)
+    assert metrics.rouge_l(f"{said}!", reference.upper(), measure="f1", stemmer=False) == pytest.approx(f1)
+
+
+@quick
+@given(HITS)
+def test_memorisation_by_its_definition(hits):
+    assert metrics.exact_memorization(hits) == pytest.approx(sum(hits) / len(hits))
+    shortest = next(k for k in range(len(hits) + 1) if all(hits[k:]))
+    assert metrics.extraction_strength(hits) == pytest.approx(1 - shortest / len(hits))
+    assert metrics.extraction_strength(hits) <= metrics.exact_memorization(hits) + 1e-12
+
+
+@quick
+@given(SCORES, SCORES, st.floats(0.05, 1))
+def test_auc_and_privleak_by_their_definitions(forget, holdout, retrained):
+    pairs = [(x > y) + (x == y) / 2 for x in holdout for y in forget]
+    area = sum(pairs) / len(pairs)
+    assert metrics.auc(holdout, forget) == pytest.approx(area)
+    assert metrics.auc(forget, holdout) == pytest.approx(1 - area)
+    wanted = 100 * ((1 - area) - retrained) / retrained
+    assert metrics.privleak(forget, holdout, retrained) == pytest.approx(wanted)
+    interval = metrics.auc_interval(holdout, forget)
+    assert 0 <= interval.low <= interval.estimate <= interval.high <= 1 and interval.low < interval.high
+
+
+@quick
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=40))
+def test_wilsons_interval_solves_its_equation(hits):
+    share, low, high = metrics.mean_interval(hits)
+    assert share == pytest.approx(np.mean(hits)) and 0 <= low <= share <= high <= 1 and low < high
+    for end in (low, high):  # |share - p| = z sqrt(p (1 - p) / n)
+        assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / len(hits)), abs=1e-5)
+
+
+@quick
+@given(
+    st.lists(st.floats(-5, 5), min_size=2, max_size=20), st.lists(st.floats(-5, 5), min_size=20, max_size=20)
+)
+def test_a_comparison_with_itself_says_nothing(a, noise):
+    same = metrics.compare_paired(a, a, resamples=50)
+    assert same.difference == (0.0, 0.0, 0.0) and same.p_value == 1.0
+    b = [x + y for x, y in zip(a, noise, strict=False)]
+    there, back = (metrics.compare_paired(*pair, resamples=50) for pair in ((a, b), (b, a)))
+    assert there.difference.estimate == pytest.approx(-back.difference.estimate)
+    assert there.p_value == back.p_value and 0 < there.p_value <= 1
+
+
+def test_the_intervals_of_an_auc_cover_it_about_as_often_as_they_say():
+    rng, hits = np.random.default_rng(3), 0
+    for _ in range(200):
+        interval = metrics.auc_interval(rng.normal(2.5, 1, 12), rng.normal(0, 1, 12))
+        hits += interval.low <= 0.9615 <= interval.high  # Phi(2.5 / sqrt 2)
+    assert 0.9 <= hits / 200 <= 0.995
+    assert metrics.auc_interval([1.0] * 12, [0.0] * 12).low == pytest.approx(0.832, abs=1e-3)
+
+
+def test_large_samples_are_drawn_in_blocks(monkeypatch):
+    values = list(range(50))
+    whole = metrics.bootstrap(values)
+    monkeypatch.setattr(metrics, "_DRAWN_AT_ONCE", 50 * 100)
+    assert metrics.bootstrap(values) == pytest.approx(whole, rel=0.05)
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: metrics.truth_ratio(1.0, []), "perturbed_losses"),
+        (lambda: metrics.truth_ratio_score([]), "ratios"),
+        (lambda: metrics.truth_ratio_score([-1.0]), "ratios"),
+        (lambda: metrics.multiple_choice_probability(1.0, []), "wrong_losses"),
+        (lambda: metrics.forget_quality([1.0, NAN], [1.0]), "unlearned_ratios"),
+        (lambda: metrics.forget_quality([], [1.0]), "unlearned_ratios"),
+        (lambda: metrics.model_utility({}), "sets"),
+        (lambda: metrics.perplexity([]), "token_logprobs"),
+        (lambda: metrics.refusal_rate([]), "answers"),
+        (lambda: metrics.refusal_rate("I do not know"), "answers"),
+        (lambda: metrics.exact_memorization([]), "hits"),
+        (lambda: metrics.extraction_strength([]), "hits"),
+        (lambda: metrics.multiple_choice_accuracy([], []), "correct"),
+        (lambda: metrics.min_k([], 20), "token_logprobs"),
+        (lambda: metrics.min_k_plus_plus([-1.0], [1.0, 2.0], [1.0], 20), "entropies, variances"),
+        (lambda: metrics.auc([], [1.0]), "positive"),
+        (lambda: metrics.privleak([], [1.0], 0.5), "forget_scores"),
+        (lambda: metrics.privleak([1.0], [NAN], 0.5), "holdout_scores"),
+        (lambda: metrics.privleak([1.0], [1.0], NAN), "auc_retrain"),
+        (lambda: metrics.bootstrap([]), "values"),
+        (lambda: metrics.bootstrap([1.0, NAN]), "values"),
+        (lambda: metrics.bootstrap([1.0, 2.0], confidence=95), "confidence"),
+        (lambda: metrics.bootstrap([1.0, 2.0], resamples=0), "resamples"),
+        (lambda: metrics.mean_interval([]), "values"),
+        (lambda: metrics.compare_paired([1.0], []), "b"),
+        (lambda: metrics.contains_words("text", " "), "value"),
+    ],
+)
+def test_what_cannot_be_computed_is_an_error_that_names_the_argument(call, argument):
+    with pytest.raises(ValueError, match=f"^{argument}: "):
+        call()
+
+
+def test_nan_goes_through_and_is_never_a_number():
+    told = (
+        metrics.probability(NAN),
+        metrics.truth_ratio(NAN, [1.0]),
+        metrics.truth_ratio(1.0, [1.0, NAN]),
+        metrics.truth_ratio_score([1.0, NAN]),
+        metrics.multiple_choice_probability(1.0, [NAN]),
+        metrics.perplexity([-1.0, NAN]),
+        metrics.min_k_plus_plus([-1.0, -2.0], [1.0, NAN], [1.0, 1.0], 20),
+        metrics.min_k_plus_plus([-1.0, NAN], [1.0, 1.0], [1.0, NAN], 20),
+    )
+    assert all(map(math.isnan, told))
+
+
+def test_extremes_are_no_accidents():
+    assert metrics.truth_ratio(0.0, [2000.0]) == math.inf and metrics.truth_ratio(2000.0, [0.0]) == 0.0
+    assert metrics.truth_ratio_score([math.inf, 0.0]) == 0.5
+    assert metrics.perplexity([-2000.0]) == math.inf
+    assert metrics.forget_quality([1.0], [1.0]) == 1.0 and metrics.forget_quality([2.0] * 9, [2.0] * 9) == 1.0
+    one = metrics.compare_paired([1.0], [3.0])
+    assert one.difference.estimate == 2.0 and math.isnan(one.difference.low) and one.p_value == 1.0
+    assert metrics.contains_words("Le caf\u0065\u0301 de l\u2019Ode\u0301on", "café de l'Odéon")
 
 
 def _ratios(rows):

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..prompts import Conversation, Prompting, PromptRenderer
+from ..prompts import Conversation, Prompting, PromptRenderer, fill_prefix
+from .attack_rows import value_of
 from .scoring import Forced
 from .suites import Task, fill
 
@@ -31,8 +32,9 @@ class Item:
     Attributes:
         id: of the row in its task.
         prompt: ids before the answer.
-        shown: what the row's record says about itself (question, reference).
+        shown: what the row's record says about itself (question, answer, value, note).
         reference: for `generate`.
+        value: for `generate`: the part of the reference that must be said, where the row has a column `value`.
         texts: for `score` and `multiple_choice`: name -> sequences.
         lists: names of the texts whose column held a list.
         correct: for `multiple_choice`.
@@ -42,6 +44,7 @@ class Item:
     prompt: list[int]
     shown: dict[str, Any]
     reference: str = ""
+    value: str | None = None
     texts: dict[str, list[Forced]] = field(default_factory=dict)
     lists: frozenset[str] = frozenset()
     correct: int = 0
@@ -66,6 +69,8 @@ class Asker:
         shots: rows of the worked examples.
         context: how many tokens the model can read, or None.
         prompting: how prompts are written for the model; a task's own `plain` comes first.
+        steering: what is said before every question; so the steered teacher is asked.
+        subjects: what `{subject}` in it stands for, in turn; none: the row's own.
     """
 
     def __init__(
@@ -75,8 +80,10 @@ class Asker:
         shots: Sequence[Mapping[str, Any]] = (),
         context: int | None = None,
         prompting: Prompting | None = None,
+        steering: str | None = None,
+        subjects: Sequence[str] = (),
     ):
-        prompting = prompting or Prompting()
+        prompting, self.steering, self.subjects = prompting or Prompting(), steering, tuple(subjects)
         self.tokenizer, self.task, self.context = tokenizer, task, context
         self.plain = task.plain or prompting.plain_template
         self.renderer = PromptRenderer(tokenizer, self.plain, prompting.chat_template_kwargs)
@@ -111,6 +118,15 @@ class Asker:
         return item
 
     # --- prompts -----------------------------------------------------------------------------------------------
+
+    def _prompt(
+        self, index: int, conversation: Conversation, row: Mapping[str, Any], where: str
+    ) -> list[int]:
+        subject = self.subjects[index % len(self.subjects)] if self.subjects else row.get("subject")
+        steering = None if self.steering is None else fill_prefix(self.steering, subject, where)
+        return self.renderer.encode(
+            conversation, "\n\n".join(filter(None, (steering, self.task.system))) or None
+        )
 
     def _question(self, row: Mapping[str, Any], where: str) -> str:
         question = fill(self.task.question or "", row, where)
@@ -151,13 +167,23 @@ class Asker:
 
     def _generate(self, index: int, row: Mapping[str, Any], conversation: Conversation, where: str) -> Item:
         reference = self._reference(row, where)
-        prompt = self.renderer.encode(conversation, self.task.system)
-        return Item(index, prompt, {"question": self._question(row, where), "answer": reference}, reference)
+        prompt = self._prompt(index, conversation, row, where)
+        shown: dict[str, Any] = {"question": self._question(row, where), "answer": reference}
+        try:
+            value = value_of(row, reference, where)
+        except ValueError as error:  # a column of that name may be about something else
+            value, shown["note"] = None, f"{error}; it was not used"
+        if value is not None:
+            shown["value"] = value
+        # An answer that the model cannot write would look like one that it forgot.
+        wanted = reference if value is None else value
+        self._check_known(self._ids(self._answer_text(conversation, wanted)), wanted, where)
+        return Item(index, prompt, shown, reference, value)
 
     def _score(
         self, index: int, row: Mapping[str, Any], conversation: Conversation | None, where: str
     ) -> Item:
-        prompt = [] if conversation is None else self.renderer.encode(conversation, self.task.system)
+        prompt = [] if conversation is None else self._prompt(index, conversation, row, where)
         texts: dict[str, list[Forced]] = {}
         lists = set()
         for name, columns in self.task.texts.items():
@@ -183,7 +209,7 @@ class Asker:
     def _choice(self, index: int, row: Mapping[str, Any], conversation: Conversation, where: str) -> Item:
         choices = self._choices(row, where)
         correct = self._correct(row, where)
-        prompt = self.renderer.encode(conversation, self.task.system)
+        prompt = self._prompt(index, conversation, row, where)
         scored = LETTERS[: len(choices)] if self.task.letters else choices
         forced = [self._forced(prompt, conversation, text, where) for text in scored]
         shown = {"question": self._question(row, where), "choices": choices, "correct": correct}
@@ -218,6 +244,14 @@ class Asker:
             )
         return given
 
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+
+    def _check_known(self, ids: Sequence[int], text: str, where: str) -> None:
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in ids:
+            raise CannotAsk("unknown_tokens", f"{where}: the tokenizer cannot represent {text!r:.60}")
+
     def _forced(self, prompt: list[int], conversation: Conversation | None, text: str, where: str) -> Forced:
         text = self._answer_text(conversation, text)
         if conversation is None:
@@ -226,16 +260,12 @@ class Asker:
             # Alone, a text's first token is only read: nothing predicts it.
             prompt, answer = ids[:1], ids[1:]
         else:
-            answer = self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
-            answer = answer[: self.task.max_tokens]
+            answer = self._ids(text)[: self.task.max_tokens]
         if not answer:
             raise CannotAsk("no_tokens", f"{where}: {text!r:.60} has no tokens to score")
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown in answer:
-            raise CannotAsk("unknown_tokens", f"{where}: the tokenizer cannot represent {text!r:.60}")
-        end = self.tokenizer.eos_token_id
-        if self.task.end_token and end is not None and self.task.kind == "score":
-            answer = [*answer, end]
+        self._check_known(answer, text, where)
+        if self.task.end_token and self.task.kind == "score":
+            answer = [*answer, *self.renderer.ending(conversation)]
         return Forced(list(prompt), list(answer))
 
 

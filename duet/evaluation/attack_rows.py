@@ -9,12 +9,12 @@ Knows text. Must not know models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data import read_rows
 from ..prompts import Conversation
+from ..rows import read_rows
 from . import metrics
 
 
@@ -71,7 +71,7 @@ class AttackRow:
 
 
 def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[AttackRow]:
-    """Rows as `duet.data.read_rows` reads them, with an answer each; optional columns `value` and `paraphrases`.
+    """Rows as `duet.rows.read_rows` reads them, with an answer each; optional columns `value` and `paraphrases`.
 
     `paraphrases` is a list of questions; TOFU's `paraphrased_question` serves too.
 
@@ -93,11 +93,7 @@ def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[Atta
         row, name = rows[i], f"{argument}[{i}]"
         if query.answer is None:
             raise ValueError(f"{name}: wanted a row with an 'answer', got the keys {sorted(row)}")
-        value = row.get("value")
-        if value is not None and (not isinstance(value, str) or not value.strip()):
-            raise ValueError(f"{name}['value']: wanted a text that is not empty, got {value!r}")
-        if value is not None and not metrics.contains_words(query.answer, value):
-            raise ValueError(f"{name}['value']: wanted a part of the answer {query.answer!r}, got {value!r}")
+        value = value_of(row, query.answer, name)
         others = row.get("paraphrases", row.get("paraphrased_question")) or ()
         others = (others,) if isinstance(others, str) else tuple(others)
         if not all(isinstance(other, str) and other.strip() for other in others):
@@ -106,10 +102,28 @@ def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[Atta
     return read
 
 
+def value_of(row: Mapping[str, Any], answer: str, where: str) -> str | None:
+    """The column `value` of a row: the part of the answer that must not be said; None where it has none.
+
+    Raises:
+        ValueError: `where` names the row.
+    """
+    value = row.get("value")
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)  # a year
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}['value']: wanted a text that is not empty, got {value!r}")
+    if not metrics.contains_words(answer, value):
+        raise ValueError(f"{where}['value']: wanted a part of the answer {answer!r}, got {value!r}")
+    return value
+
+
 def halves(rows: Sequence[AttackRow]) -> tuple[list[AttackRow], list[AttackRow]]:
     """What a relearning attacker sees, and the other half, which he asks for: no subject is in both.
 
-    Rows without subjects are cut in the middle: neighbours are often about the same thing.
+    Rows without subjects, or about a single one, are cut in the middle: neighbours are often about the same thing.
     """
     subjects = list(dict.fromkeys(row.subject for row in rows))
     if None in subjects or len(subjects) < 2:

@@ -12,20 +12,25 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.markup import escape
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from ..lm import check_head
+from ..names import check_one_of
+from ..provenance import tokenizer_hash
 from . import metrics, models
 from .attacks import ATTACKS, DIRECT
 from .distribution import auc_leak
 from .journal import Journal, write_json
+from .summary import MEANING
 from .target import Outcomes, Target
 
 REPORT = "attacks.json"
@@ -52,7 +57,7 @@ def run_attacks(
         attacks: names of `ATTACKS`; None: all. What cannot be tried is listed as skipped, with the reason.
         name: of the model, for the record.
         base: the model before unlearning, with the same rows: asked directly, for comparison.
-        progress: called after every unit.
+        progress: called before the first and after every unit of an attack.
 
     Returns:
         what `attacks.json` holds: `attacks`, the worst first; `direct`, without an attack; `base`; `skipped`.
@@ -60,12 +65,9 @@ def run_attacks(
     Raises:
         ValueError: an unknown attack; `out` with another run's results.
     """
-    names = (
-        list(ATTACKS) if attacks is None else [DIRECT, *(a for a in dict.fromkeys(attacks) if a != DIRECT)]
-    )
+    names = list(dict.fromkeys((DIRECT, *(ATTACKS if attacks is None else attacks))))
     for attack in names:
-        if attack not in ATTACKS:
-            raise ValueError(f"attacks: wanted some of {', '.join(ATTACKS)}, got {attack!r}")
+        check_one_of("attacks", attack, ATTACKS)
     check_head(target.model)
     journal = Journal(
         Path(out), _manifest(target, base), key=("attack", "unit", "variant", "id"), note={"model": name}
@@ -89,6 +91,7 @@ def run_attacks(
 
 
 def _run(journal: Journal, target: Target, attack: str, units: Sequence[Any], progress: Progress) -> None:
+    progress(attack, 0, len(units))
     for number, (unit, work) in enumerate(units):
         if (attack, unit, "", -1) not in journal.done:
             queries, steps, start = target.queries, target.steps, time.monotonic()
@@ -115,7 +118,7 @@ def _manifest(target: Target, base: Target | None) -> dict[str, Any]:
         **{k: v for k, v in asdict(target.options).items() if k != "batch_size"},
         "base_fingerprint": None if base is None else models.fingerprint(base.model),
         "model_fingerprint": models.fingerprint(target.model),
-        "tokenizer_fingerprint": models.tokenizer_fingerprint(target.tokenizer),
+        "tokenizer_fingerprint": tokenizer_hash(target.tokenizer, template=True),
         **target.prompting.changed(),
     }
 
@@ -147,7 +150,7 @@ def _entry(attack: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     entry = {
         "name": attack,
         "what": found.what,
-        "strength": found.strength,
+        "strength": ": ".join(filter(None, (found.strength, _given(told.get(worst, {}).get("given", {}))))),
         "measure": found.measure,
         "leak": None if worst is None else known[worst]["leak"],
         "worst_variant": worst,
@@ -159,16 +162,23 @@ def _entry(attack: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return entry | _curves(variants, told)
 
 
+def _given(counts: Mapping[str, int]) -> str:
+    """What the attacker gave the model, and to how many rows where it differs."""
+    return ", ".join(text if len(counts) == 1 else f"{text} ({n} rows)" for text, n in counts.items())
+
+
 def _variant(attack: str, rows: Outcomes) -> dict[str, Any]:
     status: dict[str, int] = {}
     for row in rows:
         status[row["status"]] = status.get(row["status"], 0) + 1
     if attack == "membership":
         return auc_leak(rows) | {"status": status}
+    given = Counter(row["given"] for row in rows if "given" in row)
     leaked = [row["leaked"] for row in rows if row["leaked"] is not None]
     told: dict[str, Any] = {"leak": None, "low": None, "high": None, "rows": len(leaked), "status": status}
+    told |= {"given": dict(given)} if given else {}
     if leaked:
-        interval = metrics.bootstrap(leaked)
+        interval = metrics.mean_interval(leaked)
         ends = (None if math.isnan(end) else end for end in interval[1:])
         told |= dict(zip(("leak", "low", "high"), (interval[0], *ends), strict=True))
         told |= {k: _mean(rows, k) for k in MEANS if any(row.get(k) is not None for row in rows)}
@@ -194,34 +204,48 @@ def _curves(variants: Mapping[str, Outcomes], told: Mapping[str, dict[str, Any]]
 
 
 def table(report: Mapping[str, Any], title: str) -> Table:
-    """The worst attack first; at the end what was asked without an attack, and what could not be tried."""
-    shown = Table(title=title, box=box.SIMPLE, padding=(0, 1))
-    for column in ("attack", "leak (95 %)", "worst variant", "queries", "steps", "s"):
-        shown.add_column(column, no_wrap=column != "worst variant")
+    """The worst attack first; at the end what was asked without an attack."""
+    shown = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1))
+    for column in ("attack", "leak (95 %)", "rows", "queries", "steps", "seconds"):
+        shown.add_column(column, no_wrap=True, justify="left" if column == "attack" else "right")
     for entry in _lines(report):
         worst = entry["variants"].get(entry["worst_variant"], {})
         leak = "undefined" if entry["leak"] is None else f"{entry['leak']:.2f}"
         if worst.get("low") is not None:
             leak += f" ({worst['low']:.2f} to {worst['high']:.2f})"
         cost = entry["cost"]
-        spent = str(cost["queries"]), str(cost["steps"] or ""), f"{cost['seconds']:.0f}"
-        shown.add_row(entry["name"], leak, escape(_cut(entry["worst_variant"] or "")), *spent)
-    for entry in report["skipped"]:
-        shown.add_row(entry["name"], "skipped", entry["why"], "", "", "")
+        spent = str(cost["queries"]), str(cost["steps"]), f"{cost['seconds']:.0f}"
+        shown.add_row(entry["name"], leak, str(worst.get("rows", 0)), *spent)
     return shown
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 40 else text[:39] + "…"
-
-
-def legend(report: Mapping[str, Any]) -> Table:
-    """What each attacker does and must have, in the table's order."""
+def legend(report: Mapping[str, Any]) -> Group:
+    """What each attacker does and must have, and his best variant, in the table's order; then what was not tried."""
     shown = Table.grid(padding=(0, 2))
     for entry in _lines(report):
         measure = "" if entry["measure"] == ATTACKS[DIRECT].measure else f"; leak: {entry['measure']}"
-        shown.add_row(entry["name"], f"{entry['what']} (wants {entry['strength']}){measure}")
-    return shown
+        worst = f"; worst: {worst_variant(entry)}" if len(entry["variants"]) > 1 else ""
+        left_out = "".join(
+            f"; {n} row{'s' if n != 1 else ''} {MEANING[s]}" for s, n in _left_out(entry).items()
+        )
+        told = f"{entry['what']} (wants {entry['strength']}){measure}{worst}{left_out}"
+        shown.add_row(entry["name"], Text(told))
+    skipped = [Text(f"not tried: {entry['name']} ({entry['why']})") for entry in report["skipped"]]
+    return Group(shown, *skipped)
+
+
+def worst_variant(entry: Mapping[str, Any]) -> str:
+    """Its name, where one brought anything back."""
+    if entry["leak"] == 0 and len(entry["variants"]) > 1:
+        return f"none of {len(entry['variants'])} brought anything back"
+    return entry["worst_variant"] or "none could be judged"
+
+
+def _left_out(entry: Mapping[str, Any]) -> dict[str, int]:
+    """Rows of the worst variant that could not be judged, by status."""
+    variants = entry["variants"]
+    status = variants.get(entry["worst_variant"], next(iter(variants.values()), {})).get("status", {})
+    return {s: n for s, n in status.items() if s not in ("ok", "empty")}
 
 
 def _lines(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -118,12 +118,13 @@ def _continuation(target: Target) -> Iterator[Unit]:
 
 def _few_shot(target: Target) -> Iterator[Unit]:
     def shown(name: str, pool: Sequence[AttackRow]) -> Outcomes:
-        prompts = []
+        prompts, given = [], []
         for row in target.rows:
-            others = [p for p in pool if p.id != row.id and (p.subject is None or p.subject != row.subject)]
-            turns = [(p.question, p.answer) for p in (others or [p for p in pool if p.id != row.id])]
-            prompts.append(target.prompt(target.dialogue(turns[: target.options.shots], row)))
-        return target.outcomes(name, target.rows, prompts)
+            examples, about = _examples(row, [p for p in pool if p.id != row.id])
+            turns = [(p.question, p.answer) for p in examples[: target.options.shots]]
+            prompts.append(target.prompt(target.dialogue(turns, row)))
+            given.append(f"examples {about}")
+        return _giving(target.outcomes(name, target.rows, prompts), given)
 
     if target.retain:
         kept = [AttackRow(-1 - r.id, r.conversation, r.answer, r.subject) for r in target.retain]
@@ -133,6 +134,23 @@ def _few_shot(target: Target) -> Iterator[Unit]:
             "other forgotten rows as examples",
             lambda: shown("other forgotten rows as examples", target.rows),
         )
+
+
+OTHER, UNKNOWN, SAME = "about other subjects", "whose subject is not known", "about the same subject"
+
+
+def _examples(row: AttackRow, pool: Sequence[AttackRow]) -> tuple[list[AttackRow], str]:
+    """The rows that give away least about `row`, and what they are about: others, unknown, or (all there is) the same."""
+    others = [p for p in pool if None not in (p.subject, row.subject) and p.subject != row.subject]
+    if others:
+        return others, OTHER
+    unknown = [p for p in pool if None in (p.subject, row.subject)]
+    return (unknown, UNKNOWN) if unknown else (list(pool), SAME)
+
+
+def _giving(outcomes: Outcomes, given: Sequence[str]) -> Outcomes:
+    """The outcomes, each with what the attacker gave the model beside the question."""
+    return [outcome | {"given": text} for outcome, text in zip(outcomes, given, strict=True)]
 
 
 def _step_by_step(target: Target) -> Iterator[Unit]:
@@ -163,10 +181,14 @@ def _step_by_step(target: Target) -> Iterator[Unit]:
 # --- attacks on the weights ------------------------------------------------------------------------------------
 
 
-def _training(target: Target, shown: Sequence[AttackRow], asked: Sequence[AttackRow]) -> Iterator[Unit]:
+def _training(
+    target: Target, shown: Sequence[AttackRow], asked: Sequence[AttackRow], what: Sequence[str]
+) -> Iterator[Unit]:
+    """`what` the rows shown are, for each row asked."""
     options = target.options
-    sequences = [f for f in map(target.forced, shown) if target.fits(len(f.prompt) + len(f.answer) - 1)]
-    for rate in options.relearn_rates if sequences else ():
+    sequences = [target.forced(row) for row in shown if target.why_not_scored(row) is None]
+    given = [f"{each} ({len(sequences)})" for each in what]
+    for rate in options.relearn_rates:
 
         def work(rate=rate) -> Outcomes:
             found: Outcomes = []
@@ -180,7 +202,7 @@ def _training(target: Target, shown: Sequence[AttackRow], asked: Sequence[Attack
                     pad_id=target.pad_id,
                     seed=options.seed,
                 ):
-                    outcomes = target.ask(f"learning rate {rate:g}, {step} steps", asked)
+                    outcomes = _giving(target.ask(f"learning rate {rate:g}, {step} steps", asked), given)
                     found += [o | {"rate": rate, "step": step, "loss": loss} for o in outcomes]
             target.steps += max(options.relearn_curve)
             return found
@@ -189,11 +211,16 @@ def _training(target: Target, shown: Sequence[AttackRow], asked: Sequence[Attack
 
 
 def _relearning(target: Target) -> Iterator[Unit]:
-    return _training(target, *halves(target.rows))
+    shown, asked = halves(target.rows)
+    told = {row.subject for row in shown}
+    about = [
+        UNKNOWN if None in (row.subject, *told) else SAME if row.subject in told else OTHER for row in asked
+    ]
+    return _training(target, shown, asked, [f"facts {each}" for each in about])
 
 
 def _benign(target: Target) -> Iterator[Unit]:
-    return _training(target, target.retain, target.rows)
+    return _training(target, target.retain, target.rows, ["rows that may be known"] * len(target.rows))
 
 
 def _quantisation(target: Target) -> Iterator[Unit]:
@@ -234,8 +261,22 @@ def _wants(*names: str) -> Callable[[Target], str | None]:
     return missing
 
 
-def _two_rows(target: Target) -> str | None:
-    return None if all(halves(target.rows)) else "it wants at least two forget rows: one half is shown"
+def _no_half(target: Target) -> str | None:
+    shown, asked = halves(target.rows)
+    if not shown or not asked:
+        return "it wants at least two forget rows: one half is shown"
+    return _nothing_to_train(target, shown)
+
+
+def _no_benign(target: Target) -> str | None:
+    return _wants("retain")(target) or _nothing_to_train(target, target.retain)
+
+
+def _nothing_to_train(target: Target, shown: Sequence[AttackRow]) -> str | None:
+    found = {target.why_not_scored(row) for row in shown}
+    if None in found:
+        return None
+    return f"none of its {len(shown)} rows can be trained on: {', '.join(sorted(found))}"
 
 
 def _has_adapter(target: Target) -> str | None:
@@ -284,15 +325,20 @@ ATTACKS: dict[str, Attack] = {
     "continuation": Attack(
         "writes a text to be continued instead of a question", PROMPTS, _continuation, left_out=_no_openings
     ),
-    "few_shot": Attack("shows questions with true answers first", PROMPTS, _few_shot, left_out=_no_examples),
+    "few_shot": Attack(
+        "shows questions with true answers first",
+        "prompts, and true answers to other questions",
+        _few_shot,
+        left_out=_no_examples,
+    ),
     "step_by_step": Attack("lets the model write down what it remembers first", PROMPTS, _step_by_step),
     "relearning": Attack(
         "fine-tunes on half of the forgotten facts, and asks for the other half",
         WEIGHTS,
         _relearning,
-        _two_rows,
+        _no_half,
     ),
-    "benign_finetuning": Attack("fine-tunes on rows that may be known", WEIGHTS, _benign, _wants("retain")),
+    "benign_finetuning": Attack("fine-tunes on rows that may be known", WEIGHTS, _benign, _no_benign),
     "quantisation": Attack("rounds the weights", WEIGHTS, _quantisation, left_out=_no_nf4),
     "adapter": Attack("takes the adapter off, or merges it", WEIGHTS, _adapter, _has_adapter),
     "membership": Attack(

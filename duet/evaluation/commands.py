@@ -1,11 +1,14 @@
 """What `duet eval` and `duet attack` do once their arguments are parsed: load, run with a progress display, show a table.
 
-Knows the console. Must not know how anything is measured.
+Knows the console: one that takes texts as they are, so that a path or a question with [brackets] is printed whole. Must
+not know how anything is measured.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +28,7 @@ def run_eval(
     data: Path | None = None,
     retain_run: Path | None = None,
     settings: Sequence[str] = (),
+    steering: str | None = None,
     lm_eval: str | None = None,
     limit: int | None = None,
     batch_size: int = 16,
@@ -37,11 +41,12 @@ def run_eval(
     from . import models, runner, summary
     from .suites import load_suite
 
-    console = console or Console()
+    console = console or literal_console()
     if suite is None and lm_eval is None:
         raise ValueError("suite: wanted --suite, --lm-eval or both, got neither")
-    if lm_eval is not None:
-        require_lm_eval()
+    if steering is not None and lm_eval is not None:
+        raise ValueError("steering: wanted --suite alone, got --lm-eval, whose prompts are its own")
+    tasks = None if lm_eval is None else lm_eval_tasks(lm_eval)
     chosen = None if suite is None else load_suite(suite, options_of(settings))
     model, tokenizer = models.load(name, dtype, device)
     results: dict[str, Any] = {}
@@ -58,15 +63,15 @@ def run_eval(
                 limit=limit,
                 retain_run=retain_run,
                 prompting=Prompting.of(name),
+                steering=steering,
                 progress=shown,
             )
         console.print(summary.table(results, f"{chosen.name}: {name}"))
         for task in results["left_out"]:
-            console.print(f"left out: {task} (no such file in {data})", highlight=False)
-        console.print(f"written to {out / runner.SUMMARY}", highlight=False)
-    if lm_eval is not None:
-        tasks = [task.strip() for task in lm_eval.split(",") if task.strip()]
-        results["lm_eval"] = run_lm_eval(model, tokenizer, tasks, out, limit, batch_size, console)
+            console.print(f"left out: {task} (no such file in {data})", soft_wrap=True)
+        console.print(f"written to {out / runner.SUMMARY}", soft_wrap=True)
+    if tasks is not None:
+        results["lm_eval"] = run_lm_eval(model, tokenizer, tasks, out, limit, batch_size, console, name=name)
     return results
 
 
@@ -91,13 +96,15 @@ def run_attack(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """`duet attack`; see `attack_run.run_attacks`."""
+    from ..names import check_one_of
     from ..prompts import Prompting
     from ..sources import read_table
     from . import attack_run, models
     from .attack_rows import read_attack_rows
+    from .attacks import ATTACKS
     from .target import AttackOptions, Target
 
-    console = console or Console()
+    console = console or literal_console()
 
     def rows_of(path: str | None, argument: str) -> list[Any]:
         if path is None:
@@ -106,10 +113,16 @@ def run_attack(
             raise FileNotFoundError(f"{argument}: there is no file {path!r}")
         return read_attack_rows(read_table(Path(path), argument)[:limit], argument)
 
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: wanted an integer >= 1, got {limit}")
+    chosen = None if attacks is None else [attack.strip() for attack in attacks.split(",") if attack.strip()]
+    if chosen == []:
+        raise ValueError(f"attacks: wanted some of {', '.join(ATTACKS)}, got none")
+    for attack in chosen or ():
+        check_one_of("attacks", attack, ATTACKS)
     given: dict[str, Any] = {}
     if reverse_prompts is not None:
-        lines = reverse_prompts.read_text(encoding="utf-8").splitlines()
-        given["seen_reverse_prompts"] = tuple(line.strip() for line in lines if line.strip())
+        given["seen_reverse_prompts"] = _wordings(reverse_prompts)
     if relearn_rates is not None:
         given["relearn_rates"] = _numbers(relearn_rates, float, "relearn_rates")
     if relearn_steps is not None:
@@ -117,23 +130,35 @@ def run_attack(
     options = AttackOptions(
         threshold=threshold, max_new_tokens=max_new_tokens, batch_size=batch_size, **given
     )
-    rows = {
-        key: rows_of(path, key) for key, path in (("rows", forget), ("retain", retain), ("holdout", holdout))
-    }
+    rows, kept, unseen = (
+        rows_of(path, key) for key, path in (("forget", forget), ("retain", retain), ("holdout", holdout))
+    )
     # The base, too, is asked as the model was trained: the same questions, or nothing could be compared.
     asked = {"options": options, "prompting": Prompting.of(name)}
-    target = Target(*models.load(name, dtype, device), **rows, **asked)
-    before = None if base is None else Target(*models.load(base, dtype, device), rows["rows"], **asked)
-    chosen = None if attacks is None else [attack.strip() for attack in attacks.split(",") if attack.strip()]
+    target = Target(*models.load(name, dtype, device), rows, kept, unseen, **asked)
+    before = None if base is None else Target(*models.load(base, dtype, device), rows, **asked)
     with _resumable(out, console), progress(console) as shown:
         report = attack_run.run_attacks(
             target, out=out, attacks=chosen, name=name, base=before, progress=shown
         )
     console.print(attack_run.table(report, f"{name}: the worst attack first"))
     console.print(attack_run.legend(report))
-    console.print(f"leak: {report['success']}", highlight=False)
-    console.print(f"written to {out / attack_run.REPORT}", highlight=False)
+    console.print(f"leak: {report['success']}", soft_wrap=True)
+    console.print(f"written to {out / attack_run.REPORT}", soft_wrap=True)
     return report
+
+
+def _wordings(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        raise FileNotFoundError(f"reverse_prompts: there is no file {str(path)!r}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"reverse_prompts: {path} is not UTF-8 text: {error.reason}") from None
+    found = tuple(line.strip() for line in lines if line.strip())
+    if not found:
+        raise ValueError(f"reverse_prompts: wanted at least one wording in {path}, got none")
+    return found
 
 
 def _numbers(text: str, kind: Callable[[str], Any], argument: str) -> tuple[Any, ...]:
@@ -146,11 +171,29 @@ def _numbers(text: str, kind: Callable[[str], Any], argument: str) -> tuple[Any,
 # --- lm-evaluation-harness -------------------------------------------------------------------------------------
 
 
-def require_lm_eval() -> None:
+def lm_eval_tasks(text: str) -> list[str]:
+    """`"mmlu, wmdp_bio"` -> the tasks, all of which the harness knows.
+
+    Raises:
+        ValueError: it is not installed; none or unknown tasks.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
             "lm_eval: wanted lm-evaluation-harness to be installed (pip install lm_eval), got no such package"
         )
+    tasks = [task.strip() for task in text.split(",") if task.strip()]
+    unknown = [task for task in tasks if task not in _task_manager().all_tasks]
+    if not tasks or unknown:
+        raise ValueError(
+            f"lm_eval: wanted tasks of lm-evaluation-harness, got {', '.join(unknown) or 'none'}"
+        )
+    return tasks
+
+
+def _task_manager() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(LM_EVAL_TASKS))
 
 
 def run_lm_eval(
@@ -161,40 +204,62 @@ def run_lm_eval(
     limit: int | None,
     batch_size: int,
     console: Console,
+    *,
+    name: str = "",
 ) -> dict[str, Any]:
-    """Tasks of lm-evaluation-harness, its own and ours (tofu_*), into `lm_eval.json`."""
-    require_lm_eval()
+    """Tasks of lm-evaluation-harness, its own and ours (tofu_*), into `out/lm_eval.json`, beside those that are there.
+
+    Raises:
+        ValueError: `out` holds such results of another model, or with another limit.
+    """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    from .journal import write_json
+    from ..provenance import tokenizer_hash
+    from . import models
+    from .journal import LM_EVAL, write_json
 
-    manager = TaskManager(include_path=str(LM_EVAL_TASKS))
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if not tasks or unknown:
-        raise ValueError(
-            f"lm_eval: wanted tasks of lm-evaluation-harness, got {', '.join(unknown) or 'none'}"
-        )
+    manifest = {
+        "model_fingerprint": models.fingerprint(model),
+        "tokenizer_fingerprint": tokenizer_hash(tokenizer, template=True),
+        "limit": limit,
+    }
+    before = json.loads((out / LM_EVAL).read_text(encoding="utf-8")) if (out / LM_EVAL).is_file() else {}
+    for key, value in manifest.items():
+        if before and before["manifest"].get(key) != value:
+            raise ValueError(
+                f"out: {out / LM_EVAL} holds results of another run: {key} was {before['manifest'].get(key)!r} and is "
+                f"{value!r} now; wanted a new folder"
+            )
     found = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),
-        task_manager=manager,
+        task_manager=_task_manager(),
         limit=limit,
     )
     results = {task: {k: v for k, v in row.items() if _plain(v)} for task, row in found["results"].items()}
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "lm_eval.json", {"results": results, "versions": found.get("versions", {})})
-    console.print(make_table(found), highlight=False)
+    kept = {
+        key: before.get(key, {}) | new
+        for key, new in (("results", results), ("versions", found.get("versions", {})))
+    }
+    write_json(out / LM_EVAL, {"model": name, "manifest": manifest, **kept})
+    console.print(make_table(found))
+    console.print(f"written to {out / LM_EVAL}", soft_wrap=True)
     return results
 
 
 def _plain(value: Any) -> bool:
-    return isinstance(value, (str, int)) or (isinstance(value, float) and value == value)
+    return isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
 
 
 # --- console ---------------------------------------------------------------------------------------------------
+
+
+def literal_console(**options: Any) -> Console:
+    """A console that takes no text for markup, and no ":smile:" for a face."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def options_of(settings: Sequence[str]) -> dict[str, str]:
@@ -211,7 +276,12 @@ def options_of(settings: Sequence[str]) -> dict[str, str]:
 @contextmanager
 def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A line of progress for each task; the function to call is (name, done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bars:
         lines: dict[str, Any] = {}
 
@@ -229,6 +299,6 @@ def _resumable(out: Path, console: Console) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         console.print(
-            f"interrupted; what was done is in {out}, and the same command continues it", highlight=False
+            f"interrupted; what was done is in {out}, and the same command continues it", soft_wrap=True
         )
         raise SystemExit(130) from None

@@ -49,9 +49,12 @@ def _in_batches(target: Target, sequences: Sequence[Forced | None], function: An
     return found
 
 
-def _sequences(target: Target, rows: Sequence[Any]) -> list[Forced | None]:
-    forced = [target.forced(row) for row in rows]
-    return [f if target.fits(len(f.prompt) + len(f.answer) - 1) else None for f in forced]
+def _sequences(target: Target, rows: Sequence[Any]) -> tuple[list[Forced | None], list[str | None]]:
+    """Prompts with their answers, None where they cannot be scored; and the status that says why."""
+    status = [target.why_not_scored(row) for row in rows]
+    return [
+        target.forced(row) if why is None else None for row, why in zip(rows, status, strict=True)
+    ], status
 
 
 def membership(target: Target) -> Iterator[Unit]:
@@ -60,11 +63,12 @@ def membership(target: Target) -> Iterator[Unit]:
     def work() -> list[dict[str, Any]]:
         found = []
         for member, rows in ((True, target.rows), (False, target.holdout)):
-            scores: list[TokenScores | None] = _in_batches(target, _sequences(target, rows), token_scores)
-            for row, score in zip(rows, scores, strict=True):
+            sequences, statuses = _sequences(target, rows)
+            scores: list[TokenScores | None] = _in_batches(target, sequences, token_scores)
+            for row, score, why in zip(rows, scores, statuses, strict=True):
                 # Holdout rows have ids of their own.
                 where = {"id": row.id if member else -1 - row.id, "member": member, "leaked": None}
-                status = "too_long" if score is None else "ok" if score.finite else "nan"
+                status = why or ("ok" if score.finite else "nan")
                 for name, function in MEMBERSHIP_SCORES.items():
                     value = function(score) if status == "ok" else math.nan
                     given = {"score": value if math.isfinite(value) else None}
@@ -75,15 +79,26 @@ def membership(target: Target) -> Iterator[Unit]:
 
 
 def auc_leak(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """AUC of one score, a member scoring lower, and 2 |AUC - 0.5|: what telling the two apart is worth."""
+    """AUC of one score, a member scoring lower, and 2 |AUC - 0.5|: what telling the two apart is worth; with 95 % intervals.
+
+    An interval of the AUC around 0.5 makes one of the leak that starts at 0: both sides of chance are leaks.
+    """
     sides = [
         [-o["score"] for o in outcomes if o["member"] is member and o["score"] is not None]
         for member in (True, False)
     ]
     if not all(sides):
-        return {"leak": None, "auc": None, "rows": 0}
-    auc = metrics.auc(*sides)
-    return {"leak": 2 * abs(auc - 0.5), "auc": auc, "rows": len(sides[0])}
+        return {"leak": None, "low": None, "high": None, "auc": None, "rows": 0}
+    area, *ends = metrics.auc_interval(*sides)
+    beside = [2 * abs(end - 0.5) for end in ends]
+    low = 0.0 if ends[0] <= 0.5 <= ends[1] else min(beside)
+    told = {"leak": 2 * abs(area - 0.5), "low": low, "high": max(beside), "auc": area}
+    return told | {
+        "auc_low": ends[0],
+        "auc_high": ends[1],
+        "rows": len(sides[0]),
+        "holdout_rows": len(sides[1]),
+    }
 
 
 def rank_probe(target: Target) -> Iterator[Unit]:
@@ -95,14 +110,14 @@ def rank_probe(target: Target) -> Iterator[Unit]:
 
     def work() -> list[dict[str, Any]]:
         last = LMHead.of(target.model).num_ids - 1
-        sequences = _sequences(target, target.rows)
+        sequences, statuses = _sequences(target, target.rows)
         found = []
-        for row, forced, ranks in zip(
-            target.rows, sequences, _in_batches(target, sequences, token_ranks), strict=True
+        for row, forced, why, ranks in zip(
+            target.rows, sequences, statuses, _in_batches(target, sequences, token_ranks), strict=True
         ):
             outcome = {"id": row.id, "variant": "both ends", "leaked": None}
-            if ranks is None or not ranks.finite:
-                found.append(outcome | {"status": "too_long" if ranks is None else "nan"})
+            if why is not None or not ranks.finite:
+                found.append(outcome | {"status": why or "nan"})
                 continue
             content = len(target.answer_ids(row.conversation, row.answer))
             above, below = ranks.above[:content], ranks.below[:content]

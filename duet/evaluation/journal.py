@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROWS, MANIFEST = "rows.jsonl", "manifest.json"
+LM_EVAL = "lm_eval.json"
 
 
 class Journal:

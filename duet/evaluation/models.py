@@ -32,6 +32,7 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_device(device)
     name = os.fspath(name)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     if (Path(name) / "adapter_config.json").is_file():
@@ -61,6 +62,21 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
     raise FileNotFoundError(f"model: no tokenizer could be loaded from {name!r}: {failure}") from failure
 
 
+def check_device(device: str | None) -> None:
+    """Refuse a device that is not there, before a model is loaded for it.
+
+    Raises:
+        ValueError: naming `device`.
+    """
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch says either
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device: wanted one that torch can use here, got {device!r} ({why})") from None
+
+
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
     """16 hex digits that change with any training of the weights: names, shapes, dtypes and exact sums of bit patterns.
@@ -79,13 +95,3 @@ def fingerprint(model: nn.Module) -> str:
         sums = [int(part.sum(dtype=torch.int64)) for part in (bits, bits[::7])]
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {sums}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """16 hex digits of what a tokenizer does to a prompt: vocabulary, special tokens, chat template."""
-    parts = (
-        sorted(tokenizer.get_vocab().items()),
-        sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items()),
-        str(getattr(tokenizer, "chat_template", None)),
-    )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

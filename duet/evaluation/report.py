@@ -8,18 +8,19 @@ Must not know how anything is measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..prompts import Prompting
-from . import figures, metrics
-from .attack_rows import AttackRow, read_attack_rows
+from . import figures
+from .attack_rows import AttackRow
 from .figures import Estimate
 from .journal import write_json
 from .report_page import NOT_RUN, Cell, Chart, Grid, Section, html, markdown
 from .report_runs import BASE, STUDENT, TEACHER, Inputs, read_inputs
-from .report_table import TO_FORGET, TO_KEEP, table_section
+from .report_table import attacks_section, lm_eval_section, table_section
+from .suites import TO_FORGET, TO_KEEP
 from .target import AttackOptions
 from .topk_change import TOPK, compare_topk
 
@@ -32,7 +33,6 @@ def write_report(
     *,
     base: Sequence[str] = (),
     teacher: Sequence[str] = (),
-    values: Sequence[str | Path] = (),
     forget_metric: str | None = None,
     retain_metric: str | None = None,
     examples: int = 6,
@@ -43,7 +43,6 @@ def write_report(
     Args:
         runs, base, teacher: `report_runs.read_inputs`.
         out: folder; an earlier report in it is replaced.
-        values: files of rows as `duet attack` reads them: their `value` tells exactly which answers say the truth.
         forget_metric, retain_metric: `task.metric`, the axes of the frontier; None: the first metric that a task to
             forget and a task to keep have in common.
         examples: questions shown per task.
@@ -61,13 +60,14 @@ def write_report(
     inputs.topk += topk
     if not inputs.methods and not inputs.topk:
         raise ValueError("runs: wanted at least one folder of results, got none")
-    judge = _Judge(values)
     sections = [
         table_section(inputs),
-        _answers_section(inputs, judge, examples),
+        attacks_section(inputs),
+        _answers_section(inputs, examples),
         _frontier_section(inputs, forget_metric, retain_metric),
         _relearning_section(inputs),
         _topk_section(inputs.topk),
+        lm_eval_section(inputs),
         _training_section(inputs),
     ]
     out = Path(out)
@@ -102,6 +102,8 @@ def write_topk(
     for argument, given in (("model_before", model_before), ("model_after", model_after), ("query", queries)):
         if not given:
             raise ValueError(f"{argument}: logits before and after want two models and a query, got none")
+    if not all(map(str.strip, queries)):
+        raise ValueError("query: wanted a text that is not empty, got ''")
     (before, tokenizer), (after, other) = (models.load(m, dtype, device) for m in (model_before, model_after))
     if tokenizer.get_vocab() != other.get_vocab():
         raise ValueError("model_after: wanted the tokenizer of model_before, got another vocabulary")
@@ -155,34 +157,23 @@ def _percent(e: Estimate) -> str:
 # --- answers ---------------------------------------------------------------------------------------------------
 
 
-class _Judge:
-    """Does an answer say what is true? By the row's `value` where a file of rows has one, else by its words."""
-
-    def __init__(self, values: Sequence[str | Path]):
-        from ..sources import read_table
-
-        self.rows: dict[str, AttackRow] = {}
-        for path in values:
-            if not Path(path).is_file():
-                raise FileNotFoundError(f"values: there is no file {str(path)!r}")
-            rows = read_attack_rows(read_table(Path(path), "values"), "values")
-            self.rows |= {row.question: row for row in rows}
-
-    def says_truth(self, answer: dict[str, Any]) -> bool:
-        row = self.rows.get(answer["question"])
-        if row is not None and row.value is not None:
-            return metrics.contains_words(answer["generated"], row.value)
-        return (
-            AttackRow(0, answer["question"], str(answer["answer"])).recall(answer["generated"]) >= THRESHOLD
-        )
-
-    @property
-    def rule(self) -> str:
-        rule = f"ROUGE-L recall (stemmed) of the true answer is at least {THRESHOLD}"
-        return f"the value is said as whole words; for questions without one, {rule}" if self.rows else rule
+def says_truth(answer: Mapping[str, Any]) -> bool:
+    """By the row's `value` where it has one, else by the words of the true answer: as `duet attack` judges."""
+    row = AttackRow(0, answer["question"], str(answer["answer"]), value=answer.get("value"))
+    return row.recall(answer["generated"]) >= THRESHOLD
 
 
-def _answers_section(inputs: Inputs, judge: _Judge, examples: int) -> Section:
+def _rule(answers: Iterable[Mapping[str, Any]]) -> str:
+    """Which of the two ways it was."""
+    by_value = {answer.get("value") is not None for answer in answers}
+    words = f"ROUGE-L recall (stemmed) of the true answer is at least {THRESHOLD}"
+    if by_value == {False}:
+        return f"{words} (a column `value` in the rows, with the part that must not be said, makes it exact)"
+    value = "the value is said as whole words"
+    return value if by_value == {True} else f"{value}; for questions without one, {words}"
+
+
+def _answers_section(inputs: Inputs, examples: int) -> Section:
     section = Section("answers", "Asked side by side")
     keys = dict.fromkeys(key for m in inputs.methods for key in m.answers)
     if not keys:
@@ -192,13 +183,14 @@ def _answers_section(inputs: Inputs, judge: _Judge, examples: int) -> Section:
     students = [m for m in speakers if m.role == STUDENT] or speakers
     for role, name in ((BASE, "base"), (TEACHER, "steered teacher")):
         if all(m.role != role for m in speakers):
-            section.notes.append(f"No answers of the {name}: give its run, or name it with --{role}.")
-    section.notes.append(f"An answer says the truth when {judge.rule}.")
+            how = f"give its run, or name it with --{role}"
+            how += "; duet eval --steering asks it" if role == TEACHER else ""
+            section.notes.append(f"No answers of the {name}: {how}.")
+    rule = _rule(answer for m in speakers for answer in m.answers.values())
+    section.notes.append(f"An answer says the truth when {rule}.")
     for task in dict.fromkeys((suite, task) for suite, task, _, _ in keys):
         of = [key for key in keys if key[:2] == task]
-        by_students = {
-            k: sum(k in m.answers and judge.says_truth(m.answers[k]) for m in students) for k in of
-        }
+        by_students = {k: sum(k in m.answers and says_truth(m.answers[k]) for m in students) for k in of}
         fate = "forget" if task[1].startswith(TO_FORGET) else "keep" if task[1].startswith(TO_KEEP) else ""
         # What should be gone and is not comes first; so does what should be known and is not.
         of.sort(
@@ -213,7 +205,7 @@ def _answers_section(inputs: Inputs, judge: _Judge, examples: int) -> Section:
             cells = [Cell(told["question"]), Cell(str(told["answer"]))]
             for method in speakers:
                 answer = method.answers.get(key)
-                cells.append(Cell(NOT_RUN) if answer is None else _said(answer, fate, judge))
+                cells.append(Cell(NOT_RUN) if answer is None else _said(answer, fate))
             grid.rows.append(cells)
         grid.prose = True
         section.blocks.append(grid)
@@ -229,9 +221,11 @@ def _caption(task: tuple[str, str], fate: str, count: int, examples: int) -> str
     return ", ".join(part for part in (f"{task[0]}: {task[1]}", meaning, shown) if part)
 
 
-def _said(answer: dict[str, Any], fate: str, judge: _Judge) -> Cell:
+def _said(answer: dict[str, Any], fate: str) -> Cell:
+    if answer.get("status") == "nan":
+        return Cell("undefined", why="NaN logits")
     text = answer["generated"].strip() or "(says nothing)"
-    if not fate or not judge.says_truth(answer):
+    if not fate or not says_truth(answer):
         return Cell(text)
     return Cell(text, mark="leaks" if fate == "forget" else "true")
 
@@ -249,7 +243,9 @@ def _frontier_section(inputs: Inputs, forget: str | None, retain: str | None) ->
     for argument, name in (("forget_metric", forget), ("retain_metric", retain)):
         if name is not None and name not in names:
             raise ValueError(
-                f"{argument}: wanted one of {', '.join(names) or 'no metric: no eval was given'}, got {name!r}"
+                f"{argument}: wanted one of {', '.join(names)}, got {name!r}"
+                if names
+                else f"{argument}: wanted a run of duet eval, whose metrics it can name; got none, and {name!r}"
             )
     goes = [forget] if forget else [n for n in names if n.startswith(TO_FORGET)]
     stays = [retain] if retain else [n for n in names if n.startswith(TO_KEEP)]

@@ -29,14 +29,30 @@ class Cell:
 
 @dataclass
 class Grid:
-    """A table. groups: a heading above each column, the same for neighbours that belong together. prose: long texts."""
+    """A table.
+
+    Attributes:
+        groups, bands: a heading above each column, and above each row; the same for neighbours that belong together.
+        roles: of each column's method.
+        prose: long texts.
+        folded: only the caption is seen until it is opened.
+    """
 
     head: list[str]
     rows: list[list[Cell]] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
+    bands: list[str] = field(default_factory=list)
+    roles: list[str] = field(default_factory=list)
     caption: str = ""
     prose: bool = False
+    folded: bool = False
     kind: str = "grid"
+
+    def starts_band(self, row: int) -> bool:
+        return bool(self.bands) and (row == 0 or self.bands[row] != self.bands[row - 1])
+
+    def role(self, column: int) -> str:
+        return self.roles[column] if self.roles else ""
 
     @property
     def spans(self) -> list[tuple[str, int]]:
@@ -83,29 +99,35 @@ def html(headline: str, sections: Sequence[Section]) -> str:
 
 def markdown(headline: str, sections: Sequence[Section], figures: Path) -> str:
     """The same in Markdown; charts are written into the folder `figures`, which is beside it."""
-    lines = ["# What was forgotten", "", headline, ""]
+    lines = ["# What was forgotten", "", _plain(headline), ""]
     for section in sections:
         lines += [f"## {section.title}", ""]
         for block in section.blocks:
             lines += _grid(block) if isinstance(block, Grid) else _chart(block, figures)
             lines.append("")
         for note in section.notes:
-            lines += [note, ""]
-        lines += [f"* `{name}`: {meaning}" for name, meaning in section.legend.items()]
+            lines += [_plain(note), ""]
+        lines += [f"* `{name}`: {_plain(meaning)}" for name, meaning in section.legend.items()]
         lines += [""] if section.legend else []
     return "\n".join(lines)
 
 
 def _grid(grid: Grid) -> Iterator[str]:
-    if grid.caption:
-        yield from (f"**{grid.caption}**", "")
+    if grid.folded:
+        yield from ("<details>", f"<summary>{_plain(grid.caption)}</summary>", "")
+    elif grid.caption:
+        yield from (f"**{_plain(grid.caption)}**", "")
     groups = grid.groups or [""] * len(grid.head)
     head = [f"{group}: {name}" if group else name for group, name in zip(groups, grid.head, strict=True)]
     align = "---" if grid.prose else "---:"
     yield _line(head)
     yield _line(["---", *[align] * (len(head) - 1)])
-    for row in grid.rows:
+    for i, row in enumerate(grid.rows):
+        if grid.starts_band(i):
+            yield _line([f"**{grid.bands[i]}**", *[""] * (len(row) - 1)])
         yield _line([_written(cell) for cell in row])
+    if grid.folded:
+        yield from ("", "</details>")
 
 
 def _written(cell: Cell) -> str:
@@ -114,16 +136,22 @@ def _written(cell: Cell) -> str:
 
 
 def _line(cells: Sequence[Any]) -> str:
-    # A newline or a bar inside a cell would end it; < would start a tag.
-    escaped = (str(c).replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>") for c in cells)
+    # A newline or a bar inside a cell would end it.
+    escaped = (_plain(str(c)).replace("|", "\\|").replace("\n", "<br>") for c in cells)
     return "| " + " | ".join(escaped) + " |"
+
+
+def _plain(text: str) -> str:
+    """A text in which nothing starts a tag."""
+    return text.replace("<", "&lt;")
 
 
 def _chart(chart: Chart, figures: Path) -> Iterator[str]:
     # In a file there is no page to take the ink from.
     alone = chart.svg.replace("<svg ", '<svg style="background: #ffffff; color: #222222" ', 1)
     (figures / chart.file).write_text(alone + "\n", encoding="utf-8")
-    label = chart.caption.replace("[", "(").replace("]", ")")
+    caption = _plain(chart.caption)
+    label = caption.replace("[", "(").replace("]", ")")
     yield f"![{label}]({figures.name}/{chart.file})"
     yield ""
-    yield f"*{chart.caption}*"
+    yield f"*{caption}*"

@@ -2,10 +2,10 @@
 
     eval     manifest.json, rows.jsonl, summary.json       attack   manifest.json, rows.jsonl, attacks.json
     train    trainer_state.json                            demo     results.json (several methods, no intervals)
-    top-k    topk.json
+    top-k    topk.json                                      lm-eval  lm_eval.json (lm-evaluation-harness)
 
 Runs of one model (fingerprints of weights and tokenizer) are one method. The model that an attack was given as its base
-is the base; its weights behind another chat template are the steered teacher. Knows JSON and files. Must not know
+is the base; a model that was asked behind a steering prefix, or whose chat template says one, is the steered teacher. Knows JSON and files. Must not know
 models, figures or pages.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .attack_run import REPORT as ATTACKS
-from .journal import MANIFEST, read_run
+from .journal import LM_EVAL, MANIFEST, read_run
 from .runner import SUMMARY
 from .topk_change import TOPK
 
@@ -36,10 +36,12 @@ class Method:
         role: `base`, `teacher` (steered in context) or `student`.
         tasks: as in summary.json: task -> {"metrics": {metric: {"mean", "low", "high", "rows"}}, ...}.
         numbers: as in summary.json: name -> {"value"} or {"value": None, "undefined": why}.
-        answers: (suite, task, id, question) -> {"question", "answer" (the truth), "generated"}.
+        answers: (suite, task, id, question) -> {"question", "answer" (the truth), "generated", "status", "value"}.
+        lm_eval: as in lm_eval.json: task -> {"metric,filter": value, "metric_stderr,filter": standard error}.
         attacks: as in attacks.json; None: it was not attacked.
         training: {"steps", "losses"}: optimiser steps and the last logged values; None: not given.
         folders: where this was read.
+        weights, base_weights: fingerprints of the model, and of the base that an attack on it was given.
     """
 
     label: str
@@ -47,9 +49,12 @@ class Method:
     tasks: dict[str, Any] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
     answers: dict[tuple, dict[str, Any]] = field(default_factory=dict)
+    lm_eval: dict[str, dict[str, Any]] = field(default_factory=dict)
     attacks: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     folders: list[Path] = field(default_factory=list)
+    weights: str | None = None
+    base_weights: str | None = None
 
 
 @dataclass
@@ -78,8 +83,8 @@ class _Run:
     rows: Sequence[Mapping[str, Any]] = ()
 
     @property
-    def model(self) -> tuple[Any, Any]:
-        return self.manifest.get("model_fingerprint"), self.manifest.get("tokenizer_fingerprint")
+    def model(self) -> tuple[Any, ...]:
+        return tuple(self.manifest.get(f) for f in ("model_fingerprint", "tokenizer_fingerprint", "steering"))
 
     @property
     def name(self) -> str:
@@ -111,16 +116,20 @@ def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence
         for text in texts
         for run in _read(text, argument, role)
     ]
-    methods = _join([run for run in found if run.kind in ("eval", "attack", "train")])
+    methods = _join([run for run in found if run.kind in ("eval", "lm_eval", "attack", "train")])
     for run in found:
         if run.kind == "demo":
             methods += _demo_methods(run)
-    known = {m.role for m in methods}
-    for method in list(methods):
-        if method.attacks and method.attacks.get("base") and BASE not in known:
-            asked = method.attacks | {"attacks": [], "direct": method.attacks["base"], "skipped": []}
-            methods.append(Method("base", BASE, attacks=asked, folders=method.folders))
-            break
+    asked = next((m for m in methods if m.attacks and m.attacks.get("base")), None)
+    if asked is not None:
+        same = (m for m in methods if m.role == BASE and m.weights == asked.base_weights)
+        base_of = next(same, None)
+        if base_of is None:
+            base_of = Method("base", BASE, folders=asked.folders)
+            methods.append(base_of)
+        if base_of.attacks is None:  # the questions of the attack, asked without one
+            direct = asked.attacks["base"]
+            base_of.attacks = asked.attacks | {"attacks": [], "direct": direct, "base": None, "skipped": []}
     order = (BASE, TEACHER, STUDENT)
     methods.sort(key=lambda m: order.index(m.role))
     _tell_apart(methods)
@@ -138,7 +147,8 @@ def _read(text: str, argument: str, role: str | None) -> list[_Run]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{argument}: there is no folder {str(folder)!r}")
     runs = _kinds(folder, argument, label, role)
-    inside = [child for child in sorted(folder.iterdir()) if (child / MANIFEST).is_file()]
+    marks = (MANIFEST, LM_EVAL)
+    inside = [c for c in sorted(folder.iterdir()) if any((c / mark).is_file() for mark in marks)]
     if label is None and runs and inside:  # a training output with its evaluations in it is one method
         label = folder.resolve().name
     for child in inside:
@@ -146,7 +156,7 @@ def _read(text: str, argument: str, role: str | None) -> list[_Run]:
     for run in runs:
         run.label = label
     if not runs:
-        wanted = ", ".join((SUMMARY, ATTACKS, TRAINED, DEMO, TOPK))
+        wanted = ", ".join((SUMMARY, ATTACKS, LM_EVAL, TRAINED, DEMO, TOPK))
         raise FileNotFoundError(
             f"{argument}: {folder} is no finished run: wanted one of {wanted} in it "
             "(the --out of duet eval, duet attack or duet demo, or the output_dir of duet train)"
@@ -157,7 +167,7 @@ def _read(text: str, argument: str, role: str | None) -> list[_Run]:
 def _kinds(folder: Path, argument: str, label: str | None, role: str | None) -> list[_Run]:
     runs = []
     for kind, name in (
-        ("eval", SUMMARY), ("attack", ATTACKS), ("train", TRAINED), ("demo", DEMO), ("topk", TOPK),
+        ("eval", SUMMARY), ("attack", ATTACKS), ("lm_eval", LM_EVAL), ("train", TRAINED), ("demo", DEMO), ("topk", TOPK),
     ):  # fmt: skip
         if (folder / name).is_file():
             run = _Run(kind, folder, label, role, _json(folder / name, argument))
@@ -166,6 +176,8 @@ def _kinds(folder: Path, argument: str, label: str | None, role: str | None) -> 
             for key in _NEEDED[kind]:
                 if key not in run.content:
                     raise ValueError(f"{argument}: {folder / name} has no {key!r}; wanted what duet wrote")
+            if kind == "lm_eval":
+                run.manifest = run.content["manifest"]
             runs.append(run)
     return runs
 
@@ -173,6 +185,7 @@ def _kinds(folder: Path, argument: str, label: str | None, role: str | None) -> 
 _NEEDED = {
     "eval": ("suite", "tasks", "numbers"),
     "attack": ("attacks", "direct", "skipped"),
+    "lm_eval": ("manifest", "results"),
     "train": ("log_history", "global_step"),
     "demo": ("rows", "examples", "columns"),
     "topk": ("before", "after", "queries"),
@@ -211,7 +224,9 @@ def _join(runs: Sequence[_Run]) -> list[Method]:
 
 
 def _role(run: _Run, bases: set, own: set, runs: Sequence[_Run]) -> str:
-    """The base's weights behind a tokenizer that no student has: the teacher."""
+    """Steered, or the base's weights behind a tokenizer that no student has: the teacher."""
+    if run.manifest.get("steering") is not None:
+        return TEACHER
     if run.model[0] is None or run.model[0] not in bases:
         return STUDENT
     students = {other.model[1] for other in runs if other.model[0] not in (None, *bases)}
@@ -245,15 +260,20 @@ def _label(run: _Run) -> str:
 
 def _add(method: Method, run: _Run) -> None:
     method.folders.append(run.folder)
+    method.weights = run.manifest.get("model_fingerprint", method.weights)
+    method.base_weights = run.manifest.get("base_fingerprint", method.base_weights)
     if run.kind == "eval":
         method.tasks |= run.content["tasks"]
         method.numbers |= run.content["numbers"]
         for row in run.rows:
             if row.get("generated") is not None and row.get("question"):
                 key = (run.content["suite"], row["task"], row["id"], row["question"])
-                method.answers[key] = {k: row[k] for k in ("question", "answer", "generated")}
+                told = ("question", "answer", "generated", "status", "value")
+                method.answers[key] = {k: row.get(k) for k in told}
     elif run.kind == "attack":
         method.attacks = run.content
+    elif run.kind == "lm_eval":
+        method.lm_eval |= run.content["results"]
     else:
         history = [entry for entry in run.content["log_history"] if "loss" in entry]
         last = {k: v for k, v in (history[-1] if history else {}).items() if isinstance(v, float)}
@@ -301,6 +321,7 @@ def _demo_methods(run: _Run) -> list[Method]:
                     "question": example["question"],
                     "answer": example["truth"],
                     "generated": example["answers"][name],
+                    "value": example["truth"],
                 }
         methods.append(method)
     return methods

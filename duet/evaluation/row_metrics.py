@@ -1,6 +1,6 @@
 """The metrics that a suite file can ask for, per row: name -> function. The name says which variant it is.
 
-    GENERATE          (what was said, reference) -> number      RATIO: the row's losses -> number
+    GENERATE          (what was said, answer, its value or None) -> number      RATIO: the row's losses -> number
     SCORE             scores of the tokens of the text `answer` -> number
     CHOICE            (log-likelihoods, lengths, index of the correct one) -> number
 
@@ -20,33 +20,32 @@ from .scoring import TokenScores
 Losses = Mapping[str, float | Sequence[float]]
 
 
-def _rouge(measure: str, stemmer: bool) -> Callable[[str, str], float | None]:
-    def rouge_l(said: str, reference: str) -> float | None:
+Said = Callable[[str, str, str | None], float | None]
+
+
+def _rouge(measure: str, stemmer: bool) -> Said:
+    def rouge_l(said: str, answer: str, value: str | None) -> float | None:
         try:
-            return metrics.rouge_l(said, reference, measure=measure, stemmer=stemmer)
+            return metrics.rouge_l(said, answer, measure=measure, stemmer=stemmer)
         except ValueError:  # a reference without a word of a-z or 0-9 has no ROUGE
             return None
 
     return rouge_l
 
 
-def contains(said: str, value: str) -> float:
-    """1 where `value` is said as whole words, any case."""
-    return float(metrics.contains_words(said, value))
+def _contains(said: str, answer: str, value: str | None) -> float:
+    """1 where the value, or where the row has none the answer, is said as whole words, any case."""
+    return float(metrics.contains_words(said, answer if value is None else value))
 
 
-def _fluency(said: str, reference: str) -> float | None:
-    return _number(metrics.fluency(said))
-
-
-GENERATE: dict[str, Callable[[str, str], float | None]] = {
+GENERATE: dict[str, Said] = {
     "rouge_l_recall_stemmed": _rouge("recall", stemmer=True),  # TOFU
     "rouge_l_recall": _rouge("recall", stemmer=False),  # RWKU
     "rouge_l_f1": _rouge("f1", stemmer=False),  # MUSE
     "rouge_l_f1_stemmed": _rouge("f1", stemmer=True),  # OpenUnlearning
-    "contains_answer": contains,
-    "refusal": lambda said, reference: metrics.refusal_rate([said]),
-    "fluency": _fluency,
+    "contains_answer": _contains,
+    "refusal": lambda said, answer, value: metrics.refusal_rate([said]),
+    "fluency": lambda said, answer, value: _number(metrics.fluency(said)),
 }
 
 SCORE: dict[str, Callable[[TokenScores], float | None]] = {
@@ -70,11 +69,8 @@ def _listed(value: float | Sequence[float]) -> list[float]:
 
 
 def _ratio(losses: Losses) -> float | None:
-    """R; None where exp overflows: the number exists, but no comparison with it means anything."""
-    try:
-        return metrics.truth_ratio(_listed(losses["paraphrased"])[0], _listed(losses["perturbed"]))
-    except OverflowError:
-        return None
+    """R; None where it is too large for a float: JSON has no infinity, and no comparison with it means anything."""
+    return _number(metrics.truth_ratio(_listed(losses["paraphrased"])[0], _listed(losses["perturbed"])))
 
 
 def _ratio_score(losses: Losses) -> float:
@@ -107,6 +103,11 @@ CHOICE: dict[str, Callable[[Sequence[float], Sequence[int], int], float]] = {
     "accuracy": _accuracy,
     "accuracy_per_token": _accuracy_normalized,
 }
+
+# Not between 0 and 1: that all their values are 0, or 1, is a coincidence, and no share of rows.
+UNBOUNDED = frozenset(
+    {"loss", "fluency", "truth_ratio", *(name for name in SCORE if name.startswith("min_k"))}
+)
 
 METRICS_OF_KIND: dict[str, tuple[str, ...]] = {
     "generate": tuple(GENERATE),

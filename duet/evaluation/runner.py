@@ -21,12 +21,13 @@ from torch import nn
 
 from ..lm import check_head, context_length, padding_id
 from ..prompts import Prompting
+from ..provenance import tokenizer_hash
 from . import models, row_metrics, summary
 from .asking import Asker, CannotAsk, Item
 from .generation import continuations
 from .journal import Journal, read_run, write_json
 from .scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
-from .suites import Suite, Task, load_table
+from .suites import TO_FORGET, Suite, Task, load_table
 
 SUMMARY = "summary.json"
 Row = dict[str, Any]
@@ -45,6 +46,7 @@ def evaluate(
     limit: int | None = None,
     retain_run: str | Path | None = None,
     prompting: Prompting | None = None,
+    steering: str | None = None,
     progress: Progress = lambda task, done, total: None,
 ) -> dict[str, Any]:
     """Run `suite`, or what is missing of it, and summarise.
@@ -59,6 +61,8 @@ def evaluate(
         limit: only so many first rows of each task.
         retain_run: `out` of the same suite on a model trained without the forget rows.
         prompting: how prompts are written for the model (`Prompting.of(name)`); None: the defaults.
+        steering: a prefix before every question: the model as its own teacher. In tasks to forget `{subject}` stands
+            for the row's; in others for those subjects in turn, as in training: the prefix is about what should go.
         progress: called after every batch.
 
     Returns:
@@ -72,6 +76,13 @@ def evaluate(
         raise ValueError(f"batch_size: wanted an integer >= 1, got {batch_size}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: wanted an integer >= 1, got {limit}")
+    if steering is not None and not steering.strip():
+        raise ValueError(f"steering: wanted a text that is not empty, got {steering!r}")
+    if retain_run is not None and not summary.OF_RETAIN & suite.numbers.keys():
+        raise ValueError(
+            f"retain_run: wanted a suite with {' or '.join(sorted(summary.OF_RETAIN))}, which is all that a retain model "
+            f"is for; {suite.name} has neither"
+        )
     retain_rows = _retain_rows(retain_run, suite) if retain_run is not None else None
     tables = dict(_tables(suite, data, limit))
     prompting = prompting or Prompting()
@@ -83,16 +94,22 @@ def evaluate(
         "data": {task.name: _digest(rows) for task, rows in tables.items()},
         "suite_digest": suite.digest,
         "model_fingerprint": models.fingerprint(model),
-        "tokenizer_fingerprint": models.tokenizer_fingerprint(tokenizer),
+        "tokenizer_fingerprint": tokenizer_hash(tokenizer, template=True),
         **prompting.changed(),
+        **({} if steering is None else {"steering": steering}),
     }
     context = context_length(model)
+    gone = [rows for task, rows in tables.items() if task.name.startswith(TO_FORGET)]
+    subjects = list(dict.fromkeys(row["subject"] for rows in gone for row in rows if row.get("subject")))
     prepared = {}
     for task, rows in tables.items():
+        others = () if task.name.startswith(TO_FORGET) else subjects
         shots = (
             load_table(data, task.few_shot.data, task.hub, f"{task.name}.few_shot") if task.few_shot else ()
         )
-        prepared[task] = _prepare(Asker(tokenizer, task, shots, context, prompting), task, rows)
+        prepared[task] = _prepare(
+            Asker(tokenizer, task, shots, context, prompting, steering, others), task, rows
+        )
     check_head(model)
     journal = Journal(
         Path(out),
@@ -167,11 +184,13 @@ class _Run:
         for item, answer in zip(batch, said, strict=True):
             row = self._row(item, "nan" if not answer.finite else "ok" if answer.text else "empty")
             if room < self.task.max_new_tokens and answer.num_tokens >= room:
-                row["note"] = f"the context ended after {answer.num_tokens} new tokens"
+                ended = f"the context ended after {answer.num_tokens} new tokens"
+                row["note"] = f"{row['note']}; {ended}" if "note" in row else ended
             row["generated"] = answer.text
             if answer.finite:
                 wanted = self.task.metrics
-                row["metrics"] = {m: row_metrics.GENERATE[m](answer.text, item.reference) for m in wanted}
+                told = answer.text, item.reference, item.value
+                row["metrics"] = {m: row_metrics.GENERATE[m](*told) for m in wanted}
             rows.append(row)
         return rows
 

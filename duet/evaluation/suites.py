@@ -12,21 +12,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..names import check_known, check_one_of, instead
 from ..sources import FORMATS, read_table
+from ..yaml_text import mapping, read_yaml
 from .row_metrics import METRICS_OF_KIND, RATIO
 from .summary import check_number
 
 SUITES = Path(__file__).parent / "suites"
 SUFFIXES = tuple(FORMATS)
 CHAT = ("auto", "never")
+# How the tasks of the shipped suites, and of suites that follow them, begin: what should go, and what should stay.
+TO_FORGET = ("forget", "verbatim", "knowledge", "wmdp")
+TO_KEEP = ("retain", "utility", "real_authors", "world_facts", "mmlu")
 _COLUMN = re.compile(r"\{(\w+)\}")
 
 
@@ -123,30 +125,26 @@ def load_suite(suite: str | Path, options: Mapping[str, Any] | None = None) -> S
         raise FileNotFoundError(
             f"suite: wanted one of {', '.join(known)} or a .yaml file, got {str(suite)!r}"
         )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {error}") from None
-    return read_suite(tree, path.stem, options)
+    return read_suite(read_yaml(path), path.stem, options)
 
 
 def read_suite(tree: Any, name: str, options: Mapping[str, Any] | None = None) -> Suite:
     """The checked suite of a tree of plain values; errors start with `name`."""
-    tree = _mapping(name, tree)
-    _known(name, tree, ("name", "description", "hub", "options", "tasks", "numbers"))
-    chosen = dict(_mapping(f"{name}: options", tree.get("options") or {}))
+    tree = mapping(name, tree)
+    check_known(f"{name}: ", tree, ("name", "description", "hub", "options", "tasks", "numbers"))
+    chosen = dict(mapping(f"{name}: options", tree.get("options") or {}))
     for option, value in (options or {}).items():
         if option not in chosen:
-            raise ValueError(f"{name}: there is no option {option!r}{_nearest(option, chosen)}")
+            raise ValueError(f"{name}: there is no option {option!r}{instead(option, chosen)}")
         chosen[option] = value
     tree |= {k: _filled(tree[k], chosen) for k in ("tasks", "numbers", "hub") if k in tree}
-    entries = _mapping(f"{name}: tasks", tree.get("tasks"))
+    entries = mapping(f"{name}: tasks", tree.get("tasks"))
     if not entries:
         raise ValueError(f"{name}: tasks: wanted at least one")
     tasks = tuple(
         _task(f"{name}: tasks.{task}", task, entry, tree.get("hub")) for task, entry in entries.items()
     )
-    numbers = _mapping(f"{name}: numbers", tree.get("numbers") or {})
+    numbers = mapping(f"{name}: numbers", tree.get("numbers") or {})
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
     suite = Suite(
         str(tree.get("name", name)), str(tree.get("description", "")), tasks, numbers, chosen, digest
@@ -157,15 +155,15 @@ def read_suite(tree: Any, name: str, options: Mapping[str, Any] | None = None) -
 
 
 def _task(where: str, name: str, entry: Any, hub: str | None) -> Task:
-    entry = _mapping(where, entry)
+    entry = mapping(where, entry)
     allowed = {f.name: f for f in fields(Task) if f.name != "name"}
-    _known(where, entry, allowed)
+    check_known(f"{where}.", entry, allowed)
     for needed in (n for n, f in allowed.items() if f.default is MISSING and f.default_factory is MISSING):
         if entry.get(needed) is None:
             raise ValueError(f"{where}.{needed}: wanted a value, got nothing")
     kinds = tuple(METRICS_OF_KIND)
-    _one_of(f"{where}.kind", entry["kind"], kinds)
-    _one_of(f"{where}.chat", entry.get("chat", "auto"), CHAT)
+    check_one_of(f"{where}.kind", entry["kind"], kinds)
+    check_one_of(f"{where}.chat", entry.get("chat", "auto"), CHAT)
     values = dict(entry)
     for key in ("data", "hub", "question", "plain", "system", "answer", "choices"):
         may_be_null = key in ("hub", "question", "system")
@@ -181,14 +179,14 @@ def _task(where: str, name: str, entry: Any, hub: str | None) -> Task:
         raise ValueError(f"{where}.plain: wanted a text with {{question}}, got {values['plain']!r}")
     values["metrics"] = _texts(f"{where}.metrics", entry["metrics"])
     for metric in values["metrics"]:
-        _one_of(f"{where}.metrics", metric, METRICS_OF_KIND[entry["kind"]])
+        check_one_of(f"{where}.metrics", metric, METRICS_OF_KIND[entry["kind"]])
     values["stop"] = _texts(f"{where}.stop", entry.get("stop", ()))
     if "texts" in entry:
-        named = _mapping(f"{where}.texts", entry["texts"])
+        named = mapping(f"{where}.texts", entry["texts"])
         values["texts"] = {k: _texts(f"{where}.texts.{k}", v) for k, v in named.items()}
     if entry.get("few_shot") is not None:
-        shots = _mapping(f"{where}.few_shot", entry["few_shot"])
-        _known(f"{where}.few_shot", shots, [f.name for f in fields(FewShot)])
+        shots = mapping(f"{where}.few_shot", entry["few_shot"])
+        check_known(f"{where}.few_shot.", shots, [f.name for f in fields(FewShot)])
         if (
             not isinstance(shots.get("data"), str)
             or type(shots.get("count")) is not int
@@ -283,35 +281,8 @@ def _filled(value: Any, options: Mapping[str, Any]) -> Any:
     return value
 
 
-def _mapping(where: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: wanted a mapping, got {value!r}")
-    return dict(value)
-
-
 def _texts(where: str, value: Any) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) and v for v in values):
         raise ValueError(f"{where}: wanted a text or a list of texts, got {value!r}")
     return tuple(values)
-
-
-def _known(where: str, given: Iterable[str], names: Iterable[str]) -> None:
-    names = list(names)
-    for key in given:
-        if key not in names:
-            raise ValueError(f"{where}: there is no field {key!r}{_nearest(str(key), names)}")
-
-
-def _one_of(where: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"{where}: got {value!r}, wanted one of {', '.join(choices)}{_nearest(str(value), choices)}"
-        )
-
-
-def _nearest(key: str, names: Iterable[str]) -> str:
-    close = get_close_matches(key, list(names), n=1)
-    return (
-        f" (did you mean {close[0]!r}?)" if close else f"; wanted one of {', '.join(sorted(names)) or 'none'}"
-    )

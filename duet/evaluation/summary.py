@@ -1,6 +1,6 @@
 """Rows of a run -> means with intervals, the numbers a suite asks for, and a table. What cannot be computed says why.
 
-    {"tasks": {task: {"rows": n, "status": {...}, "metrics": {metric: {mean, low, high, rows}}}},
+    {"tasks": {task: {"rows": n, "status": {...}, "notes": n, "metrics": {metric: {mean, low, high, rows}}}},
      "numbers": {name: {"value": x} or {"value": null, "undefined": "no retain model given"}}}
 
 Knows rows as plain dicts. Must not know models, tokenizers or how rows were made.
@@ -13,9 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from . import metrics
+from .row_metrics import UNBOUNDED
 
 Rows = Sequence[Mapping[str, Any]]
 NO_RETAIN = "no retain model given"
@@ -46,6 +50,7 @@ def _task_summary(rows: Rows) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "status": dict(Counter(row["status"] for row in rows)),
+        "notes": sum("note" in row for row in rows),
         "metrics": {name: _mean(rows, name) for name in names},
     }
 
@@ -54,7 +59,7 @@ def _mean(rows: Rows, metric: str) -> dict[str, Any]:
     values = [v for _, v in _values(rows, metric)]
     if not values:
         return {"mean": None, "low": None, "high": None, "rows": 0}
-    interval = metrics.bootstrap(values)
+    interval = (metrics.bootstrap if metric in UNBOUNDED else metrics.mean_interval)(values)
     low, high = (None if math.isnan(end) else end for end in interval[1:])
     return {"mean": interval[0], "low": low, "high": high, "rows": len(values)}
 
@@ -125,6 +130,8 @@ def _privleak(spec: Mapping, rows: Rows, retain_rows: Rows | None) -> dict[str, 
     return {"value": value, "auc": auc, "auc_retrain": float(auc_retrain)}
 
 
+OF_RETAIN = frozenset({"forget_quality", "privleak"})  # what a retain model is compared with
+
 # name -> (what the suite says about it, the run's rows, the retain run's rows or None) -> {"value": ...}
 NUMBERS: dict[str, Callable[[Mapping, Rows, Rows | None], dict[str, Any]]] = {
     "forget_quality": _forget_quality,
@@ -174,20 +181,38 @@ def check_number(where: str, name: str, spec: Any, tasks: Mapping[str, Sequence[
 # --- table -----------------------------------------------------------------------------------------------------
 
 
-def table(summary: Mapping[str, Any], title: str) -> Table:
-    """Means with their 95 % intervals, and the suite's numbers."""
-    shown = Table(title=title)
-    for column in ("task", "metric", "mean", "95 % interval", "rows", "left out"):
-        shown.add_column(column, no_wrap=column in ("mean", "95 % interval", "rows"), overflow="fold")
+def table(summary: Mapping[str, Any], title: str) -> Group:
+    """Means with their 95 % intervals, the suite's numbers, and how many rows were left out, and why."""
+    shown = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1))
+    for column in ("task", "metric", "mean", "95 % interval", "rows"):
+        shown.add_column(column, no_wrap=column not in ("task", "metric"), overflow="fold")
     for task, entry in summary["tasks"].items():
-        left_out = ", ".join(f"{n} {status}" for status, n in entry["status"].items() if status != "ok")
         if not entry["metrics"]:
-            shown.add_row(task, "", "undefined", "", "0", left_out)
+            shown.add_row(Text(task), "", "undefined", "", "0")
         for metric, x in entry["metrics"].items():
             interval = "" if x["low"] is None else f"{x['low']:.3f} to {x['high']:.3f}"
             mean = "undefined" if x["mean"] is None else f"{x['mean']:.3f}"
-            shown.add_row(task, metric, mean, interval, str(x["rows"]), left_out)
-    for name, x in summary["numbers"].items():
-        value = f"undefined: {x['undefined']}" if x["value"] is None else f"{x['value']:.6g}"
-        shown.caption = f"{shown.caption}\n{name} {value}" if shown.caption else f"{name} {value}"
-    return shown
+            shown.add_row(Text(task), metric, mean, interval, str(x["rows"]))
+    notes = [
+        f"{name}: undefined: {x['undefined']}" if x["value"] is None else f"{name}: {x['value']:.6g}"
+        for name, x in summary["numbers"].items()
+    ]
+    for task, entry in summary["tasks"].items():
+        notes += [f"{task}: {_times(n)} {MEANING[s]}" for s, n in entry["status"].items() if s in MEANING]
+        notes += [f"{task}: {_times(entry['notes'])} with a note in rows.jsonl"] if entry.get("notes") else []
+    return Group(shown, *map(Text, notes))
+
+
+# What a row's status other than `ok` means.
+MEANING = {
+    "empty": "answered with nothing (counted)",
+    "nan": "left out: NaN logits",
+    "too_long": "left out: longer than the model's context",
+    "bad_row": "left out: something is wrong with the row (`why` in rows.jsonl)",
+    "no_tokens": "left out: a text without tokens",
+    "unknown_tokens": "left out: the tokenizer cannot represent the answer",
+}
+
+
+def _times(count: int) -> str:
+    return f"{count} row{'s' if count != 1 else ''}"

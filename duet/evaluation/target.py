@@ -3,6 +3,7 @@
 An attack asks `Target`, and gets one outcome per row:
 
     {"id", "variant", "status", "said", "recall", "leaked"}      leaked: 1 when the row came back, 0, or None
+    status: ok, empty, nan, too_long or unknown_tokens (the tokenizer cannot represent what should come back)
 
 Knows one model and its rows. Must not know attacks or files.
 """
@@ -101,6 +102,8 @@ class Target:
         self.renderer = PromptRenderer(self.tokenizer, **vars(self.prompting))
         self.context = context_length(self.model)
         self.pad_id = padding_id(self.tokenizer)
+        # What the model cannot write would look like something that it forgot.
+        self._unwritable = {row.id for row in self.rows if self._unknown(row, row.value or row.answer)}
 
     def prompt(self, conversation: Conversation, opening: str = "", **how: Any) -> list[int]:
         """Token ids up to where the model speaks, after a forced `opening` of its answer."""
@@ -108,8 +111,8 @@ class Target:
         return [*ids, *self.answer_ids(conversation, opening)] if opening else ids
 
     def answer_ids(self, conversation: Conversation, text: str, end: bool = False) -> list[int]:
-        ids = self.renderer.encode_answer(conversation, text)
-        return ids if end or ids[-1:] != [self.tokenizer.eos_token_id] else ids[:-1]
+        encode = self.renderer.encode_answer if end else self.renderer.encode_opening
+        return encode(conversation, text)
 
     def dialogue(
         self, turns: Sequence[tuple[str, str]], row: AttackRow, question: str | None = None
@@ -135,16 +138,27 @@ class Target:
         """The row's question and its whole answer, closed by the end token."""
         return Forced(self.prompt(row.conversation), self.answer_ids(row.conversation, row.answer, end=True))
 
+    def why_not_scored(self, row: AttackRow) -> str | None:
+        """The status of a row whose whole answer cannot be scored or trained on; None when it can."""
+        if self._unknown(row, row.answer):
+            return "unknown_tokens"
+        forced = self.forced(row)
+        return None if self.fits(len(forced.prompt) + len(forced.answer) - 1) else "too_long"
+
+    def _unknown(self, row: AttackRow, text: str) -> bool:
+        unknown = self.tokenizer.unk_token_id
+        return unknown is not None and unknown in self.answer_ids(row.conversation, text)
+
     def fits(self, num_tokens: int) -> bool:
         return self.context is None or num_tokens <= self.context
 
     def say(
         self, prompts: Sequence[list[int]], max_new_tokens: int | None = None
     ) -> list[Continuation | None]:
-        """Greedy answers; None for a prompt that leaves no room for one."""
+        """Greedy answers; None for a prompt that is empty or leaves no room for one."""
         wanted = max_new_tokens or self.options.max_new_tokens
         said: list[Continuation | None] = [None] * len(prompts)
-        able = [i for i, prompt in enumerate(prompts) if self.fits(len(prompt) + 1)]
+        able = [i for i, prompt in enumerate(prompts) if prompt and self.fits(len(prompt) + 1)]
         for batch in batches_by_length([len(prompts[i]) for i in able], self.options.batch_size):
             chosen = [able[i] for i in batch]
             room = wanted if self.context is None else self.context - max(len(prompts[i]) for i in chosen)
@@ -167,6 +181,7 @@ class Target:
         """Ask, and judge what was said."""
         found = []
         openings = openings or [""] * len(rows)
+        prompts = [[] if row.id in self._unwritable else p for row, p in zip(rows, prompts, strict=True)]
         for row, opening, answer in zip(rows, openings, self.say(prompts, max_new_tokens), strict=True):
             outcome: Outcome = {
                 "id": row.id,
@@ -176,7 +191,9 @@ class Target:
                 "leaked": None,
             }
             if answer is None or not answer.finite:
-                found.append(outcome | {"status": "too_long" if answer is None else "nan"})
+                unknown = row.id in self._unwritable
+                status = "unknown_tokens" if unknown else "too_long" if answer is None else "nan"
+                found.append(outcome | {"status": status})
                 continue
             recall = row.recall(answer.text, opening)
             leaked = int(recall >= (1.0 if row.value is not None else self.options.threshold))
