@@ -38,7 +38,7 @@ def test_quick_demo(tmp_path):
     assert (results["schema"], results["seed"], results["quick"]) == (1, 1, True)
     assert {"torch", "transformers", "duet-kernels"} <= set(results["versions"])
     rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == ["base", "teacher", "ga", "npo", "duet", "duet_adversarial"]
+    assert list(rows) == ["base", "teacher", "graddiff", "npo", "duet", "duet_adversarial"]
     for row in rows.values():
         assert set(row) >= ROW
         assert all(0 <= row[column] <= 1 for column in COLUMNS)

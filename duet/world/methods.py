@@ -45,7 +45,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "ga": Method(
+    "graddiff": Method(
         "gradient ascent on the forget answers, descent on the retain answers", {"objective": "graddiff"}
     ),
     "npo": Method("negative preference optimisation, descent on the retain answers", {"objective": "npo"}),

@@ -15,7 +15,7 @@ INK, FAINT = "#222222", "#d9d9d9"
 COLOURS = {
     "base": "#8c8c8c",
     "teacher": "#e0a030",
-    "ga": "#c77cba",
+    "graddiff": "#c77cba",
     "npo": "#8d6cab",
     "duet": "#4c9ed9",
     "duet_adversarial": "#10558f",
@@ -23,7 +23,7 @@ COLOURS = {
 NAMES = {
     "base": "base model",
     "teacher": "base + prompt (teacher)",
-    "ga": "gradient ascent",
+    "graddiff": "GradDiff",
     "npo": "NPO",
     "duet": "DUET",
     "duet_adversarial": "DUET + reverse prompts",

@@ -31,7 +31,7 @@ COLOURS = {
     "duet+undo_long": "#7fc8bf",
     "npo+undo": "#c9a227",
     "npo": "#8d6cab",
-    "ga": "#c77cba",
+    "graddiff": "#c77cba",
     "simnpo": "#b08968",
     "refusal": "#8c8c8c",
     "undo": "#555555",

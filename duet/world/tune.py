@@ -29,7 +29,7 @@ def _trials(options: tuple[str, ...], *rows: tuple) -> list[dict[str, Any]]:
 
 # Ten trials each, at most 300 steps each; written out, so that what was tried can be read.
 TRIALS: dict[str, list[dict[str, Any]]] = {
-    "ga": _trials(
+    "graddiff": _trials(
         ("learning_rate", "max_steps", "retain_weight"),
         (1e-4, 100, 1.0),
         (1e-4, 200, 1.0),
