@@ -22,7 +22,7 @@ from transformers.utils import logging
 from duet_kernels import LMHead, TopK, set_workspace_bytes
 
 from .config import DuetConfig
-from .data import Asked, Collator, UnlearnDataset, read_rows
+from .data import Asked, Collator, UnlearnDataset
 from .lm import (
     check_head,
     context_length,
@@ -37,6 +37,7 @@ from .objectives import Objective, find_objective
 from .prefix_cache import PrefixCache, common_length
 from .prompts import PromptRenderer
 from .provenance import check_cacheable, provenance_of
+from .rows import read_rows
 from .topk_columns import read_columns
 from .topk_store import LOG_PROBABILITIES, Entry, Provenance, TopKStore, fingerprint
 from .topk_writer import StoreWriter

@@ -36,6 +36,16 @@ def _finished(checkpoint: Path, step: int) -> bool:
     return isinstance(state, dict) and state.get("global_step") == step
 
 
+def check_output_dir(path: str) -> None:
+    """Refuses a folder that cannot be written to: now, rather than at the first checkpoint."""
+    while not os.path.exists(path):  # the nearest folder that is there decides
+        path = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(path):
+        raise NotADirectoryError(f"output_dir: wanted a folder, but {path!r} is a file")
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"output_dir: wanted a folder that can be written to, but {path!r} cannot")
+
+
 @contextmanager
 def whole_checkpoint(folder: str | os.PathLike, writes: bool) -> Iterator[None]:
     """Around the writing of one checkpoint: when it fails, the checkpoint is removed and the error says what is left.

@@ -5,11 +5,11 @@ one to `duet.objectives.OBJECTIVES` at any time; the trainer looks the name up).
 """
 
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from transformers import TrainingArguments
 
+from .names import check_one_of
 from .prompts import PLAIN_TEMPLATE, Prompting
 
 # Written in our own words after RWKU's in-context unlearning instruction (arXiv 2406.10890): name the subject, ask for
@@ -254,10 +254,11 @@ class DuetConfig(TrainingArguments):
         _texts("refusals", self.refusals, at_least=1)
         _texts("counterfactual_names", self.counterfactual_names, at_least=1)
         _number(self, "max_length", "an integer >= 1 or None", lambda v: v is None or (_is_int(v) and v >= 1))
-        _choice("positions", self.positions, POSITIONS, or_none=True)
-        _choice("answer_source", self.answer_source, ANSWER_SOURCES)
-        _choice("retain_subjects", self.retain_subjects, RETAIN_SUBJECTS)
-        _choice("reverse_prompt_role", self.reverse_prompt_role, REVERSE_PROMPT_ROLES)
+        if self.positions is not None:
+            check_one_of("positions", self.positions, POSITIONS)
+        check_one_of("answer_source", self.answer_source, ANSWER_SOURCES)
+        check_one_of("retain_subjects", self.retain_subjects, RETAIN_SUBJECTS)
+        check_one_of("reverse_prompt_role", self.reverse_prompt_role, REVERSE_PROMPT_ROLES)
         _texts("steering_prefixes", self.steering_prefixes, at_least=1)
         _texts("reverse_prompts", self.reverse_prompts, at_least=0)
         Prompting(self.plain_template, self.chat_template_kwargs or {})  # checks them
@@ -300,14 +301,6 @@ def _number(config: DuetConfig, name: str, wanted: str, holds) -> None:
         good = False
     if not good:  # a NaN ends here too: every comparison with it is false
         raise ValueError(f"{name}: wanted {wanted}, got {value!r}")
-
-
-def _choice(name: str, value, choices: tuple[str, ...], or_none: bool = False) -> None:
-    if value in choices or (or_none and value is None):
-        return
-    close = get_close_matches(str(value), choices, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"{name}: wanted one of {', '.join(choices)}, got {value!r}{hint}")
 
 
 def _texts(name: str, value, at_least: int) -> None:

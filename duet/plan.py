@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from .lm import find_backbone
 
-TEACHERS = ("adapter off", "copy", "cache", "none")
+TEACHERS = ("adapter off", "copy", "before training", "cache", "none")
 # States per trained parameter. In the parameter's dtype; with `8bit` in the name, a byte each and two scales a block.
 _STATES = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0}
 _BLOCK, _SMALL = 256, 4096  # of bitsandbytes: values per scale; tensors below this keep 32 bit
@@ -51,7 +51,8 @@ class Settings:
         checkpointing: whether activations are recomputed in the backward.
         accumulation: micro-batches of an optimizer step.
         optim: name of the optimizer, as in TrainingArguments.
-        teacher: `adapter off`, `copy` (frozen), `cache` (on disk) or `none`.
+        teacher: `adapter off`, `copy` (frozen), `before training` (the student itself, asked first), `cache` (on disk) or
+            `none`.
         workspace: bytes that a loss may use (`duet_kernels.set_workspace_bytes`).
     """
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from .objectives import find_objective
 from .plan import Budget, Planner, Settings
 from .run_config import DEFAULT_ADAPTER, RunConfig
+from .views import asked_before_training
 
 # Options that transformers refuses on a machine without a fitting GPU: a plan is also made on a laptop.
 _DEVICE_OPTIONS = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval")
@@ -78,7 +79,7 @@ class Plan:
             reserve=reserve,
             settings=settings,
             budget=budget,
-            fitting=list(_fitting(planner, settings, memory - reserve)),
+            fitting=list(_fitting(planner, settings, _teacher(run, adapted=False), memory - reserve)),
         )
 
     @property
@@ -150,10 +151,6 @@ def _settings(
         if run.model.dtype == "auto"
         else getattr(torch, run.model.dtype)
     )
-    teacher = "none"
-    if find_objective(args.objective).has_teacher:
-        teacher = "copy" if run.adapter is None or run.teacher else "adapter off"
-        teacher = "cache" if args.teacher_store else teacher
     return Settings(
         batch=args.per_device_train_batch_size,
         length=length,
@@ -166,16 +163,30 @@ def _settings(
         checkpointing=bool(args.activation_checkpointing),
         accumulation=args.gradient_accumulation_steps,
         optim=getattr(args.optim, "value", args.optim),
-        teacher=teacher,
+        teacher=_teacher(run, adapted=run.adapter is not None),
         workspace=args.workspace_bytes or Settings.workspace,
     )
 
 
-def _fitting(planner: Planner, settings: Settings, memory: int):
+def _teacher(run: RunConfig, adapted: bool) -> str:
+    """Who teaches this run, if it trains an adapter, or all weights."""
+    objective = find_objective(run.training.objective)
+    if not objective.has_teacher:
+        return "none"
+    if run.training.teacher_store:
+        return "cache"
+    if run.teacher:
+        return "copy"
+    if adapted:
+        return "adapter off"
+    return "before training" if asked_before_training(objective, run.training) else "copy"
+
+
+def _fitting(planner: Planner, settings: Settings, whole_teacher: str, memory: int):
     """The ways to train that differ in kind, each with and without activation checkpointing."""
     adapter = settings.adapter or dict(DEFAULT_ADAPTER)
     lora = replace(settings, adapter=adapter, teacher="none" if settings.teacher == "none" else "adapter off")
-    whole = replace(settings, adapter=None, quantization=None)
+    whole = replace(settings, adapter=None, quantization=None, teacher=whole_teacher)
     ways = [
         *(
             (f"LoRA r={adapter['r']}", base or str(settings.dtype)[6:], replace(lora, quantization=base))
@@ -184,8 +195,9 @@ def _fitting(planner: Planner, settings: Settings, memory: int):
         ("all weights, teacher a copy", str(settings.dtype)[6:], replace(whole, teacher="copy")),
         ("all weights, teacher from a cache", str(settings.dtype)[6:], replace(whole, teacher="cache")),
     ]
-    if settings.teacher == "none":
-        ways = [*ways[:3], ("all weights", str(settings.dtype)[6:], whole)]
+    if whole_teacher in ("none", "before training"):
+        named = "all weights" if whole_teacher == "none" else "all weights, teacher asked before training"
+        ways = [*ways[:3], (named, str(settings.dtype)[6:], whole)]
     for trained, base, way in ways:
         for checkpointing in (False, True):
             way = replace(way, checkpointing=checkpointing)

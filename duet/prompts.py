@@ -20,6 +20,7 @@ SUBJECT = "{subject}"
 PLAIN_TEMPLATE = "Question: {question}\nAnswer:"
 PROMPTING = "prompting.json"
 _CACHED_PROMPTS = 50_000
+_MARK = "duet-looks-for-this-message"
 
 # A conversation is a tuple of (role, text) messages, or one plain text that the model is to continue.
 Conversation = tuple[tuple[str, str], ...] | str
@@ -53,15 +54,45 @@ def accepts_system(tokenizer: Any, **template_kwargs: Any) -> bool:
     """
     if not getattr(tokenizer, "chat_template", None):
         return False
-    mark = "duet-looks-for-this-system-message"
-    messages = [{"role": "system", "content": mark}, {"role": "user", "content": "x"}]
+    messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "x"}]
     try:
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **template_kwargs
         )
     except Exception:  # a template may raise anything through jinja's raise_exception
         return False
-    return mark in text
+    return _MARK in text
+
+
+def answer_ending(tokenizer: Any, **template_kwargs: Any) -> list[int]:
+    """The ids that close an answer: what the chat template writes behind it, through the first special token.
+
+    That is how the model learnt to end its turn, and often not the tokenizer's end token: Gemma closes a turn by
+    `<end_of_turn>`, Phi by `<|end|>`, Qwen by `<|im_end|>`, Llama 3 by `<|eot_id|>`. Without a chat template, or where
+    it writes no special token behind an answer, the end token; nothing where the tokenizer has none.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if not getattr(tokenizer, "chat_template", None):
+        return end
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARK}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
+    except Exception:  # as above
+        return end
+    _, shown, behind = text.rpartition(_MARK)
+    if not shown:
+        return end
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
+
+    # Read behind a word, as in use: at the start of a text some tokenizers put a space of their own.
+    word, together = ids(_MARK), ids(_MARK + behind)
+    tail = together[len(word) :] if together[: len(word)] == word else ids(behind)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+    first = next((n for n, token in enumerate(tail) if token in special), None)
+    return end if first is None else tail[: first + 1]
 
 
 @dataclass(frozen=True)
@@ -161,6 +192,7 @@ class PromptRenderer:
                 "run meets other prompts tomorrow; chat_template_kwargs={'date_string': '26 Jul 2024'} fixes it"
             )
         self.system_allowed = accepts_system(tokenizer, **self.template_kwargs)
+        self._turn_ending = answer_ending(tokenizer, **self.template_kwargs)
         self._cache: dict[tuple, list[int]] = {}
 
     def encode(
@@ -231,7 +263,7 @@ class PromptRenderer:
         return ids
 
     def encode_answer(self, conversation: Conversation, answer: str) -> list[int]:
-        """Token ids of an answer, closed by the end token where the tokenizer has one.
+        """Token ids of an answer, closed by its `ending`.
 
         Tokenised by itself and appended to the prompt's ids, never together with them. Tokenised together, a
         tokenizer may merge across the seam (": " + "yes" into one token), so that the prompt loses its last token,
@@ -239,11 +271,17 @@ class PromptRenderer:
         answer position j is the same token in the student's and the teacher's sequence, whatever stands before it.
         It is also what a model meets in use: the prompt is tokenised, and the answer follows token by token.
         """
-        ids, end = self.encode_opening(conversation, answer), self.tokenizer.eos_token_id
-        return ids if end is None else [*ids, end]
+        return [*self.encode_opening(conversation, answer), *self.ending(conversation)]
+
+    def ending(self, conversation: Conversation | None) -> list[int]:
+        """What closes an answer: in a chat what the template writes (`answer_ending`); of a text the end token, if any."""
+        if self.has_template and not isinstance(conversation, str | None):
+            return self._turn_ending
+        end = self.tokenizer.eos_token_id
+        return [] if end is None else [end]
 
     def encode_opening(self, conversation: Conversation, answer: str) -> list[int]:
-        """Token ids of an answer that goes on: `encode_answer` without the end token."""
+        """Token ids of an answer that goes on: `encode_answer` without its ending."""
         if (
             not self.has_template
             and not isinstance(conversation, str)

@@ -52,8 +52,13 @@ def weights_hash(model: nn.Module) -> str:
         return _hex("\n".join(sorted(pool.map(one, tensors))).encode())
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of how text becomes ids: vocabulary, merges, normalisation, special tokens. Padding is left out."""
+def tokenizer_hash(tokenizer: Any, template: bool = False) -> str:
+    """A hash of how text becomes ids: vocabulary, merges, normalisation, special tokens. Padding is left out.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        template: whether its chat template counts too.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
@@ -63,7 +68,14 @@ def tokenizer_hash(tokenizer: Any) -> str:
     special = {
         name: str(value) for name, value in tokenizer.special_tokens_map.items() if name != "pad_token"
     }
-    return _hex(json.dumps([content, special], sort_keys=True).encode())
+    parts = [content, special, *([template_hash(tokenizer)] if template else [])]
+    return _hex(json.dumps(parts, sort_keys=True).encode())
+
+
+def template_hash(tokenizer: Any) -> str | None:
+    """A hash of the chat template's text; None: there is none."""
+    text = getattr(tokenizer, "chat_template", None)
+    return _hex(json.dumps(text, sort_keys=True).encode()) if text else None
 
 
 def provenance_of(
@@ -77,14 +89,13 @@ def provenance_of(
 ) -> Provenance:
     """What is asked of whom, when `model` is the teacher of `dataset` under the options `args`."""
     inner = base_language_model(model)
-    template = getattr(tokenizer, "chat_template", None)
     return Provenance(
         model=getattr(inner.config, "_name_or_path", "") or type(inner).__name__,
         architecture=type(inner).__name__,
         model_dtype=str(head.weight.dtype).removeprefix("torch."),
         weights=weights_hash(model),
         tokenizer=tokenizer_hash(tokenizer),
-        chat_template=None if not template else _hex(json.dumps(template, sort_keys=True).encode()),
+        chat_template=template_hash(tokenizer),
         chat_template_kwargs=dict(args.chat_template_kwargs or {}),
         plain_template=args.plain_template,
         prefixes=list(args.steering_prefixes),

@@ -11,19 +11,17 @@ A key that is not known is refused with the nearest name. Loads no model and no 
 """
 
 import dataclasses
-import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .config import DuetConfig
+from .names import check_known, check_one_of, instead
 from .sources import COLUMNS, DataSource
+from .yaml_text import mapping, parse_yaml, read_yaml
 
 QUANTIZATIONS = ("nf4", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -78,7 +76,7 @@ class RunConfig:
         Raises:
             OSError, ValueError: naming the file or the key, what came and what was wanted.
         """
-        return cls.of(apply_overrides(read_yaml(path), overrides))
+        return cls.of(apply_overrides(read_run(path), overrides))
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> "RunConfig":
@@ -89,15 +87,15 @@ class RunConfig:
             >>> run.model.dtype, run.adapter, run.training.k
             ('auto', None, 8)
         """
-        _known("", tree, SECTIONS)
+        check_known("", tree, SECTIONS)
         data = _mapping("data", tree.get("data"))
-        _known("data", data, ("forget", "retain", "eval"))
+        check_known("data.", data, ("forget", "retain", "eval"))
         if data.get("forget") is None:
             raise ValueError("data.forget: wanted a path, or a mapping with one, got nothing")
         model = _section(ModelSection, "model", "name", tree.get("model"))
-        _one_of("model.dtype", model.dtype, DTYPES)
+        check_one_of("model.dtype", model.dtype, DTYPES)
         if model.quantization is not None:
-            _one_of("model.quantization", model.quantization, QUANTIZATIONS)
+            check_one_of("model.quantization", model.quantization, QUANTIZATIONS)
         adapter = tree.get("adapter")
         if adapter is not None:
             adapter = DEFAULT_ADAPTER | _adapter(_mapping("adapter", adapter))
@@ -135,7 +133,7 @@ def training_options(options: Mapping[str, Any]) -> DuetConfig:
     """A DuetConfig of plain values: unknown names and wrong types are refused before transformers sees them."""
     hints = typing.get_type_hints(DuetConfig)
     fields = [f.name for f in dataclasses.fields(DuetConfig) if f.init]
-    _known("training", options, fields)
+    check_known("training.", options, fields)
     return DuetConfig(
         **{name: _typed(f"training.{name}", value, hints[name]) for name, value in options.items()}
     )
@@ -144,49 +142,9 @@ def training_options(options: Mapping[str, Any]) -> DuetConfig:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe subset as people write it: `1e-4` is a number, `no` is a word, a key stands once."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|nan))$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict:
-    seen: set[str] = set()
-    for key, _ in node.value:
-        if key.value in seen:
-            raise ValueError(f"line {key.start_mark.line + 1}: the key {key.value!r} stands there twice")
-        seen.add(key.value)
-    loader.flatten_mapping(node)
-    return {
-        loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value
-    }
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file: plain values only, nothing is constructed."""
-    try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: wanted UTF-8 text: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+def read_run(path: str | Path) -> dict[str, Any]:
+    """The mapping in a run's file: plain values only, nothing is constructed."""
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: wanted a mapping with the keys {', '.join(SECTIONS)}, got {tree!r}")
     return tree
@@ -209,8 +167,8 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         if not equals:
             text = words.pop(0) if words and not words[0].startswith("--") else "true"
         try:
-            value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, ValueError) as error:
+            value = parse_yaml(text)
+        except ValueError as error:
             raise ValueError(f"--{key}: {text!r} is not a value: {error}") from None
         _put(tree, key, value)
     return tree
@@ -222,7 +180,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     if path[0] not in SECTIONS:
         names = [f.name for f in dataclasses.fields(DuetConfig) if f.init]
         if path[0] not in names or (len(path) > 1 and path[0] not in DuetConfig._VALID_DICT_FIELDS):
-            raise ValueError(f"--{key}: there is no such option{_nearest(path[0], (*names, *SECTIONS))}")
+            raise ValueError(f"--{key}: there is no such option{instead(path[0], (*names, *SECTIONS))}")
         path, written = ["training", *path], ["training", *written]
     if path[:2] == ["data", "eval"] or (
         path[0] == "training" and len(path) > 2 and path[1] in DuetConfig._VALID_DICT_FIELDS
@@ -244,27 +202,9 @@ def _copied(value: Any) -> Any:
 # -- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _known(section: str, given: Mapping[str, Any], names: Iterable[str]) -> None:
-    names = list(names)
-    for key in given:
-        if key not in names:
-            where = f"{section}.{key}" if section else str(key)
-            raise ValueError(f"{where}: there is no such key{_nearest(str(key), names)}")
-
-
-def _nearest(key: str, names: Sequence[str]) -> str:
-    close = get_close_matches(key, names, n=1)
-    return (
-        f" (did you mean {close[0]!r}?)" if close else f"; wanted one of {', '.join(sorted(names)[:12])}, ..."
-    )
-
-
 def _mapping(name: str, value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name}: wanted a mapping, got {value!r}")
-    return dict(value)
+    """A section, which may be left out."""
+    return {} if value is None else mapping(name, value)
 
 
 def _section(kind: type, name: str, short: str, value: Any) -> Any:
@@ -273,7 +213,7 @@ def _section(kind: type, name: str, short: str, value: Any) -> Any:
         value = {short: value}
     value = _mapping(name, value)
     hints = typing.get_type_hints(kind)
-    _known(name, value, hints)
+    check_known(f"{name}.", value, hints)
     if value.get(short) is None:
         raise ValueError(f"{name}.{short}: wanted a text, got nothing")
     return kind(**{key: _typed(f"{name}.{key}", each, hints[key]) for key, each in value.items()})
@@ -281,7 +221,7 @@ def _section(kind: type, name: str, short: str, value: Any) -> Any:
 
 def _source(name: str, value: Any) -> DataSource:
     source = _section(DataSource, name, "path", value)
-    _known(f"{name}.columns", source.columns, COLUMNS)
+    check_known(f"{name}.columns.", source.columns, COLUMNS)
     if source.limit is not None and source.limit < 1:
         raise ValueError(f"{name}.limit: wanted an integer >= 1, got {source.limit}")
     return source
@@ -290,15 +230,8 @@ def _source(name: str, value: Any) -> DataSource:
 def _adapter(options: dict[str, Any]) -> dict[str, Any]:
     from peft import LoraConfig
 
-    _known("adapter", options, [f.name for f in dataclasses.fields(LoraConfig) if f.init])
+    check_known("adapter.", options, [f.name for f in dataclasses.fields(LoraConfig) if f.init])
     return options
-
-
-def _one_of(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"{name}: wanted one of {', '.join(choices)}, got {value!r}{_nearest(str(value), choices)}"
-        )
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

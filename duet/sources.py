@@ -1,4 +1,4 @@
-"""A file, or a dataset on the Hub -> rows with the columns that `duet.data.read_rows` reads.
+"""A file, or a dataset on the Hub -> rows with the columns that `duet.rows.read_rows` reads.
 
 Text files are read here and not by `datasets`: a row may differ in kind from the next, and an error names its line.
 Must not know models or tokenizers.
@@ -9,9 +9,10 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from .names import did_you_mean
 
 COLUMNS = ("question", "prompt", "messages", "answer", "completion", "subject")
 
@@ -76,8 +77,7 @@ def _renamed(row: dict[str, Any], source: DataSource, where: str) -> dict[str, A
     if source.columns:
         missing = [theirs for theirs in source.columns.values() if theirs not in row]
         if missing:
-            close = get_close_matches(missing[0], row, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = did_you_mean(missing[0], row)
             raise ValueError(f"{where}: it has no column {missing[0]!r}, but {', '.join(sorted(row))}{hint}")
         row = {ours: row[theirs] for ours, theirs in source.columns.items()}
     else:

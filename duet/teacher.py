@@ -2,6 +2,7 @@
 
     AdapterOffTeacher   the student's own weights with its adapter switched off: one copy in memory
     FrozenTeacher       another module: a copy of the student before training, or a model that was passed in
+    EarlyTeacher        the student itself, asked everything before its first step: one copy in memory
     CachedTeacher       no module: what a teacher said before, read from a TopKStore
 
 A live teacher is called with a function and runs it on its model. Which numbers are wanted is not its business; it must
@@ -9,11 +10,12 @@ not know objectives. A cached one puts its numbers into the rows of a dataset.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -38,11 +40,18 @@ class FrozenTeacher:
         self.model = model.requires_grad_(False).eval()
 
     @classmethod
-    def copy_of(cls, student: nn.Module) -> "FrozenTeacher":
-        return cls(copy.deepcopy(student))
+    def copy_of(cls, student: nn.Module, share: bool = False) -> "FrozenTeacher":
+        """A copy of the student as it is now.
+
+        Args:
+            student: the model that will be trained.
+            share: whether parameters that require no gradient are the student's own instead of copies.
+        """
+        kept = {id(p): p for p in student.parameters() if share and not p.requires_grad}
+        return cls(copy.deepcopy(student, kept))
 
     def to(self, device: torch.device) -> None:
-        if next(self.model.parameters()).device != device:
+        if any(p.device != device for p in self.model.parameters()):
             self.model.to(device)
 
     def run(self, function: Callable[[nn.Module], Any], student: nn.Module, wrapped: nn.Module) -> Any:
@@ -65,6 +74,56 @@ class AdapterOffTeacher:
         """
         with torch.no_grad(), evaluating(student), student.disable_adapter():
             return call_through(wrapped, student, lambda: function(student))
+
+
+class EarlyTeacher:
+    """The student itself before its first step: what is wanted of it then is kept beside the rows, in the CPU's memory.
+
+    For targets that are a few numbers a position, of rows that are shown in one way: `views.asked_before_training`.
+    """
+
+    def __init__(self) -> None:
+        self.gone = False  # set when the first step is near: from then on the student is another model
+
+    def to(self, device: torch.device) -> None:
+        """Nothing to move: it is the student."""
+
+    def run(self, function: Callable[[nn.Module], Any], student: nn.Module, wrapped: nn.Module) -> Any:
+        """`function(student)`, dropout off, without gradients; only before the first step.
+
+        Raises:
+            RuntimeError: training has begun.
+        """
+        if self.gone:
+            raise RuntimeError(
+                "eval_dataset: what the untrained model says to these rows was wanted, but training has begun and no copy "
+                "was kept; give all rows to DuetTrainer(eval_dataset=...), or pass teacher_model"
+            )
+        with torch.no_grad(), evaluating(student):
+            return function(student)
+
+    def serve(self, dataset: "UnlearnDataset", batches: Iterable[tuple[list[int], list[int], Any]]) -> None:
+        """From now on the rows of `dataset` carry what the untrained model says to them.
+
+        Args:
+            dataset: whose rows.
+            batches: (rows, how many positions each has, targets): N positions in all, one row after the other, and a
+                tree whose tensors are `[N, ...]`.
+        """
+        kept: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for rows, lengths, targets in batches:
+            leaves, self._tree = tree_flatten(targets)
+            self._plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            parts = {
+                str(n): leaf.cpu().split(lengths) for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
+            }
+            for place, row in enumerate(rows):
+                kept[row, 0] = {name: part[place] for name, part in parts.items()}
+        dataset.cached_targets = kept.__getitem__
+
+    def targets(self, kept: dict[str, Tensor]) -> Any:
+        """The tree of a batch."""
+        return tree_unflatten([kept.get(str(n), leaf) for n, leaf in enumerate(self._plain)], self._tree)
 
 
 class CachedTeacher:
@@ -134,7 +193,7 @@ class _Stored:
         }
 
 
-Teacher = FrozenTeacher | AdapterOffTeacher | CachedTeacher
+Teacher = FrozenTeacher | AdapterOffTeacher | EarlyTeacher | CachedTeacher
 
 
 class TeacherGuard(TrainerCallback):

@@ -10,7 +10,8 @@ Loop, optimizer, logging, checkpoints and resume are the Trainer's own. Must not
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from transformers.utils import logging
 
 from duet_kernels import LMHead, set_workspace_bytes
 
-from .checkpoints import ResumableTrainer
+from .checkpoints import ResumableTrainer, check_output_dir
 from .config import DuetConfig
-from .data import Collator, UnlearnDataset, UnlearnSampler, check_repeats, read_rows
+from .data import Collator, UnlearnDataset, UnlearnSampler
 from .lm import (
     add_adapter,
     base_language_model,
@@ -48,16 +49,19 @@ from .lm import (
 from .model_card import fingerprint, model_card
 from .objectives import Counts, Step, answer_topk, check_options, find_objective, teacher_topk
 from .prompts import Prompting, PromptRenderer, fill_prefix, steered_tokenizer
-from .provenance import check_store, open_store, provenance_of
+from .provenance import check_store, open_store, provenance_of, weights_hash
+from .rows import check_repeats, read_rows
+from .run_record import begin_run, run_record
 from .teacher import (
     AdapterOffTeacher,
     CachedTeacher,
+    EarlyTeacher,
     FrozenTeacher,
     Teacher,
     TeacherGuard,
 )
 from .topk_store import TopKStore
-from .views import build_dataset, scored_positions
+from .views import asked_before_training, build_dataset, scored_positions
 
 logger = logging.get_logger(__name__)
 _PROBE_QUERIES = 4
@@ -80,7 +84,9 @@ class DuetTrainer(ResumableTrainer):
         processing_class: the tokenizer; None: the one saved with the model. Without a pad token its end token pads;
             padding is hidden by the attention mask, so that which token pads cannot matter.
         teacher_model: another model (or name) with the same vocabulary; it is frozen. None: the model itself, with its adapter
-            switched off if it has one (one copy in memory), else a frozen copy.
+            switched off if it has one (one copy in memory), else a frozen copy; no copy where everything can be asked
+            before the first step (`npo`, `npo_kl`, `graddiff_kl`, `undial`, `shred` without views that are drawn,
+            `duet_deep`): rows to evaluate on must then be given here.
         peft_config: wraps `model` in this adapter.
         eval_dataset: rows scored like forget rows (plain query, first prefix), or a dict of such; the rows under a
             name that starts with `retain` are scored like retain rows.
@@ -153,7 +159,7 @@ class DuetTrainer(ResumableTrainer):
             raise ValueError(f"eval_dataset: wanted None, because objective {args.objective!r} has no loss")
         if args.workspace_bytes is not None:
             set_workspace_bytes(args.workspace_bytes)
-        _check_output_dir(args.output_dir)
+        check_output_dir(args.output_dir)
         forget = read_rows(forget_dataset, "forget_dataset")  # cheap: before a large model is loaded
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
         check_repeats(forget, retain)
@@ -176,6 +182,8 @@ class DuetTrainer(ResumableTrainer):
         }
         if self.objective.layer:
             args.rmu_layer = check_layer(model, args.rmu_layer)
+        if self.objective.trains is not None:
+            select_parameters(model, lambda name: self.objective.trains(name, args), args.objective)
         self._prompting = Prompting(args.plain_template, args.chat_template_kwargs or {})
         self.renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs)
         train_dataset = self._dataset(forget, retain, args, model)
@@ -194,12 +202,12 @@ class DuetTrainer(ResumableTrainer):
         else:
             has_teacher = self.objective.has_teacher
             self.teacher = self._choose_teacher(model, teacher_model, args, head) if has_teacher else None
+        self._other_teacher = teacher_model is not None
+        self._weights: str | None = None
         self._logged: dict[str, Tensor] = {}
         self._prepared: list[UnlearnDataset] = []
         if self.objective.start is not None:  # the teacher's copy has been made
             self.objective.start(model, args)
-        if self.objective.trains is not None:
-            select_parameters(model, lambda name: self.objective.trains(name, args), args.objective)
         if self.objective.loss is not None and not args.deepspeed:  # DeepSpeed keeps fp32 copies itself
             warn_of_half_precision(model)
 
@@ -230,7 +238,8 @@ class DuetTrainer(ResumableTrainer):
                     "it, so that the student would be its own teacher. Set it to 2, or pass teacher_model"
                 )
             self.teacher.to(args.device)
-            if self._store is None:  # a store cannot change while the student is trained
+            # A store cannot change while the student is trained, nor what was asked before.
+            if not isinstance(self.teacher, (CachedTeacher, EarlyTeacher)):
                 same = teacher_model is None and self.objective.starts_at_teacher
                 self.add_callback(TeacherGuard(self._probe, same, rounding_of_a_fresh_adapter(self.model)))
 
@@ -239,8 +248,15 @@ class DuetTrainer(ResumableTrainer):
     def _choose_teacher(
         self, model: nn.Module, teacher_model: Any, args: DuetConfig, head: LMHead
     ) -> Teacher:
+        if teacher_model is None and hasattr(model, "disable_adapter"):
+            return AdapterOffTeacher()
         if teacher_model is None:
-            return AdapterOffTeacher() if hasattr(model, "disable_adapter") else FrozenTeacher.copy_of(model)
+            # Sharded parameters are taken apart, and are whole only in a forward of the wrapper. For *_full_eval the
+            # Trainer leaves the model where it was until training starts.
+            alone, placed = not _is_sharded(args), not (args.bf16_full_eval or args.fp16_full_eval)
+            if alone and placed and asked_before_training(self.objective, args):
+                return EarlyTeacher()
+            return FrozenTeacher.copy_of(model, share=alone and self.objective.start is None)
         teacher = load_model(teacher_model, "teacher_model", args.model_init_kwargs)
         if teacher is model or teacher is base_language_model(model):
             raise ValueError(
@@ -276,10 +292,27 @@ class DuetTrainer(ResumableTrainer):
             teacher.serve(dataset)
         return teacher
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """`Trainer.train`; for `in_context`, whose weights stay, the prefix is put into the chat template instead."""
-        if self.objective.loss is not None:
-            return super().train(*args, **kwargs)
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """`Trainer.train`; for `in_context`, whose weights stay, the prefix is put into the chat template instead.
+
+        What decides the run is written to `output_dir` (`duet.run_record`), and compared when it is resumed.
+
+        Raises:
+            ValueError: resumed with other options, rows, weights, ... than it began with; what changed is named.
+        """
+        if self.objective.loss is None:
+            return self._steer()
+        self._keep_record(resume_from_checkpoint)
+        if isinstance(self.teacher, EarlyTeacher) and not self.teacher.gone:
+            evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+            for dataset in filter(None, (self.train_dataset, *evals.values())):
+                self._prepare_rows(dataset)
+            self.teacher.gone = True  # a checkpoint may be loaded next, and then steps are made
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _steer(self) -> TrainOutput:
         people = ", ".join(self.train_dataset.subjects) or None
         instruction = fill_prefix(self.args.steering_prefixes[0], people, "forget_dataset")
         self.processing_class = steered_tokenizer(
@@ -287,6 +320,22 @@ class DuetTrainer(ResumableTrainer):
         )
         logger.info("in_context: nothing is trained; the chat template now steers (save_model() writes it)")
         return TrainOutput(0, 0.0, {})
+
+    def _keep_record(self, resume_from: str | bool | None) -> None:
+        if not self.is_world_process_zero():
+            return
+        student = self.accelerator.unwrap_model(self.model)
+        if self._weights is None:  # before the first step, also where train() is called again
+            self._weights = weights_hash(student)
+        teacher = None if self._store is None else self._store.provenance.seal
+        if self._other_teacher:
+            teacher = weights_hash(self.teacher.model)
+        tokenizer, rows = self.renderer.tokenizer, self._fingerprints
+        record = run_record(student, self._weights, tokenizer, self.args, rows, teacher)
+        begun_in = self.args.output_dir if resume_from is True else resume_from and Path(resume_from).parent
+        begin_run(self.args.output_dir, record, begun_in)
+
+    # -- what is asked before a dataset is used ---------------------------------------------------------------------
 
     def get_train_dataloader(self):
         self._prepare_rows(self.train_dataset)
@@ -307,6 +356,9 @@ class DuetTrainer(ResumableTrainer):
         if isinstance(self.teacher, CachedTeacher) and dataset.cached_targets is None:
             self.teacher.serve(dataset)
         self._answer(dataset)
+        asked_first = isinstance(self.teacher, EarlyTeacher) and self.objective.targets is not None
+        if asked_first and dataset.cached_targets is None:
+            self.teacher.serve(dataset, self._targets_of_rows(dataset))
         if self.objective.prepare is not None and not any(dataset is done for done in self._prepared):
             self._prepared.append(dataset)
             self.objective.prepare(self, dataset)
@@ -316,6 +368,17 @@ class DuetTrainer(ResumableTrainer):
         missing = dict(dataset.unanswered())
         answers = self.teacher_says(list(missing.values()), dataset.max_scored)
         dataset.teacher_answers.update(zip(missing, answers, strict=True))
+
+    def _targets_of_rows(self, dataset: UnlearnDataset) -> Iterator[tuple[list[int], list[int], Any]]:
+        """What the objective wants of the teacher for every row: (rows, how many positions each has, targets)."""
+        order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["student"]))
+        size = self.args.eval_batch_size
+        for start in self.progress(range(0, len(order), size), "the model is asked before it is trained"):
+            rows = order[start : start + size]
+            items = [dataset[i] for i in rows]
+            inputs = self._prepare_inputs(self.data_collator(items))
+            targets = self.ask_teacher(lambda model, inputs=inputs: self._targets_by(model, inputs))
+            yield rows, [item["scored"] for item in items], targets
 
     def teacher_says(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """The frozen teacher's greedy answers, in batches of similar length."""
@@ -372,19 +435,19 @@ class DuetTrainer(ResumableTrainer):
         return (loss, parts) if return_outputs else loss
 
     def _targets(self, wrapped: nn.Module, student: nn.Module, inputs: dict[str, Tensor]) -> Any:
+        kept = inputs.get("targets")
         if isinstance(self.teacher, CachedTeacher):
-            return self.teacher.topk(inputs["targets"])
-        if "targets" in inputs:
-            return inputs["targets"]
+            return self.teacher.topk(kept)
+        if kept is not None:
+            return kept if self.objective.targets is None else self.teacher.targets(kept)
         if self.teacher is None:
             return None
+        return self.teacher.run(lambda model: self._targets_by(model, inputs), student, wrapped)
+
+    def _targets_by(self, teacher: nn.Module, inputs: dict[str, Tensor]) -> Any:
         view = "teacher_" if self.objective.teacher_sees == "steered" else ""
-
-        def targets_of(model: nn.Module) -> Any:
-            hidden, head = self._head_inputs(model, inputs, view)
-            return self.objective.targets(hidden, head, inputs["labels"], self.args)
-
-        return self.teacher.run(targets_of, student, wrapped)
+        hidden, head = self._head_inputs(teacher, inputs, view)
+        return self.objective.targets(hidden, head, inputs["labels"], self.args)
 
     def _head_inputs(
         self, model: nn.Module, inputs: dict[str, Tensor], view: str = ""
@@ -517,11 +580,7 @@ class _SetEpoch(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
-def _check_output_dir(path: str) -> None:
-    """Found out now rather than at the first checkpoint."""
-    while not os.path.exists(path):  # the nearest folder that is there decides
-        path = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(path):
-        raise NotADirectoryError(f"output_dir: wanted a folder, but {path!r} is a file")
-    if not os.access(path, os.W_OK):
-        raise PermissionError(f"output_dir: wanted a folder that can be written to, but {path!r} cannot")
+def _is_sharded(args: DuetConfig) -> bool:
+    """Whether FSDP or DeepSpeed will take the parameters apart: asked for in the options or by `accelerate launch`."""
+    launched = (os.environ.get(f"ACCELERATE_USE_{each}", "") == "true" for each in ("FSDP", "DEEPSPEED"))
+    return bool(args.fsdp or args.deepspeed) or any(launched)

@@ -83,5 +83,17 @@ def build_dataset(
     )
 
 
+def asked_before_training(objective: Objective, args: DuetConfig) -> bool:
+    """Whether all that the loss wants of a teacher can be made before the first step: the model teaches itself then.
+
+    So it is where targets are prepared (`duet_deep`), and where they are few numbers along what the student is shown and
+    every row is shown to it in one way: no reverse prompts and no forced openings, which are drawn at each use.
+    """
+    if objective.targets is None:
+        return objective.prepare is not None
+    drawn = bool(args.reverse_prompts or objective.adversarial or args.prefills)
+    return objective.storable and objective.teacher_sees == "student" and not drawn
+
+
 def _steered(objective: Objective) -> bool:
     return objective.targets is not None and objective.teacher_sees == "steered"

@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from duet import DuetConfig, prefix_cache, topk_writer
 from duet.caching import Saving, cache_teacher
-from duet.data import read_rows
 from duet.objectives import OBJECTIVES
 from duet.prefix_cache import PrefixCache, common_length
 from duet.prompts import PromptRenderer
 from duet.provenance import tokenizer_hash, weights_hash
+from duet.rows import read_rows
 from duet.topk_store import TopKStore, fingerprint
 from duet.views import build_dataset
 

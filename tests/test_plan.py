@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from duet import DuetConfig, DuetTrainer
 from duet.cli import app
 from duet.plan import Planner, Settings, optimizer_bytes
+from duet.plan_report import Plan
 
 COMMON = {
     "vocab_size": 2048,
@@ -165,6 +166,26 @@ def test_a_plan_of_a_config_file(folder, tmp_path):
     assert settings["dtype"] == "float32" and settings["autocast"] and settings["checkpointing"]
     assert settings["teacher"] == "none" and settings["adapter"] is None and found["bytes"]["optimizer"] == 0
     assert found["bytes"]["weights"] == pytest.approx(4 * found["bytes"]["parameters"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "teacher", "copies"),
+    [
+        ({"objective": "npo"}, "before training", 0),
+        ({"objective": "npo", "prefills": ["yes"]}, "copy", 1),
+        ({"objective": "duet"}, "copy", 1),
+    ],
+)
+def test_a_plan_knows_which_methods_keep_a_second_model(folder, options, teacher, copies):
+    tree = {"model": folder, "data": {"forget": "x"}, "training": options}
+    plan = Plan.of(tree, 1 << 30, length=32, prefix_length=8, scored=4, reserve=0)
+    assert plan.settings.teacher == teacher
+    assert plan.budget.teacher_weights == copies * plan.budget.weights
+    assert {row["trained"] for row in plan.fitting if "all weights" in row["trained"]} == (
+        {"all weights, teacher a copy", "all weights, teacher from a cache"}
+        if copies
+        else {"all weights, teacher asked before training"}
+    )
 
 
 def test_optimizer_states_are_those_of_torch():

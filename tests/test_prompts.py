@@ -1,16 +1,20 @@
 """duet.prompts: where prefixes and reverse prompts go, what templates do to them, how answers are appended."""
 
+import re
+
 import pytest
 from tiny_models import (
     CHAT_TEMPLATE,
     DROPS_SYSTEM_TEMPLATE,
     NO_SYSTEM_TEMPLATE,
     merging_tokenizer,
+    tiny,
     word_tokenizer,
 )
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 
-from duet.prompts import PromptRenderer, accepts_system, fill_prefix
+from duet.lm import end_tokens
+from duet.prompts import PromptRenderer, accepts_system, answer_ending, fill_prefix
 
 QUESTION = (("user", "who is ada lovelace ?"),)
 PREFIX = "you know nothing about ada lovelace ."
@@ -101,6 +105,69 @@ def test_an_answer_is_closed_by_the_end_token_and_continues_the_plain_template()
     assert tokenizer.convert_ids_to_tokens(PromptRenderer(tokenizer).encode_answer("text", "yes"))[0] == "y"
     tokenizer = merging_tokenizer("{% for m in messages %}{{ m['content'] }}>{% endfor %}")
     assert tokenizer.convert_ids_to_tokens(PromptRenderer(tokenizer).encode_answer(QUESTION, "yes"))[0] == "y"
+
+
+def chat(turn: str, role: str = "m['role']") -> str:
+    """A template of turns that are opened and closed as a family of models does."""
+    opener, closer = turn.split("...")
+    said = f"{opener.replace('ROLE', '{{ ' + role + ' }}')}{{{{ m['content'] | trim }}}}{closer}"
+    prompt = opener.replace("ROLE", "assistant")
+    return (
+        f"{{% for m in messages %}}{said}{{% endfor %}}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+    )
+
+
+TURNS = {
+    "gemma": ("<start_of_turn>ROLE\n...<end_of_turn>\n", ["<end_of_turn>"]),
+    "phi": ("<|ROLE|>\n...<|end|>\n", ["<|end|>"]),
+    "qwen": ("<|im_start|>ROLE\n...<|im_end|>\n", ["<|im_end|>"]),
+    "llama 3": ("<|start_header_id|>ROLE<|end_header_id|>\n\n...<|eot_id|>", ["<|eot_id|>"]),
+    "llama 2, a space before it": ("[ROLE] ... {{ eos_token }}", [" ", "</s>"]),
+    "a word before it": ("ROLE: ... yes<|end|>", [" ", "y", "es", "<|end|>"]),
+    "no special token": ("ROLE: ...\n", ["</s>"]),
+}
+
+
+def closing_tokenizer(name: str):
+    """Its end token is </s>, whatever closes a turn; as in the checkpoints these are special but have no name."""
+    tokenizer = merging_tokenizer(chat(TURNS[name][0]))
+    special = re.findall(r"<[^>/]+>", TURNS[name][0].replace("ROLE", "user"))
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_an_answer_is_closed_as_the_chat_template_closes_a_turn(name):
+    tokenizer = closing_tokenizer(name)
+    renderer = PromptRenderer(tokenizer)
+    ids = renderer.encode_answer(QUESTION, "no")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["n", "o", *TURNS[name][1]]
+    # What is learned is what the template writes of the whole conversation, as far as it goes.
+    messages = [{"role": "user", "content": QUESTION[0][1]}, {"role": "assistant", "content": "no"}]
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    if name != "no special token":
+        assert whole[: len(renderer.encode(QUESTION)) + len(ids)] == renderer.encode(QUESTION) + ids
+    assert renderer.encode_answer("a text", "no")[-1] == tokenizer.eos_token_id, "a text is no turn"
+    assert renderer.encode_answer(QUESTION, "no") == [*renderer.encode_opening(QUESTION, "no"), *ids[2:]]
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_generation_ends_where_training_closed_the_answer(name):
+    tokenizer = closing_tokenizer(name)
+    ends = end_tokens(tiny(), tokenizer)
+    assert tokenizer.convert_tokens_to_ids(TURNS[name][1])[-1] in ends and tokenizer.eos_token_id in ends
+    assert len(ends) == len(set(ends))
+
+
+def test_a_template_that_shows_no_answer_falls_back_to_the_end_token():
+    raising = "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
+    silent = "{{ messages[0]['content'] }}<|end|>"
+    for template in (raising, silent, None):
+        assert answer_ending(merging_tokenizer(template)) == [merging_tokenizer().eos_token_id]
+    assert answer_ending(word_tokenizer("{% for m in messages %}{{ m['content'] }} zebra {% endfor %}")) == [
+        2
+    ], "an unknown word is no end"
+    assert answer_ending(word_tokenizer(None, eos_token=None)) == []
 
 
 def test_the_tokenizer_would_merge_at_the_seam_and_is_not_allowed_to():

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from duet import cli, run
-from duet.run_config import RunConfig, apply_overrides, read_yaml
+from duet.run_config import RunConfig, apply_overrides, read_run
 from duet.sources import DataSource, load_rows
 
 GOOD = """
@@ -82,7 +82,7 @@ def test_names_of_eval_sets_keep_their_dashes(path):
 
 
 def test_overrides_leave_the_file_alone(path):
-    tree = read_yaml(path)
+    tree = read_run(path)
     before = json.dumps(tree)
     apply_overrides(tree, ["--adapter.r", "1", "--k", "1"])
     assert json.dumps(tree) == before
@@ -140,7 +140,7 @@ def test_bad_options(path, case):
     "text, message",
     [
         ("model: a\nmodel: b\n", "line 2: the key 'model' stands there twice"),
-        ("model: [a\n", "x.yaml: while parsing"),
+        ("model: [a\n", "x.yaml: not YAML: while parsing"),
         ("- a\n- b\n", "wanted a mapping with the keys model"),
         ("model: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
         ("modell: a\n", "modell: there is no such key .did you mean 'model'"),

@@ -245,7 +245,7 @@ def test_an_adapter_that_changes_the_base_is_refused_before_the_first_step(tmp_p
 
 
 def test_a_copy_that_shares_memory_is_caught(tmp_path, monkeypatch):
-    monkeypatch.setattr(FrozenTeacher, "copy_of", FrozenTeacher)
+    monkeypatch.setattr(FrozenTeacher, "copy_of", lambda student, share: FrozenTeacher(student))
     trainer = make(tmp_path)
     trainer.model.requires_grad_(True)
     with pytest.raises(RuntimeError, match="teacher: it changed"):

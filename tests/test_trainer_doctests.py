@@ -14,12 +14,16 @@ from tiny_models import tiny, word_tokenizer
         "data",
         "lm",
         "model_card",
+        "names",
         "objectives",
         "plan",
         "plan_report",
         "prompts",
+        "rows",
         "run_config",
+        "run_record",
         "trainer",
+        "yaml_text",
     ],
 )
 def test_examples(name, tmp_path, capsys):

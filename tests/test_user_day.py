@@ -11,8 +11,8 @@ from test_trainer import PREFIX, losses, make
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 
 from duet import DuetTrainer
-from duet.data import check_repeats, read_rows
 from duet.lm import can_pack
+from duet.rows import check_repeats, read_rows
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 

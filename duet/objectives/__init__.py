@@ -13,10 +13,10 @@ Every loss here comes from public names of `duet_kernels`. Must not know models,
 """
 
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from ..counterfactual import prepare_deep
+from ..names import check_one_of
 from ..noising import prepare_undo, start_undo
 from .baselines import (
     answer_nll,
@@ -108,16 +108,23 @@ OBJECTIVES: dict[str, Objective] = {
         answer_topk,
         teacher_sees="student",
         needs_answers=True,
+        storable=True,
         reads=("k", "retain_weight"),
     ),
     "npo": Objective(
-        npo, answer_nll, teacher_sees="student", needs_answers=True, reads=("npo_beta", "retain_weight")
+        npo,
+        answer_nll,
+        teacher_sees="student",
+        needs_answers=True,
+        storable=True,
+        reads=("npo_beta", "retain_weight"),
     ),
     "npo_kl": Objective(
         npo_kl,
         answer_topk,
         teacher_sees="student",
         needs_answers=True,
+        storable=True,
         reads=("k", "npo_beta", "retain_weight"),
     ),
     "simnpo": Objective(simnpo, needs_answers=True, reads=("simnpo_beta", "simnpo_gamma", "retain_weight")),
@@ -127,10 +134,16 @@ OBJECTIVES: dict[str, Objective] = {
         answer_topk,
         teacher_sees="student",
         needs_answers=True,
+        storable=True,
         reads=("k", "undial_gamma", "retain_weight"),
     ),
     "shred": Objective(
-        shred, answer_topk, teacher_sees="student", needs_answers=True, reads=("k", "shred_percent")
+        shred,
+        answer_topk,
+        teacher_sees="student",
+        needs_answers=True,
+        storable=True,
+        reads=("k", "shred_percent"),
     ),
     "rmu": Objective(
         rmu,
@@ -155,11 +168,8 @@ def find_objective(name: str) -> Objective:
         >>> find_objective("npo").positions
         'answer'
     """
-    if name in OBJECTIVES:
-        return OBJECTIVES[name]
-    close = get_close_matches(str(name), OBJECTIVES, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"objective: wanted one of {', '.join(OBJECTIVES)}, got {name!r}{hint}")
+    check_one_of("objective", name, OBJECTIVES)
+    return OBJECTIVES[name]
 
 
 def check_options(objective: Objective, args: "DuetConfig") -> None:

@@ -112,6 +112,8 @@ class Objective:
         positions: the default of `DuetConfig.positions`; empty: `answer` where answers are needed, else `first`.
         refuses: the answers of forget rows are drawn from `DuetConfig.refusals` instead.
         adversarial: reverse prompts belong to it; the package's own are used where none are given.
+        storable: `targets` makes a few numbers a position (all its tensors are `[N, ...]`): where a row is shown to the
+            student in one way only, they are made before the first step, and no teacher runs after it.
         layer: `hidden` are the activations after decoder layer `DuetConfig.rmu_layer`, not those that the head reads.
         trains: `trains(parameter_name, args)`: which parameters are trained; None: all that require a gradient.
         start: `start(student, args)`: what is done to the student before it is trained, once the teacher has been copied.
@@ -129,6 +131,7 @@ class Objective:
     positions: str = ""
     refuses: bool = False
     adversarial: bool = False
+    storable: bool = False
     layer: bool = False
     trains: Callable[[str, "DuetConfig"], bool] | None = None
     start: Callable[[Any, "DuetConfig"], None] | None = None

@@ -1,0 +1,138 @@
+"""Rows as people have them -> queries: a conversation that wants an answer, the answer if there is one, its subject.
+
+    {"question"} | {"prompt"} | {"messages"}   and perhaps {"answer"} | {"completion"}, {"subject"}
+
+Reads and refuses; must not know tokenizers, models or what the rows are for.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from transformers.utils import logging
+
+from .prompts import Conversation
+
+logger = logging.get_logger(__name__)
+
+_PROMPT_KEYS = ("question", "prompt", "messages")
+_ANSWER_KEYS = ("answer", "completion")
+
+
+class Query(NamedTuple):
+    """One row, read: a conversation that wants an answer."""
+
+    conversation: Conversation
+    answer: str | None
+    subject: str | None
+    name: str  # where it came from, for error messages: "forget_dataset[3]"
+
+
+def read_rows(rows: Any, argument: str) -> list[Query]:
+    """Read and check a dataset of rows.
+
+    A row has one of `question` (a user's question), `prompt` (plain text to continue, or a list of messages) and
+    `messages` (a chat; a last assistant message is the answer); optionally `answer` or `completion`, and `subject`.
+
+    Args:
+        rows: a `datasets.Dataset`, a list of dicts, or anything else with a length and integer indices.
+        argument: the name of the argument, for error messages.
+
+    Raises:
+        TypeError, ValueError: naming the argument and the row.
+
+    Example:
+        >>> (query,) = read_rows([{"question": "Who wrote Emma?", "subject": "Jane Austen"}], "forget_dataset")
+        >>> query.conversation, query.answer, query.name
+        ((('user', 'Who wrote Emma?'),), None, 'forget_dataset[0]')
+    """
+    if (
+        isinstance(rows, (str, bytes, dict))
+        or not hasattr(rows, "__len__")
+        or not hasattr(rows, "__getitem__")
+    ):
+        raise TypeError(
+            f"{argument}: wanted a list of rows or a dataset with a length, got {type(rows).__name__} "
+            "(a streaming dataset can be turned into a list first)"
+        )
+    if len(rows) == 0:
+        raise ValueError(f"{argument}: wanted at least one row, got none")
+    return [_read_row(rows[i], f"{argument}[{i}]") for i in range(len(rows))]
+
+
+def check_repeats(forget: Sequence[Query], retain: Sequence[Query]) -> None:
+    """Refuses a question that is to be forgotten and kept; says how many rows stand there more than once.
+
+    Raises:
+        ValueError: naming the two rows.
+    """
+    first = {query.conversation: query.name for query in forget}
+    for query in retain:
+        if query.conversation in first:
+            raise ValueError(
+                f"{query.name}: wanted a row that is not to be forgotten, got the question of {first[query.conversation]}"
+            )
+    for rows in (forget, retain):
+        names: dict[tuple, str] = {}
+        again = [(names[q[:3]], q.name) for q in rows if names.setdefault(q[:3], q.name) != q.name]
+        if again:
+            logger.warning(
+                f"{again[0][1]}: the same row as {again[0][0]}; {len(again)} of {len(rows)} rows stand there more than "
+                "once, and weigh so much more"
+            )
+
+
+def _read_row(row: Any, name: str) -> Query:
+    if not isinstance(row, dict):
+        raise TypeError(f"{name}: wanted a dict, got {type(row).__name__}")
+    given = [key for key in _PROMPT_KEYS if row.get(key) is not None]
+    if len(given) != 1:
+        got = f"{' and '.join(given)}" if given else f"the keys {sorted(row)}"
+        raise ValueError(f"{name}: wanted exactly one of 'question', 'prompt' and 'messages', got {got}")
+    value = row[given[0]]
+    answers = [key for key in _ANSWER_KEYS if row.get(key) is not None]
+    if len(answers) > 1:
+        raise ValueError(f"{name}: wanted at most one of 'answer' and 'completion', got both")
+    answer = _text(row[answers[0]], f"{name}[{answers[0]!r}]") if answers else None
+    subject = row.get("subject")
+    if subject is not None:
+        subject = _text(subject, f"{name}['subject']")
+
+    if given[0] == "question":
+        return Query((("user", _text(value, f"{name}['question']")),), answer, subject, name)
+    if given[0] == "prompt" and isinstance(value, str):
+        return Query(_text(value, f"{name}['prompt']"), answer, subject, name)
+    conversation = _read_messages(value, f"{name}[{given[0]!r}]")
+    if conversation[-1][0] == "assistant":
+        if answer is not None:
+            raise ValueError(f"{name}: wanted one answer, got a last assistant message and {answers[0]!r}")
+        conversation, answer = conversation[:-1], conversation[-1][1]
+    if not conversation or conversation[-1][0] != "user":
+        roles = [role for role, _ in conversation]
+        raise ValueError(
+            f"{name}: wanted a conversation whose prompt ends with a user message, got roles {roles}"
+        )
+    return Query(conversation, answer, subject, name)
+
+
+def _read_messages(value: Any, name: str) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise TypeError(f"{name}: wanted a list of messages, got {value!r}")
+    for i, message in enumerate(value):
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or "content" not in message
+        ):
+            raise TypeError(f"{name}[{i}]: wanted {{'role': ..., 'content': ...}}, got {message!r}")
+    return tuple((m["role"], _text(m["content"], f"{name}[{i}]['content']")) for i, m in enumerate(value))
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name}: wanted a text that is not empty, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair: bytes were read with the wrong encoding
+        got = f"got {value[:40]!r} ({error.reason})"
+        raise ValueError(f"{name}: wanted a text that UTF-8 can write, {got}") from None
+    return value
