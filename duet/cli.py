@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import pathlib
 import platform
+import warnings
 from typing import Annotated
 
 import typer
@@ -17,8 +19,18 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 console = literal_console()
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"duet-kernels {_version('duet-kernels')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _describe() -> None:
+def _describe(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
     """Distilled LLM unlearning: a model learns to behave as if it had been told to forget."""
 
 
@@ -72,7 +84,14 @@ def train(
     run = RunConfig.load(config, overrides.args)  # what is wrong in it is said before the rest is imported
     from duet.run import train as train_run
 
-    train_run(run, resume)
+    trainer = train_run(run, resume)
+    if trainer.is_world_process_zero():
+        out = run.training.output_dir
+        merged = f", merged with its base: {pathlib.Path(out, 'merged')}" if run.merge else ""
+        console.print(f"{out}: the model after {trainer.state.global_step} steps{merged}", soft_wrap=True)
+        console.print(
+            f"what it still says: duet eval {out} --suite probes --data DIR --out DIR", soft_wrap=True
+        )
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -138,6 +157,7 @@ def merge(
     from duet.run import merge_adapter
 
     merge_adapter(adapter, out)
+    console.print(f"{out}: the merged model and its tokenizer", soft_wrap=True)
 
 
 @app.command(name="eval")
@@ -349,8 +369,17 @@ def _version(package: str) -> str:
         return "absent"
 
 
+def _silence_what_no_user_can_change() -> None:
+    """Words of other libraries about themselves, on every command."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional faster kernel
+    warnings.filterwarnings(
+        "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+    )  # peft asks for it
+
+
 def main() -> None:
     """Run the command line; an expected error is one line and exit status 2, not a traceback."""
+    _silence_what_no_user_can_change()
     try:
         app()
     except (ValueError, OSError, TypeError) as error:

@@ -218,7 +218,7 @@ class TeacherGuard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.student_before, teacher = self.probe()
-        self.student_moved = False
+        self.student_moved, self.began_at = False, state.global_step
         if self.teacher_before is not None:  # train() again: the student may have moved, the teacher may not
             self._compare()
             return
@@ -237,7 +237,7 @@ class TeacherGuard(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._compare()
-        if not self.student_moved:
+        if not self.student_moved and state.global_step > self.began_at:  # a finished run makes no step
             logger.warning(
                 "the student did not change during training: is learning_rate 0, or everything frozen?"
             )

@@ -63,6 +63,8 @@ class StoreWriter:
             ValueError: it was made for something else; the field or row that differs is named.
             OSError: the folder cannot be written.
         """
+        if self.folder.is_file():
+            raise NotADirectoryError(f"teacher_store: {str(self.folder)!r} is a file, wanted a folder")
         self._kept("making the folder", lambda: self.folder.mkdir(parents=True, exist_ok=True))
         for left in self.folder.glob(".*.tmp"):  # of a process that was killed
             self._kept("clearing up", left.unlink)

@@ -1,0 +1,68 @@
+"""What the command line prints when all is well, and what it keeps quiet about."""
+
+import logging
+import warnings
+
+import pytest
+from test_crashes import prepare, run_of
+
+from duet import cli
+from duet.run import train
+
+
+def said(monkeypatch, capsys, *args):
+    monkeypatch.setattr("sys.argv", ["duet", *map(str, args)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code, capsys.readouterr()
+
+
+def test_the_version(monkeypatch, capsys):
+    code, printed = said(monkeypatch, capsys, "--version")
+    assert code == 0 and printed.out.startswith("duet-kernels ")
+
+
+def test_train_and_merge_say_where_the_model_is(monkeypatch, capsys, tmp_path):
+    prepare(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        f"model: {tmp_path / 'base'}\nadapter: {{r: 2}}\ndata: {{forget: {tmp_path / 'forget.jsonl'}}}\n"
+        f"training: {{output_dir: {tmp_path / 'out'}, k: 4, max_steps: 2, use_cpu: true, report_to: none,\n"
+        "  steering_prefixes: ['forget {subject}'], disable_tqdm: true}\n"
+    )
+    code, printed = said(monkeypatch, capsys, "train", "--config", tmp_path / "run.yaml")
+    assert code == 0 and f"{tmp_path / 'out'}: the model after 2 steps" in printed.out
+    code, printed = said(monkeypatch, capsys, "merge", tmp_path / "out", "--out", tmp_path / "whole")
+    assert code == 0 and f"{tmp_path / 'whole'}: the merged model" in printed.out
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+
+
+def test_a_store_cannot_be_a_file(monkeypatch, capsys, tmp_path):
+    prepare(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        f"model: {tmp_path / 'base'}\ndata: {{forget: {tmp_path / 'forget.jsonl'}}}\n"
+        f"training: {{output_dir: {tmp_path / 'out'}, k: 4, use_cpu: true, steering_prefixes: ['forget {{subject}}']}}\n"
+    )
+    config = tmp_path / "run.yaml"
+    code, printed = said(monkeypatch, capsys, "cache", "--config", config, "--out", config)
+    assert code == 2 and "is a file, wanted a folder" in printed.err.replace("\n", " ")
+
+
+def test_a_finished_run_that_is_resumed_is_not_suspected(tmp_path, caplog):
+    prepare(tmp_path)
+    train(run_of(tmp_path, tmp_path / "out", max_steps=1))
+    train(run_of(tmp_path, tmp_path / "out", max_steps=1), resume=True)
+    assert "did not change" not in caplog.text
+    train(run_of(tmp_path, tmp_path / "idle", max_steps=1, learning_rate=0.0))
+    assert "did not change" in caplog.text
+
+
+def test_other_libraries_words_about_themselves_are_left_out():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        cli._silence_what_no_user_can_change()
+        warnings.warn(
+            "`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1
+        )
+        warnings.warn("something that matters", FutureWarning, stacklevel=1)
+    assert [str(each.message) for each in seen] == ["something that matters"]
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
