@@ -1,13 +1,29 @@
 """Portable low-memory torch for losses that read all logits of a token: cross-entropy and the dense divergences.
 
-The per-row factor is known, so the gradient is made while the logits of a few rows are at hand: 3 products for a
-cross-entropy (2 with a frozen head), 4 for a divergence of two models (3). Same rules as `chunked`; `projection` cuts the
-rows, `dense_rows` compares them. Must not know triton.
+A row's factor is known, so its gradient is made while its logits are at hand. They are at hand in one of two cuts,
+each of which holds only a share of them (`projection`):
+
+    vocabulary tiles    a slice of the vocabulary for all rows: W is read once, whatever is multiplied with it
+    row chunks          the whole vocabulary for a few rows: normalisers are known before the gradient is made,
+                        but every product reads W again for every chunk
+
+Products, each 2 N D V FLOP, with a frozen and with a trainable head:
+
+    cross-entropy           tiles 2 and 4, row chunks 3 with a trainable one
+    huber, mse              tiles 3 and 4: there is no normaliser to wait for
+    forward, reverse KL     row chunks 3 and 4; tiles 4 with a frozen one, because two sums of rows of W run along
+                            until the normalisers are known (`dense_rows.RunningKL`)
+    jsd, tvd, l1            row chunks 3 and 4: nothing could run along (l1 waits for the largest logit)
+
+So a KL with a frozen head is cut into tiles where its fourth product costs no more than reading W for every chunk
+(`_tiles_are_cheaper`). `dense_rows` compares the logits. Must not know triton.
 
 Legend: N tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +31,28 @@ from torch import Tensor
 
 from . import projection
 from .chunked import RunningLogsumexp, complement_and_values, complement_and_values_backward
-from .dense_rows import DenseRows
+from .dense_rows import DenseRows, RunningKL, any_of, raw_terms
 from .divergence import Divergence
-from .projection import Projection, chunk_logits, row_chunks, rows_that_fit, times_weight
+from .projection import (
+    Projection,
+    chunk_logits,
+    row_blocks,
+    row_chunks,
+    rows_that_fit,
+    tile_width,
+    times_weight,
+)
+
+# To read W from memory takes about as long as to multiply this many rows with it: 10 FLOP for a byte of fp32.
+_READING_ROWS = 20
+_CACHED_BYTES = 8 * 2**20  # a W that stays in the last-level cache costs nothing to read again
+_TILE_BYTES = (
+    2**20
+)  # of a tile of logits: what is made of it and four times as much of W stay in the last-level cache
+_TILE_COPIES = 12  # of a tile: logits of both models and what is made of them
+
+Side = tuple[Tensor, Projection]  # hidden states and the head they go through
+Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # loss of each row, dh, dW, db
 
 
 def linear_cross_entropy(
@@ -28,7 +63,7 @@ def linear_cross_entropy(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> Result:
     """(`[N]` factor * cross-entropy, dh, dW, db of its sum; fp16's gradients in fp32 as in `linear_divergence`).
 
     With tau the log-sum-exp without the label: L = log(1 + exp(tau - z_label)), dL/dz_label = -(1 - q_label) and
@@ -87,7 +122,7 @@ def _cross_entropy_by_rows(
     step: int,
     need_hidden: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+) -> Result:
     n, v = hidden.shape[0], head.weight.shape[0]
     loss = torch.empty(n, dtype=head.acc, device=hidden.device)
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
@@ -116,24 +151,133 @@ def linear_divergence(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> Result:
     """(`[N]` factor * loss over the whole vocabulary, dh, dW, db of its sum).
 
     Gradients of fp16 inputs stay in fp32: the upstream factor, a loss scale perhaps, comes after they are made.
     """
-    n, d = hidden.shape
-    v = head.weight.shape[0]
-    out = head.acc if hidden.dtype == torch.float16 else hidden.dtype
-    loss = torch.empty(n, dtype=head.acc, device=hidden.device)
-    dhidden = torch.empty(n, d, dtype=out, device=hidden.device) if need_hidden else None
-    dweight = torch.zeros(v, d, dtype=head.acc, device=hidden.device) if need_weight else None
-    dbias = torch.zeros(v, dtype=head.acc, device=hidden.device) if need_bias else None
+    student, teacher = (hidden, head), (teacher_hidden, teacher_head)
+    if spec.name in ("huber", "mse"):
+        return _raw_by_tiles(student, teacher, factor, spec, need_hidden, need_weight, need_bias)
+    n, v = len(hidden), len(head.weight)
     # Logits of both, and with a softcap the student's slope and what makes it.
     step = max(1, rows_that_fit(n, v, head.acc, copies=2 if head.softcap is None else 4))
+    frozen_kl = spec.name in ("forward_kl", "reverse_kl") and not (need_weight or need_bias)
+    if frozen_kl and (not need_hidden or _tiles_are_cheaper(n, step, head.weight)):
+        return _kl_by_tiles(student, teacher, factor, spec, need_hidden)
+    return _divergence_by_rows(student, teacher, factor, spec, step, need_hidden, need_weight, need_bias)
+
+
+def _tiles_are_cheaper(n: int, step: int, weight: Tensor) -> bool:
+    """Whether a product of n rows takes no longer than the readings of W it saves: 3 of every chunk, but 2 in all."""
+    saved = 3 * -(-n // step) - 2 if weight.nbytes > _CACHED_BYTES else 0
+    return n <= _READING_ROWS * saved
+
+
+def _tiles(student: Side, teacher: Side) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Yield `(columns, their rows of the student's W, its logits, the teacher's)`, in the student's `acc`."""
+    (hidden, head), (n, d), v = student, student[0].shape, len(student[1].weight)
+    width = min(tile_width(n, side, _TILE_COPIES) for _, side in (student, teacher))
+    if head.weight.dtype != head.acc:
+        width = -(-width // 2)  # W of both models is cast
+    width = min(width, max(_TILE_BYTES // (max(n, d // 4) * head.acc.itemsize), 512))
+    for start in range(0, v, width):
+        columns = slice(start, min(start + width, v))
+        weight, s = _tile(hidden, head, columns)
+        yield columns, weight, s, _tile(*teacher, columns)[1].to(s.dtype)
+
+
+def _tile(hidden: Tensor, head: Projection, columns: slice) -> tuple[Tensor, Tensor]:
+    weight = head.weight[columns].to(head.acc)
+    bias = None if head.bias is None else head.bias[columns]
+    return weight, head.finish(torch.mm(hidden, weight.T), bias)
+
+
+def _blocks(student: Side, teacher: Side) -> Iterator[tuple[slice, Side, Side]]:
+    """Rows that are tiled together, in the dtype of their sums."""
+    (hidden, head), (teacher_hidden, teacher_head) = student, teacher
+    for rows in row_blocks(len(hidden)):
+        block, teacher_block = hidden[rows].to(head.acc), teacher_hidden[rows].to(teacher_head.acc)
+        yield rows, (block, head), (teacher_block, teacher_head)
+
+
+def _kl_by_tiles(student: Side, teacher: Side, factor: Tensor, spec: Divergence, need_hidden: bool) -> Result:
+    hidden, head = student
+    loss = factor.new_empty(len(hidden))
+    dhidden = torch.empty(hidden.shape, dtype=_made_in(hidden), device=hidden.device) if need_hidden else None
+    for rows, block, teacher_block in _blocks(student, teacher):
+        running = RunningKL(block[0], spec)
+        for _, weight, s, t in _tiles(block, teacher_block):
+            running.add(s, t, weight if need_hidden else None, head.slope(s) if need_hidden else 1.0)
+        skip = factor[rows] == 0
+        loss[rows] = (running.loss * factor[rows]).masked_fill_(skip, 0)
+        if dhidden is not None:
+            dhidden[rows] = running.gradient().mul_(factor[rows, None]).masked_fill_(skip[:, None], 0)
+    return loss, dhidden, None, None
+
+
+def _raw_by_tiles(
+    student: Side,
+    teacher: Side,
+    factor: Tensor,
+    spec: Divergence,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> Result:
+    (hidden, head), out = student, _made_in(student[0])
+    # One block of rows finishes a slice of dW at once; several add up before the cast.
+    summed = out if len(list(row_blocks(len(hidden)))) <= 1 else head.acc
+    loss = factor.new_zeros(len(hidden))
+    dhidden = torch.empty(hidden.shape, dtype=out, device=hidden.device) if need_hidden else None
+    dweight = torch.zeros(head.weight.shape, dtype=summed, device=hidden.device) if need_weight else None
+    dbias = factor.new_zeros(len(head.weight)) if need_bias else None
+    for rows, block, teacher_block in _blocks(student, teacher):
+        f, skip = factor[rows, None], (factor[rows] == 0)[:, None]
+        dh = torch.zeros_like(block[0])
+        for columns, weight, s, t in _tiles(block, teacher_block):
+            slope = head.slope(s)
+            terms, dz = raw_terms(s.sub_(t), spec)
+            loss[rows] += terms
+            if not (need_hidden or need_weight or need_bias):
+                continue
+            dz.mul_(f * slope)
+            if any_of(skip):
+                dz.masked_fill_(skip, 0)
+            if dhidden is not None:
+                dh.addmm_(dz, weight)
+            if dweight is not None and dweight.dtype == dz.dtype:
+                dweight[columns].addmm_(dz.T, block[0])
+            elif dweight is not None:
+                dweight[columns] += dz.T @ block[0]
+            if dbias is not None:
+                dbias[columns] += dz.sum(0)
+        loss[rows] = (loss[rows] * factor[rows]).masked_fill_(skip[:, 0], 0)
+        if dhidden is not None:
+            dhidden[rows] = dh
+    return loss, dhidden, _cast(dweight, out), _cast(dbias, out)
+
+
+def _divergence_by_rows(
+    student: Side,
+    teacher: Side,
+    factor: Tensor,
+    spec: Divergence,
+    step: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> Result:
+    (hidden, head), (teacher_hidden, teacher_head) = student, teacher
+    v, out = len(head.weight), _made_in(hidden)
+    loss = factor.new_empty(len(hidden))
+    dhidden = torch.empty(hidden.shape, dtype=out, device=hidden.device) if need_hidden else None
+    dweight = torch.zeros(head.weight.shape, dtype=head.acc, device=hidden.device) if need_weight else None
+    dbias = factor.new_zeros(v) if need_bias else None
     student_logits, teacher_logits = (
         loss.new_empty(step, v, dtype=side.acc) for side in (head, teacher_head)
     )
-    for rows in row_chunks(n, step):
+    for rows in row_chunks(len(hidden), step):
         size = rows.stop - rows.start
         s = chunk_logits(hidden[rows], head, student_logits[:size])
         t = chunk_logits(teacher_hidden[rows], teacher_head, teacher_logits[:size]).to(head.acc)
@@ -151,9 +295,13 @@ def linear_divergence(
             dweight.addmm_(dz.T, hidden[rows].to(head.acc))
         if dbias is not None:
             dbias += dz.sum(0)
-    return (
-        loss,
-        dhidden,
-        None if dweight is None else dweight.to(out),
-        None if dbias is None else dbias.to(out),
-    )
+    return loss, dhidden, _cast(dweight, out), _cast(dbias, out)
+
+
+def _made_in(hidden: Tensor) -> torch.dtype:
+    """The dtype of the gradients: fp16 is left to whoever multiplies them with the upstream factor."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
+def _cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if gradient is None else gradient.to(dtype)

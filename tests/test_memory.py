@@ -280,6 +280,22 @@ def test_bytes_beyond_the_results_stay_in_the_workspace(name):
     assert peak <= WORKSPACE + results, f"{peak / 2**20:.1f} MiB beside {WORKSPACE / 2**20:.0f}"
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "huber", "jsd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_of_a_dense_loss_with_a_frozen_head_stay_in_the_workspace(divergence, dtype):
+    """KLs in vocabulary tiles, with two sums of rows of W; the logits of both models would be 64 MiB."""
+    hidden, weight, teacher = _case(N_BYTES, dtype, v=V_BYTES, d=64)
+    weight.requires_grad_(False)
+    step = _dense(divergence, "mean")
+    previous = set_workspace_bytes(WORKSPACE)
+    try:
+        step(hidden, weight, teacher).backward()  # lazy initialisations
+        peak = _peak_bytes(lambda: step(hidden, weight, teacher).backward())
+    finally:
+        set_workspace_bytes(previous)
+    assert peak <= WORKSPACE + 8 * N_BYTES * 64 * 4  # hidden states, their gradient, the two sums
+
+
 @pytest.mark.parametrize("softcap, workspace", [(None, 16 * 2**20), (20.0, 56 * 2**20)])
 def test_row_chunks_of_the_cross_entropy_stay_in_the_workspace(softcap, workspace, monkeypatch):
     """The chunks of logits, and what a softcap's slope adds to them; the logits alone would be 80 MiB."""
