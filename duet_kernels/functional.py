@@ -257,7 +257,7 @@ def linear_distill_loss(
         grad are refused.
 
     Memory: within the workspace, never `[N, V]`; a trainable head adds dW accumulated in fp32.
-    FLOP, with G = 2 N D V: dense 4 G (3 G with a frozen head; `reduction="none"` recomputes: 6 G); top-k 1 G for the
+    FLOP, with G = 2 N D V: dense 4 G (3 G with a frozen head, of which a KL cut into tiles 4 G; `reduction="none"` recomputes: 6 G); top-k 1 G for the
     teacher, then those of `topk_distill_loss`.
     Source: Hinton et al. 2015 (arXiv 1503.02531); generalised JSD: Agarwal et al. 2023 (arXiv 2306.13649).
 

@@ -68,27 +68,27 @@ def row_blocks(n: int) -> Iterator[slice]:
         yield slice(start, min(start + MAX_ROWS, n))
 
 
-def tile_width(n: int, head: Projection, copies: int) -> int:
-    """Columns of a vocabulary tile: at most an eighth of the vocabulary, `copies` tiles inside the workspace."""
+def tile_width(n: int, head: Projection, copies: int, parts: int = 8) -> int:
+    """Columns of a vocabulary tile: one of `parts` of the vocabulary or less, `copies` tiles inside the workspace."""
     v, d = head.weight.shape
     item = head.acc.itemsize
     upcast = d * item if head.weight.dtype != head.acc else 0
     rows = max(min(n, MAX_ROWS), 1)
     by_workspace = workspace_bytes() // (copies * rows * item + upcast)
     by_cache = max(TILE_BYTES // (rows * item), 512)
-    width = max(1, min(by_workspace, by_cache, -(-v // 8)))
-    return width // 16 * 16 - 1 if width >= 32 else width  # with the spare column whole cache lines
+    width = max(1, min(by_workspace, by_cache, -(-v // parts) | 15))
+    return (width + 1) // 16 * 16 - 1 if width >= 32 else width  # with the spare column whole cache lines
 
 
 def vocab_tiles(
-    hidden: Tensor, head: Projection, copies: int = 3
+    hidden: Tensor, head: Projection, copies: int = 3, parts: int = 8
 ) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
     """Yield `(columns, width, W tile in the accumulation dtype, z tile [rows, C])`; z is the caller's to overwrite.
 
     The z tile is a view of one reused buffer with a spare column on the right, which `with_spare_column` gives access to.
     """
     v = head.weight.shape[0]
-    width = tile_width(hidden.shape[0], head, copies)
+    width = tile_width(hidden.shape[0], head, copies, parts)
     pitch = -(-(width + 1) // 16) * 16  # rows that begin on a cache line are written faster
     buffer = torch.empty(hidden.shape[0], pitch, dtype=head.acc, device=hidden.device)
     for start in range(0, v, width):
@@ -110,6 +110,14 @@ def locate(ids: Tensor, columns: slice, size: int) -> tuple[Tensor, Tensor]:
 def with_spare_column(z: Tensor) -> Tensor:
     """The tile and the column on its right that `vocab_tiles` keeps spare."""
     return z.as_strided((z.shape[0], z.shape[1] + 1), z.stride(), z.storage_offset())
+
+
+def whole_lines(z: Tensor, value: float) -> Tensor:
+    """The tile and the columns on its right, which `vocab_tiles` keeps spare, up to a multiple of 16; they get `value`."""
+    size = z.shape[1]
+    wide = z.as_strided((z.shape[0], -(-size // 16) * 16), z.stride(), z.storage_offset())
+    wide[:, size:] = value
+    return wide
 
 
 # --- row chunks ------------------------------------------------------------------------------------------------
