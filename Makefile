@@ -18,7 +18,9 @@ TEST_WORKERS ?= 2
 # What runs from the checkout as it is: the prepared environment where there is one, else the python3 at hand.
 AS_IT_IS := PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: setup demo test check format wheel bench bench-cpu study bench-step compile gpu tune readme clean
+TOFU_DATA ?= data/tofu
+
+.PHONY: setup demo test check format wheel bench bench-cpu study study-tofu bench-step compile gpu tune readme clean
 
 setup: $(STAMP)
 
@@ -65,6 +67,10 @@ bench-cpu: setup
 # earlier run stopped.
 study: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m duet.world.study $(STUDY_OPTIONS)
+
+# TOFU from scratch, on a folder with its files; for a GPU. First: make study-tofu TOFU_OPTIONS="--size 60m --only reckon"
+study-tofu:
+	$(AS_IT_IS) -m duet.tofu_study --data $(TOFU_DATA) $(TOFU_OPTIONS)
 
 # A whole training step, live and cached teacher and (pip install trl) TRL's SDFT: some minutes on two quiet cores.
 # On a GPU: make bench-step STEP_OPTIONS="--device cuda --shape 1b".

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import projection
-from .chunked import RunningLogsumexp, complement_and_values, complement_and_values_backward
+from .chunked import complement_and_values, complement_and_values_backward
 from .dense_rows import DenseRows, RunningKL, any_of, raw_terms
 from .divergence import Divergence
 from .projection import (
@@ -42,6 +42,7 @@ from .projection import (
     tile_width,
     times_weight,
 )
+from .running import RunningLogsumexp
 
 # To read W from memory takes about as long as to multiply this many rows with it: 10 FLOP for a byte of fp32.
 _READING_ROWS = 20

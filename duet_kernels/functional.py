@@ -47,7 +47,7 @@ def linear_topk(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
 
-    Memory: `chunked` tiles within the workspace, never `[N, V]`. FLOP: 2 N D V.
+    Memory: within the workspace; `chunked` holds `[N, V]` only where it is below 2 MiB. FLOP: 2 N D V.
     Source: DUET (arXiv 2601.21283), the candidate set C_K.
 
     Example:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from duet_kernels import chunked, linear_topk, projection, set_workspace_bytes
+from duet_kernels import chunked_topk, linear_topk, projection, set_workspace_bytes
 from tests.test_memory import _peak_bytes
 
 N, V = 9, 5000
@@ -16,16 +16,16 @@ def way(request, monkeypatch):
     taken = []
 
     def spy(name):
-        good = getattr(chunked, name)
-        monkeypatch.setattr(chunked, name, lambda *args: taken.append(name) or good(*args))
+        good = getattr(chunked_topk, name)
+        monkeypatch.setattr(chunked_topk, name, lambda *args: taken.append(name) or good(*args))
 
     if request.param != "rows":
         monkeypatch.setattr(projection, "TILE_BYTES", 2 * 700 * 4)
     if request.param == "few rows":
         monkeypatch.setattr(projection, "ENOUGH_ROWS", 1)
-        monkeypatch.setattr(chunked, "_MANY_CANDIDATES", V)
+        monkeypatch.setattr(chunked_topk, "_MANY_CANDIDATES", V)
     if request.param == "blocks":
-        monkeypatch.setattr(chunked, "_above_threshold", chunked._best_blocks)
+        monkeypatch.setattr(chunked_topk, "_above_threshold", chunked_topk._best_blocks)
     expected = "_topk_of_rows" if "rows" in request.param else "_topk_by_tiles"
     spy("_topk_of_rows"), spy("_topk_by_tiles")
     yield request.param

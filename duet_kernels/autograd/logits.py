@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from .. import chunked
+from .. import chunked, chunked_topk
 from ..dispatch import acc_dtype
 from ..projection import Projection
 from .op import custom_op, for_autograd, gradients_like, once_only, present
@@ -29,7 +29,7 @@ def linear_topk(
         return kernel.linear_topk(
             hidden, weight, bias, k, softcap=softcap, scale=scale, temperature=temperature
         )
-    return chunked.linear_topk(hidden, Projection(weight, bias, softcap, scale), k, temperature)
+    return chunked_topk.linear_topk(hidden, Projection(weight, bias, softcap, scale), k, temperature)
 
 
 @linear_topk.register_fake
