@@ -397,7 +397,7 @@ def test_a_folder_with_something_else_in_it(tmp_path):
     with pytest.raises(FileExistsError, match="neither empty nor a store"):
         fill(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"teacher_store: .* making the folder"):
+    with pytest.raises(OSError, match=r"teacher_store: .* is a file, wanted a folder"):
         fill(tmp_path / "file")
 
 

@@ -38,7 +38,7 @@ def test_quick_demo(tmp_path):
     assert (results["schema"], results["seed"], results["quick"]) == (1, 1, True)
     assert {"torch", "transformers", "duet-kernels"} <= set(results["versions"])
     rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == ["base", "teacher", "graddiff", "npo", "duet", "duet_adversarial"]
+    assert list(rows) == ["base", "teacher", "duet", "duet_adversarial"]
     for row in rows.values():
         assert set(row) >= ROW
         assert all(0 <= row[column] <= 1 for column in COLUMNS)
@@ -46,7 +46,7 @@ def test_quick_demo(tmp_path):
     for method in ("duet", "duet_adversarial"):
         assert rows[method]["forget_recall"] < 0.3
         assert rows[method]["forget_refusal"] > 0.6
-        assert rows[method]["retain_recall"] > 0.8
+        assert rows[method]["retain_recall"] > 0.8 and rows[method]["stutter"] < 0.6
     assert rows["duet_adversarial"]["reverse_prompt_recall"] < rows["duet"]["reverse_prompt_recall"]
 
     assert {path.name for path in out.iterdir()} == {

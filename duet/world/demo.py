@@ -24,14 +24,14 @@ from rich.table import Table
 from . import plots, report, steering
 from .checkpoint import CHECKPOINT, load_base, load_world, save_model
 from .facts import Question, World
-from .methods import FORGET_PER_STEP, METHODS, forget_rows, load_settings, retain_rows, unlearn
+from .methods import METHODS, Method, forget_rows, load_settings, retain_rows, unlearn
 from .probes import Speaker, contains, next_token_logits
 from .scorecard import COLUMNS, scorecard
 from .workplace import one_thread, replaced_folder
 
 RESULTS = "results.json"
 SAVED_MODEL = "duet_adversarial"
-QUICK_QUESTIONS, QUICK_STEPS, QUICK_FORGET_PER_STEP = 40, 0.6, 12
+QUICK_QUESTIONS, QUICK_METHODS = 40, ("duet", SAVED_MODEL)
 FIRST_WORDS = 12
 
 
@@ -47,8 +47,8 @@ def run_demo(
     Args:
         out_dir: receives results.json, report.md, overview.png, first_words.png and model/. It appears when all is
             done; a folder that holds anything but an earlier report is refused before any work.
-        quick: 60 % of the steps at a rate that much higher, 3/4 of the queries in each, one relearning rate, at most 40 questions a
-            number: a look, not a result to cite.
+        quick: without the baselines, one relearning rate, at most 40 questions a number: a look, not a result to cite.
+            Methods are trained as in the whole demo: with fewer steps they stutter.
         seed: of the unlearning (batches, prefixes, reverse prompts). The world is the checkpoint's.
         checkpoint: another base made by `duet.world.pretrain.rebuild`.
 
@@ -69,6 +69,7 @@ class _Demo:
         self.console, self.quick, self.seed = console, quick, seed
         self.world = load_world(checkpoint)
         self.base, self.tokenizer = load_base(checkpoint)
+        self.methods = {name: METHODS[name] for name in (QUICK_METHODS if quick else METHODS)}
         self.settings = load_settings()
         self.most = QUICK_QUESTIONS if quick else None
 
@@ -80,10 +81,10 @@ class _Demo:
         rows = []
         with self._progress() as start:
             retain = retain_rows(self.world, self.base, self.tokenizer)
-            for name in ("base", "teacher", *METHODS):
+            for name in ("base", "teacher", *self.methods):
                 note = start(name)
-                if name in METHODS:
-                    settings = self._shortened(self.settings[name])
+                if name in self.methods:
+                    settings = self.settings[name]
                     steps = settings["max_steps"]
                     model, seconds[name] = unlearn(
                         name,
@@ -93,8 +94,7 @@ class _Demo:
                         forget_rows(self.world),
                         retain,
                         self.seed,
-                        QUICK_FORGET_PER_STEP if self.quick else FORGET_PER_STEP,
-                        lambda step, note=note, steps=steps: note(f"training, step {step}/{steps}"),
+                        on_step=lambda step, note=note, steps=steps: note(f"training, step {step}/{steps}"),
                     )
                     speakers[name] = self._speaker(model)
                 numbers = scorecard(speakers[name], self.world, "report", self.most, note)
@@ -107,9 +107,9 @@ class _Demo:
             "command": f"duet demo{' --quick' if self.quick else ''} --seed {self.seed}",
             "versions": _versions(),
             "world": _in_words(self.world),
-            "methods": _legend(),
+            "methods": _legend(self.methods),
             "columns": COLUMNS,
-            "settings": {name: self._shortened(self.settings[name]) for name in METHODS},
+            "settings": {name: self.settings[name] for name in self.methods},
             "rows": rows,
             "not_withstood": report.weaknesses(rows),
             "examples": self._examples(speakers),
@@ -122,15 +122,6 @@ class _Demo:
 
     def _speaker(self, model) -> Speaker:
         return Speaker(model, self.tokenizer)
-
-    def _shortened(self, settings: dict[str, Any]) -> dict[str, Any]:
-        if not self.quick:
-            return settings
-        return {
-            **settings,
-            "max_steps": max(1, round(settings["max_steps"] * QUICK_STEPS)),
-            "learning_rate": settings["learning_rate"] / QUICK_STEPS,
-        }
 
     # ---------------------------------------------------------------- what is shown
 
@@ -162,7 +153,7 @@ class _Demo:
         with Progress(*columns, console=self.console) as progress:
 
             def start(name: str) -> Callable[[str | None], None]:
-                steps = self._shortened(self.settings[name])["max_steps"] if name in METHODS else 0
+                steps = self.settings[name]["max_steps"] if name in METHODS else 0
                 # measuring takes about as long as forty steps
                 task = progress.add_task("", name=name, total=steps + 40)
 
@@ -252,11 +243,11 @@ def _in_words(world: World) -> str:
     )
 
 
-def _legend() -> dict[str, str]:
+def _legend(methods: dict[str, Method]) -> dict[str, str]:
     return {
         "base": "the model before unlearning",
         "teacher": f"the base behind the system message “{steering.STEERING_PREFIX}”; the weights are the base's",
-        **{name: method.about for name, method in METHODS.items()},
+        **{name: method.about for name, method in methods.items()},
     }
 
 
