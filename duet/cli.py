@@ -40,7 +40,7 @@ def demo(
         pathlib.Path, typer.Option(help="folder for results.json, report.md, plots and the model")
     ] = (pathlib.Path("demo_report")),
     quick: Annotated[
-        bool, typer.Option("--quick", help="no baselines and fewer questions, about a minute")
+        bool, typer.Option("--quick", help="fewer methods and questions, about a minute")
     ] = False,
     seed: Annotated[
         int, typer.Option(help="of the unlearning; with --rebuild of the world and its base model")

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ from rich.table import Table
 from . import plots, report, steering
 from .checkpoint import CHECKPOINT, load_base, load_world, save_model
 from .facts import Question, World
-from .methods import METHODS, Method, forget_rows, load_settings, retain_rows, unlearn
+from .methods import METHODS, forget_rows, retain_rows, unlearn
 from .probes import Speaker, contains, next_token_logits
+from .recipes import Recipe, find_recipe
 from .scorecard import COLUMNS, scorecard
 from .workplace import one_thread, replaced_folder
 
 RESULTS = "results.json"
 SAVED_MODEL = "duet_adversarial"
-QUICK_QUESTIONS, QUICK_METHODS = 40, ("duet", SAVED_MODEL)
+SHOWN = (*METHODS, "duet_deep")
+QUICK_QUESTIONS, QUICK_SHOWN = 40, ("duet", SAVED_MODEL)
 FIRST_WORDS = 12
 
 
@@ -47,7 +50,7 @@ def run_demo(
     Args:
         out_dir: receives results.json, report.md, overview.png, first_words.png and model/. It appears when all is
             done; a folder that holds anything but an earlier report is refused before any work.
-        quick: without the baselines, one relearning rate, at most 40 questions a number: a look, not a result to cite.
+        quick: without the baselines and duet_deep, one relearning rate, at most 40 questions a number: a look, not a result to cite.
             Methods are trained as in the whole demo: with fewer steps they stutter.
         seed: of the unlearning (batches, prefixes, reverse prompts). The world is the checkpoint's.
         checkpoint: another base made by `duet.world.pretrain.rebuild`.
@@ -69,8 +72,7 @@ class _Demo:
         self.console, self.quick, self.seed = console, quick, seed
         self.world = load_world(checkpoint)
         self.base, self.tokenizer = load_base(checkpoint)
-        self.methods = {name: METHODS[name] for name in (QUICK_METHODS if quick else METHODS)}
-        self.settings = load_settings()
+        self.recipes = {name: find_recipe(name) for name in (QUICK_SHOWN if quick else SHOWN)}
         self.most = QUICK_QUESTIONS if quick else None
 
     def run(self, folder: Path) -> dict[str, Any]:
@@ -78,22 +80,23 @@ class _Demo:
         self._introduce()
         speakers, seconds = {"base": self._speaker(self.base)}, {"base": 0.0, "teacher": 0.0}
         speakers["teacher"] = Speaker(self.base, self.tokenizer, steering.STEERING_PREFIX, self.world.forget)
+        retain = cache(partial(retain_rows, self.world, self.base, self.tokenizer))
         rows = []
         with self._progress() as start:
-            retain = retain_rows(self.world, self.base, self.tokenizer)
-            for name in ("base", "teacher", *self.methods):
+            for name in ("base", "teacher", *self.recipes):
                 note = start(name)
-                if name in self.methods:
-                    settings = self.settings[name]
-                    steps = settings["max_steps"]
+                if recipe := self.recipes.get(name):
+                    steps = recipe.settings["max_steps"]
                     model, seconds[name] = unlearn(
-                        name,
-                        settings,
+                        recipe,
+                        recipe.settings,
                         self.base,
                         self.tokenizer,
                         forget_rows(self.world),
-                        retain,
+                        retain(recipe.city_copies, recipe.near_misses),
                         self.seed,
+                        recipe.forget_per_step,
+                        retain_per_forget=recipe.retain_per_forget,
                         on_step=lambda step, note=note, steps=steps: note(f"training, step {step}/{steps}"),
                     )
                     speakers[name] = self._speaker(model)
@@ -107,9 +110,9 @@ class _Demo:
             "command": f"duet demo{' --quick' if self.quick else ''} --seed {self.seed}",
             "versions": _versions(),
             "world": _in_words(self.world),
-            "methods": _legend(self.methods),
+            "methods": _legend(self.recipes),
             "columns": COLUMNS,
-            "settings": {name: self.settings[name] for name in self.methods},
+            "settings": {name: recipe.settings for name, recipe in self.recipes.items()},
             "rows": rows,
             "not_withstood": report.weaknesses(rows),
             "examples": self._examples(speakers),
@@ -153,7 +156,7 @@ class _Demo:
         with Progress(*columns, console=self.console) as progress:
 
             def start(name: str) -> Callable[[str | None], None]:
-                steps = self.settings[name]["max_steps"] if name in METHODS else 0
+                steps = self.recipes[name].settings["max_steps"] if name in self.recipes else 0
                 # measuring takes about as long as forty steps
                 task = progress.add_task("", name=name, total=steps + 40)
 
@@ -180,7 +183,7 @@ class _Demo:
             (world.questions(world.neighbours[:1], "report")[8], None, "to keep"),
             (world.questions(world.other_cities[:1], "report")[0], None, "to keep"),
         ]
-        asked = ["base", "teacher", "duet", "duet_adversarial"]
+        asked = [name for name in ("base", "teacher", *QUICK_SHOWN, "duet_deep") if name in speakers]
         return [
             {
                 "question": f"{override} {question.text}" if override else question.text,
@@ -243,11 +246,11 @@ def _in_words(world: World) -> str:
     )
 
 
-def _legend(methods: dict[str, Method]) -> dict[str, str]:
+def _legend(recipes: dict[str, Recipe]) -> dict[str, str]:
     return {
         "base": "the model before unlearning",
         "teacher": f"the base behind the system message “{steering.STEERING_PREFIX}”; the weights are the base's",
-        **{name: method.about for name, method in methods.items()},
+        **{name: recipe.about for name, recipe in recipes.items()},
     }
 
 

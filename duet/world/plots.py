@@ -19,6 +19,7 @@ COLOURS = {
     "npo": "#8d6cab",
     "duet": "#4c9ed9",
     "duet_adversarial": "#10558f",
+    "duet_deep": "#d1495b",
 }
 NAMES = {
     "base": "base model",
@@ -27,6 +28,7 @@ NAMES = {
     "npo": "NPO",
     "duet": "DUET",
     "duet_adversarial": "DUET + reverse prompts",
+    "duet_deep": "duet_deep (ours)",
 }
 PANELS = (
     (
@@ -66,7 +68,7 @@ def overview(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Grouped bars, one colour a method: what is forgotten, what is kept, what attacks bring back."""
     figure = plt.figure(figsize=(12, 7.6))
     # three panels above, the attacks below over the whole width
-    grid = figure.add_gridspec(2, 3, width_ratios=[1.5, 1.5, 3.6])
+    grid = figure.add_gridspec(2, 3, width_ratios=[1.3, 1.3, 4.0])
     panels = [figure.add_subplot(grid[place]) for place in ((0, 0), (0, 1), (0, 2), (1, slice(None)))]
     width = 0.84 / len(rows)
     for axis, (title, meaning, columns) in zip(panels, PANELS, strict=True):
@@ -75,7 +77,7 @@ def overview(rows: Sequence[dict[str, Any]], path: Path) -> None:
             shares = [100 * row[column] for column in columns]
             axis.bar(left, shares, width * 0.92, color=COLOURS[row["method"]], label=NAMES[row["method"]])
             for x, share in zip(left, shares, strict=True):
-                axis.text(x, share + 1.2, f"{share:.0f}", ha="center", va="bottom", fontsize=6.5, color=INK)
+                axis.text(x, share + 1.2, f"{share:.0f}", ha="center", va="bottom", fontsize=6.2, color=INK)
         axis.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
         axis.set_ylabel(meaning, fontsize=9, color=INK)
         axis.set_xticks(range(len(columns)), columns.values(), fontsize=9)

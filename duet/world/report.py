@@ -15,7 +15,7 @@ from .scorecard import ATTACKS, COLUMNS, KEEP
 
 # A share of the forgotten facts that counts as "brought back", and a loss on the rest that counts as damage.
 TOLERATED = 0.10
-QUICK = "A quick run: no baselines, and 40 questions a number or fewer. For a look, not for citing."
+QUICK = "A quick run: without the baselines and `duet_deep`, and 40 questions a number or fewer. For a look, not for citing."
 
 # Narrow enough for a terminal of 80 columns; the arrow points to where a method should go.
 HEADINGS = {
@@ -175,7 +175,7 @@ def markdown(results: dict[str, Any]) -> str:
         "## Settings",
         "",
         "Chosen by `python -m duet.world.tune` on other wordings of the questions than those reported here,",
-        "with the same number of trials for every method.",
+        "with the same number of trials for every method; those of `duet_deep` are its recipe's.",
         "",
         *(
             f"* {method}: " + ", ".join(f"{name} {value:.3g}" for name, value in settings.items())
