@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .divergence import Divergence
+from .rowwise import log_to_mixture
 from .workspace import workspace_bytes
 
 _STRIP_BYTES = 2**19  # of one temporary: half a dozen of them lie in a core's share of the cache
@@ -237,7 +238,7 @@ class DenseRows:
         """`[R, 2]` of a strip: KL(p||m) and KL(q||m), or sum |q - p| and sum q sign(q - p)."""
         q, p, w = self._q(c), self._p(c), self._w(c)
         if self.spec.name == "jsd":
-            q_to_m, p_to_m = log_to_mixture(w, self.spec.beta)
+            p_to_m, q_to_m = log_to_mixture(w, self.spec.beta)
             return torch.stack([expected(p, p_to_m).sum(1), expected(q, q_to_m).sum(1)], 1)
         sign = self._sign(w)
         return torch.stack([difference(q, p, w).mul_(sign).sum(1), q.mul_(sign).sum(1)], 1)
@@ -250,7 +251,7 @@ class DenseRows:
         if self.spec.name == "reverse_kl":
             return expected(q, w.sub_(self.loss[:, None]))
         if self.spec.name == "jsd":
-            q_to_m, _ = log_to_mixture(w, self.spec.beta)
+            _, q_to_m = log_to_mixture(w, self.spec.beta)
             return expected(q, q_to_m.sub_(self.centre)).mul_(1 - self.spec.beta)
         return self._sign(w).sub_(self.centre).mul_(q).mul_(0.5)
 
@@ -291,14 +292,6 @@ def difference(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
 def expected(p: Tensor, x: Tensor) -> Tensor:
     """p x, and 0 where p is 0 although x may be infinite."""
     return (p * x).masked_fill_(p == 0, 0) if _infinite(x) else p * x
-
-
-def log_to_mixture(w: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """(log(q / m), log(p / m)) of m = beta p + (1 - beta) q, given w = log q - log p."""
-    # With c the share of the smaller of p and q: log(m / larger) = log1p(c (smaller / larger - 1)).
-    share = w.sign().mul_(beta - 0.5).add_(0.5)
-    mixture = w.abs().neg_().expm1_().mul_(share).log1p_()
-    return w.clamp(max=0).sub_(mixture), w.neg().clamp_(max=0).sub_(mixture)
 
 
 def _sign(x: Tensor, noise: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ ALLOWED = {
     "reference": {"dispatch", "divergence", "head"},
     "rowwise": {"divergence"},
     "projection": {"dispatch", "workspace"},
-    "dense_rows": {"divergence", "workspace"},
+    "dense_rows": {"divergence", "rowwise", "workspace"},
     "running": set(),
     "chunked": {"projection", "running"},
     "chunked_topk": {"projection", "running", "workspace"},
