@@ -34,14 +34,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from duet_kernels.kernels import tiles
-from duet_kernels.kernels.linear_cross_entropy import linear_cross_entropy
-from duet_kernels.kernels.linear_divergence import linear_divergence
-from duet_kernels.kernels.linear_gather import linear_gather_backward, linear_gather_forward
-from duet_kernels.kernels.linear_logsumexp import complement_and_values, complement_and_values_backward
-from duet_kernels.kernels.linear_topk import linear_topk
-from duet_kernels.kernels.token_stats import token_stats
-from duet_kernels.kernels.topk_divergence import topk_divergence
+from duet_kernels.triton import tiles
+from duet_kernels.triton.cross_entropy import linear_cross_entropy
+from duet_kernels.triton.divergence import linear_divergence
+from duet_kernels.triton.gather import linear_gather_backward, linear_gather_forward
+from duet_kernels.triton.logsumexp import complement_and_values, complement_and_values_backward
+from duet_kernels.triton.stats import token_stats
+from duet_kernels.triton.topk import linear_topk
+from duet_kernels.triton.topk_divergence import topk_divergence
 
 # The anchor: Llama-3's head at 8192 tokens.
 N, D, V, K = 8192, 4096, 128256, 64

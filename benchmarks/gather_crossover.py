@@ -1,8 +1,8 @@
 """From how many ids on a CPU makes all logits instead of gathering rows of W: `python -m benchmarks.gather_crossover`.
 
-Both ways of `chunked.linear_gather` at V = 32000, D = 1024, N = 256 on one thread, and of its gradient: the sparse one
+Both ways of `gather.linear_gather` at V = 32000, D = 1024, N = 256 on one thread, and of its gradient: the sparse one
 that the package has, and the dense one that it does not have (written here), run in turn, so only ratios are read.
-A correctness gate runs first. Writes results/cpu/gather_crossover.jsonl and .md, on which `chunked._MANY_IDS` rests.
+A correctness gate runs first. Writes results/cpu/gather_crossover.jsonl and .md, on which `portable/gather.py` rests.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import environment, measure
-from duet_kernels import chunked
-from duet_kernels.projection import Projection
+from duet_kernels import LMHead
+from duet_kernels.head import Need
+from duet_kernels.portable import gather
 
 N, D, V = 256, 1024, 32000
 COUNTS = (1024, 2048, 4096)  # V / 31, V / 16, V / 8: on both sides of where each dtype's ways cross
@@ -26,16 +27,16 @@ STEP = 52  # rows of logits at a time: a fifth of N, as the package takes them
 RESULTS = pathlib.Path(__file__).parent / "results" / "cpu"
 
 
-def problem(n: int, d: int, v: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Projection, Tensor, Tensor]:
+def problem(n: int, d: int, v: int, k: int, dtype: torch.dtype) -> tuple[Tensor, LMHead, Tensor, Tensor]:
     """Hidden states, head, k different ids of every token, and a gradient of the values at them."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, d, generator=generator).to(dtype)
     weight = (torch.randn(v, d, generator=generator) * (3 / d**0.5)).to(dtype)
     ids = torch.rand(n, v, generator=generator).topk(k, 1).indices
-    return hidden, Projection(weight, None, None, 1.0), ids, torch.randn(n, k, generator=generator)
+    return hidden, LMHead(weight, None, None, 1.0), ids, torch.randn(n, k, generator=generator)
 
 
-def dense_backward(grad: Tensor, hidden: Tensor, head: Projection, ids: Tensor) -> tuple[Tensor, Tensor]:
+def dense_backward(grad: Tensor, hidden: Tensor, head: LMHead, ids: Tensor) -> tuple[Tensor, Tensor]:
     """(dh, dW) by products with a row chunk of dz that is zero but at the ids."""
     dhidden = grad.new_empty(hidden.shape)
     dweight = grad.new_zeros(head.weight.shape)
@@ -48,8 +49,8 @@ def dense_backward(grad: Tensor, hidden: Tensor, head: Projection, ids: Tensor) 
     return dhidden, dweight
 
 
-def sparse_backward(grad: Tensor, hidden: Tensor, head: Projection, ids: Tensor) -> tuple[Tensor, ...]:
-    return chunked.linear_gather_backward(grad, grad, hidden, head, ids, True, True, False)[:2]
+def sparse_backward(grad: Tensor, hidden: Tensor, head: LMHead, ids: Tensor) -> tuple[Tensor, ...]:
+    return gather.linear_gather_backward(grad, grad, hidden, head, ids, Need(True, True))[:2]
 
 
 def gate() -> bool:
@@ -57,8 +58,8 @@ def gate() -> bool:
     hidden, head, ids, grad = problem(60, 16, 300, 40, torch.float64)
     grad = grad.double()
     ways = (
-        (chunked.gather_rows(hidden, head, ids), *sparse_backward(grad, hidden, head, ids)),
-        (chunked.gather_from_logits(hidden, head, ids, STEP), *dense_backward(grad, hidden, head, ids)),
+        (gather.gather_rows(hidden, head, ids), *sparse_backward(grad, hidden, head, ids)),
+        (gather.gather_from_logits(hidden, head, ids, STEP), *dense_backward(grad, hidden, head, ids)),
     )
     return all(torch.allclose(a, b, rtol=1e-10, atol=1e-10) for a, b in zip(*ways, strict=True))
 
@@ -83,8 +84,8 @@ def main() -> int:
             case = {"hidden": hidden, "head": head, "ids": ids}
             took = measure(
                 {
-                    "gather": lambda case=case: chunked.gather_rows(**case),
-                    "logits": lambda case=case: chunked.gather_from_logits(**case, step=STEP),
+                    "gather": lambda case=case: gather.gather_rows(**case),
+                    "logits": lambda case=case: gather.gather_from_logits(**case, step=STEP),
                     "sparse dh, dW": lambda case=case, grad=grad: sparse_backward(grad, **case),
                     "dense dh, dW": lambda case=case, grad=grad: dense_backward(grad, **case),
                 },

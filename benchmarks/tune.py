@@ -1,4 +1,4 @@
-"""`make tune`: which tiles and which implementation are fastest on this GPU, written to duet_kernels/kernels/measured.json.
+"""`make tune`: which tiles and which implementation are fastest on this GPU, written to duet_kernels/triton/measured.json.
 
     python -m benchmarks.tune --plan                     what would be measured; needs no GPU
     python -m benchmarks.tune --budget-seconds 400       measures in the order of the plan until the time is over
@@ -291,7 +291,7 @@ def is_right(name: str, shape: Shape, impl: str, device: torch.device) -> str | 
 @contextlib.contextmanager
 def applied(entry: measured.Tile) -> Iterator[None]:
     """The table's entry replaced while the context lasts."""
-    from duet_kernels.kernels import tiles
+    from duet_kernels.triton import tiles
 
     table, key, row = tiles.place_of(entry)
     before = table.get(key)
@@ -377,7 +377,7 @@ class Tuner:
         self, steps: Iterable[Knob | Contest], seconds: float
     ) -> Iterator[measured.Tile | measured.Choice]:
         """Entries as they are found; a tile that won is used from then on."""
-        from duet_kernels.kernels import tiles
+        from duet_kernels.triton import tiles
 
         end = time.monotonic() + seconds
         for step in steps:

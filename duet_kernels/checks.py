@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .dispatch import DTYPES
-from .divergence import Divergence
 from .head import LMHead, TopK
+from .options import Divergence
 
 
 def _is_tensor(name: str, value: object) -> Tensor:

@@ -40,6 +40,11 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of gradients made before the upstream factor is known: fp32 for fp16, whose range a loss scale needs."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def exact_dtypes(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off: a room that chose its dtypes gets them, also inside a caller's `torch.autocast`."""
     if torch.amp.is_autocast_available(device.type):

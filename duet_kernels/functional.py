@@ -1,6 +1,6 @@
 """The public functions: check, flatten, leave out masked tokens, choose an implementation, give the shape back.
 
-What they promise stands in their docstrings; what they refuse in `checks`, how it is computed in `compute`.
+What they promise stands in their docstrings; what they refuse in `checks`, how it is computed in `ops`.
 
 Legend: `[...]` any leading shape (N tokens when flattened), D hidden size, V vocabulary, K selected ids,
 T temperature. All losses are in nats per token (the raw-logit ones in logits, squared where they are squares).
@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compute
+from . import ops
 from .checks import check_teacher_hidden, check_topk, flatten_hidden, flatten_ids
 from .dispatch import resolve_impl
-from .divergence import Divergence, is_finite_number, unknown
 from .head import LMHead, TokenStats, TopK, as_head
-from .tokens import loss_tokens
+from .options import Divergence, is_finite_number, loss_tokens, unknown
 
 SUPPORTS = ("teacher", "student", "union")
 
@@ -63,7 +62,7 @@ def linear_topk(
         raise ValueError(f"k: wanted an integer from 1 to {head.num_ids} (the vocabulary), got {k!r}")
     _check_temperature(temperature)
     choice = _resolve("linear_topk", hidden_nd, impl, k)
-    values, indices, tail, _ = compute.topk(hidden_nd, head, k, temperature, choice)
+    values, indices, tail, _ = ops.linear_topk(hidden_nd, head, k, temperature, choice)
     return TopK(values.view(*lead, k), indices.view(*lead, k), tail.view(lead), float(temperature))
 
 
@@ -100,7 +99,7 @@ def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, imp
     hidden_nd, lead = flatten_hidden(hidden, head)
     ids = flatten_ids("indices", indices, lead, head.num_ids, hidden.device)
     choice = _resolve("linear_gather", hidden_nd, impl, ids.shape[1])
-    return compute.gather(hidden_nd, head, ids, choice).view(*lead, ids.shape[1])
+    return ops.linear_gather(hidden_nd, head, ids, choice).view(*lead, ids.shape[1])
 
 
 def linear_logsumexp(
@@ -145,8 +144,7 @@ def linear_logsumexp(
     else:
         ids = flatten_ids("exclude", exclude, lead, head.num_ids, hidden.device)
     choice = _resolve("linear_logsumexp", hidden_nd, impl, ids.shape[1])
-    tail, _ = compute.complement_and_values(hidden_nd, head, ids, temperature, choice)
-    return tail.view(lead)
+    return ops.linear_logsumexp(hidden_nd, head, ids, temperature, choice).view(lead)
 
 
 def topk_distill_loss(
@@ -213,7 +211,7 @@ def topk_distill_loss(
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     values, indices = tokens.take(flat[0]), tokens.take(flat[1])
     tail = None if flat[2] is None else tokens.take(flat[2])
-    return compute.topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
+    return ops.topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
 
 
 def linear_distill_loss(
@@ -293,10 +291,10 @@ def linear_distill_loss(
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     hidden_nd, teacher_nd = tokens.take(hidden_nd), tokens.take(teacher_nd)
     if k is None:
-        return compute.dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
+        return ops.dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
     teacher = _teacher_topk(hidden_nd, student_head, teacher_nd, teacher_head, k, support, spec, impl)
     choice = _topk_choice(spec, hidden_nd, impl, teacher.indices.shape[1])
-    return compute.topk_loss(hidden_nd, student_head, *teacher[:3], spec, tokens, choice)
+    return ops.topk_loss(hidden_nd, student_head, *teacher[:3], spec, tokens, choice)
 
 
 def linear_cross_entropy(
@@ -343,7 +341,7 @@ def linear_cross_entropy(
     mask = ids.view(lead) != ignore_index
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     ids, hidden_nd = tokens.take(ids.where(ids != ignore_index, 0)), tokens.take(hidden_nd)
-    return compute.cross_entropy(hidden_nd, head, ids, tokens, choice)
+    return ops.cross_entropy(hidden_nd, head, ids, tokens, choice)
 
 
 def linear_token_stats(
@@ -382,7 +380,7 @@ def linear_token_stats(
         if labels is None
         else flatten_ids("labels", labels, lead, head.num_ids, hidden.device, per_token=True)
     )
-    stats = compute.token_stats(hidden_nd, head, ids, _resolve("linear_token_stats", hidden_nd, impl))
+    stats = ops.token_stats(hidden_nd, head, ids, _resolve("linear_token_stats", hidden_nd, impl))
     label = None if stats.label_logprob is None else stats.label_logprob.view(lead)
     return TokenStats(
         stats.logsumexp.view(lead), stats.entropy.view(lead), stats.logprob_variance.view(lead), label
@@ -428,12 +426,10 @@ def _teacher_topk(
         repeated = torch.zeros_like(ids, dtype=torch.bool)
         repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]  # an id that both chose is compared once
     with torch.no_grad():
+        values = linear_gather(teacher_nd, teacher_head, ids, impl=impl)
+        tail = values.new_full(values.shape[:1], torch.nan)  # not read
         if spec.needs_teacher_logsumexp:
-            choice = _resolve("linear_logsumexp", teacher_nd, impl, ids.shape[1])
-            tail, values = compute.complement_and_values(
-                teacher_nd, teacher_head, ids, spec.temperature, choice
+            tail = linear_logsumexp(
+                teacher_nd, teacher_head, temperature=spec.temperature, exclude=ids, impl=impl
             )
-        else:
-            values = linear_gather(teacher_nd, teacher_head, ids, impl=impl)
-            tail = values.new_full(values.shape[:1], torch.nan)  # not read
     return TopK(values.masked_fill(repeated, -torch.inf), ids, tail, spec.temperature)

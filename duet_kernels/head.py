@@ -1,7 +1,6 @@
-"""The three small values that travel between the caller and the losses: LMHead, TopK, TokenStats.
+"""The small values that travel between the caller and the kernels: LMHead, TopK, TokenStats, Need.
 
-Knows torch and the attribute names of transformers and PEFT models (by duck typing: neither is imported).
-Must not know how anything is computed.
+Reads transformers and PEFT models by their attribute names; neither is imported.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .divergence import is_finite_number
+from .dispatch import acc_dtype
+from .options import is_finite_number
 
 
 class TopK(NamedTuple):
@@ -56,6 +56,14 @@ class TokenStats(NamedTuple):
     entropy: Tensor
     logprob_variance: Tensor
     label_logprob: Tensor | None = None
+
+
+class Need(NamedTuple):
+    """Which gradients are asked for: in the hidden states, the weight and the bias."""
+
+    hidden: bool
+    weight: bool = False
+    bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,6 +131,28 @@ class LMHead:
     @property
     def hidden_size(self) -> int:
         return self.weight.shape[1]
+
+    @property
+    def acc(self) -> torch.dtype:
+        """The dtype of the logits: fp64 for an fp64 weight, else fp32."""
+        return acc_dtype(self.weight.dtype)
+
+    def finish_(self, z: Tensor, bias: Tensor | None) -> Tensor:
+        """Turn the product h W^T into logits, in place; `bias` is that of its columns."""
+        if bias is not None:
+            z += bias
+        if self.scale != 1.0:
+            z *= self.scale
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
+
+    def slope(self, z: Tensor) -> Tensor | float:
+        """dz / d(h W^T), from the logits z themselves."""
+        if self.softcap is None:
+            return self.scale
+        # (c - z)(c + z) / c^2: near saturation c - z is exact, where 1 - (z / c)^2 has lost its digits.
+        return (self.softcap - z).mul_(self.softcap + z).mul_(self.scale / self.softcap**2)
 
     def narrowed(self, num_ids: int | None = None) -> LMHead:
         """The same head with weight and bias cut (as views) to the ids that count."""

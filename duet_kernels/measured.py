@@ -1,10 +1,10 @@
 """What was measured on GPUs, as data that is reviewed like code: choices of an implementation, and tiles.
 
-`kernels/measured.json` is written by `make tune` (`benchmarks/tune.py`) and read once, here. Nothing is measured while
+`triton/measured.json` is written by `make tune` (`benchmarks/tune.py`) and read once, here. Nothing is measured while
 a program runs. Each entry carries where it comes from. What is not understood is refused by name, never passed over: a
 table that is silently ignored looks like a slow GPU.
 
-A leaf: no torch, no triton. Must not know what a tile means (`kernels/tiles.py` checks those against its tables) nor
+A leaf: no torch, no triton. Must not know what a tile means (`triton/tiles.py` checks those against its tables) nor
 how a choice is made (`dispatch.py`).
 """
 
@@ -14,7 +14,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple, get_type_hints
 
-PATH = pathlib.Path(__file__).parent / "kernels" / "measured.json"
+PATH = pathlib.Path(__file__).parent / "triton" / "measured.json"
 FORMAT = 1
 KINDS = ("triton", "chunked")
 
@@ -53,7 +53,7 @@ def _within(size: int | None, limit: int) -> bool:
 
 
 class Tile(NamedTuple):
-    """The fastest value of one entry of a table in `kernels/tiles.py`; `key` begins with the architecture."""
+    """The fastest value of one entry of a table in `triton/tiles.py`; `key` begins with the architecture."""
 
     table: str
     key: tuple[int, ...]

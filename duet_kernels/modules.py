@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .divergence import Divergence
 from .functional import linear_cross_entropy, linear_distill_loss, topk_distill_loss
 from .head import LMHead, TopK
+from .options import Divergence
 
 
 class _Loss(nn.Module):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .dispatch import acc_dtype, exact_dtypes
-from .divergence import Divergence
 from .head import LMHead, TokenStats, TopK
+from .options import Divergence
 
 
 def logits(hidden_nd: Tensor, head: LMHead) -> Tensor:
@@ -72,6 +72,31 @@ def token_stats(hidden_nd: Tensor, head: LMHead, labels_n: Tensor | None) -> Tok
     logsumexp = torch.logsumexp(logits(hidden_nd, head), -1)
     label = None if labels_n is None else logp.gather(-1, labels_n[:, None])[:, 0]
     return TokenStats(logsumexp, entropy, variance, label)
+
+
+def topk_loss(
+    hidden_nd: Tensor,
+    head: LMHead,
+    ids: Tensor,
+    teacher_nk: Tensor,
+    teacher_tail_n: Tensor | None,
+    spec: Divergence,
+) -> Tensor:
+    """`[N]` divergence at the ids (below 0: an absent slot)."""
+    tail = None
+    if spec.needs_student_logsumexp:
+        tail, values = complement_and_values(hidden_nd, head, ids, spec.temperature)
+    else:
+        values = linear_gather(hidden_nd, head, ids.clamp(min=0))
+    return divergence(values, teacher_nk, tail, teacher_tail_n, spec)
+
+
+def dense_loss(
+    hidden_nd: Tensor, head: LMHead, teacher_nd: Tensor, teacher_head: LMHead, spec: Divergence
+) -> Tensor:
+    """`[N]` divergence over the whole vocabulary."""
+    z_s, z_t = logits(hidden_nd, head), logits(teacher_nd, teacher_head)
+    return divergence(z_s, z_t.to(z_s.dtype), None, None, spec, absent_slots=False)
 
 
 def divergence(

@@ -8,13 +8,13 @@ from duet_kernels import (
     LinearDistillLoss,
     LMHead,
     TopKDistillLoss,
-    autograd,
     linear_cross_entropy,
     linear_distill_loss,
     linear_gather,
     linear_logsumexp,
     linear_token_stats,
     linear_topk,
+    ops,
     topk_distill_loss,
 )
 from duet_kernels.testing import gradients, make_problem
@@ -174,35 +174,35 @@ def _samples():
         ids = teacher.indices
         values = torch.randn(7, 4)
         rows = torch.randn(7)
-        t_tail = teacher.tail_logsumexp if full else None
-        normalization = "tail" if full else "renormalize"
         plain = [x if x is None else x.detach() for x in linear]
         need = True, full, full
         both = *linear, *shape, p.teacher_hidden, p.teacher_weight, p.teacher_bias, *shape
+        options = "jsd", "renormalize", 1.5, 0.5, 1.0
+        tail_options = "jsd" if full else "forward_kl", "tail" if full else "zeroed", *options[2:]
+        given = ids, teacher.values
         samples[full] = {
             "linear_topk": (*plain, *shape, 5, 1.5, "chunked"),
             "linear_gather": (*linear, ids, *shape, "chunked"),
             "linear_gather_backward": (values, values, *plain, ids, *shape, *need, "chunked"),
             # Without its gradient the op has none to give in the hidden states: then they do not ask for one.
-            "complement_and_values": (
+            "linear_logsumexp": (
                 *(linear if full else (plain[0], *linear[1:])),
-                *(ids, *shape, 1.5, full, "chunked"),
-            ),
-            "complement_and_values_backward": (
-                *(rows, values, rows, values, torch.randn(7, 9), *plain, ids, *shape, 1.5, *need, "chunked"),
-            ),
-            "topk_divergence": (
-                values.clone().requires_grad_(),
-                teacher.values,
-                rows.clone().requires_grad_() if full else None,
-                t_tail,
-                torch.rand(7),
-                "forward_kl",
-                normalization,
+                ids,
+                *shape,
                 1.5,
-                0.5,
-                1.0,
+                full,
                 "chunked",
+            ),
+            "linear_logsumexp_backward": (rows, rows, *plain, ids, *shape, 1.5, True, full, "chunked"),
+            "topk_loss": (*linear, *shape, *given, torch.rand(7), *options, True, "chunked"),
+            "topk_loss_with_tail": (
+                *linear,
+                *shape,
+                *given,
+                teacher.tail_logsumexp if full else None,
+                torch.rand(7),
+                *tail_options,
+                *(not full, True, True, full, "chunked"),
             ),
             "linear_cross_entropy": (
                 *linear,
@@ -215,6 +215,7 @@ def _samples():
                 *both,
                 torch.rand(7),
                 "jsd",
+                "renormalize",
                 1.5,
                 0.5,
                 1.0,
@@ -230,9 +231,12 @@ def _samples():
 
 
 SAMPLES = _samples()
-OPERATORS = [
-    n for n in vars(autograd) if isinstance(getattr(autograd, n), torch._library.custom_ops.CustomOpDef)
-]
+OPERATORS = {
+    op._qualname.removeprefix("duet_kernels::"): op
+    for room in (ops.primitives, ops.losses)
+    for op in vars(room).values()
+    if isinstance(op, torch._library.custom_ops.CustomOpDef)
+}
 
 
 def test_every_custom_op_is_checked():
@@ -243,12 +247,12 @@ def test_every_custom_op_is_checked():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name, full):
     """Schema, fake kernel, autograd registration, and tracing with dynamic shapes."""
-    torch.library.opcheck(getattr(autograd, name), SAMPLES[full][name])
+    torch.library.opcheck(OPERATORS[name], SAMPLES[full][name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("reduce", [False, True])
-@pytest.mark.parametrize("name", ["linear_divergence", "linear_cross_entropy"])
+@pytest.mark.parametrize("name", ["linear_divergence", "linear_cross_entropy", "topk_loss_with_tail"])
 def test_opcheck_of_the_fused_losses_in_other_dtypes(name, dtype, reduce):
     """Their gradients are outputs, whose dtype the fake kernel has to know."""
     arguments = [
@@ -257,7 +261,11 @@ def test_opcheck_of_the_fused_losses_in_other_dtypes(name, dtype, reduce):
         else x
         for x in SAMPLES[True][name]
     ]
-    factor, reduce_at = {"linear_divergence": (10, 15), "linear_cross_entropy": (6, 7)}[name]
+    factor, reduce_at = {
+        "linear_divergence": (10, 16),
+        "linear_cross_entropy": (6, 7),
+        "topk_loss_with_tail": (8, 14),
+    }[name]
     arguments[reduce_at] = reduce
     arguments[factor] = arguments[factor].to(torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.library.opcheck(getattr(autograd, name), tuple(arguments))
+    torch.library.opcheck(OPERATORS[name], tuple(arguments))

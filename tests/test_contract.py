@@ -14,8 +14,6 @@ import torch
 from duet_kernels import (
     LMHead,
     TopK,
-    autograd,
-    chunked,
     dispatch,
     linear_cross_entropy,
     linear_distill_loss,
@@ -23,11 +21,13 @@ from duet_kernels import (
     linear_logsumexp,
     linear_token_stats,
     linear_topk,
-    projection,
     resolve_impl,
     set_workspace_bytes,
     topk_distill_loss,
 )
+from duet_kernels.options import Divergence
+from duet_kernels.portable import cuts, gather
+from duet_kernels.portable.topk_divergence import divergence_and_gradient
 from duet_kernels.testing import (
     CHECKS,
     DISTRIBUTIONS,
@@ -185,9 +185,8 @@ def test_a_row_whose_factor_is_0_is_skipped(name, garbage):
         x[1::2] = garbage
     factor = torch.tensor([1.0, 0.0, 0.5, 0.0])
     given = tails if name in DISTRIBUTIONS else (None, None)
-    results = autograd.topk_divergence(
-        student, teacher, *given, factor, name, normalization, 1.0, 0.5, 1.0, "chunked"
-    )
+    spec = Divergence(name, normalization, 1.0, 0.5, 1.0)
+    results = divergence_and_gradient(student, teacher, *given, factor, spec)
     for result in results:
         assert bool((result[1::2] == 0).all()) and bool(result[::2].isfinite().all())
 
@@ -230,9 +229,9 @@ def test_leading_shapes(impl):
 def test_several_row_blocks_and_small_workspaces(op, dtype, monkeypatch):
     """Row blocks add up, and a hundred times smaller tiles give the same numbers."""
     problem = make_problem(37, 203, 45, dtype=dtype, bias=True, softcap=25.0)
-    monkeypatch.setattr(projection, "MAX_ROWS", 8)
-    monkeypatch.setattr(projection, "TILE_BYTES", 1024)
-    monkeypatch.setattr(chunked, "_GATHER_BYTES", 8 * 45 * 4 * 3)
+    monkeypatch.setattr(cuts, "MAX_ROWS", 8)
+    monkeypatch.setattr(cuts, "TILE_BYTES", 1024)
+    monkeypatch.setattr(gather, "_GATHER_BYTES", 8 * 45 * 4 * 3)
     judge(op, problem, "chunked")
     check_masked_rows(op, problem, "chunked")
 
@@ -780,7 +779,7 @@ def test_auto_waits_for_a_measurement():
 @pytest.mark.parametrize("op", ["topk_distill_loss", "topk_distill_loss/lse"])
 def test_more_ids_than_a_kernel_holds(op):
     """`auto` runs chunked and says why; an explicit choice is refused with the same reason, before anything ran."""
-    from duet_kernels.kernels import tiles
+    from duet_kernels.triton import tiles
 
     assert dispatch.MAX_SLOTS == tiles.MAX_SLOTS
     many = dispatch.MAX_SLOTS + 1

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from duet_kernels import LMHead, dense_chunks, linear_cross_entropy, projection, set_workspace_bytes
-from duet_kernels.projection import Projection
+from duet_kernels import LMHead, linear_cross_entropy, set_workspace_bytes
+from duet_kernels.head import Need
+from duet_kernels.portable import cuts, dense
 from duet_kernels.testing import assert_within_budget, gradients, make_problem
 
 N, V, D = 300, 530, 24
@@ -15,7 +16,7 @@ BOTH = pytest.mark.parametrize("way", ["rows", "tiles"])
 @pytest.fixture
 def by(monkeypatch):
     """Forces one way by what counts as enough rows."""
-    return lambda way: monkeypatch.setattr(projection, "ENOUGH_ROWS", 1 if way == "rows" else 10**9)
+    return lambda way: monkeypatch.setattr(cuts, "ENOUGH_ROWS", 1 if way == "rows" else 10**9)
 
 
 class Products(TorchDispatchMode):
@@ -40,8 +41,8 @@ class Products(TorchDispatchMode):
 
 def _call(problem, *need, factor=None):
     factor = torch.full((N,), 1 / N) if factor is None else factor
-    head = Projection(problem.weight, problem.bias, problem.softcap, problem.scale)
-    return dense_chunks.linear_cross_entropy(problem.hidden, head, problem.labels, factor, *need)
+    head = LMHead(problem.weight, problem.bias, problem.softcap, problem.scale)
+    return dense.linear_cross_entropy(problem.hidden, head, problem.labels, factor, Need(*need))
 
 
 @pytest.mark.parametrize(

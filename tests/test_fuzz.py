@@ -13,16 +13,15 @@ from hypothesis import strategies as st  # noqa: E402
 from duet_kernels import (  # noqa: E402
     LMHead,
     TopK,
-    chunked,
     linear_cross_entropy,
     linear_distill_loss,
     linear_gather,
     linear_logsumexp,
     linear_token_stats,
     linear_topk,
-    projection,
     topk_distill_loss,
 )
+from duet_kernels.portable import cuts, gather  # noqa: E402
 from duet_kernels.testing import DISTRIBUTIONS, OPS, gradients, make_problem  # noqa: E402
 
 bounded = settings(
@@ -74,9 +73,9 @@ def small_tiles(monkeypatch):
     """Tiles of a few rows and columns, so that small problems have many of them."""
 
     def set_sizes(rows, tile_bytes):
-        monkeypatch.setattr(projection, "MAX_ROWS", rows)
-        monkeypatch.setattr(projection, "TILE_BYTES", tile_bytes)
-        monkeypatch.setattr(chunked, "_GATHER_BYTES", tile_bytes)
+        monkeypatch.setattr(cuts, "MAX_ROWS", rows)
+        monkeypatch.setattr(cuts, "TILE_BYTES", tile_bytes)
+        monkeypatch.setattr(gather, "_GATHER_BYTES", tile_bytes)
 
     return set_sizes
 
@@ -259,7 +258,7 @@ def test_leading_shapes(lead, v, seed, ignored):
 
 triton = pytest.importorskip("triton")
 
-from duet_kernels.kernels import tiles  # noqa: E402
+from duet_kernels.triton import tiles  # noqa: E402
 
 on_kernels = settings(bounded, max_examples=12)
 

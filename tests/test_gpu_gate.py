@@ -16,8 +16,8 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import gate
 from benchmarks.gpu.suite import SAMPLED, Check, Skip, Suite
 from duet_kernels import dispatch, measured, resolve_impl
-from duet_kernels.kernels import tiles
 from duet_kernels.testing import OPS, Error
+from duet_kernels.triton import tiles
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ def test_the_gate_runs_in_the_interpreter(tmp_path, capsys):
 
 
 def test_a_broken_kernel_makes_the_gate_red_and_no_speed_is_printed(tmp_path, monkeypatch, capsys):
-    from duet_kernels.kernels import topk_divergence as kernel
+    from duet_kernels.triton import topk_divergence as kernel
 
     right = kernel.topk_divergence
 
@@ -359,7 +359,7 @@ def test_what_is_timed_runs(name, impl):
 
 def test_what_is_timed_is_judged_first(monkeypatch):
     assert tune.is_right("linear_gather dh", SMALL, "triton", CPU) is None
-    from duet_kernels.kernels import linear_gather as kernel
+    from duet_kernels.triton import gather as kernel
 
     right = kernel.linear_gather_backward
     monkeypatch.setattr(

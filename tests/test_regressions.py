@@ -15,20 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from duet_kernels import (
     LMHead,
     TopK,
-    chunked,
-    dense_chunks,
     linear_cross_entropy,
     linear_distill_loss,
     linear_gather,
     linear_logsumexp,
     linear_topk,
+    portable,
     reference,
-    rowwise,
     set_workspace_bytes,
     topk_distill_loss,
 )
-from duet_kernels.dense_rows import DenseRows
-from duet_kernels.projection import Projection
+from duet_kernels.head import Need
+from duet_kernels.portable import topk_divergence
+from duet_kernels.portable.dense_rows import DenseRows
 from duet_kernels.testing import DISTRIBUTIONS, OPS, gradients, make_problem
 
 IMPLS = ("chunked", "reference")
@@ -95,27 +94,25 @@ def test_chunks_never_round_up_past_the_workspace(n):
     budget = 2**20
     previous = set_workspace_bytes(budget)
     try:
-        with _Largest() as dense, torch.no_grad():
-            dense_chunks.linear_divergence(
+        with _Largest() as rows, torch.no_grad():
+            portable.linear_divergence(
                 problem.hidden,
-                Projection(problem.weight, None, None, 1.0),
+                LMHead(problem.weight, None, None, 1.0),
                 problem.teacher_hidden,
-                Projection(problem.teacher_weight, None, None, 1.0),
+                LMHead(problem.teacher_weight, None, None, 1.0),
                 torch.ones(n),
                 _spec("forward_kl"),
-                True,
-                True,
-                False,
+                Need(True, True),
             )
         with _Largest() as tiles:
-            chunked.token_stats(problem.hidden, Projection(problem.weight, None, None, 1.0), problem.labels)
+            portable.token_stats(problem.hidden, LMHead(problem.weight, None, None, 1.0), problem.labels)
     finally:
         set_workspace_bytes(previous)
-    assert dense.bytes <= max(budget / 2, n * 4 * 4) and tiles.bytes <= max(budget / 4, n * 4 * 4)
+    assert rows.bytes <= max(budget / 2, n * 4 * 4) and tiles.bytes <= max(budget / 4, n * 4 * 4)
 
 
 def _spec(name, normalization="renormalize", temperature=1.0):
-    from duet_kernels.divergence import Divergence
+    from duet_kernels.options import Divergence
 
     return Divergence.of(name, normalization, temperature, 0.5, 1.0)
 
@@ -163,7 +160,7 @@ def test_logits_are_compared_before_they_are_normalised(name):
     student = teacher + 0.02 * torch.randn(64, 16, generator=generator)
     spec = _spec(name, "renormalize", 1.0)
     ones = torch.ones(64)
-    loss, got, _ = rowwise.divergence_and_gradient(student, teacher, None, None, ones, spec)
+    loss, got, _ = topk_divergence.divergence_and_gradient(student, teacher, None, None, ones, spec)
     inputs = student.double().requires_grad_(), teacher.double()
     truth = reference.divergence(*inputs, None, None, spec)
     wanted = torch.autograd.grad(truth.sum(), inputs[0])[0]
@@ -314,16 +311,8 @@ def test_a_frozen_head_pays_nothing(op, monkeypatch):
 
         return run
 
-    for name in (
-        "linear_gather",
-        "linear_gather_backward",
-        "complement_and_values",
-        "complement_and_values_backward",
-        "linear_cross_entropy",
-        "linear_divergence",
-    ):
-        room = chunked if hasattr(chunked, name) else dense_chunks
-        monkeypatch.setattr(room, name, watched(getattr(room, name)))
+    for name in portable.__all__:
+        monkeypatch.setattr(portable, name, watched(getattr(portable, name)))
 
     def made(names):
         mode.shapes.clear()
@@ -415,7 +404,7 @@ def test_the_slope_near_the_softcap_keeps_its_digits():
     """dz/dx = 1 - (z / c)^2 from a z just below c, judged in fp64 at that same z."""
     cap = 30.0
     z = cap - torch.logspace(-4, 0, 50)
-    head = Projection(torch.zeros(1, 1), None, cap, 1.0)
+    head = LMHead(torch.zeros(1, 1), None, cap, 1.0)
     truth = (cap - z.double()) * (cap + z.double()) / cap**2
     assert ((head.slope(z).double() - truth) / truth).abs().max() <= 1e-6
     assert ((1 - (z / cap).square()).double() / truth - 1).abs().max() > 1e-3  # what the plain form loses
@@ -451,6 +440,6 @@ def test_the_definition_has_forward_mode():
 @pytest.mark.parametrize("op", ONE_OF_EACH, ids=str)
 def test_a_second_derivative_is_refused_by_name(op):
     problem = make_problem(3, 13, 5).requiring(["hidden"])
-    with pytest.raises(RuntimeError, match=r"^linear_.* has no second derivative .*'reference'"):
+    with pytest.raises(RuntimeError, match=r"^(linear|topk)_.* has no second derivative .*'reference'"):
         (first,) = torch.autograd.grad(op.run(problem, "chunked").sum(), [problem.hidden], create_graph=True)
         torch.autograd.grad(first.square().sum(), [problem.hidden])

@@ -1,0 +1,371 @@
+"""The losses as custom ops, whose gradients are made along with the value: the factor of every row is an input.
+
+A gradient in h of row n is known up to the upstream factor of that row, so it is always made in the forward pass. So are
+dW and db of a sum. Where every row gets an upstream factor of its own (`reduction="none"`), dW and db are made in the
+backward pass, with those factors.
+"""
+# No `from __future__ import annotations` here: torch.library reads the annotations to write the op's schema.
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import acc_dtype, grad_dtype
+from ..head import LMHead, Need
+from ..options import Divergence, Tokens
+from .op import (
+    custom_op,
+    flat,
+    for_autograd,
+    gradients_like,
+    implementation,
+    needs_gradient,
+    present,
+    refuse_second_derivative,
+)
+from .primitives import linear_gather_backward
+
+# --- what losses of the whole vocabulary share ------------------------------------------------------------------
+
+
+def _needed(tokens: Tokens, *leaves: Tensor | None) -> tuple[bool, Need]:
+    """(whether the op sums the rows, which gradients it makes along with the value)."""
+    reduce, need = tokens.reduction != "none", needs_gradient(*leaves)
+    return reduce, need if reduce else Need(need.hidden)
+
+
+def _results(
+    found: tuple[Tensor | None, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None, reduce: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of an op: the rows' losses or their sum, and the gradients."""
+    loss, *gradients = found
+    assert loss is not None
+    return loss.sum() if reduce else loss, *present(gradients, hidden, weight, bias)
+
+
+def _results_like(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, reduce: bool, *need: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_results` returns, without values."""
+    loss = hidden.new_empty(() if reduce else hidden.shape[:1], dtype=acc_dtype(hidden.dtype))
+    return loss, *gradients_like(hidden, weight, bias, *need, dtype=grad_dtype(hidden.dtype))
+
+
+def _gradient(
+    ctx: Any, grad: Tensor, name: str, again: Callable[[Need], tuple[Tensor, ...]]
+) -> tuple[Tensor | None, ...]:
+    """What the forward pass made, times the upstream gradient; dW and db of rows are made by `again`."""
+    refuse_second_derivative(name)
+    need = Need(*ctx.needs_input_grad[:3])
+    gradients = ctx.saved_tensors[:3]
+    if ctx.reduce:
+        scaled = [g * grad for g in gradients]
+    else:
+        later = need._replace(hidden=False)
+        scaled = [gradients[0] * grad[:, None] if need.hidden else gradients[0]]
+        scaled += again(later)[1:] if any(later) else gradients[1:]
+    return for_autograd([g.to(ctx.dtype) for g in scaled], need, len(ctx.needs_input_grad))
+
+
+def _options(spec: Divergence) -> tuple[str, str, float, float, float]:
+    return spec.name, spec.normalization, spec.temperature, spec.beta, spec.delta
+
+
+# --- losses of the logits at K ids alone ------------------------------------------------------------------------
+
+
+def topk_loss(
+    hidden: Tensor,
+    head: LMHead,
+    values_t: Tensor,
+    ids: Tensor,
+    tail_t: Tensor | None,
+    spec: Divergence,
+    tokens: Tokens,
+    impl: str,
+) -> Tensor:
+    """The divergence from a teacher's logits at `[N, K]` ids (and from its tail `[N]`, if the loss reads it)."""
+    acc = acc_dtype(hidden.dtype)
+    values_t, factor = values_t.to(acc), tokens.factor.to(acc)
+    tail_t = tail_t.to(acc) if tail_t is not None and spec.needs_teacher_logsumexp else None
+    ids = ids.masked_fill(values_t == -torch.inf, -1)  # an absent slot: nothing gathered, nothing excluded
+    if impl == "reference":
+        return tokens.reduce(tokens.weigh(reference.topk_loss(hidden, head, ids, values_t, tail_t, spec)))
+    hidden, weight, bias, softcap, scale = flat(hidden, head)
+    leaves, inputs = (hidden, weight, bias), (softcap, scale, ids, values_t)
+    if spec.needs_student_logsumexp:
+        reduce, need = _needed(tokens, *leaves)
+        loss = _topk_loss_with_tail(*leaves, *inputs, tail_t, factor, *_options(spec), reduce, *need, impl)[0]
+        return loss if reduce else tokens.reduce(loss)
+    need = needs_gradient(*leaves)
+    return tokens.reduce(_topk_loss(*leaves, *inputs, factor, *_options(spec), need.hidden, impl)[0])
+
+
+@custom_op("topk_loss")
+def _topk_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    ids: Tensor,
+    teacher: Tensor,
+    factor: Tensor,
+    divergence: str,
+    normalization: str,
+    temperature: float,
+    beta: float,
+    delta: float,
+    need_hidden: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(factor * loss `[N]`, the student's logits `[N, K]`, the gradient in them, dh `[N, D]` or empty)."""
+    head = LMHead(weight, bias, softcap, scale)
+    spec = Divergence(divergence, normalization, temperature, beta, delta)
+    *rows, dhidden = implementation(impl).topk_loss(
+        hidden, head, ids, teacher, factor, spec, Need(need_hidden)
+    )
+    return *rows, present((dhidden, None, None), hidden, weight, bias)[0]
+
+
+@_topk_loss.register_fake
+def _(hidden, weight, bias, softcap, scale, ids, teacher, factor, *rest):
+    need_hidden = rest[-2]
+    loss = hidden.new_empty(hidden.shape[0], dtype=acc_dtype(hidden.dtype))
+    values, out = loss.new_empty(ids.shape), grad_dtype(hidden.dtype)
+    dhidden = gradients_like(hidden, weight, bias, need_hidden, False, False, dtype=out)[0]
+    return loss, values, torch.empty_like(values), dhidden
+
+
+def _topk_loss_context(ctx, inputs, output):
+    hidden, weight, bias, ctx.softcap, ctx.scale, ids, *_, ctx.impl = inputs
+    ctx.save_for_backward(*output[1:], hidden, weight, bias, ids)
+
+
+def _topk_loss_gradient(ctx, grad, *_):
+    refuse_second_derivative("topk_distill_loss")
+    values, dvalues, dhidden, hidden, weight, bias, ids = ctx.saved_tensors
+    need, gradients = ctx.needs_input_grad[:3], [None, None, None]
+    if any(need[1:]):  # sparse: made where the upstream factor is known
+        upstream = grad[:, None] * dvalues
+        leaves = hidden, weight, bias, ids, ctx.softcap, ctx.scale
+        gradients = list(linear_gather_backward(upstream, values, *leaves, False, *need[1:], ctx.impl))
+    if need[0]:
+        gradients[0] = (grad[:, None] * dhidden).to(hidden.dtype)
+    return for_autograd(gradients, need, len(ctx.needs_input_grad))
+
+
+_topk_loss.register_autograd(_topk_loss_gradient, setup_context=_topk_loss_context)
+
+
+# --- losses of the logits at K ids and the log-sum-exp of all others --------------------------------------------
+
+
+@custom_op("topk_loss_with_tail")
+def _topk_loss_with_tail(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    ids: Tensor,
+    teacher: Tensor,
+    teacher_tail: Tensor | None,
+    factor: Tensor,
+    divergence: str,
+    normalization: str,
+    temperature: float,
+    beta: float,
+    delta: float,
+    reduce: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed)."""
+    head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden, need_weight, need_bias)
+    spec = Divergence(divergence, normalization, temperature, beta, delta)
+    run = implementation(impl).topk_loss_with_tail
+    found = run(hidden, head, ids, teacher, teacher_tail, factor, spec, need)
+    return _results(found, hidden, weight, bias, reduce)
+
+
+@_topk_loss_with_tail.register_fake
+def _(hidden, weight, bias, *rest):
+    *_, reduce, need_hidden, need_weight, need_bias, _impl = rest
+    return _results_like(hidden, weight, bias, reduce, need_hidden, need_weight, need_bias)
+
+
+def _topk_loss_with_tail_context(ctx, inputs, output):
+    hidden, weight, bias, softcap, scale, ids, teacher, teacher_tail, factor = inputs[:9]
+    *options, ctx.reduce, _, _, _, ctx.impl = inputs[9:]
+    ctx.dtype, ctx.head, ctx.options = hidden.dtype, (softcap, scale), options
+    ctx.save_for_backward(*output[1:], hidden, weight, bias, ids, teacher, teacher_tail, factor)
+
+
+def _topk_loss_with_tail_gradient(ctx, grad, *_):
+    def again(need):
+        hidden, weight, bias, ids, teacher, teacher_tail, factor = ctx.saved_tensors[3:]
+        inputs = hidden, weight, bias, *ctx.head, ids, teacher, teacher_tail, factor * grad
+        return _topk_loss_with_tail(*inputs, *ctx.options, True, *need, ctx.impl)[1:]
+
+    return _gradient(ctx, grad, "topk_distill_loss", again)
+
+
+_topk_loss_with_tail.register_autograd(
+    _topk_loss_with_tail_gradient, setup_context=_topk_loss_with_tail_context
+)
+
+
+# --- the dense divergences, from both hidden states -------------------------------------------------------------
+
+
+def dense_loss(
+    hidden: Tensor,
+    head: LMHead,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead,
+    spec: Divergence,
+    tokens: Tokens,
+    impl: str,
+) -> Tensor:
+    """The divergence over the whole vocabulary."""
+    if impl == "reference":
+        return tokens.reduce(
+            tokens.weigh(reference.dense_loss(hidden, head, teacher_hidden, teacher_head, spec))
+        )
+    student, teacher = flat(hidden, head), flat(teacher_hidden, teacher_head)
+    reduce, need = _needed(tokens, *student[:3])
+    factor = tokens.factor.to(acc_dtype(hidden.dtype))
+    loss = _linear_divergence(*student, *teacher, factor, *_options(spec), reduce, *need, impl)[0]
+    return loss if reduce else tokens.reduce(loss)
+
+
+@custom_op("linear_divergence")
+def _linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    teacher_softcap: float | None,
+    teacher_scale: float,
+    factor: Tensor,
+    divergence: str,
+    normalization: str,
+    temperature: float,
+    beta: float,
+    delta: float,
+    reduce: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed): 4 products."""
+    head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden, need_weight, need_bias)
+    teacher_head = LMHead(teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
+    spec = Divergence(divergence, normalization, temperature, beta, delta)
+    run = implementation(impl).linear_divergence
+    found = run(hidden, head, teacher_hidden, teacher_head, factor, spec, need)
+    return _results(found, hidden, weight, bias, reduce)
+
+
+@_linear_divergence.register_fake
+def _(hidden, weight, bias, *rest):
+    *_, reduce, need_hidden, need_weight, need_bias, _impl = rest
+    return _results_like(hidden, weight, bias, reduce, need_hidden, need_weight, need_bias)
+
+
+def _linear_divergence_context(ctx, inputs, output):
+    hidden, weight, bias, softcap, scale, t_hidden, t_weight, t_bias, t_softcap, t_scale, factor = inputs[:11]
+    *options, ctx.reduce, _, _, _, ctx.impl = inputs[11:]
+    ctx.dtype, ctx.heads, ctx.options = hidden.dtype, ((softcap, scale), (t_softcap, t_scale)), options
+    ctx.save_for_backward(*output[1:], hidden, weight, bias, t_hidden, t_weight, t_bias, factor)
+
+
+def _linear_divergence_gradient(ctx, grad, *_):
+    def again(need):
+        hidden, weight, bias, t_hidden, t_weight, t_bias, factor = ctx.saved_tensors[3:]
+        student, teacher = (
+            (*leaves, *end)
+            for leaves, end in zip(
+                ((hidden, weight, bias), (t_hidden, t_weight, t_bias)), ctx.heads, strict=True
+            )
+        )
+        return _linear_divergence(*student, *teacher, factor * grad, *ctx.options, True, *need, ctx.impl)[1:]
+
+    return _gradient(ctx, grad, "linear_distill_loss with k=None", again)
+
+
+_linear_divergence.register_autograd(_linear_divergence_gradient, setup_context=_linear_divergence_context)
+
+
+# --- cross-entropy of labels ------------------------------------------------------------------------------------
+
+
+def cross_entropy(hidden: Tensor, head: LMHead, labels: Tensor, tokens: Tokens, impl: str) -> Tensor:
+    if impl == "reference":
+        tail, values = reference.complement_and_values(hidden, head, labels[:, None], 1.0)
+        # log(1 + exp(tail - z_label)): a token that is almost certain keeps the digits of its small loss.
+        return tokens.reduce(tokens.weigh(F.softplus(tail - values[:, 0], threshold=40.0)))
+    inputs = flat(hidden, head)
+    reduce, need = _needed(tokens, *inputs[:3])
+    factor = tokens.factor.to(acc_dtype(hidden.dtype))
+    loss = _linear_cross_entropy(*inputs, labels, factor, reduce, *need, impl)[0]
+    return loss if reduce else tokens.reduce(loss)
+
+
+@custom_op("linear_cross_entropy")
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    labels: Tensor,
+    factor: Tensor,
+    reduce: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed): 3 products."""
+    head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden, need_weight, need_bias)
+    found = implementation(impl).linear_cross_entropy(hidden, head, labels, factor, need)
+    return _results(found, hidden, weight, bias, reduce)
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden, weight, bias, softcap, scale, labels, factor, reduce, *rest):
+    *need, _impl = rest
+    return _results_like(hidden, weight, bias, reduce, *need)
+
+
+def _linear_cross_entropy_context(ctx, inputs, output):
+    hidden, weight, bias, ctx.softcap, ctx.scale, labels, factor, ctx.reduce, *_, ctx.impl = inputs
+    ctx.dtype = hidden.dtype
+    ctx.save_for_backward(*output[1:], hidden, weight, bias, labels, factor)
+
+
+def _linear_cross_entropy_gradient(ctx, grad, *_):
+    def again(need):
+        hidden, weight, bias, labels, factor = ctx.saved_tensors[3:]
+        inputs = hidden, weight, bias, ctx.softcap, ctx.scale, labels, factor * grad
+        return _linear_cross_entropy(*inputs, True, *need, ctx.impl)[1:]
+
+    return _gradient(ctx, grad, "linear_cross_entropy", again)
+
+
+_linear_cross_entropy.register_autograd(
+    _linear_cross_entropy_gradient, setup_context=_linear_cross_entropy_context
+)

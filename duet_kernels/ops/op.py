@@ -1,0 +1,97 @@
+"""How an op is registered, and what stands for an absent gradient."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..dispatch import exact_dtypes
+from ..head import LMHead, Need
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # dh, dW, db; an empty tensor where nobody asked
+
+
+def implementation(impl: str) -> Any:
+    """The package that runs an op: `portable`, or `triton`, which is imported when it is first wanted."""
+    return importlib.import_module(f"..{'triton' if impl == 'triton' else 'portable'}", __package__)
+
+
+def flat(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor, Tensor | None, float | None, float]:
+    """What every op begins with: hidden states, weight, bias, softcap and scale.
+
+    A custom op drops forward-mode tangents without a word, and zeros would pass for a derivative.
+    """
+    head = head.narrowed()
+    if not torch.compiler.is_compiling():
+        for name, leaf in (("hidden", hidden), ("head.weight", head.weight), ("head.bias", head.bias)):
+            if leaf is not None and forward_ad.unpack_dual(leaf).tangent is not None:
+                raise RuntimeError(
+                    f"{name}: carries a forward-mode tangent (torch.func.jvp), wanted a plain tensor; use impl='reference'"
+                )
+    return hidden, head.weight, head.bias, head.softcap, head.scale
+
+
+def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """A pure op whose body computes in the dtypes it chose: autocast would turn its fp32 products into bf16."""
+
+    def register(body: Callable[..., Any]) -> Any:
+        @functools.wraps(body)  # keeps the annotations that the schema is read from
+        def exact(first: Tensor, *args: Any) -> Any:
+            with exact_dtypes(first.device):
+                return body(first, *args)
+
+        return torch.library.custom_op(f"duet_kernels::{name}", exact, mutates_args=())
+
+    return register
+
+
+def no_second_derivative(name: str) -> str:
+    return f"{name} has no second derivative (create_graph=True); use impl='reference'"
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Raise in a backward pass that is itself to be differentiated: what it multiplies was made in the forward pass."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(no_second_derivative(name))
+
+
+def present(gradients: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
+    """(dh, dW, db) with an empty tensor for each None."""
+    dhidden, dweight, dbias = (
+        leaf.new_empty(0) if gradient is None else gradient
+        for gradient, leaf in zip(gradients, _leaves(hidden, weight, bias), strict=True)
+    )
+    return dhidden, dweight, dbias
+
+
+def gradients_like(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *need: bool, dtype: torch.dtype | None = None
+) -> Gradients:
+    """What `present` returns, without values, for a fake kernel."""
+    dhidden, dweight, dbias = (
+        torch.empty_like(leaf, dtype=dtype, memory_format=torch.contiguous_format)
+        if needed
+        else leaf.new_empty(0)
+        for leaf, needed in zip(_leaves(hidden, weight, bias), need, strict=True)
+    )
+    return dhidden, dweight, dbias
+
+
+def _leaves(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
+    return hidden, weight, weight.new_empty(0) if bias is None else bias
+
+
+def for_autograd(gradients: Any, need: tuple[bool, ...], inputs: int) -> tuple[Tensor | None, ...]:
+    """One entry for each input of an op, the first of which are hidden states, weight and bias."""
+    wanted = [gradient if needed else None for gradient, needed in zip(gradients, need, strict=True)]
+    return *wanted, *[None] * (inputs - len(wanted))
+
+
+def needs_gradient(*leaves: Tensor | None) -> Need:
+    """Which of hidden states, weight and bias a gradient is made for along with the value."""
+    on = torch.is_grad_enabled()
+    return Need(*[on and leaf is not None and leaf.requires_grad for leaf in leaves])

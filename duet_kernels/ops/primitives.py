@@ -1,0 +1,236 @@
+"""Selected logits, logits at ids, log-sum-exps and token statistics, as custom ops of hidden states and a head."""
+# No `from __future__ import annotations` here: torch.library reads the annotations to write the op's schema.
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import acc_dtype, grad_dtype
+from ..head import LMHead, Need, TokenStats, TopK
+from .op import (
+    custom_op,
+    flat,
+    for_autograd,
+    gradients_like,
+    implementation,
+    needs_gradient,
+    present,
+    refuse_second_derivative,
+)
+
+# --- top-k: a selection, without a gradient ---------------------------------------------------------------------
+
+
+def linear_topk(hidden: Tensor, head: LMHead, k: int, temperature: float, impl: str) -> TopK:
+    if impl == "reference":
+        return reference.linear_topk(hidden, head, k, temperature)
+    return TopK(*_linear_topk(*flat(hidden, head), k, temperature, impl), temperature)
+
+
+@custom_op("linear_topk")
+def _linear_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    k: int,
+    temperature: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(impl).linear_topk(hidden, LMHead(weight, bias, softcap, scale), k, temperature)
+
+
+@_linear_topk.register_fake
+def _(hidden, weight, bias, softcap, scale, k, temperature, impl):
+    values = hidden.new_empty(hidden.shape[0], k, dtype=acc_dtype(hidden.dtype))
+    return values, torch.empty_like(values, dtype=torch.int64), values.new_empty(hidden.shape[0])
+
+
+# --- gather: logits at given ids --------------------------------------------------------------------------------
+
+
+def linear_gather(hidden: Tensor, head: LMHead, indices: Tensor, impl: str) -> Tensor:
+    """`[N, K]`; an id below 0 is an absent slot with the value -inf, except in the definition."""
+    if impl == "reference":
+        return reference.linear_gather(hidden, head, indices.clamp(min=0))
+    hidden, weight, bias, softcap, scale = flat(hidden, head)
+    return _linear_gather(hidden, weight, bias, indices, softcap, scale, impl)
+
+
+@custom_op("linear_gather")
+def _linear_gather(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    softcap: float | None,
+    scale: float,
+    impl: str,
+) -> Tensor:
+    return implementation(impl).linear_gather(hidden, LMHead(weight, bias, softcap, scale), indices)
+
+
+@_linear_gather.register_fake
+def _(hidden, weight, bias, indices, softcap, scale, impl):
+    return hidden.new_empty(indices.shape, dtype=acc_dtype(hidden.dtype))
+
+
+@custom_op("linear_gather_backward")
+def linear_gather_backward(
+    grad: Tensor,
+    values: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    softcap: float | None,
+    scale: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden, need_weight, need_bias)
+    gradients = implementation(impl).linear_gather_backward(grad, values, hidden, head, indices, need)
+    return present(gradients, hidden, weight, bias)
+
+
+@linear_gather_backward.register_fake
+def _(grad, values, hidden, weight, bias, indices, softcap, scale, need_hidden, need_weight, need_bias, impl):
+    return gradients_like(hidden, weight, bias, need_hidden, need_weight, need_bias)
+
+
+def _linear_gather_context(ctx, inputs, output):
+    hidden, weight, bias, indices, ctx.softcap, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(output, hidden, weight, bias, indices)
+
+
+def _linear_gather_gradient(ctx, grad):
+    refuse_second_derivative("linear_gather")
+    values, hidden, weight, bias, indices = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    gradients = linear_gather_backward(
+        grad, values, hidden, weight, bias, indices, ctx.softcap, ctx.scale, *need, ctx.impl
+    )
+    return for_autograd(gradients, need, len(ctx.needs_input_grad))
+
+
+_linear_gather.register_autograd(_linear_gather_gradient, setup_context=_linear_gather_context)
+
+
+# --- log-sum-exp, without given ids -----------------------------------------------------------------------------
+
+
+def linear_logsumexp(hidden: Tensor, head: LMHead, exclude: Tensor, temperature: float, impl: str) -> Tensor:
+    """`[N]` log-sum-exp of z / T over the ids not in `exclude` `[N, K]`; an id below 0 excludes nothing."""
+    if impl == "reference":
+        return reference.complement_and_values(hidden, head, exclude, temperature)[0]
+    hidden, weight, bias, softcap, scale = flat(hidden, head)
+    need = needs_gradient(hidden)
+    return _linear_logsumexp(hidden, weight, bias, exclude, softcap, scale, temperature, need.hidden, impl)[0]
+
+
+@custom_op("linear_logsumexp")
+def _linear_logsumexp(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    exclude: Tensor,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    need_hidden: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """(log-sum-exp `[N]`, its gradient in h `[N, D]` if that is needed: a row's factor is all that comes later)."""
+    head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden)
+    tail, dhidden = implementation(impl).linear_logsumexp(hidden, head, exclude, temperature, need)
+    return tail, present((dhidden, None, None), hidden, weight, bias)[0]
+
+
+@_linear_logsumexp.register_fake
+def _(hidden, weight, bias, exclude, softcap, scale, temperature, need_hidden, impl):
+    tail = hidden.new_empty(hidden.shape[0], dtype=acc_dtype(hidden.dtype))
+    out = grad_dtype(hidden.dtype)
+    return tail, gradients_like(hidden, weight, bias, need_hidden, False, False, dtype=out)[0]
+
+
+@custom_op("linear_logsumexp_backward")
+def _linear_logsumexp_backward(
+    grad: Tensor,
+    tail: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    exclude: Tensor,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """(dW, db)."""
+    head, need = LMHead(weight, bias, softcap, scale), Need(False, need_weight, need_bias)
+    run = implementation(impl).linear_logsumexp_backward
+    gradients = run(grad, tail, hidden, head, exclude, temperature, need)
+    return present((None, *gradients), hidden, weight, bias)[1:]
+
+
+@_linear_logsumexp_backward.register_fake
+def _(grad, tail, hidden, weight, bias, exclude, softcap, scale, temperature, need_weight, need_bias, impl):
+    return gradients_like(hidden, weight, bias, False, need_weight, need_bias)[1:]
+
+
+def _linear_logsumexp_context(ctx, inputs, output):
+    hidden, weight, bias, exclude, ctx.softcap, ctx.scale, ctx.temperature, _, ctx.impl = inputs
+    ctx.save_for_backward(*output, hidden, weight, bias, exclude)
+
+
+def _linear_logsumexp_gradient(ctx, grad, _):
+    refuse_second_derivative("linear_logsumexp")
+    tail, dhidden, *leaves = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    gradients = [None, None, None]
+    if need[0]:
+        gradients[0] = (grad[:, None] * dhidden).to(leaves[0].dtype)
+    if any(need[1:]):
+        options = ctx.softcap, ctx.scale, ctx.temperature, *need[1:], ctx.impl
+        gradients[1:] = _linear_logsumexp_backward(grad, tail, *leaves, *options)
+    return for_autograd(gradients, need, len(ctx.needs_input_grad))
+
+
+_linear_logsumexp.register_autograd(_linear_logsumexp_gradient, setup_context=_linear_logsumexp_context)
+
+
+# --- token statistics: one pass, without a gradient -------------------------------------------------------------
+
+
+def token_stats(hidden: Tensor, head: LMHead, labels: Tensor | None, impl: str) -> TokenStats:
+    if impl == "reference":
+        return reference.token_stats(hidden, head, labels)
+    logsumexp, entropy, variance, logprob = _token_stats(*flat(hidden, head), labels, impl)
+    return TokenStats(logsumexp, entropy, variance, None if labels is None else logprob)
+
+
+@custom_op("token_stats")
+def _token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    labels: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-sum-exp, entropy, variance of the log-probability, log p of the labels), each `[N]`."""
+    *stats, logprob = implementation(impl).token_stats(hidden, LMHead(weight, bias, softcap, scale), labels)
+    return *stats, stats[0].new_empty(0) if logprob is None else logprob
+
+
+@_token_stats.register_fake
+def _(hidden, weight, bias, softcap, scale, labels, impl):
+    row = hidden.new_empty(hidden.shape[0], dtype=acc_dtype(hidden.dtype))
+    logprob = row.new_empty(0) if labels is None else torch.empty_like(row)
+    return row, torch.empty_like(row), torch.empty_like(row), logprob

@@ -1,0 +1,298 @@
+"""Portable low-memory torch for losses that read all logits of a token: cross-entropy and the dense divergences.
+
+A row's factor is known, so its gradient is made while its logits are at hand. They are at hand in one of two cuts,
+each of which holds only a share of them (`cuts`):
+
+    vocabulary tiles    a slice of the vocabulary for all rows: W is read once, whatever is multiplied with it
+    row chunks          the whole vocabulary for a few rows: normalisers are known before the gradient is made,
+                        but every product reads W again for every chunk
+
+Products, each 2 N D V FLOP, with a frozen and with a trainable head:
+
+    cross-entropy           tiles 2 and 4, row chunks 3 with a trainable one
+    huber, mse              tiles 3 and 4: there is no normaliser to wait for
+    forward, reverse KL     row chunks 3 and 4; tiles 4 with a frozen one, because two sums of rows of W run along
+                            until the normalisers are known (`dense_rows.RunningKL`)
+    jsd, tvd, l1            row chunks 3 and 4: nothing could run along (l1 waits for the largest logit)
+
+So a KL with a frozen head is cut into tiles where its fourth product costs no more than reading W for every chunk
+(`_tiles_are_cheaper`). `dense_rows` compares the logits. Must not know triton.
+
+Legend: N tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import grad_dtype
+from ..head import LMHead, Need
+from ..options import Divergence
+from . import cuts
+from .cuts import (
+    chunk_logits,
+    row_blocks,
+    row_chunks,
+    rows_that_fit,
+    tile_width,
+    times_weight,
+)
+from .dense_rows import DenseRows, RunningKL, any_of, raw_terms
+from .logsumexp import complement_and_values, complement_and_values_backward
+from .running import RunningLogsumexp
+
+# To read W from memory takes about as long as to multiply this many rows with it: 10 FLOP for a byte of fp32.
+_READING_ROWS = 20
+_CACHED_BYTES = 8 * 2**20  # a W that stays in the last-level cache costs nothing to read again
+_TILE_BYTES = (
+    2**20
+)  # of a tile of logits: what is made of it and four times as much of W stay in the last-level cache
+_TILE_COPIES = 12  # of a tile: logits of both models and what is made of them
+
+Side = tuple[Tensor, LMHead]  # hidden states and the head they go through
+Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # loss of each row, dh, dW, db
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head: LMHead,
+    labels: Tensor,
+    factor: Tensor,
+    need: Need,
+) -> Result:
+    """(`[N]` factor * cross-entropy, dh, dW, db of its sum; fp16's gradients in fp32 as in `linear_divergence`).
+
+    With tau the log-sum-exp without the label: L = log(1 + exp(tau - z_label)), dL/dz_label = -(1 - q_label) and
+    1 - q_label = sigmoid(tau - z_label): an almost certain token keeps the digits of both.
+
+    A trainable head in the dtype of the sums takes row chunks: logits, dh and dW, 3 products, where enough rows fit
+    into the workspace. Everything else takes tiles, which need no dW in fp32 beside a half one, read W once a pass,
+    and are as fast with a frozen head: 2 products; with a trainable one 4.
+    """
+    n, v = hidden.shape[0], head.weight.shape[0]
+    step = rows_that_fit(n, v, head.acc, copies=3 if head.softcap is not None else 1)
+    if need.weight and head.weight.dtype == head.acc and step >= cuts.ENOUGH_ROWS:
+        return _cross_entropy_by_rows(hidden, head, labels, factor, step, need)
+    ids = labels[:, None]
+    tail, values, dtail = complement_and_values(hidden, head, ids, 1.0, need.hidden)
+    loss, miss = _cross_entropy(tail, values[:, 0], factor)
+    if not any(need):
+        return loss, None, None, None
+    upstream = miss, -miss[:, None]
+    return loss, *complement_and_values_backward(
+        *upstream, tail, values, dtail, hidden, head, ids, 1.0, need, grad_dtype(hidden.dtype)
+    )
+
+
+def _cross_entropy(tail: Tensor, value: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """(factor * loss, factor * (1 - q_label)), exactly 0 where the factor is 0."""
+    gap, skip = tail - value, factor == 0
+    loss = F.softplus(gap, threshold=40.0).mul_(factor).masked_fill_(skip, 0)
+    return loss, gap.sigmoid().mul_(factor).masked_fill_(skip, 0)
+
+
+def _cross_entropy_and_gradient(
+    z: Tensor, labels: Tensor, factor: Tensor, head: LMHead
+) -> tuple[Tensor, Tensor]:
+    """(factor * loss `[rows]`, its gradient in h W^T in the memory of the logits z)."""
+    slope = head.slope(z)
+    known = labels.clamp(max=z.shape[1] - 1)
+    value = z.gather(1, known).masked_fill_(labels >= z.shape[1], torch.nan)[:, 0]
+    sums = RunningLogsumexp(z.shape[0], z)
+    dz, _ = sums.add(z.scatter_(1, known, -torch.inf))
+    loss, miss = _cross_entropy(sums.result(), value, factor)
+    # q off the label is its share of what the label leaves: (1 - q_label) exp(z - max) / sum.
+    share = miss / sums.sum.masked_fill(sums.sum == 0, 1)
+    dz.mul_(share[:, None]).scatter_(1, known, -miss[:, None])
+    if head.softcap is not None or head.scale != 1.0:
+        dz *= slope
+    return loss, dz
+
+
+def _cross_entropy_by_rows(
+    hidden: Tensor,
+    head: LMHead,
+    labels: Tensor,
+    factor: Tensor,
+    step: int,
+    need: Need,
+) -> Result:
+    n, v = hidden.shape[0], head.weight.shape[0]
+    loss = torch.empty(n, dtype=head.acc, device=hidden.device)
+    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need.hidden else None
+    dweight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format)
+    dbias = loss.new_zeros(v) if need.bias else None
+    logits = loss.new_empty(step, v)  # of all chunks, one after the other
+    for rows in row_chunks(n, step):
+        h = hidden[rows]
+        z = chunk_logits(h, head, logits[: len(h)])
+        loss[rows], dz = _cross_entropy_and_gradient(z, labels[rows, None], factor[rows], head)
+        if dhidden is not None:
+            torch.mm(dz, head.weight, out=dhidden[rows])
+        dweight.addmm_(dz.T, h)
+        if dbias is not None:
+            dbias += dz.sum(0)
+    return loss, dhidden, dweight, dbias
+
+
+def linear_divergence(
+    hidden: Tensor,
+    head: LMHead,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead,
+    factor: Tensor,
+    spec: Divergence,
+    need: Need,
+) -> Result:
+    """(`[N]` factor * loss over the whole vocabulary, dh, dW, db of its sum).
+
+    Gradients of fp16 inputs stay in fp32: the upstream factor, a loss scale perhaps, comes after they are made.
+    """
+    student, teacher = (hidden, head), (teacher_hidden, teacher_head)
+    if spec.name in ("huber", "mse"):
+        return _raw_by_tiles(student, teacher, factor, spec, need)
+    n, v = len(hidden), len(head.weight)
+    # Logits of both, and with a softcap the student's slope and what makes it.
+    step = max(1, rows_that_fit(n, v, head.acc, copies=2 if head.softcap is None else 4))
+    frozen_kl = spec.name in ("forward_kl", "reverse_kl") and not (need.weight or need.bias)
+    if frozen_kl and (not need.hidden or _tiles_are_cheaper(n, step, head.weight)):
+        return _kl_by_tiles(student, teacher, factor, spec, need)
+    return _divergence_by_rows(student, teacher, factor, spec, step, need)
+
+
+def _tiles_are_cheaper(n: int, step: int, weight: Tensor) -> bool:
+    """Whether a product of n rows takes no longer than the readings of W it saves: 3 of every chunk, but 2 in all."""
+    saved = 3 * -(-n // step) - 2 if weight.nbytes > _CACHED_BYTES else 0
+    return n <= _READING_ROWS * saved
+
+
+def _tiles(student: Side, teacher: Side) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Yield `(columns, their rows of the student's W, its logits, the teacher's)`, in the student's `acc`."""
+    (hidden, head), (n, d), v = student, student[0].shape, len(student[1].weight)
+    width = min(tile_width(n, side, _TILE_COPIES) for _, side in (student, teacher))
+    if head.weight.dtype != head.acc:
+        width = -(-width // 2)  # W of both models is cast
+    width = min(width, max(_TILE_BYTES // (max(n, d // 4) * head.acc.itemsize), 512))
+    for start in range(0, v, width):
+        columns = slice(start, min(start + width, v))
+        weight, s = _tile(hidden, head, columns)
+        yield columns, weight, s, _tile(*teacher, columns)[1].to(s.dtype)
+
+
+def _tile(hidden: Tensor, head: LMHead, columns: slice) -> tuple[Tensor, Tensor]:
+    weight = head.weight[columns].to(head.acc)
+    bias = None if head.bias is None else head.bias[columns]
+    return weight, head.finish_(torch.mm(hidden, weight.T), bias)
+
+
+def _blocks(student: Side, teacher: Side) -> Iterator[tuple[slice, Side, Side]]:
+    """Rows that are tiled together, in the dtype of their sums."""
+    (hidden, head), (teacher_hidden, teacher_head) = student, teacher
+    for rows in row_blocks(len(hidden)):
+        block, teacher_block = hidden[rows].to(head.acc), teacher_hidden[rows].to(teacher_head.acc)
+        yield rows, (block, head), (teacher_block, teacher_head)
+
+
+def _kl_by_tiles(student: Side, teacher: Side, factor: Tensor, spec: Divergence, need: Need) -> Result:
+    hidden, head = student
+    loss = factor.new_empty(len(hidden))
+    dhidden = (
+        torch.empty(hidden.shape, dtype=grad_dtype(hidden.dtype), device=hidden.device)
+        if need.hidden
+        else None
+    )
+    for rows, block, teacher_block in _blocks(student, teacher):
+        running = RunningKL(block[0], spec)
+        for _, weight, s, t in _tiles(block, teacher_block):
+            running.add(s, t, weight if need.hidden else None, head.slope(s) if need.hidden else 1.0)
+        skip = factor[rows] == 0
+        loss[rows] = (running.loss * factor[rows]).masked_fill_(skip, 0)
+        if dhidden is not None:
+            dhidden[rows] = running.gradient().mul_(factor[rows, None]).masked_fill_(skip[:, None], 0)
+    return loss, dhidden, None, None
+
+
+def _raw_by_tiles(
+    student: Side,
+    teacher: Side,
+    factor: Tensor,
+    spec: Divergence,
+    need: Need,
+) -> Result:
+    (hidden, head), out = student, grad_dtype(student[0].dtype)
+    # One block of rows finishes a slice of dW at once; several add up before the cast.
+    summed = out if len(list(row_blocks(len(hidden)))) <= 1 else head.acc
+    loss = factor.new_zeros(len(hidden))
+    dhidden = torch.empty(hidden.shape, dtype=out, device=hidden.device) if need.hidden else None
+    dweight = torch.zeros(head.weight.shape, dtype=summed, device=hidden.device) if need.weight else None
+    dbias = factor.new_zeros(len(head.weight)) if need.bias else None
+    for rows, block, teacher_block in _blocks(student, teacher):
+        f, skip = factor[rows, None], (factor[rows] == 0)[:, None]
+        dh = torch.zeros_like(block[0])
+        for columns, weight, s, t in _tiles(block, teacher_block):
+            slope = head.slope(s)
+            terms, dz = raw_terms(s.sub_(t), spec)
+            loss[rows] += terms
+            if not any(need):
+                continue
+            dz.mul_(f * slope)
+            if any_of(skip):
+                dz.masked_fill_(skip, 0)
+            if dhidden is not None:
+                dh.addmm_(dz, weight)
+            if dweight is not None and dweight.dtype == dz.dtype:
+                dweight[columns].addmm_(dz.T, block[0])
+            elif dweight is not None:
+                dweight[columns] += dz.T @ block[0]
+            if dbias is not None:
+                dbias[columns] += dz.sum(0)
+        loss[rows] = (loss[rows] * factor[rows]).masked_fill_(skip[:, 0], 0)
+        if dhidden is not None:
+            dhidden[rows] = dh
+    return loss, dhidden, _cast(dweight, out), _cast(dbias, out)
+
+
+def _divergence_by_rows(
+    student: Side,
+    teacher: Side,
+    factor: Tensor,
+    spec: Divergence,
+    step: int,
+    need: Need,
+) -> Result:
+    (hidden, head), (teacher_hidden, teacher_head) = student, teacher
+    v, out = len(head.weight), grad_dtype(hidden.dtype)
+    loss = factor.new_empty(len(hidden))
+    dhidden = torch.empty(hidden.shape, dtype=out, device=hidden.device) if need.hidden else None
+    dweight = torch.zeros(head.weight.shape, dtype=head.acc, device=hidden.device) if need.weight else None
+    dbias = factor.new_zeros(v) if need.bias else None
+    student_logits, teacher_logits = (
+        loss.new_empty(step, v, dtype=side.acc) for side in (head, teacher_head)
+    )
+    for rows in row_chunks(len(hidden), step):
+        size = rows.stop - rows.start
+        s = chunk_logits(hidden[rows], head, student_logits[:size])
+        t = chunk_logits(teacher_hidden[rows], teacher_head, teacher_logits[:size]).to(head.acc)
+        slope = head.slope(s)
+        compared = DenseRows(s, t, spec)
+        loss[rows] = (compared.loss * factor[rows]).masked_fill_(factor[rows] == 0, 0)
+        if not any(need):
+            continue
+        dz = compared.gradient_(factor[rows])
+        if head.softcap is not None or head.scale != 1.0:
+            dz *= slope
+        if dhidden is not None:
+            dhidden[rows] = times_weight(dz, head.weight)
+        if dweight is not None:
+            dweight.addmm_(dz.T, hidden[rows].to(head.acc))
+        if dbias is not None:
+            dbias += dz.sum(0)
+    return loss, dhidden, _cast(dweight, out), _cast(dbias, out)
+
+
+def _cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if gradient is None else gradient.to(dtype)

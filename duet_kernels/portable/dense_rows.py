@@ -1,0 +1,313 @@
+"""A divergence between rows of logits and its gradient, a strip of columns at a time: torch's side of the dense losses.
+
+    e = exp((z - O) / T)    S = sum e    u = (s - t) / T - (O_s - O_t) / T    B = sum (e_s - e_t)    A = sum e_t u
+    q = e_s / S_s    p = e_t / S_t    r = log(S_s / S_t) = log1p(B / S_t)    w = log q - log p = u - r
+
+O is any origin of a row; reverse KL has A = sum e_s u. As e_s = e_t exp u, a difference of the two is max(e_s, e_t)
+(1 - exp(-|u|)) with the sign of u. So logits are compared before they are normalised, r comes from B where S_s and S_t
+are near, and a student close to its teacher keeps its digits (MATH.md).
+
+`RunningKL` sees every strip once: the gradients of both KLs are linear in sums that need no normaliser. `DenseRows` has
+whole rows at hand and reads them again. A strip stays in the cache while it is worked on; no temporary is as long as a
+row. Choosing by a mask takes a CPU longer than an exponential: masks are for what is rare. The definition is
+`reference.divergence`.
+
+Legend: R rows, C columns of a strip, V vocabulary, D hidden size, T temperature, s / t student's and teacher's logits.
+Must not know where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..options import Divergence
+from ..workspace import workspace_bytes
+from .topk_divergence import log_to_mixture
+
+_STRIP_BYTES = 2**19  # of one temporary: half a dozen of them lie in a core's share of the cache
+
+
+# --- strips that are seen once ----------------------------------------------------------------------------------
+
+
+class Strip(NamedTuple):
+    """Student and teacher over some columns `[R, C]`, and `[R, 1]` by how much all that came before falls."""
+
+    student: Tensor  # e_s
+    teacher: Tensor  # e_t
+    change: Tensor  # e_s - e_t
+    moment: Tensor  # e_t u (reverse KL: e_s u)
+    student_fall: Tensor  # f_s = exp((O_s - O_s') / T)
+    teacher_fall: Tensor  # f_t
+    fall_change: Tensor  # f_s - f_t
+    shift: Tensor  # (O_s - O_t - O_s' + O_t') / T, by which u rises
+
+
+class RunningSums:
+    """S, B and A of rows whose strips come one after the other, all `[R, 1]`.
+
+    An origin is the log-sum-exp so far (at first, of the strip itself) or the strip's maximum, whichever is larger:
+    nothing overflows, S_s and S_t are of one size, and u is nearly w. When origins rise from O to O',
+
+        S' = f S        B' = f_s B + (f_s - f_t) S_t        A' = f_t (A + shift S_t)        (reverse KL: f_s and S_s)
+    """
+
+    def __init__(self, rows: int, like: Tensor, spec: Divergence) -> None:
+        self.inverse = 1.0 / spec.temperature
+        self.side = int(spec.name != "reverse_kl")  # whose mean of u is A: 0 the student's, 1 the teacher's
+        self.first, zero = True, like.new_zeros(rows, 1)
+        self.origins, self.sums, self.change, self.moment = (zero, zero), (zero, zero), zero, zero
+
+    def add(self, s: Tensor, t: Tensor) -> Strip:
+        """Take in a strip of logits."""
+        s_fall, t_fall, shift = self._move_origins(s, t)
+        e_s, e_t, u = self.exponential(0, s), self.exponential(1, t), self.ratio(s, t)
+        moment = expected((e_s, e_t)[self.side], u)
+        strip = Strip(
+            e_s,
+            e_t,
+            difference(e_s, e_t, u),
+            moment,
+            s_fall,
+            t_fall,
+            difference(s_fall, t_fall, shift),
+            shift,
+        )
+        fall, (s_sum, t_sum) = (s_fall, t_fall)[self.side], self.sums
+        self.moment = expected(fall, self.moment + shift * self.sums[self.side]) + _sum(moment)
+        self.change = s_fall * self.change + strip.fall_change * t_sum + _sum(strip.change)
+        self.sums = s_fall * s_sum + _sum(e_s), t_fall * t_sum + _sum(e_t)
+        return strip
+
+    def _move_origins(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Let the origins rise to what the strip needs; (f_s, f_t, shift)."""
+        before, after = [], []
+        for z, origin, total in zip((s, t), self.origins, self.sums, strict=True):
+            if self.first:
+                top = (z * self.inverse).logsumexp(1, keepdim=True) / self.inverse
+            else:
+                top = torch.maximum(origin + total.log() / self.inverse, z.amax(1, keepdim=True))
+            after.append(top.masked_fill(top.isinf(), 0))  # inf - inf would be NaN
+            before.append(torch.where(total == 0, after[-1], origin))  # without a sum nothing falls
+        s_fall, t_fall = (self._scaled(x - y).exp_() for x, y in zip(before, after, strict=True))
+        self.origins, self.first = (after[0], after[1]), False
+        return s_fall, t_fall, self._scaled(before[0] - before[1]) - self._gap()
+
+    def exponential(self, side: int, z: Tensor) -> Tensor:
+        """e of a strip of the student's (0) or the teacher's (1) logits."""
+        return self._scaled(z - self.origins[side]).exp_()
+
+    def ratio(self, s: Tensor, t: Tensor) -> Tensor:
+        """u of a strip; where both logits are -inf it is of no account, but not NaN."""
+        u = s - t
+        if _infinite(s) and _infinite(t):
+            u.masked_fill_((s == -torch.inf) & (t == -torch.inf), 0)
+        return self._scaled(u).sub_(self._gap())
+
+    def _gap(self) -> Tensor:
+        return self._scaled(self.origins[0] - self.origins[1])
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """x / T, in place."""
+        return x if self.inverse == 1.0 else x.mul_(self.inverse)
+
+    @property
+    def r(self) -> Tensor:
+        student, teacher = self.sums
+        relative = self.change / teacher
+        return torch.where(relative.abs() <= 0.5, relative.log1p(), (student / teacher).log())
+
+    @property
+    def mean(self) -> Tensor:
+        """A / S: the mean of u."""
+        return self.moment / self.sums[self.side]
+
+    @property
+    def kl(self) -> Tensor:
+        """`[R]` forward KL = r - A / S_t, or reverse KL = A / S_s - r."""
+        return (self.r - self.mean if self.side else self.mean - self.r)[:, 0]
+
+
+class RunningKL:
+    """A KL and its gradient in h, where logits are h W^T, from strips that are seen once and the rows of W behind them.
+
+        forward    dh = (sum (e_s - e_t) W - (B / S_t) sum e_t W) / (T S_s)
+        reverse    dh = (sum e_s u W       - (A / S_s) sum e_s W) / (T S_s)
+
+    The first sum is small where the student is close, and so is the factor of the second: nothing cancels. Both are
+    sums of W as B, A and S are sums of 1, and fall alike when origins rise.
+    """
+
+    def __init__(self, hidden: Tensor, spec: Divergence) -> None:
+        self.sums = RunningSums(len(hidden), hidden, spec)
+        self.forward = spec.name == "forward_kl"
+        self.vectors = hidden.new_zeros(2 * len(hidden), hidden.shape[1])  # the first sum over the second
+
+    def add(self, s: Tensor, t: Tensor, weight: Tensor | None = None, slope: Tensor | float = 1.0) -> None:
+        """Take in a strip of logits, for the gradient with its rows of W `[C, D]` and with dz / d(h W^T)."""
+        strip = self.sums.add(s, t)
+        if weight is None:
+            return
+        if self.forward:
+            pair = [strip.change, strip.teacher]
+            fall, mixed = strip.teacher_fall, strip.fall_change
+        else:
+            pair = [strip.moment, strip.student]
+            fall, mixed = strip.student_fall, strip.student_fall * strip.shift
+        first, second = self.vectors.chunk(2)
+        first.mul_(strip.student_fall).addcmul_(second, mixed)
+        second.mul_(fall)
+        if isinstance(slope, Tensor):
+            pair, slope = [x.mul_(slope) for x in pair], 1.0
+        self.vectors.addmm_(torch.cat(pair), weight, alpha=slope)  # faster than two products of half the rows
+
+    @property
+    def loss(self) -> Tensor:
+        """`[R]`"""
+        return self.sums.kl
+
+    def gradient(self) -> Tensor:
+        """`[R, D]`"""
+        sums, (first, second) = self.sums, self.vectors.chunk(2)
+        part = sums.change / sums.sums[1] if self.forward else sums.mean
+        return first.addcmul(second, part, value=-1).mul_(sums.inverse / sums.sums[0])
+
+
+# --- whole rows -------------------------------------------------------------------------------------------------
+
+
+class DenseRows:
+    """Student's and teacher's logits `[R, V]`: `loss` `[R]` at once, `gradient_` on demand in the student's memory."""
+
+    def __init__(self, student: Tensor, teacher: Tensor, spec: Divergence) -> None:
+        self.s, self.t, self.spec = student, teacher, spec
+        self.noise = self._noise() if spec.name in ("l1", "tvd") else student.new_zeros(())
+        if spec.raw:
+            self.loss = self._total(lambda c: self._raw(c)[0])
+            return
+        self.sums = RunningSums(len(student), student, spec)
+        for c in self._strips():
+            self.sums.add(student[:, c], teacher[:, c])
+        self.r = self.sums.r
+        if spec.name in ("forward_kl", "reverse_kl"):
+            self.loss = self.sums.kl
+        else:
+            one, self.centre = self._total(self._second)[:, :, None].unbind(1)
+            if spec.name == "jsd":
+                one = 2 * (spec.beta * one + (1 - spec.beta) * self.centre)
+            self.loss = 0.5 * one[:, 0]
+
+    def gradient_(self, factor: Tensor) -> Tensor:
+        """The student's memory, overwritten with factor * dloss/ds; rows with a factor of 0 with 0."""
+        skip, scaled = (factor == 0)[:, None], (factor / self.spec.temperature)[:, None]
+        for c in self._strips():
+            dx = self._raw(c)[1] if self.spec.raw else self._dx(c)
+            torch.mul(dx, scaled, out=self.s[:, c])
+        return self.s.masked_fill_(skip, 0) if any_of(skip) else self.s
+
+    def _strips(self) -> Iterator[slice]:
+        rows, v = self.s.shape
+        strip = min(_STRIP_BYTES, workspace_bytes() // 64)
+        width = max(16, strip // (max(rows, 1) * self.s.element_size()))
+        for start in range(0, v, width):
+            yield slice(start, min(start + width, v))
+
+    def _total(self, terms: Callable[[slice], Tensor]) -> Tensor:
+        """What `terms` makes of every strip, added up."""
+        return sum((terms(c) for c in self._strips()), self.s.new_zeros(()))
+
+    def _noise(self) -> Tensor:
+        """`[R, 1]` 8 eps of the row's largest finite logit: a difference below it is rounding and has no sign."""
+        largest = self.s.new_zeros(len(self.s), 1)
+        for c in self._strips():
+            for z in (self.s[:, c], self.t[:, c]):
+                size = z.abs()
+                if _infinite(z):
+                    size.masked_fill_(size.isinf(), 0)
+                largest = torch.maximum(largest, size.amax(1, keepdim=True))
+        return largest.mul_(8 * torch.finfo(self.s.dtype).eps)
+
+    def _raw(self, c: slice) -> tuple[Tensor, Tensor]:
+        return raw_terms(self.s[:, c] - self.t[:, c], self.spec, self.noise)
+
+    def _second(self, c: slice) -> Tensor:
+        """`[R, 2]` of a strip: KL(p||m) and KL(q||m), or sum |q - p| and sum q sign(q - p)."""
+        q, p, w = self._q(c), self._p(c), self._w(c)
+        if self.spec.name == "jsd":
+            p_to_m, q_to_m = log_to_mixture(w, self.spec.beta)
+            return torch.stack([expected(p, p_to_m).sum(1), expected(q, q_to_m).sum(1)], 1)
+        sign = self._sign(w)
+        return torch.stack([difference(q, p, w).mul_(sign).sum(1), q.mul_(sign).sum(1)], 1)
+
+    def _dx(self, c: slice) -> Tensor:
+        """T dloss/ds of a strip."""
+        q, w = self._q(c), self._w(c)
+        if self.spec.name == "forward_kl":
+            return difference(q, self._p(c), w)
+        if self.spec.name == "reverse_kl":
+            return expected(q, w.sub_(self.loss[:, None]))
+        if self.spec.name == "jsd":
+            _, q_to_m = log_to_mixture(w, self.spec.beta)
+            return expected(q, q_to_m.sub_(self.centre)).mul_(1 - self.spec.beta)
+        return self._sign(w).sub_(self.centre).mul_(q).mul_(0.5)
+
+    def _q(self, c: slice) -> Tensor:
+        return self.sums.exponential(0, self.s[:, c]).div_(self.sums.sums[0])
+
+    def _p(self, c: slice) -> Tensor:
+        return self.sums.exponential(1, self.t[:, c]).div_(self.sums.sums[1])
+
+    def _w(self, c: slice) -> Tensor:
+        return self.sums.ratio(self.s[:, c], self.t[:, c]).sub_(self.r)
+
+    def _sign(self, w: Tensor) -> Tensor:
+        return _sign(w, self.noise / self.spec.temperature)
+
+
+# --- elementwise ------------------------------------------------------------------------------------------------
+
+
+def raw_terms(d: Tensor, spec: Divergence, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(`[R]` loss, `[R, C]` gradient) of a strip of differences of logits; l1 ignores those within the `noise`."""
+    if spec.name == "mse":
+        return d.square().sum(1), 2 * d
+    if spec.name == "huber":
+        clamped = d.clamp(-spec.delta, spec.delta)
+        # With c the clamped difference: c (d - c / 2) is both branches of the Huber loss.
+        return (d - 0.5 * clamped).mul_(clamped).sum(1), clamped
+    assert noise is not None
+    sign = _sign(d, noise)
+    return (sign * d).sum(1), sign
+
+
+def difference(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
+    """a - b of two positive numbers, to the digits of log(a / b)."""
+    return log_ratio.abs().neg_().expm1_().mul_(torch.maximum(a, b)).copysign_(log_ratio)
+
+
+def expected(p: Tensor, x: Tensor) -> Tensor:
+    """p x, and 0 where p is 0 although x may be infinite."""
+    return (p * x).masked_fill_(p == 0, 0) if _infinite(x) else p * x
+
+
+def _sign(x: Tensor, noise: Tensor) -> Tensor:
+    """The sign of x, 0 within the noise."""
+    return x.abs().sub_(noise).clamp_(min=0).sign_().copysign_(x)
+
+
+def any_of(mask: Tensor) -> bool:
+    """Whether something may be set. Looking would synchronise a GPU; a CPU spares the steps that only that needs."""
+    return mask.device.type != "cpu" or bool(mask.any())
+
+
+def _infinite(x: Tensor) -> bool:
+    """Whether there may be infinities (in rows without a NaN)."""
+    return x.device.type != "cpu" or bool(torch.maximum(x.amax(1), -x.amin(1)).isposinf().any())
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(1, keepdim=True)

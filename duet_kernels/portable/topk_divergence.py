@@ -1,0 +1,155 @@
+"""A divergence between two small rows of logits and its gradient, in one sweep: the torch side of the loss.
+
+Serves the top-k losses (`[N, K]`); whole rows of the vocabulary are `dense_rows`. The derivatives are worked out in MATH.md; `reference.divergence` is the definition. Must not know where the logits come from.
+
+Legend: N tokens, K slots, T temperature, x = z / T; p the teacher's and q the student's distribution.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..options import Divergence
+
+
+def divergence_and_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    student_tail: Tensor | None,
+    teacher_tail: Tensor | None,
+    factor: Tensor,
+    spec: Divergence,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(`[N]` factor * loss, `[N, K]` its gradient in the student's logits, `[N]` in the student's tail, or empty).
+
+    The derivatives are written out in MATH.md. A row whose factor is 0 is skipped: it gives exactly 0, whatever
+    its logits are.
+    """
+    present = teacher != -torch.inf
+    if spec.raw:
+        loss, dz = _raw(student, teacher, present, spec)
+        dtail = student.new_empty(0)
+    else:
+        loss, dz, dtail = _distributions(student, teacher, student_tail, teacher_tail, present, spec)
+    skip = factor == 0
+    loss = (factor * loss).masked_fill(skip, 0)
+    dz.mul_(factor[:, None]).masked_fill_(skip[:, None], 0)
+    if dtail.numel():
+        dtail = (factor * dtail).masked_fill(skip, 0)
+    return loss, dz, dtail
+
+
+def _raw(s: Tensor, t: Tensor, present: Tensor, spec: Divergence) -> tuple[Tensor, Tensor]:
+    d = s - t
+    d.masked_fill_(~present, 0)
+    if spec.name == "mse":
+        return d.square().sum(-1), 2 * d
+    if spec.name == "huber":
+        clamped = d.clamp(-spec.delta, spec.delta)
+        # With c the clamped difference: c (d - c / 2) is both branches of the Huber loss.
+        return (clamped * (d - 0.5 * clamped)).sum(-1), clamped
+    size = d.abs()
+    quiet = size <= _noise(s, t, present)
+    return size.masked_fill(quiet, 0).sum(-1), d.sign().masked_fill(quiet, 0)
+
+
+def _noise(s: Tensor, t: Tensor, present: Tensor) -> Tensor:
+    """`[N, 1]` 8 eps of the row's largest logit: a difference below it is rounding and has no sign."""
+    if s.shape[-1] == 0:
+        return s.new_zeros(s.shape[0], 1)
+    scale = torch.maximum(s.abs(), t.abs())
+    scale.masked_fill_(scale.isinf() | ~present, 0)
+    return 8 * torch.finfo(s.dtype).eps * scale.amax(-1, keepdim=True)
+
+
+def _distributions(
+    s: Tensor,
+    t: Tensor,
+    s_tail: Tensor | None,
+    t_tail: Tensor | None,
+    present: Tensor,
+    spec: Divergence,
+) -> tuple[Tensor, Tensor, Tensor]:
+    k = s.shape[-1]
+    xs, xt = s / spec.temperature, t / spec.temperature
+    xs.masked_fill_(~present, -torch.inf)
+    if spec.normalization == "tail":
+        assert s_tail is not None and t_tail is not None
+        xs, xt = torch.cat([xs, s_tail[:, None]], -1), torch.cat([xt, t_tail[:, None]], -1)
+    noise = _noise(xs, xt, torch.ones_like(xs, dtype=torch.bool)) if spec.name == "tvd" else None
+    total_s = torch.logsumexp(xs, -1, keepdim=True)
+    total_t = torch.logsumexp(xt, -1, keepdim=True)
+    if spec.normalization in ("zeroed", "truncated"):
+        assert s_tail is not None
+        total_s = torch.logaddexp(total_s, s_tail[:, None])
+    if spec.normalization == "truncated":
+        assert t_tail is not None
+        total_t = torch.logaddexp(total_t, t_tail[:, None])
+    # Logits are compared before they are normalised: with a close student the difference of two log-probabilities
+    # has lost the digits that the difference of two logits still has.
+    difference = (xs - xt).masked_fill_((xs == -torch.inf) & (xt == -torch.inf), 0)
+    # Where a total is -inf (a row without any slot) nothing has probability.
+    q = (xs - total_s).exp_().masked_fill_(total_s == -torch.inf, 0)
+    p = (xt - total_t).exp_().masked_fill_(total_t == -torch.inf, 0)
+    if spec.normalization in ("zeroed", "truncated"):
+        assert s_tail is not None
+        loss = _expectation(p, (total_s - total_t) - difference).sum(-1)
+        mass = p.sum(-1)
+        dx = q * mass[:, None] - p
+        q_tail = (s_tail - total_s[:, 0]).exp()
+        return loss, dx.div_(spec.temperature), (q_tail * mass).masked_fill(s_tail == -torch.inf, 0)
+    loss, dx = _sum_and_gradient(p, q, _log_ratio(difference, p, total_s - total_t), noise, spec)
+    dtail = dx[:, k].clone() if spec.normalization == "tail" else s.new_empty(0)
+    return loss, dx[:, :k].div(spec.temperature), dtail
+
+
+def _log_ratio(difference: Tensor, p: Tensor, totals: Tensor) -> Tensor:
+    """log q - log p = d - log E_p[exp d] with d the difference of the logits; `totals` is that logarithm, rounded.
+
+    The mean under p says nothing of ids that the teacher gives (almost) no mass and the student gives much.
+    """
+    if difference.shape[-1] == 0:
+        return difference
+    growth = (p * torch.expm1(difference)).sum(-1, keepdim=True)
+    close = (growth.abs() < 0.5) & (difference.amax(-1, keepdim=True) < 60)
+    return difference.sub_(torch.where(close, growth.log1p(), totals))
+
+
+def _expectation(p: Tensor, x: Tensor) -> Tensor:
+    """p x, and 0 where p is 0 although x may be infinite."""
+    return (p * x).masked_fill_(p == 0, 0)
+
+
+def _sum_and_gradient(
+    p: Tensor, q: Tensor, ratio: Tensor, noise: Tensor | None, spec: Divergence
+) -> tuple[Tensor, Tensor]:
+    """Loss and its gradient in x, from p, q and ratio = log q - log p."""
+    if spec.name == "forward_kl":
+        loss = -_expectation(p, ratio).sum(-1)
+        # q - p as p (q / p - 1): no digits are lost where the student is close to the teacher.
+        return loss, torch.where(ratio.abs() < 1, p * torch.expm1(ratio), q - p)
+    if spec.name == "reverse_kl":
+        terms = _expectation(q, ratio)
+        loss = terms.sum(-1)
+        return loss, terms.sub_(q * loss[:, None])
+    if spec.name == "jsd":
+        log_p_over_m, log_q_over_m = log_to_mixture(ratio, spec.beta)
+        q_terms = _expectation(q, log_q_over_m)
+        kl_q = q_terms.sum(-1)
+        loss = spec.beta * _expectation(p, log_p_over_m).sum(-1) + (1 - spec.beta) * kl_q
+        return loss, q_terms.sub_(q * kl_q[:, None]).mul_(1 - spec.beta)
+    assert noise is not None  # tvd
+    signed = (q - p).sign_().masked_fill_(ratio.abs() <= noise, 0)
+    loss = 0.5 * (signed * (q - p)).sum(-1)
+    signed.mul_(q)
+    return loss, signed.sub_(q * signed.sum(-1, keepdim=True)).mul_(0.5)
+
+
+def log_to_mixture(ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """(log(p / m), log(q / m)) of m = beta p + (1 - beta) q, given ratio = log q - log p."""
+    # With c the share of the smaller of p and q: log(m / larger) = log1p(c (smaller / larger - 1)).
+    sign = ratio.sign()  # choosing by a mask would take a CPU longer than the exponential
+    share = sign.clamp(min=0).mul_(beta).add_(sign.clamp_(max=0), alpha=beta - 1)
+    mixture = ratio.abs().neg_().expm1_().mul_(share).log1p_()
+    return ratio.neg().clamp_(max=0).sub_(mixture), ratio.clamp(max=0).sub_(mixture)

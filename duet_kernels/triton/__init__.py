@@ -1,0 +1,25 @@
+"""The Triton kernels: one file a family, from top to bottom a formula, its kernels and their launchers.
+
+The functions below have the signatures of those in `duet_kernels.portable`. Importing this package imports triton, so
+`ops` does it when a kernel is first wanted. They take checked, flattened tensors.
+"""
+
+from .cross_entropy import linear_cross_entropy
+from .divergence import linear_divergence
+from .gather import linear_gather, linear_gather_backward, topk_loss
+from .logsumexp import linear_logsumexp, linear_logsumexp_backward, topk_loss_with_tail
+from .stats import token_stats
+from .topk import linear_topk
+
+__all__ = [
+    "linear_cross_entropy",
+    "linear_divergence",
+    "linear_gather",
+    "linear_gather_backward",
+    "linear_logsumexp",
+    "linear_logsumexp_backward",
+    "linear_topk",
+    "token_stats",
+    "topk_loss",
+    "topk_loss_with_tail",
+]

@@ -1,0 +1,545 @@
+"""A divergence between a student's and a teacher's distribution over the whole vocabulary, from both hidden states.
+
+    z[n,v] = softcap tanh(scale (sum_d h[n,d] W[v,d] + b[v]) / softcap)     s: of the student, t: of the teacher
+    x = z / T         q = softmax(x_s)         p = softmax(x_t)         w = log q - log p         d = s - t
+
+    huber       L = sum d^2 / 2 where |d| <= delta, delta (|d| - delta / 2) beyond     dL/ds = clamp(d, -delta, delta)
+    mse         L = sum d^2                                                            dL/ds = 2 d
+    l1          L = sum |d|                                                            dL/ds = sign(d)
+    forward_kl  L = sum p (log p - log q)                    dL/dx = q - p
+    reverse_kl  L = sum q (log q - log p)                    dL/dx = q (w - L)
+    jsd         L = beta KL(p||m) + (1 - beta) KL(q||m)      dL/dx = (1 - beta) q (log(q / m) - KL(q||m))
+                m = beta p + (1 - beta) q
+    tvd         L = sum |p - q| / 2                          dL/dx = q (g - sum q g) / 2,  g = sign(q - p)
+
+    dz = f dL/ds slope,  slope = scale (1 - (s / softcap)^2)        dh = dz W        dW = dz^T h        db = sum_n dz[n]
+
+Legend: N tokens, D hidden size, V vocabulary, T temperature, C columns of a slab, f the row's factor, ACC fp32 (fp64
+for fp64 inputs). Results are f L and the gradients of its sum. Nats; no factor T^2. A row with f = 0 gives exactly 0
+and leaves no trace, whatever its hidden states are. A teacher's logit of -inf is a probability of 0; a pair of -inf
+adds nothing to a distribution's loss. A NaN stays in its row (and is in every row of dW). l1 and tvd do not turn
+rounding into +-1: |d|, |w| up to 8 eps of the row's largest finite logit count as 0, in value and gradient.
+
+Where digits would be lost. A row keeps the maxima M_s, M_t, and with e = exp((z - M) / T) and
+u = (s - t) / T - (M_s - M_t) / T, so that e_s = e_t exp(u):
+
+    S_s = sum e_s      S_t = sum e_t      B = sum (e_s - e_t), as e_t expm1(u) where |u| <= 1/2
+    A = sum e_t u (forward_kl)            A = sum e_s u (reverse_kl)
+    log(S_s / S_t) = log1p(B / S_t)       w = u - log(S_s / S_t)        q - p = p expm1(w) where |w| <= 1/2
+    forward_kl = log(S_s / S_t) - A / S_t                               reverse_kl = A / S_s - log(S_s / S_t)
+
+s - t of near logits is exact, while log q - log p carries the rounding of both log-sum-exps; so gradients of a student
+close to its teacher keep their digits. Higher maxima M' shrink what was summed, f = exp((M - M') / T), and move u by
+delta = (M_s - M_t) / T - (M_s' - M_t') / T:  S' = f S,  B' = f_s B + f_t expm1(delta) S_t,  A' = f_t (A + delta S_t).
+
+Passes over the logits of a block (`dense` says which blocks and slabs): the moments above; for jsd and tvd the two
+sums that their gradients need; the gradient. Raw divergences need no moments: value and gradient in one pass (l1 asks
+for the largest logit before). Bytes and FLOP (calculated, N 8192, D 4096, V 128256, bf16; no GPU measurement yet),
+G = 2 N D V = 8.6 TFLOP = 10.9 ms:
+
+| step                 | work            | reads and writes of the kernels here   | bound by |
+|----------------------|-----------------|----------------------------------------|----------|
+| logits s and t       | 2 G             | the product's: 8 N V                   | product  |
+| moments              | 70 FLOP a pair  | 8 N V = 8.4 GB                         | 2.0 ms   |
+| terms (jsd, tvd)     | 70 FLOP a pair  | 8 N V = 8.4 GB                         | 2.0 ms   |
+| dz                   | 40 FLOP a pair  | (8 + 2) N V = 10.5 GB                  | 2.4 ms   |
+| dh, dW               | 1 G each        | the product's: 4 N V, W, dW            | product  |
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..head import LMHead, Need
+from ..options import Divergence
+from . import dense, tiles
+from .primitives import (
+    accumulator,
+    current_device,
+    expm1_near_zero,
+    finish,
+    load_rows,
+    log1p,
+    number,
+    origin,
+    require_device,
+    sign,
+)
+from .topk_divergence import _expected, _log_to_mixture, _minus
+
+# Rows of the statistics `[6, N]`: the maxima, the sums S_s, S_t and B, and A or the largest finite |logit|.
+MOMENTS = 6
+
+# --- the parts of a pass ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pair(
+    s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, n, c, live, C, first, s_pitch, t_pitch, stride_sb, stride_tb,
+    s_softcap, s_scale, t_softcap, t_scale,
+    S_BIAS: tl.constexpr, S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr, T_SOFTCAP: tl.constexpr,
+    RAW: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(student's logits, teacher's, their difference) of a tile; pairs that are not there are -inf and differ by 0.
+
+    Rows are as long as their pitch, a multiple of 16: only what is read from the bias is masked by the column.
+    """
+    inside = (c < C)[None, :]
+    counted = live[:, None] & inside
+    s = load_rows(s_ptr, n, c, s_pitch, 1, live[:, None] & (c < s_pitch)[None, :], ACC)
+    t = load_rows(t_ptr, n, c, t_pitch, 1, live[:, None] & (c < t_pitch)[None, :], ACC)
+    v = (first + c)[None, :]
+    s = finish(s, v, s_bias_ptr, stride_sb, inside, s_softcap, s_scale, S_BIAS, S_SOFTCAP)
+    t = finish(t, v, t_bias_ptr, stride_tb, inside, t_softcap, t_scale, T_BIAS, T_SOFTCAP)
+    s = tl.where(counted, s, float("-inf"))
+    t = tl.where(counted, t, float("-inf"))
+    if RAW:
+        d = tl.where(counted, s - t, 0.0)
+    else:  # neither has a probability
+        d = tl.where((s == float("-inf")) & (t == float("-inf")), 0.0, s - t)
+    return s, t, d
+
+
+@triton.jit
+def _gap(s_max, t_max, inverse):
+    """The student's origin above the teacher's, in units of x."""
+    return (origin(s_max) - origin(t_max)) * inverse
+
+
+@triton.jit
+def _moved(s_max, t_max, s_sum, t_sum, change, moment, s_top, t_top, inverse, DIVERGENCE: tl.constexpr):
+    """The sums (S_s, S_t, B, A) relative to s_max and t_max as sums relative to the higher s_top and t_top."""
+    s_shrink = tl.exp((s_max - origin(s_top)) * inverse)
+    t_shrink = tl.exp((t_max - origin(t_top)) * inverse)
+    shift = _gap(s_max, t_max, inverse) - _gap(s_top, t_top, inverse)
+    finite = (tl.abs(s_max) < float("inf")) & (tl.abs(t_max) < float("inf"))
+    near = s_shrink * change + t_shrink * expm1_near_zero(shift) * t_sum
+    change = tl.where(finite & (tl.abs(shift) <= 0.5), near, s_shrink * s_sum - t_shrink * t_sum)
+    if DIVERGENCE == "forward_kl":
+        moment = tl.where(t_shrink == 0, 0.0, t_shrink * (moment + shift * t_sum))
+    elif DIVERGENCE == "reverse_kl":
+        moment = tl.where(s_shrink == 0, 0.0, s_shrink * (moment + shift * s_sum))
+    return s_shrink * s_sum, t_shrink * t_sum, change, moment
+
+
+@triton.jit
+def _log_ratio(s_sum, t_sum, change):
+    """log(S_s / S_t)."""
+    relative = change / t_sum
+    return tl.where(tl.abs(relative) <= 0.5, log1p(relative), tl.log(s_sum / t_sum))
+
+
+@triton.jit
+def _row(moments_ptr, slot: tl.constexpr, stride, n, live, ACC: tl.constexpr):
+    """One of a row's moments; those of a row that does not count are 1, with which nothing becomes NaN."""
+    return tl.load(moments_ptr + slot * stride + n, mask=live, other=1.0).to(ACC)
+
+
+@triton.jit
+def _compared(s, t, d, s_max, t_max, s_sum, t_sum, ratio, inverse):
+    """(p, q, log q - log p) of a tile."""
+    q = tl.exp((s - origin(s_max)[:, None]) * inverse) / s_sum[:, None]
+    p = tl.exp((t - origin(t_max)[:, None]) * inverse) / t_sum[:, None]
+    return p, q, d * inverse - _gap(s_max, t_max, inverse)[:, None] - ratio[:, None]
+
+
+# --- statistics of a row -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _moments_kernel(
+    s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, factor_ptr, partial_ptr,
+    R, C, first, SPLITS, SPLIT_COLUMNS,
+    s_pitch, t_pitch, stride_sb, stride_tb, stride_f, stride_p,
+    s_softcap: tl.float64, s_scale: tl.float64, t_softcap: tl.float64, t_scale: tl.float64,
+    inverse_temperature: tl.float64,
+    S_BIAS: tl.constexpr, S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr, T_SOFTCAP: tl.constexpr,
+    DIVERGENCE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows, one split of a slab: its moments `[6, R, SPLITS]` (l1: of these the last alone)."""
+    RAW: tl.constexpr = DIVERGENCE == "l1"
+    split = tl.program_id(0) % SPLITS
+    n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0) != 0
+    inverse = number(inverse_temperature, ACC)
+    s_max = tl.full([ROWS], float("-inf"), ACC)
+    t_max = tl.full([ROWS], float("-inf"), ACC)
+    s_sum = tl.full([ROWS], 0.0, ACC)
+    t_sum = tl.full([ROWS], 0.0, ACC)
+    change = tl.full([ROWS], 0.0, ACC)
+    moment = tl.full([ROWS], 0.0, ACC)
+    begin = split * SPLIT_COLUMNS
+    for start in range(begin, tl.minimum(begin + SPLIT_COLUMNS, C), COLUMNS):
+        c = start + tl.arange(0, COLUMNS)
+        s, t, d = _pair(
+            s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, n, c, live, C, first, s_pitch, t_pitch, stride_sb, stride_tb,
+            s_softcap, s_scale, t_softcap, t_scale, S_BIAS, S_SOFTCAP, T_BIAS, T_SOFTCAP, RAW, ACC,
+        )  # fmt: skip
+        if DIVERGENCE == "l1" or DIVERGENCE == "tvd":
+            s_size = tl.where(tl.abs(s) == float("inf"), 0.0, tl.abs(s))
+            t_size = tl.where(tl.abs(t) == float("inf"), 0.0, tl.abs(t))
+            moment = tl.maximum(moment, tl.max(tl.maximum(s_size, t_size), 1))
+        if DIVERGENCE != "l1":
+            s_top = tl.maximum(s_max, tl.max(s, 1))
+            t_top = tl.maximum(t_max, tl.max(t, 1))
+            s_sum, t_sum, change, moment = _moved(
+                s_max, t_max, s_sum, t_sum, change, moment, s_top, t_top, inverse, DIVERGENCE
+            )
+            s_max = s_top
+            t_max = t_top
+            u = d * inverse - _gap(s_max, t_max, inverse)[:, None]
+            s_exp = tl.exp((s - origin(s_max)[:, None]) * inverse)
+            t_exp = tl.exp((t - origin(t_max)[:, None]) * inverse)
+            s_sum += tl.sum(s_exp, 1)
+            t_sum += tl.sum(t_exp, 1)
+            change += tl.sum(_minus(s_exp, t_exp, u), 1)
+            if DIVERGENCE == "forward_kl":
+                moment += tl.sum(_expected(t_exp, u), 1)
+            elif DIVERGENCE == "reverse_kl":
+                moment += tl.sum(_expected(s_exp, u), 1)
+    place = partial_ptr + n * SPLITS + split
+    if DIVERGENCE != "l1":
+        tl.store(place, s_max, mask=n < R)
+        tl.store(place + stride_p, t_max, mask=n < R)
+        tl.store(place + 2 * stride_p, s_sum, mask=n < R)
+        tl.store(place + 3 * stride_p, t_sum, mask=n < R)
+        tl.store(place + 4 * stride_p, change, mask=n < R)
+    tl.store(place + 5 * stride_p, moment, mask=n < R)
+
+
+@triton.jit
+def _merge_moments_kernel(
+    partial_ptr, moments_ptr,
+    R, SPLITS,
+    stride_p, stride_m,
+    inverse_temperature: tl.float64,
+    DIVERGENCE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows: the splits of a slab taken into the moments of the slabs before it."""
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    split = tl.arange(0, COLUMNS)
+    known = n < R
+    keep = known[:, None] & (split < SPLITS)[None, :]
+    inverse = number(inverse_temperature, ACC)
+    place = partial_ptr + n[:, None] * SPLITS + split[None, :]
+    running = moments_ptr + n
+    moment = tl.load(running + 5 * stride_m, mask=known, other=0.0)
+    moments = tl.load(place + 5 * stride_p, mask=keep, other=0.0)
+    if DIVERGENCE != "l1":
+        s_max = tl.load(running, mask=known, other=float("-inf"))
+        t_max = tl.load(running + stride_m, mask=known, other=float("-inf"))
+        s_maxima = tl.load(place, mask=keep, other=float("-inf"))
+        t_maxima = tl.load(place + stride_p, mask=keep, other=float("-inf"))
+        s_top = tl.maximum(s_max, tl.max(s_maxima, 1))
+        t_top = tl.maximum(t_max, tl.max(t_maxima, 1))
+        s_sum, t_sum, change, moved = _moved(
+            s_max, t_max,
+            tl.load(running + 2 * stride_m, mask=known, other=0.0),
+            tl.load(running + 3 * stride_m, mask=known, other=0.0),
+            tl.load(running + 4 * stride_m, mask=known, other=0.0),
+            moment, s_top, t_top, inverse, DIVERGENCE,
+        )  # fmt: skip
+        s_sums, t_sums, changes, movings = _moved(
+            s_maxima, t_maxima,
+            tl.load(place + 2 * stride_p, mask=keep, other=0.0),
+            tl.load(place + 3 * stride_p, mask=keep, other=0.0),
+            tl.load(place + 4 * stride_p, mask=keep, other=0.0),
+            moments, s_top[:, None], t_top[:, None], inverse, DIVERGENCE,
+        )  # fmt: skip
+        tl.store(running, s_top, mask=known)
+        tl.store(running + stride_m, t_top, mask=known)
+        tl.store(running + 2 * stride_m, s_sum + tl.sum(tl.where(keep, s_sums, 0.0), 1), mask=known)
+        tl.store(running + 3 * stride_m, t_sum + tl.sum(tl.where(keep, t_sums, 0.0), 1), mask=known)
+        tl.store(running + 4 * stride_m, change + tl.sum(tl.where(keep, changes, 0.0), 1), mask=known)
+    if DIVERGENCE == "l1" or DIVERGENCE == "tvd":
+        tl.store(running + 5 * stride_m, tl.maximum(moment, tl.max(moments, 1)), mask=known)
+    else:
+        tl.store(running + 5 * stride_m, moved + tl.sum(tl.where(keep, movings, 0.0), 1), mask=known)
+
+
+@triton.jit
+def _terms_kernel(
+    s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, factor_ptr, moments_ptr, partial_ptr,
+    R, C, first, SPLITS, SPLIT_COLUMNS,
+    s_pitch, t_pitch, stride_sb, stride_tb, stride_f, stride_m, stride_p,
+    s_softcap: tl.float64, s_scale: tl.float64, t_softcap: tl.float64, t_scale: tl.float64,
+    inverse_temperature: tl.float64, beta: tl.float64,
+    S_BIAS: tl.constexpr, S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr, T_SOFTCAP: tl.constexpr,
+    DIVERGENCE: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows, one split of a slab `[2, R, SPLITS]`: KL(p||m) and KL(q||m), or sum |q - p| and sum q sign(q - p)."""
+    RAW: tl.constexpr = False
+    split = tl.program_id(0) % SPLITS
+    n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0) != 0
+    inverse = number(inverse_temperature, ACC)
+    s_max = _row(moments_ptr, 0, stride_m, n, live, ACC)
+    t_max = _row(moments_ptr, 1, stride_m, n, live, ACC)
+    s_sum = _row(moments_ptr, 2, stride_m, n, live, ACC)
+    t_sum = _row(moments_ptr, 3, stride_m, n, live, ACC)
+    ratio = _log_ratio(s_sum, t_sum, _row(moments_ptr, 4, stride_m, n, live, ACC))
+    noise = _row(moments_ptr, 5, stride_m, n, live, ACC) * inverse * (8 * EPS)
+    one = tl.full([ROWS], 0.0, ACC)
+    other = tl.full([ROWS], 0.0, ACC)
+    begin = split * SPLIT_COLUMNS
+    for start in range(begin, tl.minimum(begin + SPLIT_COLUMNS, C), COLUMNS):
+        c = start + tl.arange(0, COLUMNS)
+        s, t, d = _pair(
+            s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, n, c, live, C, first, s_pitch, t_pitch, stride_sb, stride_tb,
+            s_softcap, s_scale, t_softcap, t_scale, S_BIAS, S_SOFTCAP, T_BIAS, T_SOFTCAP, RAW, ACC,
+        )  # fmt: skip
+        p, q, w = _compared(s, t, d, s_max, t_max, s_sum, t_sum, ratio, inverse)
+        if DIVERGENCE == "jsd":
+            p_to_m, q_to_m = _log_to_mixture(w, number(beta, ACC))
+            one += tl.sum(_expected(p, p_to_m), 1)
+            other += tl.sum(_expected(q, q_to_m), 1)
+        else:
+            tl.static_assert(DIVERGENCE == "tvd")
+            difference = tl.where(tl.abs(w) <= noise[:, None], 0.0, _minus(q, p, w))
+            one += tl.sum(tl.abs(difference), 1)
+            other += tl.sum(q * sign(difference), 1)
+    place = partial_ptr + n * SPLITS + split
+    tl.store(place, one, mask=n < R)
+    tl.store(place + stride_p, other, mask=n < R)
+
+
+# --- value of a raw divergence, gradient of all ------------------------------------------------------------------
+
+
+@triton.jit
+def _gradient_kernel(
+    s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, factor_ptr, moments_ptr, terms_ptr, gain_ptr, partial_ptr, dz_ptr,
+    R, C, first, SPLITS, SPLIT_COLUMNS,
+    s_pitch, t_pitch, stride_sb, stride_tb, stride_f, stride_m, stride_e, dz_pitch,
+    s_softcap: tl.float64, s_scale: tl.float64, t_softcap: tl.float64, t_scale: tl.float64,
+    inverse_temperature: tl.float64, beta: tl.float64, delta: tl.float64,
+    S_BIAS: tl.constexpr, S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr, T_SOFTCAP: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HAS_GAIN: tl.constexpr, WRITE: tl.constexpr, EPS: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows, one split of a slab: gain dz `[R, C]` if WRITE, and a raw divergence's sum `[R, SPLITS]`."""
+    RAW: tl.constexpr = DIVERGENCE == "huber" or DIVERGENCE == "mse" or DIVERGENCE == "l1"
+    split = tl.program_id(0) % SPLITS
+    n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    factor = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0).to(ACC)
+    live = factor != 0
+    inverse = number(inverse_temperature, ACC)
+    cap = number(s_softcap, ACC)
+    loss = tl.full([ROWS], 0.0, ACC)
+    upstream = factor * number(s_scale, ACC)
+    if HAS_GAIN:
+        upstream = upstream * tl.load(gain_ptr)
+    if RAW:
+        bound = number(delta, ACC)
+    else:
+        upstream = upstream * inverse
+        s_max = _row(moments_ptr, 0, stride_m, n, live, ACC)
+        t_max = _row(moments_ptr, 1, stride_m, n, live, ACC)
+        s_sum = _row(moments_ptr, 2, stride_m, n, live, ACC)
+        t_sum = _row(moments_ptr, 3, stride_m, n, live, ACC)
+        ratio = _log_ratio(s_sum, t_sum, _row(moments_ptr, 4, stride_m, n, live, ACC))
+    if DIVERGENCE == "l1" or DIVERGENCE == "tvd":
+        noise = _row(moments_ptr, 5, stride_m, n, live, ACC) * inverse * (8 * EPS)
+    if DIVERGENCE == "reverse_kl":
+        mean = _row(moments_ptr, 5, stride_m, n, live, ACC) / s_sum - ratio
+    if DIVERGENCE == "jsd" or DIVERGENCE == "tvd":
+        mean = _row(terms_ptr, 1, stride_e, n, live, ACC)
+    begin = split * SPLIT_COLUMNS
+    for start in range(begin, tl.minimum(begin + SPLIT_COLUMNS, C), COLUMNS):
+        c = start + tl.arange(0, COLUMNS)
+        s, t, d = _pair(
+            s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, n, c, live, C, first, s_pitch, t_pitch, stride_sb, stride_tb,
+            s_softcap, s_scale, t_softcap, t_scale, S_BIAS, S_SOFTCAP, T_BIAS, T_SOFTCAP, RAW, ACC,
+        )  # fmt: skip
+        if DIVERGENCE == "huber":
+            size = tl.abs(d)
+            small = size <= bound
+            loss += tl.sum(tl.where(small, 0.5 * d * d, bound * (size - 0.5 * bound)), 1)
+            dx = tl.where(small, d, bound * sign(d))
+        elif DIVERGENCE == "mse":
+            loss += tl.sum(d * d, 1)
+            dx = 2.0 * d
+        elif DIVERGENCE == "l1":
+            quiet = tl.abs(d) <= noise[:, None]
+            loss += tl.sum(tl.where(quiet, 0.0, tl.abs(d)), 1)
+            dx = tl.where(quiet, 0.0, sign(d))
+        else:
+            p, q, w = _compared(s, t, d, s_max, t_max, s_sum, t_sum, ratio, inverse)
+            if DIVERGENCE == "forward_kl":
+                dx = _minus(q, p, w)
+            elif DIVERGENCE == "reverse_kl":
+                dx = _expected(q, w - mean[:, None])
+            elif DIVERGENCE == "jsd":
+                b = number(beta, ACC)
+                _, q_to_m = _log_to_mixture(w, b)
+                dx = (1.0 - b) * _expected(q, q_to_m - mean[:, None])
+            else:
+                tl.static_assert(DIVERGENCE == "tvd")
+                difference = tl.where(tl.abs(w) <= noise[:, None], 0.0, _minus(q, p, w))
+                dx = 0.5 * q * (sign(difference) - mean[:, None])
+        if WRITE:
+            dz = dx * upstream[:, None]
+            if S_SOFTCAP:
+                dz = dz * ((cap - s) / cap) * ((cap + s) / cap)
+            dz = tl.where(live[:, None] & (c < C)[None, :], dz, 0.0)
+            place = dz_ptr + n[:, None] * dz_pitch + c[None, :]
+            tl.store(place, dz.to(dz_ptr.dtype.element_ty), mask=(n < R)[:, None] & (c < dz_pitch)[None, :])
+    if RAW:
+        tl.store(partial_ptr + n * SPLITS + split, loss, mask=n < R)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------
+
+
+class _Divergence:
+    """What `dense` asks of a loss: its passes over the logits of a block."""
+
+    def __init__(
+        self,
+        student: dense.Side,
+        teacher: dense.Side,
+        factor: Tensor,
+        spec: Divergence,
+        with_gradient: bool,
+    ) -> None:
+        n = factor.shape[0]
+        self.acc, self.acc_tl = accumulator(student.hidden)
+        self.student, self.teacher, self.factor = student, teacher, factor
+        self.divergence, self.raw = spec.name, spec.raw
+        self.temperature, self.beta, self.delta = spec.temperature, spec.beta, spec.delta
+        self.with_gradient = with_gradient
+        # fp16 weights are multiplied by a number that only the values of a block's rows tell.
+        self.bounded = not (spec.name in ("mse", "reverse_kl") and student.operand == torch.float16)
+        self.moments = factor.new_zeros(MOMENTS, n, dtype=self.acc)
+        self.moments[:2] = -torch.inf
+        self.terms = factor.new_zeros(2, n, dtype=self.acc)
+
+    @property
+    def folds(self) -> tuple[Callable[[dense.Block], None], ...]:
+        """The passes before the gradient's."""
+        first = () if self.divergence in ("huber", "mse") else (self._fold_moments,)
+        if self.divergence in ("jsd", "tvd"):
+            return *first, self._fold_terms
+        if self.raw and not (self.with_gradient and self.bounded):
+            return *first, self._fold_values
+        return first
+
+    def _fold_moments(self, block: dense.Block) -> None:
+        grid, shape = dense.grid(block)
+        rows = block.shape[0]
+        partial = self.moments.new_empty(MOMENTS, rows, shape["SPLITS"])
+        _moments_kernel[grid](
+            **self._inputs(block), **shape,
+            partial_ptr=partial, stride_p=partial.stride(0), DIVERGENCE=self.divergence,
+        )  # fmt: skip
+        columns = triton.next_power_of_2(shape["SPLITS"])
+        height = max(1, tiles.DENSE_MERGE // columns)
+        moments = self.moments[:, block.rows]
+        _merge_moments_kernel[(triton.cdiv(rows, height),)](
+            partial, moments,
+            rows, shape["SPLITS"],
+            partial.stride(0), moments.stride(0),
+            1.0 / self.temperature,
+            DIVERGENCE=self.divergence, ACC=self.acc_tl, ROWS=height, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+
+    def _fold_terms(self, block: dense.Block) -> None:
+        grid, shape = dense.grid(block)
+        partial = self.terms.new_empty(2, block.shape[0], shape["SPLITS"])
+        moments = self.moments[:, block.rows]
+        _terms_kernel[grid](
+            **self._inputs(block), **shape,
+            moments_ptr=moments, partial_ptr=partial, stride_m=moments.stride(0), stride_p=partial.stride(0),
+            beta=self.beta, DIVERGENCE=self.divergence, EPS=torch.finfo(self.acc).eps,
+        )  # fmt: skip
+        self.terms[:, block.rows] += partial.sum(2)
+
+    def _fold_values(self, block: dense.Block) -> None:
+        self._gradient(block, None, None, add=True)
+
+    def gradient(self, block: dense.Block, dz: Tensor, gain: Tensor | None, first: bool) -> None:
+        """Write gain dz of the block; a raw divergence's values come with it."""
+        self._gradient(block, dz, gain, add=first and self.bounded)
+
+    def _gradient(self, block: dense.Block, dz: Tensor | None, gain: Tensor | None, *, add: bool) -> None:
+        grid, shape = dense.grid(block)
+        partial = self.terms.new_empty(block.shape[0], shape["SPLITS"]) if self.raw else None
+        moments, terms = self.moments[:, block.rows], self.terms[:, block.rows]
+        _gradient_kernel[grid](
+            **self._inputs(block), **shape,
+            moments_ptr=moments, terms_ptr=terms, gain_ptr=gain, partial_ptr=partial, dz_ptr=dz,
+            stride_m=moments.stride(0), stride_e=terms.stride(0), dz_pitch=0 if dz is None else dz.stride(0),
+            beta=self.beta, delta=self.delta, DIVERGENCE=self.divergence,
+            HAS_GAIN=gain is not None, WRITE=dz is not None, EPS=torch.finfo(self.acc).eps,
+        )  # fmt: skip
+        if partial is not None and add:
+            self.terms[0, block.rows] += partial.sum(1)
+
+    def _inputs(self, block: dense.Block) -> dict[str, object]:
+        (s, t), factor, (rows, columns) = block.logits, self.factor[block.rows], block.shape
+        student, teacher = self.student, self.teacher
+        return {
+            "s_ptr": s, "t_ptr": t, "s_bias_ptr": student.head.bias, "t_bias_ptr": teacher.head.bias, "factor_ptr": factor,
+            "R": rows, "C": columns, "first": block.slab.start,
+            "s_pitch": s.stride(0), "t_pitch": t.stride(0), "stride_f": factor.stride(0),
+            "stride_sb": student.bias_stride, "stride_tb": teacher.bias_stride,
+            "s_softcap": student.head.softcap or 0.0, "s_scale": student.head.scale,
+            "t_softcap": teacher.head.softcap or 0.0, "t_scale": teacher.head.scale,
+            "inverse_temperature": 1.0 / self.temperature,
+            "S_BIAS": student.head.bias is not None, "S_SOFTCAP": student.head.softcap is not None,
+            "T_BIAS": teacher.head.bias is not None, "T_SOFTCAP": teacher.head.softcap is not None,
+            "ACC": self.acc_tl,
+        }  # fmt: skip
+
+    def values(self, rows: slice = slice(None)) -> Tensor:
+        """`[R]` the losses, without their factors."""
+        s_sum, t_sum, change, moment = self.moments[2:, rows]
+        one, other = self.terms[:, rows]
+        if self.raw:
+            return one
+        if self.divergence == "jsd":
+            return self.beta * one + (1.0 - self.beta) * other
+        if self.divergence == "tvd":
+            return 0.5 * one
+        relative = change / t_sum
+        ratio = torch.where(relative.abs() <= 0.5, relative.log1p(), (s_sum / t_sum).log())
+        return ratio - moment / t_sum if self.divergence == "forward_kl" else moment / s_sum - ratio
+
+    def bound(self, rows: slice) -> Tensor | float:
+        """What no |dL/dz| of a row exceeds."""
+        if self.divergence == "mse":
+            return 2.0 * self.values(rows).sqrt()
+        if self.divergence == "huber":
+            return self.delta
+        if self.divergence == "reverse_kl":
+            # q w >= -1/e where q < p, so no term of L = sum q w is above L + 1/e.
+            return (self.values(rows) + 1.0) / self.temperature
+        return 2.0 / self.temperature
+
+
+def linear_divergence(
+    hidden: Tensor,
+    head: LMHead,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead,
+    factor: Tensor,
+    spec: Divergence,
+    need: Need,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(`[N]` f L in ACC, dh, dW, db of its sum; None for what is not needed, which costs nothing).
+
+    Gradients have the dtype of the hidden states; those of fp16 are fp32, because a loss scale comes after them.
+    """
+    require_device(
+        hidden=hidden, weight=head.weight, bias=head.bias,
+        teacher_hidden=teacher_hidden, teacher_weight=teacher_head.weight, teacher_bias=teacher_head.bias, factor=factor,
+    )  # fmt: skip
+    student, teacher = dense.Side(hidden, head), dense.Side(teacher_hidden, teacher_head)
+    with current_device(hidden):
+        loss = _Divergence(student, teacher, factor, spec, any(need))
+        gradients = dense.run((student, teacher), factor, loss, need)
+        values = torch.where(factor == 0, 0.0, factor * loss.values()).to(loss.acc)
+    return values, *gradients

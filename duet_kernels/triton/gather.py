@@ -1,0 +1,483 @@
+"""Logits at given ids without a pass over the vocabulary, and their gradient.
+
+    x[n,k]  = scale (sum_d h[n,d] W[i,d] + b[i]),  i = indices[n,k]
+    z[n,k]  = softcap tanh(x[n,k] / softcap)                        (z = x without a softcap)
+    dx[n,k] = dz[n,k] scale (1 - (z[n,k] / softcap)^2)
+    dh[n]   = sum_k dx[n,k] W[i]        dW[v] = sum over (n,k) with i = v of dx[n,k] h[n]        db[v] = sum of dx[n,k]
+
+Legend: N tokens, K slots, D hidden size, V vocabulary, E = N K (token, slot) pairs, C bytes of an element,
+ACC fp32 (fp64 for fp64 inputs). Inputs have any strides.
+
+A slot with id < 0 is absent: z = -inf, no gradient. An id >= V gives NaN, in z and in that token's dh. A slot whose
+dz is exactly 0 is skipped: neither its row of W nor its token's row of h is read, so a masked token whose hidden state
+is NaN leaves no trace.
+
+Bytes and FLOP (calculated, at N 8192, K 64, D 4096, V 128256, bf16):
+
+| kernel    | reads                       | writes  | FLOP  | bound by                                                 |
+|-----------|-----------------------------|---------|-------|----------------------------------------------------------|
+| forward   | N K D C gathered = 4.3 GB   | N K 4   | 2 NKD | memory: 1.0 ms at 4.3 TB/s, less where L2 holds the row  |
+| dh        | N K D C gathered = 4.3 GB   | N D C   | 2 NKD | memory, as the forward pass                              |
+| dW        | N K D C of h, mostly from L2| V D C   | 2 NKD | L2 for the gather, memory for 1.05 GB written (0.25 ms)  |
+
+4.3 GFLOP on the plain fp32 units are 0.15 ms with the conversions, an order below the loads; tensor cores have nothing
+to do here, because no two tokens share their K rows. Products accumulate in a 2-D tile that is reduced once at the end:
+a reduction in the loop would put shuffles and barriers between the loads.
+
+Order of programs, which decides what L2 (50 MB on an H200) holds. Forward: the slots of a token side by side, so that
+h[n] is read from memory once, and a row of W that is wanted again within about a hundred tokens comes from L2.
+dh: one slab of D after the other, all tokens in each; of a slab L2 holds the rows of the last several hundred tokens,
+and the price is reading the ids and dx once a slab, 8 K bytes against the 1 KB K of the slab's rows. dW: likewise by
+slab, where all of h's slab (8 MB) stays in L2, so h is read from memory once.
+
+dW without atomics. A stable sort orders the pairs by id, then token; pairs of one vocabulary row are consecutive, and
+a program sums each row's segment in that order and writes it, or zeros: two runs are bitwise equal and no zero fill
+comes before. Segments may be long (one id chosen by every token), so the sorted pairs are also cut into chunks of
+fixed length, and a chunk that lies inside one segment is summed ahead of time by a program of its own. Their number
+E / chunk is known on the host, no synchronisation is needed; the longest chain of a program is then two chunks and
+E / chunk partial sums. db is the same sum with h = 1.
+
+Many ids: from K = V / 156 (bf16, calculated; `tiles.GATHER_CROSSOVER`) all logits of a block of tokens by the library's
+product, of which a small kernel picks K, are cheaper than K rows of W a token: 1 G = 2 N D V FLOP and 8 N V bytes. The
+backward pass stays sparse whatever K is: as a product in the operands' dtype it would round dx, a sum of corrections that
+have to stay exact, and in fp32 it costs an order more than in bf16 (50 against 790 TFLOP/s).
+
+Workspace: of the forward pass none, or the logits of a block of tokens within `workspace_bytes()`. Of the backward pass
+dx and ids, 8 E bytes (ACC fp32); for dW also the sort (about 24 E), the sorted pairs (8 E) and the partial sums (at most
+64 MiB): 21 MB + 34 MB at the shape above. **With a trainable head that is 40 bytes a pair whatever the workspace is
+set to**: from E = 6.7 million pairs (N 8192, K 820) it is more than 256 MiB; pass fewer tokens at a time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dispatch import grad_dtype
+from ..head import LMHead, Need
+from ..options import Divergence
+from ..workspace import workspace_bytes
+from . import tiles
+from .primitives import (
+    accumulator,
+    current_device,
+    finish,
+    load_rows,
+    number,
+    product,
+    require_device,
+    require_grid,
+    require_sizes,
+    tanh,
+)
+from .topk_divergence import topk_divergence
+
+# --- forward ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _forward_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, indices_ptr, values_ptr,
+    K, V, D,
+    stride_hn, stride_hd, stride_wv, stride_wd, stride_bv, stride_in, stride_ik,
+    softcap: tl.float64, scale: tl.float64,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One token, ROWS of its slots: z."""
+    blocks = tl.cdiv(K, ROWS)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    k = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    ids = tl.load(indices_ptr + n * stride_in + k.to(tl.int64) * stride_ik, mask=k < K, other=-1).to(tl.int64)
+    known = (ids >= 0) & (ids < V)
+    # A masked token has no id at all: its program reads nothing.
+    stop = tl.where(tl.max(known.to(tl.int32), 0) > 0, D, 0)
+    dots = tl.full([ROWS, COLUMNS], 0.0, ACC)
+    for start in range(0, stop, COLUMNS):
+        d = start + tl.arange(0, COLUMNS)
+        keep = known[:, None] & (d < D)[None, :]
+        # W before h: h changes layout through shared memory, and its barrier would hold back W's loads.
+        w = load_rows(weight_ptr, ids, d, stride_wv, stride_wd, keep, ACC)
+        h = tl.load(hidden_ptr + n * stride_hn + d.to(tl.int64) * stride_hd, mask=d < D, other=0.0).to(ACC)
+        dots += w * h[None, :]
+    x = tl.sum(dots, axis=1)
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + ids * stride_bv, mask=known, other=0.0).to(ACC)
+    z = x * number(scale, ACC)
+    if HAS_SOFTCAP:
+        cap = number(softcap, ACC)
+        z = cap * tanh(z / cap)
+    z = tl.where(known, z, tl.where(ids < 0, float("-inf"), float("nan")))
+    tl.store(values_ptr + n * K + k, z, mask=k < K)
+
+
+@triton.jit
+def _pick_kernel(
+    product_ptr, bias_ptr, indices_ptr, values_ptr,
+    E, K, V,
+    stride_bv, stride_in, stride_ik,
+    softcap: tl.float64, scale: tl.float64,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK (token, slot) pairs: z from the products h W^T of all ids."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = e // K
+    ids = tl.load(indices_ptr + n * stride_in + (e % K) * stride_ik, mask=e < E, other=-1).to(tl.int64)
+    known = (ids >= 0) & (ids < V)
+    x = tl.load(product_ptr + n * V + ids, mask=known, other=0.0).to(ACC)
+    z = finish(x, ids, bias_ptr, stride_bv, known, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+    z = tl.where(known, z, tl.where(ids < 0, float("-inf"), float("nan")))
+    tl.store(values_ptr + e, z, mask=e < E)
+
+
+# --- backward --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _slots_kernel(
+    grad_ptr, values_ptr, indices_ptr, dx_ptr, row_ptr,
+    E, K, V,
+    stride_gn, stride_gk, stride_vn, stride_vk, stride_in, stride_ik,
+    softcap: tl.float64, scale: tl.float64,
+    HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK pairs: dx, and the row of W it belongs to as int32; V, a row that does not exist, where there is none."""
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = e // K
+    k = e % K
+    inside = e < E
+    ids = tl.load(indices_ptr + n * stride_in + k * stride_ik, mask=inside, other=-1).to(tl.int64)
+    dz = tl.load(grad_ptr + n * stride_gn + k * stride_gk, mask=inside, other=0.0).to(ACC)
+    dx = dz * number(scale, ACC)
+    if HAS_SOFTCAP:
+        # (c - z)(c + z) / c^2: near saturation c - z is exact, where 1 - (z / c)^2 would lose every digit.
+        cap = number(softcap, ACC)
+        z = tl.load(values_ptr + n * stride_vn + k * stride_vk, mask=inside, other=0.0).to(ACC)
+        dx = dx * ((cap - z) / cap) * ((cap + z) / cap)
+    counted = (ids >= 0) & (dz != 0.0)
+    # Past the vocabulary: no row, and a dx of NaN, which dh multiplies with zeros.
+    dx = tl.where(counted, tl.where(ids < V, dx, float("nan")), 0.0)
+    row = tl.where(counted & (ids < V), ids, V)
+    tl.store(dx_ptr + e, dx, mask=inside)
+    tl.store(row_ptr + e, row.to(tl.int32), mask=inside)
+
+
+@triton.jit
+def _dhidden_kernel(
+    dx_ptr, row_ptr, weight_ptr, dhidden_ptr,
+    N, K, V, D,
+    stride_wv, stride_wd,
+    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One token, COLUMNS of D: dh[n] = sum_k dx[n,k] W[row[n,k]]."""
+    n = (tl.program_id(0) % N).to(tl.int64)
+    d = (tl.program_id(0) // N) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.full([ROWS, COLUMNS], 0.0, ACC)
+    k = tl.arange(0, ROWS)
+    row = tl.load(row_ptr + n * K + k, mask=k < K, other=V)
+    for start in range(0, K, ROWS):
+        keep = (row < V)[:, None] & (d < D)[None, :]
+        w = load_rows(weight_ptr, row, d, stride_wv, stride_wd, keep, ACC)
+        k = start + tl.arange(0, ROWS)
+        dx = tl.load(dx_ptr + n * K + k, mask=k < K, other=0.0)
+        # The next addresses travel together with this block's rows instead of before the next one's.
+        k = k + ROWS
+        row = tl.load(row_ptr + n * K + k, mask=k < K, other=V)
+        total += w * dx[:, None]
+    dh = tl.sum(total, axis=0)
+    tl.store(dhidden_ptr + n * D + d, dh.to(dhidden_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _partial_kernel(
+    row_ptr, token_ptr, dx_ptr, hidden_ptr, partial_ptr,
+    CHUNKS, CHUNK, V, D,
+    stride_hn, stride_hd,
+    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One chunk of sorted pairs, COLUMNS of D: their sum of dx h, if they all belong to one row of W."""
+    c = (tl.program_id(0) % CHUNKS).to(tl.int64)
+    d = (tl.program_id(0) // CHUNKS) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.load(row_ptr + c * CHUNK)
+    last = tl.load(row_ptr + c * CHUNK + CHUNK - 1)
+    if (first == last) & (first < V):
+        total = tl.full([ROWS, COLUMNS], 0.0, ACC)
+        for start in range(0, CHUNK, ROWS):
+            e = c * CHUNK + start + tl.arange(0, ROWS)
+            keep = (start + tl.arange(0, ROWS)) < CHUNK
+            token = tl.load(token_ptr + e, mask=keep, other=0)
+            dx = tl.load(dx_ptr + e, mask=keep, other=0.0)
+            keep_nd = keep[:, None] & (d < D)[None, :]
+            total += load_rows(hidden_ptr, token, d, stride_hn, stride_hd, keep_nd, ACC) * dx[:, None]
+        tl.store(partial_ptr + c * D + d, tl.sum(total, axis=0), mask=d < D)
+
+
+@triton.jit
+def _segments_kernel(
+    offset_ptr, token_ptr, dx_ptr, hidden_ptr, partial_ptr, dweight_ptr,
+    BLOCKS, CHUNK, V, D,
+    stride_hn, stride_hd,
+    ACC: tl.constexpr, VOCABULARY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """VOCABULARY consecutive rows of W, COLUMNS of D: dW[v] = sum over its segment of dx[e] h[token[e]], or zeros."""
+    first = (tl.program_id(0) % BLOCKS) * VOCABULARY
+    d = (tl.program_id(0) // BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
+    for step in range(0, tl.minimum(V - first, VOCABULARY)):
+        v = first + step
+        here = dweight_ptr + v.to(tl.int64) * D + d
+        begin = tl.load(offset_ptr + v)
+        end = tl.load(offset_ptr + v + 1)
+        if begin == end:
+            tl.store(here, tl.full([COLUMNS], 0.0, dweight_ptr.dtype.element_ty), mask=d < D)
+        else:
+            # Chunks [low, high) lie inside the segment and are summed already: skip their pairs, add their sums.
+            low = (begin + CHUNK - 1) // CHUNK
+            high = tl.maximum(end // CHUNK, low)
+            skipped = (high - low) * CHUNK
+            total = tl.full([ROWS, COLUMNS], 0.0, ACC)
+            for start in range(begin, end - skipped, ROWS):
+                e = start + tl.arange(0, ROWS)
+                keep = e < end - skipped
+                e = tl.where(e < low * CHUNK, e, e + skipped)
+                token = tl.load(token_ptr + e, mask=keep, other=0)
+                dx = tl.load(dx_ptr + e, mask=keep, other=0.0)
+                keep_nd = keep[:, None] & (d < D)[None, :]
+                total += load_rows(hidden_ptr, token, d, stride_hn, stride_hd, keep_nd, ACC) * dx[:, None]
+            for start in range(low, high, ROWS):
+                c = start + tl.arange(0, ROWS)
+                keep_nd = (c < high)[:, None] & (d < D)[None, :]
+                total += load_rows(partial_ptr, c, d, D, 1, keep_nd, ACC)
+            tl.store(here, tl.sum(total, axis=0).to(dweight_ptr.dtype.element_ty), mask=d < D)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------
+
+
+def linear_gather(
+    hidden_nd: Tensor, head: LMHead, indices_nk: Tensor, *, tile: tiles.GatherTile | None = None
+) -> Tensor:
+    """z at the ids, `[N, K]` in ACC. `tile`, of a gather, replaces the table's choice, for tests and measurements."""
+    weight_vd, bias_v, softcap, scale = head.weight, head.bias, head.softcap, head.scale
+    require_device(hidden=hidden_nd, weight=weight_vd, bias=bias_v, indices=indices_nk)
+    (n, d), v, k = hidden_nd.shape, weight_vd.shape[0], indices_nk.shape[1]
+    require_sizes("linear_gather", hidden=d, weight=v, indices=k)
+    torch_acc, acc = accumulator(hidden_nd, weight_vd)
+    values_nk = torch.empty(n, k, dtype=torch_acc, device=hidden_nd.device)
+    if values_nk.numel() == 0:
+        return values_nk
+    arch, itemsize = tiles.architecture(hidden_nd.device), weight_vd.element_size()
+    tokens = tiles.gather_product_tokens(arch, itemsize, torch_acc.itemsize, n, v, k, workspace_bytes())
+    if tokens and tile is None:
+        with current_device(hidden_nd):
+            _pick(hidden_nd, weight_vd, bias_v, indices_nk, values_nk, softcap, scale, tokens)
+        return values_nk
+    tile = tile or tiles.gather_tile(tiles.GATHER_FORWARD, arch, itemsize, k, d)
+    grid = (require_grid(n * triton.cdiv(k, tile.rows), "linear_gather"),)
+    with current_device(hidden_nd):
+        _forward_kernel[grid](
+            hidden_nd, weight_vd, bias_v, indices_nk, values_nk,
+            k, v, d,
+            *hidden_nd.stride(), *weight_vd.stride(), 0 if bias_v is None else bias_v.stride(0), *indices_nk.stride(),
+            softcap or 0.0, scale,
+            HAS_BIAS=bias_v is not None, HAS_SOFTCAP=softcap is not None, ACC=acc,
+            ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+        )  # fmt: skip
+    return values_nk
+
+
+def _pick(hidden, weight, bias, indices, values, softcap, scale, tokens: int) -> None:
+    """Write the values out of all logits of `tokens` tokens at a time."""
+    (n, k), v = indices.shape, weight.shape[0]
+    logits = torch.empty(tokens * v, dtype=values.dtype, device=values.device)
+    for start in range(0, n, tokens):
+        rows = slice(start, min(start + tokens, n))
+        count = rows.stop - rows.start
+        x = product(hidden[rows], weight.T, out=logits[: count * v].view(count, v))
+        ids = indices[rows]
+        _pick_kernel[(require_grid(triton.cdiv(count * k, tiles.SLOTS_BLOCK), "linear_gather"),)](
+            x, bias, ids, values[rows],
+            count * k, k, v,
+            0 if bias is None else bias.stride(0), *ids.stride(),
+            softcap or 0.0, scale,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, ACC=accumulator(values)[1],
+            BLOCK=tiles.SLOTS_BLOCK, num_warps=4,
+        )  # fmt: skip
+
+
+def linear_gather_backward(
+    grad_nk: Tensor,
+    values_nk: Tensor,
+    hidden_nd: Tensor,
+    head: LMHead,
+    indices_nk: Tensor,
+    need: Need,
+    *,
+    tile: tiles.GatherTile | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dh, dW, db) in the dtypes of hidden, weight and bias; None for what is not needed, which costs nothing.
+
+    `tile` and `chunk` replace the table's choices, for tests and measurements.
+    """
+    weight_vd, bias_v, softcap, scale = head.weight, head.bias, head.softcap, head.scale
+    require_device(
+        grad=grad_nk, values=values_nk, hidden=hidden_nd, weight=weight_vd, bias=bias_v, indices=indices_nk
+    )
+    need = need._replace(bias=need.bias and bias_v is not None)
+    (n, d), v, k = hidden_nd.shape, weight_vd.shape[0], indices_nk.shape[1]
+    if n * k == 0 or d == 0 or v == 0 or not any(need):
+        return (
+            torch.zeros_like(hidden_nd, memory_format=torch.contiguous_format) if need.hidden else None,
+            torch.zeros_like(weight_vd, memory_format=torch.contiguous_format) if need.weight else None,
+            torch.zeros_like(bias_v, memory_format=torch.contiguous_format) if need.bias else None,
+        )
+    require_sizes("linear_gather", hidden=d, weight=v, indices=k)
+    require_pairs(n, k, d)
+    dweight = dbias = None
+    with current_device(hidden_nd):
+        dx, row = slot_gradients(grad_nk, values_nk, hidden_nd, weight_vd, indices_nk, softcap, scale)
+        dhidden = sum_rows(dx, row, hidden_nd, weight_vd, tile) if need.hidden else None
+        if need.weight or need.bias:
+            pairs = SortedPairs(dx, row, v)
+            if need.weight:
+                dweight = pairs.sum(hidden_nd, weight_vd.dtype, tile, chunk)
+            if need.bias:
+                ones = dx.new_ones(1, 1).expand(n, 1)
+                dbias = pairs.sum(ones, bias_v.dtype, chunk=chunk)[:, 0]
+    return dhidden, dweight, dbias
+
+
+def topk_loss(
+    hidden: Tensor,
+    head: LMHead,
+    indices: Tensor,
+    teacher: Tensor,
+    factor: Tensor,
+    spec: Divergence,
+    need: Need,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(`[N]` f L, `[N, K]` z at the ids, f dL/dz, dh if needed; fp32 for fp16) of a loss without a log-sum-exp."""
+    values = linear_gather(hidden, head, indices)
+    loss, dvalues, _ = topk_divergence(values, teacher, None, None, factor, spec)
+    if not need.hidden:
+        return loss, values, dvalues, None
+    out = hidden.to(grad_dtype(hidden.dtype))
+    return loss, values, dvalues, linear_gather_backward(dvalues, values, out, head, indices, Need(True))[0]
+
+
+def require_pairs(n: int, k: int, d: int) -> None:
+    """Refuse more (token, slot) pairs than an int32 numbers; it has to hold a chunk or a tile past the last one, too."""
+    if n * k + dweight_chunk(n * k, d, 8) + tiles.MAX_GATHER_ROWS >= 2**31:
+        raise ValueError(
+            f"indices: {n} tokens x {k} slots; the sparse gradient counts pairs in 32 bits, pass fewer tokens at a time"
+        )
+
+
+def slot_gradients(
+    grad_nk, values_nk, hidden_nd, weight_vd, indices_nk, softcap, scale
+) -> tuple[Tensor, Tensor]:
+    """(dx in ACC, its row of W in int32), both `[N, K]`."""
+    torch_acc, acc = accumulator(hidden_nd, weight_vd)
+    n, k = indices_nk.shape
+    dx = torch.empty(n, k, dtype=torch_acc, device=hidden_nd.device)
+    row = torch.empty(n, k, dtype=torch.int32, device=hidden_nd.device)
+    _slots_kernel[(triton.cdiv(n * k, tiles.SLOTS_BLOCK),)](
+        grad_nk, values_nk, indices_nk, dx, row,
+        n * k, k, weight_vd.shape[0],
+        *grad_nk.stride(), *values_nk.stride(), *indices_nk.stride(),
+        softcap or 0.0, scale,
+        HAS_SOFTCAP=softcap is not None, ACC=acc, BLOCK=tiles.SLOTS_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return dx, row
+
+
+def sum_rows(dx, row, hidden_nd, weight_vd, tile: tiles.GatherTile | None = None) -> Tensor:
+    """dh `[N, D]` in the dtype of `hidden_nd`: the sum over k of dx times its row of W."""
+    (n, d), (_, k) = hidden_nd.shape, dx.shape
+    arch, itemsize = tiles.architecture(hidden_nd.device), weight_vd.element_size()
+    tile = tile or tiles.gather_tile(tiles.GATHER_DHIDDEN, arch, itemsize, k, d)
+    dhidden = torch.empty(n, d, dtype=hidden_nd.dtype, device=hidden_nd.device)
+    grid = (require_grid(n * triton.cdiv(d, tile.columns), "linear_gather"),)
+    _dhidden_kernel[grid](
+        dx, row, weight_vd, dhidden,
+        n, k, weight_vd.shape[0], d,
+        *weight_vd.stride(),
+        ACC=accumulator(dx)[1], ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
+    return dhidden
+
+
+class SortedPairs:
+    """The (token, slot) pairs in the order of (row of W, token), and where each row's segment begins."""
+
+    def __init__(self, dx: Tensor, row: Tensor, v: int):
+        self.v = v
+        self.row, order = torch.sort(row.flatten(), stable=True)
+        self.token = torch.div(order, row.shape[1], rounding_mode="floor").to(torch.int32)
+        self.dx = dx.flatten()[order]
+        # Pairs without a row carry V and lie behind the last segment.
+        edges = torch.arange(v + 1, dtype=torch.int32, device=row.device)
+        self.offset = torch.searchsorted(self.row, edges, out_int32=True)
+
+    def sum(
+        self,
+        hidden_nd: Tensor,
+        dtype: torch.dtype,
+        tile: tiles.GatherTile | None = None,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """`[V, D]` the sum of dx h over each row's pairs."""
+        chunk = chunk or dweight_chunk(self.row.numel(), hidden_nd.shape[1], self.dx.element_size())
+        out = torch.empty(self.v, hidden_nd.shape[1], dtype=dtype, device=self.dx.device)
+        self.write(out, 0, hidden_nd, self.chunk_sums(hidden_nd, chunk, tile), chunk, tile)
+        return out
+
+    def chunk_sums(self, hidden_nd: Tensor, chunk: int, tile: tiles.GatherTile | None = None) -> Tensor:
+        """`[E / chunk, D]` in ACC: the sums of the chunks that belong to one row of W; nothing for the others."""
+        chunks, d = self.row.numel() // chunk, hidden_nd.shape[1]
+        partial = torch.empty(chunks, d, dtype=self.dx.dtype, device=self.dx.device)
+        if chunks:
+            steps, shape = self._shape(hidden_nd, tile)
+            _partial_kernel[(require_grid(steps * chunks, "linear_gather"),)](
+                self.row, self.token, self.dx, hidden_nd, partial,
+                chunks, chunk, self.v, d,
+                *hidden_nd.stride(),
+                **shape,
+            )  # fmt: skip
+        return partial
+
+    def write(
+        self,
+        out: Tensor,
+        first: int,
+        hidden_nd: Tensor,
+        partial: Tensor,
+        chunk: int,
+        tile: tiles.GatherTile | None = None,
+    ) -> None:
+        """Write rows `first`, `first` + 1, ... of the sum into `out`, as many as it has, from `chunk_sums`."""
+        rows, d = out.shape
+        steps, shape = self._shape(hidden_nd, tile)
+        blocks = triton.cdiv(rows, tiles.DWEIGHT_VOCABULARY)
+        _segments_kernel[(require_grid(steps * blocks, "linear_gather"),)](
+            self.offset[first:], self.token, self.dx, hidden_nd, partial, out,
+            blocks, chunk, rows, d,
+            *hidden_nd.stride(),
+            VOCABULARY=tiles.DWEIGHT_VOCABULARY, **shape,
+        )  # fmt: skip
+
+    def _shape(self, hidden_nd: Tensor, tile: tiles.GatherTile | None) -> tuple[int, dict[str, object]]:
+        """(programs beside each other along D, the kernels' constants)."""
+        pairs, d = self.row.numel(), hidden_nd.shape[1]
+        arch, itemsize = tiles.architecture(hidden_nd.device), hidden_nd.element_size()
+        tile = tile or tiles.gather_tile(tiles.GATHER_DWEIGHT, arch, itemsize, pairs, d)
+        constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps}
+        return triton.cdiv(d, tile.columns), {"ACC": accumulator(self.dx)[1], **constants}
+
+
+def dweight_chunk(pairs: int, d: int, itemsize: int) -> int:
+    """Pairs a chunk: the table's, doubled until the partial sums of all chunks fit their budget."""
+    chunk = tiles.DWEIGHT_CHUNK
+    while (pairs // chunk) * d * itemsize > tiles.DWEIGHT_PARTIAL_BYTES:
+        chunk *= 2
+    return chunk

@@ -1,0 +1,314 @@
+"""linear_topk's kernels against a stable sort of full logits, judged in fp64 on the rounded inputs."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from duet_kernels.triton import topk as kernel
+from duet_kernels.triton.primitives import INTERPRETED
+from duet_kernels.triton.topk import Plan, linear_topk, plan, token_bytes
+from duet_kernels.workspace import set_workspace_bytes, workspace_bytes
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+N, V, D, K = 37, 203, 45, 7
+# One slab and several, both products, a last block that is not full, a block of tokens left over.
+CUTS = [Plan(N, V, 16, True), Plan(N, V, 16, False), Plan(N, 80, 16, True), Plan(24, 112, 16, False)]
+BOTH = [CUTS[0], Plan(N, 112, 16, False)]
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.fixture(autouse=True)
+def many_tokens_a_program(monkeypatch):
+    """The interpreter runs programs one after the other."""
+    if INTERPRETED:
+        monkeypatch.setattr(kernel.tiles, "CHOOSE_ROW_ELEMENTS", 2**12)
+        monkeypatch.setattr(kernel.tiles, "SURVIVORS_COLUMNS", 2**14)
+        monkeypatch.setattr(kernel.tiles, "FOLD_ROWS", 2**9)
+        monkeypatch.setattr(kernel.tiles, "ORDER_ELEMENTS", 2**16)
+
+
+def problem(dtype=torch.float32, *, n=N, v=V, d=D, seed=0):
+    """(hidden, weight, bias)."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((n, d), (v, d), (v,))
+    )
+    weight *= 2 / math.sqrt(max(d, 1))
+    return [x.to(dtype).to(DEVICE) for x in (hidden, weight, bias)]
+
+
+def logits(hidden, weight, bias, *, softcap=None, scale=1.0, acc=torch.float64):
+    x = scale * (hidden.to(acc) @ weight.to(acc).T + (0 if bias is None else bias.to(acc)))
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
+def expected(z, k, temperature=1.0):
+    """(values, ids, tail) of full logits, equal ones by lowest id."""
+    order = torch.sort(z, dim=1, descending=True, stable=True).indices
+    tail = torch.logsumexp(z.gather(1, order[:, k:]) / temperature, 1)
+    return z.gather(1, order[:, :k]), order[:, :k], tail
+
+
+def run(hidden, weight, bias, k=K, *, softcap=None, scale=1.0, temperature=1.0, cut=None):
+    return linear_topk(
+        hidden, weight, bias, k, softcap=softcap, scale=scale, temperature=temperature, cut=cut
+    )
+
+
+def check(got, wanted, tolerance=1e-12):
+    assert torch.equal(got[1], wanted[1])
+    for a, b in ((got[0], wanted[0]), (got[2], wanted[2])):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def one_hot_problem(z, dtype=torch.float32):
+    """hidden and weight whose product is exactly z: `[N, V]` numbers that dtype holds."""
+    return torch.eye(z.shape[0], dtype=dtype, device=DEVICE), z.T.to(dtype).to(DEVICE)
+
+
+# --- values, ids and tail --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("softcap", "scale", "with_bias", "cut"),
+    [(None, 1.0, False, CUTS[1]), (2.5, 0.7, True, CUTS[2])]
+    + [options for cut in BOTH for options in ((None, -0.7, True, cut), (2.5, 0.7, False, cut))]
+    + [(9.0, 0.7, True, CUTS[3])],
+    ids=str,
+)
+def test_fp64_equals_a_stable_sort(softcap, scale, with_bias, cut):
+    hidden, weight, bias = problem(torch.float64)
+    bias = bias if with_bias else None
+    z = logits(hidden, weight, bias, softcap=softcap, scale=scale)
+    got = run(hidden, weight, bias, softcap=softcap, scale=scale, temperature=1.7, cut=cut)
+    assert [x.dtype for x in got] == [torch.float64, torch.int64, torch.float64]
+    check(got, expected(z, K, 1.7))
+
+
+@pytest.mark.parametrize("cut", CUTS[1:3], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_error_budget(dtype, cut):
+    """Values and tail as close to fp64 as fp32 logits of torch are; ids that a rounding cannot explain are errors."""
+    hidden, weight, bias = problem(dtype)
+    options = {"softcap": 9.0, "scale": 0.7}
+    truth = logits(hidden, weight, bias, **options)
+    values, indices, tail = run(hidden, weight, bias, **options, cut=cut)
+    assert values.dtype == tail.dtype == torch.float32
+    baseline = logits(hidden, weight, bias, **options, acc=torch.float32)
+    error = (baseline - truth).square().mean().sqrt()
+    assert (values - truth.gather(1, indices)).square().mean().sqrt() <= 2 * error + 4e-7 * truth.abs().max()
+    best = expected(truth, K)
+    torch.testing.assert_close(values.double(), best[0], rtol=0, atol=1e-4)
+    assert all(len(set(row)) == K for row in indices.tolist())
+    rest = torch.logsumexp(truth.scatter(1, indices, -math.inf), 1)
+    torch.testing.assert_close(tail.double(), rest, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("cut", BOTH, ids=str)
+@pytest.mark.parametrize("k", [1, 40, V])
+def test_every_k(k, cut):
+    hidden, weight, bias = problem()
+    got = run(hidden, weight, bias, k, cut=cut)
+    z = logits(hidden, weight, bias)
+    wanted = expected(z, k)
+    torch.testing.assert_close(got[0].double(), wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[2].double(), wanted[2], rtol=1e-5, atol=1e-5)
+    if k == V:
+        assert (got[2] == -math.inf).all() and torch.equal(got[1].sort(1).values[0].cpu(), torch.arange(V))
+
+
+@pytest.mark.parametrize(
+    ("n", "v", "d", "k"), [(1, 1, 1, 1), (1, 300, 20, 5), (2, 17, 33, 17), (5, 129, 64, 3), (3, 40, 0, 4)]
+)
+def test_shapes(n, v, d, k):
+    hidden, weight, bias = problem(torch.float64, n=n, v=v, d=d)
+    for cut in (None, Plan(n, 160, 16, False)):
+        check(run(hidden, weight, bias, k, cut=cut), expected(logits(hidden, weight, bias), k))
+
+
+def test_no_tokens():
+    hidden, weight, bias = problem(n=0)
+    values, indices, tail = run(hidden, weight, bias)
+    assert values.shape == indices.shape == (0, K) and tail.shape == (0,)
+
+
+@pytest.mark.parametrize("cut", BOTH, ids=str)
+def test_any_strides(cut):
+    hidden, weight, bias = problem(torch.float64)
+    wanted = expected(logits(hidden, weight, bias), K)
+    padded = torch.full((V + 9, D + 3), math.nan, dtype=torch.float64, device=DEVICE)
+    padded[:V, :D] = weight
+    wide = torch.stack([hidden, hidden + 1], -1)[..., 0]
+    for w in (padded[:V, :D], weight.T.contiguous().T):
+        check(run(wide, w, torch.stack([bias, bias], -1)[:, 0], cut=cut), wanted)
+
+
+# --- ties and orders that are the worst case -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_ties_and_worst_orders(cut):
+    """Quantised, equal, ascending, descending, two values, signed zeros: some tokens of each, side by side."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(N, V, generator=generator)
+    ramp = torch.arange(V, dtype=torch.float32).expand(N, V) / 8
+    kinds = [
+        noise.mul(2).round() / 2,
+        torch.full((N, V), 1.25),
+        ramp,
+        -ramp,
+        (noise > 1.9).float(),
+        torch.where(noise > 0, -0.0, 0.0),
+    ]
+    z = torch.stack(kinds)[torch.arange(N) % len(kinds), torch.arange(N)]
+    hidden, weight = one_hot_problem(z)
+    values, indices, tail = run(hidden, weight, None, temperature=0.5, cut=cut)
+    wanted = expected(z.double().to(DEVICE), K, 0.5)
+    assert torch.equal(indices, wanted[1]) and torch.equal(values.double(), wanted[0])
+    torch.testing.assert_close(tail.double(), wanted[2], rtol=1e-6, atol=1e-6)
+
+
+def test_ties_that_a_softcap_makes():
+    """Logits that saturate to the same number are equal, whatever the product was."""
+    z = torch.linspace(50, 90, V).expand(3, V).contiguous()
+    hidden, weight = one_hot_problem(z)
+    for cut in (Plan(3, V, 16, True), Plan(3, 80, 16, False)):
+        values, indices, tail = run(hidden, weight, None, softcap=2.0, cut=cut)
+        assert (values == 2.0).all() and torch.equal(indices.cpu(), torch.arange(K).expand(3, K))
+        torch.testing.assert_close(tail.cpu(), torch.full((3,), 2 + math.log(V - K)))
+
+
+@pytest.mark.parametrize("cut", [Plan(5, V, 16, False), Plan(5, 112, 16, True)], ids=str)
+def test_lists_longer_than_a_program_holds(cut, monkeypatch):
+    """Survivors, candidates and ranks in several steps of a program, one token each, with ties across the steps."""
+    monkeypatch.setattr(kernel.tiles, "SURVIVORS_COLUMNS", 32)
+    monkeypatch.setattr(kernel.tiles, "CHOOSE_ROW_ELEMENTS", 1)
+    monkeypatch.setattr(kernel.tiles, "FOLD_ROWS", 4)
+    monkeypatch.setattr(kernel.tiles, "ORDER_ROWS", 16)
+    monkeypatch.setattr(kernel.tiles, "ORDER_ELEMENTS", 1)
+    z = torch.randn(5, V, generator=torch.Generator().manual_seed(3)).mul(2).round() / 2
+    z[1], z[2] = 1.25, torch.arange(V) / 8
+    hidden, weight = one_hot_problem(z)
+    values, indices, tail = run(hidden, weight, None, 40, cut=cut)
+    wanted = expected(z.double().to(DEVICE), 40)
+    assert torch.equal(indices, wanted[1]) and torch.equal(values.double(), wanted[0])
+    torch.testing.assert_close(tail.double(), wanted[2], rtol=1e-6, atol=1e-6)
+
+
+# --- what is not a number --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", BOTH, ids=str)
+def test_nan_stays_in_its_row(cut):
+    hidden, weight, bias = problem()
+    clean = run(hidden, weight, bias, cut=cut)
+    hidden = hidden.clone()
+    hidden[6] = math.nan
+    values, indices, tail = run(hidden, weight, bias, cut=cut)
+    assert values[6].isnan().all() and tail[6].isnan() and torch.equal(indices[6].cpu(), torch.arange(K))
+    others = torch.arange(N) != 6
+    for a, b in zip((values, indices, tail), clean, strict=True):
+        assert torch.equal(a[others], b[others])
+
+
+@pytest.mark.parametrize("cut", BOTH, ids=str)
+def test_a_nan_logit_stands_first(cut):
+    hidden, weight, bias = problem(torch.float64)
+    bias[150] = math.nan
+    values, indices, tail = run(hidden, weight, bias, cut=cut)
+    assert (indices[:, 0] == 150).all() and values[:, 0].isnan().all() and tail.isfinite().all()
+    bias[:] = 0
+    bias[100:] = math.nan
+    values, indices, tail = run(hidden, weight, bias, cut=cut)
+    assert torch.equal(indices.cpu(), torch.arange(100, 100 + K).expand(N, K)) and tail.isnan().all()
+
+
+@pytest.mark.parametrize("cut", BOTH, ids=str)
+@pytest.mark.parametrize("finite", [0, 3])
+def test_logits_of_minus_infinity(finite, cut):
+    """Banned ids stand last, by lowest id, and weigh nothing; a row of nothing else has a tail of -inf."""
+    hidden, weight, bias = problem(torch.float64)
+    bias = torch.where(torch.arange(V, device=DEVICE) % (V // max(finite, 1)) == 0, bias, -math.inf)
+    if not finite:
+        bias[:] = -math.inf
+    check(run(hidden, weight, bias, cut=cut), expected(logits(hidden, weight, bias), K))
+
+
+def test_infinite_logits_are_selected_and_leave_no_trace():
+    hidden, weight, bias = problem(torch.float64)
+    bias[[5, 160]] = math.inf
+    for cut in BOTH:
+        values, indices, tail = run(hidden, weight, bias, cut=cut)
+        assert torch.equal(indices[:, :2].cpu(), torch.tensor([5, 160]).expand(N, 2))
+        assert (values[:, :2] == math.inf).all() and tail.isfinite().all()
+        assert (run(hidden, weight, bias, 1, cut=cut)[2] == math.inf).all()
+
+
+def test_a_tail_too_small_to_be_a_difference():
+    """Mass 5e-7 outside the ids: 1 - sum(p) has no digit of it in fp32."""
+    z = torch.full((4, V), -14.5)
+    z[:, 3::40] = torch.linspace(0.5, 5, 5 + 1)[: z[:, 3::40].shape[1]]
+    z += math.log(5e-7) + 3
+    hidden, weight = one_hot_problem(z)
+    for cut in (Plan(4, V, 16, True), Plan(4, 80, 16, False)):
+        tail = run(hidden, weight, None, 6, cut=cut)[2]
+        wanted = expected(weight.T.double(), 6)[2]
+        torch.testing.assert_close(tail.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+# --- cost and order --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", BOTH, ids=str)
+def test_two_runs_are_bitwise_equal(cut):
+    inputs = problem(torch.bfloat16)
+    first, second = (run(*inputs, softcap=2.5, cut=cut) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("megabytes", [1, 64, 256, 3072])
+def test_plans_keep_the_workspace(megabytes):
+    before = set_workspace_bytes(megabytes << 20)
+    try:
+        for n in (1, 16, 64, 65, 1024, 8192, 32768):
+            for v in (203, 32000, 50257, 128256, 262144):
+                for k in (1, 8, 64, 128, 512, 1000):
+                    if k <= v:
+                        cut = plan(n, v, k, 4)
+                        used = cut.tokens * token_bytes(cut.columns, k, cut.block, 4)
+                        assert used <= workspace_bytes()
+                        assert 1 <= cut.tokens <= n and 1 <= cut.columns <= v
+                        assert cut.columns == v or cut.columns % cut.block == 0
+                        assert cut.columns <= kernel.tiles.CHOOSE_ELEMENTS * cut.block
+                        assert not cut.skinny or cut.tokens <= kernel.tiles.TOPK_SKINNY_TOKENS
+    finally:
+        set_workspace_bytes(before)
+
+
+def test_token_bytes_count_what_is_allocated(monkeypatch):
+    """Everything `torch.empty` and `torch.full` hand out for a block of tokens, but for the outputs."""
+    hidden, weight, bias = problem(n=20)
+    allocated = []
+    for name in ("empty", "full", "empty_like"):
+        make = getattr(torch, name)
+
+        def record(*args, make=make, **kwargs):
+            x = make(*args, **kwargs)
+            allocated.append(x.numel() * x.element_size())
+            return x
+
+        monkeypatch.setattr(kernel.torch, name, record)
+    run(hidden, weight, bias, cut=Plan(20, 96, 16, False))
+    outputs = 20 * (K * (4 + 8) + 4)
+    assert sum(allocated) - outputs <= 20 * token_bytes(96, K, 16, 4)
+
+
+def test_inputs_are_not_written():
+    inputs = problem()
+    before = [x.clone() for x in inputs]
+    run(*inputs, softcap=2.5, cut=CUTS[3])
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
