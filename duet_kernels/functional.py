@@ -62,8 +62,9 @@ def linear_topk(
         raise ValueError(f"k: wanted an integer from 1 to {head.num_ids} (the vocabulary), got {k!r}")
     _check_temperature(temperature)
     choice = _resolve("linear_topk", hidden_nd, impl, k)
-    values, indices, tail, _ = ops.linear_topk(hidden_nd, head, k, temperature, choice)
-    return TopK(values.view(*lead, k), indices.view(*lead, k), tail.view(lead), float(temperature))
+    top = ops.linear_topk(hidden_nd, head, k, temperature, choice)
+    tail = top.tail_logsumexp.view(lead)
+    return TopK(top.values.view(*lead, k), top.indices.view(*lead, k), tail, float(temperature))
 
 
 def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, impl: str = "auto") -> Tensor:
@@ -173,7 +174,8 @@ def topk_distill_loss(
     Args:
         hidden: `[..., D]` student's hidden states.
         head: student's `LMHead`, or its weight `[V, D]`.
-        teacher: `TopK` with the leading shape of `hidden`; never gets a gradient. Slots of -inf are absent.
+        teacher: `TopK` with the leading shape of `hidden`; never gets a gradient. Slots of -inf are absent. From
+            log-probabilities: `TopK.from_logprobs` (for divergences of distributions).
         divergence: see above.
         normalization: for distributions only. `renormalize` (default): both over the k ids. `tail`: one more bucket
             for all other ids. `zeroed`: teacher over the k ids, student's full softmax (`forward_kl` only).
@@ -426,10 +428,8 @@ def _teacher_topk(
         repeated = torch.zeros_like(ids, dtype=torch.bool)
         repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]  # an id that both chose is compared once
     with torch.no_grad():
-        values = linear_gather(teacher_nd, teacher_head, ids, impl=impl)
-        tail = values.new_full(values.shape[:1], torch.nan)  # not read
+        values, tail = linear_gather(teacher_nd, teacher_head, ids, impl=impl), None
         if spec.needs_teacher_logsumexp:
-            tail = linear_logsumexp(
-                teacher_nd, teacher_head, temperature=spec.temperature, exclude=ids, impl=impl
-            )
+            options = {"temperature": spec.temperature, "exclude": ids, "impl": impl}
+            tail = linear_logsumexp(teacher_nd, teacher_head, **options)
     return TopK(values.masked_fill(repeated, -torch.inf), ids, tail, spec.temperature)
