@@ -1,4 +1,4 @@
-"""Addresses beyond 2^31 elements, the workspace, and a device without memory. Each check has the whole GPU to itself.
+"""Addresses beyond 2^31 elements, the workspace, and a device without memory.
 
 beyond   more than 2^31 elements in W, in the logits, in the gathered rows, in the slots
 memory   the workspace is kept to; after an out-of-memory error the next call is right
@@ -233,7 +233,7 @@ def memory(suite: Suite) -> Iterator[Check]:
         for trainable in (False,) if isinstance(op, Selection) else (False, True):
             head = "trainable" if trainable else "frozen"
             run = functools.partial(kept, op, impl, trainable)
-            yield Check("memory", f"workspace {head} {impl} {op.name}", run, alone=True)
+            yield Check("memory", f"workspace {head} {impl} {op.name}", run)
 
     for op, impl in kernels(suite, (*suite.sampled, *SELECTIONS)):
         run = functools.partial(exhausted, suite, op, impl)

@@ -47,7 +47,7 @@ class Skip(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One claim. `alone`: it measures or exhausts the device's memory, so nothing else may run beside it."""
+    """One claim. `alone`: it takes much or all of the device's memory, so nothing else may run beside it."""
 
     section: str
     name: str
@@ -199,7 +199,7 @@ SAMPLED = ("gather", "logsumexp-exclude", "cross-entropy", "topk-huber", "topk-j
 # --- the suite --------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 def _drawn(
     device: torch.device, shape: tuple[int, int, int], dtype: str, options: tuple[tuple[str, Any], ...]
 ) -> Problem:
@@ -231,7 +231,7 @@ class Suite:
         return self.sampled if self.quick else self.ops
 
     def problem(self, shape: tuple[int, int, int], dtype: str = "fp32", **options: Any) -> Problem:
-        """The last one drawn is kept: checks of one shape follow each other, and drawing is done by the CPU."""
+        """The last ones drawn are kept: checks of one shape follow each other, and drawing is done by the CPU."""
         return _drawn(self.device, shape, dtype, tuple(options.items()))
 
     def needs_cuda(self) -> None:
