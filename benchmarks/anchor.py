@@ -6,6 +6,7 @@ torch.profiler; then torch.compile and peers, and the portable way. What is not 
 table of `targets`: measured, target, met or not.
 
     --only TEXT      cases that have this text: an operation, a divergence
+    --parts NAME ... ours, kernels, chunked, others: in this order
     --out DIR        bench.jsonl, bench.md, kernels.jsonl, kernels.md, targets.md
     --figures        nothing is measured: the tables of what lies in DIR
     --quick          tiny shapes; with TRITON_INTERPRET=1 also on a CPU, where the times say nothing
@@ -40,6 +41,7 @@ ROW_SECONDS = 0.3  # timed: six calls of 50 ms
 SLOW_SECONDS = 1.0
 WARM_SECONDS = 90.0
 PROFILED = ("triton", "triton 3 GiB")
+PARTS = "ours", "kernels", "chunked", "others"
 FILES = "bench.jsonl", "bench.md", "kernels.jsonl", "kernels.md", "targets.md"
 
 
@@ -71,14 +73,11 @@ def providers_of(quick: bool) -> dict[str, list[Provider]]:
 # --- compiling --------------------------------------------------------------------------------------------------
 
 
-def compile_side_by_side(cases: Sequence[Case], device: str, quick: bool, jobs: int, seconds: float) -> None:
-    """Every kernel of ours and of torch.compile once, in processes of their own: it is in the caches afterwards."""
+def side_by_side(target: Callable[..., None], arguments: Sequence[tuple], seconds: float) -> None:
+    """`target` of each arguments in a process of its own; those that have not ended in time are ended."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__spec__.name])
-    shares = [cases[start::jobs] for start in range(jobs)]
-    processes = [
-        context.Process(target=compile_cases, args=(share, device, quick)) for share in shares if share
-    ]
+    context.set_forkserver_preload(["benchmarks.run"])  # what takes long to import
+    processes = [context.Process(target=target, args=given) for given in arguments]
     for process in processes:
         process.start()
     end = time.monotonic() + seconds
@@ -90,7 +89,10 @@ def compile_side_by_side(cases: Sequence[Case], device: str, quick: bool, jobs: 
 
 
 def compile_cases(cases: Sequence[Case], device: str, quick: bool) -> None:
-    """One call of each, at the gate's size and at full size. What fails here is reported where it is measured."""
+    """One call of each kernel of ours and of torch.compile, at the gate's size and at full size: it is in the caches then.
+
+    What fails here is reported where it is measured.
+    """
     torch.set_num_threads(2)
     who = providers_of(quick)
     wanted = [p for p in (*who["ours"], *who["others"]) if p.name == OURS or p.impl == "compile"]
@@ -141,7 +143,7 @@ def profiled(case: Case, provider: Provider, device: torch.device, where: dict[s
     for event in profile.events():
         if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA:
             sums[event.name][0] += 1
-            sums[event.name][1] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            sums[event.name][1] += event.device_time_total if on_gpu else event.self_cpu_time_total
     about = {"op": case.op, "divergence": case.divergence, "ids": case.ids, "head": case.head}
     about |= {"n": case.n, "k": case.k, "impl": provider.impl}
     about |= {"commit": where["commit"], "device": where["device"]}
@@ -179,7 +181,8 @@ class Run:
         self.device = torch.device(options.device)
         self.start = time.monotonic()
         self.cases = cases_of(shape, options.only)
-        self.contested = {f.case for f in figures_of(shape, options.only) if f.impl == "chunked"}
+        contested = (f.case for f in figures_of(shape, options.only) if f.impl == "chunked")
+        self.contested = list(dict.fromkeys(contested))
         self.who = providers_of(options.quick)
         self.rows: dict[tuple, Row] = {}
         self.kernels: list[Kernel] = []
@@ -204,18 +207,15 @@ class Run:
             (self.options.out / name).unlink(missing_ok=True)
         self.say(f"{self.device}: {auto_choices(self.device, self.shape['dtype'])}")
         if self.options.jobs:
-            limit = min(WARM_SECONDS, 0.4 * self.options.seconds)
-            compile_side_by_side(
-                self.cases, self.options.device, self.options.quick, self.options.jobs, limit
-            )
+            shares = [self.cases[start :: self.options.jobs] for start in range(self.options.jobs)]
+            given = [(share, self.options.device, self.options.quick) for share in shares if share]
+            side_by_side(compile_cases, given, min(WARM_SECONDS, 0.4 * self.options.seconds))
             self.say("compiled")
-        for case in self.cases:
-            self.measure(case, "ours")
-        for case in self.cases:
-            self.profile(case)
-        for part in ("chunked", "others"):
-            for case in self.cases:
-                if part != "chunked" or case in self.contested:
+        for part in (part for part in PARTS if part in self.options.parts):
+            for case in self.contested if part == "chunked" else self.cases:
+                if part == "kernels":
+                    self.profile(case)
+                else:
                     self.measure(case, part)
         if self.skipped:
             self.say(f"no time for {len(self.skipped)}: {'; '.join(self.skipped)}")
@@ -270,6 +270,18 @@ def auto_choices(device: torch.device, dtype: torch.dtype) -> str:
     return "auto takes " + ", ".join(f"{resolve_impl(name, device, dtype)[0]} for {name}" for name in names)
 
 
+def machine(rows: Sequence[Row]) -> str:
+    """What the floors are made of, over the run."""
+    products = [row.floor_ms for row in rows if row.op == "linear_token_stats" and row.floor_ms]
+    copies = {row.copy_gb_s for row in rows if row.copy_gb_s}
+    said = (
+        [f"bare product G {report.number(min(products))} to {report.number(max(products))} ms"]
+        if products
+        else []
+    )
+    return ", ".join(said + [f"copy {report.number(copy / 1e3)} TB/s" for copy in sorted(copies)])
+
+
 def print_figures(out: pathlib.Path, figures: Sequence[Figure], gate: str) -> None:
     """All tables of what lies in `out`, written, and the last one printed."""
     rows = harness.read_rows(out / "bench.jsonl") if (out / "bench.jsonl").exists() else []
@@ -280,7 +292,8 @@ def print_figures(out: pathlib.Path, figures: Sequence[Figure], gate: str) -> No
     (out / "kernels.md").write_text(kernel_tables(kernels) + "\n")
     lines, counted = targets.table(figures, rows, kernels)
     last = [f"correctness gate: {gate if gate == 'green' else 'NOT GREEN: ' + gate}"] if gate else []
-    text = "\n".join([*([report.where(rows), ""] if rows else []), *lines, "", *last, f"figures: {counted}"])
+    head = [report.where(rows) + ". The targets are an H200's.", machine(rows), ""] if rows else []
+    text = "\n".join([*head, *lines, "", *last, f"figures: {counted}"])
     (out / "targets.md").write_text(text + "\n")
     print(text, flush=True)
 
@@ -295,6 +308,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=200.0)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--only", action="append", default=[], metavar="TEXT")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--figures", action="store_true")
     parser.add_argument("--jobs", type=int, help="processes that compile first; 0: none")

@@ -54,6 +54,7 @@ class Row:
     ms_p80: float | None = None
     peak_mb: float | None = None
     floor_ms: float | None = None
+    copy_gb_s: float | None = None
     divergence: str = ""
     head: str = "frozen"  # or "trainable"; "none" for an operation without a gradient
     status: str = "ok"  # or "out of memory", "absent: why", "error: why", "wrong: what"
@@ -98,11 +99,16 @@ def environment(device: torch.device | str | None = None) -> dict[str, str]:
         "triton": version("triton"),
     }
     if on_gpu:
-        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm"
-        told = _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]).splitlines()
-        driver, *clocks = told[0].split(", ") if told else ("unknown", "unknown")
+        driver, *clocks = _driver_and_clocks()
         fields |= {"driver": driver, "clocks": ", ".join(clocks)}
     return fields
+
+
+@functools.cache
+def _driver_and_clocks() -> Sequence[str]:
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm"
+    told = _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]).splitlines()
+    return told[0].split(", ") if told else ("unknown", "unknown")
 
 
 def _cpu_name() -> str:

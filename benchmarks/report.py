@@ -112,7 +112,8 @@ def summary(rows: Sequence[Row]) -> list[str]:
         rival = _best(row for row in here if (row.provider, row.impl) not in known)
         cells = [_cell(row, ours) for row in columns]
         cells.append("–" if rival is None else f"{_cell(rival, ours)} ({rival.provider} {rival.impl})")
-        lines.append(f"| {title(ours)}; {sizes(ours)} | **{cells[0]}** | " + " | ".join(cells[1:]) + " |")
+        cells[0] = f"**{cells[0]}** ({ours.impl})"
+        lines.append(f"| {title(ours)}; {sizes(ours)} | " + " | ".join(cells) + " |")
     return lines
 
 

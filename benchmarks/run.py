@@ -214,7 +214,8 @@ def _measure_case(
                 add(provider, which, gate="red", error=verdict.error, status=wrong[provider.label])
             else:
                 fields = measured[provider.label].fields()
-                add(provider, which, gate="green", error=verdict.error, floor_ms=floor, **fields)
+                fields |= {"floor_ms": floor, "copy_gb_s": round(floors.copy_gb_s, 1)}
+                add(provider, which, gate="green", error=verdict.error, **fields)
     return rows
 
 

@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
-from benchmarks import cpu_goals, harness, plots, readme, report, run, targets
+from benchmarks import anchor, cpu_goals, harness, plots, readme, report, run, targets
 from benchmarks.cases import DIVERGENCES, LOSSES, OPS, Case, floor_ms, make_inputs, zipf_ids
 from benchmarks.gpu.suite import Sizes
 from benchmarks.harness import Floors, Row
@@ -253,8 +250,17 @@ def test_the_readme_shows_the_largest_case_of_every_device(tmp_path, monkeypatch
     plots.draw_all(rows, folder)
     text = readme.bench_block()
     assert "N = 256" in text and "N = 64" not in text
-    assert "| **128 ms, 0.5 MiB** | 512 ms (4 ×), 2 MiB | – | 256 ms (2 ×), 1 MiB (trl x) |" in text
+    (folder / "gate.md").write_text("")
+    statuses = "green", "green", "red", "not run", "needs CUDA"
+    lines = [{"commit": "c"}, *({"status": status} for status in statuses)]
+    (folder / "gate.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = readme.bench_block()
+    assert "| **128 ms, 0.5 MiB** (chunked) | 512 ms (4 ×), 2 MiB | – | 256 ms (2 ×), 1 MiB (trl x) |" in text
     assert "(results/cpu/topk_distill_loss_huber_frozen.png)" in text
+    assert (
+        "[all numbers](results/cpu/bench.md), [2 of 5 checks green, 1 red, 1 not run](results/cpu/gate.md)."
+        in text
+    )
 
 
 def test_command_line_writes_rows_and_tables_and_compares(tmp_path, capsys):
@@ -407,43 +413,41 @@ def test_each_figure_has_its_unit_and_is_met_or_not():
     assert "not measured (wrong: loss)" in targets.table([ratio], [red], [])[0][2]
 
 
-def test_the_anchor_writes_rows_kernels_and_its_table_at_toy_size(tmp_path):
-    """In a process of its own: the interpreter is chosen where a kernel is decorated."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.anchor",
-        "--quick",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    ]
-    command += ["--only", "linear_token_stats"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    options = {
-        "env": environment,
-        "capture_output": True,
-        "text": True,
-        "cwd": pathlib.Path(__file__).parents[1],
-    }
-    done = subprocess.run([*command, "--seconds", "20"], check=False, **options)
-    assert done.returncode == 0, done.stderr
+def test_the_anchor_writes_rows_kernels_and_its_table_at_toy_size(tmp_path, capfd):
+    command = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--only", "linear_token_stats"]
+    assert anchor.main([*command, "--parts", "ours", "kernels", "chunked", "--seconds", "600"]) == 0
+    said = capfd.readouterr().out
     rows = harness.read_rows(tmp_path / "bench.jsonl")
     impls = {row.impl for row in rows if row.provider == "duet_kernels"}
     assert {"triton", "triton 256 MiB", "triton 1 GiB", "triton 3 GiB", "chunked"} <= impls
     assert len(rows) == len({(row.provider, row.impl) for row in rows})
-    assert all(row.gate == "green" for row in rows if row.provider == "duet_kernels"), done.stdout
+    assert all(row.gate == "green" for row in rows if row.provider == "duet_kernels"), said
     kernels = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
     assert {x["impl"] for x in kernels} == {"triton", "triton 3 GiB"} and all(x["ms"] >= 0 for x in kernels)
-    assert "| `linear_token_stats`, forward, N 16, triton |" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("figures: ")
-    assert (tmp_path / "targets.md").read_text() in done.stdout
+    assert "| `linear_token_stats`, forward, N 16, triton |" in said
+    assert said.splitlines()[-1].startswith("figures: ")
+    assert (tmp_path / "targets.md").read_text() in said
     # The same tables from the files alone, and no time is no measurement.
-    again = subprocess.run([*command, "--figures"], check=False, **options)
-    assert again.stdout == (tmp_path / "targets.md").read_text()
-    nothing = subprocess.run([*command, "--seconds", "0"], check=False, **options)
-    assert "no time for" in nothing.stdout and "figures: 0 met, 0 NOT MET, 3 not measured" in nothing.stdout
+    assert anchor.main([*command, "--figures", "--gate", "red"]) == 0
+    again = capfd.readouterr().out
+    assert again == (tmp_path / "targets.md").read_text() and "correctness gate: NOT GREEN: red" in again
+    assert anchor.main([*command, "--seconds", "0"]) == 0
+    nothing = capfd.readouterr().out
+    assert "no time for" in nothing and "figures: 0 met, 0 NOT MET, 3 not measured" in nothing
+
+
+def write_or_sleep(path):
+    if path is None:
+        time.sleep(60)
+    path.write_text("done")
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_end_in_time_are_ended(tmp_path):
+    start = time.monotonic()
+    anchor.side_by_side(write_or_sleep, [(tmp_path / "a",), (None,), (tmp_path / "b",)], seconds=40)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    assert time.monotonic() - start < 59
 
 
 def test_zipf_ids_are_few_that_stand_everywhere_and_many_that_stand_nowhere():

@@ -27,7 +27,7 @@ def run(tmp_path, *words):
 
 
 def rows_of(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "gate.jsonl").read_text().splitlines()]
+    return gate.read_rows(tmp_path / "gate.jsonl")
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_a_broken_kernel_makes_the_gate_red_and_no_speed_is_printed(tmp_path, mo
         and "relative error" in out
         and "no speed" in err
     )
-    assert not list(tmp_path.glob("*.md")) and " ms" not in out
+    assert {path.name for path in tmp_path.iterdir()} == {"gate.jsonl", "gate.md"} and " ms" not in out
 
 
 def test_a_green_gate_goes_on_to_the_benchmark(tmp_path, monkeypatch):

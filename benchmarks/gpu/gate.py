@@ -1,4 +1,4 @@
-"""Runs the checks in a few long-lived processes and writes one row of JSON a check.
+"""Runs the checks in a few long-lived processes and writes one row of JSON a check, behind one that says where.
 
 Most of a first run is compiling, which the processes do side by side; what one has compiled the others find in Triton's
 cache. They are forked from a server that has imported torch, so that starting one anew takes no import: it is done when
@@ -269,10 +269,11 @@ def run(arguments: argparse.Namespace, out: pathlib.Path, seconds: float) -> str
     said = [start]  # when the last line of progress was printed
 
     with path.open("w") as file, tempfile.NamedTemporaryFile("r") as log:
+        print(json.dumps(where), file=file, flush=True)
 
         def report(row: dict[str, Any]) -> None:
             with lock:
-                print(json.dumps({**where, **row}), file=file, flush=True)
+                print(json.dumps(row), file=file, flush=True)
                 counts[row["status"]] += 1
                 now = time.perf_counter()
                 if row["status"] == RED or now - said[0] > PROGRESS_SECONDS:
@@ -285,7 +286,9 @@ def run(arguments: argparse.Namespace, out: pathlib.Path, seconds: float) -> str
         rows = run_checks(checks, workers or [perform], seconds, report)
         noise = log.read()
     result = colour(rows)
-    print(summary(rows))
+    text = summary(rows)
+    print(text)
+    (out / "gate.md").write_text(f"{', '.join(where.values())}\n\n{text}\n")
     if result == RED and noise:
         print("\nthe workers' last words:\n" + noise[-4000:])
     other = len(rows) - counts[GREEN] - counts[RED] - counts[NOT_RUN]
@@ -293,6 +296,12 @@ def run(arguments: argparse.Namespace, out: pathlib.Path, seconds: float) -> str
           f"{counts[NOT_RUN]} not run, {other} cannot run here, {len(rows)} checks in "
           f"{time.perf_counter() - start:.0f} s, {path}")  # fmt: skip
     return result
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a gate.jsonl, each with the fields of the first line, which says where all were made."""
+    where, *rows = (json.loads(line) for line in path.read_text().splitlines())
+    return [{**where, **row} for row in rows]
 
 
 def selected(check: Check, arguments: argparse.Namespace) -> bool:
