@@ -2,7 +2,7 @@
 
 import json
 import os
-import sys
+import time
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorated
 
@@ -13,10 +13,10 @@ pytest.importorskip("triton")
 
 from benchmarks import tune
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import gate
-from benchmarks.gpu.suite import SAMPLED, Check, Skip, Suite
+from benchmarks.gpu import conduct, gate
+from benchmarks.gpu.suite import SAMPLED, SELECTIONS, Check, Skip, Suite
 from duet_kernels import dispatch, measured, resolve_impl
-from duet_kernels.testing import OPS, Error
+from duet_kernels.testing import OPS, Error, operations
 from duet_kernels.triton import tiles
 
 CPU = torch.device("cpu")
@@ -27,10 +27,27 @@ def run(tmp_path, *words):
 
 
 def rows_of(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "gate.jsonl").read_text().splitlines()]
+    return gate.read_rows(tmp_path / "gate.jsonl")
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------
+
+
+def test_sections_and_texts_choose_the_checks(tmp_path):
+    assert run(tmp_path, "--gate", "--sections", "order", "k", "--only", "equal ties") == 0
+    assert {row["section"] for row in rows_of(tmp_path)} == {"order"}
+    assert run(tmp_path, "--gate", "--sections", "order", "--only", "equal ties", "--skip", "16") == 0
+    assert {row["check"] for row in rows_of(tmp_path)} == {"equal ties fp32 k=5"}
+
+
+def test_what_the_sanitizer_says():
+    assert conduct.verdict(0, "x\n===== ERROR SUMMARY: 0 errors\n") == "ERROR SUMMARY: 0 errors"
+    with pytest.raises(Skip, match=r"absent: .*Device not supported"):
+        conduct.verdict(1, "========= Error: Device not supported")
+    with pytest.raises(AssertionError, match="3 errors"):
+        conduct.verdict(9, "Invalid read\n===== ERROR SUMMARY: 3 errors")
+    names = {op.name for op in (*Suite(CPU).sampled, *SELECTIONS)}
+    assert {name for groups in conduct.SANITIZED.values() for group in groups for name in group} == names
 
 
 def test_the_gate_runs_in_the_interpreter(tmp_path, capsys):
@@ -55,37 +72,60 @@ def test_the_gate_runs_in_the_interpreter(tmp_path, capsys):
 
 
 def test_a_broken_kernel_makes_the_gate_red_and_no_speed_is_printed(tmp_path, monkeypatch, capsys):
-    from duet_kernels.triton import topk_divergence as kernel
+    right = operations.topk_distill_loss
 
-    right = kernel.topk_divergence
+    def wrong(*args, impl, **options):
+        loss = right(*args, impl=impl, **options)
+        return loss + 0.05 * (loss - loss.detach()) if impl == "triton" else loss
 
-    def wrong(*args, **options):
-        loss, dstudent, dtail = right(*args, **options)
-        return loss, 1.05 * dstudent, dtail
-
-    monkeypatch.setattr(kernel, "topk_divergence", wrong)
+    monkeypatch.setattr(operations, "topk_distill_loss", wrong)
     monkeypatch.setattr(command, "benchmark", lambda *_: pytest.fail("speed was measured behind a red gate"))
     assert run(tmp_path, "--only", "even bf16 triton") == 1
     status = {row["check"].removeprefix("even bf16 triton "): row["status"] for row in rows_of(tmp_path)}
     assert status["topk-huber"] == status["topk-jsd-tail"] == "red"
     assert status["gather"] == status["topk"] == "green", "a red check stops no other"
     out, err = capsys.readouterr()
-    assert "correctness gate: RED" in out and "relative error" in out and "no speed" in err
-    assert not list(tmp_path.glob("*.md")) and " ms" not in out
+    assert (
+        "correctness gate: NOT GREEN, 6 green, 2 red, 0 not run" in out
+        and "relative error" in out
+        and "no speed" in err
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"gate.jsonl", "gate.md"} and " ms" not in out
 
 
 def test_a_green_gate_goes_on_to_the_benchmark(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(command, "benchmark", lambda arguments, out: asked.append(out) or 0)
-    assert run(tmp_path, "--only", "order/equal ties fp32") == 0 and asked == [tmp_path]
+    monkeypatch.setattr(command, "benchmark", lambda *given: asked.append(given[1:]) or 0)
+    assert run(tmp_path, "--only", "order/equal ties fp32") == 0
+    ((out, seconds, colour),) = asked
+    assert out == tmp_path and 0 < seconds < command.SECONDS and colour == "green"
     # Where the time did not suffice for every check the speed is measured, and the exit status says it.
     monkeypatch.setattr(gate, "run", lambda *_: "not run")
-    assert run(tmp_path) == 1 and asked == [tmp_path] * 2
+    assert run(tmp_path) == 1 and asked[1][2] == "not run"
+    monkeypatch.setattr(gate, "run", lambda *_: "red")
+    assert run(tmp_path) == 1 and len(asked) == 2
+    assert run(tmp_path, "--anyway") == 1 and asked[2][2] == "red"
+    monkeypatch.setattr(gate, "run", lambda *_: pytest.fail("a gate that was not asked for"))
+    assert run(tmp_path, "--bench") == 0 and asked[3][2] == ""
+
+
+def test_the_gate_keeps_time_for_the_benchmark(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(gate, "run", lambda arguments, out, seconds: given.append(seconds) or "green")
+    monkeypatch.setattr(
+        command, "benchmark", lambda arguments, out, seconds, colour: given.append(seconds) or 0
+    )
+    assert run(tmp_path, "--seconds", "500") == 0
+    of_gate, of_benchmark = given
+    assert of_gate == pytest.approx(500 * (1 - command.BENCHMARK_SHARE), abs=20)
+    assert of_benchmark == pytest.approx(500, abs=20)  # this gate took no time
+    assert run(tmp_path, "--gate", "--seconds", "500") == 0
+    assert given[2] == pytest.approx(500, abs=20)
 
 
 def test_a_gate_without_time_has_shown_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "benchmark", lambda *_: pytest.fail("speed was measured without a gate"))
-    assert run(tmp_path, "--only", "order/equal ties", "--gate-seconds", "-1") == 1
+    assert run(tmp_path, "--only", "order/equal ties", "--seconds", "0") == 1
     assert {row["status"] for row in rows_of(tmp_path)} == {"not run"}
 
 
@@ -138,28 +178,49 @@ def test_what_a_check_says():
     assert gate.perform(Check("s", "n", lambda: Error(1e-7, 4e-7)))["budget"] == 4e-7
 
 
-SERVANT = """
-import json, os, sys, time
-for line in sys.stdin:
-    title = line.strip()
-    if "die" in title: os._exit(3)
-    if "hang" in title: time.sleep(60)
-    print(json.dumps({"section": "s", "check": title, "status": "red" if "bad" in title else "green",
-                      "seconds": 0.0, "pid": os.getpid()}), flush=True)
-    if "bad" in title: break
-"""
+def servant(pipe):
+    """A worker that does what the check's name says."""
+    while True:
+        try:
+            title = pipe.recv()
+        except EOFError:
+            return
+        if "die" in title:
+            os._exit(3)
+        if "hang" in title:
+            time.sleep(60)
+        row = {
+            "section": "s",
+            "check": title,
+            "status": "red" if "bad" in title else "green",
+            "pid": os.getpid(),
+        }
+        pipe.send(({**row, "seconds": 0.0}, "sick" in title))
+        if "sick" in title:
+            return
 
 
-def test_a_process_that_dies_or_hangs_stops_no_other_check(tmp_path, monkeypatch):
+def test_a_process_that_dies_or_hangs_stops_no_other_check(monkeypatch):
     monkeypatch.setattr(gate, "START_SECONDS", 1.0)
-    names = ["one", "die", "two", "hang", "three", "bad", "four"]
-    checks = [Check("s", name, lambda: None, seconds=1.0) for name in names]
-    with (tmp_path / "log").open("w") as log:
-        ask = lambda: gate.Worker([sys.executable, "-c", SERVANT], log)  # noqa: E731 - one use
-        rows = gate.run_checks(checks, ask, 2, 60, lambda row: None)
+    names = ["one", "bad", "two", "sick bad", "three", "die", "four", "hang", "five"]
+    checks = [Check("s", name, lambda: None, seconds=4.0) for name in names]
+    rows = gate.run_checks(checks, [gate.Worker(servant)], 60, lambda row: None)
     status = dict(zip(names, (row["status"] for row in rows), strict=True))
-    assert [name for name in names if status[name] == "red"] == ["die", "hang", "bad"]
-    assert "died with exit status 3" in rows[1]["said"] and "no answer in" in rows[3]["said"]
+    assert [name for name in names if status[name] == "red"] == ["bad", "sick bad", "die", "hang"]
+    assert "died with exit status 3" in rows[5]["said"] and "no answer in" in rows[7]["said"]
+    pids = [rows[i]["pid"] for i in (0, 1, 2, 3, 4, 6, 8)]
+    # A red check costs no process; a device that no longer answers, a death and a hang cost one each.
+    assert pids[0] == pids[1] == pids[2] == pids[3] and len(set(pids)) == 4
+
+
+def test_checks_that_run_alone_come_last_and_have_one_process():
+    checks = [Check("s", f"check {i}", lambda: None, alone=i in (0, 3)) for i in range(6)]
+    done = []
+    workers = [gate.Worker(servant), gate.Worker(servant)]
+    rows = gate.run_checks(checks, workers, 60, lambda row: done.append(row["check"]))
+    assert [row["check"] for row in rows] == [f"s/check {i}" for i in range(6)]
+    assert done[4:] == ["s/check 0", "s/check 3"]
+    assert rows[0]["pid"] == rows[3]["pid"] and all(worker.process is None for worker in workers)
 
 
 @pytest.mark.slow
@@ -366,12 +427,3 @@ def test_what_is_timed_is_judged_first(monkeypatch):
         kernel, "linear_gather_backward", lambda *a, **o: [g and None for g in right(*a, **o)]
     )
     assert tune.is_right("linear_gather dh", SMALL, "triton", CPU) is not None
-
-
-@pytest.mark.parametrize(
-    ("gate_took", "left"), [(100.0, 180.0), (260.0, 180.0), (320.0, 120.0), (600.0, 60.0)]
-)
-def test_what_the_gate_takes_beyond_its_time_the_benchmark_goes_without(gate_took, left):
-    words = ["--gate-seconds", "260", "--benchmark-seconds", "180"]
-    assert command.left_for_benchmark(command.parsed(words), gate_took) == left
-    assert command.left_for_benchmark(command.parsed([*words[:3], "20"]), gate_took) <= 20.0

@@ -33,6 +33,8 @@ class Op:
         resolve: the name that `resolve_impl` knows the operation by.
         loss: False for the primitives, which have no reduction.
         definition: what `call` is compared with; None: `call` itself with `impl="reference"`.
+        independent: the student's and the teacher's logits are made in two ways (rows gathered, a matrix product), so
+            that their rounding errors do not cancel in the difference of the two.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Op:
     resolve: str
     loss: bool = True
     definition: Callable[..., Tensor] | None = None
+    independent: bool = False
 
     def run(self, problem: Problem, impl: str, **options: Any) -> Tensor:
         """Per-token values, unless a reduction is asked for."""
@@ -92,7 +95,13 @@ def _distill_op(divergence: str, **options: Any) -> Op:
     name = "-".join(
         ["linear", divergence, *(str(o) for n, o in options.items() if n in ("support", "normalization"))]
     )
-    return Op(name, call, lambda problem: problem.labels[..., None], "linear_distill_loss")
+    return Op(
+        name,
+        call,
+        lambda problem: problem.labels[..., None],
+        "linear_distill_loss",
+        independent="support" in options,
+    )
 
 
 def _gather(problem: Problem, **options: Any) -> Tensor:
