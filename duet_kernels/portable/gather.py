@@ -199,7 +199,7 @@ def _topk_loss_by_pieces(
     """The same with dh, where what was gathered serves the logits and dh: rows of W are read once."""
     ids = indices.clamp(0, len(head.weight) - 1)
     bias = None if head.bias is None else head.bias.to(head.acc)[ids]
-    loss, values, dvalues = factor.new_empty(len(ids)), *teacher.new_empty(2, *ids.shape, dtype=head.acc)
+    loss, values, dvalues = factor.new_empty(len(ids)), torch.empty_like(teacher), torch.empty_like(teacher)
     dhidden = hidden.new_empty(hidden.shape, dtype=grad_dtype(hidden.dtype))
     for rows in _pieces(ids, head.weight):
         gathered = F.embedding(ids[rows], head.weight)
