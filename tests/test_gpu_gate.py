@@ -1,5 +1,6 @@
 """`make gpu` and `make tune` without a GPU: the gate in the interpreter, that it can be red, and the measured table."""
 
+import itertools
 import json
 import os
 import time
@@ -258,8 +259,7 @@ def tuner(times, right=lambda *_: None):
 
 def test_the_fastest_tile_is_written_read_and_used(tmp_path, untouched):
     path = tmp_path / "measured.json"
-    entries = list(tuner([[1.0, 0.8, 0.9]]).run([KNOB], 60))
-    tune.write(path, entries)
+    tune.write(path, tuner([[1.0, 0.8, 0.9]]).run([KNOB], 60))
     (entry,) = measured.load(path).tiles
     assert (
         entry.key == (90, 2, 16)
@@ -270,28 +270,32 @@ def test_the_fastest_tile_is_written_read_and_used(tmp_path, untouched):
     tiles.adopt([entry])
     assert tiles.skinny_tile(90, 2, 9) == tiles.SkinnyTile(128, 64, 6, 4)
     assert tiles.skinny_tile(80, 2, 9) == tiles.SKINNY[0, 2, 16]
-    # Another architecture's entries stay, the same one's are replaced.
-    tune.write(path, [entry._replace(value=(256, 64, 4, 8)), entry._replace(key=(100, 2, 16))])
+    # Another architecture's entries stay, the same one's are replaced, and go where they gain nothing any more.
+    others = entry._replace(value=(256, 64, 4, 8)), entry._replace(key=(100, 2, 16))
+    tune.write(path, [tune.Verdict(tune.place_of(other), other) for other in others])
     assert {e.key: e.value[0] for e in measured.load(path).tiles} == {(90, 2, 16): 256, (100, 2, 16): 128}
+    tune.write(path, tuner([[1.0, 1.0, 1.1]]).run([KNOB], 60))
+    assert [e.key for e in measured.load(path).tiles] == [(100, 2, 16)]
 
 
-@pytest.mark.parametrize("times", [[1.0, 0.99, 1.2], [None, 0.5, 0.6]], ids=["no gain", "default fails"])
-def test_a_tile_that_gains_nothing_is_not_written(times, untouched):
-    assert list(tuner([times]).run([KNOB], 60)) == []
+def test_a_tile_that_gains_nothing_is_not_written(untouched):
+    ((place, entry),) = tuner([[1.0, 0.99, 1.2]]).run([KNOB], 60)
+    assert place == ("SKINNY", (90, 2, 16)) and entry is None
+    assert list(tuner([[None, 0.5, 0.6]]).run([KNOB], 60)) == []  # the default fails: no verdict
 
 
 def test_a_wrong_tile_cannot_win(untouched):
     def right(name, shape, impl, device):
         return "wrong" if tiles.skinny_tile(90, 2, 9).stages == 6 else None
 
-    (entry,) = tuner([[1.0, 0.9]], right).run([KNOB], 60)
+    ((_, entry),) = tuner([[1.0, 0.9]], right).run([KNOB], 60)
     assert entry.value == (256, 64, 4, 8)
     assert (90, 2, 16) not in tiles.SKINNY or tiles.SKINNY[90, 2, 16].vocabulary == 256
 
 
 def test_a_number_is_measured_for_one_architecture(untouched):
     knob = tune.Knob("FOLD_ROWS", (), ((32,), (64,)), "linear_topk", SMALL)
-    (entry,) = tuner([[1.0, 0.5]]).run([knob], 60)
+    ((_, entry),) = tuner([[1.0, 0.5]]).run([knob], 60)
     assert entry.key == (90,) and entry.value == (64,)
     assert (
         tiles.measured_number("FOLD_ROWS", 90) == 64
@@ -299,26 +303,45 @@ def test_a_number_is_measured_for_one_architecture(untouched):
     )
 
 
-def test_auto_follows_the_table(tmp_path, monkeypatch):
+def test_auto_takes_the_kernel_but_for_exceptions(tmp_path, monkeypatch):
     path = tmp_path / "measured.json"
-    steps = [tune.Contest("linear_topk", SMALL, 0), tune.Contest("linear_topk", SMALL, 64)]
-    tune.write(path, list(tuner([[1.0, 3.1], [2.0, 1.0]]).run(steps, 60)))
+    steps = [
+        tune.Contest("linear_topk", SMALL, (65, 0)),
+        tune.Contest("linear_topk", SMALL, (1, 64)),
+        tune.Contest("linear_gather", SMALL, (1, 0), (257, 0)),
+    ]
+    tune.write(path, tuner([[1.0, 3.1], [2.0, 1.0], [1.5, 1.0]]).run(steps, 60))
     monkeypatch.setattr(measured, "MEASURED", measured.load(path))
     monkeypatch.setattr(dispatch, "architecture", lambda device: 90)
-    choice, reason = resolve_impl("linear_topk", "cuda", torch.bfloat16, tokens=8192)
-    assert choice == "triton"
-    assert reason == f"measured on NVIDIA H200 (commit abc1234): triton 3.1 x faster than chunked at {SMALL}"
-    assert (
-        resolve_impl("linear_topk", "cuda", torch.float16)[0] == "triton"
-    )  # of the same size, however many tokens
     choice, reason = resolve_impl("linear_topk", "cuda", torch.bfloat16, tokens=64)
-    assert choice == "chunked" and "chunked 2.0 x faster than triton" in reason
-    choice, reason = resolve_impl("linear_topk", "cuda", torch.float32, tokens=8192)
-    assert choice == "chunked" and "not been measured on sm_90" in reason
-    assert resolve_impl("linear_topk", "cuda", torch.bfloat16, "chunked") == ("chunked", "asked for")
-    monkeypatch.setattr(dispatch, "architecture", lambda device: 80)
-    assert "not been measured on sm_80" in resolve_impl("linear_topk", "cuda", torch.bfloat16)[1]
+    assert choice == "chunked"
+    assert (
+        reason == f"measured on NVIDIA H200 (commit abc1234): 2.0 x faster than its Triton kernel at {SMALL}"
+    )
+    assert resolve_impl("linear_topk", "cuda", torch.float16, tokens=8)[0] == "chunked"  # the same size
+    for others in (
+        ("linear_topk", "cuda", torch.bfloat16, "auto", 65),
+        ("linear_topk", "cuda", torch.bfloat16, "auto", None),
+        ("linear_topk", "cuda", torch.float32, "auto", 64),
+        ("linear_topk", "cuda", torch.bfloat16, "auto", 64, "sm_100"),
+    ):
+        *call, tokens = others[:5]
+        if others[5:]:
+            monkeypatch.setattr(dispatch, "architecture", lambda device: 100)
+        assert resolve_impl(*call, tokens=tokens)[0] == "triton", others
+    monkeypatch.setattr(dispatch, "architecture", lambda device: 90)
+    assert [resolve_impl("linear_gather", "cuda", torch.bfloat16, tokens=9, k=k)[0] for k in (256, 257, None)] == [
+        "triton", "chunked", "chunked",
+    ]  # fmt: skip
+    assert resolve_impl("linear_topk", "cuda", torch.bfloat16, "chunked", tokens=8) == (
+        "chunked",
+        "asked for",
+    )
+    assert resolve_impl("linear_topk", "cuda", torch.bfloat16, "triton", tokens=8) == ("triton", "asked for")
     assert resolve_impl("linear_topk", "cpu", torch.bfloat16)[0] == "chunked"
+    # A later run in which the kernel wins takes the exception away.
+    tune.write(path, tuner([[1.0, 1.0]]).run([steps[1]], 60))
+    assert [e.op for e in measured.load(path).exceptions] == ["linear_gather"]
 
 
 def test_an_implementation_that_does_not_run_decides_nothing():
@@ -328,9 +351,9 @@ def test_an_implementation_that_does_not_run_decides_nothing():
     assert list(tuner([]).run([contest], -1)) == []  # no time left
 
 
-CHOICE = {
-    "op": "linear_topk", "arch": 90, "itemsize": 2, "tokens": 0, "k": 0, "impl": "triton",
-    "triton_ms": 1.0, "chunked_ms": 2.0, "shape": "N 1", "device": "NVIDIA H200", "commit": "abc",
+SLOWER = {
+    "op": "linear_topk", "arch": 90, "itemsize": 2, "tokens": [1, 64], "k": [0, 0],
+    "triton_ms": 2.0, "chunked_ms": 1.0, "shape": "N 1", "device": "NVIDIA H200", "commit": "abc",
 }  # fmt: skip
 TILE = {
     "table": "SKINNY", "key": [90, 2, 16], "value": [128, 64, 6, 4], "ms": 1.0, "default_ms": 2.0,
@@ -338,23 +361,23 @@ TILE = {
 }  # fmt: skip
 
 
+def file(*exceptions):
+    return {"format": 2, "exceptions": list(exceptions), "tiles": []}
+
+
 @pytest.mark.parametrize(
     "content, wanted",
     [
         ("{", "not JSON"),
         ({}, "wanted the fields"),
-        ({"format": 2, "choices": [], "tiles": []}, "format 1"),
-        ({"format": 1, "choices": [{**CHOICE, "speed": 1}], "tiles": []}, r"choices\[0\]: wanted the fields"),
-        (
-            {"format": 1, "choices": [CHOICE, {**CHOICE, "arch": "90"}], "tiles": []},
-            r"choices\[1\].arch: wanted",
-        ),
-        (
-            {"format": 1, "choices": [{**CHOICE, "impl": "cuda"}], "tiles": []},
-            r"choices\[0\].impl: wanted one of",
-        ),
-        ({"format": 1, "choices": [{**CHOICE, "triton_ms": 0.0}], "tiles": []}, "times above 0"),
-        ({"format": 1, "choices": [], "tiles": [{**TILE, "key": [90, "2"]}]}, r"tiles\[0\].key: wanted"),
+        ({"format": 1, "exceptions": [], "tiles": []}, "format 2"),
+        (file({**SLOWER, "speed": 1}), r"exceptions\[0\]: wanted the fields"),
+        (file(SLOWER, {**SLOWER, "arch": "90"}), r"exceptions\[1\].arch: wanted"),
+        (file({**SLOWER, "tokens": [64]}), r"exceptions\[0\].tokens: wanted the least and the most"),
+        (file({**SLOWER, "k": [64, 1]}), r"exceptions\[0\].k: wanted the least and the most"),
+        (file({**SLOWER, "chunked_ms": 0.0}), "chunked_ms above 0"),
+        (file({**SLOWER, "triton_ms": 0.9}), "below triton_ms"),
+        ({**file(), "tiles": [{**TILE, "key": [90, "2"]}]}, r"tiles\[0\].key: wanted"),
     ],
 )
 def test_a_file_that_is_not_understood_is_refused(content, wanted, tmp_path):
@@ -402,7 +425,15 @@ def test_the_plan(capsys):
     assert {step.op for step in contests} == set(dispatch.OPS)
     for op in dispatch.OPS:
         limits = [(s.tokens, s.k, s.shape.itemsize) for s in contests if s.op == op]
-        assert len(set(limits)) == len(limits) and {0, 64} <= {tokens for tokens, _, _ in limits}
+        assert len(set(limits)) == len(limits)
+        for n, k in itertools.product((1, 64, 65, 4096, 4097, None), (0, 1, 64, 256, 257, 1000, None)):
+            takers = [
+                step
+                for step in contests
+                if step.op == op and step.shape.itemsize == 2
+                and measured.Slower(op, 90, 2, step.tokens, step.k, 2.0, 1.0, "", "", "").takes(n, k)
+            ]  # fmt: skip
+            assert len(takers) <= 1 and (takers or op in tune.BY_K), (op, n, k)
     assert tune.main(["--plan"]) == 0
     assert "LOGSUMEXP[2, 0]" in capsys.readouterr().out
 
@@ -420,10 +451,13 @@ def test_what_is_timed_runs(name, impl):
 
 def test_what_is_timed_is_judged_first(monkeypatch):
     assert tune.is_right("linear_gather dh", SMALL, "triton", CPU) is None
-    from duet_kernels.triton import gather as kernel
+    from duet_kernels import triton as kernels
 
-    right = kernel.linear_gather_backward
-    monkeypatch.setattr(
-        kernel, "linear_gather_backward", lambda *a, **o: [g and None for g in right(*a, **o)]
-    )
+    right = kernels.linear_gather_backward
+
+    def wrong(*args):
+        dhidden, *others = right(*args)
+        return None if dhidden is None else 1.05 * dhidden, *others
+
+    monkeypatch.setattr(kernels, "linear_gather_backward", wrong)
     assert tune.is_right("linear_gather dh", SMALL, "triton", CPU) is not None

@@ -26,6 +26,7 @@ from .op import (
     needs_gradient,
     present,
     refuse_second_derivative,
+    save_for_backward,
 )
 from .primitives import linear_gather_backward
 
@@ -69,6 +70,12 @@ def _gradient(
         scaled = [gradients[0] * grad[:, None] if need.hidden else gradients[0]]
         scaled += again(later)[1:] if any(later) else gradients[1:]
     return for_autograd([g.to(ctx.dtype) for g in scaled], need, len(ctx.needs_input_grad))
+
+
+def _save(ctx: Any, output: tuple[Tensor, ...], *inputs: Tensor | None) -> None:
+    """Keep the gradients that the forward pass made, and its inputs where `again` makes dW or db of rows."""
+    again = not ctx.reduce and any(ctx.needs_input_grad[1:3])
+    save_for_backward(ctx, *output[1:], *(inputs if again else ()))
 
 
 def _options(spec: Divergence) -> tuple[str, str, float, float, float]:
@@ -143,7 +150,7 @@ def _(hidden, weight, bias, softcap, scale, ids, teacher, factor, *rest):
 
 def _topk_loss_context(ctx, inputs, output):
     hidden, weight, bias, ctx.softcap, ctx.scale, ids, *_, ctx.impl = inputs
-    ctx.save_for_backward(*output[1:], hidden, weight, bias, ids)
+    save_for_backward(ctx, *output[1:], hidden, weight, bias, ids)
 
 
 def _topk_loss_gradient(ctx, grad, *_):
@@ -205,7 +212,7 @@ def _topk_loss_with_tail_context(ctx, inputs, output):
     hidden, weight, bias, softcap, scale, ids, teacher, teacher_tail, factor = inputs[:9]
     *options, ctx.reduce, _, _, _, ctx.impl = inputs[9:]
     ctx.dtype, ctx.head, ctx.options = hidden.dtype, (softcap, scale), options
-    ctx.save_for_backward(*output[1:], hidden, weight, bias, ids, teacher, teacher_tail, factor)
+    _save(ctx, output, hidden, weight, bias, ids, teacher, teacher_tail, factor)
 
 
 def _topk_loss_with_tail_gradient(ctx, grad, *_):
@@ -289,7 +296,7 @@ def _linear_divergence_context(ctx, inputs, output):
     hidden, weight, bias, softcap, scale, t_hidden, t_weight, t_bias, t_softcap, t_scale, factor = inputs[:11]
     *options, ctx.reduce, _, _, _, ctx.impl = inputs[11:]
     ctx.dtype, ctx.heads, ctx.options = hidden.dtype, ((softcap, scale), (t_softcap, t_scale)), options
-    ctx.save_for_backward(*output[1:], hidden, weight, bias, t_hidden, t_weight, t_bias, factor)
+    _save(ctx, output, hidden, weight, bias, t_hidden, t_weight, t_bias, factor)
 
 
 def _linear_divergence_gradient(ctx, grad, *_):
@@ -354,7 +361,7 @@ def _(hidden, weight, bias, softcap, scale, labels, factor, reduce, *rest):
 def _linear_cross_entropy_context(ctx, inputs, output):
     hidden, weight, bias, ctx.softcap, ctx.scale, labels, factor, ctx.reduce, *_, ctx.impl = inputs
     ctx.dtype = hidden.dtype
-    ctx.save_for_backward(*output[1:], hidden, weight, bias, labels, factor)
+    _save(ctx, output, hidden, weight, bias, labels, factor)
 
 
 def _linear_cross_entropy_gradient(ctx, grad, *_):

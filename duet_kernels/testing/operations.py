@@ -16,6 +16,7 @@ from ..functional import (
     topk_distill_loss,
 )
 from ..head import TopK
+from ..options import DistributionDivergence, DivergenceName, Normalization
 from .problems import Problem
 
 IGNORE = -100
@@ -64,7 +65,7 @@ def _k(problem: Problem) -> int:
     return min(8, problem.head.num_ids, problem.teacher_head.num_ids)
 
 
-def _topk_op(divergence: str, normalization: str | None = None, **options: Any) -> Op:
+def _topk_op(divergence: DivergenceName, normalization: Normalization | None = None, **options: Any) -> Op:
     def teacher(problem: Problem) -> TopK:
         return problem.teacher_topk(_k(problem), options.get("temperature", 1.0))
 
@@ -84,7 +85,7 @@ def _topk_op(divergence: str, normalization: str | None = None, **options: Any) 
     return Op(name, call, lambda problem: teacher(problem).indices, resolve)
 
 
-def _distill_op(divergence: str, **options: Any) -> Op:
+def _distill_op(divergence: DivergenceName, **options: Any) -> Op:
     def call(problem: Problem, **more: Any) -> Tensor:
         live = problem.teacher_hidden, problem.teacher_head
         chosen = {"k": _k(problem)} if options.get("k") else {}
@@ -126,7 +127,7 @@ def _top_ids(problem: Problem) -> Tensor:
     return problem.teacher_topk(_k(problem)).indices
 
 
-DISTRIBUTIONS = ("forward_kl", "reverse_kl", "jsd", "tvd")
+DISTRIBUTIONS: tuple[DistributionDivergence, ...] = ("forward_kl", "reverse_kl", "jsd", "tvd")
 
 OPS: tuple[Op, ...] = (
     Op("gather", _gather, _top_ids, "linear_gather", loss=False),
