@@ -1,61 +1,56 @@
-"""How a dense loss is walked: blocks of rows and slabs of columns by bytes and reckoned seconds. No tensor, no kernel.
+"""How many rows and columns of logits a dense loss holds at a time: by bytes, and by seconds as measured on an H200.
 
-`plan` lists what keeps `workspace_bytes()` and takes the fastest: a product costs the dearer of its FLOP and its bytes,
-what is added to is read and written besides, everything else costs its bytes (rates: `tiles`, as of an H200; calculated,
-not measured). The two ways are those of `dense`: `kept` rows of dz with their logits at hand, or folds and then sweeps.
-Whatever the workspace, nothing is `[N, V]` but for a few tokens: a buffer has at most half of the rows or of the columns.
+`plan` lists sizes that keep the workspace and takes the fastest: a product costs its FLOP at the rate of its number of
+rows, everything else its bytes (`tiles`). Whatever the workspace, no buffer is `[N, V]` but for a few tokens, and at
+least one row of logits is there. Must not know tensors, kernels, or which loss it is.
 
-Legend: N tokens, D hidden size, V vocabulary, R rows of a block, C columns of a slab, M rows of dz that are kept.
+Legend: N tokens, D hidden size, V vocabulary, C columns of a slab, M rows of dz, R rows of logits.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from triton import cdiv
 
 from ..head import Need
-from ..workspace import workspace_bytes
 from . import tiles
 
 
 class Shape(NamedTuple):
-    """What a plan depends on: sizes, bytes of an element, passes, gradients. `dims` are the sides' hidden sizes."""
+    """What a plan depends on. `dims` and `logits` are each side's hidden size and bytes of a logit."""
 
     n: int
     v: int
     dims: tuple[int, ...]
-    logit: int  # bytes of one logit of every side
-    operand: int  # of dz and of what it is multiplied with
+    logits: tuple[int, ...]
+    operand: int  # bytes of dz and of what it is multiplied with
     acc: int
     out: int  # of the gradients
     folds: int
     need: Need
-    whole: bool = False  # dz of a block must come from one block of logits
-
-    @property
-    def d(self) -> int:
-        return self.dims[0]
+    token: int = 0  # of what the loss keeps of every token
+    partial: int = 0  # of what a fold leaves of a row's split
+    whole: bool = False  # dz of M rows must come from M rows of logits
 
 
 class Sweep(NamedTuple):
-    """One walk over the slabs: R rows at a time of each `group` of rows."""
+    """One walk of the gradient, over C = V or over slabs; dh of a `group` of rows is summed while it lasts."""
 
     group: int
-    rows: int
-    columns: int
+    kept: int  # M
+    rows: int  # R
+    columns: int  # C
     need: Need
 
 
 class Plan(NamedTuple):
-    """Either `kept` rows of dz and `rows` of logits at hand; or (kept = 0) folds of rows x columns, then sweeps."""
+    """Folds of `[rows, columns]` of logits beforehand (None: in the sweep, while the logits are there), then sweeps."""
 
-    kept: int
-    rows: int
-    columns: int
+    folds: tuple[int, int] | None
     sweeps: tuple[Sweep, ...]
-    bytes: int
-    seconds: float
+    bytes: int = 0
+    seconds: float = 0.0
 
 
 def pitch(columns: int) -> int:
@@ -63,92 +58,112 @@ def pitch(columns: int) -> int:
     return cdiv(columns, 16) * 16
 
 
-def statistics_bytes(shape: Shape) -> int:
-    """What a loss keeps of all rows and of the splits of a block, at most."""
-    return 20 * shape.acc * (shape.n + tiles.SLAB_ROWS * tiles.SLAB_PROGRAMS)
+def lent(s: Shape, w: Sweep) -> int:
+    """Bytes of dW that are free while its sum of several blocks, in ACC, lies elsewhere."""
+    summed = w.need.weight and w.kept < w.group and w.columns == s.v and s.out != s.acc
+    return s.v * s.dims[0] * s.out if summed else 0
 
 
-def sweep_bytes(s: Shape, sweep: Sweep) -> int:
-    """Logits, dz and the accumulators of one sweep."""
-    hidden, weight, bias = sweep.need
-    used = sweep.rows * pitch(sweep.columns) * (s.logit + s.operand)
-    apart = s.out != s.acc  # a gradient in ACC is summed where it is returned
-    used += sweep.group * s.d * s.acc if hidden and apart else 0
-    used += sweep.rows * s.d * s.operand if weight else 0
-    used += sweep.columns * s.d * s.acc if weight and apart and sweep.rows < sweep.group else 0
+def placed(sizes: Iterable[int], lent: int) -> list[int | None]:
+    """Where buffers lie in what is lent, in bytes, or None for those that need memory of their own."""
+    places, used = [], 0
+    for size in sizes:
+        fits = 0 < size <= lent - used
+        places.append(used if fits else None)
+        used += cdiv(size, 256) * 256 if fits else 0
+    return places
+
+
+def buffers(s: Shape, kept: int, rows: int, columns: int) -> list[int]:
+    """Bytes of dz and of every side's logits."""
+    return [kept * pitch(columns) * s.operand, *(rows * pitch(columns) * size for size in s.logits)]
+
+
+def sweep_bytes(s: Shape, w: Sweep) -> int:
+    (hidden, weight, bias), d, apart = w.need, s.dims[0], s.out != s.acc
+    sizes = buffers(s, w.kept, w.rows, w.columns)
+    used = sum(x for x, place in zip(sizes, placed(sizes, lent(s, w)), strict=True) if place is None)
+    used += w.rows * cdiv(w.columns, tiles.FOLD_COLUMNS[s.acc]) * s.partial
+    used += w.columns * d * s.acc if weight and apart and w.kept < w.group else 0
+    used += w.kept * d * s.operand if weight else 0  # hidden states, 0 where a row does not count
+    used += w.group * d * s.acc if hidden and apart and w.columns < s.v else 0
     return used + (2 * s.v * s.acc if bias else 0)
 
 
-def kept_bytes(s: Shape, kept: int, rows: int) -> int:
-    """Logits of `rows`, dz of `kept` rows and the accumulators of dW and db."""
-    _, weight, bias = s.need
-    used = pitch(s.v) * (rows * s.logit + kept * s.operand)
-    used += kept * s.d * s.operand if weight else 0
-    used += s.v * s.d * s.acc if weight and kept < s.n and s.out != s.acc else 0
-    return used + (2 * s.v * s.acc if bias else 0)
+def fold_bytes(s: Shape, rows: int, columns: int) -> int:
+    return sum(buffers(s, 0, rows, columns)) + rows * cdiv(columns, tiles.FOLD_COLUMNS[s.acc]) * s.partial
 
 
-def product_seconds(s: Shape, m: int, k: int, n: int, *, add: bool = False) -> float:
-    """[m, k] x [k, n] into ACC: the dearer of multiplying and moving; what is added to is read and written besides."""
-    flops = 2.0 * k * max(m, tiles.DENSE_LEAST_ROWS) * max(n, tiles.DENSE_LEAST_ROWS)
-    moved, added = s.operand * k * (m + n) + s.acc * m * n, 2 * s.acc * m * n if add else 0
-    return max(flops / tiles.PRODUCT_FLOPS[s.operand], moved / tiles.BANDWIDTH) + added / tiles.BANDWIDTH
+def product_seconds(s: Shape, m: int, k: int, n: int) -> float:
+    least, rates = min(m, k, n), tiles.PRODUCT_RATES
+    rate = max((r for rows, r in rates if rows <= least), default=rates[0][1] * least / rates[0][0])
+    return 2.0 * m * k * n / (rate * tiles.PRODUCT_SHARE[s.operand])
 
 
 def logits_seconds(s: Shape, rows: int, columns: int) -> float:
     """All logits once, in blocks of that size."""
-    blocks = cdiv(s.n, rows) * cdiv(s.v, columns)
-    return blocks * sum(product_seconds(s, rows, d, columns) for d in s.dims)
+    return cdiv(s.n, rows) * cdiv(s.v, columns) * sum(product_seconds(s, rows, d, columns) for d in s.dims)
 
 
-def kept_seconds(s: Shape, kept: int, rows: int) -> float:
-    steps, moved = cdiv(s.n, kept), s.n * s.v * (s.folds * s.logit + s.logit + s.operand)
-    seconds = logits_seconds(s, rows, s.v)
-    if s.need.hidden:
-        seconds += steps * product_seconds(s, kept, s.v, s.d)
-        moved += s.n * s.d * (s.acc + s.out)
-    if s.need.weight:
-        seconds += steps * product_seconds(s, s.v, kept, s.d, add=steps > 1)
-        moved += s.v * s.d * (s.acc + s.out) if s.out != s.acc else 0
-        moved += 2 * s.n * s.d * s.operand
-    moved += s.n * s.v * s.operand if s.need.bias else 0
-    return seconds + moved / tiles.BANDWIDTH
-
-
-def sweep_seconds(s: Shape, sweep: Sweep) -> float:
-    hidden, weight, bias = sweep.need
-    slabs, parts = cdiv(s.v, sweep.columns), cdiv(s.n, sweep.rows)
-    seconds, moved = logits_seconds(s, sweep.rows, sweep.columns), s.n * s.v * (s.logit + s.operand)
+def sweep_seconds(s: Shape, w: Sweep) -> float:
+    """Logits, dz and its products. A sum that is added to costs its bytes, half of them behind the product."""
+    (hidden, weight, bias), d = w.need, s.dims[0]
+    steps, slabs = cdiv(s.n, w.kept), cdiv(s.v, w.columns)
+    seconds = logits_seconds(s, w.rows, w.columns)
+    moved = s.n * s.v * (sum(s.logits) + s.operand * (2 if bias else 1)) + (
+        8 * s.n * d * s.acc if hidden else 0
+    )
     if hidden:
-        seconds += slabs * parts * product_seconds(s, sweep.rows, sweep.columns, s.d, add=slabs > 1)
-        moved += s.n * s.d * (s.acc + s.out) if s.out != s.acc else 0
+        seconds += steps * slabs * product_seconds(s, w.kept, w.columns, d)
+        moved += 2 * (slabs - 1) * s.n * d * s.acc
     if weight:
-        seconds += slabs * parts * product_seconds(s, sweep.columns, sweep.rows, s.d, add=parts > 1)
-        moved += s.v * s.d * (s.acc + s.out) if s.out != s.acc else 0
-        moved += 2 * s.n * s.d * s.operand * (slabs if parts > 1 else 1)
-    moved += s.n * s.v * s.operand if bias else 0
+        added = 2 * s.v * d * s.acc / tiles.BANDWIDTH
+        once = product_seconds(s, s.v, w.kept, d)
+        seconds += once + (steps - 1) * max(added, once + added / 2)
+        moved += s.v * d * (s.acc + s.out) if s.out != s.acc else 0
     return seconds + moved / tiles.BANDWIDTH
-
-
-def plan(s: Shape) -> Plan:
-    """The fastest plan, as reckoned, of those that keep the workspace; the smallest where none does."""
-    return _plan(s, workspace_bytes())
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(s: Shape, workspace: int) -> Plan:
-    budget = max(workspace - statistics_bytes(s), workspace // 2)
-    plans = [p for p in (*_kept_plans(s, budget), *_recomputing_plans(s, budget)) if p is not None]
-    fitting = [p for p in plans if p.bytes <= budget]
-    return min(fitting, key=lambda p: p.seconds) if fitting else min(plans, key=lambda p: p.bytes)
+def plan(s: Shape, workspace: int) -> Plan:
+    """The fastest plan of those that keep the workspace; the smallest where none does."""
+    budget = max(workspace - s.n * s.token, workspace // 2)
+    moved = s.folds * s.n * s.v * sum(s.logits) / tiles.BANDWIDTH
+
+    def best(choices: Iterable[tuple[int, float, object]]):
+        return min(choices, key=lambda choice: (max(choice[0] - budget, 0), choice[1]))
+
+    def sweeps(need: Need, choices: Iterable[Sweep]):
+        return best((sweep_bytes(s, w), sweep_seconds(s, w), (w,)) for w in choices)
+
+    folds = 0, 0.0, None
+    if s.folds:
+        shapes = ((r, c, 1 if c == s.v else s.folds) for r, c in _fold_shapes(s, budget))
+        folds = best(
+            (fold_bytes(s, r, c), moved + again * logits_seconds(s, r, c), (r, c)) for r, c, again in shapes
+        )
+    if not any(s.need):
+        return Plan(folds[2], (), folds[0], folds[1])
+    plans = []
+    used, seconds, found = sweeps(s.need, _whole_rows(s, s.need))
+    plans.append((used, seconds + moved, Plan(None, found, used, seconds + moved)))
+    apart = [Need(False, *s.need[1:]), Need(s.need.hidden)] if s.need.hidden and any(s.need[1:]) else []
+    for parts in filter(None, ([s.need], apart)):
+        chosen = [sweeps(need, _all_sweeps(s, need, budget, alone=len(parts) == 1)) for need in parts]
+        used, seconds = max(folds[0], *(c[0] for c in chosen)), folds[1] + sum(c[1] for c in chosen)
+        plans.append((used, seconds, Plan(folds[2], sum((c[2] for c in chosen), ()), used, seconds)))
+    return best(plans)[2]
 
 
-def _halves(n: int) -> Iterator[int]:
-    """n, n / 2, n / 4, ... 1"""
-    while n > 1:
-        yield n
-        n = cdiv(n, 2)
-    yield 1
+def _pieces(n: int) -> Iterator[int]:
+    """Sizes of even pieces of n rows, in whole tiles of a product where they are large."""
+    count, size = 1, n
+    while size > 16 and count < n:
+        yield size
+        count += max(1, count // 3)
+        size = cdiv(n, count)
+        size = min(n, cdiv(size, 64) * 64 if size > 256 else cdiv(size, 16) * 16 if size > 16 else size)
+    yield from {size, cdiv(size, 2), cdiv(size, 4), 1}
 
 
 def _most_whole_rows(n: int) -> int:
@@ -156,71 +171,37 @@ def _most_whole_rows(n: int) -> int:
     return n if n <= tiles.DENSE_WHOLE_ROWS else cdiv(n, 2)
 
 
-def _most_columns(s: Shape, rows: int) -> int:
-    return s.v if rows <= _most_whole_rows(s.n) else cdiv(s.v, 2)
+def _whole_rows(s: Shape, need: Need) -> Iterator[Sweep]:
+    """All columns at hand: dz of M rows, from logits of M or fewer rows at a time."""
+    for kept in _pieces(s.n):
+        if kept <= _most_whole_rows(s.n):
+            for part in (1,) if s.whole else (1, 2, 4, 8):
+                yield Sweep(s.n, kept, cdiv(kept, part), s.v, need)
 
 
-def _even(total: int, most: int, unit: int = 1) -> int:
-    """The size of equal pieces of `total` in whole units, none above `most` unless that is less than a unit."""
-    most = max(most // unit, 1) * unit
-    size = cdiv(total, cdiv(total, most))
-    return min(total, cdiv(size, unit) * unit)
+def _all_sweeps(s: Shape, need: Need, budget: int, *, alone: bool) -> Iterator[Sweep]:
+    """Slabs of the vocabulary as wide as fits, for all rows or a part of them; whole rows after folds of their own."""
+    if not alone:
+        yield from _whole_rows(s, need)
+    for kept in _pieces(s.n):
+        group = s.n if any(need[1:]) else kept
+        none, some = (sweep_bytes(s, Sweep(group, kept, kept, c, need)) for c in (0, 16))
+        columns = min(
+            (budget - none) // (some - none) * 16, s.v if kept <= _most_whole_rows(s.n) else cdiv(s.v, 2)
+        )
+        yield Sweep(group, kept, kept, _even(s.v, max(columns, 16)), need)
 
 
-def _kept_plans(s: Shape, budget: int) -> Iterator[Plan]:
-    if not any(s.need):
-        return
-    for kept in _halves(_most_whole_rows(s.n)):
-        room = budget - kept_bytes(s, kept, 0)
-        rows = min(kept, room // (pitch(s.v) * s.logit))
-        if s.whole and rows < kept:
-            continue
-        if rows > 0:
-            rows = _even(kept, rows)
-            yield Plan(kept, rows, s.v, (), kept_bytes(s, kept, rows), kept_seconds(s, kept, rows))
+def _fold_shapes(s: Shape, budget: int) -> Iterator[tuple[int, int]]:
+    """(rows, columns) of folds: whole rows, which are multiplied once for all folds, or slabs of many rows."""
+    for rows in _pieces(s.n):
+        most = s.v if rows <= _most_whole_rows(s.n) else cdiv(s.v, 2)
+        yield rows, _even(s.v, max(min(budget * 16 // fold_bytes(s, rows, 16), most), 16))
+        if rows <= _most_whole_rows(s.n):
+            yield rows, s.v
 
 
-def _recomputing_plans(s: Shape, budget: int) -> Iterator[Plan]:
-    rows, columns, seconds = s.n, s.v, 0.0
-    if s.folds:
-        rows, columns, seconds = min(_fold_shapes(s, budget), key=lambda shape: shape[2])
-    least = rows * pitch(columns) * s.logit if s.folds else 0
-    if not any(s.need):
-        yield Plan(0, rows, columns, (), least, seconds)
-        return
-    both = _best_sweep(s, budget, s.need, s.n)
-    choices = [(both,)]
-    group = _even(s.n, budget // 2 // max(1, s.d * s.acc))
-    if s.need.hidden and (s.need.weight or s.need.bias):
-        weights = _best_sweep(s, budget, Need(False, s.need.weight, s.need.bias), s.n)
-        choices.append((weights, _best_sweep(s, budget, Need(True, False, False), group)))
-    elif s.need.hidden:
-        choices.append((_best_sweep(s, budget, s.need, group),))
-    for sweeps in choices:
-        used = max(least, *(sweep_bytes(s, sweep) for sweep in sweeps))
-        yield Plan(0, rows, columns, sweeps, used, seconds + sum(sweep_seconds(s, sweep) for sweep in sweeps))
-
-
-def _fold_shapes(s: Shape, budget: int) -> Iterator[tuple[int, int, float]]:
-    """(rows, columns, seconds): whole rows, which are multiplied once, and slabs of all rows, once a fold."""
-    moved = s.folds * s.logit * s.n * s.v / tiles.BANDWIDTH
-    rows = _even(s.n, max(1, min(_most_whole_rows(s.n), budget // (pitch(s.v) * s.logit))))
-    if rows * pitch(s.v) * s.logit <= budget:
-        yield rows, s.v, moved + logits_seconds(s, rows, s.v)
-    for rows in _halves(s.n):
-        columns = _even(s.v, min(budget // (rows * s.logit), _most_columns(s, rows)), 16)
-        if rows * pitch(columns) * s.logit <= budget or rows == 1:
-            yield rows, columns, moved + s.folds * logits_seconds(s, rows, columns)
-
-
-def _best_sweep(s: Shape, budget: int, need: Need, group: int) -> Sweep:
-    sweeps = []
-    for rows in _halves(group):
-        fixed = sweep_bytes(s, Sweep(group, rows, 0, need))
-        each = sweep_bytes(s, Sweep(group, rows, 16, need)) - fixed
-        columns = _even(s.v, max(16, min((budget - fixed) // each * 16, _most_columns(s, rows))), 16)
-        sweeps.append(Sweep(group, rows, columns, need))
-    fitting = [sweep for sweep in sweeps if sweep_bytes(s, sweep) <= budget]
-    if not fitting:
-        return min(sweeps, key=lambda sweep: sweep_bytes(s, sweep))
-    return min(fitting, key=lambda sweep: sweep_seconds(s, sweep))
+def _even(total: int, most: int) -> int:
+    """The size of equal slabs of `total` columns in units of 16, none above `most`."""
+    most = most // 16 * 16 if most < total else total
+    return min(total, cdiv(cdiv(total, cdiv(total, most)), 16) * 16)
