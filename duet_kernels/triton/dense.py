@@ -226,7 +226,7 @@ def run(
     dbias = torch.zeros(v, dtype=acc, device=device) if need.bias else None
     if n and v:
         shape = Shape(
-            n, v, tuple(side.hidden.shape[1] for side in sides), tuple(side.head.acc.itemsize for side in sides),
+            n, v, d, tuple(side.head.acc.itemsize for side in sides),
             sides[0].operand.itemsize, acc.itemsize, out.itemsize, len(loss.folds), need,
             loss.token_bytes, loss.partials * acc.itemsize, whole=not loss.bounded,
         )  # fmt: skip
@@ -257,12 +257,10 @@ class _Walk:
     def run(self, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None) -> None:
         """Fold everything, and write the gradients that are there."""
         if self.plan.folds:
-            rows, columns = self.plan.folds
-            self._reserve(0, rows, columns)
-            self._fold(rows, columns)
+            self._reserve(self.plan.folds, None)
+            self._fold(self.plan.folds)
         for sweep in self.plan.sweeps:
-            free = lent(self.shape, sweep)
-            self._reserve(sweep.kept, sweep.rows, sweep.columns, dweight if free else None)
+            self._reserve(sweep, dweight if lent(self.shape, sweep) else None)
             for group in _blocks(slice(0, self.n), sweep.group):
                 self._sweep(
                     group, sweep,
@@ -271,10 +269,10 @@ class _Walk:
                     dbias if sweep.need.bias else None,
                 )  # fmt: skip
 
-    def _reserve(self, kept: int, rows: int, columns: int, free: Tensor | None = None) -> None:
+    def _reserve(self, sweep: Sweep, free: Tensor | None) -> None:
         """Memory of dz and of the logits; the beginning of it in `free`, as far as that goes."""
         self.memory, self.dz = [], self.dz.new_empty(0)  # what was there before is given back first
-        device, sizes = self.factor.device, buffers(self.shape, kept, rows, columns)
+        device, sizes = self.factor.device, buffers(self.shape, sweep)
         dtypes = [self.sides[0].operand, *(side.head.acc for side in self.sides)]
         bytes_ = None if free is None else free.view(-1).view(torch.uint8)
         places = placed(sizes, 0 if bytes_ is None else bytes_.numel())
@@ -293,10 +291,10 @@ class _Walk:
                 finish_in_place(side, z, slab.start)
         return Block(rows, slab, logits)
 
-    def _fold(self, height: int, columns: int) -> None:
+    def _fold(self, sweep: Sweep) -> None:
         """Every fold over all logits; whole rows are multiplied once for all of them."""
-        for rows in _blocks(slice(0, self.n), height):
-            slabs = list(_blocks(slice(0, self.v), columns))
+        for rows in _blocks(slice(0, self.n), sweep.rows):
+            slabs = list(_blocks(slice(0, self.v), sweep.columns))
             block = self._logits(rows, slabs[0]) if len(slabs) == 1 else None
             for fold in self.loss.folds:
                 for slab in slabs:

@@ -1,14 +1,27 @@
-"""How many rows and columns of logits a dense loss holds at a time: by bytes, and by seconds as measured on an H200.
+"""How many rows and columns of logits a dense loss holds at a time. Must not know tensors, kernels, or which loss it is.
 
-`plan` lists sizes that keep the workspace and takes the fastest: a product costs its FLOP at the rate of its number of
-rows, everything else its bytes (`tiles`). Whatever the workspace, no buffer is `[N, V]` but for a few tokens, and at
-least one row of logits is there. Must not know tensors, kernels, or which loss it is.
+* At hand: R rows of whole logits, as many as fit, then dz of M = R, 2 R, 4 R ... rows. R below 128 or, with a trainable
+  head, M below 512 cost more than a product saves: 128 rows multiply at 402 TFLOP/s on an H200, 512 at 662, 1024 at 728,
+  and every M rows dW is read and written in ACC, 1 ms at D 4096, V 128256.
+* Recomputed otherwise: folds of as many rows as leave slabs of 2048 columns, and then the same for the gradient. Where
+  the sum of dh in ACC leaves less than 1024 rows, dW and dh are made one after the other. A loss without folds has
+  nothing to recompute and goes this way first.
+
+Whatever the workspace, no buffer is `[N, V]` but for a few tokens, and one row of 16 columns is there. At N 8192, D 4096,
+V 128256, bf16, with (M, R) where logits are at hand (asserted in tests/test_dense_plan.py):
+
+| workspace | two sides, frozen | two sides, trainable | one side, frozen | one side, trainable |
+|-----------|-------------------|----------------------|------------------|---------------------|
+| 3 GiB     | 4096, 2048        | 4096, 1024           | 4096, 4096       | 4096, 2048          |
+| 2.2 GiB   | 4096, 1024        | 2048, 512            | 4096, 2048       | 2048, 1024          |
+| 1.25 GiB  | 1024, 1024        | recomputed           | 2048, 1024       | recomputed          |
+| 256 MiB   | 512, 128          | recomputed           | 512, 256         | recomputed          |
 
 Legend: N tokens, D hidden size, V vocabulary, C columns of a slab, M rows of dz, R rows of logits.
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from triton import cdiv
@@ -18,11 +31,11 @@ from . import tiles
 
 
 class Shape(NamedTuple):
-    """What a plan depends on. `dims` and `logits` are each side's hidden size and bytes of a logit."""
+    """What a plan depends on; `logits` are the bytes of a logit of each side."""
 
     n: int
     v: int
-    dims: tuple[int, ...]
+    d: int
     logits: tuple[int, ...]
     operand: int  # bytes of dz and of what it is multiplied with
     acc: int
@@ -35,7 +48,7 @@ class Shape(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """One walk of the gradient, over C = V or over slabs; dh of a `group` of rows is summed while it lasts."""
+    """One walk over C = V or over slabs. dh of a `group` of rows is summed while it lasts; a fold has M = 0."""
 
     group: int
     kept: int  # M
@@ -45,12 +58,10 @@ class Sweep(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Folds of `[rows, columns]` of logits beforehand (None: in the sweep, while the logits are there), then sweeps."""
+    """A walk of the folds beforehand (None: in the sweep, while the logits are there), and those of the gradient."""
 
-    folds: tuple[int, int] | None
+    folds: Sweep | None
     sweeps: tuple[Sweep, ...]
-    bytes: int = 0
-    seconds: float = 0.0
 
 
 def pitch(columns: int) -> int:
@@ -58,10 +69,15 @@ def pitch(columns: int) -> int:
     return cdiv(columns, 16) * 16
 
 
+def buffers(s: Shape, w: Sweep) -> list[int]:
+    """Bytes of dz and of every side's logits."""
+    return [w.kept * pitch(w.columns) * s.operand, *(w.rows * pitch(w.columns) * size for size in s.logits)]
+
+
 def lent(s: Shape, w: Sweep) -> int:
     """Bytes of dW that are free while its sum of several blocks, in ACC, lies elsewhere."""
     summed = w.need.weight and w.kept < w.group and w.columns == s.v and s.out != s.acc
-    return s.v * s.dims[0] * s.out if summed else 0
+    return s.v * s.d * s.out if summed else 0
 
 
 def placed(sizes: Iterable[int], lent: int) -> list[int | None]:
@@ -74,96 +90,38 @@ def placed(sizes: Iterable[int], lent: int) -> list[int | None]:
     return places
 
 
-def buffers(s: Shape, kept: int, rows: int, columns: int) -> list[int]:
-    """Bytes of dz and of every side's logits."""
-    return [kept * pitch(columns) * s.operand, *(rows * pitch(columns) * size for size in s.logits)]
-
-
 def sweep_bytes(s: Shape, w: Sweep) -> int:
-    (hidden, weight, bias), d, apart = w.need, s.dims[0], s.out != s.acc
-    sizes = buffers(s, w.kept, w.rows, w.columns)
+    (hidden, weight, bias), apart, sizes = w.need, s.out != s.acc, buffers(s, w)
     used = sum(x for x, place in zip(sizes, placed(sizes, lent(s, w)), strict=True) if place is None)
     used += w.rows * cdiv(w.columns, tiles.FOLD_COLUMNS[s.acc]) * s.partial
-    used += w.columns * d * s.acc if weight and apart and w.kept < w.group else 0
-    used += w.kept * d * s.operand if weight else 0  # hidden states, 0 where a row does not count
-    used += w.group * d * s.acc if hidden and apart and w.columns < s.v else 0
+    used += w.columns * s.d * s.acc if weight and apart and w.kept < w.group else 0
+    used += w.kept * s.d * s.operand if weight else 0  # hidden states, 0 where a row does not count
+    used += w.group * s.d * s.acc if hidden and apart and w.columns < s.v else 0
     return used + (2 * s.v * s.acc if bias else 0)
-
-
-def fold_bytes(s: Shape, rows: int, columns: int) -> int:
-    return sum(buffers(s, 0, rows, columns)) + rows * cdiv(columns, tiles.FOLD_COLUMNS[s.acc]) * s.partial
-
-
-def product_seconds(s: Shape, m: int, k: int, n: int) -> float:
-    least, rates = min(m, k, n), tiles.PRODUCT_RATES
-    rate = max((r for rows, r in rates if rows <= least), default=rates[0][1] * least / rates[0][0])
-    return 2.0 * m * k * n / (rate * tiles.PRODUCT_SHARE[s.operand])
-
-
-def logits_seconds(s: Shape, rows: int, columns: int) -> float:
-    """All logits once, in blocks of that size."""
-    return cdiv(s.n, rows) * cdiv(s.v, columns) * sum(product_seconds(s, rows, d, columns) for d in s.dims)
-
-
-def sweep_seconds(s: Shape, w: Sweep) -> float:
-    """Logits, dz and its products. A sum that is added to costs its bytes, half of them behind the product."""
-    (hidden, weight, bias), d = w.need, s.dims[0]
-    steps, slabs = cdiv(s.n, w.kept), cdiv(s.v, w.columns)
-    seconds = logits_seconds(s, w.rows, w.columns)
-    moved = s.n * s.v * (sum(s.logits) + s.operand * (2 if bias else 1)) + (
-        8 * s.n * d * s.acc if hidden else 0
-    )
-    if hidden:
-        seconds += steps * slabs * product_seconds(s, w.kept, w.columns, d)
-        moved += 2 * (slabs - 1) * s.n * d * s.acc
-    if weight:
-        added = 2 * s.v * d * s.acc / tiles.BANDWIDTH
-        once = product_seconds(s, s.v, w.kept, d)
-        seconds += once + (steps - 1) * max(added, once + added / 2)
-        moved += s.v * d * (s.acc + s.out) if s.out != s.acc else 0
-    return seconds + moved / tiles.BANDWIDTH
 
 
 @functools.lru_cache(maxsize=1024)
 def plan(s: Shape, workspace: int) -> Plan:
-    """The fastest plan of those that keep the workspace; the smallest where none does."""
+    """The sizes of a walk that keep the workspace, or the smallest ones."""
     budget = max(workspace - s.n * s.token, workspace // 2)
-    moved = s.folds * s.n * s.v * sum(s.logits) / tiles.BANDWIDTH
-
-    def best(choices: Iterable[tuple[int, float, object]]):
-        return min(choices, key=lambda choice: (max(choice[0] - budget, 0), choice[1]))
-
-    def sweeps(need: Need, choices: Iterable[Sweep]):
-        return best((sweep_bytes(s, w), sweep_seconds(s, w), (w,)) for w in choices)
-
-    folds = 0, 0.0, None
-    if s.folds:
-        shapes = ((r, c, 1 if c == s.v else s.folds) for r, c in _fold_shapes(s, budget))
-        folds = best(
-            (fold_bytes(s, r, c), moved + again * logits_seconds(s, r, c), (r, c)) for r, c, again in shapes
-        )
-    if not any(s.need):
-        return Plan(folds[2], (), folds[0], folds[1])
-    plans = []
-    used, seconds, found = sweeps(s.need, _whole_rows(s, s.need))
-    plans.append((used, seconds + moved, Plan(None, found, used, seconds + moved)))
-    apart = [Need(False, *s.need[1:]), Need(s.need.hidden)] if s.need.hidden and any(s.need[1:]) else []
-    for parts in filter(None, ([s.need], apart)):
-        chosen = [sweeps(need, _all_sweeps(s, need, budget, alone=len(parts) == 1)) for need in parts]
-        used, seconds = max(folds[0], *(c[0] for c in chosen)), folds[1] + sum(c[1] for c in chosen)
-        plans.append((used, seconds, Plan(folds[2], sum((c[2] for c in chosen), ()), used, seconds)))
-    return best(plans)[2]
+    hidden, *weights = s.need
+    slabs = functools.partial(_slabs, s, budget)
+    both = slabs(s.need) if any(s.need) else None
+    if both and not s.folds and both.rows >= min(s.n, tiles.DENSE_ENOUGH_ROWS):
+        return Plan(None, (both,))  # nothing waits for whole rows, and a slab of dW is finished at once
+    if both and (sweep := _at_hand(s, s.need, budget)):
+        return Plan(None, (sweep,))
+    folds = s.folds > 1 and _at_hand(s, Need(False), budget)  # whole rows are multiplied once for all folds
+    folds = (folds or slabs(Need(False))) if s.folds else None
+    if not both or both.rows >= min(s.n, tiles.DENSE_ENOUGH_ROWS) or not (hidden and any(weights)):
+        return Plan(folds, (both,) if both else ())
+    # The sum of dh leaves dW no room: one after the other.
+    return Plan(folds, (slabs(Need(False, *weights)), _at_hand(s, Need(True), budget) or slabs(Need(True))))
 
 
-def _pieces(n: int) -> Iterator[int]:
-    """Sizes of even pieces of n rows, in whole tiles of a product where they are large."""
-    count, size = 1, n
-    while size > 16 and count < n:
-        yield size
-        count += max(1, count // 3)
-        size = cdiv(n, count)
-        size = min(n, cdiv(size, 64) * 64 if size > 256 else cdiv(size, 16) * 16 if size > 16 else size)
-    yield from {size, cdiv(size, 2), cdiv(size, 4), 1}
+def _halves(n: int) -> list[int]:
+    """n, n / 2, n / 4, ... 1"""
+    return [n] if n <= 1 else [n, *_halves(cdiv(n, 2))]
 
 
 def _most_whole_rows(n: int) -> int:
@@ -171,37 +129,34 @@ def _most_whole_rows(n: int) -> int:
     return n if n <= tiles.DENSE_WHOLE_ROWS else cdiv(n, 2)
 
 
-def _whole_rows(s: Shape, need: Need) -> Iterator[Sweep]:
-    """All columns at hand: dz of M rows, from logits of M or fewer rows at a time."""
-    for kept in _pieces(s.n):
-        if kept <= _most_whole_rows(s.n):
-            for part in (1,) if s.whole else (1, 2, 4, 8):
-                yield Sweep(s.n, kept, cdiv(kept, part), s.v, need)
+def _at_hand(s: Shape, need: Need, budget: int) -> Sweep | None:
+    """Whole rows, if they are enough."""
+    gradient, heights = any(need), _halves(_most_whole_rows(s.n))
+    fits = [r for r in heights if sweep_bytes(s, Sweep(s.n, r * gradient, r, s.v, need)) <= budget]
+    if not fits or fits[0] < min(s.n, tiles.DENSE_LEAST_ROWS):
+        return None
+    rows = kept = fits[0]
+    for more in () if s.whole or not gradient else reversed(heights[: heights.index(rows)]):
+        kept = more if sweep_bytes(s, Sweep(s.n, more, rows, s.v, need)) <= budget else kept
+    enough = kept >= min(s.n, tiles.DENSE_LEAST_SUMMED) or not need.weight
+    return Sweep(s.n, kept * gradient, rows, s.v, need) if enough else None
 
 
-def _all_sweeps(s: Shape, need: Need, budget: int, *, alone: bool) -> Iterator[Sweep]:
-    """Slabs of the vocabulary as wide as fits, for all rows or a part of them; whole rows after folds of their own."""
-    if not alone:
-        yield from _whole_rows(s, need)
-    for kept in _pieces(s.n):
-        group = s.n if any(need[1:]) else kept
-        none, some = (sweep_bytes(s, Sweep(group, kept, kept, c, need)) for c in (0, 16))
-        columns = min(
-            (budget - none) // (some - none) * 16, s.v if kept <= _most_whole_rows(s.n) else cdiv(s.v, 2)
+def _slabs(s: Shape, budget: int, need: Need) -> Sweep:
+    """Slabs of 2048 columns or more for as many rows as can have them; else what holds most logits."""
+    found = []
+    for rows in _halves(s.n):
+        # Without dW, whose sum wants all rows, rows are walked one block after the other.
+        w = Sweep(s.n if any(need[1:]) else rows, rows * any(need), rows, 0, need)
+        none, some = (sweep_bytes(s, w._replace(columns=c)) for c in (0, 16))
+        most = min(
+            (budget - none) // (some - none) * 16, s.v if rows <= _most_whole_rows(s.n) else cdiv(s.v, 2)
         )
-        yield Sweep(group, kept, kept, _even(s.v, max(columns, 16)), need)
-
-
-def _fold_shapes(s: Shape, budget: int) -> Iterator[tuple[int, int]]:
-    """(rows, columns) of folds: whole rows, which are multiplied once for all folds, or slabs of many rows."""
-    for rows in _pieces(s.n):
-        most = s.v if rows <= _most_whole_rows(s.n) else cdiv(s.v, 2)
-        yield rows, _even(s.v, max(min(budget * 16 // fold_bytes(s, rows, 16), most), 16))
-        if rows <= _most_whole_rows(s.n):
-            yield rows, s.v
-
-
-def _even(total: int, most: int) -> int:
-    """The size of equal slabs of `total` columns in units of 16, none above `most`."""
-    most = most // 16 * 16 if most < total else total
-    return min(total, cdiv(cdiv(total, cdiv(total, most)), 16) * 16)
+        found.append((rows * max(most, 0), w._replace(columns=max(most, 16))))
+        if most >= min(tiles.DENSE_LEAST_COLUMNS, cdiv(s.v, 2)):
+            break
+    else:
+        found.sort(key=lambda choice: choice[0])
+    w = found[-1][1]
+    size = cdiv(s.v, cdiv(s.v, max(w.columns // 16 * 16, 16)))  # even ones
+    return w._replace(columns=min(s.v, cdiv(size, 16) * 16))

@@ -192,12 +192,10 @@ SLOTS = 256  # ids that a program picks or puts, rows of a loss of the label
 SLOTS_TILE = 64  # slots a program compares with the other slots of their row
 SCALE_BLOCK, SCALE_PROGRAMS = 4096, 2112  # sixteen programs for every SM of an H200
 
-# What the planner of `dense` reckons with, measured on an H200: FLOP/s of a product of halves by its number of rows, the
-# share of them that other operands reach by their bytes (calculated), bytes/s.
-PRODUCT_RATES = ((128, 402e12), (256, 625e12), (384, 658e12), (512, 662e12), (1024, 728e12))
-PRODUCT_SHARE = {2: 1.0, 4: 0.065, 8: 0.08}
-BANDWIDTH = 4.2e12
-DENSE_WHOLE_ROWS = 256  # so few tokens may have their logits over the whole vocabulary at once
+# Sizes of a walk (`dense_plan`): so few tokens may have their logits over the whole vocabulary at once; fewer rows of
+# logits at hand, fewer rows of dz for a sum of dW, narrower slabs, and fewer rows of a slab are not worth it.
+DENSE_WHOLE_ROWS = 256
+DENSE_LEAST_ROWS, DENSE_LEAST_SUMMED, DENSE_LEAST_COLUMNS, DENSE_ENOUGH_ROWS = 128, 512, 2048, 1024
 
 
 # --- what was measured -----------------------------------------------------------------------------------------
