@@ -55,6 +55,14 @@ _TILE_BYTES = (
 )  # of a tile of logits: what is made of it and four times as much of W stay in the last-level cache
 _TILE_COPIES = 12  # of a tile: logits of both models and what is made of them
 
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor * gradient, rounded to `dtype`: in place where that is the gradient's own, not at all by 1 on a CPU."""
+    if gradient.dtype != dtype:
+        return (gradient * factor).to(dtype)
+    return gradient if factor.device.type == "cpu" and factor == 1 else gradient.mul_(factor)
+
+
 Side = tuple[Tensor, LMHead]  # hidden states and the head they go through
 Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # loss of each row, dh, dW, db
 

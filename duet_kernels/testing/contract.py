@@ -108,6 +108,42 @@ def check_backward_twice(op: Op, problem: Problem, impl: str) -> None:
         )
 
 
+def check_upstream(op: Op, problem: Problem, impl: str) -> None:
+    """A reduced loss under upstream gradients of 1 and of other sizes, over a retained graph: each pass as if alone.
+
+    What a pass returned, or made a leaf's `grad`, is no later pass's to write into.
+    """
+    if not op.loss:
+        return
+    for reduction in ("mean", "sum"):
+        case = problem.requiring(problem.leaves)
+        loss = op.run(case, impl, reduction=reduction)
+        alone = {}
+        for size in (1.0, -2.5):
+            other = problem.requiring(problem.leaves)
+            one = op.run(other, impl, reduction=reduction)
+            alone[size] = gradients(one, other, torch.full_like(one, size))
+        for name in case.leaves:
+            _assert_close(
+                alone[-2.5][name], -2.5 * alone[1.0][name], f"{op} {reduction} d{name} of -2.5 times"
+            )
+        loss.backward(retain_graph=True)
+        leaves = [getattr(case, name) for name in case.leaves]
+        first = [leaf.grad for leaf in leaves]
+        kept = [gradient.clone() for gradient in first]
+        again = gradients(loss, case, torch.full_like(loss, -2.5), retain_graph=True)
+        for name, leaf, gradient, before in zip(case.leaves, leaves, first, kept, strict=True):
+            assert torch.equal(before, alone[1.0][name]), f"{op} {reduction}: d{name} of backward()"
+            assert torch.equal(gradient, before), f"{op} {reduction}: a later pass wrote into d{name}"
+            assert torch.equal(again[name], alone[-2.5][name]), f"{op} {reduction}: d{name} of a second pass"
+            leaf.grad = None
+        for _ in range(2):
+            loss.backward(retain_graph=True)
+        for name, leaf, gradient, before in zip(case.leaves, leaves, first, kept, strict=True):
+            assert torch.equal(leaf.grad, 2 * before), f"{op} {reduction}: d{name} twice is not twice d{name}"
+            assert torch.equal(gradient, before), f"{op} {reduction}: a later pass wrote into d{name}"
+
+
 def check_subsets(op: Op, problem: Problem, impl: str) -> None:
     """Every subset of the leaves that require grad gets the gradients that it gets among all; nobody else gets one."""
     case = problem.requiring(problem.leaves)
@@ -266,6 +302,7 @@ def _assert_close(got: Tensor, wanted: Tensor, name: str) -> None:
 CHECKS: tuple[Callable[[Op, Problem, str], None], ...] = (
     check_definition,
     check_backward_twice,
+    check_upstream,
     check_subsets,
     check_layouts,
     check_masked_rows,

@@ -17,6 +17,8 @@ import triton.language as tl
 from ..products import add_product as add_product
 from ..products import product as product
 
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2E x), and that is one instruction
+
 
 @triton.jit
 def number(value, ACC: tl.constexpr):
@@ -26,13 +28,20 @@ def number(value, ACC: tl.constexpr):
 
 @triton.jit
 def expm1_near_zero(x):
-    """exp(x) - 1 for |x| <= 1/2, to a few units in the last place of x's dtype; finite nonsense elsewhere."""
-    # x (1 + x/2 (1 + x/3 (1 + ...))): the first term left out is below 1e-8 (fp32), 1e-16 (fp64) of the result.
-    TERMS: tl.constexpr = 16 if x.dtype == tl.float64 else 9
-    x = tl.where(tl.abs(x) <= 0.5, x, 0.0)
-    series = x * 0.0 + 1.0
-    for n in tl.static_range(TERMS, 1, -1):
-        series = series * (x * (1.0 / n)) + 1.0
+    """exp(x) - 1 for |x| <= 1/2, to a few units in the last place of x's dtype; nonsense elsewhere."""
+    if x.dtype == tl.float64:
+        # x (1 + x/2 (1 + x/3 (1 + ...))): the first term left out is below 1e-16 of the result.
+        series = x * 0.0 + 1.0
+        for n in tl.static_range(16, 1, -1):
+            series = series * (x * (1.0 / n)) + 1.0
+    else:
+        # A minimax polynomial, 4e-9 off before it is rounded.
+        series = x * 0.00019979497301392257 + 0.0013997784117236733
+        series = series * x + 0.00833311676979065
+        series = series * x + 0.04166530445218086
+        series = series * x + 0.1666666716337204
+        series = series * x + 0.5000000596046448
+        series = series * x + 1.0
     return x * series
 
 
@@ -55,6 +64,37 @@ def log1p(x):
     for n in tl.static_range(TERMS - 1, -1, -1):
         series = series * zz + 1.0 / (2 * n + 1)
     return tl.where(tl.abs(x) <= 0.25, 2.0 * z * series, tl.log(x + 1.0))
+
+
+@triton.jit
+def log1p_half(x):
+    """log(1 + x) for -1/2 <= x <= 0, accurate relative to the result; nonsense elsewhere."""
+    if x.dtype == tl.float64:
+        return log1p(x)
+    else:  # a minimax polynomial, 4e-9 off before it is rounded: no division
+        series = x * -1.7770181894302368 - 2.5557680130004883
+        series = series * x - 2.049731969833374
+        series = series * x - 0.6350128650665283
+        series = series * x - 0.35381534695625305
+        series = series * x + 0.17321175336837769
+        series = series * x - 0.2521698474884033
+        series = series * x + 0.3332449793815613
+        series = series * x - 0.5000013709068298
+        series = series * x + 1.0
+        return x * series
+
+
+@triton.jit
+def log_to_mixture(w, beta, HALF: tl.constexpr):
+    """(log(p / m), log(q / m)) of m = beta p + (1 - beta) q, given w = log(q / p); HALF says that beta is 1/2."""
+    # With the share of the smaller of the two: log(m / larger) = log1p(share (smaller / larger - 1)).
+    shrink = expm1(-tl.abs(w))
+    if HALF:
+        mixture = log1p_half(shrink * 0.5)
+    else:
+        x = shrink * tl.where(w >= 0, beta, 1.0 - beta)
+        mixture = tl.where(x >= -0.5, log1p_half(x), tl.log(x + 1.0))
+    return tl.where(w >= 0, -w, 0.0) - mixture, tl.where(w >= 0, 0.0, w) - mixture
 
 
 @triton.jit

@@ -171,63 +171,31 @@ def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:
     return SKINNY.get((arch, itemsize, limit)) or SKINNY[0, itemsize, limit]
 
 
-class LogsumexpTile(NamedTuple):
-    """TOKENS x VOCABULARY logits a program multiplies at a time, DEPTH of D in each of STAGES, WARPS warps."""
-
-    tokens: int
-    vocabulary: int
-    depth: int
-    stages: int
-    warps: int
-
-
-# (architecture, bytes of an element, tokens up to; 0 for more) -> tile. 128 x 128 keeps 64 sums a thread.
-LOGSUMEXP = {
-    (0, 2, 16): LogsumexpTile(16, 128, 64, 4, 4),
-    (0, 2, 64): LogsumexpTile(64, 128, 64, 3, 4),
-    (0, 2, 0): LogsumexpTile(128, 128, 64, 3, 8),
-    (0, 4, 16): LogsumexpTile(16, 64, 32, 2, 4),
-    (0, 4, 64): LogsumexpTile(64, 64, 16, 2, 8),
-    (0, 4, 0): LogsumexpTile(64, 64, 16, 2, 8),
-    (0, 8, 16): LogsumexpTile(16, 64, 16, 2, 4),
-    (0, 8, 64): LogsumexpTile(32, 32, 16, 2, 4),
-    (0, 8, 0): LogsumexpTile(32, 32, 16, 2, 4),
-}
-LOGSUMEXP_GROUP = (
-    16  # blocks of tokens that share a split's rows of W in L2, with their hidden states: 16 + 8 MB
-)
-LOGSUMEXP_PROGRAMS = 1056  # eight for every SM of an H200: splits of the vocabulary until there are as many
-LOGSUMEXP_MERGE = 4096  # partial sums a program of the merge holds
-DENSE_ROWS, DENSE_COLUMNS = 4, 512  # weights of the dense gradient that a program turns out
-DENSE_TOKENS = 4096  # tokens of a backward product; W's slab is as wide as the rest of the workspace allows
-DENSE_MIN_COLUMNS = 1024  # narrower slabs take fewer tokens instead
-
-
-def logsumexp_tile(arch: int, itemsize: int, tokens: int, softcap: bool) -> LogsumexpTile:
-    """The tile for that many tokens; a softcap's series needs registers: half the tokens and twice the warps."""
-    limit = 16 if tokens <= 16 else 64 if tokens <= 64 or (softcap and itemsize == 2) else 0
-    tile = LOGSUMEXP.get((arch, itemsize, limit)) or LOGSUMEXP[0, itemsize, limit]
-    return tile._replace(warps=8) if softcap and itemsize == 2 and limit == 64 else tile
-
-
 STATS_ROWS, STATS_COLUMNS, STATS_WARPS = 4, 512, 4  # logits a program of the statistics folds: 16 a thread
 STATS_MERGE = 4096  # partial statistics a program of the merge holds
 STATS_TOKENS = 8192  # tokens of a product; W's slab is as wide as the rest of the workspace allows
 STATS_SLAB_COLUMNS = 4096  # narrower slabs take fewer tokens instead
 
 
-# The losses that read every logit (`dense`): a program takes SLAB_ROWS rows of a slab, SLAB_COLUMNS at a time.
+# The losses that read every logit (`dense`). What writes dz: a program takes SLAB_ROWS rows, SLAB_COLUMNS at a time.
 SLAB_ROWS = 1
 SLAB_COLUMNS = {4: 1024, 8: 512}  # by the bytes of a logit: 8 (4) pairs a thread, 10 programs an SM
 SLAB_WARPS = 4
 SLAB_PROGRAMS = 1056  # eight for every SM of an H200: rows are split until there are as many
+# What folds once: one row and so many columns a program, in one warp. 4.4 TB/s on an H200, a loop over 4 warps 2.5-3.1.
+FOLD_COLUMNS = {4: 1024, 8: 512}
+FOLD_WARPS = 1
+# What sums over a longer piece of a row, so many columns at a time: 4.1 TB/s where its arithmetic keeps up.
+TERMS_COLUMNS, TERMS_STEPS, TERMS_WARPS = {4: 512, 8: 256}, 32, 4
 DENSE_MERGE = 512  # partial statistics of a kind that a program of a merge holds
+SLOTS = 256  # ids that a program picks or puts, rows of a loss of the label
+SLOTS_TILE = 64  # slots a program compares with the other slots of their row
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 2112  # sixteen programs for every SM of an H200
 
-# What the planner of `dense` reckons with, of an H200: FLOP/s of a product by the bytes of an operand, bytes/s.
-PRODUCT_FLOPS = {2: 790e12, 4: 50e12, 8: 60e12}
-BANDWIDTH = 4.3e12
-DENSE_LEAST_ROWS = 128  # fewer rows of a product waste its tiles
-DENSE_WHOLE_ROWS = 256  # so few tokens may have their logits over the whole vocabulary at once
+# Sizes of a walk (`dense_plan`): so few tokens may have their logits over the whole vocabulary at once; fewer rows of
+# logits at hand, fewer rows of dz for a sum of dW, narrower slabs, and fewer rows of a slab are not worth it.
+DENSE_WHOLE_ROWS = 256
+DENSE_LEAST_ROWS, DENSE_LEAST_SUMMED, DENSE_LEAST_COLUMNS, DENSE_ENOUGH_ROWS = 128, 512, 2048, 1024
 
 
 # --- what was measured -----------------------------------------------------------------------------------------
@@ -237,8 +205,6 @@ NUMBERS = {
     "TOPK_SKINNY_TOKENS": 64,
     "TOPK_TOKENS": 8192,
     "FOLD_ROWS": 128,
-    "LOGSUMEXP_PROGRAMS": 1 << 16,
-    "LOGSUMEXP_GROUP": 1024,
 }
 _numbers: dict[tuple[str, int], int] = {}
 
