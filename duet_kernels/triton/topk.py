@@ -183,11 +183,11 @@ def _next_digit(prefix, i):
 
 
 @triton.jit
-def _step(prefix, low, middle, high, at_low, at_middle, at_high, K):
-    """The largest of the four that at least K orders reach."""
-    prefix = tl.where(at_low >= K, low, prefix)
-    prefix = tl.where(at_middle >= K, middle, prefix)
-    return tl.where(at_high >= K, high, prefix)
+def _step(prefix, reach, low, middle, high, at_low, at_middle, at_high, K):
+    """The largest of the four that at least K orders reach, and how many do."""
+    prefix, reach = tl.where(at_low >= K, low, prefix), tl.where(at_low >= K, at_low, reach)
+    prefix, reach = tl.where(at_middle >= K, middle, prefix), tl.where(at_middle >= K, at_middle, reach)
+    return tl.where(at_high >= K, high, prefix), tl.where(at_high >= K, at_high, reach)
 
 
 @triton.jit
@@ -224,18 +224,19 @@ def _candidates(lists, count, start, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _elements(slab, n, blocks, start, FINISHED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """(z, id, whether it is there) of the elements of COLUMNS / BLOCK chosen blocks of each token, from `start` on."""
+    """(z, id, whether it is there) of COLUMNS elements of each token's chosen blocks."""
     z_ptr, bias_ptr, list_ptr, first, C, J, SLOTS, stride_bv, scale = slab
-    shape: tl.constexpr = [n.shape[0], COLUMNS]
-    slot = start + tl.arange(0, COLUMNS // BLOCK)
-    listed = slot[None, :] < blocks[:, None]
-    block = tl.load(list_ptr + n[:, None] * SLOTS + slot[None, :], mask=listed, other=0)
-    column = block[:, :, None] * BLOCK + tl.arange(0, BLOCK)[None, None, :]
-    z = tl.load(z_ptr + n[:, None, None] * J * BLOCK + column, mask=listed[:, :, None], other=0.0)
-    there = listed[:, :, None] & (column < C)
+    c = start + tl.arange(0, COLUMNS)
+    listed = (c // BLOCK)[None, :] < blocks[:, None]
+    block = tl.load(list_ptr + n[:, None] * SLOTS + (c // BLOCK)[None, :], mask=listed, other=0)
+    column = block * BLOCK + (c % BLOCK)[None, :]
+    there = listed & (column < C)
+    # Neighbours in a warp, not in a thread: in the layout in which what is kept is stored.
+    here = tl.max_contiguous(z_ptr + n[:, None] * J * BLOCK + column, [1, 1])
+    z = tl.load(here, mask=there, other=0.0)
     if not FINISHED:
         z = finish(z, first + column, bias_ptr, stride_bv, there, 0.0, scale, bias_ptr is not None, False)
-    return tl.reshape(z, shape), tl.reshape(first + column, shape), tl.reshape(there, shape)
+    return z, first + column, there
 
 
 @triton.jit
@@ -268,7 +269,7 @@ def _keep_elements(
     # A tail in every lane, so that the loop has no reduction for it.
     tops = tl.full([n.shape[0], COLUMNS], float("-inf"), m.dtype)
     sums = tl.full([n.shape[0], COLUMNS], 0.0, m.dtype)
-    for start in range(0, tl.max(blocks, 0), COLUMNS // BLOCK):
+    for start in range(0, tl.max(blocks, 0) * BLOCK, COLUMNS):
         z, ids, there = _elements(slab, n, blocks, start, FINISHED, COLUMNS, BLOCK)
         selected, places = _selected(ordered(z), there, bound, places, EXACT)
         place = kept[:, None] + tl.cumsum(selected.to(tl.int32), 1) - 1
@@ -299,7 +300,7 @@ def _reach_in_lists(
         at_low += tl.sum((order >= low[:, None]).to(tl.int32), 1)
         at_middle += tl.sum((order >= middle[:, None]).to(tl.int32), 1)
         at_high += tl.sum((order >= high[:, None]).to(tl.int32), 1)
-    for start in range(0, tl.max(blocks, 0), COLUMNS // BLOCK):
+    for start in range(0, tl.max(blocks, 0) * BLOCK, COLUMNS):
         x, ids, inside = _elements(slab, n, blocks, start, FINISHED, COLUMNS, BLOCK)
         tall = tl.where(inside, ordered(x), LEAST)
         at_low += tl.sum((tall >= low[:, None]).to(tl.int32), 1)
@@ -364,16 +365,19 @@ def _select_kernel(
     top = tl.load(top_ptr + here, mask=inside, other=LEAST)
     z, place, there = _candidates(lists, count, 0, KNOWN)
     known = tl.where(there, ordered(z), LEAST)
-    bound = tl.full([ROWS], LEAST, INT)
-    for i in range(top.dtype.primitive_bitwidth // 2):
+    bound, reach = tl.full([ROWS], LEAST, INT), count * 0 - 1
+    i = 0
+    while (i < top.dtype.primitive_bitwidth // 2) & (tl.max((reach != K).to(tl.int32), 0) > 0):
         low, middle, high = _next_digit(bound, i)
         at_low = tl.sum((top >= low[:, None]).to(tl.int32), 1)
         at_middle = tl.sum((top >= middle[:, None]).to(tl.int32), 1)
         at_high = tl.sum((top >= high[:, None]).to(tl.int32), 1)
-        at_low += tl.sum((known >= low[:, None]).to(tl.int32), 1)
-        at_middle += tl.sum((known >= middle[:, None]).to(tl.int32), 1)
-        at_high += tl.sum((known >= high[:, None]).to(tl.int32), 1)
-        bound = _step(bound, low, middle, high, at_low, at_middle, at_high, K)
+        if KNOWN > 1:
+            at_low += tl.sum((known >= low[:, None]).to(tl.int32), 1)
+            at_middle += tl.sum((known >= middle[:, None]).to(tl.int32), 1)
+            at_high += tl.sum((known >= high[:, None]).to(tl.int32), 1)
+        bound, reach = _step(bound, reach, low, middle, high, at_low, at_middle, at_high, K)
+        i += 1
 
     above = top > bound[:, None]
     equal = (top == bound[:, None]) & inside
@@ -394,13 +398,15 @@ def _select_kernel(
     if tl.max(kept, 0) > ROOM:
         # The exact k-th largest of them all; where a NaN is, no order is above it.
         tl.debug_barrier()
-        bound = tl.full([ROWS], LEAST, INT)
-        for i in range(top.dtype.primitive_bitwidth // 2):
+        bound, reach = tl.full([ROWS], LEAST, INT), count * 0 - 1
+        i = 0
+        while (i < top.dtype.primitive_bitwidth // 2) & (tl.max((reach != K).to(tl.int32), 0) > 0):
             low, middle, high = _next_digit(bound, i)
             at_low, at_middle, at_high = _reach_in_lists(
                 slab, lists, blocks, old, low, middle, high, FINISHED, HELD, COLUMNS, BLOCK
             )
-            bound = _step(bound, low, middle, high, at_low, at_middle, at_high, K)
+            bound, reach = _step(bound, reach, low, middle, high, at_low, at_middle, at_high, K)
+            i += 1
         next_one = tl.where(bound + 1 > bound, bound + 1, bound)
         larger, at_middle, at_high = _reach_in_lists(
             slab, lists, blocks, old, next_one, next_one, next_one, FINISHED, HELD, COLUMNS, BLOCK
