@@ -138,27 +138,17 @@ def topk_cases(
     dtype: torch.dtype, n: int = N, k: int = K, v: int = V, softcap: float | None = None
 ) -> Iterator[Case]:
     hidden, weight, bias = meta(n, D, dtype=dtype), meta(v, D, dtype=dtype), meta(v, dtype=dtype)
-
-    def call():
-        return linear_topk(
-            hidden, weight, bias if softcap else None, k, softcap=softcap, scale=0.5, temperature=2.0
-        )
-
-    wide = ("_fold_kernel",) if v % 16 == 0 else ()
-    selection = "_choose_kernel", "_survivors_kernel", "_narrow_kernel", "_order_kernel"
+    head = LMHead(weight, bias if softcap else None, softcap, 0.5)
     name = f"topk N={n} V={v} K={k} softcap={softcap}"
-    yield Case(name, dtype, call, True, wide, selection, ("_skinny_kernel",))
+    call = functools.partial(linear_topk, hidden, head, k, 2.0)
+    yield Case(name, dtype, call, True, ("_fold_kernel",), ("_select_kernel",), ("_skinny_kernel",))
 
 
 def stats_cases(dtype: torch.dtype, n: int = N, v: int = V, softcap: float | None = None) -> Iterator[Case]:
     hidden, weight, bias = meta(n, D, dtype=dtype), meta(v, D, dtype=dtype), meta(v, dtype=dtype)
-    labels = meta(n, dtype=torch.int64)
-
-    def call():
-        return token_stats(hidden, weight, bias if softcap else None, labels, softcap=softcap, scale=0.5)
-
-    wide = ("_fold_kernel",) if v % 16 == 0 else ()
-    yield Case(f"token stats N={n} V={v} softcap={softcap}", dtype, call, True, wide)
+    head, labels = LMHead(weight, bias if softcap else None, softcap, 0.5), meta(n, dtype=torch.int64)
+    call = functools.partial(token_stats, hidden, head, labels)
+    yield Case(f"token stats N={n} V={v} softcap={softcap}", dtype, call, True, ("_fold_kernel",))
 
 
 # Kernels that read or write whole rows of logits, 16 bytes an instruction where their elements are 4 bytes or more.

@@ -139,17 +139,37 @@ SKINNY = {
 }
 # Up to this many tokens one kernel reads W once and folds as it goes; above, the library's product and a fold.
 TOPK_SKINNY_TOKENS = 64
-# Tokens a library product takes when the workspace cannot hold their logits over the whole vocabulary: with fewer,
-# reading W again for every block of tokens would cost as much as multiplying.
-TOPK_TOKENS = 512
-TOPK_MIN_TOKENS = 256
-FOLD_ROWS = 32  # blocks of logits a program folds: 16 KB at 128 columns
-CHOOSE_ELEMENTS = 8192  # most block maxima of a token: a program holds them in registers, 16 a thread
-CHOOSE_ROW_ELEMENTS = 1024  # several tokens a program where they have few blocks
-SURVIVORS_COLUMNS = 1024  # candidates a program takes at a time, of one token
-SURVIVORS_WARPS = 4
-ORDER_ROWS = 64  # selected ids of a token that a program ranks, and compares them with at a time
-ORDER_ELEMENTS = 4096  # comparisons a program holds: several tokens where k is small
+# Fewest tokens of a library product where the workspace leaves a choice, and the slabs of the vocabulary that are cut
+# for more tokens: fewer tokens read W more often, more slabs select more often.
+TOPK_TOKENS = 1024
+LOGITS_SLABS = 3
+FOLD_ROWS = 32  # blocks of 128 logits that a program folds: 16 KB
+FOLD_PIECE = 32  # of a block, side by side: the pieces of a block lie on top of each other in a thread
+FOLD_WARPS = 4
+CHOOSE_ELEMENTS = 8192  # most block maxima of a token: a program holds them in registers
+SELECT_ELEMENTS = 1024  # several tokens a program where all of its lists are short
+SELECT_HELD = 4096  # most candidates of a token that a program holds at a time
+SELECT_COLUMNS = 1024  # elements of chosen blocks that a program takes at a time
+SELECT_RANKED, SELECT_COMPARED = 64, 64  # candidates that a program ranks at a time, and those it compares them with
+
+
+class FoldTile(NamedTuple):
+    """BLOCKS blocks of one token in pieces of PIECE columns, held by one program of WARPS warps."""
+
+    blocks: int
+    piece: int
+    warps: int
+
+
+class SelectTile(NamedTuple):
+    """TOKENS a program; candidates HELD, elements (COLUMNS), candidates RANKED and COMPARED at a time; WARPS warps."""
+
+    tokens: int
+    held: int
+    columns: int
+    ranked: int
+    compared: int
+    warps: int
 
 
 def topk_block(k: int, columns: int) -> int:
@@ -160,9 +180,24 @@ def topk_block(k: int, columns: int) -> int:
     return 16
 
 
-def choose_warps(blocks: int) -> int:
-    """Warps of the program that holds a token's block maxima."""
-    return 4 if blocks <= 2048 else 16
+def topk_room(k: int) -> int:
+    """Candidates of a token that there is memory for: hardly more than k are expected."""
+    return max(64, triton.next_power_of_2(2 * k))
+
+
+def fold_tile(arch: int, block: int, itemsize: int) -> FoldTile:
+    """As many bytes whatever the block and the element."""
+    blocks = max(1, measured_number("FOLD_ROWS", arch) * 128 * 4 // (block * itemsize))
+    return FoldTile(blocks, min(FOLD_PIECE, block), FOLD_WARPS)
+
+
+def select_tile(k: int, blocks: int, block: int) -> SelectTile:
+    """The tile for k of that many blocks a slab."""
+    room, slots = topk_room(k), triton.next_power_of_2(min(k, blocks))
+    columns = max(block, min(SELECT_COLUMNS, slots * block))
+    held, ranked, compared = (min(room, most) for most in (SELECT_HELD, SELECT_RANKED, SELECT_COMPARED))
+    tokens = max(1, SELECT_ELEMENTS // max(triton.next_power_of_2(blocks), columns, held))
+    return SelectTile(tokens, held, columns, ranked, compared, 4 if blocks <= 2048 else 16)
 
 
 def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:
