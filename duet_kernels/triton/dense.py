@@ -230,7 +230,9 @@ def run(
             sides[0].operand.itemsize, acc.itemsize, out.itemsize, len(loss.folds), need,
             loss.token_bytes, loss.partials * acc.itemsize, whole=not loss.bounded,
         )  # fmt: skip
-        _Walk(sides, factor, loss, shape, plan(shape, workspace_bytes())).run(dhidden, dweight, dbias)
+        _Walk(sides, factor, loss, shape, plan(shape, workspace_bytes(factor.device))).run(
+            dhidden, dweight, dbias
+        )
     return dhidden, dweight, None if dbias is None else dbias.to(out)
 
 

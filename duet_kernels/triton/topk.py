@@ -240,9 +240,7 @@ def _elements(slab, n, blocks, start, FINISHED: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
-def _keep_candidates(
-    lists, count, bound, places, m, s, inverse, EXACT: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _keep_candidates(lists, count, bound, places, m, s, inverse, EXACT: tl.constexpr, COLUMNS: tl.constexpr):
     """Move the candidates that are still selected to the front of their list, the others into the tail."""
     value_ptr, id_ptr, n, ROOM = lists
     kept = count * 0
@@ -495,7 +493,7 @@ def linear_topk(
     indices = torch.empty(n, k, dtype=torch.int64, device=device)
     tail = torch.empty(n, dtype=head.acc, device=device)
     if n:
-        cut = cut or plan(n, v, k, head.acc.itemsize, workspace_bytes(), tiles.architecture(device))
+        cut = cut or plan(n, v, k, head.acc.itemsize, workspace_bytes(device), tiles.architecture(device))
         scratch = _scratch(min(n, cut.tokens), cut, k, head.acc, device)
         with current_device(hidden):
             for start in range(0, n, cut.tokens):
