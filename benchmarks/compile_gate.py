@@ -43,7 +43,7 @@ from duet_kernels.triton.complement import (
     linear_logsumexp_backward,
     topk_loss_with_tail,
 )
-from duet_kernels.triton.dense import scaled
+from duet_kernels.triton.dense import times_upstream
 from duet_kernels.triton.divergence import linear_divergence
 from duet_kernels.triton.gather import linear_gather_backward, linear_gather_forward
 from duet_kernels.triton.stats import token_stats
@@ -192,7 +192,7 @@ def dense_cases(dtype: torch.dtype, softcap: float | None = None, v: int = V, k:
         f"top-k loss with a tail K={k} {shape}", dtype, call, True, DENSE_WIDE, ("_divergence_kernel",)
     )
     for out in {dtype, torch.float32}:
-        call = functools.partial(scaled, meta(v, D, dtype=out), meta(), dtype)
+        call = functools.partial(times_upstream, meta(v, D, dtype=out), meta(), dtype)
         yield Case(f"upstream gradient {out} V={v}", dtype, call, True, ("_scale_kernel",))
 
 

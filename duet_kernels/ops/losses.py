@@ -79,7 +79,7 @@ def _gradient(
                 others = again(ctx.need, None)[1:]
             ctx.given_away = any(g.dtype == ctx.dtype for g in others)
             # `.data`: autograd would refuse the saved tensors to the next pass, which does not read these.
-            others = [implementation(ctx.impl).scaled(g.data, grad, ctx.dtype) for g in others]
+            others = [implementation(ctx.impl).times_upstream(g.data, grad, ctx.dtype) for g in others]
     return for_autograd([dhidden, *others], need, len(ctx.needs_input_grad))
 
 

@@ -56,7 +56,7 @@ _TILE_BYTES = (
 _TILE_COPIES = 12  # of a tile: logits of both models and what is made of them
 
 
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor * gradient, rounded to `dtype`: in place where that is the gradient's own, not at all by 1 on a CPU."""
     if gradient.dtype != dtype:
         return (gradient * factor).to(dtype)

@@ -10,7 +10,7 @@ from .complement import (
     linear_logsumexp_backward,
     topk_loss_with_tail,
 )
-from .dense import scaled
+from .dense import times_upstream
 from .divergence import linear_divergence
 from .gather import linear_gather, linear_gather_backward, topk_loss
 from .stats import token_stats
@@ -24,7 +24,7 @@ __all__ = [
     "linear_logsumexp",
     "linear_logsumexp_backward",
     "linear_topk",
-    "scaled",
+    "times_upstream",
     "token_stats",
     "topk_loss",
     "topk_loss_with_tail",
