@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import gc
 import json
 import multiprocessing
 import os
@@ -32,7 +31,7 @@ import torch
 
 from benchmarks.gpu import conduct, correctness, limits
 from benchmarks.gpu.suite import Check, Skip, Suite
-from benchmarks.harness import environment
+from benchmarks.harness import answers, environment
 from duet_kernels.testing import Error
 
 SHARED = 0.75  # of the time for checks that run side by side; the rest is for those that need the GPU alone
@@ -102,17 +101,6 @@ def serve(pipe: Connection, device: str, quick: bool, log: str) -> None:
             pipe.send((row, last))
             if last:
                 return
-
-
-def answers(device: str) -> bool:
-    """Whether the device still computes: after an illegal access every later call fails. Its memory is the others'."""
-    gc.collect()  # a failed check's tensors
-    try:
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        return torch.ones(8, device=device).sum().item() == 8
-    except Exception:
-        return False
 
 
 class Worker:
