@@ -185,7 +185,6 @@ class Run:
         self.contested = list(dict.fromkeys(contested))
         self.who = providers_of(options.quick)
         self.rows: dict[tuple, Row] = {}
-        self.kernels: list[Kernel] = []
         self.judge = Judge(self.device, (lambda case: case) if options.quick else Case.small)
         self.skipped: list[str] = []
 
@@ -202,23 +201,45 @@ class Run:
         with (self.options.out / name).open("a") as file:
             file.write(line + "\n")
 
-    def all(self) -> None:
-        for name in FILES:
-            (self.options.out / name).unlink(missing_ok=True)
-        self.say(f"{self.device}: {auto_choices(self.device, self.shape['dtype'])}")
-        if self.options.jobs:
-            shares = [self.cases[start :: self.options.jobs] for start in range(self.options.jobs)]
-            given = [(share, self.options.device, self.options.quick) for share in shares if share]
-            side_by_side(compile_cases, given, min(WARM_SECONDS, 0.4 * self.options.seconds))
-            self.say("compiled")
-        for part in (part for part in PARTS if part in self.options.parts):
-            for case in self.contested if part == "chunked" else self.cases:
+    def all(self) -> bool:
+        """False when the device stopped answering: what was begun is lost, and the rest needs another process."""
+        if not self.options.begun:
+            for name in FILES:
+                (self.options.out / name).unlink(missing_ok=True)
+            self.say(f"{self.device}: {auto_choices(self.device, self.shape['dtype'])}")
+            if self.options.jobs:
+                shares = [self.cases[start :: self.options.jobs] for start in range(self.options.jobs)]
+                given = [(share, self.options.device, self.options.quick) for share in shares if share]
+                side_by_side(compile_cases, given, min(WARM_SECONDS, 0.4 * self.options.seconds))
+                self.say("compiled")
+        else:
+            rows = self.options.out / "bench.jsonl"
+            self.add(harness.read_rows(rows) if rows.exists() else [])
+        for part, case in self.steps()[self.options.begun :]:
+            self.options.begun += 1
+            try:
                 if part == "kernels":
                     self.profile(case)
                 else:
                     self.measure(case, part)
+            except Exception as error:
+                self.say(f"{part} of {case}: {harness.why(error)}")
+            if not harness.answers(self.device):
+                self.say(f"the device no longer answers after {part} of {case}: the rest in another process")
+                return False
         if self.skipped:
             self.say(f"no time for {len(self.skipped)}: {'; '.join(self.skipped)}")
+        return True
+
+    def steps(self) -> list[tuple[str, Case]]:
+        cases = dict.fromkeys(PARTS, self.cases) | {"chunked": self.contested}
+        return [(part, case) for part in PARTS if part in self.options.parts for case in cases[part]]
+
+    def add(self, rows: Sequence[Row]) -> list[Row]:
+        """Those that are new: plain torch is the judge of two parts."""
+        new = [row for row in rows if (*targets.key_of(row), row.provider) not in self.rows]
+        self.rows |= {(*targets.key_of(row), row.provider): row for row in new}
+        return new
 
     def measure(self, case: Case, part: str) -> None:
         if not self.has_time(
@@ -234,34 +255,30 @@ class Run:
             passes=["full"],
             judge=self.judge,
         )
-        for row in made:
-            key = *targets.key_of(row), row.provider
-            if key not in self.rows:  # plain torch is the judge of two parts
-                self.rows[key] = row
-                self.write("bench.jsonl", row.to_json())
-                self.say(report.line(row))
+        for row in self.add(made):
+            self.write("bench.jsonl", row.to_json())
+            self.say(report.line(row))
 
     def profile(self, case: Case) -> None:
+        where = harness.environment(self.device)
         for provider in self.who["ours"]:
-            if (
-                provider.impl not in PROFILED
-                or not provider.takes(case)
-                or provider.absent(case, self.device)
-            ):
+            if provider.impl not in PROFILED or not provider.takes(case):
+                continue
+            if provider.absent(case, self.device) or not self.judge(provider, case).green:
                 continue
             if not self.has_time(f"kernels of {case.op} {provider.impl}"):
                 return
-            where = harness.environment(self.device)
-            try:
-                found = list(profiled(case, provider, self.device, where))
-            except Exception as error:
-                self.say(f"kernels of {case.op} {provider.impl}: {harness.why(error)}")
-                continue
-            self.kernels += found
+            found = list(profiled(case, provider, self.device, where))
             for kernel in found:
                 self.write("kernels.jsonl", json.dumps(dataclasses.asdict(kernel)))
             self.say(f"kernels of {case.op} {case.divergence} {case.head} {provider.impl}: "
                      f"{report.number(sum(kernel.ms for kernel in found))} ms")  # fmt: skip
+
+
+def in_another_process(words: Sequence[str], begun: int, seconds: float) -> None:
+    """This program anew, in the place of this process; it skips the steps that were begun."""
+    more = ["--begun", str(begun), "--seconds", str(seconds)]
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.anchor", *words, *more])
 
 
 def auto_choices(device: torch.device, dtype: torch.dtype) -> str:
@@ -313,6 +330,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--figures", action="store_true")
     parser.add_argument("--jobs", type=int, help="processes that compile first; 0: none")
     parser.add_argument("--gate", default="", help="the colour of the gate before, for the tables")
+    parser.add_argument("--begun", type=int, default=0, help=argparse.SUPPRESS)
+    words = sys.argv[1:] if words is None else words
     options = parser.parse_args(words)
     if options.jobs is None:
         options.jobs = 0 if options.device == "cpu" else min(6, os.cpu_count() or 1)
@@ -321,7 +340,8 @@ def main(words: Sequence[str] | None = None) -> int:
     wrong = False
     if not options.figures:
         run = Run(options, shape)
-        run.all()
+        if not run.all():
+            in_another_process(words, options.begun, options.seconds - (time.monotonic() - run.start))
         wrong = any(row.gate == "red" and row.provider == OURS for row in run.rows.values())
     print_figures(options.out, figures_of(shape, options.only), options.gate)
     return int(wrong)

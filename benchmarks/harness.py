@@ -142,6 +142,17 @@ def version(package: str) -> str:
         return "absent"
 
 
+def answers(device: torch.device | str) -> bool:
+    """Whether the device still computes: after an illegal access every later call of a process fails."""
+    gc.collect()  # what a failed call left
+    try:
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+        return torch.ones(8, device=device).sum().item() == 8
+    except Exception:
+        return False
+
+
 # --- measuring --------------------------------------------------------------------------------------------------
 
 

@@ -205,8 +205,9 @@ def _measure_case(
             variants["product"] = product[0]  # in turn with the others: a GPU is slower when it is hot
         measured = harness.measure(variants, device=device, seconds=seconds[0], slow_seconds=seconds[1])
         if product is not None:
-            took = harness.quantile(measured.pop("product").ms, 0.5) * product[1]
-            floors = dataclasses.replace(floors, product_ms=took)
+            took = measured.pop("product").ms
+            if took:
+                floors = dataclasses.replace(floors, product_ms=harness.quantile(took, 0.5) * product[1])
         wrong = _disagreeing(losses, case.dtype)
         floor = round(floor_ms(case, floors, which), 4)
         for provider, verdict in passed:

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.harness import Row
+from benchmarks.cases import Case, floor_ms
+from benchmarks.harness import Floors, Row
 from benchmarks.report import OURS, number, title
 
 UNITS = ("x G", "ms", "wall ms", "kernel ms", "TB/s", "x triton")
@@ -72,7 +72,7 @@ class Figure:
         if self.unit in ("kernel ms", "TB/s"):
             mine = [x for x in kernels if key_of(x) == self.key and re.search(self.kernel, x.kernel)]
             ms = sum(x.ms for x in mine)
-            return None if not mine else ms if self.unit == "kernel ms" else self.moved / ms / 1e9
+            return None if not ms else ms if self.unit == "kernel ms" else self.moved / ms / 1e9
         row = rows.get(self.key)
         if row is None or row.ms is None:
             return None
@@ -80,6 +80,12 @@ class Figure:
             kernel = rows.get((*self.key[:-1], "triton"))
             return None if kernel is None or kernel.ms is None else row.ms / kernel.ms
         return {"x G": row.ms / row.floor_ms, "ms": row.ms, "wall ms": row.wall_ms}[self.unit]
+
+    @property
+    def measure(self) -> str:
+        """The unit, with the number of products: `x 3 G`."""
+        products = floor_ms(self.case, Floors(product_ms=1.0, copy_gb_s=1.0), self.case.passes[-1])
+        return f"x {products:g} G" if self.unit == "x G" and products != 1 else self.unit
 
     def met(self, value: float) -> bool:
         return value >= self.target if self.unit == "TB/s" else value <= self.target
@@ -153,7 +159,7 @@ def table(wanted: Iterable[Figure], rows: Iterable[Row], kernels: Sequence[Kerne
         sign = ">=" if figure.unit == "TB/s" else "<="
         ms, commit = (None, "") if row is None else (row.ms, row.commit)
         lines.append(
-            f"| {name_of(figure)} | {number(ms)} | {number(value)} {figure.unit} ({sign} {figure.target:g}) | "
+            f"| {name_of(figure)} | {number(ms)} | {number(value)} {figure.measure} ({sign} {figure.target:g}) | "
             f"{verdict}{why} | {commit} |"
         )
     return lines, ", ".join(f"{count} {verdict}" for verdict, count in counts.items())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import time
 
@@ -405,6 +406,7 @@ def test_each_figure_has_its_unit_and_is_met_or_not():
     assert ratio.value(by_key, kernels) == pytest.approx(13 / 12)
     lines, counted = targets.table([ratio, *(first[u] for u in values)], rows, kernels)
     cells = {line.split(" | ")[2]: line.split(" | ")[3] for line in lines[2:]}
+    assert {f.measure for f in wanted if f.unit == "x G"} == {"x G", "x 2 G", "x 3 G", "x 4 G"}
     assert cells["1.08 x G (<= 1.12)"] == "met" and cells["4 ms (<= 3.5)"] == "NOT MET"
     assert cells["4.2 TB/s (>= 3.8)"] == "met" and counted == "5 met, 1 NOT MET, 0 not measured"
     (line,) = targets.table([ratio], [], [])[0][2:]
@@ -434,6 +436,24 @@ def test_the_anchor_writes_rows_kernels_and_its_table_at_toy_size(tmp_path, capf
     assert anchor.main([*command, "--seconds", "0"]) == 0
     nothing = capfd.readouterr().out
     assert "no time for" in nothing and "figures: 0 met, 0 NOT MET, 3 not measured" in nothing
+
+
+def test_a_device_that_no_longer_answers_costs_one_step(tmp_path, monkeypatch, capsys):
+    """An illegal access stays in its process: the rest is measured by another one."""
+    command = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--only", "huber", "--seconds", "600"]
+    command += ["--parts", "chunked", "others"]
+    begun = []
+    monkeypatch.setattr(anchor.Run, "measure", lambda run, case, part: begun.append((part, str(case))))
+    alive = iter([True, False])
+    monkeypatch.setattr(harness, "answers", lambda device: next(alive, True))
+    replaced = []
+    monkeypatch.setattr(os, "execv", lambda path, words: replaced.append(words))
+    anchor.main(command)
+    (words,) = replaced
+    assert words[1:3] == ["-m", "benchmarks.anchor"] and len(begun) == 2
+    anchor.main(words[3:])
+    assert len(replaced) == 1 and len(begun) == len(set(begun)) == 2 + 4  # chunked of two, others of four
+    assert "no longer answers after" in capsys.readouterr().out
 
 
 def write_or_sleep(path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import time
 
@@ -212,6 +213,26 @@ def test_a_process_that_dies_or_hangs_stops_no_other_check(monkeypatch):
     pids = [rows[i]["pid"] for i in (0, 1, 2, 3, 4, 6, 8)]
     # A red check costs no process; a device that no longer answers, a death and a hang cost one each.
     assert pids[0] == pids[1] == pids[2] == pids[3] and len(set(pids)) == 4
+
+
+def test_a_device_that_no_longer_answers_makes_the_check_red_and_ends_the_worker(tmp_path, monkeypatch):
+    checks = [
+        Check("s", "fine", lambda: None),
+        Check("s", "breaks it", lambda: None),
+        Check("s", "more", lambda: None),
+    ]
+    monkeypatch.setattr(gate, "checks_of", lambda suite: checks)
+    alive = iter((True, False))
+    monkeypatch.setattr(gate, "answers", lambda device: next(alive))
+    monkeypatch.setattr(gate.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    mine, theirs = multiprocessing.Pipe()
+    for check in checks:
+        mine.send(check.title)
+    gate.serve(theirs, "cpu", True, str(tmp_path / "log"))
+    (first, last), (second, end) = mine.recv(), mine.recv()
+    assert (first["status"], last, second["status"], end) == ("green", False, "red", True)
+    assert "no longer answers" in second["said"] and not mine.poll()
 
 
 def test_checks_that_run_alone_come_last_and_have_one_process():
