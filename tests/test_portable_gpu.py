@@ -31,9 +31,7 @@ from duet_kernels.portable import cuts, gather
 from duet_kernels.testing import (
     CHECKS,
     OPS,
-    assert_within_budget,
     check_masked_rows,
-    gradient_contract,
     judge,
     make_problem,
 )
