@@ -45,7 +45,7 @@ def linear_topk(
         hidden: `[..., D]` fp32, fp16, bf16 or fp64.
         head: `LMHead`, or its weight `[V, D]` in the dtype of `hidden`.
         k: 1 to V.
-        temperature: T of the tail, > 0.
+        temperature: T of the tail, 0.001 to 1000.
         impl: `auto`, `chunked`, `triton`, `reference`; see `resolve_impl`.
 
     Returns:
@@ -95,7 +95,7 @@ def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, imp
         TypeError, ValueError: naming the argument; ids out of range on a CPU. On a GPU such an id gives NaN: to look
         would be a synchronisation.
 
-    Memory: a few MiB of gathered rows at a time, never `[N, K, D]`; with a trainable head also some 40 bytes for each of
+    Memory: gathered rows of a few tokens at a time, never `[N, K, D]` (a few MiB on a CPU); with a trainable head also some 40 bytes for each of
     the N K pairs that are sorted, whatever the workspace is (256 MiB at 6.7 million pairs: pass fewer tokens at a time).
     FLOP: 2 N K D forward, 2 N K D each for dh and dW. For many ids (a CPU: K > V / 16, half precision V / 10) the
     forward pass multiplies all logits of a few tokens at a time, within the workspace: 2 N D V.
@@ -128,7 +128,7 @@ def linear_logsumexp(
     Args:
         hidden: `[..., D]` fp32, fp16, bf16 or fp64.
         head: `LMHead`, or its weight `[V, D]` in the dtype of `hidden`.
-        temperature: T > 0.
+        temperature: T, 0.001 to 1000.
         exclude: `[..., K]` int64 or int32 ids in [0, V), or None. Repeated ids count once.
         impl: `auto`, `chunked`, `triton`, `reference`.
 
@@ -189,8 +189,9 @@ def topk_distill_loss(
         normalization: for distributions only. `renormalize` (default): both over the k ids. `tail`: one more bucket
             for all other ids. `zeroed`: teacher over the k ids, student's full softmax (`forward_kl` only).
             `truncated`: the sum over the k ids of full softmaxes; may be negative (`forward_kl` only).
-        temperature: T; must be 1 for raw logits, and `teacher.temperature` where the teacher's tail is used.
-        beta: weight of the teacher in `jsd`, in (0, 1). delta: threshold of `huber`, in logits.
+        temperature: T, 0.001 to 1000; must be 1 for raw logits, and `teacher.temperature` where the teacher's tail is
+            used.
+        beta: weight of the teacher in `jsd`, 0.001 to 0.999. delta: threshold of `huber`, in logits, 1e-10 to 1e10.
         mask: `[...]` bool, True = counted (pass `labels != -100`). weights: `[...]` factors on token losses, constants.
         reduction: `mean` = sum of weighted token losses / number of unmasked tokens (or / `num_items`), `sum`, or
             `none` (the leading shape, 0 where masked).
@@ -248,7 +249,8 @@ def linear_distill_loss(
 
     `k=None`: the divergences of `topk_distill_loss` summed over all ids. With k: the ids are the k largest logits of
     the `teacher`, of the `student`, or their `union` (`support`), and the loss is that of `topk_distill_loss` there.
-    Student and teacher may differ in hidden size, and in vocabulary size: then the common ids count.
+    Student and teacher may differ in hidden size, and in vocabulary size: then the common ids count. So do ids that not
+    both models rule out with a bias of -inf.
 
     Args:
         student_hidden: `[..., D_s]`. student_head: `LMHead` or weight `[V_s, D_s]`.

@@ -136,7 +136,7 @@ class Need(NamedTuple):
     bias: bool = False
 
 
-_LEAST, _MOST = 1e-10, 1e10  # a softcap is squared, and divides a scale
+_LEAST, _MOST = 1e-4, 1e4  # beyond these fp32 logits are too small or too coarse for a softmax
 _HELD = f"from {_LEAST:g} to {_MOST:g} (the range of fp32 logits)"
 
 
@@ -153,8 +153,9 @@ class LMHead:
     Args:
         weight: `[V, D]` floating point.
         bias: `[V]` or None, in the dtype of `weight`.
-        softcap: c > 0, or None.
-        scale: factor on the logits before the softcap (Cohere: `logit_scale`; Granite: `1 / logits_scaling`).
+        softcap: c, 1e-4 to 1e4, or None.
+        scale: factor on the logits before the softcap, 1e-4 to 1e4 or the negative of that (Cohere: `logit_scale`;
+            Granite: `1 / logits_scaling`).
         vocab_size: only the first ids count (vocabularies padded for speed); None counts all V.
 
     Raises:

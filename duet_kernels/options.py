@@ -26,8 +26,8 @@ Support = Literal["teacher", "student", "union"]
 RAW, DISTRIBUTION = get_args(RawDivergence), get_args(DistributionDivergence)
 NORMALIZATIONS, REDUCTIONS, SUPPORTS = get_args(Normalization), get_args(Reduction), get_args(Support)
 
-# What fp32 logits and their gradients can hold, with room for the products of two of these numbers.
-TEMPERATURES, DELTAS, BETAS = (1e-4, 1e4), (1e-10, 1e10), (1e-6, 1 - 1e-6)
+# Beyond these fp32 logits, which are exact to 7 digits, no longer say what a softmax or a gradient is.
+TEMPERATURES, DELTAS, BETAS = (1e-3, 1e3), (1e-10, 1e10), (1e-3, 1 - 1e-3)
 
 
 def unknown(argument: str, value: object, known: tuple[str, ...]) -> ValueError:

@@ -15,8 +15,8 @@ Products, each 2 N D V FLOP, with a frozen and with a trainable head:
                             until the normalisers are known (`dense_rows.RunningKL`)
     jsd, tvd, l1            row chunks 3 and 4: nothing could run along (l1 waits for the largest logit)
 
-So a KL with a frozen head is cut into tiles where its fourth product costs no more than reading W for every chunk
-(`_tiles_are_cheaper`). `dense_rows` compares the logits. Must not know triton.
+So a CPU cuts a KL with a frozen head into tiles where its fourth product costs no more than reading W for every chunk
+(`_tiles_are_cheaper`); a GPU, which reads W fast, does not. `dense_rows` compares the logits.
 
 Legend: N tokens, D hidden size, V vocabulary.
 """

@@ -4,16 +4,15 @@
     q = e_s / S_s    p = e_t / S_t    r = log(S_s / S_t) = log1p(B / S_t)    w = log q - log p = u - r
 
 O is any origin of a row; reverse KL has A = sum e_s u. As e_s = e_t exp u, a difference of the two is max(e_s, e_t)
-(1 - exp(-|u|)) with the sign of u. So logits are compared before they are normalised, r comes from B where S_s and S_t
-are near, and a student close to its teacher keeps its digits (MATH.md).
+(1 - exp(-|u|)) with the sign of u. So logits are compared before they are normalised, and a student close to its teacher
+keeps its digits (MATH.md).
 
 `RunningKL` sees every strip once: the gradients of both KLs are linear in sums that need no normaliser. `DenseRows` has
-whole rows at hand and reads them again. A strip stays in the cache while it is worked on; no temporary is as long as a
-row. Choosing by a mask takes a CPU longer than an exponential: masks are for what is rare. The definition is
-`reference.divergence`.
+whole rows at hand and reads them again. On a CPU a strip stays in the cache while it is worked on, and choosing by a mask
+takes longer than an exponential: masks are for what is rare. On a GPU every operation is a pass over memory: few of them
+count. No temporary is as long as a row. The definition is `reference.divergence`.
 
 Legend: R rows, C columns of a strip, V vocabulary, D hidden size, T temperature, s / t student's and teacher's logits.
-Must not know where they come from.
 """
 
 from __future__ import annotations
@@ -191,10 +190,11 @@ class RunningKL:
 class DenseRows:
     """Student's and teacher's logits `[R, V]` at hand, compared in as few passes over them as their digits allow.
 
-        dloss/ds = c (a - m q) / T        a of every logit (`_PARTS`), m of the row: the sum of a, or 0
+        dloss/ds = c (a - m q) / T        a of every logit (`_PARTS`), m the sum of a
 
-    S_s and S_t are known before w is: r needs no B, and a loss adds up terms in which the rounding of r cancels. Both
-    logits are overwritten. `ruled_out`: one or both may be -inf at an id, which only a bias makes.
+    w = (s - t) / T - r needs no B here: r is the difference of the rounded normalisers that p and q are made with, and
+    its rounding cancels to first order in the losses, which add up terms like q - p - p w, and in a - m q. Both logits
+    are overwritten. `ruled_out`: one or both may be -inf at an id, which only a bias makes.
     """
 
     def __init__(self, student: Tensor, teacher: Tensor, spec: Divergence, ruled_out: bool = True) -> None:
@@ -202,25 +202,24 @@ class DenseRows:
         self.inverse = 1.0 / spec.temperature
         self.noise = self._noise() if spec.name in ("l1", "tvd") else student.new_zeros(())
         if not spec.raw:
-            (s_top, s_sum), (t_top, t_sum) = (self._sum_of_exponentials(z) for z in (student, teacher))
-            self.s_norm, self.t_norm = s_top + s_sum.log() / self.inverse, t_top + t_sum.log() / self.inverse
-            self.r = (s_top - t_top) * self.inverse + (s_sum / t_sum).log()
+            self.s_norm, self.t_norm = self._normaliser(student), self._normaliser(teacher)
+            self.r = (self.s_norm - self.t_norm) * self.inverse
 
     def compare_(self, factor: Tensor, with_gradient: bool) -> Tensor:
         """`[R]` factor * loss; with a gradient, factor * dloss/ds is left in the teacher's memory. 0 gives 0."""
         s, t, spec, skip = self.s, self.t, self.spec, factor == 0
-        constant, centred = {"jsd": 1 - spec.beta, "tvd": 0.5}.get(spec.name, 1.0), spec.name in _CENTRED
+        constant = {"jsd": 1 - spec.beta, "tvd": 0.5}.get(spec.name, 1.0)
         scale = (factor * (constant / spec.temperature))[:, None]
         loss, mean = s.new_zeros(len(s)), s.new_zeros(len(s), 1)
         for c in self._strips():
             terms, a = self._raw(c) if spec.raw else self._parts(c)
             loss += terms
-            if with_gradient and centred:
+            if with_gradient and spec.raw:
+                torch.mul(a, scale, out=t[:, c])
+            elif with_gradient:
                 mean += _sum(a)
                 t[:, c] = a
-            elif with_gradient:
-                torch.mul(a, scale, out=t[:, c])
-        if with_gradient and centred:  # q is in the student's memory
+        if with_gradient and not spec.raw:  # q is in the student's memory
             for c in self._strips():
                 t[:, c].addcmul_(s[:, c], mean, value=-1).mul_(scale)
         if with_gradient and any_of(skip):
@@ -231,8 +230,8 @@ class DenseRows:
         rows, v = self.s.shape
         return row_chunks(v, max(16, strip_bytes(self.s.device) // (max(rows, 1) * self.s.element_size())))
 
-    def _sum_of_exponentials(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(O, S) `[R, 1]`: the largest logit, or 0 where that is infinite, and the sum of exp((z - O) / T)."""
+    def _normaliser(self, z: Tensor) -> Tensor:
+        """`[R, 1]` T log sum exp(z / T)"""
         tops, sums = [], []
         for c in self._strips():
             tops.append(z[:, c].amax(1, keepdim=True))
@@ -241,7 +240,7 @@ class DenseRows:
         total = z.new_zeros(len(z), 1)
         for top, part in zip(tops, sums, strict=True):
             total += self._exponential_(top - origin) * part
-        return origin, total
+        return origin + total.log() * self.spec.temperature
 
     def _exponential_(self, x: Tensor) -> Tensor:
         return multiply_(x, self.inverse).exp_()
@@ -299,7 +298,6 @@ def _tvd(p: Tensor, q: Tensor, w: Tensor, rows: DenseRows) -> tuple[Tensor, Tens
 
 
 _PARTS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "tvd": _tvd}
-_CENTRED = ("reverse_kl", "jsd", "tvd")  # the others' gradients add up to 0, or are not of a distribution
 
 
 # --- elementwise ------------------------------------------------------------------------------------------------
