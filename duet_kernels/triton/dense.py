@@ -122,11 +122,11 @@ def grid(block: Block) -> tuple[tuple[int], dict[str, int]]:
 
 
 def fold_grid(block: Block) -> tuple[tuple[int], dict[str, int]]:
-    """Programs of one row and one tile of its columns each, in one warp: no loop, nothing is rescaled."""
+    """Programs of one tile of the columns of a row each, in one warp: no loop, nothing is rescaled."""
     (rows, columns), width = block.shape, tiles.FOLD_COLUMNS[block.logits[0].element_size()]
-    splits = triton.cdiv(columns, width)
-    shape = {"SPLITS": splits, "COLUMNS": width, "num_warps": tiles.FOLD_WARPS}
-    return (require_grid(rows * splits, "the dense losses"),), shape
+    row_blocks, splits = triton.cdiv(rows, tiles.SLAB_ROWS), triton.cdiv(columns, width)
+    shape = {"SPLITS": splits, "ROWS": tiles.SLAB_ROWS, "COLUMNS": width, "num_warps": tiles.FOLD_WARPS}
+    return (require_grid(row_blocks * splits, "the dense losses"),), shape
 
 
 def merge_grid(rows: int, splits: int) -> tuple[tuple[int], dict[str, int]]:
