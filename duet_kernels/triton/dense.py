@@ -177,10 +177,10 @@ def finish_in_place(side: Side, z: Tensor, first: int) -> None:
 @triton.jit
 def _scale_kernel(
     x_ptr, out_ptr, factor_ptr,
-    E, PROGRAMS,
+    E,
     SKIP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Every PROGRAMS-th BLOCK elements: out = factor x, or nothing where SKIP and the factor is 1."""
+    """BLOCK elements, and so many again after those of all programs: out = factor x; where SKIP, nothing for a factor of 1."""
     factor = tl.load(factor_ptr).to(ACC)
     if (factor != 1.0) | (not SKIP):
         start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -188,7 +188,7 @@ def _scale_kernel(
             e = start + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(ACC)
             tl.store(out_ptr + e, (x * factor).to(out_ptr.dtype.element_ty), mask=e < E)
-            start += PROGRAMS.to(tl.int64) * BLOCK
+            start += tl.num_programs(0).to(tl.int64) * BLOCK
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -200,7 +200,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         with current_device(gradient):
             _scale_kernel[(programs,)](
                 gradient, out, factor,
-                gradient.numel(), programs,
+                gradient.numel(),
                 SKIP=out is gradient, ACC=accumulator(gradient, factor)[1], BLOCK=tiles.SCALE_BLOCK, num_warps=4,
             )  # fmt: skip
     return out
