@@ -162,14 +162,17 @@ DENSE_WIDE = (
 )
 
 
-def dense_cases(dtype: torch.dtype, softcap: float | None = None, v: int = V, k: int = K) -> Iterator[Case]:
-    hidden, weight, bias = meta(N, D, dtype=dtype), meta(v, D, dtype=dtype), meta(v, dtype=dtype)
+def dense_cases(
+    dtype: torch.dtype, softcap: float | None = None, v: int = V, k: int = K, n: int = N
+) -> Iterator[Case]:
+    hidden, weight, bias = meta(n, D, dtype=dtype), meta(v, D, dtype=dtype), meta(v, dtype=dtype)
     head, need = (
         LMHead(weight, bias if softcap else None, softcap, 0.5),
         Need(True, True, softcap is not None),
     )
-    row, labels, ids, values = meta(N), meta(N, dtype=torch.int64), meta(N, k, dtype=torch.int64), meta(N, k)
-    shape = f"V={v} softcap={softcap}"
+    row, labels, ids, values = meta(n), meta(n, dtype=torch.int64), meta(n, k, dtype=torch.int64), meta(n, k)
+    shape = f"N={n} V={v} softcap={softcap}"
+    wide = DENSE_WIDE if v > 16 else ()
 
     def divergence(name: str, beta: float):
         raw = name in ("huber", "mse", "l1")
@@ -179,21 +182,21 @@ def dense_cases(dtype: torch.dtype, softcap: float | None = None, v: int = V, k:
     names = "forward_kl", "reverse_kl", "jsd", "tvd", "huber", "mse", "l1"
     for name, beta in (*((name, 0.5) for name in names), ("jsd", 0.3)):
         call = functools.partial(divergence, name, beta)
-        yield Case(f"dense divergence {name} beta={beta} {shape}", dtype, call, True, DENSE_WIDE)
+        yield Case(f"dense divergence {name} beta={beta} {shape}", dtype, call, True, wide)
     call = functools.partial(linear_cross_entropy, hidden, head, labels, row, need)
-    yield Case(f"cross-entropy {shape}", dtype, call, True, DENSE_WIDE)
+    yield Case(f"cross-entropy {shape}", dtype, call, True, wide)
     call = functools.partial(linear_logsumexp, hidden, head, ids, 2.0, Need(True))
-    yield Case(f"logsumexp K={k} {shape}", dtype, call, True, DENSE_WIDE)
+    yield Case(f"logsumexp K={k} {shape}", dtype, call, True, wide)
     call = functools.partial(linear_logsumexp_backward, row, row, hidden, head, ids, 2.0, need)
-    yield Case(f"logsumexp backward K={k} {shape}", dtype, call, True, DENSE_WIDE)
+    yield Case(f"logsumexp backward K={k} {shape}", dtype, call, True, wide)
     spec = Divergence("forward_kl", "tail", 2.0, 0.5, 1.0)
     call = functools.partial(topk_loss_with_tail, hidden, head, ids, values, row, row, spec, need)
     yield Case(
-        f"top-k loss with a tail K={k} {shape}", dtype, call, True, DENSE_WIDE, ("_divergence_kernel",)
+        f"top-k loss with a tail K={k} {shape}", dtype, call, True, wide, ("_divergence_kernel",)
     )
     for out in {dtype, torch.float32}:
         call = functools.partial(times_upstream, meta(v, D, dtype=out), meta(), dtype)
-        yield Case(f"upstream gradient {out} V={v}", dtype, call, True, ("_scale_kernel",))
+        yield Case(f"upstream gradient {out} {shape}", dtype, call, True, ("_scale_kernel",))
 
 
 def divergence_cases() -> Iterator[Case]:
@@ -240,6 +243,7 @@ def cases() -> Iterator[Case]:
     yield from topk_cases(torch.bfloat16, n=1, v=50257, softcap=30.0)
     yield from dense_cases(torch.bfloat16, v=50257)
     yield from dense_cases(torch.bfloat16, k=1000)
+    yield from dense_cases(torch.bfloat16, n=1, v=3, k=1)  # arguments of 1 are constants of the kernel
     yield from divergence_cases()
 
 

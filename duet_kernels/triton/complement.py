@@ -48,6 +48,7 @@ from .primitives import (
     LOG2E,
     accumulator,
     current_device,
+    load_tile,
     log1p,
     number,
     origin,
@@ -158,40 +159,24 @@ def _scatter_kernel(
 
 
 @triton.jit
-def _sum_tile(z_row, place, stride_p, c, C, by, inverse, MASKED: tl.constexpr):
-    if MASKED:
-        z = tl.load(z_row + c, mask=c < C, other=0.0, eviction_policy="evict_first") * by
-        z = tl.where(c < C, z, float("-inf"))
-    else:
-        z = tl.load(z_row + c, eviction_policy="evict_first") * by
-    m = tl.max(z, 0)
-    tl.store(place, m)
-    tl.store(place + stride_p, tl.sum(tl.exp2((z - origin(m)) * (inverse * LOG2E)), 0))
-
-
-@triton.jit
 def _sum_kernel(
     z_ptr, factor_ptr, partial_ptr,
-    C, SPLITS,
+    R, C, SPLITS,
     z_pitch, stride_f, stride_p,
     by: tl.float64, inverse_temperature: tl.float64,
-    COLUMNS: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row, COLUMNS of a slab in registers: its largest logit and the sum of exponentials `[2, R, SPLITS]`."""
-    ACC: tl.constexpr = z_ptr.dtype.element_ty
+    """ROWS rows, COLUMNS of a slab in registers: their largest logit and the sum of exponentials `[2, R, SPLITS]`."""
     split = tl.program_id(0) % SPLITS
-    n = (tl.program_id(0) // SPLITS).to(tl.int64)
-    place = partial_ptr + n * SPLITS + split
+    n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = split * COLUMNS + tl.arange(0, COLUMNS)
-    scale = number(by, ACC)
-    inverse = number(inverse_temperature, ACC)
-    if tl.load(factor_ptr + n * stride_f) == 0:
-        tl.store(place, float("-inf"))
-        tl.store(place + stride_p, 0.0)
-    elif (split + 1) * COLUMNS <= C:
-        _sum_tile(z_ptr + n * z_pitch, place, stride_p, c, C, scale, inverse, False)
-    else:
-        _sum_tile(z_ptr + n * z_pitch, place, stride_p, c, C, scale, inverse, True)
+    live = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0) != 0
+    z = load_tile(z_ptr, n, c, z_pitch, live, (split + 1) * COLUMNS <= C, C, number(by, ACC), ACC)
+    m = tl.max(z, 1)
+    e = tl.exp2((z - origin(m)[:, None]) * (number(inverse_temperature, ACC) * LOG2E))
+    place = partial_ptr + n * SPLITS + split
+    tl.store(place, tl.where(live, m, float("-inf")), mask=n < R)
+    tl.store(place + stride_p, tl.where(live, tl.sum(e, 1), 0.0), mask=n < R)
 
 
 @triton.jit
@@ -342,8 +327,8 @@ class _Complement(dense.Loss):
         partial = self.sums.new_empty(2, rows, shape["SPLITS"])
         _sum_kernel[grid](
             z_ptr=z, factor_ptr=factor, partial_ptr=partial,
-            C=columns, z_pitch=z.stride(0), stride_f=factor.stride(0), stride_p=partial.stride(0),
-            by=by, inverse_temperature=1.0 / self.temperature, **shape,
+            R=rows, C=columns, z_pitch=z.stride(0), stride_f=factor.stride(0), stride_p=partial.stride(0),
+            by=by, inverse_temperature=1.0 / self.temperature, ACC=self.acc_tl, **shape,
         )  # fmt: skip
         sums = self.sums[:, block.rows]
         grid, merge = dense.merge_grid(rows, shape["SPLITS"])

@@ -122,11 +122,11 @@ def grid(block: Block) -> tuple[tuple[int], dict[str, int]]:
 
 
 def fold_grid(block: Block) -> tuple[tuple[int], dict[str, int]]:
-    """Programs of one row and one tile of its columns each, in one warp: no loop, nothing is rescaled."""
+    """Programs of one tile of the columns of a row each, in one warp: no loop, nothing is rescaled."""
     (rows, columns), width = block.shape, tiles.FOLD_COLUMNS[block.logits[0].element_size()]
-    splits = triton.cdiv(columns, width)
-    shape = {"SPLITS": splits, "COLUMNS": width, "num_warps": tiles.FOLD_WARPS}
-    return (require_grid(rows * splits, "the dense losses"),), shape
+    row_blocks, splits = triton.cdiv(rows, tiles.SLAB_ROWS), triton.cdiv(columns, width)
+    shape = {"SPLITS": splits, "ROWS": tiles.SLAB_ROWS, "COLUMNS": width, "num_warps": tiles.FOLD_WARPS}
+    return (require_grid(row_blocks * splits, "the dense losses"),), shape
 
 
 def merge_grid(rows: int, splits: int) -> tuple[tuple[int], dict[str, int]]:
@@ -177,10 +177,10 @@ def finish_in_place(side: Side, z: Tensor, first: int) -> None:
 @triton.jit
 def _scale_kernel(
     x_ptr, out_ptr, factor_ptr,
-    E, PROGRAMS,
+    E,
     SKIP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Every PROGRAMS-th BLOCK elements: out = factor x, or nothing where SKIP and the factor is 1."""
+    """BLOCK elements, and so many again after those of all programs: out = factor x; where SKIP, nothing for a factor of 1."""
     factor = tl.load(factor_ptr).to(ACC)
     if (factor != 1.0) | (not SKIP):
         start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -188,7 +188,7 @@ def _scale_kernel(
             e = start + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(ACC)
             tl.store(out_ptr + e, (x * factor).to(out_ptr.dtype.element_ty), mask=e < E)
-            start += PROGRAMS.to(tl.int64) * BLOCK
+            start += tl.num_programs(0).to(tl.int64) * BLOCK
 
 
 def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -200,7 +200,7 @@ def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tens
         with current_device(gradient):
             _scale_kernel[(programs,)](
                 gradient, out, factor,
-                gradient.numel(), programs,
+                gradient.numel(),
                 SKIP=out is gradient, ACC=accumulator(gradient, factor)[1], BLOCK=tiles.SCALE_BLOCK, num_warps=4,
             )  # fmt: skip
     return out

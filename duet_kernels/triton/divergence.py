@@ -63,6 +63,7 @@ from .primitives import (
     current_device,
     expm1_near_zero,
     load_rows,
+    load_tile,
     log1p,
     log_to_mixture,
     number,
@@ -77,16 +78,6 @@ from .topk_divergence import _expected, _minus
 MOMENTS = 6
 
 # --- the parts of a pass ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load(ptr, c, C, by, MASKED: tl.constexpr, ACC: tl.constexpr):
-    """A tile of one row's logits; what is beyond C columns is -inf."""
-    if MASKED:
-        z = tl.load(ptr + c, mask=c < C, other=0.0, eviction_policy="evict_first").to(ACC) * by
-        return tl.where(c < C, z, float("-inf"))
-    else:
-        return tl.load(ptr + c, eviction_policy="evict_first").to(ACC) * by
 
 
 @triton.jit
@@ -152,61 +143,44 @@ def _finite_size(z):
 
 
 @triton.jit
-def _moments_tile(
-    s_row, t_row, place, stride_p, c, C, s_by, t_by, inverse,
-    MASKED: tl.constexpr, DIVERGENCE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    s = _load(s_row, c, C, s_by, MASKED, ACC)
-    t = _load(t_row, c, C, t_by, MASKED, ACC)
-    if DIVERGENCE != "l1":
-        s_max = tl.max(s, 0)
-        t_max = tl.max(t, 0)
-        s_exp = tl.exp2((s - origin(s_max)) * (inverse * LOG2E))
-        t_exp = tl.exp2((t - origin(t_max)) * (inverse * LOG2E))
-        # Of two that are -inf u is NaN: not near, so that 0 - 0 is taken, and where it is weighted with 0 it does not count.
-        u = (s - t) * inverse - _gap(s_max, t_max, inverse)
-        tl.store(place, s_max)
-        tl.store(place + stride_p, t_max)
-        tl.store(place + 2 * stride_p, tl.sum(s_exp, 0))
-        tl.store(place + 3 * stride_p, tl.sum(t_exp, 0))
-        tl.store(place + 4 * stride_p, tl.sum(_minus(s_exp, t_exp, u), 0))
-    if DIVERGENCE == "forward_kl":
-        tl.store(place + 5 * stride_p, tl.sum(_expected(t_exp, u), 0))
-    elif DIVERGENCE == "reverse_kl":
-        tl.store(place + 5 * stride_p, tl.sum(_expected(s_exp, u), 0))
-    elif DIVERGENCE == "l1" or DIVERGENCE == "tvd":
-        tl.store(place + 5 * stride_p, tl.max(tl.maximum(_finite_size(s), _finite_size(t)), 0))
-    else:
-        tl.store(place + 5 * stride_p, 0.0)
-
-
-@triton.jit
 def _moments_kernel(
     s_ptr, t_ptr, factor_ptr, partial_ptr,
-    C, SPLITS,
+    R, C, SPLITS,
     s_pitch, t_pitch, stride_f, stride_p,
     s_by: tl.float64, t_by: tl.float64, inverse_temperature: tl.float64,
-    DIVERGENCE: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
+    DIVERGENCE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row, COLUMNS of a slab in registers: its moments `[6, R, SPLITS]` (l1: of these the last alone)."""
+    """ROWS rows, COLUMNS of a slab in registers: their moments `[6, R, SPLITS]` (l1: of these the last alone)."""
     split = tl.program_id(0) % SPLITS
-    n = (tl.program_id(0) // SPLITS).to(tl.int64)
-    place = partial_ptr + n * SPLITS + split
+    n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = split * COLUMNS + tl.arange(0, COLUMNS)
-    s_row = s_ptr + n * s_pitch
-    t_row = t_ptr + n * t_pitch
-    s_times = number(s_by, ACC)
-    t_times = number(t_by, ACC)
+    live = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0) != 0
+    whole = (split + 1) * COLUMNS <= C
+    s = load_tile(s_ptr, n, c, s_pitch, live, whole, C, number(s_by, ACC), ACC)
+    t = load_tile(t_ptr, n, c, t_pitch, live, whole, C, number(t_by, ACC), ACC)
     inverse = number(inverse_temperature, ACC)
-    if tl.load(factor_ptr + n * stride_f) == 0:
-        tl.store(place, float("-inf"))
-        tl.store(place + stride_p, float("-inf"))
-        for i in tl.static_range(2, 6):
-            tl.store(place + i * stride_p, 0.0)
-    elif (split + 1) * COLUMNS <= C:
-        _moments_tile(s_row, t_row, place, stride_p, c, C, s_times, t_times, inverse, False, DIVERGENCE, ACC)
+    place = partial_ptr + n * SPLITS + split
+    if DIVERGENCE != "l1":
+        s_max = tl.max(s, 1)
+        t_max = tl.max(t, 1)
+        s_exp = tl.exp2((s - origin(s_max)[:, None]) * (inverse * LOG2E))
+        t_exp = tl.exp2((t - origin(t_max)[:, None]) * (inverse * LOG2E))
+        # Of two that are -inf u is NaN: not near, so that 0 - 0 is taken, and where it is weighted with 0 it does not count.
+        u = (s - t) * inverse - _gap(s_max, t_max, inverse)[:, None]
+        tl.store(place, tl.where(live, s_max, float("-inf")), mask=n < R)
+        tl.store(place + stride_p, tl.where(live, t_max, float("-inf")), mask=n < R)
+        tl.store(place + 2 * stride_p, tl.where(live, tl.sum(s_exp, 1), 0.0), mask=n < R)
+        tl.store(place + 3 * stride_p, tl.where(live, tl.sum(t_exp, 1), 0.0), mask=n < R)
+        tl.store(place + 4 * stride_p, tl.where(live, tl.sum(_minus(s_exp, t_exp, u), 1), 0.0), mask=n < R)
+    if DIVERGENCE == "forward_kl":
+        moment = tl.sum(_expected(t_exp, u), 1)
+    elif DIVERGENCE == "reverse_kl":
+        moment = tl.sum(_expected(s_exp, u), 1)
+    elif DIVERGENCE == "l1" or DIVERGENCE == "tvd":
+        moment = tl.max(tl.maximum(_finite_size(s), _finite_size(t)), 1)
     else:
-        _moments_tile(s_row, t_row, place, stride_p, c, C, s_times, t_times, inverse, True, DIVERGENCE, ACC)
+        moment = s_max * 0.0
+    tl.store(place + 5 * stride_p, tl.where(live, moment, 0.0), mask=n < R)
 
 
 @triton.jit
@@ -260,64 +234,54 @@ def _merge_moments_kernel(
 
 
 @triton.jit
-def _terms_tile(
-    s_row, t_row, c, C, s_by, t_by, s_zero, t_zero, s_share, t_share, shift, noise, inverse, beta,
-    MASKED: tl.constexpr, DIVERGENCE: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    s = _load(s_row, c, C, s_by, MASKED, ACC)
-    t = _load(t_row, c, C, t_by, MASKED, ACC)
-    p, q, w = _compared(s, t, s_zero, t_zero, s_share, t_share, shift, inverse)
-    if DIVERGENCE == "jsd":
-        p_to_m, q_to_m = log_to_mixture(w, beta, HALF)
-        return _expected(p, p_to_m), _expected(q, q_to_m)
-    else:
-        tl.static_assert(DIVERGENCE == "tvd")
-        difference = tl.where(tl.abs(w) <= noise, 0.0, _minus(q, p, w))
-        return tl.abs(difference), q * sign(difference)
-
-
-@triton.jit
 def _terms_kernel(
     s_ptr, t_ptr, factor_ptr, moments_ptr, partial_ptr,
-    C, SPLITS, SPLIT_COLUMNS,
+    R, C, SPLITS, SPLIT_COLUMNS,
     s_pitch, t_pitch, stride_f, stride_m, stride_p,
     s_by: tl.float64, t_by: tl.float64, inverse_temperature: tl.float64, beta: tl.float64,
-    DIVERGENCE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row, one split of a slab `[2, R, SPLITS]`: KL(p||m) and KL(q||m), or sum |q - p| and sum q sign(q - p)."""
+    """ROWS rows, one split of a slab `[2, R, SPLITS]`: KL(p||m) and KL(q||m), or sum |q - p| and sum q sign(q - p)."""
     split = tl.program_id(0) % SPLITS
-    n = (tl.program_id(0) // SPLITS).to(tl.int64)
-    live = tl.load(factor_ptr + n * stride_f) != 0
+    n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0) != 0
     s_times = number(s_by, ACC)
     t_times = number(t_by, ACC)
     inverse = number(inverse_temperature, ACC)
-    b = number(beta, ACC)
     s_zero, t_zero, s_share, t_share, shift = _normalisers(moments_ptr, stride_m, n, live, inverse, ACC)
     noise = _row(moments_ptr, 5, stride_m, n, live, ACC) * inverse * (8 * EPS)
-    one = tl.full([COLUMNS], 0.0, ACC)
-    other = tl.full([COLUMNS], 0.0, ACC)
-    s_row = s_ptr + n * s_pitch
-    t_row = t_ptr + n * t_pitch
+    # Summed by column, and over the columns once at the end.
+    one = tl.full([ROWS, COLUMNS], 0.0, ACC)
+    other = tl.full([ROWS, COLUMNS], 0.0, ACC)
     begin = split * SPLIT_COLUMNS
-    end = tl.where(live, tl.minimum(begin + SPLIT_COLUMNS, C), begin)
-    full = begin + (end - begin) // COLUMNS * COLUMNS
-    for start in range(begin, full, COLUMNS):
-        x, y = _terms_tile(
-            s_row, t_row, start + tl.arange(0, COLUMNS), C, s_times, t_times, s_zero, t_zero, s_share, t_share, shift,
-            noise, inverse, b, False, DIVERGENCE, HALF, ACC,
-        )  # fmt: skip
-        one += x
-        other += y
-    if full < end:
-        x, y = _terms_tile(
-            s_row, t_row, full + tl.arange(0, COLUMNS), C, s_times, t_times, s_zero, t_zero, s_share, t_share, shift,
-            noise, inverse, b, True, DIVERGENCE, HALF, ACC,
-        )  # fmt: skip
-        one += x
-        other += y
+    for start in range(begin, tl.minimum(begin + SPLIT_COLUMNS, C), COLUMNS):
+        c = start + tl.arange(0, COLUMNS)
+        whole = start + COLUMNS <= C
+        s = load_tile(s_ptr, n, c, s_pitch, live, whole, C, s_times, ACC)
+        t = load_tile(t_ptr, n, c, t_pitch, live, whole, C, t_times, ACC)
+        p, q, w = _compared(
+            s,
+            t,
+            s_zero[:, None],
+            t_zero[:, None],
+            s_share[:, None],
+            t_share[:, None],
+            shift[:, None],
+            inverse,
+        )
+        if DIVERGENCE == "jsd":
+            p_to_m, q_to_m = log_to_mixture(w, number(beta, ACC), HALF)
+            one += _expected(p, p_to_m)
+            other += _expected(q, q_to_m)
+        else:
+            tl.static_assert(DIVERGENCE == "tvd")
+            difference = tl.where(tl.abs(w) <= noise[:, None], 0.0, _minus(q, p, w))
+            one += tl.abs(difference)
+            other += q * sign(difference)
     place = partial_ptr + n * SPLITS + split
-    tl.store(place, tl.sum(one, 0))
-    tl.store(place + stride_p, tl.sum(other, 0))
+    tl.store(place, tl.where(live, tl.sum(one, 1), 0.0), mask=n < R)
+    tl.store(place + stride_p, tl.where(live, tl.sum(other, 1), 0.0), mask=n < R)
 
 
 # --- value of a raw divergence, gradient of all ------------------------------------------------------------------
@@ -470,14 +434,14 @@ class _Divergence(dense.Loss):
     def _fold_terms(self, block: dense.Block) -> None:
         (rows, columns), width = block.shape, tiles.TERMS_COLUMNS[self.acc.itemsize]
         split = width * tiles.TERMS_STEPS
-        splits = triton.cdiv(columns, split)
+        splits, row_blocks = triton.cdiv(columns, split), triton.cdiv(rows, tiles.SLAB_ROWS)
         partial = self.terms.new_empty(2, rows, splits)
         moments = self.moments[:, block.rows]
-        _terms_kernel[(require_grid(rows * splits, "the dense losses"),)](
+        _terms_kernel[(require_grid(row_blocks * splits, "the dense losses"),)](
             **self._inputs(block), moments_ptr=moments, partial_ptr=partial,
             SPLITS=splits, SPLIT_COLUMNS=split, stride_m=moments.stride(0), stride_p=partial.stride(0),
             beta=self.spec.beta, DIVERGENCE=self.divergence, HALF=self.spec.beta == 0.5, EPS=torch.finfo(self.acc).eps,
-            COLUMNS=width, num_warps=tiles.TERMS_WARPS,
+            ROWS=tiles.SLAB_ROWS, COLUMNS=width, num_warps=tiles.TERMS_WARPS,
         )  # fmt: skip
         self.terms[:, block.rows] += partial.sum(2)
 
@@ -495,7 +459,7 @@ class _Divergence(dense.Loss):
         moments, terms = self.moments[:, block.rows], self.terms[:, block.rows]
         _gradient_kernel[grid](
             **self._inputs(block), **shape,
-            moments_ptr=moments, terms_ptr=terms, gain_ptr=gain, partial_ptr=partial, dz_ptr=dz, R=rows,
+            moments_ptr=moments, terms_ptr=terms, gain_ptr=gain, partial_ptr=partial, dz_ptr=dz,
             stride_m=moments.stride(0), stride_e=terms.stride(0), dz_pitch=0 if dz is None else dz.stride(0),
             softcap=head.softcap or 0.0, scale=head.scale, beta=self.spec.beta, delta=self.spec.delta,
             DIVERGENCE=self.divergence, HALF=self.spec.beta == 0.5, HAS_SOFTCAP=head.softcap is not None,
@@ -507,7 +471,7 @@ class _Divergence(dense.Loss):
     def _inputs(self, block: dense.Block) -> dict[str, object]:
         (s, t), factor = block.logits, self.factor[block.rows]
         return {
-            "s_ptr": s, "t_ptr": t, "factor_ptr": factor, "C": block.shape[1],
+            "s_ptr": s, "t_ptr": t, "factor_ptr": factor, "R": block.shape[0], "C": block.shape[1],
             "s_pitch": s.stride(0), "t_pitch": t.stride(0), "stride_f": factor.stride(0),
             "s_by": self.student.by, "t_by": self.teacher.by, "inverse_temperature": 1.0 / self.spec.temperature,
             "ACC": self.acc_tl,

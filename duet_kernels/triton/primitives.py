@@ -119,6 +119,22 @@ def load_rows(base, rows, columns, stride_row, stride_column, keep, ACC: tl.cons
 
 
 @triton.jit
+def load_tile(ptr, n, c, pitch, live, whole, C, by, ACC: tl.constexpr):
+    """`[R, C]` tile of logits, read once, in ACC and times `by`: rows that are not live are 0, columns beyond C -inf.
+
+    `whole` says that no column is beyond C: then nothing is masked by the column.
+    """
+    place = ptr + n[:, None] * pitch + c[None, :]
+    if whole:
+        z = tl.load(place, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(ACC) * by
+    else:
+        inside = (c < C)[None, :]
+        z = tl.load(place, mask=live[:, None] & inside, other=0.0, eviction_policy="evict_first").to(ACC) * by
+        z = tl.where(inside, z, float("-inf"))
+    return z
+
+
+@triton.jit
 def finish(
     x, columns, bias_ptr, stride_bv, keep, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
