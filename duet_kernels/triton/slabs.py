@@ -1,13 +1,24 @@
-"""How logits that are written, read once and forgotten are cut: tokens of a product x columns of the vocabulary.
+"""Logits that are written, read once and forgotten: tokens of a product x columns of the vocabulary, and their memory.
 
 Must not know what reads them: bytes a token needs come as a function of the columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import torch
+from torch import Tensor
 from triton import cdiv
 
 from . import tiles
+
+
+ALIGNED = 16  # elements on which every field of a call's memory begins
+
+
+def allocate(sizes: Iterable[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Views of at least that many elements each, of one allocation."""
+    rounded = [cdiv(size, ALIGNED) * ALIGNED for size in sizes]
+    return torch.empty(sum(rounded), dtype=dtype, device=device).split(rounded)
 
 
 def cut_logits(

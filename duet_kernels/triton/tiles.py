@@ -150,10 +150,7 @@ CHOOSE_ELEMENTS = 8192  # most block maxima of a token: a program holds them in 
 SELECT_ELEMENTS = 1024  # several tokens a program where all of its lists are short
 SELECT_HELD = 4096  # most candidates of a token that a program holds at a time
 SELECT_COLUMNS = 1024  # elements of chosen blocks that a program takes at a time
-SELECT_RANKED, SELECT_COMPARED = (
-    64,
-    64,
-)  # candidates that a program ranks at a time, and those it compares them with
+SELECT_RANKED, SELECT_COMPARED = 32, 32  # candidates that a program ranks at a time, and those it compares them with
 
 
 class FoldTile(NamedTuple):
@@ -209,10 +206,16 @@ def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:
     return SKINNY.get((arch, itemsize, limit)) or SKINNY[0, itemsize, limit]
 
 
-STATS_ROWS, STATS_COLUMNS, STATS_WARPS = 4, 512, 4  # logits a program of the statistics folds: 16 a thread
+STATS_COLUMNS = 512  # logits of a block of the statistics
+STATS_FOLD = FoldTile(4, 64, 2)  # blocks of fp32: 8 KB
 STATS_MERGE = 4096  # partial statistics a program of the merge holds
-STATS_TOKENS = 8192  # tokens of a product; W's slab is as wide as the rest of the workspace allows
-STATS_SLAB_COLUMNS = 4096  # narrower slabs take fewer tokens instead
+
+
+def stats_tile(block: int, itemsize: int) -> FoldTile:
+    """As many bytes whatever the block and the element."""
+    blocks, piece, warps = STATS_FOLD
+    blocks = max(1, blocks * 512 * 4 // (block * itemsize))
+    return FoldTile(blocks, min(piece, block), warps)
 
 
 # The losses that read every logit (`dense`). What writes dz: a program takes SLAB_ROWS rows, SLAB_COLUMNS at a time.

@@ -70,7 +70,7 @@ from .primitives import (
     require_sizes,
     unordered,
 )
-from .slabs import cut_logits
+from .slabs import ALIGNED, allocate, cut_logits
 
 # --- product and fold ------------------------------------------------------------------------------------------
 
@@ -184,10 +184,12 @@ def _next_digit(prefix, i):
 
 @triton.jit
 def _step(prefix, reach, low, middle, high, at_low, at_middle, at_high, K):
-    """The largest of the four that at least K orders reach, and how many do."""
-    prefix, reach = tl.where(at_low >= K, low, prefix), tl.where(at_low >= K, at_low, reach)
-    prefix, reach = tl.where(at_middle >= K, middle, prefix), tl.where(at_middle >= K, at_middle, reach)
-    return tl.where(at_high >= K, high, prefix), tl.where(at_high >= K, at_high, reach)
+    """The largest of the four that at least K orders reach, and how many do; unchanged once exactly K do."""
+    open_ = reach != K
+    to_low, to_middle, to_high = open_ & (at_low >= K), open_ & (at_middle >= K), open_ & (at_high >= K)
+    prefix, reach = tl.where(to_low, low, prefix), tl.where(to_low, at_low, reach)
+    prefix, reach = tl.where(to_middle, middle, prefix), tl.where(to_middle, at_middle, reach)
+    return tl.where(to_high, high, prefix), tl.where(to_high, at_high, reach)
 
 
 @triton.jit
@@ -394,22 +396,25 @@ def _select_kernel(
         slab, lists, blocks, old, bound, places, m, s, inverse, False, FINISHED, COLUMNS, BLOCK
     )
     if tl.max(kept, 0) > ROOM:
-        # The exact k-th largest of them all; where a NaN is, no order is above it.
+        # Their exact k-th largest. Other tokens of this program do the same as before.
         tl.debug_barrier()
-        bound, reach = tl.full([ROWS], LEAST, INT), count * 0 - 1
+        full = kept > ROOM
+        exact, reach = tl.full([ROWS], LEAST, INT), tl.where(full, -1, K)
         i = 0
         while (i < top.dtype.primitive_bitwidth // 2) & (tl.max((reach != K).to(tl.int32), 0) > 0):
-            low, middle, high = _next_digit(bound, i)
+            low, middle, high = _next_digit(exact, i)
             at_low, at_middle, at_high = _reach_in_lists(
                 slab, lists, blocks, old, low, middle, high, FINISHED, HELD, COLUMNS, BLOCK
             )
-            bound, reach = _step(bound, reach, low, middle, high, at_low, at_middle, at_high, K)
+            exact, reach = _step(exact, reach, low, middle, high, at_low, at_middle, at_high, K)
             i += 1
-        next_one = tl.where(bound + 1 > bound, bound + 1, bound)
+        # Places are left for those equal to it by those above it: none where it is a NaN.
+        above_it = tl.where(exact + 1 > exact, exact + 1, exact)
         larger, at_middle, at_high = _reach_in_lists(
-            slab, lists, blocks, old, next_one, next_one, next_one, FINISHED, HELD, COLUMNS, BLOCK
+            slab, lists, blocks, old, above_it, above_it, above_it, FINISHED, HELD, COLUMNS, BLOCK
         )
-        places = tl.where(next_one > bound, K - larger, K)
+        places = tl.where(full, tl.where(above_it > exact, K - larger, K), 1 << 30)
+        bound = tl.where(full, exact, bound)
         old, places, m, s = _keep_candidates(lists, old, bound, places, m, s, inverse, True, HELD)
         kept, rest_max, rest_sum = _keep_elements(
             slab, lists, blocks, old, bound, places, m, s, inverse, True, FINISHED, COLUMNS, BLOCK
@@ -503,17 +508,14 @@ def linear_topk(
     return values, indices, tail
 
 
-ALIGNED = 16  # elements on which every field begins
-
-
 def _scratch(n: int, cut: Plan, k: int, acc: torch.dtype, device: torch.device) -> Scratch:
-    """Views of one allocation."""
-    sizes = [triton.cdiv(n * field, ALIGNED) * ALIGNED for field in fields(cut.columns, k, cut.block)]
-    memory = torch.empty(sum(sizes), dtype=acc, device=device)
-    scratch = Scratch(*memory.split(sizes))
+    scratch = Scratch(*allocate([n * field for field in fields(cut.columns, k, cut.block)], acc, device))
     integer = torch.int64 if acc == torch.float64 else torch.int32
     return scratch._replace(
-        **{name: getattr(scratch, name).view(integer) for name in ("top", "chosen", "id", "count")}
+        top=scratch.top.view(integer),
+        chosen=scratch.chosen.view(integer),
+        id=scratch.id.view(integer),
+        count=scratch.count.view(integer),
     )
 
 
