@@ -6,7 +6,8 @@ The functions below have the signatures of those in `duet_kernels.portable`. Imp
 
 from .cross_entropy import linear_cross_entropy
 from .divergence import linear_divergence
-from .gather import linear_gather, linear_gather_backward, topk_loss
+from .gather import linear_gather, linear_gather_backward
+from .gather_loss import topk_loss
 from .logsumexp import linear_logsumexp, linear_logsumexp_backward, topk_loss_with_tail
 from .stats import token_stats
 from .topk import linear_topk
