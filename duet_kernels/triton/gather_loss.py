@@ -108,7 +108,7 @@ def _topk_loss_kernel(
     N, K, V, D, GROUPS,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_bv, stride_in, stride_ik, stride_tn, stride_tk, stride_fn,
     softcap: tl.float64, scale: tl.float64, temperature: tl.float64, beta: tl.float64, delta: tl.float64,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HIDDEN: tl.constexpr,
     DIVERGENCE: tl.constexpr, NORMALIZATION: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
@@ -125,7 +125,7 @@ def _topk_loss_kernel(
             ids = _ids(indices_ptr + n * stride_in, stride_ik, k, K, V)
             known = (ids >= 0) & (ids < V)
             strip = ()
-            for i in tl.static_range(PIECES):
+            for i in tl.static_range(PIECES if FIRST or HIDDEN else 0):
                 word, inside = _words(split * PIECES + i, D, PIECE, PACKED, EVEN)
                 row = _as_words(weight_ptr, PACKED) + word[None, :] * stride_wd
                 keep = known[:, None] & inside[None, :]
@@ -189,7 +189,7 @@ def _topk_loss_kernel(
                 # A row that counts nothing is 0, whatever it holds. And the compiler cannot know these words: it keeps
                 # the strip packed while it waits and widens it again, instead of keeping it wide.
                 counts = tl.where(dx != 0, -1, 0)[:, None]
-                for i in tl.static_range(PIECES):
+                for i in tl.static_range(PIECES if HIDDEN else 0):
                     if PACKED:
                         w_low, w_high = _widened(strip[i] & counts, weight_ptr.dtype.element_ty)
                         dh = tl.interleave(tl.sum(w_low * dx[:, None], 0), tl.sum(w_high * dx[:, None], 0))
@@ -203,7 +203,7 @@ def _topk_loss_kernel(
                 tl.store(loss_ptr + n, 0.0)
                 tl.store(values_ptr + n * K + k, tl.full([ROWS], 0.0, ACC), mask=k < K)
                 tl.store(dvalues_ptr + n * K + k, tl.full([ROWS], 0.0, ACC), mask=k < K)
-            for i in tl.static_range(PIECES):
+            for i in tl.static_range(PIECES if HIDDEN else 0):
                 d, inside = _words(split * PIECES + i, D, PIECE, False, EVEN)
                 zero = tl.full([PIECE], 0.0, dhidden_ptr.dtype.element_ty)
                 tl.store(dhidden_ptr + n * D + d, zero, mask=inside)
@@ -230,7 +230,7 @@ def topk_loss(
     `tile` replaces the table's choice, `phases` asks for two launches, for tests and measurements.
     """
     (n, d), (v, k) = hidden.shape, (head.weight.shape[0], indices.shape[1])
-    if not need.hidden or k > tiles.LOSS_SLOTS or 0 in (n, d, k, v):
+    if k > tiles.LOSS_SLOTS or 0 in (n, d, k, v):
         return _one_by_one(hidden, head, indices, teacher, factor, spec, need)
     weight, bias = head.weight, head.bias
     require_device(hidden=hidden, weight=weight, bias=bias, indices=indices, teacher=teacher, factor=factor)
@@ -244,17 +244,17 @@ def topk_loss(
     loss = torch.empty(n, dtype=torch_acc, device=device)
     values = torch.empty(n, k, dtype=torch_acc, device=device)
     dvalues = torch.empty_like(values)
-    dhidden = torch.empty(n, d, dtype=grad_dtype(hidden.dtype), device=device)
+    dhidden = torch.empty(n, d, dtype=grad_dtype(hidden.dtype), device=device) if need.hidden else None
 
     def launch(groups: int, scratch: Tensor, **options: object) -> None:
         _topk_loss_kernel[(require_grid(groups * splits, "topk_distill_loss"),)](
             hidden, weight, bias, indices, teacher, factor,
-            scratch, loss, values, dvalues, dhidden,
+            scratch, loss, values, dvalues, dhidden if need.hidden else loss,
             n, k, v, d, groups,
             *hidden.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
             *indices.stride(), *teacher.stride(), factor.stride(0),
             head.softcap or 0.0, head.scale, spec.temperature, spec.beta, spec.delta,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, HIDDEN=need.hidden,
             DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, EPS=torch.finfo(torch_acc).eps, ACC=acc,
             PACKED=packed, EVEN=d % tile.columns == 0, SPLITS=splits, PARTS=min(16, triton.next_power_of_2(splits)),
             ROWS=tile.rows, PIECES=tile.columns // tile.piece, PIECE=tile.piece,
@@ -307,7 +307,7 @@ def _one_by_one(
     spec: Divergence,
     need: Need,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`topk_loss` for more slots than one program holds, and where there is no gradient to make."""
+    """`topk_loss` for more slots than one program holds."""
     values = linear_gather(hidden, head, indices)
     loss, dvalues, _ = topk_divergence(values, teacher, None, None, factor, spec)
     if not need.hidden:
