@@ -95,9 +95,7 @@ def test_almost_certain_tokens_keep_their_digits(cut, certain):
     bias = torch.linspace(-1, 1, V, device=DEVICE)
     bias[certain] = 0.0
     labels = torch.full((N,), certain, device=DEVICE)
-    _, entropy, variance, logprob = token_stats(
-        gaps[:, None], LMHead(weight, bias), labels, cut=cut
-    )
+    _, entropy, variance, logprob = token_stats(gaps[:, None], LMHead(weight, bias), labels, cut=cut)
     others = torch.arange(V, device=DEVICE) != certain
     x = bias.double()[others][None, :] - gaps.double()[:, None]
     rest = x.exp().sum(1)
@@ -116,9 +114,7 @@ def test_ties_and_flat_rows():
     weight = torch.zeros(V, 1, device=DEVICE, dtype=torch.float64)
     labels = torch.tensor([0, 50, 202], device=DEVICE)
     for cut in (Plan(3, 64, 32), None):
-        logsumexp, entropy, variance, logprob = token_stats(
-            hidden, LMHead(weight), labels, cut=cut
-        )
+        logsumexp, entropy, variance, logprob = token_stats(hidden, LMHead(weight), labels, cut=cut)
         flat = torch.full_like(entropy, math.log(V))
         torch.testing.assert_close(logsumexp, flat)
         torch.testing.assert_close(entropy, flat)

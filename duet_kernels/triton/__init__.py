@@ -12,7 +12,8 @@ from .complement import (
 )
 from .dense import times_upstream
 from .divergence import linear_divergence
-from .gather import linear_gather, linear_gather_backward, topk_loss
+from .gather import linear_gather, linear_gather_backward
+from .gather_loss import topk_loss
 from .stats import token_stats
 from .topk import linear_topk
 

@@ -11,7 +11,6 @@ from triton import cdiv
 
 from . import tiles
 
-
 ALIGNED = 16  # elements on which every field of a call's memory begins
 
 

@@ -9,9 +9,11 @@ The rows below are reasoned and shared by all architectures (0). What was measur
 and goes before them: `adopt`, the last step of this room's import, adds a row for each entry.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from .. import measured
@@ -24,6 +26,29 @@ class GatherTile(NamedTuple):
     rows: int
     columns: int
     warps: int
+
+
+class SegmentsTile(NamedTuple):
+    """VOCABULARY rows of dW x COLUMNS of D, AHEAD rows of h under way, held by one program of WARPS warps."""
+
+    vocabulary: int
+    columns: int
+    ahead: int
+    warps: int
+
+
+class LossTile(NamedTuple):
+    """ROWS slots x COLUMNS of D in pieces of PIECE, kept by a program of WARPS warps with REGISTERS a thread.
+
+    PROGRAMS of them run on a multiprocessor at a time, which has 65536 registers.
+    """
+
+    rows: int
+    columns: int
+    piece: int
+    warps: int
+    registers: int
+    programs: int
 
 
 class DivergenceTile(NamedTuple):
@@ -45,11 +70,24 @@ GATHER_DHIDDEN = {
     (0, 4): GatherTile(16, 256, 4),
     (0, 8): GatherTile(16, 128, 4),
 }
-GATHER_DWEIGHT = {
+DWEIGHT_CHUNK_SUMS = {
     (0, 2): GatherTile(16, 512, 4),
     (0, 4): GatherTile(16, 256, 4),
     (0, 8): GatherTile(16, 128, 4),
 }
+# A warp a program: a segment's end is a branch, and other warps would wait at it.
+DWEIGHT_SEGMENTS = {
+    (0, 2): SegmentsTile(16, 512, 8, 1),
+    (0, 4): SegmentsTile(16, 256, 8, 1),
+    (0, 8): SegmentsTile(16, 128, 8, 1),
+}
+# (architecture, bytes that an element takes in a register): 64 registers a thread hold 32 KB of W.
+LOSS = {
+    (0, 2): LossTile(64, 256, 128, 4, 96, 5),
+    (0, 4): LossTile(64, 128, 64, 4, 96, 5),
+    (0, 8): LossTile(64, 64, 32, 4, 128, 4),
+}
+LOSS_SLOTS = LOSS[0, 2].rows
 MAX_GATHER_ROWS = 128
 SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels handles
 # (architecture, bytes of an element) -> from V / this many ids on, all logits by the library's product are cheaper than
@@ -58,9 +96,6 @@ SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels ha
 GATHER_CROSSOVER = {(0, 2): 156, (0, 4): 23, (0, 8): 55}
 GATHER_MIN_TOKENS = (
     256  # tokens of a product whose logits the workspace must hold: fewer would read W too often
-)
-DWEIGHT_VOCABULARY = (
-    8  # consecutive vocabulary rows a program writes: most of them are zeros, and a program is dear
 )
 DWEIGHT_CHUNK = 256  # sorted pairs summed ahead of time when all of them belong to one vocabulary row
 DWEIGHT_PARTIAL_BYTES = 64 << 20  # at most this much for those sums: above it the chunks grow
@@ -93,6 +128,27 @@ def gather_tile(
     wide = min(max(tile.columns, elements // needed), max(16, triton.next_power_of_2(columns)))
     tall = min(elements // wide, needed, MAX_GATHER_ROWS)
     return GatherTile(tall, wide, tile.warps)
+
+
+def segments_tile(arch: int, itemsize: int, columns: int) -> SegmentsTile:
+    """The table's tile, no wider than a matrix of short rows."""
+    tile = DWEIGHT_SEGMENTS.get((arch, itemsize)) or DWEIGHT_SEGMENTS[0, itemsize]
+    return tile._replace(columns=min(tile.columns, max(16, triton.next_power_of_2(columns))))
+
+
+def loss_tile(arch: int, itemsize: int, slots: int, columns: int) -> LossTile:
+    """The table's tile with as many rows as there are slots, as wide as that allows."""
+    tile = LOSS.get((arch, itemsize)) or LOSS[0, itemsize]
+    rows = triton.next_power_of_2(slots)
+    wide = min(tile.rows * tile.columns // rows, max(16, triton.next_power_of_2(columns)))
+    piece = min(tile.piece * max(1, tile.rows // 8 // rows), wide)  # every thread has a word of it
+    return tile._replace(rows=rows, columns=wide, piece=piece)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H200's number where there is none to ask."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def gather_product_tokens(arch: int, operand: int, acc: int, n: int, v: int, k: int, workspace: int) -> int:
@@ -150,7 +206,10 @@ CHOOSE_ELEMENTS = 8192  # most block maxima of a token: a program holds them in 
 SELECT_ELEMENTS = 1024  # several tokens a program where all of its lists are short
 SELECT_HELD = 4096  # most candidates of a token that a program holds at a time
 SELECT_COLUMNS = 1024  # elements of chosen blocks that a program takes at a time
-SELECT_RANKED, SELECT_COMPARED = 32, 32  # candidates that a program ranks at a time, and those it compares them with
+SELECT_RANKED, SELECT_COMPARED = (
+    32,
+    32,
+)  # candidates that a program ranks at a time, and those it compares them with
 
 
 class FoldTile(NamedTuple):
