@@ -167,7 +167,7 @@ def _measure_case(
     rows: list[Row] = []
 
     def add(provider: Provider, which: str, **fields: object) -> None:
-        rows.append(row_of(case, provider, where, which, **fields))
+        rows.append(row_of(case, provider, where, which, device, **fields))
 
     passed: list[tuple[Provider, Verdict]] = []
     torch.compiler.reset()  # every case is compiled for its own shapes, however many came before
@@ -257,8 +257,16 @@ def _calls(
     return [lambda inputs=inputs: call(inputs) for inputs in sets]
 
 
-def row_of(case: Case, provider: Provider, where: dict[str, str], which: str, **fields: object) -> Row:
+def row_of(
+    case: Case,
+    provider: Provider,
+    where: dict[str, str],
+    which: str,
+    device: torch.device | str = "cpu",
+    **fields: object,
+) -> Row:
     """The row of a case and a provider, with what was found out about them."""
+    default = workspace_bytes(torch.device(device)) >> 20 if provider.name == OURS else None
     return Row(
         **where,
         op=case.op,
@@ -274,7 +282,7 @@ def row_of(case: Case, provider: Provider, where: dict[str, str], which: str, **
         head=case.head,
         ids=case.ids,
         provider_version=provider.version,
-        workspace_mb=provider.workspace_mb or (workspace_bytes() >> 20 if provider.name == OURS else None),
+        workspace_mb=provider.workspace_mb or default,
         **fields,
     )
 
