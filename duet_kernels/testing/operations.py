@@ -96,13 +96,9 @@ def _distill_op(divergence: DivergenceName, **options: Any) -> Op:
     name = "-".join(
         ["linear", divergence, *(str(o) for n, o in options.items() if n in ("support", "normalization"))]
     )
-    return Op(
-        name,
-        call,
-        lambda problem: problem.labels[..., None],
-        "linear_distill_loss",
-        independent="support" in options,
-    )
+    chosen = "support" in options
+    ids = _top_ids if chosen else lambda problem: problem.labels[..., None]
+    return Op(name, call, ids, "linear_distill_loss", independent=chosen)
 
 
 def _gather(problem: Problem, **options: Any) -> Tensor:
