@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from duet_kernels import LMHead
 from duet_kernels.triton import topk as kernel
 from duet_kernels.triton.primitives import INTERPRETED
 from duet_kernels.triton.topk import Plan, linear_topk, plan, token_bytes
-from duet_kernels.workspace import set_workspace_bytes, workspace_bytes
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 N, V, D, K = 37, 203, 45, 7
@@ -25,10 +25,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def many_tokens_a_program(monkeypatch):
     """The interpreter runs programs one after the other."""
     if INTERPRETED:
-        monkeypatch.setattr(kernel.tiles, "CHOOSE_ROW_ELEMENTS", 2**12)
-        monkeypatch.setattr(kernel.tiles, "SURVIVORS_COLUMNS", 2**14)
-        monkeypatch.setattr(kernel.tiles, "FOLD_ROWS", 2**9)
-        monkeypatch.setattr(kernel.tiles, "ORDER_ELEMENTS", 2**16)
+        monkeypatch.setattr(kernel.tiles, "SELECT_ELEMENTS", 2**14)
+        monkeypatch.setattr(kernel.tiles, "FOLD_ROWS", 2**7)
 
 
 def problem(dtype=torch.float32, *, n=N, v=V, d=D, seed=0):
@@ -54,9 +52,7 @@ def expected(z, k, temperature=1.0):
 
 
 def run(hidden, weight, bias, k=K, *, softcap=None, scale=1.0, temperature=1.0, cut=None):
-    return linear_topk(
-        hidden, weight, bias, k, softcap=softcap, scale=scale, temperature=temperature, cut=cut
-    )
+    return linear_topk(hidden, LMHead(weight, bias, softcap, scale), k, temperature, cut=cut)
 
 
 def check(got, wanted, tolerance=1e-12):
@@ -184,12 +180,13 @@ def test_ties_that_a_softcap_makes():
 
 @pytest.mark.parametrize("cut", [Plan(5, V, 16, False), Plan(5, 112, 16, True)], ids=str)
 def test_lists_longer_than_a_program_holds(cut, monkeypatch):
-    """Survivors, candidates and ranks in several steps of a program, one token each, with ties across the steps."""
-    monkeypatch.setattr(kernel.tiles, "SURVIVORS_COLUMNS", 32)
-    monkeypatch.setattr(kernel.tiles, "CHOOSE_ROW_ELEMENTS", 1)
+    """Candidates, elements and ranks in several steps of a program, one token each, with ties across the steps."""
+    monkeypatch.setattr(kernel.tiles, "SELECT_ELEMENTS", 1)
+    monkeypatch.setattr(kernel.tiles, "SELECT_COLUMNS", 32)
+    monkeypatch.setattr(kernel.tiles, "SELECT_HELD", 16)
+    monkeypatch.setattr(kernel.tiles, "SELECT_RANKED", 16)
+    monkeypatch.setattr(kernel.tiles, "SELECT_COMPARED", 8)
     monkeypatch.setattr(kernel.tiles, "FOLD_ROWS", 4)
-    monkeypatch.setattr(kernel.tiles, "ORDER_ROWS", 16)
-    monkeypatch.setattr(kernel.tiles, "ORDER_ELEMENTS", 1)
     z = torch.randn(5, V, generator=torch.Generator().manual_seed(3)).mul(2).round() / 2
     z[1], z[2] = 1.25, torch.arange(V) / 8
     hidden, weight = one_hot_problem(z)
@@ -270,30 +267,35 @@ def test_two_runs_are_bitwise_equal(cut):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("megabytes", [1, 64, 256, 3072])
+@pytest.mark.parametrize("megabytes", [1, 64, 256, 1024, 2200, 3072])
 def test_plans_keep_the_workspace(megabytes):
-    before = set_workspace_bytes(megabytes << 20)
-    try:
-        for n in (1, 16, 64, 65, 1024, 8192, 32768):
-            for v in (203, 32000, 50257, 128256, 262144):
-                for k in (1, 8, 64, 128, 512, 1000):
-                    if k <= v:
-                        cut = plan(n, v, k, 4)
-                        used = cut.tokens * token_bytes(cut.columns, k, cut.block, 4)
-                        assert used <= workspace_bytes()
-                        assert 1 <= cut.tokens <= n and 1 <= cut.columns <= v
-                        assert cut.columns == v or cut.columns % cut.block == 0
-                        assert cut.columns <= kernel.tiles.CHOOSE_ELEMENTS * cut.block
-                        assert not cut.skinny or cut.tokens <= kernel.tiles.TOPK_SKINNY_TOKENS
-    finally:
-        set_workspace_bytes(before)
+    budget = megabytes << 20
+    for n in (1, 16, 64, 65, 1024, 8192, 32768):
+        for v in (203, 32000, 50257, 128256, 262144):
+            for k in (1, 8, 64, 128, 512, 1000):
+                if k <= v:
+                    cut = plan(n, v, k, 4, budget)
+                    assert cut.tokens * token_bytes(cut.columns, k, cut.block, 4) <= budget
+                    assert 1 <= cut.tokens <= n and 1 <= cut.columns <= v
+                    assert cut.columns == v or cut.columns % cut.block == 0
+                    assert cut.columns <= kernel.tiles.CHOOSE_ELEMENTS * cut.block
+                    assert not cut.skinny or cut.tokens <= kernel.tiles.TOPK_SKINNY_TOKENS
 
 
-def test_token_bytes_count_what_is_allocated(monkeypatch):
-    """Everything `torch.empty` and `torch.full` hand out for a block of tokens, but for the outputs."""
+@pytest.mark.parametrize(
+    ("megabytes", "tokens", "slabs"), [(256, 1408, 3), (1024, 4096, 2), (2200, 8192, 2), (4500, 8192, 1)]
+)
+def test_products_of_many_tokens(megabytes, tokens, slabs):
+    """The anchor: W is read a few times, not once for every few hundred tokens."""
+    cut = plan(8192, 128256, 64, 4, megabytes << 20)
+    assert (cut.tokens, -(-128256 // cut.columns)) == (tokens, slabs)
+
+
+def test_one_allocation_that_token_bytes_count(monkeypatch):
+    """Beside the outputs there is one `torch.empty`, of what the plan counts."""
     hidden, weight, bias = problem(n=20)
     allocated = []
-    for name in ("empty", "full", "empty_like"):
+    for name in ("empty", "full", "empty_like", "zeros"):
         make = getattr(torch, name)
 
         def record(*args, make=make, **kwargs):
@@ -301,10 +303,12 @@ def test_token_bytes_count_what_is_allocated(monkeypatch):
             allocated.append(x.numel() * x.element_size())
             return x
 
-        monkeypatch.setattr(kernel.torch, name, record)
-    run(hidden, weight, bias, cut=Plan(20, 96, 16, False))
-    outputs = 20 * (K * (4 + 8) + 4)
-    assert sum(allocated) - outputs <= 20 * token_bytes(96, K, 16, 4)
+        monkeypatch.setattr(torch, name, record)
+    linear_topk(hidden, LMHead(weight, bias), K, 1.0, cut=Plan(20, 96, 16, False))
+    outputs = [20 * K * 4, 20 * K * 8, 20 * 4]
+    assert allocated[:3] == outputs
+    (scratch,) = allocated[3:]
+    assert 0 <= scratch - 20 * token_bytes(96, K, 16, 4) <= 9 * kernel.ALIGNED * 4
 
 
 def test_inputs_are_not_written():

@@ -26,6 +26,7 @@ from .op import (
     needs_gradient,
     present,
     refuse_second_derivative,
+    save_for_backward,
 )
 from .primitives import linear_gather_backward
 
@@ -78,13 +79,19 @@ def _gradient(
                 others = again(ctx.need, None)[1:]
             ctx.given_away = any(g.dtype == ctx.dtype for g in others)
             # `.data`: autograd would refuse the saved tensors to the next pass, which does not read these.
-            others = [implementation(ctx.impl).scaled(g.data, grad, ctx.dtype) for g in others]
+            others = [implementation(ctx.impl).times_upstream(g.data, grad, ctx.dtype) for g in others]
     return for_autograd([dhidden, *others], need, len(ctx.needs_input_grad))
 
 
 def _remember(ctx: Any, dtype: torch.dtype, reduce: bool, need: tuple[bool, ...], impl: str) -> None:
     """What `_gradient` asks of an op's context."""
     ctx.dtype, ctx.reduce, ctx.need, ctx.impl, ctx.given_away = dtype, reduce, Need(*need), impl, False
+
+
+def _save(ctx: Any, output: tuple[Tensor, ...], *inputs: Tensor | None) -> None:
+    """Keep the gradients that the forward pass made, and its inputs where `again` may have to make dW or db."""
+    again = any(ctx.needs_input_grad[1:3])
+    save_for_backward(ctx, *output[1:], *(inputs if again else ()))
 
 
 def _options(spec: Divergence) -> tuple[str, str, float, float, float]:
@@ -159,7 +166,7 @@ def _(hidden, weight, bias, softcap, scale, ids, teacher, factor, *rest):
 
 def _topk_loss_context(ctx, inputs, output):
     hidden, weight, bias, ctx.softcap, ctx.scale, ids, *_, ctx.impl = inputs
-    ctx.save_for_backward(*output[1:], hidden, weight, bias, ids)
+    save_for_backward(ctx, *output[1:], hidden, weight, bias, ids)
 
 
 def _topk_loss_gradient(ctx, grad, *_):
@@ -222,7 +229,7 @@ def _topk_loss_with_tail_context(ctx, inputs, output):
     *ctx.options, reduce, need_hidden, need_weight, need_bias, impl = inputs[9:]
     _remember(ctx, hidden.dtype, reduce, (need_hidden, need_weight, need_bias), impl)
     ctx.head = softcap, scale
-    ctx.save_for_backward(*output[1:], hidden, weight, bias, ids, teacher, teacher_tail, factor)
+    _save(ctx, output, hidden, weight, bias, ids, teacher, teacher_tail, factor)
 
 
 def _topk_loss_with_tail_gradient(ctx, grad, *_):
@@ -308,7 +315,7 @@ def _linear_divergence_context(ctx, inputs, output):
     *ctx.options, reduce, need_hidden, need_weight, need_bias, impl = inputs[11:]
     _remember(ctx, hidden.dtype, reduce, (need_hidden, need_weight, need_bias), impl)
     ctx.heads = (softcap, scale), (t_softcap, t_scale)
-    ctx.save_for_backward(*output[1:], hidden, weight, bias, t_hidden, t_weight, t_bias, factor)
+    _save(ctx, output, hidden, weight, bias, t_hidden, t_weight, t_bias, factor)
 
 
 def _linear_divergence_gradient(ctx, grad, *_):
@@ -374,7 +381,7 @@ def _(hidden, weight, bias, softcap, scale, labels, factor, reduce, *rest):
 def _linear_cross_entropy_context(ctx, inputs, output):
     hidden, weight, bias, ctx.softcap, ctx.scale, labels, factor, reduce, *need, impl = inputs
     _remember(ctx, hidden.dtype, reduce, need, impl)
-    ctx.save_for_backward(*output[1:], hidden, weight, bias, labels, factor)
+    _save(ctx, output, hidden, weight, bias, labels, factor)
 
 
 def _linear_cross_entropy_gradient(ctx, grad, *_):

@@ -16,6 +16,7 @@ from ..functional import (
     topk_distill_loss,
 )
 from ..head import TopK
+from ..options import DistributionDivergence, DivergenceName, Normalization
 from .problems import Problem
 
 IGNORE = -100
@@ -33,6 +34,8 @@ class Op:
         resolve: the name that `resolve_impl` knows the operation by.
         loss: False for the primitives, which have no reduction.
         definition: what `call` is compared with; None: `call` itself with `impl="reference"`.
+        independent: the student's and the teacher's logits are made in two ways (rows gathered, a matrix product), so
+            that their rounding errors do not cancel in the difference of the two.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Op:
     resolve: str
     loss: bool = True
     definition: Callable[..., Tensor] | None = None
+    independent: bool = False
 
     def run(self, problem: Problem, impl: str, **options: Any) -> Tensor:
         """Per-token values, unless a reduction is asked for."""
@@ -61,7 +65,7 @@ def _k(problem: Problem) -> int:
     return min(8, problem.head.num_ids, problem.teacher_head.num_ids)
 
 
-def _topk_op(divergence: str, normalization: str | None = None, **options: Any) -> Op:
+def _topk_op(divergence: DivergenceName, normalization: Normalization | None = None, **options: Any) -> Op:
     def teacher(problem: Problem) -> TopK:
         return problem.teacher_topk(_k(problem), options.get("temperature", 1.0))
 
@@ -81,7 +85,7 @@ def _topk_op(divergence: str, normalization: str | None = None, **options: Any) 
     return Op(name, call, lambda problem: teacher(problem).indices, resolve)
 
 
-def _distill_op(divergence: str, **options: Any) -> Op:
+def _distill_op(divergence: DivergenceName, **options: Any) -> Op:
     def call(problem: Problem, **more: Any) -> Tensor:
         live = problem.teacher_hidden, problem.teacher_head
         chosen = {"k": _k(problem)} if options.get("k") else {}
@@ -92,7 +96,13 @@ def _distill_op(divergence: str, **options: Any) -> Op:
     name = "-".join(
         ["linear", divergence, *(str(o) for n, o in options.items() if n in ("support", "normalization"))]
     )
-    return Op(name, call, lambda problem: problem.labels[..., None], "linear_distill_loss")
+    return Op(
+        name,
+        call,
+        lambda problem: problem.labels[..., None],
+        "linear_distill_loss",
+        independent="support" in options,
+    )
 
 
 def _gather(problem: Problem, **options: Any) -> Tensor:
@@ -117,7 +127,7 @@ def _top_ids(problem: Problem) -> Tensor:
     return problem.teacher_topk(_k(problem)).indices
 
 
-DISTRIBUTIONS = ("forward_kl", "reverse_kl", "jsd", "tvd")
+DISTRIBUTIONS: tuple[DistributionDivergence, ...] = ("forward_kl", "reverse_kl", "jsd", "tvd")
 
 OPS: tuple[Op, ...] = (
     Op("gather", _gather, _top_ids, "linear_gather", loss=False),

@@ -10,9 +10,10 @@ from .complement import (
     linear_logsumexp_backward,
     topk_loss_with_tail,
 )
-from .dense import scaled
+from .dense import times_upstream
 from .divergence import linear_divergence
-from .gather import linear_gather, linear_gather_backward, topk_loss
+from .gather import linear_gather, linear_gather_backward
+from .gather_loss import topk_loss
 from .stats import token_stats
 from .topk import linear_topk
 
@@ -24,7 +25,7 @@ __all__ = [
     "linear_logsumexp",
     "linear_logsumexp_backward",
     "linear_topk",
-    "scaled",
+    "times_upstream",
     "token_stats",
     "topk_loss",
     "topk_loss_with_tail",

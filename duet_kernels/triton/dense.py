@@ -20,7 +20,7 @@ dz is written in the operands' dtype. fp16 would lose small ones: they are multi
 of |dz|, and the products divided by it. Rows with a factor of 0 enter dW as zeros, whatever their hidden states are:
 those are copied first. Deterministic: no atomics, no synchronisation, every sum in one order.
 
-The gradients are made before the upstream gradient is known. `scaled` multiplies one by it: a number on the device,
+The gradients are made before the upstream gradient is known. `times_upstream` multiplies one by it: a number on the device,
 which a half gradient of any size is multiplied by in place at the speed of memory, or left alone where it is 1.
 """
 
@@ -191,7 +191,7 @@ def _scale_kernel(
             start += tl.num_programs(0).to(tl.int64) * BLOCK
 
 
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor * gradient (contiguous), rounded to `dtype`: in place where that is the gradient's own."""
     require_device(gradient=gradient, factor=factor)
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
@@ -230,7 +230,9 @@ def run(
             sides[0].operand.itemsize, acc.itemsize, out.itemsize, len(loss.folds), need,
             loss.token_bytes, loss.partials * acc.itemsize, whole=not loss.bounded,
         )  # fmt: skip
-        _Walk(sides, factor, loss, shape, plan(shape, workspace_bytes())).run(dhidden, dweight, dbias)
+        _Walk(sides, factor, loss, shape, plan(shape, workspace_bytes(factor.device))).run(
+            dhidden, dweight, dbias
+        )
     return dhidden, dweight, None if dbias is None else dbias.to(out)
 
 

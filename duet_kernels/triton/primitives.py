@@ -14,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..products import add_product as add_product
+from ..products import product as product
+
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2E x), and that is one instruction
 
 
@@ -236,20 +239,3 @@ def accumulator(*tensors: torch.Tensor | None) -> tuple[torch.dtype, tl.dtype]:
 def current_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the one that holds the tensor."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """a b by the device's library, summed and returned in ACC; half operands are multiplied as they are on a GPU."""
-    acc, _ = accumulator(a, b)
-    if a.dtype == b.dtype and a.dtype != acc and (a.is_cuda or a.is_meta):
-        return torch.mm(a, b, out_dtype=acc) if out is None else torch.mm(a, b, out_dtype=acc, out=out)
-    return torch.mm(a.to(acc), b.to(acc), out=out)
-
-
-def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """out += a b, as `product` multiplies; `out` is in ACC."""
-    acc, _ = accumulator(a, b)
-    if a.dtype == b.dtype and a.dtype != acc and a.is_cuda:  # meta tensors have no such form in torch 2.11
-        torch.addmm(out, a, b, out_dtype=acc, out=out)
-    else:
-        out.addmm_(a.to(acc), b.to(acc))

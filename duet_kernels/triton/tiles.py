@@ -9,9 +9,11 @@ The rows below are reasoned and shared by all architectures (0). What was measur
 and goes before them: `adopt`, the last step of this room's import, adds a row for each entry.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from .. import measured
@@ -24,6 +26,29 @@ class GatherTile(NamedTuple):
     rows: int
     columns: int
     warps: int
+
+
+class SegmentsTile(NamedTuple):
+    """VOCABULARY rows of dW x COLUMNS of D, AHEAD rows of h under way, held by one program of WARPS warps."""
+
+    vocabulary: int
+    columns: int
+    ahead: int
+    warps: int
+
+
+class LossTile(NamedTuple):
+    """ROWS slots x COLUMNS of D in pieces of PIECE, kept by a program of WARPS warps with REGISTERS a thread.
+
+    PROGRAMS of them run on a multiprocessor at a time, which has 65536 registers.
+    """
+
+    rows: int
+    columns: int
+    piece: int
+    warps: int
+    registers: int
+    programs: int
 
 
 class DivergenceTile(NamedTuple):
@@ -45,11 +70,24 @@ GATHER_DHIDDEN = {
     (0, 4): GatherTile(16, 256, 4),
     (0, 8): GatherTile(16, 128, 4),
 }
-GATHER_DWEIGHT = {
+DWEIGHT_CHUNK_SUMS = {
     (0, 2): GatherTile(16, 512, 4),
     (0, 4): GatherTile(16, 256, 4),
     (0, 8): GatherTile(16, 128, 4),
 }
+# A warp a program: a segment's end is a branch, and other warps would wait at it.
+DWEIGHT_SEGMENTS = {
+    (0, 2): SegmentsTile(16, 512, 8, 1),
+    (0, 4): SegmentsTile(16, 256, 8, 1),
+    (0, 8): SegmentsTile(16, 128, 8, 1),
+}
+# (architecture, bytes that an element takes in a register): 64 registers a thread hold 32 KB of W.
+LOSS = {
+    (0, 2): LossTile(64, 256, 128, 4, 96, 5),
+    (0, 4): LossTile(64, 128, 64, 4, 96, 5),
+    (0, 8): LossTile(64, 64, 32, 4, 128, 4),
+}
+LOSS_SLOTS = LOSS[0, 2].rows
 MAX_GATHER_ROWS = 128
 SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels handles
 # (architecture, bytes of an element) -> from V / this many ids on, all logits by the library's product are cheaper than
@@ -58,9 +96,6 @@ SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels ha
 GATHER_CROSSOVER = {(0, 2): 156, (0, 4): 23, (0, 8): 55}
 GATHER_MIN_TOKENS = (
     256  # tokens of a product whose logits the workspace must hold: fewer would read W too often
-)
-DWEIGHT_VOCABULARY = (
-    8  # consecutive vocabulary rows a program writes: most of them are zeros, and a program is dear
 )
 DWEIGHT_CHUNK = 256  # sorted pairs summed ahead of time when all of them belong to one vocabulary row
 DWEIGHT_PARTIAL_BYTES = 64 << 20  # at most this much for those sums: above it the chunks grow
@@ -93,6 +128,27 @@ def gather_tile(
     wide = min(max(tile.columns, elements // needed), max(16, triton.next_power_of_2(columns)))
     tall = min(elements // wide, needed, MAX_GATHER_ROWS)
     return GatherTile(tall, wide, tile.warps)
+
+
+def segments_tile(arch: int, itemsize: int, columns: int) -> SegmentsTile:
+    """The table's tile, no wider than a matrix of short rows."""
+    tile = DWEIGHT_SEGMENTS.get((arch, itemsize)) or DWEIGHT_SEGMENTS[0, itemsize]
+    return tile._replace(columns=min(tile.columns, max(16, triton.next_power_of_2(columns))))
+
+
+def loss_tile(arch: int, itemsize: int, slots: int, columns: int) -> LossTile:
+    """The table's tile with as many rows as there are slots, as wide as that allows."""
+    tile = LOSS.get((arch, itemsize)) or LOSS[0, itemsize]
+    rows = triton.next_power_of_2(slots)
+    wide = min(tile.rows * tile.columns // rows, max(16, triton.next_power_of_2(columns)))
+    piece = min(tile.piece * max(1, tile.rows // 8 // rows), wide)  # every thread has a word of it
+    return tile._replace(rows=rows, columns=wide, piece=piece)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H200's number where there is none to ask."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def gather_product_tokens(arch: int, operand: int, acc: int, n: int, v: int, k: int, workspace: int) -> int:
@@ -139,17 +195,40 @@ SKINNY = {
 }
 # Up to this many tokens one kernel reads W once and folds as it goes; above, the library's product and a fold.
 TOPK_SKINNY_TOKENS = 64
-# Tokens a library product takes when the workspace cannot hold their logits over the whole vocabulary: with fewer,
-# reading W again for every block of tokens would cost as much as multiplying.
-TOPK_TOKENS = 512
-TOPK_MIN_TOKENS = 256
-FOLD_ROWS = 32  # blocks of logits a program folds: 16 KB at 128 columns
-CHOOSE_ELEMENTS = 8192  # most block maxima of a token: a program holds them in registers, 16 a thread
-CHOOSE_ROW_ELEMENTS = 1024  # several tokens a program where they have few blocks
-SURVIVORS_COLUMNS = 1024  # candidates a program takes at a time, of one token
-SURVIVORS_WARPS = 4
-ORDER_ROWS = 64  # selected ids of a token that a program ranks, and compares them with at a time
-ORDER_ELEMENTS = 4096  # comparisons a program holds: several tokens where k is small
+# Fewest tokens of a library product where the workspace leaves a choice, and the slabs of the vocabulary that are cut
+# for more tokens: fewer tokens read W more often, more slabs select more often.
+TOPK_TOKENS = 1024
+LOGITS_SLABS = 3
+FOLD_ROWS = 32  # blocks of 128 logits that a program folds: 16 KB
+FOLD_PIECE = 32  # of a block, side by side: the pieces of a block lie on top of each other in a thread
+FOLD_WARPS = 4
+CHOOSE_ELEMENTS = 8192  # most block maxima of a token: a program holds them in registers
+SELECT_ELEMENTS = 1024  # several tokens a program where all of its lists are short
+SELECT_HELD = 4096  # most candidates of a token that a program holds at a time
+SELECT_COLUMNS = 1024  # elements of chosen blocks that a program takes at a time
+SELECT_RANKED, SELECT_COMPARED = (
+    32,
+    32,
+)  # candidates that a program ranks at a time, and those it compares them with
+
+
+class FoldTile(NamedTuple):
+    """BLOCKS blocks of one token in pieces of PIECE columns, held by one program of WARPS warps."""
+
+    blocks: int
+    piece: int
+    warps: int
+
+
+class SelectTile(NamedTuple):
+    """TOKENS a program; candidates HELD, elements (COLUMNS), candidates RANKED and COMPARED at a time; WARPS warps."""
+
+    tokens: int
+    held: int
+    columns: int
+    ranked: int
+    compared: int
+    warps: int
 
 
 def topk_block(k: int, columns: int) -> int:
@@ -160,9 +239,24 @@ def topk_block(k: int, columns: int) -> int:
     return 16
 
 
-def choose_warps(blocks: int) -> int:
-    """Warps of the program that holds a token's block maxima."""
-    return 4 if blocks <= 2048 else 16
+def topk_room(k: int) -> int:
+    """Candidates of a token that there is memory for: hardly more than k are expected."""
+    return max(64, triton.next_power_of_2(2 * k))
+
+
+def fold_tile(arch: int, block: int, itemsize: int) -> FoldTile:
+    """As many bytes whatever the block and the element."""
+    blocks = max(1, measured_number("FOLD_ROWS", arch) * 128 * 4 // (block * itemsize))
+    return FoldTile(blocks, min(FOLD_PIECE, block), FOLD_WARPS)
+
+
+def select_tile(k: int, blocks: int, block: int) -> SelectTile:
+    """The tile for k of that many blocks a slab."""
+    room, slots = topk_room(k), triton.next_power_of_2(min(k, blocks))
+    columns = max(block, min(SELECT_COLUMNS, slots * block))
+    held, ranked, compared = (min(room, most) for most in (SELECT_HELD, SELECT_RANKED, SELECT_COMPARED))
+    tokens = max(1, SELECT_ELEMENTS // max(triton.next_power_of_2(blocks), columns, held))
+    return SelectTile(tokens, held, columns, ranked, compared, 4 if blocks <= 2048 else 16)
 
 
 def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:
@@ -171,10 +265,16 @@ def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:
     return SKINNY.get((arch, itemsize, limit)) or SKINNY[0, itemsize, limit]
 
 
-STATS_ROWS, STATS_COLUMNS, STATS_WARPS = 4, 512, 4  # logits a program of the statistics folds: 16 a thread
+STATS_COLUMNS = 512  # logits of a block of the statistics
+STATS_FOLD = FoldTile(4, 64, 2)  # blocks of fp32: 8 KB
 STATS_MERGE = 4096  # partial statistics a program of the merge holds
-STATS_TOKENS = 8192  # tokens of a product; W's slab is as wide as the rest of the workspace allows
-STATS_SLAB_COLUMNS = 4096  # narrower slabs take fewer tokens instead
+
+
+def stats_tile(block: int, itemsize: int) -> FoldTile:
+    """As many bytes whatever the block and the element."""
+    blocks, piece, warps = STATS_FOLD
+    blocks = max(1, blocks * 512 * 4 // (block * itemsize))
+    return FoldTile(blocks, min(piece, block), warps)
 
 
 # The losses that read every logit (`dense`). What writes dz: a program takes SLAB_ROWS rows, SLAB_COLUMNS at a time.
