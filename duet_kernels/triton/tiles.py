@@ -147,7 +147,7 @@ FOLD_ROWS = 32  # blocks of 128 logits that a program folds: 16 KB
 FOLD_PIECE = 32  # of a block, side by side: the pieces of a block lie on top of each other in a thread
 FOLD_WARPS = 4
 CHOOSE_ELEMENTS = 8192  # most block maxima of a token: a program holds them in registers
-SELECT_ELEMENTS = 1024  # several tokens a program where all of its lists are short
+SELECT_ELEMENTS = 512  # several tokens a program where all of its lists are short
 SELECT_HELD = 4096  # most candidates of a token that a program holds at a time
 SELECT_COLUMNS = 1024  # elements of chosen blocks that a program takes at a time
 SELECT_RANKED, SELECT_COMPARED = 32, 32  # candidates that a program ranks at a time, and those it compares them with
@@ -196,8 +196,9 @@ def select_tile(k: int, blocks: int, block: int) -> SelectTile:
     room, slots = topk_room(k), triton.next_power_of_2(min(k, blocks))
     columns = max(block, min(SELECT_COLUMNS, slots * block))
     held, ranked, compared = (min(room, most) for most in (SELECT_HELD, SELECT_RANKED, SELECT_COMPARED))
-    tokens = max(1, SELECT_ELEMENTS // max(triton.next_power_of_2(blocks), columns, held))
-    return SelectTile(tokens, held, columns, ranked, compared, 4 if blocks <= 2048 else 16)
+    padded = triton.next_power_of_2(blocks)
+    tokens = max(1, SELECT_ELEMENTS // max(padded, columns, held))
+    return SelectTile(tokens, held, columns, ranked, compared, max(4, min(16, padded // 256)))
 
 
 def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:

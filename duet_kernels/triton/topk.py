@@ -220,7 +220,8 @@ def _candidates(lists, count, start, COLUMNS: tl.constexpr):
     value_ptr, _, n, ROOM = lists
     c = start + tl.arange(0, COLUMNS)
     there = c[None, :] < count[:, None]
-    here = n[:, None] * ROOM + c[None, :]
+    # Neighbours in a warp, not in a thread: in the layout in which what is kept is stored, so that nothing moves.
+    here = tl.max_contiguous(n[:, None] * ROOM + c[None, :], [1, 1])
     return tl.load(value_ptr + here, mask=there, other=0.0), here, there
 
 
@@ -233,7 +234,6 @@ def _elements(slab, n, blocks, start, FINISHED: tl.constexpr, COLUMNS: tl.conste
     block = tl.load(list_ptr + n[:, None] * SLOTS + (c // BLOCK)[None, :], mask=listed, other=0)
     column = block * BLOCK + (c % BLOCK)[None, :]
     there = listed & (column < C)
-    # Neighbours in a warp, not in a thread: in the layout in which what is kept is stored.
     here = tl.max_contiguous(z_ptr + n[:, None] * J * BLOCK + column, [1, 1])
     z = tl.load(here, mask=there, other=0.0)
     if not FINISHED:
@@ -363,7 +363,7 @@ def _select_kernel(
     # The k-th largest of the block maxima and of KNOWN candidates, or less than any where there are fewer than k.
     j = tl.arange(0, BLOCKS)
     inside = (n < N)[:, None] & (j < J)[None, :]
-    here = n[:, None] * J + j[None, :]
+    here = tl.max_contiguous(n[:, None] * J + j[None, :], [1, 1])  # as in `_candidates`
     top = tl.load(top_ptr + here, mask=inside, other=LEAST)
     z, place, there = _candidates(lists, count, 0, KNOWN)
     known = tl.where(there, ordered(z), LEAST)
