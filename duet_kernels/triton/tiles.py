@@ -18,6 +18,16 @@ from .. import measured
 from ..dispatch import architecture as architecture  # asked for here by every launcher
 
 
+def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up. Triton's own works in kernels, too, and takes microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(x: int) -> int:
+    """The smallest power of two that is at least x."""
+    return 1 << max(0, x - 1).bit_length()
+
+
 class GatherTile(NamedTuple):
     """ROWS gathered rows (slots or sorted pairs) x COLUMNS of D, held by one program of WARPS warps."""
 
@@ -182,7 +192,7 @@ def topk_block(k: int, columns: int) -> int:
 
 def topk_room(k: int) -> int:
     """Candidates of a token that there is memory for: hardly more than k are expected."""
-    return max(64, triton.next_power_of_2(2 * k))
+    return max(64, next_power_of_2(2 * k))
 
 
 def fold_tile(arch: int, block: int, itemsize: int) -> FoldTile:
@@ -193,10 +203,10 @@ def fold_tile(arch: int, block: int, itemsize: int) -> FoldTile:
 
 def select_tile(k: int, blocks: int, block: int) -> SelectTile:
     """The tile for k of that many blocks a slab."""
-    room, slots = topk_room(k), triton.next_power_of_2(min(k, blocks))
+    room, slots = topk_room(k), next_power_of_2(min(k, blocks))
     columns = max(block, min(SELECT_COLUMNS, slots * block))
     held, ranked, compared = (min(room, most) for most in (SELECT_HELD, SELECT_RANKED, SELECT_COMPARED))
-    padded = triton.next_power_of_2(blocks)
+    padded = next_power_of_2(blocks)
     tokens = max(1, SELECT_ELEMENTS // max(padded, columns, held))
     return SelectTile(tokens, held, columns, ranked, compared, max(4, min(16, padded // 256)))
 

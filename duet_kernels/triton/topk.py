@@ -71,6 +71,7 @@ from .primitives import (
     unordered,
 )
 from .slabs import ALIGNED, allocate, cut_logits
+from .tiles import cdiv, next_power_of_2
 
 # --- product and fold ------------------------------------------------------------------------------------------
 
@@ -462,7 +463,7 @@ class Scratch(NamedTuple):
 
 def fields(columns: int, k: int, block: int) -> Scratch:
     """Elements of each field a token has: rows of the slab hold whole blocks."""
-    blocks = triton.cdiv(columns, block)
+    blocks = cdiv(columns, block)
     room = tiles.topk_room(k)
     return Scratch(blocks * block, blocks, blocks, min(k, blocks), room, room, 1, 1, 1)
 
@@ -500,13 +501,14 @@ def linear_topk(
     indices = torch.empty(n, k, dtype=torch.int64, device=device)
     tail = torch.empty(n, dtype=head.acc, device=device)
     if n:
-        cut = cut or plan(n, v, k, head.acc.itemsize, workspace_bytes(), tiles.architecture(device))
+        arch = tiles.architecture(device)
+        cut = cut or plan(n, v, k, head.acc.itemsize, workspace_bytes(), arch)
         scratch = _scratch(min(n, cut.tokens), cut, k, head.acc, device)
         with current_device(hidden):
             for start in range(0, n, cut.tokens):
                 rows = slice(start, start + cut.tokens)
                 results = values[rows], indices[rows], tail[rows]
-                _topk_of_tokens(hidden[rows], head, 1.0 / temperature, cut, scratch, *results)
+                _topk_of_tokens(hidden[rows], head, 1.0 / temperature, cut, arch, scratch, *results)
     return values, indices, tail
 
 
@@ -526,6 +528,7 @@ def _topk_of_tokens(
     head: LMHead,
     inverse_temperature: float,
     cut: Plan,
+    arch: int,
     scratch: Scratch,
     values: Tensor,
     indices: Tensor,
@@ -537,17 +540,17 @@ def _topk_of_tokens(
     bias, stride_bv = head.bias, 0 if head.bias is None else head.bias.stride(0)
     softcap = head.softcap or 0.0
     per_token = fields(cut.columns, k, block)
-    fold = tiles.fold_tile(tiles.architecture(hidden.device), block, head.acc.itemsize)
+    fold = tiles.fold_tile(arch, block, head.acc.itemsize)
     select = tiles.select_tile(k, per_token.top, block)
     for first in range(0, v, cut.columns):
         c = min(cut.columns, v - first)
-        j = triton.cdiv(c, block)
+        j = cdiv(c, block)
         if cut.skinny:
-            _skinny(hidden, head, first, c, inverse_temperature, scratch, block)
+            _skinny(hidden, head, first, c, inverse_temperature, arch, scratch, block)
         else:
             z = scratch.z[: n * j * block].view(n, j * block)[:, :c]
             product(hidden, head.weight[first : first + c].T, out=z)
-            _fold_kernel[(require_grid(triton.cdiv(n * j, fold.blocks), "linear_topk"),)](
+            _fold_kernel[(require_grid(cdiv(n * j, fold.blocks), "linear_topk"),)](
                 scratch.z, bias, scratch.top, scratch.total,
                 n * j, first, c, j,
                 stride_bv,
@@ -555,7 +558,7 @@ def _topk_of_tokens(
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, RAGGED=c % block != 0, ACC=acc,
                 BLOCKS=fold.blocks, BLOCK=block, PIECE=fold.piece, num_warps=fold.warps,
             )  # fmt: skip
-        _select_kernel[(triton.cdiv(n, select.tokens),)](
+        _select_kernel[(cdiv(n, select.tokens),)](
             scratch.z, bias, scratch.top, scratch.total, scratch.chosen, scratch.value, scratch.id,
             scratch.count, scratch.rest_max, scratch.rest_sum,
             values, indices, tail,
@@ -563,7 +566,7 @@ def _topk_of_tokens(
             stride_bv,
             head.scale, inverse_temperature,
             FINISHED=cut.skinny or head.softcap is not None, INT=tl.int64 if acc == tl.float64 else tl.int32, ACC=acc,
-            ROWS=select.tokens, BLOCKS=triton.next_power_of_2(per_token.top),
+            ROWS=select.tokens, BLOCKS=next_power_of_2(per_token.top),
             KNOWN=1 if cut.columns >= v else select.held, HELD=select.held,
             COLUMNS=select.columns, BLOCK=block, RANKED=select.ranked, COMPARED=select.compared,
             num_warps=select.warps, num_stages=1,
@@ -576,20 +579,21 @@ def _skinny(
     first: int,
     c: int,
     inverse_temperature: float,
+    arch: int,
     scratch: Scratch,
     block: int,
 ) -> None:
     """z of all tokens for C columns, and its fold, reading W once."""
     (n, d), bias = hidden.shape, head.bias
     _, acc = accumulator(hidden, head.weight)
-    tile = tiles.skinny_tile(tiles.architecture(hidden.device), head.weight.element_size(), n)
-    _skinny_kernel[(triton.cdiv(c, tile.vocabulary),)](
+    tile = tiles.skinny_tile(arch, head.weight.element_size(), n)
+    _skinny_kernel[(cdiv(c, tile.vocabulary),)](
         hidden, head.weight, bias, scratch.z, scratch.top, scratch.total,
-        n, d, first, c, triton.cdiv(c, block),
+        n, d, first, c, cdiv(c, block),
         *hidden.stride(), *head.weight.stride(), 0 if bias is None else bias.stride(0),
         head.softcap or 0.0, head.scale, inverse_temperature,
         HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, ACC=acc,
         NATIVE=not INTERPRETED and acc == tl.float32 and hidden.dtype == head.weight.dtype,
-        TOKENS=max(16, triton.next_power_of_2(n)), VOCABULARY=tile.vocabulary, DEPTH=tile.depth, BLOCK=block,
+        TOKENS=max(16, next_power_of_2(n)), VOCABULARY=tile.vocabulary, DEPTH=tile.depth, BLOCK=block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
