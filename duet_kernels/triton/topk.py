@@ -267,25 +267,47 @@ def _keep_elements(
     slab, lists, blocks, kept, bound, places, m, s, inverse,
     EXACT: tl.constexpr, FINISHED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Append the selected elements of the chosen blocks, the others into the tail; those past ROOM are only counted."""
+    """Append the selected elements of the chosen blocks, the others into the tail; whether that is all right.
+
+    Those past ROOM are only counted. Unless EXACT, exponentials are relative to the bound, which is above all that go
+    into the tail: not all right where they would all be next to 0.
+    """
     value_ptr, id_ptr, n, ROOM = lists
+    number_of_bound = unordered(bound)
     # A tail in every lane, so that the loop has no reduction for it.
     tops = tl.full([n.shape[0], COLUMNS], float("-inf"), m.dtype)
     sums = tl.full([n.shape[0], COLUMNS], 0.0, m.dtype)
     for start in range(0, tl.max(blocks, 0) * BLOCK, COLUMNS):
         z, ids, there = _elements(slab, n, blocks, start, FINISHED, COLUMNS, BLOCK)
-        selected, places = _selected(ordered(z), there, bound, places, EXACT)
+        if EXACT:
+            selected, places = _selected(ordered(z), there, bound, places, EXACT)
+        else:
+            # A bound that is no number is below everything, or above all but NaN: then too many are selected.
+            selected = there & ((z < number_of_bound[:, None]) == 0)
         place = kept[:, None] + tl.cumsum(selected.to(tl.int32), 1) - 1
         fits = selected & (place < ROOM)
         tl.store(value_ptr + n[:, None] * ROOM + place, z, mask=fits)
         tl.store(id_ptr + n[:, None] * ROOM + place, ids, mask=fits)
         kept += tl.sum(selected.to(tl.int32), 1)
-        x = tl.where(there & (selected == 0), z * inverse, float("-inf"))
-        top = tl.maximum(tops, x)
-        sums = sums * tl.exp(tops - origin(top)) + tl.exp(x - origin(top))
-        tops = top
-    m, s = _add_sums(m, s, tops, sums)
-    return kept, m, s
+        rest = there & (selected == 0)
+        if EXACT:
+            x = tl.where(rest, z * inverse, float("-inf"))
+            top = tl.maximum(tops, x)
+            sums = sums * tl.exp(tops - origin(top)) + tl.exp(x - origin(top))
+            tops = top
+        else:
+            sums += tl.where(rest, tl.exp((z - number_of_bound[:, None]) * inverse), 0.0)
+            tops = tl.maximum(tops, tl.where(rest, z, float("-inf")))
+    if EXACT:
+        m, s = _add_sums(m, s, tops, sums)
+        right = kept <= ROOM
+    else:
+        largest = tl.max(tops, 1)
+        some = largest > float("-inf")
+        right = (kept <= ROOM) & ((some == 0) | ((largest - number_of_bound) * inverse > -60.0))
+        x = tl.where(some, number_of_bound * inverse, float("-inf"))
+        m, s = _add_sums(m, s, x[:, None], tl.sum(sums, 1)[:, None])
+    return kept, m, s, right
 
 
 @triton.jit
@@ -395,14 +417,13 @@ def _select_kernel(
     tl.debug_barrier()
 
     old, places, m, s = _keep_candidates(lists, count, bound, places, m, s, inverse, False, HELD)
-    kept, rest_max, rest_sum = _keep_elements(
+    kept, rest_max, rest_sum, right = _keep_elements(
         slab, lists, blocks, old, bound, places, m, s, inverse, False, FINISHED, COLUMNS, BLOCK
     )
-    if tl.max(kept, 0) > ROOM:
-        # Their exact k-th largest. Other tokens of this program do the same as before.
+    if tl.min(right.to(tl.int32), 0) == 0:
+        # Again, with the exact k-th largest and careful sums; the other tokens of this program have theirs.
         tl.debug_barrier()
-        full = kept > ROOM
-        exact, reach = tl.full([ROWS], LEAST, INT), tl.where(full, -1, K)
+        exact, reach = tl.full([ROWS], LEAST, INT), tl.where(right, K, -1)
         i = 0
         while (i < top.dtype.primitive_bitwidth // 2) & (tl.max((reach != K).to(tl.int32), 0) > 0):
             low, middle, high = _next_digit(exact, i)
@@ -416,12 +437,15 @@ def _select_kernel(
         larger, at_middle, at_high = _reach_in_lists(
             slab, lists, blocks, old, above_it, above_it, above_it, FINISHED, HELD, COLUMNS, BLOCK
         )
-        places = tl.where(full, tl.where(above_it > exact, K - larger, K), 1 << 30)
-        bound = tl.where(full, exact, bound)
-        old, places, m, s = _keep_candidates(lists, old, bound, places, m, s, inverse, True, HELD)
-        kept, rest_max, rest_sum = _keep_elements(
-            slab, lists, blocks, old, bound, places, m, s, inverse, True, FINISHED, COLUMNS, BLOCK
+        places = tl.where(above_it > exact, K - larger, K)
+        count = tl.where(right, 0, old)
+        blocks = tl.where(right, 0, blocks)
+        again, places, m, s = _keep_candidates(lists, count, exact, places, m, s, inverse, True, HELD)
+        again, m, s, done = _keep_elements(
+            slab, lists, blocks, again, exact, places, m, s, inverse, True, FINISHED, COLUMNS, BLOCK
         )
+        kept = tl.where(right, kept, again)
+        rest_max, rest_sum = tl.where(right, rest_max, m), tl.where(right, rest_sum, s)
 
     if first + C < V:
         tl.store(count_ptr + n, kept, mask=n < N)
