@@ -11,7 +11,6 @@ from torch import Tensor
 from . import tiles
 from .tiles import cdiv
 
-
 ALIGNED = 16  # elements on which every field of a call's memory begins
 
 

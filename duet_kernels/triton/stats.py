@@ -67,6 +67,20 @@ def _without_one_maximum(x, top, counted, terms):
 
 
 @triton.jit
+def _write_label(
+    row, bias_ptr, label_ptr, value_ptr, part, first, C, stride_bv, softcap, scale,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """z of a token's label, by the first program that reads the token; a label in no slab is the first slab's NaN."""
+    if part == 0:
+        label = tl.load(label_ptr).to(tl.int64) - first
+        here = (label >= 0) & (label < C)
+        x = tl.load(row + label, mask=here, other=0.0).to(ACC)
+        z = finish(x, first + label, bias_ptr, stride_bv, here, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+        tl.store(value_ptr, tl.where(here, z, float("nan")), mask=here | (first == 0))
+
+
+@triton.jit
 def _fold_kernel(
     z_ptr, bias_ptr, label_ptr, top_ptr, rest_ptr, mean_ptr, variance_ptr, value_ptr,
     PARTS, C, PITCH, first, J,
@@ -84,14 +98,10 @@ def _fold_kernel(
     part = tl.program_id(0) % PARTS
     row = z_ptr + n * PITCH
     if HAS_LABEL:
-        if part == 0:
-            label = tl.load(label_ptr + n * stride_l).to(tl.int64) - first
-            here = (label >= 0) & (label < C)
-            x = tl.load(row + label, mask=here, other=0.0).to(ACC)
-            v = first + label
-            z = finish(x, v, bias_ptr, stride_bv, here, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-            # A label in no slab stays what the first slab says.
-            tl.store(value_ptr + n, tl.where(here, z, float("nan")), mask=here | (first == 0))
+        _write_label(
+            row, bias_ptr, label_ptr + n * stride_l, value_ptr + n, part, first, C, stride_bv,
+            softcap, scale, HAS_BIAS, HAS_SOFTCAP, ACC,
+        )  # fmt: skip
     block = part * BLOCKS + tl.arange(0, BLOCKS)
     column = (
         block[:, None, None] * BLOCK

@@ -243,9 +243,7 @@ def _elements(slab, n, blocks, start, FINISHED: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
-def _keep_candidates(
-    lists, count, bound, places, m, s, inverse, EXACT: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _keep_candidates(lists, count, bound, places, m, s, inverse, EXACT: tl.constexpr, COLUMNS: tl.constexpr):
     """Move the candidates that are still selected to the front of their list, the others into the tail."""
     value_ptr, id_ptr, n, ROOM = lists
     kept = count * 0
@@ -316,17 +314,17 @@ def _reach_in_lists(
     FINISHED: tl.constexpr, HELD: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """How many candidates and elements of chosen blocks reach each of the token's three bounds."""
-    value_ptr, id_ptr, n, ROOM = lists
+    n = lists[2]
     LEAST = _least(low.dtype)
     at_low, at_middle, at_high = count * 0, count * 0, count * 0
     for start in range(0, tl.max(count, 0), HELD):
-        z, here, there = _candidates(lists, count, start, HELD)
+        z, _here, there = _candidates(lists, count, start, HELD)
         order = tl.where(there, ordered(z), LEAST)
         at_low += tl.sum((order >= low[:, None]).to(tl.int32), 1)
         at_middle += tl.sum((order >= middle[:, None]).to(tl.int32), 1)
         at_high += tl.sum((order >= high[:, None]).to(tl.int32), 1)
     for start in range(0, tl.max(blocks, 0) * BLOCK, COLUMNS):
-        x, ids, inside = _elements(slab, n, blocks, start, FINISHED, COLUMNS, BLOCK)
+        x, _ids, inside = _elements(slab, n, blocks, start, FINISHED, COLUMNS, BLOCK)
         tall = tl.where(inside, ordered(x), LEAST)
         at_low += tl.sum((tall >= low[:, None]).to(tl.int32), 1)
         at_middle += tl.sum((tall >= middle[:, None]).to(tl.int32), 1)
@@ -339,14 +337,14 @@ def _write_best(
     lists, count, out_value_ptr, out_index_ptr, K, m, s, inverse, RANKED: tl.constexpr, COMPARED: tl.constexpr
 ):
     """The candidates before which fewer than K stand to the place of their rank, the others into the tail."""
-    value_ptr, id_ptr, n, ROOM = lists
+    _value_ptr, id_ptr, n, _ROOM = lists
     for start in range(0, tl.max(count, 0), RANKED):
         z, here, there = _candidates(lists, count, start, RANKED)
         i = (start + tl.arange(0, RANKED))[None, :, None]
         order = ordered(z)[:, :, None]
         rank = tl.full([n.shape[0], RANKED], 0, tl.int32)
         for other in range(0, tl.max(count, 0), COMPARED):
-            x, place, exists = _candidates(lists, count, other, COMPARED)
+            x, _here, exists = _candidates(lists, count, other, COMPARED)
             rival = tl.where(exists, ordered(x), _least(order.dtype))[:, None, :]
             earlier = (other + tl.arange(0, COMPARED))[None, None, :] < i
             rank += tl.sum(((rival > order) | ((rival == order) & earlier)).to(tl.int32), 2)
@@ -388,7 +386,7 @@ def _select_kernel(
     inside = (n < N)[:, None] & (j < J)[None, :]
     here = tl.max_contiguous(n[:, None] * J + j[None, :], [1, 1])  # as in `_candidates`
     top = tl.load(top_ptr + here, mask=inside, other=LEAST)
-    z, place, there = _candidates(lists, count, 0, KNOWN)
+    z, _here, there = _candidates(lists, count, 0, KNOWN)
     known = tl.where(there, ordered(z), LEAST)
     bound, reach = tl.full([ROWS], LEAST, INT), count * 0 - 1
     i = 0
@@ -441,7 +439,7 @@ def _select_kernel(
         count = tl.where(right, 0, old)
         blocks = tl.where(right, 0, blocks)
         again, places, m, s = _keep_candidates(lists, count, exact, places, m, s, inverse, True, HELD)
-        again, m, s, done = _keep_elements(
+        again, m, s, _right = _keep_elements(
             slab, lists, blocks, again, exact, places, m, s, inverse, True, FINISHED, COLUMNS, BLOCK
         )
         kept = tl.where(right, kept, again)
