@@ -1,7 +1,7 @@
 """DuetConfig: every option of an unlearning run, on top of transformers' TrainingArguments.
 
 Holds and checks options, nothing else. Must not know models, tokenizers or which objectives exist (a user may add
-one to `duet.objectives.OBJECTIVES` at any time; the trainer looks the name up).
+one to `duet.OBJECTIVES` at any time; the trainer looks the name up).
 """
 
 from dataclasses import dataclass, field
@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .data.prompts import PLAIN_TEMPLATE, Prompting
 from .names import check_one_of
-from .prompts import PLAIN_TEMPLATE, Prompting
 
 # Written in our own words after RWKU's in-context unlearning instruction (arXiv 2406.10890): name the subject, ask for
 # ignorance rather than refusal, keep everything else. A starting point: the prefix is worth a sweep.
@@ -53,7 +53,7 @@ class DuetConfig(TrainingArguments):
     What is learned:
 
     Args:
-        objective: a name in `duet.objectives.OBJECTIVES`. Query-only: `duet` (Huber on the teacher's top-k raw logits,
+        objective: a name in `duet.OBJECTIVES`. Query-only: `duet` (Huber on the teacher's top-k raw logits,
             DUET equation 3), `duet_adversarial` (the same, with reverse prompts before a share of the student's
             queries), `duet_kl` (= `duet_forward_kl`), `duet_reverse_kl`, `duet_jsd` (top-k divergences),
             `bidirectional` (pull + push), `duet_deep` (survives prefills and relearning), `undo` (perturb an unlearned

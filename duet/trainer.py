@@ -23,10 +23,13 @@ from transformers.utils import logging
 
 from duet_kernels import LMHead, set_workspace_bytes
 
-from .checkpoints import ResumableTrainer, check_output_dir
 from .config import DuetConfig
-from .data import Collator, UnlearnDataset, UnlearnSampler
-from .lm import (
+from .data.dataset import Collator, UnlearnDataset, UnlearnSampler
+from .data.prompts import Prompting, PromptRenderer, fill_prefix, steered_tokenizer
+from .data.rows import check_repeats, read_rows
+from .methods.objectives import Counts, Step, answer_topk, check_options, find_objective, teacher_topk
+from .methods.views import asked_before_training, build_dataset, scored_positions
+from .model.lm import (
     add_adapter,
     base_language_model,
     call_through,
@@ -46,13 +49,7 @@ from .lm import (
     select_parameters,
     warn_of_half_precision,
 )
-from .model_card import fingerprint, model_card
-from .objectives import Counts, Step, answer_topk, check_options, find_objective, teacher_topk
-from .prompts import Prompting, PromptRenderer, fill_prefix, steered_tokenizer
-from .provenance import check_store, open_store, provenance_of, weights_hash
-from .rows import check_repeats, read_rows
-from .run_record import begin_run, run_record
-from .teacher import (
+from .model.teacher import (
     AdapterOffTeacher,
     CachedTeacher,
     EarlyTeacher,
@@ -60,8 +57,11 @@ from .teacher import (
     Teacher,
     TeacherGuard,
 )
-from .topk_store import TopKStore
-from .views import asked_before_training, build_dataset, scored_positions
+from .output.card import fingerprint, model_card
+from .output.checkpoints import ResumableTrainer, check_output_dir
+from .output.record import begin_run, run_record
+from .store.provenance import check_store, open_store, provenance_of, weights_hash
+from .store.read import TopKStore
 
 logger = logging.get_logger(__name__)
 _PROBE_QUERIES = 4
@@ -73,7 +73,7 @@ class DuetTrainer(ResumableTrainer):
 
         min_theta  mean over queries x and scored positions of  D( p_theta(. | x, y_<j), p_base(. | c, x, y_<j) )
 
-    with c the steering prefix, which only the teacher sees. The other objectives are in `duet.objectives`.
+    with c the steering prefix, which only the teacher sees. The other objectives are in `duet.methods.objectives`.
 
     Args:
         model: a causal language model, PEFT-wrapped or not, or the name or folder of one. It is trained in place.
@@ -91,7 +91,7 @@ class DuetTrainer(ResumableTrainer):
         eval_dataset: rows scored like forget rows (plain query, first prefix), or a dict of such; the rows under a
             name that starts with `retain` are scored like retain rows.
         callbacks, optimizers: as in `Trainer`.
-        teacher_store: what the teacher said, written by `duet cache` (or `duet.caching.cache_teacher`): no teacher
+        teacher_store: what the teacher said, written by `duet cache` (or `duet.store.build.cache_teacher`): no teacher
             runs. Overrides `args.teacher_store`. Rows of `eval_dataset` must have been cached too.
 
     Raises:
@@ -297,7 +297,7 @@ class DuetTrainer(ResumableTrainer):
     ) -> TrainOutput:
         """`Trainer.train`; for `in_context`, whose weights stay, the prefix is put into the chat template instead.
 
-        What decides the run is written to `output_dir` (`duet.run_record`), and compared when it is resumed.
+        What decides the run is written to `output_dir` (`duet.output.record`), and compared when it is resumed.
 
         Raises:
             ValueError: resumed with other options, rows, weights, ... than it began with; what changed is named.

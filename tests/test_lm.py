@@ -1,4 +1,4 @@
-"""duet.lm: backbone and head of real architectures give the model's own logits; what is unknown is refused."""
+"""duet.model.lm: backbone and head of real architectures give the model's own logits; what is unknown is refused."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from duet.lm import call_through, check_head, evaluating, find_backbone, head_inputs, hidden_states_at
+from duet.model.lm import call_through, check_head, evaluating, find_backbone, head_inputs, hidden_states_at
 from duet_kernels import linear_gather
 
 ARCHITECTURES = ("llama", "gemma2", "neox")

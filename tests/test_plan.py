@@ -1,4 +1,4 @@
-"""duet.plan against what training really allocates: the peak of whole runs on a CPU, counted by the allocator."""
+"""duet.run.plan against what training really allocates: the peak of whole runs on a CPU, counted by the allocator."""
 
 import gc
 import json
@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from duet import DuetConfig, DuetTrainer
 from duet.cli import app
-from duet.plan import Planner, Settings, optimizer_bytes
-from duet.plan_report import Plan
+from duet.run.plan import Planner, Settings, optimizer_bytes
+from duet.run.plan_report import Plan
 
 COMMON = {
     "vocab_size": 2048,

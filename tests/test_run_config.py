@@ -1,13 +1,14 @@
-"""duet.run_config and duet.sources: what is written in a YAML file is what runs, and what is wrong in it is named."""
+"""duet.run.config_file and duet.data.sources: what is written in a YAML file is what runs, and what is wrong in it is named."""
 
 import json
 import sys
 
 import pytest
 
-from duet import cli, run
-from duet.run_config import RunConfig, apply_overrides, read_run
-from duet.sources import DataSource, load_rows
+from duet import cli
+from duet.data.sources import DataSource, load_rows
+from duet.run import commands as run
+from duet.run.config_file import RunConfig, apply_overrides, read_run
 
 GOOD = """
 model: {name: some/model, dtype: bfloat16}
@@ -228,8 +229,8 @@ def test_the_message_of_an_error_is_shown_whole(monkeypatch, tmp_path, capsys):
     for written in (None, '{"messages": [{"x": 1}]}'):
         if written:
             path.write_text(written)
-            monkeypatch.setattr("duet.run.load_model", lambda *_: None)
-            monkeypatch.setattr("duet.run._tokenizer", lambda *_: None)
+            monkeypatch.setattr("duet.run.commands.load_model", lambda *_: None)
+            monkeypatch.setattr("duet.run.commands._tokenizer", lambda *_: None)
         monkeypatch.setattr(sys, "argv", ["duet", "train", "--config", str(tmp_path / "x.yaml")])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -271,7 +272,7 @@ def test_a_missing_column_and_a_missing_file(tmp_path):
 def test_attention_is_chosen_and_explained(monkeypatch):
     import torch
 
-    from duet import lm
+    from duet.model import lm
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for name in ("is_flash_attn_3_available", "is_flash_attn_2_available"):

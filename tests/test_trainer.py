@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer, Objective
-from duet.data import Draw
-from duet.lm import generate_answers
-from duet.teacher import AdapterOffTeacher, FrozenTeacher
+from duet.data.dataset import Draw
+from duet.model.lm import generate_answers
+from duet.model.teacher import AdapterOffTeacher, FrozenTeacher
 
 PREFIX = "you know nothing about {subject} ."
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from ..lm import check_head, load_model
+from ..model.lm import check_head, load_model
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

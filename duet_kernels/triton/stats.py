@@ -222,7 +222,7 @@ def token_stats(
     names = 3 if labels is None else 4
     results = [torch.empty(n, dtype=head.acc, device=device) for _ in range(names)]
     if n:
-        cut = cut or plan(n, v, head.acc.itemsize, workspace_bytes(), tiles.architecture(device))
+        cut = cut or plan(n, v, head.acc.itemsize, workspace_bytes(device), tiles.architecture(device))
         fields = token_fields(cut.columns, v, cut.block)
         memory = allocate([min(n, cut.tokens) * field for field in fields], head.acc, device)
         with current_device(hidden):

@@ -9,9 +9,11 @@ The rows below are reasoned and shared by all architectures (0). What was measur
 and goes before them: `adopt`, the last step of this room's import, adds a row for each entry.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from .. import measured
@@ -36,6 +38,29 @@ class GatherTile(NamedTuple):
     warps: int
 
 
+class SegmentsTile(NamedTuple):
+    """VOCABULARY rows of dW x COLUMNS of D, AHEAD rows of h under way, held by one program of WARPS warps."""
+
+    vocabulary: int
+    columns: int
+    ahead: int
+    warps: int
+
+
+class LossTile(NamedTuple):
+    """ROWS slots x COLUMNS of D in pieces of PIECE, kept by a program of WARPS warps with REGISTERS a thread.
+
+    PROGRAMS of them run on a multiprocessor at a time, which has 65536 registers.
+    """
+
+    rows: int
+    columns: int
+    piece: int
+    warps: int
+    registers: int
+    programs: int
+
+
 class DivergenceTile(NamedTuple):
     """TOKENS rows of COLUMNS >= K slots, held by one program of WARPS warps."""
 
@@ -55,11 +80,24 @@ GATHER_DHIDDEN = {
     (0, 4): GatherTile(16, 256, 4),
     (0, 8): GatherTile(16, 128, 4),
 }
-GATHER_DWEIGHT = {
+DWEIGHT_CHUNK_SUMS = {
     (0, 2): GatherTile(16, 512, 4),
     (0, 4): GatherTile(16, 256, 4),
     (0, 8): GatherTile(16, 128, 4),
 }
+# A warp a program: a segment's end is a branch, and other warps would wait at it.
+DWEIGHT_SEGMENTS = {
+    (0, 2): SegmentsTile(16, 512, 8, 1),
+    (0, 4): SegmentsTile(16, 256, 8, 1),
+    (0, 8): SegmentsTile(16, 128, 8, 1),
+}
+# (architecture, bytes that an element takes in a register): 64 registers a thread hold 32 KB of W.
+LOSS = {
+    (0, 2): LossTile(64, 256, 128, 4, 96, 5),
+    (0, 4): LossTile(64, 128, 64, 4, 96, 5),
+    (0, 8): LossTile(64, 64, 32, 4, 128, 4),
+}
+LOSS_SLOTS = LOSS[0, 2].rows
 MAX_GATHER_ROWS = 128
 SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels handles
 # (architecture, bytes of an element) -> from V / this many ids on, all logits by the library's product are cheaper than
@@ -68,9 +106,6 @@ SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels ha
 GATHER_CROSSOVER = {(0, 2): 156, (0, 4): 23, (0, 8): 55}
 GATHER_MIN_TOKENS = (
     256  # tokens of a product whose logits the workspace must hold: fewer would read W too often
-)
-DWEIGHT_VOCABULARY = (
-    8  # consecutive vocabulary rows a program writes: most of them are zeros, and a program is dear
 )
 DWEIGHT_CHUNK = 256  # sorted pairs summed ahead of time when all of them belong to one vocabulary row
 DWEIGHT_PARTIAL_BYTES = 64 << 20  # at most this much for those sums: above it the chunks grow
@@ -103,6 +138,27 @@ def gather_tile(
     wide = min(max(tile.columns, elements // needed), max(16, triton.next_power_of_2(columns)))
     tall = min(elements // wide, needed, MAX_GATHER_ROWS)
     return GatherTile(tall, wide, tile.warps)
+
+
+def segments_tile(arch: int, itemsize: int, columns: int) -> SegmentsTile:
+    """The table's tile, no wider than a matrix of short rows."""
+    tile = DWEIGHT_SEGMENTS.get((arch, itemsize)) or DWEIGHT_SEGMENTS[0, itemsize]
+    return tile._replace(columns=min(tile.columns, max(16, triton.next_power_of_2(columns))))
+
+
+def loss_tile(arch: int, itemsize: int, slots: int, columns: int) -> LossTile:
+    """The table's tile with as many rows as there are slots, as wide as that allows."""
+    tile = LOSS.get((arch, itemsize)) or LOSS[0, itemsize]
+    rows = triton.next_power_of_2(slots)
+    wide = min(tile.rows * tile.columns // rows, max(16, triton.next_power_of_2(columns)))
+    piece = min(tile.piece * max(1, tile.rows // 8 // rows), wide)  # every thread has a word of it
+    return tile._replace(rows=rows, columns=wide, piece=piece)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H200's number where there is none to ask."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def gather_product_tokens(arch: int, operand: int, acc: int, n: int, v: int, k: int, workspace: int) -> int:
@@ -220,45 +276,6 @@ def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:
     return SKINNY.get((arch, itemsize, limit)) or SKINNY[0, itemsize, limit]
 
 
-class LogsumexpTile(NamedTuple):
-    """TOKENS x VOCABULARY logits a program multiplies at a time, DEPTH of D in each of STAGES, WARPS warps."""
-
-    tokens: int
-    vocabulary: int
-    depth: int
-    stages: int
-    warps: int
-
-
-# (architecture, bytes of an element, tokens up to; 0 for more) -> tile. 128 x 128 keeps 64 sums a thread.
-LOGSUMEXP = {
-    (0, 2, 16): LogsumexpTile(16, 128, 64, 4, 4),
-    (0, 2, 64): LogsumexpTile(64, 128, 64, 3, 4),
-    (0, 2, 0): LogsumexpTile(128, 128, 64, 3, 8),
-    (0, 4, 16): LogsumexpTile(16, 64, 32, 2, 4),
-    (0, 4, 64): LogsumexpTile(64, 64, 16, 2, 8),
-    (0, 4, 0): LogsumexpTile(64, 64, 16, 2, 8),
-    (0, 8, 16): LogsumexpTile(16, 64, 16, 2, 4),
-    (0, 8, 64): LogsumexpTile(32, 32, 16, 2, 4),
-    (0, 8, 0): LogsumexpTile(32, 32, 16, 2, 4),
-}
-LOGSUMEXP_GROUP = (
-    16  # blocks of tokens that share a split's rows of W in L2, with their hidden states: 16 + 8 MB
-)
-LOGSUMEXP_PROGRAMS = 1056  # eight for every SM of an H200: splits of the vocabulary until there are as many
-LOGSUMEXP_MERGE = 4096  # partial sums a program of the merge holds
-DENSE_ROWS, DENSE_COLUMNS = 4, 512  # weights of the dense gradient that a program turns out
-DENSE_TOKENS = 4096  # tokens of a backward product; W's slab is as wide as the rest of the workspace allows
-DENSE_MIN_COLUMNS = 1024  # narrower slabs take fewer tokens instead
-
-
-def logsumexp_tile(arch: int, itemsize: int, tokens: int, softcap: bool) -> LogsumexpTile:
-    """The tile for that many tokens; a softcap's series needs registers: half the tokens and twice the warps."""
-    limit = 16 if tokens <= 16 else 64 if tokens <= 64 or (softcap and itemsize == 2) else 0
-    tile = LOGSUMEXP.get((arch, itemsize, limit)) or LOGSUMEXP[0, itemsize, limit]
-    return tile._replace(warps=8) if softcap and itemsize == 2 and limit == 64 else tile
-
-
 STATS_COLUMNS = 512  # logits of a block of the statistics
 STATS_FOLD = FoldTile(4, 64, 2)  # blocks of fp32: 8 KB
 STATS_MERGE = 4096  # partial statistics a program of the merge holds
@@ -271,18 +288,25 @@ def stats_tile(block: int, itemsize: int) -> FoldTile:
     return FoldTile(blocks, min(piece, block), warps)
 
 
-# The losses that read every logit (`dense`): a program takes SLAB_ROWS rows of a slab, SLAB_COLUMNS at a time.
+# The losses that read every logit (`dense`). What writes dz: a program takes SLAB_ROWS rows, SLAB_COLUMNS at a time.
 SLAB_ROWS = 1
 SLAB_COLUMNS = {4: 1024, 8: 512}  # by the bytes of a logit: 8 (4) pairs a thread, 10 programs an SM
 SLAB_WARPS = 4
 SLAB_PROGRAMS = 1056  # eight for every SM of an H200: rows are split until there are as many
+# What folds once: one row and so many columns a program, in one warp. 4.4 TB/s on an H200, a loop over 4 warps 2.5-3.1.
+FOLD_COLUMNS = {4: 1024, 8: 512}
+FOLD_WARPS = 1
+# What sums over a longer piece of a row, so many columns at a time: 4.1 TB/s where its arithmetic keeps up.
+TERMS_COLUMNS, TERMS_STEPS, TERMS_WARPS = {4: 512, 8: 256}, 32, 4
 DENSE_MERGE = 512  # partial statistics of a kind that a program of a merge holds
+SLOTS = 256  # ids that a program picks or puts, rows of a loss of the label
+SLOTS_TILE = 64  # slots a program compares with the other slots of their row
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 2112  # sixteen programs for every SM of an H200
 
-# What the planner of `dense` reckons with, of an H200: FLOP/s of a product by the bytes of an operand, bytes/s.
-PRODUCT_FLOPS = {2: 790e12, 4: 50e12, 8: 60e12}
-BANDWIDTH = 4.3e12
-DENSE_LEAST_ROWS = 128  # fewer rows of a product waste its tiles
-DENSE_WHOLE_ROWS = 256  # so few tokens may have their logits over the whole vocabulary at once
+# Sizes of a walk (`dense_plan`): so few tokens may have their logits over the whole vocabulary at once; fewer rows of
+# logits at hand, fewer rows of dz for a sum of dW, narrower slabs, and fewer rows of a slab are not worth it.
+DENSE_WHOLE_ROWS = 256
+DENSE_LEAST_ROWS, DENSE_LEAST_SUMMED, DENSE_LEAST_COLUMNS, DENSE_ENOUGH_ROWS = 128, 512, 2048, 1024
 
 
 # --- what was measured -----------------------------------------------------------------------------------------
@@ -292,8 +316,6 @@ NUMBERS = {
     "TOPK_SKINNY_TOKENS": 64,
     "TOPK_TOKENS": 8192,
     "FOLD_ROWS": 128,
-    "LOGSUMEXP_PROGRAMS": 1 << 16,
-    "LOGSUMEXP_GROUP": 1024,
 }
 _numbers: dict[tuple[str, int], int] = {}
 

@@ -524,7 +524,7 @@ def linear_topk(
     tail = torch.empty(n, dtype=head.acc, device=device)
     if n:
         arch = tiles.architecture(device)
-        cut = cut or plan(n, v, k, head.acc.itemsize, workspace_bytes(), arch)
+        cut = cut or plan(n, v, k, head.acc.itemsize, workspace_bytes(device), arch)
         scratch = _scratch(min(n, cut.tokens), cut, k, head.acc, device)
         with current_device(hidden):
             for start in range(0, n, cut.tokens):
