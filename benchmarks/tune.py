@@ -133,7 +133,7 @@ FIRST_KNOBS = (
 LATER_KNOBS = (
     Knob("GATHER_DWEIGHT", (2,), GATHER_TILES, "linear_gather dW", LARGE),
     Knob("TOPK_SKINNY_TOKENS", (), ((64,), (32,)), "linear_topk", FEW),
-    Knob("TOPK_TOKENS", (), ((512,), (256,), (1024,)), "linear_topk", Shape(8192, v=262144)),
+    Knob("TOPK_TOKENS", (), ((1024,), (512,), (2048,)), "linear_topk", Shape(8192, v=262144)),
     Knob("LOGSUMEXP_GROUP", (), ((16,), (8,), (32,)), "linear_logsumexp", LARGE),
     Knob("LOGSUMEXP_PROGRAMS", (), ((1056,), (264,), (528,), (2112,)), "linear_logsumexp", FEW),
     Knob(
