@@ -120,7 +120,8 @@ def _topk_loss_kernel(
     n = group.to(tl.int64)
     # What does not change from token to token is made again: kept, it would take registers that hold W.
     for _ in tl.range(group, N, GROUPS, disable_licm=True):
-        k = tl.arange(0, ROWS)
+        # One slot a thread, not four that a wide load would bring: the strip leaves no registers for more.
+        k = tl.max_contiguous(tl.arange(0, ROWS), [2])
         if tl.load(factor_ptr + n * stride_fn) != 0:
             ids = _ids(indices_ptr + n * stride_in, stride_ik, k, K, V)
             known = (ids >= 0) & (ids < V)

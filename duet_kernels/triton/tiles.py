@@ -83,8 +83,8 @@ DWEIGHT_SEGMENTS = {
 }
 # (architecture, bytes that an element takes in a register): 64 registers a thread hold 32 KB of W.
 LOSS = {
-    (0, 2): LossTile(64, 256, 128, 4, 96, 5),
-    (0, 4): LossTile(64, 128, 64, 4, 96, 5),
+    (0, 2): LossTile(64, 256, 64, 4, 96, 5),
+    (0, 4): LossTile(64, 128, 32, 4, 96, 5),
     (0, 8): LossTile(64, 64, 32, 4, 128, 4),
 }
 LOSS_SLOTS = LOSS[0, 2].rows
