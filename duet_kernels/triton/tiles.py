@@ -141,8 +141,7 @@ def loss_tile(arch: int, itemsize: int, slots: int, columns: int) -> LossTile:
     tile = LOSS.get((arch, itemsize)) or LOSS[0, itemsize]
     rows = triton.next_power_of_2(slots)
     wide = min(tile.rows * tile.columns // rows, max(16, triton.next_power_of_2(columns)))
-    piece = min(tile.piece * max(1, tile.rows // 8 // rows), wide)  # every thread has a word of it
-    return tile._replace(rows=rows, columns=wide, piece=piece)
+    return tile._replace(rows=rows, columns=wide, piece=min(tile.rows * tile.piece // rows, wide))
 
 
 @functools.cache
