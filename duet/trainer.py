@@ -60,8 +60,9 @@ from .model.teacher import (
 from .output.card import fingerprint, model_card
 from .output.checkpoints import ResumableTrainer, check_output_dir
 from .output.record import begin_run, run_record
-from .store.provenance import check_store, open_store, provenance_of, weights_hash
+from .store.provenance import check_store, open_store, provenance_of
 from .store.read import TopKStore
+from .store.weights import weights_hash
 
 logger = logging.get_logger(__name__)
 _PROBE_QUERIES = 4
@@ -195,6 +196,9 @@ class DuetTrainer(ResumableTrainer):
             }
         elif eval_dataset is not None:
             eval_dataset = self._eval_rows(eval_dataset, "eval_dataset", args, model)
+        # Hashes of the student and of who teaches it, made once: for a store, else when training begins.
+        self._weights: str | None = None
+        self._taught_by = None if self._store is None else self._store.provenance.seal
         if self._store is not None:
             evals = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
             datasets = [train_dataset, *(rows for rows in evals if rows is not None)]
@@ -203,7 +207,6 @@ class DuetTrainer(ResumableTrainer):
             has_teacher = self.objective.has_teacher
             self.teacher = self._choose_teacher(model, teacher_model, args, head) if has_teacher else None
         self._other_teacher = teacher_model is not None
-        self._weights: str | None = None
         self._logged: dict[str, Tensor] = {}
         self._prepared: list[UnlearnDataset] = []
         if self.objective.start is not None:  # the teacher's copy has been made
@@ -287,6 +290,7 @@ class DuetTrainer(ResumableTrainer):
         positions = scored_positions(self.objective, args)
         wanted = provenance_of(model, head, self.renderer.tokenizer, args, datasets[0], positions)
         check_store(self._store, wanted, args)
+        self._weights = wanted.weights
         teacher = CachedTeacher(self._store, args.k)
         for dataset in datasets:
             teacher.serve(dataset)
@@ -327,11 +331,10 @@ class DuetTrainer(ResumableTrainer):
         student = self.accelerator.unwrap_model(self.model)
         if self._weights is None:  # before the first step, also where train() is called again
             self._weights = weights_hash(student)
-        teacher = None if self._store is None else self._store.provenance.seal
-        if self._other_teacher:
-            teacher = weights_hash(self.teacher.model)
+        if self._other_teacher and self._taught_by is None:
+            self._taught_by = weights_hash(self.teacher.model)
         tokenizer, rows = self.renderer.tokenizer, self._fingerprints
-        record = run_record(student, self._weights, tokenizer, self.args, rows, teacher)
+        record = run_record(student, self._weights, tokenizer, self.args, rows, self._taught_by)
         begun_in = self.args.output_dir if resume_from is True else resume_from and Path(resume_from).parent
         begin_run(self.args.output_dir, record, begun_in)
 

@@ -103,7 +103,7 @@ def test_an_adapter_that_comes_or_goes_is_noticed():
         wanted = logits(model)
     model.merge_adapter()
     with (
-        pytest.raises(ValueError, match="model: its adapter is merged .* call model.unmerge_adapter"),
+        pytest.raises(ValueError, match=r"model: its adapter is merged .* call model.unmerge_adapter"),
         switches.base_model(),
     ):
         pass
