@@ -300,13 +300,12 @@ def hidden_states_at(
     return states.flatten(0, 1).index_select(0, positions)
 
 
-def _layers_of(backbone: nn.Module) -> tuple[nn.Module, str]:
-    """(module, name of its attribute) that holds the list of decoder layers."""
+def layers_path(backbone: nn.Module) -> str:
+    """Where in the backbone the list of its decoder layers is, as `get_submodule` takes it."""
     count = backbone.config.get_text_config().num_hidden_layers
-    for module in backbone.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return module, name
+    for path, module in backbone.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path
     raise TypeError(f"model: no list of {count} decoder layers was found in {type(backbone).__name__}")
 
 
@@ -316,7 +315,8 @@ def _first_layers(backbone: nn.Module, count: int) -> Iterator[list[Tensor]]:
 
     Not from `output_hidden_states`, whose last entry is what comes after the norm.
     """
-    owner, name = _layers_of(backbone)
+    above, _, name = layers_path(backbone).rpartition(".")
+    owner = backbone.get_submodule(above)
     layers, seen = getattr(owner, name), []
 
     def see(module, args, output):
@@ -334,7 +334,7 @@ def _first_layers(backbone: nn.Module, count: int) -> Iterator[list[Tensor]]:
 def check_layer(model: nn.Module, layer: int | None) -> int:
     """`layer` if the model has it (None: a quarter of the way up)."""
     count = base_language_model(model).config.get_text_config().num_hidden_layers
-    _layers_of(find_backbone(model))  # found out now
+    layers_path(find_backbone(model))  # found out now
     if layer is None:
         return count // 4
     if layer >= count:
@@ -388,6 +388,15 @@ def call_through(wrapped: nn.Module, inner: nn.Module, function: Callable[[], An
             del inner.forward
         else:
             inner.forward = own
+
+
+def set_checkpointing(model: nn.Module, on: bool) -> None:
+    """Activations are recomputed in the backward, or kept; under the name that this version of transformers has for it."""
+    new, old = (
+        f"{name}_{'enable' if on else 'disable'}"
+        for name in ("activation_checkpointing", "gradient_checkpointing")
+    )
+    getattr(model, new if hasattr(model, new) else old)()
 
 
 @contextmanager
