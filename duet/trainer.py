@@ -41,9 +41,11 @@ from .model.lm import (
     generate_answers,
     head_inputs,
     hidden_states_at,
+    is_sharded,
     keep_differentiable,
     load_model,
     load_tokenizer,
+    loading_device,
     padding_id,
     rounding_of_a_fresh_adapter,
     select_parameters,
@@ -165,7 +167,7 @@ class DuetTrainer(ResumableTrainer):
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
         check_repeats(forget, retain)
 
-        model = load_model(model, "model", args.model_init_kwargs)
+        model = load_model(model, "model", args.model_init_kwargs, loading_device(args))
         keep_differentiable(model)
         tokenizer = load_tokenizer(model) if processing_class is None else processing_class
         self.pad_id = padding_id(tokenizer)
@@ -256,11 +258,11 @@ class DuetTrainer(ResumableTrainer):
         if teacher_model is None:
             # Sharded parameters are taken apart, and are whole only in a forward of the wrapper. For *_full_eval the
             # Trainer leaves the model where it was until training starts.
-            alone, placed = not _is_sharded(args), not (args.bf16_full_eval or args.fp16_full_eval)
+            alone, placed = not is_sharded(args), not (args.bf16_full_eval or args.fp16_full_eval)
             if alone and placed and asked_before_training(self.objective, args):
                 return EarlyTeacher()
             return FrozenTeacher.copy_of(model, share=alone and self.objective.start is None)
-        teacher = load_model(teacher_model, "teacher_model", args.model_init_kwargs)
+        teacher = load_model(teacher_model, "teacher_model", args.model_init_kwargs, loading_device(args))
         if teacher is model or teacher is base_language_model(model):
             raise ValueError(
                 "teacher_model: wanted another model than the one that is trained; None makes a copy"
@@ -581,9 +583,3 @@ class _SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.set_epoch(int(state.epoch or 0))
-
-
-def _is_sharded(args: DuetConfig) -> bool:
-    """Whether FSDP or DeepSpeed will take the parameters apart: asked for in the options or by `accelerate launch`."""
-    launched = (os.environ.get(f"ACCELERATE_USE_{each}", "") == "true" for each in ("FSDP", "DEEPSPEED"))
-    return bool(args.fsdp or args.deepspeed) or any(launched)
