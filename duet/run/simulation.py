@@ -111,10 +111,11 @@ def simulate(
 
     def in_parts() -> Step:
         some = [number for numbers in kinds for number in numbers[:_FEW]]
+        base = run(some)
         more = [
             (len(numbers) - _FEW, run([*some, numbers[_FEW]])) for numbers in kinds if len(numbers) > _FEW
         ]
-        return Step(run(some), more)
+        return Step(base, more)
 
     kinds = _kinds(model, adapter)
     try:
