@@ -111,7 +111,8 @@ class Watch(TorchDispatchMode):
         if name in ("mm", "bmm", "addmm"):
             a, b = args[1:3] if name == "addmm" else args[:2]
             self.flop += 2 * math.prod(a.shape) * b.shape[-1]
-        if name == "_to_copy" and args[0].dtype in products.HALVES and out.dtype == torch.float32:
+        # Below autograd, where the bodies run, a cast is still `to`.
+        if name in ("_to_copy", "to") and args[0].dtype in products.HALVES and out.dtype == torch.float32:
             self.largest_upcast = max(self.largest_upcast, out.numel())
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.seen:
