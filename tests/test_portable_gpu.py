@@ -111,7 +111,8 @@ class Watch(TorchDispatchMode):
         if name in ("mm", "bmm", "addmm"):
             a, b = args[1:3] if name == "addmm" else args[:2]
             self.flop += 2 * math.prod(a.shape) * b.shape[-1]
-        if name == "_to_copy" and args[0].dtype in products.HALVES and out.dtype == torch.float32:
+        # Below autograd, where the bodies run, a cast is still `to`.
+        if name in ("_to_copy", "to") and args[0].dtype in products.HALVES and out.dtype == torch.float32:
             self.largest_upcast = max(self.largest_upcast, out.numel())
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.seen:
@@ -197,11 +198,19 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_products_bytes_and_looks(name, frozen):
+@pytest.mark.parametrize(
+    "name, dtype",
+    [(name, torch.bfloat16) for name in OPERATIONS]
+    + [
+        (name, torch.float32)
+        for name in ("dense-forward_kl", "dense-jsd", "dense-huber", "topk", "cross-entropy")
+    ],
+    ids=str,
+)
+def test_products_bytes_and_looks(name, dtype, frozen):
     """No value is looked at, W is never upcast, nothing is multiplied twice, and temporaries keep the workspace."""
     run, *units = OPERATIONS[name]
-    hidden, weight, teacher, top = _case(torch.bfloat16)
+    hidden, weight, teacher, top = _case(dtype)
     weight.requires_grad_(not frozen)
     size = 12 << 20  # the logits of one model are 37.5 MiB
     previous = set_workspace_bytes(size)
@@ -213,7 +222,10 @@ def test_products_bytes_and_looks(name, frozen):
     vocabulary = watch.flop / (2 * N * D * V)
     ids = int(name.partition("-")[2]) if name[-1] == "0" else K
     sparse = 4 * ids / V  # products with gathered rows
-    assert units[not frozen] <= vocabulary <= units[not frozen] + sparse
+    wanted = units[not frozen]
+    if name == "cross-entropy" and dtype == torch.float32 and not frozen:
+        wanted = 3  # enough whole rows fit, and dW is in the dtype of its sum
+    assert wanted <= vocabulary <= wanted + sparse
     assert watch.largest_upcast <= N * D
     results = (512 * K + 12 * ids + 16 * D) * N + (
         0 if frozen else 8 * V * D
