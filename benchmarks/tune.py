@@ -128,7 +128,7 @@ FIRST_KNOBS = (
 LATER_KNOBS = (
     Knob("GATHER_DWEIGHT", (2,), GATHER_TILES, "linear_gather dW", LARGE),
     Knob("TOPK_SKINNY_TOKENS", (), ((64,), (32,)), "linear_topk", FEW),
-    Knob("TOPK_TOKENS", (), ((512,), (256,), (1024,)), "linear_topk", Shape(8192, v=262144)),
+    Knob("TOPK_TOKENS", (), ((1024,), (512,), (2048,)), "linear_topk", Shape(8192, v=262144)),
     Knob("GATHER_FORWARD", (4,), GATHER_TILES_FP32, "linear_gather", Shape(8192, itemsize=4)),
     Knob("GATHER_DHIDDEN", (4,), GATHER_TILES_FP32, "linear_gather dh", Shape(8192, itemsize=4)),
     Knob(

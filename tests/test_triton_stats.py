@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from far_programs import FarPrograms
 
 pytest.importorskip("triton")
 
@@ -50,7 +51,8 @@ def expected(hidden, weight, bias, labels, *, softcap=None, scale=1.0, acc=torch
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize(
-    ("softcap", "scale", "with_bias"), [(None, 1.0, False), (None, -0.7, True), (2.5, 0.7, True)]
+    ("softcap", "scale", "with_bias"),
+    [(None, 1.0, False), (None, -0.7, True), (2.5, 1.0, False), (2.5, 0.7, True)],
 )
 def test_fp64_equals_torch(softcap, scale, with_bias, cut):
     hidden, weight, bias, labels = problem()
@@ -64,13 +66,12 @@ def test_fp64_equals_torch(softcap, scale, with_bias, cut):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cut", CUTS[:2], ids=str)
-def test_error_budget(dtype, cut):
+@pytest.mark.parametrize("options", [{"softcap": 20.0}, {"softcap": 9.0, "scale": 1.3}], ids=str)
+def test_error_budget(dtype, cut, options):
     """Relative RMS error at most twice that of torch with fp32 logits from the same rounded inputs, + 4 eps."""
     inputs = problem(dtype)
-    got = run(*inputs, softcap=9.0, scale=1.3, cut=cut)
-    truth, baseline = (
-        expected(*inputs, softcap=9.0, scale=1.3, acc=acc) for acc in (torch.float64, torch.float32)
-    )
+    got = run(*inputs, **options, cut=cut)
+    truth, baseline = (expected(*inputs, **options, acc=acc) for acc in (torch.float64, torch.float32))
     for name, a, b, t in zip(NAMES, got, baseline, truth, strict=True):
         assert a.dtype == torch.float32
         ours, theirs, size = (x.double().square().mean().sqrt().item() for x in (a - t, b - t, t))
@@ -172,6 +173,49 @@ def test_strides_and_no_labels():
     assert logprob is None
     for a, b in zip(stats, wanted[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU would have to hold the memory: benchmarks.gpu does")
+def test_tokens_beyond_32_bits(monkeypatch, tmp_path):
+    """A token whose logits, and then one whose partial results, lie beyond 2^31 elements."""
+    far = FarPrograms(monkeypatch, tmp_path)
+    memory = far.memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    n, block = 2**25 + 4, 64
+    z, labels = memory(n * block, torch.float32), memory(n, torch.int64)
+    partial, value = [memory(n, torch.float32) for _ in range(4)], memory(n, torch.float32)
+    token = torch.randn(block)
+    z[-block:], labels[-1] = token, 5
+    far.start(n - 1)
+    kernel._fold_kernel[(1,)](
+        z, None, labels, *partial, value, 1, block, block, 0, 1, 0, 1, 0.0, 1.0,
+        HAS_BIAS=False, HAS_SOFTCAP=False, HAS_LABEL=True, RAGGED=False, ACC=kernel.tl.float32,
+        BLOCKS=1, BLOCK=block, PIECE=32,
+    )  # fmt: skip
+    top, rest = partial[0][-1], partial[1][-1]
+    assert top == token.max() and value[-1] == token[5]
+    torch.testing.assert_close(top + rest.log1p(), token.logsumexp(0))
+
+    rows = [memory(n * block, torch.float32) for _ in range(4)]
+    results = [memory(n, torch.float32) for _ in range(4)]
+    for row, fill in zip(rows, (1.5, 0.0, 0.0, 0.0), strict=True):
+        row[-block:] = fill
+    kernel._merge_kernel[(1,)](*rows, *results, n, block, HAS_LABEL=True, ROWS=1, COLUMNS=block)
+    torch.testing.assert_close(results[0][-1], torch.tensor(1.5 + math.log(block)))
+    torch.testing.assert_close(results[1][-1], torch.tensor(math.log(block)))
+
+
+def test_offsets_beyond_32_bits():
+    """Rows of W, and entries of the bias, that lie more than 2^31 elements in; untouched memory is never mapped."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    stride = 2**30 + 64
+    storage = torch.empty(2 * stride + 8, dtype=torch.float16, device=DEVICE)
+    weight, bias = storage.as_strided((3, 8), (stride, 1)), storage.as_strided((3,), (stride,), 7)
+    weight.copy_(torch.arange(24).reshape(3, 8) / 64)
+    labels = storage.as_strided((3,), (stride,), 2).to(torch.int64)
+    inputs = weight, weight, bias, labels
+    for a, b in zip(run(*inputs), expected(*inputs), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
 def test_two_runs_are_bitwise_equal():

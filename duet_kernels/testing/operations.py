@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..functional import (
@@ -13,6 +14,7 @@ from ..functional import (
     linear_distill_loss,
     linear_gather,
     linear_logsumexp,
+    linear_topk,
     topk_distill_loss,
 )
 from ..head import TopK
@@ -96,13 +98,18 @@ def _distill_op(divergence: DivergenceName, **options: Any) -> Op:
     name = "-".join(
         ["linear", divergence, *(str(o) for n, o in options.items() if n in ("support", "normalization"))]
     )
-    return Op(
-        name,
-        call,
-        lambda problem: problem.labels[..., None],
-        "linear_distill_loss",
-        independent="support" in options,
-    )
+
+    def ids(problem: Problem) -> Tensor:
+        sides = {
+            "teacher": lambda: _top_ids(problem),
+            "student": lambda: linear_topk(problem.hidden, problem.head, _k(problem), impl="reference").indices,
+        }
+        support = options.get("support")
+        if support is None:
+            return problem.labels[..., None]
+        return torch.cat([choose() for side, choose in sides.items() if support in (side, "union")], -1)
+
+    return Op(name, call, ids, "linear_distill_loss", independent="support" in options)
 
 
 def _gather(problem: Problem, **options: Any) -> Tensor:

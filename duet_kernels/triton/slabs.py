@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from . import tiles
+from .tiles import cdiv
 
 ALIGNED = 16  # elements on which every field of a call's memory begins
 

@@ -52,6 +52,7 @@ from .primitives import (
     require_sizes,
 )
 from .slabs import ALIGNED, allocate, cut_logits
+from .tiles import cdiv, next_power_of_2
 
 # --- kernels ---------------------------------------------------------------------------------------------------
 
@@ -63,6 +64,20 @@ def _without_one_maximum(x, top, counted, terms):
     others = tl.sum(tl.where(counted & (x != top[:, None]), terms, 0.0), 1)
     ties = tl.sum(largest.to(terms.dtype), 1) - 1.0
     return others + tl.where(top == float("-inf"), 0.0, ties)
+
+
+@triton.jit
+def _write_label(
+    row, bias_ptr, label_ptr, value_ptr, part, first, C, stride_bv, softcap, scale,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """z of a token's label, by the first program that reads the token; a label in no slab is the first slab's NaN."""
+    if part == 0:
+        label = tl.load(label_ptr).to(tl.int64) - first
+        here = (label >= 0) & (label < C)
+        x = tl.load(row + label, mask=here, other=0.0).to(ACC)
+        z = finish(x, first + label, bias_ptr, stride_bv, here, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+        tl.store(value_ptr, tl.where(here, z, float("nan")), mask=here | (first == 0))
 
 
 @triton.jit
@@ -83,14 +98,10 @@ def _fold_kernel(
     part = tl.program_id(0) % PARTS
     row = z_ptr + n * PITCH
     if HAS_LABEL:
-        if part == 0:
-            label = tl.load(label_ptr + n * stride_l).to(tl.int64) - first
-            here = (label >= 0) & (label < C)
-            x = tl.load(row + label, mask=here, other=0.0).to(ACC)
-            v = first + label
-            z = finish(x, v, bias_ptr, stride_bv, here, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-            # A label in no slab stays what the first slab says.
-            tl.store(value_ptr + n, tl.where(here, z, float("nan")), mask=here | (first == 0))
+        _write_label(
+            row, bias_ptr, label_ptr + n * stride_l, value_ptr + n, part, first, C, stride_bv,
+            softcap, scale, HAS_BIAS, HAS_SOFTCAP, ACC,
+        )  # fmt: skip
     block = part * BLOCKS + tl.arange(0, BLOCKS)
     column = (
         block[:, None, None] * BLOCK
@@ -176,7 +187,7 @@ class Plan(NamedTuple):
 
 def token_fields(columns: int, v: int, block: int) -> list[int]:
     """Elements of workspace a token has: a row of the slab, in whole blocks, and four numbers a block of V."""
-    return [triton.cdiv(columns, block) * block, *[triton.cdiv(v, block)] * 4]
+    return [cdiv(columns, block) * block, *[cdiv(v, block)] * 4]
 
 
 def token_bytes(columns: int, v: int, block: int, itemsize: int) -> int:
@@ -187,7 +198,7 @@ def token_bytes(columns: int, v: int, block: int, itemsize: int) -> int:
 def plan(n: int, v: int, itemsize: int, budget: int, arch: int = 0) -> Plan:
     """Products of many tokens over as few slabs of the vocabulary as fit into `budget` bytes."""
     block = tiles.STATS_COLUMNS
-    while triton.cdiv(v, block) > tiles.STATS_MERGE:
+    while cdiv(v, block) > tiles.STATS_MERGE:
         block *= 2
     least = tiles.measured_number("TOPK_TOKENS", arch)
     room = budget - 5 * ALIGNED * itemsize
@@ -233,15 +244,15 @@ def _some_tokens(
 ) -> None:
     """Write the results of one block of tokens, over a slab and partial results of which only the memory is used."""
     (n, v), weight, bias = (hidden.shape[0], head.weight.shape[0]), head.weight, head.bias
-    blocks = triton.cdiv(v, cut.block)
+    blocks = cdiv(v, cut.block)
     slab, *partial = memory
     logprob = None if labels is None else results[3]
     tile = tiles.stats_tile(cut.block, head.acc.itemsize)
     for first in range(0, v, cut.columns):
         c = min(cut.columns, v - first)
-        pitch = triton.cdiv(c, cut.block) * cut.block
+        pitch = cdiv(c, cut.block) * cut.block
         product(hidden, weight[first : first + c].T, out=slab[: n * pitch].view(n, pitch)[:, :c])
-        parts = triton.cdiv(pitch // cut.block, tile.blocks)
+        parts = cdiv(pitch // cut.block, tile.blocks)
         _fold_kernel[(require_grid(n * parts, "linear_token_stats"),)](
             slab, bias, labels, *partial, logprob,
             parts, c, pitch, first, blocks,
@@ -251,9 +262,9 @@ def _some_tokens(
             RAGGED=c != pitch, ACC=accumulator(slab)[1],
             BLOCKS=tile.blocks, BLOCK=cut.block, PIECE=tile.piece, num_warps=tile.warps,
         )  # fmt: skip
-    padded = triton.next_power_of_2(blocks)
+    padded = next_power_of_2(blocks)
     rows = max(1, tiles.STATS_MERGE // padded)
-    _merge_kernel[(triton.cdiv(n, rows),)](
+    _merge_kernel[(cdiv(n, rows),)](
         *partial, *results[:3], logprob,
         n, blocks,
         HAS_LABEL=labels is not None, ROWS=rows, COLUMNS=padded, num_warps=4,

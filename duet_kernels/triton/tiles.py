@@ -20,6 +20,16 @@ from .. import measured
 from ..dispatch import architecture as architecture  # asked for here by every launcher
 
 
+def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up. Triton's own works in kernels, too, and takes microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(x: int) -> int:
+    """The smallest power of two that is at least x."""
+    return 1 << max(0, x - 1).bit_length()
+
+
 class GatherTile(NamedTuple):
     """ROWS gathered rows (slots or sorted pairs) x COLUMNS of D, held by one program of WARPS warps."""
 
@@ -83,8 +93,8 @@ DWEIGHT_SEGMENTS = {
 }
 # (architecture, bytes that an element takes in a register): 64 registers a thread hold 32 KB of W.
 LOSS = {
-    (0, 2): LossTile(64, 256, 128, 4, 96, 5),
-    (0, 4): LossTile(64, 128, 64, 4, 96, 5),
+    (0, 2): LossTile(64, 256, 64, 4, 96, 5),
+    (0, 4): LossTile(64, 128, 32, 4, 96, 5),
     (0, 8): LossTile(64, 64, 32, 4, 128, 4),
 }
 LOSS_SLOTS = LOSS[0, 2].rows
@@ -141,8 +151,7 @@ def loss_tile(arch: int, itemsize: int, slots: int, columns: int) -> LossTile:
     tile = LOSS.get((arch, itemsize)) or LOSS[0, itemsize]
     rows = triton.next_power_of_2(slots)
     wide = min(tile.rows * tile.columns // rows, max(16, triton.next_power_of_2(columns)))
-    piece = min(tile.piece * max(1, tile.rows // 8 // rows), wide)  # every thread has a word of it
-    return tile._replace(rows=rows, columns=wide, piece=piece)
+    return tile._replace(rows=rows, columns=wide, piece=min(tile.rows * tile.piece // rows, wide))
 
 
 @functools.cache
@@ -203,7 +212,7 @@ FOLD_ROWS = 32  # blocks of 128 logits that a program folds: 16 KB
 FOLD_PIECE = 32  # of a block, side by side: the pieces of a block lie on top of each other in a thread
 FOLD_WARPS = 4
 CHOOSE_ELEMENTS = 8192  # most block maxima of a token: a program holds them in registers
-SELECT_ELEMENTS = 1024  # several tokens a program where all of its lists are short
+SELECT_ELEMENTS = 512  # several tokens a program where all of its lists are short
 SELECT_HELD = 4096  # most candidates of a token that a program holds at a time
 SELECT_COLUMNS = 1024  # elements of chosen blocks that a program takes at a time
 SELECT_RANKED, SELECT_COMPARED = (
@@ -241,7 +250,7 @@ def topk_block(k: int, columns: int) -> int:
 
 def topk_room(k: int) -> int:
     """Candidates of a token that there is memory for: hardly more than k are expected."""
-    return max(64, triton.next_power_of_2(2 * k))
+    return max(64, next_power_of_2(2 * k))
 
 
 def fold_tile(arch: int, block: int, itemsize: int) -> FoldTile:
@@ -252,11 +261,12 @@ def fold_tile(arch: int, block: int, itemsize: int) -> FoldTile:
 
 def select_tile(k: int, blocks: int, block: int) -> SelectTile:
     """The tile for k of that many blocks a slab."""
-    room, slots = topk_room(k), triton.next_power_of_2(min(k, blocks))
+    room, slots = topk_room(k), next_power_of_2(min(k, blocks))
     columns = max(block, min(SELECT_COLUMNS, slots * block))
     held, ranked, compared = (min(room, most) for most in (SELECT_HELD, SELECT_RANKED, SELECT_COMPARED))
-    tokens = max(1, SELECT_ELEMENTS // max(triton.next_power_of_2(blocks), columns, held))
-    return SelectTile(tokens, held, columns, ranked, compared, 4 if blocks <= 2048 else 16)
+    padded = next_power_of_2(blocks)
+    tokens = max(1, SELECT_ELEMENTS // max(padded, columns, held))
+    return SelectTile(tokens, held, columns, ranked, compared, max(4, min(16, padded // 256)))
 
 
 def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:

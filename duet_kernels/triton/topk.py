@@ -71,6 +71,7 @@ from .primitives import (
     unordered,
 )
 from .slabs import ALIGNED, allocate, cut_logits
+from .tiles import cdiv, next_power_of_2
 
 # --- product and fold ------------------------------------------------------------------------------------------
 
@@ -220,7 +221,8 @@ def _candidates(lists, count, start, COLUMNS: tl.constexpr):
     value_ptr, _, n, ROOM = lists
     c = start + tl.arange(0, COLUMNS)
     there = c[None, :] < count[:, None]
-    here = n[:, None] * ROOM + c[None, :]
+    # Neighbours in a warp, not in a thread: in the layout in which what is kept is stored, so that nothing moves.
+    here = tl.max_contiguous(n[:, None] * ROOM + c[None, :], [1, 1])
     return tl.load(value_ptr + here, mask=there, other=0.0), here, there
 
 
@@ -233,7 +235,6 @@ def _elements(slab, n, blocks, start, FINISHED: tl.constexpr, COLUMNS: tl.conste
     block = tl.load(list_ptr + n[:, None] * SLOTS + (c // BLOCK)[None, :], mask=listed, other=0)
     column = block * BLOCK + (c % BLOCK)[None, :]
     there = listed & (column < C)
-    # Neighbours in a warp, not in a thread: in the layout in which what is kept is stored.
     here = tl.max_contiguous(z_ptr + n[:, None] * J * BLOCK + column, [1, 1])
     z = tl.load(here, mask=there, other=0.0)
     if not FINISHED:
@@ -264,25 +265,47 @@ def _keep_elements(
     slab, lists, blocks, kept, bound, places, m, s, inverse,
     EXACT: tl.constexpr, FINISHED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Append the selected elements of the chosen blocks, the others into the tail; those past ROOM are only counted."""
+    """Append the selected elements of the chosen blocks, the others into the tail; whether that is all right.
+
+    Those past ROOM are only counted. Unless EXACT, exponentials are relative to the bound, which is above all that go
+    into the tail: not all right where they would all be next to 0.
+    """
     value_ptr, id_ptr, n, ROOM = lists
+    number_of_bound = unordered(bound)
     # A tail in every lane, so that the loop has no reduction for it.
     tops = tl.full([n.shape[0], COLUMNS], float("-inf"), m.dtype)
     sums = tl.full([n.shape[0], COLUMNS], 0.0, m.dtype)
     for start in range(0, tl.max(blocks, 0) * BLOCK, COLUMNS):
         z, ids, there = _elements(slab, n, blocks, start, FINISHED, COLUMNS, BLOCK)
-        selected, places = _selected(ordered(z), there, bound, places, EXACT)
+        if EXACT:
+            selected, places = _selected(ordered(z), there, bound, places, EXACT)
+        else:
+            # A bound that is no number is below everything, or above all but NaN: then too many are selected.
+            selected = there & ((z < number_of_bound[:, None]) == 0)
         place = kept[:, None] + tl.cumsum(selected.to(tl.int32), 1) - 1
         fits = selected & (place < ROOM)
         tl.store(value_ptr + n[:, None] * ROOM + place, z, mask=fits)
         tl.store(id_ptr + n[:, None] * ROOM + place, ids, mask=fits)
         kept += tl.sum(selected.to(tl.int32), 1)
-        x = tl.where(there & (selected == 0), z * inverse, float("-inf"))
-        top = tl.maximum(tops, x)
-        sums = sums * tl.exp(tops - origin(top)) + tl.exp(x - origin(top))
-        tops = top
-    m, s = _add_sums(m, s, tops, sums)
-    return kept, m, s
+        rest = there & (selected == 0)
+        if EXACT:
+            x = tl.where(rest, z * inverse, float("-inf"))
+            top = tl.maximum(tops, x)
+            sums = sums * tl.exp(tops - origin(top)) + tl.exp(x - origin(top))
+            tops = top
+        else:
+            sums += tl.where(rest, tl.exp((z - number_of_bound[:, None]) * inverse), 0.0)
+            tops = tl.maximum(tops, tl.where(rest, z, float("-inf")))
+    if EXACT:
+        m, s = _add_sums(m, s, tops, sums)
+        right = kept <= ROOM
+    else:
+        largest = tl.max(tops, 1)
+        some = largest > float("-inf")
+        right = (kept <= ROOM) & ((some == 0) | ((largest - number_of_bound) * inverse > -60.0))
+        x = tl.where(some, number_of_bound * inverse, float("-inf"))
+        m, s = _add_sums(m, s, x[:, None], tl.sum(sums, 1)[:, None])
+    return kept, m, s, right
 
 
 @triton.jit
@@ -291,17 +314,17 @@ def _reach_in_lists(
     FINISHED: tl.constexpr, HELD: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """How many candidates and elements of chosen blocks reach each of the token's three bounds."""
-    value_ptr, id_ptr, n, ROOM = lists
+    n = lists[2]
     LEAST = _least(low.dtype)
     at_low, at_middle, at_high = count * 0, count * 0, count * 0
     for start in range(0, tl.max(count, 0), HELD):
-        z, here, there = _candidates(lists, count, start, HELD)
+        z, _here, there = _candidates(lists, count, start, HELD)
         order = tl.where(there, ordered(z), LEAST)
         at_low += tl.sum((order >= low[:, None]).to(tl.int32), 1)
         at_middle += tl.sum((order >= middle[:, None]).to(tl.int32), 1)
         at_high += tl.sum((order >= high[:, None]).to(tl.int32), 1)
     for start in range(0, tl.max(blocks, 0) * BLOCK, COLUMNS):
-        x, ids, inside = _elements(slab, n, blocks, start, FINISHED, COLUMNS, BLOCK)
+        x, _ids, inside = _elements(slab, n, blocks, start, FINISHED, COLUMNS, BLOCK)
         tall = tl.where(inside, ordered(x), LEAST)
         at_low += tl.sum((tall >= low[:, None]).to(tl.int32), 1)
         at_middle += tl.sum((tall >= middle[:, None]).to(tl.int32), 1)
@@ -314,14 +337,14 @@ def _write_best(
     lists, count, out_value_ptr, out_index_ptr, K, m, s, inverse, RANKED: tl.constexpr, COMPARED: tl.constexpr
 ):
     """The candidates before which fewer than K stand to the place of their rank, the others into the tail."""
-    value_ptr, id_ptr, n, ROOM = lists
+    _value_ptr, id_ptr, n, _ROOM = lists
     for start in range(0, tl.max(count, 0), RANKED):
         z, here, there = _candidates(lists, count, start, RANKED)
         i = (start + tl.arange(0, RANKED))[None, :, None]
         order = ordered(z)[:, :, None]
         rank = tl.full([n.shape[0], RANKED], 0, tl.int32)
         for other in range(0, tl.max(count, 0), COMPARED):
-            x, place, exists = _candidates(lists, count, other, COMPARED)
+            x, _here, exists = _candidates(lists, count, other, COMPARED)
             rival = tl.where(exists, ordered(x), _least(order.dtype))[:, None, :]
             earlier = (other + tl.arange(0, COMPARED))[None, None, :] < i
             rank += tl.sum(((rival > order) | ((rival == order) & earlier)).to(tl.int32), 2)
@@ -361,9 +384,9 @@ def _select_kernel(
     # The k-th largest of the block maxima and of KNOWN candidates, or less than any where there are fewer than k.
     j = tl.arange(0, BLOCKS)
     inside = (n < N)[:, None] & (j < J)[None, :]
-    here = n[:, None] * J + j[None, :]
+    here = tl.max_contiguous(n[:, None] * J + j[None, :], [1, 1])  # as in `_candidates`
     top = tl.load(top_ptr + here, mask=inside, other=LEAST)
-    z, place, there = _candidates(lists, count, 0, KNOWN)
+    z, _here, there = _candidates(lists, count, 0, KNOWN)
     known = tl.where(there, ordered(z), LEAST)
     bound, reach = tl.full([ROWS], LEAST, INT), count * 0 - 1
     i = 0
@@ -392,14 +415,13 @@ def _select_kernel(
     tl.debug_barrier()
 
     old, places, m, s = _keep_candidates(lists, count, bound, places, m, s, inverse, False, HELD)
-    kept, rest_max, rest_sum = _keep_elements(
+    kept, rest_max, rest_sum, right = _keep_elements(
         slab, lists, blocks, old, bound, places, m, s, inverse, False, FINISHED, COLUMNS, BLOCK
     )
-    if tl.max(kept, 0) > ROOM:
-        # Their exact k-th largest. Other tokens of this program do the same as before.
+    if tl.min(right.to(tl.int32), 0) == 0:
+        # Again, with the exact k-th largest and careful sums; the other tokens of this program have theirs.
         tl.debug_barrier()
-        full = kept > ROOM
-        exact, reach = tl.full([ROWS], LEAST, INT), tl.where(full, -1, K)
+        exact, reach = tl.full([ROWS], LEAST, INT), tl.where(right, K, -1)
         i = 0
         while (i < top.dtype.primitive_bitwidth // 2) & (tl.max((reach != K).to(tl.int32), 0) > 0):
             low, middle, high = _next_digit(exact, i)
@@ -413,12 +435,15 @@ def _select_kernel(
         larger, at_middle, at_high = _reach_in_lists(
             slab, lists, blocks, old, above_it, above_it, above_it, FINISHED, HELD, COLUMNS, BLOCK
         )
-        places = tl.where(full, tl.where(above_it > exact, K - larger, K), 1 << 30)
-        bound = tl.where(full, exact, bound)
-        old, places, m, s = _keep_candidates(lists, old, bound, places, m, s, inverse, True, HELD)
-        kept, rest_max, rest_sum = _keep_elements(
-            slab, lists, blocks, old, bound, places, m, s, inverse, True, FINISHED, COLUMNS, BLOCK
+        places = tl.where(above_it > exact, K - larger, K)
+        count = tl.where(right, 0, old)
+        blocks = tl.where(right, 0, blocks)
+        again, places, m, s = _keep_candidates(lists, count, exact, places, m, s, inverse, True, HELD)
+        again, m, s, _right = _keep_elements(
+            slab, lists, blocks, again, exact, places, m, s, inverse, True, FINISHED, COLUMNS, BLOCK
         )
+        kept = tl.where(right, kept, again)
+        rest_max, rest_sum = tl.where(right, rest_max, m), tl.where(right, rest_sum, s)
 
     if first + C < V:
         tl.store(count_ptr + n, kept, mask=n < N)
@@ -460,7 +485,7 @@ class Scratch(NamedTuple):
 
 def fields(columns: int, k: int, block: int) -> Scratch:
     """Elements of each field a token has: rows of the slab hold whole blocks."""
-    blocks = triton.cdiv(columns, block)
+    blocks = cdiv(columns, block)
     room = tiles.topk_room(k)
     return Scratch(blocks * block, blocks, blocks, min(k, blocks), room, room, 1, 1, 1)
 
@@ -498,13 +523,14 @@ def linear_topk(
     indices = torch.empty(n, k, dtype=torch.int64, device=device)
     tail = torch.empty(n, dtype=head.acc, device=device)
     if n:
-        cut = cut or plan(n, v, k, head.acc.itemsize, workspace_bytes(device), tiles.architecture(device))
+        arch = tiles.architecture(device)
+        cut = cut or plan(n, v, k, head.acc.itemsize, workspace_bytes(device), arch)
         scratch = _scratch(min(n, cut.tokens), cut, k, head.acc, device)
         with current_device(hidden):
             for start in range(0, n, cut.tokens):
                 rows = slice(start, start + cut.tokens)
                 results = values[rows], indices[rows], tail[rows]
-                _topk_of_tokens(hidden[rows], head, 1.0 / temperature, cut, scratch, *results)
+                _topk_of_tokens(hidden[rows], head, 1.0 / temperature, cut, arch, scratch, *results)
     return values, indices, tail
 
 
@@ -524,6 +550,7 @@ def _topk_of_tokens(
     head: LMHead,
     inverse_temperature: float,
     cut: Plan,
+    arch: int,
     scratch: Scratch,
     values: Tensor,
     indices: Tensor,
@@ -535,17 +562,17 @@ def _topk_of_tokens(
     bias, stride_bv = head.bias, 0 if head.bias is None else head.bias.stride(0)
     softcap = head.softcap or 0.0
     per_token = fields(cut.columns, k, block)
-    fold = tiles.fold_tile(tiles.architecture(hidden.device), block, head.acc.itemsize)
+    fold = tiles.fold_tile(arch, block, head.acc.itemsize)
     select = tiles.select_tile(k, per_token.top, block)
     for first in range(0, v, cut.columns):
         c = min(cut.columns, v - first)
-        j = triton.cdiv(c, block)
+        j = cdiv(c, block)
         if cut.skinny:
-            _skinny(hidden, head, first, c, inverse_temperature, scratch, block)
+            _skinny(hidden, head, first, c, inverse_temperature, arch, scratch, block)
         else:
             z = scratch.z[: n * j * block].view(n, j * block)[:, :c]
             product(hidden, head.weight[first : first + c].T, out=z)
-            _fold_kernel[(require_grid(triton.cdiv(n * j, fold.blocks), "linear_topk"),)](
+            _fold_kernel[(require_grid(cdiv(n * j, fold.blocks), "linear_topk"),)](
                 scratch.z, bias, scratch.top, scratch.total,
                 n * j, first, c, j,
                 stride_bv,
@@ -553,7 +580,7 @@ def _topk_of_tokens(
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, RAGGED=c % block != 0, ACC=acc,
                 BLOCKS=fold.blocks, BLOCK=block, PIECE=fold.piece, num_warps=fold.warps,
             )  # fmt: skip
-        _select_kernel[(triton.cdiv(n, select.tokens),)](
+        _select_kernel[(cdiv(n, select.tokens),)](
             scratch.z, bias, scratch.top, scratch.total, scratch.chosen, scratch.value, scratch.id,
             scratch.count, scratch.rest_max, scratch.rest_sum,
             values, indices, tail,
@@ -561,7 +588,7 @@ def _topk_of_tokens(
             stride_bv,
             head.scale, inverse_temperature,
             FINISHED=cut.skinny or head.softcap is not None, INT=tl.int64 if acc == tl.float64 else tl.int32, ACC=acc,
-            ROWS=select.tokens, BLOCKS=triton.next_power_of_2(per_token.top),
+            ROWS=select.tokens, BLOCKS=next_power_of_2(per_token.top),
             KNOWN=1 if cut.columns >= v else select.held, HELD=select.held,
             COLUMNS=select.columns, BLOCK=block, RANKED=select.ranked, COMPARED=select.compared,
             num_warps=select.warps, num_stages=1,
@@ -574,20 +601,21 @@ def _skinny(
     first: int,
     c: int,
     inverse_temperature: float,
+    arch: int,
     scratch: Scratch,
     block: int,
 ) -> None:
     """z of all tokens for C columns, and its fold, reading W once."""
     (n, d), bias = hidden.shape, head.bias
     _, acc = accumulator(hidden, head.weight)
-    tile = tiles.skinny_tile(tiles.architecture(hidden.device), head.weight.element_size(), n)
-    _skinny_kernel[(triton.cdiv(c, tile.vocabulary),)](
+    tile = tiles.skinny_tile(arch, head.weight.element_size(), n)
+    _skinny_kernel[(cdiv(c, tile.vocabulary),)](
         hidden, head.weight, bias, scratch.z, scratch.top, scratch.total,
-        n, d, first, c, triton.cdiv(c, block),
+        n, d, first, c, cdiv(c, block),
         *hidden.stride(), *head.weight.stride(), 0 if bias is None else bias.stride(0),
         head.softcap or 0.0, head.scale, inverse_temperature,
         HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, ACC=acc,
         NATIVE=not INTERPRETED and acc == tl.float32 and hidden.dtype == head.weight.dtype,
-        TOKENS=max(16, triton.next_power_of_2(n)), VOCABULARY=tile.vocabulary, DEPTH=tile.depth, BLOCK=block,
+        TOKENS=max(16, next_power_of_2(n)), VOCABULARY=tile.vocabulary, DEPTH=tile.depth, BLOCK=block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
