@@ -10,7 +10,7 @@ tile or an exception is written only where it gains `GAIN`; where it gains nothi
 Entries of other architectures stay. The file is reviewed and committed like code: nothing reads a clock later.
 
 The tiles of the kernels that walk over a product's logits (`SLAB_*`, `DENSE_*`, `STATS_*`) have no knob: reckoned at full
-bandwidth they are 4 to 6 of the dense losses' 53 to 55 ms (`triton/dense.py`), so a faster tile gains less than `GAIN`.
+bandwidth they are 5 to 7 of a dense loss's 40 ms (`triton/divergence.py`), so a faster tile gains less than `GAIN`.
 
 Must not know how a kernel uses its tile; new tables need only a `Knob` here.
 """
@@ -110,11 +110,6 @@ LARGE, FEW, ONE = Shape(8192), Shape(64), Shape(16)
 
 FIRST_KNOBS = (
     Knob(
-        "LOGSUMEXP", (2, 0),
-        ((128, 128, 64, 3, 8), (128, 128, 64, 4, 8), (128, 256, 64, 3, 8), (256, 128, 64, 3, 8), (128, 128, 128, 2, 8)),
-        "linear_logsumexp", LARGE,
-    ),
-    Knob(
         "SKINNY", (2, 64),
         ((128, 64, 4, 4), (128, 64, 6, 4), (128, 128, 3, 4), (128, 128, 4, 8), (256, 64, 3, 8), (256, 32, 4, 8)),
         "linear_topk", FEW,
@@ -134,29 +129,12 @@ LATER_KNOBS = (
     Knob("GATHER_DWEIGHT", (2,), GATHER_TILES, "linear_gather dW", LARGE),
     Knob("TOPK_SKINNY_TOKENS", (), ((64,), (32,)), "linear_topk", FEW),
     Knob("TOPK_TOKENS", (), ((1024,), (512,), (2048,)), "linear_topk", Shape(8192, v=262144)),
-    Knob("LOGSUMEXP_GROUP", (), ((16,), (8,), (32,)), "linear_logsumexp", LARGE),
-    Knob("LOGSUMEXP_PROGRAMS", (), ((1056,), (264,), (528,), (2112,)), "linear_logsumexp", FEW),
-    Knob(
-        "LOGSUMEXP", (2, 64),
-        ((64, 128, 64, 3, 4), (64, 256, 64, 3, 4), (64, 256, 64, 4, 8), (64, 128, 128, 3, 4), (64, 64, 128, 4, 4)),
-        "linear_logsumexp", FEW,
-    ),
-    Knob(
-        "LOGSUMEXP", (2, 16),
-        ((16, 128, 64, 4, 4), (16, 256, 64, 4, 4), (16, 128, 128, 4, 4), (16, 64, 128, 5, 4)),
-        "linear_logsumexp", ONE,
-    ),
     Knob("GATHER_FORWARD", (4,), GATHER_TILES_FP32, "linear_gather", Shape(8192, itemsize=4)),
     Knob("GATHER_DHIDDEN", (4,), GATHER_TILES_FP32, "linear_gather dh", Shape(8192, itemsize=4)),
     Knob(
         "SKINNY", (4, 64),
         ((128, 32, 3, 8), (128, 16, 3, 8), (128, 64, 2, 8)),
         "linear_topk", Shape(64, itemsize=4),
-    ),
-    Knob(
-        "LOGSUMEXP", (4, 0),
-        ((64, 64, 16, 2, 8), (64, 64, 32, 2, 8), (64, 64, 16, 3, 8)),
-        "linear_logsumexp", Shape(1024, itemsize=4),
     ),
 )  # fmt: skip
 

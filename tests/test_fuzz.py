@@ -302,9 +302,10 @@ def tiny_tiles(monkeypatch):
     """Several programs of every kind, also on rows of a few logits; few enough for the interpreter."""
     monkeypatch.setattr(tiles, "SLOTS_BLOCK", 16)
     monkeypatch.setattr(tiles, "STATS_COLUMNS", 8)
-    monkeypatch.setattr(tiles, "DWEIGHT_CHUNK", 2)
-    monkeypatch.setattr(tiles, "DENSE_ROWS", 4)
-    monkeypatch.setattr(tiles, "DENSE_COLUMNS", 16)
+    monkeypatch.setattr(tiles, "DWEIGHT_CHUNK", 8)
+    for name in ("SLAB_COLUMNS", "FOLD_COLUMNS", "TERMS_COLUMNS"):
+        monkeypatch.setattr(tiles, name, {4: 16, 8: 16})
+    monkeypatch.setattr(tiles, "SLAB_ROWS", 4)
 
 
 def _on_kernels(problem, function, tolerance, what):

@@ -456,7 +456,7 @@ def test_the_plan(capsys):
             ]  # fmt: skip
             assert len(takers) <= 1 and (takers or op in tune.BY_K), (op, n, k)
     assert tune.main(["--plan"]) == 0
-    assert "LOGSUMEXP[2, 0]" in capsys.readouterr().out
+    assert "SKINNY[2, 64]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("impl", ["triton", "chunked"])

@@ -102,7 +102,9 @@ def _distill_op(divergence: DivergenceName, **options: Any) -> Op:
     def ids(problem: Problem) -> Tensor:
         sides = {
             "teacher": lambda: _top_ids(problem),
-            "student": lambda: linear_topk(problem.hidden, problem.head, _k(problem), impl="reference").indices,
+            "student": lambda: (
+                linear_topk(problem.hidden, problem.head, _k(problem), impl="reference").indices
+            ),
         }
         support = options.get("support")
         if support is None:

@@ -30,7 +30,7 @@ FLOP at N 8192, D 4096, V 128256, bf16, G = 2 N D V = 8.6 TFLOP; rates as measur
 |---------------|------------------|----------------------------------------|------------------------|
 | logits        | 1 G              | the product's: 4 N V                   | product                |
 | finish        | softcap, bias    | 8 N V, where a head has one of them    | 2.0 ms                 |
-| take, scatter | N K ids          | 64 bytes an id                         | latency, 0.05 ms       |
+| take, put     | N K ids          | 64 bytes an id                         | latency, 0.05 ms       |
 | fold          | 8 FLOP a logit   | 4 N V = 4.2 GB                         | 1.0 ms at 4.4 TB/s     |
 | dz            | 8 FLOP a logit   | (4 + 2) N V = 6.3 GB                   | 1.6 ms at 4.0 TB/s     |
 | dh, dW        | 1 G each         | the product's: 4 N V, W, dW            | product                |
@@ -96,63 +96,42 @@ def _take_kernel(
 
 
 @triton.jit
-def _slots_kernel(
-    ids_ptr, values_ptr, upstream_ptr, factor_ptr, dx_ptr,
-    N, K,
-    stride_in, stride_ik, stride_f,
+def _put_kernel(
+    ids_ptr, values_ptr, upstream_ptr, factor_ptr, gain_ptr, dz_ptr,
+    R, K, C, first,
+    stride_in, stride_ik, stride_f, dz_pitch,
     softcap: tl.float64, scale: tl.float64,
-    HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_GAIN: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows, COLUMNS slots: what stands in dz at their ids, the upstream of all slots with the same id times slope."""
+    """ROWS rows, COLUMNS slots: gain dz at the ids in the slab, from all slots with the same id; 0 without an upstream."""
     blocks = tl.cdiv(K, COLUMNS)
     n = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    live = tl.load(factor_ptr + n * stride_f, mask=n < N, other=0.0) != 0
+    live = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0) != 0
     slot = live[:, None] & (k < K)[None, :]
     row = ids_ptr + n[:, None] * stride_in
     ids = tl.load(row + k.to(tl.int64)[None, :] * stride_ik, mask=slot, other=-1)
-    total = tl.full([ROWS, COLUMNS], 0.0, ACC)
-    for start in range(0, K, OTHERS):
-        j = start + tl.arange(0, OTHERS)
-        there = live[:, None] & (j < K)[None, :]
-        others = tl.load(row + j.to(tl.int64)[None, :] * stride_ik, mask=there, other=-1)
-        upstream = tl.load(upstream_ptr + n[:, None] * K + j[None, :], mask=there, other=0.0)
-        same = ids[:, :, None] == others[:, None, :]
-        total += tl.sum(tl.where(same, upstream[:, None, :], 0.0), 2)
-    dx = total * number(scale, ACC)
-    if HAS_SOFTCAP:
-        cap = number(softcap, ACC)
-        z = tl.load(values_ptr + n[:, None] * K + k[None, :], mask=slot, other=0.0)
-        dx = dx * ((cap - z) / cap) * ((cap + z) / cap)
-    dx = tl.where(slot & (ids >= 0), dx, 0.0)
-    tl.store(dx_ptr + n[:, None] * K + k[None, :], dx, mask=(n < N)[:, None] & (k < K)[None, :])
-
-
-@triton.jit
-def _scatter_kernel(
-    ids_ptr, dx_ptr, gain_ptr, dz_ptr,
-    R, K, C, first,
-    stride_in, stride_ik, dz_pitch,
-    HAS_DX: tl.constexpr, HAS_GAIN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows, COLUMNS slots: gain dx, or 0, into dz at the ids in the slab. Equal ids bring the same number."""
-    blocks = tl.cdiv(K, COLUMNS)
-    n = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    k = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    slot = (n < R)[:, None] & (k < K)[None, :]
-    place = ids_ptr + n[:, None] * stride_in + k.to(tl.int64)[None, :] * stride_ik
-    column = tl.load(place, mask=slot, other=-1) - first
-    here = slot & (column >= 0) & (column < C)
-    if HAS_DX:
-        dx = tl.load(dx_ptr + n[:, None] * K + k[None, :], mask=here, other=0.0)
+    here = slot & (ids >= first) & (ids < first + C)
+    dz = tl.full([ROWS, COLUMNS], 0.0, ACC)
+    if HAS_UPSTREAM:
+        for start in range(0, K, OTHERS):
+            j = start + tl.arange(0, OTHERS)
+            there = live[:, None] & (j < K)[None, :]
+            others = tl.load(row + j.to(tl.int64)[None, :] * stride_ik, mask=there, other=-1)
+            upstream = tl.load(upstream_ptr + n[:, None] * K + j[None, :], mask=there, other=0.0)
+            same = ids[:, :, None] == others[:, None, :]
+            dz += tl.sum(tl.where(same, upstream[:, None, :], 0.0), 2)
+        dz = dz * number(scale, ACC)
+        if HAS_SOFTCAP:
+            cap = number(softcap, ACC)
+            z = tl.load(values_ptr + n[:, None] * K + k[None, :], mask=here, other=0.0)
+            dz = dz * ((cap - z) / cap) * ((cap + z) / cap)
         if HAS_GAIN:
-            dx = dx * tl.load(gain_ptr)
-        dx = dx.to(dz_ptr.dtype.element_ty)
-    else:
-        dx = tl.full([ROWS, COLUMNS], 0.0, dz_ptr.dtype.element_ty)
-    tl.store(dz_ptr + n[:, None] * dz_pitch + column, dx, mask=here)
+            dz = dz * tl.load(gain_ptr)
+    # Slots of one id write the same number.
+    place = dz_ptr + n[:, None] * dz_pitch + (ids - first)
+    tl.store(place, dz.to(dz_ptr.dtype.element_ty), mask=here)
 
 
 # --- the sum of a row --------------------------------------------------------------------------------------------
@@ -295,11 +274,11 @@ class _Complement(dense.Loss):
             factor,
             temperature,
         )
-        self.token_bytes = (8 + 3 * k) * self.acc.itemsize
+        self.token_bytes = (8 + 2 * k) * self.acc.itemsize
         self.sums = factor.new_empty(3, n, dtype=self.acc)  # m, s and the tail
         self.values = self.sums.new_empty(n, k)
         self.dtail, self.loss = factor, self.sums[2]
-        self.dx: Tensor | None = None
+        self.upstream: Tensor | None = None  # of the values
 
     def run(self, need: Need) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         with current_device(self.factor):
@@ -353,29 +332,18 @@ class _Complement(dense.Loss):
             HAS_SOFTCAP=head.softcap is not None, HAS_GAIN=gain is not None, ACC=self.acc_tl, **shape,
         )  # fmt: skip
         if k:
-            width = min(triton.next_power_of_2(k), tiles.SLOTS)
-            height = tiles.SLOTS // width
-            _scatter_kernel[(triton.cdiv(rows, height) * triton.cdiv(k, width),)](
-                ids, None if self.dx is None else self.dx[block.rows], gain, dz,
+            factor, values = self.factor[block.rows], self.values[block.rows]
+            upstream = None if self.upstream is None else self.upstream[block.rows]
+            width = min(triton.next_power_of_2(k), tiles.SLOTS_TILE)
+            height = tiles.SLOTS_TILE // width
+            _put_kernel[(triton.cdiv(rows, height) * triton.cdiv(k, width),)](
+                ids, values, upstream, factor, gain, dz,
                 rows, k, columns, block.slab.start,
-                *ids.stride(), dz.stride(0),
-                HAS_DX=self.dx is not None, HAS_GAIN=gain is not None, ROWS=height, COLUMNS=width, num_warps=4,
+                *ids.stride(), factor.stride(0), dz.stride(0),
+                head.softcap or 0.0, head.scale,
+                HAS_UPSTREAM=upstream is not None, HAS_SOFTCAP=head.softcap is not None, HAS_GAIN=gain is not None,
+                ACC=self.acc_tl, ROWS=height, COLUMNS=width, OTHERS=min(width, 16), num_warps=4,
             )  # fmt: skip
-
-    def slots(self, rows: slice, upstream: Tensor) -> None:
-        """What stands in dz at the ids of the rows, given the derivatives `[R, K]` in their values."""
-        (r, k), head = upstream.shape, self.side.head
-        ids, factor = self.ids[rows], self.factor[rows]
-        width = min(triton.next_power_of_2(k), tiles.SLOTS_TILE)
-        height, others = tiles.SLOTS_TILE // width, min(width, 16)
-        _slots_kernel[(triton.cdiv(r, height) * triton.cdiv(k, width),)](
-            ids, self.values[rows], upstream, factor, self.dx[rows],
-            r, k,
-            *ids.stride(), factor.stride(0),
-            head.softcap or 0.0, head.scale,
-            HAS_SOFTCAP=head.softcap is not None, ACC=self.acc_tl,
-            ROWS=height, COLUMNS=width, OTHERS=others, num_warps=4,
-        )  # fmt: skip
 
     def bound(self, rows: slice) -> Tensor | float:
         """What no |dL/dz| exceeds."""
@@ -393,30 +361,28 @@ class _SavedTail(_Complement):
         self.sums[1] = 1.0
 
 
-class _WithSlots(_Complement):
+class _WithValues(_Complement):
     """A loss with derivatives of its own in the tail and in the values."""
 
     def __init__(self, *inputs) -> None:
         super().__init__(*inputs)
         self.dtail, self.loss = torch.empty_like(self.sums[:2])
-        self.dx = torch.empty_like(self.values)
+        self.upstream = torch.empty_like(self.values)
 
 
-class _CrossEntropy(_WithSlots):
+class _CrossEntropy(_WithValues):
     def settle(self, rows: slice) -> None:
         sums, values, factor = self.sums[:, rows], self.values[rows], self.factor[rows]
-        upstream = torch.empty_like(values)
         n = values.shape[0]
         _label_kernel[(triton.cdiv(n, tiles.SLOTS),)](
-            sums, values, factor, self.loss[rows], self.dtail[rows], upstream,
+            sums, values, factor, self.loss[rows], self.dtail[rows], self.upstream[rows],
             n,
             sums.stride(0), factor.stride(0),
             ACC=self.acc_tl, ROWS=tiles.SLOTS, num_warps=4,
         )  # fmt: skip
-        self.slots(rows, upstream)
 
 
-class _TopkDivergence(_WithSlots):
+class _TopkDivergence(_WithValues):
     def __init__(self, teacher: Tensor, teacher_tail: Tensor | None, spec: Divergence, *inputs) -> None:
         require_device(hidden=inputs[0], teacher=teacher, teacher_tail=teacher_tail)
         super().__init__(*inputs, spec.temperature)
@@ -425,13 +391,10 @@ class _TopkDivergence(_WithSlots):
         self.bounded = not (spec.name == "reverse_kl" and self.side.operand == torch.float16)
 
     def settle(self, rows: slice) -> None:
-        loss, upstream, dtail = topk_divergence(
+        self.loss[rows], self.upstream[rows], self.dtail[rows] = topk_divergence(
             self.values[rows], self.teacher[rows], self.sums[2, rows],
             None if self.teacher_tail is None else self.teacher_tail[rows], self.factor[rows], self.spec,
         )  # fmt: skip
-        self.loss[rows], self.dtail[rows] = loss, dtail
-        if self.ids.shape[1]:
-            self.slots(rows, upstream)
 
     def bound(self, rows: slice) -> Tensor | float:
         if self.spec.name == "reverse_kl":

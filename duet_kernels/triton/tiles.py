@@ -298,7 +298,7 @@ FOLD_WARPS = 1
 # What sums over a longer piece of a row, so many columns at a time: 4.1 TB/s where its arithmetic keeps up.
 TERMS_COLUMNS, TERMS_STEPS, TERMS_WARPS = {4: 512, 8: 256}, 32, 4
 DENSE_MERGE = 512  # partial statistics of a kind that a program of a merge holds
-SLOTS = 256  # ids that a program picks or puts, rows of a loss of the label
+SLOTS = 256  # ids that a program picks, rows of a loss of the label
 SLOTS_TILE = 64  # slots a program compares with the other slots of their row
 SCALE_BLOCK, SCALE_PROGRAMS = 4096, 2112  # sixteen programs for every SM of an H200
 
