@@ -26,7 +26,8 @@ element enters the tail where it is passed over, so the tail is a sum of what is
 
 There are hardly more than k candidates where the large logits are spread over the vocabulary, and room for 2 k. Where
 they do not fit (ties, or all of them side by side), the program reads its chosen blocks again, finds the exact k-th
-largest of them and of the earlier candidates, and keeps k.
+largest of them and of the earlier candidates, and keeps what is above it and the first k at it. It does so, too, where
+what it passed over is so far below the bound that exponentials relative to it are 0: then each sum has its own maximum.
 
 The k-th largest of a list is found two bits at a time: 16 rounds of counts (32 for fp64), no sort, no atomics, no
 key that packs an id. Fold and select compute z twice from the same product and must agree to the last bit.
@@ -430,12 +431,8 @@ def _select_kernel(
             )
             exact, reach = _step(exact, reach, low, middle, high, at_low, at_middle, at_high, K)
             i += 1
-        # Places are left for those equal to it by those above it: none where it is a NaN.
-        above_it = tl.where(exact + 1 > exact, exact + 1, exact)
-        larger, at_middle, at_high = _reach_in_lists(
-            slab, lists, blocks, old, above_it, above_it, above_it, FINISHED, HELD, COLUMNS, BLOCK
-        )
-        places = tl.where(above_it > exact, K - larger, K)
+        # Exactly k reach it, or it is the k-th itself and fewer are above: with k of those at it there is room for all.
+        places = tl.full([ROWS], 0, tl.int32) + K
         count = tl.where(right, 0, old)
         blocks = tl.where(right, 0, blocks)
         again, places, m, s = _keep_candidates(lists, count, exact, places, m, s, inverse, True, HELD)
