@@ -125,7 +125,7 @@ def plan(
     config: Annotated[
         pathlib.Path | None, typer.Option(help="YAML file of a run; default: LoRA on bf16")
     ] = None,
-    gpu_memory: Annotated[str, typer.Option(help="such as 24GiB")] = "24GiB",
+    gpu_memory: Annotated[str, typer.Option(help="such as 24GiB; a number alone is GiB")] = "24GiB",
     length: Annotated[int, typer.Option(min=1, help="tokens of the longest query with its answer")] = 256,
     prefix_length: Annotated[int, typer.Option(min=0, help="tokens that the steering prefix adds")] = 128,
     scored: Annotated[int, typer.Option(min=1, help="scored positions a query")] = 1,
@@ -142,7 +142,9 @@ def plan(
         raise ValueError("plan: wanted --model or --config, got neither")
     chosen = [] if model is None else ["--model.name", model]
     tree = apply_overrides(DEFAULT_TREE if config is None else read_run(config), [*chosen, *overrides.args])
-    found = Plan.of(tree, parse_size(gpu_memory), length, prefix_length, scored, parse_size(reserve))
+    found = Plan.of(
+        tree, parse_size(gpu_memory), length, prefix_length, scored, parse_size(reserve, "reserve")
+    )
     if as_json:
         print(json.dumps(found.as_dict()))
     else:

@@ -55,7 +55,8 @@ def linear_topk(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
 
-    Memory: within the workspace; `chunked` holds `[N, V]` only where it is below 2 MiB. FLOP: 2 N D V.
+    Memory: within the workspace; `chunked` holds `[N, V]` only where it is below 2 MiB, or for 256 tokens or fewer on a
+    GPU. FLOP: 2 N D V.
     Source: DUET (arXiv 2601.21283), the candidate set C_K.
 
     Example:
@@ -95,8 +96,9 @@ def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, imp
         TypeError, ValueError: naming the argument; ids out of range on a CPU. On a GPU such an id gives NaN: to look
         would be a synchronisation.
 
-    Memory: gathered rows of a few tokens at a time, never `[N, K, D]` (a few MiB on a CPU); with a trainable head also some 40 bytes for each of
-    the N K pairs that are sorted, whatever the workspace is (256 MiB at 6.7 million pairs: pass fewer tokens at a time).
+    Memory: gathered rows of a few tokens at a time, never `[N, K, D]` (a few MiB on a CPU); with a trainable head also
+    some 40 bytes for each of the N K pairs that are sorted, whatever the workspace is (256 MiB at 6.7 million pairs: pass
+    fewer tokens at a time).
     FLOP: 2 N K D forward, 2 N K D each for dh and dW. For many ids (a CPU: K > V / 16, half precision V / 10) the
     forward pass multiplies all logits of a few tokens at a time, within the workspace: 2 N D V.
     Source: DUET (arXiv 2601.21283), g_theta^i(x) of equation 3.

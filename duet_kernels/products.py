@@ -32,9 +32,18 @@ def half_products(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or architecture(device) >= 80
 
 
+def pitch(columns: int) -> int:
+    """Elements from one row to the next so that rows begin on 16 elements: products of other matrices are slow."""
+    return -(-columns // 16) * 16
+
+
 def operand(x: Tensor) -> Tensor:
     """x as a product takes it: itself, or a half that the library cannot multiply into fp32 upcast."""
-    return x.to(operand_dtype(x))
+    return _cast(x, operand_dtype(x))
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
@@ -52,7 +61,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     acc = acc_dtype(torch.promote_types(a.dtype, b.dtype))
     if _as_halves(a, b):
         return torch.mm(a, b, out_dtype=acc) if out is None else torch.mm(a, b, out_dtype=acc, out=out)
-    return torch.mm(a.to(acc), b.to(acc), out=out)
+    return torch.mm(_cast(a, acc), _cast(b, acc), out=out)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -61,7 +70,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     if _as_halves(a, b) and not a.is_meta:  # meta tensors have no such form in torch 2.11
         torch.addmm(out, a, b, out_dtype=acc, out=out)
     else:
-        out.addmm_(a.to(acc), b.to(acc))
+        out.addmm_(_cast(a, acc), _cast(b, acc))
 
 
 def batched_product(a: Tensor, b: Tensor) -> Tensor:
@@ -109,7 +118,10 @@ class Scaled(NamedTuple):
 
 def scaled(x: Tensor, dtype: torch.dtype) -> Scaled:
     """x as an operand next to one of `dtype`, which is that of x or a half."""
-    if dtype != torch.float16 or x.dtype == dtype or x.numel() == 0:
-        return Scaled(x.to(dtype))
+    if x.dtype == dtype:
+        return Scaled(x)
+    values = x.new_empty(len(x), pitch(x.shape[1]), dtype=dtype)[:, : x.shape[1]]
+    if dtype != torch.float16 or x.numel() == 0:
+        return Scaled(values.copy_(x))
     gain = fp16_gain(torch.linalg.vector_norm(x, torch.inf, dim=1))
-    return Scaled(torch.mul(x, gain, out=torch.empty_like(x, dtype=dtype)), gain)
+    return Scaled(torch.mul(x, gain, out=values), gain)

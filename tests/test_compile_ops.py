@@ -232,10 +232,10 @@ def _samples():
 
 SAMPLES = _samples()
 OPERATORS = {
-    op._qualname.removeprefix("duet_kernels::"): op
+    op.custom._qualname.removeprefix("duet_kernels::"): op.custom
     for room in (ops.primitives, ops.losses)
     for op in vars(room).values()
-    if isinstance(op, torch._library.custom_ops.CustomOpDef)
+    if isinstance(op, ops.op.Op)
 }
 
 

@@ -77,6 +77,13 @@ class TestChunked:
             check(op, problem, "chunked")
 
 
+@pytest.mark.parametrize("head", [{"softcap": 20.0}, {"scale": -0.7}], ids=["softcap", "scale"])
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_a_softcap_and_a_scale_alone(op, head):
+    """One end of a head without the other, whose factor would hide that it is forgotten."""
+    check_definition(op, make_problem(**head), "chunked")
+
+
 class TestTriton:
     """The kernels in the interpreter."""
 

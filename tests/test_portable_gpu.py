@@ -65,6 +65,29 @@ def test_in_many_pieces(op, dtype, monkeypatch):
     check_masked_rows(op, problem, "chunked")
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_where_the_library_upcasts(op, dtype, monkeypatch):
+    """A GPU whose library does not multiply halves into fp32: pieces of W are upcast, nothing else changes."""
+    monkeypatch.setattr(products, "half_products", lambda device, dtype: False)
+    monkeypatch.setattr(workspace, "_set", 80 << 10)
+    judge(op, make_problem(37, 203, 45, dtype=dtype, **FULL), "chunked")
+
+
+def test_operands_begin_where_products_are_fast():
+    """Rows of halves and of logits begin on 16 elements, whatever the vocabulary is; tiles are multiples of 16."""
+    x = torch.randn(5, 203)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert products.scaled(x, dtype).values.stride() == (208, 1)
+    head = make_problem(600, 16390, 24, dtype=torch.bfloat16).head
+    assert cuts.logits_buffer(3, head).stride() == (16400, 1)
+    for n, wanted in ((600, -(-16390 // 8)), (1, 16390)):
+        width = cuts.tile_width(n, head, 3)
+        assert width % 16 == 0 and wanted <= width < wanted + 16
+        _, size, _, z = next(cuts.vocab_tiles(torch.randn(n, 24).bfloat16(), head))
+        assert z.stride(0) % 16 == 0 and size == min(width, 16390)
+
+
 # --- what it does on the way -----------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from tiny_models import tiny, word_tokenizer
         "config",
         "data.dataset",
         "model.lm",
+        "model.switches",
         "output.card",
         "names",
         "methods.objectives",

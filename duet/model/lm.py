@@ -10,11 +10,12 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
 
 from duet_kernels import LMHead, linear_gather
@@ -22,10 +23,20 @@ from duet_kernels import LMHead, linear_gather
 from ..data.prompts import answer_ending
 
 logger = logging.get_logger(__name__)
+_HEAD_BYTES = 64 << 20
 
 
-def load_model(model: Any, argument: str, init_kwargs: dict[str, Any] | None) -> nn.Module:
-    """`model` itself, or the causal language model of that name or folder; errors name the trainer's `argument`."""
+def load_model(
+    model: Any, argument: str, init_kwargs: dict[str, Any] | None, device: torch.device | None = None
+) -> nn.Module:
+    """`model` itself, or the causal language model of that name or folder, in the dtype of its checkpoint.
+
+    Args:
+        model: a model, a name or a folder.
+        argument: of the trainer, which errors name.
+        init_kwargs: passed to `from_pretrained`.
+        device: where the weights are read to, one after the other, so that they are never whole on the host; None: the CPU.
+    """
     if isinstance(model, nn.Module):
         return model
     if not isinstance(model, (str, os.PathLike)):
@@ -35,13 +46,28 @@ def load_model(model: Any, argument: str, init_kwargs: dict[str, Any] | None) ->
     name = os.fspath(model)
     if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         raise FileNotFoundError(f"{argument}: there is no folder {name!r}")
+    placed = {} if device is None else {"device_map": {"": device}}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **(init_kwargs or {}))
+        return AutoModelForCausalLM.from_pretrained(name, **placed | (init_kwargs or {}))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{argument}: {name!r} is not a folder with a causal language model, nor the name of one that could be "
             f"loaded: {error}"
         ) from error
+
+
+def loading_device(args: TrainingArguments) -> torch.device | None:
+    """Where a model that `args` will train is best loaded: the GPU, if there is one and the whole model will be on it.
+
+    FSDP and DeepSpeed take it apart first, from the CPU.
+    """
+    return None if args.device.type == "cpu" or is_sharded(args) else args.device
+
+
+def is_sharded(args: TrainingArguments) -> bool:
+    """Whether FSDP or DeepSpeed will take the parameters apart: asked for in the options or by `accelerate launch`."""
+    launched = (os.environ.get(f"ACCELERATE_USE_{each}", "") == "true" for each in ("FSDP", "DEEPSPEED"))
+    return bool(args.fsdp or args.deepspeed) or any(launched)
 
 
 def choose_attention(wanted: str, device: torch.device, half: bool) -> tuple[str | None, str]:
@@ -300,13 +326,12 @@ def hidden_states_at(
     return states.flatten(0, 1).index_select(0, positions)
 
 
-def _layers_of(backbone: nn.Module) -> tuple[nn.Module, str]:
-    """(module, name of its attribute) that holds the list of decoder layers."""
+def layers_path(backbone: nn.Module) -> str:
+    """Where in the backbone the list of its decoder layers is, as `get_submodule` takes it."""
     count = backbone.config.get_text_config().num_hidden_layers
-    for module in backbone.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return module, name
+    for path, module in backbone.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path
     raise TypeError(f"model: no list of {count} decoder layers was found in {type(backbone).__name__}")
 
 
@@ -316,7 +341,8 @@ def _first_layers(backbone: nn.Module, count: int) -> Iterator[list[Tensor]]:
 
     Not from `output_hidden_states`, whose last entry is what comes after the norm.
     """
-    owner, name = _layers_of(backbone)
+    above, _, name = layers_path(backbone).rpartition(".")
+    owner = backbone.get_submodule(above)
     layers, seen = getattr(owner, name), []
 
     def see(module, args, output):
@@ -334,7 +360,7 @@ def _first_layers(backbone: nn.Module, count: int) -> Iterator[list[Tensor]]:
 def check_layer(model: nn.Module, layer: int | None) -> int:
     """`layer` if the model has it (None: a quarter of the way up)."""
     count = base_language_model(model).config.get_text_config().num_hidden_layers
-    _layers_of(find_backbone(model))  # found out now
+    layers_path(find_backbone(model))  # found out now
     if layer is None:
         return count // 4
     if layer >= count:
@@ -390,6 +416,15 @@ def call_through(wrapped: nn.Module, inner: nn.Module, function: Callable[[], An
             inner.forward = own
 
 
+def set_checkpointing(model: nn.Module, on: bool) -> None:
+    """Activations are recomputed in the backward, or kept; under the name that this version of transformers has for it."""
+    new, old = (
+        f"{name}_{'enable' if on else 'disable'}"
+        for name in ("activation_checkpointing", "gradient_checkpointing")
+    )
+    getattr(model, new if hasattr(model, new) else old)()
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Within the context, dropout is off; afterwards `module` trains again if it did."""
@@ -406,7 +441,7 @@ def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
     """Refuse a model whose logits are not what `LMHead.of(model)` makes of its backbone's hidden states.
 
     A one-off: `num_tokens` tokens through the model's own forward, and through backbone and head; every logit is
-    compared. Costs two `[num_tokens, V]` tensors.
+    compared. Costs the model's `[num_tokens, V]` logits, and 64 MiB of the head in fp32 at a time.
 
     Returns:
         the head.
@@ -431,12 +466,12 @@ def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
     logits = logits[0, :, :vocabulary]
     if logits.isnan().any():
         raise ValueError(f"model: {name} gives NaN logits: its weights are damaged, or its training diverged")
-    every_id = torch.arange(vocabulary, device=device).expand(num_tokens, -1)
-    ours = linear_gather(hidden, head, every_id, impl="reference").float()
     # The model rounds its logits to its dtype, which says how well they can be compared.
     precise = head.weight.dtype in (torch.float32, torch.float64)
     tolerance = (1e-5 if precise else 4 * torch.finfo(head.weight.dtype).eps) * logits.abs().amax()
-    worst = (ours - logits).abs().amax()
+    worst = torch.stack(
+        [(ours - theirs).abs().amax() for ours, theirs in _in_parts(hidden, head, logits)]
+    ).amax()
     if not worst <= tolerance:
         raise ValueError(
             f"model: the logits of {name} are not what its LM head makes of its hidden states (they differ by "
@@ -444,3 +479,14 @@ def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
             "know; training it here would be silently wrong, so it is refused"
         )
     return head
+
+
+def _in_parts(hidden: Tensor, head: LMHead, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(what the head makes of the hidden states, `logits`), for as many ids at a time as take _HEAD_BYTES of the head in fp32."""
+    step = max(1, _HEAD_BYTES // (4 * head.hidden_size))
+    for start in range(0, head.num_ids, step):
+        stop = min(start + step, head.num_ids)
+        bias = None if head.bias is None else head.bias[start:stop]
+        part = replace(head, weight=head.weight[start:stop], bias=bias, vocab_size=None)
+        ids = torch.arange(stop - start, device=hidden.device).expand(len(hidden), -1)
+        yield linear_gather(hidden, part, ids, impl="reference").float(), logits[:, start:stop]

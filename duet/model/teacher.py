@@ -23,6 +23,7 @@ from duet_kernels import TopK
 
 from ..store.read import TopKStore, fingerprint
 from .lm import call_through, evaluating
+from .switches import Switches
 
 if TYPE_CHECKING:
     from ..data.dataset import UnlearnDataset
@@ -38,6 +39,7 @@ class FrozenTeacher:
 
     def __init__(self, model: nn.Module):
         self.model = model.requires_grad_(False).eval()
+        self._switches = Switches(self.model)
 
     @classmethod
     def copy_of(cls, student: nn.Module, share: bool = False) -> "FrozenTeacher":
@@ -56,12 +58,15 @@ class FrozenTeacher:
 
     def run(self, function: Callable[[nn.Module], Any], student: nn.Module, wrapped: nn.Module) -> Any:
         """`function(model)` of the frozen model, without gradients."""
-        with torch.no_grad(), evaluating(self.model):
+        with torch.no_grad(), self._switches.evaluating():
             return function(self.model)
 
 
 class AdapterOffTeacher:
     """The student without its adapter: what it was before training, in the same memory."""
+
+    def __init__(self) -> None:
+        self._switches: Switches | None = None
 
     def to(self, device: torch.device) -> None:
         """Nothing to move: the student's weights are where the student is."""
@@ -70,9 +75,11 @@ class AdapterOffTeacher:
         """`function(student)` with the adapter off, dropout off, without gradients.
 
         Runs inside the wrapper's forward, which gathers sharded parameters. Whether the adapter really was off is
-        checked by `TeacherGuard`: under FSDP1 `disable_adapter()` has been seen to leave it on.
+        checked by `TeacherGuard`: under FSDP1 an adapter has been seen to stay on.
         """
-        with torch.no_grad(), evaluating(student), student.disable_adapter():
+        if self._switches is None or self._switches.model is not student:
+            self._switches = Switches(student)
+        with torch.no_grad(), self._switches.base_model():
             return call_through(wrapped, student, lambda: function(student))
 
 

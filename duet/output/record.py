@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..config import DuetConfig
 from ..model.lm import base_language_model
 from ..store.provenance import tokenizer_hash
+from ..store.read import older_weights
 
 logger = logging.get_logger(__name__)
 
@@ -151,7 +152,8 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
 def refuse_another(began: Mapping[str, Any], now: Mapping[str, Any], folder: str | os.PathLike) -> None:
     """Compares what a run began with to what it would go on with.
 
-    A name that only one of them has is passed over: it came or went with a version of a library.
+    A name that only one of them has is passed over: it came or went with a version of a library. So is, with a warning, a hash of
+    weights that an older version of duet made in another way.
 
     Raises:
         ValueError: naming everything that differs, with both values.
@@ -166,6 +168,12 @@ def refuse_another(began: Mapping[str, Any], now: Mapping[str, Any], folder: str
     found = []
     for name, before in began.items():
         after = now.get(name, before)
+        if older_weights(before, after):
+            logger.warning(
+                f"{name}: the run in {os.fspath(folder)!r} was begun by an older version of duet, whose hash of the weights "
+                "cannot be compared with today's: make sure that the model is the one it began with"
+            )
+            continue
         if before != after and not (name in MAY_GROW and 0 < before < after):
             only = " (it may only grow)" if name in MAY_GROW else ""
             found.append(

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..data.prompts import Prompting
 from ..data.sources import load_rows
-from ..model.lm import choose_attention, load_model
+from ..model.lm import choose_attention, load_model, loading_device
 from ..output.checkpoints import last_finished_checkpoint
 from ..store.build import Cached, cache_teacher
 from ..trainer import DuetTrainer
@@ -74,7 +74,11 @@ def cache(run: RunConfig, dtype: str = "float32") -> Cached:
         raise ValueError("training.teacher_store: wanted the folder to write, got nothing")
     forget, retain, evals = _rows(run)
     kwargs = model_kwargs(run.model, args) | (args.model_init_kwargs or {})
-    model = _teacher(run, kwargs) if run.teacher else load_model(run.model.name, "model", kwargs)
+    model = (
+        _teacher(run, kwargs)
+        if run.teacher
+        else load_model(run.model.name, "model", kwargs, loading_device(args))
+    )
     return cache_teacher(model, args, forget, retain, _tokenizer(run.model), evals, dtype=dtype)
 
 
@@ -90,7 +94,7 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
     forget, retain, evals = _rows(run)
     args = run.training
     kwargs = model_kwargs(run.model, args) | (args.model_init_kwargs or {})
-    model = load_model(run.model.name, "model", kwargs)
+    model = load_model(run.model.name, "model", kwargs, loading_device(args))
     live = run.teacher is not None and not args.teacher_store
     return DuetTrainer(
         model=model,
@@ -106,7 +110,7 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
 
 def _teacher(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
     """The other model of `teacher:`, loaded as the model is, but for the revision, which is the model's own."""
-    return load_model(run.teacher, "teacher", kwargs | {"revision": None})
+    return load_model(run.teacher, "teacher", kwargs | {"revision": None}, loading_device(run.training))
 
 
 def model_kwargs(section: ModelSection, args: Any) -> dict[str, Any]:

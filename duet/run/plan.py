@@ -1,12 +1,11 @@
 """How much memory a training step will need, before anything is loaded.
 
-A model is made without weights (on the meta device), and one step of it runs on fake tensors: every operation computes
-shapes only, and the bytes of what is alive are counted. So activations are those of the architecture itself rather
-than of a formula for it. What never runs here (optimizer states, quantised weights, the loss) is counted by name.
+Activations come from one simulated step (`simulation`). What never runs there (optimizer states, quantised weights, the
+loss) is counted by name.
 
     standing   weights + adapter + optimizer states + the teacher's weights
     peak       standing + the largest of
-                   the teacher's forward
+                   the teacher's forward, and the workspace for its top-k
                    the student's activations + the loss workspace
                    the student's backward, gradients included
 
@@ -14,20 +13,15 @@ Must not know datasets or the trainer.
 """
 
 import re
-import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ..model.lm import find_backbone
+from .simulation import Step, simulate, trained_parameters
 
 TEACHERS = ("adapter off", "copy", "before training", "cache", "none")
 # States per trained parameter. In the parameter's dtype; with `8bit` in the name, a byte each and two scales a block.
@@ -124,69 +118,76 @@ class Planner:
         """
         if settings.teacher not in TEACHERS:
             raise ValueError(f"teacher: wanted one of {', '.join(TEACHERS)}, got {settings.teacher!r}")
-        one, two = (self._simulate(replace(settings, batch=batch)) for batch in (1, 2))
-        # Everything is linear in the batch.
-        at = {name: one[name] + (two[name] - one[name]) * (settings.batch - 1) for name in one}
-        model, adapted = self._made(settings)
-        weights = sum(_weight_bytes(model, settings.quantization))
-        trained = [p for p in adapted.parameters() if p.requires_grad]
-        gradients = sum(p.numel() * p.element_size() for p in trained)
+        weights, parameters, unpacked = self._standing(settings)
+        trained = self._trained(settings)
+        gradients = sum(times * p.numel() * p.element_size() for times, p in trained)
+        student = self._step(settings, settings.length, trains=True)
         held = gradients if settings.accumulation > 1 else 0
-        unpacked = _unpacked(model, settings)
+        loss, teacher = self._loss(settings), 0
+        if settings.teacher in ("adapter off", "copy"):
+            forward = self._step(settings, settings.teacher_length, trains=False).most(settings.batch)
+            teacher = max(forward + unpacked, loss) + held
         return Budget(
             weights=weights,
             adapter=gradients if settings.adapter is not None else 0,
-            optimizer=sum(optimizer_bytes(settings.optim, p) for p in trained),
+            optimizer=sum(times * optimizer_bytes(settings.optim, p) for times, p in trained),
             teacher_weights=weights if settings.teacher == "copy" else 0,
             gradients=gradients,
-            activations=at["activations"] + held,
-            loss=self._loss(settings),
-            teacher_forward=at["teacher"] + held + unpacked,
-            backward=at["backward"] + unpacked,
-            trained=sum(p.numel() for p in trained),
-            parameters=sum(p.numel() for p in model.parameters()),
+            activations=student.kept(settings.batch) + held,
+            loss=loss,
+            teacher_forward=teacher,
+            backward=student.most(settings.batch) + unpacked,
+            trained=sum(times * p.numel() for times, p in trained),
+            parameters=parameters,
         )
 
     def largest_batch(self, settings: Settings, memory: int) -> int:
         """The most queries a micro-batch may hold within `memory` bytes; 0 when not even one fits."""
-        one, two = (self.budget(replace(settings, batch=batch)).peak for batch in (1, 2))
-        if one > memory:
+
+        def fits(batch: int) -> bool:
+            return self.budget(replace(settings, batch=batch)).peak <= memory
+
+        if not fits(1):
             return 0
-        batch = 1 + int((memory - one) // max(1, two - one))
-        while batch > 1 and self.budget(replace(settings, batch=batch)).peak > memory:
-            batch -= 1  # another phase may lead at a larger batch
-        return batch
+        low, high = 1, 2
+        while fits(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
 
-    # -- simulation ------------------------------------------------------------------------------------------------
+    # -- what is found out once ------------------------------------------------------------------------------------
 
-    def _made(self, settings: Settings) -> tuple[nn.Module, nn.Module]:
-        """(the base model, the model that is trained), without weights."""
-        return self._once(("made", settings.dtype, repr(settings.adapter)), lambda: self._make(settings))
+    def _model(self, dtype: torch.dtype) -> nn.Module:
+        """The base model, without weights."""
 
-    def _make(self, settings: Settings) -> tuple[nn.Module, nn.Module]:
-        with torch.device("meta"):
-            model, adapted = (
-                AutoModelForCausalLM.from_config(self.config, dtype=settings.dtype) for _ in range(2)
-            )
-            if settings.adapter is not None:
-                from peft import LoraConfig, get_peft_model
+        def make() -> nn.Module:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(self.config, dtype=dtype)
 
-                adapted = get_peft_model(adapted, LoraConfig(**settings.adapter))
-        return model, adapted
+        return self._once(("model", dtype), make)
 
-    def _simulate(self, settings: Settings) -> dict[str, int]:
-        model, adapted = self._made(settings)
-        common = settings.batch, settings.dtype, settings.autocast
-        teacher = 0
-        if settings.teacher in ("adapter off", "copy"):
-            key = ("teacher", *common, settings.teacher_length)
-            with torch.no_grad():
-                teacher = self._once(key, lambda: _step(model.eval(), settings, settings.teacher_length))[
-                    "peak"
-                ]
-        key = ("student", *common, settings.length, repr(settings.adapter), settings.checkpointing)
-        student = self._once(key, lambda: _step(adapted.train(), settings, settings.length))
-        return {"teacher": teacher, "activations": student["forward"], "backward": student["peak"]}
+    def _standing(self, settings: Settings) -> tuple[int, int, int]:
+        """(bytes of the weights, how many parameters, bytes of the largest layer that is unpacked to be multiplied with)."""
+
+        def count() -> tuple[int, int, int]:
+            model = self._model(settings.dtype)
+            weights = sum(_weight_bytes(model, settings.quantization))
+            return weights, sum(p.numel() for p in model.parameters()), _unpacked(model, settings)
+
+        return self._once(("standing", settings.dtype, settings.quantization), count)
+
+    def _trained(self, settings: Settings) -> list[tuple[int, Tensor]]:
+        """The parameters that are trained, each with how many like it there are."""
+        key = ("trained", settings.dtype, repr(settings.adapter))
+        return self._once(key, lambda: trained_parameters(self._model(settings.dtype), settings.adapter))
+
+    def _step(self, settings: Settings, length: int, trains: bool) -> Step:
+        adapter, checkpointing = (settings.adapter, settings.checkpointing) if trains else (None, False)
+        how = length, settings.autocast, adapter, checkpointing, trains
+        key = ("step", settings.dtype, *map(repr, how))
+        return self._once(key, lambda: simulate(self._model(settings.dtype), *how))
 
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
         if key not in self._kept:
@@ -198,88 +199,9 @@ class Planner:
         return self._kept[key]
 
     def _loss(self, settings: Settings) -> int:
+        """What the loss, or the teacher's top-k, works in: three blocks of logits, if they are smaller than the workspace."""
         vocabulary = self.config.get_text_config().vocab_size
         return min(settings.workspace, 3 * 4 * settings.batch * settings.scored * vocabulary)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive: `now`, and `peak` since it was made.
-
-    Tensors of `standing` are not counted. A storage counts once, however many views it has.
-    """
-
-    def __init__(self, standing: nn.Module):
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: weakref.WeakSet = weakref.WeakSet()
-        for tensor in (*standing.parameters(), *standing.buffers()):
-            self._seen.add(tensor.untyped_storage())
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage) -> None:
-        if storage not in self._seen:
-            self._seen.add(storage)
-            size = storage.nbytes()
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, size)
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-
-def _step(model: nn.Module, settings: Settings, length: int) -> dict[str, int]:
-    """Bytes alive after the backbone's forward, and at the peak of forward and (where there are gradients) backward."""
-    shape = settings.batch, length
-    with FakeTensorMode(allow_non_fake_inputs=True), _materialised(model):
-        if model.training and settings.checkpointing:
-            model.activation_checkpointing_enable()
-        live = LiveBytes(model)
-        with live:
-            ids, mask = torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.int64)
-            with torch.autocast("cpu", torch.bfloat16) if settings.autocast else nullcontext():
-                output = find_backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)
-            scored = output.last_hidden_state[:, -1]
-            del output
-            forward = live.now
-            if scored.requires_grad:  # through the head, whose gradient is dense where it is trained
-                model.get_output_embeddings()(scored).sum().backward()
-        if model.training and settings.checkpointing:
-            model.activation_checkpointing_disable()
-    return {"forward": forward, "peak": live.peak}
-
-
-@contextmanager
-def _materialised(model: nn.Module) -> Iterator[None]:
-    """Within the context, parameters and buffers on the meta device are (fake) ones of a CPU; shared ones stay shared."""
-    places = [
-        (table, name)
-        for module in model.modules()
-        for table in (module._parameters, module._buffers)
-        for name in table
-    ]
-    before = [table[name] for table, name in places]
-    made: dict[int, Tensor] = {}
-    for (table, name), tensor in zip(places, before, strict=True):
-        if tensor is None or tensor.device.type != "meta":
-            continue
-        if id(tensor) not in made:
-            fake = torch.empty_like(tensor, device="cpu")
-            made[id(tensor)] = (
-                nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-            )
-        table[name] = made[id(tensor)]
-    try:
-        yield
-    finally:
-        for (table, name), tensor in zip(places, before, strict=True):
-            table[name] = tensor  # and with the fake ones go their gradients
 
 
 # -- what is counted by name ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig
 
+from ..config import CHECKPOINTING
 from ..methods.objectives import find_objective
 from ..methods.views import asked_before_training
 from .config_file import DEFAULT_ADAPTER, RunConfig
@@ -26,21 +27,25 @@ DEFAULT_TREE = {
     "data": {"forget": "rows that a plan does not read"},
     "training": {"bf16": True},
 }
-_UNITS = {"": 1, "k": 10, "m": 20, "g": 30, "t": 40}
+_UNITS = {"k": 10, "m": 20, "g": 30, "t": 40}
 
 
-def parse_size(text: str) -> int:
-    """Bytes of `24GiB`, `24G` or `24GB` (GPU makers' GB is 2^30).
+def parse_size(text: str, name: str = "gpu-memory") -> int:
+    """Bytes of `24GiB`, `24G` or `24GB` (GPU makers' GB is 2^30); a number alone is GiB.
 
     Example:
-        >>> parse_size("1.5 GiB")
-        1610612736
+        >>> parse_size("1.5 GiB"), parse_size("24") >> 30, parse_size("512m") >> 20
+        (1610612736, 24, 512)
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?b)?\s*", text.lower())
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(?:([kmgt])(?:i?b)?)?\s*", text.lower())
     if not match:
-        raise ValueError(f"gpu-memory: wanted a size such as 24GiB, got {text!r}")
-    unit = _UNITS[match[2]]
-    return int(float(match[1]) * 2**unit)
+        raise ValueError(f"{name}: wanted a size such as 24GiB, got {text!r}")
+    return int(float(match[1]) * 2 ** _UNITS[match[2] or "g"])
+
+
+def default_workspace(memory: int) -> int:
+    """The bytes that a loss may use on a GPU of so much memory, where nothing is set: a 64th, 256 MiB to 3 GiB."""
+    return min(max(memory // 64, 256 << 20), 3 << 30)
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Plan:
         """
         run, autocast = _without_device_options(tree)
         config = AutoConfig.from_pretrained(run.model.name, revision=run.model.revision)
-        settings = _settings(run, autocast, config, length, prefix_length, scored)
+        settings = _settings(run, autocast, config, memory, length, prefix_length, scored)
         planner = Planner(config)
         budget = planner.budget(settings)
         return cls(
@@ -136,14 +141,15 @@ class Plan:
 
 
 def _without_device_options(tree: Mapping[str, Any]) -> tuple[RunConfig, bool]:
+    """(the run, whether a GPU will compute it in half precision: it does unless it is told not to)."""
     training = dict(tree.get("training") or {})
     taken = {name: training.pop(name) for name in _DEVICE_OPTIONS if name in training}
     run = RunConfig.of({**tree, "training": training | {"use_cpu": True}})
-    return run, bool(taken.get("bf16") or taken.get("fp16"))
+    return run, taken.get("bf16") is not False or bool(taken.get("fp16"))
 
 
 def _settings(
-    run: RunConfig, autocast: bool, config: Any, length: int, prefix_length: int, scored: int
+    run: RunConfig, autocast: bool, config: Any, memory: int, length: int, prefix_length: int, scored: int
 ) -> Settings:
     args = run.training
     dtype = (
@@ -160,11 +166,11 @@ def _settings(
         autocast=autocast,
         adapter=run.adapter,
         quantization=run.model.quantization,
-        checkpointing=bool(args.activation_checkpointing),
+        checkpointing=bool(getattr(args, CHECKPOINTING)),
         accumulation=args.gradient_accumulation_steps,
         optim=getattr(args.optim, "value", args.optim),
         teacher=_teacher(run, adapted=run.adapter is not None),
-        workspace=args.workspace_bytes or Settings.workspace,
+        workspace=args.workspace_bytes or default_workspace(memory),
     )
 
 
@@ -213,7 +219,8 @@ def _fitting(planner: Planner, settings: Settings, whole_teacher: str, memory: i
 def _described(s: Settings) -> str:
     return (
         f"batch {s.batch} x {s.length} tokens (teacher {s.teacher_length}), {s.scored} scored a query, "
-        f"checkpointing {'on' if s.checkpointing else 'off'}, accumulation {s.accumulation}"
+        f"checkpointing {'on' if s.checkpointing else 'off'}, accumulation {s.accumulation}, workspace "
+        f"{s.workspace / 2**20:.0f} MiB"
     )
 
 

@@ -35,6 +35,7 @@ from ..model.lm import (
     hidden_states_at,
     load_model,
     load_tokenizer,
+    loading_device,
     padding_id,
 )
 from ..model.prefix_cache import PrefixCache, common_length
@@ -106,7 +107,7 @@ def cache_teacher(
     """
     folder = _folder(folder, args)
     state = PartialState(cpu=args.use_cpu)
-    model = load_model(model, "model", args.model_init_kwargs)
+    model = load_model(model, "model", args.model_init_kwargs, loading_device(args))
     with _without_adapter(model):
         job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
         writer = StoreWriter(folder, job.provenance, job.rows, shard_entries)

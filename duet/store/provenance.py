@@ -7,11 +7,9 @@ know the trainer.
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from duet_kernels import LMHead
 
@@ -20,36 +18,11 @@ from ..data.dataset import UnlearnDataset
 from ..methods.objectives import Objective, teacher_topk
 from ..model.lm import base_language_model
 from .read import LOGITS, Provenance, TopKStore
+from .weights import weights_hash
 
 
-def _hex(data: bytes | memoryview) -> str:
+def _hex(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def weights_hash(model: nn.Module) -> str:
-    """A hash of the base model's weights and buffers; adapters are left out, and so are the names that PEFT adds.
-
-    Streams tensor by tensor, on as many threads as there are cores (hashing releases Python's lock): about a second
-    per GB and core. Memory: one tensor per thread on the CPU.
-    """
-    tuner = (
-        getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else None
-    )
-
-    def base_name(name: str) -> str | None:
-        if "modules_to_save." in name or (tuner and tuner in name):
-            return None
-        return name.replace(".base_layer.", ".").replace(".original_module.", ".")
-
-    def one(item: tuple[str, Tensor]) -> str:
-        name, tensor = item
-        data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-        return f"{name} {tensor.dtype} {list(tensor.shape)} {_hex(memoryview(data))}"
-
-    named = ((base_name(name), value) for name, value in base_language_model(model).state_dict().items())
-    tensors = [(name, value) for name, value in named if name is not None and isinstance(value, Tensor)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return _hex("\n".join(sorted(pool.map(one, tensors))).encode())
 
 
 def tokenizer_hash(tokenizer: Any, template: bool = False) -> str:

@@ -34,6 +34,7 @@ from duet_kernels import TopK
 
 FORMAT = "duet-topk-store/1"
 MANIFEST = "manifest.json"
+WEIGHTS_VERSION = "2:"  # what a hash of weights begins with (`duet.store.weights`); older ones have no mark
 LOGITS, LOG_PROBABILITIES = "logits", "log-probabilities"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD_NAME = re.compile(r"shard-[0-9a-f]{32}\.safetensors")
@@ -99,11 +100,23 @@ class Provenance:
         """
         for field in dataclasses.fields(self):
             stored, now = getattr(self, field.name), getattr(wanted, field.name)
+            if field.name not in ignoring and older_weights(stored, now):
+                raise ValueError(
+                    f"teacher_store: {field.name}: the store was made by an older version of duet, whose hash of the "
+                    "weights cannot be compared with today's. Cache the teacher anew into another folder; or, if you "
+                    "know that it was this model, set teacher_store_same_model to false"
+                )
             if stored != now and field.name not in ("model", *ignoring):
                 raise ValueError(
                     f"teacher_store: {field.name}: the store was made with {stored!r}, this run has {now!r}. "
                     "Change it back, or cache the teacher anew into another folder"
                 )
+
+
+def older_weights(stored: Any, now: Any) -> bool:
+    """Whether `now` is a hash of weights, and `stored` one that an older version made in another way."""
+    hashes = isinstance(stored, str) and isinstance(now, str)
+    return hashes and now.startswith(WEIGHTS_VERSION) and not stored.startswith(WEIGHTS_VERSION)
 
 
 class Entry(NamedTuple):

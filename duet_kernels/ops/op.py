@@ -35,18 +35,56 @@ def flat(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor, Tensor | None, f
     return hidden, head.weight, head.bias, head.softcap, head.scale
 
 
-def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """A pure op whose body computes in the dtypes it chose: autocast would turn its fp32 products into bf16."""
+class Op:
+    """A pure operation on tensors and numbers, with its derivative.
 
-    def register(body: Callable[..., Any]) -> Any:
+    torch.compile, fake tensors and function transforms get a custom op. Everything else calls the body itself, as an
+    autograd function where there is a derivative: the machinery of a custom op takes longer than a small kernel.
+    """
+
+    def __init__(self, name: str, body: Callable[..., Any]) -> None:
         @functools.wraps(body)  # keeps the annotations that the schema is read from
         def exact(first: Tensor, *args: Any) -> Any:
-            with exact_dtypes(first.device):
+            with exact_dtypes(first.device):  # autocast would turn fp32 products into bf16
                 return body(first, *args)
 
-        return torch.library.custom_op(f"duet_kernels::{name}", exact, mutates_args=())
+        self.custom = torch.library.custom_op(f"duet_kernels::{name}", exact, mutates_args=())
+        self.eager: Callable[..., Any] = exact
 
-    return register
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        return self.custom.register_fake(fake)
+
+    def register_autograd(
+        self, gradient: Callable[..., Any], setup_context: Callable[[Any, Any, Any], None]
+    ) -> None:
+        def context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates: dW is one
+            setup_context(ctx, inputs, output)
+
+        body = self.eager
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = body(*args)
+            context(ctx, args, output)
+            return output
+
+        self.custom.register_autograd(gradient, setup_context=context)
+        members = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
+        self.eager = type("Eager", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
+
+    def __call__(self, first: Tensor, *args: Any) -> Any:
+        return (self.eager if _plain(first) else self.custom)(first, *args)
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether nobody traces: no compiler, no tensor subclass, no function transform."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
+def custom_op(name: str) -> Callable[[Callable[..., Any]], Op]:
+    return functools.partial(Op, name)
 
 
 def no_second_derivative(name: str) -> str:

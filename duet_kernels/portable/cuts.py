@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..dispatch import acc_dtype
 from ..head import LMHead
-from ..products import Scaled, operand, operand_dtype, product
+from ..products import Scaled, operand, operand_dtype, pitch, product
 from ..workspace import workspace_bytes
 
 MAX_ROWS = 8192  # rows of a vocabulary tile: keeps a tile wide enough to be an efficient product
@@ -55,11 +55,10 @@ def tile_width(n: int, head: LMHead, copies: int, parts: int = 8) -> int:
     upcast = d * item if operand_dtype(head.weight) != head.weight.dtype else 0
     rows = max(min(n, MAX_ROWS), 1)
     width = workspace_bytes(device) // (copies * rows * item + upcast)
-    if not asynchronous(device):
-        width = min(width, max(TILE_BYTES // (rows * item), 512))
-    elif n <= FEW_ROWS:
-        parts = 1
-    width = max(1, min(width, -(-v // parts) | 15))
+    if asynchronous(device):
+        width = min(width, pitch(-(-v // (1 if n <= FEW_ROWS else parts))))
+        return width // 16 * 16 or max(width, 1)
+    width = max(1, min(width, max(TILE_BYTES // (rows * item), 512), -(-v // parts) | 15))
     return (width + 1) // 16 * 16 - 1 if width >= 32 else width  # with the spare column whole cache lines
 
 
@@ -72,8 +71,7 @@ def vocab_tiles(
     """
     v = head.weight.shape[0]
     width = tile_width(hidden.shape[0], head, copies, parts)
-    pitch = -(-(width + 1) // 16) * 16  # rows that begin on a cache line are written faster
-    buffer = torch.empty(hidden.shape[0], pitch, dtype=head.acc, device=hidden.device)
+    buffer = torch.empty(hidden.shape[0], pitch(width + 1), dtype=head.acc, device=hidden.device)
     for start in range(0, v, width):
         columns = slice(start, min(start + width, v))
         weight = operand(head.weight[columns])
@@ -140,9 +138,16 @@ def weight_slabs(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield columns, weight[columns].to(dtype)
 
 
+def logits_buffer(rows: int, head: LMHead) -> Tensor:
+    """Memory for the logits `[rows, V]`; on a GPU rows begin where products write them fast, whatever V is."""
+    v, device = len(head.weight), head.weight.device
+    size = pitch(v) if asynchronous(device) else v
+    return torch.empty(rows, size, dtype=head.acc, device=device)[:, :v]
+
+
 def chunk_logits(hidden: Tensor, head: LMHead, out: Tensor | None = None) -> Tensor:
     h = operand(hidden)
-    z = h.new_empty(h.shape[0], head.weight.shape[0], dtype=head.acc) if out is None else out
+    z = logits_buffer(len(h), head) if out is None else out
     for columns, weight in weight_slabs(head.weight):
         product(h, weight.T, out=z[:, columns])
     return head.finish_(z, head.bias)

@@ -36,6 +36,7 @@ from ..products import operand, operand_dtype, product, scaled
 from . import cuts
 from .cuts import (
     chunk_logits,
+    logits_buffer,
     multiply_,
     row_blocks,
     row_chunks,
@@ -43,7 +44,7 @@ from .cuts import (
     tile_width,
     times_weight,
 )
-from .dense_rows import DenseRows, RunningKL, any_of, difference_of_logits, raw_terms
+from .dense_rows import DenseRows, RunningKL, any_of, difference_of_logits, raw_terms, strip_bytes
 from .logsumexp import complement_and_values, complement_and_values_backward
 from .running import RunningLogsumexp
 
@@ -169,10 +170,8 @@ def linear_divergence(
     copies = (2 if head.softcap is None else 4) + (operand_dtype(hidden) != head.acc)
     step = max(1, rows_that_fit(n, head, copies))
     frozen_kl = spec.name in ("forward_kl", "reverse_kl") and not (need.weight or need.bias)
-    on_a_gpu = cuts.asynchronous(
-        hidden.device
-    )  # W is read fast there, what a running sum takes besides is not
-    if frozen_kl and not on_a_gpu and (not need.hidden or _tiles_are_cheaper(n, step, head.weight)):
+    by_tiles = frozen_kl and not cuts.asynchronous(hidden.device)
+    if by_tiles and (not need.hidden or _tiles_are_cheaper(n, step, head.weight)):
         return _kl_by_tiles(student, teacher, factor, spec, need)
     return _divergence_by_rows(student, teacher, factor, spec, step, need)
 
@@ -237,7 +236,7 @@ def _raw_by_tiles(
     need: Need,
 ) -> Result:
     (hidden, head), out = student, grad_dtype(student[0].dtype)
-    ruled_out = _may_rule_out(student, teacher)
+    ruled_out = _both_may_rule_out(student, teacher)
     # One block of rows finishes a slice of dW at once; several add up before the cast.
     summed = out if len(list(row_blocks(len(hidden)))) <= 1 else head.acc
     loss = factor.new_zeros(len(hidden))
@@ -285,15 +284,18 @@ def _divergence_by_rows(
     dhidden = torch.empty(hidden.shape, dtype=out, device=hidden.device) if need.hidden else None
     dweight = torch.zeros(head.weight.shape, dtype=head.acc, device=hidden.device) if need.weight else None
     dbias = factor.new_zeros(v) if need.bias else None
-    student_logits, teacher_logits = (
-        loss.new_empty(step, v, dtype=side.acc) for side in (head, teacher_head)
-    )
+    student_logits, teacher_logits = (logits_buffer(step, side) for side in (head, teacher_head))
+    compared = step  # rows; a GPU compares so few that no strip of columns has to be cut out of them
+    if cuts.asynchronous(hidden.device):
+        compared = strip_bytes(hidden.device) // (v * head.acc.itemsize)
     for rows in row_chunks(len(hidden), step):
         size = rows.stop - rows.start
         s = chunk_logits(hidden[rows], head, student_logits[:size])
         t = chunk_logits(teacher_hidden[rows], teacher_head, teacher_logits[:size]).to(head.acc)
         slope = head.slope(s)
-        loss[rows] = DenseRows(s, t, spec, _may_rule_out(student, teacher)).compare_(factor[rows], any(need))
+        for part in row_chunks(size, compared):
+            pair = DenseRows(s[part], t[part], spec, _both_may_rule_out(student, teacher))
+            loss[rows][part] = pair.compare_(factor[rows][part], any(need))
         if not any(need):
             continue
         dz = scaled(multiply_(t, slope), operand_dtype(hidden))
@@ -306,9 +308,9 @@ def _divergence_by_rows(
     return loss, dhidden, _cast(dweight, out), _cast(dbias, out)
 
 
-def _may_rule_out(student: Side, teacher: Side) -> bool:
-    """Whether logits may be -inf: only a bias makes them."""
-    return student[1].bias is not None or teacher[1].bias is not None
+def _both_may_rule_out(student: Side, teacher: Side) -> bool:
+    """Whether an id may be -inf in both: only biases do that."""
+    return student[1].bias is not None and teacher[1].bias is not None
 
 
 def _cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:

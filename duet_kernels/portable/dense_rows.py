@@ -27,6 +27,7 @@ from ..options import Divergence
 from ..workspace import workspace_bytes
 from . import cuts
 from .cuts import multiply_, row_chunks
+from .topk_divergence import log_to_mixture
 
 _STRIP_BYTES = 2**19  # of one temporary: half a dozen of them lie in a core's share of the cache
 
@@ -194,7 +195,7 @@ class DenseRows:
 
     w = (s - t) / T - r needs no B here: r is the difference of the rounded normalisers that p and q are made with, and
     its rounding cancels to first order in the losses, which add up terms like q - p - p w, and in a - m q. Both logits
-    are overwritten. `ruled_out`: one or both may be -inf at an id, which only a bias makes.
+    are overwritten. `ruled_out`: raw logits may be -inf in both (`difference_of_logits`).
     """
 
     def __init__(self, student: Tensor, teacher: Tensor, spec: Divergence, ruled_out: bool = True) -> None:
@@ -245,17 +246,14 @@ class DenseRows:
     def _exponential_(self, x: Tensor) -> Tensor:
         return multiply_(x, self.inverse).exp_()
 
-    def expected(self, p: Tensor, w: Tensor) -> Tensor:
-        return expected(p, w) if self.ruled_out else p * w
-
     def _noise(self) -> Tensor:
         """`[R, 1]` 8 eps of the row's largest finite logit: a difference below it is rounding and has no sign."""
         largest = self.s.new_zeros(len(self.s), 1)
         for c in self._strips():
             for z in (self.s[:, c], self.t[:, c]):
                 size = z.abs()
-                if self.ruled_out and _infinite(z):
-                    size.masked_fill_(size.isinf(), 0)
+                if _infinite(z):
+                    size.nan_to_num_(torch.nan, 0.0)
                 largest = torch.maximum(largest, size.amax(1, keepdim=True))
         return largest.mul_(8 * torch.finfo(self.s.dtype).eps)
 
@@ -267,29 +265,29 @@ class DenseRows:
     def _parts(self, c: slice) -> tuple[Tensor, Tensor]:
         """(`[R]` loss, a) of a strip; q and p are written over its logits."""
         s, t = self.s[:, c], self.t[:, c]
-        w = multiply_(difference_of_logits(s, t, self.ruled_out), self.inverse).sub_(self.r)
+        w = s - t
+        if _infinite(s) and _infinite(t):
+            w.nan_to_num_(0.0, torch.inf, -torch.inf)  # inf - inf; a row with a NaN has one in r as well
+        w = multiply_(w, self.inverse).sub_(self.r)
         q, p = self._exponential_(s.sub_(self.s_norm)), self._exponential_(t.sub_(self.t_norm))
         return _PARTS[self.spec.name](p, q, w, self)
 
 
 def _forward_kl(p: Tensor, q: Tensor, w: Tensor, rows: DenseRows) -> tuple[Tensor, Tensor]:
     a = difference(q, p, w)
-    return a.sum(1) - rows.expected(p, w).sum(1), a
+    return a.sum(1) - expected(p, w).sum(1), a
 
 
 def _reverse_kl(p: Tensor, q: Tensor, w: Tensor, rows: DenseRows) -> tuple[Tensor, Tensor]:
-    a = rows.expected(q, w)
+    a = expected(q, w)
     return a.sum(1) - difference(q, p, w).sum(1), a
 
 
 def _jsd(p: Tensor, q: Tensor, w: Tensor, rows: DenseRows) -> tuple[Tensor, Tensor]:
-    """log(q / m) = -log(1 + beta (exp(-w) - 1)) and log(p / m) = log(q / m) - w; beyond 80 one of p and q is 0."""
     beta = rows.spec.beta
-    w = w.clamp_(-80, 80)
-    m_over_q = w.neg().expm1_().mul_(beta).log1p_()
-    p_terms = w.add_(m_over_q).mul_(p)
-    a = m_over_q.mul_(q).neg_()
-    return (1 - beta) * a.sum(1) - beta * p_terms.sum(1), a
+    log_p_over_m, log_q_over_m = log_to_mixture(w, beta)
+    a = log_q_over_m.mul_(q)
+    return beta * log_p_over_m.mul_(p).sum(1) + (1 - beta) * a.sum(1), a
 
 
 def _tvd(p: Tensor, q: Tensor, w: Tensor, rows: DenseRows) -> tuple[Tensor, Tensor]:
@@ -317,7 +315,7 @@ def raw_terms(d: Tensor, spec: Divergence, noise: Tensor | None = None) -> tuple
 
 
 def difference_of_logits(s: Tensor, t: Tensor, ruled_out: bool) -> Tensor:
-    """s - t; 0 at the ids that both rule out."""
+    """s - t; 0 at the ids that both may have `ruled_out` by a bias of -inf."""
     d = s - t
     if ruled_out and _infinite(s) and _infinite(t):
         d.masked_fill_((s == -torch.inf) & (t == -torch.inf), 0)

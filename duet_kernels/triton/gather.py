@@ -293,7 +293,7 @@ def linear_gather_backward(
     dweight = dbias = None
     with current_device(hidden_nd):
         dx, row = slot_gradients(grad_nk, values_nk, hidden_nd, weight_vd, indices_nk, softcap, scale)
-        dhidden = sum_rows(dx, row, hidden_nd, weight_vd, tile) if need.hidden else None
+        dhidden = sum_rows(dx, row, hidden_nd, weight_vd, tile=tile) if need.hidden else None
         if need.weight or need.bias:
             pairs = SortedPairs(dx, row, v)
             if need.weight:
@@ -322,12 +322,14 @@ def slot_gradients(
     return dx, row
 
 
-def sum_rows(dx, row, hidden_nd, weight_vd, tile: tiles.GatherTile | None = None) -> Tensor:
-    """dh `[N, D]` in the dtype of `hidden_nd`: the sum over k of dx times its row of W."""
+def sum_rows(
+    dx, row, hidden_nd, weight_vd, dtype: torch.dtype | None = None, tile: tiles.GatherTile | None = None
+) -> Tensor:
+    """dh `[N, D]` in `dtype`, or that of `hidden_nd`: the sum over k of dx times its row of W."""
     (n, d), (_, k) = hidden_nd.shape, dx.shape
     arch, itemsize = tiles.architecture(hidden_nd.device), weight_vd.element_size()
     tile = tile or tiles.gather_tile(tiles.GATHER_DHIDDEN, arch, itemsize, k, d)
-    dhidden = torch.empty(n, d, dtype=hidden_nd.dtype, device=hidden_nd.device)
+    dhidden = torch.empty(n, d, dtype=dtype or hidden_nd.dtype, device=hidden_nd.device)
     grid = (require_grid(n * triton.cdiv(d, tile.columns), "linear_gather"),)
     _dhidden_kernel[grid](
         dx, row, weight_vd, dhidden,

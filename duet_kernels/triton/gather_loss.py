@@ -44,7 +44,7 @@ from ..dispatch import grad_dtype
 from ..head import LMHead, Need
 from ..options import Divergence
 from . import tiles
-from .gather import linear_gather, linear_gather_backward, slot_gradient
+from .gather import linear_gather, slot_gradient, slot_gradients, sum_rows
 from .primitives import (
     INTERPRETED,
     accumulator,
@@ -120,7 +120,8 @@ def _topk_loss_kernel(
     n = group.to(tl.int64)
     # What does not change from token to token is made again: kept, it would take registers that hold W.
     for _ in tl.range(group, N, GROUPS, disable_licm=True):
-        k = tl.arange(0, ROWS)
+        # One slot a thread, not four that a wide load would bring: the strip leaves no registers for more.
+        k = tl.max_contiguous(tl.arange(0, ROWS), [2])
         if tl.load(factor_ptr + n * stride_fn) != 0:
             ids = _ids(indices_ptr + n * stride_in, stride_ik, k, K, V)
             known = (ids >= 0) & (ids < V)
@@ -194,7 +195,8 @@ def _topk_loss_kernel(
                 for i in tl.static_range(PIECES if HIDDEN else 0):
                     if PACKED:
                         w_low, w_high = _widened(strip[i] & counts, weight_ptr.dtype.element_ty)
-                        dh = tl.interleave(tl.sum(w_low * dx[:, None], 0), tl.sum(w_high * dx[:, None], 0))
+                        terms = tl.join(w_low * dx[:, None], w_high * dx[:, None])
+                        dh = tl.reshape(tl.sum(terms, 0), [PIECE])
                     else:
                         dh = tl.sum(tl.where(counts != 0, strip[i], 0.0) * dx[:, None], 0)
                     d, inside = _words(split * PIECES + i, D, PIECE, False, EVEN)
@@ -260,13 +262,13 @@ def topk_loss(
             DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, EPS=torch.finfo(torch_acc).eps, ACC=acc,
             PACKED=packed, EVEN=d % tile.columns == 0, SPLITS=splits, PARTS=min(16, triton.next_power_of_2(splits)),
             ROWS=tile.rows, PIECES=tile.columns // tile.piece, PIECE=tile.piece,
-            num_warps=tile.warps, maxnreg=tile.registers, **options,
+            num_warps=tile.warps, **options,
         )  # fmt: skip
 
     with current_device(hidden):
         if splits == 1:
             launch(n, loss, FIRST=True, SECOND=True)
-        elif phases or groups == 0 or not _together(launch, groups, splits * tile.rows, loss):
+        elif phases or groups == 0 or not _together(launch, groups, splits * tile.rows, tile.registers, loss):
             partial = torch.empty(n * splits * tile.rows, dtype=torch_acc, device=device)
             launch(n, partial, FIRST=True, SECOND=False)
             launch(n, partial, FIRST=False, SECOND=True)
@@ -276,14 +278,14 @@ def topk_loss(
 _refused: set[torch.device] = set()  # devices, or shares of one, on which the programs do not fit together
 
 
-def _together(launch: Callable[..., None], groups: int, sums: int, like: Tensor) -> bool:
+def _together(launch: Callable[..., None], groups: int, sums: int, registers: int, like: Tensor) -> bool:
     """Launch programs that wait for each other; False where the driver says that they cannot run at the same time."""
     if like.device in _refused:
         return False
     counters = triton.cdiv(4 * groups, like.element_size())
     scratch = torch.zeros(2 * groups * sums + counters, dtype=like.dtype, device=like.device)
     try:
-        launch(groups, scratch, FIRST=True, SECOND=True, launch_cooperative_grid=True)
+        launch(groups, scratch, FIRST=True, SECOND=True, maxnreg=registers, launch_cooperative_grid=True)
     except RuntimeError as error:
         if "cooperative launch" not in str(error):
             raise
@@ -309,10 +311,19 @@ def _one_by_one(
     spec: Divergence,
     need: Need,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`topk_loss` for more slots than one program holds."""
+    """`topk_loss` for more slots than a program holds: logits, divergence, slots and dh, each by its own kernel."""
+    weight, out = head.weight, grad_dtype(hidden.dtype)
     values = linear_gather(hidden, head, indices)
     loss, dvalues, _ = topk_divergence(values, teacher, None, None, factor, spec)
     if not need.hidden:
         return loss, values, dvalues, None
-    like = hidden.to(grad_dtype(hidden.dtype))
-    return loss, values, dvalues, linear_gather_backward(dvalues, values, like, head, indices, Need(True))[0]
+    if values.numel() == 0 or weight.numel() == 0:
+        return (
+            loss,
+            values,
+            dvalues,
+            torch.zeros_like(hidden, dtype=out, memory_format=torch.contiguous_format),
+        )
+    with current_device(hidden):
+        dx, row = slot_gradients(dvalues, values, hidden, weight, indices, head.softcap, head.scale)
+        return loss, values, dvalues, sum_rows(dx, row, hidden, weight, out)

@@ -86,17 +86,6 @@ def _partial_kernel(
 
 
 @triton.jit
-def _add_pair(total, current, row, on, dx, h, dweight_ptr, first, d, D):
-    """(total, current) with one pair taken in; what was summed is written first where the pair begins another row."""
-    if on & (row != current):
-        here = dweight_ptr + (current - first).to(tl.int64) * D + d
-        tl.store(here, total.to(dweight_ptr.dtype.element_ty), mask=d < D, eviction_policy="evict_first")
-        total = tl.zeros_like(total)
-        current = row
-    return total + dx * h, current
-
-
-@triton.jit
 def _segments_kernel(
     offset_ptr, row_ptr, token_ptr, dx_ptr, hidden_ptr, partial_ptr, dweight_ptr,
     BLOCKS, CHUNK, first, V, D,
@@ -104,13 +93,14 @@ def _segments_kernel(
     ACC: tl.constexpr, VOCABULARY: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """VOCABULARY of the rows `first` to `first` + V of W, COLUMNS of D: each row's sum of dx h, or zeros."""
+    dtype = dweight_ptr.dtype.element_ty
     v = (tl.program_id(0) % BLOCKS) * VOCABULARY + tl.arange(0, VOCABULARY)
     d = (tl.program_id(0) // BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
     edge = offset_ptr + first + v
     empty = tl.load(edge, mask=v < V, other=0) == tl.load(edge + 1, mask=v < V, other=-1)
     tl.store(
         dweight_ptr + v.to(tl.int64)[:, None] * D + d[None, :],
-        tl.full([VOCABULARY, COLUMNS], 0.0, dweight_ptr.dtype.element_ty),
+        tl.full([VOCABULARY, COLUMNS], 0.0, dtype),
         mask=empty[:, None] & (d < D)[None, :], eviction_policy="evict_first",
     )  # fmt: skip
     block = first + (tl.program_id(0) % BLOCKS) * VOCABULARY
@@ -130,7 +120,12 @@ def _segments_kernel(
             if whole:
                 row = tl.load(row_ptr + e)
                 part = tl.load(partial_ptr + (e // CHUNK).to(tl.int64) * D + d, mask=d < D, other=0.0)
-                total, current = _add_pair(total, current, row, whole, 1.0, part, dweight_ptr, first, d, D)
+                if row != current:
+                    here = dweight_ptr + (current - first).to(tl.int64) * D + d
+                    tl.store(here, total.to(dtype), mask=d < D, eviction_policy="evict_first")
+                    total = tl.full([COLUMNS], 0.0, ACC)
+                    current = row
+                total += part
                 e += CHUNK
             else:
                 pairs = ()
@@ -147,12 +142,15 @@ def _segments_kernel(
                     rows_of_h = rows_of_h + (h,)  # noqa: RUF005
                 for i in tl.static_range(AHEAD):
                     on, row, token, dx = pairs[i]
-                    total, current = _add_pair(
-                        total, current, row, on, dx, rows_of_h[i], dweight_ptr, first, d, D
-                    )
+                    if on & (row != current):
+                        here = dweight_ptr + (current - first).to(tl.int64) * D + d
+                        tl.store(here, total.to(dtype), mask=d < D, eviction_policy="evict_first")
+                        total = tl.full([COLUMNS], 0.0, ACC)
+                        current = row
+                    total += dx * rows_of_h[i]
                 e += AHEAD
         here = dweight_ptr + (current - first).to(tl.int64) * D + d
-        tl.store(here, total.to(dweight_ptr.dtype.element_ty), mask=d < D, eviction_policy="evict_first")
+        tl.store(here, total.to(dtype), mask=d < D, eviction_policy="evict_first")
 
 
 # --- launchers -------------------------------------------------------------------------------------------------

@@ -93,8 +93,8 @@ DWEIGHT_SEGMENTS = {
 }
 # (architecture, bytes that an element takes in a register): 64 registers a thread hold 32 KB of W.
 LOSS = {
-    (0, 2): LossTile(64, 256, 128, 4, 96, 5),
-    (0, 4): LossTile(64, 128, 64, 4, 96, 5),
+    (0, 2): LossTile(64, 256, 64, 4, 96, 5),
+    (0, 4): LossTile(64, 128, 32, 4, 96, 5),
     (0, 8): LossTile(64, 64, 32, 4, 128, 4),
 }
 LOSS_SLOTS = LOSS[0, 2].rows
@@ -151,8 +151,7 @@ def loss_tile(arch: int, itemsize: int, slots: int, columns: int) -> LossTile:
     tile = LOSS.get((arch, itemsize)) or LOSS[0, itemsize]
     rows = triton.next_power_of_2(slots)
     wide = min(tile.rows * tile.columns // rows, max(16, triton.next_power_of_2(columns)))
-    piece = min(tile.piece * max(1, tile.rows // 8 // rows), wide)  # every thread has a word of it
-    return tile._replace(rows=rows, columns=wide, piece=piece)
+    return tile._replace(rows=rows, columns=wide, piece=min(tile.rows * tile.piece // rows, wide))
 
 
 @functools.cache
