@@ -141,6 +141,14 @@ def test_special_rows():
         assert bool(a[2].isnan())
 
 
+def test_an_unknown_label_is_nan_whatever_lay_in_memory(monkeypatch):
+    monkeypatch.setattr(kernel.torch, "empty", torch.ones)
+    hidden, weight, bias, labels = problem()
+    labels[3], labels[5] = V, -1
+    logprob = run(hidden, weight, bias, labels, cut=Plan(5, 64, 32))[3]
+    assert logprob.isnan().nonzero().flatten().tolist() == [3, 5]
+
+
 @pytest.mark.parametrize("impl", ["triton", "chunked"])
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 def test_no_distribution(impl, value):

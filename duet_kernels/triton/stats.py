@@ -14,8 +14,8 @@ The sum goes without its largest term because that term is 1: an almost certain 
 1 + R would lose, and with it the entropy and, where the label is the certain one, its log-probability.
 
 Pipeline. Logits come from the library's product, a slab of the vocabulary for a block of tokens in ACC. One kernel
-reads each of them once: a program holds a few blocks of a token in registers and leaves (m, R, mu, Var) of each. A second
-kernel merges all blocks of a token at once: with w_j = exp(m_j - m) S_j, mu = sum w_j (mu_j + m_j - m) / S and
+reads each of them once: a program holds a few blocks of a token in registers and leaves (m, R, mu, Var) of each. A
+second kernel merges all blocks of a token at once: with w_j = exp(m_j - m) S_j, mu = sum w_j (mu_j + m_j - m) / S and
 Var = sum w_j (Var_j + (mu_j + m_j - m - mu)^2) / S, both sums of what is near zero (Chan, Golub and LeVeque 1979).
 Every number has one writer: two runs are bitwise equal.
 
@@ -185,14 +185,14 @@ class Plan(NamedTuple):
     block: int
 
 
-def token_fields(columns: int, v: int, block: int) -> list[int]:
+def token_elements(columns: int, v: int, block: int) -> list[int]:
     """Elements of workspace a token has: a row of the slab, in whole blocks, and four numbers a block of V."""
     return [cdiv(columns, block) * block, *[cdiv(v, block)] * 4]
 
 
 def token_bytes(columns: int, v: int, block: int, itemsize: int) -> int:
     """Bytes of workspace a token needs."""
-    return itemsize * sum(token_fields(columns, v, block))
+    return itemsize * sum(token_elements(columns, v, block))
 
 
 def plan(n: int, v: int, itemsize: int, budget: int, arch: int = 0) -> Plan:
@@ -223,8 +223,8 @@ def token_stats(
     results = [torch.empty(n, dtype=head.acc, device=device) for _ in range(names)]
     if n:
         cut = cut or plan(n, v, head.acc.itemsize, workspace_bytes(device), tiles.architecture(device))
-        fields = token_fields(cut.columns, v, cut.block)
-        memory = allocate([min(n, cut.tokens) * field for field in fields], head.acc, device)
+        elements = token_elements(cut.columns, v, cut.block)
+        memory = allocate([min(n, cut.tokens) * count for count in elements], head.acc, device)
         with current_device(hidden):
             for start in range(0, n, cut.tokens):
                 rows = slice(start, start + cut.tokens)

@@ -26,10 +26,12 @@ element enters the tail where it is passed over, so the tail is a sum of what is
 
 There are hardly more than k candidates where the large logits are spread over the vocabulary, and room for 2 k. Where
 they do not fit (ties, or all of them side by side), the program reads its chosen blocks again, finds the exact k-th
-largest of them and of the earlier candidates, and keeps k.
+largest of them and of the earlier candidates, and keeps what is above it and the first k at it. It does so, too, where
+what it passed over is so far below the bound that exponentials relative to it are 0: then each sum has its own maximum.
 
-The k-th largest of a list is found two bits at a time: 16 rounds of counts (32 for fp64), no sort, no atomics, no
-key that packs an id. Fold and select compute z twice from the same product and must agree to the last bit.
+The k-th largest of a list is found two bits at a time, in at most 16 rounds of counts (32 for fp64): no sort, no
+atomics, no key that packs an id. The rounds end at any number that exactly k reach, which serves as well. Fold and
+select compute z twice from the same product and must agree to the last bit.
 (x + b) scale has two operations that no compiler may fuse, so it does; the softcap's polynomial has more, so with one
 the fold writes z back.
 
@@ -186,8 +188,8 @@ def _next_digit(prefix, i):
 @triton.jit
 def _step(prefix, reach, low, middle, high, at_low, at_middle, at_high, K):
     """The largest of the four that at least K orders reach, and how many do; unchanged once exactly K do."""
-    open_ = reach != K
-    to_low, to_middle, to_high = open_ & (at_low >= K), open_ & (at_middle >= K), open_ & (at_high >= K)
+    more = reach != K
+    to_low, to_middle, to_high = more & (at_low >= K), more & (at_middle >= K), more & (at_high >= K)
     prefix, reach = tl.where(to_low, low, prefix), tl.where(to_low, at_low, reach)
     prefix, reach = tl.where(to_middle, middle, prefix), tl.where(to_middle, at_middle, reach)
     return tl.where(to_high, high, prefix), tl.where(to_high, at_high, reach)
@@ -430,12 +432,8 @@ def _select_kernel(
             )
             exact, reach = _step(exact, reach, low, middle, high, at_low, at_middle, at_high, K)
             i += 1
-        # Places are left for those equal to it by those above it: none where it is a NaN.
-        above_it = tl.where(exact + 1 > exact, exact + 1, exact)
-        larger, at_middle, at_high = _reach_in_lists(
-            slab, lists, blocks, old, above_it, above_it, above_it, FINISHED, HELD, COLUMNS, BLOCK
-        )
-        places = tl.where(above_it > exact, K - larger, K)
+        # Exactly k reach it, or it is the k-th itself and fewer are above: with k of those at it there is room for all.
+        places = tl.full([ROWS], 0, tl.int32) + K
         count = tl.where(right, 0, old)
         blocks = tl.where(right, 0, blocks)
         again, places, m, s = _keep_candidates(lists, count, exact, places, m, s, inverse, True, HELD)
@@ -470,7 +468,7 @@ class Plan(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """The memory of a block of tokens: numbers in ACC or (i) integers of its width, and what `fields` counts."""
+    """The memory of a block of tokens: numbers in ACC or (i) integers of its width."""
 
     z: Tensor
     top: Tensor  # i
@@ -483,16 +481,15 @@ class Scratch(NamedTuple):
     rest_sum: Tensor
 
 
-def fields(columns: int, k: int, block: int) -> Scratch:
-    """Elements of each field a token has: rows of the slab hold whole blocks."""
-    blocks = cdiv(columns, block)
-    room = tiles.topk_room(k)
-    return Scratch(blocks * block, blocks, blocks, min(k, blocks), room, room, 1, 1, 1)
+def token_elements(columns: int, k: int, block: int) -> list[int]:
+    """Elements a token has of each field of `Scratch`: rows of the slab hold whole blocks."""
+    blocks, room = cdiv(columns, block), tiles.topk_room(k)
+    return [blocks * block, blocks, blocks, min(k, blocks), room, room, 1, 1, 1]
 
 
 def token_bytes(columns: int, k: int, block: int, itemsize: int) -> int:
     """Bytes of workspace a token needs."""
-    return itemsize * sum(fields(columns, k, block))
+    return itemsize * sum(token_elements(columns, k, block))
 
 
 def plan(n: int, v: int, k: int, itemsize: int, budget: int, arch: int = 0) -> Plan:
@@ -535,7 +532,8 @@ def linear_topk(
 
 
 def _scratch(n: int, cut: Plan, k: int, acc: torch.dtype, device: torch.device) -> Scratch:
-    scratch = Scratch(*allocate([n * field for field in fields(cut.columns, k, cut.block)], acc, device))
+    elements = token_elements(cut.columns, k, cut.block)
+    scratch = Scratch(*allocate([n * count for count in elements], acc, device))
     integer = torch.int64 if acc == torch.float64 else torch.int32
     return scratch._replace(
         top=scratch.top.view(integer),
@@ -560,10 +558,10 @@ def _topk_of_tokens(
     (n, k), v, block = values.shape, head.weight.shape[0], cut.block
     _, acc = accumulator(hidden, head.weight)
     bias, stride_bv = head.bias, 0 if head.bias is None else head.bias.stride(0)
-    softcap = head.softcap or 0.0
-    per_token = fields(cut.columns, k, block)
+    integer = tl.int64 if acc == tl.float64 else tl.int32
+    blocks = cdiv(cut.columns, block)
     fold = tiles.fold_tile(arch, block, head.acc.itemsize)
-    select = tiles.select_tile(k, per_token.top, block)
+    select = tiles.select_tile(k, blocks, block)
     for first in range(0, v, cut.columns):
         c = min(cut.columns, v - first)
         j = cdiv(c, block)
@@ -576,7 +574,7 @@ def _topk_of_tokens(
                 scratch.z, bias, scratch.top, scratch.total,
                 n * j, first, c, j,
                 stride_bv,
-                softcap, head.scale, inverse_temperature,
+                head.softcap or 0.0, head.scale, inverse_temperature,
                 HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, RAGGED=c % block != 0, ACC=acc,
                 BLOCKS=fold.blocks, BLOCK=block, PIECE=fold.piece, num_warps=fold.warps,
             )  # fmt: skip
@@ -584,11 +582,11 @@ def _topk_of_tokens(
             scratch.z, bias, scratch.top, scratch.total, scratch.chosen, scratch.value, scratch.id,
             scratch.count, scratch.rest_max, scratch.rest_sum,
             values, indices, tail,
-            n, v, first, c, j, k, per_token.chosen, per_token.value,
+            n, v, first, c, j, k, min(k, blocks), tiles.topk_room(k),
             stride_bv,
             head.scale, inverse_temperature,
-            FINISHED=cut.skinny or head.softcap is not None, INT=tl.int64 if acc == tl.float64 else tl.int32, ACC=acc,
-            ROWS=select.tokens, BLOCKS=next_power_of_2(per_token.top),
+            FINISHED=cut.skinny or head.softcap is not None, INT=integer, ACC=acc,
+            ROWS=select.tokens, BLOCKS=next_power_of_2(blocks),
             KNOWN=1 if cut.columns >= v else select.held, HELD=select.held,
             COLUMNS=select.columns, BLOCK=block, RANKED=select.ranked, COMPARED=select.compared,
             num_warps=select.warps, num_stages=1,
