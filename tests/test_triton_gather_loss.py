@@ -114,20 +114,24 @@ def test_error_budget(spec, dtype):
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, ids, teacher, factor, spec, tile):
-        loss, _, _, dhidden = topk_loss(hidden, head, ids, teacher, factor, spec, Need(True), tile=tile)
+    def forward(ctx, hidden, run):
+        loss, _, _, dhidden = run(hidden)
         ctx.save_for_backward(dhidden)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        return (grad[:, None] * ctx.saved_tensors[0], *[None] * 6)
+        return grad[:, None] * ctx.saved_tensors[0], None
 
 
 @every_loss
 def test_gradcheck_of_the_kernel(spec):
     hidden, *rest = problem(n=4, v=9, d=20, k=5, end=(2.5, 0.7))
-    assert torch.autograd.gradcheck(_Loss.apply, (hidden.requires_grad_(), *rest, spec, SPLIT), fast_mode=True)
+
+    def loss(hidden):
+        return _Loss.apply(hidden, lambda h: run((h, *rest), spec, tile=SPLIT))
+
+    assert torch.autograd.gradcheck(loss, hidden.requires_grad_(), fast_mode=True)
 
 
 # --- shapes and layouts ----------------------------------------------------------------------------------------
