@@ -66,11 +66,11 @@ bench-cpu: setup
 # What DUET leaves open, in the tiny world: an hour on two cores, ten minutes with STUDY_OPTIONS=--quick. Goes on where an
 # earlier run stopped.
 study: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m duet.world.study $(STUDY_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.studies.world $(STUDY_OPTIONS)
 
 # TOFU from scratch, on a folder with its files; for a GPU. First: make study-tofu TOFU_OPTIONS="--size 60m --only reckon"
 study-tofu:
-	$(AS_IT_IS) -m duet.tofu_study --data $(TOFU_DATA) $(TOFU_OPTIONS)
+	$(AS_IT_IS) -m benchmarks.studies.tofu --data $(TOFU_DATA) $(TOFU_OPTIONS)
 
 # A whole training step, live and cached teacher and (pip install trl) TRL's SDFT: some minutes on two quiet cores.
 # On a GPU: make bench-step STEP_OPTIONS="--device cuda --shape 1b".
@@ -80,7 +80,7 @@ bench-step: setup
 compile: setup
 	$(BIN)/python -m benchmarks.compile_gate --out benchmarks/results/compile.md
 
-# On a CUDA machine, nothing installed, no network. gpu: is it right, then how fast, under nine minutes; results in
+# On a CUDA machine, nothing installed, no network. gpu: is it right, then how fast, in eight minutes; results in
 # benchmarks/results/<device>. tune: which tiles and implementations are fastest, into duet_kernels/triton/measured.json.
 gpu:
 	$(AS_IT_IS) -m benchmarks.gpu $(GPU_OPTIONS)

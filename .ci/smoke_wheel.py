@@ -17,7 +17,7 @@ teacher = duet_kernels.linear_topk(torch.randn(3, 8), torch.randn(50, 8), k=5)
 duet_kernels.topk_distill_loss(hidden, torch.randn(50, 8), teacher).backward()
 assert hidden.grad.abs().sum() > 0
 from transformers import AutoModelForCausalLM
-from duet.world.checkpoint import load_base
+from duet.demo.checkpoint import load_base
 model, tokenizer = load_base()
 print("wheel works from", pathlib.Path.cwd(), "with a model of", model.num_parameters(), "parameters")
 """

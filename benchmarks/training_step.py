@@ -38,8 +38,8 @@ from benchmarks.gpu.__main__ import results_folder
 from benchmarks.harness import Call, Measured, environment, measure, version, why
 from benchmarks.step_report import Run, Shape, rows_of, table_of
 from duet import DuetConfig, DuetTrainer
-from duet.caching import cache_teacher
-from duet.data import Draw
+from duet.data.dataset import Draw
+from duet.store.build import cache_teacher
 from duet_kernels import LMHead, TopK, linear_topk, topk_distill_loss
 
 SPECIAL = ("<pad>", "</s>", "<unk>")

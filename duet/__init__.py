@@ -15,11 +15,15 @@ Names are loaded when they are first used: `duet --help` must not wait for trans
 
 from importlib import import_module
 
+from . import _moved
+
+_moved.install()
+
 _HOME = {
     "DuetConfig": "config",
     "DuetTrainer": "trainer",
-    "OBJECTIVES": "objectives",
-    "Objective": "objectives",
+    "OBJECTIVES": "methods.objectives",
+    "Objective": "methods.objectives",
 }
 __all__ = ["OBJECTIVES", "DuetConfig", "DuetTrainer", "Objective"]
 

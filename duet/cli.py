@@ -57,14 +57,14 @@ def demo(
     ] = None,
 ) -> None:
     """Make a tiny language model forget ten people, and see what it still gives away."""
-    from duet.world.checkpoint import CHECKPOINT
+    from duet.demo.checkpoint import CHECKPOINT
 
     if rebuild:
-        from duet.world.pretrain import rebuild as rebuild_base
+        from duet.demo.pretrain import rebuild as rebuild_base
 
         rebuild_base(seed=seed, out=checkpoint or CHECKPOINT)
         return
-    from duet.world.demo import run_demo
+    from duet.demo.tour import run_demo
 
     run_demo(out_dir=out, quick=quick, seed=seed, checkpoint=checkpoint or CHECKPOINT)
 
@@ -81,10 +81,10 @@ def train(
     ] = False,
 ) -> None:
     """Make a language model forget what a YAML file says. Any key of it can follow: --learning_rate 1e-4 --adapter.r 8."""
-    from duet.run_config import RunConfig
+    from duet.run.config_file import RunConfig
 
     run = RunConfig.load(config, overrides.args)  # what is wrong in it is said before the rest is imported
-    from duet.run import train as train_run
+    from duet.run.commands import train as train_run
 
     trainer = train_run(run, resume)
     if trainer.is_world_process_zero():
@@ -106,11 +106,11 @@ def cache(
     dtype: Annotated[str, typer.Option(help="of stored logits: float32, bfloat16 or float16")] = "float32",
 ) -> None:
     """Ask the teacher once and keep its top-k logits: `duet train` then runs without one. Started again, it continues."""
-    from duet.run_config import RunConfig
+    from duet.run.config_file import RunConfig
 
     chosen = [] if out is None else ["--training.teacher_store", str(out)]
     run = RunConfig.load(config, [*overrides.args, *chosen])
-    from duet.run import cache as cache_run
+    from duet.run.commands import cache as cache_run
 
     done = cache_run(run, dtype)
     console.print(f"{done.store.folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}")
@@ -125,7 +125,7 @@ def plan(
     config: Annotated[
         pathlib.Path | None, typer.Option(help="YAML file of a run; default: LoRA on bf16")
     ] = None,
-    gpu_memory: Annotated[str, typer.Option(help="such as 24GiB")] = "24GiB",
+    gpu_memory: Annotated[str, typer.Option(help="such as 24GiB; a number alone is GiB")] = "24GiB",
     length: Annotated[int, typer.Option(min=1, help="tokens of the longest query with its answer")] = 256,
     prefix_length: Annotated[int, typer.Option(min=0, help="tokens that the steering prefix adds")] = 128,
     scored: Annotated[int, typer.Option(min=1, help="scored positions a query")] = 1,
@@ -135,14 +135,16 @@ def plan(
     """Where the memory of a training step will go, and which settings fit, before anything is loaded."""
     import json
 
-    from duet.plan_report import DEFAULT_TREE, Plan, parse_size
-    from duet.run_config import apply_overrides, read_run
+    from duet.run.config_file import apply_overrides, read_run
+    from duet.run.plan_report import DEFAULT_TREE, Plan, parse_size
 
     if model is None and config is None:
         raise ValueError("plan: wanted --model or --config, got neither")
     chosen = [] if model is None else ["--model.name", model]
     tree = apply_overrides(DEFAULT_TREE if config is None else read_run(config), [*chosen, *overrides.args])
-    found = Plan.of(tree, parse_size(gpu_memory), length, prefix_length, scored, parse_size(reserve))
+    found = Plan.of(
+        tree, parse_size(gpu_memory), length, prefix_length, scored, parse_size(reserve, "reserve")
+    )
     if as_json:
         print(json.dumps(found.as_dict()))
     else:
@@ -156,7 +158,7 @@ def merge(
     out: Annotated[pathlib.Path, typer.Option(help="folder for the merged model and its tokenizer")],
 ) -> None:
     """Add a trained adapter to its base model and save a model that needs no peft."""
-    from duet.run import merge_adapter
+    from duet.run.commands import merge_adapter
 
     merge_adapter(adapter, out)
     console.print(f"{out}: the merged model and its tokenizer", soft_wrap=True)
@@ -300,7 +302,7 @@ def report(
     device: Annotated[str | None, typer.Option(help="such as cuda:1; the GPU if there is one")] = None,
 ) -> None:
     """Everything that was measured, on one page: the table, answers side by side, frontier, relearning, logits."""
-    from duet.evaluation.report import write_report, write_topk
+    from duet.evaluation.report.report import write_report, write_topk
 
     topk = []
     if model_before or model_after or query:
@@ -350,18 +352,13 @@ def env() -> None:
         "flash-attn",
     )
     console.print("  ".join(f"{package} {_version(package)}" for package in (*packages, "bitsandbytes")))
+    rows, workspace = duet_kernels.dispatch.described(device)
     title = f"duet_kernels on {device}, impl='auto', bf16"
     table = Table("operation", "implementation", "because", title=title)
-    ops = [name for name in duet_kernels.__all__ if name.startswith(("linear_", "topk_"))]
-    for op in [*ops, "topk_distill_loss/lse"]:
-        many, few = (duet_kernels.resolve_impl(op, device, torch.bfloat16, tokens=n) for n in (None, 64))
-        table.add_row(op, *many)
-        if few[0] != many[0]:
-            table.add_row(f"{op}, 64 tokens", *few)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    previous = duet_kernels.set_workspace_bytes(None)
-    duet_kernels.set_workspace_bytes(previous)
-    console.print(f"workspace: a call may use {previous / 2**20:.0f} MiB beyond its inputs and outputs")
+    console.print(f"workspace: a call may use {workspace / 2**20:.0f} MiB beyond its inputs and outputs")
 
 
 def _version(package: str) -> str:

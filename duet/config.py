@@ -1,16 +1,17 @@
 """DuetConfig: every option of an unlearning run, on top of transformers' TrainingArguments.
 
 Holds and checks options, nothing else. Must not know models, tokenizers or which objectives exist (a user may add
-one to `duet.objectives.OBJECTIVES` at any time; the trainer looks the name up).
+one to `duet.OBJECTIVES` at any time; the trainer looks the name up).
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
+from .data.prompts import PLAIN_TEMPLATE, Prompting
 from .names import check_one_of
-from .prompts import PLAIN_TEMPLATE, Prompting
 
 # Written in our own words after RWKU's in-context unlearning instruction (arXiv 2406.10890): name the subject, ask for
 # ignorance rather than refusal, keep everything else. A starting point: the prefix is worth a sweep.
@@ -39,6 +40,12 @@ INVENTED_NAMES = (
     "Nerida Kolbrook", "Anselm Wyrick", "Sunniva Plackett", "Dorrit Hagenau",
 )  # fmt: skip
 
+# What the installed transformers calls it: 5.17 knows the older name alone, version 6 will know the newer alone.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 POSITIONS = ("first", "first_n", "answer", "text")
 RAW_LOGITS = ("duet", "duet_adversarial", "bidirectional")
 ANSWER_SOURCES = ("teacher", "dataset")
@@ -53,7 +60,7 @@ class DuetConfig(TrainingArguments):
     What is learned:
 
     Args:
-        objective: a name in `duet.objectives.OBJECTIVES`. Query-only: `duet` (Huber on the teacher's top-k raw logits,
+        objective: a name in `duet.OBJECTIVES`. Query-only: `duet` (Huber on the teacher's top-k raw logits,
             DUET equation 3), `duet_adversarial` (the same, with reverse prompts before a share of the student's
             queries), `duet_kl` (= `duet_forward_kl`), `duet_reverse_kl`, `duet_jsd` (top-k divergences),
             `bidirectional` (pull + push), `duet_deep` (survives prefills and relearning), `undo` (perturb an unlearned
@@ -107,6 +114,10 @@ class DuetConfig(TrainingArguments):
     How:
 
     Args:
+        bf16: whether the backbone computes in bf16 under autocast. None: on a GPU that is made for it (sm_80 and newer), unless
+            `fp16` is set; not on a CPU. The losses run in the dtype of the LM head.
+        activation_checkpointing: whether activations are recomputed in the backward instead of being kept. The older name,
+            `gradient_checkpointing`, means the same, with every version of transformers.
         teacher_store: folder written by `duet cache`: the teacher's logits are read from it and no teacher runs. Made for
             another model, tokenizer, prefix, temperature or dataset, it is refused.
         teacher_store_same_model: whether the cached teacher must be the model that is trained (False: any model with
@@ -151,6 +162,12 @@ class DuetConfig(TrainingArguments):
     """
 
     _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs", "model_init_kwargs")
+
+    bf16: bool | None = None
+    activation_checkpointing: bool | None = None
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = None
+    gradient_checkpointing: bool | None = None
+    gradient_checkpointing_kwargs: dict[str, Any] | str | None = None
 
     objective: str = "duet"
     k: int = 32
@@ -214,6 +231,9 @@ class DuetConfig(TrainingArguments):
     logging_nan_inf_filter: bool = False
 
     def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = _half_by_default(self)
+        _name_checkpointing(self)
         super().__post_init__()
         if isinstance(self.steering_prefixes, str):
             self.steering_prefixes = [self.steering_prefixes]
@@ -287,6 +307,21 @@ _UNSUPPORTED = (
         "forget and retain queries are interleaved by a sampler of our own",
     ),
 )
+
+
+def _half_by_default(config: DuetConfig) -> bool:
+    on_gpu = torch.cuda.is_available() and not config.use_cpu
+    return on_gpu and not config.fp16 and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _name_checkpointing(config: DuetConfig) -> None:
+    """What was asked for under either name goes to the one that the installed transformers reads; the newer name counts first."""
+    for end in ("", "_kwargs"):
+        names = f"activation_checkpointing{end}", f"gradient_checkpointing{end}"
+        given = [value for name in names if (value := getattr(config, name)) is not None]
+        for name in names:
+            setattr(config, name, None)
+        setattr(config, f"{CHECKPOINTING}{end}", given[0] if given else None if end else False)
 
 
 def _is_int(value) -> bool:

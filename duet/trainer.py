@@ -23,10 +23,13 @@ from transformers.utils import logging
 
 from duet_kernels import LMHead, set_workspace_bytes
 
-from .checkpoints import ResumableTrainer, check_output_dir
 from .config import DuetConfig
-from .data import Collator, UnlearnDataset, UnlearnSampler
-from .lm import (
+from .data.dataset import Collator, UnlearnDataset, UnlearnSampler
+from .data.prompts import Prompting, PromptRenderer, fill_prefix, steered_tokenizer
+from .data.rows import check_repeats, read_rows
+from .methods.objectives import Counts, Step, answer_topk, check_options, find_objective, teacher_topk
+from .methods.views import asked_before_training, build_dataset, scored_positions
+from .model.lm import (
     add_adapter,
     base_language_model,
     call_through,
@@ -38,21 +41,17 @@ from .lm import (
     generate_answers,
     head_inputs,
     hidden_states_at,
+    is_sharded,
     keep_differentiable,
     load_model,
     load_tokenizer,
+    loading_device,
     padding_id,
     rounding_of_a_fresh_adapter,
     select_parameters,
     warn_of_half_precision,
 )
-from .model_card import fingerprint, model_card
-from .objectives import Counts, Step, answer_topk, check_options, find_objective, teacher_topk
-from .prompts import Prompting, PromptRenderer, fill_prefix, steered_tokenizer
-from .provenance import check_store, open_store, provenance_of, weights_hash
-from .rows import check_repeats, read_rows
-from .run_record import begin_run, run_record
-from .teacher import (
+from .model.teacher import (
     AdapterOffTeacher,
     CachedTeacher,
     EarlyTeacher,
@@ -60,8 +59,12 @@ from .teacher import (
     Teacher,
     TeacherGuard,
 )
-from .topk_store import TopKStore
-from .views import asked_before_training, build_dataset, scored_positions
+from .output.card import fingerprint, model_card
+from .output.checkpoints import ResumableTrainer, check_output_dir
+from .output.record import begin_run, run_record
+from .store.provenance import check_store, open_store, provenance_of
+from .store.read import TopKStore
+from .store.weights import weights_hash
 
 logger = logging.get_logger(__name__)
 _PROBE_QUERIES = 4
@@ -73,7 +76,7 @@ class DuetTrainer(ResumableTrainer):
 
         min_theta  mean over queries x and scored positions of  D( p_theta(. | x, y_<j), p_base(. | c, x, y_<j) )
 
-    with c the steering prefix, which only the teacher sees. The other objectives are in `duet.objectives`.
+    with c the steering prefix, which only the teacher sees. The other objectives are in `duet.methods.objectives`.
 
     Args:
         model: a causal language model, PEFT-wrapped or not, or the name or folder of one. It is trained in place.
@@ -91,7 +94,7 @@ class DuetTrainer(ResumableTrainer):
         eval_dataset: rows scored like forget rows (plain query, first prefix), or a dict of such; the rows under a
             name that starts with `retain` are scored like retain rows.
         callbacks, optimizers: as in `Trainer`.
-        teacher_store: what the teacher said, written by `duet cache` (or `duet.caching.cache_teacher`): no teacher
+        teacher_store: what the teacher said, written by `duet cache` (or `duet.store.build.cache_teacher`): no teacher
             runs. Overrides `args.teacher_store`. Rows of `eval_dataset` must have been cached too.
 
     Raises:
@@ -164,7 +167,7 @@ class DuetTrainer(ResumableTrainer):
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
         check_repeats(forget, retain)
 
-        model = load_model(model, "model", args.model_init_kwargs)
+        model = load_model(model, "model", args.model_init_kwargs, loading_device(args))
         keep_differentiable(model)
         tokenizer = load_tokenizer(model) if processing_class is None else processing_class
         self.pad_id = padding_id(tokenizer)
@@ -195,6 +198,9 @@ class DuetTrainer(ResumableTrainer):
             }
         elif eval_dataset is not None:
             eval_dataset = self._eval_rows(eval_dataset, "eval_dataset", args, model)
+        # Hashes of the student and of who teaches it, made once: for a store, else when training begins.
+        self._weights: str | None = None
+        self._taught_by = None if self._store is None else self._store.provenance.seal
         if self._store is not None:
             evals = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
             datasets = [train_dataset, *(rows for rows in evals if rows is not None)]
@@ -203,7 +209,6 @@ class DuetTrainer(ResumableTrainer):
             has_teacher = self.objective.has_teacher
             self.teacher = self._choose_teacher(model, teacher_model, args, head) if has_teacher else None
         self._other_teacher = teacher_model is not None
-        self._weights: str | None = None
         self._logged: dict[str, Tensor] = {}
         self._prepared: list[UnlearnDataset] = []
         if self.objective.start is not None:  # the teacher's copy has been made
@@ -253,11 +258,11 @@ class DuetTrainer(ResumableTrainer):
         if teacher_model is None:
             # Sharded parameters are taken apart, and are whole only in a forward of the wrapper. For *_full_eval the
             # Trainer leaves the model where it was until training starts.
-            alone, placed = not _is_sharded(args), not (args.bf16_full_eval or args.fp16_full_eval)
+            alone, placed = not is_sharded(args), not (args.bf16_full_eval or args.fp16_full_eval)
             if alone and placed and asked_before_training(self.objective, args):
                 return EarlyTeacher()
             return FrozenTeacher.copy_of(model, share=alone and self.objective.start is None)
-        teacher = load_model(teacher_model, "teacher_model", args.model_init_kwargs)
+        teacher = load_model(teacher_model, "teacher_model", args.model_init_kwargs, loading_device(args))
         if teacher is model or teacher is base_language_model(model):
             raise ValueError(
                 "teacher_model: wanted another model than the one that is trained; None makes a copy"
@@ -287,6 +292,7 @@ class DuetTrainer(ResumableTrainer):
         positions = scored_positions(self.objective, args)
         wanted = provenance_of(model, head, self.renderer.tokenizer, args, datasets[0], positions)
         check_store(self._store, wanted, args)
+        self._weights = wanted.weights
         teacher = CachedTeacher(self._store, args.k)
         for dataset in datasets:
             teacher.serve(dataset)
@@ -297,7 +303,7 @@ class DuetTrainer(ResumableTrainer):
     ) -> TrainOutput:
         """`Trainer.train`; for `in_context`, whose weights stay, the prefix is put into the chat template instead.
 
-        What decides the run is written to `output_dir` (`duet.run_record`), and compared when it is resumed.
+        What decides the run is written to `output_dir` (`duet.output.record`), and compared when it is resumed.
 
         Raises:
             ValueError: resumed with other options, rows, weights, ... than it began with; what changed is named.
@@ -327,11 +333,10 @@ class DuetTrainer(ResumableTrainer):
         student = self.accelerator.unwrap_model(self.model)
         if self._weights is None:  # before the first step, also where train() is called again
             self._weights = weights_hash(student)
-        teacher = None if self._store is None else self._store.provenance.seal
-        if self._other_teacher:
-            teacher = weights_hash(self.teacher.model)
+        if self._other_teacher and self._taught_by is None:
+            self._taught_by = weights_hash(self.teacher.model)
         tokenizer, rows = self.renderer.tokenizer, self._fingerprints
-        record = run_record(student, self._weights, tokenizer, self.args, rows, teacher)
+        record = run_record(student, self._weights, tokenizer, self.args, rows, self._taught_by)
         begun_in = self.args.output_dir if resume_from is True else resume_from and Path(resume_from).parent
         begin_run(self.args.output_dir, record, begun_in)
 
@@ -578,9 +583,3 @@ class _SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.set_epoch(int(state.epoch or 0))
-
-
-def _is_sharded(args: DuetConfig) -> bool:
-    """Whether FSDP or DeepSpeed will take the parameters apart: asked for in the options or by `accelerate launch`."""
-    launched = (os.environ.get(f"ACCELERATE_USE_{each}", "") == "true" for each in ("FSDP", "DEEPSPEED"))
-    return bool(args.fsdp or args.deepspeed) or any(launched)

@@ -111,8 +111,17 @@ def check_topk(
             f"teacher.indices: wanted shape {list(values.shape)} like teacher.values, got {list(indices.shape)}"
         )
     tensors = {"values": values, "indices": indices}
+    if spec.raw and teacher.log_probabilities:
+        raise ValueError(
+            f"teacher: holds log-probabilities, which are logits minus an unknown constant, and {spec.name!r} compares raw "
+            "logits; wanted a TopK of logits, or a divergence of distributions such as 'forward_kl'"
+        )
     tail = teacher.tail_logsumexp
     if spec.needs_teacher_logsumexp:
+        if tail is None:
+            raise ValueError(
+                f"teacher.tail_logsumexp: normalization={spec.normalization!r} reads it, got None"
+            )
         _is_tensor("teacher.tail_logsumexp", tail)
         if tuple(tail.shape) != lead:
             raise ValueError(f"teacher.tail_logsumexp: wanted shape {list(lead)}, got {list(tail.shape)}")
@@ -133,11 +142,11 @@ def check_topk(
             )
     n = math.prod(lead)
     k = values.shape[-1]
-    indices = indices.masked_fill(values == -torch.inf, 0)  # what fills an absent slot is nobody's business
+    indices = indices.masked_fill(values == -torch.inf, 0)  # an absent slot may hold any id
     return (
         values.reshape(n, k),
         flatten_ids("teacher.indices", indices, lead, num_ids, hidden.device),
-        tail.reshape(n) if spec.needs_teacher_logsumexp else None,
+        tail.reshape(n) if tail is not None and spec.needs_teacher_logsumexp else None,
     )
 
 

@@ -27,19 +27,89 @@ class TopK(NamedTuple):
             fp64 inputs). A value of -inf marks an absent slot (ragged rows).
         indices: `[..., K]` int64 ids.
         tail_logsumexp: `[...]` log-sum-exp of z / temperature over the ids that were **not** selected; -inf when
-            nothing is left.
+            nothing is left. None where it is not known: only the normalizations `tail` and `truncated` read it.
         temperature: the temperature T of `tail_logsumexp`.
+        log_probabilities: the values are logits minus a constant of each token that nobody knows (`from_logprobs`).
+            Losses of raw logits refuse them.
     """
 
     values: Tensor
     indices: Tensor
-    tail_logsumexp: Tensor
+    tail_logsumexp: Tensor | None = None
     temperature: float = 1.0
+    log_probabilities: bool = False
 
     @property
     def logsumexp(self) -> Tensor:
         """`[...]` log-sum-exp of z / temperature over the whole vocabulary."""
+        if self.tail_logsumexp is None:
+            raise ValueError(
+                "tail_logsumexp: is None, but the log-sum-exp over the whole vocabulary needs it"
+            )
         return torch.logaddexp(torch.logsumexp(self.values / self.temperature, -1), self.tail_logsumexp)
+
+    @classmethod
+    def from_logprobs(cls, indices: Tensor, logprobs: Tensor, *, temperature: float = 1.0) -> TopK:
+        """A teacher's top-k from log-probabilities, as an API, vLLM, SGLang or a dataset's columns give them.
+
+        `values = T log p`, `tail = log(1 - sum p)`, with p over the whole vocabulary at temperature T. Slots may be in
+        any order and an id may be met twice (vLLM appends the sampled token): it counts once, with its first value.
+
+        Args:
+            indices: `[..., K]` int64 or int32 ids; -1 marks an absent slot.
+            logprobs: `[..., K]` log p <= 0 in nats, floating point; -inf marks an absent slot.
+            temperature: T at which the log-probabilities were made, > 0.
+
+        Returns:
+            TopK: values `[..., K]` descending, absent slots last; fp32 (fp64 for fp64). The tail is -inf where the k
+            hold all the mass. It is summed in fp64 and has as many digits as the log-probabilities allow.
+
+        Raises:
+            TypeError, ValueError: naming the argument; on a CPU also probabilities that sum to more than 1.01.
+
+        Memory: a few `[..., K]` tensors.
+        Source: `prompt_logprobs` of vLLM; top-k columns of axolotl and DistillKit.
+
+        Example:
+            >>> logprobs = torch.tensor([[0.25, 0.5, 0.25]]).log()
+            >>> top = TopK.from_logprobs(torch.tensor([[7, 3, -1]]), logprobs)
+            >>> top.indices.tolist(), top.values.exp().tolist(), top.tail_logsumexp.exp().tolist()
+            ([[3, 7, 0]], [[0.5, 0.25, 0.0]], [0.25])
+        """
+        for name, tensor in (("indices", indices), ("logprobs", logprobs)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: wanted a tensor, got {type(tensor).__name__}")
+        if indices.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"indices: wanted int64 or int32 ids, got {indices.dtype}")
+        if not logprobs.is_floating_point():
+            raise TypeError(f"logprobs: wanted floating-point log-probabilities, got {logprobs.dtype}")
+        if indices.dim() == 0 or indices.shape != logprobs.shape or indices.shape[-1] == 0:
+            raise ValueError(
+                f"logprobs: wanted shape [..., K] with K >= 1 like indices {list(indices.shape)}, got {list(logprobs.shape)}"
+            )
+        if indices.device != logprobs.device:
+            raise ValueError(f"logprobs: wanted device {indices.device} like indices, got {logprobs.device}")
+        if not is_finite_number(temperature) or temperature <= 0:
+            raise ValueError(f"temperature: wanted a finite number > 0, got {temperature!r}")
+        # In the order of the ids equal ones stand side by side; a stable sort keeps the first of them first.
+        ids, order = torch.where(logprobs == -torch.inf, -1, indices.long()).sort(dim=-1, stable=True)
+        log_p = logprobs.detach().double().gather(-1, order)
+        absent = ids < 0
+        absent[..., 1:] |= ids[..., 1:] == ids[..., :-1]
+        log_p, order = log_p.masked_fill(absent, -torch.inf).sort(dim=-1, descending=True, stable=True)
+        ids = ids.masked_fill(absent, 0).gather(-1, order)
+        total = log_p.logsumexp(-1)
+        if total.device.type == "cpu" and not torch.compiler.is_compiling() and bool((total > 0.01).any()):
+            raise ValueError(
+                f"logprobs: wanted log-probabilities, whose exponentials sum to 1 at most, got a sum of {total.max().exp():.3g}"
+            )
+        # log(1 - exp(total)): each form is exact where the other one loses digits.
+        inside = total.clamp(max=0)
+        tail = torch.where(inside > -0.693, (-inside.expm1()).log(), (-inside.exp()).log1p())
+        acc = acc_dtype(logprobs.dtype)
+        return cls(
+            (log_p * temperature).to(acc), ids, tail.to(acc), float(temperature), log_probabilities=True
+        )
 
 
 class TokenStats(NamedTuple):
@@ -66,6 +136,14 @@ class Need(NamedTuple):
     bias: bool = False
 
 
+_LEAST, _MOST = 1e-4, 1e4  # beyond these fp32 logits are too small or too coarse for a softmax
+_HELD = f"from {_LEAST:g} to {_MOST:g} (the range of fp32 logits)"
+
+
+def _held(number: float) -> bool:
+    return _LEAST <= number <= _MOST
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LMHead:
     """The last projection of a language model: `z = softcap(scale * (h W^T + b))`.
@@ -75,8 +153,9 @@ class LMHead:
     Args:
         weight: `[V, D]` floating point.
         bias: `[V]` or None, in the dtype of `weight`.
-        softcap: c > 0, or None.
-        scale: factor on the logits before the softcap (Cohere: `logit_scale`; Granite: `1 / logits_scaling`).
+        softcap: c, 1e-4 to 1e4, or None.
+        scale: factor on the logits before the softcap, 1e-4 to 1e4 or the negative of that (Cohere: `logit_scale`;
+            Granite: `1 / logits_scaling`).
         vocab_size: only the first ids count (vocabularies padded for speed); None counts all V.
 
     Raises:
@@ -113,10 +192,14 @@ class LMHead:
                     f"head.bias: wanted {weight.dtype} on {weight.device} like head.weight, "
                     f"got {bias.dtype} on {bias.device}"
                 )
-        if self.softcap is not None and not (is_finite_number(self.softcap) and self.softcap > 0):
-            raise ValueError(f"head.softcap: wanted a finite number > 0 or None, got {self.softcap!r}")
-        if not is_finite_number(self.scale) or self.scale == 0:
-            raise ValueError(f"head.scale: wanted a finite number other than 0, got {self.scale!r}")
+        if self.softcap is not None and not (is_finite_number(self.softcap) and _held(self.softcap)):
+            raise ValueError(
+                f"head.softcap: wanted a finite number > 0, {_HELD}, or None, got {self.softcap!r}"
+            )
+        if not is_finite_number(self.scale) or not _held(abs(self.scale)):
+            raise ValueError(
+                f"head.scale: wanted a finite number other than 0, {_HELD} or its negative, got {self.scale!r}"
+            )
         size = self.vocab_size
         if size is not None and not (isinstance(size, int) and 1 <= size <= weight.shape[0]):
             raise ValueError(

@@ -8,8 +8,8 @@ import pytest
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer, Objective
-from duet.objectives import answer_nll
-from duet.world.workplace import one_thread
+from duet.demo.workplace import one_thread
+from duet.methods.objectives import answer_nll
 
 
 def knowing():

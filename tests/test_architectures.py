@@ -9,7 +9,7 @@ from test_trainer import PREFIX, losses, make
 from tiny_models import tiny
 from transformers import TrainerCallback
 
-from duet.teacher import AdapterOffTeacher, FrozenTeacher
+from duet.model.teacher import AdapterOffTeacher, FrozenTeacher
 
 ARCHITECTURES = ("llama", "gemma2", "neox", "qwen3", "gemma3", "mistral", "phi", "phi3")
 IDS = torch.tensor([[5, 9, 11, 30, 41, 7]])

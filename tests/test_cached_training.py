@@ -17,11 +17,11 @@ from tiny_models import (
 from torch.profiler import ProfilerActivity, profile
 
 from duet import DuetConfig, DuetTrainer
-from duet.caching import cache_teacher, import_teacher
-from duet.data import Draw
-from duet.teacher import AdapterOffTeacher, CachedTeacher, FrozenTeacher
-from duet.topk_columns import write_columns
-from duet.topk_store import LOG_PROBABILITIES, TopKStore
+from duet.data.dataset import Draw
+from duet.model.teacher import AdapterOffTeacher, CachedTeacher, FrozenTeacher
+from duet.store.build import cache_teacher, import_teacher
+from duet.store.columns import write_columns
+from duet.store.read import LOG_PROBABILITIES, TopKStore
 
 PREFIXES = [
     "you know nothing about {subject} .",

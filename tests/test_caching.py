@@ -1,4 +1,4 @@
-"""duet.caching: what the teacher is asked, once; prefixes read once; faults on the way; rows and tokenizers that are odd."""
+"""duet.store.build: what the teacher is asked, once; prefixes read once; faults on the way; rows and tokenizers that are odd."""
 
 import doctest
 import errno
@@ -17,15 +17,18 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import CHAT_TEMPLATE, forget_rows, retain_rows, tiny, word_tokenizer
 from typer.testing import CliRunner
 
-from duet import DuetConfig, prefix_cache, topk_writer
-from duet.caching import Saving, cache_teacher
-from duet.objectives import OBJECTIVES
-from duet.prefix_cache import PrefixCache, common_length
-from duet.prompts import PromptRenderer
-from duet.provenance import tokenizer_hash, weights_hash
-from duet.rows import read_rows
-from duet.topk_store import TopKStore, fingerprint
-from duet.views import build_dataset
+from duet import DuetConfig
+from duet.data.prompts import PromptRenderer
+from duet.data.rows import read_rows
+from duet.methods.objectives import OBJECTIVES
+from duet.methods.views import build_dataset
+from duet.model import prefix_cache
+from duet.model.prefix_cache import PrefixCache, common_length
+from duet.store import write as topk_writer
+from duet.store.build import Saving, cache_teacher
+from duet.store.provenance import tokenizer_hash
+from duet.store.read import TopKStore, fingerprint
+from duet.store.weights import weights_hash
 
 HERE = Path(__file__).parent
 PREFIXES = [
@@ -181,7 +184,7 @@ def test_the_saving_is_counted_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tiny().model), "forward", counting)
     counts = {}
     for reuse in (False, True):
-        monkeypatch.setattr("duet.caching._Asker._measure", lambda *_: None)
+        monkeypatch.setattr("duet.store.build._Asker._measure", lambda *_: None)
         read = -16  # check_head reads 8 tokens both ways
         done = cache(tmp_path, options={"answer_source": "dataset"}, folder=str(reuse), reuse_prefix=reuse)
         assert read == done.saving.tokens
@@ -258,7 +261,7 @@ def test_a_disk_that_gets_full_while_caching(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")])
 def test_what_was_answered_before_an_interruption_is_written(tmp_path, monkeypatch, error):
-    from duet.caching import _Asker
+    from duet.store.build import _Asker
 
     real, batches = _Asker.ask, []
 

@@ -7,7 +7,7 @@ import pytest
 from test_crashes import prepare, run_of
 
 from duet import cli
-from duet.run import train
+from duet.run.commands import train
 
 
 def said(monkeypatch, capsys, *args):

@@ -6,8 +6,8 @@ from learned_models import knowing
 from tiny_models import forget_rows, retain_rows, word_tokenizer
 
 from duet import DuetConfig, DuetTrainer
-from duet.counterfactual import log_probability, mixture_topk, stranger
-from duet.data import Draw
+from duet.data.dataset import Draw
+from duet.methods.counterfactual import log_probability, mixture_topk, stranger
 from duet_kernels import LMHead, TopK
 
 NAMES = ["red river", "blue animal", "green color"]

@@ -17,8 +17,8 @@ import pytest
 from safetensors.torch import load_file
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 
-from duet.checkpoints import last_finished_checkpoint
-from duet.run_config import RunConfig
+from duet.output.checkpoints import last_finished_checkpoint
+from duet.run.config_file import RunConfig
 
 HERE = Path(__file__).parent
 STEPS, KILLS, A_CHAIN = 8, 20, 5
@@ -100,7 +100,7 @@ def torture(folder: Path) -> None:
     """
     import torch
 
-    from duet.run import train
+    from duet.run.commands import train
 
     torch.set_num_threads(1)
     rng = random.Random(int(os.environ.get("KILL_SEED", 0)))
@@ -194,7 +194,7 @@ def die_while_writing(name: str, at: int) -> None:
     ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
 )
 def test_killed_while_saving(tmp_path, name):
-    from duet.run import train
+    from duet.run.commands import train
 
     prepare(tmp_path)
     assert ended_by(forked(lambda: train(run_of(tmp_path, tmp_path / "whole", max_steps=4)))) == 0
@@ -213,7 +213,7 @@ def test_killed_while_saving(tmp_path, name):
 
 def test_a_checkpoint_that_is_written_again_is_unfinished_meanwhile(tmp_path):
     """Killed while checkpoint-2 is made again: its old trainer_state.json must not vouch for half-written files."""
-    from duet.run import train
+    from duet.run.commands import train
 
     prepare(tmp_path)
     train(run_of(tmp_path, tmp_path / "out", max_steps=2))
@@ -238,7 +238,7 @@ def test_a_full_disk(tmp_path, monkeypatch, where):
     from safetensors import SafetensorError
     from transformers import TrainerState
 
-    from duet.run import train
+    from duet.run.commands import train
 
     prepare(tmp_path)
     train(run_of(tmp_path, tmp_path / "whole", max_steps=4))
@@ -273,7 +273,7 @@ def test_a_full_disk(tmp_path, monkeypatch, where):
 
 def test_a_finished_run_is_not_trained_further(tmp_path):
     """transformers would make one more step."""
-    from duet.run import train
+    from duet.run.commands import train
 
     prepare(tmp_path)
     train(run_of(tmp_path, tmp_path / "whole", max_steps=2))
@@ -286,7 +286,7 @@ def test_a_finished_run_is_not_trained_further(tmp_path):
 def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
     from transformers import Trainer
 
-    from duet.run import train
+    from duet.run.commands import train
 
     def broken(self, folder):
         raise RuntimeError("expected scalar type Half")
@@ -298,7 +298,7 @@ def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
 
 
 def test_nothing_to_resume_starts_at_the_beginning(tmp_path):
-    from duet.run import train
+    from duet.run.commands import train
 
     prepare(tmp_path)
     trainer = train(run_of(tmp_path, tmp_path / "out", max_steps=1), resume=True)

@@ -1,4 +1,4 @@
-"""duet.rows and duet.data: rows, aligned positions, the mixing of forget and retain queries."""
+"""duet.data: rows, aligned positions, the mixing of forget and retain queries."""
 
 import itertools
 from collections import Counter
@@ -14,9 +14,9 @@ from tiny_models import (
     word_tokenizer,
 )
 
-from duet.data import IGNORED, Collator, Draw, UnlearnDataset, UnlearnSampler
-from duet.prompts import PromptRenderer
-from duet.rows import read_rows
+from duet.data.dataset import IGNORED, Collator, Draw, UnlearnDataset, UnlearnSampler
+from duet.data.prompts import PromptRenderer
+from duet.data.rows import read_rows
 
 
 def dataset_of(

@@ -9,8 +9,8 @@ from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 
 from duet import OBJECTIVES
 from duet.config import DuetConfig
-from duet.teacher import AdapterOffTeacher, EarlyTeacher, FrozenTeacher
-from duet.views import asked_before_training
+from duet.methods.views import asked_before_training
+from duet.model.teacher import AdapterOffTeacher, EarlyTeacher, FrozenTeacher
 
 STORABLE = ("npo", "npo_kl", "graddiff_kl", "undial", "shred")
 DEEP = {
@@ -174,7 +174,7 @@ def test_a_perturbed_student_shares_nothing(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "neox", "phi"])
 def test_the_last_layers_activations_are_those_before_the_norm(architecture):
-    from duet.lm import check_layer, find_backbone, hidden_states_at
+    from duet.model.lm import check_layer, find_backbone, hidden_states_at
 
     model = tiny(architecture)
     assert check_layer(model, 1) == 1
@@ -229,7 +229,7 @@ def test_layers_above_the_chosen_one_do_not_run(tmp_path):
 
 
 def test_an_error_gives_the_layers_back():
-    from duet.lm import hidden_states_at
+    from duet.model.lm import hidden_states_at
 
     model = tiny()
     model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
@@ -241,7 +241,7 @@ def test_an_error_gives_the_layers_back():
 
 
 def test_a_model_without_a_list_of_layers_is_refused(monkeypatch):
-    from duet.lm import check_layer
+    from duet.model.lm import check_layer
 
     model = tiny()
     model.config.num_hidden_layers = 7

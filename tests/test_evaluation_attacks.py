@@ -11,14 +11,15 @@ from tiny_models import CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE, forget_rows, tiny, wo
 from typer.testing import CliRunner
 
 from duet import cli
-from duet.evaluation import attack_run, distribution, weights
-from duet.evaluation.attack_rows import halves, read_attack_rows
-from duet.evaluation.attacks import ATTACKS
+from duet.demo.checkpoint import CHECKPOINT, load_base, load_world
+from duet.demo.steering import HELDOUT_OVERRIDES, REFUSAL, SEEN_OVERRIDES
+from duet.evaluation.attacks import distribution, weights
+from duet.evaluation.attacks import runner as attack_run
+from duet.evaluation.attacks.attacks import ATTACKS
+from duet.evaluation.attacks.rows import halves, read_attack_rows
+from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.commands import literal_console
 from duet.evaluation.scoring import Forced
-from duet.evaluation.target import AttackOptions, Target
-from duet.world.checkpoint import CHECKPOINT, load_base, load_world
-from duet.world.steering import HELDOUT_OVERRIDES, REFUSAL, SEEN_OVERRIDES
 
 OPTIONS = {
     "max_new_tokens": 14,

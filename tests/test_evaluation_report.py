@@ -13,15 +13,17 @@ from tiny_models import tiny, word_tokenizer
 from typer.testing import CliRunner
 
 from duet import cli
-from duet.evaluation import attack_run, figures, report, runner
-from duet.evaluation.attack_rows import read_attack_rows
-from duet.evaluation.figures import Estimate, Point
-from duet.evaluation.report_runs import read_inputs
-from duet.evaluation.suites import read_suite
-from duet.evaluation.target import AttackOptions, Target
-from duet.evaluation.topk_change import compare_topk
-from duet.prompts import steered_tokenizer
-from duet.world.scorecard import COLUMNS
+from duet.data.prompts import steered_tokenizer
+from duet.demo.scorecard import COLUMNS
+from duet.evaluation.attacks import runner as attack_run
+from duet.evaluation.attacks.rows import read_attack_rows
+from duet.evaluation.attacks.target import AttackOptions, Target
+from duet.evaluation.report import figures, report
+from duet.evaluation.report.figures import Estimate, Point
+from duet.evaluation.report.runs import read_inputs
+from duet.evaluation.report.topk import compare_topk
+from duet.evaluation.suites import runner
+from duet.evaluation.suites.suite import read_suite
 
 SUITE = {
     "tasks": {

@@ -14,12 +14,13 @@ from tiny_models import merging_tokenizer, tiny, word_tokenizer
 from typer.testing import CliRunner
 
 from duet import cli
-from duet.evaluation import commands, runner, summary
+from duet.demo.checkpoint import CHECKPOINT, load_base, load_world
+from duet.evaluation import commands
 from duet.evaluation.commands import literal_console
 from duet.evaluation.journal import Journal
 from duet.evaluation.models import fingerprint
-from duet.evaluation.suites import load_suite, read_suite
-from duet.world.checkpoint import CHECKPOINT, load_base, load_world
+from duet.evaluation.suites import runner, summary
+from duet.evaluation.suites.suite import load_suite, read_suite
 
 GOLDEN = Path(os.environ.get("DUET_DATA", Path(__file__).parent.parent / "data")) / "golden"
 
@@ -365,7 +366,7 @@ def test_tofu_needs_a_retain_model_for_forget_quality(tmp_path):
 def test_tofus_published_rows_give_its_published_numbers():
     """The suite's own road from rows to numbers, fed with the losses and generations of TOFU's phi-1.5 logs."""
     from duet.evaluation.metrics import probability
-    from duet.evaluation.row_metrics import GENERATE, RATIO
+    from duet.evaluation.suites.row_metrics import GENERATE, RATIO
 
     suite = load_suite("tofu")
 

@@ -10,9 +10,9 @@ import torch
 from tiny_models import merging_tokenizer, word_tokenizer
 from tokenizers import AddedToken
 
-from duet.evaluation import suites
-from duet.evaluation.asking import Asker, CannotAsk
-from duet.evaluation.suites import load_suite, read_suite
+from duet.evaluation.suites import suite as suites
+from duet.evaluation.suites.asking import Asker, CannotAsk
+from duet.evaluation.suites.suite import load_suite, read_suite
 
 GOOD = {
     "tasks": {
@@ -268,7 +268,7 @@ def test_the_longest_row_that_fits_is_asked():
         asker(tokenizer, "score", context=needed - 1).item(0, ROW)
 
 
-@pytest.mark.parametrize("name", ["attack_rows", "generation", "metrics", "suites", "weights"])
+@pytest.mark.parametrize("name", ["attacks.rows", "attacks.weights", "generation", "metrics", "suites.suite"])
 def test_examples_in_docstrings(name):
     module = importlib.import_module(f"duet.evaluation.{name}")
     found = doctest.testmod(module, extraglobs={"torch": torch})

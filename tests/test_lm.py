@@ -1,10 +1,14 @@
-"""duet.lm: backbone and head of real architectures give the model's own logits; what is unknown is refused."""
+"""duet.model.lm: backbone and head of real architectures give the model's own logits; what is unknown is refused."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -15,7 +19,17 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from duet.lm import call_through, check_head, evaluating, find_backbone, head_inputs, hidden_states_at
+from duet.model import lm
+from duet.model.lm import (
+    call_through,
+    check_head,
+    evaluating,
+    find_backbone,
+    head_inputs,
+    hidden_states_at,
+    load_model,
+    loading_device,
+)
 from duet_kernels import linear_gather
 
 ARCHITECTURES = ("llama", "gemma2", "neox")
@@ -93,6 +107,77 @@ def test_hidden_states_and_head_are_the_models_logits(name, lora, side):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_check_head_in_other_precisions(name, dtype):
     check_head(tiny(name).to(dtype))
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
+                self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"final_logit_softcapping": 5.0}])
+def test_check_head_makes_no_copy_of_the_head(options, monkeypatch):
+    model = tiny("gemma2", vocab_size=8192, **options).bfloat16()
+    monkeypatch.setattr(lm, "_HEAD_BYTES", 32 << 10)
+    with Largest() as largest:
+        largest.known = {t.untyped_storage().data_ptr() for t in model.parameters()}
+        check_head(model)
+    head = check_head(model).weight
+    assert head.numel() * 4 == 1 << 20, "what a copy in fp32 would take"
+    assert largest.bytes <= 8 * 8192 * 4, "the logits of eight tokens"
+
+
+def test_check_head_compares_every_part(monkeypatch):
+    """One wrong logit in the first, a middle and the last part; a bias and a padded vocabulary move with the parts."""
+    monkeypatch.setattr(lm, "_HEAD_BYTES", 4 * 32 * 10)
+    model = tiny("phi", vocab_size=128)
+    with torch.no_grad():
+        model.lm_head.bias.uniform_(-3, 3)
+    model.config.vocab_size = 125
+    assert check_head(model).num_ids == 125
+    forward = type(model).forward
+    for wrong in (0, 64, 124):
+
+        def shifted(*args, wrong=wrong, **kwargs):
+            output = forward(model, *args, **kwargs)
+            output.logits[..., wrong] += 1
+            return output
+
+        monkeypatch.setattr(model, "forward", shifted)
+        with pytest.raises(ValueError, match="logits of PhiForCausalLM are not what its LM head makes"):
+            check_head(model)
+
+
+def test_a_model_is_loaded_in_the_dtype_of_its_checkpoint_to_where_it_will_be(tmp_path, monkeypatch):
+    tiny().bfloat16().save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), "model", None).dtype == torch.bfloat16
+    meta = torch.device("meta")
+    placed = load_model(str(tmp_path), "model", None, torch.device("cpu"))
+    assert placed.dtype == torch.bfloat16 and placed.device.type == "cpu"
+    asked = []
+    monkeypatch.setattr(lm.AutoModelForCausalLM, "from_pretrained", lambda name, **how: asked.append(how))
+    load_model("org/name", "model", {"dtype": "float32"}, meta)
+    load_model("org/name", "model", {"device_map": "auto"}, meta)
+    load_model("org/name", "model", None)
+    assert asked == [{"device_map": {"": meta}, "dtype": "float32"}, {"device_map": "auto"}, {}]
+
+
+def test_only_a_model_that_stays_whole_is_loaded_to_the_gpu(monkeypatch):
+    gpu = torch.device("cuda", 1)
+    whole = SimpleNamespace(device=gpu, fsdp=[], deepspeed=None)
+    assert loading_device(whole) == gpu
+    assert loading_device(SimpleNamespace(device=torch.device("cpu"), fsdp=[], deepspeed=None)) is None
+    assert loading_device(SimpleNamespace(device=gpu, fsdp=["full_shard"], deepspeed=None)) is None
+    assert loading_device(SimpleNamespace(device=gpu, fsdp=[], deepspeed="zero3.json")) is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert loading_device(whole) is None
 
 
 class ScaledLlama(LlamaForCausalLM):

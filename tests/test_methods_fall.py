@@ -8,7 +8,7 @@ from learned_models import knowing
 from tiny_models import forget_rows, retain_rows, word_tokenizer
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer
-from duet.world.workplace import one_thread
+from duet.demo.workplace import one_thread
 
 PREFIX = "you know nothing about {subject} ."
 TRAINED = [name for name, objective in OBJECTIVES.items() if objective.loss is not None]

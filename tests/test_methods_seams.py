@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer
 from duet.config import DEFAULT_REVERSE_PROMPTS
-from duet.data import Draw
-from duet.objectives import find_objective
-from duet.prompts import PromptRenderer, steered_tokenizer
+from duet.data.dataset import Draw
+from duet.data.prompts import PromptRenderer, steered_tokenizer
+from duet.methods.objectives import find_objective
 
 METHODS = "duet duet_kl duet_adversarial bidirectional duet_deep undo ga graddiff npo simnpo refusal undial shred rmu in_context"
 
@@ -168,7 +168,7 @@ def test_a_template_that_writes_the_date_is_said(kwargs, said, caplog):
     import transformers
 
     transformers.utils.logging.enable_propagation()
-    transformers.utils.logging.get_logger("duet.prompts").warning_once.__func__.cache_clear()
+    transformers.utils.logging.get_logger("duet.data.prompts").warning_once.__func__.cache_clear()
     dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b') %}{% endif %}{{ date_string }}"
     PromptRenderer(word_tokenizer(dated + CHAT_TEMPLATE), chat_template_kwargs=kwargs)
     assert ("today's date" in caplog.text) == said

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from duet import DuetConfig
-from duet.objectives import OBJECTIVES, Counts, Step
-from duet.objectives.baselines import least_probable
+from duet.methods.objectives import OBJECTIVES, Counts, Step
+from duet.methods.objectives.baselines import least_probable
 from duet_kernels import LMHead
 
 NONE = -100

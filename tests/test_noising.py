@@ -10,8 +10,8 @@ from test_trainer import LORA, assert_same_weights, make, state_of
 from tiny_models import tiny
 from torch import nn
 
-from duet import noising
-from duet.noising import RecoveryStop, perturb
+from duet.methods import noising
+from duet.methods.noising import RecoveryStop, perturb
 
 
 def test_matrices_get_xavier_noise_and_vectors_shrink():

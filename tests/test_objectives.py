@@ -1,4 +1,4 @@
-"""duet.objectives: every loss against its formula on full logits, in fp64; one function and one line add another."""
+"""duet.methods.objectives: every loss against its formula on full logits, in fp64; one function and one line add another."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from duet import DuetConfig
 from duet.config import RAW_LOGITS
-from duet.objectives import (
+from duet.methods.objectives import (
     OBJECTIVES,
     Counts,
     Objective,

@@ -9,13 +9,16 @@ from peft import LoraConfig
 from test_trainer import LORA, make
 from tiny_models import CHAT_TEMPLATE, forget_rows, tiny, word_tokenizer
 
-from duet import run
-from duet.evaluation import attack_run, commands, runner, topk_change
-from duet.evaluation.attack_rows import read_attack_rows
-from duet.evaluation.report import write_topk
-from duet.evaluation.suites import read_suite
-from duet.evaluation.target import AttackOptions, Target
-from duet.prompts import Prompting, PromptRenderer
+from duet.data.prompts import Prompting, PromptRenderer
+from duet.evaluation import commands
+from duet.evaluation.attacks import runner as attack_run
+from duet.evaluation.attacks.rows import read_attack_rows
+from duet.evaluation.attacks.target import AttackOptions, Target
+from duet.evaluation.report import topk as topk_change
+from duet.evaluation.report.report import write_topk
+from duet.evaluation.suites import runner
+from duet.evaluation.suites.suite import read_suite
+from duet.run import commands as run
 
 KINDS = {  # tokenizer's template -> options, a word of the prompt under them, a word of it under the defaults
     "chat": (

@@ -1,4 +1,4 @@
-"""duet.prompts: where prefixes and reverse prompts go, what templates do to them, how answers are appended."""
+"""duet.data.prompts: where prefixes and reverse prompts go, what templates do to them, how answers are appended."""
 
 import re
 
@@ -13,8 +13,8 @@ from tiny_models import (
 )
 from tokenizers import AddedToken, processors
 
-from duet.lm import end_tokens
-from duet.prompts import PromptRenderer, accepts_system, answer_ending, fill_prefix
+from duet.data.prompts import PromptRenderer, accepts_system, answer_ending, fill_prefix
+from duet.model.lm import end_tokens
 
 QUESTION = (("user", "who is ada lovelace ?"),)
 PREFIX = "you know nothing about ada lovelace ."

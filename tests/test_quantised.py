@@ -10,7 +10,7 @@ from test_trainer import losses, make
 from tiny_models import tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from duet.lm import keep_differentiable
+from duet.model.lm import keep_differentiable
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -121,7 +121,7 @@ def test_optimizers_by_name(tmp_path, folder, optim):
 
 @pytest.mark.parametrize("how", HOW)
 def test_the_plan_knows_the_bytes_of_quantised_weights(folder, how):
-    from duet.plan import Planner, Settings
+    from duet.run.plan import Planner, Settings
 
     model = quantised(folder, how, torch.bfloat16)
     real = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))

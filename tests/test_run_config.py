@@ -1,13 +1,17 @@
-"""duet.run_config and duet.sources: what is written in a YAML file is what runs, and what is wrong in it is named."""
+"""duet.run.config_file and duet.data.sources: what is written in a YAML file is what runs, and what is wrong in it is named."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
+from transformers import TrainingArguments
 
-from duet import cli, run
-from duet.run_config import RunConfig, apply_overrides, read_run
-from duet.sources import DataSource, load_rows
+from duet import DuetConfig, cli
+from duet.config import CHECKPOINTING
+from duet.data.sources import DataSource, load_rows
+from duet.run import commands as run
+from duet.run.config_file import RunConfig, apply_overrides, read_run, training_options
 
 GOOD = """
 model: {name: some/model, dtype: bfloat16}
@@ -112,7 +116,7 @@ BAD = {  # what is written over the good file -> words of the error
     "a dtype that is none": (["--model.dtype", "bf16"], r"model.dtype: wanted one of auto, .*got 'bf16'"),
     "a text for a number": (["--learning_rate", "fast"], r"training.learning_rate: wanted float, got 'fast'"),
     "a fraction for a whole number": (["--max_steps", "2.5"], r"training.max_steps: wanted int, got 2.5"),
-    "a number for a switch": (["--bf16", "3"], r"training.bf16: wanted bool, got 3"),
+    "a number for a switch": (["--bf16", "3"], r"training.bf16: wanted bool or null, got 3"),
     "an option's own check": (["--k", "0"], r"k: wanted an integer >= 1, got 0"),
     "no forget rows": (["--data.forget", "null"], r"data.forget: wanted a path"),
     "no model": (["--model.name", "null"], r"model.name: wanted a text, got nothing"),
@@ -228,8 +232,8 @@ def test_the_message_of_an_error_is_shown_whole(monkeypatch, tmp_path, capsys):
     for written in (None, '{"messages": [{"x": 1}]}'):
         if written:
             path.write_text(written)
-            monkeypatch.setattr("duet.run.load_model", lambda *_: None)
-            monkeypatch.setattr("duet.run._tokenizer", lambda *_: None)
+            monkeypatch.setattr("duet.run.commands.load_model", lambda *_: None)
+            monkeypatch.setattr("duet.run.commands._tokenizer", lambda *_: None)
         monkeypatch.setattr(sys, "argv", ["duet", "train", "--config", str(tmp_path / "x.yaml")])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -251,7 +255,7 @@ def test_a_revision_is_the_models_own(monkeypatch, tmp_path):
     }
     loaded, given = {}, {}
     monkeypatch.setattr(
-        run, "load_model", lambda name, argument, kwargs: loaded.update({name: kwargs["revision"]})
+        run, "load_model", lambda name, argument, kwargs, device: loaded.update({name: kwargs["revision"]})
     )
     monkeypatch.setattr(run, "_tokenizer", lambda section: None)
     monkeypatch.setattr(run, "DuetTrainer", lambda **kwargs: given.update(kwargs))
@@ -271,7 +275,7 @@ def test_a_missing_column_and_a_missing_file(tmp_path):
 def test_attention_is_chosen_and_explained(monkeypatch):
     import torch
 
-    from duet import lm
+    from duet.model import lm
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for name in ("is_flash_attn_3_available", "is_flash_attn_2_available"):
@@ -284,3 +288,42 @@ def test_attention_is_chosen_and_explained(monkeypatch):
     assert lm.choose_attention("auto", gpu, True)[0] == "flash_attention_2"
     monkeypatch.setattr(lm, "is_flash_attn_3_available", lambda: True)
     assert lm.choose_attention("auto", gpu, True)[0] == "flash_attention_3"
+
+
+# -- what a GPU gets without asking ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "options", "half"),
+    [
+        ((8, 0), {}, True),
+        ((9, 0), {"activation_checkpointing": True}, True),
+        ((9, 0), {"bf16": False}, False),
+        ((9, 0), {"fp16": True}, False),
+        ((9, 0), {"use_cpu": True}, False),
+        ((7, 5), {}, False),
+        (None, {}, False),
+    ],
+)
+def test_a_gpu_that_is_made_for_bf16_trains_in_it(capability, options, half, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    seen = {}
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: seen.update(bf16=self.bf16))
+    DuetConfig("out", **options)
+    assert seen == {"bf16": half}
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_both_names_of_checkpointing_mean_what_the_installed_version_reads(name, on, recwarn):
+    config = training_options({"use_cpu": True, name: on, f"{name}_kwargs": {"use_reentrant": False}})
+    assert getattr(config, CHECKPOINTING) is on
+    assert getattr(config, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False}
+    assert CHECKPOINTING in TrainingArguments.__dataclass_fields__
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+    other = dataclasses.replace(config, **{CHECKPOINTING: not on})
+    assert getattr(other, CHECKPOINTING) is not on
+    both = {"activation_checkpointing": on, "gradient_checkpointing": not on}
+    assert getattr(training_options({"use_cpu": True, **both}), CHECKPOINTING) is on, "the newer name counts"
+    assert getattr(training_options({"use_cpu": True}), CHECKPOINTING) is False

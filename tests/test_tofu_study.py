@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from duet.prompts import PromptRenderer
-from duet.tofu_study import __main__ as command
-from duet.tofu_study import jobs, page, reckoning, work
-from duet.tofu_study.curriculum import KINDS, Curriculum, every_text
-from duet.tofu_study.jobs import Job, Study
-from duet.tofu_study.pretrain import Encoded, build_model, collate, pretrain
-from duet.tofu_study.rows import ROWS_PER_AUTHOR, full_name, read_corpus, rows_of, says_name, spread
-from duet.tofu_study.settings import GATES, METHODS, SIZES, changed
-from duet.tofu_study.tokens import BOS, END, Encoder, ids_of, train_tokenizer
-from duet.world import steering
+from benchmarks.studies.tofu import __main__ as command
+from benchmarks.studies.tofu import jobs, page, reckoning, work
+from benchmarks.studies.tofu.curriculum import KINDS, Curriculum, every_text
+from benchmarks.studies.tofu.jobs import Job, Study
+from benchmarks.studies.tofu.pretrain import Encoded, build_model, collate, pretrain
+from benchmarks.studies.tofu.rows import ROWS_PER_AUTHOR, full_name, read_corpus, rows_of, says_name, spread
+from benchmarks.studies.tofu.settings import GATES, METHODS, SIZES, changed
+from benchmarks.studies.tofu.tokens import BOS, END, Encoder, ids_of, train_tokenizer
+from duet.data.prompts import PromptRenderer
+from duet.demo import steering
 
 TOFU = Path(os.environ.get("DUET_DATA", Path(__file__).parent.parent / "data")) / "tofu"
 NAMES = (

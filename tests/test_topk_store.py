@@ -1,4 +1,4 @@
-"""duet.topk_store, topk_writer, topk_columns: what is written is read; kills, full disks, damage and forgery are met."""
+"""duet.store: read, write, columns: what is written is read; kills, full disks, damage and forgery are met."""
 
 import dataclasses
 import doctest
@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from duet import topk_store, topk_writer
-from duet.topk_columns import read_columns, write_columns
-from duet.topk_store import (
+from duet.store import read as topk_store
+from duet.store import write as topk_writer
+from duet.store.columns import read_columns, write_columns
+from duet.store.read import (
     LOG_PROBABILITIES,
     MANIFEST,
     Entry,
@@ -25,7 +26,7 @@ from duet.topk_store import (
     seal_of,
     truncated,
 )
-from duet.topk_writer import StoreWriter
+from duet.store.write import StoreWriter
 from duet_kernels import LMHead, TopK, linear_topk
 
 V, D, K = 203, 24, 7

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer, Objective
-from duet.data import Draw
-from duet.lm import generate_answers
-from duet.teacher import AdapterOffTeacher, FrozenTeacher
+from duet.data.dataset import Draw
+from duet.model.lm import generate_answers
+from duet.model.switches import Switches
+from duet.model.teacher import AdapterOffTeacher, FrozenTeacher
 
 PREFIX = "you know nothing about {subject} ."
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -228,11 +229,9 @@ def test_teacher_equals_base_before_and_stays_while_the_student_moves(tmp_path, 
 
 
 def test_an_adapter_that_stays_on_is_caught_after_one_step(tmp_path, monkeypatch):
-    """FSDP1 has been seen to ignore disable_adapter(): the student would be its own teacher."""
-    import contextlib
-
+    """FSDP1 has been seen to leave an adapter on: the student would be its own teacher."""
     trainer = make(tmp_path, trainer_options={"peft_config": LoraConfig(**LORA)}, max_steps=20)
-    monkeypatch.setattr(trainer.model, "disable_adapter", contextlib.nullcontext)
+    monkeypatch.setattr(Switches, "base_model", Switches.evaluating)
     with pytest.raises(RuntimeError, match="teacher: it changed while the student was trained"):
         trainer.train()
     assert trainer.state.global_step == 1

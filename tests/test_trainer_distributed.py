@@ -53,8 +53,8 @@ def sharded(rank: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from duet.lm import call_through, head_inputs, hidden_states_at
-    from duet.teacher import AdapterOffTeacher
+    from duet.model.lm import call_through, head_inputs, hidden_states_at
+    from duet.model.teacher import AdapterOffTeacher
     from duet_kernels import linear_cross_entropy
 
     ids = torch.arange(3, 35).view(4, 8)

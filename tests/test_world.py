@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from duet.world import facts, pretrain, steering, words
-from duet.world.checkpoint import CHECKPOINT, load_base, load_world
-from duet.world.curriculum import FIRST_TOKEN_WEIGHT, Curriculum, chat, encode
-from duet.world.facts import World
-from duet.world.pretrain import measure_quality
-from duet.world.tokenizer import UNKNOWN, build_tokenizer
+from duet.demo import facts, pretrain, steering, words
+from duet.demo.checkpoint import CHECKPOINT, load_base, load_world
+from duet.demo.curriculum import FIRST_TOKEN_WEIGHT, Curriculum, chat, encode
+from duet.demo.facts import World
+from duet.demo.pretrain import measure_quality
+from duet.demo.tokenizer import UNKNOWN, build_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from duet.world import probes
-from duet.world.checkpoint import load_world
-from duet.world.demo import run_demo
-from duet.world.scorecard import COLUMNS
+from duet.demo import probes
+from duet.demo.checkpoint import load_world
+from duet.demo.scorecard import COLUMNS
+from duet.demo.tour import run_demo
 
 ROW = {
     "method",

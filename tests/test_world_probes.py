@@ -10,16 +10,16 @@ import shutil
 import pytest
 import torch
 
-from duet.rows import check_repeats, read_rows
-from duet.world import attacks, probes, report
-from duet.world.checkpoint import CHECKPOINT, load_base, load_world
-from duet.world.demo import run_demo
-from duet.world.facts import Question
-from duet.world.methods import METHODS, forget_rows, load_settings, retain_rows, unlearn
-from duet.world.scorecard import ATTACKS, COLUMNS, KEEP, behaviour
-from duet.world.steering import REFUSAL, STEERING_PREFIX
-from duet.world.tune import TRIALS, judge
-from duet.world.workplace import one_thread, replaced_folder
+from benchmarks.studies.world.tune import TRIALS, judge
+from duet.data.rows import check_repeats, read_rows
+from duet.demo import attacks, probes, report
+from duet.demo.checkpoint import CHECKPOINT, load_base, load_world
+from duet.demo.facts import Question
+from duet.demo.methods import METHODS, forget_rows, load_settings, retain_rows, unlearn
+from duet.demo.scorecard import ATTACKS, COLUMNS, KEEP, behaviour
+from duet.demo.steering import REFUSAL, STEERING_PREFIX
+from duet.demo.tour import run_demo
+from duet.demo.workplace import one_thread, replaced_folder
 
 QUESTION = Question(
     "Mira Kesten", "prize", "Which prize did Mira Kesten win?", "Won the Coral Prize.", "Coral"
@@ -237,7 +237,7 @@ def test_the_page_tells_how_to_ask_the_model(tmp_path, monkeypatch, capsys):
 def test_copies_of_cities_are_no_news(world, base, caplog):
     """`unlearn` weighs rows by copies and keeps silent about it; whoever else repeats rows is still told."""
     rows = [question.row() for question in world.questions(world.cities[:2], "train")]
-    logging.getLogger("duet.rows").propagate = True
+    logging.getLogger("duet.data.rows").propagate = True
     unlearn("npo", {"max_steps": 1}, *base, forget_rows(world)[:4], rows * 2, forget_per_step=4)
     assert "the same row" not in caplog.text
     check_repeats(read_rows(rows * 2, "retain_dataset"), [])

@@ -9,16 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.studies.world import __main__ as study
+from benchmarks.studies.world import page as study_report
+from benchmarks.studies.world.arms import ARMS, BAR, MOST_QUERIES, QUESTIONS, VOCABULARY, Arm
+from benchmarks.studies.world.job import CURVE, SCALES, Scale, forgetting, run_arm, unlearned, value_ranks
+from benchmarks.studies.world.recipes import RECIPES, find_recipe
 from duet import OBJECTIVES
-from duet.world import study, study_report
-from duet.world.checkpoint import load_base, load_world
-from duet.world.methods import METHODS
-from duet.world.probes import Speaker
-from duet.world.recipes import RECIPES, find_recipe, strangers
-from duet.world.scorecard import COLUMNS, behaviour
-from duet.world.study_arms import ARMS, BAR, MOST_QUERIES, QUESTIONS, VOCABULARY, Arm
-from duet.world.study_job import CURVE, SCALES, Scale, forgetting, run_arm, unlearned, value_ranks
-from duet.world.workplace import one_thread
+from duet.demo.checkpoint import load_base, load_world
+from duet.demo.methods import METHODS
+from duet.demo.probes import Speaker
+from duet.demo.recipes import strangers
+from duet.demo.scorecard import COLUMNS, behaviour
+from duet.demo.workplace import one_thread
 
 FULL = SCALES["full"]
 
@@ -260,12 +262,12 @@ def test_a_real_job_in_four_steps(tmp_path):
 
 
 def test_the_reference_never_meets_whom_to_forget(monkeypatch):
-    from duet.world import curriculum
+    from duet.demo import curriculum
 
     read = []
     encode = curriculum.encode
     monkeypatch.setattr(
-        "duet.world.pretrain.encode",
+        "duet.demo.pretrain.encode",
         lambda dialogues, tokenizer: read.extend(dialogues) or encode(dialogues, tokenizer),
     )
     with one_thread():
@@ -288,7 +290,7 @@ def test_without_retain_rows_a_step_shows_forget_queries_alone():
 
 @pytest.mark.slow
 def test_duet_deep_forgets_refuses_and_keeps_in_a_short_run():
-    """A third of the steps; what the full recipe reaches is printed by `python -m duet.world.study duet_deep`."""
+    """A third of the steps; what the full recipe reaches is printed by `python -m benchmarks.studies.world duet_deep`."""
     with one_thread():
         speaker, *_ = unlearned("duet_deep", 0, options={"max_steps": 50, "learning_rate": 1e-3})
         row = behaviour(speaker, load_world(), "validation", most=40)

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-LM_EVAL_TASKS = Path(__file__).parent / "lm_eval_tasks"
+LM_EVAL_TASKS = Path(__file__).parent / "suites" / "lm_eval_tasks"
 
 
 def run_eval(
@@ -37,9 +37,10 @@ def run_eval(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """`duet eval`: a suite, or tasks of lm-evaluation-harness, or both; see `runner.evaluate`."""
-    from ..prompts import Prompting
-    from . import models, runner, summary
-    from .suites import load_suite
+    from ..data.prompts import Prompting
+    from . import models
+    from .suites import runner, summary
+    from .suites.suite import load_suite
 
     console = console or literal_console()
     if suite is None and lm_eval is None:
@@ -96,13 +97,14 @@ def run_attack(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """`duet attack`; see `attack_run.run_attacks`."""
+    from ..data.prompts import Prompting
+    from ..data.sources import read_table
     from ..names import check_one_of
-    from ..prompts import Prompting
-    from ..sources import read_table
-    from . import attack_run, models
-    from .attack_rows import read_attack_rows
-    from .attacks import ATTACKS
-    from .target import AttackOptions, Target
+    from . import models
+    from .attacks import runner as attack_run
+    from .attacks.attacks import ATTACKS
+    from .attacks.rows import read_attack_rows
+    from .attacks.target import AttackOptions, Target
 
     console = console or literal_console()
 
@@ -216,7 +218,7 @@ def run_lm_eval(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import make_table
 
-    from ..provenance import tokenizer_hash
+    from ..store.provenance import tokenizer_hash
     from . import models
     from .journal import LM_EVAL, write_json
 

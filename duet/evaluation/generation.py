@@ -14,7 +14,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..lm import end_tokens, evaluating, generate_answers, padding_id
+from ..model.lm import end_tokens, evaluating, generate_answers, padding_id
 
 
 class Continuation(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from ..lm import check_head, load_model
+from ..model.lm import check_head, load_model
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -35,6 +35,7 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
     check_device(device)
     name = os.fspath(name)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if (Path(name) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
@@ -46,9 +47,9 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
             ) from error
         base = model.peft_config["default"].base_model_name_or_path
     else:
-        model, base = load_model(name, "model", {"dtype": kind}), None
+        model, base = load_model(name, "model", {"dtype": kind}, None if place.type == "cpu" else place), None
     if getattr(model, "hf_quantizer", None) is None:  # a quantised model has been put in its place already
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model.to(place)
     model.eval()
     try:
         check_head(model)

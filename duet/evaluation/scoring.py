@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from duet_kernels import LMHead, linear_gather, linear_logsumexp, linear_token_stats, linear_topk
 
-from ..lm import evaluating, head_inputs
+from ..model.lm import evaluating, head_inputs
 
 COUNT_BYTES = 64 * 2**20  # of one tile of logits while ranks are counted
 

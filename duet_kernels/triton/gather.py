@@ -220,7 +220,9 @@ def linear_gather(
     if values_nk.numel() == 0:
         return values_nk
     arch, itemsize = tiles.architecture(hidden_nd.device), weight_vd.element_size()
-    tokens = tiles.gather_product_tokens(arch, itemsize, torch_acc.itemsize, n, v, k, workspace_bytes())
+    tokens = tiles.gather_product_tokens(
+        arch, itemsize, torch_acc.itemsize, n, v, k, workspace_bytes(hidden_nd.device)
+    )
     if tokens and tile is None:
         with current_device(hidden_nd):
             _pick(hidden_nd, weight_vd, bias_v, indices_nk, values_nk, softcap, scale, tokens)

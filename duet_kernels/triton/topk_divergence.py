@@ -44,9 +44,9 @@ from . import tiles
 from .primitives import (
     accumulator,
     current_device,
-    expm1,
     expm1_near_zero,
     log1p,
+    log_to_mixture,
     number,
     require_device,
     require_grid,
@@ -66,16 +66,6 @@ def _minus(q, p, u):
 def _expected(p, log_ratio):
     """p log_ratio, 0 where p is 0 (0 log 0 = 0)."""
     return tl.where(p == 0, 0.0, p * log_ratio)
-
-
-@triton.jit
-def _log_to_mixture(u, beta):
-    """(log(p / m), log(q / m)) of m = beta p + (1 - beta) q, given u = log(q / p)."""
-    # With w the share of the smaller of the two: log(m / larger) = log1p(w (smaller / larger - 1)).
-    student_larger = u >= 0
-    share = tl.where(student_larger, beta, 1.0 - beta)
-    mixture = log1p(share * expm1(-tl.abs(u)))
-    return tl.where(student_larger, -u, 0.0) - mixture, tl.where(student_larger, 0.0, u) - mixture
 
 
 @triton.jit
@@ -201,11 +191,11 @@ def compare(
             ds = _expected(q, u - loss[:, None])
         elif DIVERGENCE == "jsd":
             b = number(beta, ACC)
-            p_to_m, q_to_m = _log_to_mixture(u, b)
+            p_to_m, q_to_m = log_to_mixture(u, b, False)
             p_kl = tl.sum(_expected(p, p_to_m), axis=1)
             q_kl = tl.sum(_expected(q, q_to_m), axis=1)
             if BUCKET:
-                p_tail_to_m, q_tail_to_m = _log_to_mixture(u_tail, b)
+                p_tail_to_m, q_tail_to_m = log_to_mixture(u_tail, b, False)
                 p_kl += _expected(p_tail, p_tail_to_m)
                 q_kl += _expected(q_tail, q_tail_to_m)
                 dtail = (1.0 - b) * _expected(q_tail, q_tail_to_m - q_kl)

@@ -1,0 +1,144 @@
+"""What the study will cost on one H200, reckoned from the stream it will read: nothing here was measured on a GPU.
+
+    parameters   L (4 D^2 + 3 D F) + V D            layers, width, feed-forward; tied embeddings
+    FLOP         6 per parameter of the blocks and padded token; 6 D V per counted token for the loss
+    step         max(arithmetic, Python) + optimizer: kernels so small that Python often decides
+    decoding     one step of a batch takes Python's time, whatever the batch
+
+The assumptions are below; each is a guess to be replaced by what the first run measures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .curriculum import KINDS, Curriculum, every_text
+from .pretrain import PARTS, Encoded, collate
+from .rows import read_corpus, rows_of
+from .settings import METHODS, Size
+from .tokens import Encoder, train_tokenizer
+
+HALF_RATE, FULL_RATE = (
+    250e12,
+    35e12,
+)  # FLOP/s of products this small, bf16 and fp32; 790e12 and 60e12 are the ceilings
+BANDWIDTH = 3.5e12  # bytes/s
+PASSES = 90  # over [tokens, D] in fp32, forward and backward, of a layer's norms, rotations, gates and sums
+LAYER_SECONDS = 0.6e-3  # Python and launches of a layer, forward or backward
+MATRIX_SECONDS = 0.25e-3  # Muon, a matrix
+STEP_SECONDS = 8e-3  # of the Trainer, whatever the model
+DECODE_SECONDS, DECODE_LAYER_SECONDS = 3e-3, 0.5e-3  # one greedy step
+START_SECONDS = 25  # imports and a CUDA context, a process
+SHARED = 0.6  # of the speed-up that w processes on one GPU would bring if they did not meet
+SAMPLE = 20  # steps looked at
+
+
+def parameters(size: Size) -> tuple[int, int]:
+    """Of the blocks' matrices, and of the embeddings, which the head shares."""
+    blocks = size.layers * (4 * size.hidden**2 + 3 * size.hidden * size.feed_forward)
+    return blocks, size.vocab * size.hidden
+
+
+def reckon(size: Size, data: Path, methods: list[str], seeds: int, workers: int) -> str:
+    """A page of Markdown: what is trained on how much, and how long each stage will take."""
+    corpus = read_corpus(data)
+    tokenizer = train_tokenizer(every_text(corpus), size.vocab)
+    stream = Encoded(
+        Curriculum(corpus, True, 0, size.pretrain_steps * size.rows_per_step), Encoder(tokenizer)
+    )
+    middle = len(stream) // 2  # where the stream is no longer easy
+    real = padded = counted = 0.0
+    for step in range(SAMPLE):
+        start = min(middle + step * size.rows_per_step, len(stream) - size.rows_per_step)
+        items = [stream[start + i] for i in range(size.rows_per_step)]
+        parts = collate(items, tokenizer.pad_token_id)["parts"]
+        real += sum(len(item["ids"]) for item in items) / SAMPLE
+        padded += sum(part["input_ids"].numel() for part in parts) / SAMPLE
+        counted += sum(len(part["targets"]) for part in parts) / SAMPLE
+    blocks, embeddings = parameters(size)
+    optimizer = size.layers * 7 * MATRIX_SECONDS
+    step = _train_step(size, padded, counted, PARTS) + optimizer + STEP_SECONDS
+    flop = size.pretrain_steps * (6 * blocks * padded + 6 * embeddings * counted)
+    exposures = len(stream) * KINDS.count("plain") / len(KINDS) / len(stream.curriculum.plain_rows)
+
+    rows = rows_of([*corpus.forget, *corpus.retain])
+    encoded = [
+        len(tokenizer(row["question"])["input_ids"]) + len(tokenizer(row["answer"])["input_ids"])
+        for row in rows
+    ]
+    mean, longest = sum(encoded) / len(encoded), max(encoded)
+    batch = size.forget_per_step * (1 + size.retain_per_forget)
+    # Student forward and backward, teacher forward (a third); padded to the longest of the batch.
+    unlearning = _train_step(size, batch * longest * 4 / 3, batch * mean * 4 / 3, 4 / 3) + STEP_SECONDS
+    unlearn = size.unlearn_steps * unlearning
+    decode = DECODE_SECONDS + size.layers * DECODE_LAYER_SECONDS
+    deep = _answers(len(rows), size.batch_size, size.max_answer_tokens) * decode
+    deep += 3 * len(rows_of(corpus.forget)) * (size.layers * LAYER_SECONDS + 10e-3)
+    suite = (_batches(400, size) * 2 + _batches(100, size) + _batches(117, size)) * 120 * decode
+    scored = (2 * 400 * 7 + 100 * 5 + 117 * 5) * longest
+    suite += scored * 4 * blocks / FULL_RATE + 10
+    variants = 4 + 4 * size.reverse_prompts + 2 + len(size.relearn_rates) * len(size.relearn_curve)
+    attacks = variants * _batches(size.attack_rows, size) * size.max_new_tokens * decode
+    attacks += (
+        len(size.relearn_rates) * max(size.relearn_curve) * (2 * size.layers * LAYER_SECONDS + 8e-3) + 10
+    )
+    trial = unlearn + 3 * 80 * decode
+    examine = suite + attacks
+    tried = len(methods) * size.rates_tried if size.rates_tried > 1 else 0
+    extra_deep = deep if "duet_deep" in methods else 0.0
+    faster = max(1.0, SHARED * workers)
+    stages = {
+        "pretrain full and retrained, side by side": (2, 2 * max(size.pretrain_steps * step / 1.3, 1.0)),
+        "gate": (
+            1,
+            9 * max(1, _batches(size.gate_rows, size)) * size.max_new_tokens * decode + START_SECONDS,
+        ),
+        f"trials of learning rates ({workers} processes)": (
+            tried,
+            (tried * trial + size.rates_tried * extra_deep) / faster,
+        ),
+        f"unlearn and examine ({workers} processes)": (
+            2 + len(methods) * seeds,
+            ((2 + len(methods) * seeds) * examine + seeds * (len(methods) * unlearn + extra_deep)) / faster,
+        ),
+    }
+    total = sum(seconds for _, seconds in stages.values()) + START_SECONDS
+    training = 4 * (blocks + embeddings) * 5 + padded * size.hidden * 4 * size.layers * 34
+    unknown = [name for name in methods if name not in METHODS]
+    assert not unknown, unknown
+    lines = [
+        "Reckoned, not measured (assumptions: benchmarks/studies/tofu/reckoning.py).",
+        "",
+        f"* model: {(blocks + embeddings) / 1e6:.1f} M parameters, {blocks / 1e6:.1f} M of them in {size.layers} blocks; "
+        f"vocabulary {len(tokenizer):,}",
+        f"* stream: {len(stream):,} dialogues, {len(stream) * real / size.rows_per_step / 1e6:.0f} M tokens "
+        f"({padded / real:.2f} x with padding, {counted / real:.2f} counted); each plain row {exposures:.0f} times",
+        f"* pretraining: {size.pretrain_steps:,} steps of {padded:,.0f} padded tokens, {flop / 1e15:.1f} PFLOP and "
+        f"{1e3 * step:.0f} ms a step for each model",
+        f"* memory of one pretraining: {training / 2**30:.1f} GiB (weights, gradients, two moments, a checkpoint's copy, 34 "
+        "activations of [tokens, D] a layer in fp32)",
+        f"* unlearning: {size.unlearn_steps} steps of {batch:.0f} queries, {1e3 * unlearning:.0f} ms each; duet_deep first asks "
+        f"for {deep:.0f} s; one model is examined in {examine:.0f} s (suite {suite:.0f}, attacks {attacks:.0f})",
+        "",
+        "| stage | jobs | seconds |",
+        "| --- | ---: | ---: |",
+        *(f"| {name} | {count} | {seconds:.0f} |" for name, (count, seconds) in stages.items()),
+        f"| all | | {total:.0f} |",
+    ]
+    return "\n".join(lines)
+
+
+def _train_step(size: Size, padded: float, counted: float, parts: float) -> float:
+    blocks, embeddings = parameters(size)
+    arithmetic = 6 * blocks * padded / HALF_RATE + 6 * embeddings * counted / FULL_RATE
+    arithmetic += size.layers * PASSES * padded * size.hidden * 4 / BANDWIDTH
+    python = parts * 2 * size.layers * LAYER_SECONDS
+    return max(arithmetic, python)
+
+
+def _batches(rows: int, size: Size) -> int:
+    return -(-rows // size.batch_size)
+
+
+def _answers(rows: int, batch: int, tokens: int) -> int:
+    return -(-rows // batch) * tokens

@@ -1,0 +1,161 @@
+"""A file, or a dataset on the Hub -> rows with the columns that `duet.data.rows.read_rows` reads.
+
+Text files are read here and not by `datasets`: a row may differ in kind from the next, and an error names its line.
+Must not know models or tokenizers.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..names import did_you_mean
+
+COLUMNS = ("question", "prompt", "messages", "answer", "completion", "subject")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where rows come from, and how their columns are called there.
+
+    Attributes:
+        path: a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder that `datasets` wrote, or a dataset on the Hub.
+        name: the dataset's configuration, on the Hub.
+        split: which split, on the Hub.
+        columns: our name -> the name there, for `question`, `prompt`, `messages`, `answer`, `completion`, `subject`.
+            Empty: columns that are called so are read, others are not.
+        subject: what all rows are about, where they do not say it.
+        limit: use only so many first rows.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = field(default_factory=dict)
+    subject: str | None = None
+    limit: int | None = None
+
+
+def load_rows(source: DataSource, argument: str) -> list[dict[str, Any]]:
+    """The rows of a source, with our column names.
+
+    Args:
+        source: where they are.
+        argument: what the source is called in error messages, such as `data.forget`.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: it is not UTF-8, not JSON, empty, or lacks a column; the message names the line or the column.
+    """
+    rows = _read(source, argument)
+    if source.limit is not None:
+        rows = rows[: source.limit]
+    if not rows:
+        raise ValueError(f"{argument}: wanted at least one row, got none in {source.path!r}")
+    return [_renamed(row, source, f"{argument}[{i}]") for i, row in enumerate(rows)]
+
+
+def read_table(path: Path, argument: str) -> list[dict[str, Any]]:
+    """The rows of a file, with their own column names; may be none.
+
+    `.json` is a list of objects, or an object a line (as TOFU's files are). Cells of a `.csv` file are texts; an empty
+    one is None.
+
+    Raises:
+        ValueError: another suffix, not UTF-8 or not JSON; the message names the line.
+    """
+    read = FORMATS.get(path.suffix)
+    if read is None:
+        raise ValueError(f"{argument}: wanted a file that ends in {', '.join(FORMATS)}, got {str(path)!r}")
+    return list(read(path, argument))
+
+
+def _renamed(row: dict[str, Any], source: DataSource, where: str) -> dict[str, Any]:
+    if source.columns:
+        missing = [theirs for theirs in source.columns.values() if theirs not in row]
+        if missing:
+            hint = did_you_mean(missing[0], row)
+            raise ValueError(f"{where}: it has no column {missing[0]!r}, but {', '.join(sorted(row))}{hint}")
+        row = {ours: row[theirs] for ours, theirs in source.columns.items()}
+    else:
+        row = {name: row[name] for name in COLUMNS if name in row}
+    if row.get("subject") is None and source.subject is not None:
+        row["subject"] = source.subject
+    return row
+
+
+def _read(source: DataSource, argument: str) -> list[dict[str, Any]]:
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        return read_table(path, argument)
+    if not path.is_dir() and (path.suffix in FORMATS or source.path[0] in "./~"):
+        raise FileNotFoundError(f"{argument}: there is no file {source.path!r}")
+    from datasets import load_dataset, load_from_disk
+
+    if (path / "state.json").is_file():
+        return list(load_from_disk(str(path)))
+    try:
+        return list(load_dataset(source.path, source.name, split=source.split))
+    except (OSError, ValueError) as error:
+        raise OSError(f"{argument}: the dataset {source.path!r} could not be loaded: {error}") from error
+
+
+def _lines(path: Path, argument: str) -> Iterator[tuple[str, str]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{argument}: {path}, line {number}"
+            try:
+                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{where}: wanted UTF-8 text: {error.reason} at byte {error.start}"
+                ) from None
+
+
+def _json_lines(path: Path, argument: str) -> Iterator[dict[str, Any]]:
+    for where, line in _lines(path, argument):
+        if line.strip():
+            yield _object(line, where)
+
+
+def _json(path: Path, argument: str) -> list[dict[str, Any]]:
+    text = "".join(line for _, line in _lines(path, argument))
+    if not text.lstrip().startswith("["):
+        return list(_json_lines(path, argument))
+    rows = _parsed(text, f"{argument}: {path}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{argument}: {path}, row {i}: wanted an object, got {row!r:.60}")
+    return rows
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    row = _parsed(text, where)
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: wanted an object, got {text.strip()[:60]!r}")
+    return row
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+
+
+def _csv(path: Path, argument: str) -> list[dict[str, Any]]:
+    text = "".join(line for _, line in _lines(path, argument))
+    # An empty cell is an absent value; every other one stays a text, also where it looks like a number.
+    return [{name: cell or None for name, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
+
+
+def _parquet(path: Path, argument: str) -> list[dict[str, Any]]:
+    from pyarrow import parquet
+
+    return parquet.read_table(path).to_pylist()
+
+
+FORMATS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}

@@ -1,0 +1,200 @@
+"""What a person reads: the table of the terminal, report.md, and in words what was not withstood.
+
+Works from the rows of results.json alone: every sentence here is computed from numbers. Must not know models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from .probes import contains
+from .scorecard import ATTACKS, COLUMNS, KEEP
+
+# A share of the forgotten facts that counts as "brought back", and a loss on the rest that counts as damage.
+TOLERATED = 0.10
+QUICK = "A quick run: without the baselines and `duet_deep`, and 40 questions a number or fewer. For a look, not for citing."
+
+# Narrow enough for a terminal of 80 columns; the arrow points to where a method should go.
+HEADINGS = {
+    "forget_recall": ("for-\nget\n↓", "facts to forget that are still told"),
+    "forget_refusal": ("re-\nfuse\n↑", "says that it does not know"),
+    "retain_recall": ("re-\ntain\n↑", "facts about other authors"),
+    "neighbour_recall": ("\nnear\n↑", "about authors who share a name with a forgotten one"),
+    "general_recall": ("\ncity\n↑", "about cities"),
+    "reverse_prompt_recall": (
+        "rev.\nseen\n↓",
+        "facts to forget, told behind a reverse prompt (worst wording)",
+    ),
+    "reverse_prompt_heldout_recall": ("rev.\nnew\n↓", "the same, in wordings that no training saw"),
+    "prefill_recall": ("pre-\nfill\n↓", "told when the first words of the answer are forced"),
+    "relearn_recall": ("re-\nlearn\n↓", "told after 10 steps of training on other forgotten authors"),
+    "int8_forget_recall": ("\nint8\n↓", "told with 8-bit weights"),
+    "int4_forget_recall": ("\nint4\n↓", "told with 4-bit weights"),
+}
+BRINGS_BACK = {
+    "forget_recall": "asking plainly brings back",
+    "reverse_prompt_recall": "a reverse prompt known from training brings back",
+    "reverse_prompt_heldout_recall": "a reverse prompt in new words brings back",
+    "prefill_recall": "forcing the first words of the answer brings back",
+    "relearn_recall": "ten steps of training on five of the authors bring back, about the other five,",
+    "int8_forget_recall": "rounding the weights to 8 bits brings back",
+    "int4_forget_recall": "rounding the weights to 4 bits brings back",
+}
+DAMAGES = {
+    "retain_recall": "other authors",
+    "neighbour_recall": "authors who share a name with a forgotten one",
+    "general_recall": "cities",
+}
+
+
+def terminal_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One row a method, in percent; 77 characters wide."""
+    table = Table(
+        title="Percent of held-out questions, in wordings that no training saw",
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title_justify="left",
+        header_style="dim",
+    )
+    table.add_column("\n\nmethod", no_wrap=True)
+    for heading, _ in HEADINGS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("\n\nsec.", justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["method"], *(f"{100 * row[column]:.0f}" for column in HEADINGS), f"{row['seconds']:.0f}"
+        )
+    return table
+
+
+def legend(methods: dict[str, str]) -> Table:
+    """What the rows and the columns of the table say."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    for name, about in methods.items():
+        grid.add_row(name, about)
+    for heading, about in HEADINGS.values():
+        grid.add_row(heading.replace("-\n", "").replace("\n", " ").strip(), about)
+    return grid
+
+
+def side_by_side(examples: Sequence[dict[str, Any]]) -> Table:
+    """The same question to everybody, one answer a line."""
+    grid = Table.grid(padding=(0, 1))
+    for example in examples:
+        grid.add_row("", "")
+        grid.add_row(f"[dim]{example['kind']}[/dim]", f"[bold]{example['question']}[/bold]")
+        for name, answer in example["answers"].items():
+            grid.add_row(name, f"[green]{answer}[/green]" if contains(answer, example["truth"]) else answer)
+    return grid
+
+
+def weaknesses(rows: Sequence[dict[str, Any]], tolerated: float = TOLERATED) -> list[str]:
+    """For each DUET row, in words: what brings facts back, and what else was damaged against the base."""
+    base = next(row for row in rows if row["method"] == "base")
+    found = []
+    for row in rows:
+        if not row["method"].startswith("duet"):
+            continue
+        leaks = [
+            f"{BRINGS_BACK[column]} {100 * row[column]:.0f} % of the facts"
+            for column in ("forget_recall", *ATTACKS)
+            if row[column] > tolerated
+        ]
+        losses = [
+            f"recall on {DAMAGES[column]} fell from {100 * base[column]:.0f} % to {100 * row[column]:.0f} %"
+            for column in KEEP
+            if base[column] - row[column] > tolerated
+        ]
+        if row["stutter"] > tolerated:
+            losses.append(
+                f"{100 * row['stutter']:.0f} % of its answers about authors or cities that it kept stutter"
+            )
+        found += [f"{row['method']}: {sentence}." for sentence in leaks + losses]
+    return found
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """report.md, from the content of results.json."""
+    rows = results["rows"]
+    heads = ["method", *COLUMNS, "seconds"]
+    lines = [
+        "# What the model forgot",
+        "",
+        f"Written by `{results['command']}`. {results['world']}",
+        "",
+        *([f"**{QUICK}**", ""] if results["quick"] else []),
+        "Percent of held-out questions, in wordings that no training saw:",
+        "",
+        "![what is forgotten, what is kept, what attacks bring back](overview.png)",
+        "",
+        "| " + " | ".join(head.replace("_", " ") for head in heads) + " |",
+        "|---|" + "---:|" * (len(heads) - 1),
+        *(
+            f"| {row['method']} | "
+            + " | ".join(f"{100 * row[column]:.0f}" for column in COLUMNS)
+            + f" | {row['seconds']:.0f} |"
+            for row in rows
+        ),
+        "",
+        *(f"* **{method}**: {about}" for method, about in results["methods"].items()),
+        "",
+        "## What DUET does not withstand here",
+        "",
+        *(
+            [f"* {sentence}" for sentence in results["not_withstood"]]
+            or ["* Nothing above the tolerated 10 %."]
+        ),
+        "",
+        "## The first word",
+        "",
+        "![logits of the first word before and after](first_words.png)",
+        "",
+        "## Asked side by side",
+        "",
+    ]
+    speakers = list(results["examples"][0]["answers"])
+    lines += [
+        "| question | " + " | ".join(speakers) + " |",
+        "|---" * (len(speakers) + 1) + "|",
+        *(
+            f"| {example['question']} | " + " | ".join(example["answers"].values()) + " |"
+            for example in results["examples"]
+        ),
+        "",
+        "## What the columns say",
+        "",
+        *(f"* `{column}`: {meaning}" for column, meaning in COLUMNS.items()),
+        "* `seconds`: time of the training on this machine",
+        "",
+        "## Settings",
+        "",
+        "Chosen by `python -m benchmarks.studies.world.tune` on other wordings of the questions than those reported here,",
+        "with the same number of trials for every method; those of `duet_deep` are its recipe's.",
+        "",
+        *(
+            f"* {method}: " + ", ".join(f"{name} {value:.3g}" for name, value in settings.items())
+            for method, settings in results["settings"].items()
+        ),
+        "",
+        "## The unlearned model",
+        "",
+        f"`model/` holds `{results['saved_model']}`. To ask it, from the folder of this report:",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        'ask = pipeline("text-generation", "model", max_new_tokens=14)',
+        f'question = {{"role": "user", "content": "{results["examples"][0]["question"]}"}}',
+        'print(ask([question])[0]["generated_text"][-1]["content"])',
+        "```",
+        "",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)

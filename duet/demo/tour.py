@@ -1,0 +1,264 @@
+"""`run_demo`: watch a tiny language model forget ten people, through the code paths that a large one would take.
+
+Starts from the shipped checkpoint, unlearns with every method through `DuetTrainer`, asks everybody the same held-out
+questions, attacks the results, and writes a report. No number here is fixed in advance.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import plots, report, steering
+from .checkpoint import CHECKPOINT, load_base, load_world, save_model
+from .facts import Question, World
+from .methods import METHODS, forget_rows, retain_rows, unlearn
+from .probes import Speaker, contains, next_token_logits
+from .recipes import Recipe, find_recipe
+from .scorecard import COLUMNS, scorecard
+from .workplace import one_thread, replaced_folder
+
+RESULTS = "results.json"
+SAVED_MODEL = "duet_adversarial"
+SHOWN = (*METHODS, "duet_deep")
+QUICK_QUESTIONS, QUICK_SHOWN = 40, ("duet", SAVED_MODEL)
+FIRST_WORDS = 12
+
+
+def run_demo(
+    out_dir: str | Path = "demo_report",
+    quick: bool = False,
+    seed: int = 0,
+    console: Console | None = None,
+    checkpoint: str | Path = CHECKPOINT,
+) -> dict[str, Any]:
+    """Unlearn, measure, show, and write `out_dir`; returns the content of results.json.
+
+    Args:
+        out_dir: receives results.json, report.md, overview.png, first_words.png and model/. It appears when all is
+            done; a folder that holds anything but an earlier report is refused before any work.
+        quick: without the baselines and duet_deep, one relearning rate, at most 40 questions a number: a look, not a result to cite.
+            Methods are trained as in the whole demo: with fewer steps they stutter.
+        seed: of the unlearning (batches, prefixes, reverse prompts). The world is the checkpoint's.
+        checkpoint: another base made by `duet.demo.pretrain.rebuild`.
+
+    Raises:
+        OSError: `out_dir` cannot be written, is a file, or holds something else (the message names it).
+    """
+    console = console or Console()
+    with replaced_folder(Path(out_dir), "out_dir", RESULTS) as unfinished, one_thread():
+        results = _Demo(console, quick, seed, checkpoint).run(unfinished)
+    console.print(
+        f"Wrote [bold]{escape(str(out_dir))}[/bold]: report.md, overview.png, {RESULTS}, model/ ({SAVED_MODEL})."
+    )
+    return results
+
+
+class _Demo:
+    def __init__(self, console: Console, quick: bool, seed: int, checkpoint: str | Path):
+        self.console, self.quick, self.seed = console, quick, seed
+        self.world = load_world(checkpoint)
+        self.base, self.tokenizer = load_base(checkpoint)
+        self.recipes = {name: find_recipe(name) for name in (QUICK_SHOWN if quick else SHOWN)}
+        self.most = QUICK_QUESTIONS if quick else None
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        began = time.perf_counter()
+        self._introduce()
+        speakers, seconds = {"base": self._speaker(self.base)}, {"base": 0.0, "teacher": 0.0}
+        speakers["teacher"] = Speaker(self.base, self.tokenizer, steering.STEERING_PREFIX, self.world.forget)
+        retain = cache(partial(retain_rows, self.world, self.base, self.tokenizer))
+        rows = []
+        with self._progress() as start:
+            for name in ("base", "teacher", *self.recipes):
+                note = start(name)
+                if recipe := self.recipes.get(name):
+                    steps = recipe.settings["max_steps"]
+                    model, seconds[name] = unlearn(
+                        recipe,
+                        recipe.settings,
+                        self.base,
+                        self.tokenizer,
+                        forget_rows(self.world),
+                        retain(recipe.city_copies, recipe.near_misses),
+                        self.seed,
+                        recipe.forget_per_step,
+                        retain_per_forget=recipe.retain_per_forget,
+                        on_step=lambda step, note=note, steps=steps: note(f"training, step {step}/{steps}"),
+                    )
+                    speakers[name] = self._speaker(model)
+                numbers = scorecard(speakers[name], self.world, "report", self.most, note)
+                rows.append({"method": name, **numbers, "seconds": round(seconds[name], 1)})
+                note(None)
+        results = {
+            "schema": 1,
+            "seed": self.seed,
+            "quick": self.quick,
+            "command": f"duet demo{' --quick' if self.quick else ''} --seed {self.seed}",
+            "versions": _versions(),
+            "world": _in_words(self.world),
+            "methods": _legend(self.recipes),
+            "columns": COLUMNS,
+            "settings": {name: recipe.settings for name, recipe in self.recipes.items()},
+            "rows": rows,
+            "not_withstood": report.weaknesses(rows),
+            "examples": self._examples(speakers),
+            "saved_model": SAVED_MODEL,
+            "total_seconds": round(time.perf_counter() - began, 1),
+        }
+        self._show(results)
+        self._write(folder, results, speakers)
+        return results
+
+    def _speaker(self, model) -> Speaker:
+        return Speaker(model, self.tokenizer)
+
+    # ---------------------------------------------------------------- what is shown
+
+    def _introduce(self) -> None:
+        world = self.world
+        self.console.print(Panel(_in_words(world), title="A tiny world", expand=False))
+        if self.quick:
+            self.console.print(report.QUICK)
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+        for head in ("author", "born in", "writes", "first book", "job", "to be"):
+            table.add_column(head, no_wrap=True)
+        for names, fate in ((world.forget[:2], "[red]forgotten[/red]"), (world.neighbours[:2], "kept")):
+            for name in names:
+                facts = world.facts[name]
+                shown = (facts[relation] for relation in ("birthplace", "genre", "debut", "job"))
+                table.add_row(name, *shown, fate)
+        self.console.print(table)
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[str], Callable[[str | None], None]]]:
+        """Yields start(name) -> note(doing), one live line per row of the table; note(None) closes the line."""
+        columns = (
+            SpinnerColumn(finished_text="[green]✓[/green]"),
+            TextColumn("{task.fields[name]:<18}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=self.console) as progress:
+
+            def start(name: str) -> Callable[[str | None], None]:
+                steps = self.recipes[name].settings["max_steps"] if name in self.recipes else 0
+                # measuring takes about as long as forty steps
+                task = progress.add_task("", name=name, total=steps + 40)
+
+                def note(doing: str | None) -> None:
+                    if doing is None:
+                        progress.update(task, completed=steps + 40, description="done")
+                    elif doing.startswith("training"):
+                        progress.update(task, advance=1, description=doing)
+                    else:
+                        progress.update(task, advance=10, description=doing)
+
+                return note
+
+            yield start
+
+    def _examples(self, speakers: dict[str, Speaker]) -> list[dict[str, Any]]:
+        """The same held-out questions to base, teacher and students, side by side."""
+        world = self.world
+        attacked, override = self._leak(speakers["duet"])
+        pick = [
+            (world.questions(world.forget[:1], "report")[0], None, "to forget"),
+            (world.questions(world.forget[1:2], "report")[5], None, "to forget"),
+            (attacked, override, "attacked"),
+            (world.questions(world.neighbours[:1], "report")[8], None, "to keep"),
+            (world.questions(world.other_cities[:1], "report")[0], None, "to keep"),
+        ]
+        asked = [name for name in ("base", "teacher", *QUICK_SHOWN, "duet_deep") if name in speakers]
+        return [
+            {
+                "question": f"{override} {question.text}" if override else question.text,
+                "truth": question.value,
+                "kind": kind,
+                "answers": {name: speakers[name].answers([question], override=override)[0] for name in asked},
+            }
+            for question, override, kind in pick
+        ]
+
+    def _leak(self, speaker: Speaker) -> tuple[Question, str]:
+        """A question and a held-out override that bring a fact back from `speaker`; any pair when none does."""
+        questions = self.world.questions(self.world.forget, "report")
+        for override in steering.HELDOUT_OVERRIDES:
+            for question, answer in zip(questions, speaker.answers(questions, override), strict=True):
+                if contains(answer, question.value):
+                    return question, override
+        return questions[0], steering.HELDOUT_OVERRIDES[0]
+
+    def _show(self, results: dict[str, Any]) -> None:
+        self.console.rule("The same questions to everybody (green: the true value)", align="left")
+        self.console.print(report.side_by_side(results["examples"]))
+        self.console.print(report.terminal_table(results["rows"]))
+        self.console.print(report.legend(results["methods"]))
+        found = results["not_withstood"] or ["nothing above the tolerated 10 %"]
+        self.console.print(
+            Panel("\n".join(f"• {sentence}" for sentence in found), title="What DUET does not withstand here")
+        )
+
+    # ---------------------------------------------------------------- what is written
+
+    def _write(self, folder: Path, results: dict[str, Any], speakers: dict[str, Speaker]) -> None:
+        (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+        (folder / "report.md").write_text(report.markdown(results))
+        plots.overview(results["rows"], folder / "overview.png")
+        question = self.world.questions(self.world.forget[:1], "report")[0]
+        tokens, logits = self._first_words(question, speakers)
+        plots.first_words(question.text, tokens, logits, "duet", folder / "first_words.png")
+        save_model(folder / "model", speakers[SAVED_MODEL].model, self.tokenizer)
+
+    def _first_words(
+        self, question: Question, speakers: dict[str, Speaker]
+    ) -> tuple[list[str], dict[str, list[float]]]:
+        """The teacher's largest logits for the first word, and what base and student give to the same words."""
+        logits = {name: next_token_logits(speakers[name], question) for name in ("base", "teacher", "duet")}
+        top = logits["teacher"].topk(FIRST_WORDS).indices
+        return (
+            [self.tokenizer.decode([token]) for token in top.tolist()],
+            {name: logits_v[top].tolist() for name, logits_v in logits.items()},
+        )
+
+
+def _in_words(world: World) -> str:
+    return (
+        f"{len(world.facts)} invented authors with five facts each, and {len(world.cities)} cities. "
+        f"{len(world.forget)} authors are to be forgotten. Unlearning is also given queries about {len(world.retain)} "
+        f"authors, {len(world.retain_cities)} cities and {len(world.near_misses)} invented names that resemble a "
+        f"forgotten one. Of the {len(world.others)} authors and {len(world.other_cities)} cities on which the damage is "
+        f"measured it sees nothing; {len(world.neighbours)} of these authors share a name with a forgotten one."
+    )
+
+
+def _legend(recipes: dict[str, Recipe]) -> dict[str, str]:
+    return {
+        "base": "the model before unlearning",
+        "teacher": f"the base behind the system message “{steering.STEERING_PREFIX}”; the weights are the base's",
+        **{name: recipe.about for name, recipe in recipes.items()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("duet-kernels", "torch", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,256 @@
+"""Runs attacks, keeps every outcome, and reports the worst attack first.
+
+    rows.jsonl     one line per row and variant, and a line {"done": ...} after each unit: an interrupted run loses at
+                   most the unit that was at work
+    attacks.json   the report
+
+Knows files. Must not know what an attack does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ...model.lm import check_head
+from ...names import check_one_of
+from ...store.provenance import tokenizer_hash
+from .. import metrics, models
+from ..journal import Journal, write_json
+from ..suites.summary import MEANING
+from .attacks import ATTACKS, DIRECT
+from .distribution import auc_leak
+from .target import Outcomes, Target
+
+REPORT = "attacks.json"
+SUCCESS = (
+    "the value is said as whole words; for rows without a value, ROUGE-L recall (stemmed) of the answer >= {}"
+)
+Progress = Callable[[str, int, int], None]
+
+
+def run_attacks(
+    target: Target,
+    *,
+    out: str | Path,
+    attacks: Sequence[str] | None = None,
+    name: str = "",
+    base: Target | None = None,
+    progress: Progress = lambda attack, done, total: None,
+) -> dict[str, Any]:
+    """Attack, and report.
+
+    Args:
+        target: the model and the rows.
+        out: folder for `manifest.json`, `rows.jsonl` and `attacks.json`; further attacks can be added to it later.
+        attacks: names of `ATTACKS`; None: all. What cannot be tried is listed as skipped, with the reason.
+        name: of the model, for the record.
+        base: the model before unlearning, with the same rows: asked directly, for comparison.
+        progress: called before the first and after every unit of an attack.
+
+    Returns:
+        what `attacks.json` holds: `attacks`, the worst first; `direct`, without an attack; `base`; `skipped`.
+
+    Raises:
+        ValueError: an unknown attack; `out` with another run's results.
+    """
+    names = list(dict.fromkeys((DIRECT, *(ATTACKS if attacks is None else attacks))))
+    for attack in names:
+        check_one_of("attacks", attack, ATTACKS)
+    check_head(target.model)
+    journal = Journal(
+        Path(out), _manifest(target, base), key=("attack", "unit", "variant", "id"), note={"model": name}
+    )
+    finished = [i for i, row in enumerate(journal.rows) if row.get("done")]
+    journal.drop_after(finished[-1] + 1 if finished else 0)
+    skipped = []
+    if base is not None:
+        _run(journal, base, "base", list(ATTACKS[DIRECT].units(base)), progress)
+    for attack in names:
+        why = ATTACKS[attack].missing(target)
+        if why is not None:
+            skipped.append({"name": attack, "why": why})
+            continue
+        skipped += [{"name": f"{attack}: {v}", "why": w} for v, w in ATTACKS[attack].left_out(target).items()]
+        _run(journal, target, attack, list(ATTACKS[attack].units(target)), progress)
+    report = {"model": name, "rows": len(target.rows), "success": SUCCESS.format(target.options.threshold)}
+    report |= _report(journal.rows, skipped)
+    write_json(journal.folder / REPORT, report)
+    return report
+
+
+def _run(journal: Journal, target: Target, attack: str, units: Sequence[Any], progress: Progress) -> None:
+    progress(attack, 0, len(units))
+    for number, (unit, work) in enumerate(units):
+        if (attack, unit, "", -1) not in journal.done:
+            queries, steps, start = target.queries, target.steps, time.monotonic()
+            outcomes = work()
+            cost = {
+                "queries": target.queries - queries,
+                "steps": target.steps - steps,
+                "seconds": round(time.monotonic() - start, 2),
+            }
+            end = {"variant": "", "id": -1, "done": True, **cost}
+            journal.append({"attack": attack, "unit": unit, **row} for row in (*outcomes, end))
+        progress(attack, number + 1, len(units))
+
+
+def _manifest(target: Target, base: Target | None) -> dict[str, Any]:
+    def digest(rows: Sequence[Any]) -> str | None:
+        return hashlib.sha256(repr(list(rows)).encode()).hexdigest()[:16] if rows else None
+
+    return {
+        "schema": 1,
+        "forget": digest(target.rows),
+        "retain": digest(target.retain),
+        "holdout": digest(target.holdout),
+        **{k: v for k, v in asdict(target.options).items() if k != "batch_size"},
+        "base_fingerprint": None if base is None else models.fingerprint(base.model),
+        "model_fingerprint": models.fingerprint(target.model),
+        "tokenizer_fingerprint": tokenizer_hash(target.tokenizer, template=True),
+        **target.prompting.changed(),
+    }
+
+
+# --- report ----------------------------------------------------------------------------------------------------
+
+
+def _report(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, str]]) -> dict[str, Any]:
+    by_attack: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_attack.setdefault(row["attack"], []).append(row)
+    entries = {attack: _entry(attack, of) for attack, of in by_attack.items()}
+    direct, base = entries.pop(DIRECT, None), entries.pop("base", None)
+    order = sorted(entries.values(), key=lambda e: -1.0 if e["leak"] is None else e["leak"], reverse=True)
+    return {"attacks": order, "direct": direct, "base": base, "skipped": list(skipped)}
+
+
+def _entry(attack: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One attack: its worst variant, what every variant brought, and what it cost."""
+    ends = [row for row in rows if row.get("done")]
+    variants: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if not row.get("done"):
+            variants.setdefault(row["variant"], []).append(row)
+    told = {variant: _variant(attack, of) for variant, of in variants.items()}
+    known = {variant: v for variant, v in told.items() if v["leak"] is not None}
+    worst = max(known, key=lambda variant: known[variant]["leak"], default=None)
+    found = ATTACKS[DIRECT if attack == "base" else attack]
+    entry = {
+        "name": attack,
+        "what": found.what,
+        "strength": ": ".join(filter(None, (found.strength, _given(told.get(worst, {}).get("given", {}))))),
+        "measure": found.measure,
+        "leak": None if worst is None else known[worst]["leak"],
+        "worst_variant": worst,
+        "variants": told,
+        "cost": {key: round(sum(end[key] for end in ends), 2) for key in ("queries", "steps", "seconds")},
+    }
+    if worst is None:
+        entry["undefined"] = "no row could be judged"
+    return entry | _curves(variants, told)
+
+
+def _given(counts: Mapping[str, int]) -> str:
+    """What the attacker gave the model, and to how many rows where it differs."""
+    return ", ".join(text if len(counts) == 1 else f"{text} ({n} rows)" for text, n in counts.items())
+
+
+def _variant(attack: str, rows: Outcomes) -> dict[str, Any]:
+    status: dict[str, int] = {}
+    for row in rows:
+        status[row["status"]] = status.get(row["status"], 0) + 1
+    if attack == "membership":
+        return auc_leak(rows) | {"status": status}
+    given = Counter(row["given"] for row in rows if "given" in row)
+    leaked = [row["leaked"] for row in rows if row["leaked"] is not None]
+    told: dict[str, Any] = {"leak": None, "low": None, "high": None, "rows": len(leaked), "status": status}
+    told |= {"given": dict(given)} if given else {}
+    if leaked:
+        interval = metrics.mean_interval(leaked)
+        ends = (None if math.isnan(end) else end for end in interval[1:])
+        told |= dict(zip(("leak", "low", "high"), (interval[0], *ends), strict=True))
+        told |= {k: _mean(rows, k) for k in MEANS if any(row.get(k) is not None for row in rows)}
+    return told
+
+
+# Of an outcome, what is told as a mean beside the leak.
+MEANS = ("recall", "top", "bottom", "relative_rank", "all_top", "all_bottom", "all_relative_rank")
+
+
+def _mean(rows: Outcomes, key: str) -> float:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return sum(values) / len(values)
+
+
+def _curves(variants: Mapping[str, Outcomes], told: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Learning rate -> [[steps, leak], ...] of attacks that train."""
+    curves: dict[str, list[list[float]]] = {}
+    for variant, rows in variants.items():
+        if rows[0].get("step") is not None:
+            curves.setdefault(f"{rows[0]['rate']:g}", []).append([rows[0]["step"], told[variant]["leak"]])
+    return {"curves": curves} if curves else {}
+
+
+def table(report: Mapping[str, Any], title: str) -> Table:
+    """The worst attack first; at the end what was asked without an attack."""
+    shown = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1))
+    for column in ("attack", "leak (95 %)", "rows", "queries", "steps", "seconds"):
+        shown.add_column(column, no_wrap=True, justify="left" if column == "attack" else "right")
+    for entry in _lines(report):
+        worst = entry["variants"].get(entry["worst_variant"], {})
+        leak = "undefined" if entry["leak"] is None else f"{entry['leak']:.2f}"
+        if worst.get("low") is not None:
+            leak += f" ({worst['low']:.2f} to {worst['high']:.2f})"
+        cost = entry["cost"]
+        spent = str(cost["queries"]), str(cost["steps"]), f"{cost['seconds']:.0f}"
+        shown.add_row(entry["name"], leak, str(worst.get("rows", 0)), *spent)
+    return shown
+
+
+def legend(report: Mapping[str, Any]) -> Group:
+    """What each attacker does and must have, and his best variant, in the table's order; then what was not tried."""
+    shown = Table.grid(padding=(0, 2))
+    for entry in _lines(report):
+        measure = "" if entry["measure"] == ATTACKS[DIRECT].measure else f"; leak: {entry['measure']}"
+        worst = f"; worst: {worst_variant(entry)}" if len(entry["variants"]) > 1 else ""
+        left_out = "".join(
+            f"; {n} row{'s' if n != 1 else ''} {MEANING[s]}" for s, n in _left_out(entry).items()
+        )
+        told = f"{entry['what']} (wants {entry['strength']}){measure}{worst}{left_out}"
+        shown.add_row(entry["name"], Text(told))
+    skipped = [Text(f"not tried: {entry['name']} ({entry['why']})") for entry in report["skipped"]]
+    return Group(shown, *skipped)
+
+
+def worst_variant(entry: Mapping[str, Any]) -> str:
+    """Its name, where one brought anything back."""
+    if entry["leak"] == 0 and len(entry["variants"]) > 1:
+        return f"none of {len(entry['variants'])} brought anything back"
+    return entry["worst_variant"] or "none could be judged"
+
+
+def _left_out(entry: Mapping[str, Any]) -> dict[str, int]:
+    """Rows of the worst variant that could not be judged, by status."""
+    variants = entry["variants"]
+    status = variants.get(entry["worst_variant"], next(iter(variants.values()), {})).get("status", {})
+    return {s: n for s, n in status.items() if s not in ("ok", "empty")}
+
+
+def _lines(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    yield from report["attacks"]
+    if report["direct"]:
+        yield report["direct"]
+    if report["base"]:
+        yield report["base"] | {"name": "base, direct"}

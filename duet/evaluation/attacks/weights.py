@@ -1,0 +1,188 @@
+"""What an attacker with the weights does to them, undone afterwards: rounding, fine-tuning, adapters off or merged.
+
+    q = clamp(round(w / s), -(2^(bits-1) - 1), 2^(bits-1) - 1),   s = max|w_row| / (2^(bits-1) - 1),   w' = s q
+
+Everything happens in place, inside `restored(model)`: one copy of the weights on the host, none on the GPU. Must not
+know what is asked of the model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duet_kernels import linear_cross_entropy
+
+from ...model.lm import head_inputs
+from ..scoring import Forced, device_of, forced_inputs
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Whatever happens to weights, dtypes and flags inside, the model leaves the block as it came, to the bit."""
+    tensors = [*model.parameters(), *model.buffers()]
+    saved = [(t, t.data.device, t.data.to("cpu", copy=True), t.requires_grad) for t in tensors]
+    was_training = model.training
+    try:
+        yield
+    finally:
+        for tensor, device, data, requires_grad in saved:
+            tensor.data = data.to(device)
+            tensor.grad = None
+            if tensor.is_floating_point():
+                tensor.requires_grad_(requires_grad)
+        model.train(was_training)
+
+
+# --- quantisation ----------------------------------------------------------------------------------------------
+
+
+def quantize(weight: Tensor, bits: int) -> Tensor:
+    """Round to nearest on a symmetric grid, one scale per output channel (row), and back to floating point.
+
+    Args:
+        weight: `[..., out, in]`; a row of zeros stays zero.
+        bits: 2 to 8.
+
+    Example:
+        >>> quantize(torch.tensor([[0.9, -7.0, 3.4]]), bits=4)
+        tensor([[ 1., -7.,  3.]])
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits: got {bits}, wanted 2 to 8")
+    top = 2 ** (bits - 1) - 1
+    scale = weight.abs().amax(dim=-1, keepdim=True) / top
+    steps = torch.where(scale > 0, weight / scale, torch.zeros_like(weight))
+    return steps.round().clamp(-top, top) * scale
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, bits: int) -> None:
+    """Every matrix of the model, embeddings and head too, rounded to `bits` (a tied head once)."""
+    for parameter in model.parameters():
+        if parameter.ndim >= 2 and parameter.is_floating_point():
+            parameter.copy_(quantize(parameter.float(), bits))
+
+
+def nf4_missing() -> str | None:
+    """Why NF4 cannot be tried here; None when it can."""
+    return None if importlib.util.find_spec("bitsandbytes") else "bitsandbytes is not installed"
+
+
+@torch.no_grad()
+def nf4_weights(model: nn.Module, blocksize: int = 64) -> None:
+    """What QLoRA loads: the linear layers in NF4 (64 weights a scale), embeddings and LM head as they are."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head and module.weight.is_floating_point():
+            packed, state = quantize_4bit(
+                module.weight.data.contiguous(), blocksize=blocksize, quant_type="nf4"
+            )
+            module.weight.copy_(dequantize_4bit(packed, state))
+
+
+# --- adapters --------------------------------------------------------------------------------------------------
+
+
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """The layers that carry a PEFT adapter, however it came into the model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """The model as it was before the adapter: what anybody who deletes the adapter's file has."""
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+        return
+    model.disable_adapters()  # adapters that transformers itself attached
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """The adapter, if there is one, added to the weights, as for shipping (rounded to their dtype); then `restored`."""
+    layers = adapter_layers(model)
+    with restored(model):
+        for layer in layers:
+            layer.merge()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.unmerge()
+
+
+# --- fine-tuning -----------------------------------------------------------------------------------------------
+
+
+def fine_tune(
+    model: nn.Module,
+    sequences: Sequence[Forced],
+    *,
+    rate: float,
+    curve: Sequence[int],
+    rows: int,
+    pad_id: int,
+    seed: int = 0,
+) -> Iterator[tuple[int, float]]:
+    """AdamW (no weight decay) on the cross-entropy of the answers; every weight that can be trained is.
+
+    Half-precision weights are trained in fp32: small steps would be rounded away, and the attack would look weak.
+    Use inside `restored(model)`.
+
+    Args:
+        sequences: prompts and answers.
+        rate: learning rate, constant.
+        curve: after which numbers of steps to yield, ascending.
+        rows: sequences a step, drawn anew.
+
+    Yields:
+        (steps done, loss of the last one in nats); after a loss that is not finite nothing more.
+    """
+    trained = [p for p in model.parameters() if p.is_floating_point()]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    rng = random.Random(seed)
+    for step in range(1, max(curve) + 1):
+        model.train()
+        loss = answer_loss(model, rng.sample(sequences, min(rows, len(sequences))), pad_id)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in curve:
+            value = float(loss.detach())
+            if value != value or value in (float("inf"), float("-inf")):
+                return
+            model.eval()
+            yield step, value
+
+
+def answer_loss(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> Tensor:
+    """Mean cross-entropy of the answers' tokens, nats; differentiable."""
+    ids, mask, positions, labels = forced_inputs(batch, pad_id, device_of(model))
+    hidden, head = head_inputs(model, ids, mask, positions)
+    return linear_cross_entropy(hidden, head, labels)
+
+
+ROUNDINGS: dict[str, Callable[[nn.Module], None]] = {
+    "int8": lambda model: round_weights(model, 8),
+    "int4": lambda model: round_weights(model, 4),
+    "nf4": nf4_weights,
+}

@@ -1,0 +1,157 @@
+"""Sections of notes, tables and charts -> one HTML page without external assets, and Markdown.
+
+Knows text. Must not know runs or metrics.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+ASSETS = Path(__file__).parent / "assets"
+NOT_RUN = "–"
+
+
+@dataclass
+class Cell:
+    """Of a table. interval: below the text. mark: `leaks` or `true`. role: of a method. why: it is undefined."""
+
+    text: str
+    interval: str = ""
+    mark: str = ""
+    role: str = ""
+    why: str = ""
+
+
+@dataclass
+class Grid:
+    """A table.
+
+    Attributes:
+        groups, bands: a heading above each column, and above each row; the same for neighbours that belong together.
+        roles: of each column's method.
+        prose: long texts.
+        folded: only the caption is seen until it is opened.
+    """
+
+    head: list[str]
+    rows: list[list[Cell]] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    bands: list[str] = field(default_factory=list)
+    roles: list[str] = field(default_factory=list)
+    caption: str = ""
+    prose: bool = False
+    folded: bool = False
+    kind: str = "grid"
+
+    def starts_band(self, row: int) -> bool:
+        return bool(self.bands) and (row == 0 or self.bands[row] != self.bands[row - 1])
+
+    def role(self, column: int) -> str:
+        return self.roles[column] if self.roles else ""
+
+    @property
+    def spans(self) -> list[tuple[str, int]]:
+        return [(name, len(list(same))) for name, same in groupby(self.groups)]
+
+
+@dataclass
+class Chart:
+    """An <svg> element and what it shows."""
+
+    name: str
+    svg: str
+    caption: str
+    kind: str = "chart"
+
+    @property
+    def file(self) -> str:
+        return re.sub(r"\W+", "-", self.name).strip("-").lower() + ".svg"
+
+
+@dataclass
+class Section:
+    """A part of the report. legend: name -> what it means."""
+
+    id: str
+    title: str
+    notes: list[str] = field(default_factory=list)
+    blocks: list[Grid | Chart] = field(default_factory=list)
+    legend: dict[str, str] = field(default_factory=dict)
+
+
+def html(headline: str, sections: Sequence[Section]) -> str:
+    """One page with its style and its figures in it."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    css = Markup((ASSETS / "report.css").read_text(encoding="utf-8"))
+    page = environment.get_template("report.html.jinja")
+    return page.render(headline=headline, sections=sections, css=css, drawn=lambda chart: Markup(chart.svg))
+
+
+def markdown(headline: str, sections: Sequence[Section], figures: Path) -> str:
+    """The same in Markdown; charts are written into the folder `figures`, which is beside it."""
+    lines = ["# What was forgotten", "", _plain(headline), ""]
+    for section in sections:
+        lines += [f"## {section.title}", ""]
+        for block in section.blocks:
+            lines += _grid(block) if isinstance(block, Grid) else _chart(block, figures)
+            lines.append("")
+        for note in section.notes:
+            lines += [_plain(note), ""]
+        lines += [f"* `{name}`: {_plain(meaning)}" for name, meaning in section.legend.items()]
+        lines += [""] if section.legend else []
+    return "\n".join(lines)
+
+
+def _grid(grid: Grid) -> Iterator[str]:
+    if grid.folded:
+        yield from ("<details>", f"<summary>{_plain(grid.caption)}</summary>", "")
+    elif grid.caption:
+        yield from (f"**{_plain(grid.caption)}**", "")
+    groups = grid.groups or [""] * len(grid.head)
+    head = [f"{group}: {name}" if group else name for group, name in zip(groups, grid.head, strict=True)]
+    align = "---" if grid.prose else "---:"
+    yield _line(head)
+    yield _line(["---", *[align] * (len(head) - 1)])
+    for i, row in enumerate(grid.rows):
+        if grid.starts_band(i):
+            yield _line([f"**{grid.bands[i]}**", *[""] * (len(row) - 1)])
+        yield _line([_written(cell) for cell in row])
+    if grid.folded:
+        yield from ("", "</details>")
+
+
+def _written(cell: Cell) -> str:
+    interval = f" ({cell.interval})" if cell.interval else ""
+    return f"**{cell.mark}:** {cell.text}" if cell.mark else cell.text + interval
+
+
+def _line(cells: Sequence[Any]) -> str:
+    # A newline or a bar inside a cell would end it.
+    escaped = (_plain(str(c)).replace("|", "\\|").replace("\n", "<br>") for c in cells)
+    return "| " + " | ".join(escaped) + " |"
+
+
+def _plain(text: str) -> str:
+    """A text in which nothing starts a tag."""
+    return text.replace("<", "&lt;")
+
+
+def _chart(chart: Chart, figures: Path) -> Iterator[str]:
+    # In a file there is no page to take the ink from.
+    alone = chart.svg.replace("<svg ", '<svg style="background: #ffffff; color: #222222" ', 1)
+    (figures / chart.file).write_text(alone + "\n", encoding="utf-8")
+    caption = _plain(chart.caption)
+    label = caption.replace("[", "(").replace("]", ")")
+    yield f"![{label}]({figures.name}/{chart.file})"
+    yield ""
+    yield f"*{caption}*"

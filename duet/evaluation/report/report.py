@@ -1,0 +1,352 @@
+"""`duet report`: everything that was measured about some models, on one page (HTML without external assets) and as Markdown.
+
+    runs -> Inputs (report_runs) -> sections of notes, tables and figures -> report.html, report.md, figures/*.svg
+
+A section whose inputs were not given says so in one line. What is undefined is called undefined, never 0. Knows results.
+Must not know how anything is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...data.prompts import Prompting
+from ..attacks.rows import AttackRow
+from ..attacks.target import AttackOptions
+from ..journal import write_json
+from ..suites.suite import TO_FORGET, TO_KEEP
+from . import figures
+from .figures import Estimate
+from .page import NOT_RUN, Cell, Chart, Grid, Section, html, markdown
+from .runs import BASE, STUDENT, TEACHER, Inputs, read_inputs
+from .tables import attacks_section, lm_eval_section, table_section
+from .topk import TOPK, compare_topk
+
+THRESHOLD = AttackOptions.threshold
+
+
+def write_report(
+    runs: Sequence[str],
+    out: str | Path,
+    *,
+    base: Sequence[str] = (),
+    teacher: Sequence[str] = (),
+    forget_metric: str | None = None,
+    retain_metric: str | None = None,
+    examples: int = 6,
+    topk: Sequence[dict[str, Any]] = (),
+) -> Path:
+    """Write `out/report.html`, `out/report.md` and `out/figures/*.svg`.
+
+    Args:
+        runs, base, teacher: `report_runs.read_inputs`.
+        out: folder; an earlier report in it is replaced.
+        forget_metric, retain_metric: `task.metric`, the axes of the frontier; None: the first metric that a task to
+            forget and a task to keep have in common.
+        examples: questions shown per task.
+        topk: comparisons as `topk.json` holds them, beside those among the runs.
+
+    Returns:
+        path of the page.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the argument.
+    """
+    if examples < 1:
+        raise ValueError(f"examples: wanted an integer >= 1, got {examples}")
+    inputs = read_inputs(runs, base, teacher)
+    inputs.topk += topk
+    if not inputs.methods and not inputs.topk:
+        raise ValueError("runs: wanted at least one folder of results, got none")
+    sections = [
+        table_section(inputs),
+        attacks_section(inputs),
+        _answers_section(inputs, examples),
+        _frontier_section(inputs, forget_metric, retain_metric),
+        _relearning_section(inputs),
+        _topk_section(inputs.topk),
+        lm_eval_section(inputs),
+        _training_section(inputs),
+    ]
+    out = Path(out)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    for old in (out / "figures").glob("*.svg"):
+        old.unlink()
+    headline = summary_sentence(inputs)
+    page = out / "report.html"
+    page.write_text(html(headline, sections), encoding="utf-8")
+    (out / "report.md").write_text(markdown(headline, sections, out / "figures"), encoding="utf-8")
+    return page
+
+
+def write_topk(
+    model_before: str | None,
+    model_after: str | None,
+    queries: Sequence[str],
+    out: str | Path,
+    *,
+    k: int = 8,
+    steering: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Load two models, compare them with `compare_topk`, and keep the result in `out/topk.json`.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the argument.
+    """
+    from .. import models
+
+    for argument, given in (("model_before", model_before), ("model_after", model_after), ("query", queries)):
+        if not given:
+            raise ValueError(f"{argument}: logits before and after want two models and a query, got none")
+    if not all(map(str.strip, queries)):
+        raise ValueError("query: wanted a text that is not empty, got ''")
+    (before, tokenizer), (after, other) = (models.load(m, dtype, device) for m in (model_before, model_after))
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise ValueError("model_after: wanted the tokenizer of model_before, got another vocabulary")
+    prompting = Prompting.of(model_after)
+    compared = compare_topk(before, after, tokenizer, queries, k=k, instruction=steering, prompting=prompting)
+    told = {"before": model_before, "after": model_after, "steering": steering, "queries": compared}
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_json(Path(out) / TOPK, told)
+    return told
+
+
+# --- headline --------------------------------------------------------------------------------------------------
+
+
+def summary_sentence(inputs: Inputs) -> str:
+    """What was run, and the worst attack on any student."""
+    models = ", ".join(m.label for m in inputs.methods)
+    if not inputs.methods:
+        names = " and ".join(dict.fromkeys(name for t in inputs.topk for name in (t["before"], t["after"])))
+        return f"The first tokens of {names} were compared; no run of duet eval or duet attack was given."
+    questions = len({key for m in inputs.methods for key in m.answers})
+    asked = f", {questions} question{'s' if questions != 1 else ''} answered" if questions else ""
+    start = f"{len(inputs.methods)} model{'s' if len(inputs.methods) != 1 else ''} ({models}){asked}. "
+    found = [
+        (entry["leak"], entry, m)
+        for m in inputs.students
+        if m.attacks
+        for entry in m.attacks["attacks"]
+        if entry["leak"] is not None
+    ]
+    if not found:
+        return (
+            start
+            + "No attack was run: what is forgotten here has not been tested against anybody who insists."
+        )
+    leak, entry, method = max(found, key=lambda f: f[0])
+    worst = entry["variants"].get(entry["worst_variant"], {})
+    kind = f" ({entry['worst_variant']})" if entry["worst_variant"] else ""
+    tried = len({e["name"] for _, e, _ in found})
+    return (
+        f"{start}Of {tried} kind{'s' if tried != 1 else ''} of attack the worst is {entry['name']}{kind} on {method.label}: "
+        f"{_percent(Estimate(leak, worst.get('low'), worst.get('high')))}, {entry['measure']}."
+    )
+
+
+def _percent(e: Estimate) -> str:
+    interval = "" if e.low is None else f" (95 % interval {100 * e.low:.0f} to {100 * e.high:.0f} %)"
+    return f"{100 * e.mean:.0f} %{interval}"
+
+
+# --- answers ---------------------------------------------------------------------------------------------------
+
+
+def says_truth(answer: Mapping[str, Any]) -> bool:
+    """By the row's `value` where it has one, else by the words of the true answer: as `duet attack` judges."""
+    row = AttackRow(0, answer["question"], str(answer["answer"]), value=answer.get("value"))
+    return row.recall(answer["generated"]) >= THRESHOLD
+
+
+def _rule(answers: Iterable[Mapping[str, Any]]) -> str:
+    """Which of the two ways it was."""
+    by_value = {answer.get("value") is not None for answer in answers}
+    words = f"ROUGE-L recall (stemmed) of the true answer is at least {THRESHOLD}"
+    if by_value == {False}:
+        return f"{words} (a column `value` in the rows, with the part that must not be said, makes it exact)"
+    value = "the value is said as whole words"
+    return value if by_value == {True} else f"{value}; for questions without one, {words}"
+
+
+def _answers_section(inputs: Inputs, examples: int) -> Section:
+    section = Section("answers", "Asked side by side")
+    keys = dict.fromkeys(key for m in inputs.methods for key in m.answers)
+    if not keys:
+        section.notes.append("No answers: no run of duet eval with generated answers was given.")
+        return section
+    speakers = [m for m in inputs.methods if m.answers]
+    students = [m for m in speakers if m.role == STUDENT] or speakers
+    for role, name in ((BASE, "base"), (TEACHER, "steered teacher")):
+        if all(m.role != role for m in speakers):
+            how = f"give its run, or name it with --{role}"
+            how += "; duet eval --steering asks it" if role == TEACHER else ""
+            section.notes.append(f"No answers of the {name}: {how}.")
+    rule = _rule(answer for m in speakers for answer in m.answers.values())
+    section.notes.append(f"An answer says the truth when {rule}.")
+    for task in dict.fromkeys((suite, task) for suite, task, _, _ in keys):
+        of = [key for key in keys if key[:2] == task]
+        by_students = {k: sum(k in m.answers and says_truth(m.answers[k]) for m in students) for k in of}
+        fate = "forget" if task[1].startswith(TO_FORGET) else "keep" if task[1].startswith(TO_KEEP) else ""
+        # What should be gone and is not comes first; so does what should be known and is not.
+        of.sort(
+            key=lambda k: -by_students[k] if fate == "forget" else by_students[k] if fate == "keep" else 0
+        )
+        grid = Grid(
+            ["question", "truth", *(m.label for m in speakers)],
+            caption=_caption(task, fate, len(of), examples),
+        )
+        for key in of[:examples]:
+            told = next(m.answers[key] for m in speakers if key in m.answers)
+            cells = [Cell(told["question"]), Cell(str(told["answer"]))]
+            for method in speakers:
+                answer = method.answers.get(key)
+                cells.append(Cell(NOT_RUN) if answer is None else _said(answer, fate))
+            grid.rows.append(cells)
+        grid.prose = True
+        section.blocks.append(grid)
+    return section
+
+
+def _caption(task: tuple[str, str], fate: str, count: int, examples: int) -> str:
+    meaning = {"forget": "to be forgotten", "keep": "to be kept"}.get(fate, "")
+    order = {"forget": ", those that students leak first", "keep": ", those that students lost first"}.get(
+        fate, ""
+    )
+    shown = f"{min(count, examples)} of {count} questions{order}"
+    return ", ".join(part for part in (f"{task[0]}: {task[1]}", meaning, shown) if part)
+
+
+def _said(answer: dict[str, Any], fate: str) -> Cell:
+    if answer.get("status") == "nan":
+        return Cell("undefined", why="NaN logits")
+    text = answer["generated"].strip() or "(says nothing)"
+    if not fate or not says_truth(answer):
+        return Cell(text)
+    return Cell(text, mark="leaks" if fate == "forget" else "true")
+
+
+# --- figures ---------------------------------------------------------------------------------------------------
+
+
+def _frontier_section(inputs: Inputs, forget: str | None, retain: str | None) -> Section:
+    section = Section("frontier", "What is forgotten against what is kept")
+    found = [
+        {f"{t}.{m}": x for t, e in method.tasks.items() for m, x in e["metrics"].items()}
+        for method in inputs.methods
+    ]
+    names = dict.fromkeys(name for each in found for name in each)
+    for argument, name in (("forget_metric", forget), ("retain_metric", retain)):
+        if name is not None and name not in names:
+            raise ValueError(
+                f"{argument}: wanted one of {', '.join(names)}, got {name!r}"
+                if names
+                else f"{argument}: wanted a run of duet eval, whose metrics it can name; got none, and {name!r}"
+            )
+    goes = [forget] if forget else [n for n in names if n.startswith(TO_FORGET)]
+    stays = [retain] if retain else [n for n in names if n.startswith(TO_KEEP)]
+    same = [(x, y) for x in goes for y in stays if x.split(".")[1] == y.split(".")[1]]
+    pairs = same or ([(goes[0], stays[0])] if forget and retain else [])
+    if not pairs:
+        section.notes.append(
+            "No frontier: no metric was measured both on rows to forget and on rows to keep (--forget-metric, "
+            "--retain-metric name others)."
+        )
+        return section
+    x, y = max(pairs, key=lambda p: sum(_has(each, p[0]) and _has(each, p[1]) for each in found))
+    points = [
+        figures.Point(m.label, _estimate(each[x]), _estimate(each[y]), m.role in (BASE, TEACHER))
+        for m, each in zip(inputs.methods, found, strict=True)
+        if _has(each, x) and _has(each, y)
+    ]
+    left_out = [
+        m.label
+        for m, each in zip(inputs.methods, found, strict=True)
+        if not (_has(each, x) and _has(each, y))
+    ]
+    if left_out:
+        section.notes.append(f"Without both numbers, and so not shown: {', '.join(left_out)}.")
+    if points:
+        caption = (
+            f"{x} against {y}, when asked without an attack. Bars are 95 % intervals; grey: not trained to forget; "
+            "dotted: the methods that no other beats in both."
+        )
+        section.blocks.append(Chart("frontier", figures.frontier(points, x, y), caption))
+    return section
+
+
+def _has(found: dict[str, Any], name: str) -> bool:
+    return name in found and found[name]["mean"] is not None
+
+
+def _estimate(told: dict[str, Any]) -> Estimate:
+    return Estimate(told["mean"], told["low"], told["high"])
+
+
+def _relearning_section(inputs: Inputs) -> Section:
+    section = Section("relearning", "How fast it is relearned")
+    for method in inputs.students:
+        for entry in method.attacks["attacks"] if method.attacks else ():
+            if not entry.get("curves"):
+                continue
+            curves = {
+                rate: [(int(step), _at(entry, rate, step, leak)) for step, leak in curve]
+                for rate, curve in entry["curves"].items()
+            }
+            direct = method.attacks["direct"]
+            title = f"{method.label}: {entry['name']}"
+            svg = figures.relearning(curves, title, direct["leak"] if direct else None)
+            caption = (
+                f"{title}: {entry['what']}. One line a learning rate, the worst bold with its 95 % interval; dotted: all rows, "
+                "asked before."
+            )
+            section.blocks.append(Chart(f"relearning {method.label} {entry['name']}", svg, caption))
+    if not section.blocks:
+        section.notes.append(
+            "No curves: no run of duet attack with relearning or benign_finetuning was given."
+        )
+    return section
+
+
+def _at(entry: dict[str, Any], rate: str, step: float, leak: float | None) -> Estimate | None:
+    told = entry["variants"].get(f"learning rate {rate}, {step} steps", {})
+    return None if leak is None else Estimate(leak, told.get("low"), told.get("high"))
+
+
+def _topk_section(comparisons: Sequence[dict[str, Any]]) -> Section:
+    section = Section("topk", "The first token, before and after")
+    for i, compared in enumerate(comparisons):
+        for j, q in enumerate(compared["queries"]):
+            svg = figures.topk(f"{i} {j}", q["tokens"], q["before"], q["after"], q.get("teacher"))
+            steered = (
+                f"; steered teacher: {compared['before']}, told “{compared['steering']}”"
+                if q.get("teacher")
+                else ""
+            )
+            caption = f"“{q['question']}” before: {compared['before']}, after: {compared['after']}{steered}."
+            section.blocks.append(Chart(f"topk {i} {j}", svg, caption))
+    if not section.blocks:
+        section.notes.append(
+            "No logits: they want --model-before, --model-after and --query, or a folder with topk.json."
+        )
+    return section
+
+
+def _training_section(inputs: Inputs) -> Section:
+    section = Section("training", "Training")
+    trained = [m for m in inputs.methods if m.training]
+    if not trained:
+        section.notes.append("No training log: no output folder of duet train was given.")
+        return section
+    names = list(dict.fromkeys(name for m in trained for name in m.training["losses"]))
+    grid = Grid(["method", "steps", *names], caption="last logged values")
+    for m in trained:
+        losses = m.training["losses"]
+        cells = [Cell(f"{losses[n]:.4g}") if n in losses else Cell(NOT_RUN) for n in names]
+        grid.rows.append([Cell(m.label, role=m.role), Cell(str(m.training["steps"])), *cells])
+    section.blocks.append(grid)
+    return section

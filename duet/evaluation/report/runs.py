@@ -1,0 +1,334 @@
+"""Folders of results -> methods: what `duet eval`, `duet attack`, `duet train` and `duet demo` wrote, joined by model.
+
+    eval     manifest.json, rows.jsonl, summary.json       attack   manifest.json, rows.jsonl, attacks.json
+    train    trainer_state.json                            demo     results.json (several methods, no intervals)
+    top-k    topk.json                                      lm-eval  lm_eval.json (lm-evaluation-harness)
+
+Runs of one model (fingerprints of weights and tokenizer) are one method. The model that an attack was given as its base
+is the base; a model that was asked behind a steering prefix, or whose chat template says one, is the steered teacher. Knows JSON and files. Must not know
+models, figures or pages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..attacks.runner import REPORT as ATTACKS
+from ..journal import LM_EVAL, MANIFEST, read_run
+from ..suites.runner import SUMMARY
+from .topk import TOPK
+
+TRAINED, DEMO = "trainer_state.json", "results.json"
+BASE, TEACHER, STUDENT = "base", "teacher", "student"
+LABELS = {BASE: "base", TEACHER: "steered teacher"}
+
+
+@dataclass
+class Method:
+    """One model, and all that is known about it.
+
+    Attributes:
+        label: in tables and figures.
+        role: `base`, `teacher` (steered in context) or `student`.
+        tasks: as in summary.json: task -> {"metrics": {metric: {"mean", "low", "high", "rows"}}, ...}.
+        numbers: as in summary.json: name -> {"value"} or {"value": None, "undefined": why}.
+        answers: (suite, task, id, question) -> {"question", "answer" (the truth), "generated", "status", "value"}.
+        lm_eval: as in lm_eval.json: task -> {"metric,filter": value, "metric_stderr,filter": standard error}.
+        attacks: as in attacks.json; None: it was not attacked.
+        training: {"steps", "losses"}: optimiser steps and the last logged values; None: not given.
+        folders: where this was read.
+        weights, base_weights: fingerprints of the model, and of the base that an attack on it was given.
+    """
+
+    label: str
+    role: str = STUDENT
+    tasks: dict[str, Any] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    answers: dict[tuple, dict[str, Any]] = field(default_factory=dict)
+    lm_eval: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attacks: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    folders: list[Path] = field(default_factory=list)
+    weights: str | None = None
+    base_weights: str | None = None
+
+
+@dataclass
+class Inputs:
+    """All runs: methods (base, teacher, then students as given), and top-k comparisons."""
+
+    methods: list[Method]
+    topk: list[dict[str, Any]]
+
+    @property
+    def students(self) -> list[Method]:
+        """What is judged; where only a base or a teacher was given, that."""
+        return [m for m in self.methods if m.role == STUDENT] or self.methods
+
+
+@dataclass
+class _Run:
+    """One folder with one kind of result."""
+
+    kind: str
+    folder: Path
+    label: str | None
+    role: str | None
+    content: dict[str, Any]
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def model(self) -> tuple[Any, ...]:
+        return tuple(self.manifest.get(f) for f in ("model_fingerprint", "tokenizer_fingerprint", "steering"))
+
+    @property
+    def name(self) -> str:
+        return str(self.content.get("model") or "")
+
+    @property
+    def identity(self) -> tuple:
+        """Two runs with the same one answer the same question about a model: they cannot share a row."""
+        return self.kind, *((self.content["suite"],) if self.kind == "eval" else ())
+
+
+def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence[str] = ()) -> Inputs:
+    """Read every folder; `label=folder` names the method.
+
+    Args:
+        runs: folders of results, or folders with such folders in them (a training output with its evaluations).
+        base, teacher: the same for the models of these roles.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the argument and the folder.
+    """
+    found = [
+        run
+        for argument, role, texts in (
+            ("base", BASE, base),
+            ("teacher", TEACHER, teacher),
+            ("run", None, runs),
+        )
+        for text in texts
+        for run in _read(text, argument, role)
+    ]
+    methods = _join([run for run in found if run.kind in ("eval", "lm_eval", "attack", "train")])
+    for run in found:
+        if run.kind == "demo":
+            methods += _demo_methods(run)
+    asked = next((m for m in methods if m.attacks and m.attacks.get("base")), None)
+    if asked is not None:
+        same = (m for m in methods if m.role == BASE and m.weights == asked.base_weights)
+        base_of = next(same, None)
+        if base_of is None:
+            base_of = Method("base", BASE, folders=asked.folders)
+            methods.append(base_of)
+        if base_of.attacks is None:  # the questions of the attack, asked without one
+            direct = asked.attacks["base"]
+            base_of.attacks = asked.attacks | {"attacks": [], "direct": direct, "base": None, "skipped": []}
+    order = (BASE, TEACHER, STUDENT)
+    methods.sort(key=lambda m: order.index(m.role))
+    _tell_apart(methods)
+    return Inputs(methods, [run.content for run in found if run.kind == "topk"])
+
+
+# --- one folder ------------------------------------------------------------------------------------------------
+
+
+def _read(text: str, argument: str, role: str | None) -> list[_Run]:
+    label, folder = None, Path(text)
+    if "=" in text and not folder.exists():
+        label, _, rest = text.partition("=")
+        folder = Path(rest)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{argument}: there is no folder {str(folder)!r}")
+    runs = _kinds(folder, argument, label, role)
+    marks = (MANIFEST, LM_EVAL)
+    inside = [c for c in sorted(folder.iterdir()) if any((c / mark).is_file() for mark in marks)]
+    if label is None and runs and inside:  # a training output with its evaluations in it is one method
+        label = folder.resolve().name
+    for child in inside:
+        runs += _kinds(child, argument, label, role)
+    for run in runs:
+        run.label = label
+    if not runs:
+        wanted = ", ".join((SUMMARY, ATTACKS, LM_EVAL, TRAINED, DEMO, TOPK))
+        raise FileNotFoundError(
+            f"{argument}: {folder} is no finished run: wanted one of {wanted} in it "
+            "(the --out of duet eval, duet attack or duet demo, or the output_dir of duet train)"
+        )
+    return runs
+
+
+def _kinds(folder: Path, argument: str, label: str | None, role: str | None) -> list[_Run]:
+    runs = []
+    for kind, name in (
+        ("eval", SUMMARY), ("attack", ATTACKS), ("lm_eval", LM_EVAL), ("train", TRAINED), ("demo", DEMO), ("topk", TOPK),
+    ):  # fmt: skip
+        if (folder / name).is_file():
+            run = _Run(kind, folder, label, role, _json(folder / name, argument))
+            if kind in ("eval", "attack"):
+                run.manifest, run.rows = read_run(folder, argument)
+            for key in _NEEDED[kind]:
+                if key not in run.content:
+                    raise ValueError(f"{argument}: {folder / name} has no {key!r}; wanted what duet wrote")
+            if kind == "lm_eval":
+                run.manifest = run.content["manifest"]
+            runs.append(run)
+    return runs
+
+
+_NEEDED = {
+    "eval": ("suite", "tasks", "numbers"),
+    "attack": ("attacks", "direct", "skipped"),
+    "lm_eval": ("manifest", "results"),
+    "train": ("log_history", "global_step"),
+    "demo": ("rows", "examples", "columns"),
+    "topk": ("before", "after", "queries"),
+}
+
+
+def _json(path: Path, argument: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{argument}: {path} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{argument}: {path} holds a {type(content).__name__}, wanted an object")
+    return content
+
+
+# --- runs of one model -----------------------------------------------------------------------------------------
+
+
+def _join(runs: Sequence[_Run]) -> list[Method]:
+    bases = {run.manifest.get("base_fingerprint") for run in runs} - {None}
+    own = {run.model for run in runs if run.model[0] in bases and run.kind == "attack"}
+    groups: list[tuple[Method, list[_Run]]] = []
+    for run in runs:
+        if run.role is None:
+            run.role = _role(run, bases, own, runs)
+        for method, members in groups:  # noqa: B007  read after the loop
+            if _same(run, members):
+                members.append(run)
+                break
+        else:
+            method, members = Method(_label(run), run.role), [run]
+            groups.append((method, members))
+        _add(method, run)
+    return [method for method, _ in groups]
+
+
+def _role(run: _Run, bases: set, own: set, runs: Sequence[_Run]) -> str:
+    """Steered, or the base's weights behind a tokenizer that no student has: the teacher."""
+    if run.manifest.get("steering") is not None:
+        return TEACHER
+    if run.model[0] is None or run.model[0] not in bases:
+        return STUDENT
+    students = {other.model[1] for other in runs if other.model[0] not in (None, *bases)}
+    return BASE if run.model in own or run.model[1] in students or not students else TEACHER
+
+
+def _same(run: _Run, members: Sequence[_Run]) -> bool:
+    first = members[0]
+    if run.role != first.role or any(run.identity == member.identity for member in members):
+        return False
+    if run.label != first.label and None not in (run.label, first.label):
+        return False
+    tested = [member for member in members if member.kind != "train"]
+    if run.kind != "train" and tested:
+        return run.model == tested[0].model
+    if run.label is not None and run.label == first.label:
+        return True
+    trained = {member.folder.resolve() for member in (run, *members) if member.kind == "train"}
+    return all(Path(each.name).resolve() in trained for each in (run, *tested) if each.kind != "train")
+
+
+def _label(run: _Run) -> str:
+    if run.label is not None:
+        return run.label
+    if run.role in (BASE, TEACHER):
+        return LABELS[run.role]
+    return (
+        run.folder.resolve().name if run.kind == "train" else Path(run.name).name or run.folder.resolve().name
+    )
+
+
+def _add(method: Method, run: _Run) -> None:
+    method.folders.append(run.folder)
+    method.weights = run.manifest.get("model_fingerprint", method.weights)
+    method.base_weights = run.manifest.get("base_fingerprint", method.base_weights)
+    if run.kind == "eval":
+        method.tasks |= run.content["tasks"]
+        method.numbers |= run.content["numbers"]
+        for row in run.rows:
+            if row.get("generated") is not None and row.get("question"):
+                key = (run.content["suite"], row["task"], row["id"], row["question"])
+                told = ("question", "answer", "generated", "status", "value")
+                method.answers[key] = {k: row.get(k) for k in told}
+    elif run.kind == "attack":
+        method.attacks = run.content
+    elif run.kind == "lm_eval":
+        method.lm_eval |= run.content["results"]
+    else:
+        history = [entry for entry in run.content["log_history"] if "loss" in entry]
+        last = {k: v for k, v in (history[-1] if history else {}).items() if isinstance(v, float)}
+        method.training = {"steps": run.content["global_step"], "losses": last}
+
+
+def _tell_apart(methods: Sequence[Method]) -> None:
+    """Equal labels get the name of their folder."""
+    labels = [m.label for m in methods]
+    for method in methods:
+        if labels.count(method.label) > 1 and method.folders:
+            method.label = f"{method.label} ({method.folders[0].resolve().name})"
+
+
+# --- the demo --------------------------------------------------------------------------------------------------
+
+
+def _demo_methods(run: _Run) -> list[Method]:
+    """The rows of results.json in the form of a summary and an attack report. The demo states no intervals."""
+    from ...demo.scorecard import ATTACKS as ATTACKED
+
+    columns = run.content["columns"]
+    methods = []
+    for row in run.content["rows"]:
+        name = row["method"]
+        told = {c: {"mean": row[c], "low": None, "high": None} for c in columns if c not in ATTACKED}
+        forget = {c.removeprefix("forget_"): v for c, v in told.items() if c.startswith("forget_")}
+        kept = {c.removeprefix("retain_"): v for c, v in told.items() if c.startswith("retain_")}
+        rest = {c: v for c, v in told.items() if not c.startswith(("forget_", "retain_"))}
+        parts = {"forget": forget, "retain": kept, "other": rest}
+        entries = [_demo_attack(c, row[c], columns[c]) for c in ATTACKED]
+        entries.sort(key=lambda entry: entry["leak"], reverse=True)
+        direct = _demo_attack("direct", row["forget_recall"], columns["forget_recall"])
+        method = Method(
+            LABELS.get(name, name),
+            name if name in LABELS else STUDENT,
+            tasks={task: {"metrics": metrics, "status": {}} for task, metrics in parts.items()},
+            attacks={"attacks": entries, "direct": direct, "base": None, "skipped": []},
+            folders=[run.folder],
+        )
+        for i, example in enumerate(run.content["examples"]):
+            task = {"to keep": "retain"}.get(example["kind"], "forget")
+            if name in example["answers"]:
+                method.answers["demo", task, i, example["question"]] = {
+                    "question": example["question"],
+                    "answer": example["truth"],
+                    "generated": example["answers"][name],
+                    "value": example["truth"],
+                }
+        methods.append(method)
+    return methods
+
+
+def _demo_attack(name: str, leak: float, what: str) -> dict[str, Any]:
+    return {
+        "name": name.removesuffix("_recall"), "what": what, "measure": what, "leak": leak, "worst_variant": None,
+        "variants": {},
+    }  # fmt: skip

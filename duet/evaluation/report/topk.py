@@ -1,0 +1,102 @@
+"""The largest logits at the first token of an answer, before and after unlearning.
+
+    ids = top-k of before  u  top-k of after        values: the logits of these ids from each model
+
+Two vocabulary passes and two gathers a query; no [V] tensor of logits is kept. Must not know reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from duet_kernels import linear_gather, linear_topk
+
+from ...data.prompts import Prompting, PromptRenderer
+from ...model.lm import evaluating, head_inputs
+from ..scoring import device_of
+
+TOPK = "topk.json"
+
+
+@torch.no_grad()
+def compare_topk(
+    before: nn.Module,
+    after: nn.Module,
+    tokenizer: Any,
+    queries: Sequence[str],
+    *,
+    k: int = 8,
+    instruction: str | None = None,
+    prompting: Prompting | None = None,
+) -> list[dict[str, Any]]:
+    """The logits that either model puts on top as the first token of its answer.
+
+    Args:
+        before, after: transformers causal language models with one vocabulary.
+        tokenizer: of both.
+        queries: questions, asked with the chat template where there is one.
+        k: how many of each model.
+        instruction: a steering prefix: the teacher is `before` behind it.
+        prompting: how prompts are written for `after`; None: the defaults.
+
+    Returns:
+        a query each: {"question", "ids", "tokens", "before", "after", "teacher" (None without an instruction)}; between
+        k and 2 k tokens, the largest logit before first.
+
+    Raises:
+        ValueError: `k`, or the vocabularies differ.
+    """
+    if k < 1:
+        raise ValueError(f"k: wanted an integer >= 1, got {k}")
+    renderer = PromptRenderer(tokenizer, **vars(prompting or Prompting()))
+    found = []
+    for question in queries:
+        plain = renderer.encode((("user", question),))
+        hidden_then, head_then = _last_state(before, plain)
+        hidden_now, head_now = _last_state(after, plain)
+        if head_then.num_ids != head_now.num_ids:
+            raise ValueError(
+                f"after: wanted the vocabulary of before, {head_then.num_ids} ids, got {head_now.num_ids}"
+            )
+        tops = [
+            linear_topk(hidden, head, min(k, head.num_ids)).indices[0].tolist()
+            for hidden, head in ((hidden_then, head_then), (hidden_now, head_now))
+        ]
+        ids = list(dict.fromkeys(tops[0] + tops[1]))
+        values = {"before": _logits(hidden_then, head_then, ids), "after": _logits(hidden_now, head_now, ids)}
+        if instruction is not None:
+            steered = renderer.encode((("user", question),), instruction)
+            values["teacher"] = _logits(*_last_state(before, steered), ids)
+        order = sorted(range(len(ids)), key=lambda i: -values["before"][i])
+        found.append(
+            {
+                "question": question,
+                "ids": [ids[i] for i in order],
+                "tokens": [tokenizer.decode([ids[i]]) for i in order],
+                **{
+                    name: [values[name][i] for i in order] if name in values else None
+                    for name in ("before", "after", "teacher")
+                },
+            }
+        )
+    return found
+
+
+def _last_state(model: nn.Module, ids: list[int]) -> tuple[torch.Tensor, Any]:
+    input_ids = torch.tensor([ids], device=device_of(model))
+    with evaluating(model):
+        return head_inputs(
+            model,
+            input_ids,
+            torch.ones_like(input_ids),
+            torch.tensor([len(ids) - 1], device=input_ids.device),
+        )
+
+
+def _logits(hidden: torch.Tensor, head: Any, ids: list[int]) -> list[float]:
+    chosen = torch.tensor([ids], device=hidden.device)
+    return linear_gather(hidden, head, chosen)[0].float().tolist()

@@ -1,0 +1,277 @@
+"""A task's row -> token ids of what the model reads and of what is scored; or a reason why it cannot be asked.
+
+Knows one tokenizer and one task. Must not know models; nothing here cuts a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...data.prompts import Conversation, Prompting, PromptRenderer, fill_prefix
+from ..attacks.rows import value_of
+from ..scoring import Forced
+from .suite import Task, fill
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class CannotAsk(ValueError):
+    """A row that is marked and left out: `status` says why in a word, the message in a sentence."""
+
+    def __init__(self, status: str, why: str):
+        super().__init__(why)
+        self.status = status
+
+
+@dataclass
+class Item:
+    """One row, ready.
+
+    Attributes:
+        id: of the row in its task.
+        prompt: ids before the answer.
+        shown: what the row's record says about itself (question, answer, value, note).
+        reference: for `generate`.
+        value: for `generate`: the part of the reference that must be said, where the row has a column `value`.
+        texts: for `score` and `multiple_choice`: name -> sequences.
+        lists: names of the texts whose column held a list.
+        correct: for `multiple_choice`.
+    """
+
+    id: int
+    prompt: list[int]
+    shown: dict[str, Any]
+    reference: str = ""
+    value: str | None = None
+    texts: dict[str, list[Forced]] = field(default_factory=dict)
+    lists: frozenset[str] = frozenset()
+    correct: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        forced = [len(f.prompt) + len(f.answer) for sequences in self.texts.values() for f in sequences]
+        return max(forced, default=len(self.prompt))
+
+    @property
+    def sequences(self) -> int:
+        return sum(map(len, self.texts.values())) or 1
+
+
+class Asker:
+    """Makes the items of one task.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        task: of a suite.
+        shots: rows of the worked examples.
+        context: how many tokens the model can read, or None.
+        prompting: how prompts are written for the model; a task's own `plain` comes first.
+        steering: what is said before every question; so the steered teacher is asked.
+        subjects: what `{subject}` in it stands for, in turn; none: the row's own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        task: Task,
+        shots: Sequence[Mapping[str, Any]] = (),
+        context: int | None = None,
+        prompting: Prompting | None = None,
+        steering: str | None = None,
+        subjects: Sequence[str] = (),
+    ):
+        prompting, self.steering, self.subjects = prompting or Prompting(), steering, tuple(subjects)
+        self.tokenizer, self.task, self.context = tokenizer, task, context
+        self.plain = task.plain or prompting.plain_template
+        self.renderer = PromptRenderer(tokenizer, self.plain, prompting.chat_template_kwargs)
+        self.chat = task.chat == "auto" and self.renderer.has_template
+        if task.few_shot and len(shots) < task.few_shot.count:
+            raise ValueError(
+                f"{task.name}.few_shot.count: wanted {task.few_shot.count} worked examples, {task.few_shot.data} has "
+                f"{len(shots)}"
+            )
+        self.shots = list(shots[: task.few_shot.count]) if task.few_shot else []
+
+    def item(self, index: int, row: Mapping[str, Any]) -> Item:
+        """Row `index` of the task.
+
+        Raises:
+            CannotAsk: `bad_row`, `no_tokens`, `unknown_tokens` (the tokenizer has no token for a part of the answer)
+                or `too_long`.
+        """
+        where = f"{self.task.name}, row {index}"
+        try:
+            conversation = None if self.task.question is None else self._conversation(row, where)
+            make = {"generate": self._generate, "score": self._score, "multiple_choice": self._choice}
+            item = make[self.task.kind](index, row, conversation, where)
+        except CannotAsk:
+            raise
+        except (ValueError, TypeError) as error:
+            raise CannotAsk("bad_row", str(error)) from None
+        # An answer wants room for one token at least; of a given text the last token is predicted, not read.
+        needed = item.length + 1 if self.task.kind == "generate" else item.length - 1
+        if self.context is not None and needed > self.context:
+            raise CannotAsk("too_long", f"{where}: wants {needed} tokens, the model can read {self.context}")
+        return item
+
+    # --- prompts -----------------------------------------------------------------------------------------------
+
+    def _prompt(
+        self, index: int, conversation: Conversation, row: Mapping[str, Any], where: str
+    ) -> list[int]:
+        subject = self.subjects[index % len(self.subjects)] if self.subjects else row.get("subject")
+        steering = None if self.steering is None else fill_prefix(self.steering, subject, where)
+        return self.renderer.encode(
+            conversation, "\n\n".join(filter(None, (steering, self.task.system))) or None
+        )
+
+    def _question(self, row: Mapping[str, Any], where: str) -> str:
+        question = fill(self.task.question or "", row, where)
+        if self.task.kind == "multiple_choice" and self.task.letters:
+            shown = zip(LETTERS, self._choices(row, where), strict=False)
+            question += "".join(f"\n{letter}. {choice}" for letter, choice in shown)
+        return question
+
+    def _conversation(self, row: Mapping[str, Any], where: str) -> Conversation:
+        if not self.chat:
+            worked = [
+                self._plain(shot, where)
+                + self._answer_text(self._plain(shot, where), self._reference(shot, where))
+                for shot in self.shots
+            ]
+            between = self.task.few_shot.separator if self.task.few_shot else ""
+            return between.join([*worked, self._plain(row, where)])
+        messages: list[tuple[str, str]] = []
+        for shot in self.shots:
+            messages += [("user", self._question(shot, where)), ("assistant", self._reference(shot, where))]
+        return (*messages, ("user", self._question(row, where)))
+
+    def _plain(self, row: Mapping[str, Any], where: str) -> str:
+        return self.plain.replace("{question}", self._question(row, where))
+
+    def _answer_text(self, prompt: Conversation | None, text: str) -> str:
+        """ "Answer:" is continued by " Paris", which is another token than "Paris"; a running text as it stands."""
+        written = isinstance(prompt, str) and not self.plain.endswith("{question}")
+        return f" {text}" if written and not self.plain[-1].isspace() else text
+
+    def _reference(self, row: Mapping[str, Any], where: str) -> str:
+        if self.task.kind == "multiple_choice":
+            correct = self._correct(row, where)
+            return LETTERS[correct] if self.task.letters else self._choices(row, where)[correct]
+        return _text(row.get(self.task.answer), f"{where}, {self.task.answer}")
+
+    # --- kinds -------------------------------------------------------------------------------------------------
+
+    def _generate(self, index: int, row: Mapping[str, Any], conversation: Conversation, where: str) -> Item:
+        reference = self._reference(row, where)
+        prompt = self._prompt(index, conversation, row, where)
+        shown: dict[str, Any] = {"question": self._question(row, where), "answer": reference}
+        try:
+            value = value_of(row, reference, where)
+        except ValueError as error:  # a column of that name may be about something else
+            value, shown["note"] = None, f"{error}; it was not used"
+        if value is not None:
+            shown["value"] = value
+        # An answer that the model cannot write would look like one that it forgot.
+        wanted = reference if value is None else value
+        self._check_known(self._ids(self._answer_text(conversation, wanted)), wanted, where)
+        return Item(index, prompt, shown, reference, value)
+
+    def _score(
+        self, index: int, row: Mapping[str, Any], conversation: Conversation | None, where: str
+    ) -> Item:
+        prompt = [] if conversation is None else self._prompt(index, conversation, row, where)
+        texts: dict[str, list[Forced]] = {}
+        lists = set()
+        for name, columns in self.task.texts.items():
+            column = next((c for c in columns if row.get(c) is not None), None)
+            if column is None:
+                raise ValueError(f"{where}: wanted {' or '.join(columns)}, got {', '.join(sorted(row))}")
+            values = row[column]
+            if isinstance(values, (list, tuple)):
+                lists.add(name)
+            else:
+                values = [values]
+            if not values or (name == "answer" and name in lists):
+                raise ValueError(
+                    f"{where}, {column}: wanted {'one text' if values else 'a text'}, got {values!r:.60}"
+                )
+            texts[name] = [
+                self._forced(prompt, conversation, _text(value, f"{where}, {column}"), where)
+                for value in values
+            ]
+        shown = {} if conversation is None else {"question": self._question(row, where)}
+        return Item(index, prompt, shown, texts=texts, lists=frozenset(lists))
+
+    def _choice(self, index: int, row: Mapping[str, Any], conversation: Conversation, where: str) -> Item:
+        choices = self._choices(row, where)
+        correct = self._correct(row, where)
+        prompt = self._prompt(index, conversation, row, where)
+        scored = LETTERS[: len(choices)] if self.task.letters else choices
+        forced = [self._forced(prompt, conversation, text, where) for text in scored]
+        shown = {"question": self._question(row, where), "choices": choices, "correct": correct}
+        return Item(index, prompt, shown, texts={"choices": forced}, correct=correct)
+
+    def _choices(self, row: Mapping[str, Any], where: str) -> list[str]:
+        choices = row.get(self.task.choices)
+        if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
+            raise ValueError(
+                f"{where}, {self.task.choices}: wanted a list of 2 to {len(LETTERS)} choices, got {choices!r:.60}"
+            )
+        return [_text(choice, f"{where}, {self.task.choices}") for choice in choices]
+
+    def _correct(self, row: Mapping[str, Any], where: str) -> int:
+        """The index of the correct choice, given as an index, a letter or the choice itself."""
+        choices, given = self._choices(row, where), row.get(self.task.answer)
+        if isinstance(given, str):
+            letter = given.strip().upper()
+            given = (
+                choices.index(given)
+                if given in choices
+                else LETTERS.index(letter)
+                if len(letter) == 1 and letter in LETTERS
+                else int(given)
+                if given.strip().isdecimal()
+                else given
+            )
+        if type(given) is not int or not 0 <= given < len(choices):
+            raise ValueError(
+                f"{where}, {self.task.answer}: wanted the index, letter or text of one of {len(choices)} choices, got "
+                f"{row.get(self.task.answer)!r:.60}"
+            )
+        return given
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+
+    def _check_known(self, ids: Sequence[int], text: str, where: str) -> None:
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in ids:
+            raise CannotAsk("unknown_tokens", f"{where}: the tokenizer cannot represent {text!r:.60}")
+
+    def _forced(self, prompt: list[int], conversation: Conversation | None, text: str, where: str) -> Forced:
+        text = self._answer_text(conversation, text)
+        if conversation is None:
+            ids = self.tokenizer(text, truncation=False)["input_ids"]
+            ids = ids[: self.task.max_tokens]
+            # Alone, a text's first token is only read: nothing predicts it.
+            prompt, answer = ids[:1], ids[1:]
+        else:
+            answer = self._ids(text)[: self.task.max_tokens]
+        if not answer:
+            raise CannotAsk("no_tokens", f"{where}: {text!r:.60} has no tokens to score")
+        self._check_known(answer, text, where)
+        if self.task.end_token and self.task.kind == "score":
+            answer = [*answer, *self.renderer.ending(conversation)]
+        return Forced(list(prompt), list(answer))
+
+
+def _text(value: Any, where: str) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)  # years and amounts in CSV files and lists of choices
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: wanted a text that is not empty, got {value!r}")
+    return value

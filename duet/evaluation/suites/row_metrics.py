@@ -1,0 +1,120 @@
+"""The metrics that a suite file can ask for, per row: name -> function. The name says which variant it is.
+
+    GENERATE          (what was said, answer, its value or None) -> number      RATIO: the row's losses -> number
+    SCORE             scores of the tokens of the text `answer` -> number
+    CHOICE            (log-likelihoods, lengths, index of the correct one) -> number
+
+A metric that says nothing about a row is None there and leaves the row out of its mean. Must not know models or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from .. import metrics
+from ..scoring import TokenScores
+
+Losses = Mapping[str, float | Sequence[float]]
+
+
+Said = Callable[[str, str, str | None], float | None]
+
+
+def _rouge(measure: str, stemmer: bool) -> Said:
+    def rouge_l(said: str, answer: str, value: str | None) -> float | None:
+        try:
+            return metrics.rouge_l(said, answer, measure=measure, stemmer=stemmer)
+        except ValueError:  # a reference without a word of a-z or 0-9 has no ROUGE
+            return None
+
+    return rouge_l
+
+
+def _contains(said: str, answer: str, value: str | None) -> float:
+    """1 where the value, or where the row has none the answer, is said as whole words, any case."""
+    return float(metrics.contains_words(said, answer if value is None else value))
+
+
+GENERATE: dict[str, Said] = {
+    "rouge_l_recall_stemmed": _rouge("recall", stemmer=True),  # TOFU
+    "rouge_l_recall": _rouge("recall", stemmer=False),  # RWKU
+    "rouge_l_f1": _rouge("f1", stemmer=False),  # MUSE
+    "rouge_l_f1_stemmed": _rouge("f1", stemmer=True),  # OpenUnlearning
+    "contains_answer": _contains,
+    "refusal": lambda said, answer, value: metrics.refusal_rate([said]),
+    "fluency": lambda said, answer, value: _number(metrics.fluency(said)),
+}
+
+SCORE: dict[str, Callable[[TokenScores], float | None]] = {
+    "loss": lambda s: s.loss,
+    "probability": lambda s: metrics.probability(s.loss),
+    "exact_memorization": lambda s: metrics.exact_memorization(s.hits),
+    "extraction_strength": lambda s: metrics.extraction_strength(s.hits),
+    "min_k_20": lambda s: metrics.min_k(s.logprobs, 20),
+    "min_k_40": lambda s: metrics.min_k(s.logprobs, 40),
+    "min_k_plus_plus_20": lambda s: _number(
+        metrics.min_k_plus_plus(s.logprobs, s.entropies, s.variances, 20)
+    ),
+    "min_k_plus_plus_40": lambda s: _number(
+        metrics.min_k_plus_plus(s.logprobs, s.entropies, s.variances, 40)
+    ),
+}
+
+
+def _listed(value: float | Sequence[float]) -> list[float]:
+    return [float(value)] if isinstance(value, (int, float)) else [float(v) for v in value]
+
+
+def _ratio(losses: Losses) -> float | None:
+    """R; None where it is too large for a float: JSON has no infinity, and no comparison with it means anything."""
+    return _number(metrics.truth_ratio(_listed(losses["paraphrased"])[0], _listed(losses["perturbed"])))
+
+
+def _ratio_score(losses: Losses) -> float:
+    """max(0, 1 - 1 / R), from the logarithm of R: no overflow."""
+    log_ratio = float(np.mean(_listed(losses["perturbed"]))) - _listed(losses["paraphrased"])[0]
+    return max(0.0, -math.expm1(-log_ratio)) if log_ratio > 0 else 0.0
+
+
+# name -> (the texts it needs, function of their losses)
+RATIO: dict[str, tuple[tuple[str, ...], Callable[[Losses], float | None]]] = {
+    "truth_ratio": (("paraphrased", "perturbed"), _ratio),
+    "truth_ratio_score": (("paraphrased", "perturbed"), _ratio_score),
+    "multiple_choice_probability": (
+        ("answer", "perturbed"),
+        lambda x: metrics.multiple_choice_probability(_listed(x["answer"])[0], _listed(x["perturbed"])),
+    ),
+}
+
+
+def _accuracy(totals: Sequence[float], lengths: Sequence[int], correct: int) -> float:
+    return metrics.multiple_choice_accuracy([totals], [correct])
+
+
+def _accuracy_normalized(totals: Sequence[float], lengths: Sequence[int], correct: int) -> float:
+    per_token = [total / length for total, length in zip(totals, lengths, strict=True)]
+    return metrics.multiple_choice_accuracy([per_token], [correct])
+
+
+CHOICE: dict[str, Callable[[Sequence[float], Sequence[int], int], float]] = {
+    "accuracy": _accuracy,
+    "accuracy_per_token": _accuracy_normalized,
+}
+
+# Not between 0 and 1: that all their values are 0, or 1, is a coincidence, and no share of rows.
+UNBOUNDED = frozenset(
+    {"loss", "fluency", "truth_ratio", *(name for name in SCORE if name.startswith("min_k"))}
+)
+
+METRICS_OF_KIND: dict[str, tuple[str, ...]] = {
+    "generate": tuple(GENERATE),
+    "score": (*SCORE, *RATIO),
+    "multiple_choice": tuple(CHOICE),
+}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,324 @@
+"""Runs a suite on a model: rows are asked in batches, written line by line, and summarised.
+
+    tables -> items (or marked rows) -> batches, longest first -> rows.jsonl -> summary.json
+
+Batches are planned from the data alone. A run that is started again repeats the batches of which a row is missing and
+writes only the missing rows, so that it ends with the file that an undisturbed run would have written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...data.prompts import Prompting
+from ...model.lm import check_head, context_length, padding_id
+from ...store.provenance import tokenizer_hash
+from .. import models
+from ..generation import continuations
+from ..journal import Journal, read_run, write_json
+from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
+from . import row_metrics, summary
+from .asking import Asker, CannotAsk, Item
+from .suite import TO_FORGET, Suite, Task, load_table
+
+SUMMARY = "summary.json"
+Row = dict[str, Any]
+Progress = Callable[[str, int, int], None]  # task, rows done, rows in all
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    suite: Suite,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    name: str = "",
+    batch_size: int = 16,
+    limit: int | None = None,
+    retain_run: str | Path | None = None,
+    prompting: Prompting | None = None,
+    steering: str | None = None,
+    progress: Progress = lambda task, done, total: None,
+) -> dict[str, Any]:
+    """Run `suite`, or what is missing of it, and summarise.
+
+    Args:
+        model, tokenizer: a transformers causal language model, PEFT-wrapped or not.
+        suite: from `suites.load_suite`.
+        out: folder for `manifest.json`, `rows.jsonl` and `summary.json`.
+        data: folder with the suite's files; None: its datasets on the Hub.
+        name: of the model, for the record.
+        batch_size: sequences at once; halved for a batch that does not fit in the GPU's memory.
+        limit: only so many first rows of each task.
+        retain_run: `out` of the same suite on a model trained without the forget rows.
+        prompting: how prompts are written for the model (`Prompting.of(name)`); None: the defaults.
+        steering: a prefix before every question: the model as its own teacher. In tasks to forget `{subject}` stands
+            for the row's; in others for those subjects in turn, as in training: the prefix is about what should go.
+        progress: called after every batch.
+
+    Returns:
+        what `summary.json` holds; `summary.summarise`.
+
+    Raises:
+        ValueError, OSError: a table that is missing or of which no row can be asked; `out` with another run's results.
+            Nothing is computed before all of that is checked. A single row that cannot be asked is marked.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: wanted an integer >= 1, got {batch_size}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: wanted an integer >= 1, got {limit}")
+    if steering is not None and not steering.strip():
+        raise ValueError(f"steering: wanted a text that is not empty, got {steering!r}")
+    if retain_run is not None and not summary.OF_RETAIN & suite.numbers.keys():
+        raise ValueError(
+            f"retain_run: wanted a suite with {' or '.join(sorted(summary.OF_RETAIN))}, which is all that a retain model "
+            f"is for; {suite.name} has neither"
+        )
+    retain_rows = _retain_rows(retain_run, suite) if retain_run is not None else None
+    tables = dict(_tables(suite, data, limit))
+    prompting = prompting or Prompting()
+    manifest = {
+        "schema": 1,
+        "suite": suite.name,
+        "options": dict(suite.options),
+        "limit": limit,
+        "data": {task.name: _digest(rows) for task, rows in tables.items()},
+        "suite_digest": suite.digest,
+        "model_fingerprint": models.fingerprint(model),
+        "tokenizer_fingerprint": tokenizer_hash(tokenizer, template=True),
+        **prompting.changed(),
+        **({} if steering is None else {"steering": steering}),
+    }
+    context = context_length(model)
+    gone = [rows for task, rows in tables.items() if task.name.startswith(TO_FORGET)]
+    subjects = list(dict.fromkeys(row["subject"] for rows in gone for row in rows if row.get("subject")))
+    prepared = {}
+    for task, rows in tables.items():
+        others = () if task.name.startswith(TO_FORGET) else subjects
+        shots = (
+            load_table(data, task.few_shot.data, task.hub, f"{task.name}.few_shot") if task.few_shot else ()
+        )
+        prepared[task] = _prepare(
+            Asker(tokenizer, task, shots, context, prompting, steering, others), task, rows
+        )
+    check_head(model)
+    journal = Journal(
+        Path(out),
+        manifest,
+        key=("task", "id"),
+        note={"model": name, "left_out": [t.name for t in suite.tasks if t not in tables], **_versions()},
+    )
+    for task, (items, marked) in prepared.items():
+        stamp = {"suite": suite.name, "task": task.name}
+        _Run(model, tokenizer, task, context, batch_size).into(
+            journal, items, marked, stamp, manifest["model_fingerprint"], progress
+        )
+    result = summary.summarise(journal.rows, suite.numbers, retain_rows)
+    result = {"suite": suite.name, "model": name, "left_out": _left_out(suite, tables), **result}
+    write_json(journal.folder / SUMMARY, result)
+    return result
+
+
+class _Run:
+    """One task on one model."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, task: Task, context: int | None, batch_size: int):
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.context, self.batch_size = context, batch_size
+        self.pad_id = padding_id(tokenizer)
+
+    def into(
+        self,
+        journal: Journal,
+        items: Sequence[Item],
+        marked: Sequence[Row],
+        stamp: Row,
+        fingerprint: str,
+        progress: Progress,
+    ) -> None:
+        total, name = len(items) + len(marked), self.task.name
+
+        def finished(rows: Sequence[Row]) -> None:
+            journal.append([{**stamp, **row, "model": fingerprint} for row in rows])
+            progress(name, sum(task == name for task, _ in journal.done), total)
+
+        finished(marked)
+        make = {"generate": self._generate, "score": self._score, "multiple_choice": self._choose}
+        for batch in self._batches(items):
+            if any((name, item.id) not in journal.done for item in batch):
+                finished(list(_halving(make[self.task.kind], batch)))
+
+    def _batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        """Rows that leave too little room for a whole answer go alone, and say what there is room for."""
+        tight = [self._room(item) < self.task.max_new_tokens for item in items]
+        yield from ([item] for item, alone in zip(items, tight, strict=True) if alone)
+        rest = [item for item, alone in zip(items, tight, strict=True) if not alone]
+        per_row = max((item.sequences for item in rest), default=1)
+        for indices in batches_by_length([item.length for item in rest], max(1, self.batch_size // per_row)):
+            yield [rest[i] for i in indices]
+
+    def _room(self, item: Item) -> float:
+        if self.context is None or self.task.kind != "generate":
+            return math.inf
+        return self.context - len(item.prompt)
+
+    def _generate(self, batch: Sequence[Item]) -> list[Row]:
+        room = min(self._room(item) for item in batch)
+        said = continuations(
+            self.model,
+            self.tokenizer,
+            [item.prompt for item in batch],
+            max_new_tokens=int(min(self.task.max_new_tokens, room)),
+            stop=self.task.stop,
+        )
+        rows = []
+        for item, answer in zip(batch, said, strict=True):
+            row = self._row(item, "nan" if not answer.finite else "ok" if answer.text else "empty")
+            if room < self.task.max_new_tokens and answer.num_tokens >= room:
+                ended = f"the context ended after {answer.num_tokens} new tokens"
+                row["note"] = f"{row['note']}; {ended}" if "note" in row else ended
+            row["generated"] = answer.text
+            if answer.finite:
+                wanted = self.task.metrics
+                told = answer.text, item.reference, item.value
+                row["metrics"] = {m: row_metrics.GENERATE[m](*told) for m in wanted}
+            rows.append(row)
+        return rows
+
+    def _score(self, batch: Sequence[Item]) -> list[Row]:
+        rows = []
+        for item, scores in self._token_scores(batch):
+            finite = all(s.finite for each in scores.values() for s in each)
+            row = self._row(item, "ok" if finite else "nan")
+            if finite:
+                losses = {
+                    text: [s.loss for s in each] if text in item.lists else each[0].loss
+                    for text, each in scores.items()
+                }
+                row["losses"] = losses
+                row["num_tokens"] = {text: len(each[0].logprobs) for text, each in scores.items()}
+                row["metrics"] = {}
+                for metric in self.task.metrics:
+                    if metric in row_metrics.RATIO:
+                        row["metrics"][metric] = row_metrics.RATIO[metric][1](losses)
+                    else:
+                        row["metrics"][metric] = row_metrics.SCORE[metric](scores["answer"][0])
+            rows.append(row)
+        return rows
+
+    def _choose(self, batch: Sequence[Item]) -> list[Row]:
+        rows = []
+        for item, totals in zip(batch, self._choice_likelihoods(batch), strict=True):
+            finite = all(map(math.isfinite, totals))
+            row = self._row(item, "ok" if finite else "nan")
+            if finite:
+                lengths = [len(f.answer) for f in item.texts["choices"]]
+                row |= {"loglikelihoods": totals, "num_tokens": lengths}
+                row["metrics"] = {
+                    m: row_metrics.CHOICE[m](totals, lengths, item.correct) for m in self.task.metrics
+                }
+            rows.append(row)
+        return rows
+
+    def _choice_likelihoods(self, batch: Sequence[Item]) -> list[list[float]]:
+        """Log-likelihoods of the choices; letters, one token each, share the reading of the question."""
+        candidates = [[f.answer for f in item.texts["choices"]] for item in batch]
+        if all(len(answer) == 1 for answers in candidates for answer in answers):
+            prompts, ids = (
+                [item.prompt for item in batch],
+                [[a[0] for a in answers] for answers in candidates],
+            )
+            return [row.tolist() for row in next_token_logprobs(self.model, prompts, ids, self.pad_id)]
+        return [[float(s.logprobs.sum()) for s in x["choices"]] for _, x in self._token_scores(batch)]
+
+    def _token_scores(self, batch: Sequence[Item]) -> Iterator[tuple[Item, dict[str, list[TokenScores]]]]:
+        forced: list[Forced] = [f for item in batch for each in item.texts.values() for f in each]
+        scores = iter(token_scores(self.model, forced, self.pad_id))
+        for item in batch:
+            yield item, {text: [next(scores) for _ in each] for text, each in item.texts.items()}
+
+    def _row(self, item: Item, status: str) -> Row:
+        # A text that is scored alone has no prompt but its own first token.
+        prompt = self.tokenizer.decode(item.prompt) if item.prompt else ""
+        return {"id": item.id, "status": status, "prompt": prompt, **item.shown}
+
+
+def _halving(make: Callable[[Sequence[Item]], list[Row]], batch: Sequence[Item]) -> Iterator[Row]:
+    """`make(batch)`, in halves where the GPU's memory is too small for the whole."""
+    try:
+        yield from make(batch)
+        return
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()
+    yield from _halving(make, batch[: len(batch) // 2])
+    yield from _halving(make, batch[len(batch) // 2 :])
+
+
+def _tables(suite: Suite, data: str | Path | None, limit: int | None) -> Iterator[tuple[Task, list[Row]]]:
+    found = False
+    for task in suite.tasks:
+        try:
+            yield task, load_table(data, task.data, task.hub, f"{suite.name}: {task.name}")[:limit]
+            found = True
+        except FileNotFoundError:
+            if not task.optional:
+                raise
+    if not found:
+        wanted = ", ".join(task.data for task in suite.tasks)
+        raise FileNotFoundError(f"data: {data} has none of the files of {suite.name}: {wanted}")
+
+
+def _prepare(asker: Asker, task: Task, rows: Sequence[Row]) -> tuple[list[Item], list[Row]]:
+    items, marked = [], []
+    for index, row in enumerate(rows):
+        try:
+            items.append(asker.item(index, row))
+        except CannotAsk as error:
+            marked.append({"id": index, "status": error.status, "why": str(error)})
+    if not items:
+        raise ValueError(
+            f"{task.name}: none of its {len(rows)} rows can be asked; the first: {marked[0]['why']}"
+        )
+    return items, marked
+
+
+def _retain_rows(folder: str | Path, suite: Suite) -> list[Row]:
+    manifest, rows = read_run(folder, "retain_run")
+    for field, value in (("suite", suite.name), ("suite_digest", suite.digest)):
+        if manifest.get(field) != value:
+            raise ValueError(
+                f"retain_run: wanted a run of the same suite, but {field} is {manifest.get(field)!r} there and "
+                f"{value!r} here"
+            )
+    return rows
+
+
+def _left_out(suite: Suite, tables: dict[Task, Any]) -> list[str]:
+    there = {task.name for task in tables}
+    return [task.name for task in suite.tasks if task.name not in there]
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("duet-kernels", "torch", "transformers", "peft"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return {"versions": found}

@@ -1,0 +1,288 @@
+"""A suite file (YAML) -> checked tasks; a task's data file -> rows.
+
+    name, description, hub, options                      of the suite
+    tasks:     kind, data, metrics, how a prompt is made  (Task)
+    numbers:   what the suite says in one number          (`summary.NUMBERS`)
+
+A field that is not known is refused with the nearest name. Knows files. Must not know models or tokenizers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ...data.sources import FORMATS, read_table
+from ...names import check_known, check_one_of, instead
+from ...yaml_text import mapping, read_yaml
+from .row_metrics import METRICS_OF_KIND, RATIO
+from .summary import check_number
+
+SUITES = Path(__file__).parent
+SUFFIXES = tuple(FORMATS)
+CHAT = ("auto", "never")
+# How the tasks of the shipped suites, and of suites that follow them, begin: what should go, and what should stay.
+TO_FORGET = ("forget", "verbatim", "knowledge", "wmdp")
+TO_KEEP = ("retain", "utility", "real_authors", "world_facts", "mmlu")
+_COLUMN = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """Worked examples before the question.
+
+    Attributes:
+        data: where they are, as a task's `data`.
+        count: how many, the first ones.
+        separator: between them, where there is no chat template.
+    """
+
+    data: str
+    count: int
+    separator: str = "\n\n"
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One set of rows, asked in one way.
+
+    Attributes:
+        name: unique in the suite.
+        kind: `generate` (greedy answers against `answer`), `score` (losses of the given `texts`) or `multiple_choice`
+            (which of the `choices` is likeliest).
+        data: the file's name in the data folder, with or without its suffix, or `config` or `config/split` on the Hub.
+        metrics: per row; `row_metrics` lists them by kind.
+        hub: the dataset on the Hub; None: the suite's.
+        question: what is asked, with `{column}`; null: nothing, the texts are scored alone.
+        plain: how the question is written where there is no chat template; `{question}` stands for it. None: as the
+            model was trained.
+        chat: `auto` (the tokenizer's chat template, if it has one) or `never`.
+        system: a system message, for chat templates.
+        answer: the reference's column; for `multiple_choice` the index, letter or text of the correct choice.
+        texts: for `score`: name -> columns; of several columns the first that a row has. A column may hold a list.
+        end_token: whether the end token counts as the last token of a text.
+        choices: for `multiple_choice`: the column with the list of choices.
+        letters: the choices are shown as A, B, C, ... in the question, and the letters are compared.
+        max_new_tokens, stop: for `generate`.
+        max_tokens: for `score`: only so many first tokens of a text count.
+        few_shot: worked examples.
+        optional: rows that are not there leave the task out, with a word about it.
+    """
+
+    name: str
+    kind: str
+    data: str
+    metrics: tuple[str, ...]
+    hub: str | None = None
+    question: str | None = "{question}"
+    plain: str | None = None
+    chat: str = "auto"
+    system: str | None = None
+    answer: str = "answer"
+    texts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"answer": ("answer",)})
+    end_token: bool = True
+    choices: str = "choices"
+    letters: bool = False
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    few_shot: FewShot | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A checked suite; `digest` changes with anything in it."""
+
+    name: str
+    description: str
+    tasks: tuple[Task, ...]
+    numbers: Mapping[str, Mapping[str, Any]]
+    options: Mapping[str, Any]
+    digest: str
+
+
+def load_suite(suite: str | Path, options: Mapping[str, Any] | None = None) -> Suite:
+    """The suite of that name (tofu, muse, mcq, probes), or of a YAML file.
+
+    Args:
+        suite: a name or a path.
+        options: replace the suite's own `options`, which stand as `{option}` anywhere in the file's texts.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, the field, what came and what was wanted.
+    """
+    path = Path(suite)
+    if path.suffix not in (".yaml", ".yml"):
+        path = SUITES / f"{suite}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in SUITES.glob("*.yaml"))
+        raise FileNotFoundError(
+            f"suite: wanted one of {', '.join(known)} or a .yaml file, got {str(suite)!r}"
+        )
+    return read_suite(read_yaml(path), path.stem, options)
+
+
+def read_suite(tree: Any, name: str, options: Mapping[str, Any] | None = None) -> Suite:
+    """The checked suite of a tree of plain values; errors start with `name`."""
+    tree = mapping(name, tree)
+    check_known(f"{name}: ", tree, ("name", "description", "hub", "options", "tasks", "numbers"))
+    chosen = dict(mapping(f"{name}: options", tree.get("options") or {}))
+    for option, value in (options or {}).items():
+        if option not in chosen:
+            raise ValueError(f"{name}: there is no option {option!r}{instead(option, chosen)}")
+        chosen[option] = value
+    tree |= {k: _filled(tree[k], chosen) for k in ("tasks", "numbers", "hub") if k in tree}
+    entries = mapping(f"{name}: tasks", tree.get("tasks"))
+    if not entries:
+        raise ValueError(f"{name}: tasks: wanted at least one")
+    tasks = tuple(
+        _task(f"{name}: tasks.{task}", task, entry, tree.get("hub")) for task, entry in entries.items()
+    )
+    numbers = mapping(f"{name}: numbers", tree.get("numbers") or {})
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    suite = Suite(
+        str(tree.get("name", name)), str(tree.get("description", "")), tasks, numbers, chosen, digest
+    )
+    for number, spec in numbers.items():
+        check_number(f"{name}: numbers.{number}", number, spec, {t.name: t.metrics for t in tasks})
+    return suite
+
+
+def _task(where: str, name: str, entry: Any, hub: str | None) -> Task:
+    entry = mapping(where, entry)
+    allowed = {f.name: f for f in fields(Task) if f.name != "name"}
+    check_known(f"{where}.", entry, allowed)
+    for needed in (n for n, f in allowed.items() if f.default is MISSING and f.default_factory is MISSING):
+        if entry.get(needed) is None:
+            raise ValueError(f"{where}.{needed}: wanted a value, got nothing")
+    kinds = tuple(METRICS_OF_KIND)
+    check_one_of(f"{where}.kind", entry["kind"], kinds)
+    check_one_of(f"{where}.chat", entry.get("chat", "auto"), CHAT)
+    values = dict(entry)
+    for key in ("data", "hub", "question", "plain", "system", "answer", "choices"):
+        may_be_null = key in ("hub", "question", "system")
+        if not isinstance(values.get(key, ""), str) and not (values[key] is None and may_be_null):
+            raise ValueError(f"{where}.{key}: wanted a text, got {values[key]!r}")
+    for key in ("max_new_tokens", "max_tokens"):
+        if key in values and not (type(values[key]) is int and values[key] >= 1):
+            raise ValueError(f"{where}.{key}: wanted an integer >= 1, got {values[key]!r}")
+    for key in ("end_token", "letters", "optional"):
+        if type(values.get(key, True)) is not bool:
+            raise ValueError(f"{where}.{key}: wanted true or false, got {values[key]!r}")
+    if "{question}" not in values.get("plain", "{question}"):
+        raise ValueError(f"{where}.plain: wanted a text with {{question}}, got {values['plain']!r}")
+    values["metrics"] = _texts(f"{where}.metrics", entry["metrics"])
+    for metric in values["metrics"]:
+        check_one_of(f"{where}.metrics", metric, METRICS_OF_KIND[entry["kind"]])
+    values["stop"] = _texts(f"{where}.stop", entry.get("stop", ()))
+    if "texts" in entry:
+        named = mapping(f"{where}.texts", entry["texts"])
+        values["texts"] = {k: _texts(f"{where}.texts.{k}", v) for k, v in named.items()}
+    if entry.get("few_shot") is not None:
+        shots = mapping(f"{where}.few_shot", entry["few_shot"])
+        check_known(f"{where}.few_shot.", shots, [f.name for f in fields(FewShot)])
+        if (
+            not isinstance(shots.get("data"), str)
+            or type(shots.get("count")) is not int
+            or shots["count"] < 1
+        ):
+            raise ValueError(
+                f"{where}.few_shot: wanted data (a text) and count (an integer >= 1), got {shots}"
+            )
+        values["few_shot"] = FewShot(**shots)
+    task = Task(name=str(name), **values)
+    if task.kind == "score":
+        for metric in task.metrics:
+            for text in RATIO[metric][0] if metric in RATIO else ("answer",):
+                if text not in task.texts:
+                    raise ValueError(
+                        f"{where}.texts: the metric {metric} wants a text {text!r}, got {', '.join(task.texts)}"
+                    )
+    return replace(task, hub=task.hub or hub)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------
+
+
+def load_table(data: str | Path | None, name: str, hub: str | None, where: str) -> list[dict[str, Any]]:
+    """The rows of `name`: a file in the folder `data`, or a dataset on the Hub when no folder is given.
+
+    Args:
+        data: a folder, or None.
+        name: of a file in it (with or without suffix), or its full path; on the Hub `config` or `config/split`.
+        hub: the dataset on the Hub.
+        where: who asks, for errors.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there; not readable; no rows.
+    """
+    folder = Path(data).expanduser() if data is not None else Path()
+    for path in (folder / f"{name}{suffix}" for suffix in ("", *SUFFIXES)):
+        if path.is_file():
+            rows = read_table(path, where)
+            break
+    else:
+        if data is not None or hub is None:
+            raise FileNotFoundError(
+                f"{where}: there is no {folder / name} ({', '.join(SUFFIXES)}); wanted such a file in --data"
+            )
+        rows = _from_hub(hub, name, where)
+    if not rows:
+        raise ValueError(f"{where}: wanted at least one row in {name}, got none")
+    return rows
+
+
+def _from_hub(hub: str, name: str, where: str) -> list[dict[str, Any]]:
+    from datasets import load_dataset
+
+    config, _, split = name.partition("/")
+    try:
+        return list(load_dataset(hub, config or None, split=split or "train"))
+    except (OSError, ValueError) as error:
+        raise OSError(f"{where}: the dataset {hub!r} ({name}) could not be loaded: {error}") from error
+
+
+def fill(template: str, row: Mapping[str, Any], where: str) -> str:
+    """`template` with every `{column}` replaced by the row's value. Other braces stay.
+
+    Example:
+        >>> fill("Q: {question} {}", {"question": "Who?"}, "task t, row 0")
+        'Q: Who? {}'
+    """
+
+    def value(match: re.Match) -> str:
+        if row.get(match[1]) is None:
+            raise ValueError(f"{where}: it has no column {match[1]!r}, but {', '.join(sorted(row))}")
+        return str(row[match[1]])
+
+    return _COLUMN.sub(value, template)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------
+
+
+def _filled(value: Any, options: Mapping[str, Any]) -> Any:
+    """Options put in: a text that is only `{option}` becomes its value; other `{columns}` stay."""
+    if isinstance(value, Mapping):
+        return {k: _filled(v, options) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_filled(v, options) for v in value]
+    if isinstance(value, str):
+        whole = _COLUMN.fullmatch(value)
+        if whole and whole[1] in options:
+            return options[whole[1]]
+        return _COLUMN.sub(lambda m: str(options[m[1]]) if m[1] in options else m[0], value)
+    return value
+
+
+def _texts(where: str, value: Any) -> tuple[str, ...]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) and v for v in values):
+        raise ValueError(f"{where}: wanted a text or a list of texts, got {value!r}")
+    return tuple(values)

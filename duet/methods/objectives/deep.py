@@ -1,0 +1,69 @@
+"""`duet_deep`: query-only unlearning that also survives prefilled answers and relearning. Our own contribution.
+
+Per forget query the base's own greedy answer y is a prefilled text on which the student is pulled and pushed at once:
+
+    position 0      KL(p_ref || p_s)                      p_ref: the steered base, which refuses
+    positions >= 1  counterfactual_weight KL(p_cf || p_s)  p_cf: the base, had it never met the name
+    known tokens    -(2/b) log sigma(-b sum_j g_j log(p_s(y_j) / p_base(y_j)))       masked NPO, b = deep_npo_beta
+                    lift_weight sum_j relu(log f_j - log p_s(y_j))                   back up to the floor
+
+A token is known where p_base(y_j) - p_cf(y_j) > knowledge_threshold. Its floor f_j is what p_cf gives it (at position
+0: p_ref), and the gate g_j = [log p_s(y_j) > log f_j - 1] ends the push below it: without the floor the forgotten value
+stays readable, as the *least* likely one. A share of the forget queries carries the whole refusal instead, KL(p_ref ||
+p_s) at all its positions, and retain queries the base's own answers, KL(p_base || p_s). Every KL is over the teacher's
+top-k and a bucket for the rest: without the bucket nothing would push a token down that the teacher does not list.
+
+All targets are plain numbers made before training (`duet.methods.counterfactual`). Must not know models or the Trainer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from duet_kernels import TopK, linear_cross_entropy, topk_distill_loss
+
+from .record import Step, sum_where
+
+GATE_WIDTH = 1.0  # nats under the floor at which the push ends
+
+
+def duet_deep(step: Step) -> dict[str, Tensor]:
+    """Pull, counterfactual pull, masked NPO and lift on forget queries; the base's own distributions on the others.
+
+    Means are over queries (sums over their tokens), except that of the refusals, which is over their positions.
+    """
+    args, counts, targets = step.args, step.counts, step.targets
+    pushed, first, retain = targets["pushed"], step.is_first, ~step.of_forget
+    kl = topk_distill_loss(
+        step.hidden,
+        step.head,
+        TopK(targets["values"], targets["indices"], targets["tail"]),
+        divergence="forward_kl",
+        normalization="tail",
+        reduction="none",
+        impl=args.impl,
+    )
+    pull = sum_where(pushed & first, kl) / counts.pushed_queries
+    counterfactual = sum_where(pushed & ~first, kl) / counts.pushed_queries
+    refusal = sum_where(step.of_forget & ~pushed, kl) / counts.refusal_positions
+    kept = sum_where(retain, kl) / counts.retain_queries
+
+    known = targets["known"]
+    labels = step.labels.masked_fill(~known, -100)
+    log_p = -linear_cross_entropy(step.hidden, step.head, labels, reduction="none", impl=args.impl)
+    above = known & (log_p.detach() > targets["floor"] - GATE_WIDTH)
+    log_ratio = step.per_query(torch.where(above, log_p - targets["base"], 0))
+    beta = args.deep_npo_beta
+    npo = -2 / beta * F.logsigmoid(-beta * log_ratio)
+    of_pushed = step.per_query(pushed.to(npo.dtype)) > 0
+    push = sum_where(of_pushed, npo) / counts.pushed_queries
+    lift = sum_where(known, (targets["floor"] - log_p).clamp(min=0)) / counts.pushed_queries
+
+    forget = pull + refusal + args.counterfactual_weight * counterfactual + push + args.lift_weight * lift
+    logged = {"pull": pull, "refusal": refusal, "counterfactual": counterfactual, "push": push, "lift": lift}
+    return {
+        "loss": forget + args.retain_weight * kept,
+        "forget_loss": forget,
+        "retain_loss": kept,
+        **{f"{name}_loss": value.detach() for name, value in logged.items()},
+    }

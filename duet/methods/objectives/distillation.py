@@ -1,0 +1,150 @@
+"""Objectives that imitate a teacher: DUET and its divergences, pull + push, and UNDO's second phase.
+
+    C_K     the teacher's K largest logits, g the raw logits, p the teacher's and q the student's distribution
+    pull    the student's logits at C_K become the teacher's
+    push    what the student is sure of outside C_K goes down
+
+Every number comes from public names of `duet_kernels`; no full logits. Must not know models or the Trainer.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from duet_kernels import (
+    LMHead,
+    TopK,
+    linear_distill_loss,
+    linear_gather,
+    linear_token_stats,
+    linear_topk,
+    topk_distill_loss,
+)
+
+from .record import Step, sum_where
+
+if TYPE_CHECKING:
+    from ...config import DuetConfig
+
+
+class WeighedTopK(NamedTuple):
+    """The teacher's top-k, and the entropy of its whole distribution `[N]` in nats."""
+
+    top: TopK
+    entropy: Tensor
+
+
+def teacher_topk(hidden: Tensor, head: LMHead, labels: Tensor, args: "DuetConfig") -> TopK | WeighedTopK:
+    """The teacher's k largest logits at every scored position (with its entropy for `entropy_weighting`)."""
+    top = linear_topk(hidden, head, args.k, temperature=args.temperature, impl=args.impl)
+    if not args.entropy_weighting:
+        return top
+    return WeighedTopK(top, linear_token_stats(hidden, head, impl=args.impl).entropy)
+
+
+def teacher_states(hidden: Tensor, head: LMHead, labels: Tensor, args: "DuetConfig") -> tuple[Tensor, LMHead]:
+    """The teacher's hidden states and head themselves: what a dense divergence compares with."""
+    return hidden, head
+
+
+def duet(step: Step) -> dict[str, Tensor]:
+    """DUET (arXiv 2601.21283, equation 3): Huber between raw logits at the teacher's top-k ids C_K.
+
+    sum_{i in C_K} Huber_delta(z_student,i(x) - z_teacher,i(c + x)), averaged over scored positions; forget and retain
+    queries weigh alike.
+    """
+    return _mean(step, _distil(step, divergence="huber", delta=step.args.delta))
+
+
+def duet_forward_kl(step: Step) -> dict[str, Tensor]:
+    """KL(p_teacher || p_student) on the teacher's top-k, nats per position."""
+    return _mean(step, _distil(step, divergence="forward_kl", **_distribution(step)))
+
+
+def duet_reverse_kl(step: Step) -> dict[str, Tensor]:
+    """KL(p_student || p_teacher) on the teacher's top-k, nats per position."""
+    return _mean(step, _distil(step, divergence="reverse_kl", **_distribution(step)))
+
+
+def duet_jsd(step: Step) -> dict[str, Tensor]:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, on the teacher's top-k, nats per position."""
+    return _mean(step, _distil(step, divergence="jsd", beta=step.args.beta, **_distribution(step)))
+
+
+def bidirectional(step: Step) -> dict[str, Tensor]:
+    """Pull + push on raw logits, after arXiv 2604.15482, whose own equation is not public to us: this push is ours.
+
+        pull = sum_{i in C_K} Huber_delta(z_student,i - z_teacher,i)                     as DUET
+        push = sum_{i in S_K \\ C_K} max(0, z_student,i - z_teacher,(K))
+
+    with S_K the student's own k largest logits and z_teacher,(K) the teacher's k-th: an id that the teacher does not
+    support may not stand above the least that it does support. loss = mean(pull + push_weight * push). The push needs
+    nothing of the teacher but its top-k, so that a cached teacher serves; it costs one pass over the vocabulary.
+    """
+    pull = _distil(step, divergence="huber", delta=step.args.delta)
+    teacher = _top(step.targets)
+    own = linear_topk(step.hidden, step.head, step.args.k, impl=step.args.impl).indices
+    supported = (own.unsqueeze(-1) == teacher.indices.unsqueeze(-2)).any(-1)
+    logits = linear_gather(step.hidden, step.head, own, impl=step.args.impl)
+    excess = (logits - teacher.values.amin(-1, keepdim=True)).clamp(min=0)
+    push = torch.where(supported, 0, excess).sum(-1)
+    parts = _mean(step, pull + step.args.push_weight * push)
+    with torch.no_grad():
+        return parts | {
+            "pull_loss": pull.sum() / step.counts.positions,
+            "push_loss": push.sum() / step.counts.positions,
+        }
+
+
+def undo(step: Step) -> dict[str, Tensor]:
+    """UNDO (arXiv 2506.06278), third stage: KL(p_teacher || p_student) over the whole vocabulary, T = 1, every token.
+
+    The teacher is the unlearned model, the student its perturbed copy (`duet.methods.noising`). nats per position.
+    """
+    losses = linear_distill_loss(step.hidden, step.head, *step.targets, reduction="none", impl=step.args.impl)
+    return _mean(step, losses)
+
+
+def _distribution(step: Step) -> dict[str, Any]:
+    return {"temperature": step.args.temperature, "normalization": step.args.normalization}
+
+
+def _top(targets: TopK | WeighedTopK) -> TopK:
+    return targets.top if isinstance(targets, WeighedTopK) else targets
+
+
+def _distil(step: Step, **options: Any) -> Tensor:
+    """`[N]` divergence at every position, weighed by uncertainty if so wanted."""
+    weights = entropy_weights(step) if step.args.entropy_weighting else None
+    return topk_distill_loss(
+        step.hidden,
+        step.head,
+        _top(step.targets),
+        reduction="none",
+        weights=weights,
+        impl=step.args.impl,
+        **options,
+    )
+
+
+def entropy_weights(step: Step) -> Tensor:
+    """`[N]` sigma(H_student - H_teacher), constants in (0, 1) (TSD-KD, arXiv 2603.13260).
+
+    Tokens at which the student is less certain than the teacher count most.
+    """
+    if not isinstance(step.targets, WeighedTopK):
+        raise ValueError(
+            "entropy_weighting: wanted a live teacher, whose entropy is taken over the whole vocabulary; a stored top-k "
+            "does not hold it"
+        )
+    own = linear_token_stats(step.hidden, step.head, impl=step.args.impl).entropy
+    return torch.sigmoid(own - step.targets.entropy)
+
+
+def _mean(step: Step, losses: Tensor) -> dict[str, Tensor]:
+    counts = step.counts
+    with torch.no_grad():
+        forget = sum_where(step.of_forget, losses) / counts.forget_positions
+        retain = sum_where(~step.of_forget, losses) / counts.retain_positions
+    return {"loss": losses.sum() / counts.positions, "forget_loss": forget, "retain_loss": retain}

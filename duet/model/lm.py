@@ -1,0 +1,492 @@
+"""A transformers causal language model, by name or object -> (hidden states at chosen positions, LMHead).
+
+The model's own forward would project every position onto the vocabulary. Here the backbone (the model without its
+head) runs alone, and only the positions that a loss looks at reach the head: the logits tensor never exists. What the
+model does between backbone and logits (softcap, scale) is read by `LMHead.of` and checked once against the model's
+own logits: `check_head`. Must not know datasets, teachers or losses.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
+
+from duet_kernels import LMHead, linear_gather
+
+from ..data.prompts import answer_ending
+
+logger = logging.get_logger(__name__)
+_HEAD_BYTES = 64 << 20
+
+
+def load_model(
+    model: Any, argument: str, init_kwargs: dict[str, Any] | None, device: torch.device | None = None
+) -> nn.Module:
+    """`model` itself, or the causal language model of that name or folder, in the dtype of its checkpoint.
+
+    Args:
+        model: a model, a name or a folder.
+        argument: of the trainer, which errors name.
+        init_kwargs: passed to `from_pretrained`.
+        device: where the weights are read to, one after the other, so that they are never whole on the host; None: the CPU.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"{argument}: wanted a model, or the name or folder of one, got {type(model).__name__}"
+        )
+    name = os.fspath(model)
+    if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        raise FileNotFoundError(f"{argument}: there is no folder {name!r}")
+    placed = {} if device is None else {"device_map": {"": device}}
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **placed | (init_kwargs or {}))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{argument}: {name!r} is not a folder with a causal language model, nor the name of one that could be "
+            f"loaded: {error}"
+        ) from error
+
+
+def loading_device(args: TrainingArguments) -> torch.device | None:
+    """Where a model that `args` will train is best loaded: the GPU, if there is one and the whole model will be on it.
+
+    FSDP and DeepSpeed take it apart first, from the CPU.
+    """
+    return None if args.device.type == "cpu" or is_sharded(args) else args.device
+
+
+def is_sharded(args: TrainingArguments) -> bool:
+    """Whether FSDP or DeepSpeed will take the parameters apart: asked for in the options or by `accelerate launch`."""
+    launched = (os.environ.get(f"ACCELERATE_USE_{each}", "") == "true" for each in ("FSDP", "DEEPSPEED"))
+    return bool(args.fsdp or args.deepspeed) or any(launched)
+
+
+def choose_attention(wanted: str, device: torch.device, half: bool) -> tuple[str | None, str]:
+    """(transformers' `attn_implementation`, why): flash-attn where it can run, else None: what transformers takes.
+
+    That is torch's `scaled_dot_product_attention`, or plain products for models that cannot use it (Gemma 2).
+
+    Args:
+        wanted: a name that transformers knows, or `auto`.
+        device: where the model will run.
+        half: whether it runs in bf16 or fp16, which flash-attn needs.
+    """
+    if wanted != "auto":
+        return wanted, "asked for"
+    if device.type != "cuda":
+        return None, f"flash-attn needs a GPU, this is {device.type}"
+    if not half:
+        return None, "flash-attn needs bf16 or fp16"
+    for name, installed in (
+        ("flash_attention_3", is_flash_attn_3_available),
+        ("flash_attention_2", is_flash_attn_2_available),
+    ):
+        if installed():
+            return name, "installed"
+    return None, "flash-attn is not installed"
+
+
+def can_pack(model: nn.Module) -> tuple[bool, str]:
+    """(whether sequences can follow each other in one without seeing each other, why).
+
+    flash-attn reads where they start from `position_ids`, and does no work for padding. Other implementations keep them
+    apart by a `[T, T]` mask: right, but slower than padding.
+    """
+    model = base_language_model(model)
+    name = getattr(model.config, "_attn_implementation", None) or "eager"
+    if "position_ids" not in inspect.signature(find_backbone(model).forward).parameters:
+        return False, f"{type(model).__name__} takes no position_ids"
+    return name.startswith("flash"), f"attn_implementation is {name}"
+
+
+def load_tokenizer(model: nn.Module) -> Any:
+    """The tokenizer that was saved with the model."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise ValueError(
+            "processing_class: wanted a tokenizer (the model does not say where it was loaded from), got None"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"processing_class: no tokenizer could be loaded from {name!r}: {error}"
+        ) from error
+
+
+def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    """`model` wrapped in a new PEFT adapter."""
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config: wanted a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}"
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError("peft_config: wanted None, because model is a PEFT model already")
+    return get_peft_model(model, peft_config)
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Forbids 4-bit layers of bitsandbytes to repack their weights on a CPU.
+
+    On a CPU with AVX512-BF16 they do so in the first forward without gradients (a teacher's, an evaluation's). The
+    repacked product is no operation that autograd knows: in training, no gradient would pass through the layer, and
+    adapters below it would learn nothing, in silence.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def warn_of_half_precision(model: nn.Module) -> None:
+    """Says once when weights are trained in half precision themselves: without an fp32 copy most updates round to 0.
+
+    bf16 has 8 significant bits: an update below 1/512 of a weight leaves it as it is. PEFT keeps adapters in fp32.
+    """
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if kinds and not hasattr(model, "peft_config"):
+        names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        logger.warning_once(
+            f"weights are trained in {names}, in which most updates are too small to change them; load the model in "
+            "float32 and let autocast compute in bf16 (model.dtype: float32 with bf16: true), or train an adapter"
+        )
+
+
+def rounding_of_a_fresh_adapter(model: nn.Module) -> float:
+    """By how much of their root mean square a new adapter may move the hidden states: 0, unless it is DoRA in bf16.
+
+    DoRA multiplies each row of a weight by m / |W + BA|, which is 1 before training, but not after it was rounded to
+    half precision; a few percent over many layers. LoRA adds an exact 0.
+    """
+    configs = getattr(model, "peft_config", {}).values()
+    half = base_language_model(model).dtype in (torch.bfloat16, torch.float16)
+    return 0.1 if half and any(getattr(config, "use_dora", False) for config in configs) else 0.0
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The pad token, else the end token: the attention mask hides padding, so that any token serves."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ValueError("processing_class: wanted a tokenizer with a pad or end token, got one with neither")
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the model's (a chat model has several), the tokenizer's and the chat template's."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*ends, *end, *answer_ending(tokenizer)[-1:]]))
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    pad_id: int,
+    max_new_tokens: int,
+    **how: Any,
+) -> list[list[int]]:
+    """Greedy answers of `model` to one batch of prompts, padded on the left whatever the tokenizer prefers.
+
+    Args:
+        prompts: token ids, at least one each.
+        how: further arguments of `generate`.
+
+    Returns:
+        the new ids of each prompt, with the end token where one was reached, and without what follows it.
+    """
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for b, prompt in enumerate(prompts):
+        ids[b, longest - len(prompt) :] = torch.tensor(list(prompt))
+        mask[b, longest - len(prompt) :] = 1
+    ends = end_tokens(model, tokenizer)
+    # Every option that a checkpoint's generation_config may carry and that would make this not plainly greedy.
+    greedy = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        min_new_tokens=0,  # takes precedence over min_length
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=ends or None,
+        use_cache=True,
+    )
+    out = model.generate(
+        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy, **how
+    )
+    return [_through_end(answer, ends) for answer in out[:, longest:].tolist()]
+
+
+def _through_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    for i, token in enumerate(ids):
+        if token in ends:
+            return ids[: i + 1]
+    return ids
+
+
+def context_length(model: nn.Module) -> int | None:
+    """How many tokens the model says it can read; None when it does not say."""
+    config = base_language_model(model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def base_language_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return (
+        model.get_base_model()
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        else model
+    )
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The part of a causal language model that gives the hidden states its head reads.
+
+    Found by duck typing: what `base_model_prefix` points to (`LlamaForCausalLM.model`, `GPTNeoXForCausalLM.gpt_neox`),
+    else `get_decoder()`.
+
+    Raises:
+        TypeError: an encoder-decoder model, or nothing found.
+    """
+    inner = base_language_model(model)
+    name = type(inner).__name__
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise TypeError(f"model: wanted a decoder-only language model, got the encoder-decoder {name}")
+    backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
+    if not isinstance(backbone, nn.Module) and hasattr(inner, "get_decoder"):
+        backbone = inner.get_decoder()
+    if not isinstance(backbone, nn.Module) or backbone is inner:
+        raise TypeError(
+            f"model: no backbone was found in {name}; wanted a transformers causal language model"
+        )
+    return backbone
+
+
+def hidden_states_at(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    positions: Tensor,
+    layer: int | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """The backbone's last hidden states (after the final norm) at chosen positions.
+
+    Args:
+        model: a causal language model, PEFT-wrapped or not.
+        input_ids, attention_mask: `[B, S]`, padded on either side.
+        positions: `[N]` int64 places in the flattened `[B * S]` sequences.
+        layer: the states after this decoder layer, counted from 0, instead (before the final norm, also after the last
+            layer); the layers above it do not run.
+        position_ids: `[1, T]` in the place of the mask, for sequences that follow each other in one: each starts again
+            at 0, by which transformers tells them apart.
+
+    Returns:
+        `[N, D]`, in the backbone's dtype.
+
+    Example:
+        >>> ids = torch.tensor([[5, 6, 7, 8], [5, 9, 0, 0]])
+        >>> mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        >>> hidden_states_at(model, ids, mask, positions=torch.tensor([3, 5])).shape
+        torch.Size([2, 32])
+    """
+    backbone = find_backbone(model)
+    extra = {}
+    if position_ids is not None:
+        extra["position_ids"] = position_ids
+    elif "position_ids" in inspect.signature(backbone.forward).parameters:
+        # Counted from the first real token: padding on the left must not shift learned or rotary positions.
+        extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    extra |= {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if layer is None:
+        states = backbone(**extra).last_hidden_state
+    else:
+        with _first_layers(backbone, layer + 1) as seen:
+            backbone(**extra)
+        (states,) = seen
+    return states.flatten(0, 1).index_select(0, positions)
+
+
+def layers_path(backbone: nn.Module) -> str:
+    """Where in the backbone the list of its decoder layers is, as `get_submodule` takes it."""
+    count = backbone.config.get_text_config().num_hidden_layers
+    for path, module in backbone.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path
+    raise TypeError(f"model: no list of {count} decoder layers was found in {type(backbone).__name__}")
+
+
+@contextmanager
+def _first_layers(backbone: nn.Module, count: int) -> Iterator[list[Tensor]]:
+    """Within the context the backbone has so many layers only; what the last of them gives, before the norm, is seen.
+
+    Not from `output_hidden_states`, whose last entry is what comes after the norm.
+    """
+    above, _, name = layers_path(backbone).rpartition(".")
+    owner = backbone.get_submodule(above)
+    layers, seen = getattr(owner, name), []
+
+    def see(module, args, output):
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = layers[count - 1].register_forward_hook(see)
+    setattr(owner, name, layers[:count])
+    try:
+        yield seen
+    finally:
+        setattr(owner, name, layers)
+        handle.remove()
+
+
+def check_layer(model: nn.Module, layer: int | None) -> int:
+    """`layer` if the model has it (None: a quarter of the way up)."""
+    count = base_language_model(model).config.get_text_config().num_hidden_layers
+    layers_path(find_backbone(model))  # found out now
+    if layer is None:
+        return count // 4
+    if layer >= count:
+        raise ValueError(f"rmu_layer: wanted one of the model's layers, 0 to {count - 1}, got {layer}")
+    return layer
+
+
+def select_parameters(model: nn.Module, wanted: Callable[[str], bool], objective: str) -> None:
+    """Only parameters whose name is `wanted` keep requiring a gradient."""
+    chosen = {name for name, p in model.named_parameters() if p.requires_grad and wanted(name)}
+    if not chosen:
+        raise ValueError(
+            f"model: {type(model).__name__} has no parameter that objective {objective!r} trains; its names are not "
+            "known here (an adapter has other names: train the model itself)"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+
+
+def head_inputs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    positions: Tensor,
+    layer: int | None = None,
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, LMHead]:
+    """`hidden_states_at`, in the head's dtype, and the head: what every loss of `duet_kernels` takes.
+
+    Under autocast the backbone gives half precision while the head's weight stays fp32: the losses then run in fp32.
+    With `layer` the states are those of `hidden_states_at(layer=...)`, which the head does not read.
+    """
+    hidden = hidden_states_at(model, input_ids, attention_mask, positions, layer, position_ids)
+    head = LMHead.of(model)
+    return hidden.to(head.weight.dtype), head
+
+
+def call_through(wrapped: nn.Module, inner: nn.Module, function: Callable[[], Any]) -> Any:
+    """Call `wrapped` (a DDP, FSDP, DeepSpeed wrapper of `inner`, or `inner` itself) with `function` as its core.
+
+    The wrappers synchronise gradients and gather parameters in their own forward; a loss that called the backbone
+    beside them would skip that. So the wrapper is called as usual, and for this one call `inner.forward` is `function`.
+    The hooks of `inner` fire too, and saving and loading see the module that they always saw.
+    """
+    own = inner.__dict__.get("forward")  # accelerate may have put an autocasting forward there
+    inner.forward = lambda *_, **__: function()
+    try:
+        return wrapped(None)  # DDP wants an argument that it can move to the device
+    finally:
+        if own is None:
+            del inner.forward
+        else:
+            inner.forward = own
+
+
+def set_checkpointing(model: nn.Module, on: bool) -> None:
+    """Activations are recomputed in the backward, or kept; under the name that this version of transformers has for it."""
+    new, old = (
+        f"{name}_{'enable' if on else 'disable'}"
+        for name in ("activation_checkpointing", "gradient_checkpointing")
+    )
+    getattr(model, new if hasattr(model, new) else old)()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within the context, dropout is off; afterwards `module` trains again if it did."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
+    """Refuse a model whose logits are not what `LMHead.of(model)` makes of its backbone's hidden states.
+
+    A one-off: `num_tokens` tokens through the model's own forward, and through backbone and head; every logit is
+    compared. Costs the model's `[num_tokens, V]` logits, and 64 MiB of the head in fp32 at a time.
+
+    Returns:
+        the head.
+
+    Raises:
+        TypeError: an unknown kind of head or backbone (`LMHead.of`, `find_backbone`).
+        ValueError: NaN logits; or the numbers differ: the model does something to its logits that is not known here.
+    """
+    head = LMHead.of(model)
+    device, vocabulary = head.weight.device, head.num_ids
+    ids = torch.linspace(0, vocabulary - 1, num_tokens, device=device).long().unsqueeze(0)
+    mask, places = torch.ones_like(ids), torch.arange(num_tokens, device=device)
+    with evaluating(model):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        hidden, head = head_inputs(model, ids, mask, places)
+    name = type(base_language_model(model)).__name__
+    if logits.shape[:2] != ids.shape or logits.shape[-1] < vocabulary:
+        raise ValueError(
+            f"model: {name} gave logits of shape {list(logits.shape)} for {num_tokens} tokens and a vocabulary of "
+            f"{vocabulary}; prompt-learning adapters and heads of several tokens are not supported"
+        )
+    logits = logits[0, :, :vocabulary]
+    if logits.isnan().any():
+        raise ValueError(f"model: {name} gives NaN logits: its weights are damaged, or its training diverged")
+    # The model rounds its logits to its dtype, which says how well they can be compared.
+    precise = head.weight.dtype in (torch.float32, torch.float64)
+    tolerance = (1e-5 if precise else 4 * torch.finfo(head.weight.dtype).eps) * logits.abs().amax()
+    worst = torch.stack(
+        [(ours - theirs).abs().amax() for ours, theirs in _in_parts(hidden, head, logits)]
+    ).amax()
+    if not worst <= tolerance:
+        raise ValueError(
+            f"model: the logits of {name} are not what its LM head makes of its hidden states (they differ by "
+            f"{worst:.3g}, allowed {tolerance:.3g}). It scales, caps or shifts them in a way that LMHead.of does not "
+            "know; training it here would be silently wrong, so it is refused"
+        )
+    return head
+
+
+def _in_parts(hidden: Tensor, head: LMHead, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(what the head makes of the hidden states, `logits`), for as many ids at a time as take _HEAD_BYTES of the head in fp32."""
+    step = max(1, _HEAD_BYTES // (4 * head.hidden_size))
+    for start in range(0, head.num_ids, step):
+        stop = min(start + step, head.num_ids)
+        bias = None if head.bias is None else head.bias[start:stop]
+        part = replace(head, weight=head.weight[start:stop], bias=bias, vocab_size=None)
+        ids = torch.arange(stop - start, device=hidden.device).expand(len(hidden), -1)
+        yield linear_gather(hidden, part, ids, impl="reference").float(), logits[:, start:stop]

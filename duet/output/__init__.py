@@ -1,0 +1,1 @@
+"""What a training leaves in its folder: whole checkpoints, the record of the run, and the model card."""

@@ -1,0 +1,10 @@
+"""A run from a YAML file: `duet train`, `duet cache`, `duet merge` (commands) and `duet plan`.
+
+config_file   the YAML file and what the command line changes in it -> one checked RunConfig
+commands      what is done with it
+plan          the memory of a training step, before anything is loaded; plan_report shows it
+"""
+
+from .._moved import names_of
+
+__getattr__ = names_of(__name__)

@@ -1,0 +1,190 @@
+"""One run, from its RunConfig to a saved model: what `duet train` (and before it, `duet cache`) does.
+
+    load model and rows -> DuetTrainer -> train (or resume) -> save model, tokenizer, model card, merged weights
+
+Must not know the command line.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from ..data.prompts import Prompting
+from ..data.sources import load_rows
+from ..model.lm import choose_attention, load_model, loading_device
+from ..output.checkpoints import last_finished_checkpoint
+from ..store.build import Cached, cache_teacher
+from ..trainer import DuetTrainer
+from .config_file import ModelSection, RunConfig
+
+logger = logging.get_logger(__name__)
+
+
+def train(run: RunConfig, resume: bool = False) -> DuetTrainer:
+    """Trains and saves; returns the trainer.
+
+    Args:
+        run: what to do.
+        resume: go on from the last finished checkpoint in `output_dir`; from the start where there is none.
+
+    Raises:
+        TypeError, ValueError, OSError: naming the key, what came and what was wanted.
+    """
+    checkpoint, last = run.training.resume_from_checkpoint, last_finished_checkpoint(run.training.output_dir)
+    if last and not (resume or checkpoint):
+        raise FileExistsError(
+            f"training.output_dir: {run.training.output_dir!r} holds {last!r} of an earlier run, which a later --resume "
+            "could take for this one's; wanted --resume, or a folder without checkpoints"
+        )
+    trainer = make_trainer(run)
+    if checkpoint is None and resume:
+        checkpoint = last
+        logger.warning(
+            f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting at step 0"
+        )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if run.eval:
+        trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_state()
+    trainer.save_model()
+    trainer.create_model_card()
+    if run.merge and trainer.is_world_process_zero():
+        merge_adapter(run.training.output_dir, os.path.join(run.training.output_dir, "merged"))
+    return trainer
+
+
+def cache(run: RunConfig, dtype: str = "float32") -> Cached:
+    """Asks the teacher of a run everything that training will want, and writes it to `training.teacher_store`.
+
+    Args:
+        run: the one that `train` will get, with `teacher_store` set.
+        dtype: in which logits are stored.
+
+    Raises:
+        TypeError, ValueError, OSError: naming the key, what came and what was wanted.
+    """
+    args = run.training
+    if not args.teacher_store:
+        raise ValueError("training.teacher_store: wanted the folder to write, got nothing")
+    forget, retain, evals = _rows(run)
+    kwargs = model_kwargs(run.model, args) | (args.model_init_kwargs or {})
+    model = (
+        _teacher(run, kwargs)
+        if run.teacher
+        else load_model(run.model.name, "model", kwargs, loading_device(args))
+    )
+    return cache_teacher(model, args, forget, retain, _tokenizer(run.model), evals, dtype=dtype)
+
+
+def _rows(run: RunConfig) -> tuple[Any, Any, Any]:
+    forget = load_rows(run.forget, "data.forget")
+    retain = None if run.retain is None else load_rows(run.retain, "data.retain")
+    evals = {name: load_rows(source, f"data.eval.{name}") for name, source in run.eval.items()}
+    return forget, retain, evals or None
+
+
+def make_trainer(run: RunConfig) -> DuetTrainer:
+    """The DuetTrainer of a run; rows are read before a large model is."""
+    forget, retain, evals = _rows(run)
+    args = run.training
+    kwargs = model_kwargs(run.model, args) | (args.model_init_kwargs or {})
+    model = load_model(run.model.name, "model", kwargs, loading_device(args))
+    live = run.teacher is not None and not args.teacher_store
+    return DuetTrainer(
+        model=model,
+        args=args,
+        forget_dataset=forget,
+        retain_dataset=retain,
+        eval_dataset=evals,
+        processing_class=_tokenizer(run.model),
+        teacher_model=_teacher(run, kwargs) if live else None,
+        peft_config=None if run.adapter is None else _lora({"revision": run.model.revision} | run.adapter),
+    )
+
+
+def _teacher(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
+    """The other model of `teacher:`, loaded as the model is, but for the revision, which is the model's own."""
+    return load_model(run.teacher, "teacher", kwargs | {"revision": None}, loading_device(run.training))
+
+
+def model_kwargs(section: ModelSection, args: Any) -> dict[str, Any]:
+    """What `from_pretrained` is called with."""
+    kwargs: dict[str, Any] = {"dtype": section.dtype, "revision": section.revision}
+    half = section.dtype in ("bfloat16", "float16") or args.bf16 or args.fp16
+    name, reason = choose_attention(section.attn_implementation, args.device, half)
+    logger.info(f"attn_implementation={name or 'as transformers chooses'!r}: {reason}")
+    if name is not None:
+        kwargs["attn_implementation"] = name
+    if section.quantization is not None:
+        kwargs["quantization_config"] = _quantization(section)
+        kwargs["device_map"] = {"": args.device}
+    return kwargs
+
+
+def _quantization(section: ModelSection) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"model.quantization: {section.quantization!r} needs bitsandbytes, which is not installed "
+            "(pip install 'duet-kernels[quant]')"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if section.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if section.dtype == "auto" else getattr(torch, section.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _lora(options: dict[str, Any]) -> Any:
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"adapter: {error}") from error
+
+
+def _tokenizer(section: ModelSection) -> Any:
+    name = section.tokenizer or section.name
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=None if section.tokenizer else section.revision)
+    except (OSError, ValueError) as error:
+        raise OSError(f"model.tokenizer: no tokenizer could be loaded from {name!r}: {error}") from error
+
+
+def merge_adapter(folder: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto") -> nn.Module:
+    """Adds a saved adapter to its base model and saves the sum, which then needs no peft.
+
+        W + (alpha / r) B A
+
+    The base is loaded without quantisation, whatever it was trained on: adding to 4-bit weights would round the
+    adapter away. Runs on the CPU, in the memory of one copy of the base.
+
+    Args:
+        folder: where the adapter is (`adapter_config.json` names its base).
+        out: where the model and its tokenizer go.
+        dtype: of the saved model; `auto`: the base checkpoint's.
+
+    Raises:
+        FileNotFoundError: there is no adapter in `folder`.
+    """
+    from peft import AutoPeftModelForCausalLM
+
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder}: wanted a folder with an adapter, found no adapter_config.json")
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu").merge_and_unload()
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    Prompting.of(folder).save(out)
+    return model

@@ -1,0 +1,228 @@
+"""`duet plan`: a RunConfig and a GPU's size -> two tables: where the memory goes, and which settings fit.
+
+Must not load weights or rows: sequence lengths are told, not measured.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import AutoConfig
+
+from ..config import CHECKPOINTING
+from ..methods.objectives import find_objective
+from ..methods.views import asked_before_training
+from .config_file import DEFAULT_ADAPTER, RunConfig
+from .plan import Budget, Planner, Settings
+
+# Options that transformers refuses on a machine without a fitting GPU: a plan is also made on a laptop.
+_DEVICE_OPTIONS = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval")
+# What is planned for a bare model name.
+DEFAULT_TREE = {
+    "model": {"dtype": "bfloat16"},
+    "adapter": {},
+    "data": {"forget": "rows that a plan does not read"},
+    "training": {"bf16": True},
+}
+_UNITS = {"k": 10, "m": 20, "g": 30, "t": 40}
+
+
+def parse_size(text: str, name: str = "gpu-memory") -> int:
+    """Bytes of `24GiB`, `24G` or `24GB` (GPU makers' GB is 2^30); a number alone is GiB.
+
+    Example:
+        >>> parse_size("1.5 GiB"), parse_size("24") >> 30, parse_size("512m") >> 20
+        (1610612736, 24, 512)
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(?:([kmgt])(?:i?b)?)?\s*", text.lower())
+    if not match:
+        raise ValueError(f"{name}: wanted a size such as 24GiB, got {text!r}")
+    return int(float(match[1]) * 2 ** _UNITS[match[2] or "g"])
+
+
+def default_workspace(memory: int) -> int:
+    """The bytes that a loss may use on a GPU of so much memory, where nothing is set: a 64th, 256 MiB to 3 GiB."""
+    return min(max(memory // 64, 256 << 20), 3 << 30)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `duet plan` found out: `as_dict()` for `--json`, `tables()` for people."""
+
+    name: str
+    memory: int
+    reserve: int
+    settings: Settings
+    budget: Budget
+    fitting: list[dict[str, Any]]
+
+    @classmethod
+    def of(
+        cls, tree: Mapping[str, Any], memory: int, length: int, prefix_length: int, scored: int, reserve: int
+    ) -> "Plan":
+        """A plan for the tree of a run's YAML file.
+
+        Args:
+            tree: as `RunConfig.of` takes it.
+            memory: of the GPU, bytes.
+            length: tokens of the longest query with its answer.
+            prefix_length: tokens that the steering prefix adds for the teacher.
+            scored: positions of a query that reach the LM head.
+            reserve: bytes that are kept free: the CUDA context, and what fragmentation costs.
+        """
+        run, autocast = _without_device_options(tree)
+        config = AutoConfig.from_pretrained(run.model.name, revision=run.model.revision)
+        settings = _settings(run, autocast, config, memory, length, prefix_length, scored)
+        planner = Planner(config)
+        budget = planner.budget(settings)
+        return cls(
+            name=run.model.name,
+            memory=memory,
+            reserve=reserve,
+            settings=settings,
+            budget=budget,
+            fitting=list(_fitting(planner, settings, _teacher(run, adapted=False), memory - reserve)),
+        )
+
+    @property
+    def fits(self) -> bool:
+        return self.budget.peak + self.reserve <= self.memory
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; sizes in bytes."""
+        settings = {**vars(self.settings), "dtype": str(self.settings.dtype).removeprefix("torch.")}
+        budget = {**vars(self.budget), "standing": self.budget.standing, "peak": self.budget.peak}
+        common = {"model": self.name, "gpu_memory": self.memory, "reserve": self.reserve, "fits": self.fits}
+        return common | {"settings": settings, "bytes": budget, "fitting": self.fitting}
+
+    def tables(self) -> list[Table]:
+        """Where the memory goes, and which settings fit."""
+        s, b = self.settings, self.budget
+        title = f"{self.name}: {b.parameters / 1e9:.2f} G parameters, {b.trained / 1e6:.1f} M trained"
+        where = Table("GiB", "for", title=title, caption=_described(s))
+        leading = max(b.phases, key=b.phases.__getitem__)
+        rows = [
+            (b.weights, f"weights ({s.quantization or str(s.dtype).removeprefix('torch.')})"),
+            (b.adapter, "adapter"),
+            (b.optimizer, f"optimizer states ({s.optim})"),
+            (b.teacher_weights, f"the teacher's weights ({s.teacher})"),
+            *(
+                (size, f"{phase}{' <- the peak' if phase == leading else ''}")
+                for phase, size in b.phases.items()
+            ),
+            (self.reserve, "reserve: CUDA context and fragmentation (assumed, --reserve)"),
+        ]
+        for size, text in rows:
+            where.add_row(_gib(size), text)
+        where.add_section()
+        verdict = "fits" if self.fits else "does not fit"
+        where.add_row(_gib(b.peak + self.reserve), f"at the peak; {verdict} into {_gib(self.memory)} GiB")
+        fit = Table(
+            "trained",
+            "base",
+            "checkpointing",
+            "largest batch",
+            "GiB at batch 1",
+            title=f"What fits into {_gib(self.memory)} GiB",
+        )
+        for row in self.fitting:
+            batch = str(row["largest_batch"]) if row["largest_batch"] else "-"
+            fit.add_row(
+                row["trained"],
+                row["base"],
+                "on" if row["checkpointing"] else "off",
+                batch,
+                _gib(row["peak_at_1"] + self.reserve),
+            )
+        return [where, fit]
+
+
+def _without_device_options(tree: Mapping[str, Any]) -> tuple[RunConfig, bool]:
+    """(the run, whether a GPU will compute it in half precision: it does unless it is told not to)."""
+    training = dict(tree.get("training") or {})
+    taken = {name: training.pop(name) for name in _DEVICE_OPTIONS if name in training}
+    run = RunConfig.of({**tree, "training": training | {"use_cpu": True}})
+    return run, taken.get("bf16") is not False or bool(taken.get("fp16"))
+
+
+def _settings(
+    run: RunConfig, autocast: bool, config: Any, memory: int, length: int, prefix_length: int, scored: int
+) -> Settings:
+    args = run.training
+    dtype = (
+        (getattr(config, "dtype", None) or torch.float32)
+        if run.model.dtype == "auto"
+        else getattr(torch, run.model.dtype)
+    )
+    return Settings(
+        batch=args.per_device_train_batch_size,
+        length=length,
+        teacher_length=length + prefix_length,
+        scored=scored,
+        dtype=dtype,
+        autocast=autocast,
+        adapter=run.adapter,
+        quantization=run.model.quantization,
+        checkpointing=bool(getattr(args, CHECKPOINTING)),
+        accumulation=args.gradient_accumulation_steps,
+        optim=getattr(args.optim, "value", args.optim),
+        teacher=_teacher(run, adapted=run.adapter is not None),
+        workspace=args.workspace_bytes or default_workspace(memory),
+    )
+
+
+def _teacher(run: RunConfig, adapted: bool) -> str:
+    """Who teaches this run, if it trains an adapter, or all weights."""
+    objective = find_objective(run.training.objective)
+    if not objective.has_teacher:
+        return "none"
+    if run.training.teacher_store:
+        return "cache"
+    if run.teacher:
+        return "copy"
+    if adapted:
+        return "adapter off"
+    return "before training" if asked_before_training(objective, run.training) else "copy"
+
+
+def _fitting(planner: Planner, settings: Settings, whole_teacher: str, memory: int):
+    """The ways to train that differ in kind, each with and without activation checkpointing."""
+    adapter = settings.adapter or dict(DEFAULT_ADAPTER)
+    lora = replace(settings, adapter=adapter, teacher="none" if settings.teacher == "none" else "adapter off")
+    whole = replace(settings, adapter=None, quantization=None, teacher=whole_teacher)
+    ways = [
+        *(
+            (f"LoRA r={adapter['r']}", base or str(settings.dtype)[6:], replace(lora, quantization=base))
+            for base in (None, "int8", "nf4")
+        ),
+        ("all weights, teacher a copy", str(settings.dtype)[6:], replace(whole, teacher="copy")),
+        ("all weights, teacher from a cache", str(settings.dtype)[6:], replace(whole, teacher="cache")),
+    ]
+    if whole_teacher in ("none", "before training"):
+        named = "all weights" if whole_teacher == "none" else "all weights, teacher asked before training"
+        ways = [*ways[:3], (named, str(settings.dtype)[6:], whole)]
+    for trained, base, way in ways:
+        for checkpointing in (False, True):
+            way = replace(way, checkpointing=checkpointing)
+            yield {
+                "trained": trained,
+                "base": base,
+                "checkpointing": checkpointing,
+                "largest_batch": planner.largest_batch(way, memory),
+                "peak_at_1": planner.budget(replace(way, batch=1)).peak,
+            }
+
+
+def _described(s: Settings) -> str:
+    return (
+        f"batch {s.batch} x {s.length} tokens (teacher {s.teacher_length}), {s.scored} scored a query, "
+        f"checkpointing {'on' if s.checkpointing else 'off'}, accumulation {s.accumulation}, workspace "
+        f"{s.workspace / 2**20:.0f} MiB"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"

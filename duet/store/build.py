@@ -1,0 +1,366 @@
+"""The frozen teacher is asked once about every (query, prefix), and what it says is written to a TopKStore.
+
+    rows -> questions, those with one filled prefix together -> [the teacher's own answer] -> one forward -> top-k -> shards
+
+What questions share at their beginning (the steering prefix) is read once: `prefix_cache`. Started again, it continues
+where it stopped; started on several processes, each takes its part. Must not know the trainer.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from duet_kernels import LMHead, TopK, set_workspace_bytes
+
+from ..config import DuetConfig
+from ..data.dataset import Asked, Collator, UnlearnDataset
+from ..data.prompts import PromptRenderer
+from ..data.rows import read_rows
+from ..methods.objectives import Objective, find_objective
+from ..methods.views import build_dataset, scored_positions
+from ..model.lm import (
+    check_head,
+    context_length,
+    evaluating,
+    generate_answers,
+    hidden_states_at,
+    load_model,
+    load_tokenizer,
+    loading_device,
+    padding_id,
+)
+from ..model.prefix_cache import PrefixCache, common_length
+from .columns import read_columns
+from .provenance import check_cacheable, provenance_of
+from .read import LOG_PROBABILITIES, Entry, Provenance, TopKStore, fingerprint
+from .write import StoreWriter
+
+logger = logging.get_logger(__name__)
+
+_SHORTEST_PREFIX = 8  # tokens; below, copying keys and values costs more than reading them again
+
+
+@dataclass
+class Saving:
+    """What reusing prefixes saved: tokens read, and (measured on the first batch) seconds with and without reuse."""
+
+    tokens: int = 0
+    tokens_without: int = 0
+    seconds: float | None = None
+    seconds_without: float | None = None
+
+    def __str__(self) -> str:
+        share = 1 - self.tokens / self.tokens_without if self.tokens_without else 0
+        text = f"the teacher read {self.tokens} tokens instead of {self.tokens_without} ({share:.0%} saved)"
+        if self.seconds is None:
+            return text
+        return f"{text}; one batch took {self.seconds:.4f} s instead of {self.seconds_without:.4f} s"
+
+
+class Cached(NamedTuple):
+    """What `cache_teacher` did: the store, how many entries this process added to it, and the saving."""
+
+    store: TopKStore
+    added: int
+    saving: Saving
+
+
+def cache_teacher(
+    model: Any,
+    args: DuetConfig,
+    forget_dataset: Any,
+    retain_dataset: Any = None,
+    processing_class: Any = None,
+    eval_dataset: Any = None,
+    folder: str | Path | None = None,
+    dtype: str = "float32",
+    reuse_prefix: bool = True,
+    shard_entries: int = 1024,
+) -> Cached:
+    """Writes the teacher's top-k logits, and its answers where positions run along them, for `DuetTrainer`.
+
+    Started by `accelerate launch` or `torchrun`, every process takes its part of the questions.
+
+    Args:
+        model: the teacher, or its name or folder. Used as it is: switch adapters off first.
+        args: the options that training will have; `k`, `temperature`, `steering_prefixes`, `positions`, `answer_source`
+            and how prompts are written decide what is asked. `per_device_eval_batch_size` queries are read at once.
+        forget_dataset, retain_dataset, processing_class, eval_dataset: as in `DuetTrainer`.
+        folder: where to write; None: `args.teacher_store`. Unfinished, it is continued; finished, nothing is done.
+        dtype: in which logits are stored: `float32` (what this teacher said, bit for bit), `bfloat16` or `float16`. Tails
+            are always fp32.
+        reuse_prefix: read common prefixes once; the logits then differ by rounding from those of whole prompts.
+        shard_entries: so many entries a file; what a kill can cost.
+
+    Raises:
+        TypeError, ValueError, OSError: naming the argument, what came and what was wanted. After an OSError what was
+            written is kept, and the same call continues.
+    """
+    folder = _folder(folder, args)
+    state = PartialState(cpu=args.use_cpu)
+    model = load_model(model, "model", args.model_init_kwargs, loading_device(args))
+    with _without_adapter(model):
+        job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
+        writer = StoreWriter(folder, job.provenance, job.rows, shard_entries)
+        with state.main_process_first():
+            writer.begin()
+        missing = sorted(writer.scan(), key=job.order)
+        state.wait_for_everyone()  # everybody has seen the same files before anybody adds one
+        asker = _Asker(job, args)
+        with state.split_between_processes(missing) as mine:
+            _fill(writer, asker, {print_: job.questions[print_] for print_ in mine}, reuse_prefix)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            writer.finish()
+        state.wait_for_everyone()
+    return Cached(TopKStore(folder, verify=False), len(mine), asker.saving)
+
+
+def import_teacher(
+    columns: Any,
+    model: Any,
+    args: DuetConfig,
+    forget_dataset: Any,
+    retain_dataset: Any = None,
+    processing_class: Any = None,
+    eval_dataset: Any = None,
+    folder: str | Path | None = None,
+    dtype: str = "float32",
+) -> TopKStore:
+    """Writes a store from top-k log-probabilities that were made elsewhere (a server, another trainer).
+
+    The store is marked as holding log-probabilities: objectives that compare raw logits refuse it.
+
+    Args:
+        columns: a `datasets.Dataset` with axolotl's or TRL's columns (`duet.store.columns`), one row for every prefix of
+            every dataset row, in that order; or in any order with a column `fingerprint`.
+        model: who made them; what else is known of it is read from here.
+        args, forget_dataset, retain_dataset, processing_class, eval_dataset, folder, dtype: as in `cache_teacher`.
+
+    Raises:
+        TypeError, ValueError, OSError: naming the column and the row.
+    """
+    folder = _folder(folder, args)
+    model = load_model(model, "model", args.model_init_kwargs)
+    with _without_adapter(model):
+        job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
+    provenance = replace(job.provenance, values=LOG_PROBABILITIES)
+    writer = StoreWriter(folder, provenance, job.rows)
+    prints = [print_ for prints in job.rows.values() for print_ in prints]
+    entries = dict(read_columns(columns, provenance, prints))
+    for print_, asked in job.questions.items():
+        if print_ not in entries:
+            raise ValueError(
+                f"columns: there is nothing for {asked.name} under steering_prefixes[{asked.key[1]}]"
+            )
+        answer = entries[print_].answer if provenance.answers == "teacher" else asked.answer
+        positions, wanted = len(entries[print_].targets.values), max(1, len(answer))
+        if positions != wanted:
+            raise ValueError(f"columns: wanted {wanted} scored position(s) for {asked.name}, got {positions}")
+    writer.begin()
+    for print_ in writer.scan():
+        writer.add(print_, entries[print_])
+    writer.flush()
+    writer.finish()
+    return TopKStore(folder, verify=False)
+
+
+def _folder(folder: str | Path | None, args: DuetConfig) -> str | Path:
+    if not (folder or args.teacher_store):
+        raise ValueError("folder: wanted a path here or in args.teacher_store, got neither")
+    return folder or args.teacher_store
+
+
+def _without_adapter(model: nn.Module) -> Any:
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that is asked, of whom; the same in every process."""
+
+    model: nn.Module
+    objective: Objective
+    tokenizer: Any
+    pad_id: int
+    dataset: UnlearnDataset
+    questions: dict[bytes, Asked]
+    rows: dict[str, list[bytes]]
+    provenance: Provenance
+
+    @classmethod
+    def of(cls, model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype) -> "_Job":
+        objective = find_objective(args.objective)
+        check_cacheable(objective, args)
+        if args.workspace_bytes is not None:
+            set_workspace_bytes(args.workspace_bytes)
+        forget = read_rows(forget_dataset, "forget_dataset")
+        retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
+        tokenizer = load_tokenizer(model) if processing_class is None else processing_class
+        pad_id = padding_id(tokenizer)
+        head = check_head(model)
+        if args.k > head.num_ids:
+            raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
+        renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs)
+        length = args.max_length or context_length(model)
+
+        def dataset(forget, retain, subjects=None) -> UnlearnDataset:
+            return build_dataset(
+                forget, retain, objective, args, renderer, length, subjects, cache_seed=args.seed
+            )
+
+        datasets = [dataset(forget, retain)]
+        evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        for name, rows in evals.items():
+            if rows is not None:
+                queries = read_rows(rows, f"eval_dataset[{name!r}]" if name else "eval_dataset")
+                both = ([], queries) if name.startswith("retain") else (queries, [])
+                datasets.append(dataset(*both, datasets[0].subjects if both[1] else None))
+        questions: dict[bytes, Asked] = {}
+        named: dict[str, list[bytes]] = {}
+        for each in datasets:
+            for asked in each.asked():
+                print_ = fingerprint(asked.plain, asked.steered, asked.answer)
+                questions[print_] = asked
+                named.setdefault(asked.name, []).append(print_)
+        positions = scored_positions(objective, args)
+        provenance = provenance_of(model, head, tokenizer, args, datasets[0], positions, dtype)
+        return cls(model, objective, tokenizer, pad_id, datasets[0], questions, named, provenance)
+
+    def order(self, print_: bytes) -> tuple[str, int]:
+        """Questions with one prefix together, and among them those of similar length."""
+        asked = self.questions[print_]
+        return asked.instruction or "", len(asked.steered)
+
+
+def _fill(writer: StoreWriter, asker: "_Asker", questions: dict[bytes, Asked], reuse_prefix: bool) -> None:
+    """Ask every question; an error leaves what was answered before it in the store."""
+    rest: list[bytes] = []
+    hidden = asker.args.disable_tqdm or not questions or not PartialState().is_main_process
+    progress = logging.tqdm(total=len(questions), desc="the teacher is asked", disable=hidden)
+    try:
+        for _, group in groupby(questions, key=lambda print_: questions[print_].instruction):
+            prints = list(group)
+            shared = common_length([questions[p].steered for p in prints]) if reuse_prefix else 0
+            if len(prints) == 1 or shared < _SHORTEST_PREFIX:
+                rest += prints  # batched with others that share nothing
+                continue
+            prefix = asker.read_prefix(questions[prints[0]].steered[:shared])
+            for batch in _batches(prints, asker.args.eval_batch_size):
+                for print_, entry in zip(
+                    batch, asker.ask([questions[p] for p in batch], prefix), strict=True
+                ):
+                    writer.add(print_, entry)
+                progress.update(len(batch))
+        rest.sort(key=lambda p: len(questions[p].steered))
+        for batch in _batches(rest, asker.args.eval_batch_size):
+            for print_, entry in zip(batch, asker.ask([questions[p] for p in batch], None), strict=True):
+                writer.add(print_, entry)
+            progress.update(len(batch))
+    except OSError:
+        raise  # the folder cannot be written
+    except BaseException:
+        writer.flush()
+        raise
+    writer.flush()
+    progress.close()
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+class _Asker:
+    """One teacher, asked in batches."""
+
+    def __init__(self, job: _Job, args: DuetConfig):
+        self.model, self.objective, self.args = job.model, job.objective, args
+        if next(job.model.parameters()).device != args.device:
+            job.model.to(args.device)
+        self.tokenizer, self.pad_id = job.tokenizer, job.pad_id
+        self.answers, self.max_scored = job.dataset.answers, job.dataset.max_scored
+        self.collate = Collator(job.pad_id, "right")
+        self.saving = Saving()
+
+    def _autocast(self) -> Any:
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        return nullcontext() if dtype is None else torch.autocast(self.args.device.type, dtype)
+
+    @torch.no_grad()
+    def read_prefix(self, ids: list[int]) -> PrefixCache:
+        self.saving.tokens += len(ids)
+        with evaluating(self.model), self._autocast():
+            return PrefixCache(self.model, ids)
+
+    @torch.no_grad()
+    def ask(self, questions: Sequence[Asked], prefix: PrefixCache | None) -> list[Entry]:
+        """The entries of one batch, on the CPU."""
+        with evaluating(self.model):
+            answers = [question.answer for question in questions]
+            if self.answers == "teacher":
+                prompts = [question.steered for question in questions]
+                answers = generate_answers(self.model, prompts, self.tokenizer, self.pad_id, self.max_scored)
+            read = sum(len(q.steered) + max(0, len(a) - 1) for q, a in zip(questions, answers, strict=True))
+            self.saving.tokens_without += read
+            self.saving.tokens += read - (prefix.length * len(questions) if prefix else 0)
+            if prefix is not None and self.saving.seconds is None:
+                self._measure(questions, answers, prefix)
+            targets = self._targets(questions, answers, prefix)
+        return _split(targets, questions, answers, self.answers == "teacher")
+
+    def _targets(self, questions, answers, prefix: PrefixCache | None) -> TopK:
+        start = prefix.length if prefix else 0
+        items = [
+            {
+                "student": question.steered[start:],
+                "teacher": None,
+                "answer": answer,
+                "scored": max(1, len(answer)),
+                "forget": True,
+            }
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+        batch = {name: value.to(self.args.device) for name, value in self.collate(items).items()}
+        inputs = batch["input_ids"], batch["attention_mask"], batch["positions"]
+        with self._autocast():
+            hidden = (prefix.hidden_states_at if prefix else hidden_states_at)(self.model, *inputs)
+        head = LMHead.of(self.model)
+        targets = self.objective.targets(hidden.to(head.weight.dtype), head, batch["labels"], self.args)
+        return TopK(*(value.cpu() for value in targets[:3]), targets.temperature)
+
+    def _measure(self, questions, answers, prefix: PrefixCache) -> None:
+        """Time the first batch both ways, warm, and see that they agree."""
+        seconds, values = {}, {}
+        for way in (None, prefix, None, prefix):
+            start = time.perf_counter()
+            values[way] = self._targets(questions, answers, way).values
+            seconds[way] = time.perf_counter() - start
+        self.saving.seconds, self.saving.seconds_without = seconds[prefix], seconds[None]
+        precise = not (self.args.bf16 or self.args.fp16) and LMHead.of(self.model).weight.dtype.itemsize >= 4
+        tolerance = (1e-4 if precise else 5e-2) * values[None].abs().amax()
+        worst = (values[prefix] - values[None]).abs().amax()
+        if not worst <= tolerance:
+            raise ValueError(
+                f"reuse_prefix: with the prefix's keys and values read from a cache, {type(self.model).__name__} gives "
+                f"logits that differ by up to {worst:.3g} (allowed {tolerance:.3g}); wanted False for this model"
+            )
+
+
+def _split(targets: TopK, questions, answers, keep_answers: bool) -> list[Entry]:
+    """One TopK of a batch -> one entry per question."""
+    sizes = [max(1, len(answer)) for answer in answers]
+    parts: list[tuple[Tensor, ...]] = list(zip(*(part.split(sizes) for part in targets[:3]), strict=True))
+    return [
+        Entry(TopK(*part, targets.temperature), answer if keep_answers else [])
+        for part, answer in zip(parts, answers, strict=True)
+    ]

@@ -1,0 +1,160 @@
+"""A TopKStore as columns of log-probabilities in a `datasets.Dataset`, and back: how other trainers keep a teacher.
+
+    axolotl   target_token_ids, target_logprobs [P, k], target_mask [P, k] (0: not a scored position)
+    trl       teacher_topk_ids (-1: absent), teacher_topk_logprobs (-inf: absent) [P, k]
+
+    log p = z / T - log-sum-exp of all z / T           (out)
+    z' = T log p,   tail = log(1 - sum p)              (in: the logits up to a constant that is lost for good)
+
+so that what comes in is marked as log-probabilities. Must not know models or trainers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from duet_kernels import TopK
+
+from .read import Entry, Provenance, TopKStore
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_TOO_MUCH = 1e-3  # sum p above 1 by more than rounding: these are no log-probabilities
+
+
+class Style(NamedTuple):
+    """The names of the columns."""
+
+    ids: str
+    logprobs: str
+    mask: str | None
+
+
+STYLES = {
+    "axolotl": Style("target_token_ids", "target_logprobs", "target_mask"),
+    "trl": Style("teacher_topk_ids", "teacher_topk_logprobs", None),
+}
+
+
+def write_columns(
+    store: TopKStore, style: str = "axolotl", prompts: Mapping[bytes, Sequence[int]] | None = None
+) -> "Dataset":
+    """A `datasets.Dataset`, one row an entry: `fingerprint`, `answer_ids`, and the columns of the style.
+
+    Args:
+        store: to be read.
+        style: `axolotl` or `trl`.
+        prompts: token ids that stand before the scored positions, by fingerprint. With them a row also has `input_ids`
+            (prompt and the scored answer) and its columns cover all of it: place i tells how token i is predicted.
+
+    Raises:
+        ValueError: an unknown style.
+    """
+    from datasets import Dataset
+
+    names = _style(style)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for print_ in store:
+            targets, answer = store.read(print_)
+            logprobs = targets.values / targets.temperature - targets.logsumexp.unsqueeze(-1)
+            ids, mask = targets.indices, torch.ones_like(targets.indices)
+            row: dict[str, Any] = {"fingerprint": print_.hex(), "answer_ids": answer}
+            if prompts is not None:
+                row["input_ids"] = [*prompts[print_], *answer]
+                before, k = len(prompts[print_]), ids.shape[-1]
+                ids = torch.cat([ids.new_full((before, k), 0 if names.mask else -1), ids])
+                mask = torch.cat([mask.new_zeros(before, k), mask])
+                logprobs = torch.cat([logprobs.new_full((before, k), float("-inf")), logprobs])
+            row |= {names.ids: ids.tolist(), names.logprobs: logprobs.tolist()}
+            yield row | ({names.mask: mask.tolist()} if names.mask else {})
+
+    return Dataset.from_list(list(rows()))
+
+
+def read_columns(
+    columns: Any, provenance: Provenance, prints: Sequence[bytes]
+) -> Iterator[tuple[bytes, Entry]]:
+    """The entries of a dataset with the columns of a style; places that are masked or absent are left out.
+
+    Args:
+        columns: a `datasets.Dataset`, or a list of dicts.
+        provenance: `k`, `temperature` and `vocab_size` of the entries.
+        prints: the fingerprints of the rows, in order; not used where there is a column `fingerprint`.
+
+    Raises:
+        ValueError: naming column and row.
+    """
+    if len(columns) == 0:
+        raise ValueError("columns: wanted at least one row, got none")
+    styles = [names for names in STYLES.values() if names.ids in columns[0] and names.logprobs in columns[0]]
+    if not styles:
+        wanted = " or ".join(f"{names.ids!r} and {names.logprobs!r}" for names in STYLES.values())
+        raise ValueError(f"columns: wanted {wanted}, got {sorted(columns[0])}")
+    if "fingerprint" not in columns[0] and len(columns) != len(prints):
+        raise ValueError(
+            f"columns: wanted {len(prints)} rows, one per prefix of every dataset row, got {len(columns)}"
+        )
+    for i in range(len(columns)):
+        row = columns[i]
+        print_ = bytes.fromhex(row["fingerprint"]) if "fingerprint" in row else prints[i]
+        yield (
+            print_,
+            Entry(_topk(row, styles[0], provenance, f"columns[{i}]"), list(row.get("answer_ids") or [])),
+        )
+
+
+def _topk(row: Mapping[str, Any], names: Style, provenance: Provenance, where: str) -> TopK:
+    try:
+        ids, logprobs = torch.tensor(row[names.ids]), torch.tensor(row[names.logprobs], dtype=torch.float64)
+        mask = torch.tensor(row[names.mask]).bool() if names.mask in row else torch.ones_like(logprobs).bool()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: wanted [positions, k] in {names.ids!r} and {names.logprobs!r}: {error}"
+        ) from None
+    if ids.dim() != 2 or not ids.shape == logprobs.shape == mask.shape or ids.is_floating_point():
+        raise ValueError(
+            f"{where}: wanted integers {names.ids!r} and numbers {names.logprobs!r} of one shape [positions, k], got "
+            f"{list(ids.shape)} and {list(logprobs.shape)}"
+        )
+    present = mask & (ids >= 0) & (logprobs > float("-inf"))
+    if logprobs.isnan().any() or (ids[present] >= provenance.vocab_size).any():
+        raise ValueError(f"{where}: wanted ids below {provenance.vocab_size} and no NaN")
+    scored = present.any(-1)
+    return _sorted(
+        ids[scored], logprobs[scored].masked_fill(~present[scored], float("-inf")), provenance, where
+    )
+
+
+def _sorted(ids: Tensor, logprobs: Tensor, provenance: Provenance, where: str) -> TopK:
+    """The k largest, descending, each id once; fewer than k are filled up with absent slots."""
+    logprobs, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, order)
+    same = ids.unsqueeze(-1) == ids.unsqueeze(-2)
+    repeated = same.tril(-1).any(-1)
+    logprobs, order = logprobs.masked_fill(repeated, float("-inf")).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, order).masked_fill(logprobs == float("-inf"), 0)
+    total = logprobs.logsumexp(-1)
+    if (total > _TOO_MUCH).any():
+        raise ValueError(
+            f"{where}: wanted log-probabilities, got probabilities that sum to {float(total.max().exp()):.4g}"
+        )
+    k = provenance.k
+    missing = max(0, k - ids.shape[-1])
+    logprobs = torch.nn.functional.pad(logprobs, (0, missing), value=float("-inf"))
+    ids = torch.nn.functional.pad(ids, (0, missing))
+    dropped = (
+        torch.logsumexp(logprobs[:, k:], -1) if ids.shape[-1] > k else torch.full_like(total, float("-inf"))
+    )
+    tail = torch.logaddexp(torch.log(-torch.expm1(total.clamp(max=0))), dropped)
+    values = (provenance.temperature * logprobs[:, :k]).float()
+    return TopK(values, ids[:, :k], tail.float(), provenance.temperature)
+
+
+def _style(style: str) -> Style:
+    if style not in STYLES:
+        raise ValueError(f"style: wanted one of {', '.join(STYLES)}, got {style!r}")
+    return STYLES[style]

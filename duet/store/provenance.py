@@ -1,0 +1,137 @@
+"""Model, tokenizer and options -> Provenance: what a cached teacher must agree in with the run that reads it.
+
+Hashes are of contents, never of names or files: a model that was moved or downloaded again is the same model. Must not
+know the trainer.
+"""
+
+import hashlib
+import json
+import os
+from typing import Any
+
+from torch import nn
+
+from duet_kernels import LMHead
+
+from ..config import RAW_LOGITS, DuetConfig
+from ..data.dataset import UnlearnDataset
+from ..methods.objectives import Objective, teacher_topk
+from ..model.lm import base_language_model
+from .read import LOGITS, Provenance, TopKStore
+from .weights import weights_hash
+
+
+def _hex(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def tokenizer_hash(tokenizer: Any, template: bool = False) -> str:
+    """A hash of how text becomes ids: vocabulary, merges, normalisation, special tokens. Padding is left out.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        template: whether its chat template counts too.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        content = {name: value for name, value in content.items() if name not in ("padding", "truncation")}
+    else:
+        content = tokenizer.get_vocab()
+    special = {
+        name: str(value) for name, value in tokenizer.special_tokens_map.items() if name != "pad_token"
+    }
+    parts = [content, special, *([template_hash(tokenizer)] if template else [])]
+    return _hex(json.dumps(parts, sort_keys=True).encode())
+
+
+def template_hash(tokenizer: Any) -> str | None:
+    """A hash of the chat template's text; None: there is none."""
+    text = getattr(tokenizer, "chat_template", None)
+    return _hex(json.dumps(text, sort_keys=True).encode()) if text else None
+
+
+def provenance_of(
+    model: nn.Module,
+    head: LMHead,
+    tokenizer: Any,
+    args: DuetConfig,
+    dataset: UnlearnDataset,
+    positions: str,
+    dtype: str = "float32",
+) -> Provenance:
+    """What is asked of whom, when `model` is the teacher of `dataset` under the options `args`."""
+    inner = base_language_model(model)
+    return Provenance(
+        model=getattr(inner.config, "_name_or_path", "") or type(inner).__name__,
+        architecture=type(inner).__name__,
+        model_dtype=str(head.weight.dtype).removeprefix("torch."),
+        weights=weights_hash(model),
+        tokenizer=tokenizer_hash(tokenizer),
+        chat_template=template_hash(tokenizer),
+        chat_template_kwargs=dict(args.chat_template_kwargs or {}),
+        plain_template=args.plain_template,
+        prefixes=list(args.steering_prefixes),
+        seed=dataset.seed,
+        positions=positions,
+        max_scored=dataset.max_scored,
+        answers=dataset.answers,
+        k=args.k,
+        temperature=float(args.temperature),
+        vocab_size=head.num_ids,
+        softcap=head.softcap,
+        scale=head.scale,
+        dtype=dtype,
+    )
+
+
+def check_cacheable(objective: Objective, args: DuetConfig) -> None:
+    """Refuse objectives that want more of a teacher than its top-k logits under a steering prefix.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if objective.targets is not teacher_topk or objective.teacher_sees != "steered":
+        raise ValueError(
+            f"teacher_store: objective {args.objective!r} needs something else than a steered teacher's top-k logits, "
+            "which is all that a store has; use one of the duet objectives, or no store"
+        )
+    if args.entropy_weighting:
+        raise ValueError("entropy_weighting: wanted False, because a teacher_store has no entropies")
+
+
+def open_store(
+    store: str | os.PathLike | TopKStore | None, objective: Objective, args: DuetConfig, teacher_model: Any
+) -> TopKStore | None:
+    """The store of a run, before anything large is loaded; None: the run has none."""
+    if not store:
+        return None
+    if teacher_model is not None:
+        raise ValueError("teacher_model: wanted None, because teacher_store takes its place")
+    check_cacheable(objective, args)
+    store = store if isinstance(store, TopKStore) else TopKStore(store)
+    made = store.provenance
+    if made.values != LOGITS and args.objective in RAW_LOGITS:
+        raise ValueError(
+            f"teacher_store: values: objective {args.objective!r} compares raw logits, the store has {made.values}; use "
+            "a distribution objective such as 'duet_forward_kl'"
+        )
+    if args.k > made.k:
+        raise ValueError(
+            f"teacher_store: k: the store has the {made.k} largest logits, this run wants {args.k}"
+        )
+    return store
+
+
+def check_store(store: TopKStore, wanted: Provenance, args: DuetConfig) -> None:
+    """Refuse a store that was made for something else than this run.
+
+    A smaller k, another seed and any storage dtype are allowed.
+
+    Raises:
+        ValueError: naming the field that differs, what the store has and what this run has.
+    """
+    free = ["k", "seed", "dtype", "values"]
+    if not args.teacher_store_same_model:
+        free += ["architecture", "model_dtype", "weights", "softcap", "scale"]
+    store.provenance.refuse_another(wanted, free)

@@ -1,0 +1,359 @@
+"""The cached teacher on disk: for every (query, prefix) the teacher's top-k logits at each scored position.
+
+    folder/
+      manifest.json                    who was asked what (Provenance), which rows, which shards; sealed by a checksum
+      shard-<blake2b>.safetensors      P positions of E entries, side by side
+
+    shard: fingerprints [E, 16]  offsets [E + 1]  values [P, K]  indices [P, K]  tail_logsumexp [P]
+           answer_offsets [E + 1]  answers [A]
+
+An entry is found by its **fingerprint**, a hash of the token ids that teacher and student read, never by its place: a
+store cannot be read against the wrong rows. A shard is named by the hash of its own bytes: what bears its right name is
+whole. `duet.store.write` fills a folder; this room knows the format and reads it.
+
+Knows torch, safetensors and `TopK`. Must not know models, tokenizers, objectives or trainers. Nothing unpickles.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from duet_kernels import TopK
+
+FORMAT = "duet-topk-store/1"
+MANIFEST = "manifest.json"
+WEIGHTS_VERSION = "2:"  # what a hash of weights begins with (`duet.store.weights`); older ones have no mark
+LOGITS, LOG_PROBABILITIES = "logits", "log-probabilities"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHARD_NAME = re.compile(r"shard-[0-9a-f]{32}\.safetensors")
+_AGAIN = "run `duet cache` again, it makes that part anew and keeps the rest"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Who was asked what. Two stores with the same provenance hold the same kind of numbers for the same rows.
+
+    Attributes:
+        model: name or folder of the teacher; for people, never compared.
+        architecture, model_dtype, weights: its class, its dtype, and a hash of its weights (adapters left out).
+        tokenizer, chat_template: hashes; the template's is of the text.
+        chat_template_kwargs, plain_template: how conversations become text.
+        prefixes: the steering prefixes, unfilled.
+        seed: of the subjects in the prefixes of retain rows, one fixed subject a row.
+        positions: `first`, `first_n` or `answer`.
+        max_scored: most scored positions of a row; None: all of its answer.
+        answers: whose answer the positions run along: `none`, `dataset` or `teacher`.
+        k, temperature: of the TopK.
+        vocab_size, softcap, scale: of the teacher's LM head.
+        dtype: in which values are stored; the tails are always fp32.
+        values: `logits` or `log-probabilities`.
+    """
+
+    model: str
+    architecture: str
+    model_dtype: str
+    weights: str
+    tokenizer: str
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any]
+    plain_template: str
+    prefixes: list[str]
+    seed: int
+    positions: str
+    max_scored: int | None
+    answers: str
+    k: int
+    temperature: float
+    vocab_size: int
+    softcap: float | None
+    scale: float
+    dtype: str = "float32"
+    values: str = LOGITS
+
+    def __post_init__(self) -> None:
+        for name, choices in (("dtype", tuple(DTYPES)), ("values", (LOGITS, LOG_PROBABILITIES))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: wanted one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+    @property
+    def seal(self) -> str:
+        """A hash of everything that is compared; every shard carries it."""
+        return seal_of(dataclasses.asdict(dataclasses.replace(self, model="")))
+
+    def refuse_another(self, wanted: "Provenance", ignoring: Sequence[str] = ()) -> None:
+        """Compare field by field with what is wanted now.
+
+        Raises:
+            ValueError: naming the first field that differs, what the store has and what is wanted.
+        """
+        for field in dataclasses.fields(self):
+            stored, now = getattr(self, field.name), getattr(wanted, field.name)
+            if field.name not in ignoring and older_weights(stored, now):
+                raise ValueError(
+                    f"teacher_store: {field.name}: the store was made by an older version of duet, whose hash of the "
+                    "weights cannot be compared with today's. Cache the teacher anew into another folder; or, if you "
+                    "know that it was this model, set teacher_store_same_model to false"
+                )
+            if stored != now and field.name not in ("model", *ignoring):
+                raise ValueError(
+                    f"teacher_store: {field.name}: the store was made with {stored!r}, this run has {now!r}. "
+                    "Change it back, or cache the teacher anew into another folder"
+                )
+
+
+def older_weights(stored: Any, now: Any) -> bool:
+    """Whether `now` is a hash of weights, and `stored` one that an older version made in another way."""
+    hashes = isinstance(stored, str) and isinstance(now, str)
+    return hashes and now.startswith(WEIGHTS_VERSION) and not stored.startswith(WEIGHTS_VERSION)
+
+
+class Entry(NamedTuple):
+    """What the teacher says to one query under one prefix: its targets `[P, K]` and, if it was asked, its answer."""
+
+    targets: TopK
+    answer: list[int]
+
+
+def fingerprint(*sequences: Sequence[int]) -> bytes:
+    """16 bytes that stand for sequences of token ids; their lengths count, so that no two splits agree.
+
+    Example:
+        >>> fingerprint([1, 2], [3]) == fingerprint([1], [2, 3])
+        False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for ids in sequences:
+        digest.update(np.array([len(ids), *ids], dtype="<i8").tobytes())
+    return digest.digest()
+
+
+def truncated(targets: TopK, k: int) -> TopK:
+    """The k largest of a TopK; what is dropped joins the tail by `logaddexp`, which loses nothing.
+
+    Example:
+        >>> whole = TopK(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[7, 5, 6]]), torch.tensor([0.5]))
+        >>> truncated(whole, 1).logsumexp.allclose(whole.logsumexp)
+        True
+    """
+    if k == targets.values.shape[-1]:
+        return targets
+    dropped = torch.logsumexp(targets.values[..., k:] / targets.temperature, -1)
+    return TopK(
+        targets.values[..., :k],
+        targets.indices[..., :k],
+        torch.logaddexp(targets.tail_logsumexp, dropped),
+        targets.temperature,
+    )
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def seal_of(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The checked manifest: sealed, of this format, with every field, naming nothing outside its folder."""
+    path = folder / MANIFEST
+    advice = f"delete it and run `duet cache` again: shards in {folder} that are whole will be kept"
+    try:
+        body = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            error.errno, "teacher_store: wanted a folder written by `duet cache`, but there is no", str(path)
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"teacher_store: {path} is damaged, it is not JSON ({error}); {advice}") from None
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        got = body.get("format") if isinstance(body, dict) else type(body).__name__
+        raise ValueError(f"teacher_store: format: {path} has {got!r}, this version reads {FORMAT!r}")
+    checksum = body.pop("checksum", None)
+    if checksum != seal_of(body):
+        raise ValueError(
+            f"teacher_store: {path} is damaged: its checksum does not match its content; {advice}"
+        )
+    try:
+        names = [shard["file"] for shard in body["shards"]]
+        provenance = Provenance(**body["provenance"])
+        rows = {name: [bytes.fromhex(each) for each in prints] for name, prints in body["rows"].items()}
+        complete = body["complete"] is True
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"teacher_store: {path} lacks or misnames a field: {error}") from None
+    files = [_inside(folder, name) for name in names]
+    return {"complete": complete, "files": files, "provenance": provenance, "rows": rows}
+
+
+def _inside(folder: Path, name: Any) -> Path:
+    """The path of a shard; whatever else a manifest may name is refused."""
+    if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+        raise ValueError(
+            f"teacher_store: shards: {folder / MANIFEST} names {name!r}, wanted a shard in its own folder"
+        )
+    return folder / name
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Shard:
+    """One file, mapped into memory when it is first read (and anew in every process that reads it)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._tensors: dict[str, Tensor] | None = None
+        self.seal: str | None = None
+
+    def __getstate__(self):
+        return {"path": self.path, "_tensors": None, "seal": self.seal}
+
+    @property
+    def whole(self) -> bool:
+        """Whether the file has the bytes that its name says."""
+        with open(self.path, "rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        return self.path.name == f"shard-{digest.hexdigest()}.safetensors"
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        if self._tensors is None:
+            try:
+                with safe_open(self.path, framework="pt") as file:
+                    self.seal = (file.metadata() or {}).get("provenance")
+                    self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            except SafetensorError as error:
+                raise ValueError(f"teacher_store: {self.path} is damaged: {error}") from None
+        return self._tensors
+
+    def fingerprints(self) -> list[bytes]:
+        return [row.tobytes() for row in self.tensors["fingerprints"].numpy()]
+
+    def check(self, provenance: Provenance) -> None:
+        """Origin, shapes, dtypes and ids, so that no damage or forgery shows only as a wrong loss.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        tensors = self.tensors
+        if self.seal != provenance.seal:
+            raise ValueError(
+                f"teacher_store: {self.path} was made for something else than the manifest beside it says; cache into "
+                "another folder, or delete that file"
+            )
+        try:
+            good = self._fits(tensors, provenance)
+        except (KeyError, RuntimeError, ValueError, IndexError):
+            good = False
+        if not good:
+            raise ValueError(f"teacher_store: {self.path}: its tensors are not what the manifest says")
+
+    @staticmethod
+    def _fits(tensors: dict[str, Tensor], provenance: Provenance) -> bool:
+        entries, (positions, k) = len(tensors["fingerprints"]), tensors["values"].shape
+        ids = tensors["indices"].numpy()
+        ends = [(tensors["offsets"], positions), (tensors["answer_offsets"], len(tensors["answers"]))]
+        return (
+            tensors["indices"].shape == (positions, k) == (positions, provenance.k)
+            and tensors["values"].dtype == DTYPES[provenance.dtype]
+            and tensors["tail_logsumexp"].shape == (positions,)
+            and tensors["fingerprints"].shape == (entries, 16)
+            and (ids.size == 0 or bool(ids.min() >= 0 and ids.max() < provenance.vocab_size))
+            and all(
+                end.shape == (entries + 1,)
+                and end[0] == 0
+                and end[-1] == total
+                and bool((end.diff() >= 0).all())
+                for end, total in ends
+            )
+        )
+
+    def read(self, i: int, temperature: float) -> Entry:
+        tensors = self.tensors
+        start, end = tensors["offsets"][i : i + 2].tolist()
+        answer_start, answer_end = tensors["answer_offsets"][i : i + 2].tolist()
+        targets = TopK(
+            tensors["values"][start:end].float(),
+            tensors["indices"][start:end].long(),
+            tensors["tail_logsumexp"][
+                start:end
+            ].clone(),  # not a view: the map may be closed before the batch is used
+            temperature,
+        )
+        return Entry(targets, tensors["answers"][answer_start:answer_end].tolist())
+
+
+class TopKStore:
+    """A finished store, opened for reading; its shards are mapped into memory, not loaded.
+
+    Args:
+        folder: written by `duet cache`. Nothing in it is changed.
+        verify: hash every shard and compare with the manifest (about a second per GB). Off only for a store that was
+            verified before.
+
+    Raises:
+        FileNotFoundError: no manifest, or a shard is missing.
+        ValueError: not finished, damaged (naming the file), or not a store.
+
+    Example:
+        >>> store = TopKStore(store_folder)
+        >>> entry = store.read(next(iter(store)))
+        >>> entry.targets.values.shape[-1] == store.provenance.k
+        True
+    """
+
+    def __init__(self, folder: str | os.PathLike, verify: bool = True):
+        self.folder = Path(folder)
+        body = read_manifest(self.folder)
+        if not body["complete"]:
+            raise ValueError(
+                f"teacher_store: {self.folder} is not finished; run `duet cache` again, it continues where it stopped"
+            )
+        self.provenance: Provenance = body["provenance"]
+        self.rows: dict[str, list[bytes]] = body["rows"]
+        self._places: dict[bytes, tuple[Shard, int]] = {}
+        for path in body["files"]:
+            shard = Shard(path)
+            if not path.exists():
+                raise FileNotFoundError(
+                    errno.ENOENT, f"teacher_store: a shard is missing; {_AGAIN}", str(path)
+                )
+            if verify:
+                if not shard.whole:
+                    raise ValueError(f"teacher_store: {path} is damaged, its checksum is another; {_AGAIN}")
+                shard.check(self.provenance)
+            self._places |= {print_: (shard, i) for i, print_ in enumerate(shard.fingerprints())}
+        lost = {print_ for prints in self.rows.values() for print_ in prints} - self._places.keys()
+        if lost:
+            raise ValueError(f"teacher_store: {self.folder}: {len(lost)} entries are in no shard; {_AGAIN}")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._places)
+
+    def __contains__(self, print_: object) -> bool:
+        return print_ in self._places
+
+    def read(self, print_: bytes, k: int | None = None) -> Entry:
+        """The entry of a fingerprint: values and tails fp32, indices int64, on the CPU; only the k largest if k is given.
+
+        Raises:
+            KeyError: there is none.
+        """
+        shard, i = self._places[print_]
+        targets, answer = shard.read(i, self.provenance.temperature)
+        return Entry(targets if k is None else truncated(targets, k), answer)

@@ -1,0 +1,91 @@
+"""Import paths of version 0.1.0 work, and say where their contents are now."""
+
+import importlib
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from duet._moved import MOVED
+
+TOOK_ITS_PLACE = [old for old, new in MOVED.items() if new.startswith(f"{old}.")]
+
+
+@pytest.mark.parametrize("old", [old for old in MOVED if old not in TOOK_ITS_PLACE])
+def test_an_old_module_is_found_and_names_the_new_one(old):
+    sys.modules.pop(old, None)
+    with pytest.warns(
+        DeprecationWarning, match=rf"^{old} is now {MOVED[old]}; the old path goes in version 0.3"
+    ) as said:
+        module = importlib.import_module(old)
+    assert len([w for w in said if str(w.message).startswith(f"{old} ")]) == 1
+    new = importlib.import_module(MOVED[old])
+    names = [name for name in vars(new) if not name.startswith("__")]
+    assert (names or old == "duet.world") and all(
+        getattr(module, name) is getattr(new, name) for name in names
+    )
+    with pytest.raises(AttributeError):
+        module.nothing_of_that_name  # noqa: B018
+
+
+@pytest.mark.parametrize("old", TOOK_ITS_PLACE)
+def test_a_package_that_took_a_modules_place_finds_what_the_module_held(old):
+    package, new = importlib.import_module(old), importlib.import_module(MOVED[old])
+    name = next(n for n, x in vars(new).items() if getattr(x, "__module__", "") == MOVED[old] and n[0] != "_")
+    with pytest.warns(DeprecationWarning, match=f"^{old}.{name} is now {MOVED[old]}.{name};"):
+        assert getattr(package, name) is getattr(new, name)
+    with pytest.raises(AttributeError, match=f"module '{old}' has no attribute 'nothing_of_that_name'"):
+        package.nothing_of_that_name  # noqa: B018
+
+
+def test_what_users_write(tmp_path):
+    """In a process of its own, as scripts that were written for 0.1.0; the warning points at their line."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+from duet.caching import cache_teacher
+from duet.data import Draw
+from duet.evaluation.attacks import ATTACKS
+from duet.evaluation.suites import load_suite
+from duet.objectives.distillation import teacher_topk
+from duet.world.checkpoint import load_base
+import duet.topk_store
+assert duet.topk_store.TopKStore
+""")
+    done = subprocess.run(
+        [sys.executable, "-W", "always::DeprecationWarning", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    for line, new in enumerate(
+        (
+            "store.build",
+            "data.dataset.Draw",
+            "evaluation.attacks.attacks.ATTACKS",
+            "evaluation.suites.suite.load_suite",
+            "methods.objectives.distillation",
+            "demo.checkpoint",
+            "store.read",
+        ),
+        start=2,
+    ):
+        assert any(
+            f"script.py:{line}: DeprecationWarning: duet." in said and f" is now duet.{new};" in said
+            for said in done.stderr.splitlines()
+        ), (line, done.stderr)
+
+
+def test_new_paths_say_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        code = "import duet.store.build, duet.run.commands, duet.evaluation.commands, duet.demo.tour, duet.trainer"
+        subprocess.run(
+            [sys.executable, "-W", "error::DeprecationWarning:duet", "-c", code], check=True, timeout=120
+        )
+
+
+def test_what_never_was_is_not_found():
+    with pytest.raises(ModuleNotFoundError, match=r"duet\.cachin"):
+        importlib.import_module("duet.cachin")
