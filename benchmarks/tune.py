@@ -126,7 +126,16 @@ FIRST_KNOBS = (
     Knob("GATHER_CROSSOVER", (2,), ((156,), (256,)), "linear_gather", Shape(8192, k=640)),
 )  # fmt: skip
 LATER_KNOBS = (
-    Knob("GATHER_DWEIGHT", (2,), GATHER_TILES, "linear_gather dW", LARGE),
+    Knob(
+        "DWEIGHT_SEGMENTS", (2,),
+        ((16, 512, 4, 1), (16, 512, 8, 1), (32, 512, 4, 1), (16, 512, 2, 1), (16, 1024, 4, 2)),
+        "linear_gather dW", LARGE,
+    ),
+    Knob(
+        "LOSS", (2,),
+        ((64, 256, 128, 4, 96, 5), (64, 256, 64, 4, 96, 5), (64, 256, 128, 4, 128, 4), (64, 128, 128, 2, 128, 8)),
+        "topk_distill_loss", LARGE,
+    ),
     Knob("TOPK_SKINNY_TOKENS", (), ((64,), (32,)), "linear_topk", FEW),
     Knob("TOPK_TOKENS", (), ((1024,), (512,), (2048,)), "linear_topk", Shape(8192, v=262144)),
     Knob("GATHER_FORWARD", (4,), GATHER_TILES_FP32, "linear_gather", Shape(8192, itemsize=4)),

@@ -299,7 +299,7 @@ def test_the_last_pairs_that_32_bits_can_number(tmp_path):
     one_row.dx[begin:end] = 2.0
     one_row.offset = torch.tensor([begin, end], dtype=torch.int32, device=DEVICE)
     out = torch.full((1, d), math.nan, device=DEVICE)
-    one_row.write(out, 0, hidden, hidden.new_empty(0, d), chunk=sparse_weight.dweight_chunk(pairs, d, 4))
+    one_row.write(out, hidden, hidden.new_empty(0, d), chunk=sparse_weight.dweight_chunk(pairs, d, 4))
     torch.testing.assert_close(out[0], 2 * hidden.sum(0))
 
 

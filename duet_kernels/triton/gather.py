@@ -3,7 +3,7 @@
     x[n,k]  = scale (sum_d h[n,d] W[i,d] + b[i]),  i = indices[n,k]
     z[n,k]  = softcap tanh(x[n,k] / softcap)                        (z = x without a softcap)
     dx[n,k] = dz[n,k] scale (1 - (z[n,k] / softcap)^2)
-    dh[n]   = sum_k dx[n,k] W[i]        dW[v] = sum over (n,k) with i = v of dx[n,k] h[n]        db[v] = sum of dx[n,k]
+    dh[n]   = sum_k dx[n,k] W[i]                                    (dW and db: `sparse_weight`)
 
 Legend: N tokens, K slots, D hidden size, V vocabulary, E = N K (token, slot) pairs, C bytes of an element,
 ACC fp32 (fp64 for fp64 inputs). Inputs have any strides.
@@ -12,13 +12,12 @@ A slot with id < 0 is absent: z = -inf, no gradient. An id >= V gives NaN, in z 
 dz is exactly 0 is skipped: neither its row of W nor its token's row of h is read, so a masked token whose hidden state
 is NaN leaves no trace.
 
-Bytes and FLOP (calculated, at N 8192, K 64, D 4096, V 128256, bf16):
+Bytes and FLOP (calculated, at N 8192, K 64, D 4096, bf16; the times measured on an H200, commit 8576f91):
 
-| kernel    | reads                       | writes  | FLOP  | bound by                                                 |
-|-----------|-----------------------------|---------|-------|----------------------------------------------------------|
-| forward   | N K D C gathered = 4.3 GB   | N K 4   | 2 NKD | memory: 1.0 ms at 4.3 TB/s, less where L2 holds the row  |
-| dh        | N K D C gathered = 4.3 GB   | N D C   | 2 NKD | memory, as the forward pass                              |
-| dW        | N K D C of h, mostly from L2| V D C   | 2 NKD | L2 for the gather, memory for 1.05 GB written (0.25 ms)  |
+| kernel    | reads                       | writes  | FLOP  | bound by                                |
+|-----------|-----------------------------|---------|-------|-----------------------------------------|
+| forward   | N K D C gathered = 4.3 GB   | N K 4   | 2 NKD | memory: 0.997 ms = 4.3 TB/s             |
+| dh        | N K D C gathered = 4.3 GB   | N D C   | 2 NKD | memory: 0.998 ms = 4.3 TB/s             |
 
 4.3 GFLOP on the plain fp32 units are 0.15 ms with the conversions, an order below the loads; tensor cores have nothing
 to do here, because no two tokens share their K rows. Products accumulate in a 2-D tile that is reduced once at the end:
@@ -27,15 +26,7 @@ a reduction in the loop would put shuffles and barriers between the loads.
 Order of programs, which decides what L2 (50 MB on an H200) holds. Forward: the slots of a token side by side, so that
 h[n] is read from memory once, and a row of W that is wanted again within about a hundred tokens comes from L2.
 dh: one slab of D after the other, all tokens in each; of a slab L2 holds the rows of the last several hundred tokens,
-and the price is reading the ids and dx once a slab, 8 K bytes against the 1 KB K of the slab's rows. dW: likewise by
-slab, where all of h's slab (8 MB) stays in L2, so h is read from memory once.
-
-dW without atomics. A stable sort orders the pairs by id, then token; pairs of one vocabulary row are consecutive, and
-a program sums each row's segment in that order and writes it, or zeros: two runs are bitwise equal and no zero fill
-comes before. Segments may be long (one id chosen by every token), so the sorted pairs are also cut into chunks of
-fixed length, and a chunk that lies inside one segment is summed ahead of time by a program of its own. Their number
-E / chunk is known on the host, no synchronisation is needed; the longest chain of a program is then two chunks and
-E / chunk partial sums. db is the same sum with h = 1.
+and the price is reading the ids and dx once a slab, 8 K bytes against the 1 KB K of the slab's rows.
 
 Many ids: from K = V / 156 (bf16, calculated; `tiles.GATHER_CROSSOVER`) all logits of a block of tokens by the library's
 product, of which a small kernel picks K, are cheaper than K rows of W a token: 1 G = 2 N D V FLOP and 8 N V bytes. The
@@ -43,9 +34,9 @@ backward pass stays sparse whatever K is: as a product in the operands' dtype it
 have to stay exact, and in fp32 it costs an order more than in bf16 (50 against 790 TFLOP/s).
 
 Workspace: of the forward pass none, or the logits of a block of tokens within `workspace_bytes()`. Of the backward pass
-dx and ids, 8 E bytes (ACC fp32); for dW also the sort (about 24 E), the sorted pairs (8 E) and the partial sums (at most
-64 MiB): 21 MB + 34 MB at the shape above. **With a trainable head that is 40 bytes a pair whatever the workspace is
-set to**: from E = 6.7 million pairs (N 8192, K 820) it is more than 256 MiB; pass fewer tokens at a time.
+dx and ids, 8 E bytes (ACC fp32), and with a trainable head what `sparse_weight` says: 21 MB + 34 MB at the shape above.
+**With a trainable head that is 40 bytes a pair whatever the workspace is set to**: from E = 6.7 million pairs
+(N 8192, K 820) it is more than 256 MiB; pass fewer tokens at a time.
 """
 
 import torch
@@ -68,17 +59,7 @@ from .primitives import (
     require_sizes,
     tanh,
 )
-from .sparse_weight import SortedPairs, dweight_chunk, require_pairs
-
-__all__ = [
-    "SortedPairs",
-    "dweight_chunk",
-    "linear_gather",
-    "linear_gather_backward",
-    "require_pairs",
-    "slot_gradients",
-    "sum_rows",
-]
+from .sparse_weight import SortedPairs, require_pairs
 
 # --- forward ---------------------------------------------------------------------------------------------------
 

@@ -88,24 +88,23 @@ def _partial_kernel(
 @triton.jit
 def _segments_kernel(
     offset_ptr, row_ptr, token_ptr, dx_ptr, hidden_ptr, partial_ptr, dweight_ptr,
-    BLOCKS, CHUNK, first, V, D,
+    BLOCKS, CHUNK, V, D,
     stride_hn, stride_hd,
     ACC: tl.constexpr, VOCABULARY: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """VOCABULARY of the rows `first` to `first` + V of W, COLUMNS of D: each row's sum of dx h, or zeros."""
+    """VOCABULARY rows of W, COLUMNS of D: each row's sum of dx h, or zeros."""
     dtype = dweight_ptr.dtype.element_ty
     v = (tl.program_id(0) % BLOCKS) * VOCABULARY + tl.arange(0, VOCABULARY)
     d = (tl.program_id(0) // BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
-    edge = offset_ptr + first + v
-    empty = tl.load(edge, mask=v < V, other=0) == tl.load(edge + 1, mask=v < V, other=-1)
+    empty = tl.load(offset_ptr + v, mask=v < V, other=0) == tl.load(offset_ptr + v + 1, mask=v < V, other=-1)
     tl.store(
         dweight_ptr + v.to(tl.int64)[:, None] * D + d[None, :],
         tl.full([VOCABULARY, COLUMNS], 0.0, dtype),
         mask=empty[:, None] & (d < D)[None, :], eviction_policy="evict_first",
     )  # fmt: skip
-    block = first + (tl.program_id(0) % BLOCKS) * VOCABULARY
+    block = (tl.program_id(0) % BLOCKS) * VOCABULARY
     begin = tl.load(offset_ptr + block)
-    end = tl.load(offset_ptr + tl.minimum(block + VOCABULARY, first + V))
+    end = tl.load(offset_ptr + tl.minimum(block + VOCABULARY, V))
     if begin < end:
         current = tl.load(row_ptr + begin)
         total = tl.full([COLUMNS], 0.0, ACC)
@@ -121,7 +120,7 @@ def _segments_kernel(
                 row = tl.load(row_ptr + e)
                 part = tl.load(partial_ptr + (e // CHUNK).to(tl.int64) * D + d, mask=d < D, other=0.0)
                 if row != current:
-                    here = dweight_ptr + (current - first).to(tl.int64) * D + d
+                    here = dweight_ptr + current.to(tl.int64) * D + d
                     tl.store(here, total.to(dtype), mask=d < D, eviction_policy="evict_first")
                     total = tl.full([COLUMNS], 0.0, ACC)
                     current = row
@@ -143,13 +142,13 @@ def _segments_kernel(
                 for i in tl.static_range(AHEAD):
                     on, row, token, dx = pairs[i]
                     if on & (row != current):
-                        here = dweight_ptr + (current - first).to(tl.int64) * D + d
+                        here = dweight_ptr + current.to(tl.int64) * D + d
                         tl.store(here, total.to(dtype), mask=d < D, eviction_policy="evict_first")
                         total = tl.full([COLUMNS], 0.0, ACC)
                         current = row
                     total += dx * rows_of_h[i]
                 e += AHEAD
-        here = dweight_ptr + (current - first).to(tl.int64) * D + d
+        here = dweight_ptr + current.to(tl.int64) * D + d
         tl.store(here, total.to(dtype), mask=d < D, eviction_policy="evict_first")
 
 
@@ -198,19 +197,18 @@ class SortedPairs:
         """`[V, D]` the sum of dx h over each row's pairs. `tile` and `chunk` replace the table's choices."""
         chunk = chunk or dweight_chunk(self.row.numel(), hidden_nd.shape[1], self.dx.element_size())
         out = torch.empty(self.v, hidden_nd.shape[1], dtype=dtype, device=self.dx.device)
-        self.write(out, 0, hidden_nd, self.chunk_sums(hidden_nd, chunk), chunk, tile)
+        self.write(out, hidden_nd, self.chunk_sums(hidden_nd, chunk), chunk, tile)
         return out
 
-    def chunk_sums(self, hidden_nd: Tensor, chunk: int, tile: tiles.GatherTile | None = None) -> Tensor:
+    def chunk_sums(self, hidden_nd: Tensor, chunk: int) -> Tensor:
         """`[E / chunk, D]` in ACC: the sums of the chunks that belong to one row of W; nothing for the others."""
         pairs, d = self.row.numel(), hidden_nd.shape[1]
         chunks = pairs // chunk
         partial = torch.empty(chunks, d, dtype=self.dx.dtype, device=self.dx.device)
         if chunks:
             arch, itemsize = tiles.architecture(hidden_nd.device), hidden_nd.element_size()
-            tile = tile or tiles.gather_tile(tiles.DWEIGHT_CHUNK_SUMS, arch, itemsize, pairs, d)
-            grid = triton.cdiv(d, tile.columns) * chunks
-            _partial_kernel[(require_grid(grid, "linear_gather"),)](
+            tile = tiles.gather_tile(tiles.DWEIGHT_CHUNK_SUMS, arch, itemsize, pairs, d)
+            _partial_kernel[(require_grid(triton.cdiv(d, tile.columns) * chunks, "linear_gather"),)](
                 self.row, self.token, self.dx, hidden_nd, partial,
                 chunks, chunk, self.v, d,
                 *hidden_nd.stride(),
@@ -221,21 +219,19 @@ class SortedPairs:
     def write(
         self,
         out: Tensor,
-        first: int,
         hidden_nd: Tensor,
         partial: Tensor,
         chunk: int,
         tile: tiles.SegmentsTile | None = None,
     ) -> None:
-        """Write rows `first`, `first` + 1, ... of the sum into `out`, as many as it has, from `chunk_sums`."""
-        rows, d = out.shape
-        arch, itemsize = tiles.architecture(hidden_nd.device), hidden_nd.element_size()
-        tile = tile or tiles.segments_tile(arch, itemsize, d)
+        """Write the sums into `out` `[V, D]`, from `chunk_sums`."""
+        d, arch = out.shape[1], tiles.architecture(hidden_nd.device)
+        tile = tile or tiles.segments_tile(arch, hidden_nd.element_size(), d)
         assert chunk % tile.ahead == 0
-        blocks = triton.cdiv(rows, tile.vocabulary)
+        blocks = triton.cdiv(self.v, tile.vocabulary)
         _segments_kernel[(require_grid(triton.cdiv(d, tile.columns) * blocks, "linear_gather"),)](
             self.offset, self.row, self.token, self.dx, hidden_nd, partial, out,
-            blocks, chunk, first, rows, d,
+            blocks, chunk, self.v, d,
             *hidden_nd.stride(),
             ACC=accumulator(self.dx)[1], VOCABULARY=tile.vocabulary, COLUMNS=tile.columns, AHEAD=tile.ahead,
             num_warps=tile.warps,

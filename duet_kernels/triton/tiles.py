@@ -87,14 +87,14 @@ DWEIGHT_CHUNK_SUMS = {
 }
 # A warp a program: a segment's end is a branch, and other warps would wait at it.
 DWEIGHT_SEGMENTS = {
-    (0, 2): SegmentsTile(16, 512, 8, 1),
-    (0, 4): SegmentsTile(16, 256, 8, 1),
-    (0, 8): SegmentsTile(16, 128, 8, 1),
+    (0, 2): SegmentsTile(16, 512, 4, 1),
+    (0, 4): SegmentsTile(16, 256, 4, 1),
+    (0, 8): SegmentsTile(16, 128, 4, 1),
 }
 # (architecture, bytes that an element takes in a register): 64 registers a thread hold 32 KB of W.
 LOSS = {
-    (0, 2): LossTile(64, 256, 64, 4, 96, 5),
-    (0, 4): LossTile(64, 128, 32, 4, 96, 5),
+    (0, 2): LossTile(64, 256, 128, 4, 96, 5),
+    (0, 4): LossTile(64, 128, 64, 4, 96, 5),
     (0, 8): LossTile(64, 64, 32, 4, 128, 4),
 }
 LOSS_SLOTS = LOSS[0, 2].rows

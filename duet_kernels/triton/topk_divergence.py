@@ -31,7 +31,8 @@ small, so that the gradient of a student close to its teacher keeps its digits. 
 log1p(w expm1(-|u|)), not from a logarithm of m.
 
 Bytes: 12 N K (fp32): 6 MB at N 8192, K 64, microseconds beside the gathers' milliseconds; about 60 FLOP a slot. A
-program holds whole rows in registers, hence K <= 8192 (`tiles.MAX_SLOTS`).
+program holds whole rows in registers, hence K <= 8192 (`tiles.MAX_SLOTS`). `compare` is also a part of the fused loss
+(`gather_loss`), which has the student's logits in registers already.
 """
 
 import torch
