@@ -80,7 +80,7 @@ bench-step: setup
 compile: setup
 	$(BIN)/python -m benchmarks.compile_gate --out benchmarks/results/compile.md
 
-# On a CUDA machine, nothing installed, no network. gpu: is it right, then how fast, under nine minutes; results in
+# On a CUDA machine, nothing installed, no network. gpu: is it right, then how fast, in eight minutes; results in
 # benchmarks/results/<device>. tune: which tiles and implementations are fastest, into duet_kernels/triton/measured.json.
 gpu:
 	$(AS_IT_IS) -m benchmarks.gpu $(GPU_OPTIONS)

@@ -4,7 +4,7 @@ A `Case` is one operation at one shape; `make_inputs` draws its tensors; `floor_
 that an exact result needs, in units of what this machine was measured to do (`harness.Floors`). Knows no provider.
 
     G = 2 N D V FLOP, one product of logits' size
-    linear_topk, linear_token_stats   1 G
+    linear_topk, linear_token_stats, linear_logsumexp   1 G
     topk_distill_loss                 N K D read for the loss, N K D for dh; a trainable head writes dW. Forms with a
                                       tail: 2 G (3 G), logits for the sum and dh (and dW)
     linear_distill_loss               two logits 2 G, dh 1 G, trainable head 1 G
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Floors
-from duet_kernels import TopK, linear_topk
+from duet_kernels import TopK, linear_gather, linear_logsumexp, linear_topk
 
 OPS = (
     "linear_topk",
@@ -28,13 +28,17 @@ OPS = (
     "linear_distill_loss",
     "linear_cross_entropy",
     "linear_token_stats",
+    "linear_logsumexp",
 )
 LOSSES = OPS[1:4]
 PASSES = ("forward", "full")
 DIVERGENCES = {
     "topk_distill_loss": ("huber", "forward_kl", "forward_kl/tail"),
     "linear_distill_loss": ("forward_kl", "jsd"),
+    "linear_logsumexp": ("", "exclude"),  # "exclude": without the teacher's k ids
 }
+# Which ids the teacher's slots hold: its own likeliest, or ids as frequent as words are.
+IDS = ("likeliest", "zipf")
 LOGIT_STD = 3.0
 
 
@@ -50,6 +54,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     divergence: str = ""
     trainable: bool = False  # the head asks for its gradient
+    ids: str = "likeliest"
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -57,6 +62,12 @@ class Case:
         wanted = DIVERGENCES.get(self.op, ("",))
         if self.divergence not in wanted:
             raise ValueError(f"divergence of {self.op}: wanted one of {wanted}, got {self.divergence!r}")
+        if self.ids not in IDS:
+            raise ValueError(f"ids: wanted one of {', '.join(IDS)}, got {self.ids!r}")
+        if self.ids == "zipf" and self.has_tail:
+            raise ValueError(
+                "ids: zipf ids hold hardly any probability, and a loss with a tail is nearly 0 there"
+            )
 
     @property
     def has_gradient(self) -> bool:
@@ -118,6 +129,29 @@ class Inputs:
         )
 
 
+def zipf_ids(n: int, v: int, k: int, generator: torch.Generator) -> Tensor:
+    """`[n, k]` ids, different within a row; the r-th most frequent one is drawn with a probability like 1 / r.
+
+    A few ids stand in most rows, and of a large vocabulary about half stand in none: what dW of a sparse loss finds
+    where the teacher reads text. The frequencies are shuffled over the vocabulary.
+    """
+    device = generator.device
+    rank = torch.randperm(v, generator=generator, device=device) + 1
+    chosen = []
+    for start in range(0, n, rows := max(1, 2**27 // v)):
+        exponential = torch.empty(min(rows, n - start), v, device=device).exponential_(generator=generator)
+        # The k smallest of independent exponential times of rates 1 / r: k draws without replacement.
+        chosen.append(exponential.mul_(rank).topk(k, largest=False).indices)
+    return torch.cat(chosen)
+
+
+def topk_at(ids: Tensor, hidden: Tensor, weight: Tensor) -> TopK:
+    """The teacher's logits at `ids` in descending order, and the log-sum-exp of all others."""
+    values, order = linear_gather(hidden, weight, ids, impl="chunked").sort(-1, descending=True)
+    tail = linear_logsumexp(hidden, weight, exclude=ids, impl="chunked")
+    return TopK(values, ids.gather(-1, order), tail)
+
+
 def make_inputs(case: Case, device: torch.device | str, seed: int = 0) -> Inputs:
     """Logits of standard deviation 3; a teacher that mostly agrees; labels among the teacher's likeliest ids."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -134,7 +168,10 @@ def make_inputs(case: Case, device: torch.device | str, seed: int = 0) -> Inputs
     else:
         teacher_weight = weight.to(case.dtype)
     hidden, weight = hidden.to(case.dtype), weight.to(case.dtype)
-    teacher = linear_topk(teacher_hidden, teacher_weight, case.k, impl="chunked")
+    if case.ids == "zipf":
+        teacher = topk_at(zipf_ids(case.n, case.v, case.k, generator), teacher_hidden, teacher_weight)
+    else:
+        teacher = linear_topk(teacher_hidden, teacher_weight, case.k, impl="chunked")
     pick = torch.randint(min(8, case.k), (case.n, 1), device=device, generator=generator)
     labels = teacher.indices.gather(-1, pick)[:, 0]
     hidden.requires_grad_(case.has_gradient)

@@ -23,7 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,11 +34,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
+from duet_kernels.head import LMHead, Need
+from duet_kernels.options import Divergence
 from duet_kernels.triton import tiles
-from duet_kernels.triton.cross_entropy import linear_cross_entropy
+from duet_kernels.triton.complement import (
+    linear_cross_entropy,
+    linear_logsumexp,
+    linear_logsumexp_backward,
+    topk_loss_with_tail,
+)
+from duet_kernels.triton.dense import times_upstream
 from duet_kernels.triton.divergence import linear_divergence
-from duet_kernels.triton.gather import linear_gather_backward, linear_gather_forward
-from duet_kernels.triton.logsumexp import complement_and_values, complement_and_values_backward
+from duet_kernels.triton.gather import linear_gather, linear_gather_backward
+from duet_kernels.triton.gather_loss import topk_loss
 from duet_kernels.triton.stats import token_stats
 from duet_kernels.triton.topk import linear_topk
 from duet_kernels.triton.topk_divergence import topk_divergence
@@ -104,126 +112,145 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def gather_cases(dtype: torch.dtype, d: int = D, k: int = K) -> Iterator[Case]:
-    hidden, weight, bias = meta(N, d, dtype=dtype), meta(V, d, dtype=dtype), meta(V, dtype=dtype)
+def meta_head(dtype: torch.dtype, d: int, softcap: float | None, scale: float = 1.0, v: int = V) -> LMHead:
+    """With a bias where there is a softcap."""
+    return LMHead(
+        meta(v, d, dtype=dtype), meta(v, dtype=dtype) if softcap is not None else None, softcap, scale
+    )
+
+
+def gather_cases(
+    dtype: torch.dtype, d: int = D, k: int = K, softcap: float | None = 30.0, scale: float = 0.5
+) -> Iterator[Case]:
+    hidden, head = meta(N, d, dtype=dtype), meta_head(dtype, d, softcap, scale)
     indices, values = meta(N, k, dtype=torch.int64), meta(N, k)
-    shape = f"D={d} K={k}"
+    shape = f"D={d} K={k} softcap={softcap} scale={scale}"
 
-    def forward():
-        return linear_gather_forward(hidden, weight, bias, indices, softcap=30.0, scale=0.5)
-
-    def backward(need_hidden: bool, need_weight: bool, need_bias: bool):
-        need = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
-        return linear_gather_backward(
-            values, values, hidden, weight, bias, indices, softcap=30.0, scale=0.5, **need
-        )
+    def backward(need: Need):
+        return linear_gather_backward(values, values, hidden, head, indices, need)
 
     # Rows that do not begin on 16 bytes cannot be read 16 bytes at a time.
     wide = (
         ("_forward_kernel", "_dhidden_kernel", "_partial_kernel", "_segments_kernel") if d % 16 == 0 else ()
     )
-    yield Case(f"gather {shape}", dtype, forward, True, wide)
-    yield Case(f"gather dh, dW {shape}", dtype, lambda: backward(True, True, False), True, wide)
-    yield Case(f"gather db {shape}", dtype, lambda: backward(False, False, True), True)
+    yield Case(f"gather {shape}", dtype, lambda: linear_gather(hidden, head, indices), True, wide)
+    yield Case(f"gather dh, dW {shape}", dtype, lambda: backward(Need(True, True)), True, wide)
+    yield Case(f"gather db {shape}", dtype, lambda: backward(Need(False, False, True)), True)
+
+
+def topk_loss_cases(
+    dtype: torch.dtype,
+    losses: Iterable[tuple[str, str]],
+    d: int = D,
+    k: int = K,
+    softcap: float | None = None,
+    phases: tuple[bool, ...] = (False,),
+) -> Iterator[Case]:
+    hidden, head = meta(N, d, dtype=dtype), meta_head(dtype, d, softcap, 0.5)
+    ids, teacher, factor = meta(N, k, dtype=torch.int64), meta(N, k), meta(N)
+    wide = ("_topk_loss_kernel",) if d % 16 == 0 else ()
+    for name, norm in losses:
+        spec = Divergence(name, norm, 1.0 if norm == "none" else 2.0, 0.5, 1.0)
+        for two in phases:
+
+            def call(spec=spec, two=two):
+                return topk_loss(hidden, head, ids, teacher, factor, spec, Need(True), phases=two)
+
+            name = f"topk loss {spec.name} D={d} K={k} softcap={softcap} phases={two}"
+            yield Case(name, dtype, call, True, wide)
 
 
 def topk_cases(
     dtype: torch.dtype, n: int = N, k: int = K, v: int = V, softcap: float | None = None
 ) -> Iterator[Case]:
     hidden, weight, bias = meta(n, D, dtype=dtype), meta(v, D, dtype=dtype), meta(v, dtype=dtype)
-
-    def call():
-        return linear_topk(
-            hidden, weight, bias if softcap else None, k, softcap=softcap, scale=0.5, temperature=2.0
-        )
-
-    wide = ("_fold_kernel",) if v % 16 == 0 else ()
-    selection = "_choose_kernel", "_survivors_kernel", "_narrow_kernel", "_order_kernel"
+    head = LMHead(weight, bias if softcap else None, softcap, 0.5)
     name = f"topk N={n} V={v} K={k} softcap={softcap}"
-    yield Case(name, dtype, call, True, wide, selection, ("_skinny_kernel",))
-
-
-def logsumexp_cases(
-    dtype: torch.dtype, n: int = N, k: int = K, softcap: float | None = None
-) -> Iterator[Case]:
-    hidden, weight, bias = meta(n, D, dtype=dtype), meta(V, D, dtype=dtype), meta(V, dtype=dtype)
-    indices, values, tail = meta(n, k, dtype=torch.int64), meta(n, k), meta(n)
-    options = {"softcap": softcap, "scale": 0.5, "temperature": 2.0}
-    bias = bias if softcap else None
-
-    def forward():
-        return complement_and_values(hidden, weight, bias, indices, **options)
-
-    def backward():
-        need = {"need_hidden": True, "need_weight": True, "need_bias": True}
-        return complement_and_values_backward(
-            tail, values, tail, values, hidden, weight, bias, indices, **options, **need
-        )
-
-    name = f"N={n} K={k} softcap={softcap}"
-    # Fewer tokens than an instruction of a warp group multiplies.
-    wgmma = ("_logsumexp_kernel",) if n > 16 else ()
-    yield Case(f"logsumexp {name}", dtype, forward, True, wgmma=wgmma)
-    yield Case(f"logsumexp backward {name}", dtype, backward, True, ("_dense_kernel",))
+    call = functools.partial(linear_topk, hidden, head, k, 2.0)
+    yield Case(name, dtype, call, True, ("_fold_kernel",), ("_select_kernel",), ("_skinny_kernel",))
 
 
 def stats_cases(dtype: torch.dtype, n: int = N, v: int = V, softcap: float | None = None) -> Iterator[Case]:
     hidden, weight, bias = meta(n, D, dtype=dtype), meta(v, D, dtype=dtype), meta(v, dtype=dtype)
-    labels = meta(n, dtype=torch.int64)
-
-    def call():
-        return token_stats(hidden, weight, bias if softcap else None, labels, softcap=softcap, scale=0.5)
-
-    wide = ("_fold_kernel",) if v % 16 == 0 else ()
-    yield Case(f"token stats N={n} V={v} softcap={softcap}", dtype, call, True, wide)
+    head, labels = LMHead(weight, bias if softcap else None, softcap, 0.5), meta(n, dtype=torch.int64)
+    call = functools.partial(token_stats, hidden, head, labels)
+    yield Case(f"token stats N={n} V={v} softcap={softcap}", dtype, call, True, ("_fold_kernel",))
 
 
-def dense_cases(dtype: torch.dtype, softcap: float | None = None, v: int = V) -> Iterator[Case]:
-    hidden, weight, bias = meta(N, D, dtype=dtype), meta(v, D, dtype=dtype), meta(v, dtype=dtype)
-    side = hidden, weight, bias if softcap else None, softcap, 0.5
-    factor, labels = meta(N), meta(N, dtype=torch.int64)
-    need = {"need_hidden": True, "need_weight": True, "need_bias": softcap is not None}
-    options = {"beta": 0.3, "delta": 1.0, **need}
-    wide = ("_moments_kernel", "_terms_kernel", "_gradient_kernel")
-    wide += ("_tail_kernel", "_softmax_gradient_kernel")
+# Kernels that read or write whole rows of logits, 16 bytes an instruction where their elements are 4 bytes or more.
+DENSE_WIDE = (
+    "_finish_kernel",
+    "_gradient_kernel",
+    "_moments_kernel",
+    "_softmax_kernel",
+    "_sum_kernel",
+    "_terms_kernel",
+)
 
-    def divergence(name: str):
-        temperature = 1.0 if name in ("huber", "mse", "l1") else 2.0
-        return linear_divergence(*side, *side, factor, divergence=name, temperature=temperature, **options)
 
-    for name in ("forward_kl", "reverse_kl", "jsd", "tvd", "huber", "mse", "l1"):
-        call = functools.partial(divergence, name)
-        yield Case(f"dense divergence {name} V={v} softcap={softcap}", dtype, call, True, wide)
-    call = functools.partial(linear_cross_entropy, *side, labels, factor, **need)
-    yield Case(f"cross-entropy V={v} softcap={softcap}", dtype, call, True, wide)
+def dense_cases(
+    dtype: torch.dtype, softcap: float | None = None, v: int = V, k: int = K, n: int = N
+) -> Iterator[Case]:
+    hidden, weight, bias = meta(n, D, dtype=dtype), meta(v, D, dtype=dtype), meta(v, dtype=dtype)
+    head, need = (
+        LMHead(weight, bias if softcap else None, softcap, 0.5),
+        Need(True, True, softcap is not None),
+    )
+    row, labels, ids, values = meta(n), meta(n, dtype=torch.int64), meta(n, k, dtype=torch.int64), meta(n, k)
+    shape = f"N={n} V={v} softcap={softcap}"
+    wide = DENSE_WIDE if v > 16 else ()
+
+    def divergence(name: str, beta: float):
+        raw = name in ("huber", "mse", "l1")
+        spec = Divergence(name, "none" if raw else "renormalize", 1.0 if raw else 2.0, beta, 1.0)
+        return linear_divergence(hidden, head, hidden, head, row, spec, need)
+
+    names = "forward_kl", "reverse_kl", "jsd", "tvd", "huber", "mse", "l1"
+    for name, beta in (*((name, 0.5) for name in names), ("jsd", 0.3)):
+        call = functools.partial(divergence, name, beta)
+        yield Case(f"dense divergence {name} beta={beta} {shape}", dtype, call, True, wide)
+    call = functools.partial(linear_cross_entropy, hidden, head, labels, row, need)
+    yield Case(f"cross-entropy {shape}", dtype, call, True, wide)
+    call = functools.partial(linear_logsumexp, hidden, head, ids, 2.0, Need(True))
+    yield Case(f"logsumexp K={k} {shape}", dtype, call, True, wide)
+    call = functools.partial(linear_logsumexp_backward, row, row, hidden, head, ids, 2.0, need)
+    yield Case(f"logsumexp backward K={k} {shape}", dtype, call, True, wide)
+    spec = Divergence("forward_kl", "tail", 2.0, 0.5, 1.0)
+    call = functools.partial(topk_loss_with_tail, hidden, head, ids, values, row, row, spec, need)
+    yield Case(f"top-k loss with a tail K={k} {shape}", dtype, call, True, wide, ("_divergence_kernel",))
+    for out in {dtype, torch.float32}:
+        call = functools.partial(times_upstream, meta(v, D, dtype=out), meta(), dtype)
+        yield Case(f"upstream gradient {out} {shape}", dtype, call, True, ("_scale_kernel",))
+
+
+RAW = [(name, "none") for name in ("huber", "mse", "l1")]
+DISTRIBUTION = [(name, "renormalize") for name in ("forward_kl", "reverse_kl", "jsd", "tvd")]
+WITH_TAIL = [(name, "tail") for name, _ in DISTRIBUTION] + [
+    ("forward_kl", "zeroed"),
+    ("forward_kl", "truncated"),
+]
 
 
 def divergence_cases() -> Iterator[Case]:
-    choices = [(name, "none") for name in ("huber", "mse", "l1")]
-    choices += [
-        (name, norm)
-        for name in ("forward_kl", "reverse_kl", "jsd", "tvd")
-        for norm in ("renormalize", "tail")
-    ]
-    choices += [("forward_kl", "zeroed"), ("forward_kl", "truncated")]
-    slots = [(name, norm, K) for name, norm in choices]
+    slots = [(name, norm, K) for name, norm in RAW + DISTRIBUTION + WITH_TAIL]
     # The dearest one at the two ends of the tile table.
     slots += [("jsd", "tail", 1), ("jsd", "tail", tiles.MAX_SLOTS)]
     for name, norm, k in slots:
-        logits, row = meta(N, k), meta(N)
-        options = {"temperature": 2.0, "beta": 0.5, "delta": 1.0}
-
-        def call(name=name, norm=norm, logits=logits, row=row, options=options):
-            return topk_divergence(
-                logits, logits, row, row, row, divergence=name, normalization=norm, **options
-            )
-
+        logits, row, spec = meta(N, k), meta(N), Divergence(name, norm, 2.0, 0.5, 1.0)
+        call = functools.partial(topk_divergence, logits, logits, row, row, row, spec)
         yield Case(f"{name} {norm} K={k}", torch.float32, call, False)
 
 
 def cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield from gather_cases(dtype)
+        yield from topk_loss_cases(dtype, RAW + DISTRIBUTION)
+        yield from topk_loss_cases(dtype, [("jsd", "renormalize")], softcap=20.0, phases=(False, True))
+    yield from gather_cases(torch.bfloat16, softcap=20.0, scale=1.0)
+    for k in (1, 8, 20):
+        yield from topk_loss_cases(torch.bfloat16, [("jsd", "renormalize")], k=k)
+    yield from topk_loss_cases(torch.bfloat16, [("jsd", "renormalize")], d=D + 1)
+    yield from topk_loss_cases(torch.bfloat16, [("jsd", "renormalize")], d=16384)
     yield from gather_cases(torch.bfloat16, k=1)
     yield from gather_cases(torch.bfloat16, k=1024)
     yield from gather_cases(torch.bfloat16, d=D + 1)
@@ -231,20 +258,18 @@ def cases() -> Iterator[Case]:
         yield from topk_cases(dtype)
         yield from topk_cases(dtype, n=64, softcap=30.0)
         yield from topk_cases(dtype, n=16)
-        yield from logsumexp_cases(dtype)
-        yield from logsumexp_cases(dtype, n=64, k=1)
-        yield from logsumexp_cases(dtype, n=16, k=1, softcap=30.0)
         yield from stats_cases(dtype)
         yield from stats_cases(dtype, n=16, v=262144, softcap=30.0)
         yield from dense_cases(dtype)
         yield from dense_cases(dtype, softcap=30.0)
-    yield from logsumexp_cases(torch.bfloat16, softcap=30.0)
     yield from topk_cases(torch.bfloat16, softcap=30.0)
     yield from topk_cases(torch.bfloat16, k=1)
     yield from topk_cases(torch.bfloat16, n=64, k=1000)
     yield from topk_cases(torch.bfloat16, k=1000, v=262144)
     yield from topk_cases(torch.bfloat16, n=1, v=50257, softcap=30.0)
     yield from dense_cases(torch.bfloat16, v=50257)
+    yield from dense_cases(torch.bfloat16, k=1000)
+    yield from dense_cases(torch.bfloat16, n=1, v=3, k=1)  # arguments of 1 are constants of the kernel
     yield from divergence_cases()
 
 

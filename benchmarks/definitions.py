@@ -2,7 +2,7 @@
 
 `project(hidden, weight)` makes the logits z = h W^T: `fp32_logits` as well as torch can, `exact_logits` for the gate's
 baseline. A loss is a mean over tokens (0-d); `linear_topk` gives (values, ids, log-sum-exp), `linear_token_stats`
-(log-sum-exp, entropy, variance of log p, log p(label)).
+(log-sum-exp, entropy, variance of log p, log p(label)), `linear_logsumexp` a tuple of one.
 """
 
 from __future__ import annotations
@@ -87,6 +87,13 @@ def _token_stats(case: Case, x: Inputs, project: Projection) -> tuple[Tensor, Te
     return logsumexp, entropy, variance, logp.gather(-1, x.labels[:, None])[:, 0]
 
 
+def _logsumexp(case: Case, x: Inputs, project: Projection) -> tuple[Tensor]:
+    z = project(x.hidden, x.weight)
+    if case.divergence == "exclude":
+        z = z.scatter(-1, x.teacher.indices, -torch.inf)
+    return (z.logsumexp(-1),)
+
+
 DEFINITIONS: dict[str, Callable[[Case, Inputs, Projection], Any]] = {
     "linear_topk": _topk,
     "topk_distill_loss": lambda case, x, project: topk_loss(
@@ -95,4 +102,5 @@ DEFINITIONS: dict[str, Callable[[Case, Inputs, Projection], Any]] = {
     "linear_distill_loss": _dense_loss,
     "linear_cross_entropy": lambda case, x, project: F.cross_entropy(project(x.hidden, x.weight), x.labels),
     "linear_token_stats": _token_stats,
+    "linear_logsumexp": _logsumexp,
 }

@@ -26,6 +26,7 @@ import torch
 Call = Callable[[], object]
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 READS_WEIGHT_ONCE = 64  # tokens
+SHORT_MS = 5.0  # shorter calls are timed with their launches, too
 WARM_SECONDS = 0.3  # of a GPU's work before the first timed call: clocks rise from idle in about that time
 
 
@@ -53,6 +54,7 @@ class Row:
     ms_p80: float | None = None
     peak_mb: float | None = None
     floor_ms: float | None = None
+    copy_gb_s: float | None = None
     divergence: str = ""
     head: str = "frozen"  # or "trainable"; "none" for an operation without a gradient
     status: str = "ok"  # or "out of memory", "absent: why", "error: why", "wrong: what"
@@ -62,6 +64,8 @@ class Row:
     )
     rounds: int = 0
     workspace_mb: float | None = None
+    ids: str = "likeliest"  # which ids the teacher's slots hold: its likeliest, or "zipf"
+    wall_ms: float | None = None  # of a short call, with Python and launches, begun on an idle device
     driver: str = ""
     clocks: str = ""
 
@@ -95,11 +99,16 @@ def environment(device: torch.device | str | None = None) -> dict[str, str]:
         "triton": version("triton"),
     }
     if on_gpu:
-        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm"
-        told = _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]).splitlines()
-        driver, *clocks = told[0].split(", ") if told else ("unknown", "unknown")
+        driver, *clocks = _driver_and_clocks()
         fields |= {"driver": driver, "clocks": ", ".join(clocks)}
     return fields
+
+
+@functools.cache
+def _driver_and_clocks() -> Sequence[str]:
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm"
+    told = _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]).splitlines()
+    return told[0].split(", ") if told else ("unknown", "unknown")
 
 
 def _cpu_name() -> str:
@@ -133,6 +142,17 @@ def version(package: str) -> str:
         return "absent"
 
 
+def answers(device: torch.device | str) -> bool:
+    """Whether the device still computes: after an illegal access every later call of a process fails."""
+    gc.collect()  # what a failed call left
+    try:
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+        return torch.ones(8, device=device).sum().item() == 8
+    except Exception:
+        return False
+
+
 # --- measuring --------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +163,7 @@ class Measured:
     ms: list[float] = dataclasses.field(default_factory=list)
     peak_mb: float | None = None
     status: str = "ok"
+    wall_ms: float | None = None
 
     def fields(self) -> dict[str, object]:
         """The fields of a row."""
@@ -150,7 +171,9 @@ class Measured:
             return {"status": self.status}
         p20, median, p80 = (round(quantile(self.ms, q), 4) for q in (0.2, 0.5, 0.8))
         peak = None if self.peak_mb is None else round(self.peak_mb, 1)
-        return {"ms": median, "ms_p20": p20, "ms_p80": p80, "peak_mb": peak, "rounds": len(self.ms)}
+        wall = None if self.wall_ms is None else round(self.wall_ms, 4)
+        times = {"ms": median, "ms_p20": p20, "ms_p80": p80, "rounds": len(self.ms)}
+        return {**times, "peak_mb": peak, "wall_ms": wall}
 
 
 def measure(
@@ -160,6 +183,7 @@ def measure(
     seconds: float = 1.0,
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
+    slow_seconds: float = float("inf"),
 ) -> dict[str, Measured]:
     """Memory, then time, of every variant; one that fails is reported, the others go on.
 
@@ -167,6 +191,7 @@ def measure(
         variants: name -> what to call; several calls are one variant's input sets, used in turn.
         device: where the calls run.
         seconds: how long each variant is timed: at least `min_rounds` calls, at most `max_rounds`.
+        slow_seconds: a variant whose call takes longer is timed once, by the call that measures its memory.
     """
     device = torch.device(device)
     calls = {name: [made] if callable(made) else list(made) for name, made in variants.items()}
@@ -174,8 +199,12 @@ def measure(
     for name, sets in calls.items():
         warm = _attempt(results[name], lambda sets=sets: _warm_up(sets[0], device))
         if warm is not None:
+            start = time.perf_counter()
             results[name].peak_mb = _attempt(results[name], lambda sets=sets: peak_mb(sets[0], device))
-    settle = next((name for name, result in results.items() if result.status == "ok"), None)
+            if time.perf_counter() - start > slow_seconds:
+                results[name].ms.append(1e3 * (time.perf_counter() - start))
+    slow = {name for name, result in results.items() if result.ms}
+    settle = next((n for n, result in results.items() if result.status == "ok" and n not in slow), None)
     if device.type == "cuda" and settle is not None:
         _attempt(results[settle], lambda: _warm_up(calls[settle][0], device, WARM_SECONDS))
     gc.collect()
@@ -185,7 +214,9 @@ def measure(
             owed = [
                 name
                 for name, result in results.items()
-                if result.status == "ok" and (turn < min_rounds or sum(result.ms) < 1e3 * seconds)
+                if result.status == "ok"
+                and name not in slow
+                and (turn < min_rounds or sum(result.ms) < 1e3 * seconds)
             ]
             for name in owed:
                 call = calls[name][turn % len(calls[name])]
@@ -194,6 +225,9 @@ def measure(
                     results[name].ms.append(taken)
             if not owed:
                 break
+        for name, result in results.items():
+            if device.type == "cuda" and result.status == "ok" and quantile(result.ms, 0.5) < SHORT_MS:
+                result.wall_ms = _attempt(result, lambda name=name: _wall_ms(calls[name], device))
     finally:
         gc.enable()
     return results
@@ -245,6 +279,18 @@ def _ms(call: Call, device: torch.device) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def _wall_ms(sets: Sequence[Call], device: torch.device) -> float:
+    """The median time of a call that finds the device idle and is waited for."""
+    times = []
+    for turn in range(20):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        sets[turn % len(sets)]()
+        torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return quantile(times, 0.5)
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -311,16 +357,24 @@ class Floors:
 def floors(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device | str) -> Floors:
     """Measure both now, in this run, at this shape and dtype (the product in slices of rows where it is large)."""
     device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    size = torch.finfo(dtype).bits // 8
     copy_gb_s = _copy_gb_s(device)
-    if on_gpu and n <= READS_WEIGHT_ONCE:
-        return Floors(v * d * size / copy_gb_s / 1e6, copy_gb_s)
-    rows = max(1, min(n, (4 << 30 if on_gpu else 1 << 29) // (v * size)))
+    if reads_weight_once(n, device):
+        return Floors(v * d * torch.finfo(dtype).bits / 8 / copy_gb_s / 1e6, copy_gb_s)
+    product, slices = bare_product(n, d, v, dtype, device)
+    return Floors(_steady_ms(product, device) * slices, copy_gb_s)
+
+
+def reads_weight_once(n: int, device: torch.device) -> bool:
+    return device.type == "cuda" and n <= READS_WEIGHT_ONCE
+
+
+def bare_product(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device) -> tuple[Call, float]:
+    """The library's product of logits' size, of a slice of the rows where it is large; and how many slices there are."""
+    limit = 4 << 30 if device.type == "cuda" else 1 << 29
+    rows = max(1, min(n, limit // (v * torch.finfo(dtype).bits // 8)))
     hidden, weight = torch.randn(rows, d, device=device).to(dtype), torch.randn(v, d, device=device).to(dtype)
     out = torch.empty(rows, v, device=device, dtype=dtype)
-    product_ms = _steady_ms(lambda: torch.mm(hidden, weight.T, out=out), device)
-    return Floors(product_ms * n / rows, copy_gb_s)
+    return lambda: torch.mm(hidden, weight.T, out=out), n / rows
 
 
 @functools.cache

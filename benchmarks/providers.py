@@ -23,6 +23,7 @@ from duet_kernels import (
     TopK,
     linear_cross_entropy,
     linear_distill_loss,
+    linear_logsumexp,
     linear_token_stats,
     linear_topk,
     resolve_impl,
@@ -46,7 +47,7 @@ class Provider:
     devices: tuple[str, ...] = ("cpu", "cuda")
     divergences: tuple[str, ...] | None = None  # None: all of the operation's
     obstacle: Callable[[Case, torch.device], str | None] = lambda case, device: None
-    workspace_mb: int | None = None  # that it was allowed, where it has such a limit
+    workspace_mb: int | None = None  # that it is allowed, where that is not the default
 
     @property
     def label(self) -> str:
@@ -97,15 +98,21 @@ def chosen(names: list[str] | None) -> list[Provider]:
 # --- ours: every implementation ---------------------------------------------------------------------------------
 
 
-def _ours(op: str, call: Callable[[Case, Inputs, str], Any], workspaces_mb: tuple[int, ...] = ()) -> None:
-    """Register `call(case, inputs, impl)`: with the workspace that a user gets, and on a GPU with larger ones."""
+WORKSPACES_MB = 256, 1024, 3072  # beside the one that a user gets who sets none
+
+
+def _ours(
+    op: str, call: Callable[[Case, Inputs, str], Any], divergences: tuple[str, ...] | None = None
+) -> None:
+    """Register `call(case, inputs, impl)`; `divergences`: those of which the time depends on the workspace."""
     _our_provider(op, call, "chunked", None)
-    for workspace_mb in (None, *workspaces_mb):
-        _our_provider(op, call, "triton", workspace_mb)
+    _our_provider(op, call, "triton", None)
+    for workspace_mb in WORKSPACES_MB:
+        _our_provider(op, call, "triton", workspace_mb, divergences=divergences)
 
 
 def _our_provider(
-    op: str, call: Callable[[Case, Inputs, str], Any], impl: str, workspace_mb: int | None
+    op: str, call: Callable[[Case, Inputs, str], Any], impl: str, workspace_mb: int | None, **fields: Any
 ) -> None:
     def build(case: Case) -> Run:
         return lambda x: call(case, x, impl)
@@ -119,7 +126,7 @@ def _our_provider(
     PROVIDERS.append(
         Provider(
             OURS,
-            impl if workspace_mb is None else f"{impl} {workspace_mb >> 10} GiB",
+            impl if workspace_mb is None else f"{impl} {size_of(workspace_mb)}",
             op,
             build,
             package="duet-kernels",
@@ -127,9 +134,14 @@ def _our_provider(
             # Triton's interpreter runs on a CPU too, but its time says nothing.
             devices=("cuda",) if impl == "triton" else ("cpu", "cuda"),
             obstacle=obstacle,
-            workspace_mb=workspace_mb or 256,
+            workspace_mb=workspace_mb,
+            **fields,
         )
     )
+
+
+def size_of(mb: int) -> str:
+    return f"{mb >> 10} GiB" if mb >= 1024 else f"{mb} MiB"
 
 
 def _our_topk(case: Case, x: Inputs, impl: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,9 +160,14 @@ def _our_dense_loss(case: Case, x: Inputs, impl: str) -> Tensor:
     return linear_distill_loss(*heads, divergence=case.divergence, impl=impl)
 
 
+def _our_logsumexp(case: Case, x: Inputs, impl: str) -> Tensor:
+    exclude = x.teacher.indices if case.divergence == "exclude" else None
+    return linear_logsumexp(x.hidden, x.weight, exclude=exclude, impl=impl)
+
+
 _ours("linear_topk", _our_topk)
-_ours("topk_distill_loss", _our_topk_loss)
-_ours("linear_distill_loss", _our_dense_loss, workspaces_mb=(1024, 3072))
+_ours("topk_distill_loss", _our_topk_loss, divergences=("forward_kl/tail",))
+_ours("linear_distill_loss", _our_dense_loss)
 _ours(
     "linear_cross_entropy",
     lambda case, x, impl: linear_cross_entropy(x.hidden, x.weight, x.labels, impl=impl),
@@ -159,6 +176,7 @@ _ours(
     "linear_token_stats",
     lambda case, x, impl: tuple(linear_token_stats(x.hidden, x.weight, x.labels, impl=impl)),
 )
+_ours("linear_logsumexp", lambda case, x, impl: (_our_logsumexp(case, x, impl),))
 
 
 # --- torch ------------------------------------------------------------------------------------------------------

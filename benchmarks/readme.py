@@ -1,7 +1,7 @@
 """Every number of the README comes from here: `python -m benchmarks.readme` fills its marked blocks from results.
 
     cpu     benchmarks/results/cpu/goals.md            made by `make bench`
-    bench   benchmarks/results/*/bench.jsonl           made by `make bench-cpu`, `make gpu`
+    bench   benchmarks/results/*/{bench,gate}.jsonl    made by `make bench-cpu`, `make gpu`
     demo    benchmarks/results/demo/results.json       taken over from demo_report/ with --demo DIR
 
 `--check` writes nothing and exits 1 when the README says something else than the results.
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import pathlib
 import re
@@ -67,11 +68,21 @@ def bench_block() -> str:
         rows = read_rows(path)
         folder = path.parent.relative_to(ROOT)
         command = "make bench-cpu" if path.parent.name == "cpu" else "make gpu"
-        said = f"{report.where(rows)}; `{command}`, [all numbers]({folder}/bench.md)."
+        more = [(_gate(path.parent), "gate.md"), ("targets", "targets.md"), ("kernels", "kernels.md")]
+        links = [("all numbers", "bench.md"), *(link for link in more if (path.parent / link[1]).exists())]
+        said = f"{report.where(rows)}; `{command}`, {', '.join(f'[{text}]({folder}/{name})' for text, name in links)}."
         lines += [said, "", *report.summary(rows), ""]
         lines += [f"![{figure.stem}: time and memory]({folder}/{figure.name})" for figure in _figures(path)]
         lines.append("")
     return "\n".join(lines).strip()
+
+
+def _gate(folder: pathlib.Path) -> str:
+    """How many checks of the device's gate there are of each colour."""
+    path = folder / "gate.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.exists() else []
+    counts = collections.Counter(row["status"] for row in rows)
+    return f"{counts['green']} of {len(rows)} checks green, {counts['red']} red, {counts['not run']} not run"
 
 
 def _figures(path: pathlib.Path) -> list[pathlib.Path]:

@@ -14,12 +14,12 @@ ORDER = {name: i for i, name in enumerate((OURS, "torch", "trl", "liger", "cut_c
 
 def case_of(row: Row) -> tuple:
     """What was asked of every provider."""
-    return row.op, row.divergence, row.head, row.n, row.d, row.v, row.k, row.dtype, row.which_pass
+    return (*kind_of(row), row.n, row.d, row.v, row.k)
 
 
 def kind_of(row: Row) -> tuple:
     """What was asked, whatever its size."""
-    return OPS.index(row.op), row.divergence, row.head, row.dtype, row.which_pass
+    return OPS.index(row.op), row.divergence, row.ids, row.head, row.dtype, row.which_pass
 
 
 def sizes(row: Row) -> str:
@@ -30,6 +30,7 @@ def sizes(row: Row) -> str:
 def title(row: Row) -> str:
     """The operation in words, without its size."""
     head = "" if row.head == "none" else f", {row.head} head"
+    head += "" if row.ids == "likeliest" else f", {row.ids.capitalize()} ids"
     what = {"forward": "forward", "full": "forward + backward"}.get(row.which_pass, row.which_pass)
     return f"`{row.op}`{' ' + row.divergence if row.divergence else ''}{head}, {what}"
 
@@ -80,9 +81,7 @@ def tables(rows: Sequence[Row]) -> str:
         "case of the same kind.",
     ]
     measured = [row for row in rows if not row.status.startswith("absent")]
-    for _, group in itertools.groupby(
-        sorted(measured, key=lambda row: (kind_of(row), case_of(row))), key=case_of
-    ):
+    for _, group in itertools.groupby(sorted(measured, key=case_of), key=case_of):
         lines += ["", *case_table(list(group))]
     lines += absences(rows)
     return "\n".join(lines)
@@ -113,7 +112,8 @@ def summary(rows: Sequence[Row]) -> list[str]:
         rival = _best(row for row in here if (row.provider, row.impl) not in known)
         cells = [_cell(row, ours) for row in columns]
         cells.append("–" if rival is None else f"{_cell(rival, ours)} ({rival.provider} {rival.impl})")
-        lines.append(f"| {title(ours)}; {sizes(ours)} | **{cells[0]}** | " + " | ".join(cells[1:]) + " |")
+        cells[0] = f"**{cells[0]}** ({ours.impl})"
+        lines.append(f"| {title(ours)}; {sizes(ours)} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -31,6 +31,7 @@ from benchmarks.presets import PRESETS
 from benchmarks.providers import OURS, Provider, Run, chosen
 from duet_kernels import set_workspace_bytes
 from duet_kernels.testing import assert_within_budget
+from duet_kernels.workspace import workspace_bytes
 
 # Relative RMS error that a peer may have: rounding of logits to half precision is its own choice, a wrong sign is not.
 PEER_BOUND = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
@@ -53,9 +54,13 @@ class Verdict:
 
 def gate(provider: Provider, case: Case, device: torch.device) -> Verdict:
     """Value and gradients of the small case against fp64."""
-    small = case.small()
+    return verdict_of(provider, case.small(), device)
+
+
+def verdict_of(provider: Provider, small: Case, device: torch.device) -> Verdict:
+    """Value and gradients of a case against fp64, at its own size."""
     inputs = make_inputs(small, device, seed=1)
-    definition = DEFINITIONS[case.op]
+    definition = DEFINITIONS[small.op]
     truth = _outcome(small, lambda x: definition(small, x, fp32_logits), inputs.double())
     baseline = _outcome(small, lambda x: definition(small, x, exact_logits), inputs)
     try:
@@ -64,12 +69,12 @@ def gate(provider: Provider, case: Case, device: torch.device) -> Verdict:
         return Verdict(False, reason=f"absent: {type(error).__name__}: {error}")
     except Exception as error:  # a provider that cannot run the case is a result
         return Verdict(False, reason=harness.why(error))
-    if case.op == "linear_topk":
+    if small.op == "linear_topk":
         actual, baseline, truth = (_by_value(o, inputs.double()) for o in (actual, baseline, truth))
     errors = {name: _relative(actual[name], truth[name]) for name in truth}
     worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
     if provider.name != OURS:
-        bad = not errors[worst] <= PEER_BOUND[case.dtype]
+        bad = not errors[worst] <= PEER_BOUND[small.dtype]
         return Verdict(not bad, errors[worst], f"wrong: {worst} errs by {errors[worst]:.1e}" if bad else "")
     try:
         for name in truth:
@@ -77,6 +82,20 @@ def gate(provider: Provider, case: Case, device: torch.device) -> Verdict:
     except AssertionError as error:
         return Verdict(False, errors[worst], f"wrong: {error}")
     return Verdict(True, errors[worst])
+
+
+class Judge:
+    """The gate's verdicts, each found out once: cases that differ in size only share theirs."""
+
+    def __init__(self, device: torch.device | str, small: Callable[[Case], Case] = Case.small) -> None:
+        self.device, self.small = torch.device(device), small
+        self.verdicts: dict[tuple[Provider, Case], Verdict] = {}
+
+    def __call__(self, provider: Provider, case: Case) -> Verdict:
+        key = provider, self.small(case)
+        if key not in self.verdicts:
+            self.verdicts[key] = verdict_of(*key, self.device)
+        return self.verdicts[key]
 
 
 def _outcome(case: Case, run: Run, inputs: Inputs) -> dict[str, Tensor]:
@@ -111,21 +130,25 @@ def benchmark(
     *,
     device: torch.device | str,
     seconds: float = 1.0,
+    slow_seconds: float = float("inf"),
     passes: Sequence[str] = PASSES,
     emit: Callable[[Row], None] = lambda row: None,
+    judge: Callable[[Provider, Case], Verdict] | None = None,
 ) -> list[Row]:
     """Rows of every provider that takes each case, `emit`ted as soon as a case is done.
 
     Args:
         seconds: timed per provider, case and pass.
+        slow_seconds: a call that takes longer is timed once.
         passes: of losses ("forward", "full"); an operation without a gradient has its forward only.
+        judge: the correctness gate of a provider and a case; None: `Judge`, at the case's small size.
     """
     device = torch.device(device)
     where = harness.environment(device)
-    verdicts: dict[tuple[Provider, Case], Verdict] = {}
+    judge = Judge(device) if judge is None else judge
     rows: list[Row] = []
     for case in cases:
-        for row in _measure_case(case, providers, device, seconds, passes, where, verdicts):
+        for row in _measure_case(case, providers, device, (seconds, slow_seconds), passes, where, judge):
             rows.append(row)
             emit(row)
     return rows
@@ -135,16 +158,16 @@ def _measure_case(
     case: Case,
     providers: Sequence[Provider],
     device: torch.device,
-    seconds: float,
+    seconds: tuple[float, float],  # timed, and after how many a call is timed once
     passes: Sequence[str],
     where: dict[str, str],
-    verdicts: dict[tuple[Provider, Case], Verdict],
+    judge: Callable[[Provider, Case], Verdict],
 ) -> list[Row]:
     passes = [p for p in case.passes if p in passes] or list(case.passes[-1:])
     rows: list[Row] = []
 
     def add(provider: Provider, which: str, **fields: object) -> None:
-        rows.append(row_of(case, provider, where, which, **fields))
+        rows.append(row_of(case, provider, where, which, device, **fields))
 
     passed: list[tuple[Provider, Verdict]] = []
     torch.compiler.reset()  # every case is compiled for its own shapes, however many came before
@@ -155,10 +178,7 @@ def _measure_case(
         if absent is not None:
             add(provider, passes[-1], gate="not run", status=f"absent: {absent}")
             continue
-        key = provider, case.small()
-        if key not in verdicts:
-            verdicts[key] = gate(provider, case, device)
-        verdict = verdicts[key]
+        verdict = judge(provider, case)
         if verdict.green:
             passed.append((provider, verdict))
         elif verdict.reason.startswith("absent"):
@@ -169,14 +189,25 @@ def _measure_case(
     if not passed:
         return rows
     floors = harness.floors(case.n, case.d, case.v, case.dtype, device)
+    product = None
+    if device.type == "cuda" and not harness.reads_weight_once(case.n, device):
+        product = harness.bare_product(case.n, case.d, case.v, case.dtype, device)
     first = make_inputs(case, device)
     wanted = -(-COLD_BYTES[device.type] // first.num_bytes)
     sets = [first, *(make_inputs(case, device, seed) for seed in range(1, min(MAX_SETS, wanted)))]
     built: dict[str, Run] = {}
     losses: dict[str, Tensor] = {}
     for which in passes:
-        variants = {p.label: _calls(p, case, sets, which, built, losses) for p, _ in passed}
-        measured = harness.measure(variants, device=device, seconds=seconds)
+        variants: dict[str, Call | list[Call]] = {
+            p.label: _calls(p, case, sets, which, built, losses) for p, _ in passed
+        }
+        if product is not None:
+            variants["product"] = product[0]  # in turn with the others: a GPU is slower when it is hot
+        measured = harness.measure(variants, device=device, seconds=seconds[0], slow_seconds=seconds[1])
+        if product is not None:
+            took = measured.pop("product").ms
+            if took:
+                floors = dataclasses.replace(floors, product_ms=harness.quantile(took, 0.5) * product[1])
         wrong = _disagreeing(losses, case.dtype)
         floor = round(floor_ms(case, floors, which), 4)
         for provider, verdict in passed:
@@ -184,7 +215,8 @@ def _measure_case(
                 add(provider, which, gate="red", error=verdict.error, status=wrong[provider.label])
             else:
                 fields = measured[provider.label].fields()
-                add(provider, which, gate="green", error=verdict.error, floor_ms=floor, **fields)
+                fields |= {"floor_ms": floor, "copy_gb_s": round(floors.copy_gb_s, 1)}
+                add(provider, which, gate="green", error=verdict.error, **fields)
     return rows
 
 
@@ -225,8 +257,16 @@ def _calls(
     return [lambda inputs=inputs: call(inputs) for inputs in sets]
 
 
-def row_of(case: Case, provider: Provider, where: dict[str, str], which: str, **fields: object) -> Row:
+def row_of(
+    case: Case,
+    provider: Provider,
+    where: dict[str, str],
+    which: str,
+    device: torch.device | str = "cpu",
+    **fields: object,
+) -> Row:
     """The row of a case and a provider, with what was found out about them."""
+    default = workspace_bytes(torch.device(device)) >> 20 if provider.name == OURS else None
     return Row(
         **where,
         op=case.op,
@@ -240,8 +280,9 @@ def row_of(case: Case, provider: Provider, where: dict[str, str], which: str, **
         which_pass=which,
         divergence=case.divergence,
         head=case.head,
+        ids=case.ids,
         provider_version=provider.version,
-        workspace_mb=provider.workspace_mb,
+        workspace_mb=provider.workspace_mb or default,
         **fields,
     )
 

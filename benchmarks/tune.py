@@ -1,15 +1,16 @@
-"""`make tune`: which tiles and which implementation are fastest on this GPU, written to duet_kernels/triton/measured.json.
+"""`make tune`: the fastest tiles on this GPU, and where `chunked` beats a kernel, into duet_kernels/triton/measured.json.
 
     python -m benchmarks.tune --plan                     what would be measured; needs no GPU
     python -m benchmarks.tune --budget-seconds 400       measures in the order of the plan until the time is over
 
-A `Knob` is one entry of a table in `kernels/tiles.py`, the values it may have, and the call whose time it decides. A
-`Contest` is one operation at one size, `triton` against `chunked`. Every value is compared with fp64 before its time
-counts; a value that is wrong, or cannot run, cannot win. A tile is written only where it gains `GAIN` over the reasoned
-one. Entries of other architectures stay. The file is reviewed and committed like code: nothing reads a clock later.
+A `Knob` is one entry of a table in `triton/tiles.py`, the values it may have, and the call whose time it decides. A
+`Contest` is one operation at one size, `triton` against `chunked`: `auto` runs `triton` but for the exceptions that are
+found here. Every value is compared with fp64 before its time counts; a value that is wrong, or cannot run, cannot win. A
+tile or an exception is written only where it gains `GAIN`; where it gains nothing an older entry for the same goes.
+Entries of other architectures stay. The file is reviewed and committed like code: nothing reads a clock later.
 
 The tiles of the kernels that walk over a product's logits (`SLAB_*`, `DENSE_*`, `STATS_*`) have no knob: reckoned at full
-bandwidth they are 4 to 6 of the dense losses' 53 to 55 ms (`kernels/dense.py`), so a faster tile gains less than `GAIN`.
+bandwidth they are 4 to 6 of the dense losses' 53 to 55 ms (`triton/dense.py`), so a faster tile gains less than `GAIN`.
 
 Must not know how a kernel uses its tile; new tables need only a `Knob` here.
 """
@@ -25,7 +26,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,12 +85,12 @@ class Knob:
 
 @dataclasses.dataclass(frozen=True)
 class Contest:
-    """One operation, `triton` against `chunked`; the answer holds up to `tokens` tokens and `k` ids (0: any)."""
+    """One operation, `triton` against `chunked`; the answer holds from the least to the most tokens and ids (0: any)."""
 
     op: str
     shape: Shape
-    tokens: int
-    k: int = 0
+    tokens: tuple[int, int]
+    k: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         return f"{self.op}: triton or chunked at {self.shape}"
@@ -132,7 +133,7 @@ FIRST_KNOBS = (
 LATER_KNOBS = (
     Knob("GATHER_DWEIGHT", (2,), GATHER_TILES, "linear_gather dW", LARGE),
     Knob("TOPK_SKINNY_TOKENS", (), ((64,), (32,)), "linear_topk", FEW),
-    Knob("TOPK_TOKENS", (), ((512,), (256,), (1024,)), "linear_topk", Shape(8192, v=262144)),
+    Knob("TOPK_TOKENS", (), ((1024,), (512,), (2048,)), "linear_topk", Shape(8192, v=262144)),
     Knob("LOGSUMEXP_GROUP", (), ((16,), (8,), (32,)), "linear_logsumexp", LARGE),
     Knob("LOGSUMEXP_PROGRAMS", (), ((1056,), (264,), (528,), (2112,)), "linear_logsumexp", FEW),
     Knob(
@@ -160,30 +161,21 @@ LATER_KNOBS = (
 )  # fmt: skip
 
 
+BY_K = ("linear_topk", "linear_gather", "topk_distill_loss")  # large k has a contest of its own
+
+
 def contests(itemsize: int) -> Iterator[Contest]:
-    """(measured at, holds up to): small batches, middling ones, all larger ones."""
-    for n, tokens in ((8192, 0), (64, 64), (1024, 4096)):
+    """Small batches, middling ones, all larger ones."""
+    for n, tokens in ((8192, (4097, 0)), (64, (1, 64)), (1024, (65, 4096))):
         for op in CONTESTED:
-            yield Contest(op, Shape(n, itemsize=itemsize), tokens)
-    for op in ("linear_topk", "linear_gather", "topk_distill_loss"):
-        yield Contest(op, Shape(8192, k=1000, itemsize=itemsize), 0)
+            yield Contest(op, Shape(n, itemsize=itemsize), tokens, (0, 256) if op in BY_K else (0, 0))
+    for op in BY_K:
+        yield Contest(op, Shape(8192, k=1000, itemsize=itemsize), (1, 0), (257, 0))
 
 
 def plan() -> list[Knob | Contest]:
     """In the order of worth: what is left when the time is over is left out."""
-    made: list[Knob | Contest] = [
-        *FIRST_KNOBS,
-        *map(_bounded, contests(2)),
-        *LATER_KNOBS,
-        *map(_bounded, contests(4)),
-    ]
-    return made
-
-
-def _bounded(contest: Contest) -> Contest:
-    """Where large k has a contest of its own, this one holds up to four times its k."""
-    alone = contest.shape.k > 64 or contest.op not in ("linear_topk", "linear_gather", "topk_distill_loss")
-    return contest if alone or contest.tokens else dataclasses.replace(contest, k=4 * contest.shape.k)
+    return [*FIRST_KNOBS, *contests(2), *LATER_KNOBS, *contests(4)]
 
 
 # --- the calls --------------------------------------------------------------------------------------------------
@@ -305,6 +297,23 @@ def applied(entry: measured.Tile) -> Iterator[None]:
             table[key] = before
 
 
+Entry = measured.Tile | measured.Slower
+
+
+class Verdict(NamedTuple):
+    """What stands in the file for a knob or a contest from now on: an entry, or nothing."""
+
+    place: tuple[Any, ...]
+    entry: Entry | None
+
+
+def place_of(entry: Entry) -> tuple[Any, ...]:
+    """What an entry is about: one that is about the same replaces it."""
+    if isinstance(entry, measured.Tile):
+        return entry.table, entry.key
+    return entry.op, entry.arch, entry.itemsize, entry.tokens, entry.k
+
+
 @dataclasses.dataclass(frozen=True)
 class Tuner:
     """Measures on one device; `timer` and `right` are arguments so that a test can stand in for a GPU."""
@@ -317,8 +326,8 @@ class Tuner:
     right: Callable[[str, Shape, str, torch.device], str | None] = is_right
     say: Callable[[str], None] = print
 
-    def tile(self, knob: Knob) -> measured.Tile | None:
-        """The knob's fastest right value, if it gains enough over the reasoned one, which stands first."""
+    def tile(self, knob: Knob) -> Verdict | None:
+        """The knob's fastest right value, if it gains enough over the reasoned one, which stands first and must run."""
         make = functools.partial(
             measured.Tile, knob.table, (self.arch, *knob.key),
             ms=0.0, default_ms=0.0, shape=str(knob.shape), device=self.device_name, commit=self.commit,
@@ -334,49 +343,48 @@ class Tuner:
                 calls[name] = functools.partial(_applied_call, entry, call)
             else:
                 self.say(f"  {name}: {wrong}")
-        times = self.timer(calls)
-        for name, ms in times.items():
-            self.say(f"  {name}: {ms:.4g} ms")
+        times = self._timed(calls)
         default = str(knob.values[0])
         if default not in times:
             return None
         best = min(times, key=times.__getitem__)
-        if times[default] < GAIN * times[best]:
-            return None
-        return entries[best]._replace(ms=round(times[best], 4), default_ms=round(times[default], 4))
+        entry = entries[best]._replace(ms=round(times[best], 4), default_ms=round(times[default], 4))
+        return Verdict(place_of(entry), entry if times[default] >= GAIN * times[best] else None)
 
-    def choice(self, contest: Contest) -> measured.Choice | None:
-        """The faster implementation; nothing where one of them is wrong or does not run."""
+    def exception(self, contest: Contest) -> Verdict | None:
+        """The entry that gives these calls to `chunked`, if that gains enough; both must be right and run."""
         calls: dict[str, Callable[[], object]] = {}
-        for impl in measured.KINDS:
+        for impl in ("triton", "chunked"):
             wrong = self.right(contest.op, contest.shape, impl, self.device)
             if wrong is not None:
                 self.say(f"  {impl}: {wrong}")
                 return None
             calls[impl] = call_of(contest.op, Inputs.of(contest.shape, self.device), impl)
-        times = self.timer(calls)
-        for name, ms in times.items():
-            self.say(f"  {name}: {ms:.4g} ms")
+        times = self._timed(calls)
         if len(times) < len(calls):
             return None
-        return measured.Choice(
+        entry = measured.Slower(
             op=contest.op,
             arch=self.arch,
             itemsize=contest.shape.itemsize,
             tokens=contest.tokens,
             k=contest.k,
-            impl=min(times, key=times.__getitem__),
             triton_ms=round(times["triton"], 4),
             chunked_ms=round(times["chunked"], 4),
             shape=str(contest.shape),
             device=self.device_name,
             commit=self.commit,
         )
+        return Verdict(place_of(entry), entry if times["triton"] >= GAIN * times["chunked"] else None)
 
-    def run(
-        self, steps: Iterable[Knob | Contest], seconds: float
-    ) -> Iterator[measured.Tile | measured.Choice]:
-        """Entries as they are found; a tile that won is used from then on."""
+    def _timed(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        times = self.timer(calls)
+        for name, ms in times.items():
+            self.say(f"  {name}: {ms:.4g} ms")
+        return times
+
+    def run(self, steps: Iterable[Knob | Contest], seconds: float) -> Iterator[Verdict]:
+        """Verdicts as they are found; a tile that won is used from then on."""
         from duet_kernels.triton import tiles
 
         end = time.monotonic() + seconds
@@ -385,16 +393,17 @@ class Tuner:
                 self.say(f"no time left for {step}")
                 continue
             self.say(str(step))
-            entry = self.tile(step) if isinstance(step, Knob) else self.choice(step)
+            verdict = self.tile(step) if isinstance(step, Knob) else self.exception(step)
+            if verdict is None:
+                continue
+            entry = verdict.entry
             if isinstance(entry, measured.Tile):
                 tiles.adopt([entry])
-                self.say(
-                    f"  -> {list(entry.value)}, {entry.default_ms / entry.ms:.2f} x the speed of the default"
-                )
+                gain = entry.default_ms / entry.ms
+                self.say(f"  -> {list(entry.value)}, {gain:.2f} x the speed of the default")
             elif entry is not None:
-                self.say(f"  -> {entry.reason}")
-            if entry is not None:
-                yield entry
+                self.say(f"  -> chunked: {entry.reason}")
+            yield verdict
 
 
 def _applied_call(entry: measured.Tile, call: Callable[[], object]) -> object:
@@ -402,23 +411,19 @@ def _applied_call(entry: measured.Tile, call: Callable[[], object]) -> object:
         return call()
 
 
-def merged(before: measured.Measured, found: Iterable[measured.Tile | measured.Choice]) -> dict[str, Any]:
-    """The file's content: what was found replaces what stood for the same size, everything else stays."""
-    tiles = {(entry.table, entry.key): entry for entry in before.tiles}
-    choices = {(c.op, c.arch, c.itemsize, c.tokens, c.k): c for c in before.choices}
-    for entry in found:
-        if isinstance(entry, measured.Tile):
-            tiles[entry.table, entry.key] = entry
-        else:
-            choices[entry.op, entry.arch, entry.itemsize, entry.tokens, entry.k] = entry
+def merged(before: measured.Measured, found: Iterable[Verdict]) -> dict[str, Any]:
+    """The file's content: each verdict replaces what stood in its place, everything else stays."""
+    entries = {place_of(entry): entry for entry in (*before.exceptions, *before.tiles)}
+    entries |= dict(found)
+    kept = [entry for _, entry in sorted(entries.items()) if entry is not None]
     return {
         "format": measured.FORMAT,
-        "choices": [entry._asdict() for _, entry in sorted(choices.items())],
-        "tiles": [entry._asdict() for _, entry in sorted(tiles.items())],
+        "exceptions": [entry._asdict() for entry in kept if isinstance(entry, measured.Slower)],
+        "tiles": [entry._asdict() for entry in kept if isinstance(entry, measured.Tile)],
     }
 
 
-def write(path: pathlib.Path, found: Iterable[measured.Tile | measured.Choice]) -> None:
+def write(path: pathlib.Path, found: Iterable[Verdict]) -> None:
     before = measured.load(path) if path.exists() else measured.Measured()
     path.write_text(json.dumps(merged(before, found), indent=1) + "\n")
     measured.load(path)  # what could not be read would stop every program
@@ -458,9 +463,9 @@ def main(words: list[str] | None = None) -> int:
 
     tuner = Tuner(device, architecture(device), where["device"], where["commit"], timer)
     count = 0
-    for entry in tuner.run(steps, arguments.budget_seconds):
-        write(arguments.out, [entry])  # at once: a tile that ends the process takes nothing along
-        count += 1
+    for verdict in tuner.run(steps, arguments.budget_seconds):
+        write(arguments.out, [verdict])  # at once: a tile that ends the process takes nothing along
+        count += verdict.entry is not None
     print(f"\n{count} entries written to {arguments.out}")
     return 0
 

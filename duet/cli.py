@@ -352,18 +352,13 @@ def env() -> None:
         "flash-attn",
     )
     console.print("  ".join(f"{package} {_version(package)}" for package in (*packages, "bitsandbytes")))
+    rows, workspace = duet_kernels.dispatch.described(device)
     title = f"duet_kernels on {device}, impl='auto', bf16"
     table = Table("operation", "implementation", "because", title=title)
-    ops = [name for name in duet_kernels.__all__ if name.startswith(("linear_", "topk_"))]
-    for op in [*ops, "topk_distill_loss/lse"]:
-        many, few = (duet_kernels.resolve_impl(op, device, torch.bfloat16, tokens=n) for n in (None, 64))
-        table.add_row(op, *many)
-        if few[0] != many[0]:
-            table.add_row(f"{op}, 64 tokens", *few)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-    previous = duet_kernels.set_workspace_bytes(None)
-    duet_kernels.set_workspace_bytes(previous)
-    console.print(f"workspace: a call may use {previous / 2**20:.0f} MiB beyond its inputs and outputs")
+    console.print(f"workspace: a call may use {workspace / 2**20:.0f} MiB beyond its inputs and outputs")
 
 
 def _version(package: str) -> str:

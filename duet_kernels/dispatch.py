@@ -1,7 +1,7 @@
 """Which implementation runs an operation, and why. Imports no triton until it is asked about it.
 
-On a GPU `auto` follows what was measured on that architecture (`measured`); where nothing was, it runs the sparse
-kernels, which read K rows where anything else reads V, and leaves to `chunked` what competes with library products.
+On an NVIDIA GPU of sm_80 or newer `auto` takes the Triton kernel of every operation, but for the exceptions that were
+measured (`measured`). Everywhere else it takes `chunked`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import contextlib
 import importlib.util
 import os
 from contextlib import AbstractContextManager
+from typing import Literal, get_args
 
 import torch
 
 from . import measured
+from .workspace import workspace_bytes
 
-IMPLS = ("auto", "triton", "chunked", "reference")
+Impl = Literal["auto", "triton", "chunked", "reference"]
+Choice = Literal["triton", "chunked", "reference"]
+IMPLS: tuple[Impl, ...] = get_args(Impl)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looks for it, imports nothing
 # "topk_distill_loss/lse" are its forms that need a log-sum-exp of the student: tail, zeroed, truncated.
@@ -29,9 +33,7 @@ OPS = (
     "linear_cross_entropy",
     "linear_token_stats",
 )
-# Their kernels read K rows of the head where anything else reads V. Which way is faster for the others depends on the
-# GPU: there `auto` takes the kernel where a measurement says so.
-SPARSE_OPS = ("linear_gather", "topk_distill_loss")
+LEAST_ARCH = 80  # Triton compiles for sm_80 and newer
 MAX_SLOTS = 8192  # of `topk_distill_loss`'s kernel: `tiles.MAX_SLOTS`, known here without triton
 
 
@@ -52,43 +54,61 @@ def exact_dtypes(device: torch.device) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def _why_no_triton(op: str, device: torch.device, k: int | None) -> str | None:
-    """The sentence that says why the Triton kernel of `op` cannot run on `device`, or None when it can."""
+def architecture(device: torch.device) -> int:
+    """Compute capability as one number (90 for sm_90); 0 on anything but an NVIDIA GPU that is there."""
+    if device.type != "cuda" or on_rocm() or not torch.cuda.is_available():
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor
+
+
+def on_rocm() -> bool:
+    """Whether "cuda" devices of this torch are AMD's."""
+    return torch.version.hip is not None
+
+
+def _why_no_kernel(op: str, k: int | None) -> str | None:
+    """The sentence that says why there is no Triton kernel for a call of `op`, or None when there is one."""
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if op.startswith("topk_distill_loss") and k is not None and k > MAX_SLOTS:
         return f"its kernel holds the k ids of a token in registers, at most {MAX_SLOTS}, and there are {k}"
-    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+    return None
+
+
+def _why_no_gpu(device: torch.device) -> str | None:
+    """The sentence that says why Triton cannot compile for `device`, or None when it can."""
+    if device.type != "cuda":
+        return f"Triton kernels need a CUDA device (or TRITON_INTERPRET=1 for tests), the tensors are on {device}"
+    if on_rocm():
         return None
-    return f"Triton kernels need a CUDA device (or TRITON_INTERPRET=1 for tests), the tensors are on {device}"
-
-
-def architecture(device: torch.device) -> int:
-    """Compute capability as one number (90 for sm_90); 0 on anything but an NVIDIA GPU that is there."""
-    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
-        return 0
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor
+    arch = architecture(device)
+    if arch == 0:
+        return "this torch sees no CUDA device"
+    return None if arch >= LEAST_ARCH else f"Triton needs sm_{LEAST_ARCH} or newer, this GPU is sm_{arch}"
 
 
 def resolve_impl(
     op: str,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
-    impl: str = "auto",
+    impl: Impl = "auto",
     *,
     tokens: int | None = None,
     k: int | None = None,
-) -> tuple[str, str]:
+) -> tuple[Choice, str]:
     """Which implementation of `op` runs for tensors of `dtype` on `device`, and the reason in a sentence.
+
+    `auto` takes `triton` on an NVIDIA GPU of sm_80 or newer where triton is installed, but for exceptions that were
+    measured, and `chunked` everywhere else. On ROCm the kernels were never run: `impl="triton"` tries them.
 
     Args:
         op: a public function's name; `"topk_distill_loss/lse"` for its normalizations `tail`, `zeroed` and
             `truncated`.
         device, dtype: of the hidden states.
         impl: `auto`, or an explicit choice, which is returned if it can run.
-        tokens, k: of the call, for `auto`; None stands for large ones. The kernel of `topk_distill_loss` ends at
-            k = 8192.
+        tokens, k: of the call, for the exceptions of `auto`; None stands for large ones. The kernel of
+            `topk_distill_loss` ends at k = 8192.
 
     Returns:
         `(choice, reason)` with choice one of `triton`, `chunked`, `reference`.
@@ -108,10 +128,12 @@ def resolve_impl(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: wanted one of {', '.join(map(str, DTYPES))}, got {dtype}")
     device = torch.device(device)
-    if impl in ("chunked", "reference"):
+    if impl == "chunked" or impl == "reference":
         return impl, "asked for"
-    obstacle = _why_no_triton(op, device, k)
+    no_kernel = _why_no_kernel(op, k)
     if impl == "triton":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        obstacle = no_kernel or (None if interpreted else _why_no_gpu(device))
         if obstacle is not None:
             raise RuntimeError(
                 f"impl='triton' cannot run {op}: {obstacle}. Use impl='auto' or impl='chunked'"
@@ -119,15 +141,30 @@ def resolve_impl(
         return "triton", "asked for"
     if device.type != "cuda":
         return "chunked", f"portable low-memory torch is the fast way on {device.type}"
+    obstacle = no_kernel or _why_no_gpu(device)
     if obstacle is not None:
         return "chunked", obstacle
+    if on_rocm():
+        return "chunked", "the Triton kernels were never run on ROCm; impl='triton' tries them"
     arch = architecture(device)
-    for choice in measured.MEASURED.choices:
-        same = (choice.op, choice.arch, choice.itemsize) == (op, arch, dtype.itemsize)
-        if same and choice.takes(tokens, k):
-            return choice.impl, choice.reason
-    chip = f"sm_{arch}" if arch else "a GPU"
-    if op not in SPARSE_OPS:
-        why = f"its Triton kernel has not been measured on {chip}: `make tune` does; impl='triton' runs it"
-        return "chunked", why
-    return "triton", f"reads only the selected rows of the head (not measured on {chip}: `make tune` does)"
+    for exception in measured.MEASURED.exceptions:
+        same = (exception.op, exception.arch, exception.itemsize) == (op, arch, dtype.itemsize)
+        if same and exception.takes(tokens, k):
+            return "chunked", exception.reason
+    return "triton", f"its Triton kernel is the fast way on sm_{arch}"
+
+
+def described(
+    device: torch.device | str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[list[tuple[str, str, str]], int]:
+    """([(operation, what `auto` runs, why)], bytes of workspace) on a device, for a command that prints them.
+
+    An operation that runs otherwise with few tokens has a second row.
+    """
+    rows = []
+    for op in OPS:
+        many, few = (resolve_impl(op, device, dtype, tokens=tokens) for tokens in (None, 64))
+        rows.append((op, *many))
+        if few[0] != many[0]:
+            rows.append((f"{op}, 64 tokens", *few))
+    return rows, workspace_bytes(torch.device(device))

@@ -15,15 +15,24 @@ from torch import Tensor
 
 from . import ops
 from .checks import check_teacher_hidden, check_topk, flatten_hidden, flatten_ids
-from .dispatch import resolve_impl
+from .dispatch import Impl, resolve_impl
 from .head import LMHead, TokenStats, TopK, as_head
-from .options import Divergence, is_finite_number, loss_tokens, unknown
-
-SUPPORTS = ("teacher", "student", "union")
+from .options import (
+    SUPPORTS,
+    TEMPERATURES,
+    Divergence,
+    DivergenceName,
+    Normalization,
+    Reduction,
+    Support,
+    check_number,
+    loss_tokens,
+    unknown,
+)
 
 
 def linear_topk(
-    hidden: Tensor, head: LMHead | Tensor, k: int, *, temperature: float = 1.0, impl: str = "auto"
+    hidden: Tensor, head: LMHead | Tensor, k: int, *, temperature: float = 1.0, impl: Impl = "auto"
 ) -> TopK:
     """The k largest logits of each token, their ids, and the log-sum-exp of all the others.
 
@@ -36,7 +45,7 @@ def linear_topk(
         hidden: `[..., D]` fp32, fp16, bf16 or fp64.
         head: `LMHead`, or its weight `[V, D]` in the dtype of `hidden`.
         k: 1 to V.
-        temperature: T of the tail, > 0.
+        temperature: T of the tail, 0.001 to 1000.
         impl: `auto`, `chunked`, `triton`, `reference`; see `resolve_impl`.
 
     Returns:
@@ -46,7 +55,8 @@ def linear_topk(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
 
-    Memory: within the workspace; `chunked` holds `[N, V]` only where it is below 2 MiB. FLOP: 2 N D V.
+    Memory: within the workspace; `chunked` holds `[N, V]` only where it is below 2 MiB, or for 256 tokens or fewer on a
+    GPU. FLOP: 2 N D V.
     Source: DUET (arXiv 2601.21283), the candidate set C_K.
 
     Example:
@@ -60,14 +70,14 @@ def linear_topk(
     hidden_nd = hidden_nd.detach()
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= head.num_ids:
         raise ValueError(f"k: wanted an integer from 1 to {head.num_ids} (the vocabulary), got {k!r}")
-    _check_temperature(temperature)
+    check_number("temperature", temperature, TEMPERATURES)
     choice = _resolve("linear_topk", hidden_nd, impl, k)
     top = ops.linear_topk(hidden_nd, head, k, temperature, choice)
     tail = top.tail_logsumexp.view(lead)
     return TopK(top.values.view(*lead, k), top.indices.view(*lead, k), tail, float(temperature))
 
 
-def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, impl: str = "auto") -> Tensor:
+def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, impl: Impl = "auto") -> Tensor:
     """Logits at the given ids, without a pass over the vocabulary.
 
     `z[..., k] = softcap(scale * (h . W[ids[..., k]] + b[ids[..., k]]))`. Differentiable in `hidden`, weight and bias;
@@ -86,8 +96,9 @@ def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, imp
         TypeError, ValueError: naming the argument; ids out of range on a CPU. On a GPU such an id gives NaN: to look
         would be a synchronisation.
 
-    Memory: a few MiB of gathered rows at a time, never `[N, K, D]`; with a trainable head also some 40 bytes for each of
-    the N K pairs that are sorted, whatever the workspace is (256 MiB at 6.7 million pairs: pass fewer tokens at a time).
+    Memory: gathered rows of a few tokens at a time, never `[N, K, D]` (a few MiB on a CPU); with a trainable head also
+    some 40 bytes for each of the N K pairs that are sorted, whatever the workspace is (256 MiB at 6.7 million pairs: pass
+    fewer tokens at a time).
     FLOP: 2 N K D forward, 2 N K D each for dh and dW. For many ids (a CPU: K > V / 16, half precision V / 10) the
     forward pass multiplies all logits of a few tokens at a time, within the workspace: 2 N D V.
     Source: DUET (arXiv 2601.21283), g_theta^i(x) of equation 3.
@@ -109,7 +120,7 @@ def linear_logsumexp(
     *,
     temperature: float = 1.0,
     exclude: Tensor | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
     """The log-sum-exp of all logits, or of all but the given ids (summed directly, never as 1 - sum p).
 
@@ -119,7 +130,7 @@ def linear_logsumexp(
     Args:
         hidden: `[..., D]` fp32, fp16, bf16 or fp64.
         head: `LMHead`, or its weight `[V, D]` in the dtype of `hidden`.
-        temperature: T > 0.
+        temperature: T, 0.001 to 1000.
         exclude: `[..., K]` int64 or int32 ids in [0, V), or None. Repeated ids count once.
         impl: `auto`, `chunked`, `triton`, `reference`.
 
@@ -139,7 +150,7 @@ def linear_logsumexp(
     """
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
-    _check_temperature(temperature)
+    check_number("temperature", temperature, TEMPERATURES)
     if exclude is None:
         ids = torch.empty(hidden_nd.shape[0], 0, dtype=torch.int64, device=hidden.device)
     else:
@@ -153,16 +164,16 @@ def topk_distill_loss(
     head: LMHead | Tensor,
     teacher: TopK,
     *,
-    divergence: str = "huber",
-    normalization: str | None = None,
+    divergence: DivergenceName = "huber",
+    normalization: Normalization | None = None,
     temperature: float = 1.0,
     beta: float = 0.5,
     delta: float = 1.0,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: int | Tensor | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
     """Distance of the student's logits to the teacher's at the teacher's top-k ids, from the student's hidden states.
 
@@ -180,8 +191,9 @@ def topk_distill_loss(
         normalization: for distributions only. `renormalize` (default): both over the k ids. `tail`: one more bucket
             for all other ids. `zeroed`: teacher over the k ids, student's full softmax (`forward_kl` only).
             `truncated`: the sum over the k ids of full softmaxes; may be negative (`forward_kl` only).
-        temperature: T; must be 1 for raw logits, and `teacher.temperature` where the teacher's tail is used.
-        beta: weight of the teacher in `jsd`, in (0, 1). delta: threshold of `huber`, in logits.
+        temperature: T, 0.001 to 1000; must be 1 for raw logits, and `teacher.temperature` where the teacher's tail is
+            used.
+        beta: weight of the teacher in `jsd`, 0.001 to 0.999. delta: threshold of `huber`, in logits, 1e-10 to 1e10.
         mask: `[...]` bool, True = counted (pass `labels != -100`). weights: `[...]` factors on token losses, constants.
         reduction: `mean` = sum of weighted token losses / number of unmasked tokens (or / `num_items`), `sum`, or
             `none` (the leading shape, 0 where masked).
@@ -223,23 +235,24 @@ def linear_distill_loss(
     teacher_head: LMHead | Tensor,
     *,
     k: int | None = None,
-    support: str = "teacher",
-    divergence: str = "forward_kl",
-    normalization: str | None = None,
+    support: Support = "teacher",
+    divergence: DivergenceName = "forward_kl",
+    normalization: Normalization | None = None,
     temperature: float = 1.0,
     beta: float = 0.5,
     delta: float = 1.0,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: int | Tensor | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
     """Distance between two models' logits from both hidden states: over the whole vocabulary, or over k ids.
 
     `k=None`: the divergences of `topk_distill_loss` summed over all ids. With k: the ids are the k largest logits of
     the `teacher`, of the `student`, or their `union` (`support`), and the loss is that of `topk_distill_loss` there.
-    Student and teacher may differ in hidden size, and in vocabulary size: then the common ids count.
+    Student and teacher may differ in hidden size, and in vocabulary size: then the common ids count. So do ids that not
+    both models rule out with a bias of -inf.
 
     Args:
         student_hidden: `[..., D_s]`. student_head: `LMHead` or weight `[V_s, D_s]`.
@@ -306,9 +319,9 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     weights: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: int | Tensor | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tensor:
     """Cross-entropy (negative log-likelihood) of the labels, from hidden states: logsumexp(z) - z_label.
 
@@ -347,7 +360,12 @@ def linear_cross_entropy(
 
 
 def linear_token_stats(
-    hidden: Tensor, head: LMHead | Tensor, labels: Tensor | None = None, *, impl: str = "auto"
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    labels: Tensor | None = None,
+    *,
+    ignore_index: int | None = None,
+    impl: Impl = "auto",
 ) -> TokenStats:
     """Log-sum-exp, entropy and variance of the log-probability of each token's distribution; log p of its label.
 
@@ -357,7 +375,9 @@ def linear_token_stats(
 
     Args:
         hidden: `[..., D]`. head: `LMHead` or weight `[V, D]`.
-        labels: `[...]` ids in [0, V), or None.
+        labels: `[...]` ids in [0, V), or `ignore_index`, or None.
+        ignore_index: the label of tokens without one (-100, say), whose log-probability is 0 as their cross-entropy
+            would be: leave them out of a mean. None: every label is an id.
         impl: `auto`, `chunked`, `triton`, `reference`.
 
     Returns:
@@ -377,13 +397,17 @@ def linear_token_stats(
     head = as_head(head).detach()
     hidden_nd, lead = flatten_hidden(hidden, head)
     hidden_nd = hidden_nd.detach()
-    ids = (
-        None
-        if labels is None
-        else flatten_ids("labels", labels, lead, head.num_ids, hidden.device, per_token=True)
-    )
+    ids = ignored = None
+    if labels is not None:
+        size, options = head.num_ids, {"ignore_index": ignore_index, "per_token": True}
+        ids = flatten_ids("labels", labels, lead, size, hidden.device, **options)
+        if ignore_index is not None:
+            ignored = ids == ignore_index
+            ids = ids.masked_fill(ignored, 0)
     stats = ops.token_stats(hidden_nd, head, ids, _resolve("linear_token_stats", hidden_nd, impl))
-    label = None if stats.label_logprob is None else stats.label_logprob.view(lead)
+    label = stats.label_logprob
+    if label is not None:
+        label = (label if ignored is None else label.masked_fill(ignored, 0)).view(lead)
     return TokenStats(
         stats.logsumexp.view(lead), stats.entropy.view(lead), stats.logprob_variance.view(lead), label
     )
@@ -392,16 +416,11 @@ def linear_token_stats(
 # --- shared steps ----------------------------------------------------------------------------------------------
 
 
-def _check_temperature(temperature: float) -> None:
-    if not is_finite_number(temperature) or temperature <= 0:
-        raise ValueError(f"temperature: wanted a finite number > 0, got {temperature!r}")
-
-
-def _resolve(op: str, hidden_nd: Tensor, impl: str, k: int | None = None) -> str:
+def _resolve(op: str, hidden_nd: Tensor, impl: Impl, k: int | None = None) -> str:
     return resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl, tokens=hidden_nd.shape[0], k=k)[0]
 
 
-def _topk_choice(spec: Divergence, hidden_nd: Tensor, impl: str, k: int) -> str:
+def _topk_choice(spec: Divergence, hidden_nd: Tensor, impl: Impl, k: int) -> str:
     op = "topk_distill_loss/lse" if spec.needs_student_logsumexp else "topk_distill_loss"
     return _resolve(op, hidden_nd, impl, k)
 
@@ -412,9 +431,9 @@ def _teacher_topk(
     teacher_nd: Tensor,
     teacher_head: LMHead,
     k: int,
-    support: str,
+    support: Support,
     spec: Divergence,
-    impl: str,
+    impl: Impl,
 ) -> TopK:
     """The teacher's logits and ids where `support` says they are compared, with its tail if the loss reads it."""
     options: dict[str, Any] = {"temperature": spec.temperature, "impl": impl}

@@ -136,6 +136,14 @@ class Need(NamedTuple):
     bias: bool = False
 
 
+_LEAST, _MOST = 1e-4, 1e4  # beyond these fp32 logits are too small or too coarse for a softmax
+_HELD = f"from {_LEAST:g} to {_MOST:g} (the range of fp32 logits)"
+
+
+def _held(number: float) -> bool:
+    return _LEAST <= number <= _MOST
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LMHead:
     """The last projection of a language model: `z = softcap(scale * (h W^T + b))`.
@@ -145,8 +153,9 @@ class LMHead:
     Args:
         weight: `[V, D]` floating point.
         bias: `[V]` or None, in the dtype of `weight`.
-        softcap: c > 0, or None.
-        scale: factor on the logits before the softcap (Cohere: `logit_scale`; Granite: `1 / logits_scaling`).
+        softcap: c, 1e-4 to 1e4, or None.
+        scale: factor on the logits before the softcap, 1e-4 to 1e4 or the negative of that (Cohere: `logit_scale`;
+            Granite: `1 / logits_scaling`).
         vocab_size: only the first ids count (vocabularies padded for speed); None counts all V.
 
     Raises:
@@ -183,10 +192,14 @@ class LMHead:
                     f"head.bias: wanted {weight.dtype} on {weight.device} like head.weight, "
                     f"got {bias.dtype} on {bias.device}"
                 )
-        if self.softcap is not None and not (is_finite_number(self.softcap) and self.softcap > 0):
-            raise ValueError(f"head.softcap: wanted a finite number > 0 or None, got {self.softcap!r}")
-        if not is_finite_number(self.scale) or self.scale == 0:
-            raise ValueError(f"head.scale: wanted a finite number other than 0, got {self.scale!r}")
+        if self.softcap is not None and not (is_finite_number(self.softcap) and _held(self.softcap)):
+            raise ValueError(
+                f"head.softcap: wanted a finite number > 0, {_HELD}, or None, got {self.softcap!r}"
+            )
+        if not is_finite_number(self.scale) or not _held(abs(self.scale)):
+            raise ValueError(
+                f"head.scale: wanted a finite number other than 0, {_HELD} or its negative, got {self.scale!r}"
+            )
         size = self.vocab_size
         if size is not None and not (isinstance(size, int) and 1 <= size <= weight.shape[0]):
             raise ValueError(

@@ -1,11 +1,10 @@
-"""What was measured on GPUs, as data that is reviewed like code: choices of an implementation, and tiles.
+"""What was measured on GPUs, as data that is reviewed like code: calls that `auto` gives to `chunked`, and tiles.
 
 `triton/measured.json` is written by `make tune` (`benchmarks/tune.py`) and read once, here. Nothing is measured while
 a program runs. Each entry carries where it comes from. What is not understood is refused by name, never passed over: a
 table that is silently ignored looks like a slow GPU.
 
-A leaf: no torch, no triton. Must not know what a tile means (`triton/tiles.py` checks those against its tables) nor
-how a choice is made (`dispatch.py`).
+A leaf: no torch, no triton. What a tile means is checked in `triton/tiles.py`; who follows an exception is `dispatch.py`.
 """
 
 from __future__ import annotations
@@ -15,19 +14,17 @@ import pathlib
 from typing import Any, NamedTuple, get_type_hints
 
 PATH = pathlib.Path(__file__).parent / "triton" / "measured.json"
-FORMAT = 1
-KINDS = ("triton", "chunked")
+FORMAT = 2
 
 
-class Choice(NamedTuple):
-    """Which implementation was faster, for calls of up to `tokens` tokens and `k` ids; 0: however many."""
+class Slower(NamedTuple):
+    """An exception: `chunked` beat the Triton kernel, in calls of a size from the least to the most; 0: however many."""
 
     op: str
     arch: int  # compute capability, 90 for sm_90
     itemsize: int  # bytes of an element of the hidden states
-    tokens: int
-    k: int
-    impl: str
+    tokens: tuple[int, ...]  # least and most
+    k: tuple[int, ...]
     triton_ms: float
     chunked_ms: float
     shape: str  # at which both were measured
@@ -36,20 +33,18 @@ class Choice(NamedTuple):
 
     @property
     def reason(self) -> str:
-        times = {"triton": self.triton_ms, "chunked": self.chunked_ms}
-        other = KINDS[1 - KINDS.index(self.impl)]
         return (
-            f"measured on {self.device} (commit {self.commit}): {self.impl} {times[other] / times[self.impl]:.1f} x "
-            f"faster than {other} at {self.shape}"
+            f"measured on {self.device} (commit {self.commit}): {self.triton_ms / self.chunked_ms:.1f} x faster than "
+            f"its Triton kernel at {self.shape}"
         )
 
     def takes(self, tokens: int | None, k: int | None) -> bool:
-        """Whether a call of that size belongs to it; a size that nobody gave belongs to the largest."""
-        return _within(tokens, self.tokens) and _within(k, self.k)
+        """Whether a call of that size belongs to it; a size that nobody gave is a large one."""
+        return _within(tokens, *self.tokens) and _within(k, *self.k)
 
 
-def _within(size: int | None, limit: int) -> bool:
-    return limit == 0 or (size is not None and size <= limit)
+def _within(size: int | None, least: int, most: int) -> bool:
+    return most == 0 if size is None else least <= size and (most == 0 or size <= most)
 
 
 class Tile(NamedTuple):
@@ -66,12 +61,12 @@ class Tile(NamedTuple):
 
 
 class Measured(NamedTuple):
-    choices: tuple[Choice, ...] = ()
+    exceptions: tuple[Slower, ...] = ()
     tiles: tuple[Tile, ...] = ()
 
 
 def load(path: pathlib.Path = PATH) -> Measured:
-    """The file's entries, in the order in which they are looked up: the smallest limits first.
+    """The file's entries.
 
     Raises:
         ValueError: naming the file, the entry, what came and what was wanted.
@@ -80,20 +75,25 @@ def load(path: pathlib.Path = PATH) -> Measured:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name}: not JSON: {error}") from None
-    wanted = {"format", "choices", "tiles"}
+    wanted = {"format", "exceptions", "tiles"}
     if not isinstance(content, dict) or set(content) != wanted or content["format"] != FORMAT:
         raise ValueError(f"{path.name}: wanted the fields {sorted(wanted)} and format {FORMAT}")
-    choices = [
-        _entry(Choice, fields, f"{path.name}: choices[{i}]") for i, fields in enumerate(content["choices"])
-    ]
-    tiles = [_entry(Tile, fields, f"{path.name}: tiles[{i}]") for i, fields in enumerate(content["tiles"])]
-    for i, choice in enumerate(choices):
-        if choice.impl not in KINDS:
-            raise ValueError(f"{path.name}: choices[{i}].impl: wanted one of {KINDS}, got {choice.impl!r}")
-        if min(choice.triton_ms, choice.chunked_ms) <= 0:
-            raise ValueError(f"{path.name}: choices[{i}]: wanted times above 0, got {choice}")
-    choices.sort(key=lambda choice: (choice.tokens or float("inf"), choice.k or float("inf")))
-    return Measured(tuple(choices), tuple(tiles))
+    exceptions, tiles = (
+        [_entry(kind, fields, f"{path.name}: {name}[{i}]") for i, fields in enumerate(content[name])]
+        for name, kind in (("exceptions", Slower), ("tiles", Tile))
+    )
+    for i, entry in enumerate(exceptions):
+        for field in ("tokens", "k"):
+            limits = getattr(entry, field)
+            if len(limits) != 2 or limits[0] < 0 or (limits[1] and limits[1] < limits[0]):
+                raise ValueError(
+                    f"{path.name}: exceptions[{i}].{field}: wanted the least and the most (0: however many), got {limits}"
+                )
+        if not 0 < entry.chunked_ms < entry.triton_ms:
+            raise ValueError(
+                f"{path.name}: exceptions[{i}]: wanted a chunked_ms above 0 and below triton_ms, got {entry}"
+            )
+    return Measured(tuple(exceptions), tuple(tiles))
 
 
 def _entry(kind: Any, fields: Any, name: str) -> Any:

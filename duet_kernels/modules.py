@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .dispatch import Impl
 from .functional import linear_cross_entropy, linear_distill_loss, topk_distill_loss
 from .head import LMHead, TopK
-from .options import Divergence
+from .options import Divergence, DivergenceName, Normalization, Reduction, Support
 
 
 class _Loss(nn.Module):
@@ -36,13 +37,13 @@ class TopKDistillLoss(_Loss):
     def __init__(
         self,
         *,
-        divergence: str = "huber",
-        normalization: str | None = None,
+        divergence: DivergenceName = "huber",
+        normalization: Normalization | None = None,
         temperature: float = 1.0,
         beta: float = 0.5,
         delta: float = 1.0,
-        reduction: str = "mean",
-        impl: str = "auto",
+        reduction: Reduction = "mean",
+        impl: Impl = "auto",
     ) -> None:
         Divergence.of(divergence, normalization, temperature, beta, delta)
         super().__init__(
@@ -77,14 +78,14 @@ class LinearDistillLoss(_Loss):
         self,
         *,
         k: int | None = None,
-        support: str = "teacher",
-        divergence: str = "forward_kl",
-        normalization: str | None = None,
+        support: Support = "teacher",
+        divergence: DivergenceName = "forward_kl",
+        normalization: Normalization | None = None,
         temperature: float = 1.0,
         beta: float = 0.5,
         delta: float = 1.0,
-        reduction: str = "mean",
-        impl: str = "auto",
+        reduction: Reduction = "mean",
+        impl: Impl = "auto",
     ) -> None:
         Divergence.of(divergence, normalization, temperature, beta, delta)
         super().__init__(
@@ -125,7 +126,9 @@ class LinearDistillLoss(_Loss):
 class LinearCrossEntropyLoss(_Loss):
     """`linear_cross_entropy` with its options fixed; see there for equations, shapes and errors."""
 
-    def __init__(self, *, ignore_index: int = -100, reduction: str = "mean", impl: str = "auto") -> None:
+    def __init__(
+        self, *, ignore_index: int = -100, reduction: Reduction = "mean", impl: Impl = "auto"
+    ) -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction, impl=impl)
 
     def forward(

@@ -10,17 +10,24 @@ import dataclasses
 import difflib
 import math
 import numbers
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .dispatch import acc_dtype
 
-RAW = ("huber", "mse", "l1")
-DISTRIBUTION = ("forward_kl", "reverse_kl", "jsd", "tvd")
-NORMALIZATIONS = ("renormalize", "tail", "zeroed", "truncated")
-REDUCTIONS = ("mean", "sum", "none")
+RawDivergence = Literal["huber", "mse", "l1"]
+DistributionDivergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
+DivergenceName = Literal[RawDivergence, DistributionDivergence]
+Normalization = Literal["renormalize", "tail", "zeroed", "truncated"]
+Reduction = Literal["mean", "sum", "none"]
+Support = Literal["teacher", "student", "union"]
+RAW, DISTRIBUTION = get_args(RawDivergence), get_args(DistributionDivergence)
+NORMALIZATIONS, REDUCTIONS, SUPPORTS = get_args(Normalization), get_args(Reduction), get_args(Support)
+
+# Beyond these fp32 logits, which are exact to 7 digits, no longer say what a softmax or a gradient is.
+TEMPERATURES, DELTAS, BETAS = (1e-3, 1e3), (1e-10, 1e10), (1e-3, 1 - 1e-3)
 
 
 def unknown(argument: str, value: object, known: tuple[str, ...]) -> ValueError:
@@ -34,6 +41,16 @@ def is_finite_number(value: object) -> bool:
     # Comparisons rather than math.isfinite: torch.compile with dynamic shapes traces through them.
     number: Any = value
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and -math.inf < number < math.inf
+
+
+def check_number(name: str, value: object, limits: tuple[float, float]) -> None:
+    """Refuse what is no finite number > 0 within the limits."""
+    number: Any = value
+    if not is_finite_number(value) or not limits[0] <= number <= limits[1]:
+        raise ValueError(
+            f"{name}: wanted a finite number > 0, from {limits[0]:g} to {limits[1]:g} (the range of fp32 logits), "
+            f"got {value!r}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +69,7 @@ class Divergence:
     ) -> Divergence:
         if name not in RAW + DISTRIBUTION:
             raise unknown("divergence", name, RAW + DISTRIBUTION)
-        if not is_finite_number(temperature) or temperature <= 0:
-            raise ValueError(f"temperature: wanted a finite number > 0, got {temperature!r}")
+        check_number("temperature", temperature, TEMPERATURES)
         if name in RAW:
             if normalization is not None:
                 raise ValueError(
@@ -70,12 +86,13 @@ class Divergence:
             raise unknown("normalization", normalization, NORMALIZATIONS)
         if normalization in ("zeroed", "truncated") and name != "forward_kl":
             raise ValueError(f"normalization: {normalization!r} exists for 'forward_kl' only, got {name!r}")
-        if not is_finite_number(beta) or (name == "jsd" and not 0 < beta < 1):
+        if not is_finite_number(beta) or (name == "jsd" and not BETAS[0] <= beta <= BETAS[1]):
             raise ValueError(
-                f"beta: wanted a number in (0, 1), got {beta!r}; for the ends use divergence='forward_kl' or 'reverse_kl'"
+                f"beta: wanted a number in (0, 1), from {BETAS[0]:g} to 1 - {BETAS[0]:g}, got {beta!r}; for the ends use "
+                "divergence='forward_kl' or 'reverse_kl'"
             )
-        if not is_finite_number(delta) or (name == "huber" and delta <= 0):
-            raise ValueError(f"delta: wanted a finite number > 0, got {delta!r}")
+        if not is_finite_number(delta) or name == "huber":
+            check_number("delta", delta, DELTAS)
         return cls(name, normalization or "none", float(temperature), float(beta), float(delta))
 
     @property

@@ -110,11 +110,13 @@ def divergence(
 ) -> Tensor:
     """`[N]` divergence between logits given at the same K ids (tails: log-sum-exp of z / T elsewhere).
 
-    With `absent_slots` a teacher logit of -inf takes its slot out of the comparison; without (the dense loss:
-    K = V) it is a probability of 0.
+    With `absent_slots` a teacher logit of -inf takes its slot out of the comparison. Without (the dense loss: K = V) it
+    is a probability of 0, and raw logits are compared where not both are -inf.
     """
     present = teacher_nk != -torch.inf if absent_slots else torch.ones_like(teacher_nk, dtype=torch.bool)
     if spec.raw:
+        if not absent_slots:
+            present = (student_nk != -torch.inf) | (teacher_nk != -torch.inf)
         return _raw(student_nk, teacher_nk, present, spec)
     x_s = student_nk / spec.temperature
     x_t = teacher_nk / spec.temperature

@@ -28,3 +28,32 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """`chunked` takes on CPU tensors the ways of a GPU, and torch.mm and its like multiply halves into fp32.
+
+    The products stand in for the library's: their sums are those of the operands upcast.
+    """
+    from duet_kernels import products
+    from duet_kernels.portable import cuts
+
+    def product(a, b, dtype):
+        return a.to(dtype) @ b.to(dtype)
+
+    def product_out(a, b, dtype, *, out):
+        return out.copy_(product(a, b, dtype))
+
+    def sum_out(c, a, b, dtype, *, beta=1, alpha=1, out):
+        assert beta == alpha == 1
+        return out.copy_(c + product(a, b, dtype))
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("mm.dtype", product, "CPU")
+        library.impl("bmm.dtype", product, "CPU")
+        library.impl("mm.dtype_out", product_out, "CPU")
+        library.impl("addmm.dtype_out", sum_out, "CPU")
+        monkeypatch.setattr(products, "half_products", lambda device, dtype: dtype in products.HALVES)
+        monkeypatch.setattr(cuts, "asynchronous", lambda device: True)
+        yield

@@ -242,6 +242,12 @@ REFUSED = [
     ),
     ("stats of label -100", lambda: linear_token_stats(H, W, LABELS - 100), ValueError, ("labels:", "-100")),
     (
+        "stats of label -2 beside ignored ones",
+        lambda: linear_token_stats(H, W, LABELS - 2, ignore_index=-100),
+        ValueError,
+        ("labels:", "ignore_index=-100", "-2"),
+    ),
+    (
         "teacher id",
         lambda: topk(teacher=TOP._replace(indices=IDS + V)),
         ValueError,
@@ -297,6 +303,20 @@ REFUSED = [
         ValueError,
         ("temperature:",),
     ),
+    *(
+        (f"temperature {t:g} of {name}", call, ValueError, ("temperature:", "0.001 to 1000", f"{t!r}"))
+        for t in (1e300, 1e-10)
+        for name, call in {
+            "kl": lambda t=t: kl(temperature=t),
+            "dense": lambda t=t: distill(temperature=t),
+            "topk": lambda t=t: linear_topk(H, W, 2, temperature=t),
+            "logsumexp": lambda t=t: linear_logsumexp(H, W, temperature=t),
+        }.items()
+    ),
+    ("delta 1e-300", lambda: topk(delta=1e-300), ValueError, ("delta:", "1e-10 to 1e+10", "1e-300")),
+    ("beta 1e-300", lambda: kl("jsd", beta=1e-300), ValueError, ("beta:", "(0, 1)", "0.001 to", "1e-300")),
+    ("softcap 1e-20", lambda: LMHead(W, softcap=1e-20), ValueError, ("head.softcap:", "0.0001 to", "1e-20")),
+    ("scale 1e300", lambda: LMHead(W, scale=-1e300), ValueError, ("head.scale:", "to 10000", "-1e+300")),
     ("temperature a string", lambda: kl(temperature="2"), ValueError, ("temperature:", "'2'")),
     (
         "temperature a tensor",

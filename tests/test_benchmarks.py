@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import time
 
 import pytest
 import torch
 
-from benchmarks import cpu_goals, harness, plots, readme, report, run
-from benchmarks.cases import DIVERGENCES, OPS, Case, floor_ms, make_inputs
+from benchmarks import anchor, cpu_goals, harness, plots, readme, report, run, targets
+from benchmarks.cases import DIVERGENCES, LOSSES, OPS, Case, floor_ms, make_inputs, zipf_ids
+from benchmarks.gpu.suite import Sizes
 from benchmarks.harness import Floors, Row
 from benchmarks.presets import PRESETS
 from benchmarks.providers import PROVIDERS, Provider, chosen
@@ -44,7 +47,7 @@ def imitation(change, **fields) -> Provider:
 def test_every_operation_is_measured_and_its_rows_can_be_read_again(op, tmp_path):
     cases = [Case(op, n=16, d=8, v=500, k=4, divergence=d) for d in DIVERGENCES.get(op, ("",))]
     rows = run.benchmark(cases, HONEST, device="cpu", seconds=0.0)
-    passes = 2 if op in DIVERGENCES or op == "linear_cross_entropy" else 1
+    passes = 2 if op in LOSSES else 1
     assert len(rows) == 2 * len(cases) * passes
     for row in rows:
         assert (row.gate, row.status) == ("green", "ok"), report.line(row)
@@ -248,8 +251,17 @@ def test_the_readme_shows_the_largest_case_of_every_device(tmp_path, monkeypatch
     plots.draw_all(rows, folder)
     text = readme.bench_block()
     assert "N = 256" in text and "N = 64" not in text
-    assert "| **128 ms, 0.5 MiB** | 512 ms (4 ×), 2 MiB | – | 256 ms (2 ×), 1 MiB (trl x) |" in text
+    (folder / "gate.md").write_text("")
+    statuses = "green", "green", "red", "not run", "needs CUDA"
+    lines = [{"commit": "c"}, *({"status": status} for status in statuses)]
+    (folder / "gate.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = readme.bench_block()
+    assert "| **128 ms, 0.5 MiB** (chunked) | 512 ms (4 ×), 2 MiB | – | 256 ms (2 ×), 1 MiB (trl x) |" in text
     assert "(results/cpu/topk_distill_loss_huber_frozen.png)" in text
+    assert (
+        "[all numbers](results/cpu/bench.md), [2 of 5 checks green, 1 red, 1 not run](results/cpu/gate.md)."
+        in text
+    )
 
 
 def test_command_line_writes_rows_and_tables_and_compares(tmp_path, capsys):
@@ -343,3 +355,160 @@ def test_a_red_gate_of_ours_fails_the_command(monkeypatch, capsys):
     ]
     assert run.main(command) == 1
     assert "wrong: " in capsys.readouterr().out
+
+
+# --- the anchor and its targets ---------------------------------------------------------------------------------
+
+
+SHAPE = {"n": 8192, "d": 4096, "v": 128256, "k": 64, "dtype": torch.bfloat16}
+PLACE = {"commit": "c", "device": "d"}
+
+
+def anchor_row(figure: targets.Figure, **fields: object) -> Row:
+    case = figure.case
+    about = {"op": case.op, "divergence": case.divergence, "head": case.head, "ids": case.ids}
+    about |= {"n": case.n, "d": case.d, "v": case.v, "k": case.k, "which_pass": case.passes[-1]}
+    about |= {"torch": "t", "triton": "t", "gate": "green", "dtype": "bfloat16", "provider": "duet_kernels"}
+    return Row(**PLACE, **about, **{"impl": figure.impl, **fields})
+
+
+def kernel(figure: targets.Figure, name: str, ms: float) -> targets.Kernel:
+    op, divergence, ids, head, n, k, impl = figure.key
+    about = {"op": op, "divergence": divergence, "ids": ids, "head": head, "n": n, "k": k, "impl": impl}
+    return targets.Kernel(**PLACE, **about, kernel=name, calls=4, ms=ms)
+
+
+def test_each_figure_has_its_unit_and_is_met_or_not():
+    wanted = targets.figures(**SHAPE)
+    assert len(wanted) == len({(f.key, f.unit, f.kernel) for f in wanted})
+    first = {f.unit: f for f in reversed(wanted)}
+    assert set(first) == set(targets.UNITS)
+    ratio = next(f for f in wanted if f.case.op == "linear_token_stats" and f.unit == "x G")
+    rows = [
+        anchor_row(ratio, ms=13.0, floor_ms=12.0),
+        anchor_row(first["ms"], ms=4.0, floor_ms=2.0),
+        anchor_row(first["wall ms"], ms=0.3, floor_ms=0.2, wall_ms=0.4),
+        anchor_row(first["x triton"], ms=30.0, floor_ms=12.0),
+        anchor_row(dataclasses.replace(first["x triton"], impl="triton"), ms=14.0, floor_ms=12.0),
+    ]
+    kernels = [
+        kernel(first["TB/s"], "_fold_kernel", 0.5),
+        kernel(first["TB/s"], "_merge_fold_kernel", 0.5),
+        kernel(first["TB/s"], "nvjet", 12.0),
+        kernel(first["kernel ms"], "_stream_kernel", 0.7),
+    ]
+    by_key = {targets.key_of(row): row for row in rows}
+    values = {unit: figure.value(by_key, kernels) for unit, figure in first.items() if unit != "x G"}
+    moved = 4 * 8192 * 128256 / 1e9  # fp32 logits, read once: 1 ms in two kernels
+    assert values == {
+        "ms": 4.0, "wall ms": 0.4, "x triton": pytest.approx(30 / 14), "kernel ms": 0.7, "TB/s": pytest.approx(moved)
+    }  # fmt: skip
+    assert ratio.value(by_key, kernels) == pytest.approx(13 / 12)
+    lines, counted = targets.table([ratio, *(first[u] for u in values)], rows, kernels)
+    cells = {line.split(" | ")[2]: line.split(" | ")[3] for line in lines[2:]}
+    assert {f.measure for f in wanted if f.unit == "x G"} == {"x G", "x 2 G", "x 3 G", "x 4 G"}
+    assert cells["1.08 x G (<= 1.12)"] == "met" and cells["4 ms (<= 3.5)"] == "NOT MET"
+    assert cells["4.2 TB/s (>= 3.8)"] == "met" and counted == "5 met, 1 NOT MET, 0 not measured"
+    (line,) = targets.table([ratio], [], [])[0][2:]
+    assert "not measured" in line
+    red = dataclasses.replace(rows[0], ms=None, floor_ms=None, status="wrong: loss")
+    assert "not measured (wrong: loss)" in targets.table([ratio], [red], [])[0][2]
+
+
+def test_the_anchor_writes_rows_kernels_and_its_table_at_toy_size(tmp_path, capfd):
+    command = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--only", "linear_token_stats"]
+    assert anchor.main([*command, "--parts", "ours", "kernels", "chunked", "--seconds", "600"]) == 0
+    said = capfd.readouterr().out
+    rows = harness.read_rows(tmp_path / "bench.jsonl")
+    impls = {row.impl for row in rows if row.provider == "duet_kernels"}
+    assert {"triton", "triton 256 MiB", "triton 1 GiB", "triton 3 GiB", "chunked"} <= impls
+    assert len(rows) == len({(row.provider, row.impl) for row in rows})
+    assert all(row.gate == "green" for row in rows if row.provider == "duet_kernels"), said
+    kernels = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    assert {x["impl"] for x in kernels} == {"triton", "triton 3 GiB"} and all(x["ms"] >= 0 for x in kernels)
+    assert "| `linear_token_stats`, forward, N 16, triton |" in said
+    assert said.splitlines()[-1].startswith("figures: ")
+    assert (tmp_path / "targets.md").read_text() in said
+    # The same tables from the files alone, and no time is no measurement.
+    assert anchor.main([*command, "--figures", "--gate", "red"]) == 0
+    again = capfd.readouterr().out
+    assert again == (tmp_path / "targets.md").read_text() and "correctness gate: NOT GREEN: red" in again
+    assert anchor.main([*command, "--seconds", "0"]) == 0
+    nothing = capfd.readouterr().out
+    assert "no time for" in nothing and "figures: 0 met, 0 NOT MET, 3 not measured" in nothing
+
+
+def test_a_device_that_no_longer_answers_costs_one_step(tmp_path, monkeypatch, capsys):
+    """An illegal access stays in its process: the rest is measured by another one."""
+    command = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--only", "huber", "--seconds", "600"]
+    command += ["--parts", "chunked", "others"]
+    begun = []
+    monkeypatch.setattr(anchor.Run, "measure", lambda run, case, part: begun.append((part, str(case))))
+    alive = iter([True, False])
+    monkeypatch.setattr(harness, "answers", lambda device: next(alive, True))
+    replaced = []
+    monkeypatch.setattr(os, "execv", lambda path, words: replaced.append(words))
+    anchor.main(command)
+    (words,) = replaced
+    assert words[1:3] == ["-m", "benchmarks.anchor"] and len(begun) == 2
+    anchor.main(words[3:])
+    assert len(replaced) == 1 and len(begun) == len(set(begun)) == 2 + 4  # chunked of two, others of four
+    assert "no longer answers after" in capsys.readouterr().out
+
+
+def write_or_sleep(path):
+    if path is None:
+        time.sleep(60)
+    path.write_text("done")
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_end_in_time_are_ended(tmp_path):
+    start = time.monotonic()
+    anchor.side_by_side(write_or_sleep, [(tmp_path / "a",), (None,), (tmp_path / "b",)], seconds=40)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    assert time.monotonic() - start < 59
+
+
+def test_zipf_ids_are_few_that_stand_everywhere_and_many_that_stand_nowhere():
+    n, v, _, k = Sizes().zipf
+    ids = zipf_ids(n, v, k, torch.Generator().manual_seed(0))
+    assert ids.shape == (n, k) and (ids.sort(1).values.diff(dim=1) > 0).all()
+    counts = torch.bincount(ids.flatten(), minlength=v)
+    assert counts.max() > 2000 and 0.45 < (counts == 0).float().mean() < 0.75
+
+
+def test_a_zipf_teacher_is_a_teachers_own_logits():
+    case = dataclasses.replace(CASE, n=32, ids="zipf", divergence="forward_kl")
+    inputs = make_inputs(case, CPU)
+    z = inputs.teacher_hidden @ inputs.teacher_weight.T
+    torch.testing.assert_close(z.gather(1, inputs.teacher.indices), inputs.teacher.values)
+    torch.testing.assert_close(z.logsumexp(1), inputs.teacher.logsumexp)
+    assert (inputs.teacher.values.diff(dim=1) <= 0).all()
+    rows = run.benchmark(
+        [case, dataclasses.replace(case, ids="likeliest")], HONEST, device="cpu", seconds=0.0
+    )
+    assert {row.gate for row in rows} == {"green"}
+    assert len({report.case_of(row) for row in rows}) == 4 and "Zipf ids" in report.tables(rows)
+    with pytest.raises(ValueError, match="ids: wanted one of likeliest, zipf"):
+        dataclasses.replace(case, ids="zpif")
+    with pytest.raises(ValueError, match="ids: zipf ids hold hardly any probability"):
+        dataclasses.replace(case, divergence="forward_kl/tail")
+
+
+def test_a_call_that_takes_long_is_timed_once():
+    calls: list[str] = []
+
+    def slow():
+        calls.append("slow")
+        time.sleep(0.05)
+
+    measured = harness.measure(
+        {"slow": slow, "fast": lambda: calls.append("fast")},
+        device=CPU,
+        seconds=0.0,
+        min_rounds=3,
+        slow_seconds=0.04,
+    )
+    assert calls.count("slow") == 2 and len(measured["slow"].ms) == 1 and measured["slow"].ms[0] >= 50
+    assert calls.count("fast") >= 2

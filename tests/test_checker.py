@@ -268,6 +268,27 @@ def test_the_contract_rejects_a_constant_second_derivative():
         check_second_derivative(broken, problem, "chunked")
 
 
+@pytest.mark.parametrize(
+    "name, eps_off, passes",
+    [("huber-teacher", 3, True), ("huber-teacher", 32, False), ("huber", 3, False)],
+)
+def test_rounding_that_does_not_cancel_is_budgeted_where_logits_are_made_in_two_ways(name, eps_off, passes):
+    """Of a difference of logits; the dense loss makes both models' logits in one way and is held to that."""
+    op = next(op for op in OPS if op.name == f"linear-{name}")
+    problem = make_problem(64, 1003, 64)
+
+    def call(p, **options):
+        factor = 1 + eps_off * torch.finfo(torch.float32).eps
+        return op.call(dataclasses.replace(p, teacher_hidden=p.teacher_hidden * factor), **options)
+
+    off = dataclasses.replace(op, call=call, definition=op.define)
+    if passes:
+        check_definition(off, problem, "chunked")
+    else:
+        with pytest.raises(AssertionError, match="relative error"):
+            check_definition(off, problem, "chunked")
+
+
 def test_every_check_is_shown_to_bite():
     shown = {row[1] for row in BROKEN} | {check_second_derivative}
     assert shown == set(CHECKS)

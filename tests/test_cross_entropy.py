@@ -75,7 +75,9 @@ def test_rows_that_do_not_fit_take_tiles():
 
 @BOTH
 @pytest.mark.parametrize(
-    "head", [{}, {"bias": True, "softcap": 20.0, "scale": 1.3, "pad": 5}], ids=["plain", "full"]
+    "head",
+    [{}, {"softcap": 20.0}, {"scale": -0.7}, {"bias": True, "softcap": 20.0, "scale": 1.3, "pad": 5}],
+    ids=["plain", "softcap", "scale", "full"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])

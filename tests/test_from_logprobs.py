@@ -86,7 +86,7 @@ def test_the_first_value_of_a_repeated_id_counts():
 @pytest.mark.parametrize("name", ["huber", "mse", "l1"])
 def test_raw_logits_are_refused(name):
     top = TopK.from_logprobs(torch.tensor([[1, 2]]), torch.tensor([[0.5, 0.25]]).log())
-    with pytest.raises(ValueError, match="teacher: holds log-probabilities.*forward_kl"):
+    with pytest.raises(ValueError, match=r"teacher: holds log-probabilities.*forward_kl"):
         topk_distill_loss(torch.zeros(1, 3), torch.zeros(4, 3), top, divergence=name)
 
 
@@ -96,7 +96,7 @@ def test_no_tail_where_none_is_read():
     for impl in ("chunked", "reference"):
         assert topk_distill_loss(hidden, weight, top, impl=impl).isfinite()
         with pytest.raises(
-            ValueError, match="teacher.tail_logsumexp: normalization='tail' reads it, got None"
+            ValueError, match=r"teacher\.tail_logsumexp: normalization='tail' reads it, got None"
         ):
             topk_distill_loss(hidden, weight, top, divergence="forward_kl", normalization="tail", impl=impl)
     with pytest.raises(ValueError, match="tail_logsumexp: is None"):

@@ -20,7 +20,8 @@ KLS = ("forward_kl", "reverse_kl")
 CASES = {
     "plain": {},
     "bias": {"bias": True},
-    "softcap": {"softcap": 8.0, "scale": 0.7, "bias": True},
+    "softcap": {"softcap": 8.0},
+    "full": {"softcap": 8.0, "scale": 0.7, "bias": True},
     "negative scale": {"scale": -1.3},
     "teacher of another size": {"teacher_d": 21},
     "close": {"gap": 0.01},

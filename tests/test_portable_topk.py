@@ -13,7 +13,7 @@ WAYS = ("rows", "tiles", "few rows", "blocks")
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    """Whole rows, tiles with a threshold, a few rows at a time, and the blocks that other devices take."""
+    """Whole rows, tiles with a threshold, a few rows at a time, and the best blocks of rows that a GPU takes."""
     taken = []
 
     def spy(name):
@@ -26,9 +26,9 @@ def way(request, monkeypatch):
         monkeypatch.setattr(cuts, "ENOUGH_ROWS", 1)
         monkeypatch.setattr(topk, "_MANY_CANDIDATES", V)
     if request.param == "blocks":
-        monkeypatch.setattr(topk, "_above_threshold", topk._best_blocks)
-    expected = "_topk_of_rows" if "rows" in request.param else "_topk_by_tiles"
-    spy("_topk_of_rows"), spy("_topk_by_tiles")
+        monkeypatch.setattr(cuts, "asynchronous", lambda device: True)
+    expected = {"tiles": "_topk_by_tiles", "blocks": "_topk_by_blocks"}.get(request.param, "_topk_of_rows")
+    spy("_topk_of_rows"), spy("_topk_by_tiles"), spy("_topk_by_blocks")
     yield request.param
     assert set(taken) == {expected} and (len(taken) > 1) >= (request.param == "few rows")
 

@@ -10,9 +10,10 @@ pytest.importorskip("triton")
 from duet_kernels import LMHead
 from duet_kernels.head import Need
 from duet_kernels.triton import gather as kernel
+from duet_kernels.triton import sparse_weight
 from duet_kernels.triton.gather import linear_gather, linear_gather_backward
 from duet_kernels.triton.primitives import INTERPRETED
-from duet_kernels.triton.tiles import GatherTile, gather_product_tokens
+from duet_kernels.triton.tiles import GatherTile, SegmentsTile, gather_product_tokens
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 N, V, D, K = 19, 61, 45, 6
@@ -49,7 +50,7 @@ def problem(dtype=torch.float64, *, n=N, v=V, d=D, k=K, seed=0):
     return [x.to(DEVICE) for x in (*tensors, indices, randn(n, k).to(acc))]
 
 
-def expected(hidden, weight, bias, indices, grad, *, softcap, scale, acc=torch.float64):
+def expected(hidden, weight, bias, indices, grad, *, softcap=None, scale=1.0, acc=torch.float64):
     """(values, dh, dW, db) from full logits and autograd in `acc`: what the kernels must give."""
     leaves = [None if x is None else x.detach().to(acc).requires_grad_() for x in (hidden, weight, bias)]
     h, w, b = leaves
@@ -62,10 +63,14 @@ def expected(hidden, weight, bias, indices, grad, *, softcap, scale, acc=torch.f
     return picked.detach().masked_fill(absent, -math.inf), *gradients
 
 
-def run(hidden, weight, bias, indices, grad, *, softcap, scale, need=ALL, **kwargs):
+def gather(hidden, weight, bias, indices, *, softcap=None, scale=1.0, **tile):
+    return linear_gather(hidden, LMHead(weight, bias, softcap, scale), indices, **tile)
+
+
+def run(hidden, weight, bias, indices, grad, *, softcap=None, scale=1.0, need=ALL, **tiles):
     head = LMHead(weight, bias, softcap, scale)
     values = linear_gather(hidden, head, indices)
-    return values, *linear_gather_backward(grad, values, hidden, head, indices, need, **kwargs)
+    return values, *linear_gather_backward(grad, values, hidden, head, indices, need, **tiles)
 
 
 def relative_rms(got, wanted):
@@ -110,14 +115,17 @@ def test_error_budget(dtype, softcap):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, indices, softcap, scale):
-        values = linear_gather_forward(hidden, weight, bias, indices, softcap=softcap, scale=scale)
+        head = LMHead(weight, bias, softcap, scale)
+        values = linear_gather(hidden, head, indices)
         ctx.save_for_backward(values, hidden, weight, bias, indices)
-        ctx.options = {"softcap": softcap, "scale": scale}
+        ctx.options = softcap, scale
         return values
 
     @staticmethod
     def backward(ctx, grad):
-        return *linear_gather_backward(grad, *ctx.saved_tensors, **ctx.options, **ALL), None, None, None
+        values, hidden, weight, bias, indices = ctx.saved_tensors
+        head = LMHead(weight, bias, *ctx.options)
+        return *linear_gather_backward(grad, values, hidden, head, indices, ALL), None, None, None
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -144,30 +152,49 @@ def test_shapes(n, v, d, k):
 
 
 @pytest.mark.parametrize("tile", [GatherTile(1, 16, 1), GatherTile(4, 64, 1)], ids=str)
-@pytest.mark.parametrize("chunk", [1, 3, 16, 10_000])
-def test_tiles_and_chunks_do_not_matter(tile, chunk):
+def test_tiles_do_not_matter(tile):
+    inputs = problem(n=21, v=13, d=37, k=5)
+    values, dhidden, *_ = expected(*inputs)
+    torch.testing.assert_close(gather(*inputs[:4], tile=tile), values, rtol=1e-12, atol=1e-12)
+    got = run(*inputs, need=Need(True), tile=tile)[1]
+    torch.testing.assert_close(got, dhidden, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tile", [SegmentsTile(2, 16, 8, 1), SegmentsTile(8, 64, 4, 1)], ids=str)
+@pytest.mark.parametrize("chunk", [8, 16, 10_000])
+def test_segments_and_chunks_do_not_matter(tile, chunk):
     """Segments shorter than a chunk, ending at one, spanning several, and one chunk with less than a tile in it."""
     inputs = problem(n=21, v=13, d=37, k=5)
     inputs[3][8:20, :3] = 12  # the last row of W gets a long segment as well
-    values, *wanted = expected(*inputs, softcap=None, scale=1.0)
-    got = linear_gather_forward(*inputs[:4], softcap=None, scale=1.0, tile=tile)
-    torch.testing.assert_close(got, values, rtol=1e-12, atol=1e-12)
-    for a, b in zip(run(*inputs, softcap=None, scale=1.0, tile=tile, chunk=chunk)[1:], wanted, strict=True):
+    wanted = expected(*inputs)
+    for a, b in zip(run(*inputs, segments=tile, chunk=chunk), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("law", ["uniform", "zipf"])
+def test_ids_as_a_vocabulary_has_them(law):
+    """Most rows empty, some of a few pairs, one that every other token chose: each segment at every kind of border."""
+    hidden, weight, bias, _, grad = problem(n=60, v=400, d=20, k=4)
+    generator = torch.Generator().manual_seed(3)
+    share = torch.ones(400) if law == "uniform" else 1 / torch.arange(1, 401).float()[torch.randperm(400)]
+    indices = torch.multinomial(share.expand(60, -1), 4, generator=generator).to(DEVICE)
+    wanted = expected(hidden, weight, bias, indices, grad)
+    for a, b in zip(run(hidden, weight, bias, indices, grad, chunk=8), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_one_id_in_every_slot():
     hidden, weight, bias, indices, grad = problem(n=50, v=5, d=20, k=6)
     indices.fill_(3)
-    wanted = expected(hidden, weight, bias, indices, grad, softcap=None, scale=1.0)
-    for a, b in zip(run(hidden, weight, bias, indices, grad, softcap=None, scale=1.0), wanted, strict=True):
+    wanted = expected(hidden, weight, bias, indices, grad)
+    for a, b in zip(run(hidden, weight, bias, indices, grad), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_partial_sums_keep_their_budget(monkeypatch):
     monkeypatch.setattr(kernel.tiles, "DWEIGHT_PARTIAL_BYTES", 1 << 20)
     for pairs, d in ((100, 4096), (524288, 4096), (33_000_000, 8192)):
-        chunk = kernel.dweight_chunk(pairs, d, 4)
+        chunk = sparse_weight.dweight_chunk(pairs, d, 4)
         assert (pairs // chunk) * d * 4 <= 1 << 20
         assert chunk == kernel.tiles.DWEIGHT_CHUNK or (2 * pairs // chunk) * d * 4 > 1 << 20
 
@@ -200,8 +227,8 @@ def test_vocabulary_slice_of_a_padded_weight():
     hidden, weight, bias, indices, grad = problem()
     padded = torch.full((V + 21, D + 3), math.nan, dtype=torch.float64, device=DEVICE)
     padded[:V, :D] = weight
-    got = run(hidden, padded[:V, :D], bias, indices, grad, softcap=None, scale=1.0)
-    for a, b in zip(got, run(hidden, weight, bias, indices, grad, softcap=None, scale=1.0), strict=True):
+    got = run(hidden, padded[:V, :D], bias, indices, grad)
+    for a, b in zip(got, run(hidden, weight, bias, indices, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -210,7 +237,7 @@ def test_nothing_to_do(n):
     hidden, weight, bias, _, _ = problem(n=n)
     indices = torch.zeros(n, 0 if n else K, dtype=torch.int64, device=DEVICE)
     grad = torch.zeros(indices.shape, dtype=torch.float64, device=DEVICE)
-    values, dhidden, dweight, dbias = run(hidden, weight, bias, indices, grad, softcap=None, scale=1.0)
+    values, dhidden, dweight, dbias = run(hidden, weight, bias, indices, grad)
     assert values.shape == indices.shape
     for gradient, like in ((dhidden, hidden), (dweight, weight), (dbias, bias)):
         assert torch.equal(gradient, torch.zeros_like(like))
@@ -233,7 +260,7 @@ def test_offsets_beyond_32_bits():
         torch.ones(1, 2, device=DEVICE),
         softcap=None,
         scale=1.0,
-        need_weight=False,
+        need=Need(True),
     )
     assert values.tolist() == [[156.0, 28.0]]
     assert dhidden.tolist() == [[16.0 + 2 * i for i in range(8)]]
@@ -244,16 +271,16 @@ def test_more_pairs_than_32_bits_are_refused():
     indices = torch.zeros(1, 1, dtype=torch.int64).expand(2**20, 2**11)
     grad = torch.zeros(1, 1).expand(2**20, 2**11)
     with pytest.raises(ValueError, match=r"indices: 1048576 tokens x 2048 slots; .* pass fewer tokens"):
-        linear_gather_backward(grad, grad, hidden, hidden[:9], None, indices, softcap=None, scale=1.0, **ALL)
+        linear_gather_backward(grad, grad, hidden, LMHead(hidden[:9]), indices, ALL)
 
 
 def test_the_last_pairs_that_32_bits_can_number(tmp_path):
     """The most pairs that are not refused: the ends of their last chunk and tile are numbers of 32 bits, too."""
     d, pairs = 5, 2**31 - 1
     with pytest.raises(ValueError, match="indices: "):
-        kernel.require_pairs(pairs, 1, d)
-    pairs -= kernel.dweight_chunk(pairs, d, 8) + kernel.tiles.MAX_GATHER_ROWS
-    kernel.require_pairs(pairs, 1, d)
+        sparse_weight.require_pairs(pairs, 1, d)
+    pairs -= sparse_weight.dweight_chunk(pairs, d, 8) + kernel.tiles.MAX_GATHER_ROWS
+    sparse_weight.require_pairs(pairs, 1, d)
     begin, end = pairs - 90, pairs
 
     def memory(name, dtype):
@@ -263,15 +290,16 @@ def test_the_last_pairs_that_32_bits_can_number(tmp_path):
         return torch.from_file(str(tmp_path / name), shared=True, size=pairs, dtype=dtype)
 
     hidden = torch.randn(end - begin, d, device=DEVICE)
-    one_row = object.__new__(kernel.SortedPairs)
+    one_row = object.__new__(sparse_weight.SortedPairs)
     one_row.v = 1
-    one_row.row = torch.zeros((), dtype=torch.int32, device=DEVICE).expand(pairs)
-    one_row.token, one_row.dx = memory("token", torch.int32), memory("dx", torch.float32)
+    one_row.row, one_row.token = memory("row", torch.int32), memory("token", torch.int32)
+    one_row.dx = memory("dx", torch.float32)
+    one_row.row[begin - 8 : end] = 0
     one_row.token[begin:end] = torch.arange(end - begin, dtype=torch.int32, device=DEVICE)
     one_row.dx[begin:end] = 2.0
     one_row.offset = torch.tensor([begin, end], dtype=torch.int32, device=DEVICE)
     out = torch.full((1, d), math.nan, device=DEVICE)
-    one_row.write(out, 0, hidden, hidden.new_empty(0, d), chunk=kernel.dweight_chunk(pairs, d, 4))
+    one_row.write(out, 0, hidden, hidden.new_empty(0, d), chunk=sparse_weight.dweight_chunk(pairs, d, 4))
     torch.testing.assert_close(out[0], 2 * hidden.sum(0))
 
 
@@ -293,10 +321,10 @@ def test_absent_slots():
 @BOTH
 def test_ids_past_the_vocabulary_give_nan_in_their_row():
     hidden, weight, bias, indices, grad = problem()
-    clean = run(hidden, weight, bias, indices, grad, softcap=None, scale=1.0)
+    clean = run(hidden, weight, bias, indices, grad)
     indices = indices.clone()
     indices[8, 1], indices[9, 0] = V, 2**40
-    values, dhidden, dweight, dbias = run(hidden, weight, bias, indices, grad, softcap=None, scale=1.0)
+    values, dhidden, dweight, dbias = run(hidden, weight, bias, indices, grad)
     assert values[8, 1].isnan() and values[9, 0].isnan() and values.isnan().sum() == 2
     assert dhidden[8:10].isnan().all()
     others = torch.arange(N) // 2 != 4
@@ -337,7 +365,7 @@ def test_a_masked_row_of_nan_leaves_no_trace(softcap):
 
 def test_rows_nobody_chose_are_exactly_zero():
     hidden, weight, bias, indices, grad = problem(torch.bfloat16, v=130)
-    _, _, dweight, dbias = run(hidden, weight, bias, indices, grad, softcap=None, scale=1.0)
+    _, _, dweight, dbias = run(hidden, weight, bias, indices, grad)
     untouched = torch.ones(130, dtype=torch.bool)
     untouched[indices[indices >= 0].cpu()] = False
     assert untouched.sum() > 3
@@ -360,24 +388,24 @@ def test_a_frozen_head_pays_nothing(monkeypatch):
         raise AssertionError("the pairs of a frozen head were sorted")
 
     hidden, weight, bias, indices, grad = problem()
-    wanted = run(hidden, weight, bias, indices, grad, softcap=None, scale=1.0)
+    wanted = run(hidden, weight, bias, indices, grad)
     monkeypatch.setattr(kernel, "SortedPairs", refuse)
     monkeypatch.setattr(torch, "sort", refuse)
-    frozen = {"need_weight": False, "need_bias": False}
-    _, dhidden, dweight, dbias = run(hidden, weight, bias, indices, grad, softcap=None, scale=1.0, **frozen)
+    inputs = hidden, weight, bias, indices, grad
+    _, dhidden, dweight, dbias = run(*inputs, need=Need(True))
     assert dweight is None and dbias is None
     assert torch.equal(dhidden, wanted[1])
-    nothing = run(hidden, weight, bias, indices, grad, softcap=None, scale=1.0, need_hidden=False, **frozen)
+    nothing = run(*inputs, need=Need(False))
     assert nothing[1:] == (None, None, None)
 
 
-@pytest.mark.parametrize("only", ["need_hidden", "need_weight", "need_bias"])
+@pytest.mark.parametrize("only", Need._fields)
 def test_each_gradient_alone(only):
     inputs = problem()
     every = run(*inputs, softcap=2.5, scale=0.7)
-    need = {name: name == only for name in ALL}
-    alone = run(*inputs, softcap=2.5, scale=0.7, **need)
-    for a, b, needed in zip(alone[1:], every[1:], need.values(), strict=True):
+    need = Need(*[name == only for name in Need._fields])
+    alone = run(*inputs, softcap=2.5, scale=0.7, need=need)
+    for a, b, needed in zip(alone[1:], every[1:], need, strict=True):
         assert torch.equal(a, b) if needed else a is None
 
 
@@ -408,7 +436,7 @@ def test_which_way_runs(rows_or_logits, monkeypatch):
     seen = []
     monkeypatch.setattr(kernel, "product", lambda a, b, out: seen.append(len(a)) or torch.mm(a, b, out=out))
     hidden, weight, bias, indices, _ = problem()
-    linear_gather_forward(hidden, weight, bias, indices, softcap=None, scale=1.0)
+    gather(hidden, weight, bias, indices)
     assert seen == ([8, 8, 3] if rows_or_logits == "logits" else [])
 
 

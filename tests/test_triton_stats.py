@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
+from far_programs import FarPrograms
 
 pytest.importorskip("triton")
 
 from duet_kernels import LMHead, linear_token_stats
 from duet_kernels.triton import stats as kernel
 from duet_kernels.triton.primitives import INTERPRETED
-from duet_kernels.triton.stats import Plan, plan, token_stats
-from duet_kernels.workspace import set_workspace_bytes, workspace_bytes
+from duet_kernels.triton.stats import Plan, plan, token_bytes, token_stats
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 N, V, D = 13, 203, 45
@@ -19,13 +19,6 @@ NAMES = ("logsumexp", "entropy", "variance", "logprob")
 CUTS = [None, Plan(5, 64, 32), Plan(13, 256, 256), Plan(8, 96, 32)]
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-@pytest.fixture(autouse=True)
-def much_a_program(monkeypatch):
-    """The interpreter runs programs one after the other."""
-    if INTERPRETED:
-        monkeypatch.setattr(kernel.tiles, "STATS_ROWS", 8)
 
 
 def problem(dtype=torch.float64, *, n=N, v=V, d=D, std=2.0):
@@ -38,6 +31,10 @@ def problem(dtype=torch.float64, *, n=N, v=V, d=D, std=2.0):
     inputs = randn(n, d), std * randn(v, d) / math.sqrt(d), randn(v)
     labels = torch.randint(0, v, (n,), generator=generator)
     return [*(x.to(dtype).to(DEVICE) for x in inputs), labels.to(DEVICE)]
+
+
+def run(hidden, weight, bias, labels, *, softcap=None, scale=1.0, cut=None):
+    return token_stats(hidden, LMHead(weight, bias, softcap, scale), labels, cut=cut)
 
 
 def expected(hidden, weight, bias, labels, *, softcap=None, scale=1.0, acc=torch.float64):
@@ -54,12 +51,13 @@ def expected(hidden, weight, bias, labels, *, softcap=None, scale=1.0, acc=torch
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize(
-    ("softcap", "scale", "with_bias"), [(None, 1.0, False), (None, -0.7, True), (2.5, 0.7, True)]
+    ("softcap", "scale", "with_bias"),
+    [(None, 1.0, False), (None, -0.7, True), (2.5, 1.0, False), (2.5, 0.7, True)],
 )
 def test_fp64_equals_torch(softcap, scale, with_bias, cut):
     hidden, weight, bias, labels = problem()
     bias = bias if with_bias else None
-    got = token_stats(hidden, weight, bias, labels, softcap=softcap, scale=scale, cut=cut)
+    got = token_stats(hidden, LMHead(weight, bias, softcap, scale), labels, cut=cut)
     wanted = expected(hidden, weight, bias, labels, softcap=softcap, scale=scale)
     for name, a, b in zip(NAMES, got, wanted, strict=True):
         assert a.dtype == torch.float64
@@ -68,13 +66,12 @@ def test_fp64_equals_torch(softcap, scale, with_bias, cut):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cut", CUTS[:2], ids=str)
-def test_error_budget(dtype, cut):
+@pytest.mark.parametrize("options", [{"softcap": 20.0}, {"softcap": 9.0, "scale": 1.3}], ids=str)
+def test_error_budget(dtype, cut, options):
     """Relative RMS error at most twice that of torch with fp32 logits from the same rounded inputs, + 4 eps."""
     inputs = problem(dtype)
-    got = token_stats(*inputs, softcap=9.0, scale=1.3, cut=cut)
-    truth, baseline = (
-        expected(*inputs, softcap=9.0, scale=1.3, acc=acc) for acc in (torch.float64, torch.float32)
-    )
+    got = run(*inputs, **options, cut=cut)
+    truth, baseline = (expected(*inputs, **options, acc=acc) for acc in (torch.float64, torch.float32))
     for name, a, b, t in zip(NAMES, got, baseline, truth, strict=True):
         assert a.dtype == torch.float32
         ours, theirs, size = (x.double().square().mean().sqrt().item() for x in (a - t, b - t, t))
@@ -84,7 +81,7 @@ def test_error_budget(dtype, cut):
 @pytest.mark.parametrize("v", [1, 2, 31, 32, 33, 64, 130])
 def test_vocabularies_beside_and_on_the_edges_of_blocks(v):
     inputs = problem(v=v)
-    got = token_stats(*inputs, softcap=None, scale=1.0, cut=Plan(N, 64, 32))
+    got = run(*inputs, cut=Plan(N, 64, 32))
     for a, b in zip(got, expected(*inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -99,9 +96,7 @@ def test_almost_certain_tokens_keep_their_digits(cut, certain):
     bias = torch.linspace(-1, 1, V, device=DEVICE)
     bias[certain] = 0.0
     labels = torch.full((N,), certain, device=DEVICE)
-    _, entropy, variance, logprob = token_stats(
-        gaps[:, None], weight, bias, labels, softcap=None, scale=1.0, cut=cut
-    )
+    _, entropy, variance, logprob = token_stats(gaps[:, None], LMHead(weight, bias), labels, cut=cut)
     others = torch.arange(V, device=DEVICE) != certain
     x = bias.double()[others][None, :] - gaps.double()[:, None]
     rest = x.exp().sum(1)
@@ -120,9 +115,7 @@ def test_ties_and_flat_rows():
     weight = torch.zeros(V, 1, device=DEVICE, dtype=torch.float64)
     labels = torch.tensor([0, 50, 202], device=DEVICE)
     for cut in (Plan(3, 64, 32), None):
-        logsumexp, entropy, variance, logprob = token_stats(
-            hidden, weight, None, labels, softcap=None, scale=1.0, cut=cut
-        )
+        logsumexp, entropy, variance, logprob = token_stats(hidden, LMHead(weight), labels, cut=cut)
         flat = torch.full_like(entropy, math.log(V))
         torch.testing.assert_close(logsumexp, flat)
         torch.testing.assert_close(entropy, flat)
@@ -139,7 +132,7 @@ def test_special_rows():
     labels[(labels % 3) == 1] = 65
     labels[3], labels[5], labels[6] = 70, V, -1
     hidden[2, 7] = math.nan
-    got = token_stats(hidden, weight, bias, labels, softcap=None, scale=1.0, cut=Plan(5, 64, 32))
+    got = token_stats(hidden, LMHead(weight, bias), labels, cut=Plan(5, 64, 32))
     wanted = expected(hidden, weight, bias, labels.clamp(0, V - 1), softcap=None)
     wanted[3][[5, 6]] = math.nan
     assert got[3][3] == -math.inf
@@ -172,19 +165,62 @@ def test_strides_and_no_labels():
         torch.stack([bias, bias], 1)[:, 0],
     )
     every_other = torch.stack([labels, labels], 1)[:, 1]
-    wanted = token_stats(hidden, weight, bias, labels, softcap=None, scale=1.0)
-    got = token_stats(*odd, every_other, softcap=None, scale=1.0)
+    wanted = token_stats(hidden, LMHead(weight, bias), labels)
+    got = run(*odd, every_other)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    *stats, logprob = token_stats(*odd, None, softcap=None, scale=1.0)
+    *stats, logprob = run(*odd, None)
     assert logprob is None
     for a, b in zip(stats, wanted[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU would have to hold the memory: benchmarks.gpu does")
+def test_tokens_beyond_32_bits(monkeypatch, tmp_path):
+    """A token whose logits, and then one whose partial results, lie beyond 2^31 elements."""
+    far = FarPrograms(monkeypatch, tmp_path)
+    memory = far.memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    n, block = 2**25 + 4, 64
+    z, labels = memory(n * block, torch.float32), memory(n, torch.int64)
+    partial, value = [memory(n, torch.float32) for _ in range(4)], memory(n, torch.float32)
+    token = torch.randn(block)
+    z[-block:], labels[-1] = token, 5
+    far.start(n - 1)
+    kernel._fold_kernel[(1,)](
+        z, None, labels, *partial, value, 1, block, block, 0, 1, 0, 1, 0.0, 1.0,
+        HAS_BIAS=False, HAS_SOFTCAP=False, HAS_LABEL=True, RAGGED=False, ACC=kernel.tl.float32,
+        BLOCKS=1, BLOCK=block, PIECE=32,
+    )  # fmt: skip
+    top, rest = partial[0][-1], partial[1][-1]
+    assert top == token.max() and value[-1] == token[5]
+    torch.testing.assert_close(top + rest.log1p(), token.logsumexp(0))
+
+    rows = [memory(n * block, torch.float32) for _ in range(4)]
+    results = [memory(n, torch.float32) for _ in range(4)]
+    for row, fill in zip(rows, (1.5, 0.0, 0.0, 0.0), strict=True):
+        row[-block:] = fill
+    kernel._merge_kernel[(1,)](*rows, *results, n, block, HAS_LABEL=True, ROWS=1, COLUMNS=block)
+    torch.testing.assert_close(results[0][-1], torch.tensor(1.5 + math.log(block)))
+    torch.testing.assert_close(results[1][-1], torch.tensor(math.log(block)))
+
+
+def test_offsets_beyond_32_bits():
+    """Rows of W, and entries of the bias, that lie more than 2^31 elements in; untouched memory is never mapped."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    stride = 2**30 + 64
+    storage = torch.empty(2 * stride + 8, dtype=torch.float16, device=DEVICE)
+    weight, bias = storage.as_strided((3, 8), (stride, 1)), storage.as_strided((3,), (stride,), 7)
+    weight.copy_(torch.arange(24).reshape(3, 8) / 64)
+    labels = storage.as_strided((3,), (stride,), 2).to(torch.int64)
+    inputs = weight, weight, bias, labels
+    for a, b in zip(run(*inputs), expected(*inputs), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
 def test_two_runs_are_bitwise_equal():
     inputs = problem(torch.float32)
-    runs = [token_stats(*inputs, softcap=None, scale=1.0, cut=Plan(5, 64, 32)) for _ in range(2)]
+    runs = [run(*inputs, cut=Plan(5, 64, 32)) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -205,15 +241,11 @@ def test_the_public_function():
 
 @pytest.mark.parametrize("n", [1, 63, 8192, 200_000])
 @pytest.mark.parametrize("v", [1, 32000, 128256, 262144, 5_000_000])
-@pytest.mark.parametrize("workspace", [2**22, 2**28])
+@pytest.mark.parametrize("workspace", [2**22, 2**28, 3 * 2**30])
 def test_slabs_and_partial_results_fit_the_workspace(n, v, workspace):
-    previous = set_workspace_bytes(workspace)
-    try:
-        tokens, columns, block = plan(n, v, 4)
-        blocks = -(-v // block)
-        assert blocks <= kernel.tiles.STATS_MERGE and columns % block == 0 and 1 <= tokens <= n
-        least = tokens == 1 and columns == block  # one token and one block are the least there is
-        assert 4 * tokens * (min(columns, v) + 4 * blocks) <= workspace_bytes() or least
-        assert -(-v // columns) == 1 or columns >= 2048 or tokens == 1
-    finally:
-        set_workspace_bytes(previous)
+    tokens, columns, block = plan(n, v, 4, workspace)
+    assert -(-v // block) <= kernel.tiles.STATS_MERGE and 1 <= tokens <= n
+    assert columns == v or columns % block == 0
+    least = tokens == 1 and columns <= block  # one token and one block are the least there is
+    assert tokens * token_bytes(columns, v, block, 4) <= workspace or least
+    assert -(-v // columns) <= 3 or columns >= 4096 or tokens == 1

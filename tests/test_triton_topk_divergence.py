@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from duet_kernels.options import Divergence
 from duet_kernels.triton.primitives import INTERPRETED
 from duet_kernels.triton.tiles import MAX_SLOTS, DivergenceTile
-from duet_kernels.triton.topk_divergence import topk_divergence
+from duet_kernels.triton.topk_divergence import topk_divergence as kernel
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 N, K = 37, 7
@@ -47,6 +48,11 @@ def options(divergence, normalization, **changes):
     raw = normalization == "none"
     named = {"temperature": 1.0 if raw else 1.7, "beta": 0.3, "delta": 0.8, **changes}
     return {"divergence": divergence, "normalization": normalization, **named}
+
+
+def topk_divergence(student, teacher, student_tail, teacher_tail, factor, *, tile=None, **named):
+    spec = Divergence(named.pop("divergence"), **named)
+    return kernel(student, teacher, student_tail, teacher_tail, factor, spec, tile=tile)
 
 
 def row_loss(s, t, s_tail, t_tail, eps, *, divergence, normalization, temperature, beta, delta):

@@ -1,14 +1,15 @@
-"""`make gpu`: is it right on this GPU, and then how fast. Installs nothing, needs no network.
+"""`make gpu`: is it right on this GPU, and then how fast. Installs nothing, needs no network, ends by itself.
 
-    python -m benchmarks.gpu                           gate, benchmark, tables and figures: under nine minutes
-    python -m benchmarks.gpu --gate [--only TEXT]      the gate alone
-    python -m benchmarks.gpu --device cpu --quick      the same code in Triton's interpreter, on tiny shapes
+    python -m benchmarks.gpu --seconds 480                 gate, anchor benchmark, tables
+    python -m benchmarks.gpu --gate [--only TEXT] [--sections contract k]
+    python -m benchmarks.gpu --bench                       without the gate; every provider is judged by the benchmark's own
+    python -m benchmarks.gpu --device cpu --quick          the same code in Triton's interpreter, on tiny shapes
 
-Writes gate.jsonl, one row a check, and the benchmark's rows, tables and figures to benchmarks/results/<device>. A red
-gate prints no speed: the benchmark does not run. Where the gate's time did not suffice for every check the benchmark
-runs, and the exit status says that the gate is not green.
+Writes gate.jsonl, one row a check, and the benchmark's rows and tables to benchmarks/results/<device> or to --out. A
+red gate prints no speed: the benchmark does not run (--anyway runs it, and its tables say that the gate was red). Where
+the gate's time did not suffice for every check the benchmark runs, and the exit status says that the gate is not green.
 
-Must not know what is checked (`correctness`, `conduct`, `limits`) nor how speed is measured (`benchmarks.run`).
+Must not know what is checked (`correctness`, `conduct`, `limits`) nor how speed is measured (`benchmarks.anchor`).
 """
 
 from __future__ import annotations
@@ -23,48 +24,34 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-GATE_SECONDS = 260.0
-BENCHMARK_SECONDS = 180.0
-LEAST_BENCHMARK_SECONDS = 60.0
-SECONDS_A_ROW = 0.3  # timed: twenty calls of 15 ms
+SECONDS = 480.0
+BENCHMARK_SHARE = 0.4  # of all time, kept for the benchmark; it gets what the gate leaves as well
+GRACE_SECONDS = 40.0  # of its time, in which the benchmark begins nothing: it starts, and what was begun ends
 
 
-def benchmark(arguments: argparse.Namespace, out: pathlib.Path) -> int:
-    """`benchmarks.run` within the time that is left for it; what it measured until then is kept."""
-    preset = "quick" if arguments.quick else arguments.preset
-    rows = out / "bench.jsonl"
-    command = [sys.executable, "-m", "benchmarks.run"]
-    measuring = [*command, "--device", arguments.device, "--preset", preset, "--out", str(rows)]
-    measuring += ["--passes", "full", "--budget-seconds", str(SECONDS_A_ROW)]
+def benchmark(arguments: argparse.Namespace, out: pathlib.Path, seconds: float, gate: str) -> int:
+    """`benchmarks.anchor` within `seconds`, and the tables of whatever it measured until then."""
+    command = [sys.executable, "-m", "benchmarks.anchor", "--device", arguments.device, "--out", str(out)]
+    command += ["--quick"] * arguments.quick + ["--gate", gate] * bool(gate)
+    command += [word for text in arguments.case for word in ("--only", text)]
+    # Users do not set what makes two runs of a library product equal; the gate does.
+    environment = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
+    measuring = [*command, "--seconds", f"{max(0.0, seconds - GRACE_SECONDS):.0f}"]
     try:
         status = subprocess.run(
-            measuring, cwd=ROOT, timeout=arguments.benchmark_seconds, check=False
+            measuring, cwd=ROOT, env=environment, timeout=max(1.0, seconds), check=False
         ).returncode
     except subprocess.TimeoutExpired:
-        print(
-            f"\nthe benchmark was ended after {arguments.benchmark_seconds:.0f} s, its later cases unmeasured"
+        print(f"\nthe benchmark did not end in {seconds:.0f} s and was ended; its rows until then are kept")
+        status = subprocess.run([*command, "--figures"], cwd=ROOT, check=False).returncode or 1
+    rows = out / "bench.jsonl"
+    if out.parent == RESULTS and rows.exists() and rows.read_text():
+        # The README's tables are made of these rows.
+        status = (
+            subprocess.run([sys.executable, "-m", "benchmarks.readme"], cwd=ROOT, check=False).returncode
+            or status
         )
-        status = 0
-    if not rows.exists() or not rows.read_text():
-        return status or 1
-    table = subprocess.run(
-        [*command, "--table", str(rows)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
-    )
-    if table.returncode == 0:
-        rows.with_suffix(".md").write_text(table.stdout)
-        print(table.stdout)
-    made = [[*command, "--plots", str(rows)]]
-    if out.parent == RESULTS:
-        made.append([sys.executable, "-m", "benchmarks.readme"])  # the README's tables are made of these rows
-    failed = [step for step in made if subprocess.run(step, cwd=ROOT, check=False).returncode]
-    return status or table.returncode or len(failed)
-
-
-def left_for_benchmark(arguments: argparse.Namespace, gate_took: float) -> float:
-    """Its own time less what the gate took beyond its own: the last check of each batch may end late."""
-    late = max(0.0, gate_took - arguments.gate_seconds)
-    wanted = arguments.benchmark_seconds
-    return max(wanted - late, min(wanted, LEAST_BENCHMARK_SECONDS))
+    return status
 
 
 def results_folder(device: str) -> pathlib.Path:
@@ -79,21 +66,26 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
     parser.add_argument("--gate", action="store_true", help="the gate only")
+    parser.add_argument("--bench", action="store_true", help="the benchmark only")
+    parser.add_argument("--anyway", action="store_true", help="benchmark behind a red gate too")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, sampled operations")
+    parser.add_argument("--sections", nargs="+", default=[], help="of the gate")
     parser.add_argument("--only", action="append", default=[], help="checks whose section/name has this text")
     parser.add_argument("--skip", action="append", default=[], help="checks to leave out")
+    parser.add_argument("--case", action="append", default=[], help="benchmark cases that have this text")
     parser.add_argument("--jobs", type=int, help="processes of the gate; 0: this one")
-    parser.add_argument("--gate-seconds", type=float, default=GATE_SECONDS)
-    parser.add_argument("--benchmark-seconds", type=float, default=BENCHMARK_SECONDS)
-    parser.add_argument("--preset", default="anchor", help="of benchmarks.run")
     parser.add_argument("--out", type=pathlib.Path, help="default: benchmarks/results/<device>")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.gate and arguments.bench:
+        parser.error("--gate and --bench: wanted one of them")
+    return arguments
 
 
 def main(words: list[str] | None = None) -> int:
+    start = time.monotonic()
     arguments = parsed(words)
     if arguments.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is decorated: before the first import
@@ -107,22 +99,20 @@ def main(words: list[str] | None = None) -> int:
             "gpu: this torch sees no CUDA device; --device cpu --quick runs the interpreter", file=sys.stderr
         )
         return 2
-    from benchmarks.gpu import gate  # brings the kernels along
-    from benchmarks.gpu.suite import Suite
-
-    if arguments.worker:
-        gate.serve(gate.checks_of(Suite(torch.device(arguments.device), arguments.quick)))
-        return 0
     out = arguments.out or results_folder(arguments.device)
-    start = time.monotonic()
-    result = gate.run(arguments, out)
-    if arguments.gate:
-        return int(result != gate.GREEN)
-    if result == gate.RED:
-        print("no speed is measured behind a red gate", file=sys.stderr)
-        return 1
-    arguments.benchmark_seconds = left_for_benchmark(arguments, time.monotonic() - start)
-    return benchmark(arguments, out) or int(result != gate.GREEN)
+    result = ""  # of a gate that was not asked for
+    if not arguments.bench:
+        from benchmarks.gpu import gate  # brings the kernels along
+
+        share = 1.0 if arguments.gate else 1.0 - BENCHMARK_SHARE
+        result = gate.run(arguments, out, share * arguments.seconds - (time.monotonic() - start))
+        if arguments.gate:
+            return int(result != gate.GREEN)
+        if result == gate.RED and not arguments.anyway:
+            print("no speed is measured behind a red gate (--anyway measures it)", file=sys.stderr)
+            return 1
+    left = arguments.seconds - (time.monotonic() - start)
+    return benchmark(arguments, out, left, result) or int(result not in ("", "green"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 contract     every op, dtype and head: plain, ragged, with every option
 obligations  the gradient contract of duet_kernels.testing: masks, subsets, strides, second backward, NaN rows
 tokens, k    the edges of the tiles: N = 1, 16, 17, 64, 65, ..., K = 1 to 1000
+zipf         ids as frequent as words are: segments of thousands of tokens beside rows of the head that nobody chose
 order        ties, ascending and descending rows, -inf logits
 same         two runs, bit for bit
 """
@@ -33,6 +34,7 @@ from benchmarks.gpu.suite import (
     outcome,
     poisoned_memory,
     topk,
+    zipf,
 )
 from duet_kernels import linear_gather, linear_logsumexp, linear_topk
 from duet_kernels.testing import (
@@ -95,6 +97,19 @@ def tokens_and_k(suite: Suite) -> Iterator[Check]:
         selection = Selection(f"topk k={k}", "linear_topk", functools.partial(judge_topk, k=k), topk)
         for op in (selection, *at_k(k)):
             yield judged(suite, "k", f"K={k} bf16", op, "triton", sizes.ks_nvd, dtype="bf16", bias=True)
+
+
+def frequent(suite: Suite) -> Iterator[Check]:
+    n, v, d, k = suite.sizes.zipf
+    for op in zipf(k):
+        for dtype, impl in (("bf16", "triton"), ("fp32", "triton"), ("bf16", "chunked")):
+            yield judged(suite, "zipf", dtype, op, impl, (n, v, d), dtype=dtype)
+
+        def run(op: Op = op) -> None:
+            problem = suite.problem((n, v, d), "bf16")
+            assert_equal(outcome(op, problem, "triton"), outcome(op, problem, "triton"), "two runs")
+
+        yield Check("zipf", f"same triton {op.name}", run)
 
 
 def order(suite: Suite) -> Iterator[Check]:
@@ -160,4 +175,4 @@ def same(suite: Suite) -> Iterator[Check]:
         yield Check("same", f"{impl} {op.name}", run)
 
 
-SECTIONS = contract, obligations, tokens_and_k, order, same
+SECTIONS = contract, obligations, tokens_and_k, frequent, order, same

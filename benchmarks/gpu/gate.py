@@ -1,8 +1,9 @@
-"""Runs the checks, in processes of their own, and writes one row of JSON a check.
+"""Runs the checks in a few long-lived processes and writes one row of JSON a check, behind one that says where.
 
-Most of a first run is compiling, which several processes do at once; and what a broken kernel does to a process (an
-illegal address takes the whole CUDA context along, an endless loop never returns) ends with it. A red check stops no
-other. A check that the time did not suffice for is `not run`, and then the gate is not green.
+Most of a first run is compiling, which the processes do side by side; what one has compiled the others find in Triton's
+cache. They are forked from a server that has imported torch, so that starting one anew takes no import: it is done when
+the device no longer answers (an illegal access stays in a process), when a process died, and when a check never returned.
+A red check stops no other. A check that the time did not suffice for is `not run`, and then the gate is not green.
 
 Must not know what is checked.
 """
@@ -13,37 +14,37 @@ import argparse
 import collections
 import contextlib
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
 import queue
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from typing import IO, Any
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
 from benchmarks.gpu import conduct, correctness, limits
 from benchmarks.gpu.suite import Check, Skip, Suite
-from benchmarks.harness import environment
+from benchmarks.harness import answers, environment
 from duet_kernels.testing import Error
 
-ROOT = pathlib.Path(__file__).parents[2]
-SHARED = 0.6  # of the time for checks that run side by side; the rest is for those that need the GPU alone
-START_SECONDS = 30.0  # a process may take to start and to import before its first check
-BYTES_A_WORKER = 8 << 30  # of a GPU's memory: a CUDA context, and a case with its truth in fp64
+SHARED = 0.75  # of the time for checks that run side by side; the rest is for those that need the GPU alone
+START_SECONDS = 60.0  # a process may take to start and to reach the GPU before its first check
+BYTES_A_WORKER = 5 << 30  # of a GPU's memory: a CUDA context, and a case with its truth in fp64
+PROGRESS_SECONDS = 10.0
 
 GREEN, RED, NOT_RUN = "green", "red", "not run"
 
 
 def checks_of(suite: Suite) -> list[Check]:
-    """Every check, the ones that say most first."""
-    sections = *correctness.SECTIONS, conduct.conduct, *limits.SECTIONS, conduct.sanitizer
+    """Every check: the long ones first, then the ones that say most."""
+    sections = conduct.sanitizer, *correctness.SECTIONS, conduct.conduct, *limits.SECTIONS
     return [check for section in sections for check in section(suite)]
 
 
@@ -84,104 +85,128 @@ def perform(check: Check) -> dict[str, Any]:
 # --- processes that perform checks ------------------------------------------------------------------------------
 
 
-def serve(checks: Iterable[Check]) -> None:
-    """A worker: titles come in by line, rows go out by line. After a red check it ends, and another one goes on."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is not an answer
-    by_title = {check.title: check for check in checks}
-    for line in sys.stdin:
-        row = perform(by_title[line.rstrip("\n")])
-        print(json.dumps(row), file=answers, flush=True)
-        if row["status"] == RED:
-            return
+def serve(pipe: Connection, device: str, quick: bool, log: str) -> None:
+    """A worker: titles come in, rows go out, each with whether it is the worker's last."""
+    with open(log, "a") as file:
+        for output in (1, 2):
+            os.dup2(file.fileno(), output)
+    torch.set_num_threads(1)  # the processes share the cores
+    by_title = {check.title: check for check in checks_of(Suite(torch.device(device), quick))}
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while True:
+            row = perform(by_title[pipe.recv()])
+            last = not answers(device)
+            if last and row["status"] != RED:  # the error of a kernel that nothing has waited for
+                row |= {"status": RED, "said": "the device no longer answers after it"}
+            pipe.send((row, last))
+            if last:
+                return
 
 
 class Worker:
     """One process and the pipe to it, started when first asked, started anew when it has ended."""
 
-    def __init__(self, command: list[str], log: IO[str]) -> None:
-        self.command, self.log = command, log
-        self.process: subprocess.Popen[str] | None = None
+    server = multiprocessing.get_context("forkserver")
+    lock = threading.Lock()  # multiprocessing keeps one list of children
+
+    def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
+        self.target, self.arguments = target, arguments
+        self.process: Any = None
+
+    def start(self) -> None:
+        with self.lock:
+            self.pipe, theirs = self.server.Pipe()
+            self.process = self.server.Process(target=self.target, args=(theirs, *self.arguments))
+            self.process.start()
+            theirs.close()
 
     def __call__(self, check: Check) -> dict[str, Any]:
         """The check's row; a process that dies or hangs makes it a red one."""
-        if self.process is None or self.process.poll() is not None:
-            pipe = subprocess.PIPE
-            self.process = subprocess.Popen(
-                self.command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, cwd=ROOT
-            )
-        process, start = self.process, time.perf_counter()
-        assert process.stdin is not None and process.stdout is not None
-        alarm = threading.Timer(check.seconds + START_SECONDS, process.kill)
-        alarm.start()
+        start = time.perf_counter()
+        if self.process is None:
+            self.start()
         try:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(check.title + "\n")
-                process.stdin.flush()
-            answer = process.stdout.readline()
-        finally:
-            alarm.cancel()
-        if answer:
-            row = json.loads(answer)
-            if row["status"] == RED:
-                self.close()
-            return row
-        seconds = time.perf_counter() - start
-        status = process.wait()
-        hung = seconds > check.seconds
-        said = f"no answer in {seconds:.0f} s" if hung else f"its process died with exit status {status}"
-        return row_of(check, RED, seconds, said=said)
+            self.pipe.send(check.title)
+            if self.pipe.poll(check.seconds + START_SECONDS):
+                row, last = self.pipe.recv()
+                if last:
+                    self.close()
+                return row
+            said = f"no answer in {time.perf_counter() - start:.0f} s"
+            self.process.kill()
+            self.close()
+        except (EOFError, OSError):
+            said = f"its process died with exit status {self.close()}"
+        return row_of(check, RED, time.perf_counter() - start, said=said)
 
-    def close(self) -> None:
+    def release(self) -> None:
+        """The process ends by itself when it sees that its pipe is closed."""
         if self.process is not None:
-            assert self.process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.close()
-            try:
-                self.process.wait(timeout=10)
-            except subprocess.TimeoutExpired:  # a broken context may not let go
+            self.pipe.close()
+
+    def close(self) -> int | None:
+        """End the process; its exit status."""
+        if self.process is None:
+            return None
+        self.pipe.close()
+        with self.lock:
+            self.process.join(timeout=10)
+            if self.process.exitcode is None:  # a broken context may not let go
                 self.process.kill()
-                self.process.wait()
-            self.process = None
+                self.process.join()
+        status, self.process = self.process.exitcode, None
+        return status
 
 
 def run_checks(
     checks: list[Check],
-    ask: Callable[[], Callable[[Check], dict[str, Any]]],
-    jobs: int,
+    workers: list[Callable[[Check], dict[str, Any]]],
     seconds: float,
     report: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """Every check's row, in the order of `checks`; `ask()` makes what answers, one for each of `jobs` threads."""
+    """Every check's row, in the order of `checks`: side by side, then, by the first worker, those that run alone."""
     end = time.monotonic() + seconds
     rows: dict[str, dict[str, Any]] = {}
     together = [check for check in checks if not check.alone]
     alone = [check for check in checks if check.alone]
     shared = SHARED * seconds if alone else seconds
-    for batch, workers, until in ((together, jobs, end - seconds + shared), (alone, 1, end)):
-        waiting: queue.SimpleQueue[Check] = queue.SimpleQueue()
-        for check in batch:
-            waiting.put(check)
+    try:
+        for batch, until in ((together, end - seconds + shared), (alone, end)):
+            waiting: queue.SimpleQueue[Check] = queue.SimpleQueue()
+            for check in batch:
+                waiting.put(check)
 
-        def work(waiting: queue.SimpleQueue[Check] = waiting, until: float = until) -> None:
-            with contextlib.ExitStack() as stack:
-                answer = ask()
-                stack.callback(getattr(answer, "close", lambda: None))
-                while True:
-                    try:
+            def work(
+                worker: Callable[[Check], dict[str, Any]],
+                waiting: queue.SimpleQueue[Check] = waiting,
+                until: float = until,
+            ) -> None:
+                with contextlib.suppress(queue.Empty):
+                    while True:
                         check = waiting.get_nowait()
-                    except queue.Empty:
-                        return
-                    row = answer(check) if time.monotonic() < until else row_of(check, NOT_RUN)
-                    rows[check.title] = row
-                    report(row)
+                        row = worker(check) if time.monotonic() < until else row_of(check, NOT_RUN)
+                        rows[check.title] = row
+                        report(row)
 
-        threads = [threading.Thread(target=work) for _ in range(min(workers, len(batch)))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+            threads = [threading.Thread(target=work, args=[worker]) for worker in workers[: len(batch)]]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            finish(workers[1:])
+            workers = workers[:1]
+    finally:
+        finish(workers)
     return [rows[check.title] for check in checks]
+
+
+def finish(workers: Iterable[Callable[[Check], dict[str, Any]]]) -> None:
+    """End all processes: first each is told, then each is waited for."""
+    processes = [worker for worker in workers if isinstance(worker, Worker)]
+    for worker in processes:
+        worker.release()
+    for worker in processes:
+        worker.close()
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------
@@ -223,43 +248,57 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run(arguments: argparse.Namespace, out: pathlib.Path) -> str:
+def run(arguments: argparse.Namespace, out: pathlib.Path, seconds: float) -> str:
     """The gate's colour; its rows are in gate.jsonl."""
     suite = Suite(torch.device(arguments.device), arguments.quick)
-    checks = [check for check in checks_of(suite) if selected(check.title, arguments)]
+    checks = [check for check in checks_of(suite) if selected(check, arguments)]
     jobs = arguments.jobs if arguments.jobs is not None else default_jobs(suite.device)
     where = {**environment(suite.device), "python": platform.python_version()}
     out.mkdir(parents=True, exist_ok=True)
-    path, start, done, lock = out / "gate.jsonl", time.perf_counter(), [0], threading.Lock()
+    path, start, lock = out / "gate.jsonl", time.perf_counter(), threading.Lock()
+    counts: collections.Counter[str] = collections.Counter()
+    said = [start]  # when the last line of progress was printed
 
-    with path.open("w") as file, tempfile.TemporaryFile("w+") as log:
+    with path.open("w") as file, tempfile.NamedTemporaryFile("r") as log:
+        print(json.dumps(where), file=file, flush=True)
 
         def report(row: dict[str, Any]) -> None:
             with lock:
-                print(json.dumps({**where, **row}), file=file, flush=True)
-                done[0] += 1
-                if row["status"] == RED or done[0] % 50 == 0:
-                    print(f"{time.perf_counter() - start:5.0f} s  {done[0]}/{len(checks)}  {row['status']}  "
+                print(json.dumps(row), file=file, flush=True)
+                counts[row["status"]] += 1
+                now = time.perf_counter()
+                if row["status"] == RED or now - said[0] > PROGRESS_SECONDS:
+                    said[0] = now
+                    print(f"{now - start:5.0f} s  {counts.total()}/{len(checks)}, {counts[RED]} red  {row['status']}  "
                           f"{row['section']}/{row['check']}  {row.get('said', '')}", flush=True)  # fmt: skip
 
-        command = [sys.executable, "-m", "benchmarks.gpu", "--worker", "--device", arguments.device]
-        command += ["--quick"] if arguments.quick else []
-        ask = (lambda: Worker(command, log)) if jobs else (lambda: perform)
-        rows = run_checks(checks, ask, max(jobs, 1), arguments.gate_seconds, report)
-        log.seek(0)
+        Worker.server.set_forkserver_preload([__name__])
+        workers = [Worker(serve, arguments.device, arguments.quick, log.name) for _ in range(jobs)]
+        rows = run_checks(checks, workers or [perform], seconds, report)
         noise = log.read()
     result = colour(rows)
-    print(summary(rows))
+    text = summary(rows)
+    print(text)
+    (out / "gate.md").write_text(f"{', '.join(where.values())}\n\n{text}\n")
     if result == RED and noise:
         print("\nthe workers' last words:\n" + noise[-4000:])
-    print(f"\ncorrectness gate: {result.upper() if result == RED else result}, {len(rows)} checks in "
+    other = len(rows) - counts[GREEN] - counts[RED] - counts[NOT_RUN]
+    print(f"\ncorrectness gate: {GREEN if result == GREEN else 'NOT GREEN'}, {counts[GREEN]} green, {counts[RED]} red, "
+          f"{counts[NOT_RUN]} not run, {other} cannot run here, {len(rows)} checks in "
           f"{time.perf_counter() - start:.0f} s, {path}")  # fmt: skip
     return result
 
 
-def selected(title: str, arguments: argparse.Namespace) -> bool:
-    wanted = not arguments.only or any(text in title for text in arguments.only)
-    return wanted and not any(text in title for text in arguments.skip)
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a gate.jsonl, each with the fields of the first line, which says where all were made."""
+    where, *rows = (json.loads(line) for line in path.read_text().splitlines())
+    return [{**where, **row} for row in rows]
+
+
+def selected(check: Check, arguments: argparse.Namespace) -> bool:
+    wanted = not arguments.only or any(text in check.title for text in arguments.only)
+    section = not arguments.sections or check.section in arguments.sections
+    return wanted and section and not any(text in check.title for text in arguments.skip)
 
 
 def default_jobs(device: torch.device) -> int:
@@ -267,4 +306,4 @@ def default_jobs(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     _, total = torch.cuda.mem_get_info(device)
-    return max(1, min((os.cpu_count() or 1) - 1, total // BYTES_A_WORKER, 12))
+    return max(1, min((os.cpu_count() or 1) - 1, total // BYTES_A_WORKER))

@@ -1,4 +1,4 @@
-"""Addresses beyond 2^31 elements, the workspace, and a device without memory. Each check has the whole GPU to itself.
+"""Addresses beyond 2^31 elements, the workspace, and a device without memory.
 
 beyond   more than 2^31 elements in W, in the logits, in the gathered rows, in the slots
 memory   the workspace is kept to; after an out-of-memory error the next call is right
@@ -223,8 +223,8 @@ def memory(suite: Suite) -> Iterator[Check]:
             ]  # the first loads kernels and libraries
         allowed = suite.sizes.workspace + SLACK
         if trainable and op.resolve == "linear_distill_loss":
-            # Made in the forward pass, summed in fp32, scaled by the upstream gradient in the backward pass.
-            allowed += 2 * 4 * problem.weight.numel()
+            # Blocks of tokens add up in an fp32 dW. The other losses finish a slice of dW before they begin the next.
+            allowed += 4 * problem.weight.numel()
         sentence = f"{peaks[1] / MIB:.0f} MiB beyond inputs and results, {allowed / MIB:.0f} MiB allowed"
         assert peaks[1] <= allowed, sentence
         return sentence
@@ -233,7 +233,7 @@ def memory(suite: Suite) -> Iterator[Check]:
         for trainable in (False,) if isinstance(op, Selection) else (False, True):
             head = "trainable" if trainable else "frozen"
             run = functools.partial(kept, op, impl, trainable)
-            yield Check("memory", f"workspace {head} {impl} {op.name}", run, alone=True)
+            yield Check("memory", f"workspace {head} {impl} {op.name}", run)
 
     for op, impl in kernels(suite, (*suite.sampled, *SELECTIONS)):
         run = functools.partial(exhausted, suite, op, impl)

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cases import zipf_ids
 from duet_kernels import (
+    TopK,
     linear_gather,
     linear_logsumexp,
     linear_token_stats,
@@ -47,7 +49,7 @@ class Skip(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One claim. `alone`: it measures or exhausts the device's memory, so nothing else may run beside it."""
+    """One claim. `alone`: it takes much or all of the device's memory, so nothing else may run beside it."""
 
     section: str
     name: str
@@ -73,6 +75,7 @@ class Sizes:
     tokens_vd: tuple[int, int] = (1003, 72)
     ks: tuple[int, ...] = (1, 5, 64, 1000)
     ks_nvd: tuple[int, int, int] = (65, 3001, 128)
+    zipf: tuple[int, int, int, int] = (3000, 20011, 128, 16)
     ascending: int = 16001
     middle: tuple[int, int, int] = (1024, 32000, 512)
     long_weight: tuple[int, int, int] = (96, 262144, 8256)
@@ -93,6 +96,7 @@ QUICK = Sizes(
     tokens_vd=(67, 19),
     ks=(1, 5, 64),
     ks_nvd=(7, 203, 16),
+    zipf=(31, 61, 16, 4),
     ascending=257,
     middle=(9, 67, 16),
     long_weight=(12, 203, 24),
@@ -167,13 +171,31 @@ SELECTIONS = (
 
 def at_k(k: int) -> Iterator[Op]:
     """The sparse operations at k slots; the table's own have 8."""
+    return at_slots(f"k={k}", lambda problem: problem.teacher_topk(k))
 
+
+def zipf(k: int) -> Iterator[Op]:
+    """The sparse operations at ids as frequent as words are: long segments of dW, and many rows that nobody chose."""
+
+    def teacher(problem: Problem) -> TopK:
+        exact = problem.to(torch.float64)
+        generator = torch.Generator(problem.hidden.device).manual_seed(0)
+        ids = zipf_ids(len(problem.hidden), problem.teacher_head.num_ids, k, generator)
+        at = exact.teacher_hidden, exact.teacher_head
+        values, order = linear_gather(*at, ids, impl="reference").sort(-1, descending=True)
+        tail = linear_logsumexp(*at, exclude=ids, impl="reference")
+        acc = torch.float64 if problem.hidden.dtype == torch.float64 else torch.float32
+        return TopK(values.float().to(acc), ids.gather(-1, order), tail.float().to(acc))
+
+    return at_slots(f"zipf k={k}", teacher)
+
+
+def at_slots(name: str, teacher: Callable[[Problem], TopK]) -> Iterator[Op]:
     def distill(
         problem: Problem, divergence: str, normalization: str | None = None, **options: Any
     ) -> Tensor:
-        teacher = problem.teacher_topk(k)
         options = {"divergence": divergence, "normalization": normalization, **options}
-        return topk_distill_loss(problem.hidden, problem.head, teacher, **options)
+        return topk_distill_loss(problem.hidden, problem.head, teacher(problem), **options)
 
     def gather(problem: Problem, **options: Any) -> Tensor:
         return linear_gather(problem.hidden, problem.head, ids(problem), **options)
@@ -182,14 +204,14 @@ def at_k(k: int) -> Iterator[Op]:
         return linear_logsumexp(problem.hidden, problem.head, exclude=ids(problem), **options)
 
     def ids(problem: Problem) -> Tensor:
-        return problem.teacher_topk(k).indices
+        return teacher(problem).indices
 
-    yield Op(f"gather k={k}", gather, ids, "linear_gather", loss=False)
-    yield Op(f"logsumexp-exclude k={k}", complement, ids, "linear_logsumexp", loss=False)
+    yield Op(f"gather {name}", gather, ids, "linear_gather", loss=False)
+    yield Op(f"logsumexp-exclude {name}", complement, ids, "linear_logsumexp", loss=False)
     huber = functools.partial(distill, divergence="huber")
-    yield Op(f"topk-huber k={k}", huber, ids, "topk_distill_loss")
+    yield Op(f"topk-huber {name}", huber, ids, "topk_distill_loss")
     tail = functools.partial(distill, divergence="jsd", normalization="tail")
-    yield Op(f"topk-jsd-tail k={k}", tail, ids, "topk_distill_loss/lse")
+    yield Op(f"topk-jsd-tail {name}", tail, ids, "topk_distill_loss/lse")
 
 
 # One of every kernel family, where the whole table would compile the same kernels again.
@@ -199,7 +221,7 @@ SAMPLED = ("gather", "logsumexp-exclude", "cross-entropy", "topk-huber", "topk-j
 # --- the suite --------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 def _drawn(
     device: torch.device, shape: tuple[int, int, int], dtype: str, options: tuple[tuple[str, Any], ...]
 ) -> Problem:
@@ -231,7 +253,7 @@ class Suite:
         return self.sampled if self.quick else self.ops
 
     def problem(self, shape: tuple[int, int, int], dtype: str = "fp32", **options: Any) -> Problem:
-        """The last one drawn is kept: checks of one shape follow each other, and drawing is done by the CPU."""
+        """The last ones drawn are kept: checks of one shape follow each other, and drawing is done by the CPU."""
         return _drawn(self.device, shape, dtype, tuple(options.items()))
 
     def needs_cuda(self) -> None:
@@ -285,15 +307,16 @@ def judged(
     tight: bool = False,
     **options: Any,
 ) -> Check:
-    """One operation against fp64; `tight`: its mean over tokens, within a MiB of workspace."""
+    """One operation against fp64; `tight`: its sum over tokens, within a MiB of workspace."""
 
     def run() -> Error:
         problem = suite.problem(shape, **options)
         with poisoned_memory(), workspace(MIB) if tight else contextlib.nullcontext():
             if isinstance(op, Selection):
                 return op.judge(problem, impl)
-            # A mean makes its gradients along with the loss, tokens on their own make them afterwards.
-            return judge(op, problem, impl, **({"reduction": "mean"} if tight and op.loss else {}))
+            # A sum makes its gradients along with the loss, tokens on their own make them afterwards. (A mean does as a
+            # sum does, but its gradients end below the smallest normal number of fp16 unless the loss is scaled.)
+            return judge(op, problem, impl, **({"reduction": "sum"} if tight and op.loss else {}))
 
     return Check(section, f"{name} {impl} {op.name}", run)
 

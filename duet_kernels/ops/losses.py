@@ -26,6 +26,7 @@ from .op import (
     needs_gradient,
     present,
     refuse_second_derivative,
+    save_for_backward,
 )
 from .primitives import linear_gather_backward
 
@@ -56,19 +57,41 @@ def _results_like(
 
 
 def _gradient(
-    ctx: Any, grad: Tensor, name: str, again: Callable[[Need], tuple[Tensor, ...]]
+    ctx: Any, grad: Tensor, name: str, again: Callable[[Need, Tensor | None], tuple[Tensor, ...]]
 ) -> tuple[Tensor | None, ...]:
-    """What the forward pass made, times the upstream gradient; dW and db of rows are made by `again`."""
+    """What the forward pass made, times the upstream gradient; `again` runs the op with another factor of each row.
+
+    dW and db of a sum are scaled in place and given away: autograd may make a leaf's `grad` of their memory. A second
+    backward pass over the same graph makes them again, and does to them what the first one did.
+    """
     refuse_second_derivative(name)
     need = Need(*ctx.needs_input_grad[:3])
-    gradients = ctx.saved_tensors[:3]
-    if ctx.reduce:
-        scaled = [g * grad for g in gradients]
-    else:
-        later = need._replace(hidden=False)
-        scaled = [gradients[0] * grad[:, None] if need.hidden else gradients[0]]
-        scaled += again(later)[1:] if any(later) else gradients[1:]
-    return for_autograd([g.to(ctx.dtype) for g in scaled], need, len(ctx.needs_input_grad))
+    dhidden, *others = ctx.saved_tensors[:3]
+    if need.hidden:
+        dhidden = (dhidden * (grad if ctx.reduce else grad[:, None])).to(ctx.dtype)
+    if any(need[1:]) and not ctx.reduce:
+        others = [g.to(ctx.dtype) for g in again(need._replace(hidden=False), grad)[1:]]
+    elif any(need[1:]):
+        if torch.compiler.is_compiling() or type(grad) is not Tensor:  # traced: nothing may be written
+            others = [(g * grad).to(ctx.dtype) for g in others]
+        else:
+            if ctx.given_away:
+                others = again(ctx.need, None)[1:]
+            ctx.given_away = any(g.dtype == ctx.dtype for g in others)
+            # `.data`: autograd would refuse the saved tensors to the next pass, which does not read these.
+            others = [implementation(ctx.impl).times_upstream(g.data, grad, ctx.dtype) for g in others]
+    return for_autograd([dhidden, *others], need, len(ctx.needs_input_grad))
+
+
+def _remember(ctx: Any, dtype: torch.dtype, reduce: bool, need: tuple[bool, ...], impl: str) -> None:
+    """What `_gradient` asks of an op's context."""
+    ctx.dtype, ctx.reduce, ctx.need, ctx.impl, ctx.given_away = dtype, reduce, Need(*need), impl, False
+
+
+def _save(ctx: Any, output: tuple[Tensor, ...], *inputs: Tensor | None) -> None:
+    """Keep the gradients that the forward pass made, and its inputs where `again` may have to make dW or db."""
+    again = any(ctx.needs_input_grad[1:3])
+    save_for_backward(ctx, *output[1:], *(inputs if again else ()))
 
 
 def _options(spec: Divergence) -> tuple[str, str, float, float, float]:
@@ -143,7 +166,7 @@ def _(hidden, weight, bias, softcap, scale, ids, teacher, factor, *rest):
 
 def _topk_loss_context(ctx, inputs, output):
     hidden, weight, bias, ctx.softcap, ctx.scale, ids, *_, ctx.impl = inputs
-    ctx.save_for_backward(*output[1:], hidden, weight, bias, ids)
+    save_for_backward(ctx, *output[1:], hidden, weight, bias, ids)
 
 
 def _topk_loss_gradient(ctx, grad, *_):
@@ -203,15 +226,17 @@ def _(hidden, weight, bias, *rest):
 
 def _topk_loss_with_tail_context(ctx, inputs, output):
     hidden, weight, bias, softcap, scale, ids, teacher, teacher_tail, factor = inputs[:9]
-    *options, ctx.reduce, _, _, _, ctx.impl = inputs[9:]
-    ctx.dtype, ctx.head, ctx.options = hidden.dtype, (softcap, scale), options
-    ctx.save_for_backward(*output[1:], hidden, weight, bias, ids, teacher, teacher_tail, factor)
+    *ctx.options, reduce, need_hidden, need_weight, need_bias, impl = inputs[9:]
+    _remember(ctx, hidden.dtype, reduce, (need_hidden, need_weight, need_bias), impl)
+    ctx.head = softcap, scale
+    _save(ctx, output, hidden, weight, bias, ids, teacher, teacher_tail, factor)
 
 
 def _topk_loss_with_tail_gradient(ctx, grad, *_):
-    def again(need):
+    def again(need, upstream):
         hidden, weight, bias, ids, teacher, teacher_tail, factor = ctx.saved_tensors[3:]
-        inputs = hidden, weight, bias, *ctx.head, ids, teacher, teacher_tail, factor * grad
+        factor = factor if upstream is None else factor * upstream
+        inputs = hidden, weight, bias, *ctx.head, ids, teacher, teacher_tail, factor
         return _topk_loss_with_tail(*inputs, *ctx.options, True, *need, ctx.impl)[1:]
 
     return _gradient(ctx, grad, "topk_distill_loss", again)
@@ -287,21 +312,23 @@ def _(hidden, weight, bias, *rest):
 
 def _linear_divergence_context(ctx, inputs, output):
     hidden, weight, bias, softcap, scale, t_hidden, t_weight, t_bias, t_softcap, t_scale, factor = inputs[:11]
-    *options, ctx.reduce, _, _, _, ctx.impl = inputs[11:]
-    ctx.dtype, ctx.heads, ctx.options = hidden.dtype, ((softcap, scale), (t_softcap, t_scale)), options
-    ctx.save_for_backward(*output[1:], hidden, weight, bias, t_hidden, t_weight, t_bias, factor)
+    *ctx.options, reduce, need_hidden, need_weight, need_bias, impl = inputs[11:]
+    _remember(ctx, hidden.dtype, reduce, (need_hidden, need_weight, need_bias), impl)
+    ctx.heads = (softcap, scale), (t_softcap, t_scale)
+    _save(ctx, output, hidden, weight, bias, t_hidden, t_weight, t_bias, factor)
 
 
 def _linear_divergence_gradient(ctx, grad, *_):
-    def again(need):
+    def again(need, upstream):
         hidden, weight, bias, t_hidden, t_weight, t_bias, factor = ctx.saved_tensors[3:]
+        factor = factor if upstream is None else factor * upstream
         student, teacher = (
             (*leaves, *end)
             for leaves, end in zip(
                 ((hidden, weight, bias), (t_hidden, t_weight, t_bias)), ctx.heads, strict=True
             )
         )
-        return _linear_divergence(*student, *teacher, factor * grad, *ctx.options, True, *need, ctx.impl)[1:]
+        return _linear_divergence(*student, *teacher, factor, *ctx.options, True, *need, ctx.impl)[1:]
 
     return _gradient(ctx, grad, "linear_distill_loss with k=None", again)
 
@@ -352,15 +379,16 @@ def _(hidden, weight, bias, softcap, scale, labels, factor, reduce, *rest):
 
 
 def _linear_cross_entropy_context(ctx, inputs, output):
-    hidden, weight, bias, ctx.softcap, ctx.scale, labels, factor, ctx.reduce, *_, ctx.impl = inputs
-    ctx.dtype = hidden.dtype
-    ctx.save_for_backward(*output[1:], hidden, weight, bias, labels, factor)
+    hidden, weight, bias, ctx.softcap, ctx.scale, labels, factor, reduce, *need, impl = inputs
+    _remember(ctx, hidden.dtype, reduce, need, impl)
+    _save(ctx, output, hidden, weight, bias, labels, factor)
 
 
 def _linear_cross_entropy_gradient(ctx, grad, *_):
-    def again(need):
+    def again(need, upstream):
         hidden, weight, bias, labels, factor = ctx.saved_tensors[3:]
-        inputs = hidden, weight, bias, ctx.softcap, ctx.scale, labels, factor * grad
+        factor = factor if upstream is None else factor * upstream
+        inputs = hidden, weight, bias, ctx.softcap, ctx.scale, labels, factor
         return _linear_cross_entropy(*inputs, True, *need, ctx.impl)[1:]
 
     return _gradient(ctx, grad, "linear_cross_entropy", again)

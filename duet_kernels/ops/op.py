@@ -59,6 +59,11 @@ def refuse_second_derivative(name: str) -> None:
         raise RuntimeError(no_second_derivative(name))
 
 
+def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
+    """Keep tensors for the backward pass. Autograd refuses those that were made in inference mode: they are copied."""
+    ctx.save_for_backward(*(x.clone() if x is not None and x.is_inference() else x for x in tensors))
+
+
 def present(gradients: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
     """(dh, dW, db) with an empty tensor for each None."""
     dhidden, dweight, dbias = (

@@ -16,6 +16,7 @@ from .op import (
     needs_gradient,
     present,
     refuse_second_derivative,
+    save_for_backward,
 )
 
 # --- top-k: a selection, without a gradient ---------------------------------------------------------------------
@@ -103,7 +104,7 @@ def _(grad, values, hidden, weight, bias, indices, softcap, scale, need_hidden, 
 
 def _linear_gather_context(ctx, inputs, output):
     hidden, weight, bias, indices, ctx.softcap, ctx.scale, ctx.impl = inputs
-    ctx.save_for_backward(output, hidden, weight, bias, indices)
+    save_for_backward(ctx, output, hidden, weight, bias, indices)
 
 
 def _linear_gather_gradient(ctx, grad):
@@ -185,7 +186,7 @@ def _(grad, tail, hidden, weight, bias, exclude, softcap, scale, temperature, ne
 
 def _linear_logsumexp_context(ctx, inputs, output):
     hidden, weight, bias, exclude, ctx.softcap, ctx.scale, ctx.temperature, _, ctx.impl = inputs
-    ctx.save_for_backward(*output, hidden, weight, bias, exclude)
+    save_for_backward(ctx, *output, hidden, weight, bias, exclude)
 
 
 def _linear_logsumexp_gradient(ctx, grad, _):

@@ -4,7 +4,7 @@ The functions below have the signatures of those in `duet_kernels.triton`. They 
 none of their inputs, and hold no `[N, V]` logits. fp64 is kept; everything else is computed in fp32.
 """
 
-from .dense import linear_cross_entropy, linear_divergence
+from .dense import linear_cross_entropy, linear_divergence, times_upstream
 from .gather import linear_gather, linear_gather_backward, topk_loss
 from .logsumexp import linear_logsumexp, linear_logsumexp_backward, token_stats, topk_loss_with_tail
 from .topk import linear_topk
@@ -17,6 +17,7 @@ __all__ = [
     "linear_logsumexp",
     "linear_logsumexp_backward",
     "linear_topk",
+    "times_upstream",
     "token_stats",
     "topk_loss",
     "topk_loss_with_tail",

@@ -5,8 +5,11 @@
 * **Vocabulary tiles** (`vocab_tiles`): W is read once a pass, and a slice of dW is finished when its tile is.
 * **Row chunks** (`row_chunks`, `chunk_logits`): rows that need the whole vocabulary twice have it at hand.
 
-Pieces are sized by the workspace, never hold `[N, V]`, and are computed in fp32 (fp64 for fp64 inputs): half precisions
-are upcast a piece at a time.
+Pieces are sized by the workspace and never hold `[N, V]`, but for a few tokens on a GPU. Logits are fp32 (fp64 for fp64
+inputs): halves are multiplied into fp32 where the library can (`products`), elsewhere they are upcast a piece at a time.
+
+A CPU folds a piece faster that lies in its cache, and may look at values. On other devices a look waits for everything
+that was queued, and every operation costs a launch: pieces are as large as the workspace lets them (`asynchronous`).
 
 Legend: N tokens, D hidden size, V vocabulary, C columns of a tile.
 """
@@ -18,7 +21,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..dispatch import acc_dtype
 from ..head import LMHead
+from ..products import Scaled, operand, operand_dtype, pitch, product
 from ..workspace import workspace_bytes
 
 MAX_ROWS = 8192  # rows of a vocabulary tile: keeps a tile wide enough to be an efficient product
@@ -27,6 +32,12 @@ WEIGHT_SHARE = (
     8  # one part in so many of the workspace holds a slab of W that had to be cast, the others row chunks
 )
 ENOUGH_ROWS = 48  # rows of a chunk that are worth reading W for: three products of them beat four by tiles
+FEW_ROWS = 256  # so few rows are not cut on a GPU: they may have all their logits at once
+
+
+def asynchronous(device: torch.device) -> bool:
+    """Whether work is queued: a look at a value is a synchronisation. A CPU has none of that, and a cache."""
+    return device.type != "cpu"
 
 
 # --- vocabulary tiles ------------------------------------------------------------------------------------------
@@ -39,33 +50,34 @@ def row_blocks(n: int) -> Iterator[slice]:
 
 def tile_width(n: int, head: LMHead, copies: int, parts: int = 8) -> int:
     """Columns of a vocabulary tile: one of `parts` of the vocabulary or less, `copies` tiles inside the workspace."""
-    v, d = head.weight.shape
+    (v, d), device = head.weight.shape, head.weight.device
     item = head.acc.itemsize
-    upcast = d * item if head.weight.dtype != head.acc else 0
+    upcast = d * item if operand_dtype(head.weight) != head.weight.dtype else 0
     rows = max(min(n, MAX_ROWS), 1)
-    by_workspace = workspace_bytes() // (copies * rows * item + upcast)
-    by_cache = max(TILE_BYTES // (rows * item), 512)
-    width = max(1, min(by_workspace, by_cache, -(-v // parts) | 15))
+    width = workspace_bytes(device) // (copies * rows * item + upcast)
+    if asynchronous(device):
+        width = min(width, pitch(-(-v // (1 if n <= FEW_ROWS else parts))))
+        return width // 16 * 16 or max(width, 1)
+    width = max(1, min(width, max(TILE_BYTES // (rows * item), 512), -(-v // parts) | 15))
     return (width + 1) // 16 * 16 - 1 if width >= 32 else width  # with the spare column whole cache lines
 
 
 def vocab_tiles(
     hidden: Tensor, head: LMHead, copies: int = 3, parts: int = 8
 ) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
-    """Yield `(columns, width, W tile in the accumulation dtype, z tile [rows, C])`; z is the caller's to overwrite.
+    """Yield `(columns, width, W tile as an operand, z tile [rows, C])`; z is the caller's to overwrite.
 
     The z tile is a view of one reused buffer with a spare column on the right, which `with_spare_column` gives access to.
     """
     v = head.weight.shape[0]
     width = tile_width(hidden.shape[0], head, copies, parts)
-    pitch = -(-(width + 1) // 16) * 16  # rows that begin on a cache line are written faster
-    buffer = torch.empty(hidden.shape[0], pitch, dtype=head.acc, device=hidden.device)
+    buffer = torch.empty(hidden.shape[0], pitch(width + 1), dtype=head.acc, device=hidden.device)
     for start in range(0, v, width):
         columns = slice(start, min(start + width, v))
-        weight = head.weight[columns].to(head.acc)
+        weight = operand(head.weight[columns])
         size = columns.stop - columns.start
         z = buffer[:, :size]
-        torch.mm(hidden, weight.T, out=z)
+        product(hidden, weight.T, out=z)
         head.finish_(z, None if head.bias is None else head.bias[columns])
         yield columns, size, weight, z
 
@@ -92,13 +104,18 @@ def whole_lines(z: Tensor, value: float) -> Tensor:
 # --- row chunks ------------------------------------------------------------------------------------------------
 
 
-def rows_that_fit(n: int, v: int, acc: torch.dtype, copies: int) -> int:
+def rows_that_fit(n: int, head: LMHead, copies: int) -> int:
     """Rows whose `copies` `[rows, V]` temporaries lie in 7/8 of the workspace, 0 perhaps.
 
-    At most a fifth of all rows; of few rows half of them, because every chunk reads W again.
+    At most a fifth of all rows; of few rows half of them, because every chunk reads W again. On a GPU half of the
+    workspace and half of the rows: the rest is for what is made of them.
     """
-    budget = workspace_bytes() - workspace_bytes() // WEIGHT_SHARE
-    return min(budget // (copies * v * acc.itemsize), max(-(-n // 5), min(-(-n // 2), ENOUGH_ROWS)))
+    v, device = len(head.weight), head.weight.device
+    workspace = workspace_bytes(device)
+    if asynchronous(device):
+        return min(workspace // 2 // (copies * v * head.acc.itemsize), max(-(-n // 2), min(n, FEW_ROWS)))
+    budget = workspace - workspace // WEIGHT_SHARE
+    return min(budget // (copies * v * head.acc.itemsize), max(-(-n // 5), min(-(-n // 2), ENOUGH_ROWS)))
 
 
 def row_chunks(n: int, step: int) -> Iterator[slice]:
@@ -106,32 +123,51 @@ def row_chunks(n: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + max(1, step), n))
 
 
-def weight_slabs(weight: Tensor, acc: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """`(ids, their rows of W in the dtype of the sums)`: all at once, or slabs where W has to be cast.
+def weight_slabs(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """`(ids, their rows of W as an operand)`: all at once, or slabs where W has to be cast.
 
     A slab is cast while its user still holds the one before: both lie in their share of the workspace.
     """
-    v, d = weight.shape
-    if weight.dtype == acc:
+    (v, d), dtype = weight.shape, operand_dtype(weight)
+    if weight.dtype == dtype:
         yield slice(0, v), weight
         return
-    step = max(1, workspace_bytes() // (2 * WEIGHT_SHARE * d * acc.itemsize))
+    step = max(1, workspace_bytes(weight.device) // (2 * WEIGHT_SHARE * d * dtype.itemsize))
     for start in range(0, v, step):
         columns = slice(start, min(start + step, v))
-        yield columns, weight[columns].to(acc)
+        yield columns, weight[columns].to(dtype)
+
+
+def logits_buffer(rows: int, head: LMHead) -> Tensor:
+    """Memory for the logits `[rows, V]`; on a GPU rows begin where products write them fast, whatever V is."""
+    v, device = len(head.weight), head.weight.device
+    size = pitch(v) if asynchronous(device) else v
+    return torch.empty(rows, size, dtype=head.acc, device=device)[:, :v]
 
 
 def chunk_logits(hidden: Tensor, head: LMHead, out: Tensor | None = None) -> Tensor:
-    h = hidden.to(head.acc)
-    z = h.new_empty(h.shape[0], head.weight.shape[0]) if out is None else out
-    for columns, weight in weight_slabs(head.weight, head.acc):
-        torch.mm(h, weight.T, out=z[:, columns])
+    h = operand(hidden)
+    z = logits_buffer(len(h), head) if out is None else out
+    for columns, weight in weight_slabs(head.weight):
+        product(h, weight.T, out=z[:, columns])
     return head.finish_(z, head.bias)
 
 
-def times_weight(dz: Tensor, weight: Tensor) -> Tensor:
+def times_weight(dz: Scaled, weight: Tensor) -> Tensor:
     """dz W"""
-    out = dz.new_zeros(dz.shape[0], weight.shape[1])
-    for columns, slab in weight_slabs(weight, dz.dtype):
-        out.addmm_(dz[:, columns], slab)
+    out = dz.values.new_zeros(dz.values.shape[0], weight.shape[1], dtype=acc_dtype(dz.values.dtype))
+    for columns, slab in weight_slabs(weight):
+        dz.columns(columns).add_to(out, slab)
     return out
+
+
+# --- passes that are saved -------------------------------------------------------------------------------------
+
+
+def multiply_(x: Tensor, factor: Tensor | float) -> Tensor:
+    """x factor in place, without a pass where the factor is the number 1."""
+    return x if isinstance(factor, float) and factor == 1.0 else x.mul_(factor)
+
+
+def divide_(x: Tensor, divisor: float) -> Tensor:
+    return x if divisor == 1.0 else x.div_(divisor)

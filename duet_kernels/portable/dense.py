@@ -15,8 +15,8 @@ Products, each 2 N D V FLOP, with a frozen and with a trainable head:
                             until the normalisers are known (`dense_rows.RunningKL`)
     jsd, tvd, l1            row chunks 3 and 4: nothing could run along (l1 waits for the largest logit)
 
-So a KL with a frozen head is cut into tiles where its fourth product costs no more than reading W for every chunk
-(`_tiles_are_cheaper`). `dense_rows` compares the logits. Must not know triton.
+So a CPU cuts a KL with a frozen head into tiles where its fourth product costs no more than reading W for every chunk
+(`_tiles_are_cheaper`); a GPU, which reads W fast, does not. `dense_rows` compares the logits.
 
 Legend: N tokens, D hidden size, V vocabulary.
 """
@@ -32,16 +32,19 @@ from torch import Tensor
 from ..dispatch import grad_dtype
 from ..head import LMHead, Need
 from ..options import Divergence
+from ..products import operand, operand_dtype, product, scaled
 from . import cuts
 from .cuts import (
     chunk_logits,
+    logits_buffer,
+    multiply_,
     row_blocks,
     row_chunks,
     rows_that_fit,
     tile_width,
     times_weight,
 )
-from .dense_rows import DenseRows, RunningKL, any_of, raw_terms
+from .dense_rows import DenseRows, RunningKL, any_of, difference_of_logits, raw_terms, strip_bytes
 from .logsumexp import complement_and_values, complement_and_values_backward
 from .running import RunningLogsumexp
 
@@ -52,6 +55,14 @@ _TILE_BYTES = (
     2**20
 )  # of a tile of logits: what is made of it and four times as much of W stay in the last-level cache
 _TILE_COPIES = 12  # of a tile: logits of both models and what is made of them
+
+
+def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor * gradient, rounded to `dtype`: in place where that is the gradient's own, not at all by 1 on a CPU."""
+    if gradient.dtype != dtype:
+        return (gradient * factor).to(dtype)
+    return gradient if factor.device.type == "cpu" and factor == 1 else gradient.mul_(factor)
+
 
 Side = tuple[Tensor, LMHead]  # hidden states and the head they go through
 Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # loss of each row, dh, dW, db
@@ -73,8 +84,7 @@ def linear_cross_entropy(
     into the workspace. Everything else takes tiles, which need no dW in fp32 beside a half one, read W once a pass,
     and are as fast with a frozen head: 2 products; with a trainable one 4.
     """
-    n, v = hidden.shape[0], head.weight.shape[0]
-    step = rows_that_fit(n, v, head.acc, copies=3 if head.softcap is not None else 1)
+    step = rows_that_fit(len(hidden), head, copies=3 if head.softcap is not None else 1)
     if need.weight and head.weight.dtype == head.acc and step >= cuts.ENOUGH_ROWS:
         return _cross_entropy_by_rows(hidden, head, labels, factor, step, need)
     ids = labels[:, None]
@@ -155,11 +165,13 @@ def linear_divergence(
     student, teacher = (hidden, head), (teacher_hidden, teacher_head)
     if spec.name in ("huber", "mse"):
         return _raw_by_tiles(student, teacher, factor, spec, need)
-    n, v = len(hidden), len(head.weight)
-    # Logits of both, and with a softcap the student's slope and what makes it.
-    step = max(1, rows_that_fit(n, v, head.acc, copies=2 if head.softcap is None else 4))
+    n = len(hidden)
+    # Logits of both, and with a softcap the student's slope and what makes it; their gradient as halves.
+    copies = (2 if head.softcap is None else 4) + (operand_dtype(hidden) != head.acc)
+    step = max(1, rows_that_fit(n, head, copies))
     frozen_kl = spec.name in ("forward_kl", "reverse_kl") and not (need.weight or need.bias)
-    if frozen_kl and (not need.hidden or _tiles_are_cheaper(n, step, head.weight)):
+    by_tiles = frozen_kl and not cuts.asynchronous(hidden.device)
+    if by_tiles and (not need.hidden or _tiles_are_cheaper(n, step, head.weight)):
         return _kl_by_tiles(student, teacher, factor, spec, need)
     return _divergence_by_rows(student, teacher, factor, spec, step, need)
 
@@ -171,12 +183,13 @@ def _tiles_are_cheaper(n: int, step: int, weight: Tensor) -> bool:
 
 
 def _tiles(student: Side, teacher: Side) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yield `(columns, their rows of the student's W, its logits, the teacher's)`, in the student's `acc`."""
+    """Yield `(columns, their rows of the student's W as an operand, its logits, the teacher's in the same dtype)`."""
     (hidden, head), (n, d), v = student, student[0].shape, len(student[1].weight)
     width = min(tile_width(n, side, _TILE_COPIES) for _, side in (student, teacher))
-    if head.weight.dtype != head.acc:
+    if head.weight.dtype != operand_dtype(head.weight):
         width = -(-width // 2)  # W of both models is cast
-    width = min(width, max(_TILE_BYTES // (max(n, d // 4) * head.acc.itemsize), 512))
+    if not cuts.asynchronous(hidden.device):
+        width = min(width, max(_TILE_BYTES // (max(n, d // 4) * head.acc.itemsize), 512))
     for start in range(0, v, width):
         columns = slice(start, min(start + width, v))
         weight, s = _tile(hidden, head, columns)
@@ -184,17 +197,16 @@ def _tiles(student: Side, teacher: Side) -> Iterator[tuple[slice, Tensor, Tensor
 
 
 def _tile(hidden: Tensor, head: LMHead, columns: slice) -> tuple[Tensor, Tensor]:
-    weight = head.weight[columns].to(head.acc)
+    weight = operand(head.weight[columns])
     bias = None if head.bias is None else head.bias[columns]
-    return weight, head.finish_(torch.mm(hidden, weight.T), bias)
+    return weight, head.finish_(product(hidden, weight.T), bias)
 
 
 def _blocks(student: Side, teacher: Side) -> Iterator[tuple[slice, Side, Side]]:
-    """Rows that are tiled together, in the dtype of their sums."""
+    """Rows that are tiled together, as operands."""
     (hidden, head), (teacher_hidden, teacher_head) = student, teacher
     for rows in row_blocks(len(hidden)):
-        block, teacher_block = hidden[rows].to(head.acc), teacher_hidden[rows].to(teacher_head.acc)
-        yield rows, (block, head), (teacher_block, teacher_head)
+        yield rows, (operand(hidden[rows]), head), (operand(teacher_hidden[rows]), teacher_head)
 
 
 def _kl_by_tiles(student: Side, teacher: Side, factor: Tensor, spec: Divergence, need: Need) -> Result:
@@ -224,6 +236,7 @@ def _raw_by_tiles(
     need: Need,
 ) -> Result:
     (hidden, head), out = student, grad_dtype(student[0].dtype)
+    ruled_out = _both_may_rule_out(student, teacher)
     # One block of rows finishes a slice of dW at once; several add up before the cast.
     summed = out if len(list(row_blocks(len(hidden)))) <= 1 else head.acc
     loss = factor.new_zeros(len(hidden))
@@ -232,22 +245,23 @@ def _raw_by_tiles(
     dbias = factor.new_zeros(len(head.weight)) if need.bias else None
     for rows, block, teacher_block in _blocks(student, teacher):
         f, skip = factor[rows, None], (factor[rows] == 0)[:, None]
-        dh = torch.zeros_like(block[0])
+        dh = torch.zeros(block[0].shape, dtype=head.acc, device=hidden.device)
         for columns, weight, s, t in _tiles(block, teacher_block):
             slope = head.slope(s)
-            terms, dz = raw_terms(s.sub_(t), spec)
+            terms, dz = raw_terms(difference_of_logits(s, t, ruled_out), spec)
             loss[rows] += terms
             if not any(need):
                 continue
             dz.mul_(f * slope)
             if any_of(skip):
                 dz.masked_fill_(skip, 0)
+            factors = scaled(dz, weight.dtype)
             if dhidden is not None:
-                dh.addmm_(dz, weight)
+                factors.add_to(dh, weight)
             if dweight is not None and dweight.dtype == dz.dtype:
-                dweight[columns].addmm_(dz.T, block[0])
+                factors.T.add_to(dweight[columns], block[0])
             elif dweight is not None:
-                dweight[columns] += dz.T @ block[0]
+                dweight[columns] += factors.T.times(block[0])
             if dbias is not None:
                 dbias[columns] += dz.sum(0)
         loss[rows] = (loss[rows] * factor[rows]).masked_fill_(skip[:, 0], 0)
@@ -270,28 +284,33 @@ def _divergence_by_rows(
     dhidden = torch.empty(hidden.shape, dtype=out, device=hidden.device) if need.hidden else None
     dweight = torch.zeros(head.weight.shape, dtype=head.acc, device=hidden.device) if need.weight else None
     dbias = factor.new_zeros(v) if need.bias else None
-    student_logits, teacher_logits = (
-        loss.new_empty(step, v, dtype=side.acc) for side in (head, teacher_head)
-    )
+    student_logits, teacher_logits = (logits_buffer(step, side) for side in (head, teacher_head))
+    compared = step  # rows; a GPU compares so few that no strip of columns has to be cut out of them
+    if cuts.asynchronous(hidden.device):
+        compared = strip_bytes(hidden.device) // (v * head.acc.itemsize)
     for rows in row_chunks(len(hidden), step):
         size = rows.stop - rows.start
         s = chunk_logits(hidden[rows], head, student_logits[:size])
         t = chunk_logits(teacher_hidden[rows], teacher_head, teacher_logits[:size]).to(head.acc)
         slope = head.slope(s)
-        compared = DenseRows(s, t, spec)
-        loss[rows] = (compared.loss * factor[rows]).masked_fill_(factor[rows] == 0, 0)
+        for part in row_chunks(size, compared):
+            pair = DenseRows(s[part], t[part], spec, _both_may_rule_out(student, teacher))
+            loss[rows][part] = pair.compare_(factor[rows][part], any(need))
         if not any(need):
             continue
-        dz = compared.gradient_(factor[rows])
-        if head.softcap is not None or head.scale != 1.0:
-            dz *= slope
+        dz = scaled(multiply_(t, slope), operand_dtype(hidden))
         if dhidden is not None:
             dhidden[rows] = times_weight(dz, head.weight)
         if dweight is not None:
-            dweight.addmm_(dz.T, hidden[rows].to(head.acc))
+            dz.T.add_to(dweight, operand(hidden[rows]))
         if dbias is not None:
-            dbias += dz.sum(0)
+            dbias += t.sum(0)
     return loss, dhidden, _cast(dweight, out), _cast(dbias, out)
+
+
+def _both_may_rule_out(student: Side, teacher: Side) -> bool:
+    """Whether an id may be -inf in both: only biases do that."""
+    return student[1].bias is not None and teacher[1].bias is not None
 
 
 def _cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -4,21 +4,20 @@
     q = e_s / S_s    p = e_t / S_t    r = log(S_s / S_t) = log1p(B / S_t)    w = log q - log p = u - r
 
 O is any origin of a row; reverse KL has A = sum e_s u. As e_s = e_t exp u, a difference of the two is max(e_s, e_t)
-(1 - exp(-|u|)) with the sign of u. So logits are compared before they are normalised, r comes from B where S_s and S_t
-are near, and a student close to its teacher keeps its digits (MATH.md).
+(1 - exp(-|u|)) with the sign of u. So logits are compared before they are normalised, and a student close to its teacher
+keeps its digits (MATH.md).
 
 `RunningKL` sees every strip once: the gradients of both KLs are linear in sums that need no normaliser. `DenseRows` has
-whole rows at hand and reads them again. A strip stays in the cache while it is worked on; no temporary is as long as a
-row. Choosing by a mask takes a CPU longer than an exponential: masks are for what is rare. The definition is
-`reference.divergence`.
+whole rows at hand and reads them again. On a CPU a strip stays in the cache while it is worked on, and choosing by a mask
+takes longer than an exponential: masks are for what is rare. On a GPU every operation is a pass over memory: few of them
+count. No temporary is as long as a row. The definition is `reference.divergence`.
 
 Legend: R rows, C columns of a strip, V vocabulary, D hidden size, T temperature, s / t student's and teacher's logits.
-Must not know where they come from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,9 +25,18 @@ from torch import Tensor
 
 from ..options import Divergence
 from ..workspace import workspace_bytes
+from . import cuts
+from .cuts import multiply_, row_chunks
 from .topk_divergence import log_to_mixture
 
 _STRIP_BYTES = 2**19  # of one temporary: half a dozen of them lie in a core's share of the cache
+
+
+def strip_bytes(device: torch.device) -> int:
+    """Of one temporary; on a GPU eight of them lie in the half of the workspace that rows of logits leave."""
+    if cuts.asynchronous(device):
+        return workspace_bytes(device) // 16
+    return min(_STRIP_BYTES, workspace_bytes(device) // 64)
 
 
 # --- strips that are seen once ----------------------------------------------------------------------------------
@@ -181,44 +189,62 @@ class RunningKL:
 
 
 class DenseRows:
-    """Student's and teacher's logits `[R, V]`: `loss` `[R]` at once, `gradient_` on demand in the student's memory."""
+    """Student's and teacher's logits `[R, V]` at hand, compared in as few passes over them as their digits allow.
 
-    def __init__(self, student: Tensor, teacher: Tensor, spec: Divergence) -> None:
-        self.s, self.t, self.spec = student, teacher, spec
+        dloss/ds = c (a - m q) / T        a of every logit (`_PARTS`), m the sum of a
+
+    w = (s - t) / T - r needs no B here: r is the difference of the rounded normalisers that p and q are made with, and
+    its rounding cancels to first order in the losses, which add up terms like q - p - p w, and in a - m q. Both logits
+    are overwritten. `ruled_out`: raw logits may be -inf in both (`difference_of_logits`).
+    """
+
+    def __init__(self, student: Tensor, teacher: Tensor, spec: Divergence, ruled_out: bool = True) -> None:
+        self.s, self.t, self.spec, self.ruled_out = student, teacher, spec, ruled_out
+        self.inverse = 1.0 / spec.temperature
         self.noise = self._noise() if spec.name in ("l1", "tvd") else student.new_zeros(())
-        if spec.raw:
-            self.loss = self._total(lambda c: self._raw(c)[0])
-            return
-        self.sums = RunningSums(len(student), student, spec)
-        for c in self._strips():
-            self.sums.add(student[:, c], teacher[:, c])
-        self.r = self.sums.r
-        if spec.name in ("forward_kl", "reverse_kl"):
-            self.loss = self.sums.kl
-        else:
-            one, self.centre = self._total(self._second)[:, :, None].unbind(1)
-            if spec.name == "jsd":
-                one = 2 * (spec.beta * one + (1 - spec.beta) * self.centre)
-            self.loss = 0.5 * one[:, 0]
+        if not spec.raw:
+            self.s_norm, self.t_norm = self._normaliser(student), self._normaliser(teacher)
+            self.r = (self.s_norm - self.t_norm) * self.inverse
 
-    def gradient_(self, factor: Tensor) -> Tensor:
-        """The student's memory, overwritten with factor * dloss/ds; rows with a factor of 0 with 0."""
-        skip, scaled = (factor == 0)[:, None], (factor / self.spec.temperature)[:, None]
+    def compare_(self, factor: Tensor, with_gradient: bool) -> Tensor:
+        """`[R]` factor * loss; with a gradient, factor * dloss/ds is left in the teacher's memory. 0 gives 0."""
+        s, t, spec, skip = self.s, self.t, self.spec, factor == 0
+        constant = {"jsd": 1 - spec.beta, "tvd": 0.5}.get(spec.name, 1.0)
+        scale = (factor * (constant / spec.temperature))[:, None]
+        loss, mean = s.new_zeros(len(s)), s.new_zeros(len(s), 1)
         for c in self._strips():
-            dx = self._raw(c)[1] if self.spec.raw else self._dx(c)
-            torch.mul(dx, scaled, out=self.s[:, c])
-        return self.s.masked_fill_(skip, 0) if any_of(skip) else self.s
+            terms, a = self._raw(c) if spec.raw else self._parts(c)
+            loss += terms
+            if with_gradient and spec.raw:
+                torch.mul(a, scale, out=t[:, c])
+            elif with_gradient:
+                mean += _sum(a)
+                t[:, c] = a
+        if with_gradient and not spec.raw:  # q is in the student's memory
+            for c in self._strips():
+                t[:, c].addcmul_(s[:, c], mean, value=-1).mul_(scale)
+        if with_gradient and any_of(skip):
+            t.masked_fill_(skip[:, None], 0)
+        return loss.mul_(factor).masked_fill_(skip, 0)
 
     def _strips(self) -> Iterator[slice]:
         rows, v = self.s.shape
-        strip = min(_STRIP_BYTES, workspace_bytes() // 64)
-        width = max(16, strip // (max(rows, 1) * self.s.element_size()))
-        for start in range(0, v, width):
-            yield slice(start, min(start + width, v))
+        return row_chunks(v, max(16, strip_bytes(self.s.device) // (max(rows, 1) * self.s.element_size())))
 
-    def _total(self, terms: Callable[[slice], Tensor]) -> Tensor:
-        """What `terms` makes of every strip, added up."""
-        return sum((terms(c) for c in self._strips()), self.s.new_zeros(()))
+    def _normaliser(self, z: Tensor) -> Tensor:
+        """`[R, 1]` T log sum exp(z / T)"""
+        tops, sums = [], []
+        for c in self._strips():
+            tops.append(z[:, c].amax(1, keepdim=True))
+            sums.append(_sum(self._exponential_(z[:, c] - _origin(tops[-1]))))
+        origin = _origin(torch.cat(tops, 1).amax(1, keepdim=True))
+        total = z.new_zeros(len(z), 1)
+        for top, part in zip(tops, sums, strict=True):
+            total += self._exponential_(top - origin) * part
+        return origin + total.log() * self.spec.temperature
+
+    def _exponential_(self, x: Tensor) -> Tensor:
+        return multiply_(x, self.inverse).exp_()
 
     def _noise(self) -> Tensor:
         """`[R, 1]` 8 eps of the row's largest finite logit: a difference below it is rounding and has no sign."""
@@ -227,45 +253,49 @@ class DenseRows:
             for z in (self.s[:, c], self.t[:, c]):
                 size = z.abs()
                 if _infinite(z):
-                    size.masked_fill_(size.isinf(), 0)
+                    size.nan_to_num_(torch.nan, 0.0)
                 largest = torch.maximum(largest, size.amax(1, keepdim=True))
         return largest.mul_(8 * torch.finfo(self.s.dtype).eps)
 
     def _raw(self, c: slice) -> tuple[Tensor, Tensor]:
-        return raw_terms(self.s[:, c] - self.t[:, c], self.spec, self.noise)
+        return raw_terms(
+            difference_of_logits(self.s[:, c], self.t[:, c], self.ruled_out), self.spec, self.noise
+        )
 
-    def _second(self, c: slice) -> Tensor:
-        """`[R, 2]` of a strip: KL(p||m) and KL(q||m), or sum |q - p| and sum q sign(q - p)."""
-        q, p, w = self._q(c), self._p(c), self._w(c)
-        if self.spec.name == "jsd":
-            p_to_m, q_to_m = log_to_mixture(w, self.spec.beta)
-            return torch.stack([expected(p, p_to_m).sum(1), expected(q, q_to_m).sum(1)], 1)
-        sign = self._sign(w)
-        return torch.stack([difference(q, p, w).mul_(sign).sum(1), q.mul_(sign).sum(1)], 1)
+    def _parts(self, c: slice) -> tuple[Tensor, Tensor]:
+        """(`[R]` loss, a) of a strip; q and p are written over its logits."""
+        s, t = self.s[:, c], self.t[:, c]
+        w = s - t
+        if _infinite(s) and _infinite(t):
+            w.nan_to_num_(0.0, torch.inf, -torch.inf)  # inf - inf; a row with a NaN has one in r as well
+        w = multiply_(w, self.inverse).sub_(self.r)
+        q, p = self._exponential_(s.sub_(self.s_norm)), self._exponential_(t.sub_(self.t_norm))
+        return _PARTS[self.spec.name](p, q, w, self)
 
-    def _dx(self, c: slice) -> Tensor:
-        """T dloss/ds of a strip."""
-        q, w = self._q(c), self._w(c)
-        if self.spec.name == "forward_kl":
-            return difference(q, self._p(c), w)
-        if self.spec.name == "reverse_kl":
-            return expected(q, w.sub_(self.loss[:, None]))
-        if self.spec.name == "jsd":
-            _, q_to_m = log_to_mixture(w, self.spec.beta)
-            return expected(q, q_to_m.sub_(self.centre)).mul_(1 - self.spec.beta)
-        return self._sign(w).sub_(self.centre).mul_(q).mul_(0.5)
 
-    def _q(self, c: slice) -> Tensor:
-        return self.sums.exponential(0, self.s[:, c]).div_(self.sums.sums[0])
+def _forward_kl(p: Tensor, q: Tensor, w: Tensor, rows: DenseRows) -> tuple[Tensor, Tensor]:
+    a = difference(q, p, w)
+    return a.sum(1) - expected(p, w).sum(1), a
 
-    def _p(self, c: slice) -> Tensor:
-        return self.sums.exponential(1, self.t[:, c]).div_(self.sums.sums[1])
 
-    def _w(self, c: slice) -> Tensor:
-        return self.sums.ratio(self.s[:, c], self.t[:, c]).sub_(self.r)
+def _reverse_kl(p: Tensor, q: Tensor, w: Tensor, rows: DenseRows) -> tuple[Tensor, Tensor]:
+    a = expected(q, w)
+    return a.sum(1) - difference(q, p, w).sum(1), a
 
-    def _sign(self, w: Tensor) -> Tensor:
-        return _sign(w, self.noise / self.spec.temperature)
+
+def _jsd(p: Tensor, q: Tensor, w: Tensor, rows: DenseRows) -> tuple[Tensor, Tensor]:
+    beta = rows.spec.beta
+    log_p_over_m, log_q_over_m = log_to_mixture(w, beta)
+    a = log_q_over_m.mul_(q)
+    return beta * log_p_over_m.mul_(p).sum(1) + (1 - beta) * a.sum(1), a
+
+
+def _tvd(p: Tensor, q: Tensor, w: Tensor, rows: DenseRows) -> tuple[Tensor, Tensor]:
+    sign = _sign(w, rows.noise / rows.spec.temperature)
+    return 0.5 * difference(q, p, w).mul_(sign).sum(1), sign.mul_(q)
+
+
+_PARTS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "tvd": _tvd}
 
 
 # --- elementwise ------------------------------------------------------------------------------------------------
@@ -282,6 +312,14 @@ def raw_terms(d: Tensor, spec: Divergence, noise: Tensor | None = None) -> tuple
     assert noise is not None
     sign = _sign(d, noise)
     return (sign * d).sum(1), sign
+
+
+def difference_of_logits(s: Tensor, t: Tensor, ruled_out: bool) -> Tensor:
+    """s - t; 0 at the ids that both may have `ruled_out` by a bias of -inf."""
+    d = s - t
+    if ruled_out and _infinite(s) and _infinite(t):
+        d.masked_fill_((s == -torch.inf) & (t == -torch.inf), 0)
+    return d
 
 
 def difference(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
@@ -301,13 +339,18 @@ def _sign(x: Tensor, noise: Tensor) -> Tensor:
 
 def any_of(mask: Tensor) -> bool:
     """Whether something may be set. Looking would synchronise a GPU; a CPU spares the steps that only that needs."""
-    return mask.device.type != "cpu" or bool(mask.any())
+    return cuts.asynchronous(mask.device) or bool(mask.any())
 
 
 def _infinite(x: Tensor) -> bool:
     """Whether there may be infinities (in rows without a NaN)."""
-    return x.device.type != "cpu" or bool(torch.maximum(x.amax(1), -x.amin(1)).isposinf().any())
+    return cuts.asynchronous(x.device) or bool(torch.maximum(x.amax(1), -x.amin(1)).isposinf().any())
 
 
 def _sum(x: Tensor) -> Tensor:
     return x.sum(1, keepdim=True)
+
+
+def _origin(top: Tensor) -> Tensor:
+    """What exponentials are relative to: the largest logit, or 0 where inf - inf would be NaN."""
+    return top.masked_fill(top.isinf(), 0)

@@ -1,6 +1,6 @@
 """Logits at given ids and losses that need no others, in portable torch: no pass over the vocabulary.
 
-A few tokens' rows of W are gathered at a time, never `[N, K, D]`.
+Rows of W are gathered a few tokens at a time, never `[N, K, D]`.
 
 Legend: N tokens, D hidden size, V vocabulary, K ids of a token.
 """
@@ -11,31 +11,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import grad_dtype
+from .. import products
+from ..dispatch import acc_dtype, grad_dtype
 from ..head import LMHead, Need
 from ..options import Divergence
+from ..products import batched_product, scaled
+from ..workspace import workspace_bytes
 from . import cuts
 from .cuts import chunk_logits, row_chunks, rows_that_fit
 from .topk_divergence import divergence_and_gradient
 
-_GATHER_BYTES = 4 * 2**20
+_GATHER_BYTES = 4 * 2**20  # of gathered rows on a CPU: they stay in the last-level cache
 # With more than V / this many ids a token all logits are cheaper than K rows of W; by whether W is in the dtype of the
-# sums already (`benchmarks/gather_crossover.py`).
+# sums already. On a CPU by `benchmarks/gather_crossover.py`; on a GPU a row is moved three times at 4 TB/s, and 600 TFLOP/s
+# of halves or 50 of fp32 are multiplied.
 _MANY_IDS = {True: 16, False: 10}
+_MANY_IDS_ON_A_GPU = {True: 64, False: 256}
 
 
-def _gather_chunk(k: int, d: int, acc: torch.dtype) -> int:
-    return max(1, _GATHER_BYTES // max(k * d * acc.itemsize, 1))
+def _pieces(ids: Tensor, table: Tensor) -> list[slice]:
+    """The tokens whose rows of the table are gathered together."""
+    (n, k), device = ids.shape, table.device
+    halves = products.half_products(device, table.dtype)
+    item = table.element_size() if halves else acc_dtype(table.dtype).itemsize
+    # On a GPU rows that are upcast, and those rows times hidden states, lie beside what was gathered.
+    room = workspace_bytes(device) // (2 if halves else 4) if cuts.asynchronous(device) else _GATHER_BYTES
+    return list(row_chunks(n, room // max(k * table.shape[1] * item, 1)))
 
 
 def linear_gather(hidden: Tensor, head: LMHead, indices: Tensor) -> Tensor:
     """`[N, K]` z at `indices`; -inf where an index is below 0, NaN from V on."""
-    (n, k), v = indices.shape, head.weight.shape[0]
-    ids = indices.clamp(0, v - 1)
-    step = rows_that_fit(n, v, head.acc, copies=1)
-    many = k * _MANY_IDS[head.weight.dtype == head.acc] >= v and step >= cuts.ENOUGH_ROWS
-    values = gather_from_logits(hidden, head, ids, step) if many else gather_rows(hidden, head, ids)
+    ids = indices.clamp(0, len(head.weight) - 1)
+    if step := _rows_of_logits(head, *indices.shape):
+        values = gather_from_logits(hidden, head, ids, step)
+    else:
+        values = gather_rows(hidden, head, ids)
     return mark_ids(values, indices, head)
+
+
+def _rows_of_logits(head: LMHead, n: int, k: int) -> int:
+    """How many tokens' logits are made at a time where that is cheaper than gathering k rows of W; else 0."""
+    many_ids = _MANY_IDS_ON_A_GPU if cuts.asynchronous(head.weight.device) else _MANY_IDS
+    many = k * many_ids[head.weight.dtype == head.acc] >= len(head.weight)
+    step = rows_that_fit(n, head, copies=1)
+    return step if many and step >= cuts.ENOUGH_ROWS else 0
 
 
 def gather_from_logits(hidden: Tensor, head: LMHead, ids: Tensor, step: int) -> Tensor:
@@ -48,16 +67,20 @@ def gather_from_logits(hidden: Tensor, head: LMHead, ids: Tensor, step: int) -> 
 
 def gather_rows(hidden: Tensor, head: LMHead, ids: Tensor) -> Tensor:
     """z at `ids` (in range) from their rows of W, those of a few tokens at a time."""
-    n, k = ids.shape
-    values = torch.empty(n, k, dtype=head.acc, device=hidden.device)
-    step = _gather_chunk(k, hidden.shape[1], head.acc)
-    for start in range(0, n, step):
-        rows = slice(start, start + step)
-        gathered = F.embedding(ids[rows], head.weight).to(head.acc)
-        # A sum by halves, as exact as the blocked product that chose the ids (a dot product that adds in one run is
-        # 10 eps off), and faster than a batch of matrix-vector products.
-        values[rows] = gathered.mul_(hidden[rows, None].to(head.acc)).sum(-1)
+    values = torch.empty(ids.shape, dtype=head.acc, device=hidden.device)
+    for rows in _pieces(ids, head.weight):
+        values[rows] = _dots(F.embedding(ids[rows], head.weight), hidden[rows])
     return head.finish_(values, None if head.bias is None else head.bias.to(head.acc)[ids])
+
+
+def _dots(gathered: Tensor, hidden: Tensor) -> Tensor:
+    """`[n, K]` of rows `[n, K, D]` and hidden states `[n, D]`; overwrites what was gathered."""
+    if products.half_products(gathered.device, gathered.dtype):
+        return batched_product(gathered, hidden[:, :, None])[:, :, 0]
+    # A sum by halves, as exact as the blocked product that chose the ids (a dot product that adds in one run is
+    # 10 eps off), and faster than a batch of matrix-vector products.
+    acc = acc_dtype(gathered.dtype)
+    return gathered.to(acc).mul_(hidden[:, None].to(acc)).sum(-1)
 
 
 def mark_ids(values: Tensor, indices: Tensor, head: LMHead) -> Tensor:
@@ -76,14 +99,21 @@ def sum_of_rows(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return weights.new_zeros(ids.shape[0], table.shape[1])
     if table.dtype == weights.dtype:
         return F.embedding_bag(ids, table, per_sample_weights=weights, mode="sum")
-    n, k = ids.shape
-    out = weights.new_empty(n, table.shape[1])
-    step = _gather_chunk(k, table.shape[1], weights.dtype)
-    for start in range(0, n, step):
-        rows = slice(start, start + step)
-        gathered = F.embedding(ids[rows], table).to(weights.dtype)
-        torch.bmm(weights[rows, None, :], gathered, out=out[rows, None, :])
+    out = weights.new_empty(ids.shape[0], table.shape[1])
+    for rows in _pieces(ids, table):
+        _weighted_sums(weights[rows], F.embedding(ids[rows], table), out[rows])
     return out
+
+
+def _weighted_sums(weights: Tensor, gathered: Tensor, out: Tensor) -> None:
+    """out `[n, D]` = sum_k weights[n, k] gathered[n, k]"""
+    if not products.half_products(gathered.device, gathered.dtype):
+        torch.bmm(weights[:, None, :], gathered.to(weights.dtype), out=out[:, None, :])
+        return
+    factors, gain = scaled(weights, gathered.dtype)
+    out.copy_(batched_product(factors[:, None, :], gathered)[:, 0])
+    if gain is not None:
+        out /= gain
 
 
 def linear_gather_backward(
@@ -113,19 +143,31 @@ def linear_gather_backward(
         starts = torch.searchsorted(order.values, torch.arange(v, device=ids.device))
         if need.weight:
             tokens = order.indices // max(ids.shape[1], 1)
-            h = hidden.to(head.acc)
-            dweight = F.embedding_bag(tokens, h, starts, per_sample_weights=pair_dx, mode="sum")
-            dweight = dweight.to(head.weight.dtype)
+            dweight = _sums_of_pairs(hidden, tokens, starts, pair_dx)
         if need.bias:
+            ones = pair_dx.new_ones(1, 1)
             dbias = F.embedding_bag(
-                torch.zeros_like(order.indices),
-                pair_dx.new_ones(1, 1),
-                starts,
-                per_sample_weights=pair_dx,
-                mode="sum",
+                torch.zeros_like(order.indices), ones, starts, per_sample_weights=pair_dx, mode="sum"
             )
             dbias = dbias[:, 0].to((hidden if head.bias is None else head.bias).dtype)
     return dhidden, dweight, dbias
+
+
+def _sums_of_pairs(hidden: Tensor, tokens: Tensor, starts: Tensor, pair_dx: Tensor) -> Tensor:
+    """dW `[V, D]`, summed in the dtype of `pair_dx`; on a GPU a slab of features at a time where that is not dW's."""
+    v, d, acc = len(starts), hidden.shape[1], pair_dx.dtype
+    slab = d
+    if hidden.dtype != acc and cuts.asynchronous(hidden.device):
+        slab = max(1, workspace_bytes(hidden.device) // (2 * acc.itemsize * max(v + len(hidden), 1)))
+    if slab >= d:
+        bags = F.embedding_bag(tokens, hidden.to(acc), starts, per_sample_weights=pair_dx, mode="sum")
+        return bags.to(hidden.dtype)
+    dweight = hidden.new_empty(v, d)
+    for features in row_chunks(d, slab):
+        part = hidden[:, features].to(acc, memory_format=torch.contiguous_format)
+        bags = F.embedding_bag(tokens, part, starts, per_sample_weights=pair_dx, mode="sum")
+        dweight[:, features] = bags
+    return dweight
 
 
 def topk_loss(
@@ -138,6 +180,9 @@ def topk_loss(
     need: Need,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(`[N]` factor * loss, `[N, K]` the student's logits, the gradient in them, dh) of a loss without a log-sum-exp."""
+    halves = products.half_products(hidden.device, hidden.dtype)
+    if need.hidden and halves and not _rows_of_logits(head, *indices.shape):
+        return _topk_loss_by_pieces(hidden, head, indices, teacher, factor, spec)
     values = linear_gather(hidden, head, indices)
     loss, dvalues, _ = divergence_and_gradient(values, teacher, None, None, factor, spec)
     dhidden = None
@@ -145,4 +190,24 @@ def topk_loss(
         dx = slope_at(dvalues, values, head).masked_fill(indices < 0, 0)
         ids = indices.clamp(0, head.weight.shape[0] - 1)
         dhidden = sum_of_rows(head.weight, ids, dx).to(grad_dtype(hidden.dtype))
+    return loss, values, dvalues, dhidden
+
+
+def _topk_loss_by_pieces(
+    hidden: Tensor, head: LMHead, indices: Tensor, teacher: Tensor, factor: Tensor, spec: Divergence
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with dh, where what was gathered serves the logits and dh: rows of W are read once."""
+    ids = indices.clamp(0, len(head.weight) - 1)
+    bias = None if head.bias is None else head.bias.to(head.acc)[ids]
+    loss, values, dvalues = factor.new_empty(len(ids)), torch.empty_like(teacher), torch.empty_like(teacher)
+    dhidden = hidden.new_empty(hidden.shape, dtype=grad_dtype(hidden.dtype))
+    for rows in _pieces(ids, head.weight):
+        gathered = F.embedding(ids[rows], head.weight)
+        z = head.finish_(_dots(gathered, hidden[rows]), None if bias is None else bias[rows])
+        z = mark_ids(z, indices[rows], head)
+        loss[rows], dz, _ = divergence_and_gradient(z, teacher[rows], None, None, factor[rows], spec)
+        dx = slope_at(dz, z, head).masked_fill(indices[rows] < 0, 0)
+        dh = dx.new_empty(len(dx), hidden.shape[1])
+        _weighted_sums(dx, gathered, dh)
+        values[rows], dvalues[rows], dhidden[rows] = z, dz, dh
     return loss, values, dvalues, dhidden

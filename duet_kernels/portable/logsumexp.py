@@ -13,7 +13,8 @@ from torch import Tensor
 from ..dispatch import grad_dtype
 from ..head import LMHead, Need
 from ..options import Divergence
-from .cuts import locate, row_blocks, vocab_tiles, with_spare_column
+from ..products import operand, scaled
+from .cuts import divide_, locate, multiply_, row_blocks, vocab_tiles, with_spare_column
 from .gather import mark_ids, slope_at, sum_of_rows
 from .running import RunningLogsumexp, RunningStats
 from .topk_divergence import divergence_and_gradient
@@ -33,8 +34,8 @@ def complement_and_values(
     values = torch.full((n, k), -torch.inf, dtype=head.acc, device=device)
     dtail = torch.zeros((n, hidden.shape[1]) if with_gradient else (0,), dtype=head.acc, device=device)
     for rows in row_blocks(n):
-        h, ids = hidden[rows].to(head.acc), indices[rows]
-        running = RunningLogsumexp(h.shape[0], h)
+        h, ids = operand(hidden[rows]), indices[rows]
+        running = RunningLogsumexp(h.shape[0], tail)
         for columns, size, weight, z in vocab_tiles(h, head):
             slope = head.slope(z) if with_gradient else 1.0
             if k:
@@ -42,9 +43,10 @@ def complement_and_values(
                 spare = with_spare_column(z)
                 values[rows] = torch.where(inside, spare.gather(1, local), values[rows])
                 spare.scatter_(1, local, -torch.inf)
-            weights, rescale = running.add(z if temperature == 1.0 else z.div_(temperature))
+            weights, rescale = running.add(divide_(z, temperature))
             if with_gradient:
-                dtail[rows].mul_(rescale[:, None]).addmm_(weights.mul_(slope), weight)
+                dtail[rows].mul_(rescale[:, None])
+                scaled(multiply_(weights, slope), weight.dtype).add_to(dtail[rows], weight)
         tail[rows] = running.result()
         if with_gradient:
             total = running.sum.masked_fill(running.sum == 0, 1)  # nothing left over: no gradient
@@ -102,20 +104,21 @@ def _complement_weight_gradient(
     dweight = torch.zeros(v, d, dtype=dtype, device=hidden.device) if need.weight else None
     dbias = torch.zeros(v, dtype=head.acc, device=hidden.device) if need.bias else None
     for rows in blocks:
-        h, ids = hidden[rows].to(head.acc), indices[rows]
+        h, ids = operand(hidden[rows]), indices[rows]
         origin = tail[rows].masked_fill(tail[rows] == -torch.inf, 0)[:, None]
         factor = grad_tail[rows, None] / temperature
         for columns, size, _, z in vocab_tiles(h, head, copies=4):
             slope = head.slope(z)
             _, local = locate(ids, columns, size)
-            dz = z.div_(temperature).sub_(origin).exp_().mul_(factor).mul_(slope)
+            dz = multiply_(divide_(z, temperature).sub_(origin).exp_().mul_(factor), slope)
             spare = with_spare_column(dz)
             spare.scatter_(1, local, 0).scatter_add_(1, local, dx[rows])
             if dweight is not None:
+                operand_dz = scaled(dz, h.dtype).T
                 if direct:
-                    dweight[columns] = dz.T @ h
+                    dweight[columns] = operand_dz.times(h)
                 else:
-                    dweight[columns].addmm_(dz.T, h)
+                    operand_dz.add_to(dweight[columns], h)
             if dbias is not None:
                 dbias[columns] += dz.sum(0)
     return None if dweight is None else dweight.to(out), None if dbias is None else dbias.to(out)
@@ -133,8 +136,8 @@ def token_stats(
     n = hidden.shape[0]
     out = torch.empty(4, n, dtype=head.acc, device=hidden.device)
     for rows in row_blocks(n):
-        h = hidden[rows].to(head.acc)
-        stats, value = RunningStats(h.shape[0], h), h.new_full((h.shape[0], 1), torch.nan)
+        h = operand(hidden[rows])
+        stats, value = RunningStats(h.shape[0], out), out.new_full((h.shape[0], 1), torch.nan)
         for columns, size, _, z in vocab_tiles(h, head, copies=5):
             if labels is not None:
                 inside, local = locate(labels[rows, None], columns, size)

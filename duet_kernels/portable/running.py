@@ -49,7 +49,7 @@ class RunningStats:
         top, at = x.max(1, keepdim=True)
         x.sub_(_origin(top))
         weights = x.exp()
-        x.masked_fill_(x == -torch.inf, 0)
+        x.clamp_(min=-1e4)  # where the weight is 0: 0 inf would be NaN
         largest = weights.gather(1, at)  # 1, or 0 where everything is -inf
         rest = weights.scatter_(1, at, 0).sum(1)
         total = (rest + largest[:, 0]).clamp(min=torch.finfo(x.dtype).tiny)

@@ -1,26 +1,31 @@
 """Exact top-k of logits with their tail log-sum-exp, in portable torch: `linear_topk` of `chunked`.
 
-    candidates    of a tile, what can be among the k largest: above a threshold (a CPU), or in its k best blocks
+    candidates    of a tile, what can be among the k largest: above a threshold; on a GPU, in the k best blocks of a row
     merged        with the k best so far by (value descending, id ascending), as soon as there are k new ones
     the tail      sums what stays in a tile and what a merge evicts, as it is passed over
 
 The k-th largest of the maxima of disjoint groups is a lower bound of the k-th largest logit, and so is the k-th best so
 far; what is below is no candidate. Values are compared as floats; integer keys decide where equals or NaNs leave doubt.
-Must not know triton.
 
 Legend: N tokens, V vocabulary, C columns of a tile.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..head import LMHead
+from ..products import operand
 from ..workspace import workspace_bytes
 from . import cuts
 from .cuts import (
     chunk_logits,
+    divide_,
     row_blocks,
     row_chunks,
     rows_that_fit,
@@ -29,7 +34,6 @@ from .cuts import (
 )
 from .running import RunningLogsumexp
 
-_BLOCK = 16  # columns of a block, or of a group, in top-k selection
 _KEY_COPIES = 14  # of the logits, in bytes: what sorting them with int64 keys and ids may take
 _MANY_CANDIDATES = 16  # with more than V / this many ids a threshold hardly thins out a tile
 _NO_ID = 2**32 - 1  # of an empty slot in top-k selection: after all ids
@@ -39,25 +43,35 @@ def linear_topk(hidden: Tensor, head: LMHead, k: int, temperature: float) -> tup
     """(values `[N, K]`, indices `[N, K]`, tail log-sum-exp `[N]`), exact, equal logits by lowest id.
 
     By tiles of the vocabulary. A CPU takes whole rows where all logits are small, and a few at a time where most tiles
-    would hold little else than candidates.
+    would hold little else than candidates. A GPU takes whole rows, as many as fit.
     """
-    (n, v), device = (hidden.shape[0], head.weight.shape[0]), hidden.device
+    n, device = hidden.shape[0], hidden.device
     values = torch.empty(n, k, dtype=head.acc, device=device)
     indices = torch.empty(n, k, dtype=torch.int64, device=device)
     tail = torch.empty(n, dtype=head.acc, device=device)
-    pieces, select = row_blocks(n), _topk_by_tiles
-    if device.type == "cpu":
-        step = rows_that_fit(n, v, head.acc, copies=_KEY_COPIES)
-        many = _MANY_CANDIDATES * k >= v and head.weight.dtype == head.acc and step >= cuts.ENOUGH_ROWS
-        # So few logits are not worth cutting: then overhead would be most of it.
-        room = min(cuts.TILE_BYTES // 4, workspace_bytes() // _KEY_COPIES)
-        if n < 256 and n * v * head.acc.itemsize <= room:
-            pieces, select = [slice(n)], _topk_of_rows
-        elif many:
-            pieces, select = row_chunks(n, step), _topk_of_rows
+    pieces, select = _pieces(n, head, k)
     for rows in pieces:
-        (values[rows], indices[rows]), tail[rows] = select(hidden[rows].to(head.acc), head, k, temperature)
+        (values[rows], indices[rows]), tail[rows] = select(operand(hidden[rows]), head, k, temperature)
     return values, indices, tail
+
+
+def _pieces(n: int, head: LMHead, k: int) -> tuple[Iterator[slice], Callable[..., Any]]:
+    """(rows that are taken together, what selects their k largest)"""
+    v, device = len(head.weight), head.weight.device
+    if cuts.asynchronous(device):
+        block = _block(v, k)
+        sorted_share = min(1.0, 1 / block + k * block / v)  # of a row: the blocks' maxima, the candidates
+        copies = 1 + math.ceil((_KEY_COPIES - 1) * sorted_share)
+        return row_chunks(n, max(1, rows_that_fit(n, head, copies))), _topk_by_blocks
+    step = rows_that_fit(n, head, copies=_KEY_COPIES)
+    many = _MANY_CANDIDATES * k >= v and head.weight.dtype == head.acc and step >= cuts.ENOUGH_ROWS
+    # So few logits are not worth cutting: then overhead would be most of it.
+    room = min(cuts.TILE_BYTES // 4, workspace_bytes(device) // _KEY_COPIES)
+    if n < 256 and n * v * head.acc.itemsize <= room:
+        return iter([slice(n)]), _topk_of_rows
+    if many:
+        return row_chunks(n, step), _topk_of_rows
+    return row_blocks(n), _topk_by_tiles
 
 
 def _topk_of_rows(
@@ -67,8 +81,38 @@ def _topk_of_rows(
     z = chunk_logits(h, head)
     running = RunningLogsumexp(z.shape[0], z)
     best = _take_best(z, torch.arange(z.shape[1]).expand_as(z), k, last=True)
-    running.add(z if temperature == 1.0 else z.div_(temperature))
+    running.add(divide_(z, temperature))
     return best, running.result()
+
+
+def _topk_by_blocks(
+    h: Tensor, head: LMHead, k: int, temperature: float
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The same without a look at a value: the candidates are the k best blocks of columns.
+
+    An element outside of them has k elements before it: each of those blocks holds one that is larger, or equal with a
+    lower id. Only maxima of blocks and candidates are sorted by (value, id), which takes int64 keys.
+    """
+    z = chunk_logits(h, head)
+    (n, v), block = z.shape, _block(z.shape[1], k)
+    blocks, ids = v // block, torch.arange(v, device=z.device).expand(n, v)
+    if blocks > 2 * k:
+        maxima = z[:, : blocks * block].unflatten(1, (blocks, block)).amax(-1)
+        _, chosen = _take_best(maxima, ids[:, :blocks], k, last=False)
+        inside = chosen[:, :, None] * block + torch.arange(block, device=z.device)
+        ids = torch.cat([inside.flatten(1), ids[:, blocks * block :]], 1)
+    candidates = z.gather(1, ids)
+    z.scatter_(1, ids, -torch.inf)
+    running = RunningLogsumexp(n, z)
+    running.add(divide_(z, temperature))
+    best = _take_best(candidates, ids, k, last=True)
+    running.add(divide_(candidates, temperature))
+    return best, running.result()
+
+
+def _block(v: int, k: int) -> int:
+    """Columns of a block: about as many maxima as candidates are sorted."""
+    return min(max(2 ** round(math.log2(v / k) / 2), 8), 128)
 
 
 def _topk_by_tiles(
@@ -80,20 +124,18 @@ def _topk_by_tiles(
     ones they are merged with the k best so far. What stays in the tile, and what a merge evicts, enters the tail as it
     is passed over: the complement is summed directly, never by subtraction.
     """
-    # A threshold leaves as many candidates as there happen to be; to count them would synchronise a GPU.
-    take = _above_threshold if h.device.type == "cpu" else _best_blocks
     running = RunningLogsumexp(h.shape[0], h)
     found, fresh, worst = [], 0, None
     parts = 5 if head.weight.dtype == head.acc else 8  # a tile of W that has to be cast is large itself
     for columns, _, _, z in vocab_tiles(h, head, _KEY_COPIES, parts):
-        found.append(take(z, columns.start, k, worst))
-        running.add(z if temperature == 1.0 else z.div_(temperature))
+        found.append(_above_threshold(z, columns.start, k, worst))
+        running.add(divide_(z, temperature))
         fresh += found[-1][0].shape[1]
         last = columns.stop == head.weight.shape[0]
         if fresh >= k or last:
             values, ids = (torch.cat(side, 1) for side in zip(*found, strict=True))
             best = _take_best(values, ids, min(k, values.shape[1]), last)
-            running.add(values.div_(temperature))
+            running.add(divide_(values, temperature))
             found, fresh, worst = [best], 0, best[0].amin(1, keepdim=True)
             worst.masked_fill_(worst.isnan(), -torch.inf)  # next to a NaN anything may belong
     return found[0], running.result()
@@ -140,31 +182,12 @@ def _above_threshold(z: Tensor, first_id: int, k: int, worst: Tensor | None) -> 
     return values, ids
 
 
-def _best_blocks(z: Tensor, first_id: int, k: int, _: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same with as many candidates in every row: the k best of the blocks of 16 columns.
-
-    An element outside of them has k elements before it: each of those blocks holds one that is larger, or equal with a
-    lower id.
-    """
-    n, size = z.shape
-    blocks = size // _BLOCK
-    local = torch.arange(size, device=z.device).expand(n, size)
-    if blocks > 2 * k:
-        maxima = z[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).amax(-1)
-        _, chosen = _take_best(maxima, local[:, :blocks], k, last=False)
-        inside = chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=z.device)
-        local = torch.cat([inside.flatten(1), local[:, blocks * _BLOCK :]], 1)
-    values = z.gather(1, local)
-    z.scatter_(1, local, -torch.inf)
-    return values, local + first_id
-
-
 def _take_best(values: Tensor, ids: Tensor, k: int, last: bool) -> tuple[Tensor, Tensor]:
     """(values, ids) of the k that come first by (value descending, id ascending); -inf is left in their place.
 
     The `last` are in that order, others in any.
     """
-    if values.device.type == "cpu":
+    if not cuts.asynchronous(values.device):
         top = torch.topk(values, k, sorted=last)
         values.scatter_(1, top.indices, -torch.inf)
         if bool((values.amax(1) < top.values.amin(1)).all()):

@@ -147,9 +147,7 @@ def _sum_and_gradient(
 
 
 def log_to_mixture(ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """(log(p / m), log(q / m)) of m = beta p + (1 - beta) q, given ratio = log q - log p."""
-    # With c the share of the smaller of p and q: log(m / larger) = log1p(c (smaller / larger - 1)).
-    sign = ratio.sign()  # choosing by a mask would take a CPU longer than the exponential
-    share = sign.clamp(min=0).mul_(beta).add_(sign.clamp_(max=0), alpha=beta - 1)
-    mixture = ratio.abs().neg_().expm1_().mul_(share).log1p_()
-    return ratio.neg().clamp_(max=0).sub_(mixture), ratio.clamp(max=0).sub_(mixture)
+    """(log(p / m), log(q / m)) of m = beta p + (1 - beta) q, given ratio = log q - log p; both are finite."""
+    ratio = ratio.clamp(-80, 80)  # beyond, one of p and q is nothing beside the other
+    log_q_over_m = ratio.neg().expm1_().mul_(beta).log1p_().neg_()
+    return log_q_over_m - ratio, log_q_over_m

@@ -15,6 +15,10 @@ from .budget import Error, assert_within_budget, rms, worst
 from .operations import Op
 from .problems import Problem
 
+LOGITS_ERROR = (
+    2 * torch.finfo(torch.float32).eps
+)  # relative, between two ways of summing the products of one logit
+
 
 def gradients(
     output: Tensor, problem: Problem, upstream: Tensor | None = None, **options: Any
@@ -42,19 +46,29 @@ def _selected_rows(op: Op, problem: Problem) -> Tensor:
 def judge(op: Op, problem: Problem, impl: str, **options: Any) -> Error:
     """Values and all gradients, with another upstream factor for each element, against the definition in fp64.
 
+    The baseline is torch's own result. Of an `independent` operation it makes both models' logits in one way, and what
+    the two err in common cancels; there the teacher's logits are off by 2 eps of fp32 on top, which is what one way of
+    summing D products differs from another by.
+
     Returns the error that used most of its budget.
     """
-    true, torch_, ours = (
-        (problem.to(torch.float64), op.define),
-        (problem, op.define),
-        (problem, functools.partial(op.run, impl=impl)),
-    )
-    results = []
-    for case, run in (true, torch_, ours):
+
+    def results(case: Problem, run: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         case = case.requiring(case.leaves)
         output = run(case, **options)
-        results.append((output.detach(), gradients(output, case, _upstream(output).to(output.dtype))))
-    (truth, true_grads), (baseline, torch_grads), (actual, grads) = results
+        return output.detach(), gradients(output, case, _upstream(output).to(output.dtype))
+
+    exact = problem.to(torch.float64)
+    truth, true_grads = results(exact, op.define)
+    baseline, torch_grads = results(problem, op.define)
+    if op.independent and problem.hidden.dtype != torch.float64:
+        off = dataclasses.replace(exact, teacher_hidden=exact.teacher_hidden * (1 + LOGITS_ERROR))
+        shifted, shifted_grads = results(off, op.define)
+        baseline = _plus(baseline, shifted - truth)
+        torch_grads = {
+            name: _plus(x, shifted_grads[name] - true_grads[name]) for name, x in torch_grads.items()
+        }
+    actual, grads = results(problem, functools.partial(op.run, impl=impl))
     errors = [assert_within_budget(actual, truth, baseline, name=f"{op} value")]
     chosen = _selected_rows(op, problem)
     for name in problem.leaves:
@@ -67,6 +81,10 @@ def judge(op: Op, problem: Problem, impl: str, **options: Any) -> Error:
         )
         errors.append(error)
     return worst(errors)
+
+
+def _plus(baseline: Tensor, change: Tensor) -> Tensor:
+    return (baseline.double() + change).to(baseline.dtype)
 
 
 def check_definition(op: Op, problem: Problem, impl: str) -> None:
@@ -88,6 +106,42 @@ def check_backward_twice(op: Op, problem: Problem, impl: str) -> None:
         assert torch.equal(getattr(case, name).grad, 2 * before[name]), (
             f"{op}: d{name} twice is not twice d{name}"
         )
+
+
+def check_upstream(op: Op, problem: Problem, impl: str) -> None:
+    """A reduced loss under upstream gradients of 1 and of other sizes, over a retained graph: each pass as if alone.
+
+    What a pass returned, or made a leaf's `grad`, is no later pass's to write into.
+    """
+    if not op.loss:
+        return
+    for reduction in ("mean", "sum"):
+        case = problem.requiring(problem.leaves)
+        loss = op.run(case, impl, reduction=reduction)
+        alone = {}
+        for size in (1.0, -2.5):
+            other = problem.requiring(problem.leaves)
+            one = op.run(other, impl, reduction=reduction)
+            alone[size] = gradients(one, other, torch.full_like(one, size))
+        for name in case.leaves:
+            _assert_close(
+                alone[-2.5][name], -2.5 * alone[1.0][name], f"{op} {reduction} d{name} of -2.5 times"
+            )
+        loss.backward(retain_graph=True)
+        leaves = [getattr(case, name) for name in case.leaves]
+        first = [leaf.grad for leaf in leaves]
+        kept = [gradient.clone() for gradient in first]
+        again = gradients(loss, case, torch.full_like(loss, -2.5), retain_graph=True)
+        for name, leaf, gradient, before in zip(case.leaves, leaves, first, kept, strict=True):
+            assert torch.equal(before, alone[1.0][name]), f"{op} {reduction}: d{name} of backward()"
+            assert torch.equal(gradient, before), f"{op} {reduction}: a later pass wrote into d{name}"
+            assert torch.equal(again[name], alone[-2.5][name]), f"{op} {reduction}: d{name} of a second pass"
+            leaf.grad = None
+        for _ in range(2):
+            loss.backward(retain_graph=True)
+        for name, leaf, gradient, before in zip(case.leaves, leaves, first, kept, strict=True):
+            assert torch.equal(leaf.grad, 2 * before), f"{op} {reduction}: d{name} twice is not twice d{name}"
+            assert torch.equal(gradient, before), f"{op} {reduction}: a later pass wrote into d{name}"
 
 
 def check_subsets(op: Op, problem: Problem, impl: str) -> None:
@@ -248,6 +302,7 @@ def _assert_close(got: Tensor, wanted: Tensor, name: str) -> None:
 CHECKS: tuple[Callable[[Op, Problem, str], None], ...] = (
     check_definition,
     check_backward_twice,
+    check_upstream,
     check_subsets,
     check_layouts,
     check_masked_rows,

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..functional import (
@@ -13,9 +14,11 @@ from ..functional import (
     linear_distill_loss,
     linear_gather,
     linear_logsumexp,
+    linear_topk,
     topk_distill_loss,
 )
 from ..head import TopK
+from ..options import DistributionDivergence, DivergenceName, Normalization
 from .problems import Problem
 
 IGNORE = -100
@@ -33,6 +36,8 @@ class Op:
         resolve: the name that `resolve_impl` knows the operation by.
         loss: False for the primitives, which have no reduction.
         definition: what `call` is compared with; None: `call` itself with `impl="reference"`.
+        independent: the student's and the teacher's logits are made in two ways (rows gathered, a matrix product), so
+            that their rounding errors do not cancel in the difference of the two.
     """
 
     name: str
@@ -41,6 +46,7 @@ class Op:
     resolve: str
     loss: bool = True
     definition: Callable[..., Tensor] | None = None
+    independent: bool = False
 
     def run(self, problem: Problem, impl: str, **options: Any) -> Tensor:
         """Per-token values, unless a reduction is asked for."""
@@ -61,7 +67,7 @@ def _k(problem: Problem) -> int:
     return min(8, problem.head.num_ids, problem.teacher_head.num_ids)
 
 
-def _topk_op(divergence: str, normalization: str | None = None, **options: Any) -> Op:
+def _topk_op(divergence: DivergenceName, normalization: Normalization | None = None, **options: Any) -> Op:
     def teacher(problem: Problem) -> TopK:
         return problem.teacher_topk(_k(problem), options.get("temperature", 1.0))
 
@@ -81,7 +87,7 @@ def _topk_op(divergence: str, normalization: str | None = None, **options: Any) 
     return Op(name, call, lambda problem: teacher(problem).indices, resolve)
 
 
-def _distill_op(divergence: str, **options: Any) -> Op:
+def _distill_op(divergence: DivergenceName, **options: Any) -> Op:
     def call(problem: Problem, **more: Any) -> Tensor:
         live = problem.teacher_hidden, problem.teacher_head
         chosen = {"k": _k(problem)} if options.get("k") else {}
@@ -92,7 +98,18 @@ def _distill_op(divergence: str, **options: Any) -> Op:
     name = "-".join(
         ["linear", divergence, *(str(o) for n, o in options.items() if n in ("support", "normalization"))]
     )
-    return Op(name, call, lambda problem: problem.labels[..., None], "linear_distill_loss")
+
+    def ids(problem: Problem) -> Tensor:
+        sides = {
+            "teacher": lambda: _top_ids(problem),
+            "student": lambda: linear_topk(problem.hidden, problem.head, _k(problem), impl="reference").indices,
+        }
+        support = options.get("support")
+        if support is None:
+            return problem.labels[..., None]
+        return torch.cat([choose() for side, choose in sides.items() if support in (side, "union")], -1)
+
+    return Op(name, call, ids, "linear_distill_loss", independent="support" in options)
 
 
 def _gather(problem: Problem, **options: Any) -> Tensor:
@@ -117,7 +134,7 @@ def _top_ids(problem: Problem) -> Tensor:
     return problem.teacher_topk(_k(problem)).indices
 
 
-DISTRIBUTIONS = ("forward_kl", "reverse_kl", "jsd", "tvd")
+DISTRIBUTIONS: tuple[DistributionDivergence, ...] = ("forward_kl", "reverse_kl", "jsd", "tvd")
 
 OPS: tuple[Op, ...] = (
     Op("gather", _gather, _top_ids, "linear_gather", loss=False),

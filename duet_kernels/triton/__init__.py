@@ -4,10 +4,16 @@ The functions below have the signatures of those in `duet_kernels.portable`. Imp
 `ops` does it when a kernel is first wanted. They take checked, flattened tensors.
 """
 
-from .cross_entropy import linear_cross_entropy
+from .complement import (
+    linear_cross_entropy,
+    linear_logsumexp,
+    linear_logsumexp_backward,
+    topk_loss_with_tail,
+)
+from .dense import times_upstream
 from .divergence import linear_divergence
-from .gather import linear_gather, linear_gather_backward, topk_loss
-from .logsumexp import linear_logsumexp, linear_logsumexp_backward, topk_loss_with_tail
+from .gather import linear_gather, linear_gather_backward
+from .gather_loss import topk_loss
 from .stats import token_stats
 from .topk import linear_topk
 
@@ -19,6 +25,7 @@ __all__ = [
     "linear_logsumexp",
     "linear_logsumexp_backward",
     "linear_topk",
+    "times_upstream",
     "token_stats",
     "topk_loss",
     "topk_loss_with_tail",

@@ -1,79 +1,80 @@
-"""The schedule of a loss that reads every logit of a token, and of its gradient: blocks of rows, slabs of columns.
+"""The walk of a loss that reads every logit of a token, and of its gradient: blocks of rows, slabs of columns.
 
-    a pass:  x_i = h_i[rows] W_i[slab]^T of each side i, in ACC          by the library's product
-             the loss folds them into statistics of the rows, or writes dz = its gradient in h W^T
-    then     dh[rows] += dz W[slab]       dW[slab] += dz^T h[rows]       db[slab] += sum_n dz[n]
+    logits    z_i = h_i[rows] W_i[slab]^T of each side i, in ACC        by the library's product
+              finished in place where a head has a bias or a softcap: z = softcap tanh(scale (z + b) / softcap)
+    the loss  folds them into statistics of the rows, or writes dz, its gradient in h W^T
+    then      dh[rows] += dz W[slab]       dW[slab] += dz^T h[rows]       db[slab] += sum_n dz[n]
 
-Legend: N tokens, D hidden size, V vocabulary, R rows of a block, C columns of a slab, ACC fp32 (fp64 for fp64 inputs),
-G = 2 N D V. A loss says which passes it folds before its gradient can be written; must not know which loss it is.
+Legend: N tokens, D hidden size, V vocabulary, R rows of logits, M >= R rows of dz, C columns of a slab, ACC fp32 (fp64
+for fp64 inputs), G = 2 N D V. A loss says which folds go before its gradient; must not know which loss it is.
 
-Two ways, both within `workspace_bytes()`; the planner takes the one it reckons faster (`dense_plan`):
+Two ways within the workspace; `dense_plan` takes the one it reckons faster:
 
-* at hand (C = V): the logits of R rows stay through all passes and dz of M >= R rows is kept. Nothing is multiplied
-  twice: 4 G for two sides, 3 G with a frozen head. dW is summed in ACC over the blocks, 8 V D bytes a block.
+* at hand (C = V): the logits of R rows stay through all folds and the gradient. Nothing is multiplied twice: 4 G for
+  two sides, 3 G with a frozen head. dW is summed in ACC over blocks of M rows. Until that sum is cast into dW at the
+  end, the memory of a half dW holds logits and dz.
 * recomputed (C < V): the folds go first, over all rows; then slab after slab is multiplied once more for the gradient:
-  6 G for two sides, 5 G with a frozen head; 4 G for a loss without folds. A slab of dW is finished when it is left, dh
-  is summed in ACC. Where dh of all rows leaves no room for slabs, dW and dh are made one after the other.
-
-Reckoned by `dense_plan` (790 TFLOP/s, 4.3 TB/s; no GPU measurement yet) at N 8192, D 4096, V 128256, bf16, where G is
-10.9 ms and the floor of two sides 43.6 ms (32.7 ms frozen); asserted in tests/test_kernels_linear_divergence.py:
-
-| workspace | forward_kl                 | jsd     | forward_kl, frozen head    | cross-entropy              |
-|-----------|----------------------------|---------|----------------------------|----------------------------|
-| 3 GiB     | 52.7 ms, at hand           | 54.7 ms | 37.1 ms, at hand           | 39.8 ms, at hand           |
-| 1 GiB     | 71.4 ms, recomputed        | 73.4 ms | 37.1 ms, at hand           | 47.3 ms, recomputed        |
-| 256 MiB   | 78.4 ms, recomputed        | 80.4 ms | 48.6 ms, at hand           | 53.0 ms, recomputed        |
-
-dz of all rows (M = N: 2.1 GB in bf16) would need no accumulator and 48.8 ms at 3 GiB; it is an [N, V] buffer, which only a
-few tokens may have.
+  6 G for two sides, 5 G with a frozen head. A slab of dW is finished when it is left, dh is summed in ACC.
 
 dz is written in the operands' dtype. fp16 would lose small ones: they are multiplied by a power of two, from a bound
 of |dz|, and the products divided by it. Rows with a factor of 0 enter dW as zeros, whatever their hidden states are:
 those are copied first. Deterministic: no atomics, no synchronisation, every sum in one order.
+
+The gradients are made before the upstream gradient is known. `times_upstream` multiplies one by it: a number on the device,
+which a half gradient of any size is multiplied by in place at the speed of memory, or left alone where it is 1.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..head import LMHead, Need
+from ..workspace import workspace_bytes
 from . import tiles
-from .dense_plan import Plan, Shape, Sweep, pitch, plan
-from .primitives import MAX_SIZE, add_product, product, require_grid, require_sizes
+from .dense_plan import Plan, Shape, Sweep, buffers, lent, pitch, placed, plan
+from .primitives import (
+    MAX_SIZE,
+    accumulator,
+    add_product,
+    current_device,
+    finish,
+    product,
+    require_device,
+    require_grid,
+    require_sizes,
+)
 
 # A loss keeps up to eight statistics of every token one behind the other, which its kernels find in 32 bits.
 MAX_TOKENS = MAX_SIZE // 8
 
 
 class Side(NamedTuple):
-    """Hidden states and the head that makes logits of them; bias, softcap and scale are the loss's to apply."""
+    """Hidden states and the head that makes logits of them."""
 
     hidden: Tensor
     head: LMHead
 
     @property
-    def weight(self) -> Tensor:
-        return self.head.weight
-
-    @property
-    def bias_stride(self) -> int:
-        return 0 if self.head.bias is None else self.head.bias.stride(0)
-
-    @property
-    def acc(self) -> torch.dtype:
-        return self.head.acc
-
-    @property
     def operand(self) -> torch.dtype:
         """The dtype of dz: that of both it is multiplied with, or ACC."""
-        return self.hidden.dtype if self.hidden.dtype == self.weight.dtype else self.acc
+        return self.hidden.dtype if self.hidden.dtype == self.head.weight.dtype else self.head.acc
+
+    @property
+    def finished(self) -> bool:
+        """Whether logits are finished in place; otherwise a loss multiplies them by `by` where it reads them."""
+        return self.head.bias is not None or self.head.softcap is not None
+
+    @property
+    def by(self) -> float:
+        return 1.0 if self.finished else self.head.scale
 
 
 class Block(NamedTuple):
-    """Rows and columns with the products `[R, C]` of each side; a row of those begins on 16 elements."""
+    """Rows and columns with the logits `[R, C]` of each side; a row of those begins on 16 elements."""
 
     rows: slice
     slab: slice
@@ -85,24 +86,29 @@ class Block(NamedTuple):
         return rows, columns
 
 
-class Loss(Protocol):
-    """What is asked of a loss: `gradient` writes gain dz, for the `first` time or again; `bound` is that of |dL/dz|.
+class Loss:
+    """What is asked of a loss: `gradient` writes gain dz, for the `first` time or again; `bound` is that of |dL/dz|."""
 
-    `bounded` says that `bound` knows without the folds of the rows.
-    """
-
-    bounded: bool
+    bounded = True  # `bound` knows without the folds of the rows
+    token_bytes = 0  # of what it keeps of every token
+    partials = 0  # numbers that a fold leaves of a row's split
 
     @property
-    def folds(self) -> tuple[Callable[[Block], None], ...]: ...
+    def folds(self) -> tuple[Callable[[Block], None], ...]:
+        return ()
 
-    def gradient(self, block: Block, dz: Tensor, gain: Tensor | None, first: bool) -> None: ...
+    def settle(self, rows: slice) -> None:
+        """All logits of the rows are folded: make what the gradient needs."""
 
-    def bound(self, rows: slice) -> Tensor | float: ...
+    def gradient(self, block: Block, dz: Tensor, gain: Tensor | None, first: bool) -> None:
+        raise NotImplementedError
+
+    def bound(self, rows: slice) -> Tensor | float:
+        raise NotImplementedError
 
 
 def grid(block: Block) -> tuple[tuple[int], dict[str, int]]:
-    """Programs over rows and splits of a slab, as a grid and the shape arguments of its kernel."""
+    """Programs over rows and splits of a slab that write dz, as a grid and the shape arguments of its kernel."""
     (rows, columns), width = block.shape, tiles.SLAB_COLUMNS[block.logits[0].element_size()]
     row_blocks = triton.cdiv(rows, tiles.SLAB_ROWS)
     splits = triton.cdiv(tiles.SLAB_PROGRAMS, row_blocks)
@@ -115,6 +121,91 @@ def grid(block: Block) -> tuple[tuple[int], dict[str, int]]:
     return (require_grid(row_blocks * splits, "the dense losses"),), shape
 
 
+def fold_grid(block: Block) -> tuple[tuple[int], dict[str, int]]:
+    """Programs of one tile of the columns of a row each, in one warp: no loop, nothing is rescaled."""
+    (rows, columns), width = block.shape, tiles.FOLD_COLUMNS[block.logits[0].element_size()]
+    row_blocks, splits = triton.cdiv(rows, tiles.SLAB_ROWS), triton.cdiv(columns, width)
+    shape = {"SPLITS": splits, "ROWS": tiles.SLAB_ROWS, "COLUMNS": width, "num_warps": tiles.FOLD_WARPS}
+    return (require_grid(row_blocks * splits, "the dense losses"),), shape
+
+
+def merge_grid(rows: int, splits: int) -> tuple[tuple[int], dict[str, int]]:
+    """Programs that each add up all splits of a few rows."""
+    columns = triton.next_power_of_2(splits)
+    height = max(1, tiles.DENSE_MERGE // columns)
+    return (triton.cdiv(rows, height),), {"ROWS": height, "COLUMNS": columns, "num_warps": 4}
+
+
+# --- elementwise kernels -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _finish_kernel(
+    z_ptr, bias_ptr,
+    R, C, first, SPLITS,
+    z_pitch, stride_bv,
+    softcap: tl.float64, scale: tl.float64,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows, COLUMNS columns: logits in the place of products."""
+    n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = (tl.program_id(0) % SPLITS) * COLUMNS + tl.arange(0, COLUMNS)
+    place = z_ptr + n[:, None] * z_pitch + c[None, :]
+    there = (n < R)[:, None] & (c < z_pitch)[None, :]
+    inside = (c < C)[None, :]
+    z = finish(
+        tl.load(place, mask=there, other=0.0), (first + c)[None, :], bias_ptr, stride_bv, inside, softcap, scale,
+        HAS_BIAS, HAS_SOFTCAP,
+    )  # fmt: skip
+    tl.store(place, z, mask=there)
+
+
+def finish_in_place(side: Side, z: Tensor, first: int) -> None:
+    (rows, columns), width = z.shape, tiles.SLAB_COLUMNS[z.element_size()]
+    splits, bias = triton.cdiv(columns, width), side.head.bias
+    programs = require_grid(triton.cdiv(rows, tiles.SLAB_ROWS) * splits, "the dense losses")
+    _finish_kernel[(programs,)](
+        z, bias,
+        rows, columns, first, splits,
+        z.stride(0), 0 if bias is None else bias.stride(0),
+        side.head.softcap or 0.0, side.head.scale,
+        HAS_BIAS=bias is not None, HAS_SOFTCAP=side.head.softcap is not None,
+        ROWS=tiles.SLAB_ROWS, COLUMNS=width, num_warps=tiles.SLAB_WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _scale_kernel(
+    x_ptr, out_ptr, factor_ptr,
+    E,
+    SKIP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK elements, and so many again after those of all programs: out = factor x; where SKIP, nothing for a factor of 1."""
+    factor = tl.load(factor_ptr).to(ACC)
+    if (factor != 1.0) | (not SKIP):
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        while start < E:
+            e = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + e, mask=e < E, other=0.0).to(ACC)
+            tl.store(out_ptr + e, (x * factor).to(out_ptr.dtype.element_ty), mask=e < E)
+            start += tl.num_programs(0).to(tl.int64) * BLOCK
+
+
+def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor * gradient (contiguous), rounded to `dtype`: in place where that is the gradient's own."""
+    require_device(gradient=gradient, factor=factor)
+    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    programs = min(tiles.SCALE_PROGRAMS, triton.cdiv(gradient.numel(), tiles.SCALE_BLOCK))
+    if programs:
+        with current_device(gradient):
+            _scale_kernel[(programs,)](
+                gradient, out, factor,
+                gradient.numel(),
+                SKIP=out is gradient, ACC=accumulator(gradient, factor)[1], BLOCK=tiles.SCALE_BLOCK, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
 # --- the walk --------------------------------------------------------------------------------------------------
 
 
@@ -122,11 +213,12 @@ def run(
     sides: tuple[Side, ...], factor: Tensor, loss: Loss, need: Need
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Make the loss's statistics, and (dh, dW, db) of its sum; `sides[0]` is the one with gradients."""
-    (n, d), v = sides[0].hidden.shape, sides[0].weight.shape[0]
+    hidden, head = sides[0]
+    (n, d), v = hidden.shape, head.weight.shape[0]
     require_sizes("the dense losses", hidden=d, weight=v)
     if n > MAX_TOKENS:
         raise ValueError(f"hidden: the dense losses take at most {MAX_TOKENS} tokens at a time, got {n}")
-    acc, dtype, device = sides[0].acc, sides[0].hidden.dtype, factor.device
+    acc, dtype, device = head.acc, hidden.dtype, factor.device
     out = acc if dtype == torch.float16 else dtype
     make = torch.empty if n and v else torch.zeros
     dhidden = make(n, d, dtype=out, device=device) if need.hidden else None
@@ -134,11 +226,13 @@ def run(
     dbias = torch.zeros(v, dtype=acc, device=device) if need.bias else None
     if n and v:
         shape = Shape(
-            n, v, tuple(side.hidden.shape[1] for side in sides), sum(side.acc.itemsize for side in sides),
+            n, v, d, tuple(side.head.acc.itemsize for side in sides),
             sides[0].operand.itemsize, acc.itemsize, out.itemsize, len(loss.folds), need,
-            whole=not loss.bounded,
+            loss.token_bytes, loss.partials * acc.itemsize, whole=not loss.bounded,
         )  # fmt: skip
-        _Walk(sides, factor, loss, plan(shape)).run(dhidden, dweight, dbias)
+        _Walk(sides, factor, loss, shape, plan(shape, workspace_bytes(factor.device))).run(
+            dhidden, dweight, dbias
+        )
     return dhidden, dweight, None if dbias is None else dbias.to(out)
 
 
@@ -153,27 +247,22 @@ def _matrix(memory: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class _Walk:
-    """One call: its sides and its memory, all of it made when it is first needed and reused."""
+    """One call: its sides and its memory, which is made anew for the folds and for each sweep."""
 
-    def __init__(self, sides: tuple[Side, ...], factor: Tensor, loss: Loss, plan: Plan) -> None:
-        self.sides, self.factor, self.loss, self.plan = sides, factor, loss, plan
-        self.n, self.v = factor.shape[0], sides[0].weight.shape[0]
+    def __init__(self, sides: tuple[Side, ...], factor: Tensor, loss: Loss, shape: Shape, plan: Plan) -> None:
+        self.sides, self.factor, self.loss, self.shape, self.plan = sides, factor, loss, shape, plan
+        self.n, self.v, self.acc = shape.n, shape.v, sides[0].head.acc
         self.memory: list[Tensor] = []
         self.dz = factor.new_empty(0)
         self.counted: tuple[slice | None, Tensor | None] = None, None
 
     def run(self, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None) -> None:
         """Fold everything, and write the gradients that are there."""
-        plan = self.plan
-        if plan.kept:
-            self._reserve(plan.rows, plan.columns, plan.kept)
-            self._at_hand(dhidden, dweight, dbias)
-            return
-        if self.loss.folds:
-            self._reserve(plan.rows, plan.columns)
-            self._fold()
-        for sweep in plan.sweeps:
-            self._reserve(sweep.rows, sweep.columns, sweep.rows)
+        if self.plan.folds:
+            self._reserve(self.plan.folds, None)
+            self._fold(self.plan.folds)
+        for sweep in self.plan.sweeps:
+            self._reserve(sweep, dweight if lent(self.shape, sweep) else None)
             for group in _blocks(slice(0, self.n), sweep.group):
                 self._sweep(
                     group, sweep,
@@ -182,86 +271,80 @@ class _Walk:
                     dbias if sweep.need.bias else None,
                 )  # fmt: skip
 
-    def _reserve(self, rows: int, columns: int, dz_rows: int = 0) -> None:
+    def _reserve(self, sweep: Sweep, free: Tensor | None) -> None:
+        """Memory of dz and of the logits; the beginning of it in `free`, as far as that goes."""
         self.memory, self.dz = [], self.dz.new_empty(0)  # what was there before is given back first
-        size = pitch(columns)
-        self.memory = [
-            torch.empty(rows * size, dtype=side.acc, device=self.factor.device) for side in self.sides
-        ]
-        self.dz = torch.empty(dz_rows * size, dtype=self.sides[0].operand, device=self.factor.device)
+        device, sizes = self.factor.device, buffers(self.shape, sweep)
+        dtypes = [self.sides[0].operand, *(side.head.acc for side in self.sides)]
+        bytes_ = None if free is None else free.view(-1).view(torch.uint8)
+        places = placed(sizes, 0 if bytes_ is None else bytes_.numel())
+        self.dz, *self.memory = (
+            torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
+            if place is None
+            else bytes_[place : place + size].view(dtype)
+            for size, place, dtype in zip(sizes, places, dtypes, strict=True)
+        )
 
     def _logits(self, rows: slice, slab: slice) -> Block:
         logits = [_matrix(m, rows.stop - rows.start, slab.stop - slab.start) for m in self.memory]
-        for side, x in zip(self.sides, logits, strict=True):
-            product(side.hidden[rows], side.weight[slab].T, out=x)
+        for side, z in zip(self.sides, logits, strict=True):
+            product(side.hidden[rows], side.head.weight[slab].T, out=z)
+            if side.finished:
+                finish_in_place(side, z, slab.start)
         return Block(rows, slab, logits)
 
-    def _fold(self) -> None:
+    def _fold(self, sweep: Sweep) -> None:
         """Every fold over all logits; whole rows are multiplied once for all of them."""
-        for rows in _blocks(slice(0, self.n), self.plan.rows):
-            slabs = list(_blocks(slice(0, self.v), self.plan.columns))
+        for rows in _blocks(slice(0, self.n), sweep.rows):
+            slabs = list(_blocks(slice(0, self.v), sweep.columns))
             block = self._logits(rows, slabs[0]) if len(slabs) == 1 else None
             for fold in self.loss.folds:
                 for slab in slabs:
                     fold(block or self._logits(rows, slab))
-
-    def _at_hand(self, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None) -> None:
-        """Blocks of whole rows; dz of several makes dh and a part of dW."""
-        total = None
-        for step in _blocks(slice(0, self.n), self.plan.kept):
-            dz = _matrix(self.dz, step.stop - step.start, self.v)
-            gain = None
-            for rows in _blocks(step, self.plan.rows):
-                block = self._logits(rows, slice(0, self.v))
-                for fold in self.loss.folds:
-                    fold(block)
-                gain = self._gain(step)
-                local = slice(rows.start - step.start, rows.stop - step.start)
-                self.loss.gradient(block, dz[local], gain, first=True)
-            first, last = step.start == 0, step.stop == self.n
-            if dweight is not None:
-                if total is None:
-                    total = self._accumulator(dweight, single=last)
-                self._add(total, dz.T, self._counted(step), gain, fresh=first)
-            if dbias is not None:
-                self._add_rows(dbias, dz, gain)
-            if dhidden is not None:
-                self._add(dhidden[step], dz, self.sides[0].weight, gain, fresh=True)
-        if dweight is not None and total is not dweight:
-            dweight.copy_(total)
+            self.loss.settle(rows)
 
     def _sweep(
         self, group: slice, sweep: Sweep, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
     ) -> None:
-        """Slab after slab of the gradients of a group of rows, once all is folded."""
-        parts = list(_blocks(group, sweep.rows))
-        dh = None if dhidden is None else self._accumulator(dhidden, single=sweep.columns >= self.v)
-        single = len(parts) == 1
-        slabs = None if dweight is None else self._accumulator(dweight[: sweep.columns], single=single)
-        in_place = slabs is None or slabs.dtype == dweight.dtype
+        """Slab after slab, and in each M rows of dz at a time: what they add to dh, dW and db."""
+        steps = list(_blocks(group, sweep.kept))
+        dh = None if dhidden is None else self._sum(dhidden, single=sweep.columns >= self.v)
+        total = None if dweight is None else self._sum(dweight[: sweep.columns], single=len(steps) == 1)
+        apart = dweight is not None and total.dtype != dweight.dtype
         for slab in _blocks(slice(0, self.v), sweep.columns):
-            dw = None if dweight is None else dweight[slab] if in_place else slabs[: slab.stop - slab.start]
-            for rows in parts:
-                block = self._logits(rows, slab)
-                dz = _matrix(self.dz, *block.shape)
-                gain = self._gain(rows)
-                self.loss.gradient(block, dz, gain, first=sweep is self.plan.sweeps[0])
+            dw = None if dweight is None else total[: slab.stop - slab.start] if apart else dweight[slab]
+            for step in steps:
+                dz, gain = self._gradient(step, slab, sweep)
                 if dw is not None:
-                    self._add(dw, dz.T, self._counted(rows), gain, fresh=rows is parts[0])
+                    self._add(dw, dz.T, self._counted(step), gain, fresh=step is steps[0])
                 if dbias is not None:
                     self._add_rows(dbias[slab], dz, gain)
                 if dh is not None:
-                    local = slice(rows.start - group.start, rows.stop - group.start)
-                    self._add(dh[local], dz, self.sides[0].weight[slab], gain, fresh=slab.start == 0)
-            if not in_place:
+                    local = slice(step.start - group.start, step.stop - group.start)
+                    self._add(dh[local], dz, self.sides[0].head.weight[slab], gain, fresh=slab.start == 0)
+            if apart:
                 dweight[slab].copy_(dw)
         if dh is not None and dh is not dhidden:
             dhidden.copy_(dh)
 
-    def _accumulator(self, out: Tensor, *, single: bool) -> Tensor:
+    def _gradient(self, step: slice, slab: slice, sweep: Sweep) -> tuple[Tensor, Tensor | None]:
+        """(gain dz of M rows of a slab, the gain), from R rows of logits at a time, which are folded here if not before."""
+        dz = _matrix(self.dz, step.stop - step.start, slab.stop - slab.start)
+        gain = None
+        for rows in _blocks(step, sweep.rows):
+            block = self._logits(rows, slab)
+            if self.plan.folds is None:
+                for fold in self.loss.folds:
+                    fold(block)
+                self.loss.settle(rows)
+            gain = self._gain(step) if gain is None else gain
+            local = slice(rows.start - step.start, rows.stop - step.start)
+            self.loss.gradient(block, dz[local], gain, first=sweep is self.plan.sweeps[0])
+        return dz, gain
+
+    def _sum(self, out: Tensor, *, single: bool) -> Tensor:
         """Where products for `out` are added up: itself, if there is one product only or it is in ACC."""
-        acc = self.sides[0].acc
-        return out if single or out.dtype == acc else torch.empty(out.shape, dtype=acc, device=out.device)
+        return out if single or out.dtype == self.acc else torch.empty_like(out, dtype=self.acc)
 
     def _counted(self, rows: slice) -> Tensor:
         """Hidden states that enter dW: a row that does not count may hold anything, and 0 NaN is NaN."""
@@ -281,7 +364,7 @@ class _Walk:
 
     def _add(self, out: Tensor, a: Tensor, b: Tensor, gain: Tensor | None, *, fresh: bool) -> None:
         """out += a b / gain, or = if fresh; summed in ACC, by way of the logits' memory where `out` cannot take it."""
-        if gain is None and out.dtype == self.sides[0].acc:
+        if gain is None and out.dtype == self.acc:
             product(a, b, out=out) if fresh else add_product(out, a, b)
             return
         d = out.shape[1]

@@ -1,61 +1,67 @@
-"""How a dense loss is walked: blocks of rows and slabs of columns by bytes and reckoned seconds. No tensor, no kernel.
+"""How many rows and columns of logits a dense loss holds at a time. Must not know tensors, kernels, or which loss it is.
 
-`plan` lists what keeps `workspace_bytes()` and takes the fastest: a product costs the dearer of its FLOP and its bytes,
-what is added to is read and written besides, everything else costs its bytes (rates: `tiles`, as of an H200; calculated,
-not measured). The two ways are those of `dense`: `kept` rows of dz with their logits at hand, or folds and then sweeps.
-Whatever the workspace, nothing is `[N, V]` but for a few tokens: a buffer has at most half of the rows or of the columns.
+* At hand: R rows of whole logits, as many as fit, then dz of M = R, 2 R, 4 R ... rows. R below 128 or, with a trainable
+  head, M below 512 cost more than a product saves: 128 rows multiply at 402 TFLOP/s on an H200, 512 at 662, 1024 at 728,
+  and every M rows dW is read and written in ACC, 1 ms at D 4096, V 128256.
+* Recomputed otherwise: folds of as many rows as leave slabs of 2048 columns, and then the same for the gradient. Where
+  the sum of dh in ACC leaves less than 1024 rows, dW and dh are made one after the other. A loss without folds has
+  nothing to recompute and goes this way first.
 
-Legend: N tokens, D hidden size, V vocabulary, R rows of a block, C columns of a slab, M rows of dz that are kept.
+Whatever the workspace, no buffer is `[N, V]` but for a few tokens, and one row of 16 columns is there. At N 8192, D 4096,
+V 128256, bf16, with (M, R) where logits are at hand (asserted in tests/test_dense_plan.py):
+
+| workspace | two sides, frozen | two sides, trainable | one side, frozen | one side, trainable |
+|-----------|-------------------|----------------------|------------------|---------------------|
+| 3 GiB     | 4096, 2048        | 4096, 1024           | 4096, 4096       | 4096, 2048          |
+| 2.2 GiB   | 4096, 1024        | 2048, 512            | 4096, 2048       | 2048, 1024          |
+| 1.25 GiB  | 1024, 1024        | recomputed           | 2048, 1024       | recomputed          |
+| 256 MiB   | 512, 128          | recomputed           | 512, 256         | recomputed          |
+
+Legend: N tokens, D hidden size, V vocabulary, C columns of a slab, M rows of dz, R rows of logits.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from triton import cdiv
 
 from ..head import Need
-from ..workspace import workspace_bytes
 from . import tiles
 
 
 class Shape(NamedTuple):
-    """What a plan depends on: sizes, bytes of an element, passes, gradients. `dims` are the sides' hidden sizes."""
+    """What a plan depends on; `logits` are the bytes of a logit of each side."""
 
     n: int
     v: int
-    dims: tuple[int, ...]
-    logit: int  # bytes of one logit of every side
-    operand: int  # of dz and of what it is multiplied with
+    d: int
+    logits: tuple[int, ...]
+    operand: int  # bytes of dz and of what it is multiplied with
     acc: int
     out: int  # of the gradients
     folds: int
     need: Need
-    whole: bool = False  # dz of a block must come from one block of logits
-
-    @property
-    def d(self) -> int:
-        return self.dims[0]
+    token: int = 0  # of what the loss keeps of every token
+    partial: int = 0  # of what a fold leaves of a row's split
+    whole: bool = False  # dz of M rows must come from M rows of logits
 
 
 class Sweep(NamedTuple):
-    """One walk over the slabs: R rows at a time of each `group` of rows."""
+    """One walk over C = V or over slabs. dh of a `group` of rows is summed while it lasts; a fold has M = 0."""
 
     group: int
-    rows: int
-    columns: int
+    kept: int  # M
+    rows: int  # R
+    columns: int  # C
     need: Need
 
 
 class Plan(NamedTuple):
-    """Either `kept` rows of dz and `rows` of logits at hand; or (kept = 0) folds of rows x columns, then sweeps."""
+    """A walk of the folds beforehand (None: in the sweep, while the logits are there), and those of the gradient."""
 
-    kept: int
-    rows: int
-    columns: int
+    folds: Sweep | None
     sweeps: tuple[Sweep, ...]
-    bytes: int
-    seconds: float
 
 
 def pitch(columns: int) -> int:
@@ -63,92 +69,59 @@ def pitch(columns: int) -> int:
     return cdiv(columns, 16) * 16
 
 
-def statistics_bytes(shape: Shape) -> int:
-    """What a loss keeps of all rows and of the splits of a block, at most."""
-    return 20 * shape.acc * (shape.n + tiles.SLAB_ROWS * tiles.SLAB_PROGRAMS)
+def buffers(s: Shape, w: Sweep) -> list[int]:
+    """Bytes of dz and of every side's logits."""
+    return [w.kept * pitch(w.columns) * s.operand, *(w.rows * pitch(w.columns) * size for size in s.logits)]
 
 
-def sweep_bytes(s: Shape, sweep: Sweep) -> int:
-    """Logits, dz and the accumulators of one sweep."""
-    hidden, weight, bias = sweep.need
-    used = sweep.rows * pitch(sweep.columns) * (s.logit + s.operand)
-    apart = s.out != s.acc  # a gradient in ACC is summed where it is returned
-    used += sweep.group * s.d * s.acc if hidden and apart else 0
-    used += sweep.rows * s.d * s.operand if weight else 0
-    used += sweep.columns * s.d * s.acc if weight and apart and sweep.rows < sweep.group else 0
+def lent(s: Shape, w: Sweep) -> int:
+    """Bytes of dW that are free while its sum of several blocks, in ACC, lies elsewhere."""
+    summed = w.need.weight and w.kept < w.group and w.columns == s.v and s.out != s.acc
+    return s.v * s.d * s.out if summed else 0
+
+
+def placed(sizes: Iterable[int], lent: int) -> list[int | None]:
+    """Where buffers lie in what is lent, in bytes, or None for those that need memory of their own."""
+    places, used = [], 0
+    for size in sizes:
+        fits = 0 < size <= lent - used
+        places.append(used if fits else None)
+        used += cdiv(size, 256) * 256 if fits else 0
+    return places
+
+
+def sweep_bytes(s: Shape, w: Sweep) -> int:
+    (hidden, weight, bias), apart, sizes = w.need, s.out != s.acc, buffers(s, w)
+    used = sum(x for x, place in zip(sizes, placed(sizes, lent(s, w)), strict=True) if place is None)
+    used += w.rows * cdiv(w.columns, tiles.FOLD_COLUMNS[s.acc]) * s.partial
+    used += w.columns * s.d * s.acc if weight and apart and w.kept < w.group else 0
+    used += w.kept * s.d * s.operand if weight else 0  # hidden states, 0 where a row does not count
+    used += w.group * s.d * s.acc if hidden and apart and w.columns < s.v else 0
     return used + (2 * s.v * s.acc if bias else 0)
-
-
-def kept_bytes(s: Shape, kept: int, rows: int) -> int:
-    """Logits of `rows`, dz of `kept` rows and the accumulators of dW and db."""
-    _, weight, bias = s.need
-    used = pitch(s.v) * (rows * s.logit + kept * s.operand)
-    used += kept * s.d * s.operand if weight else 0
-    used += s.v * s.d * s.acc if weight and kept < s.n and s.out != s.acc else 0
-    return used + (2 * s.v * s.acc if bias else 0)
-
-
-def product_seconds(s: Shape, m: int, k: int, n: int, *, add: bool = False) -> float:
-    """[m, k] x [k, n] into ACC: the dearer of multiplying and moving; what is added to is read and written besides."""
-    flops = 2.0 * k * max(m, tiles.DENSE_LEAST_ROWS) * max(n, tiles.DENSE_LEAST_ROWS)
-    moved, added = s.operand * k * (m + n) + s.acc * m * n, 2 * s.acc * m * n if add else 0
-    return max(flops / tiles.PRODUCT_FLOPS[s.operand], moved / tiles.BANDWIDTH) + added / tiles.BANDWIDTH
-
-
-def logits_seconds(s: Shape, rows: int, columns: int) -> float:
-    """All logits once, in blocks of that size."""
-    blocks = cdiv(s.n, rows) * cdiv(s.v, columns)
-    return blocks * sum(product_seconds(s, rows, d, columns) for d in s.dims)
-
-
-def kept_seconds(s: Shape, kept: int, rows: int) -> float:
-    steps, moved = cdiv(s.n, kept), s.n * s.v * (s.folds * s.logit + s.logit + s.operand)
-    seconds = logits_seconds(s, rows, s.v)
-    if s.need.hidden:
-        seconds += steps * product_seconds(s, kept, s.v, s.d)
-        moved += s.n * s.d * (s.acc + s.out)
-    if s.need.weight:
-        seconds += steps * product_seconds(s, s.v, kept, s.d, add=steps > 1)
-        moved += s.v * s.d * (s.acc + s.out) if s.out != s.acc else 0
-        moved += 2 * s.n * s.d * s.operand
-    moved += s.n * s.v * s.operand if s.need.bias else 0
-    return seconds + moved / tiles.BANDWIDTH
-
-
-def sweep_seconds(s: Shape, sweep: Sweep) -> float:
-    hidden, weight, bias = sweep.need
-    slabs, parts = cdiv(s.v, sweep.columns), cdiv(s.n, sweep.rows)
-    seconds, moved = logits_seconds(s, sweep.rows, sweep.columns), s.n * s.v * (s.logit + s.operand)
-    if hidden:
-        seconds += slabs * parts * product_seconds(s, sweep.rows, sweep.columns, s.d, add=slabs > 1)
-        moved += s.n * s.d * (s.acc + s.out) if s.out != s.acc else 0
-    if weight:
-        seconds += slabs * parts * product_seconds(s, sweep.columns, sweep.rows, s.d, add=parts > 1)
-        moved += s.v * s.d * (s.acc + s.out) if s.out != s.acc else 0
-        moved += 2 * s.n * s.d * s.operand * (slabs if parts > 1 else 1)
-    moved += s.n * s.v * s.operand if bias else 0
-    return seconds + moved / tiles.BANDWIDTH
-
-
-def plan(s: Shape) -> Plan:
-    """The fastest plan, as reckoned, of those that keep the workspace; the smallest where none does."""
-    return _plan(s, workspace_bytes())
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(s: Shape, workspace: int) -> Plan:
-    budget = max(workspace - statistics_bytes(s), workspace // 2)
-    plans = [p for p in (*_kept_plans(s, budget), *_recomputing_plans(s, budget)) if p is not None]
-    fitting = [p for p in plans if p.bytes <= budget]
-    return min(fitting, key=lambda p: p.seconds) if fitting else min(plans, key=lambda p: p.bytes)
+def plan(s: Shape, workspace: int) -> Plan:
+    """The sizes of a walk that keep the workspace, or the smallest ones."""
+    budget = max(workspace - s.n * s.token, workspace // 2)
+    hidden, *weights = s.need
+    slabs = functools.partial(_slabs, s, budget)
+    both = slabs(s.need) if any(s.need) else None
+    if both and not s.folds and both.rows >= min(s.n, tiles.DENSE_ENOUGH_ROWS):
+        return Plan(None, (both,))  # nothing waits for whole rows, and a slab of dW is finished at once
+    if both and (sweep := _at_hand(s, s.need, budget)):
+        return Plan(None, (sweep,))
+    folds = s.folds > 1 and _at_hand(s, Need(False), budget)  # whole rows are multiplied once for all folds
+    folds = (folds or slabs(Need(False))) if s.folds else None
+    if not both or both.rows >= min(s.n, tiles.DENSE_ENOUGH_ROWS) or not (hidden and any(weights)):
+        return Plan(folds, (both,) if both else ())
+    # The sum of dh leaves dW no room: one after the other.
+    return Plan(folds, (slabs(Need(False, *weights)), _at_hand(s, Need(True), budget) or slabs(Need(True))))
 
 
-def _halves(n: int) -> Iterator[int]:
+def _halves(n: int) -> list[int]:
     """n, n / 2, n / 4, ... 1"""
-    while n > 1:
-        yield n
-        n = cdiv(n, 2)
-    yield 1
+    return [n] if n <= 1 else [n, *_halves(cdiv(n, 2))]
 
 
 def _most_whole_rows(n: int) -> int:
@@ -156,71 +129,34 @@ def _most_whole_rows(n: int) -> int:
     return n if n <= tiles.DENSE_WHOLE_ROWS else cdiv(n, 2)
 
 
-def _most_columns(s: Shape, rows: int) -> int:
-    return s.v if rows <= _most_whole_rows(s.n) else cdiv(s.v, 2)
+def _at_hand(s: Shape, need: Need, budget: int) -> Sweep | None:
+    """Whole rows, if they are enough."""
+    gradient, heights = any(need), _halves(_most_whole_rows(s.n))
+    fits = [r for r in heights if sweep_bytes(s, Sweep(s.n, r * gradient, r, s.v, need)) <= budget]
+    if not fits or fits[0] < min(s.n, tiles.DENSE_LEAST_ROWS):
+        return None
+    rows = kept = fits[0]
+    for more in () if s.whole or not gradient else reversed(heights[: heights.index(rows)]):
+        kept = more if sweep_bytes(s, Sweep(s.n, more, rows, s.v, need)) <= budget else kept
+    enough = kept >= min(s.n, tiles.DENSE_LEAST_SUMMED) or not need.weight
+    return Sweep(s.n, kept * gradient, rows, s.v, need) if enough else None
 
 
-def _even(total: int, most: int, unit: int = 1) -> int:
-    """The size of equal pieces of `total` in whole units, none above `most` unless that is less than a unit."""
-    most = max(most // unit, 1) * unit
-    size = cdiv(total, cdiv(total, most))
-    return min(total, cdiv(size, unit) * unit)
-
-
-def _kept_plans(s: Shape, budget: int) -> Iterator[Plan]:
-    if not any(s.need):
-        return
-    for kept in _halves(_most_whole_rows(s.n)):
-        room = budget - kept_bytes(s, kept, 0)
-        rows = min(kept, room // (pitch(s.v) * s.logit))
-        if s.whole and rows < kept:
-            continue
-        if rows > 0:
-            rows = _even(kept, rows)
-            yield Plan(kept, rows, s.v, (), kept_bytes(s, kept, rows), kept_seconds(s, kept, rows))
-
-
-def _recomputing_plans(s: Shape, budget: int) -> Iterator[Plan]:
-    rows, columns, seconds = s.n, s.v, 0.0
-    if s.folds:
-        rows, columns, seconds = min(_fold_shapes(s, budget), key=lambda shape: shape[2])
-    least = rows * pitch(columns) * s.logit if s.folds else 0
-    if not any(s.need):
-        yield Plan(0, rows, columns, (), least, seconds)
-        return
-    both = _best_sweep(s, budget, s.need, s.n)
-    choices = [(both,)]
-    group = _even(s.n, budget // 2 // max(1, s.d * s.acc))
-    if s.need.hidden and (s.need.weight or s.need.bias):
-        weights = _best_sweep(s, budget, Need(False, s.need.weight, s.need.bias), s.n)
-        choices.append((weights, _best_sweep(s, budget, Need(True, False, False), group)))
-    elif s.need.hidden:
-        choices.append((_best_sweep(s, budget, s.need, group),))
-    for sweeps in choices:
-        used = max(least, *(sweep_bytes(s, sweep) for sweep in sweeps))
-        yield Plan(0, rows, columns, sweeps, used, seconds + sum(sweep_seconds(s, sweep) for sweep in sweeps))
-
-
-def _fold_shapes(s: Shape, budget: int) -> Iterator[tuple[int, int, float]]:
-    """(rows, columns, seconds): whole rows, which are multiplied once, and slabs of all rows, once a fold."""
-    moved = s.folds * s.logit * s.n * s.v / tiles.BANDWIDTH
-    rows = _even(s.n, max(1, min(_most_whole_rows(s.n), budget // (pitch(s.v) * s.logit))))
-    if rows * pitch(s.v) * s.logit <= budget:
-        yield rows, s.v, moved + logits_seconds(s, rows, s.v)
+def _slabs(s: Shape, budget: int, need: Need) -> Sweep:
+    """Slabs of 2048 columns or more for as many rows as can have them; else what holds most logits."""
+    found = []
     for rows in _halves(s.n):
-        columns = _even(s.v, min(budget // (rows * s.logit), _most_columns(s, rows)), 16)
-        if rows * pitch(columns) * s.logit <= budget or rows == 1:
-            yield rows, columns, moved + s.folds * logits_seconds(s, rows, columns)
-
-
-def _best_sweep(s: Shape, budget: int, need: Need, group: int) -> Sweep:
-    sweeps = []
-    for rows in _halves(group):
-        fixed = sweep_bytes(s, Sweep(group, rows, 0, need))
-        each = sweep_bytes(s, Sweep(group, rows, 16, need)) - fixed
-        columns = _even(s.v, max(16, min((budget - fixed) // each * 16, _most_columns(s, rows))), 16)
-        sweeps.append(Sweep(group, rows, columns, need))
-    fitting = [sweep for sweep in sweeps if sweep_bytes(s, sweep) <= budget]
-    if not fitting:
-        return min(sweeps, key=lambda sweep: sweep_bytes(s, sweep))
-    return min(fitting, key=lambda sweep: sweep_seconds(s, sweep))
+        # Without dW, whose sum wants all rows, rows are walked one block after the other.
+        w = Sweep(s.n if any(need[1:]) else rows, rows * any(need), rows, 0, need)
+        none, some = (sweep_bytes(s, w._replace(columns=c)) for c in (0, 16))
+        most = min(
+            (budget - none) // (some - none) * 16, s.v if rows <= _most_whole_rows(s.n) else cdiv(s.v, 2)
+        )
+        found.append((rows * max(most, 0), w._replace(columns=max(most, 16))))
+        if most >= min(tiles.DENSE_LEAST_COLUMNS, cdiv(s.v, 2)):
+            break
+    else:
+        found.sort(key=lambda choice: choice[0])
+    w = found[-1][1]
+    size = cdiv(s.v, cdiv(s.v, max(w.columns // 16 * 16, 16)))  # even ones
+    return w._replace(columns=min(s.v, cdiv(size, 16) * 16))

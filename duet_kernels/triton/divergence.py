@@ -32,18 +32,19 @@ s - t of near logits is exact, while log q - log p carries the rounding of both 
 close to its teacher keep their digits. Higher maxima M' shrink what was summed, f = exp((M - M') / T), and move u by
 delta = (M_s - M_t) / T - (M_s' - M_t') / T:  S' = f S,  B' = f_s B + f_t expm1(delta) S_t,  A' = f_t (A + delta S_t).
 
-Passes over the logits of a block (`dense` says which blocks and slabs): the moments above; for jsd and tvd the two
-sums that their gradients need; the gradient. Raw divergences need no moments: value and gradient in one pass (l1 asks
-for the largest logit before). Bytes and FLOP (calculated, N 8192, D 4096, V 128256, bf16; no GPU measurement yet),
-G = 2 N D V = 8.6 TFLOP = 10.9 ms:
+Passes over the logits of a block (`dense` says which blocks and slabs, and has them finished where a head has a bias or
+a softcap): the moments above, of one tile of a row at a time, so that nothing is rescaled before they are merged; for
+jsd and tvd the two sums that their gradients need; the gradient. Raw divergences need no moments: value and gradient in
+one pass (l1 asks for the largest logit before). Bytes and FLOP at N 8192, D 4096, V 128256, bf16, G = 2 N D V = 8.6
+TFLOP; times at the rates that such kernels reached on an H200:
 
-| step                 | work            | reads and writes of the kernels here   | bound by |
-|----------------------|-----------------|----------------------------------------|----------|
-| logits s and t       | 2 G             | the product's: 8 N V                   | product  |
-| moments              | 70 FLOP a pair  | 8 N V = 8.4 GB                         | 2.0 ms   |
-| terms (jsd, tvd)     | 70 FLOP a pair  | 8 N V = 8.4 GB                         | 2.0 ms   |
-| dz                   | 40 FLOP a pair  | (8 + 2) N V = 10.5 GB                  | 2.4 ms   |
-| dh, dW               | 1 G each        | the product's: 4 N V, W, dW            | product  |
+| step                 | work            | reads and writes of the kernels here   | bound by                    |
+|----------------------|-----------------|----------------------------------------|-----------------------------|
+| logits s and t       | 2 G             | the product's: 8 N V                   | product                     |
+| moments              | 60 FLOP a pair  | 8 N V = 8.4 GB                         | 1.9 ms at 4.5 TB/s          |
+| terms (jsd, tvd)     | 60 FLOP a pair  | 8 N V = 8.4 GB                         | 2.0 ms at 4.2 TB/s (beta 1/2) |
+| dz                   | 40 FLOP a pair  | (8 + 2) N V = 10.5 GB                  | 3.3 ms at 3.1 TB/s          |
+| dh, dW               | 1 G each        | the product's: 4 N V, W, dW            | product                     |
 """
 
 from collections.abc import Callable
@@ -57,50 +58,26 @@ from ..head import LMHead, Need
 from ..options import Divergence
 from . import dense, tiles
 from .primitives import (
+    LOG2E,
     accumulator,
     current_device,
     expm1_near_zero,
-    finish,
     load_rows,
+    load_tile,
     log1p,
+    log_to_mixture,
     number,
     origin,
     require_device,
+    require_grid,
     sign,
 )
-from .topk_divergence import _expected, _log_to_mixture, _minus
+from .topk_divergence import _expected, _minus
 
 # Rows of the statistics `[6, N]`: the maxima, the sums S_s, S_t and B, and A or the largest finite |logit|.
 MOMENTS = 6
 
 # --- the parts of a pass ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _pair(
-    s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, n, c, live, C, first, s_pitch, t_pitch, stride_sb, stride_tb,
-    s_softcap, s_scale, t_softcap, t_scale,
-    S_BIAS: tl.constexpr, S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr, T_SOFTCAP: tl.constexpr,
-    RAW: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """(student's logits, teacher's, their difference) of a tile; pairs that are not there are -inf and differ by 0.
-
-    Rows are as long as their pitch, a multiple of 16: only what is read from the bias is masked by the column.
-    """
-    inside = (c < C)[None, :]
-    counted = live[:, None] & inside
-    s = load_rows(s_ptr, n, c, s_pitch, 1, live[:, None] & (c < s_pitch)[None, :], ACC)
-    t = load_rows(t_ptr, n, c, t_pitch, 1, live[:, None] & (c < t_pitch)[None, :], ACC)
-    v = (first + c)[None, :]
-    s = finish(s, v, s_bias_ptr, stride_sb, inside, s_softcap, s_scale, S_BIAS, S_SOFTCAP)
-    t = finish(t, v, t_bias_ptr, stride_tb, inside, t_softcap, t_scale, T_BIAS, T_SOFTCAP)
-    s = tl.where(counted, s, float("-inf"))
-    t = tl.where(counted, t, float("-inf"))
-    if RAW:
-        d = tl.where(counted, s - t, 0.0)
-    else:  # neither has a probability
-        d = tl.where((s == float("-inf")) & (t == float("-inf")), 0.0, s - t)
-    return s, t, d
 
 
 @triton.jit
@@ -139,75 +116,71 @@ def _row(moments_ptr, slot: tl.constexpr, stride, n, live, ACC: tl.constexpr):
 
 
 @triton.jit
-def _compared(s, t, d, s_max, t_max, s_sum, t_sum, ratio, inverse):
-    """(p, q, log q - log p) of a tile."""
-    q = tl.exp((s - origin(s_max)[:, None]) * inverse) / s_sum[:, None]
-    p = tl.exp((t - origin(t_max)[:, None]) * inverse) / t_sum[:, None]
-    return p, q, d * inverse - _gap(s_max, t_max, inverse)[:, None] - ratio[:, None]
+def _normalisers(moments_ptr, stride, n, live, inverse, ACC: tl.constexpr):
+    """(origins of s and t, 1 / S_s, 1 / S_t, what log q - log p is below (s - t) / T) of rows."""
+    s_max = _row(moments_ptr, 0, stride, n, live, ACC)
+    t_max = _row(moments_ptr, 1, stride, n, live, ACC)
+    s_sum = _row(moments_ptr, 2, stride, n, live, ACC)
+    t_sum = _row(moments_ptr, 3, stride, n, live, ACC)
+    ratio = _log_ratio(s_sum, t_sum, _row(moments_ptr, 4, stride, n, live, ACC))
+    return origin(s_max), origin(t_max), 1.0 / s_sum, 1.0 / t_sum, _gap(s_max, t_max, inverse) + ratio
+
+
+@triton.jit
+def _compared(s, t, s_zero, t_zero, s_share, t_share, shift, inverse):
+    """(p, q, log q - log p) of logits; of two that are -inf the last is NaN."""
+    q = tl.exp2((s - s_zero) * (inverse * LOG2E)) * s_share
+    p = tl.exp2((t - t_zero) * (inverse * LOG2E)) * t_share
+    return p, q, (s - t) * inverse - shift
 
 
 # --- statistics of a row -----------------------------------------------------------------------------------------
 
 
 @triton.jit
+def _finite_size(z):
+    return tl.where(tl.abs(z) == float("inf"), 0.0, tl.abs(z))
+
+
+@triton.jit
 def _moments_kernel(
-    s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, factor_ptr, partial_ptr,
-    R, C, first, SPLITS, SPLIT_COLUMNS,
-    s_pitch, t_pitch, stride_sb, stride_tb, stride_f, stride_p,
-    s_softcap: tl.float64, s_scale: tl.float64, t_softcap: tl.float64, t_scale: tl.float64,
-    inverse_temperature: tl.float64,
-    S_BIAS: tl.constexpr, S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr, T_SOFTCAP: tl.constexpr,
+    s_ptr, t_ptr, factor_ptr, partial_ptr,
+    R, C, SPLITS,
+    s_pitch, t_pitch, stride_f, stride_p,
+    s_by: tl.float64, t_by: tl.float64, inverse_temperature: tl.float64,
     DIVERGENCE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows, one split of a slab: its moments `[6, R, SPLITS]` (l1: of these the last alone)."""
-    RAW: tl.constexpr = DIVERGENCE == "l1"
+    """ROWS rows, COLUMNS of a slab in registers: their moments `[6, R, SPLITS]` (l1: of these the last alone)."""
     split = tl.program_id(0) % SPLITS
     n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = split * COLUMNS + tl.arange(0, COLUMNS)
     live = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0) != 0
+    whole = (split + 1) * COLUMNS <= C
+    s = load_tile(s_ptr, n, c, s_pitch, live, whole, C, number(s_by, ACC), ACC)
+    t = load_tile(t_ptr, n, c, t_pitch, live, whole, C, number(t_by, ACC), ACC)
     inverse = number(inverse_temperature, ACC)
-    s_max = tl.full([ROWS], float("-inf"), ACC)
-    t_max = tl.full([ROWS], float("-inf"), ACC)
-    s_sum = tl.full([ROWS], 0.0, ACC)
-    t_sum = tl.full([ROWS], 0.0, ACC)
-    change = tl.full([ROWS], 0.0, ACC)
-    moment = tl.full([ROWS], 0.0, ACC)
-    begin = split * SPLIT_COLUMNS
-    for start in range(begin, tl.minimum(begin + SPLIT_COLUMNS, C), COLUMNS):
-        c = start + tl.arange(0, COLUMNS)
-        s, t, d = _pair(
-            s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, n, c, live, C, first, s_pitch, t_pitch, stride_sb, stride_tb,
-            s_softcap, s_scale, t_softcap, t_scale, S_BIAS, S_SOFTCAP, T_BIAS, T_SOFTCAP, RAW, ACC,
-        )  # fmt: skip
-        if DIVERGENCE == "l1" or DIVERGENCE == "tvd":
-            s_size = tl.where(tl.abs(s) == float("inf"), 0.0, tl.abs(s))
-            t_size = tl.where(tl.abs(t) == float("inf"), 0.0, tl.abs(t))
-            moment = tl.maximum(moment, tl.max(tl.maximum(s_size, t_size), 1))
-        if DIVERGENCE != "l1":
-            s_top = tl.maximum(s_max, tl.max(s, 1))
-            t_top = tl.maximum(t_max, tl.max(t, 1))
-            s_sum, t_sum, change, moment = _moved(
-                s_max, t_max, s_sum, t_sum, change, moment, s_top, t_top, inverse, DIVERGENCE
-            )
-            s_max = s_top
-            t_max = t_top
-            u = d * inverse - _gap(s_max, t_max, inverse)[:, None]
-            s_exp = tl.exp((s - origin(s_max)[:, None]) * inverse)
-            t_exp = tl.exp((t - origin(t_max)[:, None]) * inverse)
-            s_sum += tl.sum(s_exp, 1)
-            t_sum += tl.sum(t_exp, 1)
-            change += tl.sum(_minus(s_exp, t_exp, u), 1)
-            if DIVERGENCE == "forward_kl":
-                moment += tl.sum(_expected(t_exp, u), 1)
-            elif DIVERGENCE == "reverse_kl":
-                moment += tl.sum(_expected(s_exp, u), 1)
     place = partial_ptr + n * SPLITS + split
     if DIVERGENCE != "l1":
-        tl.store(place, s_max, mask=n < R)
-        tl.store(place + stride_p, t_max, mask=n < R)
-        tl.store(place + 2 * stride_p, s_sum, mask=n < R)
-        tl.store(place + 3 * stride_p, t_sum, mask=n < R)
-        tl.store(place + 4 * stride_p, change, mask=n < R)
-    tl.store(place + 5 * stride_p, moment, mask=n < R)
+        s_max = tl.max(s, 1)
+        t_max = tl.max(t, 1)
+        s_exp = tl.exp2((s - origin(s_max)[:, None]) * (inverse * LOG2E))
+        t_exp = tl.exp2((t - origin(t_max)[:, None]) * (inverse * LOG2E))
+        # Of two that are -inf u is NaN: not near, so that 0 - 0 is taken, and where it is weighted with 0 it does not count.
+        u = (s - t) * inverse - _gap(s_max, t_max, inverse)[:, None]
+        tl.store(place, tl.where(live, s_max, float("-inf")), mask=n < R)
+        tl.store(place + stride_p, tl.where(live, t_max, float("-inf")), mask=n < R)
+        tl.store(place + 2 * stride_p, tl.where(live, tl.sum(s_exp, 1), 0.0), mask=n < R)
+        tl.store(place + 3 * stride_p, tl.where(live, tl.sum(t_exp, 1), 0.0), mask=n < R)
+        tl.store(place + 4 * stride_p, tl.where(live, tl.sum(_minus(s_exp, t_exp, u), 1), 0.0), mask=n < R)
+    if DIVERGENCE == "forward_kl":
+        moment = tl.sum(_expected(t_exp, u), 1)
+    elif DIVERGENCE == "reverse_kl":
+        moment = tl.sum(_expected(s_exp, u), 1)
+    elif DIVERGENCE == "l1" or DIVERGENCE == "tvd":
+        moment = tl.max(tl.maximum(_finite_size(s), _finite_size(t)), 1)
+    else:
+        moment = s_max * 0.0
+    tl.store(place + 5 * stride_p, tl.where(live, moment, 0.0), mask=n < R)
 
 
 @triton.jit
@@ -262,48 +235,53 @@ def _merge_moments_kernel(
 
 @triton.jit
 def _terms_kernel(
-    s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, factor_ptr, moments_ptr, partial_ptr,
-    R, C, first, SPLITS, SPLIT_COLUMNS,
-    s_pitch, t_pitch, stride_sb, stride_tb, stride_f, stride_m, stride_p,
-    s_softcap: tl.float64, s_scale: tl.float64, t_softcap: tl.float64, t_scale: tl.float64,
-    inverse_temperature: tl.float64, beta: tl.float64,
-    S_BIAS: tl.constexpr, S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr, T_SOFTCAP: tl.constexpr,
-    DIVERGENCE: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    s_ptr, t_ptr, factor_ptr, moments_ptr, partial_ptr,
+    R, C, SPLITS, SPLIT_COLUMNS,
+    s_pitch, t_pitch, stride_f, stride_m, stride_p,
+    s_by: tl.float64, t_by: tl.float64, inverse_temperature: tl.float64, beta: tl.float64,
+    DIVERGENCE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows, one split of a slab `[2, R, SPLITS]`: KL(p||m) and KL(q||m), or sum |q - p| and sum q sign(q - p)."""
-    RAW: tl.constexpr = False
     split = tl.program_id(0) % SPLITS
     n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0) != 0
+    s_times = number(s_by, ACC)
+    t_times = number(t_by, ACC)
     inverse = number(inverse_temperature, ACC)
-    s_max = _row(moments_ptr, 0, stride_m, n, live, ACC)
-    t_max = _row(moments_ptr, 1, stride_m, n, live, ACC)
-    s_sum = _row(moments_ptr, 2, stride_m, n, live, ACC)
-    t_sum = _row(moments_ptr, 3, stride_m, n, live, ACC)
-    ratio = _log_ratio(s_sum, t_sum, _row(moments_ptr, 4, stride_m, n, live, ACC))
+    s_zero, t_zero, s_share, t_share, shift = _normalisers(moments_ptr, stride_m, n, live, inverse, ACC)
     noise = _row(moments_ptr, 5, stride_m, n, live, ACC) * inverse * (8 * EPS)
-    one = tl.full([ROWS], 0.0, ACC)
-    other = tl.full([ROWS], 0.0, ACC)
+    # Summed by column, and over the columns once at the end.
+    one = tl.full([ROWS, COLUMNS], 0.0, ACC)
+    other = tl.full([ROWS, COLUMNS], 0.0, ACC)
     begin = split * SPLIT_COLUMNS
     for start in range(begin, tl.minimum(begin + SPLIT_COLUMNS, C), COLUMNS):
         c = start + tl.arange(0, COLUMNS)
-        s, t, d = _pair(
-            s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, n, c, live, C, first, s_pitch, t_pitch, stride_sb, stride_tb,
-            s_softcap, s_scale, t_softcap, t_scale, S_BIAS, S_SOFTCAP, T_BIAS, T_SOFTCAP, RAW, ACC,
-        )  # fmt: skip
-        p, q, w = _compared(s, t, d, s_max, t_max, s_sum, t_sum, ratio, inverse)
+        whole = start + COLUMNS <= C
+        s = load_tile(s_ptr, n, c, s_pitch, live, whole, C, s_times, ACC)
+        t = load_tile(t_ptr, n, c, t_pitch, live, whole, C, t_times, ACC)
+        p, q, w = _compared(
+            s,
+            t,
+            s_zero[:, None],
+            t_zero[:, None],
+            s_share[:, None],
+            t_share[:, None],
+            shift[:, None],
+            inverse,
+        )
         if DIVERGENCE == "jsd":
-            p_to_m, q_to_m = _log_to_mixture(w, number(beta, ACC))
-            one += tl.sum(_expected(p, p_to_m), 1)
-            other += tl.sum(_expected(q, q_to_m), 1)
+            p_to_m, q_to_m = log_to_mixture(w, number(beta, ACC), HALF)
+            one += _expected(p, p_to_m)
+            other += _expected(q, q_to_m)
         else:
             tl.static_assert(DIVERGENCE == "tvd")
             difference = tl.where(tl.abs(w) <= noise[:, None], 0.0, _minus(q, p, w))
-            one += tl.sum(tl.abs(difference), 1)
-            other += tl.sum(q * sign(difference), 1)
+            one += tl.abs(difference)
+            other += q * sign(difference)
     place = partial_ptr + n * SPLITS + split
-    tl.store(place, one, mask=n < R)
-    tl.store(place + stride_p, other, mask=n < R)
+    tl.store(place, tl.where(live, tl.sum(one, 1), 0.0), mask=n < R)
+    tl.store(place + stride_p, tl.where(live, tl.sum(other, 1), 0.0), mask=n < R)
 
 
 # --- value of a raw divergence, gradient of all ------------------------------------------------------------------
@@ -311,14 +289,13 @@ def _terms_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, factor_ptr, moments_ptr, terms_ptr, gain_ptr, partial_ptr, dz_ptr,
-    R, C, first, SPLITS, SPLIT_COLUMNS,
-    s_pitch, t_pitch, stride_sb, stride_tb, stride_f, stride_m, stride_e, dz_pitch,
-    s_softcap: tl.float64, s_scale: tl.float64, t_softcap: tl.float64, t_scale: tl.float64,
+    s_ptr, t_ptr, factor_ptr, moments_ptr, terms_ptr, gain_ptr, partial_ptr, dz_ptr,
+    R, C, SPLITS, SPLIT_COLUMNS,
+    s_pitch, t_pitch, stride_f, stride_m, stride_e, dz_pitch,
+    s_by: tl.float64, t_by: tl.float64, softcap: tl.float64, scale: tl.float64,
     inverse_temperature: tl.float64, beta: tl.float64, delta: tl.float64,
-    S_BIAS: tl.constexpr, S_SOFTCAP: tl.constexpr, T_BIAS: tl.constexpr, T_SOFTCAP: tl.constexpr,
-    DIVERGENCE: tl.constexpr, HAS_GAIN: tl.constexpr, WRITE: tl.constexpr, EPS: tl.constexpr,
-    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HALF: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_GAIN: tl.constexpr, WRITE: tl.constexpr,
+    EPS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows, one split of a slab: gain dz `[R, C]` if WRITE, and a raw divergence's sum `[R, SPLITS]`."""
     RAW: tl.constexpr = DIVERGENCE == "huber" or DIVERGENCE == "mse" or DIVERGENCE == "l1"
@@ -327,54 +304,67 @@ def _gradient_kernel(
     factor = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0).to(ACC)
     live = factor != 0
     inverse = number(inverse_temperature, ACC)
-    cap = number(s_softcap, ACC)
+    cap = number(softcap, ACC)
+    s_times = number(s_by, ACC)
+    t_times = number(t_by, ACC)
     loss = tl.full([ROWS], 0.0, ACC)
-    upstream = factor * number(s_scale, ACC)
+    upstream = factor * number(scale, ACC)
     if HAS_GAIN:
         upstream = upstream * tl.load(gain_ptr)
     if RAW:
         bound = number(delta, ACC)
     else:
         upstream = upstream * inverse
-        s_max = _row(moments_ptr, 0, stride_m, n, live, ACC)
-        t_max = _row(moments_ptr, 1, stride_m, n, live, ACC)
-        s_sum = _row(moments_ptr, 2, stride_m, n, live, ACC)
-        t_sum = _row(moments_ptr, 3, stride_m, n, live, ACC)
-        ratio = _log_ratio(s_sum, t_sum, _row(moments_ptr, 4, stride_m, n, live, ACC))
+        s_zero, t_zero, s_share, t_share, shift = _normalisers(moments_ptr, stride_m, n, live, inverse, ACC)
     if DIVERGENCE == "l1" or DIVERGENCE == "tvd":
         noise = _row(moments_ptr, 5, stride_m, n, live, ACC) * inverse * (8 * EPS)
     if DIVERGENCE == "reverse_kl":
-        mean = _row(moments_ptr, 5, stride_m, n, live, ACC) / s_sum - ratio
+        s_sum = _row(moments_ptr, 2, stride_m, n, live, ACC)
+        t_sum = _row(moments_ptr, 3, stride_m, n, live, ACC)
+        ratio = _log_ratio(s_sum, t_sum, _row(moments_ptr, 4, stride_m, n, live, ACC))
+        mean = _row(moments_ptr, 5, stride_m, n, live, ACC) * (1.0 / s_sum) - ratio
     if DIVERGENCE == "jsd" or DIVERGENCE == "tvd":
         mean = _row(terms_ptr, 1, stride_e, n, live, ACC)
     begin = split * SPLIT_COLUMNS
     for start in range(begin, tl.minimum(begin + SPLIT_COLUMNS, C), COLUMNS):
         c = start + tl.arange(0, COLUMNS)
-        s, t, d = _pair(
-            s_ptr, t_ptr, s_bias_ptr, t_bias_ptr, n, c, live, C, first, s_pitch, t_pitch, stride_sb, stride_tb,
-            s_softcap, s_scale, t_softcap, t_scale, S_BIAS, S_SOFTCAP, T_BIAS, T_SOFTCAP, RAW, ACC,
-        )  # fmt: skip
-        if DIVERGENCE == "huber":
-            size = tl.abs(d)
-            small = size <= bound
-            loss += tl.sum(tl.where(small, 0.5 * d * d, bound * (size - 0.5 * bound)), 1)
-            dx = tl.where(small, d, bound * sign(d))
-        elif DIVERGENCE == "mse":
-            loss += tl.sum(d * d, 1)
-            dx = 2.0 * d
-        elif DIVERGENCE == "l1":
-            quiet = tl.abs(d) <= noise[:, None]
-            loss += tl.sum(tl.where(quiet, 0.0, tl.abs(d)), 1)
-            dx = tl.where(quiet, 0.0, sign(d))
+        counted = live[:, None] & (c < C)[None, :]
+        # Rows are as long as their pitch, a multiple of 16: a mask of whole groups of columns keeps loads wide.
+        s = load_rows(s_ptr, n, c, s_pitch, 1, live[:, None] & (c < s_pitch)[None, :], ACC) * s_times
+        t = load_rows(t_ptr, n, c, t_pitch, 1, live[:, None] & (c < t_pitch)[None, :], ACC) * t_times
+        if RAW:
+            d = tl.where(counted, s - t, 0.0)
+            if DIVERGENCE == "huber":
+                size = tl.abs(d)
+                small = size <= bound
+                loss += tl.sum(tl.where(small, 0.5 * d * d, bound * (size - 0.5 * bound)), 1)
+                dx = tl.where(small, d, bound * sign(d))
+            elif DIVERGENCE == "mse":
+                loss += tl.sum(d * d, 1)
+                dx = 2.0 * d
+            else:
+                tl.static_assert(DIVERGENCE == "l1")
+                quiet = tl.abs(d) <= noise[:, None]
+                loss += tl.sum(tl.where(quiet, 0.0, tl.abs(d)), 1)
+                dx = tl.where(quiet, 0.0, sign(d))
         else:
-            p, q, w = _compared(s, t, d, s_max, t_max, s_sum, t_sum, ratio, inverse)
+            p, q, w = _compared(
+                s,
+                t,
+                s_zero[:, None],
+                t_zero[:, None],
+                s_share[:, None],
+                t_share[:, None],
+                shift[:, None],
+                inverse,
+            )
             if DIVERGENCE == "forward_kl":
                 dx = _minus(q, p, w)
             elif DIVERGENCE == "reverse_kl":
                 dx = _expected(q, w - mean[:, None])
             elif DIVERGENCE == "jsd":
                 b = number(beta, ACC)
-                _, q_to_m = _log_to_mixture(w, b)
+                _, q_to_m = log_to_mixture(w, b, HALF)
                 dx = (1.0 - b) * _expected(q, q_to_m - mean[:, None])
             else:
                 tl.static_assert(DIVERGENCE == "tvd")
@@ -382,9 +372,9 @@ def _gradient_kernel(
                 dx = 0.5 * q * (sign(difference) - mean[:, None])
         if WRITE:
             dz = dx * upstream[:, None]
-            if S_SOFTCAP:
+            if HAS_SOFTCAP:
                 dz = dz * ((cap - s) / cap) * ((cap + s) / cap)
-            dz = tl.where(live[:, None] & (c < C)[None, :], dz, 0.0)
+            dz = tl.where(counted, dz, 0.0)
             place = dz_ptr + n[:, None] * dz_pitch + c[None, :]
             tl.store(place, dz.to(dz_ptr.dtype.element_ty), mask=(n < R)[:, None] & (c < dz_pitch)[None, :])
     if RAW:
@@ -394,22 +384,18 @@ def _gradient_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------
 
 
-class _Divergence:
+class _Divergence(dense.Loss):
     """What `dense` asks of a loss: its passes over the logits of a block."""
 
+    partials, token_bytes = MOMENTS, 8 * (MOMENTS + 4)
+
     def __init__(
-        self,
-        student: dense.Side,
-        teacher: dense.Side,
-        factor: Tensor,
-        spec: Divergence,
-        with_gradient: bool,
+        self, student: dense.Side, teacher: dense.Side, factor: Tensor, spec: Divergence, with_gradient: bool
     ) -> None:
         n = factor.shape[0]
         self.acc, self.acc_tl = accumulator(student.hidden)
-        self.student, self.teacher, self.factor = student, teacher, factor
+        self.student, self.teacher, self.factor, self.spec = student, teacher, factor, spec
         self.divergence, self.raw = spec.name, spec.raw
-        self.temperature, self.beta, self.delta = spec.temperature, spec.beta, spec.delta
         self.with_gradient = with_gradient
         # fp16 weights are multiplied by a number that only the values of a block's rows tell.
         self.bounded = not (spec.name in ("mse", "reverse_kl") and student.operand == torch.float16)
@@ -428,32 +414,34 @@ class _Divergence:
         return first
 
     def _fold_moments(self, block: dense.Block) -> None:
-        grid, shape = dense.grid(block)
-        rows = block.shape[0]
-        partial = self.moments.new_empty(MOMENTS, rows, shape["SPLITS"])
+        grid, shape = dense.fold_grid(block)
+        rows, splits = block.shape[0], shape["SPLITS"]
+        partial = self.moments.new_empty(MOMENTS, rows, splits)
         _moments_kernel[grid](
             **self._inputs(block), **shape,
             partial_ptr=partial, stride_p=partial.stride(0), DIVERGENCE=self.divergence,
         )  # fmt: skip
-        columns = triton.next_power_of_2(shape["SPLITS"])
-        height = max(1, tiles.DENSE_MERGE // columns)
         moments = self.moments[:, block.rows]
-        _merge_moments_kernel[(triton.cdiv(rows, height),)](
+        grid, merge = dense.merge_grid(rows, splits)
+        _merge_moments_kernel[grid](
             partial, moments,
-            rows, shape["SPLITS"],
+            rows, splits,
             partial.stride(0), moments.stride(0),
-            1.0 / self.temperature,
-            DIVERGENCE=self.divergence, ACC=self.acc_tl, ROWS=height, COLUMNS=columns, num_warps=4,
+            1.0 / self.spec.temperature,
+            DIVERGENCE=self.divergence, ACC=self.acc_tl, **merge,
         )  # fmt: skip
 
     def _fold_terms(self, block: dense.Block) -> None:
-        grid, shape = dense.grid(block)
-        partial = self.terms.new_empty(2, block.shape[0], shape["SPLITS"])
+        (rows, columns), width = block.shape, tiles.TERMS_COLUMNS[self.acc.itemsize]
+        split = width * tiles.TERMS_STEPS
+        splits, row_blocks = triton.cdiv(columns, split), triton.cdiv(rows, tiles.SLAB_ROWS)
+        partial = self.terms.new_empty(2, rows, splits)
         moments = self.moments[:, block.rows]
-        _terms_kernel[grid](
-            **self._inputs(block), **shape,
-            moments_ptr=moments, partial_ptr=partial, stride_m=moments.stride(0), stride_p=partial.stride(0),
-            beta=self.beta, DIVERGENCE=self.divergence, EPS=torch.finfo(self.acc).eps,
+        _terms_kernel[(require_grid(row_blocks * splits, "the dense losses"),)](
+            **self._inputs(block), moments_ptr=moments, partial_ptr=partial,
+            SPLITS=splits, SPLIT_COLUMNS=split, stride_m=moments.stride(0), stride_p=partial.stride(0),
+            beta=self.spec.beta, DIVERGENCE=self.divergence, HALF=self.spec.beta == 0.5, EPS=torch.finfo(self.acc).eps,
+            ROWS=tiles.SLAB_ROWS, COLUMNS=width, num_warps=tiles.TERMS_WARPS,
         )  # fmt: skip
         self.terms[:, block.rows] += partial.sum(2)
 
@@ -466,31 +454,26 @@ class _Divergence:
 
     def _gradient(self, block: dense.Block, dz: Tensor | None, gain: Tensor | None, *, add: bool) -> None:
         grid, shape = dense.grid(block)
-        partial = self.terms.new_empty(block.shape[0], shape["SPLITS"]) if self.raw else None
+        rows, head = block.shape[0], self.student.head
+        partial = self.terms.new_empty(rows, shape["SPLITS"]) if self.raw else None
         moments, terms = self.moments[:, block.rows], self.terms[:, block.rows]
         _gradient_kernel[grid](
             **self._inputs(block), **shape,
             moments_ptr=moments, terms_ptr=terms, gain_ptr=gain, partial_ptr=partial, dz_ptr=dz,
             stride_m=moments.stride(0), stride_e=terms.stride(0), dz_pitch=0 if dz is None else dz.stride(0),
-            beta=self.beta, delta=self.delta, DIVERGENCE=self.divergence,
+            softcap=head.softcap or 0.0, scale=head.scale, beta=self.spec.beta, delta=self.spec.delta,
+            DIVERGENCE=self.divergence, HALF=self.spec.beta == 0.5, HAS_SOFTCAP=head.softcap is not None,
             HAS_GAIN=gain is not None, WRITE=dz is not None, EPS=torch.finfo(self.acc).eps,
         )  # fmt: skip
         if partial is not None and add:
             self.terms[0, block.rows] += partial.sum(1)
 
     def _inputs(self, block: dense.Block) -> dict[str, object]:
-        (s, t), factor, (rows, columns) = block.logits, self.factor[block.rows], block.shape
-        student, teacher = self.student, self.teacher
+        (s, t), factor = block.logits, self.factor[block.rows]
         return {
-            "s_ptr": s, "t_ptr": t, "s_bias_ptr": student.head.bias, "t_bias_ptr": teacher.head.bias, "factor_ptr": factor,
-            "R": rows, "C": columns, "first": block.slab.start,
+            "s_ptr": s, "t_ptr": t, "factor_ptr": factor, "R": block.shape[0], "C": block.shape[1],
             "s_pitch": s.stride(0), "t_pitch": t.stride(0), "stride_f": factor.stride(0),
-            "stride_sb": student.bias_stride, "stride_tb": teacher.bias_stride,
-            "s_softcap": student.head.softcap or 0.0, "s_scale": student.head.scale,
-            "t_softcap": teacher.head.softcap or 0.0, "t_scale": teacher.head.scale,
-            "inverse_temperature": 1.0 / self.temperature,
-            "S_BIAS": student.head.bias is not None, "S_SOFTCAP": student.head.softcap is not None,
-            "T_BIAS": teacher.head.bias is not None, "T_SOFTCAP": teacher.head.softcap is not None,
+            "s_by": self.student.by, "t_by": self.teacher.by, "inverse_temperature": 1.0 / self.spec.temperature,
             "ACC": self.acc_tl,
         }  # fmt: skip
 
@@ -501,7 +484,7 @@ class _Divergence:
         if self.raw:
             return one
         if self.divergence == "jsd":
-            return self.beta * one + (1.0 - self.beta) * other
+            return self.spec.beta * one + (1.0 - self.spec.beta) * other
         if self.divergence == "tvd":
             return 0.5 * one
         relative = change / t_sum
@@ -513,11 +496,11 @@ class _Divergence:
         if self.divergence == "mse":
             return 2.0 * self.values(rows).sqrt()
         if self.divergence == "huber":
-            return self.delta
+            return self.spec.delta
         if self.divergence == "reverse_kl":
             # q w >= -1/e where q < p, so no term of L = sum q w is above L + 1/e.
-            return (self.values(rows) + 1.0) / self.temperature
-        return 2.0 / self.temperature
+            return (self.values(rows) + 1.0) / self.spec.temperature
+        return 2.0 / self.spec.temperature
 
 
 def linear_divergence(

@@ -53,9 +53,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import grad_dtype
 from ..head import LMHead, Need
-from ..options import Divergence
 from ..workspace import workspace_bytes
 from . import tiles
 from .primitives import (
@@ -70,7 +68,17 @@ from .primitives import (
     require_sizes,
     tanh,
 )
-from .topk_divergence import topk_divergence
+from .sparse_weight import SortedPairs, dweight_chunk, require_pairs
+
+__all__ = [
+    "SortedPairs",
+    "dweight_chunk",
+    "linear_gather",
+    "linear_gather_backward",
+    "require_pairs",
+    "slot_gradients",
+    "sum_rows",
+]
 
 # --- forward ---------------------------------------------------------------------------------------------------
 
@@ -134,6 +142,19 @@ def _pick_kernel(
 
 
 @triton.jit
+def slot_gradient(dz, z, ids, V, softcap, scale, HAS_SOFTCAP: tl.constexpr):
+    """dx in ACC of slots with the gradient dz at the logits z: 0 where no slot is, NaN past the vocabulary."""
+    ACC: tl.constexpr = dz.dtype
+    dx = dz * number(scale, ACC)
+    if HAS_SOFTCAP:
+        # (c - z)(c + z) / c^2: near saturation c - z is exact, where 1 - (z / c)^2 would lose every digit.
+        cap = number(softcap, ACC)
+        dx = dx * ((cap - z) / cap) * ((cap + z) / cap)
+    # Past the vocabulary there is no row: its zeros times NaN are a dh of NaN.
+    return tl.where((ids >= 0) & (dz != 0.0), tl.where(ids < V, dx, float("nan")), 0.0)
+
+
+@triton.jit
 def _slots_kernel(
     grad_ptr, values_ptr, indices_ptr, dx_ptr, row_ptr,
     E, K, V,
@@ -148,16 +169,11 @@ def _slots_kernel(
     inside = e < E
     ids = tl.load(indices_ptr + n * stride_in + k * stride_ik, mask=inside, other=-1).to(tl.int64)
     dz = tl.load(grad_ptr + n * stride_gn + k * stride_gk, mask=inside, other=0.0).to(ACC)
-    dx = dz * number(scale, ACC)
+    z = dz
     if HAS_SOFTCAP:
-        # (c - z)(c + z) / c^2: near saturation c - z is exact, where 1 - (z / c)^2 would lose every digit.
-        cap = number(softcap, ACC)
         z = tl.load(values_ptr + n * stride_vn + k * stride_vk, mask=inside, other=0.0).to(ACC)
-        dx = dx * ((cap - z) / cap) * ((cap + z) / cap)
-    counted = (ids >= 0) & (dz != 0.0)
-    # Past the vocabulary: no row, and a dx of NaN, which dh multiplies with zeros.
-    dx = tl.where(counted, tl.where(ids < V, dx, float("nan")), 0.0)
-    row = tl.where(counted & (ids < V), ids, V)
+    dx = slot_gradient(dz, z, ids, V, softcap, scale, HAS_SOFTCAP)
+    row = tl.where((ids >= 0) & (ids < V) & (dz != 0.0), ids, V)
     tl.store(dx_ptr + e, dx, mask=inside)
     tl.store(row_ptr + e, row.to(tl.int32), mask=inside)
 
@@ -188,68 +204,6 @@ def _dhidden_kernel(
     tl.store(dhidden_ptr + n * D + d, dh.to(dhidden_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
-def _partial_kernel(
-    row_ptr, token_ptr, dx_ptr, hidden_ptr, partial_ptr,
-    CHUNKS, CHUNK, V, D,
-    stride_hn, stride_hd,
-    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """One chunk of sorted pairs, COLUMNS of D: their sum of dx h, if they all belong to one row of W."""
-    c = (tl.program_id(0) % CHUNKS).to(tl.int64)
-    d = (tl.program_id(0) // CHUNKS) * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.load(row_ptr + c * CHUNK)
-    last = tl.load(row_ptr + c * CHUNK + CHUNK - 1)
-    if (first == last) & (first < V):
-        total = tl.full([ROWS, COLUMNS], 0.0, ACC)
-        for start in range(0, CHUNK, ROWS):
-            e = c * CHUNK + start + tl.arange(0, ROWS)
-            keep = (start + tl.arange(0, ROWS)) < CHUNK
-            token = tl.load(token_ptr + e, mask=keep, other=0)
-            dx = tl.load(dx_ptr + e, mask=keep, other=0.0)
-            keep_nd = keep[:, None] & (d < D)[None, :]
-            total += load_rows(hidden_ptr, token, d, stride_hn, stride_hd, keep_nd, ACC) * dx[:, None]
-        tl.store(partial_ptr + c * D + d, tl.sum(total, axis=0), mask=d < D)
-
-
-@triton.jit
-def _segments_kernel(
-    offset_ptr, token_ptr, dx_ptr, hidden_ptr, partial_ptr, dweight_ptr,
-    BLOCKS, CHUNK, V, D,
-    stride_hn, stride_hd,
-    ACC: tl.constexpr, VOCABULARY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """VOCABULARY consecutive rows of W, COLUMNS of D: dW[v] = sum over its segment of dx[e] h[token[e]], or zeros."""
-    first = (tl.program_id(0) % BLOCKS) * VOCABULARY
-    d = (tl.program_id(0) // BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
-    for step in range(0, tl.minimum(V - first, VOCABULARY)):
-        v = first + step
-        here = dweight_ptr + v.to(tl.int64) * D + d
-        begin = tl.load(offset_ptr + v)
-        end = tl.load(offset_ptr + v + 1)
-        if begin == end:
-            tl.store(here, tl.full([COLUMNS], 0.0, dweight_ptr.dtype.element_ty), mask=d < D)
-        else:
-            # Chunks [low, high) lie inside the segment and are summed already: skip their pairs, add their sums.
-            low = (begin + CHUNK - 1) // CHUNK
-            high = tl.maximum(end // CHUNK, low)
-            skipped = (high - low) * CHUNK
-            total = tl.full([ROWS, COLUMNS], 0.0, ACC)
-            for start in range(begin, end - skipped, ROWS):
-                e = start + tl.arange(0, ROWS)
-                keep = e < end - skipped
-                e = tl.where(e < low * CHUNK, e, e + skipped)
-                token = tl.load(token_ptr + e, mask=keep, other=0)
-                dx = tl.load(dx_ptr + e, mask=keep, other=0.0)
-                keep_nd = keep[:, None] & (d < D)[None, :]
-                total += load_rows(hidden_ptr, token, d, stride_hn, stride_hd, keep_nd, ACC) * dx[:, None]
-            for start in range(low, high, ROWS):
-                c = start + tl.arange(0, ROWS)
-                keep_nd = (c < high)[:, None] & (d < D)[None, :]
-                total += load_rows(partial_ptr, c, d, D, 1, keep_nd, ACC)
-            tl.store(here, tl.sum(total, axis=0).to(dweight_ptr.dtype.element_ty), mask=d < D)
-
-
 # --- launchers -------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +220,9 @@ def linear_gather(
     if values_nk.numel() == 0:
         return values_nk
     arch, itemsize = tiles.architecture(hidden_nd.device), weight_vd.element_size()
-    tokens = tiles.gather_product_tokens(arch, itemsize, torch_acc.itemsize, n, v, k, workspace_bytes())
+    tokens = tiles.gather_product_tokens(
+        arch, itemsize, torch_acc.itemsize, n, v, k, workspace_bytes(hidden_nd.device)
+    )
     if tokens and tile is None:
         with current_device(hidden_nd):
             _pick(hidden_nd, weight_vd, bias_v, indices_nk, values_nk, softcap, scale, tokens)
@@ -313,11 +269,12 @@ def linear_gather_backward(
     need: Need,
     *,
     tile: tiles.GatherTile | None = None,
+    segments: tiles.SegmentsTile | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dh, dW, db) in the dtypes of hidden, weight and bias; None for what is not needed, which costs nothing.
 
-    `tile` and `chunk` replace the table's choices, for tests and measurements.
+    `tile` (of dh), `segments` and `chunk` (of dW and db) replace the table's choices, for tests and measurements.
     """
     weight_vd, bias_v, softcap, scale = head.weight, head.bias, head.softcap, head.scale
     require_device(
@@ -336,41 +293,15 @@ def linear_gather_backward(
     dweight = dbias = None
     with current_device(hidden_nd):
         dx, row = slot_gradients(grad_nk, values_nk, hidden_nd, weight_vd, indices_nk, softcap, scale)
-        dhidden = sum_rows(dx, row, hidden_nd, weight_vd, tile) if need.hidden else None
+        dhidden = sum_rows(dx, row, hidden_nd, weight_vd, tile=tile) if need.hidden else None
         if need.weight or need.bias:
             pairs = SortedPairs(dx, row, v)
             if need.weight:
-                dweight = pairs.sum(hidden_nd, weight_vd.dtype, tile, chunk)
+                dweight = pairs.sum(hidden_nd, weight_vd.dtype, segments, chunk)
             if need.bias:
                 ones = dx.new_ones(1, 1).expand(n, 1)
                 dbias = pairs.sum(ones, bias_v.dtype, chunk=chunk)[:, 0]
     return dhidden, dweight, dbias
-
-
-def topk_loss(
-    hidden: Tensor,
-    head: LMHead,
-    indices: Tensor,
-    teacher: Tensor,
-    factor: Tensor,
-    spec: Divergence,
-    need: Need,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(`[N]` f L, `[N, K]` z at the ids, f dL/dz, dh if needed; fp32 for fp16) of a loss without a log-sum-exp."""
-    values = linear_gather(hidden, head, indices)
-    loss, dvalues, _ = topk_divergence(values, teacher, None, None, factor, spec)
-    if not need.hidden:
-        return loss, values, dvalues, None
-    out = hidden.to(grad_dtype(hidden.dtype))
-    return loss, values, dvalues, linear_gather_backward(dvalues, values, out, head, indices, Need(True))[0]
-
-
-def require_pairs(n: int, k: int, d: int) -> None:
-    """Refuse more (token, slot) pairs than an int32 numbers; it has to hold a chunk or a tile past the last one, too."""
-    if n * k + dweight_chunk(n * k, d, 8) + tiles.MAX_GATHER_ROWS >= 2**31:
-        raise ValueError(
-            f"indices: {n} tokens x {k} slots; the sparse gradient counts pairs in 32 bits, pass fewer tokens at a time"
-        )
 
 
 def slot_gradients(
@@ -391,12 +322,14 @@ def slot_gradients(
     return dx, row
 
 
-def sum_rows(dx, row, hidden_nd, weight_vd, tile: tiles.GatherTile | None = None) -> Tensor:
-    """dh `[N, D]` in the dtype of `hidden_nd`: the sum over k of dx times its row of W."""
+def sum_rows(
+    dx, row, hidden_nd, weight_vd, dtype: torch.dtype | None = None, tile: tiles.GatherTile | None = None
+) -> Tensor:
+    """dh `[N, D]` in `dtype`, or that of `hidden_nd`: the sum over k of dx times its row of W."""
     (n, d), (_, k) = hidden_nd.shape, dx.shape
     arch, itemsize = tiles.architecture(hidden_nd.device), weight_vd.element_size()
     tile = tile or tiles.gather_tile(tiles.GATHER_DHIDDEN, arch, itemsize, k, d)
-    dhidden = torch.empty(n, d, dtype=hidden_nd.dtype, device=hidden_nd.device)
+    dhidden = torch.empty(n, d, dtype=dtype or hidden_nd.dtype, device=hidden_nd.device)
     grid = (require_grid(n * triton.cdiv(d, tile.columns), "linear_gather"),)
     _dhidden_kernel[grid](
         dx, row, weight_vd, dhidden,
@@ -405,79 +338,3 @@ def sum_rows(dx, row, hidden_nd, weight_vd, tile: tiles.GatherTile | None = None
         ACC=accumulator(dx)[1], ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return dhidden
-
-
-class SortedPairs:
-    """The (token, slot) pairs in the order of (row of W, token), and where each row's segment begins."""
-
-    def __init__(self, dx: Tensor, row: Tensor, v: int):
-        self.v = v
-        self.row, order = torch.sort(row.flatten(), stable=True)
-        self.token = torch.div(order, row.shape[1], rounding_mode="floor").to(torch.int32)
-        self.dx = dx.flatten()[order]
-        # Pairs without a row carry V and lie behind the last segment.
-        edges = torch.arange(v + 1, dtype=torch.int32, device=row.device)
-        self.offset = torch.searchsorted(self.row, edges, out_int32=True)
-
-    def sum(
-        self,
-        hidden_nd: Tensor,
-        dtype: torch.dtype,
-        tile: tiles.GatherTile | None = None,
-        chunk: int | None = None,
-    ) -> Tensor:
-        """`[V, D]` the sum of dx h over each row's pairs."""
-        chunk = chunk or dweight_chunk(self.row.numel(), hidden_nd.shape[1], self.dx.element_size())
-        out = torch.empty(self.v, hidden_nd.shape[1], dtype=dtype, device=self.dx.device)
-        self.write(out, 0, hidden_nd, self.chunk_sums(hidden_nd, chunk, tile), chunk, tile)
-        return out
-
-    def chunk_sums(self, hidden_nd: Tensor, chunk: int, tile: tiles.GatherTile | None = None) -> Tensor:
-        """`[E / chunk, D]` in ACC: the sums of the chunks that belong to one row of W; nothing for the others."""
-        chunks, d = self.row.numel() // chunk, hidden_nd.shape[1]
-        partial = torch.empty(chunks, d, dtype=self.dx.dtype, device=self.dx.device)
-        if chunks:
-            steps, shape = self._shape(hidden_nd, tile)
-            _partial_kernel[(require_grid(steps * chunks, "linear_gather"),)](
-                self.row, self.token, self.dx, hidden_nd, partial,
-                chunks, chunk, self.v, d,
-                *hidden_nd.stride(),
-                **shape,
-            )  # fmt: skip
-        return partial
-
-    def write(
-        self,
-        out: Tensor,
-        first: int,
-        hidden_nd: Tensor,
-        partial: Tensor,
-        chunk: int,
-        tile: tiles.GatherTile | None = None,
-    ) -> None:
-        """Write rows `first`, `first` + 1, ... of the sum into `out`, as many as it has, from `chunk_sums`."""
-        rows, d = out.shape
-        steps, shape = self._shape(hidden_nd, tile)
-        blocks = triton.cdiv(rows, tiles.DWEIGHT_VOCABULARY)
-        _segments_kernel[(require_grid(steps * blocks, "linear_gather"),)](
-            self.offset[first:], self.token, self.dx, hidden_nd, partial, out,
-            blocks, chunk, rows, d,
-            *hidden_nd.stride(),
-            VOCABULARY=tiles.DWEIGHT_VOCABULARY, **shape,
-        )  # fmt: skip
-
-    def _shape(self, hidden_nd: Tensor, tile: tiles.GatherTile | None) -> tuple[int, dict[str, object]]:
-        """(programs beside each other along D, the kernels' constants)."""
-        pairs, d = self.row.numel(), hidden_nd.shape[1]
-        arch, itemsize = tiles.architecture(hidden_nd.device), hidden_nd.element_size()
-        tile = tile or tiles.gather_tile(tiles.GATHER_DWEIGHT, arch, itemsize, pairs, d)
-        constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps}
-        return triton.cdiv(d, tile.columns), {"ACC": accumulator(self.dx)[1], **constants}
-
-
-def dweight_chunk(pairs: int, d: int, itemsize: int) -> int:
-    """Pairs a chunk: the table's, doubled until the partial sums of all chunks fit their budget."""
-    chunk = tiles.DWEIGHT_CHUNK
-    while (pairs // chunk) * d * itemsize > tiles.DWEIGHT_PARTIAL_BYTES:
-        chunk *= 2
-    return chunk

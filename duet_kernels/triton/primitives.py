@@ -14,6 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..products import add_product as add_product
+from ..products import product as product
+
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2E x), and that is one instruction
+
 
 @triton.jit
 def number(value, ACC: tl.constexpr):
@@ -23,13 +28,20 @@ def number(value, ACC: tl.constexpr):
 
 @triton.jit
 def expm1_near_zero(x):
-    """exp(x) - 1 for |x| <= 1/2, to a few units in the last place of x's dtype; finite nonsense elsewhere."""
-    # x (1 + x/2 (1 + x/3 (1 + ...))): the first term left out is below 1e-8 (fp32), 1e-16 (fp64) of the result.
-    TERMS: tl.constexpr = 16 if x.dtype == tl.float64 else 9
-    x = tl.where(tl.abs(x) <= 0.5, x, 0.0)
-    series = x * 0.0 + 1.0
-    for n in tl.static_range(TERMS, 1, -1):
-        series = series * (x * (1.0 / n)) + 1.0
+    """exp(x) - 1 for |x| <= 1/2, to a few units in the last place of x's dtype; nonsense elsewhere."""
+    if x.dtype == tl.float64:
+        # x (1 + x/2 (1 + x/3 (1 + ...))): the first term left out is below 1e-16 of the result.
+        series = x * 0.0 + 1.0
+        for n in tl.static_range(16, 1, -1):
+            series = series * (x * (1.0 / n)) + 1.0
+    else:
+        # A minimax polynomial, 4e-9 off before it is rounded.
+        series = x * 0.00019979497301392257 + 0.0013997784117236733
+        series = series * x + 0.00833311676979065
+        series = series * x + 0.04166530445218086
+        series = series * x + 0.1666666716337204
+        series = series * x + 0.5000000596046448
+        series = series * x + 1.0
     return x * series
 
 
@@ -55,6 +67,37 @@ def log1p(x):
 
 
 @triton.jit
+def log1p_half(x):
+    """log(1 + x) for -1/2 <= x <= 0, accurate relative to the result; nonsense elsewhere."""
+    if x.dtype == tl.float64:
+        return log1p(x)
+    else:  # a minimax polynomial, 4e-9 off before it is rounded: no division
+        series = x * -1.7770181894302368 - 2.5557680130004883
+        series = series * x - 2.049731969833374
+        series = series * x - 0.6350128650665283
+        series = series * x - 0.35381534695625305
+        series = series * x + 0.17321175336837769
+        series = series * x - 0.2521698474884033
+        series = series * x + 0.3332449793815613
+        series = series * x - 0.5000013709068298
+        series = series * x + 1.0
+        return x * series
+
+
+@triton.jit
+def log_to_mixture(w, beta, HALF: tl.constexpr):
+    """(log(p / m), log(q / m)) of m = beta p + (1 - beta) q, given w = log(q / p); HALF says that beta is 1/2."""
+    # With the share of the smaller of the two: log(m / larger) = log1p(share (smaller / larger - 1)).
+    shrink = expm1(-tl.abs(w))
+    if HALF:
+        mixture = log1p_half(shrink * 0.5)
+    else:
+        x = shrink * tl.where(w >= 0, beta, 1.0 - beta)
+        mixture = tl.where(x >= -0.5, log1p_half(x), tl.log(x + 1.0))
+    return tl.where(w >= 0, -w, 0.0) - mixture, tl.where(w >= 0, 0.0, w) - mixture
+
+
+@triton.jit
 def tanh(x):
     """tanh(x) = -e / (2 + e) with e = expm1(-2 |x|), with the sign of x: accurate relative to the result."""
     e = expm1(tl.abs(x) * -2.0)
@@ -73,6 +116,22 @@ def load_rows(base, rows, columns, stride_row, stride_column, keep, ACC: tl.cons
     """`[R, C]` tile base[rows, columns] in ACC; what is not kept is 0 and is not read. Addresses are int64."""
     offsets = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
     return tl.load(base + offsets, mask=keep, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_tile(ptr, n, c, pitch, live, whole, C, by, ACC: tl.constexpr):
+    """`[R, C]` tile of logits, read once, in ACC and times `by`: rows that are not live are 0, columns beyond C -inf.
+
+    `whole` says that no column is beyond C: then nothing is masked by the column.
+    """
+    place = ptr + n[:, None] * pitch + c[None, :]
+    if whole:
+        z = tl.load(place, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(ACC) * by
+    else:
+        inside = (c < C)[None, :]
+        z = tl.load(place, mask=live[:, None] & inside, other=0.0, eviction_policy="evict_first").to(ACC) * by
+        z = tl.where(inside, z, float("-inf"))
+    return z
 
 
 @triton.jit
@@ -180,20 +239,3 @@ def accumulator(*tensors: torch.Tensor | None) -> tuple[torch.dtype, tl.dtype]:
 def current_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the one that holds the tensor."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """a b by the device's library, summed and returned in ACC; half operands are multiplied as they are on a GPU."""
-    acc, _ = accumulator(a, b)
-    if a.dtype == b.dtype and a.dtype != acc and (a.is_cuda or a.is_meta):
-        return torch.mm(a, b, out_dtype=acc) if out is None else torch.mm(a, b, out_dtype=acc, out=out)
-    return torch.mm(a.to(acc), b.to(acc), out=out)
-
-
-def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """out += a b, as `product` multiplies; `out` is in ACC."""
-    acc, _ = accumulator(a, b)
-    if a.dtype == b.dtype and a.dtype != acc and a.is_cuda:  # meta tensors have no such form in torch 2.11
-        torch.addmm(out, a, b, out_dtype=acc, out=out)
-    else:
-        out.addmm_(a.to(acc), b.to(acc))

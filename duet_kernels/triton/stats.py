@@ -14,20 +14,20 @@ The sum goes without its largest term because that term is 1: an almost certain 
 1 + R would lose, and with it the entropy and, where the label is the certain one, its log-probability.
 
 Pipeline. Logits come from the library's product, a slab of the vocabulary for a block of tokens in ACC. One kernel
-reads each of them once: a program holds a tile in registers and leaves (m, R, mu, Var) of every row's block. A second
+reads each of them once: a program holds a few blocks of a token in registers and leaves (m, R, mu, Var) of each. A second
 kernel merges all blocks of a token at once: with w_j = exp(m_j - m) S_j, mu = sum w_j (mu_j + m_j - m) / S and
 Var = sum w_j (Var_j + (mu_j + m_j - m - mu)^2) / S, both sums of what is near zero (Chan, Golub and LeVeque 1979).
 Every number has one writer: two runs are bitwise equal.
 
-Bytes and FLOP (calculated, at N 8192, D 4096, V 128256, bf16; no GPU measurement yet), G = 2 N D V = 8.6 TFLOP:
+Bytes and FLOP (calculated, at N 8192, D 4096, V 128256, bf16), G = 2 N D V = 8.6 TFLOP:
 
 | step    | work              | reads and writes                       | bound by                          |
 |---------|-------------------|----------------------------------------|-----------------------------------|
 | product | 1 G               | W once a block of tokens, 4 N V written | product: 10.9 ms at library speed |
-| fold    | ~12 N V + N V exp | 4 N V read once = 4.2 GB               | memory: 1.0 ms                    |
+| fold    | ~12 N V + N V exp | 4 N V read once = 4.2 GB               | memory: 1.0 ms at 4.3 TB/s        |
 | merge   |                   | 16 N V / 512 = 33 MB                   | microseconds                      |
 
-Workspace: slab and partial results of a block of tokens, by `plan` under `workspace_bytes()`.
+Workspace: slab and partial results of a block of tokens, in one allocation, by `plan` under `workspace_bytes()`.
 """
 
 from typing import NamedTuple
@@ -51,6 +51,8 @@ from .primitives import (
     require_grid,
     require_sizes,
 )
+from .slabs import ALIGNED, allocate, cut_logits
+from .tiles import cdiv, next_power_of_2
 
 # --- kernels ---------------------------------------------------------------------------------------------------
 
@@ -65,55 +67,82 @@ def _without_one_maximum(x, top, counted, terms):
 
 
 @triton.jit
+def _write_label(
+    row, bias_ptr, label_ptr, value_ptr, part, first, C, stride_bv, softcap, scale,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """z of a token's label, by the first program that reads the token; a label in no slab is the first slab's NaN."""
+    if part == 0:
+        label = tl.load(label_ptr).to(tl.int64) - first
+        here = (label >= 0) & (label < C)
+        x = tl.load(row + label, mask=here, other=0.0).to(ACC)
+        z = finish(x, first + label, bias_ptr, stride_bv, here, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+        tl.store(value_ptr, tl.where(here, z, float("nan")), mask=here | (first == 0))
+
+
+@triton.jit
 def _fold_kernel(
-    product_ptr, bias_ptr, label_ptr, top_ptr, rest_ptr, mean_ptr, variance_ptr, value_ptr,
-    N, C, first, J,
+    z_ptr, bias_ptr, label_ptr, top_ptr, rest_ptr, mean_ptr, variance_ptr, value_ptr,
+    PARTS, C, PITCH, first, J,
     stride_bv, stride_l,
     softcap: tl.float64, scale: tl.float64,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LABEL: tl.constexpr, ACC: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LABEL: tl.constexpr, RAGGED: tl.constexpr,
+    ACC: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens, one block of a slab: its maximum, rest, mean and variance, and z of a label that lies in it."""
-    blocks = tl.cdiv(C, COLUMNS)
-    n = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    block = tl.program_id(0) % blocks
-    c = block * COLUMNS + tl.arange(0, COLUMNS)
-    keep = (n < N)[:, None] & (c < C)[None, :]
-    x = tl.load(product_ptr + n[:, None] * C + c[None, :], mask=keep, other=0.0).to(ACC)
-    v = (first + c)[None, :]
-    z = finish(x, v, bias_ptr, stride_bv, (c < C)[None, :], softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-    z = tl.where(keep, z, float("-inf"))
+    """BLOCKS consecutive blocks of one token's products: maximum, rest, mean and variance; and z of its label.
+
+    A block is read in pieces that lie on top of each other, so that the first reduction is inside a thread. Rows of the
+    slab hold whole blocks: only a RAGGED slab has columns past C, in its last block.
+    """
+    n = (tl.program_id(0) // PARTS).to(tl.int64)
+    part = tl.program_id(0) % PARTS
+    row = z_ptr + n * PITCH
     if HAS_LABEL:
-        label = tl.load(label_ptr + n * stride_l, mask=n < N, other=-1).to(tl.int64)
-        here = v == label[:, None]
-        value = tl.sum(tl.where(here & keep, z, 0.0), 1)
-        inside = (label >= first + block * COLUMNS) & (label < first + tl.minimum((block + 1) * COLUMNS, C))
-        tl.store(value_ptr + n, value, mask=(n < N) & inside)
-    top = tl.max(z, 1)
-    x = z - origin(top)[:, None]
+        _write_label(
+            row, bias_ptr, label_ptr + n * stride_l, value_ptr + n, part, first, C, stride_bv,
+            softcap, scale, HAS_BIAS, HAS_SOFTCAP, ACC,
+        )  # fmt: skip
+    block = part * BLOCKS + tl.arange(0, BLOCKS)
+    column = (
+        block[:, None, None] * BLOCK
+        + tl.arange(0, BLOCK // PIECE)[None, :, None] * PIECE
+        + tl.arange(0, PIECE)[None, None, :]
+    )
+    whole = block * BLOCK < PITCH
+    x = tl.load(row + column, mask=whole[:, None, None], other=0.0, eviction_policy="evict_first").to(ACC)
+    inside = column < C
+    z = finish(x, first + column, bias_ptr, stride_bv, inside, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+    if RAGGED:
+        z = tl.where(inside, z, float("-inf"))
+    top = tl.max(tl.max(z, 1), 1)
+    x = z - origin(top)[:, None, None]
     weights = tl.exp(x)
-    rest = _without_one_maximum(z, top, keep, weights)
-    total = rest + tl.where(top == float("-inf"), 0.0, 1.0)
-    some = tl.where(total == 0, 1.0, total)
+    # One of those at the maximum is left out, the others at it are 1.
+    largest = z == top[:, None, None]
+    some = top != float("-inf")
+    rest = tl.sum(tl.sum(tl.where(largest, 0.0, weights), 1), 1)
+    rest += tl.where(some, tl.sum(tl.sum(largest.to(ACC), 1), 1) - 1.0, 0.0)
+    total = rest + some.to(ACC)
+    inverse = 1.0 / tl.where(total == 0, 1.0, total)
     x = tl.where(weights == 0, 0.0, x)
-    mean = tl.sum(weights * x, 1) / some
-    away = x - mean[:, None]
-    variance = tl.sum(weights * away * away, 1) / some
-    j = first // COLUMNS + block
-    tl.store(top_ptr + n * J + j, top, mask=n < N)
-    tl.store(rest_ptr + n * J + j, rest, mask=n < N)
-    tl.store(mean_ptr + n * J + j, mean, mask=n < N)
-    tl.store(variance_ptr + n * J + j, variance, mask=n < N)
+    mean = tl.sum(tl.sum(weights * x, 1), 1) * inverse
+    away = x - mean[:, None, None]
+    variance = tl.sum(tl.sum(weights * away * away, 1), 1) * inverse
+    place = n * J + first // BLOCK + block
+    tl.store(top_ptr + place, top, mask=whole)
+    tl.store(rest_ptr + place, rest, mask=whole)
+    tl.store(mean_ptr + place, mean, mask=whole)
+    tl.store(variance_ptr + place, variance, mask=whole)
 
 
 @triton.jit
 def _merge_kernel(
-    top_ptr, rest_ptr, mean_ptr, variance_ptr, value_ptr,
+    top_ptr, rest_ptr, mean_ptr, variance_ptr,
     logsumexp_ptr, entropy_ptr, logprob_variance_ptr, logprob_ptr,
     N, J,
     HAS_LABEL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens: what all blocks of the vocabulary say together."""
+    """ROWS tokens: what all blocks of the vocabulary say together; z of the label lies where its log p is written."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)
     keep = (n < N)[:, None] & (j < J)[None, :]
@@ -140,7 +169,7 @@ def _merge_kernel(
     tl.store(entropy_ptr + n, tl.where(proper, log_total - mean, float("nan")), mask=n < N)
     tl.store(logprob_variance_ptr + n, tl.where(proper, variance, float("nan")), mask=n < N)
     if HAS_LABEL:
-        value = tl.load(value_ptr + n, mask=n < N, other=0.0)
+        value = tl.load(logprob_ptr + n, mask=n < N, other=0.0)
         logprob = tl.where(proper, value - top - log_total, float("nan"))
         tl.store(logprob_ptr + n, logprob, mask=n < N)
 
@@ -156,20 +185,28 @@ class Plan(NamedTuple):
     block: int
 
 
-def plan(n: int, v: int, itemsize: int) -> Plan:
-    """Slabs of whole blocks for as many tokens as make W's slabs wide; a token's blocks are held beside them."""
-    budget, block = workspace_bytes(), tiles.STATS_COLUMNS
-    while triton.cdiv(v, block) > tiles.STATS_MERGE:
+def token_fields(columns: int, v: int, block: int) -> list[int]:
+    """Elements of workspace a token has: a row of the slab, in whole blocks, and four numbers a block of V."""
+    return [cdiv(columns, block) * block, *[cdiv(v, block)] * 4]
+
+
+def token_bytes(columns: int, v: int, block: int, itemsize: int) -> int:
+    """Bytes of workspace a token needs."""
+    return itemsize * sum(token_fields(columns, v, block))
+
+
+def plan(n: int, v: int, itemsize: int, budget: int, arch: int = 0) -> Plan:
+    """Products of many tokens over as few slabs of the vocabulary as fit into `budget` bytes."""
+    block = tiles.STATS_COLUMNS
+    while cdiv(v, block) > tiles.STATS_MERGE:
         block *= 2
-    held = 4 * triton.cdiv(v, block) * itemsize
-    tokens, wide = max(1, min(n, tiles.STATS_TOKENS)), min(v, tiles.STATS_SLAB_COLUMNS)
-    while tokens > 1 and tokens * (held + wide * itemsize) > budget:
-        tokens = triton.cdiv(tokens, 2)
-    columns = (budget // tokens - held) // itemsize
-    columns = min(max(columns // block * block, block), triton.cdiv(v, block) * block)
-    # Slabs of one size.
-    columns = triton.cdiv(triton.cdiv(v, triton.cdiv(v, columns)), block) * block
-    return Plan(tokens, columns, block)
+    least = tiles.measured_number("TOPK_TOKENS", arch)
+    room = budget - 5 * ALIGNED * itemsize
+
+    def size(columns: int) -> int:
+        return token_bytes(columns, v, block, itemsize)
+
+    return Plan(*cut_logits(n, v, block, v, least, size, room), block)
 
 
 def token_stats(
@@ -182,46 +219,53 @@ def token_stats(
     require_device(hidden=hidden, weight=head.weight, bias=head.bias, labels=labels)
     n, v, device = hidden.shape[0], head.weight.shape[0], hidden.device
     require_sizes("linear_token_stats", hidden=hidden.shape[1], weight=v)
-    results = torch.empty(4 if labels is not None else 3, n, dtype=head.acc, device=device)
+    names = 3 if labels is None else 4
+    results = [torch.empty(n, dtype=head.acc, device=device) for _ in range(names)]
     if n:
-        tokens, columns, block = cut or plan(n, v, head.acc.itemsize)
-        count = min(tokens, n)
-        logits = torch.empty(count * min(columns, v), dtype=head.acc, device=device)
-        partial = torch.empty(4, count * triton.cdiv(v, block), dtype=head.acc, device=device)
+        cut = cut or plan(n, v, head.acc.itemsize, workspace_bytes(device), tiles.architecture(device))
+        fields = token_fields(cut.columns, v, cut.block)
+        memory = allocate([min(n, cut.tokens) * field for field in fields], head.acc, device)
         with current_device(hidden):
-            for start in range(0, n, tokens):
-                rows = slice(start, min(start + tokens, n))
+            for start in range(0, n, cut.tokens):
+                rows = slice(start, start + cut.tokens)
                 some = None if labels is None else labels[rows]
-                _some_tokens(hidden[rows], head, some, columns, block, logits, partial, results[:, rows])
-    logsumexp, entropy, variance, *logprob = results.unbind(0)
-    return logsumexp.clone(), entropy.clone(), variance.clone(), logprob[0].clone() if logprob else None
+                _some_tokens(hidden[rows], head, some, cut, memory, [result[rows] for result in results])
+    logsumexp, entropy, variance, *logprob = results
+    return logsumexp, entropy, variance, logprob[0] if logprob else None
 
 
-def _some_tokens(hidden, head, labels, columns, block, logits, partial, results) -> None:
-    """Write the results of one block of tokens, over logits and partial results of which only the memory is used."""
+def _some_tokens(
+    hidden: Tensor,
+    head: LMHead,
+    labels: Tensor | None,
+    cut: Plan,
+    memory: tuple[Tensor, ...],
+    results: list[Tensor],
+) -> None:
+    """Write the results of one block of tokens, over a slab and partial results of which only the memory is used."""
     (n, v), weight, bias = (hidden.shape[0], head.weight.shape[0]), head.weight, head.bias
-    blocks, value = triton.cdiv(v, block), None
-    if labels is not None:
-        value = torch.full((n,), torch.nan, dtype=logits.dtype, device=logits.device)
-    for first in range(0, v, columns):
-        c = min(columns, v - first)
-        z = logits[: n * c].view(n, c)
-        product(hidden, weight[first : first + c].T, out=z)
-        grid = triton.cdiv(n, tiles.STATS_ROWS) * triton.cdiv(c, block)
-        _fold_kernel[(require_grid(grid, "linear_token_stats"),)](
-            z, bias, labels, *partial, value,
-            n, c, first, blocks,
+    blocks = cdiv(v, cut.block)
+    slab, *partial = memory
+    logprob = None if labels is None else results[3]
+    tile = tiles.stats_tile(cut.block, head.acc.itemsize)
+    for first in range(0, v, cut.columns):
+        c = min(cut.columns, v - first)
+        pitch = cdiv(c, cut.block) * cut.block
+        product(hidden, weight[first : first + c].T, out=slab[: n * pitch].view(n, pitch)[:, :c])
+        parts = cdiv(pitch // cut.block, tile.blocks)
+        _fold_kernel[(require_grid(n * parts, "linear_token_stats"),)](
+            slab, bias, labels, *partial, logprob,
+            parts, c, pitch, first, blocks,
             0 if bias is None else bias.stride(0), 0 if labels is None else labels.stride(0),
             head.softcap or 0.0, head.scale,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, HAS_LABEL=labels is not None,
-            ACC=accumulator(logits)[1],
-            ROWS=tiles.STATS_ROWS, COLUMNS=block, num_warps=tiles.STATS_WARPS,
+            RAGGED=c != pitch, ACC=accumulator(slab)[1],
+            BLOCKS=tile.blocks, BLOCK=cut.block, PIECE=tile.piece, num_warps=tile.warps,
         )  # fmt: skip
-    padded = triton.next_power_of_2(blocks)
+    padded = next_power_of_2(blocks)
     rows = max(1, tiles.STATS_MERGE // padded)
-    _merge_kernel[(triton.cdiv(n, rows),)](
-        *partial, value,
-        *results[:3], None if labels is None else results[3],
+    _merge_kernel[(cdiv(n, rows),)](
+        *partial, *results[:3], logprob,
         n, blocks,
         HAS_LABEL=labels is not None, ROWS=rows, COLUMNS=padded, num_warps=4,
     )  # fmt: skip

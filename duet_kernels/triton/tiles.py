@@ -9,13 +9,25 @@ The rows below are reasoned and shared by all architectures (0). What was measur
 and goes before them: `adopt`, the last step of this room's import, adds a row for each entry.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from .. import measured
 from ..dispatch import architecture as architecture  # asked for here by every launcher
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up. Triton's own works in kernels, too, and takes microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(x: int) -> int:
+    """The smallest power of two that is at least x."""
+    return 1 << max(0, x - 1).bit_length()
 
 
 class GatherTile(NamedTuple):
@@ -24,6 +36,29 @@ class GatherTile(NamedTuple):
     rows: int
     columns: int
     warps: int
+
+
+class SegmentsTile(NamedTuple):
+    """VOCABULARY rows of dW x COLUMNS of D, AHEAD rows of h under way, held by one program of WARPS warps."""
+
+    vocabulary: int
+    columns: int
+    ahead: int
+    warps: int
+
+
+class LossTile(NamedTuple):
+    """ROWS slots x COLUMNS of D in pieces of PIECE, kept by a program of WARPS warps with REGISTERS a thread.
+
+    PROGRAMS of them run on a multiprocessor at a time, which has 65536 registers.
+    """
+
+    rows: int
+    columns: int
+    piece: int
+    warps: int
+    registers: int
+    programs: int
 
 
 class DivergenceTile(NamedTuple):
@@ -45,11 +80,24 @@ GATHER_DHIDDEN = {
     (0, 4): GatherTile(16, 256, 4),
     (0, 8): GatherTile(16, 128, 4),
 }
-GATHER_DWEIGHT = {
+DWEIGHT_CHUNK_SUMS = {
     (0, 2): GatherTile(16, 512, 4),
     (0, 4): GatherTile(16, 256, 4),
     (0, 8): GatherTile(16, 128, 4),
 }
+# A warp a program: a segment's end is a branch, and other warps would wait at it.
+DWEIGHT_SEGMENTS = {
+    (0, 2): SegmentsTile(16, 512, 8, 1),
+    (0, 4): SegmentsTile(16, 256, 8, 1),
+    (0, 8): SegmentsTile(16, 128, 8, 1),
+}
+# (architecture, bytes that an element takes in a register): 64 registers a thread hold 32 KB of W.
+LOSS = {
+    (0, 2): LossTile(64, 256, 64, 4, 96, 5),
+    (0, 4): LossTile(64, 128, 32, 4, 96, 5),
+    (0, 8): LossTile(64, 64, 32, 4, 128, 4),
+}
+LOSS_SLOTS = LOSS[0, 2].rows
 MAX_GATHER_ROWS = 128
 SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels handles
 # (architecture, bytes of an element) -> from V / this many ids on, all logits by the library's product are cheaper than
@@ -58,9 +106,6 @@ SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels ha
 GATHER_CROSSOVER = {(0, 2): 156, (0, 4): 23, (0, 8): 55}
 GATHER_MIN_TOKENS = (
     256  # tokens of a product whose logits the workspace must hold: fewer would read W too often
-)
-DWEIGHT_VOCABULARY = (
-    8  # consecutive vocabulary rows a program writes: most of them are zeros, and a program is dear
 )
 DWEIGHT_CHUNK = 256  # sorted pairs summed ahead of time when all of them belong to one vocabulary row
 DWEIGHT_PARTIAL_BYTES = 64 << 20  # at most this much for those sums: above it the chunks grow
@@ -93,6 +138,26 @@ def gather_tile(
     wide = min(max(tile.columns, elements // needed), max(16, triton.next_power_of_2(columns)))
     tall = min(elements // wide, needed, MAX_GATHER_ROWS)
     return GatherTile(tall, wide, tile.warps)
+
+
+def segments_tile(arch: int, itemsize: int, columns: int) -> SegmentsTile:
+    """The table's tile, no wider than a matrix of short rows."""
+    tile = DWEIGHT_SEGMENTS.get((arch, itemsize)) or DWEIGHT_SEGMENTS[0, itemsize]
+    return tile._replace(columns=min(tile.columns, max(16, triton.next_power_of_2(columns))))
+
+
+def loss_tile(arch: int, itemsize: int, slots: int, columns: int) -> LossTile:
+    """The table's tile with as many rows as there are slots, as wide as that allows."""
+    tile = LOSS.get((arch, itemsize)) or LOSS[0, itemsize]
+    rows = triton.next_power_of_2(slots)
+    wide = min(tile.rows * tile.columns // rows, max(16, triton.next_power_of_2(columns)))
+    return tile._replace(rows=rows, columns=wide, piece=min(tile.rows * tile.piece // rows, wide))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H200's number where there is none to ask."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def gather_product_tokens(arch: int, operand: int, acc: int, n: int, v: int, k: int, workspace: int) -> int:
@@ -139,17 +204,40 @@ SKINNY = {
 }
 # Up to this many tokens one kernel reads W once and folds as it goes; above, the library's product and a fold.
 TOPK_SKINNY_TOKENS = 64
-# Tokens a library product takes when the workspace cannot hold their logits over the whole vocabulary: with fewer,
-# reading W again for every block of tokens would cost as much as multiplying.
-TOPK_TOKENS = 512
-TOPK_MIN_TOKENS = 256
-FOLD_ROWS = 32  # blocks of logits a program folds: 16 KB at 128 columns
-CHOOSE_ELEMENTS = 8192  # most block maxima of a token: a program holds them in registers, 16 a thread
-CHOOSE_ROW_ELEMENTS = 1024  # several tokens a program where they have few blocks
-SURVIVORS_COLUMNS = 1024  # candidates a program takes at a time, of one token
-SURVIVORS_WARPS = 4
-ORDER_ROWS = 64  # selected ids of a token that a program ranks, and compares them with at a time
-ORDER_ELEMENTS = 4096  # comparisons a program holds: several tokens where k is small
+# Fewest tokens of a library product where the workspace leaves a choice, and the slabs of the vocabulary that are cut
+# for more tokens: fewer tokens read W more often, more slabs select more often.
+TOPK_TOKENS = 1024
+LOGITS_SLABS = 3
+FOLD_ROWS = 32  # blocks of 128 logits that a program folds: 16 KB
+FOLD_PIECE = 32  # of a block, side by side: the pieces of a block lie on top of each other in a thread
+FOLD_WARPS = 4
+CHOOSE_ELEMENTS = 8192  # most block maxima of a token: a program holds them in registers
+SELECT_ELEMENTS = 512  # several tokens a program where all of its lists are short
+SELECT_HELD = 4096  # most candidates of a token that a program holds at a time
+SELECT_COLUMNS = 1024  # elements of chosen blocks that a program takes at a time
+SELECT_RANKED, SELECT_COMPARED = (
+    32,
+    32,
+)  # candidates that a program ranks at a time, and those it compares them with
+
+
+class FoldTile(NamedTuple):
+    """BLOCKS blocks of one token in pieces of PIECE columns, held by one program of WARPS warps."""
+
+    blocks: int
+    piece: int
+    warps: int
+
+
+class SelectTile(NamedTuple):
+    """TOKENS a program; candidates HELD, elements (COLUMNS), candidates RANKED and COMPARED at a time; WARPS warps."""
+
+    tokens: int
+    held: int
+    columns: int
+    ranked: int
+    compared: int
+    warps: int
 
 
 def topk_block(k: int, columns: int) -> int:
@@ -160,9 +248,25 @@ def topk_block(k: int, columns: int) -> int:
     return 16
 
 
-def choose_warps(blocks: int) -> int:
-    """Warps of the program that holds a token's block maxima."""
-    return 4 if blocks <= 2048 else 16
+def topk_room(k: int) -> int:
+    """Candidates of a token that there is memory for: hardly more than k are expected."""
+    return max(64, next_power_of_2(2 * k))
+
+
+def fold_tile(arch: int, block: int, itemsize: int) -> FoldTile:
+    """As many bytes whatever the block and the element."""
+    blocks = max(1, measured_number("FOLD_ROWS", arch) * 128 * 4 // (block * itemsize))
+    return FoldTile(blocks, min(FOLD_PIECE, block), FOLD_WARPS)
+
+
+def select_tile(k: int, blocks: int, block: int) -> SelectTile:
+    """The tile for k of that many blocks a slab."""
+    room, slots = topk_room(k), next_power_of_2(min(k, blocks))
+    columns = max(block, min(SELECT_COLUMNS, slots * block))
+    held, ranked, compared = (min(room, most) for most in (SELECT_HELD, SELECT_RANKED, SELECT_COMPARED))
+    padded = next_power_of_2(blocks)
+    tokens = max(1, SELECT_ELEMENTS // max(padded, columns, held))
+    return SelectTile(tokens, held, columns, ranked, compared, max(4, min(16, padded // 256)))
 
 
 def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:
@@ -171,63 +275,37 @@ def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:
     return SKINNY.get((arch, itemsize, limit)) or SKINNY[0, itemsize, limit]
 
 
-class LogsumexpTile(NamedTuple):
-    """TOKENS x VOCABULARY logits a program multiplies at a time, DEPTH of D in each of STAGES, WARPS warps."""
-
-    tokens: int
-    vocabulary: int
-    depth: int
-    stages: int
-    warps: int
-
-
-# (architecture, bytes of an element, tokens up to; 0 for more) -> tile. 128 x 128 keeps 64 sums a thread.
-LOGSUMEXP = {
-    (0, 2, 16): LogsumexpTile(16, 128, 64, 4, 4),
-    (0, 2, 64): LogsumexpTile(64, 128, 64, 3, 4),
-    (0, 2, 0): LogsumexpTile(128, 128, 64, 3, 8),
-    (0, 4, 16): LogsumexpTile(16, 64, 32, 2, 4),
-    (0, 4, 64): LogsumexpTile(64, 64, 16, 2, 8),
-    (0, 4, 0): LogsumexpTile(64, 64, 16, 2, 8),
-    (0, 8, 16): LogsumexpTile(16, 64, 16, 2, 4),
-    (0, 8, 64): LogsumexpTile(32, 32, 16, 2, 4),
-    (0, 8, 0): LogsumexpTile(32, 32, 16, 2, 4),
-}
-LOGSUMEXP_GROUP = (
-    16  # blocks of tokens that share a split's rows of W in L2, with their hidden states: 16 + 8 MB
-)
-LOGSUMEXP_PROGRAMS = 1056  # eight for every SM of an H200: splits of the vocabulary until there are as many
-LOGSUMEXP_MERGE = 4096  # partial sums a program of the merge holds
-DENSE_ROWS, DENSE_COLUMNS = 4, 512  # weights of the dense gradient that a program turns out
-DENSE_TOKENS = 4096  # tokens of a backward product; W's slab is as wide as the rest of the workspace allows
-DENSE_MIN_COLUMNS = 1024  # narrower slabs take fewer tokens instead
-
-
-def logsumexp_tile(arch: int, itemsize: int, tokens: int, softcap: bool) -> LogsumexpTile:
-    """The tile for that many tokens; a softcap's series needs registers: half the tokens and twice the warps."""
-    limit = 16 if tokens <= 16 else 64 if tokens <= 64 or (softcap and itemsize == 2) else 0
-    tile = LOGSUMEXP.get((arch, itemsize, limit)) or LOGSUMEXP[0, itemsize, limit]
-    return tile._replace(warps=8) if softcap and itemsize == 2 and limit == 64 else tile
-
-
-STATS_ROWS, STATS_COLUMNS, STATS_WARPS = 4, 512, 4  # logits a program of the statistics folds: 16 a thread
+STATS_COLUMNS = 512  # logits of a block of the statistics
+STATS_FOLD = FoldTile(4, 64, 2)  # blocks of fp32: 8 KB
 STATS_MERGE = 4096  # partial statistics a program of the merge holds
-STATS_TOKENS = 8192  # tokens of a product; W's slab is as wide as the rest of the workspace allows
-STATS_SLAB_COLUMNS = 4096  # narrower slabs take fewer tokens instead
 
 
-# The losses that read every logit (`dense`): a program takes SLAB_ROWS rows of a slab, SLAB_COLUMNS at a time.
+def stats_tile(block: int, itemsize: int) -> FoldTile:
+    """As many bytes whatever the block and the element."""
+    blocks, piece, warps = STATS_FOLD
+    blocks = max(1, blocks * 512 * 4 // (block * itemsize))
+    return FoldTile(blocks, min(piece, block), warps)
+
+
+# The losses that read every logit (`dense`). What writes dz: a program takes SLAB_ROWS rows, SLAB_COLUMNS at a time.
 SLAB_ROWS = 1
 SLAB_COLUMNS = {4: 1024, 8: 512}  # by the bytes of a logit: 8 (4) pairs a thread, 10 programs an SM
 SLAB_WARPS = 4
 SLAB_PROGRAMS = 1056  # eight for every SM of an H200: rows are split until there are as many
+# What folds once: one row and so many columns a program, in one warp. 4.4 TB/s on an H200, a loop over 4 warps 2.5-3.1.
+FOLD_COLUMNS = {4: 1024, 8: 512}
+FOLD_WARPS = 1
+# What sums over a longer piece of a row, so many columns at a time: 4.1 TB/s where its arithmetic keeps up.
+TERMS_COLUMNS, TERMS_STEPS, TERMS_WARPS = {4: 512, 8: 256}, 32, 4
 DENSE_MERGE = 512  # partial statistics of a kind that a program of a merge holds
+SLOTS = 256  # ids that a program picks or puts, rows of a loss of the label
+SLOTS_TILE = 64  # slots a program compares with the other slots of their row
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 2112  # sixteen programs for every SM of an H200
 
-# What the planner of `dense` reckons with, of an H200: FLOP/s of a product by the bytes of an operand, bytes/s.
-PRODUCT_FLOPS = {2: 790e12, 4: 50e12, 8: 60e12}
-BANDWIDTH = 4.3e12
-DENSE_LEAST_ROWS = 128  # fewer rows of a product waste its tiles
-DENSE_WHOLE_ROWS = 256  # so few tokens may have their logits over the whole vocabulary at once
+# Sizes of a walk (`dense_plan`): so few tokens may have their logits over the whole vocabulary at once; fewer rows of
+# logits at hand, fewer rows of dz for a sum of dW, narrower slabs, and fewer rows of a slab are not worth it.
+DENSE_WHOLE_ROWS = 256
+DENSE_LEAST_ROWS, DENSE_LEAST_SUMMED, DENSE_LEAST_COLUMNS, DENSE_ENOUGH_ROWS = 128, 512, 2048, 1024
 
 
 # --- what was measured -----------------------------------------------------------------------------------------
@@ -237,8 +315,6 @@ NUMBERS = {
     "TOPK_SKINNY_TOKENS": 64,
     "TOPK_TOKENS": 8192,
     "FOLD_ROWS": 128,
-    "LOGSUMEXP_PROGRAMS": 1 << 16,
-    "LOGSUMEXP_GROUP": 1024,
 }
 _numbers: dict[tuple[str, int], int] = {}
 

@@ -11,37 +11,38 @@ Pipeline, for every slab of a block of tokens; numbers are compared as integers 
 
     product    z slab [N, C] in ACC        the library's product; up to 64 tokens a kernel that reads W once and folds
     fold       block: largest z, sum of exp                           reads the slab once
-    choose     the k first blocks by (maximum descending, position ascending), in the order of their ids;
-               the other blocks' sums go into the tail
-    survivors  elements of the chosen blocks not below the k-th block maximum are kept, in the order of their ids,
-               behind the k best of the slabs before; the others go into the tail
-    narrow     the k best of those; the others go into the tail
-    order      once at the end: the k best by rank, and log of the tail's sum
+    select     a program a token:
+      bound      the k-th largest of all block maxima and of the candidates of the slabs before
+      blocks     those whose maximum is above the bound, and the first of those at it: k at most, with the candidates
+                 that reach it; the other blocks' sums go into the tail
+      keep       elements of the chosen blocks that reach the bound become candidates, in the order of their ids,
+                 behind those of the slabs before that still reach it; the others go into the tail
+      rank       after the last slab: how many candidates stand before each; those of a rank below k are the result
 
-Why it is exact. Each of the k chosen blocks holds an element that stands before every element of a block that was not
-chosen, so nothing selected is lost; by the same count the k-th block maximum is a lower bound of the k-th largest
-element. Where k best are known already, a block must hold something larger than the k-th of them: equal elements of
-later slabs have higher ids. Every list is in the order of ids among equals, so a tie is decided by counting. An
+Why it is exact. The bound is the k-th largest of k elements or more, so it never exceeds the k-th largest of all. What
+is counted for it - a candidate, or the largest element of a block - stands before every element of a block that was not
+chosen, so nothing selected is lost. Candidates are in the order of their ids, so a tie is decided by position. An
 element enters the tail where it is passed over, so the tail is a sum of what is left, never a difference.
 
+There are hardly more than k candidates where the large logits are spread over the vocabulary, and room for 2 k. Where
+they do not fit (ties, or all of them side by side), the program reads its chosen blocks again, finds the exact k-th
+largest of them and of the earlier candidates, and keeps k.
+
 The k-th largest of a list is found two bits at a time: 16 rounds of counts (32 for fp64), no sort, no atomics, no
-key that packs an id. Fold and survivors compute z twice from the same product and must agree to the last bit.
+key that packs an id. Fold and select compute z twice from the same product and must agree to the last bit.
 (x + b) scale has two operations that no compiler may fuse, so it does; the softcap's polynomial has more, so with one
 the fold writes z back.
 
-Bytes and FLOP (calculated, at N 8192, K 64, D 4096, V 128256, bf16; no GPU measurement yet):
+Bytes and FLOP (calculated, at N 8192, K 64, D 4096, V 128256, bf16, two slabs):
 
-| step      | reads                          | writes             | bound by                                        |
-|-----------|--------------------------------|--------------------|-------------------------------------------------|
-| product   | W once per 384 tokens          | 4 N V = 4.2 GB     | 2 N D V = 8.6 TFLOP: 10.9 ms at 790 TFLOP/s     |
-| fold      | 4 N V = 4.2 GB                 | 8 N V / B          | memory: 1.0 ms at 4.3 TB/s                      |
-| choose    | 8 N V / B                      | 4 N k              | latency of 16 rounds                            |
-| survivors | 4 N k B = 0.27 GB              | 8 N k and a little | latency                                         |
-| narrow    | 8 bytes a survivor, 16 times   | 8 N k              | latency; the list stays in L1                   |
-| order     | 4 N k, k / 64 times            | 12 N k             | N k^2 comparisons: meant for k to a few 1000    |
+| step    | reads                          | writes         | bound by                                              |
+|---------|--------------------------------|----------------|-------------------------------------------------------|
+| product | W once per block of tokens     | 4 N V = 4.2 GB | 2 N D V = 8.6 TFLOP: 10.9 ms at 790 TFLOP/s           |
+| fold    | 4 N V = 4.2 GB                 | 8 N V / B      | memory: 1.0 ms at 4.3 TB/s                            |
+| select  | 8 N V / B, 4 N k B = 0.27 GB   | 20 N k         | latency of 16 rounds a slab; N k^2 comparisons in all |
 
 At N <= 64 everything but W (1.05 GB, 0.24 ms) is small: 4 N V = 33 MB written at N = 64. Workspace: the slab, its
-blocks and candidates, by `plan` under `workspace_bytes()`.
+block maxima and sums, and the candidates, in one allocation, by `plan` under `workspace_bytes()`.
 """
 
 from typing import NamedTuple
@@ -69,6 +70,8 @@ from .primitives import (
     require_sizes,
     unordered,
 )
+from .slabs import ALIGNED, allocate, cut_logits
+from .tiles import cdiv, next_power_of_2
 
 # --- product and fold ------------------------------------------------------------------------------------------
 
@@ -108,7 +111,7 @@ def _skinny_kernel(
         dots, (first + column)[:, None], bias_ptr, stride_bv, known, softcap, scale, HAS_BIAS, HAS_SOFTCAP
     )
     inside = known & (n < N)[None, :]
-    tl.store(z_ptr + n.to(tl.int64)[None, :] * C + column[:, None], z, mask=inside)
+    tl.store(z_ptr + n.to(tl.int64)[None, :] * J * BLOCK + column[:, None], z, mask=inside)
 
     z = tl.reshape(z, [BLOCKS, BLOCK, TOKENS])
     inside = tl.reshape(inside, [BLOCKS, BLOCK, TOKENS])
@@ -130,24 +133,35 @@ def _fold_kernel(
     PAIRS, first, C, J,
     stride_bv,
     softcap: tl.float64, scale: tl.float64, inverse_temperature: tl.float64,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr, ACC: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS (token, block) pairs of a slab of products: the largest z and the sum of exponentials."""
-    e = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (e % J)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = (e < PAIRS)[:, None] & (column < C)
-    here = z_ptr + (e // J)[:, None] * C + column
-    x = tl.load(here, mask=inside, other=0.0).to(ACC)
+    """BLOCKS of the PAIRS (token, block) of a slab of products: the largest z and the sum of exponentials.
+
+    Rows hold whole blocks, so the slab is one list of blocks; RAGGED: the last block of a row has columns past C. A
+    block is read in pieces that lie on top of each other, so that the first reduction is inside a thread.
+    """
+    start = tl.program_id(0).to(tl.int64) * BLOCKS
+    e = start + tl.arange(0, BLOCKS)
+    place = tl.arange(0, BLOCK // PIECE)[None, :, None] * PIECE + tl.arange(0, PIECE)[None, None, :]
+    here = z_ptr + e[:, None, None] * BLOCK + place
+    keep = (e < PAIRS)[:, None, None]
+    column = ((start % J).to(tl.int32) + tl.arange(0, BLOCKS)) % J
+    column = column[:, None, None] * BLOCK + place
+    inside = keep & (column < C)
+    x = tl.load(here, mask=keep, other=0.0, eviction_policy="evict_first").to(ACC)
     z = finish(x, first + column, bias_ptr, stride_bv, inside, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
     if HAS_SOFTCAP:
-        tl.store(here, z, mask=inside)
+        tl.store(here, z, mask=keep)
     order = ordered(z)
-    top = tl.max(tl.where(inside, order, _least(order.dtype)), 1)
-    zero = origin(unordered(top))
-    terms = tl.exp((z - zero[:, None]) * number(inverse_temperature, ACC))
+    if RAGGED:
+        order = tl.where(inside, order, _least(order.dtype))
+    top = tl.max(tl.max(order, 1), 1)
+    terms = tl.exp((z - origin(unordered(top))[:, None, None]) * number(inverse_temperature, ACC))
+    if RAGGED:
+        terms = tl.where(inside, terms, 0.0)
     tl.store(top_ptr + e, top, mask=e < PAIRS)
-    tl.store(sum_ptr + e, tl.sum(tl.where(inside, terms, 0.0), 1), mask=e < PAIRS)
+    tl.store(sum_ptr + e, tl.sum(tl.sum(terms, 1), 1), mask=e < PAIRS)
 
 
 # --- selection -------------------------------------------------------------------------------------------------
@@ -170,194 +184,277 @@ def _next_digit(prefix, i):
 
 
 @triton.jit
-def _step(prefix, low, middle, high, at_low, at_middle, at_high, K):
-    """The largest of the four that at least K orders reach."""
-    prefix = tl.where(at_low >= K, low, prefix)
-    prefix = tl.where(at_middle >= K, middle, prefix)
-    return tl.where(at_high >= K, high, prefix)
+def _step(prefix, reach, low, middle, high, at_low, at_middle, at_high, K):
+    """The largest of the four that at least K orders reach, and how many do; unchanged once exactly K do."""
+    open_ = reach != K
+    to_low, to_middle, to_high = open_ & (at_low >= K), open_ & (at_middle >= K), open_ & (at_high >= K)
+    prefix, reach = tl.where(to_low, low, prefix), tl.where(to_low, at_low, reach)
+    prefix, reach = tl.where(to_middle, middle, prefix), tl.where(to_middle, at_middle, reach)
+    return tl.where(to_high, high, prefix), tl.where(to_high, at_high, reach)
 
 
 @triton.jit
-def _choose_kernel(
-    top_ptr, sum_ptr, floor_ptr, list_ptr, count_ptr, threshold_ptr, rest_max_ptr, rest_sum_ptr,
-    N, J, K, SLOTS,
-    inverse_temperature: tl.float64,
-    INT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """ROWS tokens: the list of chosen blocks, what an element of them must reach, the other blocks into the tail."""
-    LEAST = _least(INT)
-    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    j = tl.arange(0, BLOCKS)
-    inside = (n < N)[:, None] & (j < J)[None, :]
-    here = n[:, None] * J + j[None, :]
-    top = tl.load(top_ptr + here, mask=inside, other=LEAST)
-    # The k-th largest maximum, or less than any where there are fewer than k blocks.
-    threshold = tl.full([ROWS], LEAST, INT)
-    for i in range(top.dtype.primitive_bitwidth // 2):
-        low, middle, high = _next_digit(threshold, i)
-        threshold = _step(
-            threshold, low, middle, high,
-            tl.sum((top >= low[:, None]).to(tl.int32), 1),
-            tl.sum((top >= middle[:, None]).to(tl.int32), 1),
-            tl.sum((top >= high[:, None]).to(tl.int32), 1),
-            K,
-        )  # fmt: skip
-    above = top > threshold[:, None]
-    equal = (top == threshold[:, None]) & inside
-    places = K - tl.sum(above.to(tl.int32), 1)
-    floor = tl.load(floor_ptr + n, mask=n < N, other=LEAST)
-    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= places[:, None]))
-    chosen = chosen & (top > floor[:, None])
-    slot = tl.cumsum(chosen.to(tl.int32), 1) - 1
-    tl.store(list_ptr + n[:, None] * SLOTS + slot, j[None, :] + slot * 0, mask=chosen)
-    tl.store(count_ptr + n, tl.sum(chosen.to(tl.int32), 1), mask=n < N)
-    # Nothing exceeds the order of a NaN: a floor there chose no block, and must not wrap around.
-    higher = tl.maximum(threshold, tl.where(floor + 1 > floor, floor + 1, floor))
-    tl.store(threshold_ptr + n, higher, mask=n < N)
-
-    passed = inside & (chosen == 0)
-    total = tl.load(sum_ptr + here, mask=passed, other=0.0)
-    m = tl.load(rest_max_ptr + n, mask=n < N, other=0.0)
-    s = tl.load(rest_sum_ptr + n, mask=n < N, other=0.0)
-    x = tl.where(passed, unordered(top), float("-inf")) * number(inverse_temperature, ACC)
-    largest = tl.maximum(m, tl.max(x, 1))
-    zero = origin(largest)
-    s = s * tl.exp(m - zero) + tl.sum(total * tl.where(passed, tl.exp(origin(x) - zero[:, None]), 0.0), 1)
-    tl.store(rest_max_ptr + n, largest, mask=n < N)
-    tl.store(rest_sum_ptr + n, s, mask=n < N)
+def _add_sums(m, s, tops, sums):
+    """(m, s) with the sums of exponentials (tops, sums) `[R, C]` taken in."""
+    top = tl.maximum(m, tl.max(tops, 1))
+    zero = origin(top)
+    weights = tl.where(tops == float("-inf"), 0.0, tl.exp(origin(tops) - zero[:, None]))
+    return top, s * tl.exp(m - zero) + tl.sum(sums * weights, 1)
 
 
 @triton.jit
-def _survivors_kernel(
-    z_ptr, bias_ptr, list_ptr, count_ptr, threshold_ptr, value_ptr, id_ptr, kept_ptr, rest_max_ptr, rest_sum_ptr,
-    N, first, C, SLOTS, WIDTH,
-    stride_bv,
-    softcap: tl.float64, scale: tl.float64, inverse_temperature: tl.float64,
-    HAS_BIAS: tl.constexpr, FINISHED: tl.constexpr, ACC: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """ROWS tokens, their chosen blocks: elements that reach the threshold are listed, the others go into the tail."""
-    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    count = tl.load(count_ptr + n, mask=n < N, other=0)
-    threshold = tl.load(threshold_ptr + n, mask=n < N, other=0)
-    m = tl.load(rest_max_ptr + n, mask=n < N, other=0.0)
-    s = tl.load(rest_sum_ptr + n, mask=n < N, other=0.0)
-    kept = tl.full([ROWS], 0, tl.int32)
-    for start in range(0, tl.max(count, 0) * BLOCK, COLUMNS):
-        c = start + tl.arange(0, COLUMNS)
-        listed = (c // BLOCK)[None, :] < count[:, None]
-        block = tl.load(list_ptr + n[:, None] * SLOTS + (c // BLOCK)[None, :], mask=listed, other=0)
-        column = block * BLOCK + (c % BLOCK)[None, :]
-        inside = listed & (column < C)
-        z = tl.load(z_ptr + n[:, None] * C + column, mask=inside, other=0.0).to(ACC)
-        if not FINISHED:
-            z = finish(z, first + column, bias_ptr, stride_bv, inside, softcap, scale, HAS_BIAS, False)
-        reached = inside & (ordered(z) >= threshold[:, None])
-        here = n[:, None] * WIDTH + kept[:, None] + tl.cumsum(reached.to(tl.int32), 1) - 1
-        tl.store(value_ptr + here, z, mask=reached)
-        tl.store(id_ptr + here, first + column, mask=reached)
-        kept += tl.sum(reached.to(tl.int32), 1)
-        m, s = add_exponentials(m, s, z * number(inverse_temperature, ACC), inside & (reached == 0))
-    tl.store(kept_ptr + n, kept, mask=n < N)
-    tl.store(rest_max_ptr + n, m, mask=n < N)
-    tl.store(rest_sum_ptr + n, s, mask=n < N)
-
-
-@triton.jit
-def _listed(best_ptr, new_ptr, n, c, BEST, kept, K, WIDTH):
-    """Entries c of a token's list: the BEST it had, then those kept of this slab; (entry, whether there is one)."""
-    old = (c < BEST)[None, :] & (kept >= 0)[:, None]
-    new = (c >= BEST)[None, :] & ((c - BEST)[None, :] < kept[:, None])
-    x = tl.load(best_ptr + n[:, None] * K + c[None, :], mask=old, other=0)
-    y = tl.load(new_ptr + n[:, None] * WIDTH + (c - BEST)[None, :], mask=new, other=0)
-    return tl.where(old, x, y), old | new
-
-
-@triton.jit
-def _narrow_kernel(
-    best_value_ptr, best_id_ptr, new_value_ptr, new_id_ptr, kept_ptr,
-    value_ptr, id_ptr, floor_ptr, rest_max_ptr, rest_sum_ptr,
-    N, BEST, K, WIDTH,
-    inverse_temperature: tl.float64,
-    INT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """ROWS tokens: the k best of their lists in the lists' order, the order of the k-th, the others into the tail."""
-    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    kept = tl.load(kept_ptr + n, mask=n < N, other=-1)
-    stop = BEST + tl.maximum(tl.max(kept, 0), 0)
-    floor = tl.full([ROWS], _least(INT), INT)
-    for i in range(floor.dtype.primitive_bitwidth // 2):
-        low, middle, high = _next_digit(floor, i)
-        at_low = tl.full([ROWS], 0, tl.int32)
-        at_middle = tl.full([ROWS], 0, tl.int32)
-        at_high = tl.full([ROWS], 0, tl.int32)
-        for start in range(0, stop, COLUMNS):
-            c = start + tl.arange(0, COLUMNS)
-            z, there = _listed(best_value_ptr, new_value_ptr, n, c, BEST, kept, K, WIDTH)
-            order = tl.where(there, ordered(z), _least(INT))
-            at_low += tl.sum((order >= low[:, None]).to(tl.int32), 1)
-            at_middle += tl.sum((order >= middle[:, None]).to(tl.int32), 1)
-            at_high += tl.sum((order >= high[:, None]).to(tl.int32), 1)
-        floor = _step(floor, low, middle, high, at_low, at_middle, at_high, K)
-    places = tl.full([ROWS], 0, tl.int32) + K
-    for start in range(0, stop, COLUMNS):
-        c = start + tl.arange(0, COLUMNS)
-        z, there = _listed(best_value_ptr, new_value_ptr, n, c, BEST, kept, K, WIDTH)
-        places -= tl.sum((there & (ordered(z) > floor[:, None])).to(tl.int32), 1)
-    # `places` are left for those equal to the k-th: the first of them in the order of their ids.
-    m = tl.load(rest_max_ptr + n, mask=n < N, other=0.0)
-    s = tl.load(rest_sum_ptr + n, mask=n < N, other=0.0)
-    taken = tl.full([ROWS], 0, tl.int32)
-    for start in range(0, stop, COLUMNS):
-        c = start + tl.arange(0, COLUMNS)
-        z, there = _listed(best_value_ptr, new_value_ptr, n, c, BEST, kept, K, WIDTH)
-        ids, _ = _listed(best_id_ptr, new_id_ptr, n, c, BEST, kept, K, WIDTH)
-        order = ordered(z)
-        equal = there & (order == floor[:, None])
+def _selected(order, there, bound, places, EXACT: tl.constexpr):
+    """Which orders reach the bound; if EXACT, of those at it the first `places`, and how many places are left."""
+    if EXACT:
+        equal = there & (order == bound[:, None])
         selected = equal & (tl.cumsum(equal.to(tl.int32), 1) <= places[:, None])
-        selected = selected | (there & (order > floor[:, None]))
+        selected = selected | (there & (order > bound[:, None]))
         places -= tl.sum(equal.to(tl.int32), 1)
-        here = n[:, None] * K + taken[:, None] + tl.cumsum(selected.to(tl.int32), 1) - 1
+    else:
+        selected = there & (order >= bound[:, None])
+    return selected, places
+
+
+@triton.jit
+def _candidates(lists, count, start, COLUMNS: tl.constexpr):
+    """(z, place in the list, whether there is one) of COLUMNS candidates of each token."""
+    value_ptr, _, n, ROOM = lists
+    c = start + tl.arange(0, COLUMNS)
+    there = c[None, :] < count[:, None]
+    # Neighbours in a warp, not in a thread: in the layout in which what is kept is stored, so that nothing moves.
+    here = tl.max_contiguous(n[:, None] * ROOM + c[None, :], [1, 1])
+    return tl.load(value_ptr + here, mask=there, other=0.0), here, there
+
+
+@triton.jit
+def _elements(slab, n, blocks, start, FINISHED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """(z, id, whether it is there) of COLUMNS elements of each token's chosen blocks."""
+    z_ptr, bias_ptr, list_ptr, first, C, J, SLOTS, stride_bv, scale = slab
+    c = start + tl.arange(0, COLUMNS)
+    listed = (c // BLOCK)[None, :] < blocks[:, None]
+    block = tl.load(list_ptr + n[:, None] * SLOTS + (c // BLOCK)[None, :], mask=listed, other=0)
+    column = block * BLOCK + (c % BLOCK)[None, :]
+    there = listed & (column < C)
+    here = tl.max_contiguous(z_ptr + n[:, None] * J * BLOCK + column, [1, 1])
+    z = tl.load(here, mask=there, other=0.0)
+    if not FINISHED:
+        z = finish(z, first + column, bias_ptr, stride_bv, there, 0.0, scale, bias_ptr is not None, False)
+    return z, first + column, there
+
+
+@triton.jit
+def _keep_candidates(lists, count, bound, places, m, s, inverse, EXACT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Move the candidates that are still selected to the front of their list, the others into the tail."""
+    value_ptr, id_ptr, n, ROOM = lists
+    kept = count * 0
+    for start in range(0, tl.max(count, 0), COLUMNS):
+        z, here, there = _candidates(lists, count, start, COLUMNS)
+        ids = tl.load(id_ptr + here, mask=there, other=0)
+        tl.debug_barrier()  # all are read before one is overwritten
+        selected, places = _selected(ordered(z), there, bound, places, EXACT)
+        here = n[:, None] * ROOM + kept[:, None] + tl.cumsum(selected.to(tl.int32), 1) - 1
         tl.store(value_ptr + here, z, mask=selected)
         tl.store(id_ptr + here, ids, mask=selected)
-        taken += tl.sum(selected.to(tl.int32), 1)
-        m, s = add_exponentials(m, s, z * number(inverse_temperature, ACC), there & (selected == 0))
-    tl.store(floor_ptr + n, floor, mask=n < N)
-    tl.store(rest_max_ptr + n, m, mask=n < N)
-    tl.store(rest_sum_ptr + n, s, mask=n < N)
+        kept += tl.sum(selected.to(tl.int32), 1)
+        m, s = add_exponentials(m, s, z * inverse, there & (selected == 0))
+    return kept, places, m, s
 
 
 @triton.jit
-def _order_kernel(
-    best_value_ptr, best_id_ptr, rest_max_ptr, rest_sum_ptr, value_ptr, index_ptr, tail_ptr,
-    N, K,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr,
+def _keep_elements(
+    slab, lists, blocks, kept, bound, places, m, s, inverse,
+    EXACT: tl.constexpr, FINISHED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens, ROWS of their k best to the places of their ranks; and their tails."""
-    blocks = tl.cdiv(K, ROWS)
-    n = (tl.program_id(0) // blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    i = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
-    inside = (n < N)[:, None] & (i < K)[None, :]
-    here = n[:, None] * K + i[None, :]
-    z = tl.load(best_value_ptr + here, mask=inside, other=0.0)
-    order = ordered(z)[:, :, None]
-    rank = tl.full([TOKENS, ROWS], 0, tl.int32)
-    for start in range(0, K, ROWS):
-        c = start + tl.arange(0, ROWS)
-        there = (n < N)[:, None] & (c < K)[None, :]
-        other = ordered(tl.load(best_value_ptr + n[:, None] * K + c[None, :], mask=there, other=0.0))[
-            :, None, :
-        ]
-        lower = (c[None, :] < i[:, None])[None, :, :]
-        before = ((other > order) | ((other == order) & lower)) & there[:, None, :]
-        rank += tl.sum(before.to(tl.int32), 2)
-    place = n[:, None] * K + rank
-    tl.store(value_ptr + place, z, mask=inside)
-    tl.store(index_ptr + place, tl.load(best_id_ptr + here, mask=inside, other=0).to(tl.int64), mask=inside)
-    if tl.program_id(0) % blocks == 0:
-        m = tl.load(rest_max_ptr + n, mask=n < N, other=0.0)
-        s = tl.load(rest_sum_ptr + n, mask=n < N, other=1.0)
-        tl.store(tail_ptr + n, origin(m) + tl.log(s), mask=n < N)
+    """Append the selected elements of the chosen blocks, the others into the tail; whether that is all right.
+
+    Those past ROOM are only counted. Unless EXACT, exponentials are relative to the bound, which is above all that go
+    into the tail: not all right where they would all be next to 0.
+    """
+    value_ptr, id_ptr, n, ROOM = lists
+    number_of_bound = unordered(bound)
+    # A tail in every lane, so that the loop has no reduction for it.
+    tops = tl.full([n.shape[0], COLUMNS], float("-inf"), m.dtype)
+    sums = tl.full([n.shape[0], COLUMNS], 0.0, m.dtype)
+    for start in range(0, tl.max(blocks, 0) * BLOCK, COLUMNS):
+        z, ids, there = _elements(slab, n, blocks, start, FINISHED, COLUMNS, BLOCK)
+        if EXACT:
+            selected, places = _selected(ordered(z), there, bound, places, EXACT)
+        else:
+            # A bound that is no number is below everything, or above all but NaN: then too many are selected.
+            selected = there & ((z < number_of_bound[:, None]) == 0)
+        place = kept[:, None] + tl.cumsum(selected.to(tl.int32), 1) - 1
+        fits = selected & (place < ROOM)
+        tl.store(value_ptr + n[:, None] * ROOM + place, z, mask=fits)
+        tl.store(id_ptr + n[:, None] * ROOM + place, ids, mask=fits)
+        kept += tl.sum(selected.to(tl.int32), 1)
+        rest = there & (selected == 0)
+        if EXACT:
+            x = tl.where(rest, z * inverse, float("-inf"))
+            top = tl.maximum(tops, x)
+            sums = sums * tl.exp(tops - origin(top)) + tl.exp(x - origin(top))
+            tops = top
+        else:
+            sums += tl.where(rest, tl.exp((z - number_of_bound[:, None]) * inverse), 0.0)
+            tops = tl.maximum(tops, tl.where(rest, z, float("-inf")))
+    if EXACT:
+        m, s = _add_sums(m, s, tops, sums)
+        right = kept <= ROOM
+    else:
+        largest = tl.max(tops, 1)
+        some = largest > float("-inf")
+        right = (kept <= ROOM) & ((some == 0) | ((largest - number_of_bound) * inverse > -60.0))
+        x = tl.where(some, number_of_bound * inverse, float("-inf"))
+        m, s = _add_sums(m, s, x[:, None], tl.sum(sums, 1)[:, None])
+    return kept, m, s, right
+
+
+@triton.jit
+def _reach_in_lists(
+    slab, lists, blocks, count, low, middle, high,
+    FINISHED: tl.constexpr, HELD: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many candidates and elements of chosen blocks reach each of the token's three bounds."""
+    n = lists[2]
+    LEAST = _least(low.dtype)
+    at_low, at_middle, at_high = count * 0, count * 0, count * 0
+    for start in range(0, tl.max(count, 0), HELD):
+        z, _here, there = _candidates(lists, count, start, HELD)
+        order = tl.where(there, ordered(z), LEAST)
+        at_low += tl.sum((order >= low[:, None]).to(tl.int32), 1)
+        at_middle += tl.sum((order >= middle[:, None]).to(tl.int32), 1)
+        at_high += tl.sum((order >= high[:, None]).to(tl.int32), 1)
+    for start in range(0, tl.max(blocks, 0) * BLOCK, COLUMNS):
+        x, _ids, inside = _elements(slab, n, blocks, start, FINISHED, COLUMNS, BLOCK)
+        tall = tl.where(inside, ordered(x), LEAST)
+        at_low += tl.sum((tall >= low[:, None]).to(tl.int32), 1)
+        at_middle += tl.sum((tall >= middle[:, None]).to(tl.int32), 1)
+        at_high += tl.sum((tall >= high[:, None]).to(tl.int32), 1)
+    return at_low, at_middle, at_high
+
+
+@triton.jit
+def _write_best(
+    lists, count, out_value_ptr, out_index_ptr, K, m, s, inverse, RANKED: tl.constexpr, COMPARED: tl.constexpr
+):
+    """The candidates before which fewer than K stand to the place of their rank, the others into the tail."""
+    _value_ptr, id_ptr, n, _ROOM = lists
+    for start in range(0, tl.max(count, 0), RANKED):
+        z, here, there = _candidates(lists, count, start, RANKED)
+        i = (start + tl.arange(0, RANKED))[None, :, None]
+        order = ordered(z)[:, :, None]
+        rank = tl.full([n.shape[0], RANKED], 0, tl.int32)
+        for other in range(0, tl.max(count, 0), COMPARED):
+            x, _here, exists = _candidates(lists, count, other, COMPARED)
+            rival = tl.where(exists, ordered(x), _least(order.dtype))[:, None, :]
+            earlier = (other + tl.arange(0, COMPARED))[None, None, :] < i
+            rank += tl.sum(((rival > order) | ((rival == order) & earlier)).to(tl.int32), 2)
+        best = there & (rank < K)
+        ids = tl.load(id_ptr + here, mask=best, other=0)
+        tl.store(out_value_ptr + n[:, None] * K + rank, z, mask=best)
+        tl.store(out_index_ptr + n[:, None] * K + rank, ids.to(tl.int64), mask=best)
+        m, s = add_exponentials(m, s, z * inverse, there & (rank >= K))
+    return m, s
+
+
+@triton.jit
+def _select_kernel(
+    z_ptr, bias_ptr, top_ptr, sum_ptr, list_ptr, value_ptr, id_ptr, count_ptr, rest_max_ptr, rest_sum_ptr,
+    out_value_ptr, out_index_ptr, out_tail_ptr,
+    N, V, first, C, J, K, SLOTS, ROOM,
+    stride_bv,
+    scale: tl.float64, inverse_temperature: tl.float64,
+    FINISHED: tl.constexpr, INT: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, KNOWN: tl.constexpr, HELD: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, RANKED: tl.constexpr, COMPARED: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens, one slab: from its blocks to candidates for the next slab, or after the last one to the results.
+
+    What one thread stores and another loads goes through the tokens' scratch, with a barrier in between.
+    """
+    LEAST = _least(INT)
+    inverse = number(inverse_temperature, ACC)
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    slab = z_ptr, bias_ptr, list_ptr, first, C, J, SLOTS, stride_bv, number(scale, ACC)
+    lists = value_ptr, id_ptr, n, ROOM
+    later = (n < N) & (first > 0)
+    count = tl.load(count_ptr + n, mask=later, other=0).to(tl.int32)
+    m = tl.load(rest_max_ptr + n, mask=later, other=float("-inf"))
+    s = tl.load(rest_sum_ptr + n, mask=later, other=0.0)
+
+    # The k-th largest of the block maxima and of KNOWN candidates, or less than any where there are fewer than k.
+    j = tl.arange(0, BLOCKS)
+    inside = (n < N)[:, None] & (j < J)[None, :]
+    here = tl.max_contiguous(n[:, None] * J + j[None, :], [1, 1])  # as in `_candidates`
+    top = tl.load(top_ptr + here, mask=inside, other=LEAST)
+    z, _here, there = _candidates(lists, count, 0, KNOWN)
+    known = tl.where(there, ordered(z), LEAST)
+    bound, reach = tl.full([ROWS], LEAST, INT), count * 0 - 1
+    i = 0
+    while (i < top.dtype.primitive_bitwidth // 2) & (tl.max((reach != K).to(tl.int32), 0) > 0):
+        low, middle, high = _next_digit(bound, i)
+        at_low = tl.sum((top >= low[:, None]).to(tl.int32), 1)
+        at_middle = tl.sum((top >= middle[:, None]).to(tl.int32), 1)
+        at_high = tl.sum((top >= high[:, None]).to(tl.int32), 1)
+        if KNOWN > 1:
+            at_low += tl.sum((known >= low[:, None]).to(tl.int32), 1)
+            at_middle += tl.sum((known >= middle[:, None]).to(tl.int32), 1)
+            at_high += tl.sum((known >= high[:, None]).to(tl.int32), 1)
+        bound, reach = _step(bound, reach, low, middle, high, at_low, at_middle, at_high, K)
+        i += 1
+
+    above = top > bound[:, None]
+    equal = (top == bound[:, None]) & inside
+    places = K - tl.sum(above.to(tl.int32), 1) - tl.sum((known >= bound[:, None]).to(tl.int32), 1)
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= places[:, None]))
+    slot = tl.cumsum(chosen.to(tl.int32), 1) - 1
+    tl.store(list_ptr + n[:, None] * SLOTS + slot, j[None, :] + slot * 0, mask=chosen)
+    blocks = tl.sum(chosen.to(tl.int32), 1)
+    passed = inside & (chosen == 0)
+    total = tl.load(sum_ptr + here, mask=passed, other=0.0)
+    m, s = _add_sums(m, s, tl.where(passed, unordered(top) * inverse, float("-inf")), total)
+    tl.debug_barrier()
+
+    old, places, m, s = _keep_candidates(lists, count, bound, places, m, s, inverse, False, HELD)
+    kept, rest_max, rest_sum, right = _keep_elements(
+        slab, lists, blocks, old, bound, places, m, s, inverse, False, FINISHED, COLUMNS, BLOCK
+    )
+    if tl.min(right.to(tl.int32), 0) == 0:
+        # Again, with the exact k-th largest and careful sums; the other tokens of this program have theirs.
+        tl.debug_barrier()
+        exact, reach = tl.full([ROWS], LEAST, INT), tl.where(right, K, -1)
+        i = 0
+        while (i < top.dtype.primitive_bitwidth // 2) & (tl.max((reach != K).to(tl.int32), 0) > 0):
+            low, middle, high = _next_digit(exact, i)
+            at_low, at_middle, at_high = _reach_in_lists(
+                slab, lists, blocks, old, low, middle, high, FINISHED, HELD, COLUMNS, BLOCK
+            )
+            exact, reach = _step(exact, reach, low, middle, high, at_low, at_middle, at_high, K)
+            i += 1
+        # Places are left for those equal to it by those above it: none where it is a NaN.
+        above_it = tl.where(exact + 1 > exact, exact + 1, exact)
+        larger, at_middle, at_high = _reach_in_lists(
+            slab, lists, blocks, old, above_it, above_it, above_it, FINISHED, HELD, COLUMNS, BLOCK
+        )
+        places = tl.where(above_it > exact, K - larger, K)
+        count = tl.where(right, 0, old)
+        blocks = tl.where(right, 0, blocks)
+        again, places, m, s = _keep_candidates(lists, count, exact, places, m, s, inverse, True, HELD)
+        again, m, s, _right = _keep_elements(
+            slab, lists, blocks, again, exact, places, m, s, inverse, True, FINISHED, COLUMNS, BLOCK
+        )
+        kept = tl.where(right, kept, again)
+        rest_max, rest_sum = tl.where(right, rest_max, m), tl.where(right, rest_sum, s)
+
+    if first + C < V:
+        tl.store(count_ptr + n, kept, mask=n < N)
+        tl.store(rest_max_ptr + n, rest_max, mask=n < N)
+        tl.store(rest_sum_ptr + n, rest_sum, mask=n < N)
+    else:
+        tl.debug_barrier()
+        rest_max, rest_sum = _write_best(
+            lists, kept, out_value_ptr, out_index_ptr, K, rest_max, rest_sum, inverse, RANKED, COMPARED
+        )
+        tl.store(out_tail_ptr + n, origin(rest_max) + tl.log(rest_sum), mask=n < N)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------
@@ -372,32 +469,44 @@ class Plan(NamedTuple):
     skinny: bool
 
 
+class Scratch(NamedTuple):
+    """The memory of a block of tokens: numbers in ACC or (i) integers of its width, and what `fields` counts."""
+
+    z: Tensor
+    top: Tensor  # i
+    total: Tensor
+    chosen: Tensor  # i
+    value: Tensor
+    id: Tensor  # i
+    count: Tensor  # i
+    rest_max: Tensor
+    rest_sum: Tensor
+
+
+def fields(columns: int, k: int, block: int) -> Scratch:
+    """Elements of each field a token has: rows of the slab hold whole blocks."""
+    blocks = cdiv(columns, block)
+    room = tiles.topk_room(k)
+    return Scratch(blocks * block, blocks, blocks, min(k, blocks), room, room, 1, 1, 1)
+
+
 def token_bytes(columns: int, k: int, block: int, itemsize: int) -> int:
-    """Bytes of workspace a token needs: the slab, its blocks, the chosen ones' list and elements, twice the k best."""
-    blocks = triton.cdiv(columns, block)
-    survivors = min(k * block, columns)
-    lists = 4 * min(k, blocks) + survivors * (itemsize + 4) + 2 * k * (itemsize + 4)
-    return columns * itemsize + 2 * blocks * itemsize + lists + 64
+    """Bytes of workspace a token needs."""
+    return itemsize * sum(fields(columns, k, block))
 
 
-def plan(n: int, v: int, k: int, itemsize: int, arch: int = 0) -> Plan:
-    """The whole vocabulary at once for as many tokens as the workspace holds; slabs where that would be too few."""
-    budget, block = workspace_bytes(), tiles.topk_block(k, v)
-    skinny = n <= tiles.measured_number("TOPK_SKINNY_TOKENS", arch)
+def plan(n: int, v: int, k: int, itemsize: int, budget: int, arch: int = 0) -> Plan:
+    """Products of many tokens over as few slabs of the vocabulary as fit into `budget` bytes."""
+    block = tiles.topk_block(k, v)
     limit = tiles.CHOOSE_ELEMENTS * block
-    tokens = min(n, budget // token_bytes(v, k, block, itemsize))
-    if v <= limit and tokens >= min(n, tiles.TOPK_MIN_TOKENS):
-        # Whole tiles of the library's product.
-        return Plan(tokens if tokens == n else tokens - tokens % 128, v, block, skinny)
-    tokens = n if skinny else min(n, tiles.measured_number("TOPK_TOKENS", arch))
-    while tokens > 1 and token_bytes(min(v, 32 * block), k, block, itemsize) * tokens > budget:
-        tokens //= 2
-    columns = min(limit, triton.cdiv(v, block) * block)
-    while columns > block and token_bytes(columns, k, block, itemsize) * tokens > budget:
-        columns = max(block, (columns * 15 // 16) // block * block)
-    # Slabs of one size, in whole blocks.
-    columns = triton.cdiv(triton.cdiv(v, triton.cdiv(v, columns)), block) * block
-    return Plan(tokens, min(columns, v), block, skinny)
+    least = tiles.measured_number("TOPK_TOKENS", arch)
+    room = budget - len(Scratch._fields) * ALIGNED * itemsize
+
+    def size(columns: int) -> int:
+        return token_bytes(columns, k, block, itemsize)
+
+    tokens, columns = cut_logits(n, v, block, limit, least, size, room)
+    return Plan(tokens, columns, block, n <= tiles.measured_number("TOPK_SKINNY_TOKENS", arch))
 
 
 def linear_topk(
@@ -414,123 +523,99 @@ def linear_topk(
     indices = torch.empty(n, k, dtype=torch.int64, device=device)
     tail = torch.empty(n, dtype=head.acc, device=device)
     if n:
-        cut = cut or plan(n, v, k, head.acc.itemsize, tiles.architecture(device))
+        arch = tiles.architecture(device)
+        cut = cut or plan(n, v, k, head.acc.itemsize, workspace_bytes(device), arch)
+        scratch = _scratch(min(n, cut.tokens), cut, k, head.acc, device)
         with current_device(hidden):
             for start in range(0, n, cut.tokens):
                 rows = slice(start, start + cut.tokens)
-                _topk_of_tokens(
-                    hidden[rows], head, k, 1.0 / temperature, cut, values[rows], indices[rows], tail[rows]
-                )
+                results = values[rows], indices[rows], tail[rows]
+                _topk_of_tokens(hidden[rows], head, 1.0 / temperature, cut, arch, scratch, *results)
     return values, indices, tail
+
+
+def _scratch(n: int, cut: Plan, k: int, acc: torch.dtype, device: torch.device) -> Scratch:
+    scratch = Scratch(*allocate([n * field for field in fields(cut.columns, k, cut.block)], acc, device))
+    integer = torch.int64 if acc == torch.float64 else torch.int32
+    return scratch._replace(
+        top=scratch.top.view(integer),
+        chosen=scratch.chosen.view(integer),
+        id=scratch.id.view(integer),
+        count=scratch.count.view(integer),
+    )
 
 
 def _topk_of_tokens(
     hidden: Tensor,
     head: LMHead,
-    k: int,
     inverse_temperature: float,
     cut: Plan,
+    arch: int,
+    scratch: Scratch,
     values: Tensor,
     indices: Tensor,
     tail: Tensor,
 ) -> None:
     """One block of tokens through all slabs, into views of the outputs."""
-    n, v, device = hidden.shape[0], head.weight.shape[0], hidden.device
-    torch_acc, acc = accumulator(hidden, head.weight)
-    torch_int, integer = (torch.int64, tl.int64) if acc == tl.float64 else (torch.int32, tl.int32)
-    blocks = triton.cdiv(cut.columns, cut.block)
-    slots, width = min(k, blocks), min(min(k, blocks) * cut.block, cut.columns)
-
-    slab = torch.empty(n * cut.columns, dtype=torch_acc, device=device)
-    top = torch.empty(n * blocks, dtype=torch_int, device=device)
-    total = torch.empty(n * blocks, dtype=torch_acc, device=device)
-    chosen, count, kept = (torch.empty(n, s, dtype=torch.int32, device=device) for s in (slots, 1, 1))
-    threshold = torch.empty(n, dtype=torch_int, device=device)
-    floor = torch.full((n,), torch.iinfo(torch_int).min, dtype=torch_int, device=device)
-    rest = torch.full((n,), -torch.inf, dtype=torch_acc, device=device), values.new_zeros(n)
-    new = (
-        torch.empty(n, width, dtype=torch_acc, device=device),
-        torch.empty(n, width, dtype=torch.int32, device=device),
-    )
-    best, better = (
-        (torch.empty_like(values), torch.empty_like(indices, dtype=torch.int32)) for _ in range(2)
-    )
-
+    (n, k), v, block = values.shape, head.weight.shape[0], cut.block
+    _, acc = accumulator(hidden, head.weight)
     bias, stride_bv = head.bias, 0 if head.bias is None else head.bias.stride(0)
-    numbers = head.softcap or 0.0, head.scale, inverse_temperature
-    has = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": head.softcap is not None}
-    columns = min(tiles.SURVIVORS_COLUMNS, triton.next_power_of_2(slots * cut.block))
-    rows = tiles.SURVIVORS_COLUMNS // columns
-    lists = {"ROWS": rows, "COLUMNS": columns, "num_warps": tiles.SURVIVORS_WARPS}
+    softcap = head.softcap or 0.0
+    per_token = fields(cut.columns, k, block)
+    fold = tiles.fold_tile(arch, block, head.acc.itemsize)
+    select = tiles.select_tile(k, per_token.top, block)
     for first in range(0, v, cut.columns):
         c = min(cut.columns, v - first)
-        j = triton.cdiv(c, cut.block)
-        z = slab[: n * c].view(n, c)
+        j = cdiv(c, block)
         if cut.skinny:
-            _skinny(hidden, head, first, inverse_temperature, z, top, total, cut.block)
+            _skinny(hidden, head, first, c, inverse_temperature, arch, scratch, block)
         else:
+            z = scratch.z[: n * j * block].view(n, j * block)[:, :c]
             product(hidden, head.weight[first : first + c].T, out=z)
-            fold_rows = tiles.measured_number("FOLD_ROWS", tiles.architecture(device))
-            _fold_kernel[(require_grid(triton.cdiv(n * j, fold_rows), "linear_topk"),)](
-                z, bias, top, total,
+            _fold_kernel[(require_grid(cdiv(n * j, fold.blocks), "linear_topk"),)](
+                scratch.z, bias, scratch.top, scratch.total,
                 n * j, first, c, j,
                 stride_bv,
-                *numbers,
-                **has, ACC=acc, ROWS=fold_rows, BLOCK=cut.block, num_warps=4,
+                softcap, head.scale, inverse_temperature,
+                HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, RAGGED=c % block != 0, ACC=acc,
+                BLOCKS=fold.blocks, BLOCK=block, PIECE=fold.piece, num_warps=fold.warps,
             )  # fmt: skip
-        padded = triton.next_power_of_2(j)
-        choose_rows = max(1, tiles.CHOOSE_ROW_ELEMENTS // padded)
-        _choose_kernel[(triton.cdiv(n, choose_rows),)](
-            top, total, floor, chosen, count, threshold, *rest,
-            n, j, k, slots,
-            inverse_temperature,
-            INT=integer, ACC=acc, ROWS=choose_rows, BLOCKS=padded, num_warps=tiles.choose_warps(padded),
-        )  # fmt: skip
-        _survivors_kernel[(triton.cdiv(n, rows),)](
-            z, bias, chosen, count, threshold, *new, kept, *rest,
-            n, first, c, slots, width,
+        _select_kernel[(cdiv(n, select.tokens),)](
+            scratch.z, bias, scratch.top, scratch.total, scratch.chosen, scratch.value, scratch.id,
+            scratch.count, scratch.rest_max, scratch.rest_sum,
+            values, indices, tail,
+            n, v, first, c, j, k, per_token.chosen, per_token.value,
             stride_bv,
-            *numbers,
-            HAS_BIAS=bias is not None, FINISHED=cut.skinny or head.softcap is not None, ACC=acc, BLOCK=cut.block,
-            **lists,
+            head.scale, inverse_temperature,
+            FINISHED=cut.skinny or head.softcap is not None, INT=tl.int64 if acc == tl.float64 else tl.int32, ACC=acc,
+            ROWS=select.tokens, BLOCKS=next_power_of_2(per_token.top),
+            KNOWN=1 if cut.columns >= v else select.held, HELD=select.held,
+            COLUMNS=select.columns, BLOCK=block, RANKED=select.ranked, COMPARED=select.compared,
+            num_warps=select.warps, num_stages=1,
         )  # fmt: skip
-        _narrow_kernel[(triton.cdiv(n, rows),)](
-            *best, *new, kept, *better, floor, *rest,
-            n, min(k, first), k, width,
-            inverse_temperature,
-            INT=integer, ACC=acc, **lists,
-        )  # fmt: skip
-        best, better = better, best
-    rows = min(tiles.ORDER_ROWS, triton.next_power_of_2(k))
-    tokens = max(1, tiles.ORDER_ELEMENTS // rows**2)
-    _order_kernel[(require_grid(triton.cdiv(n, tokens) * triton.cdiv(k, rows), "linear_topk"),)](
-        *best, *rest, values, indices, tail,
-        n, k,
-        TOKENS=tokens, ROWS=rows, num_warps=4,
-    )  # fmt: skip
 
 
 def _skinny(
     hidden: Tensor,
     head: LMHead,
     first: int,
+    c: int,
     inverse_temperature: float,
-    z: Tensor,
-    top: Tensor,
-    total: Tensor,
+    arch: int,
+    scratch: Scratch,
     block: int,
 ) -> None:
-    """z of all tokens for one slab, and its fold, reading W once."""
-    (n, d), c, bias = hidden.shape, z.shape[1], head.bias
+    """z of all tokens for C columns, and its fold, reading W once."""
+    (n, d), bias = hidden.shape, head.bias
     _, acc = accumulator(hidden, head.weight)
-    tile = tiles.skinny_tile(tiles.architecture(hidden.device), head.weight.element_size(), n)
-    _skinny_kernel[(triton.cdiv(c, tile.vocabulary),)](
-        hidden, head.weight, bias, z, top, total,
-        n, d, first, c, triton.cdiv(c, block),
+    tile = tiles.skinny_tile(arch, head.weight.element_size(), n)
+    _skinny_kernel[(cdiv(c, tile.vocabulary),)](
+        hidden, head.weight, bias, scratch.z, scratch.top, scratch.total,
+        n, d, first, c, cdiv(c, block),
         *hidden.stride(), *head.weight.stride(), 0 if bias is None else bias.stride(0),
         head.softcap or 0.0, head.scale, inverse_temperature,
         HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, ACC=acc,
         NATIVE=not INTERPRETED and acc == tl.float32 and hidden.dtype == head.weight.dtype,
-        TOKENS=max(16, triton.next_power_of_2(n)), VOCABULARY=tile.vocabulary, DEPTH=tile.depth, BLOCK=block,
+        TOKENS=max(16, next_power_of_2(n)), VOCABULARY=tile.vocabulary, DEPTH=tile.depth, BLOCK=block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

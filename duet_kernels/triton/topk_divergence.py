@@ -44,9 +44,9 @@ from . import tiles
 from .primitives import (
     accumulator,
     current_device,
-    expm1,
     expm1_near_zero,
     log1p,
+    log_to_mixture,
     number,
     require_device,
     require_grid,
@@ -66,16 +66,6 @@ def _minus(q, p, u):
 def _expected(p, log_ratio):
     """p log_ratio, 0 where p is 0 (0 log 0 = 0)."""
     return tl.where(p == 0, 0.0, p * log_ratio)
-
-
-@triton.jit
-def _log_to_mixture(u, beta):
-    """(log(p / m), log(q / m)) of m = beta p + (1 - beta) q, given u = log(q / p)."""
-    # With w the share of the smaller of the two: log(m / larger) = log1p(w (smaller / larger - 1)).
-    student_larger = u >= 0
-    share = tl.where(student_larger, beta, 1.0 - beta)
-    mixture = log1p(share * expm1(-tl.abs(u)))
-    return tl.where(student_larger, -u, 0.0) - mixture, tl.where(student_larger, 0.0, u) - mixture
 
 
 @triton.jit
@@ -121,26 +111,16 @@ def _softmax(z, slot, base, tail, T, HAS_TAIL: tl.constexpr):
 
 
 @triton.jit
-def _divergence_kernel(
-    student_ptr, teacher_ptr, student_tail_ptr, teacher_tail_ptr, factor_ptr,
-    loss_ptr, dstudent_ptr, dtail_ptr,
-    N, K,
-    stride_sn, stride_sk, stride_tn, stride_tk, stride_st, stride_tt, stride_fn,
-    temperature: tl.float64, beta: tl.float64, delta: tl.float64,
-    DIVERGENCE: tl.constexpr, NORMALIZATION: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+def compare(
+    s, t, slot, s_tail, t_tail,
+    temperature, beta, delta,
+    DIVERGENCE: tl.constexpr, NORMALIZATION: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS rows: f L, f dL/ds, f dL/ds_tail."""
-    n = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    k = tl.arange(0, COLUMNS)
-    factor = tl.load(factor_ptr + n * stride_fn, mask=n < N, other=0.0).to(ACC)
-    live = factor != 0
-    inside = live[:, None] & (k < K)[None, :]
-    t = _logits(teacher_ptr, stride_tn, stride_tk, n, k, inside, ACC)
-    s = _logits(student_ptr, stride_sn, stride_sk, n, k, inside, ACC)
-    slot = inside & (t != float("-inf"))
-    t = tl.where(slot, t, 0.0)
+    """(L `[n]`, dL/ds `[n, k]`, dL/ds_tail `[n]`) of rows of logits in ACC; what is no slot counts nowhere."""
+    ACC: tl.constexpr = s.dtype
     s = tl.where(slot, s, 0.0)
+    t = tl.where(slot, t, 0.0)
+    dtail = tl.zeros_like(s_tail)
 
     if DIVERGENCE == "l1" or DIVERGENCE == "tvd":
         size = tl.maximum(tl.abs(s), tl.abs(t))
@@ -163,16 +143,10 @@ def _divergence_kernel(
         loss = tl.sum(tl.where(quiet, 0.0, tl.abs(d)), axis=1)
         ds = tl.where(quiet, 0.0, sign(d))
     else:
-        TEACHER_TAIL: tl.constexpr = NORMALIZATION == "tail" or NORMALIZATION == "truncated"
-        STUDENT_TAIL: tl.constexpr = TEACHER_TAIL or NORMALIZATION == "zeroed"
+        STUDENT_TAIL: tl.constexpr = NORMALIZATION != "renormalize"
+        TEACHER_TAIL: tl.constexpr = STUDENT_TAIL and NORMALIZATION != "zeroed"
         BUCKET: tl.constexpr = NORMALIZATION == "tail"
         T = number(temperature, ACC)
-        s_tail = factor * 0.0
-        t_tail = factor * 0.0
-        if STUDENT_TAIL:
-            s_tail = tl.load(student_tail_ptr + n * stride_st, mask=live, other=0.0).to(ACC)
-        if TEACHER_TAIL:
-            t_tail = tl.load(teacher_tail_ptr + n * stride_tt, mask=live, other=0.0).to(ACC)
         s_base = _maximum(s, slot)
         t_base = _maximum(t, slot)
         q, q_tail, s_total, s_origin, s_above = _softmax(s, slot, s_base, s_tail, T, STUDENT_TAIL)
@@ -194,7 +168,6 @@ def _divergence_kernel(
             moved += q_tail * (s_total / t_total)
         ratio = tl.where(near, log1p(moved), tl.log(s_total / t_total))
         u = tl.where(slot, v - ratio[:, None], 0.0)
-        dtail = factor * 0.0
         if BUCKET:
             u_tail = v_tail - ratio
 
@@ -218,11 +191,11 @@ def _divergence_kernel(
             ds = _expected(q, u - loss[:, None])
         elif DIVERGENCE == "jsd":
             b = number(beta, ACC)
-            p_to_m, q_to_m = _log_to_mixture(u, b)
+            p_to_m, q_to_m = log_to_mixture(u, b, False)
             p_kl = tl.sum(_expected(p, p_to_m), axis=1)
             q_kl = tl.sum(_expected(q, q_to_m), axis=1)
             if BUCKET:
-                p_tail_to_m, q_tail_to_m = _log_to_mixture(u_tail, b)
+                p_tail_to_m, q_tail_to_m = log_to_mixture(u_tail, b, False)
                 p_kl += _expected(p_tail, p_tail_to_m)
                 q_kl += _expected(q_tail, q_tail_to_m)
                 dtail = (1.0 - b) * _expected(q_tail, q_tail_to_m - q_kl)
@@ -247,12 +220,43 @@ def _divergence_kernel(
             loss = 0.5 * loss
             ds = 0.5 * q * (sign(difference) - drift[:, None])
         ds = ds / T
-        if STUDENT_TAIL:
-            tl.store(dtail_ptr + n, tl.where(live, factor * dtail, 0.0), mask=n < N)
+    return loss, tl.where(slot, ds, 0.0), dtail
 
+
+@triton.jit
+def _divergence_kernel(
+    student_ptr, teacher_ptr, student_tail_ptr, teacher_tail_ptr, factor_ptr,
+    loss_ptr, dstudent_ptr, dtail_ptr,
+    N, K,
+    stride_sn, stride_sk, stride_tn, stride_tk, stride_st, stride_tt, stride_fn,
+    temperature: tl.float64, beta: tl.float64, delta: tl.float64,
+    STUDENT_TAIL: tl.constexpr, TEACHER_TAIL: tl.constexpr,
+    DIVERGENCE: tl.constexpr, NORMALIZATION: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """TOKENS rows: f L, f dL/ds, f dL/ds_tail."""
+    n = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    k = tl.arange(0, COLUMNS)
+    factor = tl.load(factor_ptr + n * stride_fn, mask=n < N, other=0.0).to(ACC)
+    live = factor != 0
+    inside = live[:, None] & (k < K)[None, :]
+    t = _logits(teacher_ptr, stride_tn, stride_tk, n, k, inside, ACC)
+    s = _logits(student_ptr, stride_sn, stride_sk, n, k, inside, ACC)
+    s_tail = tl.full([TOKENS], 0.0, ACC)
+    t_tail = tl.full([TOKENS], 0.0, ACC)
+    if TEACHER_TAIL:
+        t_tail = tl.load(teacher_tail_ptr + n * stride_tt, mask=live, other=0.0).to(ACC)
+    if STUDENT_TAIL:
+        s_tail = tl.load(student_tail_ptr + n * stride_st, mask=live, other=0.0).to(ACC)
+    slot = inside & (t != float("-inf"))
+    loss, ds, dtail = compare(
+        s, t, slot, s_tail, t_tail, temperature, beta, delta, DIVERGENCE, NORMALIZATION, EPS
+    )
     tl.store(loss_ptr + n, tl.where(live, factor * loss, 0.0), mask=n < N)
     ds = tl.where(slot, factor[:, None] * ds, 0.0)
     tl.store(dstudent_ptr + n[:, None] * K + k[None, :], ds, mask=(n < N)[:, None] & (k < K)[None, :])
+    if STUDENT_TAIL:
+        tl.store(dtail_ptr + n, tl.where(live, factor * dtail, 0.0), mask=n < N)
 
 
 # --- launcher --------------------------------------------------------------------------------------------------
@@ -308,6 +312,7 @@ def topk_divergence(
             teacher_tail_n.stride(0) if use_teacher_tail else 0,
             factor_n.stride(0),
             spec.temperature, spec.beta, spec.delta,
+            STUDENT_TAIL=use_student_tail, TEACHER_TAIL=use_teacher_tail,
             DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, EPS=torch.finfo(torch_acc).eps, ACC=acc,
             TOKENS=tile.tokens, COLUMNS=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
