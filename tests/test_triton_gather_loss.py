@@ -61,7 +61,9 @@ def problem(dtype=torch.float64, *, n=N, v=V, d=D, k=K, gap=1.0, seed=0, end=(No
 def expected(hidden, head, ids, teacher, factor, spec, acc=torch.float64):
     """(f L, dh) from the definition in `acc`, of rows that count."""
     leaf = hidden.detach().to(acc).requires_grad_()
-    wide = LMHead(head.weight.to(acc), None if head.bias is None else head.bias.to(acc), head.softcap, head.scale)
+    wide = LMHead(
+        head.weight.to(acc), None if head.bias is None else head.bias.to(acc), head.softcap, head.scale
+    )
     rows = reference.topk_loss(leaf, wide, ids, teacher.to(acc), None, spec)
     loss = torch.where(factor == 0, torch.zeros_like(rows), factor.to(acc) * rows)
     return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
@@ -127,7 +129,9 @@ class _Loss(torch.autograd.Function):
 @every_loss
 def test_gradcheck_of_the_kernel(spec):
     hidden, *rest = problem(n=4, v=9, d=20, k=5, end=(2.5, 0.7))
-    assert torch.autograd.gradcheck(_Loss.apply, (hidden.requires_grad_(), *rest, spec, SPLIT), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        _Loss.apply, (hidden.requires_grad_(), *rest, spec, SPLIT), fast_mode=True
+    )
 
 
 # --- shapes and layouts ----------------------------------------------------------------------------------------
@@ -135,7 +139,15 @@ def test_gradcheck_of_the_kernel(spec):
 
 @pytest.mark.parametrize(
     ("n", "v", "d", "k"),
-    [(1, 1, 1, 1), (3, 7, 16, 1), (2, 80, 30, 33), (2, 90, 18, 64), (2, 90, 18, 65), (3, 9, 2, 3), (2, 5, 1030, 2)],
+    [
+        (1, 1, 1, 1),
+        (3, 7, 16, 1),
+        (2, 80, 30, 33),
+        (2, 90, 18, 64),
+        (2, 90, 18, 65),
+        (3, 9, 2, 3),
+        (2, 5, 1030, 2),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_shapes(n, v, d, k, dtype):
@@ -259,7 +271,9 @@ def test_nan_stays_in_its_row(spec, where, tile=SPLIT):
     loss, _, dvalues, dhidden = results = run(inputs, spec, tile=tile)
     # A teacher of NaN is one slot of huber, mse or l1, and of every slot's probability in the others.
     slots = dvalues[1].isnan()
-    assert loss[1].isnan() and dhidden[1].isnan().all() and (slots.all() if where != "teacher" else slots.any())
+    assert (
+        loss[1].isnan() and dhidden[1].isnan().all() and (slots.all() if where != "teacher" else slots.any())
+    )
     others = torch.arange(3) != 1
     assert all(torch.equal(a[others], b[others]) for a, b in zip(results, clean, strict=True))
 
@@ -376,7 +390,9 @@ def test_a_refused_launch_becomes_two(monkeypatch):
     both, first, second = (True, True), (True, False), (False, True)
     assert [tuple(launch[1:]) for launch in recorded.launches] == [both, first, second, first, second]
     monkeypatch.setattr(kernel, "_refused", set())
-    monkeypatch.setattr(kernel, "_topk_loss_kernel", _Recorded("Triton Error [CUDA]: an illegal memory access"))
+    monkeypatch.setattr(
+        kernel, "_topk_loss_kernel", _Recorded("Triton Error [CUDA]: an illegal memory access")
+    )
     with pytest.raises(RuntimeError, match="illegal"):
         run(inputs, SPECS["huber"], tile=SPLIT, phases=False)
 
@@ -397,7 +413,10 @@ class _SideBySide:
                 children.append(os.fork())
                 if children[-1] == 0:
                     signal.alarm(600)  # a program that waits for ever ends the test
-                    builder, place = interpreter.interpreter_builder, type(interpreter.interpreter_builder).set_grid_idx
+                    builder, place = (
+                        interpreter.interpreter_builder,
+                        type(interpreter.interpreter_builder).set_grid_idx,
+                    )
                     builder.set_grid_idx = lambda x, y, z, at=program: place(builder, at, y, z)
                     interpreter.GridExecutor._restore_args_dev = lambda *args: None  # the memory is shared
                     try:
