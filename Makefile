@@ -73,7 +73,7 @@ study-tofu:
 	$(AS_IT_IS) -m benchmarks.studies.tofu --data $(TOFU_DATA) $(TOFU_OPTIONS)
 
 # A whole training step, live and cached teacher and (pip install trl) TRL's SDFT: some minutes on two quiet cores.
-# On a GPU: make bench-step STEP_OPTIONS="--device cuda --shape 1b".
+# On a GPU, 8B and 1B shapes with time and memory by phase, two minutes each: make bench-step STEP_OPTIONS="--device cuda --seconds 240".
 bench-step: setup
 	$(BIN)/python -m benchmarks.training_step $(STEP_OPTIONS)
 

@@ -6,7 +6,8 @@ The letters are those of `benchmarks.training_step`. Knows measurements, nothing
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -162,3 +163,74 @@ def table_of(name: str, run: Run, on_gpu: bool) -> tuple[str, bool]:
     lines += ["", "| goal | measured | met |", "|---|---|---|"]
     lines += [f"| {goal} | {found} | {words[met]} |" for goal, found, met in judged]
     return "\n".join(lines), all(met is not False for _, _, met in judged)
+
+
+# --- sections ---------------------------------------------------------------------------------------------------
+
+GIB_PHASES = ("teacher's forward", "activations", "loss", "backward")
+
+
+def phases_text(name: str, shape: Shape, rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown of what `benchmarks.step_sections` found: a table of all sections, one of their phases, one of their memory."""
+    found = [row for row in rows if row["op"] == "training_step_phases"]
+    planned = {row["section"]: row["gib"] for row in rows if row["op"] == "training_step_plan"}
+    ok = [row for row in found if row["status"] == "ok"]
+    lines = [
+        f"### {name}: {shape.layers} layers x {shape.d}, V = {shape.v}, K = {shape.k}, step by step",
+        "",
+        "| | tokens of student / teacher | N | step, ms | student's tokens / s | loss and top-k | peak GiB (planned) | goal |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        if row["status"] != "ok":
+            lines.append(f"| {row['section']} | {row['status']} | | | | | | |")
+            continue
+        gib, plan = row["gib"], planned.get(row["section"], {})
+        lines.append(
+            f"| {row['section']} | {row['student_tokens']} / {row['teacher_tokens']} | {row['n']} | {row['step_ms']:.0f} | "
+            f"{1e3 * row['student_tokens'] / row['step_ms']:.0f} | {row['loss_share']:.2%} | "
+            f"{_gib(gib, 'peak')} ({_gib(plan, 'peak')}) | {_goal(row)} |"
+        )
+    phases = list(dict.fromkeys(phase for row in ok for phase in row["ms"]))
+    lines += _table(
+        "ms", phases, ok, lambda row, phase: f"{row['ms'][phase]:.1f}" if phase in row["ms"] else "–"
+    )
+    columns = ["weights", "adapter", "optimizer", "standing", *GIB_PHASES, "peak", "reserved", "card"]
+    lines += _table(
+        "GiB (planned); phases above what stands",
+        columns,
+        ok,
+        lambda row, key: _gib(row["gib"], key) + _beside(planned.get(row["section"], {}), key),
+    )
+    hashed = [f"{row['hash_s']:.2f}" for row in ok]
+    return "\n".join([*lines, "", f"Hash of the weights: {', '.join(hashed) or '–'} s."])
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[dict[str, Any]], cell: Any) -> list[str]:
+    if not rows:
+        return []
+    head = ["", f"| {title} | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    return head + [
+        f"| {row['section']} | " + " | ".join(cell(row, key) for key in columns) + " |" for row in rows
+    ]
+
+
+def _gib(sizes: dict[str, float], key: str) -> str:
+    return f"{sizes[key]:.2f}" if key in sizes else "–"
+
+
+def _beside(sizes: dict[str, float], key: str) -> str:
+    return f" ({sizes[key]:.2f})" if key in sizes else ""
+
+
+def goal_met(row: dict[str, Any]) -> bool | None:
+    """Whether a section's peak stayed below its goal; None where that is not judged."""
+    goal, peak = row["goal_gib"], row.get("gib", {}).get("peak")
+    return None if goal is None or peak is None else peak <= goal
+
+
+def _goal(row: dict[str, Any]) -> str:
+    if row["goal_gib"] is None:
+        return ""
+    words = {True: "yes", False: "NO", None: "not judged here"}[goal_met(row)]
+    return f"<= {row['goal_gib']:g} GiB: {words}"

@@ -15,93 +15,52 @@ difference of two large numbers. Everything runs in turn, in one process.
 
 First the gate: live, cached and plain loop must give the loss of the definition (full logits); else no time is printed.
 Memory is what a step adds to weights and optimizer states. Writes results/<device or cpu>/training_step.jsonl and .md.
+
+The shapes 8b and 1b are also trained as a user would, and each step is taken apart: `benchmarks.step_sections`, whose rows come as
+they are known, in training_step_<shape>.jsonl and .md. With --seconds it ends by itself. 8b has no variants side by side.
 Knows the trainer, as no other benchmark does: it is what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 
 import torch
-from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from benchmarks.gpu.__main__ import results_folder
 from benchmarks.harness import Call, Measured, environment, measure, version, why
-from benchmarks.step_report import Run, Shape, rows_of, table_of
+from benchmarks.step_model import adapter, data_of, new_model, words_of
+from benchmarks.step_report import Run, Shape, goal_met, phases_text, rows_of, table_of
+from benchmarks.step_sections import SECTIONS, Bench, OutOfTime, within
 from duet import DuetConfig, DuetTrainer
+from duet.config import CHECKPOINTING
 from duet.data.dataset import Draw
 from duet.store.build import cache_teacher
 from duet_kernels import LMHead, TopK, linear_topk, topk_distill_loss
 
-SPECIAL = ("<pad>", "</s>", "<unk>")
 LEARNING_RATE = 1e-4
 SHAPES = {
     "small": Shape(4, 512, 1376, 8, 8, v=32000, batch=8, prompt=48, prefix=64, answer=64),
     # Two of the sixteen layers of "1b": what a CPU can do in the time.
     "wide": Shape(2, 2048, 8192, 32, 8, 128256, 2, 32, 64, answer=224, tied=True, compared=False),
     "1b": Shape(16, 2048, 8192, 32, 8, 128256, batch=16, prompt=64, prefix=64, answer=256, tied=True),
+    # Its sections alone: models of this size do not stand side by side.
+    "8b": Shape(32, 4096, 14336, 32, 8, 128256, batch=8, prompt=256, prefix=128, answer=256),
 }
-
-
-# --- model and data ---------------------------------------------------------------------------------------------
-
-
-def new_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The same random weights at every call."""
-    config = LlamaConfig(
-        vocab_size=shape.v,
-        hidden_size=shape.d,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=max(512, shape.prefix + shape.prompt + shape.answer),
-        tie_word_embeddings=shape.tied,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    torch.manual_seed(0)
-    with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def adapter() -> LoraConfig:
-    torch.manual_seed(1)
-    return LoraConfig(
-        r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-
-
-def words_of(shape: Shape) -> PreTrainedTokenizerFast:
-    """One word an id, so that a text has as many tokens as words."""
-    ids = {token: i for i, token in enumerate([*SPECIAL, *(f"w{i}" for i in range(shape.v - len(SPECIAL)))])}
-    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
-    )
-
-
-def data_of(shape: Shape) -> tuple[list[dict[str, str]], str]:
-    """(rows of a prompt and an answer, the prefix that only the teacher sees); an answer's last token is the end."""
-    generator = torch.Generator().manual_seed(2)
-
-    def text(length: int) -> str:
-        ids = torch.randint(0, shape.v - len(SPECIAL), (length,), generator=generator)
-        return " ".join(f"w{i}" for i in ids.tolist())
-
-    rows = [{"prompt": text(shape.prompt), "answer": text(shape.answer - 1)} for _ in range(shape.batch)]
-    return rows, text(shape.prefix)
+ALONE = ("8b",)
 
 
 # --- the steps --------------------------------------------------------------------------------------------------
@@ -187,7 +146,7 @@ def sdft_trainer(job: Job, answers: list[list[int]]) -> tuple[Trainer, Callable[
         num_generations=1,
         max_prompt_length=None,
         max_completion_length=job.shape.answer,
-        gradient_checkpointing=False,
+        **{CHECKPOINTING: False},
     )
     data = {"train_dataset": Dataset.from_list(rows), "processing_class": job.tokenizer}
     trainer = GivenAnswers(job.model(), args, peft_config=adapter(), **data)
@@ -308,25 +267,96 @@ def _run(job: Job, rounds: int) -> Run:
     return result
 
 
+def phases(name: str, arguments: argparse.Namespace, where: dict[str, str], deadline: float) -> list[dict]:
+    """The sections of a shape, their rows written as they come."""
+    device, dtype = torch.device(arguments.device), _dtype(arguments)
+    kind = name if name in SECTIONS else "1b"  # a small shape trains as the 1B one does
+    with contextlib.ExitStack() as stack:
+        out = None
+        if not arguments.no_write:
+            folder = _folder(arguments)
+            folder.mkdir(parents=True, exist_ok=True)
+            out = stack.enter_context(open(folder / f"training_step_{name}.jsonl", "w"))
+        bench = Bench(name, SHAPES[name], device, dtype, arguments.steps, where, deadline, out)
+        rows = bench.run(SECTIONS[kind])
+    text = phases_text(name, SHAPES[name], rows)
+    print(text, end="\n\n", flush=True)
+    if not arguments.no_write:
+        (folder / f"training_step_{name}.md").write_text(_head(where, dtype) + "\n\n" + text + "\n")
+    return rows
+
+
+def _folder(arguments: argparse.Namespace) -> pathlib.Path:
+    return arguments.out or results_folder(torch.device(arguments.device).type)
+
+
+def _dtype(arguments: argparse.Namespace) -> torch.dtype:
+    return getattr(
+        torch, arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32")
+    )
+
+
+def _head(where: dict[str, str], dtype: torch.dtype) -> str:
+    return (
+        f"{where['device']}, torch {where['torch']}, trl {version('trl')}, {str(dtype).removeprefix('torch.')}, commit "
+        f"{where['commit']}; LoRA r = 16 on all linear layers, AdamW; `make bench-step`. Answers are given: nobody generates."
+    )
+
+
+def _stop(seconds: float) -> None:
+    print(
+        f"stopped after {seconds:.0f} s; the rows measured until then are written",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(3)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="default: small wide on a CPU, else 1b")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="default: small wide on a CPU, else 8b 1b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each variant")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each section")
+    parser.add_argument(
+        "--seconds", type=float, default=3600, help="after so many it stops, with what it has"
+    )
+    parser.add_argument("--sections", action="store_true", help="time and memory by phase, for any shape")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--out", type=pathlib.Path, help="folder; default: results/<device or cpu>")
     arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
+    deadline = time.monotonic() + arguments.seconds
+    # A device that does not answer: the process ends, and the rows are in the files.
+    timer = threading.Timer(arguments.seconds + 10, _stop, [arguments.seconds])
+    timer.daemon = True
+    timer.start()
+    try:
+        return _main(arguments, deadline)
+    finally:
+        timer.cancel()
+
+
+def _main(arguments: argparse.Namespace, deadline: float) -> int:
+    device, dtype = torch.device(arguments.device), _dtype(arguments)
     on_gpu = device.type == "cuda"
-    dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
     where = environment(device)
     rows, sections, all_met = [], [], True
-    for name in arguments.shape or (["1b"] if on_gpu else ["small", "wide"]):
+    for name in arguments.shape or (["8b", "1b"] if on_gpu else ["small", "wide"]):
+        if name in SECTIONS or arguments.sections:
+            found = phases(name, arguments, where, deadline)
+            all_met &= all(row["status"] == "ok" and goal_met(row) is not False for row in found)
+        if name in ALONE:
+            continue
         try:
-            done = run(SHAPES[name], device, dtype, arguments.rounds)
+            with within(deadline - time.monotonic()):
+                done = run(SHAPES[name], device, dtype, arguments.rounds)
+        except OutOfTime:
+            print(f"{name}: its variants side by side were not measured in time", file=sys.stderr)
+            all_met = False
+            continue
         except torch.OutOfMemoryError as error:
             print(f"{name}: {why(error)}", file=sys.stderr)
             return 1
@@ -339,15 +369,11 @@ def main(argv: list[str] | None = None) -> int:
         sections.append(text)
         all_met &= met
         print(text, end="\n\n", flush=True)
-    head = (
-        f"{where['device']}, torch {where['torch']}, trl {version('trl')}, {str(dtype).removeprefix('torch.')}, commit "
-        f"{where['commit']}; LoRA r = 16 on all linear layers, AdamW; `make bench-step`. Answers are given: nobody generates."
-    )
-    if not arguments.no_write:
-        out = arguments.out or results_folder(device.type)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "training_step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (out / "training_step.md").write_text("\n\n".join([head, *sections]) + "\n")
+        if not arguments.no_write:
+            out = _folder(arguments)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "training_step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (out / "training_step.md").write_text("\n\n".join([_head(where, dtype), *sections]) + "\n")
     return 0 if all_met else 1
 
 

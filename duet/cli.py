@@ -129,6 +129,7 @@ def plan(
     length: Annotated[int, typer.Option(min=1, help="tokens of the longest query with its answer")] = 256,
     prefix_length: Annotated[int, typer.Option(min=0, help="tokens that the steering prefix adds")] = 128,
     scored: Annotated[int, typer.Option(min=1, help="scored positions a query")] = 1,
+    subjects: Annotated[int, typer.Option(min=1, help="how many people or things are to be forgotten")] = 1,
     reserve: Annotated[str, typer.Option(help="kept free for the CUDA context and fragmentation")] = "1GiB",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, sizes in bytes")] = False,
 ) -> None:
@@ -142,9 +143,8 @@ def plan(
         raise ValueError("plan: wanted --model or --config, got neither")
     chosen = [] if model is None else ["--model.name", model]
     tree = apply_overrides(DEFAULT_TREE if config is None else read_run(config), [*chosen, *overrides.args])
-    found = Plan.of(
-        tree, parse_size(gpu_memory), length, prefix_length, scored, parse_size(reserve, "reserve")
-    )
+    memory, free = parse_size(gpu_memory), parse_size(reserve, "reserve")
+    found = Plan.of(tree, memory, length, prefix_length, scored, free, subjects)
     if as_json:
         print(json.dumps(found.as_dict()))
     else:

@@ -108,6 +108,9 @@ class DuetConfig(TrainingArguments):
             would remove the steering prefix. None: the model's own limit (`max_position_embeddings`).
         padding_free: whether the sequences of a batch follow each other in one instead of being padded. None: where
             flash-attn runs, which then does no work for padding.
+        reuse_prefix: whether a live teacher reads what all prompts under one steering prefix begin with once, and keeps its keys
+            and values, in at most `workspace_bytes`; the same up to rounding. Models with sliding windows or recurrent layers
+            cannot, and the log says so.
         plain_template: how a `question` is written for a tokenizer without a chat template.
         chat_template_kwargs: passed to the chat template (for instance `{"enable_thinking": False}`).
 
@@ -191,6 +194,7 @@ class DuetConfig(TrainingArguments):
     retain_per_forget: float = 1.0
     max_length: int | None = None
     padding_free: bool | None = None
+    reuse_prefix: bool = True
     plain_template: str = PLAIN_TEMPLATE
     chat_template_kwargs: dict[str, Any] | str | None = None
 

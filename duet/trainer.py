@@ -22,12 +22,14 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from duet_kernels import LMHead, set_workspace_bytes
+from duet_kernels.workspace import workspace_bytes
 
 from .config import DuetConfig
 from .data.dataset import Collator, UnlearnDataset, UnlearnSampler
 from .data.prompts import Prompting, PromptRenderer, fill_prefix, steered_tokenizer
 from .data.rows import check_repeats, read_rows
 from .methods.objectives import Counts, Step, answer_topk, check_options, find_objective, teacher_topk
+from .methods.reuse import ReusedPrefixes, whole_prompts_because
 from .methods.views import asked_before_training, build_dataset, scored_positions
 from .model.lm import (
     add_adapter,
@@ -235,6 +237,7 @@ class DuetTrainer(ResumableTrainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
         self.add_callback(_SetEpoch(self._sampler))
+        self._reused = self._reusing(packed)
         if self.teacher is not None:
             fsdp1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
             if fsdp1 and isinstance(self.teacher, AdapterOffTeacher):
@@ -297,6 +300,30 @@ class DuetTrainer(ResumableTrainer):
         for dataset in datasets:
             teacher.serve(dataset)
         return teacher
+
+    def _reusing(self, packed: bool) -> ReusedPrefixes | None:
+        """What reads steering prefixes once, if a live teacher can."""
+        live = isinstance(self.teacher, (AdapterOffTeacher, FrozenTeacher))
+        why = whole_prompts_because(self.args, packed, is_sharded(self.args)) if live else None
+        if why is not None:
+            logger.info(f"the teacher reads whole prompts: {why}")
+        if not live or why is not None:
+            return None
+
+        def ask(function: Callable[[nn.Module], Any]) -> Any:
+            def under_autocast(model: nn.Module) -> Any:
+                with self.accelerator.autocast():
+                    return function(model)
+
+            return self.ask_teacher(under_autocast)
+
+        def states(items: list[dict[str, Any]]) -> Tensor:
+            inputs = self._prepare_inputs(self.data_collator(items))
+            return self.ask_teacher(lambda model: self._head_inputs(model, inputs, "teacher_")[0])
+
+        half = self.args.bf16 or self.args.fp16 or base_language_model(self.model).dtype.itemsize < 4
+        most = workspace_bytes(self.args.device)
+        return ReusedPrefixes(ask, states, self.args.eval_batch_size, most, half)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -361,12 +388,21 @@ class DuetTrainer(ResumableTrainer):
         if isinstance(self.teacher, CachedTeacher) and dataset.cached_targets is None:
             self.teacher.serve(dataset)
         self._answer(dataset)
+        if self._reused is not None:
+            self._reused.serve(dataset, self._uses(dataset))
         asked_first = isinstance(self.teacher, EarlyTeacher) and self.objective.targets is not None
         if asked_first and dataset.cached_targets is None:
             self.teacher.serve(dataset, self._targets_of_rows(dataset))
         if self.objective.prepare is not None and not any(dataset is done for done in self._prepared):
             self._prepared.append(dataset)
             self.objective.prepare(self, dataset)
+
+    def _uses(self, dataset: UnlearnDataset) -> int:
+        """How many items of a dataset this process will read."""
+        if dataset is not self.train_dataset:
+            return len(dataset)
+        steps = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
+        return steps if steps > 0 else int(len(self._sampler) * self.args.num_train_epochs)
 
     def _answer(self, dataset: UnlearnDataset) -> None:
         """Let the teacher answer the queries whose answers are missing."""
@@ -460,6 +496,11 @@ class DuetTrainer(ResumableTrainer):
         # accelerate puts autocast around the forward that we replace. Only the backbone wants it: the losses run in
         # the head's dtype, because logits that are rounded before they are compared spoil the gradient.
         with self.accelerator.autocast():
+            if f"{view}beginning" in inputs:
+                names = ("beginning", "input_ids", "attention_mask", "positions")
+                hidden = self._reused.table.hidden_states_at(model, *(inputs[view + name] for name in names))
+                head = LMHead.of(model)
+                return hidden.to(head.weight.dtype), head
             return head_inputs(
                 model,
                 inputs[f"{view}input_ids"],

@@ -228,6 +228,20 @@ def test_the_workspace_is_a_share_of_the_gpu(folder):
     assert plan.budget.loss == plan.settings.workspace == 1 << 20
 
 
+def test_the_prefixes_that_a_live_teacher_keeps_are_counted(folder):
+    common = ["plan", "--model", folder, "--json", "--prefix-length", "50"]
+    sizes = json.loads(run(*common, "--subjects", "7"))["bytes"]
+    assert sizes["prefixes"] == 7 * 50 * 2 * 3 * 2 * 32 * 2, (
+        "keys and values of three layers, two heads of 32, in bf16"
+    )
+    without = json.loads(run(*common, "--teacher_store", "x"))["bytes"]
+    assert without["prefixes"] == 0 and without["standing"] == sizes["standing"] - sizes["prefixes"]
+    many = json.loads(run(*common, "--subjects", "1000000"))["bytes"]
+    assert many["prefixes"] == 0, "more than the workspace: then whole prompts are read"
+    sliding = Planner(tiny("gemma3").config)
+    assert sliding.budget(Settings(adapter=LORA, teacher="adapter off", subjects=9)).prefixes == 0
+
+
 def test_a_size_without_a_unit_is_in_gib(folder):
     found = json.loads(run("plan", "--model", folder, "--gpu-memory", "24", "--reserve", "1", "--json"))
     assert found["gpu_memory"] == 24 << 30 and found["reserve"] == 1 << 30

@@ -142,7 +142,9 @@ def test_an_adapter_that_knows_layers_by_number_is_tried_whole(options, kinds):
     assert len(simulation._kinds(made("llama"), options)) == kinds
 
 
-@pytest.mark.parametrize("adapter", [LORA, {**LORA, "layers_to_transform": [0, 4]}, None])
+@pytest.mark.parametrize(
+    "adapter", [LORA, {**LORA, "target_modules": ["q_proj"], "layers_to_transform": [0, 4]}, None]
+)
 @pytest.mark.parametrize("name", ["llama", "two kinds"])
 def test_what_is_trained_is_counted_without_all_layers(name, adapter):
     model = two_kinds() if name == "two kinds" else made("llama")

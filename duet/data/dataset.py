@@ -55,7 +55,8 @@ class UnlearnDataset(Dataset):
     """Forget rows followed by retain rows; an item is one query as student and teacher see it.
 
     An item is `{"student": ids, "teacher": ids | None, "answer": ids, "scored": int, "forget": bool}`: the two prompts,
-    the answer's ids, and how many of the answer's positions are scored. Indexed by a `Draw` (training) or by an int
+    the answer's ids, and how many of the answer's positions are scored; and, where the teacher has read what its prompt begins
+    with, `"beginning": (number, how many ids)`. Indexed by a `Draw` (training) or by an int
     (evaluation: the first prefix, the plain query).
 
     Retain queries carry a prefix too, about a subject drawn from the **forget** rows: what the prefix must not do is
@@ -114,6 +115,8 @@ class UnlearnDataset(Dataset):
         self.fixed_subjects = fixed_subjects or answers == "teacher"
         # (row, prefix) -> the targets of all its positions, where no teacher will be asked during training
         self.cached_targets: Callable[[tuple[int, int]], dict[str, Tensor]] | None = None
+        # a filled prefix -> (its number, the ids that prompts under it begin with), where a teacher has read these before
+        self.beginnings: dict[str, tuple[int, list[int]]] | None = None
         self._check()
 
     def _check(self) -> None:
@@ -179,6 +182,19 @@ class UnlearnDataset(Dataset):
             subject = rng.choice(self.subjects) if self.subjects else None
         return fill_prefix(self.prefixes[which], subject, self.rows[i].name)
 
+    def instructions(self) -> list[str]:
+        """Every filled steering prefix that a row may get."""
+        own = [(row.subject, row.name) for row in self.rows[: self.num_forget]]
+        drawn = (
+            [(subject, "forget_dataset") for subject in self.subjects or [None]] if self.num_retain else []
+        )
+        pairs = [(prefix, *pair) for prefix in self.prefixes for pair in (*own, *drawn)]
+        return list(dict.fromkeys(fill_prefix(*pair) for pair in pairs))
+
+    def steered(self, i: int, instruction: str) -> list[int]:
+        """The teacher's prompt of row i under a filled steering prefix."""
+        return self._prompt(i, instruction, None, "user", 1)
+
     def plain(self, i: int) -> list[int]:
         """The prompt of row i as it is, without prefix or reverse prompt."""
         return self._prompt(i, None, None, "user", 1)
@@ -240,15 +256,18 @@ class UnlearnDataset(Dataset):
         if self.whole_text:
             student, answer = student[:1], [*student[1:], *answer]
             scored = len(answer)
-        return {
+        teacher = None if instruction is None else self._prompt(i, instruction, None, "user", scored)
+        item = {
             "student": student,
-            "teacher": self._prompt(i, instruction, None, "user", scored)
-            if instruction is not None
-            else None,
+            "teacher": teacher,
             "answer": answer,
             "scored": scored,
             "forget": i < self.num_forget,
-        } | ({} if targets is None else {"targets": targets})
+        }
+        number, ids = (self.beginnings or {}).get(instruction, (None, []))
+        if number is not None and teacher[: len(ids)] == ids and len(teacher) > len(ids):
+            item["beginning"] = number, len(ids)
+        return item if targets is None else item | {"targets": targets}
 
 
 class UnlearnSampler(Sampler[Draw]):
@@ -306,7 +325,8 @@ class Collator:
 
     Returns a dict of tensors: `input_ids`, `attention_mask` `[B, S]` and `positions` `[N]` (where the answer's tokens
     are predicted, as places in the flattened `[B * S]` sequences of the student), the same with `teacher_` when there
-    is a teacher's view, `labels` `[N]` (the answer's token, -100 where there is none), `query` `[N]` (which of the B a
+    is a teacher's view (`teacher_beginning` `[B]` says with which beginning a row's ids go on, if these are not whole, and then
+    they are padded on the right), `labels` `[N]` (the answer's token, -100 where there is none), `query` `[N]` (which of the B a
     position belongs to) and `forget` `[B]` bool; where items have prepared targets also `targets`, a dict of tensors
     `[N, ...]`. N is known here, on the host: nothing is masked, nothing is computed
     in vain, and no GPU has to be asked.
@@ -322,7 +342,7 @@ class Collator:
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self._sequences(items, "student")
         if items[0]["teacher"] is not None:
-            teacher = self._sequences(items, "teacher")
+            teacher = self._teachers_view(items)
             batch |= {f"teacher_{name}": value for name, value in teacher.items()}
         if "targets" in items[0]:
             names = items[0]["targets"]
@@ -338,6 +358,14 @@ class Collator:
                 "query": torch.tensor([b for row in query for b in row]),
             }
         )
+
+    def _teachers_view(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Whole prompts; or, if all of them begin with something that was read before, the rest and the number of that."""
+        if self.packed or not all("beginning" in item for item in items):
+            return self._sequences(items, "teacher")
+        numbers, lengths = zip(*(item["beginning"] for item in items), strict=True)
+        rest = [item | {"teacher": item["teacher"][n:]} for item, n in zip(items, lengths, strict=True)]
+        return Collator(self.pad_id)._sequences(rest, "teacher") | {"beginning": torch.tensor(numbers)}
 
     def _sequences(self, items: list[dict[str, Any]], view: str) -> dict[str, Tensor]:
         # The last scored token is only predicted: it need not be read.

@@ -45,7 +45,8 @@ MAY_CHANGE = {
         dataloader_multiprocessing_context""",
     "trades memory for time: the same numbers, up to rounding": """
         activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
-        use_cache torch_empty_cache_steps use_liger_kernel liger_kernel_config padding_free workspace_bytes impl
+        use_cache torch_empty_cache_steps use_liger_kernel liger_kernel_config padding_free reuse_prefix
+        workspace_bytes impl
         full_determinism""",
     "is about resuming itself": """
         resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint""",

@@ -3,7 +3,7 @@
 Activations come from one simulated step (`simulation`). What never runs there (optimizer states, quantised weights, the
 loss) is counted by name.
 
-    standing   weights + adapter + optimizer states + the teacher's weights
+    standing   weights + adapter + optimizer states + the teacher's weights + the keys and values of steering prefixes
     peak       standing + the largest of
                    the teacher's forward, and the workspace for its top-k
                    the student's activations + the loss workspace
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from ..model.prefix_cache import cannot_reuse
 from .simulation import Step, simulate, trained_parameters
 
 TEACHERS = ("adapter off", "copy", "before training", "cache", "none")
@@ -38,6 +39,7 @@ class Settings:
         batch: queries of a micro-batch.
         length, teacher_length: tokens of the longest sequence, as the student and as the teacher reads it.
         scored: positions of a query that reach the LM head.
+        subjects: whose filled steering prefixes a live teacher reads once.
         dtype: of the weights.
         autocast: whether the backbone runs in bf16 although the weights do not.
         adapter: fields of `peft.LoraConfig`; None: every weight is trained.
@@ -54,6 +56,7 @@ class Settings:
     length: int = 256
     teacher_length: int = 384
     scored: int = 1
+    subjects: int = 1
     dtype: torch.dtype = torch.bfloat16
     autocast: bool = False
     adapter: dict[str, Any] | None = None
@@ -73,6 +76,7 @@ class Budget:
     adapter: int
     optimizer: int
     teacher_weights: int
+    prefixes: int  # keys and values that a live teacher keeps
     gradients: int
     activations: int  # at the end of the student's forward
     loss: int
@@ -83,7 +87,7 @@ class Budget:
 
     @property
     def standing(self) -> int:
-        return self.weights + self.adapter + self.optimizer + self.teacher_weights
+        return self.weights + self.adapter + self.optimizer + self.teacher_weights + self.prefixes
 
     @property
     def peak(self) -> int:
@@ -132,6 +136,7 @@ class Planner:
             adapter=gradients if settings.adapter is not None else 0,
             optimizer=sum(times * optimizer_bytes(settings.optim, p) for times, p in trained),
             teacher_weights=weights if settings.teacher == "copy" else 0,
+            prefixes=self._prefixes(settings),
             gradients=gradients,
             activations=student.kept(settings.batch) + held,
             loss=loss,
@@ -197,6 +202,18 @@ class Planner:
                 name = type(self.config).__name__
                 raise ValueError(f"model: {name} cannot be tried out without its weights: {error}") from error
         return self._kept[key]
+
+    def _prefixes(self, settings: Settings) -> int:
+        """Keys and values of the steering prefixes; none where whole prompts are read (`duet.methods.reuse`)."""
+        if settings.teacher not in ("adapter off", "copy") or cannot_reuse(self._model(settings.dtype)):
+            return 0
+        config = self.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        itemsize = 2 if settings.autocast else settings.dtype.itemsize
+        token = 2 * config.num_hidden_layers * heads * size * itemsize
+        needed = token * settings.subjects * (settings.teacher_length - settings.length)
+        return needed if needed <= settings.workspace else 0
 
     def _loss(self, settings: Settings) -> int:
         """What the loss, or the teacher's top-k, works in: three blocks of logits, if they are smaller than the workspace."""

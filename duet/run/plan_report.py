@@ -12,6 +12,8 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig
 
+from duet_kernels.workspace import share_of
+
 from ..config import CHECKPOINTING
 from ..methods.objectives import find_objective
 from ..methods.views import asked_before_training
@@ -43,11 +45,6 @@ def parse_size(text: str, name: str = "gpu-memory") -> int:
     return int(float(match[1]) * 2 ** _UNITS[match[2] or "g"])
 
 
-def default_workspace(memory: int) -> int:
-    """The bytes that a loss may use on a GPU of so much memory, where nothing is set: a 64th, 256 MiB to 3 GiB."""
-    return min(max(memory // 64, 256 << 20), 3 << 30)
-
-
 @dataclass(frozen=True)
 class Plan:
     """What `duet plan` found out: `as_dict()` for `--json`, `tables()` for people."""
@@ -61,7 +58,14 @@ class Plan:
 
     @classmethod
     def of(
-        cls, tree: Mapping[str, Any], memory: int, length: int, prefix_length: int, scored: int, reserve: int
+        cls,
+        tree: Mapping[str, Any],
+        memory: int,
+        length: int,
+        prefix_length: int,
+        scored: int,
+        reserve: int,
+        subjects: int = 1,
     ) -> "Plan":
         """A plan for the tree of a run's YAML file.
 
@@ -72,10 +76,11 @@ class Plan:
             prefix_length: tokens that the steering prefix adds for the teacher.
             scored: positions of a query that reach the LM head.
             reserve: bytes that are kept free: the CUDA context, and what fragmentation costs.
+            subjects: whose steering prefixes a live teacher reads once, and keeps.
         """
         run, autocast = _without_device_options(tree)
         config = AutoConfig.from_pretrained(run.model.name, revision=run.model.revision)
-        settings = _settings(run, autocast, config, memory, length, prefix_length, scored)
+        settings = _settings(run, autocast, config, memory, length, prefix_length, scored, subjects)
         planner = Planner(config)
         budget = planner.budget(settings)
         return cls(
@@ -109,6 +114,7 @@ class Plan:
             (b.adapter, "adapter"),
             (b.optimizer, f"optimizer states ({s.optim})"),
             (b.teacher_weights, f"the teacher's weights ({s.teacher})"),
+            (b.prefixes, f"keys and values of {s.subjects} steering prefix{'es' if s.subjects > 1 else ''}"),
             *(
                 (size, f"{phase}{' <- the peak' if phase == leading else ''}")
                 for phase, size in b.phases.items()
@@ -149,7 +155,14 @@ def _without_device_options(tree: Mapping[str, Any]) -> tuple[RunConfig, bool]:
 
 
 def _settings(
-    run: RunConfig, autocast: bool, config: Any, memory: int, length: int, prefix_length: int, scored: int
+    run: RunConfig,
+    autocast: bool,
+    config: Any,
+    memory: int,
+    length: int,
+    prefix_length: int,
+    scored: int,
+    subjects: int,
 ) -> Settings:
     args = run.training
     dtype = (
@@ -162,6 +175,7 @@ def _settings(
         length=length,
         teacher_length=length + prefix_length,
         scored=scored,
+        subjects=subjects * len(args.steering_prefixes),
         dtype=dtype,
         autocast=autocast,
         adapter=run.adapter,
@@ -170,7 +184,7 @@ def _settings(
         accumulation=args.gradient_accumulation_steps,
         optim=getattr(args.optim, "value", args.optim),
         teacher=_teacher(run, adapted=run.adapter is not None),
-        workspace=args.workspace_bytes or default_workspace(memory),
+        workspace=args.workspace_bytes or share_of(memory),
     )
 
 

@@ -1,0 +1,134 @@
+"""What prompts under one steering prefix begin with is read by a live teacher once, not at every step.
+
+    rows -> every filled prefix -> the tokens that all prompts under it begin with -> keys and values, kept on the device
+    a batch -> which prefix each row has, and the rest of its prompt -> hidden states
+
+The teacher is frozen, so that keys and values stay what they are. Where that cannot be, or does not pay, whole prompts are read,
+and the log says why.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..config import DuetConfig
+from ..data.dataset import UnlearnDataset
+from ..model.prefix_cache import PrefixTable, bytes_per_token, cannot_reuse, common_length
+
+logger = logging.get_logger(__name__)
+
+SHORTEST = 8  # tokens; below, copying keys and values costs more than reading them again
+_SAMPLED_ROWS = 32  # whose prompts say how much all prompts under a prefix have in common
+_CHECKED_ROWS = 4
+
+Ask = Callable[[Callable[[nn.Module], Any]], Any]
+
+
+class ReusedPrefixes:
+    """The steering prefixes of a run, read once.
+
+    Args:
+        ask: calls a function with the frozen teacher, as it is asked in a step.
+        states: items of a dataset -> the teacher's hidden states at their scored positions.
+        at_once: so many prefixes are read together.
+        most_bytes: that keys and values may take.
+        half: whether the teacher computes in half precision.
+    """
+
+    def __init__(self, ask: Ask, states: Callable[[list], Tensor], at_once: int, most_bytes: int, half: bool):
+        self.ask, self.states, self.at_once, self.most_bytes, self.half = (
+            ask,
+            states,
+            at_once,
+            most_bytes,
+            half,
+        )
+        self.table = PrefixTable()
+
+    def serve(self, dataset: UnlearnDataset, uses: int) -> None:
+        """From now on the items of `dataset` say which prefix they begin with, if reading it once pays.
+
+        Args:
+            dataset: whose prompts the teacher reads.
+            uses: how many of its items will be read.
+        """
+        if not dataset.prefixes or dataset.beginnings is not None:
+            return
+        dataset.beginnings = {}
+        why = self._serve(dataset, uses)
+        if why is not None:
+            dataset.beginnings = {}
+            logger.info(f"the teacher reads whole prompts: {why}")
+
+    def _serve(self, dataset: UnlearnDataset, uses: int) -> str | None:
+        why = self.ask(cannot_reuse)
+        if why is not None:
+            return why
+        beginnings = beginnings_of(dataset)
+        longest = max(map(len, beginnings.values()))
+        if longest < SHORTEST:
+            return f"under one prefix they share {longest} tokens, less than {SHORTEST}"
+        if 2 * len(beginnings) > uses:
+            return f"{len(beginnings)} prefixes for {uses} prompts"
+        rows = len(self.table.lengths) + len(beginnings)
+        needed = rows * longest * self.ask(bytes_per_token)
+        if needed > self.most_bytes:
+            return (
+                f"keys and values of {rows} prefixes of up to {longest} tokens take {needed / 2**20:.0f} MiB, more than the "
+                f"workspace of {self.most_bytes / 2**20:.0f} MiB"
+            )
+        first = len(self.table.lengths)
+        self.ask(lambda model: self.table.add(model, list(beginnings.values()), self.at_once))
+        dataset.beginnings = {text: (first + i, ids) for i, (text, ids) in enumerate(beginnings.items())}
+        why = self._differs([dataset[i] for i in range(min(_CHECKED_ROWS, len(dataset)))])
+        if why is None:
+            logger.info(
+                f"the teacher reads {len(beginnings)} steering prefixes of up to {longest} tokens once; keys and values take "
+                f"{self.table.nbytes / 2**20:.0f} MiB"
+            )
+        return why
+
+    def _differs(self, items: list[dict[str, Any]]) -> str | None:
+        """Whether hidden states with reused prefixes are those of whole prompts, up to rounding."""
+        whole = self.states(
+            [{name: value for name, value in item.items() if name != "beginning"} for item in items]
+        )
+        parts = self.states(items)
+        worst, largest = (parts - whole).abs().amax().item(), whole.abs().amax().item()
+        if worst <= (5e-2 if self.half else 1e-4) * largest:
+            return None
+        return f"with reused keys and values the hidden states differ by {worst:.3g} of {largest:.3g}"
+
+
+def whole_prompts_because(args: DuetConfig, packed: bool, sharded: bool) -> str | None:
+    """Why steering prefixes are not read once in this run, whatever the model; None: there is no reason."""
+    if not args.reuse_prefix:
+        return "reuse_prefix is off"
+    if packed:
+        return "batches are packed, which flash-attn reads without keys and values from elsewhere"
+    if sharded:
+        return "parameters are sharded, and all processes must run the same forwards"
+    if args.bf16_full_eval or args.fp16_full_eval:
+        return "evaluation runs in another dtype than training"
+    return None
+
+
+def beginnings_of(dataset: UnlearnDataset) -> dict[str, list[int]]:
+    """Each steering prefix that the dataset can show -> the token ids that prompts under it begin with.
+
+    How many they share is seen on some rows under one prefix; under the others, on the two of them that share least.
+    """
+    instructions = dataset.instructions()
+    rows = range(0, len(dataset), max(1, len(dataset) // _SAMPLED_ROWS))
+    prompts = {i: dataset.steered(i, instructions[0]) for i in rows}
+    apart = sorted(
+        prompts, key=prompts.__getitem__
+    )  # what the first and the last share, all between them share
+    ends = apart[0], apart[-1]
+    return {text: _common([dataset.steered(i, text) for i in ends]) for text in instructions}
+
+
+def _common(sequences: list[list[int]]) -> list[int]:
+    return list(sequences[0][: common_length(sequences)])
