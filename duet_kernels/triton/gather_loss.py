@@ -15,25 +15,23 @@ K partial dot products to memory, waits for those of the other programs, makes z
 64 numbers), and multiplies dx with the strip that it still holds. Half operands stay packed in 32-bit words meanwhile and
 are widened twice; kept wide they would take twice the registers.
 
-Why it cannot hang. A program that waits occupies its multiprocessor, so a wait for a program that has not started could
-be for ever. Two things exclude that. First, the grid is launched as a *cooperative* one: the driver starts it only if all
-of its programs fit on the device at the same time, and refuses it otherwise. So every program that anybody waits for
-is running. Second, all programs of a group take the same tokens in the same order (group, group + GROUPS, ...) and wait once
-a token, and none waits for another group: the slowest of a group waits for nobody, hence always one of them goes on.
-A refused launch is no error: the two phases then run as two launches, which wait by their order.
+Why it cannot hang. A program that waits keeps its place on the device, so a wait for a program that cannot start would be
+for ever. Programs take numbers in the order in which they start, and SPLITS consecutive numbers share a token. So all
+programs of every token but the newest have started, wait for nobody who has not, and end. Only those of the newest token,
+SPLITS - 1 at most, can wait for one that has not started, and the places that the others leave are its. A device with
+room for SPLITS programs at a time is enough, and every GPU has it.
 
-The counter of a group counts arrivals and is never set back: of its `step`-th token all partial sums are there when it
-says SPLITS x (step + 1). The sums of consecutive tokens lie in two places in turn. Who writes the sums of token step + 2
-over those of step has seen all programs arrive at step + 1, and each had read the sums of step before. A program's
-arrival is a release behind a barrier, a wait is an acquire before one: what was written before is seen after.
+A token's counter counts arrivals. An arrival is a release behind a barrier, the end of the wait an acquire before one: what
+was written before is seen after.
 
-Bytes at N 8192, K 64, D 4096, bf16 (calculated): N K D C = 4.3 GB of rows once, 1.0 ms at 4.3 TB/s. Measured, H200, prototype:
-1.47 ms for both passes in one, 2.00 ms for the two gathers.
+It pays where the divergence costs less than the second gather: for raw logits and more than 32 slots. Everything else goes
+one by one: logits, divergence, dh.
 
-Memory: SPLITS K partial sums for each group that runs, twice: 0.3 MB. As two phases: for each token, 34 MB.
+Bytes at N 8192, K 64, D 4096, bf16 (calculated): N K D C = 4.3 GB of rows once, 1.0 ms at 4.3 TB/s.
+
+Memory: SPLITS K partial sums of each token that is launched, 4 KB; the tokens of a launch are as many as a quarter of the
+workspace holds.
 """
-
-from collections.abc import Callable
 
 import torch
 import triton
@@ -43,6 +41,7 @@ from torch import Tensor
 from ..dispatch import grad_dtype
 from ..head import LMHead, Need
 from ..options import Divergence
+from ..workspace import workspace_bytes
 from . import tiles
 from .gather import linear_gather, slot_gradient, slot_gradients, sum_rows
 from .primitives import (
@@ -104,8 +103,8 @@ def _arrive_and_wait(counter_ptr, wanted):
 @triton.jit
 def _topk_loss_kernel(
     hidden_ptr, weight_ptr, bias_ptr, indices_ptr, teacher_ptr, factor_ptr,
-    scratch_ptr, loss_ptr, values_ptr, dvalues_ptr, dhidden_ptr,
-    N, K, V, D, GROUPS,
+    scratch_ptr, counter_ptr, loss_ptr, values_ptr, dvalues_ptr, dhidden_ptr,
+    K, V, D,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_bv, stride_in, stride_ik, stride_tn, stride_tk, stride_fn,
     softcap: tl.float64, scale: tl.float64, temperature: tl.float64, beta: tl.float64, delta: tl.float64,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HIDDEN: tl.constexpr,
@@ -113,105 +112,98 @@ def _topk_loss_kernel(
     FIRST: tl.constexpr, SECOND: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """One strip of PIECES PIECE of D; its group's tokens one after the other. FIRST: up to the wait, SECOND: from it on."""
-    group = tl.program_id(0) // SPLITS
-    split = tl.program_id(0) % SPLITS
-    step = 0
-    n = group.to(tl.int64)
-    # What does not change from token to token is made again: kept, it would take registers that hold W.
-    for _ in tl.range(group, N, GROUPS, disable_licm=True):
-        # One slot a thread, not four that a wide load would bring: the strip leaves no registers for more.
-        k = tl.max_contiguous(tl.arange(0, ROWS), [2])
-        if tl.load(factor_ptr + n * stride_fn) != 0:
+    """One token, one strip of PIECES PIECE of D. FIRST: up to the wait, SECOND: from it on."""
+    program = tl.program_id(0)
+    if FIRST and SECOND and SPLITS > 1:
+        program = tl.atomic_add(counter_ptr, 1, sem="relaxed")
+    n = (program // SPLITS).to(tl.int64)
+    split = program % SPLITS
+    # One slot a thread, not four that a wide load would bring: the strip leaves no registers for more.
+    k = tl.max_contiguous(tl.arange(0, ROWS), [2])
+    if tl.load(factor_ptr + n * stride_fn) != 0:
+        ids = _ids(indices_ptr + n * stride_in, stride_ik, k, K, V)
+        known = (ids >= 0) & (ids < V)
+        strip = ()
+        for i in tl.static_range(PIECES if FIRST or HIDDEN else 0):
+            word, inside = _words(split * PIECES + i, D, PIECE, PACKED, EVEN)
+            row = _as_words(weight_ptr, PACKED) + word[None, :] * stride_wd
+            keep = known[:, None] & inside[None, :]
+            w = tl.load(
+                row + ids.to(tl.int64)[:, None] * (stride_wv // 2 if PACKED else stride_wv),
+                mask=keep,
+                other=0,
+            )
+            strip = strip + (w if PACKED else w.to(ACC),)  # noqa: RUF005 (Triton has no starred tuples)
+        if FIRST:
+            # A thread's four words of a row are one sum at once: 32 sums would take the registers of the strip.
+            WORDS: tl.constexpr = PIECE // 2 if PACKED else PIECE
+            dots = tl.full([ROWS, WORDS // 4], 0.0, ACC)
+            for i in tl.static_range(PIECES):
+                word, inside = _words(split * PIECES + i, D, PIECE, PACKED, EVEN)
+                row = _as_words(hidden_ptr, PACKED) + word * stride_hd
+                h = tl.load(row + n * (stride_hn // 2 if PACKED else stride_hn), mask=inside, other=0)
+                if PACKED:
+                    h_low, h_high = _widened(h, hidden_ptr.dtype.element_ty)
+                    w_low, w_high = _widened(strip[i], weight_ptr.dtype.element_ty)
+                    dots += tl.sum(tl.reshape(w_low * h_low[None, :], [ROWS, WORDS // 4, 4]), 2)
+                    dots += tl.sum(tl.reshape(w_high * h_high[None, :], [ROWS, WORDS // 4, 4]), 2)
+                else:
+                    dots += tl.sum(tl.reshape(strip[i] * h.to(ACC)[None, :], [ROWS, WORDS // 4, 4]), 2)
+            x = tl.sum(dots, 1)
+        place = scratch_ptr + n * (SPLITS * ROWS)
+        if FIRST and not (SECOND and SPLITS == 1):
+            tl.store(place + split * ROWS + k, x)
+        if FIRST and SECOND and SPLITS > 1:
+            _arrive_and_wait(counter_ptr + 1 + n, SPLITS)
+        if SECOND:
+            # Read again instead of kept.
+            factor = tl.load(factor_ptr + n * stride_fn).to(ACC)
             ids = _ids(indices_ptr + n * stride_in, stride_ik, k, K, V)
             known = (ids >= 0) & (ids < V)
-            strip = ()
-            for i in tl.static_range(PIECES if FIRST or HIDDEN else 0):
-                word, inside = _words(split * PIECES + i, D, PIECE, PACKED, EVEN)
-                row = _as_words(weight_ptr, PACKED) + word[None, :] * stride_wd
-                keep = known[:, None] & inside[None, :]
-                w = tl.load(
-                    row + ids.to(tl.int64)[:, None] * (stride_wv // 2 if PACKED else stride_wv),
-                    mask=keep,
-                    other=0,
-                )
-                strip = strip + (w if PACKED else w.to(ACC),)  # noqa: RUF005 (Triton has no starred tuples)
-            if FIRST:
-                # A thread's four words of a row are one sum at once: 32 sums would take the registers of the strip.
-                WORDS: tl.constexpr = PIECE // 2 if PACKED else PIECE
-                dots = tl.full([ROWS, WORDS // 4], 0.0, ACC)
-                for i in tl.static_range(PIECES):
-                    word, inside = _words(split * PIECES + i, D, PIECE, PACKED, EVEN)
-                    row = _as_words(hidden_ptr, PACKED) + word * stride_hd
-                    h = tl.load(row + n * (stride_hn // 2 if PACKED else stride_hn), mask=inside, other=0)
-                    if PACKED:
-                        h_low, h_high = _widened(h, hidden_ptr.dtype.element_ty)
-                        w_low, w_high = _widened(strip[i], weight_ptr.dtype.element_ty)
-                        dots += tl.sum(tl.reshape(w_low * h_low[None, :], [ROWS, WORDS // 4, 4]), 2)
-                        dots += tl.sum(tl.reshape(w_high * h_high[None, :], [ROWS, WORDS // 4, 4]), 2)
-                    else:
-                        dots += tl.sum(tl.reshape(strip[i] * h.to(ACC)[None, :], [ROWS, WORDS // 4, 4]), 2)
-                x = tl.sum(dots, 1)
-            place = scratch_ptr + (group * 2 + step % 2 if FIRST and SECOND else n) * (SPLITS * ROWS)
-            if FIRST and not (SECOND and SPLITS == 1):
-                tl.store(place + split * ROWS + k, x)
-            if FIRST and SECOND and SPLITS > 1:
-                # The counters lie behind two places of partial sums for each group.
-                counters = (scratch_ptr + GROUPS * 2 * SPLITS * ROWS).to(
-                    tl.pointer_type(tl.int32), bitcast=True
-                )
-                _arrive_and_wait(counters + group, (step + 1) * SPLITS)
-            if SECOND:
-                # Read again instead of kept.
-                factor = tl.load(factor_ptr + n * stride_fn).to(ACC)
-                ids = _ids(indices_ptr + n * stride_in, stride_ik, k, K, V)
-                known = (ids >= 0) & (ids < V)
-                t = tl.load(
-                    teacher_ptr + n * stride_tn + k.to(tl.int64) * stride_tk, mask=k < K, other=float("-inf")
-                ).to(ACC)
-                if not (FIRST and SPLITS == 1):
-                    x = tl.full([ROWS], 0.0, ACC)
-                    for start in range(0, SPLITS, PARTS):
-                        other = start + tl.arange(0, PARTS)[:, None]
-                        part = place + other * ROWS + k[None, :]
-                        x += tl.sum(tl.load(part, mask=other < SPLITS, other=0.0, cache_modifier=".cg"), 0)
-                z = finish(x, ids, bias_ptr, stride_bv, known, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-                z = tl.where(known, z, tl.where(ids < 0, float("-inf"), float("nan")))
-                slot = t != float("-inf")
-                none = tl.full([1], 0.0, ACC)
-                loss, ds, _dtail = compare(
-                    z[None, :], t[None, :], slot[None, :], none, none, temperature, beta, delta,
-                    DIVERGENCE, NORMALIZATION, EPS,
-                )  # fmt: skip
-                dz = tl.sum(factor * ds, 0)
-                dx = slot_gradient(dz, z, ids, V, softcap, scale, HAS_SOFTCAP)
-                if split == 0:
-                    tl.store(loss_ptr + n + tl.arange(0, 1), factor * loss)
-                    tl.store(values_ptr + n * K + k, z, mask=k < K)
-                    tl.store(dvalues_ptr + n * K + k, dz, mask=k < K)
-                # A row that counts nothing is 0, whatever it holds. And the compiler cannot know these words: it keeps
-                # the strip packed while it waits and widens it again, instead of keeping it wide.
-                counts = tl.where(dx != 0, -1, 0)[:, None]
-                for i in tl.static_range(PIECES if HIDDEN else 0):
-                    if PACKED:
-                        w_low, w_high = _widened(strip[i] & counts, weight_ptr.dtype.element_ty)
-                        terms = tl.join(w_low * dx[:, None], w_high * dx[:, None])
-                        dh = tl.reshape(tl.sum(terms, 0), [PIECE])
-                    else:
-                        dh = tl.sum(tl.where(counts != 0, strip[i], 0.0) * dx[:, None], 0)
-                    d, inside = _words(split * PIECES + i, D, PIECE, False, EVEN)
-                    tl.store(dhidden_ptr + n * D + d, dh.to(dhidden_ptr.dtype.element_ty), mask=inside)
-            step += 1
-        elif SECOND:
+            t = tl.load(
+                teacher_ptr + n * stride_tn + k.to(tl.int64) * stride_tk, mask=k < K, other=float("-inf")
+            ).to(ACC)
+            if not (FIRST and SPLITS == 1):
+                x = tl.full([ROWS], 0.0, ACC)
+                for start in range(0, SPLITS, PARTS):
+                    other = start + tl.arange(0, PARTS)[:, None]
+                    part = place + other * ROWS + k[None, :]
+                    x += tl.sum(tl.load(part, mask=other < SPLITS, other=0.0, cache_modifier=".cg"), 0)
+            z = finish(x, ids, bias_ptr, stride_bv, known, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+            z = tl.where(known, z, tl.where(ids < 0, float("-inf"), float("nan")))
+            slot = t != float("-inf")
+            none = tl.full([1], 0.0, ACC)
+            loss, ds, _dtail = compare(
+                z[None, :], t[None, :], slot[None, :], none, none, temperature, beta, delta,
+                DIVERGENCE, NORMALIZATION, EPS,
+            )  # fmt: skip
+            dz = tl.sum(factor * ds, 0)
+            dx = slot_gradient(dz, z, ids, V, softcap, scale, HAS_SOFTCAP)
             if split == 0:
-                tl.store(loss_ptr + n, 0.0)
-                tl.store(values_ptr + n * K + k, tl.full([ROWS], 0.0, ACC), mask=k < K)
-                tl.store(dvalues_ptr + n * K + k, tl.full([ROWS], 0.0, ACC), mask=k < K)
+                tl.store(loss_ptr + n + tl.arange(0, 1), factor * loss)
+                tl.store(values_ptr + n * K + k, z, mask=k < K)
+                tl.store(dvalues_ptr + n * K + k, dz, mask=k < K)
+            # A row that counts nothing is 0, whatever it holds. And the compiler cannot know these words: it keeps
+            # the strip packed while it waits and widens it again, instead of keeping it wide.
+            counts = tl.where(dx != 0, -1, 0)[:, None]
             for i in tl.static_range(PIECES if HIDDEN else 0):
+                if PACKED:
+                    w_low, w_high = _widened(strip[i] & counts, weight_ptr.dtype.element_ty)
+                    terms = tl.join(w_low * dx[:, None], w_high * dx[:, None])
+                    dh = tl.reshape(tl.sum(terms, 0), [PIECE])
+                else:
+                    dh = tl.sum(tl.where(counts != 0, strip[i], 0.0) * dx[:, None], 0)
                 d, inside = _words(split * PIECES + i, D, PIECE, False, EVEN)
-                zero = tl.full([PIECE], 0.0, dhidden_ptr.dtype.element_ty)
-                tl.store(dhidden_ptr + n * D + d, zero, mask=inside)
-        n += GROUPS
+                tl.store(dhidden_ptr + n * D + d, dh.to(dhidden_ptr.dtype.element_ty), mask=inside)
+    elif SECOND:
+        if split == 0:
+            tl.store(loss_ptr + n, 0.0)
+            tl.store(values_ptr + n * K + k, tl.full([ROWS], 0.0, ACC), mask=k < K)
+            tl.store(dvalues_ptr + n * K + k, tl.full([ROWS], 0.0, ACC), mask=k < K)
+        for i in tl.static_range(PIECES if HIDDEN else 0):
+            d, inside = _words(split * PIECES + i, D, PIECE, False, EVEN)
+            zero = tl.full([PIECE], 0.0, dhidden_ptr.dtype.element_ty)
+            tl.store(dhidden_ptr + n * D + d, zero, mask=inside)
 
 
 # --- launcher --------------------------------------------------------------------------------------------------
@@ -231,12 +223,13 @@ def topk_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(`[N]` f L, `[N, K]` z at the ids, f dL/dz, dh if needed; fp32 for fp16) of a loss without a log-sum-exp.
 
-    `tile` replaces the table's choice, `phases` asks for two launches, for tests and measurements.
+    `tile` asks for one kernel with that tile, `phases` for its two phases as two launches, for tests and measurements.
     """
-    (n, d), (v, k) = hidden.shape, (head.weight.shape[0], indices.shape[1])
-    if k > tiles.LOSS_SLOTS or 0 in (n, d, k, v):
+    k = indices.shape[1]
+    together = need.hidden and spec.raw and k > tiles.LOSS_SLOTS // 2
+    if not (together or tile) or k > tiles.LOSS_SLOTS or 0 in (*hidden.shape, k, len(head.weight)):
         return _one_by_one(hidden, head, indices, teacher, factor, spec, need)
-    weight, bias = head.weight, head.bias
+    (n, d), v, weight, bias = hidden.shape, len(head.weight), head.weight, head.bias
     require_device(hidden=hidden, weight=weight, bias=bias, indices=indices, teacher=teacher, factor=factor)
     require_sizes("topk_distill_loss", hidden=max(n, d), weight=v)
     torch_acc, acc = accumulator(hidden, weight)
@@ -244,54 +237,43 @@ def topk_loss(
     packed = _packs(hidden, weight)
     tile = tile or tiles.loss_tile(arch, weight.element_size() if packed else torch_acc.itemsize, k, d)
     splits = triton.cdiv(d, tile.columns)
-    groups = min(n, tiles.multiprocessors(device) * tile.programs // splits)
     loss = torch.empty(n, dtype=torch_acc, device=device)
     values = torch.empty(n, k, dtype=torch_acc, device=device)
     dvalues = torch.empty_like(values)
     dhidden = torch.empty(n, d, dtype=grad_dtype(hidden.dtype), device=device) if need.hidden else None
+    each = splits * tile.rows
+    tokens = min(n, max(1, workspace_bytes(device) // (4 * each * torch_acc.itemsize)))
+    scratch = torch.empty(tokens * each if splits > 1 else 0, dtype=torch_acc, device=device)
 
-    def launch(groups: int, scratch: Tensor, **options: object) -> None:
-        _topk_loss_kernel[(require_grid(groups * splits, "topk_distill_loss"),)](
-            hidden, weight, bias, indices, teacher, factor,
-            scratch, loss, values, dvalues, dhidden if need.hidden else loss,
-            n, k, v, d, groups,
-            *hidden.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
-            *indices.stride(), *teacher.stride(), factor.stride(0),
+    def launch(rows: slice, first: bool, second: bool) -> None:
+        counters = registers = None
+        if first and second and splits > 1:
+            counters = torch.zeros(1 + rows.stop - rows.start, dtype=torch.int32, device=device)
+            registers = tile.registers
+        h, ids, t, f = hidden[rows], indices[rows], teacher[rows], factor[rows]
+        _topk_loss_kernel[(require_grid(len(h) * splits, "topk_distill_loss"),)](
+            h, weight, bias, ids, t, f,
+            scratch, counters, loss[rows], values[rows], dvalues[rows], None if dhidden is None else dhidden[rows],
+            k, v, d,
+            *h.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *ids.stride(), *t.stride(), f.stride(0),
             head.softcap or 0.0, head.scale, spec.temperature, spec.beta, spec.delta,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, HIDDEN=need.hidden,
             DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, EPS=torch.finfo(torch_acc).eps, ACC=acc,
+            FIRST=first, SECOND=second,
             PACKED=packed, EVEN=d % tile.columns == 0, SPLITS=splits, PARTS=min(16, triton.next_power_of_2(splits)),
             ROWS=tile.rows, PIECES=tile.columns // tile.piece, PIECE=tile.piece,
-            num_warps=tile.warps, **options,
+            num_warps=tile.warps, maxnreg=registers,
         )  # fmt: skip
 
     with current_device(hidden):
-        if splits == 1:
-            launch(n, loss, FIRST=True, SECOND=True)
-        elif phases or groups == 0 or not _together(launch, groups, splits * tile.rows, tile.registers, loss):
-            partial = torch.empty(n * splits * tile.rows, dtype=torch_acc, device=device)
-            launch(n, partial, FIRST=True, SECOND=False)
-            launch(n, partial, FIRST=False, SECOND=True)
+        for start in range(0, n, tokens):
+            rows = slice(start, min(start + tokens, n))
+            if phases and splits > 1:
+                launch(rows, True, False)
+                launch(rows, False, True)
+            else:
+                launch(rows, True, True)
     return loss, values, dvalues, dhidden
-
-
-_refused: set[torch.device] = set()  # devices, or shares of one, on which the programs do not fit together
-
-
-def _together(launch: Callable[..., None], groups: int, sums: int, registers: int, like: Tensor) -> bool:
-    """Launch programs that wait for each other; False where the driver says that they cannot run at the same time."""
-    if like.device in _refused:
-        return False
-    counters = triton.cdiv(4 * groups, like.element_size())
-    scratch = torch.zeros(2 * groups * sums + counters, dtype=like.dtype, device=like.device)
-    try:
-        launch(groups, scratch, FIRST=True, SECOND=True, maxnreg=registers, launch_cooperative_grid=True)
-    except RuntimeError as error:
-        if "cooperative launch" not in str(error):
-            raise
-        _refused.add(like.device)
-        return False
-    return True
 
 
 def _packs(hidden: Tensor, weight: Tensor) -> bool:
@@ -311,7 +293,7 @@ def _one_by_one(
     spec: Divergence,
     need: Need,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`topk_loss` for more slots than a program holds: logits, divergence, slots and dh, each by its own kernel."""
+    """`topk_loss` by logits, divergence, slots and dh, each in its own kernel."""
     weight, out = head.weight, grad_dtype(hidden.dtype)
     values = linear_gather(hidden, head, indices)
     loss, dvalues, _ = topk_divergence(values, teacher, None, None, factor, spec)

@@ -9,11 +9,9 @@ The rows below are reasoned and shared by all architectures (0). What was measur
 and goes before them: `adopt`, the last step of this room's import, adds a row for each entry.
 """
 
-import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 import triton
 
 from .. import measured
@@ -48,17 +46,13 @@ class SegmentsTile(NamedTuple):
 
 
 class LossTile(NamedTuple):
-    """ROWS slots x COLUMNS of D in pieces of PIECE, kept by a program of WARPS warps with REGISTERS a thread.
-
-    PROGRAMS of them run on a multiprocessor at a time, which has 65536 registers.
-    """
+    """ROWS slots x COLUMNS of D in pieces of PIECE, kept by a program of WARPS warps with REGISTERS a thread at most."""
 
     rows: int
     columns: int
     piece: int
     warps: int
     registers: int
-    programs: int
 
 
 class DivergenceTile(NamedTuple):
@@ -93,9 +87,9 @@ DWEIGHT_SEGMENTS = {
 }
 # (architecture, bytes that an element takes in a register): 64 registers a thread hold 32 KB of W.
 LOSS = {
-    (0, 2): LossTile(64, 256, 128, 4, 96, 5),
-    (0, 4): LossTile(64, 128, 64, 4, 96, 5),
-    (0, 8): LossTile(64, 64, 32, 4, 128, 4),
+    (0, 2): LossTile(64, 256, 128, 4, 96),
+    (0, 4): LossTile(64, 128, 64, 4, 96),
+    (0, 8): LossTile(64, 64, 32, 4, 128),
 }
 LOSS_SLOTS = LOSS[0, 2].rows
 MAX_GATHER_ROWS = 128
@@ -152,12 +146,6 @@ def loss_tile(arch: int, itemsize: int, slots: int, columns: int) -> LossTile:
     rows = triton.next_power_of_2(slots)
     wide = min(tile.rows * tile.columns // rows, max(16, triton.next_power_of_2(columns)))
     return tile._replace(rows=rows, columns=wide, piece=min(tile.rows * tile.piece // rows, wide))
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; an H200's number where there is none to ask."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def gather_product_tokens(arch: int, operand: int, acc: int, n: int, v: int, k: int, workspace: int) -> int:
