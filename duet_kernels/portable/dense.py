@@ -44,7 +44,7 @@ from .cuts import (
     tile_width,
     times_weight,
 )
-from .dense_rows import DenseRows, RunningKL, any_of, difference_of_logits, raw_terms, strip_bytes
+from .dense_rows import DenseRows, RunningKL, any_of, raw_terms, strip_bytes, subtract_
 from .logsumexp import complement_and_values, complement_and_values_backward
 from .running import RunningLogsumexp
 
@@ -248,7 +248,7 @@ def _raw_by_tiles(
         dh = torch.zeros(block[0].shape, dtype=head.acc, device=hidden.device)
         for columns, weight, s, t in _tiles(block, teacher_block):
             slope = head.slope(s)
-            terms, dz = raw_terms(difference_of_logits(s, t, ruled_out), spec)
+            terms, dz = raw_terms(subtract_(s, t, ruled_out), spec)
             loss[rows] += terms
             if not any(need):
                 continue

@@ -195,7 +195,7 @@ class DenseRows:
 
     w = (s - t) / T - r needs no B here: r is the difference of the rounded normalisers that p and q are made with, and
     its rounding cancels to first order in the losses, which add up terms like q - p - p w, and in a - m q. Both logits
-    are overwritten. `ruled_out`: raw logits may be -inf in both (`difference_of_logits`).
+    are overwritten. `ruled_out`: raw logits may be -inf in both (`subtract_`).
     """
 
     def __init__(self, student: Tensor, teacher: Tensor, spec: Divergence, ruled_out: bool = True) -> None:
@@ -258,9 +258,7 @@ class DenseRows:
         return largest.mul_(8 * torch.finfo(self.s.dtype).eps)
 
     def _raw(self, c: slice) -> tuple[Tensor, Tensor]:
-        return raw_terms(
-            difference_of_logits(self.s[:, c], self.t[:, c], self.ruled_out), self.spec, self.noise
-        )
+        return raw_terms(subtract_(self.s[:, c], self.t[:, c], self.ruled_out), self.spec, self.noise)
 
     def _parts(self, c: slice) -> tuple[Tensor, Tensor]:
         """(`[R]` loss, a) of a strip; q and p are written over its logits."""
@@ -314,12 +312,13 @@ def raw_terms(d: Tensor, spec: Divergence, noise: Tensor | None = None) -> tuple
     return (sign * d).sum(1), sign
 
 
-def difference_of_logits(s: Tensor, t: Tensor, ruled_out: bool) -> Tensor:
-    """s - t; 0 at the ids that both may have `ruled_out` by a bias of -inf."""
-    d = s - t
+def subtract_(s: Tensor, t: Tensor, ruled_out: bool) -> Tensor:
+    """s - t in the memory of s; 0 at the ids that both may have `ruled_out` by a bias of -inf."""
+    absent = None
     if ruled_out and _infinite(s) and _infinite(t):
-        d.masked_fill_((s == -torch.inf) & (t == -torch.inf), 0)
-    return d
+        absent = (s == -torch.inf) & (t == -torch.inf)
+    s.sub_(t)
+    return s if absent is None else s.masked_fill_(absent, 0)
 
 
 def difference(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
