@@ -380,7 +380,7 @@ def _(hidden, weight, bias, softcap, scale, labels, factor, reduce, *rest):
 
 def _linear_cross_entropy_context(ctx, inputs, output):
     hidden, weight, bias, ctx.softcap, ctx.scale, labels, factor, reduce, *need, impl = inputs
-    _remember(ctx, hidden.dtype, reduce, need, impl)
+    _remember(ctx, hidden.dtype, reduce, tuple(need), impl)
     _save(ctx, output, hidden, weight, bias, labels, factor)
 
 
