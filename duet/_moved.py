@@ -11,14 +11,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Old module -> where its names are now.
+# Old module -> where its names are now; several modules are asked in turn.
 MOVED = {
     "duet.rows": "duet.data.rows",
     "duet.sources": "duet.data.sources",
     "duet.data": "duet.data.dataset",
     "duet.prompts": "duet.data.prompts",
     "duet.lm": "duet.model.lm",
-    "duet.teacher": "duet.model.teacher",
+    "duet.teacher": "duet.model.teacher duet.store.teacher",
     "duet.prefix_cache": "duet.model.prefix_cache",
     "duet.checkpoints": "duet.output.checkpoints",
     "duet.run_record": "duet.output.record",
@@ -35,7 +35,7 @@ MOVED = {
     "duet.topk_store": "duet.store.read",
     "duet.topk_writer": "duet.store.write",
     "duet.topk_columns": "duet.store.columns",
-    "duet.provenance": "duet.store.provenance",
+    "duet.provenance": "duet.store.provenance duet.model.hashes",
     "duet.run": "duet.run.commands",
     "duet.run_config": "duet.run.config_file",
     "duet.plan": "duet.run.plan",
@@ -110,11 +110,16 @@ class _Finder:
     @staticmethod
     def exec_module(module: ModuleType) -> None:
         old = module.__name__
-        new = import_module(MOVED[old])
-        _warn(old, MOVED[old])
-        module.__dict__.update(
-            __doc__=new.__doc__, __getattr__=lambda name: getattr(new, name), __dir__=lambda: dir(new)
-        )
+        _warn(old, " and ".join(MOVED[old].split()))
+        now = [import_module(name) for name in MOVED[old].split()]
+
+        def getattr_(name: str) -> Any:
+            for each in now:
+                if hasattr(each, name):
+                    return getattr(each, name)
+            raise AttributeError(f"module {old!r} has no attribute {name!r}")
+
+        module.__dict__.update(__doc__=now[0].__doc__, __getattr__=getattr_)
 
 
 def install() -> None:

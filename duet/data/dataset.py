@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, Sampler
+from transformers import TrainerCallback
 
 from .prompts import PromptRenderer, fill_prefix
 from .rows import Query
@@ -251,6 +253,12 @@ class UnlearnDataset(Dataset):
         } | ({} if targets is None else {"targets": targets})
 
 
+def plain_item(prompt: list[int], answer: list[int] | None = None) -> dict[str, Any]:
+    """An item that is one prompt and the scored answer to it; None: only the first position is scored."""
+    scored = 1 if answer is None else len(answer)
+    return {"student": prompt, "teacher": None, "answer": answer or [], "scored": scored, "forget": True}
+
+
 class UnlearnSampler(Sampler[Draw]):
     """One epoch: every forget row once, in a new order, with retain rows between them at a fixed ratio.
 
@@ -298,6 +306,16 @@ class UnlearnSampler(Sampler[Draw]):
             )
             self._shuffle, self._order = shuffle, order
         return self._order[place]
+
+
+class EpochOf(TrainerCallback):
+    """Tells a sampler the epoch: the Trainer's own call does not reach it through a resumed, sharded data loader."""
+
+    def __init__(self, sampler: UnlearnSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 @dataclass(frozen=True)
@@ -370,3 +388,16 @@ class Collator:
             ),
             "positions": torch.tensor(positions),
         }
+
+
+def first_rows(batch: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The first rows of a collated batch, as far as anything per row or per position goes; its sequences stay whole."""
+    if rows >= len(batch["forget"]):
+        return batch
+    scored, chosen = len(batch["query"]), batch["query"] < rows
+    per_position = {k: v for k, v in batch.items() if k in _PER_POSITION}
+    cut = tree_map(lambda t: t[chosen] if len(t) == scored else t[:rows], per_position)
+    return batch | cut | {"forget": batch["forget"][:rows]}
+
+
+_PER_POSITION = ("positions", "teacher_positions", "labels", "query", "targets")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
+from ..evaluation.report.runs import DEMO_ATTACKS
 from . import attacks, probes, steering
 from .facts import Question, Split, World
 from .probes import Speaker
@@ -28,14 +29,7 @@ COLUMNS = {
     "int4_forget_recall": "forget recall with weights rounded to 4 bits",
 }
 KEEP = ("retain_recall", "neighbour_recall", "general_recall")  # the higher the better
-ATTACKS = (  # what each brings back: the lower the better
-    "reverse_prompt_recall",
-    "reverse_prompt_heldout_recall",
-    "prefill_recall",
-    "relearn_recall",
-    "int8_forget_recall",
-    "int4_forget_recall",
-)
+ATTACKS = DEMO_ATTACKS
 
 
 def some(questions: Sequence[Question], most: int | None) -> list[Question]:

@@ -218,13 +218,11 @@ def run_lm_eval(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import make_table
 
-    from ..store.provenance import tokenizer_hash
-    from . import models
+    from ..model.hashes import fingerprints
     from .journal import LM_EVAL, write_json
 
     manifest = {
-        "model_fingerprint": models.fingerprint(model),
-        "tokenizer_fingerprint": tokenizer_hash(tokenizer, template=True),
+        **fingerprints(model, tokenizer),
         "limit": limit,
     }
     before = json.loads((out / LM_EVAL).read_text(encoding="utf-8")) if (out / LM_EVAL).is_file() else {}

@@ -14,6 +14,15 @@ from typing import Any
 
 ROWS, MANIFEST = "rows.jsonl", "manifest.json"
 LM_EVAL = "lm_eval.json"
+# What a row's status other than `ok` means.
+MEANING = {
+    "empty": "answered with nothing (counted)",
+    "nan": "left out: NaN logits",
+    "too_long": "left out: longer than the model's context",
+    "bad_row": "left out: something is wrong with the row (`why` in rows.jsonl)",
+    "no_tokens": "left out: a text without tokens",
+    "unknown_tokens": "left out: the tokenizer cannot represent the answer",
+}
 
 
 class Journal:

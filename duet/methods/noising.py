@@ -3,11 +3,12 @@
     theta' = (1 - alpha) theta + alpha beta N      N Xavier-uniform for matrices, 0 for vectors
 
 What the unlearned model only hid lies in its weights and is blurred; what it still says is taught back by distillation
-from the unlearned model (`methods.objectives.distillation.undo`). Meets the trainer and its rows only in `prepare_undo`.
+from the unlearned model (`methods.objectives.distillation.undo`).
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,25 @@ from transformers.utils import logging
 from duet_kernels import linear_cross_entropy
 
 from ..model.lm import call_through, evaluating
+from ..options import Count, NotNegative, Share
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass
+class UndoOptions:
+    """Options of `undo`.
+
+    Attributes:
+        undo_alpha, undo_beta: the student starts from (1 - alpha) theta + alpha beta N.
+        undo_tolerance: training stops when the student's perplexity on retain rows is within this share of the
+            teacher's; looked at every `undo_check_steps` steps. 0: never.
+    """
+
+    undo_alpha: Share = 0.6
+    undo_beta: Share = 0.1
+    undo_tolerance: NotNegative = 0.05
+    undo_check_steps: Count = 25
 
 
 @torch.no_grad()

@@ -147,6 +147,12 @@ def rounding_of_a_fresh_adapter(model: nn.Module) -> float:
     return 0.1 if half and any(getattr(config, "use_dora", False) for config in configs) else 0.0
 
 
+def is_sharded(args: Any) -> bool:
+    """Whether FSDP or DeepSpeed will take the parameters apart: asked for in the options or by `accelerate launch`."""
+    launched = (os.environ.get(f"ACCELERATE_USE_{each}", "") == "true" for each in ("FSDP", "DEEPSPEED"))
+    return bool(args.fsdp or args.deepspeed) or any(launched)
+
+
 def padding_id(tokenizer: Any) -> int:
     """The pad token, else the end token: the attention mask hides padding, so that any token serves."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):

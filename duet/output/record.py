@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..config import DuetConfig
+from ..model.hashes import tokenizer_hash
 from ..model.lm import base_language_model
-from ..store.provenance import tokenizer_hash
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +61,7 @@ def run_record(
     model: nn.Module,
     weights: str,
     tokenizer: Any,
-    args: DuetConfig,
+    args: TrainingArguments,
     rows: Mapping[str, tuple[int, str]],
     teacher: str | None,
 ) -> dict[str, Any]:

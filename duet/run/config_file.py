@@ -20,6 +20,7 @@ from typing import Any
 
 from ..config import DuetConfig
 from ..data.sources import COLUMNS, DataSource
+from ..methods.objectives import objective_of
 from ..names import check_known, check_one_of, instead
 from ..yaml_text import mapping, parse_yaml, read_yaml
 
@@ -134,9 +135,10 @@ def training_options(options: Mapping[str, Any]) -> DuetConfig:
     hints = typing.get_type_hints(DuetConfig)
     fields = [f.name for f in dataclasses.fields(DuetConfig) if f.init]
     check_known("training.", options, fields)
-    return DuetConfig(
-        **{name: _typed(f"training.{name}", value, hints[name]) for name, value in options.items()}
-    )
+    given = {name: _typed(f"training.{name}", value, hints[name]) for name, value in options.items()}
+    training = DuetConfig(**given)
+    objective_of(training)  # refuses a name that is not there, and options that do not go with it
+    return training
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

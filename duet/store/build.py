@@ -3,7 +3,7 @@
     rows -> questions, those with one filled prefix together -> [the teacher's own answer] -> one forward -> top-k -> shards
 
 What questions share at their beginning (the steering prefix) is read once: `prefix_cache`. Started again, it continues
-where it stopped; started on several processes, each takes its part. Must not know the trainer.
+where it stopped; started on several processes, each takes its part.
 """
 
 import time
@@ -22,11 +22,11 @@ from transformers.utils import logging
 from duet_kernels import LMHead, TopK, set_workspace_bytes
 
 from ..config import DuetConfig
-from ..data.dataset import Asked, Collator, UnlearnDataset
+from ..data.dataset import Asked, Collator, UnlearnDataset, plain_item
 from ..data.prompts import PromptRenderer
 from ..data.rows import read_rows
-from ..methods.objectives import Objective, find_objective
-from ..methods.views import build_dataset, scored_positions
+from ..methods.objectives import Objective, objective_of
+from ..methods.views import build_dataset, eval_datasets, scored_positions
 from ..model.lm import (
     check_head,
     context_length,
@@ -198,7 +198,7 @@ class _Job:
 
     @classmethod
     def of(cls, model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype) -> "_Job":
-        objective = find_objective(args.objective)
+        objective = objective_of(args)
         check_cacheable(objective, args)
         if args.workspace_bytes is not None:
             set_workspace_bytes(args.workspace_bytes)
@@ -218,12 +218,8 @@ class _Job:
             )
 
         datasets = [dataset(forget, retain)]
-        evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        for name, rows in evals.items():
-            if rows is not None:
-                queries = read_rows(rows, f"eval_dataset[{name!r}]" if name else "eval_dataset")
-                both = ([], queries) if name.startswith("retain") else (queries, [])
-                datasets.append(dataset(*both, datasets[0].subjects if both[1] else None))
+        evals = eval_datasets(eval_dataset, dataset, datasets[0].subjects)
+        datasets += evals.values() if isinstance(evals, dict) else filter(None, [evals])
         questions: dict[bytes, Asked] = {}
         named: dict[str, list[bytes]] = {}
         for each in datasets:
@@ -319,16 +315,8 @@ class _Asker:
 
     def _targets(self, questions, answers, prefix: PrefixCache | None) -> TopK:
         start = prefix.length if prefix else 0
-        items = [
-            {
-                "student": question.steered[start:],
-                "teacher": None,
-                "answer": answer,
-                "scored": max(1, len(answer)),
-                "forget": True,
-            }
-            for question, answer in zip(questions, answers, strict=True)
-        ]
+        both = zip(questions, answers, strict=True)
+        items = [plain_item(question.steered[start:], answer or None) for question, answer in both]
         batch = {name: value.to(self.args.device) for name, value in self.collate(items).items()}
         inputs = batch["input_ids"], batch["attention_mask"], batch["positions"]
         with self._autocast():

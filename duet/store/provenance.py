@@ -1,81 +1,21 @@
-"""Model, tokenizer and options -> Provenance: what a cached teacher must agree in with the run that reads it.
+"""Model, tokenizer and options -> Provenance: what a cached teacher must agree in with the run that reads it."""
 
-Hashes are of contents, never of names or files: a model that was moved or downloaded again is the same model. Must not
-know the trainer.
-"""
-
-import hashlib
-import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from duet_kernels import LMHead
 
-from ..config import RAW_LOGITS, DuetConfig
+from ..config import DuetConfig
 from ..data.dataset import UnlearnDataset
 from ..methods.objectives import Objective, teacher_topk
+from ..methods.views import scored_positions
+from ..model.hashes import template_hash, tokenizer_hash, weights_hash
 from ..model.lm import base_language_model
 from .read import LOGITS, Provenance, TopKStore
-
-
-def _hex(data: bytes | memoryview) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def weights_hash(model: nn.Module) -> str:
-    """A hash of the base model's weights and buffers; adapters are left out, and so are the names that PEFT adds.
-
-    Streams tensor by tensor, on as many threads as there are cores (hashing releases Python's lock): about a second
-    per GB and core. Memory: one tensor per thread on the CPU.
-    """
-    tuner = (
-        getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "peft_config") else None
-    )
-
-    def base_name(name: str) -> str | None:
-        if "modules_to_save." in name or (tuner and tuner in name):
-            return None
-        return name.replace(".base_layer.", ".").replace(".original_module.", ".")
-
-    def one(item: tuple[str, Tensor]) -> str:
-        name, tensor = item
-        data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-        return f"{name} {tensor.dtype} {list(tensor.shape)} {_hex(memoryview(data))}"
-
-    named = ((base_name(name), value) for name, value in base_language_model(model).state_dict().items())
-    tensors = [(name, value) for name, value in named if name is not None and isinstance(value, Tensor)]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return _hex("\n".join(sorted(pool.map(one, tensors))).encode())
-
-
-def tokenizer_hash(tokenizer: Any, template: bool = False) -> str:
-    """A hash of how text becomes ids: vocabulary, merges, normalisation, special tokens. Padding is left out.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        template: whether its chat template counts too.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        content = json.loads(backend.to_str())
-        content = {name: value for name, value in content.items() if name not in ("padding", "truncation")}
-    else:
-        content = tokenizer.get_vocab()
-    special = {
-        name: str(value) for name, value in tokenizer.special_tokens_map.items() if name != "pad_token"
-    }
-    parts = [content, special, *([template_hash(tokenizer)] if template else [])]
-    return _hex(json.dumps(parts, sort_keys=True).encode())
-
-
-def template_hash(tokenizer: Any) -> str | None:
-    """A hash of the chat template's text; None: there is none."""
-    text = getattr(tokenizer, "chat_template", None)
-    return _hex(json.dumps(text, sort_keys=True).encode()) if text else None
+from .teacher import CachedTeacher
 
 
 def provenance_of(
@@ -138,7 +78,7 @@ def open_store(
     check_cacheable(objective, args)
     store = store if isinstance(store, TopKStore) else TopKStore(store)
     made = store.provenance
-    if made.values != LOGITS and args.objective in RAW_LOGITS:
+    if made.values != LOGITS and objective.raw_logits:
         raise ValueError(
             f"teacher_store: values: objective {args.objective!r} compares raw logits, the store has {made.values}; use "
             "a distribution objective such as 'duet_forward_kl'"
@@ -162,3 +102,25 @@ def check_store(store: TopKStore, wanted: Provenance, args: DuetConfig) -> None:
     if not args.teacher_store_same_model:
         free += ["architecture", "model_dtype", "weights", "softcap", "scale"]
     store.provenance.refuse_another(wanted, free)
+
+
+def cached_teacher(
+    store: TopKStore,
+    model: nn.Module,
+    head: LMHead,
+    tokenizer: Any,
+    objective: Objective,
+    args: DuetConfig,
+    datasets: Sequence[UnlearnDataset],
+) -> CachedTeacher:
+    """The teacher that reads a store for `model`, checked; it serves the datasets, the first of which is trained on.
+
+    Raises:
+        ValueError: naming what the store lacks, or was made with.
+    """
+    positions = scored_positions(objective, args)
+    check_store(store, provenance_of(model, head, tokenizer, args, datasets[0], positions), args)
+    teacher = CachedTeacher(store, args.k)
+    for dataset in datasets:
+        teacher.serve(dataset)
+    return teacher

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,10 +19,7 @@ from duet_kernels import LMHead
 
 from .. import metrics
 from ..scoring import Forced, TokenScores, batches_by_length, token_ranks, token_scores
-
-if TYPE_CHECKING:
-    from .attacks import Unit
-    from .target import Target
+from .target import Target, Unit
 
 END = 3
 # Low for text that was trained on.

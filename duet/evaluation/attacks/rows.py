@@ -9,13 +9,14 @@ Knows text. Must not know models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...data.prompts import Conversation
 from ...data.rows import read_rows
 from .. import metrics
+from ..values import value_of
 
 
 @dataclass(frozen=True)
@@ -100,24 +101,6 @@ def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[Atta
             raise ValueError(f"{name}['paraphrases']: wanted a list of questions, got {others!r}")
         read.append(AttackRow(i, query.conversation, query.answer, query.subject, value, others))
     return read
-
-
-def value_of(row: Mapping[str, Any], answer: str, where: str) -> str | None:
-    """The column `value` of a row: the part of the answer that must not be said; None where it has none.
-
-    Raises:
-        ValueError: `where` names the row.
-    """
-    value = row.get("value")
-    if value is None:
-        return None
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)  # a year
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}['value']: wanted a text that is not empty, got {value!r}")
-    if not metrics.contains_words(answer, value):
-        raise ValueError(f"{where}['value']: wanted a part of the answer {answer!r}, got {value!r}")
-    return value
 
 
 def halves(rows: Sequence[AttackRow]) -> tuple[list[AttackRow], list[AttackRow]]:

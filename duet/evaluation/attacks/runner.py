@@ -23,12 +23,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ...model.hashes import fingerprint, fingerprints
 from ...model.lm import check_head
 from ...names import check_one_of
-from ...store.provenance import tokenizer_hash
-from .. import metrics, models
-from ..journal import Journal, write_json
-from ..suites.summary import MEANING
+from .. import metrics
+from ..journal import MEANING, Journal, write_json
 from .attacks import ATTACKS, DIRECT
 from .distribution import auc_leak
 from .target import Outcomes, Target
@@ -116,9 +115,8 @@ def _manifest(target: Target, base: Target | None) -> dict[str, Any]:
         "retain": digest(target.retain),
         "holdout": digest(target.holdout),
         **{k: v for k, v in asdict(target.options).items() if k != "batch_size"},
-        "base_fingerprint": None if base is None else models.fingerprint(base.model),
-        "model_fingerprint": models.fingerprint(target.model),
-        "tokenizer_fingerprint": tokenizer_hash(target.tokenizer, template=True),
+        "base_fingerprint": None if base is None else fingerprint(base.model),
+        **fingerprints(target.model, target.tokenizer),
         **target.prompting.changed(),
     }
 

@@ -10,7 +10,7 @@ Knows one model and its rows. Must not know attacks or files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from .rows import AttackRow
 
 Outcome = dict[str, Any]
 Outcomes = list[Outcome]
+Unit = tuple[str, Callable[[], Outcomes]]  # a name, and the work, done when it is called
 
 # Wordings that training is often given as `reverse_prompts`, and others that nobody trains on.
 SEEN_REVERSE_PROMPTS = (

@@ -23,6 +23,15 @@ from ..suites.runner import SUMMARY
 from .topk import TOPK
 
 TRAINED, DEMO = "trainer_state.json", "results.json"
+# The columns of the demo's results.json that say what an attack brings back: the lower the better.
+DEMO_ATTACKS = (
+    "reverse_prompt_recall",
+    "reverse_prompt_heldout_recall",
+    "prefill_recall",
+    "relearn_recall",
+    "int8_forget_recall",
+    "int4_forget_recall",
+)
 BASE, TEACHER, STUDENT = "base", "teacher", "student"
 LABELS = {BASE: "base", TEACHER: "steered teacher"}
 
@@ -293,18 +302,16 @@ def _tell_apart(methods: Sequence[Method]) -> None:
 
 def _demo_methods(run: _Run) -> list[Method]:
     """The rows of results.json in the form of a summary and an attack report. The demo states no intervals."""
-    from ...demo.scorecard import ATTACKS as ATTACKED
-
     columns = run.content["columns"]
     methods = []
     for row in run.content["rows"]:
         name = row["method"]
-        told = {c: {"mean": row[c], "low": None, "high": None} for c in columns if c not in ATTACKED}
+        told = {c: {"mean": row[c], "low": None, "high": None} for c in columns if c not in DEMO_ATTACKS}
         forget = {c.removeprefix("forget_"): v for c, v in told.items() if c.startswith("forget_")}
         kept = {c.removeprefix("retain_"): v for c, v in told.items() if c.startswith("retain_")}
         rest = {c: v for c, v in told.items() if not c.startswith(("forget_", "retain_"))}
         parts = {"forget": forget, "retain": kept, "other": rest}
-        entries = [_demo_attack(c, row[c], columns[c]) for c in ATTACKED]
+        entries = [_demo_attack(c, row[c], columns[c]) for c in DEMO_ATTACKS]
         entries.sort(key=lambda entry: entry["leak"], reverse=True)
         direct = _demo_attack("direct", row["forget_recall"], columns["forget_recall"])
         method = Method(

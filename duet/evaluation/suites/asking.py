@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...data.prompts import Conversation, Prompting, PromptRenderer, fill_prefix
-from ..attacks.rows import value_of
 from ..scoring import Forced
+from ..values import value_of
 from .suite import Task, fill
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

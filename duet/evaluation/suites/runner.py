@@ -20,9 +20,8 @@ import torch
 from torch import nn
 
 from ...data.prompts import Prompting
+from ...model.hashes import fingerprints
 from ...model.lm import check_head, context_length, padding_id
-from ...store.provenance import tokenizer_hash
-from .. import models
 from ..generation import continuations
 from ..journal import Journal, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
@@ -94,8 +93,7 @@ def evaluate(
         "limit": limit,
         "data": {task.name: _digest(rows) for task, rows in tables.items()},
         "suite_digest": suite.digest,
-        "model_fingerprint": models.fingerprint(model),
-        "tokenizer_fingerprint": tokenizer_hash(tokenizer, template=True),
+        **fingerprints(model, tokenizer),
         **prompting.changed(),
         **({} if steering is None else {"steering": steering}),
     }

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import metrics
+from ..journal import MEANING
 from .row_metrics import UNBOUNDED
 
 Rows = Sequence[Mapping[str, Any]]
@@ -201,17 +202,6 @@ def table(summary: Mapping[str, Any], title: str) -> Group:
         notes += [f"{task}: {_times(n)} {MEANING[s]}" for s, n in entry["status"].items() if s in MEANING]
         notes += [f"{task}: {_times(entry['notes'])} with a note in rows.jsonl"] if entry.get("notes") else []
     return Group(shown, *map(Text, notes))
-
-
-# What a row's status other than `ok` means.
-MEANING = {
-    "empty": "answered with nothing (counted)",
-    "nan": "left out: NaN logits",
-    "too_long": "left out: longer than the model's context",
-    "bad_row": "left out: something is wrong with the row (`why` in rows.jsonl)",
-    "no_tokens": "left out: a text without tokens",
-    "unknown_tokens": "left out: the tokenizer cannot represent the answer",
-}
 
 
 def _times(count: int) -> str:
