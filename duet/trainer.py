@@ -102,6 +102,14 @@ class DuetTrainer(Asking, ResumableTrainer):
     # compute_loss divides by the count of the whole accumulated step; the Trainer must not divide again.
     loss_is_scaled_for_ga = True
 
+    args: Any
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+    objective: Any
+    teacher: Any
+    model_wrapped: Any
+
     def __init__(
         self,
         model: str | os.PathLike | nn.Module,
@@ -121,7 +129,7 @@ class DuetTrainer(Asking, ResumableTrainer):
         self._store = open_store(teacher_store or args.teacher_store, self.objective, args, teacher_model)
         if args.workspace_bytes is not None:
             set_workspace_bytes(args.workspace_bytes)
-        check_output_dir(args.output_dir)
+        check_output_dir(str(args.output_dir))
         forget = read_rows(forget_dataset, "forget_dataset")
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
         check_repeats(forget, retain)
@@ -263,7 +271,8 @@ class DuetTrainer(Asking, ResumableTrainer):
             teacher = weights_hash(self.teacher.model)
         tokenizer, rows = self.renderer.tokenizer, self._fingerprints
         record = run_record(student, self._weights, tokenizer, self.args, rows, teacher)
-        begun_in = self.args.output_dir if resume_from is True else resume_from and Path(resume_from).parent
+        parent = Path(str(resume_from)).parent if resume_from else None
+        begun_in = self.args.output_dir if resume_from is True else parent
         begin_run(self.args.output_dir, record, begun_in)
 
     # -- what is asked before a dataset is used ---------------------------------------------------------------------
@@ -314,7 +323,7 @@ class DuetTrainer(Asking, ResumableTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss of one micro-batch, divided by the counts of the whole accumulated step."""
         student = self.accelerator.unwrap_model(model)
-        counts = num_items_in_batch or self._get_num_items_in_batch([inputs], self.args.device)
+        counts: Any = num_items_in_batch or self._get_num_items_in_batch([inputs], self.args.device)
         targets = inputs.get("targets")
         if self.objective.targets is not None:
             targets = self.teacher.targets(targets, lambda m: self._targets_by(m, inputs), student, model)
@@ -365,7 +374,7 @@ class DuetTrainer(Asking, ResumableTrainer):
         if state.end_of_dataloader and state.remainder > 0:
             inputs = first_rows(inputs, max(0, state.remainder - self.accelerator.process_index * size))
         with torch.no_grad():
-            loss = self.compute_loss(model, inputs)
+            loss: Any = self.compute_loss(model, inputs)
         # Every process holds its share: the Trainer, which cuts off what it takes for repeats, needs the whole.
         return self.accelerator.gather(loss.detach().reshape(1)).mean(), None, None
 
@@ -381,7 +390,7 @@ class DuetTrainer(Asking, ResumableTrainer):
 
     def _probe(self) -> tuple[Tensor, Tensor]:
         """Student's and teacher's hidden states on a few plain forget queries."""
-        dataset: UnlearnDataset = self.train_dataset
+        dataset = self.train_dataset
         items = [plain_item(dataset.plain(i)) for i in range(min(_PROBE_QUERIES, dataset.num_forget))]
         inputs = self._prepare_inputs(self.data_collator(items))
         student = self.accelerator.unwrap_model(self.model_wrapped)

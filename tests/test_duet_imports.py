@@ -13,25 +13,27 @@ HERE = "duet.__init__"
 # room: the rooms that it may import
 ALLOWED = {
     "names": "",
+    "extras": "",
     "yaml_text": "",
     "options": "names",
     "_moved": "",
-    "data": "names _moved",
+    "data": "names options _moved",
     "model": "data",
     "methods": "names options data model",
     "config": "options methods",
-    "store": "config data model methods",
-    "output": "model",
+    "store": "extras config data model methods",
+    "output": "extras model",
     "trainer": "config data model methods store output",
-    "run": "names yaml_text _moved config data model methods store output trainer",
-    "evaluation": "model",
-    "evaluation.suites": "names yaml_text _moved data model evaluation",
-    "evaluation.attacks": "names _moved data model evaluation",
+    "run": "names options yaml_text _moved config data model methods store output trainer",
+    "evaluation": "extras data model",
+    "evaluation.suites": "names extras options yaml_text _moved data model evaluation",
+    "evaluation.attacks": "names options _moved data model evaluation",
     "evaluation.report": "_moved data model evaluation evaluation.suites evaluation.attacks",
-    "evaluation.commands": "names data model evaluation evaluation.suites evaluation.attacks",
-    "demo": "names config trainer evaluation.attacks evaluation.report",
-    "cli": "run demo evaluation.commands evaluation.report",
-    "__init__": "_moved",
+    "evaluation.commands": "names data model evaluation evaluation.suites evaluation.attacks evaluation.report",
+    "demo": "names extras config data model trainer evaluation evaluation.attacks evaluation.report evaluation.commands",
+    "cli": "extras run demo evaluation.commands",
+    "__init__": "_moved extras",
+    "__main__": "cli",
 }
 ALLOWED = {room: set(others.split()) for room, others in ALLOWED.items()}
 FILES = sorted(ROOT.rglob("*.py"))
@@ -96,7 +98,7 @@ if TYPE_CHECKING:
 def test_rooms_import_only_what_they_may(path):
     room = room_of(module_of(path))
     used = {room_of(name) for name in imports(path)} - {room}
-    if room == "__init__":  # it names the homes of the public names, for type checkers
+    if room == "__init__":  # for type checkers it says where the public names are
         used -= {"config", "trainer", "methods"}
     assert used <= ALLOWED[room], used - ALLOWED[room]
 

@@ -1,7 +1,4 @@
-"""The model that is examined: loaded (with an adapter kept apart, when its folder holds one), and told apart from others.
-
-Must not know suites or attacks.
-"""
+"""Loads the model to evaluate; an adapter in its folder is attached, not merged."""
 
 from __future__ import annotations
 
@@ -46,13 +43,14 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
         base = model.peft_config["default"].base_model_name_or_path
     else:
         model, base = load_model(name, "model", {"dtype": kind}), None
-    if getattr(model, "hf_quantizer", None) is None:  # a quantised model has been put in its place already
+    if getattr(model, "hf_quantizer", None) is None:  # a quantised model is on its device already
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.eval()
     try:
         check_head(model)
     except TypeError as error:
         raise ValueError(str(error)) from error
+    failure: Exception | None = None
     for place in filter(None, (name, base)):
         try:
             return model, AutoTokenizer.from_pretrained(place)
@@ -62,7 +60,7 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
 
 
 def check_device(device: str | None) -> None:
-    """Refuse a device that is not there, before a model is loaded for it.
+    """Refuses a device that does not exist, before a model is loaded.
 
     Raises:
         ValueError: naming `device`.

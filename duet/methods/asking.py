@@ -15,10 +15,16 @@ from ..model.lm import generate_answers
 class Asking:
     """The part of `DuetTrainer` that asks its teacher outside training steps."""
 
+    # of transformers' Trainer and of DuetTrainer
     args: Any
+    model: Any
     accelerator: Any
     teacher: Any
     processing_class: Any
+    data_collator: Any
+    head_inputs: Any
+    is_world_process_zero: Any
+    _prepare_inputs: Any
     pad_id: int
 
     def ask_teacher(self, function: Callable[[nn.Module], Any]) -> Any:
@@ -26,7 +32,7 @@ class Asking:
         student = self.accelerator.unwrap_model(self.model)
         return self.teacher.run(function, student, student)
 
-    def teacher_says(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def teacher_says(self, prompts: list[list[int]], max_new_tokens: int | None) -> list[list[int]]:
         """The frozen teacher's greedy answers, in batches of similar length."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size, answers = self.args.eval_batch_size, {}

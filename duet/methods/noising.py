@@ -2,8 +2,8 @@
 
     theta' = (1 - alpha) theta + alpha beta N      N Xavier-uniform for matrices, 0 for vectors
 
-What the unlearned model only hid lies in its weights and is blurred; what it still says is taught back by distillation
-from the unlearned model (`methods.objectives.distillation.undo`).
+Knowledge that the unlearned model only hides is in its weights, and the noise damages it; what the model still says is
+restored by distillation from the unlearned model (`methods.objectives.distillation.undo`).
 """
 
 import math
@@ -42,7 +42,7 @@ class UndoOptions:
 
 @torch.no_grad()
 def perturb(model: nn.Module, alpha: float, beta: float, seed: int = 0) -> nn.Module:
-    """Shrink every weight by 1 - alpha and add alpha * beta times fresh noise, in place.
+    """Multiplies every weight by 1 - alpha and adds alpha * beta times fresh noise, in place.
 
     Matrices (linear layers, embeddings; convolutions by their fans) get Xavier-uniform noise, U(-a, a) with
     a = sqrt(6 / (fan_in + fan_out)); vectors (biases, norms) none, so that they only shrink. Tied weights are one

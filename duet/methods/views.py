@@ -1,6 +1,6 @@
 """An objective, its options and rows -> the UnlearnDataset that the trainer reads and the teacher is asked about.
 
-One place for it: what `duet cache` asked the teacher must be what training looks for.
+`duet cache` and training both use it, so that the store holds exactly the rows that training reads.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,7 +79,8 @@ class ViewOptions:
         Raises:
             ValueError: `plain_template` or `chat_template_kwargs` is something else.
         """
-        return Prompting(self.plain_template, self.chat_template_kwargs or {})
+        options: Any = self.chat_template_kwargs or {}  # a dict: TrainingArguments parses texts
+        return Prompting(self.plain_template, options)
 
 
 def scored_positions(objective: Objective, args: Any) -> str:
@@ -179,10 +180,10 @@ def eval_datasets(
 
 
 def asked_before_training(objective: Objective, args: Any) -> bool:
-    """Whether all that the loss wants of a teacher can be made before the first step: the model teaches itself then.
+    """Whether all targets can be made before the first step, by the model itself.
 
-    So it is where targets are prepared (`duet_deep`), and where they are few numbers along what the student is shown and
-    every row is shown to it in one way: no reverse prompts and no forced openings, which are drawn at each use.
+    True where targets are prepared (`duet_deep`), and where they are a few numbers per position of the student's own input
+    and each row has one input: no reverse prompts and no forced openings, which are drawn at each use.
     """
     if objective.targets is None:
         return objective.prepare is not None

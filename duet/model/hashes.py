@@ -33,7 +33,7 @@ def weights_hash(model: nn.Module) -> str:
 
     def one(item: tuple[str, Tensor]) -> str:
         name, tensor = item
-        data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        data: Any = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
         return f"{name} {tensor.dtype} {list(tensor.shape)} {_hex(memoryview(data))}"
 
     named = ((base_name(name), value) for name, value in base_language_model(model).state_dict().items())

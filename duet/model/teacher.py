@@ -106,7 +106,7 @@ class AdapterOffTeacher(Teacher):
 
     under_fsdp1 = False
 
-    def run(self, function: Function, student: nn.Module, wrapped: nn.Module) -> Any:
+    def run(self, function: Function, student: Any, wrapped: nn.Module) -> Any:
         with torch.no_grad(), evaluating(student), student.disable_adapter():
             return call_through(wrapped, student, lambda: function(student))
 
@@ -163,7 +163,7 @@ def live_teacher(
     student: nn.Module,
     teacher_model: Any,
     head: LMHead,
-    init_kwargs: dict[str, Any] | None = None,
+    init_kwargs: Any = None,
     *,
     early: bool = False,
     share: bool = False,
@@ -217,7 +217,7 @@ class TeacherGuard(TrainerCallback):
 
     def __init__(self, probe: Callable[[], tuple[Tensor, Tensor]], starts_equal: bool, rounding: float = 0.0):
         self.probe, self.starts_equal, self.rounding = probe, starts_equal, rounding
-        self.teacher_before: Tensor | None = None
+        self.teacher_before: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.student_before, teacher = self.probe()

@@ -1,7 +1,6 @@
 """The README.md of a trained model: how it was made, from which data (by fingerprint), and what was measured."""
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,10 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from torch import nn
 
+from ..extras import version_of
 from ..model.lm import base_language_model
 
-# Beside what the objective reads (`Objective.reads`): the options worth a line on the card.
+# Options on the card besides those that the objective reads (`Objective.reads`).
 _METHOD = (  # noqa: SIM905  as a list literal, one word a line
     "positions num_positions answer_source steering_prefixes reverse_prompts reverse_prompt_fraction prefills "
     "retain_per_forget plain_template chat_template_kwargs teacher_store learning_rate max_steps num_train_epochs "
@@ -54,7 +54,7 @@ def model_card(
         reads: names of the options that the objective reads.
         datasets: name -> (number of rows, fingerprint).
         metrics: name -> value, as last logged.
-        teacher: who taught, in a few words; None without one.
+        teacher: the kind of teacher; None: there was none.
     """
     data = ModelCardData(
         base_model=base_model,
@@ -67,7 +67,7 @@ def model_card(
     if teacher:
         method["teacher"] = teacher
     method["trained"] = f"an adapter ({adapter} of peft)" if adapter else "all weights"
-    versions = {each: importlib.metadata.version(each) for each in ("torch", "transformers", "peft")}
+    versions = {each: version_of(each) for each in ("torch", "transformers", "peft")}
     return "\n".join(
         [
             "---",

@@ -1,16 +1,14 @@
-"""How much memory a training step will need, before anything is loaded.
+"""The memory of a training step, without loading anything.
 
-A model is made without weights (on the meta device), and one step of it runs on fake tensors: every operation computes
-shapes only, and the bytes of what is alive are counted. So activations are those of the architecture itself rather
-than of a formula for it. What never runs here (optimizer states, quantised weights, the loss) is counted by name.
+A model is made without weights (on the meta device), and one step runs on fake tensors: every operation computes only
+shapes, and the bytes of live tensors are counted. So the activations are those of the architecture itself, not of a
+formula. What does not run here (optimizer states, quantised weights, the loss) is calculated.
 
     standing   weights + adapter + optimizer states + the teacher's weights
     peak       standing + the largest of
                    the teacher's forward
                    the student's activations + the loss workspace
                    the student's backward, gradients included
-
-Must not know datasets or the trainer.
 """
 
 import re
@@ -114,7 +112,7 @@ class Planner:
 
     def __init__(self, config: PretrainedConfig):
         self.config = config
-        self._kept: dict[tuple, Any] = {}
+        self._simulated: dict[tuple, Any] = {}
 
     def budget(self, settings: Settings) -> Budget:
         """What one optimizer step takes, in bytes.
@@ -189,13 +187,13 @@ class Planner:
         return {"teacher": teacher, "activations": student["forward"], "backward": student["peak"]}
 
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
-        if key not in self._kept:
+        if key not in self._simulated:
             try:
-                self._kept[key] = make()
+                self._simulated[key] = make()
             except Exception as error:  # whatever the model's own code raises
                 name = type(self.config).__name__
                 raise ValueError(f"model: {name} cannot be tried out without its weights: {error}") from error
-        return self._kept[key]
+        return self._simulated[key]
 
     def _loss(self, settings: Settings) -> int:
         vocabulary = self.config.get_text_config().vocab_size
@@ -234,7 +232,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _step(model: nn.Module, settings: Settings, length: int) -> dict[str, int]:
+def _step(model: Any, settings: Settings, length: int) -> dict[str, int]:
     """Bytes alive after the backbone's forward, and at the peak of forward and (where there are gradients) backward."""
     shape = settings.batch, length
     with FakeTensorMode(allow_non_fake_inputs=True), _materialised(model):
@@ -256,9 +254,9 @@ def _step(model: nn.Module, settings: Settings, length: int) -> dict[str, int]:
 
 
 @contextmanager
-def _materialised(model: nn.Module) -> Iterator[None]:
+def _materialised(model: Any) -> Iterator[None]:
     """Within the context, parameters and buffers on the meta device are (fake) ones of a CPU; shared ones stay shared."""
-    places = [
+    places: list[Any] = [
         (table, name)
         for module in model.modules()
         for table in (module._parameters, module._buffers)
@@ -299,7 +297,7 @@ def _weight_bytes(model: nn.Module, quantization: str | None) -> Iterator[int]:
             yield count + 4 * tensor.shape[0]
 
 
-def _quantised(model: nn.Module) -> list[nn.Linear]:
+def _quantised(model: Any) -> list[nn.Linear]:
     head = model.get_output_embeddings()
     return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
 

@@ -27,7 +27,7 @@ def provenance_of(
     positions: str,
     dtype: str = "float32",
 ) -> Provenance:
-    """What is asked of whom, when `model` is the teacher of `dataset` under the options `args`."""
+    """The provenance of targets that `model` makes for `dataset` under the options `args`."""
     inner = base_language_model(model)
     return Provenance(
         model=getattr(inner.config, "_name_or_path", "") or type(inner).__name__,
@@ -36,7 +36,7 @@ def provenance_of(
         weights=weights_hash(model),
         tokenizer=tokenizer_hash(tokenizer),
         chat_template=template_hash(tokenizer),
-        chat_template_kwargs=dict(args.chat_template_kwargs or {}),
+        chat_template_kwargs=args.prompting.chat_template_kwargs,
         plain_template=args.plain_template,
         prefixes=list(args.steering_prefixes),
         seed=dataset.seed,
@@ -53,7 +53,7 @@ def provenance_of(
 
 
 def check_cacheable(objective: Objective, args: DuetConfig) -> None:
-    """Refuse objectives that want more of a teacher than its top-k logits under a steering prefix.
+    """Refuses objectives that need more of a teacher than its top-k logits under a steering prefix.
 
     Raises:
         ValueError: naming the option.
@@ -70,7 +70,7 @@ def check_cacheable(objective: Objective, args: DuetConfig) -> None:
 def open_store(
     store: str | os.PathLike | TopKStore | None, objective: Objective, args: DuetConfig, teacher_model: Any
 ) -> TopKStore | None:
-    """The store of a run, before anything large is loaded; None: the run has none."""
+    """The opened store of a run, checked before anything large is loaded; None: the run has none."""
     if not store:
         return None
     if teacher_model is not None:
@@ -91,7 +91,7 @@ def open_store(
 
 
 def check_store(store: TopKStore, wanted: Provenance, args: DuetConfig) -> None:
-    """Refuse a store that was made for something else than this run.
+    """Refuses a store that was not made for this run.
 
     A smaller k, another seed and any storage dtype are allowed.
 

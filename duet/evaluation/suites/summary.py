@@ -1,9 +1,7 @@
-"""Rows of a run -> means with intervals, the numbers a suite asks for, and a table. What cannot be computed says why.
+"""Rows of a run -> means with intervals, the suite's numbers, and a table. An undefined number has its reason.
 
-    {"tasks": {task: {"rows": n, "status": {...}, "notes": n, "metrics": {metric: {mean, low, high, rows}}}},
-     "numbers": {name: {"value": x} or {"value": null, "undefined": "no retain model given"}}}
-
-Knows rows as plain dicts. Must not know models, tokenizers or how rows were made.
+{"tasks": {task: {"rows": n, "status": {...}, "notes": n, "metrics": {metric: {mean, low, high, rows}}}},
+ "numbers": {name: {"value": x} or {"value": null, "undefined": "no retain model given"}}}
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from .row_metrics import UNBOUNDED
 
 Rows = Sequence[Mapping[str, Any]]
 NO_RETAIN = "no retain model given"
-COUNTED = ("ok", "empty")  # an empty answer is an answer: it counts, and is counted
+COUNTED = ("ok", "empty")  # an empty answer is an answer
 
 
 def summarise(
@@ -66,7 +64,7 @@ def _mean(rows: Rows, metric: str) -> dict[str, Any]:
 
 
 def _values(rows: Rows, metric: str) -> list[tuple[Any, float]]:
-    """(row id, value) of the rows about which the metric says something."""
+    """(row id, value) of the rows for which the metric is defined."""
     return [
         (row["id"], row["metrics"][metric])
         for row in rows
@@ -131,9 +129,9 @@ def _privleak(spec: Mapping, rows: Rows, retain_rows: Rows | None) -> dict[str, 
     return {"value": value, "auc": auc, "auc_retrain": float(auc_retrain)}
 
 
-OF_RETAIN = frozenset({"forget_quality", "privleak"})  # what a retain model is compared with
+OF_RETAIN = frozenset({"forget_quality", "privleak"})  # numbers that need a retain model
 
-# name -> (what the suite says about it, the run's rows, the retain run's rows or None) -> {"value": ...}
+# name -> function of (its entry in the suite, the run's rows, the retain run's rows or None) -> {"value": ...}
 NUMBERS: dict[str, Callable[[Mapping, Rows, Rows | None], dict[str, Any]]] = {
     "forget_quality": _forget_quality,
     "model_utility": _model_utility,

@@ -174,5 +174,6 @@ def fit_model(objective: Objective, model: nn.Module, head: LMHead, args: Any) -
         raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
     if objective.layer:
         args.rmu_layer = check_layer(model, args.rmu_layer)
-    if objective.trains is not None:
-        select_parameters(model, lambda name: objective.trains(name, args), args.objective)
+    trains = objective.trains
+    if trains is not None:
+        select_parameters(model, lambda name: trains(name, args), args.objective)

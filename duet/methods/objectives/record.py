@@ -1,4 +1,4 @@
-"""What an objective is: a loss over one micro-batch, what it wants from the teacher, and what it wants to see.
+"""What an objective is: a loss over one micro-batch, the targets it needs of the teacher, and the rows it scores.
 
 A loss is a function `loss(step) -> {"loss": ..., ...}`; everything else in the dict is logged. Sums over the tokens of a
 micro-batch are divided by `step.counts`, which count the **whole** accumulated step over all processes: a mean over
@@ -48,13 +48,13 @@ class Counts(NamedTuple):
     @classmethod
     def of(cls, totals: Tensor) -> "Counts":
         """Of the added counts `[5 + own]` of micro-batches and processes; a count of 0 becomes 1."""
-        common, own = totals.clamp(min=1).split([5, len(totals) - 5])
-        return cls(*common.unbind(), own.unbind())
+        positions, forget, retain, forget_queries, retain_queries, *own = totals.clamp(min=1).unbind()
+        return cls(positions, forget, retain, forget_queries, retain_queries, own)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One micro-batch, as an objective sees it: B queries with N scored positions in all.
+    """The inputs of a loss for one micro-batch: B queries with N scored positions in all.
 
     Attributes:
         hidden: `[N, D]` the student's hidden states where the answer's tokens are predicted.
@@ -98,8 +98,12 @@ class Step:
 
     def tail_kl(self, teacher: TopK) -> Tensor:
         """`[N]` KL(p_teacher || p_student) on the teacher's top-k and a bucket for the rest, nats."""
-        options = {"divergence": "forward_kl", "normalization": "tail", "reduction": "none"}
-        return topk_distill_loss(self.hidden, self.head, teacher, **options, impl=self.args.impl)
+        options: dict[str, Any] = {
+            "divergence": "forward_kl",
+            "normalization": "tail",
+            "impl": self.args.impl,
+        }
+        return topk_distill_loss(self.hidden, self.head, teacher, reduction="none", **options)
 
     def forget_mean(self, losses: Tensor) -> Tensor:
         """The mean of `losses` `[N]` over the forget positions of the whole step: this micro-batch's part of it."""
