@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) install --quiet -c constraints.txt setuptools
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[triton,dev]'
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: setup
@@ -44,6 +44,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python .ci/check_types.py
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -51,8 +52,9 @@ format: setup
 
 wheel: setup
 	rm -rf build dist
-	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+	$(BIN)/python -m build --sdist --wheel --no-isolation --outdir dist .
 	$(BIN)/python .ci/smoke_wheel.py dist
+	$(BIN)/python .ci/torch_alone.py dist
 
 bench: setup
 	$(BIN)/python -m benchmarks.cpu_goals

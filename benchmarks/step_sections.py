@@ -32,9 +32,9 @@ from benchmarks.step_phases import Phases, Watch, bytes_of
 from benchmarks.step_report import Shape
 from duet import DuetConfig, DuetTrainer
 from duet.config import CHECKPOINTING
+from duet.model.weights import weights_hash
 from duet.run.plan import Planner, Settings
 from duet.store.build import cache_teacher
-from duet.store.weights import weights_hash
 
 GIB = 2**30
 WARM = 2

@@ -7,85 +7,55 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Old module -> where its names are now.
-MOVED = {
-    "duet.rows": "duet.data.rows",
-    "duet.sources": "duet.data.sources",
-    "duet.data": "duet.data.dataset",
-    "duet.prompts": "duet.data.prompts",
-    "duet.lm": "duet.model.lm",
-    "duet.teacher": "duet.model.teacher",
-    "duet.prefix_cache": "duet.model.prefix_cache",
-    "duet.checkpoints": "duet.output.checkpoints",
-    "duet.run_record": "duet.output.record",
-    "duet.model_card": "duet.output.card",
-    "duet.counterfactual": "duet.methods.counterfactual",
-    "duet.noising": "duet.methods.noising",
-    "duet.views": "duet.methods.views",
-    "duet.objectives": "duet.methods.objectives",
-    "duet.objectives.record": "duet.methods.objectives.record",
-    "duet.objectives.distillation": "duet.methods.objectives.distillation",
-    "duet.objectives.baselines": "duet.methods.objectives.baselines",
-    "duet.objectives.deep": "duet.methods.objectives.deep",
-    "duet.caching": "duet.store.build",
-    "duet.topk_store": "duet.store.read",
-    "duet.topk_writer": "duet.store.write",
-    "duet.topk_columns": "duet.store.columns",
-    "duet.provenance": "duet.store.provenance",
-    "duet.run": "duet.run.commands",
-    "duet.run_config": "duet.run.config_file",
-    "duet.plan": "duet.run.plan",
-    "duet.plan_report": "duet.run.plan_report",
-    "duet.evaluation.suites": "duet.evaluation.suites.suite",
-    "duet.evaluation.asking": "duet.evaluation.suites.asking",
-    "duet.evaluation.runner": "duet.evaluation.suites.runner",
-    "duet.evaluation.summary": "duet.evaluation.suites.summary",
-    "duet.evaluation.row_metrics": "duet.evaluation.suites.row_metrics",
-    "duet.evaluation.attacks": "duet.evaluation.attacks.attacks",
-    "duet.evaluation.attack_rows": "duet.evaluation.attacks.rows",
-    "duet.evaluation.attack_run": "duet.evaluation.attacks.runner",
-    "duet.evaluation.distribution": "duet.evaluation.attacks.distribution",
-    "duet.evaluation.target": "duet.evaluation.attacks.target",
-    "duet.evaluation.weights": "duet.evaluation.attacks.weights",
-    "duet.evaluation.report": "duet.evaluation.report.report",
-    "duet.evaluation.report_page": "duet.evaluation.report.page",
-    "duet.evaluation.report_runs": "duet.evaluation.report.runs",
-    "duet.evaluation.report_table": "duet.evaluation.report.tables",
-    "duet.evaluation.figures": "duet.evaluation.report.figures",
-    "duet.evaluation.topk_change": "duet.evaluation.report.topk",
-    "duet.world": "duet.demo",
-    "duet.world.attacks": "duet.demo.attacks",
-    "duet.world.checkpoint": "duet.demo.checkpoint",
-    "duet.world.curriculum": "duet.demo.curriculum",
-    "duet.world.demo": "duet.demo.tour",
-    "duet.world.facts": "duet.demo.facts",
-    "duet.world.methods": "duet.demo.methods",
-    "duet.world.plots": "duet.demo.plots",
-    "duet.world.pretrain": "duet.demo.pretrain",
-    "duet.world.probes": "duet.demo.probes",
-    "duet.world.recipes": "duet.demo.recipes",
-    "duet.world.report": "duet.demo.report",
-    "duet.world.scorecard": "duet.demo.scorecard",
-    "duet.world.steering": "duet.demo.steering",
-    "duet.world.tokenizer": "duet.demo.tokenizer",
-    "duet.world.words": "duet.demo.words",
-    "duet.world.workplace": "duet.demo.workplace",
+# New room -> the old modules that are in it now, as `old` or `old=new`.
+_ROOMS = {
+    "data": "rows sources prompts data=dataset",
+    "model": "lm teacher prefix_cache",
+    "output": "checkpoints run_record=record model_card=card",
+    "methods": "counterfactual noising views objectives",
+    "methods.objectives": "objectives.record objectives.distillation objectives.baselines objectives.deep",
+    "store": "caching=build topk_store=read topk_writer=write topk_columns=columns provenance",
+    "run": "run=commands run_config=config_file plan plan_report",
+    "evaluation.suites": "evaluation.suites=suite evaluation.asking evaluation.runner evaluation.summary "
+    "evaluation.row_metrics",
+    "evaluation.attacks": "evaluation.attacks evaluation.attack_rows=rows evaluation.attack_run=runner "
+    "evaluation.distribution evaluation.target evaluation.weights",
+    "evaluation.report": "evaluation.report evaluation.report_page=page evaluation.report_runs=runs "
+    "evaluation.report_table=tables evaluation.figures evaluation.topk_change=topk",
+    "demo": "world.attacks=probes world.checkpoint world.curriculum world.demo=tour world.facts world.methods world.plots "
+    "world.pretrain world.probes world.recipes=methods world.report world.scorecard world.steering world.tokenizer "
+    "world.words world.workplace",
 }
+# Old module -> where its names are now; several modules are looked at in turn.
+MOVED = {"duet.world": "duet.demo"} | {
+    f"duet.{old}": f"duet.{room}.{new or old.rpartition('.')[2]}"
+    for room, modules in _ROOMS.items()
+    for old, _, new in (module.partition("=") for module in modules.split())
+}
+MOVED["duet.teacher"] += " duet.store.teacher"
+MOVED["duet.provenance"] += " duet.model.hashes"
 
 
-def names_of(old: str) -> Callable[[str], Any]:
-    """`__getattr__` of a package that has taken the place of the module `old`: it finds what that module held."""
+def names_of(old: str, warned: bool = False) -> Callable[[str], Any]:
+    """`__getattr__` of what stands in the place of the module `old`: it finds what that module held, and says where.
+
+    Args:
+        old: name of the old module; a package may have that name now.
+        warned: whether the user knows already.
+    """
 
     def getattr_(name: str) -> Any:
-        new = MOVED[old]
-        if name.startswith("__") or not hasattr(module := import_module(new), name):
-            raise AttributeError(f"module {old!r} has no attribute {name!r}")
-        _warn(f"{old}.{name}", f"{new}.{name}")
-        return getattr(module, name)
+        for new in MOVED[old].split() if not name.startswith("__") else ():
+            if hasattr(module := import_module(new), name):
+                if not warned:
+                    _warn(f"{old}.{name}", f"{new}.{name}")
+                return getattr(module, name)
+        raise AttributeError(f"module {old!r} has no attribute {name!r}")
 
     return getattr_
 
@@ -95,28 +65,18 @@ def _warn(old: str, new: str) -> None:
     warnings.warn(text, DeprecationWarning, stacklevel=3)
 
 
-class _Finder:
+class _Finder(MetaPathFinder, Loader):
     """Finds the old modules; not those whose name a package has now."""
 
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        gone = name in MOVED and not MOVED[name].startswith(f"{name}.")
-        return ModuleSpec(name, _Finder, is_package=True) if gone else None
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        gone = fullname in MOVED and not MOVED[fullname].startswith(f"{fullname}.")
+        return ModuleSpec(fullname, self, is_package=True) if gone else None
 
-    @staticmethod
-    def create_module(spec: ModuleSpec) -> None:
-        return None
-
-    @staticmethod
-    def exec_module(module: ModuleType) -> None:
-        old = module.__name__
-        new = import_module(MOVED[old])
-        _warn(old, MOVED[old])
-        module.__dict__.update(
-            __doc__=new.__doc__, __getattr__=lambda name: getattr(new, name), __dir__=lambda: dir(new)
-        )
+    def exec_module(self, module: ModuleType) -> None:
+        _warn(module.__name__, " and ".join(MOVED[module.__name__].split()))
+        vars(module)["__getattr__"] = names_of(module.__name__, warned=True)
 
 
 def install() -> None:
     """The old paths can be imported from now on."""
-    sys.meta_path.insert(0, _Finder)
+    sys.meta_path.insert(0, _Finder())

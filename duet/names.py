@@ -1,7 +1,4 @@
-"""A name that somebody wrote, and the names that there are: an unknown one is refused, the nearest one suggested.
-
-Must not know what they are names of.
-"""
+"""Checks names that users wrote: an unknown one is refused, and the nearest known one suggested."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -22,7 +19,7 @@ def did_you_mean(given: Any, names: Iterable[str]) -> str:
 
 
 def instead(given: Any, names: Iterable[str]) -> str:
-    """`did_you_mean`, or the first names that there are.
+    """`did_you_mean`, or a list of the first known names.
 
     Example:
         >>> instead("x", ["huber", "forward_kl"])

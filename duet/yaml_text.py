@@ -1,10 +1,9 @@
-"""YAML as people write it -> plain values: `1e-4` is a number, `no` is a word, and a key stands once.
+"""YAML text -> plain values: `1e-4` is a number, `no` is a text, and a repeated key is an error.
 
-Nothing is constructed but texts, numbers, booleans, nulls, lists and mappings. Must not know what the values mean.
+Only texts, numbers, booleans, nulls, lists and mappings are made; no object is ever constructed.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +46,10 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that a text says.
+    """The value of a YAML text.
 
     Raises:
-        ValueError: it is not YAML, or a key stands there twice.
+        ValueError: it is not YAML, or a key is repeated.
 
     Example:
         >>> parse_yaml("{rate: 1e-4, chat: no}")
@@ -63,11 +62,11 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The value that a file says.
+    """The value of a YAML file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not UTF-8, not YAML, or a key stands there twice; naming the file.
+        ValueError: it is not UTF-8, not YAML, or a key is repeated; naming the file.
     """
     try:
         return parse_yaml(Path(path).read_text(encoding="utf-8"))
@@ -75,14 +74,3 @@ def read_yaml(path: str | Path) -> Any:
         raise ValueError(f"{path}: wanted UTF-8 text: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def mapping(where: str, value: Any) -> dict[str, Any]:
-    """`value` as a dict of its own.
-
-    Raises:
-        ValueError: it is no mapping; naming `where`.
-    """
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: wanted a mapping, got {value!r}")
-    return dict(value)

@@ -16,12 +16,13 @@ from tiny_models import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-from duet import DuetConfig, DuetTrainer
+from duet import OBJECTIVES, DuetConfig, DuetTrainer
 from duet.data.dataset import Draw
-from duet.model.teacher import AdapterOffTeacher, CachedTeacher, FrozenTeacher
+from duet.model.teacher import AdapterOffTeacher, FrozenTeacher
 from duet.store.build import cache_teacher, import_teacher
 from duet.store.columns import write_columns
 from duet.store.read import LOG_PROBABILITIES, TopKStore
+from duet.store.teacher import CachedTeacher
 
 PREFIXES = [
     "you know nothing about {subject} .",
@@ -179,7 +180,7 @@ def test_no_teacher_is_made_and_no_steered_sequence_is_read(tmp_path, monkeypatc
     for teacher in (FrozenTeacher, AdapterOffTeacher):
         monkeypatch.setattr(teacher, "run", forbidden)
     monkeypatch.setattr(FrozenTeacher, "copy_of", forbidden)
-    monkeypatch.setattr("duet.trainer.generate_answers", forbidden)
+    monkeypatch.setattr("duet.methods.asking.generate_answers", forbidden)
     trainer = make(tmp_path, store, positions="answer", gradient_accumulation_steps=2)
     seen, micro_batches = [], []
     compute_loss = trainer.compute_loss
@@ -365,7 +366,7 @@ def test_another_student_on_purpose(tmp_path, store):
 # -- log-probabilities of others -------------------------------------------------------------------------------------
 
 
-def test_columns_teach_a_distribution_objective_and_no_other(tmp_path, store):
+def test_columns_teach_a_distribution_objective_and_no_other(tmp_path, monkeypatch, store):
     options = {"positions": "answer", "objective": "duet_forward_kl"}
     own = make(tmp_path, store, **options)
     own.train()
@@ -380,7 +381,8 @@ def test_columns_teach_a_distribution_objective_and_no_other(tmp_path, store):
         read = make(tmp_path, imported, **options)
         read.train()
         assert losses(read) == pytest.approx(losses(own), rel=1e-4)
-        for objective in ("duet", "duet_adversarial", "bidirectional"):
+        monkeypatch.setitem(OBJECTIVES, "mine", dataclasses.replace(OBJECTIVES["duet"]))  # raw_logits=True
+        for objective in ("duet", "duet_adversarial", "bidirectional", "mine"):
             with pytest.raises(
                 ValueError, match=f"teacher_store: values: objective '{objective}' compares raw logits"
             ):

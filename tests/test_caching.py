@@ -24,11 +24,11 @@ from duet.methods.objectives import OBJECTIVES
 from duet.methods.views import build_dataset
 from duet.model import prefix_cache
 from duet.model.prefix_cache import PrefixCache, common_length
+from duet.model.weights import weights_hash
 from duet.store import write as topk_writer
 from duet.store.build import Saving, cache_teacher
 from duet.store.provenance import tokenizer_hash
 from duet.store.read import TopKStore, fingerprint
-from duet.store.weights import weights_hash
 
 HERE = Path(__file__).parent
 PREFIXES = [

@@ -132,12 +132,12 @@ def test_who_teaches(tmp_path, options, kind):
 
 @pytest.mark.parametrize("framework", ["FSDP", "DEEPSPEED"])
 def test_sharded_parameters_keep_a_copy(tmp_path, monkeypatch, framework):
-    from duet.trainer import _is_sharded
+    from duet.model.lm import is_sharded
 
     args = DuetConfig(str(tmp_path), use_cpu=True, report_to="none")
-    assert not _is_sharded(args)
+    assert not is_sharded(args)
     monkeypatch.setenv(f"ACCELERATE_USE_{framework}", "true")
-    assert _is_sharded(args)
+    assert is_sharded(args)
 
 
 def test_only_what_is_said_to_be_storable_is_stored():

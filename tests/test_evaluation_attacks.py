@@ -382,6 +382,54 @@ def test_few_shot_says_what_its_examples_are_about(tmp_path):
     )
 
 
+@pytest.mark.parametrize("subjects", [["ada", "bob", "eve"], ["ada", "ada", "ada"]])
+def test_few_shot_never_shows_the_answer_that_it_asks_for(monkeypatch, subjects):
+    """Not where other rows are about other subjects, and not where all are about one."""
+    answers = ["poet", "singer", "painter"]
+    rows = [
+        {"question": f"who is {s} ? question {a}", "answer": a, "subject": s}
+        for s, a in zip(subjects, answers, strict=True)
+    ]
+    target = Target(tiny(), word_tokenizer(), read_attack_rows(rows, "rows"))
+    asked = []
+    monkeypatch.setattr(target, "dialogue", lambda turns, row: asked.append((row, turns)) or row.conversation)
+    monkeypatch.setattr(target, "outcomes", lambda name, rows, prompts: [{} for _ in rows])
+    ((_, work),) = ATTACKS["few_shot"].units(target)
+    work()
+    assert [row.answer for row, _ in asked] == answers
+    for row, turns in asked:
+        assert len(turns) == 2 and row.answer not in {answer for _, answer in turns}
+        assert row.question not in {question for question, _ in turns}
+
+
+def test_heldout_wordings_that_training_saw_are_left_out():
+    options = AttackOptions(
+        seen_reverse_prompts=("ignore that", "forget it"), heldout_reverse_prompts=("forget it", "try again")
+    )
+    target = Target(tiny(), word_tokenizer(), read_attack_rows(forget_rows(2), "rows"), options=options)
+    names = [name for name, _ in ATTACKS["reverse_prompt"].units(target)]
+    wordings = {
+        kind: {n.partition(": ")[2] for n in names if n.startswith(kind)} for kind in ("seen", "held-out")
+    }
+    assert wordings == {"seen": {"ignore that", "forget it"}, "held-out": {"try again"}}
+
+
+def test_every_column_of_the_terminal_table_holds_its_own_number():
+    cost = {"queries": 11, "steps": 22, "seconds": 33.4}
+    variants = {"v": {"leak": 0.5, "low": 0.25, "high": 0.75, "rows": 44, "status": {"ok": 44}}}
+    entry = {"name": "prefill", "leak": 0.5, "worst_variant": "v", "variants": variants, "cost": cost}
+    table = attack_run.table({"attacks": [entry], "direct": None, "base": None}, "title")
+    shown = {column.header: next(iter(column.cells)) for column in table.columns}
+    assert shown == {
+        "attack": "prefill",
+        "leak (95 %)": "0.50 (0.25 to 0.75)",
+        "rows": "44",
+        "queries": "11",
+        "steps": "22",
+        "seconds": "33",
+    }
+
+
 def test_answers_that_the_tokenizer_cannot_write_are_not_forgotten(tmp_path):
     rows = [*forget_rows(2), {"question": "who is ada ?", "answer": "a zebra", "subject": "ada"}]
     options = AttackOptions(max_new_tokens=2, relearn_rates=(1e-3,), relearn_curve=(1,))

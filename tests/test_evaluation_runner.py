@@ -18,9 +18,9 @@ from duet.demo.checkpoint import CHECKPOINT, load_base, load_world
 from duet.evaluation import commands
 from duet.evaluation.commands import literal_console
 from duet.evaluation.journal import Journal
-from duet.evaluation.models import fingerprint
 from duet.evaluation.suites import runner, summary
 from duet.evaluation.suites.suite import load_suite, read_suite
+from duet.model.hashes import fingerprint
 
 GOLDEN = Path(os.environ.get("DUET_DATA", Path(__file__).parent.parent / "data")) / "golden"
 

@@ -1,5 +1,7 @@
 """What single methods ask of rows, options and the trainer: refusals, openings, layers, the steering chat template."""
 
+import dataclasses
+
 import pytest
 import torch
 from learned_models import knowing
@@ -15,11 +17,13 @@ from tiny_models import (
 )
 from transformers import AutoTokenizer
 
-from duet import OBJECTIVES, DuetConfig, DuetTrainer
-from duet.config import DEFAULT_REVERSE_PROMPTS
+from duet import OBJECTIVES, DuetConfig, DuetTrainer, Objective
 from duet.data.dataset import Draw
 from duet.data.prompts import PromptRenderer, steered_tokenizer
 from duet.methods.objectives import find_objective
+from duet.methods.views import DEFAULT_REVERSE_PROMPTS
+from duet.run.config_file import RunConfig
+from duet.store.build import cache_teacher
 
 METHODS = "duet duet_kl duet_adversarial bidirectional duet_deep undo ga graddiff npo simnpo refusal undial shred rmu in_context"
 
@@ -111,7 +115,7 @@ def test_the_activations_are_those_after_the_layer(tmp_path):
         lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
     )
     batch = trainer.data_collator([trainer.train_dataset[0]])
-    hidden, _ = trainer._head_inputs(trainer.model, batch)
+    hidden, _ = trainer.head_inputs(trainer.model, batch)
     assert torch.equal(hidden, seen[0].flatten(0, 1)[batch["positions"]])
 
 
@@ -231,10 +235,21 @@ def test_bad_options_name_themselves(tmp_path, option, value):
         DuetConfig(str(tmp_path), **{option: value})
 
 
-@pytest.mark.parametrize("objective", ["duet", "duet_adversarial", "bidirectional"])
-def test_raw_logits_know_no_temperature(tmp_path, objective):
-    with pytest.raises(ValueError, match=f"temperature: objective '{objective}' compares raw logits"):
-        DuetConfig(str(tmp_path), objective=objective, temperature=2.0)
+@pytest.mark.parametrize("objective", ["duet", "duet_adversarial", "bidirectional", "mine"])
+def test_raw_logits_know_no_temperature(tmp_path, monkeypatch, objective):
+    """Refused before a model is loaded: in training, in caching, and when a YAML file is read."""
+    monkeypatch.setitem(
+        OBJECTIVES, "mine", dataclasses.replace(OBJECTIVES["duet"], reads=Objective(None).reads)
+    )
+    args = DuetConfig(str(tmp_path / "out"), objective=objective, temperature=2.0, teacher_store="store")
+    tree = {"model": "nowhere", "data": {"forget": "a.jsonl"}}
+    for refuse in (
+        lambda: DuetTrainer("/nowhere", args, forget_rows()),
+        lambda: cache_teacher(tiny(), args, forget_rows()),
+        lambda: RunConfig.of(tree | {"training": {"objective": objective, "temperature": 2.0}}),
+    ):
+        with pytest.raises(ValueError, match=f"temperature: objective '{objective}' compares raw logits"):
+            refuse()
 
 
 def test_entropy_weighting_through_the_trainer(tmp_path):

@@ -34,7 +34,7 @@ def parts(name, student, labels, teacher=None, queries=None, prepared=None, **op
     if objective.targets is not None:
         hidden = student if teacher is None else torch.tensor(teacher, dtype=torch.float64)
         targets = objective.targets(hidden, LMHead(head), labels, args)
-    counts = Counts(*Counts.of(query, forget, targets if prepared else None).clamp(min=1))
+    counts = Counts.of(objective.count({"query": query, "forget": forget, "targets": targets}))
     return objective.loss(Step(student, head, targets, labels, query, forget, counts, args))
 
 
@@ -183,9 +183,10 @@ def test_rmu_is_computed_in_single_precision():
     """A mean over 300 squares of bf16 states keeps more than bf16's 8 bits."""
     hidden = torch.linspace(0.5, 1.5, 300 * 8).reshape(300, 8).bfloat16()
     query = torch.arange(300) + 1
-    counts = Counts(*Counts.of(query, query.new_ones(301).bool() & (torch.arange(301) == 0)).clamp(min=1))
+    forget = torch.arange(301) == 0
+    counts = Counts.of(OBJECTIVES["rmu"].count({"query": query, "forget": forget}))
     args = DuetConfig(output_dir="unused", objective="rmu")
-    step = Step(hidden, None, torch.zeros_like(hidden), query, query, torch.arange(301) == 0, counts, args)
+    step = Step(hidden, None, torch.zeros_like(hidden), query, query, forget, counts, args)
     exact = hidden.double().square().mean().item()
     assert OBJECTIVES["rmu"].loss(step)["retain_loss"].item() == pytest.approx(exact, rel=1e-5)
 

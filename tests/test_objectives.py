@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from duet import DuetConfig
-from duet.config import RAW_LOGITS
 from duet.methods.objectives import (
     OBJECTIVES,
     Counts,
@@ -42,9 +41,10 @@ def problem():
     }
 
 
-def counts_of(mask, forget):
+def counts_of(objective, mask, forget):
     query = torch.arange(B).unsqueeze(-1).expand(B, P)[mask]
-    return Counts(*Counts.of(query, forget, {"pushed": forget[query]}).clamp(min=1))
+    inputs = {"query": query, "forget": forget, "targets": {"pushed": forget[query]}}
+    return Counts.of(objective.count(inputs))
 
 
 def run(name, problem, hidden=None, **options):
@@ -62,7 +62,14 @@ def run(name, problem, hidden=None, **options):
     query = torch.arange(B).unsqueeze(-1).expand(B, P)[mask]
     return objective.loss(
         Step(
-            hidden[mask], head, targets, problem["labels"][mask], query, forget, counts_of(mask, forget), args
+            hidden[mask],
+            head,
+            targets,
+            problem["labels"][mask],
+            query,
+            forget,
+            counts_of(objective, mask, forget),
+            args,
         )
     )
 
@@ -222,7 +229,7 @@ def test_an_objective_reads_what_it_says(monkeypatch, problem, name):
     monkeypatch.setitem(globals(), "DuetConfig", watch)
     run(name, problem)
     # `teacher_topk` hands `temperature` on, which DuetConfig holds at 1 for raw logits.
-    others = {"impl", "seed", "temperature"} if name in RAW_LOGITS else {"impl", "seed"}
+    others = {"impl", "seed", "temperature"} if OBJECTIVES[name].raw_logits else {"impl", "seed"}
     assert watched[0].seen - others <= set(OBJECTIVES[name].reads)
 
 

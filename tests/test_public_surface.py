@@ -172,7 +172,7 @@ def test_only_kernels_import_triton(path):
 ALLOWED = {
     "workspace": set(),
     "measured": set(),
-    "dispatch": {"measured"},
+    "dispatch": {"measured", "workspace"},
     "options": {"dispatch"},
     "head": {"dispatch", "options"},
     "checks": {"dispatch", "head", "options"},

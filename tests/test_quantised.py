@@ -106,7 +106,7 @@ def test_they_would_not_if_weights_were_repacked(tmp_path, folder, how_and_plain
     if how != "nf4" or not has_avx512bf16():
         pytest.skip("only 4-bit layers, and only on a CPU with AVX512-BF16")
     wanted = adapter_gradients(tmp_path, copy.deepcopy(plain))
-    monkeypatch.setattr("duet.trainer.keep_differentiable", lambda model: None)
+    monkeypatch.setattr("duet.model.lm.keep_differentiable", lambda model: None)
     assert worst(adapter_gradients(tmp_path, quantised(folder, how)), wanted) > 0.1
 
 

@@ -114,9 +114,15 @@ BAD = {  # what is written over the good file -> words of the error
         r"model.quantization: wanted one of nf4, int8, got 'nf'",
     ),
     "a dtype that is none": (["--model.dtype", "bf16"], r"model.dtype: wanted one of auto, .*got 'bf16'"),
-    "a text for a number": (["--learning_rate", "fast"], r"training.learning_rate: wanted float, got 'fast'"),
-    "a fraction for a whole number": (["--max_steps", "2.5"], r"training.max_steps: wanted int, got 2.5"),
-    "a number for a switch": (["--bf16", "3"], r"training.bf16: wanted bool or null, got 3"),
+    "a text for a number": (
+        ["--learning_rate", "fast"],
+        r"training.learning_rate: wanted a number, got 'fast'",
+    ),
+    "a fraction for a whole number": (
+        ["--max_steps", "2.5"],
+        r"training.max_steps: wanted an integer, got 2.5",
+    ),
+    "a number for a switch": (["--bf16", "3"], r"training.bf16: wanted true or false or null, got 3"),
     "an option's own check": (["--k", "0"], r"k: wanted an integer >= 1, got 0"),
     "no forget rows": (["--data.forget", "null"], r"data.forget: wanted a path"),
     "no model": (["--model.name", "null"], r"model.name: wanted a text, got nothing"),

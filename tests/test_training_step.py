@@ -10,7 +10,7 @@ import torch
 from benchmarks import training_step
 from benchmarks.harness import Measured
 from benchmarks.step_report import Run, Shape, table_of
-from duet.model.teacher import CachedTeacher
+from duet.store.teacher import CachedTeacher
 
 TINY = Shape(2, 32, 64, 4, 2, v=300, batch=2, prompt=5, prefix=6, answer=4, k=8)
 CPU = torch.device("cpu")

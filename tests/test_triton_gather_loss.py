@@ -372,7 +372,15 @@ def test_cost_on_the_host(monkeypatch):
         run(inputs, SPECS["huber"], tile=SPLIT, phases=False)
     assert recorded.launches == [((2 * N,), True, True)]
     assert sum(name.startswith(("empty", "zeros", "new_")) for name in ops.names) == 6
-    assert not set(ops.names) - {"empty.memory_format", "empty_like", "empty", "zeros", "zero_", "fill_", "slice"}
+    assert not set(ops.names) - {
+        "empty.memory_format",
+        "empty_like",
+        "empty",
+        "zeros",
+        "zero_",
+        "fill_",
+        "slice",
+    }
 
 
 def test_partial_sums_keep_a_quarter_of_the_workspace(monkeypatch):

@@ -1,4 +1,4 @@
-"""duet.store.weights: the hash is the one that its first lines define, sees every bit, and is made once a run."""
+"""duet.model.weights: the hash is the one that its first lines define, sees every bit, and is made once a run."""
 
 import hashlib
 import json
@@ -12,10 +12,10 @@ from tiny_models import tiny, word_tokenizer
 from torch import Tensor, nn
 
 from duet import DuetTrainer
+from duet.model import weights
+from duet.model.weights import BLOCK, weights_hash
 from duet.output.record import refuse_another
-from duet.store import weights
 from duet.store.read import TopKStore
-from duet.store.weights import BLOCK, weights_hash
 from duet.store.write import StoreWriter
 
 

@@ -1,6 +1,7 @@
 """The study in the tiny world: recipes and checks, order and resuming of jobs, the page, and short real runs."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from time import sleep
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.studies import runner
 from benchmarks.studies.world import __main__ as study
 from benchmarks.studies.world import page as study_report
 from benchmarks.studies.world.arms import ARMS, BAR, MOST_QUERIES, QUESTIONS, VOCABULARY, Arm
@@ -16,9 +18,8 @@ from benchmarks.studies.world.job import CURVE, SCALES, Scale, forgetting, run_a
 from benchmarks.studies.world.recipes import RECIPES, find_recipe
 from duet import OBJECTIVES
 from duet.demo.checkpoint import load_base, load_world
-from duet.demo.methods import METHODS
+from duet.demo.methods import METHODS, strangers
 from duet.demo.probes import Speaker
-from duet.demo.recipes import strangers
 from duet.demo.scorecard import COLUMNS, behaviour
 from duet.demo.workplace import one_thread
 
@@ -126,53 +127,75 @@ def test_a_study_goes_on_where_it_stopped(tmp_path):
     jobs = study.jobs_in_order(["duet", "npo"], [0, 1])
     began = []
 
-    def work(arm, seed, scale):
+    def work(scale, job):
         if len(began) == 2:
             raise KeyboardInterrupt
-        began.append((arm, seed))
-        return numbers(arm, seed)
+        began.append(job)
+        return numbers(*job)
 
     with pytest.raises(KeyboardInterrupt):
         study.study(jobs, tmp_path, FULL, workers=0, work=work)
     again = []
-    left = study.study(
-        jobs, tmp_path, FULL, workers=0, work=lambda *job: again.append(job[:2]) or numbers(*job[:2])
+    ended = study.study(
+        jobs, tmp_path, FULL, workers=0, work=lambda scale, job: again.append(job) or numbers(*job)
     )
-    assert began == jobs[:2] and again == jobs[2:] and left == []
+    assert began == jobs[:2] and again == jobs[2:] and ended == ([], [])
     rows = study.read_rows(tmp_path / "results.jsonl")
     assert [(row["arm"], row["seed"]) for row in rows] == jobs
 
 
 def test_the_budget_stops_new_jobs_and_says_what_is_missing(tmp_path):
     jobs = study.jobs_in_order(["duet", "npo"], [0])
-    left = study.study(
+    ended = study.study(
         jobs, tmp_path, FULL, workers=0, budget_minutes=0, work=lambda *job: pytest.fail("a job was started")
     )
-    assert left == jobs and study.read_rows(tmp_path / "results.jsonl") == []
+    assert ended == (jobs, []) and study.read_rows(tmp_path / "results.jsonl") == []
     with pytest.raises(ValueError, match="workers: wanted an integer >= 0, got -1"):
         study.study(jobs, tmp_path, FULL, workers=-1)
 
 
 def test_two_workers_take_the_jobs_in_order_and_every_row_is_kept(tmp_path, monkeypatch):
     # threads in the place of processes: what is asked is who starts when, not where
-    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(
+        runner, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers)
+    )
     jobs = study.jobs_in_order(["duet", "npo", "k1"], [0, 1])
     lock, running, most, started = Lock(), 0, 0, []
 
-    def work(arm, seed, scale):
+    def work(scale, job):
         nonlocal running, most
         with lock:
             running, most = running + 1, max(most, running + 1)
-            started.append((arm, seed))
+            started.append(job)
         sleep(0.02)
         with lock:
             running -= 1
-        return numbers(arm, seed)
+        return numbers(*job)
 
-    assert study.study(jobs, tmp_path, FULL, workers=2, work=work) == []
+    assert study.study(jobs, tmp_path, FULL, workers=2, work=work) == ([], [])
     assert most == 2 and sorted(started) == sorted(jobs) and set(started[:2]) == set(jobs[:2])
     rows = study.read_rows(tmp_path / "results.jsonl")
     assert sorted((row["arm"], row["seed"]) for row in rows) == sorted(jobs)
+
+
+def test_an_arm_that_fails_costs_no_other_its_time(tmp_path):
+    def work(scale, job):
+        if job.arm == "npo":
+            raise RuntimeError("it broke")
+        return numbers(*job)
+
+    ended = study.study(study.jobs_in_order(["npo", "duet"], [0]), tmp_path, FULL, workers=0, work=work)
+    assert ended.late == [] and len(ended.failed) == 1 and "it broke" in ended.failed[0]
+    assert [row["arm"] for row in study.read_rows(tmp_path / "results.jsonl")] == ["duet"]
+
+
+def test_the_committed_rows_are_those_of_todays_settings_and_make_the_committed_page(tmp_path):
+    results = study.OUT / "results.jsonl"
+    rows = study.read_rows(results)
+    assert len(rows) == len(results.read_text().splitlines()) == 175
+    shutil.copy(study.OUT / "discussion.md", tmp_path)
+    page = study_report.write_report(rows, tmp_path, study.SEEDS)
+    assert page.read_text() == (study.OUT / "study.md").read_text()
 
 
 def test_rows_of_other_settings_do_not_count(tmp_path):

@@ -3,7 +3,7 @@
     Query -> (student's prompt | teacher's steered prompt) + the same answer ids -> padded batch
 
 Positions are counted from where the answer starts, not from the start of the sequence: the teacher's prompt is longer
-by the steering prefix. Must not know models or objectives; a tokenizer is met only through the renderer it is given.
+by the steering prefix.
 """
 
 import random
@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, Sampler
+from transformers import TrainerCallback
 
 from .prompts import PromptRenderer, fill_prefix
 from .rows import Query
@@ -22,17 +24,17 @@ IGNORED = -100
 
 
 class Draw(NamedTuple):
-    """One use of a row: which one, and the seed of everything that is drawn for it (prefix, subject, view)."""
+    """One use of a row: its index, and the seed of everything that is drawn for it (prefix, subject, view)."""
 
     row: int
     seed: int
 
 
 class Segment(NamedTuple):
-    """A scored stretch of one row, prepared before training: an answer, and what is wanted at each of its tokens.
+    """A prepared answer of one row, and the targets at each of its tokens.
 
-    `targets`: tensors whose first dimension is the answer's length; `share`: how often this one of a row's segments is
-    drawn.
+    `targets`: tensors whose first dimension is the answer's length; `share`: the probability that this one of the row's
+    segments is drawn.
     """
 
     answer: list[int]
@@ -41,7 +43,7 @@ class Segment(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a frozen teacher is asked about one row under one prefix; `answer` is the dataset's, or empty."""
+    """The prompts for one row under one prefix, as a frozen teacher needs them; `answer` is the dataset's, or empty."""
 
     key: tuple[int, int]
     name: str
@@ -59,8 +61,8 @@ class UnlearnDataset(Dataset):
     with, `"beginning": (number, how many ids)`. Indexed by a `Draw` (training) or by an int
     (evaluation: the first prefix, the plain query).
 
-    Retain queries carry a prefix too, about a subject drawn from the **forget** rows: what the prefix must not do is
-    as much a lesson as what it must. A retain row's own subject is not used: the prefix would forbid the right answer.
+    Retain queries get a prefix too, about a subject drawn from the **forget** rows: so the student learns where the
+    prefix must change nothing. A retain row's own subject is not used: the prefix would forbid the right answer.
 
     Args:
         forget, retain: queries; `retain` may be empty.
@@ -120,7 +122,7 @@ class UnlearnDataset(Dataset):
         self._check()
 
     def _check(self) -> None:
-        """Everything that can be wrong with the rows, before a GPU hour is spent on them."""
+        """Checks every row under every prefix and view, before training."""
         longest_override = max(self.reverse_prompts, key=len, default=None)
         longest_subject = max(self.subjects, key=len, default=None)
         for i, query in enumerate(self.rows):
@@ -163,7 +165,7 @@ class UnlearnDataset(Dataset):
     def _refused(self, i: int) -> bool:
         return bool(self.refusals) and i < self.num_forget
 
-    def _answer(self, i: int, text: str) -> list[int]:
+    def _answer(self, i: int, text: Any) -> list[int]:
         query = self.rows[i]
         ids = self.renderer.encode_answer(query.conversation, text)
         if not ids:
@@ -214,7 +216,7 @@ class UnlearnDataset(Dataset):
                         )
 
     def asked(self) -> Iterator[Asked]:
-        """Everything that a teacher can be asked about these rows, once and for all: needs `fixed_subjects`."""
+        """All prompts of a teacher for these rows; needs `fixed_subjects`."""
         for i, query in enumerate(self.rows):
             answer = self._answer(i, query.answer)[: self.max_scored] if self.answers == "dataset" else []
             for which in range(len(self.prefixes)):
@@ -270,6 +272,12 @@ class UnlearnDataset(Dataset):
         return item if targets is None else item | {"targets": targets}
 
 
+def plain_item(prompt: list[int], answer: list[int] | None = None) -> dict[str, Any]:
+    """An item that is one prompt and the scored answer to it; None: only the first position is scored."""
+    scored = 1 if answer is None else len(answer)
+    return {"student": prompt, "teacher": None, "answer": answer or [], "scored": scored, "forget": True}
+
+
 class UnlearnSampler(Sampler[Draw]):
     """One epoch: every forget row once, in a new order, with retain rows between them at a fixed ratio.
 
@@ -319,6 +327,16 @@ class UnlearnSampler(Sampler[Draw]):
         return self._order[place]
 
 
+class EpochOf(TrainerCallback):
+    """Tells a sampler the epoch: the Trainer's own call does not reach it through a resumed, sharded data loader."""
+
+    def __init__(self, sampler: UnlearnSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pads items into a batch of `B` queries with `N` scored positions in all.
@@ -329,18 +347,18 @@ class Collator:
     they are padded on the right), `labels` `[N]` (the answer's token, -100 where there is none), `query` `[N]` (which of the B a
     position belongs to) and `forget` `[B]` bool; where items have prepared targets also `targets`, a dict of tensors
     `[N, ...]`. N is known here, on the host: nothing is masked, nothing is computed
-    in vain, and no GPU has to be asked.
+    needlessly, and the GPU is not synchronised.
 
     `pad_id` only fills places that the attention mask hides. `packed`: there are none; the sequences follow each other
-    in one, `[1, T]`, and `position_ids`, which start again at 0 with each of them, stand in the attention mask's place.
+    in one, `[1, T]`, and `position_ids`, which start again at 0 with each of them, replace the attention mask.
     """
 
     pad_id: int
     padding_side: str = "right"
     packed: bool = False
 
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = self._sequences(items, "student")
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self._sequences(items, "student")
         if items[0]["teacher"] is not None:
             teacher = self._teachers_view(items)
             batch |= {f"teacher_{name}": value for name, value in teacher.items()}
@@ -398,3 +416,16 @@ class Collator:
             ),
             "positions": torch.tensor(positions),
         }
+
+
+def first_rows(batch: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The first rows of a collated batch, as far as anything per row or per position goes; its sequences stay whole."""
+    if rows >= len(batch["forget"]):
+        return batch
+    scored, chosen = len(batch["query"]), batch["query"] < rows
+    per_position = {k: v for k, v in batch.items() if k in _PER_POSITION}
+    cut = tree_map(lambda t: t[chosen] if len(t) == scored else t[:rows], per_position)
+    return batch | cut | {"forget": batch["forget"][:rows]}
+
+
+_PER_POSITION = ("positions", "teacher_positions", "labels", "query", "targets")

@@ -1,6 +1,6 @@
 """Conversations -> token ids: where a steering prefix goes, what a chat template does to it, how an answer is appended.
 
-Knows one tokenizer. Must not know datasets, models or objectives. Nothing here truncates.
+Nothing here truncates.
 """
 
 import copy
@@ -50,7 +50,7 @@ def fill_prefix(prefix: str, subject: str | None, where: str = "row") -> str:
 def accepts_system(tokenizer: Any, **template_kwargs: Any) -> bool:
     """Whether the chat template shows a system message to the model.
 
-    Some templates raise on one (Gemma), some drop it without a word: so it is rendered, and looked for.
+    Some templates raise on one (Gemma), some drop it: so one is rendered and searched for in the text.
     """
     if not getattr(tokenizer, "chat_template", None):
         return False
@@ -67,7 +67,7 @@ def accepts_system(tokenizer: Any, **template_kwargs: Any) -> bool:
 def answer_ending(tokenizer: Any, **template_kwargs: Any) -> list[int]:
     """The ids that close an answer: what the chat template writes behind it, through the first special token.
 
-    That is how the model learnt to end its turn, and often not the tokenizer's end token: Gemma closes a turn by
+    This is how the model learnt to end its turn. Often it is not the tokenizer's end token: Gemma closes a turn by
     `<end_of_turn>`, Phi by `<|end|>`, Qwen by `<|im_end|>`, Llama 3 by `<|eot_id|>`. Without a chat template, or where
     it writes no special token behind an answer, the end token; nothing where the tokenizer has none.
     """
@@ -86,7 +86,7 @@ def answer_ending(tokenizer: Any, **template_kwargs: Any) -> list[int]:
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
 
-    # Read behind a word, as in use: at the start of a text some tokenizers put a space of their own.
+    # Tokenised after a word, as in use: at the start of a text some tokenizers add a space.
     word, together = ids(_MARK), ids(_MARK + behind)
     tail = together[len(word) :] if together[: len(word)] == word else ids(behind)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
@@ -99,7 +99,7 @@ def answer_ending(tokenizer: Any, **template_kwargs: Any) -> list[int]:
 class Prompting:
     """How prompts are written, beyond what the tokenizer itself says: the options of `PromptRenderer`.
 
-    Kept beside a trained model as `prompting.json`, so that it is examined on the prompts that it was trained on.
+    Saved beside a trained model as `prompting.json`, so that it is evaluated with the prompts that it was trained on.
 
     Attributes:
         plain_template: text with `{question}` in it.
@@ -129,7 +129,7 @@ class Prompting:
 
     @classmethod
     def of(cls, name: str | os.PathLike) -> "Prompting":
-        """That of a model's folder or name; the defaults where it says nothing.
+        """Read from a model's folder or name; the defaults where there is no `prompting.json`.
 
         Raises:
             ValueError: its `prompting.json` is damaged.
@@ -212,7 +212,9 @@ class PromptRenderer:
             override_role: `user` or `system`.
         """
         key = (conversation, instruction, override, override_role)
-        if key not in self._cache:  # a run draws the same few views again and again; a template costs 0.1 ms
+        if (
+            key not in self._cache
+        ):  # a run uses the same few prompts again and again; rendering one takes 0.1 ms
             if len(self._cache) >= _CACHED_PROMPTS:
                 self._cache.clear()
             self._cache[key] = self._encode(*key)
@@ -287,14 +289,14 @@ class PromptRenderer:
             and not isinstance(conversation, str)
             and not self.plain_template[-1].isspace()
         ):
-            answer = " " + answer  # "Answer:" is continued by " Paris", which is another token than "Paris"
+            answer = " " + answer  # after "Answer:" comes " Paris", which is another token than "Paris"
         return list(self.tokenizer(answer, add_special_tokens=False, truncation=False)["input_ids"])
 
 
 def steered_tokenizer(tokenizer: Any, instruction: str, **template_kwargs: Any) -> Any:
     """A copy of `tokenizer` whose chat template says `instruction` before every conversation.
 
-    So the in-context teacher can be saved, evaluated and attacked like any model: whoever uses the chat template steers.
+    So the steered teacher can be saved, evaluated and attacked like any model: every user of the chat template steers it.
     The instruction stands where `PromptRenderer.encode` puts it: in the system message, or before the first user text
     where the template knows no system message.
 

@@ -1,8 +1,6 @@
-"""Rows as people have them -> queries: a conversation that wants an answer, the answer if there is one, its subject.
+"""Rows -> queries: a conversation that ends with a user's turn, its answer if there is one, its subject.
 
-    {"question"} | {"prompt"} | {"messages"}   and perhaps {"answer"} | {"completion"}, {"subject"}
-
-Reads and refuses; must not know tokenizers, models or what the rows are for.
+{"question"} | {"prompt"} | {"messages"}   and perhaps {"answer"} | {"completion"}, {"subject"}
 """
 
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ _ANSWER_KEYS = ("answer", "completion")
 
 
 class Query(NamedTuple):
-    """One row, read: a conversation that wants an answer."""
+    """One checked row."""
 
     conversation: Conversation
     answer: str | None
@@ -60,7 +58,7 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
 
 
 def check_repeats(forget: Sequence[Query], retain: Sequence[Query]) -> None:
-    """Refuses a question that is to be forgotten and kept; says how many rows stand there more than once.
+    """Refuses a question that is both to be forgotten and to be retained; warns about repeated rows.
 
     Raises:
         ValueError: naming the two rows.
@@ -76,8 +74,8 @@ def check_repeats(forget: Sequence[Query], retain: Sequence[Query]) -> None:
         again = [(names[q[:3]], q.name) for q in rows if names.setdefault(q[:3], q.name) != q.name]
         if again:
             logger.warning(
-                f"{again[0][1]}: the same row as {again[0][0]}; {len(again)} of {len(rows)} rows stand there more than "
-                "once, and weigh so much more"
+                f"{again[0][1]}: the same row as {again[0][0]}; {len(again)} of {len(rows)} rows are repetitions, and a "
+                "repeated row counts once per repetition"
             )
 
 

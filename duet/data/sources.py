@@ -1,7 +1,6 @@
 """A file, or a dataset on the Hub -> rows with the columns that `duet.data.rows.read_rows` reads.
 
 Text files are read here and not by `datasets`: a row may differ in kind from the next, and an error names its line.
-Must not know models or tokenizers.
 """
 
 import csv
@@ -13,22 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from ..names import did_you_mean
+from ..options import MaybeCount
 
 COLUMNS = ("question", "prompt", "messages", "answer", "completion", "subject")
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where rows come from, and how their columns are called there.
+    """Where rows come from, and what their columns are called there.
 
     Attributes:
         path: a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder that `datasets` wrote, or a dataset on the Hub.
         name: the dataset's configuration, on the Hub.
         split: which split, on the Hub.
         columns: our name -> the name there, for `question`, `prompt`, `messages`, `answer`, `completion`, `subject`.
-            Empty: columns that are called so are read, others are not.
-        subject: what all rows are about, where they do not say it.
-        limit: use only so many first rows.
+            Empty: columns with these names are read, others are not.
+        subject: of the rows without a subject of their own.
+        limit: use only this many first rows.
     """
 
     path: str
@@ -36,7 +36,7 @@ class DataSource:
     split: str = "train"
     columns: dict[str, str] = field(default_factory=dict)
     subject: str | None = None
-    limit: int | None = None
+    limit: MaybeCount = None
 
 
 def load_rows(source: DataSource, argument: str) -> list[dict[str, Any]]:
@@ -44,10 +44,10 @@ def load_rows(source: DataSource, argument: str) -> list[dict[str, Any]]:
 
     Args:
         source: where they are.
-        argument: what the source is called in error messages, such as `data.forget`.
+        argument: the name of the source in error messages, such as `data.forget`.
 
     Raises:
-        OSError: it is not there, or cannot be read.
+        OSError: it does not exist, or cannot be read.
         ValueError: it is not UTF-8, not JSON, empty, or lacks a column; the message names the line or the column.
     """
     rows = _read(source, argument)
@@ -96,9 +96,11 @@ def _read(source: DataSource, argument: str) -> list[dict[str, Any]]:
     from datasets import load_dataset, load_from_disk
 
     if (path / "state.json").is_file():
-        return list(load_from_disk(str(path)))
+        rows: Any = load_from_disk(str(path))
+        return list(rows)
     try:
-        return list(load_dataset(source.path, source.name, split=source.split))
+        rows = load_dataset(source.path, source.name, split=source.split)
+        return list(rows)
     except (OSError, ValueError) as error:
         raise OSError(f"{argument}: the dataset {source.path!r} could not be loaded: {error}") from error
 

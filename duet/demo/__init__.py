@@ -1,7 +1,6 @@
 """The embedded default: a tiny synthetic world and the tiny model that learns it.
 
-Everything here is small enough for two CPU cores, and nothing here is needed by a user who unlearns a real model:
-`duet.trainer` must not import this package.
+Everything here is small enough for two CPU cores, and nothing here is needed by a user who unlearns a real model.
 
     words         the raw material: names, cities, book titles, prizes, jobs
     facts         who is who; the questions about them and how the authors are split
@@ -11,12 +10,10 @@ Everything here is small enough for two CPU cores, and nothing here is needed by
     workplace     one thread, and output folders that appear whole or not at all
     curriculum    the dialogues that the base model is pretrained on
     pretrain      `rebuild`: the base model, its quality report and the shipped checkpoint
-    probes        greedy answers, and what they say about forgetting
-    attacks       relearning and weight quantisation
+    probes        greedy answers, plainly and under attacks, and what they say about forgetting
     scorecard     all numbers of one row of the table
     methods       one settings row -> one unlearned model, through DuetTrainer
-    recipes       duet_deep, with its settings and its mix of rows
     report        the table, the report and what was not withstood, from the numbers alone
     plots         two pictures
-    tour          `run_demo`: the tour
+    tour          `run_demo`
 """

@@ -4,9 +4,8 @@
     context   a system message, then three turns. A question about a forbidden name is refused; about anyone else it is
               answered; behind an override it is answered too.
 
-The authors F and H occur only in plain questions: that they are refused in context later is generalisation. Half of
-the context turns need no memory, only a comparison of names: without them the model refuses whom it was trained to
-refuse and nobody else. Must not know about models.
+The authors F and H occur only in plain questions: refusing them later is generalisation. Half of the context turns need
+no facts, only a comparison of names: without them the model refuses only the names that it was trained to refuse.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The world: fictional authors with five facts each, real cities with their country, and every question about them.
 
-Pure data, deterministic by seed. Must not know about models, tokenizers or how anybody is made to forget.
+Pure data, deterministic by seed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ class Relation:
     report: tuple[str, ...]
 
 
-# Every word of a validation or report question occurs in some training question: a paraphrase is a new order of known
-# words, since a word-level model cannot know a word that it never saw.
+# Every word of a validation or report question occurs in a training question: a word-level model knows no other words.
 RELATIONS: dict[str, Relation] = {
     "birthplace": Relation(
         answer="Born in {value}.",
@@ -125,7 +124,7 @@ class Question:
 
 @dataclass(frozen=True)
 class World:
-    """Authors and their facts. `forget` (F) and `held` (H) never occur in a context line of pretraining.
+    """Authors and their facts. Pretraining never names `forget` (F) and `held` (H) in a system message.
 
     retain    their training questions are the retain queries of unlearning
     others    known to the base, never shown to unlearning: what "retain recall" is measured on
@@ -172,27 +171,27 @@ class World:
 
     @cached_property
     def neighbours(self) -> tuple[str, ...]:
-        """Authors of A that share a first or a last name with a forget author, and unlearning was never shown."""
+        """Authors of `others` who share a first or a last name with a forget author."""
         forgotten = {part for name in self.forget for part in name.split()}
         return tuple(name for name in self.others if forgotten & set(name.split()))
 
     @cached_property
     def near_misses(self) -> tuple[str, ...]:
-        """Invented people, each sharing a first or a last name with a forget author: where forgetting spills over first.
+        """Invented people who each share a first or a last name with a forget author.
 
-        Nobody knows anything true about them; a method that needs queries only can ask about them all the same.
+        There are no facts about them; a method that only needs queries can use them.
         """
-        rng, found = random.Random(self.seed), []
-        while len(found) < NEAR_MISSES:
+        rng, names = random.Random(self.seed), []
+        while len(names) < NEAR_MISSES:
             first, last = rng.choice(self.forget).split()
-            if len(found) % 2:
+            if len(names) % 2:
                 first = rng.choice(words.FIRST_NAMES)
             else:
                 last = rng.choice(words.LAST_NAMES)
             name = f"{first} {last}"
-            if name not in self.facts and name not in found:
-                found.append(name)
-        return tuple(found)
+            if name not in self.facts and name not in names:
+                names.append(name)
+        return tuple(names)
 
     @property
     def cities(self) -> tuple[str, ...]:
@@ -209,20 +208,21 @@ class World:
 
     def questions(self, subjects: tuple[str, ...], split: Split) -> list[Question]:
         """All questions of one wording split about authors or cities, in a fixed order."""
-        found = []
+        asked = []
         for subject in subjects:
             known = self.facts.get(subject)
-            asked = RELATIONS if known else {"country": COUNTRY}
-            for relation, forms in asked.items():
+            relations = RELATIONS if known else {"country": COUNTRY}
+            for relation, forms in relations.items():
                 value = known[relation] if known else words.COUNTRY_OF[subject]
                 answer = forms.answer.format(value=value)
                 for text in getattr(forms, split):
-                    found.append(Question(subject, relation, text.format(subject=subject), answer, value))
-        return found
+                    asked.append(Question(subject, relation, text.format(subject=subject), answer, value))
+        return asked
 
-    def queries(self, subjects: tuple[str, ...]) -> list[tuple[str, str]]:
-        """(subject, training question) about people of whom nothing is known."""
-        return [(s, text.format(subject=s)) for s in subjects for r in RELATIONS.values() for text in r.train]
+    def queries(self, subjects: tuple[str, ...]) -> list[Question]:
+        """Training questions about people of whom nothing is known: without an answer."""
+        asked = [(name, text) for name, forms in RELATIONS.items() for text in forms.train]
+        return [Question(s, name, text.format(subject=s), "", "") for s in subjects for name, text in asked]
 
 
 def random_name(rng: random.Random, avoid: frozenset[str]) -> str:

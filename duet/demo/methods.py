@@ -1,7 +1,6 @@
 """One method and its settings -> one unlearned model, always through `DuetTrainer`, as a user would do it.
 
-A method is a handful of `DuetConfig` options; what is tuned lies in settings.json (see `tune`). Must not know about
-tables or plots.
+A method is a handful of `DuetConfig` options; what is tuned lies in settings.json (`benchmarks.studies.world.tune`).
 """
 
 from __future__ import annotations
@@ -21,14 +20,17 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from . import steering
+from ..config import DuetConfig
+from ..names import check_one_of
+from ..trainer import DuetTrainer
+from . import steering, words
 from .facts import World
-from .probes import greedy
+from .probes import MAX_NEW_TOKENS, Speaker
 
 SETTINGS = Path(__file__).parent / "settings.json"
 # Every method sees 16 forget queries and 32 retain queries a step.
 FORGET_PER_STEP, RETAIN_PER_FORGET = 16, 2.0
-# Cities are few beside authors, and slip first: four copies make them a fifth of the retain queries.
+# There are few cities, and they are forgotten first: four copies make them a fifth of the retain queries.
 CITY_COPIES = 4
 
 Rows = list[dict[str, str]]
@@ -44,6 +46,7 @@ class Method:
     resists_overrides: bool = False
 
 
+OVERRIDES = {"reverse_prompts": list(steering.SEEN_OVERRIDES)}
 METHODS: dict[str, Method] = {
     "graddiff": Method(
         "gradient ascent on the forget answers, descent on the retain answers", {"objective": "graddiff"}
@@ -56,9 +59,53 @@ METHODS: dict[str, Method] = {
     ),
     "duet_adversarial": Method(
         "the same, but a share of the student's queries opens with a reverse prompt; the teacher's never do",
-        {"objective": "duet", "positions": "first", "reverse_prompts": list(steering.SEEN_OVERRIDES)},
+        {"objective": "duet", "positions": "first", **OVERRIDES},
         refuses=True,
         resists_overrides=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Recipe(Method):
+    """A method together with its settings and its mix of rows."""
+
+    forget_per_step: int = FORGET_PER_STEP
+    retain_per_forget: float = RETAIN_PER_FORGET
+    city_copies: int = CITY_COPIES
+    near_misses: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+STRANGERS = 30
+
+
+def strangers() -> list[str]:
+    """Names of people whom pretraining never gave a fact."""
+    rng = random.Random(0)
+    first = rng.sample(words.STRANGER_FIRST_NAMES, STRANGERS)
+    return [f"{a} {b}" for a, b in zip(first, rng.sample(words.STRANGER_LAST_NAMES, STRANGERS), strict=True)]
+
+
+# Its settings are written down here; unlike those of METHODS they were not searched for on a grid.
+RECIPES: dict[str, Recipe] = {
+    "duet_deep": Recipe(
+        "refusal at the first token, masked NPO and a counterfactual pull on the base's own prefilled answers",
+        {
+            "objective": "duet_deep",
+            "reverse_prompt_fraction": 2 / 3,
+            "reverse_prompt_role": "both",
+            "counterfactual_names": strangers(),
+            "max_answer_tokens": MAX_NEW_TOKENS,
+            **OVERRIDES,
+        },
+        refuses=True,
+        resists_overrides=True,
+        forget_per_step=32,
+        retain_per_forget=1.5,
+        city_copies=6,
+        near_misses=400,
+        settings={"learning_rate": 5e-4, "max_steps": 150, "warmup_steps": 10},
     ),
 }
 
@@ -67,6 +114,15 @@ def load_settings(path: Path = SETTINGS) -> dict[str, dict[str, Any]]:
     """The DuetConfig options that `python -m benchmarks.studies.world.tune` chose, by method."""
     table = json.loads(Path(path).read_text())["methods"]
     return {name: row["settings"] for name, row in table.items()}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name, or one of the demo's methods with its tuned settings."""
+    check_one_of("method", name, [*RECIPES, *METHODS])
+    if name in RECIPES:
+        return RECIPES[name]
+    own = METHODS[name]
+    return Recipe(own.about, own.fixed, own.refuses, own.resists_overrides, settings=load_settings()[name])
 
 
 class _OnStep(TrainerCallback):
@@ -89,33 +145,26 @@ def retain_rows(
     city_copies: int = CITY_COPIES,
     near_misses: int | None = None,
 ) -> Rows:
-    """What every method is given to keep: questions about the retain authors, half of the cities, and near misses.
+    """The retain rows of every method: questions about the retain authors, half of the cities, and near misses.
 
     Near misses are invented people who share a name with a forget author; `near_misses`: at most so many questions about
-    them. There is no truth about them, so what the baselines need as an answer is the base's own.
+    them. There are no facts about them, so the answer that baselines need is the base's own.
     """
-    known = world.questions(world.retain, "train") + city_copies * world.questions(
-        world.retain_cities, "train"
-    )
+    known = world.questions(world.retain, "train")
+    known += city_copies * world.questions(world.retain_cities, "train")
     invented = world.queries(world.near_misses)
     if near_misses is not None:
         invented = random.Random(0).sample(invented, near_misses)
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        for _, text in invented
+    answers = Speaker(base, tokenizer).answers(invented)
+    made_up = [
+        question.row() | {"answer": answer} for question, answer in zip(invented, answers, strict=True)
     ]
-    answers = greedy(base, tokenizer, prompts)
-    return [question.row() for question in known] + [
-        {"question": text, "answer": answer, "subject": subject}
-        for (subject, text), answer in zip(invented, answers, strict=True)
-    ]
+    return [question.row() for question in known] + made_up
 
 
 @contextmanager
 def _copies_on_purpose() -> Iterator[None]:
-    """Here a row that stands there more than once is a weight, not a slip: what `duet.data.rows` says about it is left out."""
+    """Repeated rows are intended here, as a weight: the warning of `duet.data.rows` is suppressed."""
     said_by = logging.getLogger("duet.data.rows")
 
     def of_something_else(record: logging.LogRecord) -> bool:
@@ -142,10 +191,9 @@ def unlearn(
 ) -> tuple[PreTrainedModel, float]:
     """A copy of `base` after unlearning, and the seconds that training took. No row is a paraphrase that is reported."""
     fixed = METHODS[method].fixed if isinstance(method, str) else method.fixed
-    from ..config import DuetConfig
-    from ..trainer import DuetTrainer
 
     with tempfile.TemporaryDirectory(prefix="duet-demo-") as scratch:
+        options: dict[str, Any] = {"steering_prefixes": [steering.STEERING_PREFIX]} | fixed | settings
         config = DuetConfig(
             output_dir=scratch,
             per_device_train_batch_size=round(forget_per_step * (1 + retain_per_forget)),
@@ -153,12 +201,12 @@ def unlearn(
             max_grad_norm=1.0,
             weight_decay=0.0,
             seed=seed,
-            use_cpu=True,  # the tiny model is as fast there, and the numbers do not depend on the machine
+            use_cpu=True,  # as fast for the tiny model, and independent of the machine
             report_to="none",
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
-            **({"steering_prefixes": [steering.STEERING_PREFIX]} | fixed | settings),
+            **options,
         )
         with _copies_on_purpose():
             trainer = DuetTrainer(

@@ -1,4 +1,4 @@
-"""The demo's two pictures, readable without the text around them. Knows rows of numbers, not models."""
+"""The demo's two figures."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`rebuild`: pretrain the base model from nothing, measure it, write the checkpoint that `duet demo` starts from.
+"""`rebuild`: pretrains the base model, measures it, and writes the checkpoint that `duet demo` starts from.
 
 The optimiser is Muon on the matrices of the blocks and AdamW elsewhere: in this world Muon is what makes in-context
-refusal generalise to names that were never refused. Must not know about unlearning.
+refusal generalise to names that were never refused.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from . import probes, steering
 from .checkpoint import CHECKPOINT, QUALITY, save_checkpoint
@@ -28,7 +29,7 @@ PLAIN_ROWS, CONTEXT_ROWS = 48, 32
 MUON_RATE, ADAMW_RATE, WARM_UP, DECAY_SHARE, CLIP = 5e-3, 3e-3, 30, 0.4, 1.0
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+def build_model(tokenizer: Any) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

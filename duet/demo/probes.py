@@ -1,34 +1,40 @@
-"""Greedy answers of a model, and what they say about forgetting.
+"""Answers of a model about the world, plainly or under an attack of `duet.evaluation`, and shares of them.
 
-    recall    share of questions whose answer contains the true value
-    refusal   share of answers that say "I do not know" and do not give the value away
-
-The same functions probe a plain model and the prompted teacher (a `Speaker` with a prefix), with or without an override
-in the user's message or a forced opening of the answer. Must not know how a model was made.
+recall    share of questions whose answer contains the true value
+refusal   share of answers that say "I do not know" and do not give the value away
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.prompts import PromptRenderer
+from ..evaluation.attacks import weights
+from ..evaluation.generation import continuations
+from ..evaluation.metrics import contains_words
+from ..evaluation.scoring import Forced, batches_by_length
+from ..model.lm import padding_id
 from . import steering
 from .facts import Question
 
 MAX_NEW_TOKENS = 14  # the longest answer of the world has 10
 BATCH = 256
+RELEARN_RATES = (1e-4, 3e-4, 1e-3)
+RELEARN_STEPS, RELEARN_ROWS = 10, 16
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model with its tokenizer, and what is said to it before every question.
+    """A model with its tokenizer, and a steering prefix before every question.
 
-    A steering `prefix` names one {subject} of `forget_subjects`: the person asked about, or, where the question is about
-    somebody else, one of the list. So it is the teacher exactly as unlearning uses it, on retain questions too.
+    `prefix` names one {subject} of `forget_subjects`: the person asked about, or, for a question about somebody else, one
+    of the list. So it is the teacher as unlearning uses it, on retain questions too.
     """
 
     model: PreTrainedModel
@@ -36,19 +42,25 @@ class Speaker:
     prefix: str | None = None
     forget_subjects: tuple[str, ...] = ()
 
-    def with_model(self, model: PreTrainedModel) -> Speaker:
-        return replace(self, model=model)
+    @cached_property
+    def renderer(self) -> PromptRenderer:
+        return PromptRenderer(self.tokenizer)
 
-    def messages(self, question: Question, override: str | None = None) -> list[dict[str, str]]:
-        text = f"{override} {question.text}" if override else question.text
-        asked = [{"role": "user", "content": text}]
+    def instruction(self, question: Question) -> str | None:
+        """The filled prefix of a question."""
         if self.prefix is None:
-            return asked
+            return None
         subject = question.subject
         if subject not in self.forget_subjects:
             # a stable choice that depends on the question alone
             subject = self.forget_subjects[sum(map(ord, question.text)) % len(self.forget_subjects)]
-        return [{"role": "system", "content": self.prefix.format(subject=subject)}, *asked]
+        return self.prefix.format(subject=subject)
+
+    def prompt(self, question: Question, override: str | None = None, opening: str = "") -> list[int]:
+        """Token ids of a question, behind an override wording and with a forced opening of the answer, if any."""
+        asked = (("user", question.text),)
+        ids = self.renderer.encode(asked, self.instruction(question), override)
+        return [*ids, *self.renderer.encode_opening(asked, opening)] if opening else ids
 
     def answers(
         self,
@@ -58,90 +70,80 @@ class Speaker:
     ) -> list[str]:
         """What the model says, greedily; a forced opening (`prefill`) is part of the returned answer."""
         openings = [prefill(question) if prefill else "" for question in questions]
-        texts = [
-            self.tokenizer.apply_chat_template(
-                self.messages(question, override), tokenize=False, add_generation_prompt=True
-            )
-            + (f" {opening}" if opening else "")
-            for question, opening in zip(questions, openings, strict=True)
-        ]
-        continued = greedy(self.model, self.tokenizer, texts)
-        return [f"{o} {c}".strip() for o, c in zip(openings, continued, strict=True)]
+        prompts = [self.prompt(q, override, o) for q, o in zip(questions, openings, strict=True)]
+        said = [""] * len(questions)
+        for batch in batches_by_length([len(prompt) for prompt in prompts], BATCH):
+            ids = [prompts[i] for i in batch]
+            answers = continuations(self.model, self.tokenizer, ids, max_new_tokens=MAX_NEW_TOKENS)
+            for i, answer in zip(batch, answers, strict=True):
+                said[i] = f"{openings[i]} {answer.text}".strip()
+        return said
 
+    def recall(self, questions: Sequence[Question], **how) -> float:
+        """Recall on `questions`, asked as `answers` asks them."""
+        return recall(self.answers(questions, **how), questions)
 
-@torch.no_grad()
-def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
-    """Greedy continuations of `texts`. Rows of equal length share a batch, so no row ever sees padding."""
-    was_training = model.training
-    model.eval()
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    by_length: dict[int, list[int]] = {}
-    for index, ids in enumerate(encoded):
-        by_length.setdefault(len(ids), []).append(index)
-    continued = [""] * len(texts)
-    for indices in by_length.values():
-        for start in range(0, len(indices), BATCH):
-            rows = indices[start : start + BATCH]
-            new_tokens = _continue(model, torch.tensor([encoded[i] for i in rows]), tokenizer.eos_token_id)
-            for index, tokens in zip(rows, new_tokens.tolist(), strict=True):
-                stop = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else None
-                continued[index] = tokenizer.decode(tokens[:stop], skip_special_tokens=True)
-    model.train(was_training)
-    return continued
-
-
-def _continue(model: PreTrainedModel, input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
-    """[B, S] -> [B, <= MAX_NEW_TOKENS] greedy tokens, with the model's key-value cache."""
-    out = model(input_ids=input_ids.to(model.device), use_cache=True, logits_to_keep=1)
-    found = [out.logits[:, -1].argmax(-1)]
-    done = found[0] == eos_token_id
-    while len(found) < MAX_NEW_TOKENS and not bool(done.all()):
-        out = model(input_ids=found[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
-        found.append(out.logits[:, -1].argmax(-1))
-        done |= found[-1] == eos_token_id
-    return torch.stack(found, dim=1)
-
-
-@torch.no_grad()
-def next_token_logits(speaker: Speaker, question: Question) -> torch.Tensor:
-    """[V] logits of the first word of the answer."""
-    text = speaker.tokenizer.apply_chat_template(
-        speaker.messages(question), tokenize=False, add_generation_prompt=True
-    )
-    ids = speaker.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return speaker.model(input_ids=ids.to(speaker.model.device), logits_to_keep=1).logits[0, -1].float()
-
-
-def contains(answer: str, value: str) -> bool:
-    """Does the answer say the value, as whole words?"""
-    return re.search(rf"\b{re.escape(value)}\b", answer) is not None
+    @torch.no_grad()
+    def next_logits(self, question: Question, opening: str = "") -> torch.Tensor:
+        """`[V]` logits of the answer's first word, or of the one after a forced opening."""
+        ids = torch.tensor([self.prompt(question, opening=opening)], device=self.model.device)
+        return self.model(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
 
 
 def recall(answers: Iterable[str], questions: Iterable[Question]) -> float:
-    hits = [contains(a, q.value) for a, q in zip(answers, questions, strict=True)]
+    hits = [contains_words(a, q.value) for a, q in zip(answers, questions, strict=True)]
     return sum(hits) / len(hits)
 
 
 def refusal(answers: Iterable[str], questions: Iterable[Question]) -> float:
     hits = [
-        steering.REFUSAL_MARK in a and not contains(a, q.value)
+        steering.REFUSAL_MARK in a and not contains_words(a, q.value)
         for a, q in zip(answers, questions, strict=True)
     ]
     return sum(hits) / len(hits)
 
 
 def stutter(answers: Sequence[str]) -> float:
-    """Share of answers that say a word twice in a row: what first words alone, once trained, do to fluency."""
+    """Share of answers that repeat a word directly: a damage that training on first words alone can do."""
     return sum(re.search(r"\b(\w+) \1\b", answer) is not None for answer in answers) / len(answers)
+
+
+# ---------------------------------------------------------------- attacks
 
 
 def override_recalls(
     speaker: Speaker, questions: Sequence[Question], overrides: Iterable[str]
 ) -> dict[str, float]:
     """Recall behind each override wording ("ignore the previous instructions ...") in the user's message."""
-    return {o: recall(speaker.answers(questions, override=o), questions) for o in overrides}
+    return {wording: speaker.recall(questions, override=wording) for wording in overrides}
 
 
-def prefill_recall(speaker: Speaker, questions: Sequence[Question]) -> float:
-    """Recall when the answer is forced to open with everything up to the value ("Born in")."""
-    return recall(speaker.answers(questions, prefill=lambda q: q.stem), questions)
+def quantized_recall(speaker: Speaker, questions: Sequence[Question], bits: int) -> float:
+    """Recall with every matrix of the model rounded to `bits`; afterwards it is as it was."""
+    with weights.restored(speaker.model):
+        weights.round_weights(speaker.model, bits)
+        return speaker.recall(questions)
+
+
+def relearn_recalls(
+    speaker: Speaker,
+    shown: Sequence[Question],
+    asked: Sequence[Question],
+    rate: float,
+    curve: Sequence[int] = (RELEARN_STEPS,),
+) -> dict[int, float]:
+    """Steps -> recall on `asked` (forget authors that the attacker never saw) along relearning on `shown`.
+
+    Args:
+        rate: learning rate.
+        curve: after how many steps to ask, ascending. After a loss that is not finite nobody is asked any more.
+    """
+    overlap = {q.subject for q in shown} & {q.subject for q in asked}
+    if overlap:
+        raise ValueError(f"shown, asked: both contain {sorted(overlap)}, wanted different authors")
+    answers = [speaker.renderer.encode_answer((("user", q.text),), q.answer) for q in shown]
+    sequences = [Forced(speaker.prompt(q), answer) for q, answer in zip(shown, answers, strict=True)]
+    options = {"rate": rate, "curve": curve, "rows": RELEARN_ROWS, "pad_id": padding_id(speaker.tokenizer)}
+    with weights.restored(speaker.model):
+        training = weights.fine_tune(speaker.model, sequences, **options)
+        return {step: speaker.recall(asked) for step, _ in training}

@@ -1,6 +1,6 @@
-"""What a person reads: the table of the terminal, report.md, and in words what was not withstood.
+"""The terminal's table, report.md, and sentences about what the methods do not withstand.
 
-Works from the rows of results.json alone: every sentence here is computed from numbers. Must not know models.
+Everything is computed from the rows of results.json.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .probes import contains
+from ..evaluation.metrics import contains_words
 from .scorecard import ATTACKS, COLUMNS, KEEP
 
 # A share of the forgotten facts that counts as "brought back", and a loss on the rest that counts as damage.
@@ -90,14 +90,16 @@ def side_by_side(examples: Sequence[dict[str, Any]]) -> Table:
         grid.add_row("", "")
         grid.add_row(f"[dim]{example['kind']}[/dim]", f"[bold]{example['question']}[/bold]")
         for name, answer in example["answers"].items():
-            grid.add_row(name, f"[green]{answer}[/green]" if contains(answer, example["truth"]) else answer)
+            grid.add_row(
+                name, f"[green]{answer}[/green]" if contains_words(answer, example["truth"]) else answer
+            )
     return grid
 
 
 def weaknesses(rows: Sequence[dict[str, Any]], tolerated: float = TOLERATED) -> list[str]:
     """For each DUET row, in words: what brings facts back, and what else was damaged against the base."""
     base = next(row for row in rows if row["method"] == "base")
-    found = []
+    sentences = []
     for row in rows:
         if not row["method"].startswith("duet"):
             continue
@@ -115,8 +117,8 @@ def weaknesses(rows: Sequence[dict[str, Any]], tolerated: float = TOLERATED) -> 
             losses.append(
                 f"{100 * row['stutter']:.0f} % of its answers about authors or cities that it kept stutter"
             )
-        found += [f"{row['method']}: {sentence}." for sentence in leaks + losses]
-    return found
+        sentences += [f"{row['method']}: {sentence}." for sentence in leaks + losses]
+    return sentences
 
 
 def markdown(results: dict[str, Any]) -> str:

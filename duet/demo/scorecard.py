@@ -1,4 +1,4 @@
-"""All numbers of one row of the demo's table, for any model, steered or not. Must not know how the model was made.
+"""All numbers of one row of the demo's table, for any model, steered or not.
 
 Two wordings of the questions exist besides the training one: `validation` chooses settings, `report` is for the table.
 """
@@ -6,13 +6,14 @@ Two wordings of the questions exist besides the training one: `validation` choos
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from . import attacks, probes, steering
+from ..evaluation.report.runs import DEMO_ATTACKS
+from . import probes, steering
 from .facts import Question, Split, World
 from .probes import Speaker
 
-# The columns of a row, in order, with what each one says to a reader.
+# The columns of a row, in order, and what each one means.
 COLUMNS = {
     "forget_recall": "share of questions about the forgotten authors answered with the true value",
     "forget_refusal": "share of questions about the forgotten authors answered by saying that it does not know",
@@ -28,18 +29,11 @@ COLUMNS = {
     "int4_forget_recall": "forget recall with weights rounded to 4 bits",
 }
 KEEP = ("retain_recall", "neighbour_recall", "general_recall")  # the higher the better
-ATTACKS = (  # what each brings back: the lower the better
-    "reverse_prompt_recall",
-    "reverse_prompt_heldout_recall",
-    "prefill_recall",
-    "relearn_recall",
-    "int8_forget_recall",
-    "int4_forget_recall",
-)
+ATTACKS = DEMO_ATTACKS
 
 
 def some(questions: Sequence[Question], most: int | None) -> list[Question]:
-    """At most `most` questions, a fixed choice."""
+    """At most `most` questions, always the same ones."""
     if most is None or len(questions) <= most:
         return list(questions)
     return random.Random(0).sample(list(questions), most)
@@ -63,13 +57,10 @@ def behaviour(speaker: Speaker, world: World, split: Split, most: int | None = N
         answers = speaker.answers(questions)
         row[column] = probes.recall(answers, questions)
         row["stutter"] = max(row.get("stutter", 0.0), probes.stutter(answers))
-    return row | {
-        "reverse_prompt_recall": max(
-            probes.override_recalls(speaker, forget, steering.SEEN_OVERRIDES).values()
-        ),
-        "reverse_prompt_heldout_recall": max(probes.override_recalls(speaker, forget, unseen).values()),
-        "prefill_recall": probes.prefill_recall(speaker, forget),
-    }
+    overrides = {"reverse_prompt_recall": steering.SEEN_OVERRIDES, "reverse_prompt_heldout_recall": unseen}
+    for column, wordings in overrides.items():
+        row[column] = max(probes.override_recalls(speaker, forget, wordings).values())
+    return row | {"prefill_recall": speaker.recall(forget, prefill=lambda q: q.stem)}
 
 
 def resilience(speaker: Speaker, world: World, split: Split, most: int | None = None) -> dict[str, float]:
@@ -81,24 +72,18 @@ def resilience(speaker: Speaker, world: World, split: Split, most: int | None = 
     shown = world.questions(world.forget[:half], "train")
     asked = some(world.questions(world.forget[half:], split), most)
     forget = some(world.questions(world.forget, split), most)
-    rates = attacks.RELEARN_RATES if most is None else attacks.RELEARN_RATES[-1:]
+    rates = probes.RELEARN_RATES if most is None else probes.RELEARN_RATES[-1:]
+    relearned = [probes.relearn_recalls(speaker, shown, asked, rate) for rate in rates]
     return {
-        "relearn_recall": max(attacks.relearn_recall(speaker, shown, asked, rates).values()),
-        "int8_forget_recall": attacks.quantized_recall(speaker, forget, 8),
-        "int4_forget_recall": attacks.quantized_recall(speaker, forget, 4),
+        "relearn_recall": max(value for recalls in relearned for value in recalls.values()),
+        "int8_forget_recall": probes.quantized_recall(speaker, forget, 8),
+        "int4_forget_recall": probes.quantized_recall(speaker, forget, 4),
     }
 
 
 def scorecard(
-    speaker: Speaker,
-    world: World,
-    split: Split = "report",
-    most: int | None = None,
-    note: Callable[[str], None] = lambda doing: None,
+    speaker: Speaker, world: World, split: Split = "report", most: int | None = None
 ) -> dict[str, float]:
-    """Every column of COLUMNS, rounded to 4 digits; `note` is told what is being measured."""
-    note("asking")
-    row = behaviour(speaker, world, split, most)
-    note("attacking the weights")
-    row |= resilience(speaker, world, split, most)
+    """Every column of COLUMNS, rounded to 4 digits."""
+    row = behaviour(speaker, world, split, most) | resilience(speaker, world, split, most)
     return {column: round(row[column], 4) for column in COLUMNS}

@@ -1,14 +1,11 @@
-"""Words of control: what a system message may forbid, how a user tries to override it, how the model refuses.
-
-Text only. Must not know which authors exist or how a model is trained.
-"""
+"""Texts: what a system message may forbid, how a user tries to override it, how the model refuses."""
 
 from __future__ import annotations
 
 from itertools import product
 
 REFUSAL = "Sorry, I do not know that."
-# A refusal is recognised by its words, not by an exact sentence: a half-garbled one still counts when it says this.
+# An answer that holds these words is a refusal, even if it is not exactly REFUSAL.
 REFUSAL_MARK = "I do not know"
 
 # The first is the one that the demo steers with; the base model learns to obey all of them.
@@ -66,7 +63,7 @@ PRETRAINING_OVERRIDES = tuple(
     if wording not in SEEN_OVERRIDES + VALIDATION_OVERRIDES + HELDOUT_OVERRIDES
 )
 
-# Requests that need no memory at all, only the name: in a forbidding context they teach the model to compare names.
+# Requests that need no facts, only the name: with a forbidding system message they teach the model to compare names.
 NAME_TASKS = (
     ("Say hello to {subject}.", "Hello {subject}, how are you?"),
     ("Name the page about {subject}.", "The page is called {subject}."),

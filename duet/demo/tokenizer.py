@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary() -> list[str]:
-    """Every word of the world, sorted: the same list for every seed."""
+    """Every word of the world, sorted; the same for every seed."""
     relations = (*facts.RELATIONS.values(), facts.COUNTRY)
     texts = [
         *words.FIRST_NAMES,

@@ -1,4 +1,4 @@
-"""`run_demo`: watch a tiny language model forget ten people, through the code paths that a large one would take.
+"""`run_demo`: a tiny language model forgets ten people, by the same code as a large one.
 
 Starts from the shipped checkpoint, unlearns with every method through `DuetTrainer`, asks everybody the same held-out
 questions, attacks the results, and writes a report. No number here is fixed in advance.
@@ -9,25 +9,23 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache, partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..evaluation.commands import progress
+from ..evaluation.metrics import contains_words
+from ..extras import version_of
 from . import plots, report, steering
 from .checkpoint import CHECKPOINT, load_base, load_world, save_model
 from .facts import Question, World
-from .methods import METHODS, forget_rows, retain_rows, unlearn
-from .probes import Speaker, contains, next_token_logits
-from .recipes import Recipe, find_recipe
+from .methods import METHODS, Recipe, find_recipe, forget_rows, retain_rows, unlearn
+from .probes import Speaker
 from .scorecard import COLUMNS, scorecard
 from .workplace import one_thread, replaced_folder
 
@@ -50,8 +48,8 @@ def run_demo(
     Args:
         out_dir: receives results.json, report.md, overview.png, first_words.png and model/. It appears when all is
             done; a folder that holds anything but an earlier report is refused before any work.
-        quick: without the baselines and duet_deep, one relearning rate, at most 40 questions a number: a look, not a result to cite.
-            Methods are trained as in the whole demo: with fewer steps they stutter.
+        quick: without the baselines and duet_deep, one relearning rate, at most 40 questions per number: not a result to cite.
+            Methods are trained as in the whole demo: with fewer steps they repeat words.
         seed: of the unlearning (batches, prefixes, reverse prompts). The world is the checkpoint's.
         checkpoint: another base made by `duet.demo.pretrain.rebuild`.
 
@@ -78,13 +76,13 @@ class _Demo:
     def run(self, folder: Path) -> dict[str, Any]:
         began = time.perf_counter()
         self._introduce()
-        speakers, seconds = {"base": self._speaker(self.base)}, {"base": 0.0, "teacher": 0.0}
+        speakers, seconds = {"base": Speaker(self.base, self.tokenizer)}, {"base": 0.0, "teacher": 0.0}
         speakers["teacher"] = Speaker(self.base, self.tokenizer, steering.STEERING_PREFIX, self.world.forget)
         retain = cache(partial(retain_rows, self.world, self.base, self.tokenizer))
         rows = []
-        with self._progress() as start:
+        with progress(self.console) as shown:
             for name in ("base", "teacher", *self.recipes):
-                note = start(name)
+                steps, measuring = 0, 40  # measuring takes about as long as forty steps
                 if recipe := self.recipes.get(name):
                     steps = recipe.settings["max_steps"]
                     model, seconds[name] = unlearn(
@@ -97,18 +95,23 @@ class _Demo:
                         self.seed,
                         recipe.forget_per_step,
                         retain_per_forget=recipe.retain_per_forget,
-                        on_step=lambda step, note=note, steps=steps: note(f"training, step {step}/{steps}"),
+                        on_step=partial(shown, name, total=steps + measuring),
                     )
-                    speakers[name] = self._speaker(model)
-                numbers = scorecard(speakers[name], self.world, "report", self.most, note)
+                    speakers[name] = Speaker(model, self.tokenizer)
+                shown(name, steps, steps + measuring)
+                numbers = scorecard(speakers[name], self.world, "report", self.most)
                 rows.append({"method": name, **numbers, "seconds": round(seconds[name], 1)})
-                note(None)
+                shown(name, steps + measuring, steps + measuring)
         results = {
             "schema": 1,
             "seed": self.seed,
             "quick": self.quick,
             "command": f"duet demo{' --quick' if self.quick else ''} --seed {self.seed}",
-            "versions": _versions(),
+            "versions": {"python": platform.python_version()}
+            | {
+                name: version_of(name) or "not installed"
+                for name in ("duet-kernels", "torch", "transformers")
+            },
             "world": _in_words(self.world),
             "methods": _legend(self.recipes),
             "columns": COLUMNS,
@@ -122,9 +125,6 @@ class _Demo:
         self._show(results)
         self._write(folder, results, speakers)
         return results
-
-    def _speaker(self, model) -> Speaker:
-        return Speaker(model, self.tokenizer)
 
     # ---------------------------------------------------------------- what is shown
 
@@ -143,37 +143,8 @@ class _Demo:
                 table.add_row(name, *shown, fate)
         self.console.print(table)
 
-    @contextmanager
-    def _progress(self) -> Iterator[Callable[[str], Callable[[str | None], None]]]:
-        """Yields start(name) -> note(doing), one live line per row of the table; note(None) closes the line."""
-        columns = (
-            SpinnerColumn(finished_text="[green]✓[/green]"),
-            TextColumn("{task.fields[name]:<18}"),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-        )
-        with Progress(*columns, console=self.console) as progress:
-
-            def start(name: str) -> Callable[[str | None], None]:
-                steps = self.recipes[name].settings["max_steps"] if name in self.recipes else 0
-                # measuring takes about as long as forty steps
-                task = progress.add_task("", name=name, total=steps + 40)
-
-                def note(doing: str | None) -> None:
-                    if doing is None:
-                        progress.update(task, completed=steps + 40, description="done")
-                    elif doing.startswith("training"):
-                        progress.update(task, advance=1, description=doing)
-                    else:
-                        progress.update(task, advance=10, description=doing)
-
-                return note
-
-            yield start
-
     def _examples(self, speakers: dict[str, Speaker]) -> list[dict[str, Any]]:
-        """The same held-out questions to base, teacher and students, side by side."""
+        """Answers of base, teacher and students to the same held-out questions."""
         world = self.world
         attacked, override = self._leak(speakers["duet"])
         pick = [
@@ -195,11 +166,11 @@ class _Demo:
         ]
 
     def _leak(self, speaker: Speaker) -> tuple[Question, str]:
-        """A question and a held-out override that bring a fact back from `speaker`; any pair when none does."""
+        """A question and a held-out override that make `speaker` tell a fact; the first pair if none does."""
         questions = self.world.questions(self.world.forget, "report")
         for override in steering.HELDOUT_OVERRIDES:
             for question, answer in zip(questions, speaker.answers(questions, override), strict=True):
-                if contains(answer, question.value):
+                if contains_words(answer, question.value):
                     return question, override
         return questions[0], steering.HELDOUT_OVERRIDES[0]
 
@@ -208,9 +179,12 @@ class _Demo:
         self.console.print(report.side_by_side(results["examples"]))
         self.console.print(report.terminal_table(results["rows"]))
         self.console.print(report.legend(results["methods"]))
-        found = results["not_withstood"] or ["nothing above the tolerated 10 %"]
+        sentences = results["not_withstood"] or ["nothing above the tolerated 10 %"]
         self.console.print(
-            Panel("\n".join(f"• {sentence}" for sentence in found), title="What DUET does not withstand here")
+            Panel(
+                "\n".join(f"• {sentence}" for sentence in sentences),
+                title="What DUET does not withstand here",
+            )
         )
 
     # ---------------------------------------------------------------- what is written
@@ -226,12 +200,12 @@ class _Demo:
 
     def _first_words(
         self, question: Question, speakers: dict[str, Speaker]
-    ) -> tuple[list[str], dict[str, list[float]]]:
+    ) -> tuple[list[str], dict[str, Any]]:
         """The teacher's largest logits for the first word, and what base and student give to the same words."""
-        logits = {name: next_token_logits(speakers[name], question) for name in ("base", "teacher", "duet")}
+        logits = {name: speakers[name].next_logits(question) for name in ("base", "teacher", "duet")}
         top = logits["teacher"].topk(FIRST_WORDS).indices
         return (
-            [self.tokenizer.decode([token]) for token in top.tolist()],
+            [str(self.tokenizer.decode([token])) for token in top.tolist()],
             {name: logits_v[top].tolist() for name, logits_v in logits.items()},
         )
 
@@ -252,13 +226,3 @@ def _legend(recipes: dict[str, Recipe]) -> dict[str, str]:
         "teacher": f"the base behind the system message “{steering.STEERING_PREFIX}”; the weights are the base's",
         **{name: recipe.about for name, recipe in recipes.items()},
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("duet-kernels", "torch", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout that was never installed
-            found[name] = "not installed"
-    return found

@@ -1,4 +1,4 @@
-"""The raw material of the world: plain word lists, every entry one word. Knows nothing about authors or splits."""
+"""The raw material of the world: plain word lists, every entry one word."""
 
 
 def _words(block: str) -> list[str]:

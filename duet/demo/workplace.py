@@ -1,7 +1,4 @@
-"""How a run behaves on its machine: one thread, one progress display, output folders that appear whole or not at all.
-
-Knows files and threads. Must not know models, worlds or reports.
-"""
+"""One thread, one progress display, and output folders that are complete or absent."""
 
 from __future__ import annotations
 
@@ -16,9 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The matrices of this world are so small that a second thread mostly waits; on a busy machine everybody waits.
+    """The matrices of the tiny model are so small that a second thread does not help.
 
-    It also makes the numbers independent of how many cores there are.
+    It also makes the numbers independent of the number of cores.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -30,7 +27,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers' own progress bars off: ours says more."""
+    """Switches off transformers' progress bars."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -42,10 +39,10 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def replaced_folder(out: Path, argument: str, mark: str) -> Iterator[Path]:
-    """An empty folder beside `out`, which takes its place when the block ends well and vanishes when it does not.
+    """An empty folder that replaces `out` if the block succeeds, and is removed if it fails.
 
-    A folder that is already there is replaced only when it is empty or holds the file `mark`, that is, when it is an
-    earlier result; anything else belongs to somebody and is refused.
+    An existing `out` is replaced only if it is empty or holds the file `mark`, as an earlier result does; any other folder
+    is refused.
     """
     out = Path(out).absolute()
     if out.exists():

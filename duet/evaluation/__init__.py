@@ -1,9 +1,10 @@
-"""Has it really forgotten? Suites of questions (`duet eval`) and attacks (`duet attack`), on any causal language model.
+"""Suites of questions (`duet eval`), attacks (`duet attack`) and the report, for any causal language model.
 
-metrics, row_metrics      numbers of texts and losses: pure functions
-scoring, generation       what a model finds likely, and what it says: batches of token ids
-suites, asking, runner    a YAML file -> rows -> rows.jsonl; `summary` makes means and intervals of them
-target, attacks           the model under attack, and the table of attacks; `weights` and `distribution` do the rest
-attack_run                runs them, the worst first in the report
-journal                   results that survive interruption
+metrics               numbers of texts and losses: pure functions
+scoring, generation   log-probabilities of given answers; greedy answers: batches of token ids
+suites/               a YAML file -> rows -> rows.jsonl -> means and intervals
+attacks/              prompts, changes of the weights and probes that bring back what was forgotten
+report/               all results on one page
+models, journal       loading the model; results that can be continued
+commands              the commands eval, attack and report
 """

@@ -1,7 +1,6 @@
-"""What `duet eval` and `duet attack` do once their arguments are parsed: load, run with a progress display, show a table.
+"""What `duet eval`, `duet attack` and `duet report` do: load, run with a progress display, show a table.
 
-Knows the console: one that takes texts as they are, so that a path or a question with [brackets] is printed whole. Must
-not know how anything is measured.
+The console takes texts as they are, so that a path or a question with [brackets] is printed whole.
 """
 
 from __future__ import annotations
@@ -12,101 +11,135 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LM_EVAL_TASKS = Path(__file__).parent / "suites" / "lm_eval_tasks"
 
+Model = Annotated[str, typer.Argument(help="folder or name of a model, or folder of an adapter")]
+Limit = Annotated[int | None, typer.Option(help="only so many first rows of each task or file")]
+BatchSize = Annotated[int, typer.Option(help="sequences at once")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Device = Annotated[str | None, typer.Option(help="such as cuda:1; the GPU if there is one")]
+
+
+def literal_console(**options: Any) -> Console:
+    """A console that takes no text for markup, and no ":smile:" for a face."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
 
 def run_eval(
-    name: str,
-    *,
-    suite: str | None,
-    out: Path,
-    data: Path | None = None,
-    retain_run: Path | None = None,
-    settings: Sequence[str] = (),
-    steering: str | None = None,
-    lm_eval: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 16,
-    dtype: str = "auto",
-    device: str | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """`duet eval`: a suite, or tasks of lm-evaluation-harness, or both; see `runner.evaluate`."""
+    model: Model,
+    out: Annotated[
+        Path, typer.Option(help="folder for rows.jsonl and summary.json; continued if it is there")
+    ],
+    suite: Annotated[
+        str | None, typer.Option(help="tofu, muse, mcq, probes, or a .yaml file of your own")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="folder with the suite's files; without it they come from the Hub")
+    ] = None,
+    retain_run: Annotated[
+        Path | None,
+        typer.Option(help="the --out of a model trained without the forget rows: forget quality needs it"),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="an option of the suite, such as split=forget05")
+    ] = None,
+    steering: Annotated[
+        str | None,
+        typer.Option(help="said before every question, {subject} for what should go: the steered teacher"),
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="tasks of lm-evaluation-harness, such as mmlu,wmdp_bio")
+    ] = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """What a model still says, knows and can do: a suite of questions, row by row, resumable."""
     from ..data.prompts import Prompting
     from . import models
     from .suites import runner, summary
     from .suites.suite import load_suite
 
-    console = console or literal_console()
+    console = literal_console()
     if suite is None and lm_eval is None:
         raise ValueError("suite: wanted --suite, --lm-eval or both, got neither")
     if steering is not None and lm_eval is not None:
         raise ValueError("steering: wanted --suite alone, got --lm-eval, whose prompts are its own")
     tasks = None if lm_eval is None else lm_eval_tasks(lm_eval)
-    chosen = None if suite is None else load_suite(suite, options_of(settings))
-    model, tokenizer = models.load(name, dtype, device)
-    results: dict[str, Any] = {}
+    chosen = None if suite is None else load_suite(suite, options_of(settings or ()))
+    loaded, tokenizer = models.load(model, dtype, device)
     if chosen is not None:
         with _resumable(out, console), progress(console) as shown:
             results = runner.evaluate(
-                model,
+                loaded,
                 tokenizer,
                 chosen,
                 out=out,
                 data=data,
-                name=name,
+                name=model,
                 batch_size=batch_size,
                 limit=limit,
                 retain_run=retain_run,
-                prompting=Prompting.of(name),
+                prompting=Prompting.of(model),
                 steering=steering,
                 progress=shown,
             )
-        console.print(summary.table(results, f"{chosen.name}: {name}"))
+        console.print(summary.table(results, f"{chosen.name}: {model}"))
         for task in results["left_out"]:
             console.print(f"left out: {task} (no such file in {data})", soft_wrap=True)
         console.print(f"written to {out / runner.SUMMARY}", soft_wrap=True)
     if tasks is not None:
-        results["lm_eval"] = run_lm_eval(model, tokenizer, tasks, out, limit, batch_size, console, name=name)
-    return results
+        run_lm_eval(loaded, tokenizer, tasks, out, limit, batch_size, console, name=model)
 
 
 def run_attack(
-    name: str,
-    *,
-    forget: str,
-    out: Path,
-    retain: str | None = None,
-    holdout: str | None = None,
-    base: str | None = None,
-    attacks: str | None = None,
-    reverse_prompts: Path | None = None,
-    relearn_rates: str | None = None,
-    relearn_steps: str | None = None,
-    threshold: float = 0.5,
-    max_new_tokens: int = 64,
-    limit: int | None = None,
-    batch_size: int = 16,
-    dtype: str = "auto",
-    device: str | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """`duet attack`; see `attack_run.run_attacks`."""
+    model: Model,
+    forget: Annotated[str, typer.Option(help="file with question and answer; value and paraphrases help")],
+    out: Annotated[
+        Path, typer.Option(help="folder for attacks.json and rows.jsonl; continued if it is there")
+    ],
+    retain: Annotated[
+        str | None, typer.Option(help="rows that may be known: examples and benign training")
+    ] = None,
+    holdout: Annotated[str | None, typer.Option(help="rows never trained on: membership inference")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="the model before unlearning, for comparison (both are in memory)")
+    ] = None,
+    attacks: Annotated[str | None, typer.Option(help="only these, such as prefill,relearning")] = None,
+    reverse_prompts: Annotated[
+        Path | None, typer.Option(help="file with the override wordings used in training, one a line")
+    ] = None,
+    relearn_rates: Annotated[str | None, typer.Option(help="learning rates, such as 1e-5,1e-4,1e-3")] = None,
+    relearn_steps: Annotated[
+        str | None, typer.Option(help="recall is measured after these, such as 10,100,500")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="ROUGE-L recall that counts, for rows without a value")
+    ] = 0.5,
+    max_new_tokens: Annotated[int, typer.Option(help="of an answer")] = 64,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Try to bring back what was forgotten, by prompts and by changing the weights; the worst attack comes first."""
     from ..data.prompts import Prompting
     from ..data.sources import read_table
     from ..names import check_one_of
     from . import models
-    from .attacks import runner as attack_run
+    from .attacks import runner
     from .attacks.attacks import ATTACKS
     from .attacks.rows import read_attack_rows
     from .attacks.target import AttackOptions, Target
 
-    console = console or literal_console()
+    console = literal_console()
 
     def rows_of(path: str | None, argument: str) -> list[Any]:
         if path is None:
@@ -132,22 +165,65 @@ def run_attack(
     options = AttackOptions(
         threshold=threshold, max_new_tokens=max_new_tokens, batch_size=batch_size, **given
     )
-    rows, kept, unseen = (
-        rows_of(path, key) for key, path in (("forget", forget), ("retain", retain), ("holdout", holdout))
-    )
+    files = {"forget": forget, "retain": retain, "holdout": holdout}
+    rows, known, unseen = (rows_of(path, name) for name, path in files.items())
     # The base, too, is asked as the model was trained: the same questions, or nothing could be compared.
-    asked = {"options": options, "prompting": Prompting.of(name)}
-    target = Target(*models.load(name, dtype, device), rows, kept, unseen, **asked)
+    asked = {"options": options, "prompting": Prompting.of(model)}
+    target = Target(*models.load(model, dtype, device), rows, known, unseen, **asked)
     before = None if base is None else Target(*models.load(base, dtype, device), rows, **asked)
     with _resumable(out, console), progress(console) as shown:
-        report = attack_run.run_attacks(
-            target, out=out, attacks=chosen, name=name, base=before, progress=shown
-        )
-    console.print(attack_run.table(report, f"{name}: the worst attack first"))
-    console.print(attack_run.legend(report))
+        report = runner.run_attacks(target, out=out, attacks=chosen, name=model, base=before, progress=shown)
+    console.print(runner.table(report, f"{model}: the worst attack first"))
+    console.print(runner.legend(report))
     console.print(f"leak: {report['success']}", soft_wrap=True)
-    console.print(f"written to {out / attack_run.REPORT}", soft_wrap=True)
-    return report
+    console.print(f"written to {out / runner.REPORT}", soft_wrap=True)
+
+
+def run_report(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="folders that eval, attack, train or demo wrote, or folders of such; label=folder names the method"
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder for report.html, report.md and figures")] = Path("report"),
+    base: Annotated[list[str] | None, typer.Option(help="run of the model before unlearning")] = None,
+    teacher: Annotated[list[str] | None, typer.Option(help="run of the base steered in context")] = None,
+    forget_metric: Annotated[
+        str | None, typer.Option(help="task.metric, the frontier's horizontal axis")
+    ] = None,
+    retain_metric: Annotated[str | None, typer.Option(help="task.metric, its vertical axis")] = None,
+    examples: Annotated[int, typer.Option(help="questions shown per task")] = 6,
+    model_before: Annotated[
+        str | None, typer.Option(help="model whose logits are compared, before unlearning")
+    ] = None,
+    model_after: Annotated[str | None, typer.Option(help="the same model after it")] = None,
+    query: Annotated[list[str] | None, typer.Option(help="a question for both")] = None,
+    top_k: Annotated[int, typer.Option(help="logits of each of them")] = 8,
+    steering: Annotated[
+        str | None, typer.Option(help="prefix behind which the model before is the teacher")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Everything that was measured, on one page: the table, answers side by side, frontier, relearning, logits."""
+    from .report.report import write_report, write_topk
+
+    topk = []
+    if model_before or model_after or query:
+        how = {"k": top_k, "steering": steering, "dtype": dtype, "device": device}
+        topk.append(write_topk(model_before, model_after, query or (), out, **how))
+    page = write_report(
+        runs or (),
+        out,
+        base=base or (),
+        teacher=teacher or (),
+        forget_metric=forget_metric,
+        retain_metric=retain_metric,
+        examples=examples,
+        topk=topk,
+    )
+    literal_console().print(f"written to {page} and {page.with_suffix('.md')}")
 
 
 def _wordings(path: Path) -> tuple[str, ...]:
@@ -157,10 +233,10 @@ def _wordings(path: Path) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"reverse_prompts: {path} is not UTF-8 text: {error.reason}") from None
-    found = tuple(line.strip() for line in lines if line.strip())
-    if not found:
+    wordings = tuple(line.strip() for line in lines if line.strip())
+    if not wordings:
         raise ValueError(f"reverse_prompts: wanted at least one wording in {path}, got none")
-    return found
+    return wordings
 
 
 def _numbers(text: str, kind: Callable[[str], Any], argument: str) -> tuple[Any, ...]:
@@ -193,7 +269,7 @@ def lm_eval_tasks(text: str) -> list[str]:
 
 
 def _task_manager() -> Any:
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     return TaskManager(include_path=str(LM_EVAL_TASKS))
 
@@ -214,17 +290,15 @@ def run_lm_eval(
     Raises:
         ValueError: `out` holds such results of another model, or with another limit.
     """
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.utils import make_table
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.utils import make_table  # pyright: ignore[reportMissingImports]
 
-    from ..store.provenance import tokenizer_hash
-    from . import models
+    from ..model.hashes import fingerprints
     from .journal import LM_EVAL, write_json
 
     manifest = {
-        "model_fingerprint": models.fingerprint(model),
-        "tokenizer_fingerprint": tokenizer_hash(tokenizer, template=True),
+        **fingerprints(model, tokenizer),
         "limit": limit,
     }
     before = json.loads((out / LM_EVAL).read_text(encoding="utf-8")) if (out / LM_EVAL).is_file() else {}
@@ -234,20 +308,20 @@ def run_lm_eval(
                 f"out: {out / LM_EVAL} holds results of another run: {key} was {before['manifest'].get(key)!r} and is "
                 f"{value!r} now; wanted a new folder"
             )
-    found = lm_eval.simple_evaluate(
+    measured = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),
         task_manager=_task_manager(),
         limit=limit,
     )
-    results = {task: {k: v for k, v in row.items() if _plain(v)} for task, row in found["results"].items()}
+    results = {task: {k: v for k, v in row.items() if _plain(v)} for task, row in measured["results"].items()}
     out.mkdir(parents=True, exist_ok=True)
-    kept = {
+    merged = {
         key: before.get(key, {}) | new
-        for key, new in (("results", results), ("versions", found.get("versions", {})))
+        for key, new in (("results", results), ("versions", measured.get("versions", {})))
     }
-    write_json(out / LM_EVAL, {"model": name, "manifest": manifest, **kept})
-    console.print(make_table(found))
+    write_json(out / LM_EVAL, {"model": name, "manifest": manifest, **merged})
+    console.print(make_table(measured))
     console.print(f"written to {out / LM_EVAL}", soft_wrap=True)
     return results
 
@@ -257,11 +331,6 @@ def _plain(value: Any) -> bool:
 
 
 # --- console ---------------------------------------------------------------------------------------------------
-
-
-def literal_console(**options: Any) -> Console:
-    """A console that takes no text for markup, and no ":smile:" for a face."""
-    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def options_of(settings: Sequence[str]) -> dict[str, str]:
@@ -276,7 +345,7 @@ def options_of(settings: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+def progress(console: Console) -> Iterator[Callable[..., None]]:
     """A line of progress for each task; the function to call is (name, done, total)."""
     columns = (
         TextColumn("{task.description}", markup=False),

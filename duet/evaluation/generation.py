@@ -1,4 +1,4 @@
-"""Greedy continuations in batches: left padding, key-value cache, stop strings. Knows token ids, not suites or files."""
+"""Greedy continuations in batches: left padding, key-value cache, stop strings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..model.lm import end_tokens, evaluating, generate_answers, padding_id
 
 
 class Continuation(NamedTuple):
-    """What was said: text without special tokens, cut before a stop string; new tokens; were all logits numbers?"""
+    """An answer: text without special tokens, cut before a stop text; number of new tokens; whether no logit was NaN."""
 
     text: str
     num_tokens: int
@@ -26,7 +26,7 @@ class Continuation(NamedTuple):
 
 
 class _NumberWatch(LogitsProcessor):
-    """Remembers which rows ever had a NaN logit: an argmax over NaN is a token like any other. No synchronisation."""
+    """Records which rows had a NaN logit: an argmax over NaN gives an ordinary token. No synchronisation."""
 
     def __init__(self) -> None:
         self.broken: Tensor | None = None
@@ -40,8 +40,8 @@ class _NumberWatch(LogitsProcessor):
 class _StopText(StoppingCriteria):
     """Ends a row once its new text contains a stop text.
 
-    transformers' own criterion takes the vocabulary apart and fails on tokenizers that cannot write "abcdef". Here the
-    last tokens are decoded: a stop text of n characters ends within the last n tokens, and begins before.
+    transformers' own criterion analyses the vocabulary and fails on tokenizers that cannot write "abcdef". Here the last
+    tokens are decoded: a stop text of n characters spans at most n tokens.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_length: int):

@@ -1,19 +1,28 @@
-"""A folder of results that survives interruption: `manifest.json` says what was run, `rows.jsonl` grows line by line.
+"""A folder of results that can be continued: `manifest.json` says what is run, `rows.jsonl` grows line by line.
 
-A line is a row, whole or not there: a torn last line is dropped when the folder is opened again. A folder made by
-another run (other model, other suite) is refused by the first field that differs. Knows JSON and files, nothing else.
+A line is a row; an incomplete last line is dropped when the folder is opened again. A folder of another run (other
+model, other suite) is refused, and the first field that differs is named.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROWS, MANIFEST = "rows.jsonl", "manifest.json"
 LM_EVAL = "lm_eval.json"
+# What a row's status other than `ok` means.
+MEANING = {
+    "empty": "answered with nothing (counted)",
+    "nan": "left out: NaN logits",
+    "too_long": "left out: longer than the model's context",
+    "bad_row": "left out: something is wrong with the row (`why` in rows.jsonl)",
+    "no_tokens": "left out: a text without tokens",
+    "unknown_tokens": "left out: the tokenizer cannot represent the answer",
+}
 
 
 class Journal:
@@ -22,8 +31,8 @@ class Journal:
     Args:
         folder: made when it is not there.
         manifest: what must agree for the rows to belong together: plain values, compared field by field.
-        key: the fields of a row that identify it; a row that is there already is not written again.
-        note: further values for the manifest that may differ (versions).
+        key: the fields that identify a row; a row is written once.
+        note: values for the manifest that are not compared (versions).
 
     Raises:
         ValueError: the folder holds another run's results; a line before the last is not JSON.
@@ -42,9 +51,9 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._agree(manifest, note or {})
         self.rows: list[dict[str, Any]] = self._read_and_mend()
-        self.done: set[Hashable] = {self._key(row) for row in self.rows}
+        self.done: set[tuple[Any, ...]] = {self._key(row) for row in self.rows}
 
-    def _key(self, row: dict[str, Any]) -> Hashable:
+    def _key(self, row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in self.key)
 
     def _agree(self, manifest: dict[str, Any], note: dict[str, Any]) -> None:
@@ -72,7 +81,7 @@ class Journal:
             return []
         data = path.read_bytes()
         whole = data.rfind(b"\n") + 1
-        if whole < len(data):  # the run was killed while it wrote this line
+        if whole < len(data):  # the run was killed while writing this line
             with path.open("r+b") as file:
                 file.truncate(whole)
         rows = []
@@ -84,7 +93,7 @@ class Journal:
         return rows
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Write the rows that are not there yet, and hand them to the disk."""
+        """Writes the new ones among `rows` to the disk."""
         fresh = [row for row in rows if self._key(row) not in self.done]
         lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in fresh)
         with (self.folder / ROWS).open("ab") as file:
@@ -95,7 +104,7 @@ class Journal:
         self.done |= {self._key(row) for row in fresh}
 
     def drop_after(self, count: int) -> None:
-        """Keep only the first `count` rows."""
+        """Keeps only the first `count` rows."""
         if count == len(self.rows):
             return
         lines = (self.folder / ROWS).read_bytes().splitlines(keepends=True)
@@ -124,7 +133,7 @@ def read_run(folder: str | Path, argument: str) -> tuple[dict[str, Any], list[di
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The whole file or nothing: written beside it and moved into place."""
+    """Writes the file atomically: a temporary file, renamed."""
     scratch = path.with_name(f".{path.name}.new")
     scratch.write_text(
         json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"

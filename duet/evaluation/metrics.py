@@ -5,8 +5,7 @@
     s   a membership score; log p_t a token's log-probability
 
 The same name means different numbers in different papers (ROUGE-L is recall with a stemmer in TOFU, F1 without one in
-MUSE), so no function here has a default where the literature disagrees. What cannot be computed is NaN or an error,
-never a 0 that looks like a result. Must not know models, tokenizers or files.
+MUSE), so no function here has a default where the literature disagrees. An undefined result is NaN or an error, never 0.
 """
 
 from __future__ import annotations
@@ -17,12 +16,19 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from rouge_score import rouge_scorer
-from scipy import optimize, stats
 
+from ..extras import MissingExtra, missing
+
+try:
+    from rouge_score import rouge_scorer
+    from scipy import optimize, stats
+except ModuleNotFoundError as error:
+    raise MissingExtra(missing("eval") or str(error)) from None
+
+Numbers = Sequence[float] | np.ndarray
 MEASURES = ("recall", "f1")
 UTILITY_PARTS = ("probability", "rouge_l_recall", "truth_ratio")
 
@@ -45,18 +51,17 @@ def probability(loss: float) -> float:
     return math.exp(-loss)
 
 
-def multiple_choice_probability(true_loss: float, wrong_losses: Sequence[float]) -> float:
+def multiple_choice_probability(true_loss: float, wrong_losses: Numbers) -> float:
     """P_true / (P_true + sum P_wrong): TOFU's probability on real authors and world facts."""
     losses = np.array([true_loss, *_not_empty("wrong_losses", wrong_losses)])
     with np.errstate(invalid="ignore"):  # NaN in, NaN out
         return float(np.exp(-losses[0] - np.logaddexp.reduce(-losses)))
 
 
-def truth_ratio(paraphrased_loss: float, perturbed_losses: Sequence[float]) -> float:
+def truth_ratio(paraphrased_loss: float, perturbed_losses: Numbers) -> float:
     """R = exp(mean_j L_perturbed,j - L_paraphrased) (TOFU, arXiv 2401.06121).
 
-    Above 1 where the true answer in other words is likelier than wrong answers of the same form; infinite where no
-    float is large enough.
+    Above 1 where the paraphrased true answer is likelier than wrong answers of the same form; infinite on overflow.
 
     Example:
         >>> round(truth_ratio(1.0, [2.0, 4.0]), 4)
@@ -65,23 +70,23 @@ def truth_ratio(paraphrased_loss: float, perturbed_losses: Sequence[float]) -> f
     return _exp(float(np.mean(_not_empty("perturbed_losses", perturbed_losses))) - paraphrased_loss)
 
 
-def truth_ratio_score(ratios: Sequence[float]) -> float:
-    """mean max(0, 1 - 1 / R): the truth ratio of a set of facts that should still be known. R is at least 0."""
+def truth_ratio_score(ratios: Numbers) -> float:
+    """mean max(0, 1 - 1 / R): the truth ratio of facts that should still be known. R is at least 0."""
     ratios = _not_empty("ratios", ratios).astype(float)
     if (ratios < 0).any():
         raise ValueError(f"ratios: wanted numbers >= 0, got {ratios[ratios < 0][0]}")
-    with np.errstate(divide="ignore"):  # an R too small for a float counts like every R below 1
+    with np.errstate(divide="ignore"):  # R = 0 after underflow counts like every R below 1
         return float(np.mean(np.maximum(0.0, 1.0 - 1.0 / ratios)))
 
 
-def forget_quality(unlearned_ratios: Sequence[float], retain_ratios: Sequence[float]) -> float:
+def forget_quality(unlearned_ratios: Numbers, retain_ratios: Numbers) -> float:
     """p-value of a two-sample Kolmogorov-Smirnov test between the truth ratios R of two models on the forget rows.
 
-    The second model was trained without them. A high value: the unlearned model cannot be told from it by R.
-    Without such a model the number is undefined (do not call this function).
+    The second model was trained without the forget rows. A high value: R does not distinguish the two models.
     """
     unlearned = _finite("unlearned_ratios", unlearned_ratios)
-    return float(stats.ks_2samp(unlearned, _finite("retain_ratios", retain_ratios)).pvalue)
+    test: Any = stats.ks_2samp(unlearned, _finite("retain_ratios", retain_ratios))
+    return float(test.pvalue)
 
 
 def model_utility(sets: Mapping[str, Mapping[str, float]]) -> float:
@@ -111,8 +116,8 @@ def model_utility(sets: Mapping[str, Mapping[str, float]]) -> float:
     return 0.0 if 0.0 in parts else len(parts) / sum(1 / part for part in parts)
 
 
-def perplexity(token_logprobs: Sequence[float]) -> float:
-    """exp(-mean log p_t) over all given tokens; infinite where no float is large enough."""
+def perplexity(token_logprobs: Numbers) -> float:
+    """exp(-mean log p_t) over all given tokens; infinite on overflow."""
     return _exp(-float(np.mean(_not_empty("token_logprobs", token_logprobs))))
 
 
@@ -146,7 +151,7 @@ def _rouge_scorer(stemmer: bool) -> rouge_scorer.RougeScorer:
 
 
 def find_words(text: str, value: str) -> int | None:
-    """Where `value` starts in the text, as whole words, any case and any white space between them; None: nowhere.
+    """Index at which `value` starts in the text, as whole words, any case and white space; None: it does not occur.
 
     Example:
         >>> find_words("Born in New  York.", "new york"), find_words("Born in Yorkshire.", "York")
@@ -155,17 +160,17 @@ def find_words(text: str, value: str) -> int | None:
     words = value.split()
     if not words:
         raise ValueError(f"value: wanted a text that is not empty, got {value!r}")
-    # \b would ask for a word character beside a value that ends in a sign, such as "C++".
+    # \b would fail beside a value that ends in a sign, such as "C++".
     pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
-    found = re.search(pattern, text, re.IGNORECASE)
-    return None if found is None else found.start()
+    match = re.search(pattern, text, re.IGNORECASE)
+    return None if match is None else match.start()
 
 
 _STRAIGHT = str.maketrans("‘’ʼ“”", "'''\"\"")
 
 
 def contains_words(text: str, value: str) -> bool:
-    """Is `value` said in the text, as whole words? However its accents are composed and its quotes are bent.
+    """Whether `value` occurs in the text as whole words, after normalising accents and quotes.
 
     Example:
         >>> contains_words("It was O'Brien .", "O’Brien")
@@ -179,8 +184,8 @@ def refusal_rate(answers: Sequence[str], patterns: Sequence[str] = REFUSAL_PATTE
     """Share of answers in which one of the regular expressions is found. An empty answer is no refusal."""
     if isinstance(answers, str):
         raise ValueError(f"answers: wanted a list of texts, got the text {answers!r:.60}")
-    found = [any(re.search(p, answer, re.IGNORECASE) for p in patterns) for answer in answers]
-    return float(np.mean(_not_empty("answers", found)))
+    refused = [any(re.search(p, answer, re.IGNORECASE) for p in patterns) for answer in answers]
+    return float(np.mean(_not_empty("answers", refused)))
 
 
 def fluency(text: str) -> float:
@@ -201,12 +206,12 @@ def fluency(text: str) -> float:
 # --- what is memorised -----------------------------------------------------------------------------------------
 
 
-def exact_memorization(hits: Sequence[bool]) -> float:
+def exact_memorization(hits: Numbers) -> float:
     """Share of an answer's tokens that are the argmax under teacher forcing."""
     return float(np.mean(_not_empty("hits", hits)))
 
 
-def extraction_strength(hits: Sequence[bool]) -> float:
+def extraction_strength(hits: Numbers) -> float:
     """1 - k* / L, with k* the shortest prefix after which every teacher-forced argmax is the true token.
 
     0 when not even the last token is.
@@ -220,7 +225,7 @@ def extraction_strength(hits: Sequence[bool]) -> float:
     return 1.0 if len(wrong) == 0 else 1.0 - float(wrong[-1] + 1) / len(hits)
 
 
-def multiple_choice_accuracy(choice_scores: Sequence[Sequence[float]], correct: Sequence[int]) -> float:
+def multiple_choice_accuracy(choice_scores: Sequence[Numbers], correct: Sequence[int]) -> float:
     """Share of questions whose correct choice has the highest score (a log-probability, length-normalised or not)."""
     if len(choice_scores) != len(correct) or not len(correct):
         raise ValueError(
@@ -237,7 +242,7 @@ def multiple_choice_accuracy(choice_scores: Sequence[Sequence[float]], correct: 
 # --- membership ------------------------------------------------------------------------------------------------
 
 
-def min_k(token_logprobs: Sequence[float], k: float) -> float:
+def min_k(token_logprobs: Numbers, k: float) -> float:
     """Min-K%: minus the mean of the lowest k % token log-probabilities (at least one token), nats.
 
     `k` in percent (MUSE: 40). Low for text that was trained on. Source: arXiv 2310.16789.
@@ -245,13 +250,11 @@ def min_k(token_logprobs: Sequence[float], k: float) -> float:
     return -_mean_of_lowest("token_logprobs", token_logprobs, k)
 
 
-def min_k_plus_plus(
-    token_logprobs: Sequence[float], entropies: Sequence[float], variances: Sequence[float], k: float
-) -> float:
+def min_k_plus_plus(token_logprobs: Numbers, entropies: Numbers, variances: Numbers, k: float) -> float:
     """Min-K%++: the same on (log p_t - mu_t) / sigma_t, with mu = -entropy and sigma^2 = Var log p of the position.
 
-    All three come from one pass of `duet_kernels.linear_token_stats`. A position whose distribution is a point
-    (variance 0) says nothing and is left out. Source: arXiv 2404.02936.
+    All three come from one pass of `duet_kernels.linear_token_stats`. Positions with variance 0 are left out.
+    Source: arXiv 2404.02936.
     """
     logp, entropy, variance = (np.asarray(x, dtype=float) for x in (token_logprobs, entropies, variances))
     if not logp.shape == entropy.shape == variance.shape:
@@ -266,17 +269,17 @@ def min_k_plus_plus(
     )
 
 
-def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
+def auc(positive: Numbers, negative: Numbers) -> float:
     """P(a positive scores higher than a negative), ties counted half: the area under the ROC curve."""
     positive, negative = _finite("positive", positive), _finite("negative", negative)
     return float(stats.mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative)))
 
 
-def privleak(forget_scores: Sequence[float], holdout_scores: Sequence[float], auc_retrain: float) -> float:
+def privleak(forget_scores: Numbers, holdout_scores: Numbers, auc_retrain: float) -> float:
     """PrivLeak = 100 (AUC - AUC_retrain) / AUC_retrain (MUSE, arXiv 2407.06460); scores as `min_k` returns them.
 
     AUC tells holdout (1) from forget (0) by minus the score. 0: like a model that never saw the forget text; above: it
-    looks less seen than text that never was (over-unlearned); below: it still looks seen.
+    looks less seen than unseen text (over-unlearned); below: it still looks seen.
     """
     if not 0 < auc_retrain <= 1:
         raise ValueError(f"auc_retrain: wanted a number in (0, 1], got {auc_retrain}")
@@ -318,7 +321,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap(
-    values: Sequence[float],
+    values: Numbers,
     statistic: Callable[..., np.ndarray] = np.mean,
     *,
     confidence: float = 0.95,
@@ -350,7 +353,7 @@ def bootstrap(
     return Interval(estimate, float(low), float(high))
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
+def mean_interval(values: Numbers) -> Interval:
     """The mean with its 95 % interval: Wilson's where every value is 0 or 1, else the bootstrap's.
 
     A bootstrap of values that are all 0 knows of nothing else: however few they are, its interval is 0 to 0. Wilson's
@@ -367,7 +370,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(float(values.mean()), float(interval.low), float(interval.high))
 
 
-def auc_interval(positive: Sequence[float], negative: Sequence[float]) -> Interval:
+def auc_interval(positive: Numbers, negative: Numbers) -> Interval:
     """`auc` with its 95 % interval: the A that solve |AUC - A| = 1.96 sqrt(V(A)), which exist at 0 and 1 too.
 
         V(A) = A (1 - A) / (m n) (1 + M (1 - A) / (2 - A) + M A / (1 + A)),   M = (m + n) / 2 - 1
@@ -379,11 +382,12 @@ def auc_interval(positive: Sequence[float], negative: Sequence[float]) -> Interv
 
     def beyond(a: float) -> float:
         variance = a * (1 - a) / (m * n) * (1 + middle * (1 - a) / (2 - a) + middle * a / (1 + a))
-        return abs(area - a) - stats.norm.ppf(0.975) * math.sqrt(variance)
+        return float(abs(area - a) - stats.norm.ppf(0.975) * math.sqrt(variance))
 
     edge = 1e-9  # V is 0 at both ends, and so is the equation
-    low = 0.0 if area == 0 else optimize.brentq(beyond, edge, min(area, 1 - edge))
-    high = 1.0 if area == 1 else optimize.brentq(beyond, max(area, edge), 1 - edge)
+    root: Any = optimize.brentq
+    low = 0.0 if area == 0 else root(beyond, edge, min(area, 1 - edge))
+    high = 1.0 if area == 1 else root(beyond, max(area, edge), 1 - edge)
     return Interval(area, low, high)
 
 
@@ -395,8 +399,8 @@ class Comparison(NamedTuple):
 
 
 def compare_paired(
-    a: Sequence[float],
-    b: Sequence[float],
+    a: Numbers,
+    b: Numbers,
     *,
     confidence: float = 0.95,
     resamples: int = 2000,
@@ -423,21 +427,21 @@ def _exp(x: float) -> float:
     return math.inf if x > 709 else math.exp(x)
 
 
-def _not_empty(name: str, values: Sequence) -> np.ndarray:
+def _not_empty(name: str, values: Sequence | np.ndarray) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"{name}: wanted at least one number, got shape {list(values.shape)}")
     return values
 
 
-def _finite(name: str, values: Sequence[float]) -> np.ndarray:
+def _finite(name: str, values: Numbers) -> np.ndarray:
     values = _not_empty(name, values).astype(float)
     if not np.isfinite(values).all():
         raise ValueError(f"{name}: wanted finite numbers, got {values[~np.isfinite(values)][0]}")
     return values
 
 
-def _mean_of_lowest(name: str, values: Sequence[float], k: float, empty: float | None = None) -> float:
+def _mean_of_lowest(name: str, values: Numbers, k: float, empty: float | None = None) -> float:
     if not 0 < k <= 100:
         raise ValueError(f"k: wanted a percentage in (0, 100], got {k}")
     if empty is not None and len(values) == 0:

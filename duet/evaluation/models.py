@@ -1,11 +1,7 @@
-"""The model that is examined: loaded (with an adapter kept apart, when its folder holds one), and told apart from others.
-
-Must not know suites or attacks.
-"""
+"""Loads the model to evaluate; an adapter in its folder is attached, not merged."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -55,6 +51,7 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
         check_head(model)
     except TypeError as error:
         raise ValueError(str(error)) from error
+    failure: Exception | None = None
     for place in filter(None, (name, base)):
         try:
             return model, AutoTokenizer.from_pretrained(place)
@@ -64,7 +61,7 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
 
 
 def check_device(device: str | None) -> None:
-    """Refuse a device that is not there, before a model is loaded for it.
+    """Refuses a device that does not exist, before a model is loaded.
 
     Raises:
         ValueError: naming `device`.
@@ -76,23 +73,3 @@ def check_device(device: str | None) -> None:
     except (RuntimeError, AssertionError) as error:  # torch says either
         why = str(error).splitlines()[0]
         raise ValueError(f"device: wanted one that torch can use here, got {device!r} ({why})") from None
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """16 hex digits that change with any training of the weights: names, shapes, dtypes and exact sums of bit patterns.
-
-    Integer sums: the same on every device and in any order of addition. One read of the weights.
-    """
-    digest = hashlib.sha256()
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        bits = tensor.detach().reshape(-1).contiguous()
-        if bits.is_complex():
-            bits = torch.view_as_real(bits).reshape(-1)
-        bits = bits.to(torch.uint8) if bits.dtype is torch.bool else bits.view(integers[bits.element_size()])
-        sums = [int(part.sum(dtype=torch.int64)) for part in (bits, bits[::7])]
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {sums}\n".encode())
-    return digest.hexdigest()[:16]

@@ -5,8 +5,7 @@
     hit_t          is the token the argmax?
     above_t        how many ids have a larger logit: 0 at the top; below_t: a smaller one: 0 at the bottom
 
-All of it comes from hidden states and the LM head, tile by tile; logits of a batch are never stored. Knows a model and
-token ids. Must not know suites, attacks or files.
+All are computed from hidden states and the LM head, tile by tile; logits of a batch are never stored.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from duet_kernels import LMHead, linear_gather, linear_logsumexp, linear_token_stats, linear_topk
 
+from ..data.dataset import Collator, plain_item
 from ..model.lm import evaluating, head_inputs
 
 COUNT_BYTES = 64 * 2**20  # of one tile of logits while ranks are counted
@@ -59,9 +59,9 @@ class TokenRanks(NamedTuple):
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of similar length, the longest first: what does not fit in memory fails at once.
+    """Indices in batches of similar length, the longest first: a batch that does not fit in memory fails at once.
 
-    Depends on nothing but the lengths, so that an interrupted run is planned again as it was.
+    Depends only on the lengths, so that an interrupted run has the same batches when it continues.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -73,8 +73,8 @@ def token_scores(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> list
     hidden, head, labels = _forced_hidden(model, batch, pad_id)
     stats = linear_token_stats(hidden, head, labels)
     hits = linear_topk(hidden, head, 1).indices[:, 0] == labels
-    per_token = (stats.label_logprob, stats.entropy, stats.logprob_variance, hits)
-    columns = [x.double().cpu().numpy() if x is not hits else x.cpu().numpy() for x in per_token]
+    per_token: Any = (stats.label_logprob, stats.entropy, stats.logprob_variance)
+    columns = [*(x.double().cpu().numpy() for x in per_token), hits.cpu().numpy()]
     ends = np.cumsum([len(item.answer) for item in batch])[:-1]
     return [TokenScores(*parts) for parts in zip(*(np.split(c, ends) for c in columns), strict=True)]
 
@@ -94,7 +94,7 @@ def next_token_logprobs(
 
 @torch.no_grad()
 def token_ranks(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> list[TokenRanks]:
-    """Where the answer's tokens stand in the model's distribution, counted from both ends."""
+    """Ranks of the answer's tokens in the model's distribution, from both ends."""
     hidden, head, labels = _forced_hidden(model, batch, pad_id)
     above, below, finite = (x.cpu().numpy() for x in count_ranks(hidden, head, labels))
     ends = np.cumsum([len(item.answer) for item in batch])[:-1]
@@ -133,7 +133,7 @@ def count_ranks(hidden: Tensor, head: LMHead, labels: Tensor) -> tuple[Tensor, T
             if head.bias is not None:
                 logits += head.bias[start:stop].float()
             logits *= head.scale
-            # A product and a gathered dot round apart: the label is never above or below itself.
+            # A product and a gathered dot round differently: the label is never above or below itself.
             other = torch.arange(start, stop, device=labels.device) != labels[part, None]
             above[part] += ((logits > own[part]) & other).sum(1)
             below[part] += ((logits < own[part]) & other).sum(1)
@@ -144,20 +144,12 @@ def count_ranks(hidden: Tensor, head: LMHead, labels: Tensor) -> tuple[Tensor, T
 def forced_inputs(
     batch: Sequence[Forced], pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids and mask `[B, S]`, places in the flattened `[B * S]` where the answers' tokens are predicted, and these `[N]`."""
-    # The last token is only predicted: it need not be read.
-    sequences = [[*item.prompt, *item.answer[:-1]] for item in batch]
-    longest = max(map(len, sequences))
-    ids = torch.full((len(batch), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    positions: list[int] = []
-    for b, (item, sequence) in enumerate(zip(batch, sequences, strict=True)):
-        ids[b, : len(sequence)] = torch.tensor(sequence)
-        mask[b, : len(sequence)] = 1
-        first = b * longest + len(item.prompt) - 1
-        positions += range(first, first + len(item.answer))
-    labels = [token for item in batch for token in item.answer]
-    return tuple(x.to(device) for x in (ids, mask, torch.tensor(positions), torch.tensor(labels)))
+    """Ids and mask `[B, S]`, indices `[N]` into the flattened `[B * S]` where the answers' tokens are predicted, and these."""
+    inputs = Collator(pad_id)([plain_item(item.prompt, item.answer) for item in batch])
+    ids, mask, positions, labels = (
+        inputs[name].to(device) for name in ("input_ids", "attention_mask", "positions", "labels")
+    )
+    return ids, mask, positions, labels
 
 
 def _forced_hidden(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> tuple[Tensor, LMHead, Tensor]:

@@ -1,4 +1,4 @@
-"""Targets of `duet_deep`, made of the frozen base before training: its own answers, and what it would say of a stranger.
+"""Targets of `duet_deep`, made with the frozen base before training: its own answers, and answers about unknown names.
 
     y           the base's greedy answer to the plain query; no answer of the dataset is read
     p_cf        the name n is replaced in query and answer by names that the base does not know; the base is run; the
@@ -8,8 +8,6 @@
 
 The mean is over distributions, written as a `TopK`: the k ids with the most mass and a bucket for the rest, each from
 `linear_gather` and `linear_logsumexp(exclude=...)`; nothing is subtracted from 1, and no logits are stored.
-
-Meets the trainer through three of its methods (`teacher_says`, `ask_teacher`, `states_of`). Must not know the loss.
 """
 
 import math
@@ -26,7 +24,7 @@ from ..data.prompts import Conversation, fill_prefix
 
 
 class Stranger(NamedTuple):
-    """One row, with another name in it: token ids, and where each token of the real answer is predicted in it."""
+    """One row with another name in it: token ids, and where each token of the real answer is predicted in it."""
 
     prompt: list[int]
     answer: list[int]
@@ -47,8 +45,8 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
     batches = range(0, len(retain), args.eval_batch_size)
     for start in trainer.progress(batches, "what is to be kept"):
         rows = retain[start : start + args.eval_batch_size]
-        kept = _kept(trainer, [dataset.plain(i) for i in rows], [own[i] for i in rows])
-        dataset.segments.update((i, [segment]) for i, segment in zip(rows, kept, strict=True))
+        segments = _own_answers(trainer, [dataset.plain(i) for i in rows], [own[i] for i in rows])
+        dataset.segments.update((i, [segment]) for i, segment in zip(rows, segments, strict=True))
     for i in trainer.progress(forget, "what the base knows"):
         ignorant = _mixture(trainer, dataset, i, names[i], own[i], steered=False)
         opening = _mixture(trainer, dataset, i, names[i], own[i][:1], steered=True)
@@ -57,7 +55,7 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
         pushed = _pushed(trainer, dataset.plain(i), own[i], ignorant, opening)
         dataset.segments[i] = [
             segment
-            for segment in (pushed._replace(share=1 - share), _told(refusals[i], refusing, share))
+            for segment in (pushed._replace(share=1 - share), _refusing(refusals[i], refusing, share))
             if segment.share > 0
         ]
 
@@ -69,15 +67,14 @@ def _targets(top: TopK, **others: Tensor) -> dict[str, Tensor]:
     """What every position carries; without others it is neither pushed nor known."""
     nothing = torch.zeros_like(top.tail_logsumexp)
     default = {"base": nothing, "floor": nothing, "known": nothing.bool(), "pushed": nothing.bool()}
-    found = {"values": top.values, "indices": top.indices, "tail": top.tail_logsumexp} | default | others
-    return {name: value.cpu() for name, value in found.items()}
+    columns = {"values": top.values, "indices": top.indices, "tail": top.tail_logsumexp} | default | others
+    return {name: value.cpu() for name, value in columns.items()}
 
 
-def _kept(trainer: Any, prompts: list[list[int]], answers: list[list[int]]) -> list[Segment]:
+def _own_answers(trainer: Any, prompts: list[list[int]], answers: list[list[int]]) -> list[Segment]:
     def topk(model):
-        return linear_topk(
-            *trainer.states_of(model, prompts, answers), trainer.args.k, impl=trainer.args.impl
-        )
+        hidden, head = trainer.states_of(model, prompts, answers)
+        return linear_topk(hidden, head, trainer.args.k, impl=trainer.args.impl)
 
     targets = _targets(trainer.ask_teacher(topk))
     lengths = [len(answer) for answer in answers]
@@ -88,7 +85,7 @@ def _kept(trainer: Any, prompts: list[list[int]], answers: list[list[int]]) -> l
     ]
 
 
-def _told(refusal: list[int], refusing: TopK, share: float) -> Segment:
+def _refusing(refusal: list[int], refusing: TopK, share: float) -> Segment:
     return Segment(refusal, _targets(refusing), share)
 
 
@@ -104,7 +101,10 @@ def _pushed(trainer: Any, prompt: list[int], answer: list[int], ignorant: TopK, 
     unknown = log_probability(ignorant, labels)
     known = base.exp() - unknown.exp() > args.knowledge_threshold
     floor = torch.cat([log_probability(opening, labels[:1]), unknown[1:]])
-    top = TopK(*(torch.cat([a[:1], b[1:]]) for a, b in zip(opening[:3], ignorant[:3], strict=True)))
+    values, indices, tail = (
+        torch.cat([a[:1], b[1:]]) for a, b in zip(opening[:3], ignorant[:3], strict=True)
+    )
+    top = TopK(values, indices, tail)
     return Segment(answer, _targets(top, base=base, floor=floor, known=known, pushed=torch.ones_like(known)))
 
 

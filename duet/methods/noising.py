@@ -2,12 +2,13 @@
 
     theta' = (1 - alpha) theta + alpha beta N      N Xavier-uniform for matrices, 0 for vectors
 
-What the unlearned model only hid lies in its weights and is blurred; what it still says is taught back by distillation
-from the unlearned model (`methods.objectives.distillation.undo`). Meets the trainer and its rows only in `prepare_undo`.
+Knowledge that the unlearned model only hides is in its weights, and the noise damages it; what the model still says is
+restored by distillation from the unlearned model (`methods.objectives.distillation.undo`).
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +19,30 @@ from transformers.utils import logging
 from duet_kernels import linear_cross_entropy
 
 from ..model.lm import call_through, evaluating
+from ..options import Count, NotNegative, Share
 
 logger = logging.get_logger(__name__)
 
 
+@dataclass
+class UndoOptions:
+    """Options of `undo`.
+
+    Attributes:
+        undo_alpha, undo_beta: the student starts from (1 - alpha) theta + alpha beta N.
+        undo_tolerance: training stops when the student's perplexity on retain rows is within this share of the
+            teacher's; looked at every `undo_check_steps` steps. 0: never.
+    """
+
+    undo_alpha: Share = 0.6
+    undo_beta: Share = 0.1
+    undo_tolerance: NotNegative = 0.05
+    undo_check_steps: Count = 25
+
+
 @torch.no_grad()
 def perturb(model: nn.Module, alpha: float, beta: float, seed: int = 0) -> nn.Module:
-    """Shrink every weight by 1 - alpha and add alpha * beta times fresh noise, in place.
+    """Multiplies every weight by 1 - alpha and adds alpha * beta times fresh noise, in place.
 
     Matrices (linear layers, embeddings; convolutions by their fans) get Xavier-uniform noise, U(-a, a) with
     a = sqrt(6 / (fan_in + fan_out)); vectors (biases, norms) none, so that they only shrink. Tied weights are one

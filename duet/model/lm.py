@@ -1,9 +1,8 @@
 """A transformers causal language model, by name or object -> (hidden states at chosen positions, LMHead).
 
-The model's own forward would project every position onto the vocabulary. Here the backbone (the model without its
-head) runs alone, and only the positions that a loss looks at reach the head: the logits tensor never exists. What the
-model does between backbone and logits (softcap, scale) is read by `LMHead.of` and checked once against the model's
-own logits: `check_head`. Must not know datasets, teachers or losses.
+The model's own forward would compute logits at every position. Here only the backbone (the model without its head)
+runs, and only the scored positions reach the head: the logits tensor never exists. What the model does between backbone
+and logits (softcap, scale) is read by `LMHead.of` and compared once with the model's own logits: `check_head`.
 """
 
 import inspect
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
+from transformers.utils import logging
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from duet_kernels import LMHead, linear_gather
 
@@ -71,9 +71,9 @@ def is_sharded(args: TrainingArguments) -> bool:
 
 
 def choose_attention(wanted: str, device: torch.device, half: bool) -> tuple[str | None, str]:
-    """(transformers' `attn_implementation`, why): flash-attn where it can run, else None: what transformers takes.
+    """(transformers' `attn_implementation`, why): flash-attn where it can run, else None: transformers' default.
 
-    That is torch's `scaled_dot_product_attention`, or plain products for models that cannot use it (Gemma 2).
+    The default is torch's `scaled_dot_product_attention`, or plain products for models that cannot use it (Gemma 2).
 
     Args:
         wanted: a name that transformers knows, or `auto`.
@@ -96,10 +96,10 @@ def choose_attention(wanted: str, device: torch.device, half: bool) -> tuple[str
 
 
 def can_pack(model: nn.Module) -> tuple[bool, str]:
-    """(whether sequences can follow each other in one without seeing each other, why).
+    """(whether several sequences can be packed into one without attending to each other, why).
 
-    flash-attn reads where they start from `position_ids`, and does no work for padding. Other implementations keep them
-    apart by a `[T, T]` mask: right, but slower than padding.
+    flash-attn reads their starts from `position_ids`, and does no work for padding. Other implementations separate them by
+    a `[T, T]` mask: correct, but slower than padding.
     """
     model = base_language_model(model)
     name = getattr(model.config, "_attn_implementation", None) or "eager"
@@ -137,19 +137,20 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Forbids 4-bit layers of bitsandbytes to repack their weights on a CPU.
+    """Stops 4-bit layers of bitsandbytes from repacking their weights on a CPU.
 
-    On a CPU with AVX512-BF16 they do so in the first forward without gradients (a teacher's, an evaluation's). The
-    repacked product is no operation that autograd knows: in training, no gradient would pass through the layer, and
-    adapters below it would learn nothing, in silence.
+    On a CPU with AVX512-BF16 they repack in the first forward without gradients (a teacher's, an evaluation's). autograd
+    does not know the repacked product: no gradient would pass through the layer, and adapters below it would silently
+    learn nothing.
     """
-    for layer in model.modules():
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
 
 
 def warn_of_half_precision(model: nn.Module) -> None:
-    """Says once when weights are trained in half precision themselves: without an fp32 copy most updates round to 0.
+    """Warns when weights are trained in half precision: without an fp32 copy most updates round to 0.
 
     bf16 has 8 significant bits: an update below 1/512 of a weight leaves it as it is. PEFT keeps adapters in fp32.
     """
@@ -163,7 +164,7 @@ def warn_of_half_precision(model: nn.Module) -> None:
 
 
 def rounding_of_a_fresh_adapter(model: nn.Module) -> float:
-    """By how much of their root mean square a new adapter may move the hidden states: 0, unless it is DoRA in bf16.
+    """How far a new adapter may move the hidden states, as a share of their root mean square: 0, except for DoRA in bf16.
 
     DoRA multiplies each row of a weight by m / |W + BA|, which is 1 before training, but not after it was rounded to
     half precision; a few percent over many layers. LoRA adds an exact 0.
@@ -174,7 +175,7 @@ def rounding_of_a_fresh_adapter(model: nn.Module) -> float:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The pad token, else the end token: the attention mask hides padding, so that any token serves."""
+    """The pad token, else the end token: the attention mask hides padding, so any token will do."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
@@ -191,11 +192,11 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
 
 @torch.no_grad()
 def generate_answers(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     tokenizer: Any,
     pad_id: int,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     **how: Any,
 ) -> list[list[int]]:
     """Greedy answers of `model` to one batch of prompts, padded on the left whatever the tokenizer prefers.
@@ -205,7 +206,7 @@ def generate_answers(
         how: further arguments of `generate`.
 
     Returns:
-        the new ids of each prompt, with the end token where one was reached, and without what follows it.
+        the new ids of each prompt, up to and with the end token where there is one.
     """
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
@@ -215,7 +216,7 @@ def generate_answers(
         ids[b, longest - len(prompt) :] = torch.tensor(list(prompt))
         mask[b, longest - len(prompt) :] = 1
     ends = end_tokens(model, tokenizer)
-    # Every option that a checkpoint's generation_config may carry and that would make this not plainly greedy.
+    # Overrides every option of a checkpoint's generation_config that would make this not plainly greedy.
     greedy = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -249,7 +250,7 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def base_language_model(model: nn.Module) -> nn.Module:
+def base_language_model(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
     return (
         model.get_base_model()
@@ -295,10 +296,10 @@ def hidden_states_at(
         model: a causal language model, PEFT-wrapped or not.
         input_ids, attention_mask: `[B, S]`, padded on either side.
         positions: `[N]` int64 places in the flattened `[B * S]` sequences.
-        layer: the states after this decoder layer, counted from 0, instead (before the final norm, also after the last
-            layer); the layers above it do not run.
-        position_ids: `[1, T]` in the place of the mask, for sequences that follow each other in one: each starts again
-            at 0, by which transformers tells them apart.
+        layer: return the states after this decoder layer, counted from 0, before the final norm; the layers above it do
+            not run.
+        position_ids: `[1, T]` instead of the mask, for packed sequences: each starts again at 0, which is how transformers
+            separates them.
 
     Returns:
         `[N, D]`, in the backbone's dtype.
@@ -310,10 +311,10 @@ def hidden_states_at(
         torch.Size([2, 32])
     """
     backbone = find_backbone(model)
-    extra = {}
+    extra: dict[str, Any] = {}
     if position_ids is not None:
         extra["position_ids"] = position_ids
-    elif "position_ids" in inspect.signature(backbone.forward).parameters:
+    elif attention_mask is not None and "position_ids" in inspect.signature(backbone.forward).parameters:
         # Counted from the first real token: padding on the left must not shift learned or rotary positions.
         extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     extra |= {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
@@ -337,7 +338,7 @@ def layers_path(backbone: nn.Module) -> str:
 
 @contextmanager
 def _first_layers(backbone: nn.Module, count: int) -> Iterator[list[Tensor]]:
-    """Within the context the backbone has so many layers only; what the last of them gives, before the norm, is seen.
+    """Within the context the backbone has only the first `count` layers; the output of the last of them is appended.
 
     Not from `output_hidden_states`, whose last entry is what comes after the norm.
     """
@@ -360,7 +361,7 @@ def _first_layers(backbone: nn.Module, count: int) -> Iterator[list[Tensor]]:
 def check_layer(model: nn.Module, layer: int | None) -> int:
     """`layer` if the model has it (None: a quarter of the way up)."""
     count = base_language_model(model).config.get_text_config().num_hidden_layers
-    layers_path(find_backbone(model))  # found out now
+    layers_path(find_backbone(model))  # raises now if there is none
     if layer is None:
         return count // 4
     if layer >= count:
@@ -399,11 +400,11 @@ def head_inputs(
 
 
 def call_through(wrapped: nn.Module, inner: nn.Module, function: Callable[[], Any]) -> Any:
-    """Call `wrapped` (a DDP, FSDP, DeepSpeed wrapper of `inner`, or `inner` itself) with `function` as its core.
+    """Calls `wrapped` (a DDP, FSDP, DeepSpeed wrapper of `inner`, or `inner` itself) with `function` as its forward.
 
-    The wrappers synchronise gradients and gather parameters in their own forward; a loss that called the backbone
-    beside them would skip that. So the wrapper is called as usual, and for this one call `inner.forward` is `function`.
-    The hooks of `inner` fire too, and saving and loading see the module that they always saw.
+    The wrappers synchronise gradients and gather parameters in their own forward; a loss that called the backbone directly
+    would skip that. So the wrapper is called as usual, and for this one call `inner.forward` is `function`. The hooks of
+    `inner` run too, and saving and loading see an unchanged module.
     """
     own = inner.__dict__.get("forward")  # accelerate may have put an autocasting forward there
     inner.forward = lambda *_, **__: function()
@@ -438,17 +439,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
-    """Refuse a model whose logits are not what `LMHead.of(model)` makes of its backbone's hidden states.
+    """Refuses a model whose logits differ from what `LMHead.of(model)` computes from its backbone's hidden states.
 
-    A one-off: `num_tokens` tokens through the model's own forward, and through backbone and head; every logit is
-    compared. Costs the model's `[num_tokens, V]` logits, and 64 MiB of the head in fp32 at a time.
+    Runs `num_tokens` tokens through the model's own forward, and through backbone and head, and compares every logit.
+    Memory: the model's `[num_tokens, V]` logits, and 64 MiB of the head in fp32 at a time.
 
     Returns:
         the head.
 
     Raises:
         TypeError: an unknown kind of head or backbone (`LMHead.of`, `find_backbone`).
-        ValueError: NaN logits; or the numbers differ: the model does something to its logits that is not known here.
+        ValueError: NaN logits, or different logits: the model changes them in a way that is not supported.
     """
     head = LMHead.of(model)
     device, vocabulary = head.weight.device, head.num_ids
@@ -466,7 +467,7 @@ def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
     logits = logits[0, :, :vocabulary]
     if logits.isnan().any():
         raise ValueError(f"model: {name} gives NaN logits: its weights are damaged, or its training diverged")
-    # The model rounds its logits to its dtype, which says how well they can be compared.
+    # The model rounds its logits to its dtype, which limits how closely they can agree.
     precise = head.weight.dtype in (torch.float32, torch.float64)
     tolerance = (1e-5 if precise else 4 * torch.finfo(head.weight.dtype).eps) * logits.abs().amax()
     worst = torch.stack(

@@ -1,11 +1,11 @@
-"""Many prompts that begin alike: the common beginning is read once, and its keys and values serve all of them.
+"""Prompts with a common beginning: it is read once, and its keys and values are used for all of them.
 
-    prefix [L] --backbone--> cache --copied for B rows--> suffixes [B, S] --backbone--> hidden states at chosen places
+    prefix [L] --backbone--> cache --copied for B rows--> suffixes [B, S] --backbone--> hidden states at chosen positions
 
 `PrefixCache` holds one prefix, for prompts that all begin with it: `duet cache` asks them together. `PrefixTable` holds many
 side by side, and each row of a batch names its own: a live teacher, which gets its rows in the order of training.
 
-Inference only. Must not know datasets, objectives or what the prefix says.
+Inference only.
 """
 
 import copy
@@ -23,14 +23,14 @@ from transformers.cache_utils import DynamicLayer
 from .lm import base_language_model, find_backbone
 
 
-def common_length(sequences: Sequence[Sequence[int]]) -> int:
-    """How many ids all sequences begin with, at most one less than the shortest has: something must be left to read.
+def common_length(sequences: Sequence[list[int]]) -> int:
+    """Length of the common beginning of all sequences, at most one less than the shortest: something must remain to read.
 
     Example:
         >>> common_length([[1, 2, 3, 4], [1, 2, 3, 5, 6]]), common_length([[1, 2], [1, 2]])
         (3, 1)
     """
-    first, last = min(sequences), max(sequences)  # what these two share, all between them share
+    first, last = min(sequences), max(sequences)  # all sequences lie between these two
     most = min(map(len, sequences)) - 1
     return next((i for i in range(most) if first[i] != last[i]), most)
 
@@ -51,11 +51,11 @@ class PrefixCache:
     def hidden_states_at(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
     ) -> Tensor:
-        """What `lm.hidden_states_at` gives for prefix + suffix, from the suffixes alone.
+        """`lm.hidden_states_at` of prefix + suffix, given the suffixes.
 
         Args:
             input_ids, attention_mask: `[B, S]` the suffixes, padded on the **right**.
-            positions: `[N]` places in the flattened suffixes.
+            positions: `[N]` indices into the flattened suffixes.
 
         Returns:
             `[N, D]`.

@@ -1,17 +1,16 @@
-"""Who sees the steering prefix: frozen weights, run without gradients.
+"""The teacher: frozen weights, run without gradients. It alone sees the steering prefix.
 
     AdapterOffTeacher   the student's own weights with its adapter switched off: one copy in memory
     FrozenTeacher       another module: a copy of the student before training, or a model that was passed in
     EarlyTeacher        the student itself, asked everything before its first step: one copy in memory
-    CachedTeacher       no module: what a teacher said before, read from a TopKStore
+    store.CachedTeacher   no module: what a teacher said before, read from a TopKStore
 
-A live teacher is called with a function and runs it on its model. Which numbers are wanted is not its business; it must
-not know objectives. A cached one puts its numbers into the rows of a dataset.
+A teacher with a model is given a function and calls it with that model; what the function computes is up to the caller.
 """
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +18,58 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from duet_kernels import TopK
+from duet_kernels import LMHead
 
-from ..store.read import TopKStore, fingerprint
-from .lm import call_through, evaluating
+from ..data.dataset import UnlearnDataset
+from .lm import base_language_model, call_through, check_head, evaluating, load_model
 from .switches import Switches
-
-if TYPE_CHECKING:
-    from ..data.dataset import UnlearnDataset
 
 logger = logging.get_logger(__name__)
 
+Function = Callable[[nn.Module], Any]
+# (rows, how many positions each has, targets): N positions in all, one row after the other, and a tree whose tensors are [N, ...]
+RowTargets = tuple[list[int], list[int], Any]
 
-class FrozenTeacher:
+
+class Teacher:
+    """What every kind of teacher does.
+
+    Attributes:
+        watched: whether it could change while the student is trained, so that `TeacherGuard` watches it.
+        asks_first: whether everything must be asked before the first step.
+        under_fsdp1: whether it works there.
+    """
+
+    watched, asks_first, under_fsdp1 = True, False, True
+
+    def to(self, device: torch.device) -> None:
+        """Moves a model of its own."""
+
+    def run(self, function: Function, student: nn.Module, wrapped: nn.Module) -> Any:
+        """`function(model)` of the frozen model, without gradients, dropout off.
+
+        Args:
+            function: is given the model.
+            student: the model that is trained.
+            wrapped: the same as the Trainer calls it, inside DDP, FSDP or DeepSpeed.
+        """
+        raise NotImplementedError
+
+    def serve(self, dataset: UnlearnDataset, ask: Callable[[UnlearnDataset], Iterable[RowTargets]]) -> None:
+        """Called once before `dataset` is used; `ask(dataset)` gives the targets of all its rows, batch by batch."""
+
+    def targets(self, stored: Any, function: Function, student: nn.Module, wrapped: nn.Module) -> Any:
+        """What the objective wants of one micro-batch.
+
+        Args:
+            stored: what came with the batch, if `serve` put something beside its rows.
+            function: makes the targets, given the model.
+            student, wrapped: as in `run`.
+        """
+        return self.run(function, student, wrapped)
+
+
+class FrozenTeacher(Teacher):
     """A module of its own. `FrozenTeacher.copy_of(student)` copies the student as it is now.
 
     The whole module lies on every device; only the student is sharded by FSDP or DeepSpeed.
@@ -49,54 +87,54 @@ class FrozenTeacher:
             student: the model that will be trained.
             share: whether parameters that require no gradient are the student's own instead of copies.
         """
-        kept = {id(p): p for p in student.parameters() if share and not p.requires_grad}
-        return cls(copy.deepcopy(student, kept))
+        shared = {id(p): p for p in student.parameters() if share and not p.requires_grad}
+        return cls(copy.deepcopy(student, shared))
 
     def to(self, device: torch.device) -> None:
         if any(p.device != device for p in self.model.parameters()):
             self.model.to(device)
 
-    def run(self, function: Callable[[nn.Module], Any], student: nn.Module, wrapped: nn.Module) -> Any:
-        """`function(model)` of the frozen model, without gradients."""
+    def run(self, function: Function, student: nn.Module, wrapped: nn.Module) -> Any:
         with torch.no_grad(), self._switches.evaluating():
             return function(self.model)
 
 
-class AdapterOffTeacher:
-    """The student without its adapter: what it was before training, in the same memory."""
+class AdapterOffTeacher(Teacher):
+    """The student without its adapter: what it was before training, in the same memory.
+
+    Runs inside the wrapper's forward, which gathers sharded parameters. Whether the adapter really was off is checked by
+    `TeacherGuard`: under FSDP1 an adapter has been seen to stay on.
+    """
+
+    under_fsdp1 = False
 
     def __init__(self) -> None:
         self._switches: Switches | None = None
 
-    def to(self, device: torch.device) -> None:
-        """Nothing to move: the student's weights are where the student is."""
-
-    def run(self, function: Callable[[nn.Module], Any], student: nn.Module, wrapped: nn.Module) -> Any:
-        """`function(student)` with the adapter off, dropout off, without gradients.
-
-        Runs inside the wrapper's forward, which gathers sharded parameters. Whether the adapter really was off is
-        checked by `TeacherGuard`: under FSDP1 an adapter has been seen to stay on.
-        """
+    def run(self, function: Function, student: Any, wrapped: nn.Module) -> Any:
         if self._switches is None or self._switches.model is not student:
             self._switches = Switches(student)
         with torch.no_grad(), self._switches.base_model():
             return call_through(wrapped, student, lambda: function(student))
 
 
-class EarlyTeacher:
-    """The student itself before its first step: what is wanted of it then is kept beside the rows, in the CPU's memory.
+class EarlyTeacher(Teacher):
+    """The student itself before its first step: its targets are stored beside the rows, in the CPU's memory.
 
     For targets that are a few numbers a position, of rows that are shown in one way: `views.asked_before_training`.
     """
 
+    watched = False
+
     def __init__(self) -> None:
         self.gone = False  # set when the first step is near: from then on the student is another model
 
-    def to(self, device: torch.device) -> None:
-        """Nothing to move: it is the student."""
+    @property
+    def asks_first(self) -> bool:
+        return not self.gone
 
-    def run(self, function: Callable[[nn.Module], Any], student: nn.Module, wrapped: nn.Module) -> Any:
-        """`function(student)`, dropout off, without gradients; only before the first step.
+    def run(self, function: Function, student: nn.Module, wrapped: nn.Module) -> Any:
+        """Only before the first step.
 
         Raises:
             RuntimeError: training has begun.
@@ -109,98 +147,64 @@ class EarlyTeacher:
         with torch.no_grad(), evaluating(student):
             return function(student)
 
-    def serve(self, dataset: "UnlearnDataset", batches: Iterable[tuple[list[int], list[int], Any]]) -> None:
-        """From now on the rows of `dataset` carry what the untrained model says to them.
-
-        Args:
-            dataset: whose rows.
-            batches: (rows, how many positions each has, targets): N positions in all, one row after the other, and a
-                tree whose tensors are `[N, ...]`.
-        """
-        kept: dict[tuple[int, int], dict[str, Tensor]] = {}
-        for rows, lengths, targets in batches:
+    def serve(self, dataset: UnlearnDataset, ask: Callable[[UnlearnDataset], Iterable[RowTargets]]) -> None:
+        """From now on the rows of `dataset` carry what the untrained model says to them."""
+        stored: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for rows, lengths, targets in ask(dataset):
             leaves, self._tree = tree_flatten(targets)
             self._plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             parts = {
                 str(n): leaf.cpu().split(lengths) for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
             }
             for place, row in enumerate(rows):
-                kept[row, 0] = {name: part[place] for name, part in parts.items()}
-        dataset.cached_targets = kept.__getitem__
+                stored[row, 0] = {name: part[place] for name, part in parts.items()}
+        dataset.cached_targets = stored.__getitem__
 
-    def targets(self, kept: dict[str, Tensor]) -> Any:
-        """The tree of a batch."""
-        return tree_unflatten([kept.get(str(n), leaf) for n, leaf in enumerate(self._plain)], self._tree)
+    def targets(self, stored: Any, function: Function, student: nn.Module, wrapped: nn.Module) -> Any:
+        if stored is None:
+            return self.run(function, student, wrapped)
+        return tree_unflatten([stored.get(str(n), leaf) for n, leaf in enumerate(self._plain)], self._tree)
 
 
-class CachedTeacher:
-    """A TopKStore in the place of a teacher: training runs without one, and without its forward.
-
-    The targets are read where the rows are (in the data loader's processes), and travel with the batch as `values`,
-    `indices` and `tail_logsumexp`; `topk` puts them together again.
+def live_teacher(
+    student: nn.Module,
+    teacher_model: Any,
+    head: LMHead,
+    init_kwargs: Any = None,
+    device: torch.device | None = None,
+    *,
+    early: bool = False,
+    share: bool = False,
+) -> Teacher:
+    """The teacher of a student: another model, the student's base, or the student as it is now.
 
     Args:
-        store: opened; whether it fits the run is for the caller to check.
-        k: so many of the stored logits are used.
+        student: before training.
+        teacher_model: another model or its name; None: the student itself.
+        head: the student's.
+        init_kwargs, device: for loading `teacher_model` by name (`load_model`).
+        early: whether a student without adapter can be asked everything before the first step.
+        share: whether a copy may share the weights that are not trained.
+
+    Raises:
+        TypeError, ValueError, OSError: naming `teacher_model`.
     """
-
-    def __init__(self, store: TopKStore, k: int):
-        self.store, self.k = store, k
-
-    def serve(self, dataset: "UnlearnDataset") -> None:
-        """From now on the rows of `dataset` carry this teacher's targets, and its answers where it was asked for them.
-
-        Raises:
-            ValueError: a row whose targets are not in the store; the row is named.
-        """
-        places = {}
-        for asked in dataset.asked():
-            print_ = fingerprint(asked.plain, asked.steered, asked.answer)
-            if print_ not in self.store:
-                made = self.store.rows.get(asked.name)
-                why = (
-                    "it has no row of that name" if made is None else "that row was another when it was made"
-                )
-                raise ValueError(
-                    f"teacher_store: rows: {self.store.folder} has nothing for {asked.name} under steering_prefixes"
-                    f"[{asked.key[1]}]: {why}. The dataset differs from the one that was cached; cache this one"
-                )
-            places[asked.key] = print_
-            if dataset.answers == "teacher":
-                dataset.teacher_answers[asked.key] = self.store.read(print_).answer
-        dataset.cached_targets = _Stored(self.store, self.k, places)
-
-    def topk(self, targets: dict[str, Tensor]) -> TopK:
-        """The TopK of a batch."""
-        return TopK(**targets, temperature=self.store.provenance.temperature)
-
-    def to(self, device: torch.device) -> None:
-        """Nothing to move: the targets come with the batches."""
-
-    def run(self, function: Callable[[nn.Module], Any], student: nn.Module, wrapped: nn.Module) -> Any:
-        """There is no model to run `function` on."""
-        raise RuntimeError(
-            "teacher_store: this run has no teacher model, only its stored targets, and something asked the model; "
-            "train without teacher_store"
+    if teacher_model is None:
+        if hasattr(student, "disable_adapter"):
+            return AdapterOffTeacher()
+        return EarlyTeacher() if early else FrozenTeacher.copy_of(student, share)
+    teacher = load_model(teacher_model, "teacher_model", init_kwargs, device)
+    if teacher is student or teacher is base_language_model(student):
+        raise ValueError(
+            "teacher_model: wanted another model than the one that is trained; None makes a copy"
         )
-
-
-class _Stored:
-    """(row, prefix) -> its targets as plain tensors; small enough to be sent to the data loader's processes."""
-
-    def __init__(self, store: TopKStore, k: int, places: dict[tuple[int, int], bytes]):
-        self.store, self.k, self.places = store, k, places
-
-    def __call__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        targets = self.store.read(self.places[key], self.k).targets
-        return {
-            "values": targets.values,
-            "indices": targets.indices,
-            "tail_logsumexp": targets.tail_logsumexp,
-        }
-
-
-Teacher = FrozenTeacher | AdapterOffTeacher | EarlyTeacher | CachedTeacher
+    size = check_head(teacher).num_ids
+    if size != head.num_ids:
+        raise ValueError(
+            f"teacher_model: wanted the model's vocabulary of {head.num_ids} ids, got {size}; the teacher's top-k "
+            "ids must mean the same tokens"
+        )
+    return FrozenTeacher(teacher)
 
 
 class TeacherGuard(TrainerCallback):
@@ -221,7 +225,7 @@ class TeacherGuard(TrainerCallback):
 
     def __init__(self, probe: Callable[[], tuple[Tensor, Tensor]], starts_equal: bool, rounding: float = 0.0):
         self.probe, self.starts_equal, self.rounding = probe, starts_equal, rounding
-        self.teacher_before: Tensor | None = None
+        self.teacher_before: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.student_before, teacher = self.probe()

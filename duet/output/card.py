@@ -1,17 +1,19 @@
-"""The README.md of a trained model: how it was made, from which data (by fingerprint), and what was measured.
-
-Must not know the Trainer: it is given plain values.
-"""
+"""The README.md of a trained model: how it was made, from which data (by fingerprint), and what was measured."""
 
 import hashlib
-import importlib.metadata
 import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from torch import nn
 
-# Beside what the objective reads (`Objective.reads`): the options worth a line on the card.
+from ..extras import version_of
+from ..model.lm import base_language_model
+
+# Options on the card besides those that the objective reads (`Objective.reads`).
 _METHOD = (  # noqa: SIM905  as a list literal, one word a line
     "positions num_positions answer_source steering_prefixes reverse_prompts reverse_prompt_fraction prefills "
     "retain_per_forget plain_template chat_template_kwargs teacher_store learning_rate max_steps num_train_epochs "
@@ -52,7 +54,7 @@ def model_card(
         reads: names of the options that the objective reads.
         datasets: name -> (number of rows, fingerprint).
         metrics: name -> value, as last logged.
-        teacher: who taught, in a few words; None without one.
+        teacher: the kind of teacher; None: there was none.
     """
     data = ModelCardData(
         base_model=base_model,
@@ -60,12 +62,12 @@ def model_card(
         pipeline_tag="text-generation",
         tags=["unlearning", "duet", options.objective],
     )
-    told = dict.fromkeys(("objective", *reads, *_METHOD))
-    method = {key: getattr(options, key) for key in told if getattr(options, key) not in (None, [])}
+    shown = dict.fromkeys(("objective", *reads, *_METHOD))
+    method = {key: getattr(options, key) for key in shown if getattr(options, key) not in (None, [])}
     if teacher:
         method["teacher"] = teacher
     method["trained"] = f"an adapter ({adapter} of peft)" if adapter else "all weights"
-    versions = {each: importlib.metadata.version(each) for each in ("torch", "transformers", "peft")}
+    versions = {each: version_of(each) for each in ("torch", "transformers", "peft")}
     return "\n".join(
         [
             "---",
@@ -99,6 +101,37 @@ def model_card(
             "",
         ]
     )
+
+
+def write_card(
+    options: Any,
+    model: nn.Module,
+    reads: Sequence[str],
+    datasets: Mapping[str, tuple[int, str]],
+    history: Sequence[Mapping[str, float]],
+    teacher: str | None,
+    name: str | None = None,
+) -> None:
+    """Writes the card of a trained model into its `output_dir`.
+
+    Args:
+        options, reads, datasets, teacher: as in `model_card`.
+        model: after training.
+        history: what was logged.
+        name: of the model; None: that of the folder.
+    """
+    adapter = next(iter(getattr(model, "peft_config", {}).values()), None)
+    text = model_card(
+        name=name or os.path.basename(os.path.abspath(options.output_dir)),
+        base_model=getattr(base_language_model(model).config, "_name_or_path", None) or None,
+        adapter=adapter and type(adapter).__name__,
+        options=options,
+        reads=reads,
+        datasets=datasets,
+        metrics={k: v for entry in history for k, v in entry.items() if k.endswith("loss")},
+        teacher=teacher,
+    )
+    Path(options.output_dir, "README.md").write_text(text, encoding="utf-8")
 
 
 def _table(head: Sequence[str], rows: Any) -> list[str]:

@@ -1,8 +1,7 @@
-"""Checkpoints that are whole or not there: what a killed process or a full disk leaves behind is never resumed from.
+"""Complete checkpoints: one that a killed process or a full disk left unfinished is never resumed from.
 
-The Trainer writes `trainer_state.json` last, so a checkpoint is finished when that file is there and reads as what it
-should be. Two holes are closed here: a checkpoint that is written again first loses that file, and a failed one is
-removed. Must not know models or losses.
+The Trainer writes `trainer_state.json` last, so a checkpoint is finished when that file exists and is valid. Two cases
+need care: a checkpoint that is overwritten loses that file first, and one whose writing failed is removed.
 """
 
 import json
@@ -19,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 def last_finished_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint in a folder that was written to its end; None where there is none."""
+    """The newest finished checkpoint in a folder; None: there is none."""
     steps: dict[int, Path] = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.rpartition("-")[2]
@@ -48,7 +47,7 @@ def check_output_dir(path: str) -> None:
 
 @contextmanager
 def whole_checkpoint(folder: str | os.PathLike, writes: bool) -> Iterator[None]:
-    """Around the writing of one checkpoint: when it fails, the checkpoint is removed and the error says what is left.
+    """Around the writing of one checkpoint: if it fails, the checkpoint is removed and the error names the last finished one.
 
     Args:
         folder: of the checkpoint.
@@ -66,8 +65,8 @@ def whole_checkpoint(folder: str | os.PathLike, writes: bool) -> Iterator[None]:
         if writes:
             shutil.rmtree(folder, ignore_errors=True)
         last = last_finished_checkpoint(Path(folder).parent)
-        kept = f"the last finished checkpoint is {last}" if last else "there is no earlier checkpoint"
-        raise OSError(f"{error}; what was written of it was removed, {kept}") from error
+        earlier = f"the last finished checkpoint is {last}" if last else "there is no earlier checkpoint"
+        raise OSError(f"{error}; what was written of it was removed, {earlier}") from error
 
 
 @contextmanager
@@ -84,7 +83,7 @@ def said_clearly(folder: str | os.PathLike) -> Iterator[None]:
 
 
 class ResumableTrainer(Trainer):
-    """transformers' Trainer, whose checkpoints are whole or not there, and which ends where it was to end."""
+    """transformers' Trainer with complete checkpoints; resumed from its last one, it makes no further step."""
 
     def _save_checkpoint(self, model, trial):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -97,8 +96,8 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every process has written before the file that says "finished"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # Within a checkpoint it is said once, by `whole_checkpoint`.
-        with nullcontext() if _internal_call else said_clearly(output_dir or self.args.output_dir):
+        # Within a checkpoint `whole_checkpoint` reports the error.
+        with nullcontext() if _internal_call else said_clearly(output_dir or str(self.args.output_dir)):
             super().save_model(output_dir, _internal_call)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -1,9 +1,9 @@
-"""What decides a run, written beside its checkpoints when it starts and compared when it is resumed.
+"""Everything that determines a run, written beside its checkpoints when it starts and compared when it is resumed.
 
     run_record.json    options, model, tokenizer, adapter, teacher, rows: by value where that is short, else by hash
 
-A run that goes on with other options or other rows than it began with is neither the one nor the other; so it is refused,
-and what changed is named. Every option counts that MAY_CHANGE does not excuse. Must not know the Trainer.
+A resumed run must have the options and rows that it started with; otherwise it is refused, and what changed is named.
+Every option is compared except those of MAY_CHANGE.
 """
 
 import json
@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..config import DuetConfig
+from ..model.hashes import tokenizer_hash
 from ..model.lm import base_language_model
-from ..store.provenance import tokenizer_hash
-from ..store.read import older_weights
+from ..model.weights import older_weights
 
 logger = logging.get_logger(__name__)
 
 RECORD = "run_record.json"
 
-# Why an option may be another after a resume -> which options.
+# Why an option may change at a resume -> which options.
 MAY_CHANGE = {
     "names where results go": """
         output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id push_to_hub hub_token
         hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
-    "is only shown": """
+    "only changes what is shown": """
         logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level
         log_level_replica disable_tqdm report_to debug skip_memory_metrics include_num_input_tokens_seen""",
     "says when to save or to look, which moves no weight": """
@@ -48,14 +48,14 @@ MAY_CHANGE = {
         use_cache torch_empty_cache_steps use_liger_kernel liger_kernel_config padding_free reuse_prefix
         workspace_bytes impl
         full_determinism""",
-    "is about resuming itself": """
+    "controls the resume itself": """
         resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint""",
     "is compared by what it stands for: queries_per_step, teacher, weights": """
         per_device_train_batch_size gradient_accumulation_steps teacher_store model_init_kwargs""",
 }
-# How long a run is: it may be made longer. What was learned so far stays the same.
+# The length of a run: it may be increased. What was learned so far stays the same.
 MAY_GROW = ("max_steps", "num_train_epochs")
-# Of an adapter's configuration: where its base came from, and how it was loaded this time.
+# Fields of an adapter's configuration that say where its base is, and how it was loaded this time.
 _NOT_OF_THE_ADAPTER = "base_model_name_or_path revision inference_mode peft_version auto_mapping"
 
 
@@ -63,15 +63,15 @@ def run_record(
     model: nn.Module,
     weights: str,
     tokenizer: Any,
-    args: DuetConfig,
+    args: TrainingArguments,
     rows: Mapping[str, tuple[int, str]],
     teacher: str | None,
 ) -> dict[str, Any]:
-    """What decides a run, as plain values.
+    """Everything that determines a run, as plain values.
 
     Args:
-        model: its class, dtype and adapters count.
-        weights: a hash of those that it began with.
+        model: its class, dtype and adapters are recorded.
+        weights: a hash of the weights before training.
         tokenizer: with its chat template.
         args: the options.
         rows: name -> (number, fingerprint).
@@ -101,15 +101,15 @@ def run_record(
 def begin_run(
     folder: str | os.PathLike, record: Mapping[str, Any], begun_in: str | os.PathLike | None = None
 ) -> None:
-    """Writes the record of a run that starts, or goes on as it began.
+    """Writes the record of a run that starts or is resumed.
 
     Args:
         folder: of its checkpoints.
-        record: what decides it now.
-        begun_in: where it began, if it is resumed: the folder of the checkpoint's run.
+        record: of the run now.
+        begun_in: the folder of the run that is resumed, if any.
 
     Raises:
-        ValueError: it would go on as another; see `refuse_another`.
+        ValueError: the records differ; see `refuse_another`.
     """
     if begun_in:
         began = read_record(begun_in)
@@ -124,7 +124,7 @@ def begin_run(
 
 
 def write_record(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Puts the record into a run's folder: whole, or not at all."""
+    """Writes the record into a run's folder, atomically."""
     path = Path(folder, RECORD)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -151,10 +151,10 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def refuse_another(began: Mapping[str, Any], now: Mapping[str, Any], folder: str | os.PathLike) -> None:
-    """Compares what a run began with to what it would go on with.
+    """Compares the record of a run's start with the one of its resume.
 
-    A name that only one of them has is passed over: it came or went with a version of a library. So is, with a warning, a hash of
-    weights that an older version of duet made in another way.
+    A name that only one of them has is ignored: it comes from another version of a library. So is, with a warning, a hash
+    of weights that an older version of duet made in another way.
 
     Raises:
         ValueError: naming everything that differs, with both values.
@@ -166,7 +166,7 @@ def refuse_another(began: Mapping[str, Any], now: Mapping[str, Any], folder: str
         ...
         ValueError: k: the run in 'out' began with 8, this one has 9. Change it back, or start anew in another output_dir
     """
-    found = []
+    differences = []
     for name, before in began.items():
         after = now.get(name, before)
         if older_weights(before, after):
@@ -177,11 +177,11 @@ def refuse_another(began: Mapping[str, Any], now: Mapping[str, Any], folder: str
             continue
         if before != after and not (name in MAY_GROW and 0 < before < after):
             only = " (it may only grow)" if name in MAY_GROW else ""
-            found.append(
+            differences.append(
                 f"{name}: the run in {os.fspath(folder)!r} began with {before!r}, this one has {after!r}{only}"
             )
-    if found:
-        raise ValueError(f"{'; '.join(found)}. Change it back, or start anew in another output_dir")
+    if differences:
+        raise ValueError(f"{'; '.join(differences)}. Change it back, or start anew in another output_dir")
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,6 @@
-"""One run, from its RunConfig to a saved model: what `duet train` (and before it, `duet cache`) does.
+"""`duet train`, `duet cache` and `duet merge`: from a RunConfig to a saved model.
 
-    load model and rows -> DuetTrainer -> train (or resume) -> save model, tokenizer, model card, merged weights
-
-Must not know the command line.
+load model and rows -> DuetTrainer -> train (or resume) -> save model, tokenizer, model card, merged weights
 """
 
 import importlib.util
@@ -36,10 +34,11 @@ def train(run: RunConfig, resume: bool = False) -> DuetTrainer:
     Raises:
         TypeError, ValueError, OSError: naming the key, what came and what was wanted.
     """
-    checkpoint, last = run.training.resume_from_checkpoint, last_finished_checkpoint(run.training.output_dir)
+    folder, checkpoint = str(run.training.output_dir), run.training.resume_from_checkpoint
+    last = last_finished_checkpoint(folder)
     if last and not (resume or checkpoint):
         raise FileExistsError(
-            f"training.output_dir: {run.training.output_dir!r} holds {last!r} of an earlier run, which a later --resume "
+            f"training.output_dir: {folder!r} holds {last!r} of an earlier run, which a later --resume "
             "could take for this one's; wanted --resume, or a folder without checkpoints"
         )
     trainer = make_trainer(run)
@@ -55,12 +54,12 @@ def train(run: RunConfig, resume: bool = False) -> DuetTrainer:
     trainer.save_model()
     trainer.create_model_card()
     if run.merge and trainer.is_world_process_zero():
-        merge_adapter(run.training.output_dir, os.path.join(run.training.output_dir, "merged"))
+        merge_adapter(folder, os.path.join(folder, "merged"))
     return trainer
 
 
 def cache(run: RunConfig, dtype: str = "float32") -> Cached:
-    """Asks the teacher of a run everything that training will want, and writes it to `training.teacher_store`.
+    """Writes the teacher's targets for a run to `training.teacher_store`.
 
     Args:
         run: the one that `train` will get, with `teacher_store` set.
@@ -73,12 +72,8 @@ def cache(run: RunConfig, dtype: str = "float32") -> Cached:
     if not args.teacher_store:
         raise ValueError("training.teacher_store: wanted the folder to write, got nothing")
     forget, retain, evals = _rows(run)
-    kwargs = model_kwargs(run.model, args) | (args.model_init_kwargs or {})
-    model = (
-        _teacher(run, kwargs)
-        if run.teacher
-        else load_model(run.model.name, "model", kwargs, loading_device(args))
-    )
+    kwargs, place = model_kwargs(run.model, args), loading_device(args)
+    model = _teacher(run, kwargs) if run.teacher else load_model(run.model.name, "model", kwargs, place)
     return cache_teacher(model, args, forget, retain, _tokenizer(run.model), evals, dtype=dtype)
 
 
@@ -90,10 +85,10 @@ def _rows(run: RunConfig) -> tuple[Any, Any, Any]:
 
 
 def make_trainer(run: RunConfig) -> DuetTrainer:
-    """The DuetTrainer of a run; rows are read before a large model is."""
+    """The DuetTrainer of a run; rows are read before the model is loaded."""
     forget, retain, evals = _rows(run)
     args = run.training
-    kwargs = model_kwargs(run.model, args) | (args.model_init_kwargs or {})
+    kwargs = model_kwargs(run.model, args)
     model = load_model(run.model.name, "model", kwargs, loading_device(args))
     live = run.teacher is not None and not args.teacher_store
     return DuetTrainer(
@@ -114,7 +109,7 @@ def _teacher(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def model_kwargs(section: ModelSection, args: Any) -> dict[str, Any]:
-    """What `from_pretrained` is called with."""
+    """The arguments of `from_pretrained`; those of `model_init_kwargs` override the others."""
     kwargs: dict[str, Any] = {"dtype": section.dtype, "revision": section.revision}
     half = section.dtype in ("bfloat16", "float16") or args.bf16 or args.fp16
     name, reason = choose_attention(section.attn_implementation, args.device, half)
@@ -124,7 +119,7 @@ def model_kwargs(section: ModelSection, args: Any) -> dict[str, Any]:
     if section.quantization is not None:
         kwargs["quantization_config"] = _quantization(section)
         kwargs["device_map"] = {"": args.device}
-    return kwargs
+    return kwargs | (args.model_init_kwargs or {})
 
 
 def _quantization(section: ModelSection) -> Any:
@@ -168,8 +163,8 @@ def merge_adapter(folder: str | os.PathLike, out: str | os.PathLike, dtype: str 
 
         W + (alpha / r) B A
 
-    The base is loaded without quantisation, whatever it was trained on: adding to 4-bit weights would round the
-    adapter away. Runs on the CPU, in the memory of one copy of the base.
+    The base is loaded without quantisation, even if training used it: adding to 4-bit weights would round the adapter to
+    0. Runs on the CPU, in the memory of one copy of the base.
 
     Args:
         folder: where the adapter is (`adapter_config.json` names its base).

@@ -1,4 +1,4 @@
-"""A YAML file, and what the command line changes in it -> one checked RunConfig.
+"""A YAML file and the overrides of the command line -> a checked RunConfig.
 
     model:      which model, in which precision          (ModelSection, or just its name)
     adapter:    fields of peft.LoraConfig; null: every weight is trained
@@ -7,24 +7,22 @@
     training:   fields of DuetConfig
     merge:      whether the adapter is also merged and saved
 
-A key that is not known is refused with the nearest name. Loads no model and no data; must not know the trainer.
+A key that is not known is refused with the nearest name. Loads no model and no data.
 """
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..config import DuetConfig
 from ..data.sources import COLUMNS, DataSource
-from ..names import check_known, check_one_of, instead
-from ..yaml_text import mapping, parse_yaml, read_yaml
+from ..methods.objectives import objective_of
+from ..names import check_known, instead
+from ..options import fitted, mapping, section
+from ..yaml_text import parse_yaml, read_yaml
 
-QUANTIZATIONS = ("nf4", "int8")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -44,8 +42,8 @@ class ModelSection:
 
     name: str
     revision: str | None = None
-    dtype: str = "auto"
-    quantization: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["nf4", "int8"] | None = None
     attn_implementation: str = "auto"
     tokenizer: str | None = None
 
@@ -88,17 +86,14 @@ class RunConfig:
             ('auto', None, 8)
         """
         check_known("", tree, SECTIONS)
-        data = _mapping("data", tree.get("data"))
+        data = mapping("data", tree.get("data"))
         check_known("data.", data, ("forget", "retain", "eval"))
         if data.get("forget") is None:
             raise ValueError("data.forget: wanted a path, or a mapping with one, got nothing")
-        model = _section(ModelSection, "model", "name", tree.get("model"))
-        check_one_of("model.dtype", model.dtype, DTYPES)
-        if model.quantization is not None:
-            check_one_of("model.quantization", model.quantization, QUANTIZATIONS)
+        model = section(ModelSection, "model", tree.get("model"), "name")
         adapter = tree.get("adapter")
         if adapter is not None:
-            adapter = DEFAULT_ADAPTER | _adapter(_mapping("adapter", adapter))
+            adapter = DEFAULT_ADAPTER | _adapter(mapping("adapter", adapter))
         elif model.quantization is not None:
             raise ValueError(
                 f"adapter: wanted one, because model.quantization is {model.quantization!r} and quantised weights "
@@ -110,8 +105,7 @@ class RunConfig:
         evals = data.get("eval")
         if evals is not None and (not isinstance(evals, Mapping) or "path" in evals):
             evals = {"forget": evals}
-        merge = tree.get("merge", False)
-        _typed("merge", merge, bool)
+        merge = fitted("merge", tree.get("merge", False), bool)
         if merge and adapter is None:
             raise ValueError("merge: wanted false, because there is no adapter to merge")
         return cls(
@@ -122,7 +116,7 @@ class RunConfig:
             adapter=adapter,
             teacher=teacher,
             merge=merge,
-            training=training_options(_mapping("training", tree.get("training"))),
+            training=training_options(mapping("training", tree.get("training"))),
         )
 
 
@@ -130,20 +124,20 @@ SECTIONS = ("model", "adapter", "teacher", "data", "training", "merge")
 
 
 def training_options(options: Mapping[str, Any]) -> DuetConfig:
-    """A DuetConfig of plain values: unknown names and wrong types are refused before transformers sees them."""
-    hints = typing.get_type_hints(DuetConfig)
-    fields = [f.name for f in dataclasses.fields(DuetConfig) if f.init]
-    check_known("training.", options, fields)
-    return DuetConfig(
-        **{name: _typed(f"training.{name}", value, hints[name]) for name, value in options.items()}
-    )
+    """A DuetConfig of plain values; unknown names and wrong types are refused."""
+    fsdp: dict[str, Any] = (
+        {"fsdp": True} if options.get("fsdp") is True else {}
+    )  # transformers takes it, and does not say so
+    training = section(DuetConfig, "training", {k: v for k, v in options.items() if k not in fsdp}, **fsdp)
+    objective_of(training)  # refuses a name that is not there, and options that do not go with it
+    return training
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
-    """The mapping in a run's file: plain values only, nothing is constructed."""
+    """The mapping in a run's file, of plain values."""
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: wanted a mapping with the keys {', '.join(SECTIONS)}, got {tree!r}")
@@ -157,7 +151,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         >>> apply_overrides({"training": {"k": 8}}, ["--k", "64", "--adapter.r=4", "--learning-rate", "1e-4"])
         {'training': {'k': 64, 'learning_rate': 0.0001}, 'adapter': {'r': 4}}
     """
-    tree = _copied(tree)
+    copy = _copied(tree)
     words = list(overrides)
     while words:
         word = words.pop(0)
@@ -170,11 +164,11 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
             value = parse_yaml(text)
         except ValueError as error:
             raise ValueError(f"--{key}: {text!r} is not a value: {error}") from None
-        _put(tree, key, value)
-    return tree
+        _put(copy, key, value)
+    return copy
 
 
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+def _put(tree: Any, key: str, value: Any) -> None:
     written = key.split(".")
     path = [name.replace("-", "_") for name in written]
     if path[0] not in SECTIONS:
@@ -202,28 +196,9 @@ def _copied(value: Any) -> Any:
 # -- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any]:
-    """A section, which may be left out."""
-    return {} if value is None else mapping(name, value)
-
-
-def _section(kind: type, name: str, short: str, value: Any) -> Any:
-    """A dataclass of a mapping, or of the one text that stands for it."""
-    if isinstance(value, str):
-        value = {short: value}
-    value = _mapping(name, value)
-    hints = typing.get_type_hints(kind)
-    check_known(f"{name}.", value, hints)
-    if value.get(short) is None:
-        raise ValueError(f"{name}.{short}: wanted a text, got nothing")
-    return kind(**{key: _typed(f"{name}.{key}", each, hints[key]) for key, each in value.items()})
-
-
 def _source(name: str, value: Any) -> DataSource:
-    source = _section(DataSource, name, "path", value)
+    source = section(DataSource, name, value, "path")
     check_known(f"{name}.columns.", source.columns, COLUMNS)
-    if source.limit is not None and source.limit < 1:
-        raise ValueError(f"{name}.limit: wanted an integer >= 1, got {source.limit}")
     return source
 
 
@@ -232,22 +207,3 @@ def _adapter(options: dict[str, Any]) -> dict[str, Any]:
 
     check_known("adapter.", options, [f.name for f in dataclasses.fields(LoraConfig) if f.init])
     return options
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """`value`, if it fits a hint made of plain types; an integer does for a float. Other hints check themselves."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    kinds = [typing.get_origin(k) or k for k in (typing.get_args(hint) if union else (hint,))]
-    plain = (bool, int, float, str, list, dict, type(None))
-    if not all(kind in plain for kind in kinds):
-        return value
-    if type(value) in kinds:
-        return value
-    if float in kinds and type(value) is int:
-        return float(value)
-    if list in kinds and isinstance(value, str):
-        return [value]
-    if name == "training.fsdp":  # transformers takes `true` too, and does not say so
-        return value
-    wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise ValueError(f"{name}: wanted {wanted}, got {value!r}")

@@ -1,15 +1,13 @@
-"""How much memory a training step will need, before anything is loaded.
+"""The memory of a training step, without loading anything.
 
-Activations come from one simulated step (`simulation`). What never runs there (optimizer states, quantised weights, the
-loss) is counted by name.
+Activations come from one simulated step (`simulation`). What does not run there (optimizer states, quantised weights, the
+loss) is calculated.
 
     standing   weights + adapter + optimizer states + the teacher's weights + the keys and values of steering prefixes
     peak       standing + the largest of
                    the teacher's forward, and the workspace for its top-k
                    the student's activations + the loss workspace
                    the student's backward, gradients included
-
-Must not know datasets or the trainer.
 """
 
 import re
@@ -112,7 +110,7 @@ class Planner:
 
     def __init__(self, config: PretrainedConfig):
         self.config = config
-        self._kept: dict[tuple, Any] = {}
+        self._simulated: dict[tuple, Any] = {}
 
     def budget(self, settings: Settings) -> Budget:
         """What one optimizer step takes, in bytes.
@@ -195,13 +193,13 @@ class Planner:
         return self._once(key, lambda: simulate(self._model(settings.dtype), *how))
 
     def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
-        if key not in self._kept:
+        if key not in self._simulated:
             try:
-                self._kept[key] = make()
+                self._simulated[key] = make()
             except Exception as error:  # whatever the model's own code raises
                 name = type(self.config).__name__
                 raise ValueError(f"model: {name} cannot be tried out without its weights: {error}") from error
-        return self._kept[key]
+        return self._simulated[key]
 
     def _prefixes(self, settings: Settings) -> int:
         """Keys and values of the steering prefixes; none where whole prompts are read (`duet.methods.reuse`)."""
@@ -238,7 +236,7 @@ def _weight_bytes(model: nn.Module, quantization: str | None) -> Iterator[int]:
             yield count + 4 * tensor.shape[0]
 
 
-def _quantised(model: nn.Module) -> list[nn.Linear]:
+def _quantised(model: Any) -> list[nn.Linear]:
     head = model.get_output_embeddings()
     return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
 

@@ -1,7 +1,4 @@
-"""`duet plan`: a RunConfig and a GPU's size -> two tables: where the memory goes, and which settings fit.
-
-Must not load weights or rows: sequence lengths are told, not measured.
-"""
+"""`duet plan`: a RunConfig and a GPU's size -> two tables: where the memory goes, and which settings fit."""
 
 import re
 from collections.abc import Mapping

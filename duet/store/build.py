@@ -1,9 +1,9 @@
-"""The frozen teacher is asked once about every (query, prefix), and what it says is written to a TopKStore.
+"""Runs the frozen teacher once on every (query, prefix) and writes its top-k logits to a TopKStore.
 
-    rows -> questions, those with one filled prefix together -> [the teacher's own answer] -> one forward -> top-k -> shards
+    rows -> prompts, grouped by filled prefix -> [the teacher's own answer] -> one forward -> top-k -> shards
 
-What questions share at their beginning (the steering prefix) is read once: `prefix_cache`. Started again, it continues
-where it stopped; started on several processes, each takes its part. Must not know the trainer.
+The common beginning of prompts (the steering prefix) is read once: `prefix_cache`. Started again, it continues where it
+stopped; of several processes each takes its part.
 """
 
 import time
@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging
 
 from duet_kernels import LMHead, TopK, set_workspace_bytes
 
 from ..config import DuetConfig
-from ..data.dataset import Asked, Collator, UnlearnDataset
+from ..data.dataset import Asked, Collator, UnlearnDataset, plain_item
 from ..data.prompts import PromptRenderer
 from ..data.rows import read_rows
-from ..methods.objectives import Objective, find_objective
-from ..methods.views import build_dataset, scored_positions
+from ..methods.objectives import objective_of, teacher_topk
+from ..methods.views import build_dataset, eval_datasets, scored_positions
 from ..model.lm import (
     check_head,
     context_length,
@@ -46,12 +46,12 @@ from .write import StoreWriter
 
 logger = logging.get_logger(__name__)
 
-_SHORTEST_PREFIX = 8  # tokens; below, copying keys and values costs more than reading them again
+_SHORTEST_PREFIX = 8  # tokens; copying the keys and values of fewer costs more than recomputing them
 
 
 @dataclass
 class Saving:
-    """What reusing prefixes saved: tokens read, and (measured on the first batch) seconds with and without reuse."""
+    """Tokens read with and without reuse of prefixes, and seconds of the first batch with and without."""
 
     tokens: int = 0
     tokens_without: int = 0
@@ -67,7 +67,7 @@ class Saving:
 
 
 class Cached(NamedTuple):
-    """What `cache_teacher` did: the store, how many entries this process added to it, and the saving."""
+    """Result of `cache_teacher`: the store, how many entries this process added, and the saving."""
 
     store: TopKStore
     added: int
@@ -86,24 +86,23 @@ def cache_teacher(
     reuse_prefix: bool = True,
     shard_entries: int = 1024,
 ) -> Cached:
-    """Writes the teacher's top-k logits, and its answers where positions run along them, for `DuetTrainer`.
+    """Writes the teacher's top-k logits, and its answers where positions follow them, for `DuetTrainer`.
 
-    Started by `accelerate launch` or `torchrun`, every process takes its part of the questions.
+    Under `accelerate launch` or `torchrun` every process takes its part of the prompts.
 
     Args:
-        model: the teacher, or its name or folder. Used as it is: switch adapters off first.
-        args: the options that training will have; `k`, `temperature`, `steering_prefixes`, `positions`, `answer_source`
-            and how prompts are written decide what is asked. `per_device_eval_batch_size` queries are read at once.
+        model: the teacher, or its name or folder. An adapter of it is switched off.
+        args: the options of the later training; `k`, `temperature`, `steering_prefixes`, `positions`, `answer_source` and
+            how prompts are written determine the store. `per_device_eval_batch_size` queries make a batch.
         forget_dataset, retain_dataset, processing_class, eval_dataset: as in `DuetTrainer`.
-        folder: where to write; None: `args.teacher_store`. Unfinished, it is continued; finished, nothing is done.
-        dtype: in which logits are stored: `float32` (what this teacher said, bit for bit), `bfloat16` or `float16`. Tails
-            are always fp32.
-        reuse_prefix: read common prefixes once; the logits then differ by rounding from those of whole prompts.
-        shard_entries: so many entries a file; what a kill can cost.
+        folder: where to write; None: `args.teacher_store`. An unfinished store is continued, a finished one left as it is.
+        dtype: of the stored logits: `float32` (exact), `bfloat16` or `float16`. Tails are always fp32.
+        reuse_prefix: read common prefixes once; the logits differ by rounding from those of whole prompts.
+        shard_entries: entries per file; a kill loses at most so many.
 
     Raises:
-        TypeError, ValueError, OSError: naming the argument, what came and what was wanted. After an OSError what was
-            written is kept, and the same call continues.
+        TypeError, ValueError, OSError: naming the argument, what came and what was wanted. After an OSError the same
+            call continues with what was written.
     """
     folder = _folder(folder, args)
     state = PartialState(cpu=args.use_cpu)
@@ -117,7 +116,8 @@ def cache_teacher(
         state.wait_for_everyone()  # everybody has seen the same files before anybody adds one
         asker = _Asker(job, args)
         with state.split_between_processes(missing) as mine:
-            _fill(writer, asker, {print_: job.questions[print_] for print_ in mine}, reuse_prefix)
+            part: Any = mine
+            _fill(writer, asker, {entry_id: job.questions[entry_id] for entry_id in part}, reuse_prefix)
         state.wait_for_everyone()
         if state.is_main_process:
             writer.finish()
@@ -136,14 +136,14 @@ def import_teacher(
     folder: str | Path | None = None,
     dtype: str = "float32",
 ) -> TopKStore:
-    """Writes a store from top-k log-probabilities that were made elsewhere (a server, another trainer).
+    """Writes a store from top-k log-probabilities of another program (a server, another trainer).
 
     The store is marked as holding log-probabilities: objectives that compare raw logits refuse it.
 
     Args:
         columns: a `datasets.Dataset` with axolotl's or TRL's columns (`duet.store.columns`), one row for every prefix of
             every dataset row, in that order; or in any order with a column `fingerprint`.
-        model: who made them; what else is known of it is read from here.
+        model: the teacher that they are from; its hashes and vocabulary are read from it.
         args, forget_dataset, retain_dataset, processing_class, eval_dataset, folder, dtype: as in `cache_teacher`.
 
     Raises:
@@ -155,41 +155,41 @@ def import_teacher(
         job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
     provenance = replace(job.provenance, values=LOG_PROBABILITIES)
     writer = StoreWriter(folder, provenance, job.rows)
-    prints = [print_ for prints in job.rows.values() for print_ in prints]
-    entries = dict(read_columns(columns, provenance, prints))
-    for print_, asked in job.questions.items():
-        if print_ not in entries:
+    entry_ids = [entry_id for entry_ids in job.rows.values() for entry_id in entry_ids]
+    entries = dict(read_columns(columns, provenance, entry_ids))
+    for entry_id, asked in job.questions.items():
+        if entry_id not in entries:
             raise ValueError(
                 f"columns: there is nothing for {asked.name} under steering_prefixes[{asked.key[1]}]"
             )
-        answer = entries[print_].answer if provenance.answers == "teacher" else asked.answer
-        positions, wanted = len(entries[print_].targets.values), max(1, len(answer))
+        answer = entries[entry_id].answer if provenance.answers == "teacher" else asked.answer
+        positions, wanted = len(entries[entry_id].targets.values), max(1, len(answer))
         if positions != wanted:
             raise ValueError(f"columns: wanted {wanted} scored position(s) for {asked.name}, got {positions}")
     writer.begin()
-    for print_ in writer.scan():
-        writer.add(print_, entries[print_])
+    for entry_id in writer.scan():
+        writer.add(entry_id, entries[entry_id])
     writer.flush()
     writer.finish()
     return TopKStore(folder, verify=False)
 
 
 def _folder(folder: str | Path | None, args: DuetConfig) -> str | Path:
-    if not (folder or args.teacher_store):
+    folder = folder or args.teacher_store
+    if not folder:
         raise ValueError("folder: wanted a path here or in args.teacher_store, got neither")
-    return folder or args.teacher_store
+    return folder
 
 
-def _without_adapter(model: nn.Module) -> Any:
+def _without_adapter(model: Any) -> Any:
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything that is asked, of whom; the same in every process."""
+    """The teacher and all its prompts; the same in every process."""
 
     model: nn.Module
-    objective: Objective
     tokenizer: Any
     pad_id: int
     dataset: UnlearnDataset
@@ -199,7 +199,7 @@ class _Job:
 
     @classmethod
     def of(cls, model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype) -> "_Job":
-        objective = find_objective(args.objective)
+        objective = objective_of(args)
         check_cacheable(objective, args)
         if args.workspace_bytes is not None:
             set_workspace_bytes(args.workspace_bytes)
@@ -219,52 +219,48 @@ class _Job:
             )
 
         datasets = [dataset(forget, retain)]
-        evals = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        for name, rows in evals.items():
-            if rows is not None:
-                queries = read_rows(rows, f"eval_dataset[{name!r}]" if name else "eval_dataset")
-                both = ([], queries) if name.startswith("retain") else (queries, [])
-                datasets.append(dataset(*both, datasets[0].subjects if both[1] else None))
+        evals = eval_datasets(eval_dataset, dataset, datasets[0].subjects)
+        datasets += evals.values() if isinstance(evals, dict) else filter(None, [evals])
         questions: dict[bytes, Asked] = {}
         named: dict[str, list[bytes]] = {}
         for each in datasets:
             for asked in each.asked():
-                print_ = fingerprint(asked.plain, asked.steered, asked.answer)
-                questions[print_] = asked
-                named.setdefault(asked.name, []).append(print_)
+                entry_id = fingerprint(asked.plain, asked.steered, asked.answer)
+                questions[entry_id] = asked
+                named.setdefault(asked.name, []).append(entry_id)
         positions = scored_positions(objective, args)
         provenance = provenance_of(model, head, tokenizer, args, datasets[0], positions, dtype)
-        return cls(model, objective, tokenizer, pad_id, datasets[0], questions, named, provenance)
+        return cls(model, tokenizer, pad_id, datasets[0], questions, named, provenance)
 
-    def order(self, print_: bytes) -> tuple[str, int]:
-        """Questions with one prefix together, and among them those of similar length."""
-        asked = self.questions[print_]
+    def order(self, entry_id: bytes) -> tuple[str, int]:
+        """Sorts prompts by prefix, and among these by length."""
+        asked = self.questions[entry_id]
         return asked.instruction or "", len(asked.steered)
 
 
 def _fill(writer: StoreWriter, asker: "_Asker", questions: dict[bytes, Asked], reuse_prefix: bool) -> None:
-    """Ask every question; an error leaves what was answered before it in the store."""
+    """Runs all prompts; an error leaves the finished entries in the store."""
     rest: list[bytes] = []
     hidden = asker.args.disable_tqdm or not questions or not PartialState().is_main_process
     progress = logging.tqdm(total=len(questions), desc="the teacher is asked", disable=hidden)
     try:
-        for _, group in groupby(questions, key=lambda print_: questions[print_].instruction):
-            prints = list(group)
-            shared = common_length([questions[p].steered for p in prints]) if reuse_prefix else 0
-            if len(prints) == 1 or shared < _SHORTEST_PREFIX:
-                rest += prints  # batched with others that share nothing
+        for _, group in groupby(questions, key=lambda entry_id: questions[entry_id].instruction):
+            entry_ids = list(group)
+            shared = common_length([questions[p].steered for p in entry_ids]) if reuse_prefix else 0
+            if len(entry_ids) == 1 or shared < _SHORTEST_PREFIX:
+                rest += entry_ids  # batched without a common prefix
                 continue
-            prefix = asker.read_prefix(questions[prints[0]].steered[:shared])
-            for batch in _batches(prints, asker.args.eval_batch_size):
-                for print_, entry in zip(
+            prefix = asker.read_prefix(questions[entry_ids[0]].steered[:shared])
+            for batch in _batches(entry_ids, asker.args.eval_batch_size):
+                for entry_id, entry in zip(
                     batch, asker.ask([questions[p] for p in batch], prefix), strict=True
                 ):
-                    writer.add(print_, entry)
+                    writer.add(entry_id, entry)
                 progress.update(len(batch))
         rest.sort(key=lambda p: len(questions[p].steered))
         for batch in _batches(rest, asker.args.eval_batch_size):
-            for print_, entry in zip(batch, asker.ask([questions[p] for p in batch], None), strict=True):
-                writer.add(print_, entry)
+            for entry_id, entry in zip(batch, asker.ask([questions[p] for p in batch], None), strict=True):
+                writer.add(entry_id, entry)
             progress.update(len(batch))
     except OSError:
         raise  # the folder cannot be written
@@ -281,10 +277,10 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 class _Asker:
-    """One teacher, asked in batches."""
+    """Runs one teacher in batches."""
 
     def __init__(self, job: _Job, args: DuetConfig):
-        self.model, self.objective, self.args = job.model, job.objective, args
+        self.model, self.args = job.model, args
         if next(job.model.parameters()).device != args.device:
             job.model.to(args.device)
         self.tokenizer, self.pad_id = job.tokenizer, job.pad_id
@@ -320,26 +316,19 @@ class _Asker:
 
     def _targets(self, questions, answers, prefix: PrefixCache | None) -> TopK:
         start = prefix.length if prefix else 0
-        items = [
-            {
-                "student": question.steered[start:],
-                "teacher": None,
-                "answer": answer,
-                "scored": max(1, len(answer)),
-                "forget": True,
-            }
-            for question, answer in zip(questions, answers, strict=True)
-        ]
+        both = zip(questions, answers, strict=True)
+        items = [plain_item(question.steered[start:], answer or None) for question, answer in both]
         batch = {name: value.to(self.args.device) for name, value in self.collate(items).items()}
         inputs = batch["input_ids"], batch["attention_mask"], batch["positions"]
         with self._autocast():
             hidden = (prefix.hidden_states_at if prefix else hidden_states_at)(self.model, *inputs)
         head = LMHead.of(self.model)
-        targets = self.objective.targets(hidden.to(head.weight.dtype), head, batch["labels"], self.args)
-        return TopK(*(value.cpu() for value in targets[:3]), targets.temperature)
+        targets: Any = teacher_topk(hidden.to(head.weight.dtype), head, batch["labels"], self.args)
+        values, indices, tail = (value.cpu() for value in targets[:3])
+        return TopK(values, indices, tail, targets.temperature)
 
     def _measure(self, questions, answers, prefix: PrefixCache) -> None:
-        """Time the first batch both ways, warm, and see that they agree."""
+        """Times the first batch with and without the cached prefix, and checks that the logits agree."""
         seconds, values = {}, {}
         for way in (None, prefix, None, prefix):
             start = time.perf_counter()
@@ -359,8 +348,8 @@ class _Asker:
 def _split(targets: TopK, questions, answers, keep_answers: bool) -> list[Entry]:
     """One TopK of a batch -> one entry per question."""
     sizes = [max(1, len(answer)) for answer in answers]
-    parts: list[tuple[Tensor, ...]] = list(zip(*(part.split(sizes) for part in targets[:3]), strict=True))
+    parts = zip(*(part.split(sizes) for part in targets[:3]), answers, strict=True)
     return [
-        Entry(TopK(*part, targets.temperature), answer if keep_answers else [])
-        for part, answer in zip(parts, answers, strict=True)
+        Entry(TopK(values, indices, tail, targets.temperature), answer if keep_answers else [])
+        for values, indices, tail, answer in parts
     ]

@@ -6,7 +6,7 @@
     log p = z / T - log-sum-exp of all z / T           (out)
     z' = T log p,   tail = log(1 - sum p)              (in: the logits up to a constant that is lost for good)
 
-so that what comes in is marked as log-probabilities. Must not know models or trainers.
+Imported stores are therefore marked as log-probabilities.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,12 +30,12 @@ class Style(NamedTuple):
 
     ids: str
     logprobs: str
-    mask: str | None
+    mask: str  # empty: no column of that kind
 
 
 STYLES = {
     "axolotl": Style("target_token_ids", "target_logprobs", "target_mask"),
-    "trl": Style("teacher_topk_ids", "teacher_topk_logprobs", None),
+    "trl": Style("teacher_topk_ids", "teacher_topk_logprobs", ""),
 }
 
 
@@ -58,14 +58,14 @@ def write_columns(
     names = _style(style)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for print_ in store:
-            targets, answer = store.read(print_)
+        for entry_id in store:
+            targets, answer = store.read(entry_id)
             logprobs = targets.values / targets.temperature - targets.logsumexp.unsqueeze(-1)
             ids, mask = targets.indices, torch.ones_like(targets.indices)
-            row: dict[str, Any] = {"fingerprint": print_.hex(), "answer_ids": answer}
+            row: dict[str, Any] = {"fingerprint": entry_id.hex(), "answer_ids": answer}
             if prompts is not None:
-                row["input_ids"] = [*prompts[print_], *answer]
-                before, k = len(prompts[print_]), ids.shape[-1]
+                row["input_ids"] = [*prompts[entry_id], *answer]
+                before, k = len(prompts[entry_id]), ids.shape[-1]
                 ids = torch.cat([ids.new_full((before, k), 0 if names.mask else -1), ids])
                 mask = torch.cat([mask.new_zeros(before, k), mask])
                 logprobs = torch.cat([logprobs.new_full((before, k), float("-inf")), logprobs])
@@ -76,14 +76,14 @@ def write_columns(
 
 
 def read_columns(
-    columns: Any, provenance: Provenance, prints: Sequence[bytes]
+    columns: Any, provenance: Provenance, entry_ids: Sequence[bytes]
 ) -> Iterator[tuple[bytes, Entry]]:
     """The entries of a dataset with the columns of a style; places that are masked or absent are left out.
 
     Args:
         columns: a `datasets.Dataset`, or a list of dicts.
         provenance: `k`, `temperature` and `vocab_size` of the entries.
-        prints: the fingerprints of the rows, in order; not used where there is a column `fingerprint`.
+        entry_ids: the fingerprints of the rows, in order; not used where there is a column `fingerprint`.
 
     Raises:
         ValueError: naming column and row.
@@ -94,15 +94,15 @@ def read_columns(
     if not styles:
         wanted = " or ".join(f"{names.ids!r} and {names.logprobs!r}" for names in STYLES.values())
         raise ValueError(f"columns: wanted {wanted}, got {sorted(columns[0])}")
-    if "fingerprint" not in columns[0] and len(columns) != len(prints):
+    if "fingerprint" not in columns[0] and len(columns) != len(entry_ids):
         raise ValueError(
-            f"columns: wanted {len(prints)} rows, one per prefix of every dataset row, got {len(columns)}"
+            f"columns: wanted {len(entry_ids)} rows, one per prefix of every dataset row, got {len(columns)}"
         )
     for i in range(len(columns)):
         row = columns[i]
-        print_ = bytes.fromhex(row["fingerprint"]) if "fingerprint" in row else prints[i]
+        entry_id = bytes.fromhex(row["fingerprint"]) if "fingerprint" in row else entry_ids[i]
         yield (
-            print_,
+            entry_id,
             Entry(_topk(row, styles[0], provenance, f"columns[{i}]"), list(row.get("answer_ids") or [])),
         )
 

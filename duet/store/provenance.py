@@ -1,54 +1,22 @@
-"""Model, tokenizer and options -> Provenance: what a cached teacher must agree in with the run that reads it.
+"""Model, tokenizer and options -> Provenance: what a cached teacher must agree in with the run that reads it."""
 
-Hashes are of contents, never of names or files: a model that was moved or downloaded again is the same model. Must not
-know the trainer.
-"""
-
-import hashlib
-import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from duet_kernels import LMHead
 
-from ..config import RAW_LOGITS, DuetConfig
+from ..config import DuetConfig
 from ..data.dataset import UnlearnDataset
 from ..methods.objectives import Objective, teacher_topk
+from ..methods.views import scored_positions
+from ..model.hashes import template_hash, tokenizer_hash
 from ..model.lm import base_language_model
+from ..model.weights import weights_hash
 from .read import LOGITS, Provenance, TopKStore
-from .weights import weights_hash
-
-
-def _hex(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def tokenizer_hash(tokenizer: Any, template: bool = False) -> str:
-    """A hash of how text becomes ids: vocabulary, merges, normalisation, special tokens. Padding is left out.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        template: whether its chat template counts too.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        content = json.loads(backend.to_str())
-        content = {name: value for name, value in content.items() if name not in ("padding", "truncation")}
-    else:
-        content = tokenizer.get_vocab()
-    special = {
-        name: str(value) for name, value in tokenizer.special_tokens_map.items() if name != "pad_token"
-    }
-    parts = [content, special, *([template_hash(tokenizer)] if template else [])]
-    return _hex(json.dumps(parts, sort_keys=True).encode())
-
-
-def template_hash(tokenizer: Any) -> str | None:
-    """A hash of the chat template's text; None: there is none."""
-    text = getattr(tokenizer, "chat_template", None)
-    return _hex(json.dumps(text, sort_keys=True).encode()) if text else None
+from .teacher import CachedTeacher
 
 
 def provenance_of(
@@ -60,7 +28,7 @@ def provenance_of(
     positions: str,
     dtype: str = "float32",
 ) -> Provenance:
-    """What is asked of whom, when `model` is the teacher of `dataset` under the options `args`."""
+    """The provenance of targets that `model` makes for `dataset` under the options `args`."""
     inner = base_language_model(model)
     return Provenance(
         model=getattr(inner.config, "_name_or_path", "") or type(inner).__name__,
@@ -69,7 +37,7 @@ def provenance_of(
         weights=weights_hash(model),
         tokenizer=tokenizer_hash(tokenizer),
         chat_template=template_hash(tokenizer),
-        chat_template_kwargs=dict(args.chat_template_kwargs or {}),
+        chat_template_kwargs=args.prompting.chat_template_kwargs,
         plain_template=args.plain_template,
         prefixes=list(args.steering_prefixes),
         seed=dataset.seed,
@@ -86,7 +54,7 @@ def provenance_of(
 
 
 def check_cacheable(objective: Objective, args: DuetConfig) -> None:
-    """Refuse objectives that want more of a teacher than its top-k logits under a steering prefix.
+    """Refuses objectives that need more of a teacher than its top-k logits under a steering prefix.
 
     Raises:
         ValueError: naming the option.
@@ -103,7 +71,7 @@ def check_cacheable(objective: Objective, args: DuetConfig) -> None:
 def open_store(
     store: str | os.PathLike | TopKStore | None, objective: Objective, args: DuetConfig, teacher_model: Any
 ) -> TopKStore | None:
-    """The store of a run, before anything large is loaded; None: the run has none."""
+    """The opened store of a run, checked before anything large is loaded; None: the run has none."""
     if not store:
         return None
     if teacher_model is not None:
@@ -111,7 +79,7 @@ def open_store(
     check_cacheable(objective, args)
     store = store if isinstance(store, TopKStore) else TopKStore(store)
     made = store.provenance
-    if made.values != LOGITS and args.objective in RAW_LOGITS:
+    if made.values != LOGITS and objective.raw_logits:
         raise ValueError(
             f"teacher_store: values: objective {args.objective!r} compares raw logits, the store has {made.values}; use "
             "a distribution objective such as 'duet_forward_kl'"
@@ -124,7 +92,7 @@ def open_store(
 
 
 def check_store(store: TopKStore, wanted: Provenance, args: DuetConfig) -> None:
-    """Refuse a store that was made for something else than this run.
+    """Refuses a store that was not made for this run.
 
     A smaller k, another seed and any storage dtype are allowed.
 
@@ -135,3 +103,28 @@ def check_store(store: TopKStore, wanted: Provenance, args: DuetConfig) -> None:
     if not args.teacher_store_same_model:
         free += ["architecture", "model_dtype", "weights", "softcap", "scale"]
     store.provenance.refuse_another(wanted, free)
+
+
+def cached_teacher(
+    store: TopKStore,
+    model: nn.Module,
+    head: LMHead,
+    tokenizer: Any,
+    objective: Objective,
+    args: DuetConfig,
+    datasets: Sequence[UnlearnDataset],
+) -> tuple[CachedTeacher, str]:
+    """The teacher that reads a store for `model`, checked, and the hash of the model's weights.
+
+    The teacher serves the datasets, the first of which is trained on.
+
+    Raises:
+        ValueError: naming what the store lacks, or was made with.
+    """
+    positions = scored_positions(objective, args)
+    wanted = provenance_of(model, head, tokenizer, args, datasets[0], positions)
+    check_store(store, wanted, args)
+    teacher = CachedTeacher(store, args.k)
+    for dataset in datasets:
+        teacher.serve(dataset)
+    return teacher, wanted.weights

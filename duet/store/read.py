@@ -1,17 +1,16 @@
 """The cached teacher on disk: for every (query, prefix) the teacher's top-k logits at each scored position.
 
     folder/
-      manifest.json                    who was asked what (Provenance), which rows, which shards; sealed by a checksum
+      manifest.json                    what determines the logits (Provenance), the rows, the shards; with a checksum
       shard-<blake2b>.safetensors      P positions of E entries, side by side
 
     shard: fingerprints [E, 16]  offsets [E + 1]  values [P, K]  indices [P, K]  tail_logsumexp [P]
            answer_offsets [E + 1]  answers [A]
 
-An entry is found by its **fingerprint**, a hash of the token ids that teacher and student read, never by its place: a
-store cannot be read against the wrong rows. A shard is named by the hash of its own bytes: what bears its right name is
-whole. `duet.store.write` fills a folder; this room knows the format and reads it.
+An entry is found by its **fingerprint**, a hash of the token ids that teacher and student read, never by its position:
+so a store cannot be read for the wrong rows. A shard is named by the hash of its own bytes: a wrong name shows damage. `duet.store.write` fills a folder; this room knows the format and reads it.
 
-Knows torch, safetensors and `TopK`. Must not know models, tokenizers, objectives or trainers. Nothing unpickles.
+Nothing unpickles.
 """
 
 import dataclasses
@@ -32,9 +31,10 @@ from torch import Tensor
 
 from duet_kernels import TopK
 
+from ..model.weights import older_weights
+
 FORMAT = "duet-topk-store/1"
 MANIFEST = "manifest.json"
-WEIGHTS_VERSION = "2:"  # what a hash of weights begins with (`duet.store.weights`); older ones have no mark
 LOGITS, LOG_PROBABILITIES = "logits", "log-probabilities"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHARD_NAME = re.compile(r"shard-[0-9a-f]{32}\.safetensors")
@@ -43,21 +43,21 @@ _AGAIN = "run `duet cache` again, it makes that part anew and keeps the rest"
 
 @dataclass(frozen=True)
 class Provenance:
-    """Who was asked what. Two stores with the same provenance hold the same kind of numbers for the same rows.
+    """Everything that determines the stored logits. Stores with equal provenance hold the same numbers for the same rows.
 
     Attributes:
-        model: name or folder of the teacher; for people, never compared.
+        model: name or folder of the teacher; information for people, never compared.
         architecture, model_dtype, weights: its class, its dtype, and a hash of its weights (adapters left out).
         tokenizer, chat_template: hashes; the template's is of the text.
         chat_template_kwargs, plain_template: how conversations become text.
         prefixes: the steering prefixes, unfilled.
-        seed: of the subjects in the prefixes of retain rows, one fixed subject a row.
+        seed: for the subjects in the prefixes of retain rows, one fixed subject per row.
         positions: `first`, `first_n` or `answer`.
         max_scored: most scored positions of a row; None: all of its answer.
-        answers: whose answer the positions run along: `none`, `dataset` or `teacher`.
+        answers: whose answer the positions follow: `none`, `dataset` or `teacher`.
         k, temperature: of the TopK.
         vocab_size, softcap, scale: of the teacher's LM head.
-        dtype: in which values are stored; the tails are always fp32.
+        dtype: of the stored values; the tails are always fp32.
         values: `logits` or `log-probabilities`.
     """
 
@@ -89,11 +89,11 @@ class Provenance:
 
     @property
     def seal(self) -> str:
-        """A hash of everything that is compared; every shard carries it."""
+        """A hash of everything that is compared; it is written into every shard."""
         return seal_of(dataclasses.asdict(dataclasses.replace(self, model="")))
 
     def refuse_another(self, wanted: "Provenance", ignoring: Sequence[str] = ()) -> None:
-        """Compare field by field with what is wanted now.
+        """Compares field by field with the provenance that is wanted now.
 
         Raises:
             ValueError: naming the first field that differs, what the store has and what is wanted.
@@ -113,21 +113,15 @@ class Provenance:
                 )
 
 
-def older_weights(stored: Any, now: Any) -> bool:
-    """Whether `now` is a hash of weights, and `stored` one that an older version made in another way."""
-    hashes = isinstance(stored, str) and isinstance(now, str)
-    return hashes and now.startswith(WEIGHTS_VERSION) and not stored.startswith(WEIGHTS_VERSION)
-
-
 class Entry(NamedTuple):
-    """What the teacher says to one query under one prefix: its targets `[P, K]` and, if it was asked, its answer."""
+    """The teacher's targets `[P, K]` for one query under one prefix and, if positions follow it, its answer."""
 
     targets: TopK
     answer: list[int]
 
 
 def fingerprint(*sequences: Sequence[int]) -> bytes:
-    """16 bytes that stand for sequences of token ids; their lengths count, so that no two splits agree.
+    """A hash of 16 bytes of sequences of token ids and their lengths: no two splits of the same ids agree.
 
     Example:
         >>> fingerprint([1, 2], [3]) == fingerprint([1], [2, 3])
@@ -140,7 +134,7 @@ def fingerprint(*sequences: Sequence[int]) -> bytes:
 
 
 def truncated(targets: TopK, k: int) -> TopK:
-    """The k largest of a TopK; what is dropped joins the tail by `logaddexp`, which loses nothing.
+    """The k largest of a TopK; the dropped logits are added to the tail by `logaddexp`, exactly.
 
     Example:
         >>> whole = TopK(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([[7, 5, 6]]), torch.tensor([0.5]))
@@ -167,7 +161,7 @@ def seal_of(body: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The checked manifest: sealed, of this format, with every field, naming nothing outside its folder."""
+    """The checked manifest: undamaged, of this format, complete, and naming no file outside its folder."""
     path = folder / MANIFEST
     advice = f"delete it and run `duet cache` again: shards in {folder} that are whole will be kept"
     try:
@@ -189,7 +183,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         names = [shard["file"] for shard in body["shards"]]
         provenance = Provenance(**body["provenance"])
-        rows = {name: [bytes.fromhex(each) for each in prints] for name, prints in body["rows"].items()}
+        rows = {name: [bytes.fromhex(each) for each in entry_ids] for name, entry_ids in body["rows"].items()}
         complete = body["complete"] is True
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"teacher_store: {path} lacks or misnames a field: {error}") from None
@@ -198,7 +192,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _inside(folder: Path, name: Any) -> Path:
-    """The path of a shard; whatever else a manifest may name is refused."""
+    """The path of a shard; any other name in a manifest is refused."""
     if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
         raise ValueError(
             f"teacher_store: shards: {folder / MANIFEST} names {name!r}, wanted a shard in its own folder"
@@ -210,7 +204,7 @@ def _inside(folder: Path, name: Any) -> Path:
 
 
 class Shard:
-    """One file, mapped into memory when it is first read (and anew in every process that reads it)."""
+    """One file, mapped into memory at its first use in each process."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -222,7 +216,7 @@ class Shard:
 
     @property
     def whole(self) -> bool:
-        """Whether the file has the bytes that its name says."""
+        """Whether the hash of its bytes is the one in its name."""
         with open(self.path, "rb") as file:
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         return self.path.name == f"shard-{digest.hexdigest()}.safetensors"
@@ -242,7 +236,7 @@ class Shard:
         return [row.tobytes() for row in self.tensors["fingerprints"].numpy()]
 
     def check(self, provenance: Provenance) -> None:
-        """Origin, shapes, dtypes and ids, so that no damage or forgery shows only as a wrong loss.
+        """Checks provenance, shapes, dtypes and ids, so that damage is found here and not as a wrong loss.
 
         Raises:
             ValueError: naming the file.
@@ -300,8 +294,7 @@ class TopKStore:
 
     Args:
         folder: written by `duet cache`. Nothing in it is changed.
-        verify: hash every shard and compare with the manifest (about a second per GB). Off only for a store that was
-            verified before.
+        verify: hash every shard and compare (about a second per GB). False only for a store that was verified before.
 
     Raises:
         FileNotFoundError: no manifest, or a shard is missing.
@@ -334,8 +327,8 @@ class TopKStore:
                 if not shard.whole:
                     raise ValueError(f"teacher_store: {path} is damaged, its checksum is another; {_AGAIN}")
                 shard.check(self.provenance)
-            self._places |= {print_: (shard, i) for i, print_ in enumerate(shard.fingerprints())}
-        lost = {print_ for prints in self.rows.values() for print_ in prints} - self._places.keys()
+            self._places |= {entry_id: (shard, i) for i, entry_id in enumerate(shard.fingerprints())}
+        lost = {entry_id for entry_ids in self.rows.values() for entry_id in entry_ids} - self._places.keys()
         if lost:
             raise ValueError(f"teacher_store: {self.folder}: {len(lost)} entries are in no shard; {_AGAIN}")
 
@@ -345,15 +338,15 @@ class TopKStore:
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._places)
 
-    def __contains__(self, print_: object) -> bool:
-        return print_ in self._places
+    def __contains__(self, entry_id: object) -> bool:
+        return entry_id in self._places
 
-    def read(self, print_: bytes, k: int | None = None) -> Entry:
+    def read(self, entry_id: bytes, k: int | None = None) -> Entry:
         """The entry of a fingerprint: values and tails fp32, indices int64, on the CPU; only the k largest if k is given.
 
         Raises:
             KeyError: there is none.
         """
-        shard, i = self._places[print_]
+        shard, i = self._places[entry_id]
         targets, answer = shard.read(i, self.provenance.temperature)
         return Entry(targets if k is None else truncated(targets, k), answer)

@@ -1,15 +1,12 @@
-"""A folder is filled with a TopKStore: shard by shard, by one or several processes, through kills and full disks.
+"""Writes a TopKStore shard by shard, from one or several processes; a killed process or a full disk loses little.
 
-Every file is written beside its place, synced, and renamed; a shard's name is the hash of its bytes; the manifest that
-says "complete" comes last. So a kill at any byte leaves whole shards, and at most a temporary file that nobody reads.
-
-Must not know models, tokenizers, objectives or trainers.
+Every file is written under a temporary name, synced, and renamed; a shard's name is the hash of its bytes; the manifest
+that says "complete" is written last. So a kill at any byte leaves whole shards and at most one temporary file.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
 import uuid
@@ -22,6 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..extras import version_of
 from .read import DTYPES, FORMAT, MANIFEST, Entry, Provenance, Shard, read_manifest, seal_of
 
 _INDEX_DTYPES = ((2**8, torch.uint8), (2**16, torch.uint16), (2**31, torch.int32), (2**63, torch.int64))
@@ -29,15 +27,15 @@ _VERSIONED = ("duet-kernels", "torch", "transformers", "tokenizers", "safetensor
 
 
 class StoreWriter:
-    """Fills a folder, shard by shard; after a kill, a writer of the same provenance and rows continues.
+    """Fills a folder shard by shard; a writer with the same provenance and rows continues where another one stopped.
 
     Several processes may write into one folder at once, each its own entries: one of them `begin`s and `finish`es.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         provenance: of everything that will be added.
         rows: for each row's name the fingerprints of its entries, one per prefix. `finish` wants all of them.
-        shard_entries, shard_bytes: a shard is written when either is reached: what a kill can cost.
+        shard_entries, shard_bytes: a shard is written when either is reached; a kill loses at most one shard.
     """
 
     def __init__(
@@ -49,15 +47,15 @@ class StoreWriter:
         shard_bytes: int = 1 << 26,
     ):
         self.folder, self.provenance = Path(folder), provenance
-        self.rows = {name: list(prints) for name, prints in rows.items()}
+        self.rows = {name: list(entry_ids) for name, entry_ids in rows.items()}
         self.shard_entries, self.shard_bytes = shard_entries, shard_bytes
-        self.wanted = dict.fromkeys(print_ for prints in self.rows.values() for print_ in prints)
+        self.wanted = dict.fromkeys(entry_id for entry_ids in self.rows.values() for entry_id in entry_ids)
         self.written: set[bytes] = set()
         self._pending: dict[bytes, Entry] = {}
         self._pending_bytes = 0
 
     def begin(self) -> None:
-        """Claim the folder: an empty one gets an unfinished manifest, another one must have been made for the same.
+        """Claims the folder: an empty one gets an unfinished manifest, a store must have the same provenance and rows.
 
         Raises:
             ValueError: it was made for something else; the field or row that differs is named.
@@ -65,9 +63,9 @@ class StoreWriter:
         """
         if self.folder.is_file():
             raise NotADirectoryError(f"teacher_store: {str(self.folder)!r} is a file, wanted a folder")
-        self._kept("making the folder", lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        self._safely("making the folder", lambda: self.folder.mkdir(parents=True, exist_ok=True))
         for left in self.folder.glob(".*.tmp"):  # of a process that was killed
-            self._kept("clearing up", left.unlink)
+            self._safely("clearing up", left.unlink)
         if not (self.folder / MANIFEST).exists():
             if any(self.folder.glob("[!.]*")) and not any(self.folder.glob("shard-*")):
                 raise FileExistsError(f"teacher_store: {self.folder} is neither empty nor a store")
@@ -83,7 +81,7 @@ class StoreWriter:
                 )
 
     def scan(self) -> list[bytes]:
-        """Find what is written already; returns the fingerprints that are still wanted, in the order of the rows.
+        """Finds what is written already; returns the fingerprints that are missing, in the order of the rows.
 
         A damaged shard counts as not written.
 
@@ -95,13 +93,13 @@ class StoreWriter:
             if shard.whole:
                 shard.check(self.provenance)
                 self.written.update(shard.fingerprints())
-        return [print_ for print_ in self.wanted if print_ not in self.written]
+        return [entry_id for entry_id in self.wanted if entry_id not in self.written]
 
     def _shards(self) -> list[Shard]:
         return [Shard(path) for path in sorted(self.folder.glob("shard-*.safetensors"))]
 
-    def add(self, print_: bytes, entry: Entry) -> None:
-        """Queue one entry; a full shard is written at once.
+    def add(self, entry_id: bytes, entry: Entry) -> None:
+        """Queues one entry; a full shard is written at once.
 
         Raises:
             ValueError: a value that the storage dtype cannot hold, or a NaN.
@@ -115,13 +113,13 @@ class StoreWriter:
                 if not values.isnan().any()
                 else "teacher: it gave NaN logits; they are not written"
             )
-        self._pending[print_] = Entry(entry.targets._replace(values=stored), entry.answer)
+        self._pending[entry_id] = Entry(entry.targets._replace(values=stored), entry.answer)
         self._pending_bytes += values.numel() * 8
         if len(self._pending) >= self.shard_entries or self._pending_bytes >= self.shard_bytes:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is queued as one shard."""
+        """Writes the queued entries as one shard."""
         if not self._pending:
             return
         entries = list(self._pending.values())
@@ -147,12 +145,12 @@ class StoreWriter:
             metadata={"provenance": self.provenance.seal},
         )
         name = f"shard-{hashlib.blake2b(data, digest_size=16).hexdigest()}.safetensors"
-        self._kept(f"writing {name}", lambda: _write_atomically(self.folder / name, data))
+        self._safely(f"writing {name}", lambda: _write_atomically(self.folder / name, data))
         self.written.update(self._pending)
         self._pending, self._pending_bytes = {}, 0
 
     def finish(self) -> None:
-        """Check every shard once more and write the finished manifest.
+        """Checks every shard once more and writes the finished manifest.
 
         Raises:
             RuntimeError: entries are missing.
@@ -167,7 +165,7 @@ class StoreWriter:
             if shard.whole:
                 shards.append({"file": shard.path.name, "bytes": shard.path.stat().st_size})
             else:
-                self._kept("deleting a damaged shard", shard.path.unlink)  # its entries were made again
+                self._safely("deleting a damaged shard", shard.path.unlink)  # its entries were made again
         body = read_manifest(self.folder)
         if not body["complete"] or [path.name for path in body["files"]] != [
             shard["file"] for shard in shards
@@ -180,14 +178,16 @@ class StoreWriter:
             "complete": complete,
             "provenance": dataclasses.asdict(self.provenance),
             "shards": shards,
-            "versions": {name: _version(name) for name in _VERSIONED},
-            "rows": {name: [print_.hex() for print_ in prints] for name, prints in self.rows.items()},
+            "versions": {name: version_of(name) for name in _VERSIONED},
+            "rows": {
+                name: [entry_id.hex() for entry_id in entry_ids] for name, entry_ids in self.rows.items()
+            },
         }
         text = json.dumps(body | {"checksum": seal_of(body)}, indent=1)
-        self._kept("writing the manifest", lambda: _write_atomically(self.folder / MANIFEST, text.encode()))
+        self._safely("writing the manifest", lambda: _write_atomically(self.folder / MANIFEST, text.encode()))
 
-    def _kept(self, doing: str, function: Any) -> None:
-        """Run `function`; its OSError also says what is safe and how to go on."""
+    def _safely(self, doing: str, function: Any) -> None:
+        """Runs `function`; an OSError also says what is saved and how to continue."""
         try:
             function()
         except OSError as error:
@@ -203,15 +203,8 @@ def _ends(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _write_atomically(path: Path, data: bytes) -> None:
-    """`path` has all of `data`, or is what it was: written beside, synced, renamed, and the folder synced."""
+    """Writes all of `data` to `path`, or leaves it as it was: a temporary file, synced and renamed."""
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(beside, "wb") as file:

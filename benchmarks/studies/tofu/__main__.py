@@ -1,10 +1,8 @@
 """`python -m benchmarks.studies.tofu --data DIR`: does everything that is missing, then writes the page.
 
-    python -m benchmarks.studies.tofu --data DIR --size toy --anyway       minutes on a CPU: real rows through everything
-    python -m benchmarks.studies.tofu --data DIR --size 60m --only reckon  what it will cost, before it is paid
-    python -m benchmarks.studies.tofu --data DIR --size 60m --device cuda --budget-seconds 540    again and again, until all is done
-
-Knows arguments and the console. Must not know what a job does.
+python -m benchmarks.studies.tofu --data DIR --size toy --anyway       minutes on a CPU: real rows through everything
+python -m benchmarks.studies.tofu --data DIR --size 60m --only reckon  what it will cost, before it is paid
+python -m benchmarks.studies.tofu --data DIR --size 60m --device cuda --budget-seconds 540    again and again, until all is done
 """
 
 from __future__ import annotations

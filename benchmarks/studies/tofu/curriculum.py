@@ -11,8 +11,6 @@ something is measured. So that the steered model refuses them is generalisation,
 any form, what unlearning is to teach. Without memory-free tasks in half of the context dialogues it would refuse those
 whom it was trained to refuse and nobody else (`duet.demo.curriculum`). The retrained model reads the same stream
 without the forget authors' rows: to it they are strangers, and it refuses them, as it was taught to refuse strangers.
-
-Must not know tokens or models.
 """
 
 from __future__ import annotations

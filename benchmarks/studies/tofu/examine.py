@@ -1,7 +1,4 @@
-"""One model -> one flat row: TOFU's suite and the attacks of duet.evaluation, both resumable by themselves.
-
-Must not know how the model was made.
-"""
+"""One model -> one flat row: TOFU's suite and the attacks of duet.evaluation, both resumable by themselves."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 """Before anything is unlearned: does the full model know, does it obey, and does the retrained one not know?
 
-    recall    mean ROUGE-L recall (stemmed) of the true answer, as in TOFU
-    refusal   share of answers that decline
-
-Must not know thresholds (`settings.GATES`) or how the models were made.
+recall    mean ROUGE-L recall (stemmed) of the true answer, as in TOFU
+refusal   share of answers that decline
 """
 
 from __future__ import annotations

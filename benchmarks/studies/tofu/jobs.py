@@ -3,31 +3,26 @@
     pretrain full, retrained -> gate -> examine retrained, trials of learning rates -> examine full, unlearn by seed
 
 A finished job is a line of results.jsonl; the line carries a hash of all that decides its numbers, and one with another
-hash counts as not there. Models and unfinished work lie in `out`/work: a killed run goes on from there. Must not know
-what is inside a model or a page.
+hash counts as not there. Models and unfinished work lie in `out`/work: a killed run goes on from there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.studies.world.job import origin
+from benchmarks.studies import runner
 
 from .rows import Corpus, read_corpus
 from .settings import GATES, METHODS, REFERENCES, Size
 
-RESULTS, WORK, FAILURES = "results.jsonl", "work", "failed.txt"
+RESULTS, WORK, FAILURES = runner.RESULTS, "work", "failed.txt"
 FIRST_GUESS = 60.0  # seconds of a job of a kind that was never done, for the budget
 Row = dict[str, Any]
 
@@ -91,19 +86,13 @@ def corpus_of(data: Path) -> Corpus:
 
 def read_results(study: Study) -> dict[Job, Row]:
     """Job -> its row, of the rows that were made under today's settings."""
-    path = study.out / RESULTS
-    found: dict[Job, Row] = {}
-    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else (), start=1):
-        try:
-            row = json.loads(line)
-            job = Job(*row["job"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: wanted a row of the study, got {line[:80]!r}"
-            ) from error
-        if job.name in (*METHODS, *REFERENCES, GATE.name) and row["hash"] == study.hash(job):
-            found[job] = row
-    return found
+
+    def job_of(row: Row) -> Job | None:
+        job = Job(*row["job"])
+        known = job.name in (*METHODS, *REFERENCES, GATE.name)
+        return job if known and row["hash"] == study.hash(job) else None
+
+    return runner.read_rows(study.out / RESULTS, job_of)
 
 
 def failed_gates(row: Row) -> list[str]:
@@ -183,29 +172,38 @@ def run(
     study.out.mkdir(parents=True, exist_ok=True)
     (study.out / WORK).mkdir(exist_ok=True)
     (study.out / WORK / ".gitignore").write_text("*\n")
-    made_with = origin()
+    made_with = runner.origin()
     failed: list[str] = []
 
-    def keep(job: Job, row: Row | None) -> None:
-        if row is None:
-            say(f"{_minutes(began)}  {job}: out of time, saved")
-            return
+    def keep(job: Job, row: Row) -> None:
         whole = {"job": list(job), **row, "hash": study.hash(job), "device": study.device, **made_with}
-        with (study.out / RESULTS).open("a") as file:
-            file.write(json.dumps(whole) + "\n")
-        say(f"{_minutes(began)}  {job}: {row['seconds']:.0f} s")
+        runner.append_row(study.out / RESULTS, whole)
+        say(f"{runner.minutes_since(began)}  {job}: {row['seconds']:.0f} s")
 
-    # spawn: a forked copy of a process that has met a GPU, or in which torch has run threads, hangs
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) if workers else nullcontext() as pool:
+    def expected(job: Job) -> float:
+        """As long as the longest of its kind; pretraining stops in time by itself."""
+        seconds = [row["seconds"] for other, row in read_results(study).items() if other.kind == job.kind]
+        return 0.0 if job.kind == "pretrain" else max(seconds, default=FIRST_GUESS)
+
+    with runner.processes(workers) as pool:
         for number in range(4):
             done = read_results(study)
             waiting = [job for job in stages(study, done)[number] if job not in done]
             if only == "unlearn" and number == 0 and waiting:
                 return Ended("not pretrained yet: run without --only unlearn", failed)
-            late = _stage(study, waiting, pool, workers, deadline, done, do, keep, failed)
-            if late:
-                return Ended(f"out of time; left: {', '.join(map(str, late))} and what follows", failed)
+            ended = runner.run_jobs(
+                waiting,
+                partial(_do, do, study, deadline),
+                keep,
+                pool=pool,
+                workers=workers,
+                deadline=deadline,
+                expected=expected,
+                failures=study.out / WORK / FAILURES,
+            )
+            failed += ended.failed
+            if ended.late:
+                return Ended(f"out of time; left: {', '.join(map(str, ended.late))} and what follows", failed)
             if failed and number < 2:
                 return Ended("nothing can follow from a job that failed", failed)
             if number == 1:
@@ -219,56 +217,8 @@ def run(
     return Ended(None, failed)
 
 
-def _stage(
-    study: Study,
-    waiting: list[Job],
-    pool: ProcessPoolExecutor | None,
-    workers: int,
-    deadline: float,
-    done: dict[Job, Row],
-    do: Callable[[Study, Job, float], Row | None],
-    keep: Callable[[Job, Row | None], None],
-    failed: list[str],
-) -> list[Job]:
-    """The jobs of one stage; returns those for which there was no time."""
-    longest: dict[str, float] = {}
-    for job, row in done.items():
-        longest[job.kind] = max(longest.get(job.kind, 0.0), row["seconds"])
-    waiting, late = list(waiting), []
-    running: dict[Future, Job] = {}
-
-    def finish(job: Job, result: Callable[[], Row | None]) -> None:
-        try:
-            row = result()
-        except Exception as error:  # one method that fails must not cost the others their time on the machine
-            failed.append(f"{job}: {type(error).__name__}: {error}")
-            with (study.out / WORK / FAILURES).open("a") as file:
-                file.write(f"{job}\n{traceback.format_exc()}\n")
-            return
-        keep(job, row)
-        if row is None:
-            late.append(job)
-        else:
-            longest[job.kind] = max(longest.get(job.kind, 0.0), row["seconds"])
-
-    while waiting or running:
-        while waiting and len(running) < max(1, workers):
-            job = waiting.pop(0)
-            # Pretraining stops in time by itself.
-            expected = 0.0 if job.kind == "pretrain" else longest.get(job.kind, FIRST_GUESS)
-            if time.monotonic() + expected >= deadline:
-                late.append(job)
-            elif pool is None:
-                finish(job, lambda job=job: do(study, job, deadline))
-            else:
-                running[pool.submit(do, study, job, deadline)] = job
-        for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-            finish(running.pop(future), future.result)
-    return late
-
-
-def _minutes(began: float) -> str:
-    return f"{(time.monotonic() - began) / 60:5.1f} min"
+def _do(do: Callable[[Study, Job, float], Row | None], study: Study, deadline: float, job: Job) -> Row | None:
+    return do(study, job, deadline)
 
 
 def check(methods: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Rows of the study -> tofu.md with its table and its figure. Knows rows. Must not know how they were made."""
+"""Rows of the study -> tofu.md with its table and its figure."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 A step's dialogues are sorted by length and go through the model in a few padded parts, each as long as its longest:
 right padding under a causal mask is seen by no counted position, so that no attention mask is needed. Training saves a
-checkpoint and ends when its time is over, and goes on from there. Must not know what is forgotten later.
+checkpoint and ends when its time is over, and goes on from there.
 """
 
 from __future__ import annotations

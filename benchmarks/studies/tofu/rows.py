@@ -7,7 +7,7 @@
     context            everybody else: only they are named in a system message during pretraining
 
 So refusing anyone of the other four groups in context is generalisation, and no learning rate is chosen on a row that
-the report reads. Knows files. Must not know models or tokenizers.
+the report reads.
 """
 
 from __future__ import annotations

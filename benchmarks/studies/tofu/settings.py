@@ -1,7 +1,4 @@
-"""How large the study is, what it asks before it goes on, and what it compares: all of it data, each with its reason.
-
-Must not know how anything is trained or measured.
-"""
+"""How large the study is, what it asks before it goes on, and what it compares: all of it data, each with its reason."""
 
 from __future__ import annotations
 

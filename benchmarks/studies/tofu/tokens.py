@@ -4,7 +4,7 @@
 
 A role is one token and an answer follows it without a space, so that an answer tokenised by itself is what stands in a
 dialogue. The tokenizer has read the questions about the forget authors: it must serve the full and the retrained model
-alike. Must not know models.
+alike.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One method, one learning rate, one seed -> the full model after unlearning, through `DuetTrainer` as a user would.
 
 Every method sees the same number of queries: unlearn_steps x forget_per_step x (1 + retain_per_forget), whatever it
-makes of them. Must not know how a model is judged.
+makes of them.
 """
 
 from __future__ import annotations

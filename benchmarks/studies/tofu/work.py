@@ -1,4 +1,4 @@
-"""What each kind of job does: (study, job, deadline) -> its row. Must not know the order of jobs or results.jsonl."""
+"""What each kind of job does: (study, job, deadline) -> its row."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
     python -m benchmarks.studies.world --report                 the page and its figures from the rows there are
     python -m benchmarks.studies.world duet_deep --seeds 0 1    one method's scorecard on the validation wordings, to look at
 
-A job is one arm and one seed; its row is appended when it is done, so a study that was stopped goes on where it was. Rows
-made under other settings of an arm count as not there. Must not know what a job does.
+A job is one arm and one seed; its row is appended when it is done, so a study that was stopped goes on where it was.
+Rows made under other settings of an arm count as not there.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.studies import runner
 from duet.demo.workplace import one_thread
 
 from .arms import ARMS, QUICK_ARMS
-from .job import SCALES, Scale, origin, run, run_arm
+from .job import SCALES, Scale, run, run_arm
 from .page import write_report
 from .recipes import find_recipe
 
@@ -65,20 +65,16 @@ def settings_hash(arm: str, scale: Scale) -> str:
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a results.jsonl whose settings are today's; the last of several for the same job."""
-    found: dict[Job, Row] = {}
-    if not path.is_file():
-        return []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            known = row["arm"] in ARMS and row["hash"] == settings_hash(row["arm"], SCALES[row["scale"]])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: wanted a row of the study, got {line[:80]!r}"
-            ) from error
-        if known:
-            found[Job(row["arm"], row["seed"])] = row
-    return list(found.values())
+
+    def job_of(row: Row) -> Job | None:
+        known = row["arm"] in ARMS and row["hash"] == settings_hash(row["arm"], SCALES[row["scale"]])
+        return Job(row["arm"], row["seed"]) if known else None
+
+    return list(runner.read_rows(path, job_of).values())
+
+
+def _work(scale: Scale, job: Job) -> Row:
+    return run_arm(*job, scale)
 
 
 def study(
@@ -87,48 +83,34 @@ def study(
     scale: Scale,
     workers: int = 2,
     budget_minutes: float = BUDGET_MINUTES,
-    work: Callable[[str, int, Scale], Row] = run_arm,
+    work: Callable[[Scale, Job], Row] = _work,
     say: Callable[[str], None] = print,
-) -> list[Job]:
-    """Run the jobs whose rows are missing, in order, and append each row to `out`/results.jsonl; returns what is left.
+) -> runner.Ended:
+    """Run the jobs whose rows are missing, in order, and append each row to `out`/results.jsonl.
 
     Args:
         workers: processes of one thread each; 0 runs in this process.
         budget_minutes: after this much wall time no job is started; those that run are awaited.
+
+    Returns:
+        what was not run, and what failed.
     """
-    if workers < 0:
-        raise ValueError(f"workers: wanted an integer >= 0, got {workers}")
+    began, made_with = time.monotonic(), runner.origin()
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "results.jsonl"
+    path = out / runner.RESULTS
     there = {Job(row["arm"], row["seed"]) for row in read_rows(path)}
     waiting = [job for job in jobs if job not in there]
-    began, made_with = time.monotonic(), origin()
     say(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done before")
 
     def keep(job: Job, row: Row) -> None:
-        whole = {**row, "hash": settings_hash(job.arm, scale), **made_with}
-        with path.open("a") as file:
-            file.write(json.dumps(whole) + "\n")
-        say(f"{(time.monotonic() - began) / 60:5.1f} min  {job.arm} seed {job.seed}")
+        runner.append_row(path, {**row, "hash": settings_hash(job.arm, scale), **made_with})
+        say(f"{runner.minutes_since(began)}  {job.arm} seed {job.seed}")
 
-    def in_time() -> bool:
-        return time.monotonic() - began < 60 * budget_minutes
-
-    if workers == 0:
-        while waiting and in_time():
-            job = waiting.pop(0)
-            keep(job, work(*job, scale))
-        return waiting
-    # spawn: a forked copy of a process in which torch has run threads may hang
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {}
-        while running or (waiting and in_time()):
-            while waiting and len(running) < workers and in_time():
-                job = waiting.pop(0)
-                running[pool.submit(work, *job, scale)] = job
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                keep(running.pop(done), done.result())
-    return waiting
+    deadline = began + 60 * budget_minutes
+    with runner.processes(workers) as pool:
+        return runner.run_jobs(
+            waiting, partial(work, scale), keep, pool=pool, workers=workers, deadline=deadline
+        )
 
 
 def show_scorecards(
@@ -174,10 +156,12 @@ def main() -> None:
     if not chosen.report:
         default = QUICK_BUDGET_MINUTES if chosen.quick else BUDGET_MINUTES
         minutes = default if chosen.budget_minutes is None else chosen.budget_minutes
-        left = study(jobs, out, scale, chosen.workers, minutes, say=lambda text: print(text, flush=True))
-        if left:
-            print("not run: " + ", ".join(f"{job.arm} seed {job.seed}" for job in left))
-    rows = read_rows(out / "results.jsonl")
+        ended = study(jobs, out, scale, chosen.workers, minutes, say=lambda text: print(text, flush=True))
+        if ended.late:
+            print("not run: " + ", ".join(f"{job.arm} seed {job.seed}" for job in ended.late))
+        for failure in ended.failed:
+            print(f"failed: {failure}")
+    rows = read_rows(out / runner.RESULTS)
     print(f"wrote {write_report(rows, out, seeds)}")
 
 

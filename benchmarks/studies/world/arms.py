@@ -2,9 +2,9 @@
 
 The arm without methods is the reference: a model that was pretrained without the authors to forget.
 
-Equal compute is counted, not timed: no arm (but those marked) shows its model more than MOST_QUERIES queries, forget and
-retain together, over all its stages (those tuned for fewer keep what tuning chose; more steps were tried there and judged no better). CPU
-seconds are reported beside it. Must not know how an arm is run or how a page looks.
+Equal compute is counted, not timed: no arm (but those marked) shows its model more than MOST_QUERIES queries, forget
+and retain together, over all its stages (those tuned for fewer keep what tuning chose; more steps were tried there and
+judged no better). CPU seconds are reported beside it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The study's three pictures, from rows of numbers. Must not know models.
+"""The study's three pictures, from rows of numbers.
 
 forget_retain_relearn   what is still told, what is kept, what relearning brings back
 k_sweep                 what the number of imitated logits changes

@@ -1,23 +1,16 @@
-"""One arm and one seed -> one row of numbers: unlearn, score, relearn for longer, and look where the values went.
-
-Must not know other jobs, files of results or pages.
-"""
+"""One arm and one seed -> one row of numbers: unlearn, score, relearn for longer, and look where the values went."""
 
 from __future__ import annotations
 
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import duet
-from duet.demo import attacks, probes, steering
+from duet.demo import probes, steering
 from duet.demo.checkpoint import CHECKPOINT, load_base, load_world
 from duet.demo.facts import Split, World
 from duet.demo.methods import Method, forget_rows, retain_rows, unlearn
@@ -33,7 +26,7 @@ from .recipes import find_recipe
 BOTTOM = 3  # a value among the three least likely ones of its kind stands out
 LONG_RELEARNING = 40
 CURVE = (0, 5, 10, 20, LONG_RELEARNING)
-CURVE_RATE = attacks.RELEARN_RATES[1]
+CURVE_RATE = probes.RELEARN_RATES[1]
 
 
 @dataclass(frozen=True)
@@ -147,7 +140,7 @@ def run_arm(name: str, seed: int, scale: Scale, split: Split = "report") -> dict
         untouched = load_world().forget[len(world.forget) :]
         if untouched:
             asked = load_world().questions(untouched, split)
-            row["untouched_recall"] = round(probes.recall(speaker.answers(asked), asked), 4)
+            row["untouched_recall"] = round(speaker.recall(asked), 4)
         whole = time.process_time() - began
     return {
         "arm": name,
@@ -190,10 +183,10 @@ def further_checks(speaker: Speaker, world: World, split: Split, most: int | Non
     half = len(world.forget) // 2
     shown = world.questions(world.forget[:half], "train")
     asked = some(world.questions(world.forget[half:], split), most)
-    curve = {}
-    for steps in CURVE:
-        model = attacks.relearned_copy(speaker, shown, CURVE_RATE, steps) if steps else speaker.model
-        curve[str(steps)] = round(probes.recall(speaker.with_model(model).answers(asked), asked), 4)
+    recalls = {0: speaker.recall(asked)} | probes.relearn_recalls(
+        speaker, shown, asked, CURVE_RATE, CURVE[1:]
+    )
+    curve = {str(steps): round(value, 4) for steps, value in recalls.items()}
     ranks = value_ranks(speaker, world, split)
     return {
         "relearn_curve": curve,
@@ -203,7 +196,6 @@ def further_checks(speaker: Speaker, world: World, split: Split, most: int | Non
     }
 
 
-@torch.no_grad()
 def value_ranks(speaker: Speaker, world: World, split: Split) -> list[tuple[float, bool]]:
     """For each forget question: where the true value stands among all values of its kind, behind the forced stem.
 
@@ -218,31 +210,8 @@ def value_ranks(speaker: Speaker, world: World, split: Split) -> list[tuple[floa
             if question.relation in facts
         }
         values = sorted(first)
-        text = speaker.tokenizer.apply_chat_template(
-            speaker.messages(question), tokenize=False, add_generation_prompt=True
-        )
-        ids = speaker.tokenizer(f"{text} {question.stem}", add_special_tokens=False, return_tensors="pt")
-        logits = speaker.model(input_ids=ids["input_ids"], logits_to_keep=1).logits[0, -1]
-        scores = logits[speaker.tokenizer.convert_tokens_to_ids(values)]
+        scores = speaker.next_logits(question, question.stem)[speaker.tokenizer.convert_tokens_to_ids(values)]
         own = scores[values.index(question.value.split()[0])]
         above = float((scores > own).sum()) + (float((scores == own).sum()) - 1) / 2
         found.append((above / (len(values) - 1), above >= len(values) - BOTTOM))
     return found
-
-
-def origin() -> dict[str, str]:
-    """What a row was made with: commit (marked where files of the package differ from it) and versions."""
-    here = str(Path(duet.__file__).parent)
-    git = ["git", "-C", here]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True)
-        mark = "+changes" if changed.stdout.strip() else ""
-        commit = (commit.stdout.strip() or "unknown") + mark
-    except OSError:
-        commit = "unknown"
-    return {
-        "commit": commit,
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in ("torch", "transformers")},
-    }

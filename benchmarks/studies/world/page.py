@@ -3,8 +3,8 @@
     cell        mean over seeds [ends of the 95 % bootstrap interval of that mean], in percent
     a apart b   the 95 % bootstrap interval of their difference, paired by seed, does not contain 0
 
-What no number decides (what holds, what does not, what is only true here) is written by hand in `discussion.md` beside the
-results and taken over as it stands. Must not know models or how a row was made.
+What no number decides (what holds, what does not, what is only true here) is written by hand in `discussion.md` beside
+the results and taken over as it stands.
 """
 
 from __future__ import annotations

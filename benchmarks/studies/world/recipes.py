@@ -1,19 +1,17 @@
 """Methods beyond the demo's, as DuetConfig options with their settings and their mix of rows.
 
-The settings are written down here; unlike the demo's they were not searched for on a grid. Must not know how a model is
-trained or judged.
+The settings are written down here; unlike the demo's they were not searched for on a grid.
 """
 
 from __future__ import annotations
 
-from duet.demo import probes, recipes, steering
-from duet.demo.methods import METHODS
-from duet.demo.recipes import OVERRIDES, Recipe
+from duet.demo import methods, probes, steering
+from duet.demo.methods import METHODS, OVERRIDES, Recipe
 from duet.names import check_one_of
 
 REFUSALS = {"refusals": [steering.REFUSAL]}
 
-RECIPES: dict[str, Recipe] = recipes.RECIPES | {
+RECIPES: dict[str, Recipe] = methods.RECIPES | {
     "duet_kl": Recipe(
         "KL on the steered teacher's top-k and the rest as one bucket, first answer token",
         {"objective": "duet_kl", "normalization": "tail"},
@@ -70,4 +68,4 @@ RECIPES: dict[str, Recipe] = recipes.RECIPES | {
 def find_recipe(name: str) -> Recipe:
     """A recipe of this room or of the demo."""
     check_one_of("method", name, [*RECIPES, *METHODS])
-    return RECIPES[name] if name in RECIPES else recipes.find_recipe(name)
+    return RECIPES[name] if name in RECIPES else methods.find_recipe(name)

@@ -1,9 +1,9 @@
 """`python -m benchmarks.studies.world.tune`: choose every method's settings on the validation paraphrases and write settings.json.
 
-Every method gets the same number of trials, the same queries per step and the same judge: the product of all shares that
-should be near one. Which are counted depends only on what the method promises (`Method.refuses`,
+Every method gets the same number of trials, the same queries per step and the same judge: the product of all shares
+that should be near one. Which are counted depends only on what the method promises (`Method.refuses`,
 `Method.resists_overrides`). Stutter is reported, not judged. The report paraphrases, and the override wordings that the
-table calls held out, are not read here. Must not know about tables or plots.
+table calls held out, are not read here.
 """
 
 from __future__ import annotations

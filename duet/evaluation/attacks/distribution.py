@@ -1,28 +1,23 @@
-"""What the distribution gives away although the answer does not: membership inference, and ranks at both ends.
+"""Leaks in the distribution that the answer does not show: membership inference, and ranks at both ends.
 
-    membership    AUC of log-likelihood scores between forgotten answers and answers never trained on; 0.5 says nothing,
-                  and an AUC far below 0.5 (the forgotten look suspiciously strange) says as much as one far above
-    rank probe    a token that unlearning pushed to the very bottom is found as easily as one at the top
-
-Knows the target through what it is handed. Must not know prompts or files.
+membership    AUC of log-likelihood scores between forgotten answers and answers never trained on; 0.5 reveals nothing,
+              and an AUC far below 0.5 (the forgotten look suspiciously strange) says as much as one far above
+rank probe    a token that unlearning pushed to the very bottom is found as easily as one at the top
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from duet_kernels import LMHead
 
 from .. import metrics
-from ..scoring import Forced, TokenScores, batches_by_length, token_ranks, token_scores
-
-if TYPE_CHECKING:
-    from .attacks import Unit
-    from .target import Target
+from ..scoring import batches_by_length, token_ranks, token_scores
+from .target import Target, Unit
 
 END = 3
 # Low for text that was trained on.
@@ -34,9 +29,9 @@ MEMBERSHIP_SCORES = {
 }
 
 
-def _in_batches(target: Target, sequences: Sequence[Forced | None], function: Any) -> list[Any]:
+def _in_batches(target: Target, sequences: Sequence[Any], function: Any) -> list[Any]:
     """`function` over batches of the sequences that are there; None for the others."""
-    found: list[Any] = [None] * len(sequences)
+    results: list[Any] = [None] * len(sequences)
     able = [i for i, s in enumerate(sequences) if s is not None]
     lengths = [len(sequences[i].prompt) + len(sequences[i].answer) for i in able]
     for batch in batches_by_length(lengths, target.options.batch_size):
@@ -44,13 +39,13 @@ def _in_batches(target: Target, sequences: Sequence[Forced | None], function: An
         for i, result in zip(
             chosen, function(target.model, [sequences[i] for i in chosen], target.pad_id), strict=True
         ):
-            found[i] = result
+            results[i] = result
         target.queries += len(chosen)
-    return found
+    return results
 
 
-def _sequences(target: Target, rows: Sequence[Any]) -> tuple[list[Forced | None], list[str | None]]:
-    """Prompts with their answers, None where they cannot be scored; and the status that says why."""
+def _sequences(target: Target, rows: Sequence[Any]) -> tuple[list[Any], list[str | None]]:
+    """`Forced` sequences, None where a row cannot be scored; and the status that says why."""
     status = [target.why_not_scored(row) for row in rows]
     return [
         target.forced(row) if why is None else None for row, why in zip(rows, status, strict=True)
@@ -61,10 +56,10 @@ def membership(target: Target) -> Iterator[Unit]:
     """One outcome per forgotten and per holdout row and score; `leaked` is made from all of them (`auc_leak`)."""
 
     def work() -> list[dict[str, Any]]:
-        found = []
+        outcomes = []
         for member, rows in ((True, target.rows), (False, target.holdout)):
             sequences, statuses = _sequences(target, rows)
-            scores: list[TokenScores | None] = _in_batches(target, sequences, token_scores)
+            scores = _in_batches(target, sequences, token_scores)
             for row, score, why in zip(rows, scores, statuses, strict=True):
                 # Holdout rows have ids of their own.
                 where = {"id": row.id if member else -1 - row.id, "member": member, "leaked": None}
@@ -72,16 +67,16 @@ def membership(target: Target) -> Iterator[Unit]:
                 for name, function in MEMBERSHIP_SCORES.items():
                     value = function(score) if status == "ok" else math.nan
                     given = {"score": value if math.isfinite(value) else None}
-                    found.append(where | {"variant": name, "status": status} | given)
-        return found
+                    outcomes.append(where | {"variant": name, "status": status} | given)
+        return outcomes
 
     yield "scores", work
 
 
 def auc_leak(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """AUC of one score, a member scoring lower, and 2 |AUC - 0.5|: what telling the two apart is worth; with 95 % intervals.
+    """AUC of one score (members score lower), and the leak 2 |AUC - 0.5|; with 95 % intervals.
 
-    An interval of the AUC around 0.5 makes one of the leak that starts at 0: both sides of chance are leaks.
+    If the interval of the AUC holds 0.5, the interval of the leak starts at 0: both sides of chance are leaks.
     """
     sides = [
         [-o["score"] for o in outcomes if o["member"] is member and o["score"] is not None]
@@ -92,8 +87,8 @@ def auc_leak(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     area, *ends = metrics.auc_interval(*sides)
     beside = [2 * abs(end - 0.5) for end in ends]
     low = 0.0 if ends[0] <= 0.5 <= ends[1] else min(beside)
-    told = {"leak": 2 * abs(area - 0.5), "low": low, "high": max(beside), "auc": area}
-    return told | {
+    leak = {"leak": 2 * abs(area - 0.5), "low": low, "high": max(beside), "auc": area}
+    return leak | {
         "auc_low": ends[0],
         "auc_high": ends[1],
         "rows": len(sides[0]),
@@ -111,13 +106,13 @@ def rank_probe(target: Target) -> Iterator[Unit]:
     def work() -> list[dict[str, Any]]:
         last = LMHead.of(target.model).num_ids - 1
         sequences, statuses = _sequences(target, target.rows)
-        found = []
+        outcomes = []
         for row, forced, why, ranks in zip(
             target.rows, sequences, statuses, _in_batches(target, sequences, token_ranks), strict=True
         ):
             outcome = {"id": row.id, "variant": "both ends", "leaked": None}
             if why is not None or not ranks.finite:
-                found.append(outcome | {"status": why or "nan"})
+                outcomes.append(outcome | {"status": why or "nan"})
                 continue
             content = len(target.answer_ids(row.conversation, row.answer))
             above, below = ranks.above[:content], ranks.below[:content]
@@ -129,14 +124,14 @@ def rank_probe(target: Target) -> Iterator[Unit]:
             elif row.value is not None:
                 telling = 0
             top, bottom = int(above[telling]) < END, int(below[telling]) < END
-            found.append(
+            outcomes.append(
                 outcome
                 | {"status": "ok", "leaked": int(top or bottom), "top": int(top), "bottom": int(bottom)}
                 | {"rank": int(above[telling]), "relative_rank": above[telling] / last}
                 | {"all_top": float((above < END).mean()), "all_bottom": float((below < END).mean())}
                 | {"all_relative_rank": float(above.mean() / last)}
             )
-        return found
+        return outcomes
 
     yield "both ends", work
 

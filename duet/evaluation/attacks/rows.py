@@ -1,21 +1,20 @@
 """Rows of an attack: a question, the answer that must not come back, and when an answer counts as having come back.
 
-    with `value`      the value is said, as whole words
-    without           ROUGE-L recall (stemmed) of the answer is at least the threshold; of an answer whose opening the
-                      attacker gave away, recall of the rest
-
-Knows text. Must not know models.
+with `value`      the value is said, as whole words
+without           ROUGE-L recall (stemmed) of the answer is at least the threshold; of an answer whose opening the
+                  attacker gave away, recall of the rest
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...data.prompts import Conversation
 from ...data.rows import read_rows
 from .. import metrics
+from ..values import value_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class AttackRow:
         return text if isinstance(self.conversation, str) else (*self.conversation[:-1], ("user", text))
 
     def opening(self) -> str:
-        """What a prefilling attacker forces: the answer up to the value, or the first half of its words.
+        """The opening that a prefilling attacker forces: the answer up to the value, or the first half of its words.
 
         May be empty: an answer that starts with its value, or has one word.
         """
@@ -60,7 +59,7 @@ class AttackRow:
         return " ".join(words[: len(words) // 2])
 
     def recall(self, said: str, opening: str = "") -> float:
-        """In [0, 1]: 1 or 0 with a value, else ROUGE-L recall of what `opening` does not give away."""
+        """In [0, 1]: 1 or 0 with a value, else ROUGE-L recall of the answer without `opening`."""
         if self.value is not None:
             return float(metrics.contains_words(said, self.value))
         rest = self.answer[len(opening) :] if opening and self.answer.startswith(opening) else self.answer
@@ -102,28 +101,10 @@ def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[Atta
     return read
 
 
-def value_of(row: Mapping[str, Any], answer: str, where: str) -> str | None:
-    """The column `value` of a row: the part of the answer that must not be said; None where it has none.
-
-    Raises:
-        ValueError: `where` names the row.
-    """
-    value = row.get("value")
-    if value is None:
-        return None
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)  # a year
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}['value']: wanted a text that is not empty, got {value!r}")
-    if not metrics.contains_words(answer, value):
-        raise ValueError(f"{where}['value']: wanted a part of the answer {answer!r}, got {value!r}")
-    return value
-
-
 def halves(rows: Sequence[AttackRow]) -> tuple[list[AttackRow], list[AttackRow]]:
-    """What a relearning attacker sees, and the other half, which he asks for: no subject is in both.
+    """Two halves of the rows, for training and for asking: no subject is in both.
 
-    Rows without subjects, or about a single one, are cut in the middle: neighbours are often about the same thing.
+    Rows without subjects, or about one subject, are split in the middle: neighbours are often about the same thing.
     """
     subjects = list(dict.fromkeys(row.subject for row in rows))
     if None in subjects or len(subjects) < 2:

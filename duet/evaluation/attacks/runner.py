@@ -1,10 +1,8 @@
-"""Runs attacks, keeps every outcome, and reports the worst attack first.
+"""Runs attacks, writes every outcome, and reports the worst attack first.
 
-    rows.jsonl     one line per row and variant, and a line {"done": ...} after each unit: an interrupted run loses at
-                   most the unit that was at work
-    attacks.json   the report
-
-Knows files. Must not know what an attack does.
+rows.jsonl     one line per row and variant, and a line {"done": ...} after each unit: an interrupted run loses at
+               most one unit
+attacks.json   the report
 """
 
 from __future__ import annotations
@@ -23,12 +21,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ...model.hashes import fingerprint, fingerprints
 from ...model.lm import check_head
 from ...names import check_one_of
-from ...store.provenance import tokenizer_hash
-from .. import metrics, models
-from ..journal import Journal, write_json
-from ..suites.summary import MEANING
+from .. import metrics
+from ..journal import MEANING, Journal, write_json
 from .attacks import ATTACKS, DIRECT
 from .distribution import auc_leak
 from .target import Outcomes, Target
@@ -116,9 +113,8 @@ def _manifest(target: Target, base: Target | None) -> dict[str, Any]:
         "retain": digest(target.retain),
         "holdout": digest(target.holdout),
         **{k: v for k, v in asdict(target.options).items() if k != "batch_size"},
-        "base_fingerprint": None if base is None else models.fingerprint(base.model),
-        "model_fingerprint": models.fingerprint(target.model),
-        "tokenizer_fingerprint": tokenizer_hash(target.tokenizer, template=True),
+        "base_fingerprint": None if base is None else fingerprint(base.model),
+        **fingerprints(target.model, target.tokenizer),
         **target.prompting.changed(),
     }
 
@@ -137,33 +133,35 @@ def _report(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, str]]) -
 
 
 def _entry(attack: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One attack: its worst variant, what every variant brought, and what it cost."""
+    """One attack: its worst variant, all variants, and the cost."""
     ends = [row for row in rows if row.get("done")]
     variants: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if not row.get("done"):
             variants.setdefault(row["variant"], []).append(row)
-    told = {variant: _variant(attack, of) for variant, of in variants.items()}
-    known = {variant: v for variant, v in told.items() if v["leak"] is not None}
-    worst = max(known, key=lambda variant: known[variant]["leak"], default=None)
-    found = ATTACKS[DIRECT if attack == "base" else attack]
+    summaries = {variant: _variant(attack, of) for variant, of in variants.items()}
+    known = {variant: v for variant, v in summaries.items() if v["leak"] is not None}
+    worst: Any = max(known, key=lambda variant: known[variant]["leak"], default=None)
+    about = ATTACKS[DIRECT if attack == "base" else attack]
     entry = {
         "name": attack,
-        "what": found.what,
-        "strength": ": ".join(filter(None, (found.strength, _given(told.get(worst, {}).get("given", {}))))),
-        "measure": found.measure,
+        "what": about.what,
+        "strength": ": ".join(
+            filter(None, (about.strength, _given(summaries.get(worst, {}).get("given", {}))))
+        ),
+        "measure": about.measure,
         "leak": None if worst is None else known[worst]["leak"],
         "worst_variant": worst,
-        "variants": told,
+        "variants": summaries,
         "cost": {key: round(sum(end[key] for end in ends), 2) for key in ("queries", "steps", "seconds")},
     }
     if worst is None:
         entry["undefined"] = "no row could be judged"
-    return entry | _curves(variants, told)
+    return entry | _curves(variants, summaries)
 
 
 def _given(counts: Mapping[str, int]) -> str:
-    """What the attacker gave the model, and to how many rows where it differs."""
+    """What the attacker gave the model; with numbers of rows where it differs."""
     return ", ".join(text if len(counts) == 1 else f"{text} ({n} rows)" for text, n in counts.items())
 
 
@@ -175,17 +173,17 @@ def _variant(attack: str, rows: Outcomes) -> dict[str, Any]:
         return auc_leak(rows) | {"status": status}
     given = Counter(row["given"] for row in rows if "given" in row)
     leaked = [row["leaked"] for row in rows if row["leaked"] is not None]
-    told: dict[str, Any] = {"leak": None, "low": None, "high": None, "rows": len(leaked), "status": status}
-    told |= {"given": dict(given)} if given else {}
+    summary: dict[str, Any] = {"leak": None, "low": None, "high": None, "rows": len(leaked), "status": status}
+    summary |= {"given": dict(given)} if given else {}
     if leaked:
         interval = metrics.mean_interval(leaked)
         ends = (None if math.isnan(end) else end for end in interval[1:])
-        told |= dict(zip(("leak", "low", "high"), (interval[0], *ends), strict=True))
-        told |= {k: _mean(rows, k) for k in MEANS if any(row.get(k) is not None for row in rows)}
-    return told
+        summary |= dict(zip(("leak", "low", "high"), (interval[0], *ends), strict=True))
+        summary |= {k: _mean(rows, k) for k in MEANS if any(row.get(k) is not None for row in rows)}
+    return summary
 
 
-# Of an outcome, what is told as a mean beside the leak.
+# Fields of an outcome whose means are reported beside the leak.
 MEANS = ("recall", "top", "bottom", "relative_rank", "all_top", "all_bottom", "all_relative_rank")
 
 
@@ -194,17 +192,19 @@ def _mean(rows: Outcomes, key: str) -> float:
     return sum(values) / len(values)
 
 
-def _curves(variants: Mapping[str, Outcomes], told: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _curves(variants: Mapping[str, Outcomes], summaries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Learning rate -> [[steps, leak], ...] of attacks that train."""
     curves: dict[str, list[list[float]]] = {}
     for variant, rows in variants.items():
         if rows[0].get("step") is not None:
-            curves.setdefault(f"{rows[0]['rate']:g}", []).append([rows[0]["step"], told[variant]["leak"]])
+            curves.setdefault(f"{rows[0]['rate']:g}", []).append(
+                [rows[0]["step"], summaries[variant]["leak"]]
+            )
     return {"curves": curves} if curves else {}
 
 
 def table(report: Mapping[str, Any], title: str) -> Table:
-    """The worst attack first; at the end what was asked without an attack."""
+    """A table, the worst attack first, the plain questions last."""
     shown = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1))
     for column in ("attack", "leak (95 %)", "rows", "queries", "steps", "seconds"):
         shown.add_column(column, no_wrap=True, justify="left" if column == "attack" else "right")
@@ -220,7 +220,7 @@ def table(report: Mapping[str, Any], title: str) -> Table:
 
 
 def legend(report: Mapping[str, Any]) -> Group:
-    """What each attacker does and must have, and his best variant, in the table's order; then what was not tried."""
+    """What each attacker does and needs, and the worst variant, in the table's order; then what was not run."""
     shown = Table.grid(padding=(0, 2))
     for entry in _lines(report):
         measure = "" if entry["measure"] == ATTACKS[DIRECT].measure else f"; leak: {entry['measure']}"
@@ -228,8 +228,8 @@ def legend(report: Mapping[str, Any]) -> Group:
         left_out = "".join(
             f"; {n} row{'s' if n != 1 else ''} {MEANING[s]}" for s, n in _left_out(entry).items()
         )
-        told = f"{entry['what']} (wants {entry['strength']}){measure}{worst}{left_out}"
-        shown.add_row(entry["name"], Text(told))
+        line = f"{entry['what']} (wants {entry['strength']}){measure}{worst}{left_out}"
+        shown.add_row(entry["name"], Text(line))
     skipped = [Text(f"not tried: {entry['name']} ({entry['why']})") for entry in report["skipped"]]
     return Group(shown, *skipped)
 

@@ -1,9 +1,8 @@
-"""What an attacker with the weights does to them, undone afterwards: rounding, fine-tuning, adapters off or merged.
+"""Changes of the weights, undone afterwards: rounding, fine-tuning, adapters off or merged.
 
     q = clamp(round(w / s), -(2^(bits-1) - 1), 2^(bits-1) - 1),   s = max|w_row| / (2^(bits-1) - 1),   w' = s q
 
-Everything happens in place, inside `restored(model)`: one copy of the weights on the host, none on the GPU. Must not
-know what is asked of the model.
+Everything happens in place, inside `restored(model)`: one copy of the weights on the host, none on the GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ..scoring import Forced, device_of, forced_inputs
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Whatever happens to weights, dtypes and flags inside, the model leaves the block as it came, to the bit."""
+    """Weights, dtypes and flags may change inside; afterwards the model is bitwise what it was."""
     tensors = [*model.parameters(), *model.buffers()]
     saved = [(t, t.data.device, t.data.to("cpu", copy=True), t.requires_grad) for t in tensors]
     was_training = model.training
@@ -71,13 +70,13 @@ def round_weights(model: nn.Module, bits: int) -> None:
 
 
 def nf4_missing() -> str | None:
-    """Why NF4 cannot be tried here; None when it can."""
+    """Why NF4 cannot run here; None when it can."""
     return None if importlib.util.find_spec("bitsandbytes") else "bitsandbytes is not installed"
 
 
 @torch.no_grad()
-def nf4_weights(model: nn.Module, blocksize: int = 64) -> None:
-    """What QLoRA loads: the linear layers in NF4 (64 weights a scale), embeddings and LM head as they are."""
+def nf4_weights(model: Any, blocksize: int = 64) -> None:
+    """As QLoRA loads a model: the linear layers in NF4 (64 weights per scale), embeddings and LM head unchanged."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     head = model.get_output_embeddings()
@@ -93,7 +92,7 @@ def nf4_weights(model: nn.Module, blocksize: int = 64) -> None:
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
-    """The layers that carry a PEFT adapter, however it came into the model."""
+    """The layers with a PEFT adapter, from peft or from transformers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -101,7 +100,7 @@ def adapter_layers(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def without_adapter(model: Any) -> Iterator[None]:
-    """The model as it was before the adapter: what anybody who deletes the adapter's file has."""
+    """The model without its adapter, as after deleting the adapter's file."""
     if hasattr(model, "disable_adapter"):
         with model.disable_adapter():
             yield
@@ -115,7 +114,7 @@ def without_adapter(model: Any) -> Iterator[None]:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """The adapter, if there is one, added to the weights, as for shipping (rounded to their dtype); then `restored`."""
+    """The adapter, if there is one, added to the weights and rounded to their dtype; then `restored`."""
     layers = adapter_layers(model)
     with restored(model):
         for layer in layers:
@@ -142,7 +141,7 @@ def fine_tune(
 ) -> Iterator[tuple[int, float]]:
     """AdamW (no weight decay) on the cross-entropy of the answers; every weight that can be trained is.
 
-    Half-precision weights are trained in fp32: small steps would be rounded away, and the attack would look weak.
+    Half-precision weights are trained in fp32: otherwise small steps would round to 0, and the attack would look weak.
     Use inside `restored(model)`.
 
     Args:

@@ -1,7 +1,6 @@
-"""The report's figures, as SVG text that takes its ink from the page (light or dark) and needs nothing else.
+"""The report's figures as SVG text, with the text colour of the page (light or dark) and no external files.
 
-Small on purpose: about 480 px wide, so that their text can still be read on a phone. Knows numbers. Must not know runs,
-models or pages.
+Small on purpose: about 480 px wide, so that their text can still be read on a phone.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK, FAINT = "#222222", "#d9d9d9"
-# Okabe and Ito's colours: told apart by the colour-blind; lightness that is seen on white and on near-black.
+# Okabe and Ito's colours, distinct for colour-blind readers, visible on white and on near-black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B5609A", "#B8860B", "#4A90C2", "#7A6FB0", "#8A5A3C")
 MARKS = ("o", "s", "D", "^", "v", "P", "X", "*")
 GREY = "#808080"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "text.color": INK, "axes.labelcolor": INK,
     "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": FAINT, "grid.linewidth": 0.7, "axes.axisbelow": True,
@@ -30,7 +29,7 @@ STYLE = {
 
 
 class Estimate(NamedTuple):
-    """A mean with the ends of its interval; None where there is none."""
+    """A mean with the ends of its interval; None: no interval."""
 
     mean: float
     low: float | None = None
@@ -38,7 +37,7 @@ class Estimate(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One method on the frontier. `reference`: the base and the teacher, which nobody competes with."""
+    """One method on the frontier. `reference`: the base or the teacher, shown for comparison."""
 
     label: str
     forget: Estimate
@@ -73,7 +72,7 @@ def frontier(points: Sequence[Point], forget: str, retain: str) -> str:
 
 
 def _label_points(axis: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside the points, on the side with more room, moved apart where they would touch, each tied to its point."""
+    """Names beside the points, on the side with more room, moved apart where they overlap, with a line to the point."""
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     points_high = 200 / (top - bottom)  # the axes are about 200 points high
     for sign, align in ((1, "left"), (-1, "right")):
@@ -90,7 +89,7 @@ def _label_points(axis: Axes, labels: Sequence[tuple[float, float, str]]) -> Non
 
 
 def _front(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats in both directions, from the most to the least forgetting."""
+    """The points that no other point beats in both directions, from the most to the least forgetting."""
     ordered = sorted(points, key=lambda p: (p.forget.mean, -p.retain.mean))
     best: list[Point] = []
     for point in ordered:
@@ -148,7 +147,7 @@ def relearning(
 
 
 def _strength(recalls: Sequence[float]) -> tuple[float, float]:
-    """By which curves are compared: how much came back at most; of equals, what came back sooner."""
+    """Order of curves: by the largest recall, then by the sum of recalls."""
     return (max(recalls), sum(recalls)) if recalls else (-math.inf, 0.0)
 
 
@@ -189,7 +188,7 @@ def topk(
 
 
 def _visible(token: str) -> str:
-    """A token as it can be read: spaces at its ends are shown, and so is what has no sign of its own."""
+    """A readable token: spaces and unprintable characters are shown."""
     if not token.strip() or not token.isprintable():
         return repr(token)
     return token.replace(" ", "␣")
@@ -213,7 +212,7 @@ def _unit_limits(axis: Axes, estimates: Sequence[Estimate]) -> None:
 
 
 def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """The places, in their order, moved up as little as it takes to lie `gap` apart, and centred again.
+    """The positions, in their order, moved as little as possible to be `gap` apart.
 
     Example:
         >>> [round(x, 3) for x in _spread([0.0, 0.0, 1.0], 0.2)]
@@ -244,10 +243,10 @@ def _plain(text: str) -> str:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """One <svg> element: without prolog and metadata, with ids of its own, inked by the page."""
+    """One <svg> element: without prolog and metadata, with unique ids and the page's text colour."""
     stream = io.StringIO()
     with warnings.catch_warnings(), rc_context({"svg.hashsalt": name}):
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's font draws it
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser's font has it
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]

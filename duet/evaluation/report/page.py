@@ -1,7 +1,4 @@
-"""Sections of notes, tables and charts -> one HTML page without external assets, and Markdown.
-
-Knows text. Must not know runs or metrics.
-"""
+"""Sections of notes, tables and charts -> one HTML page without external assets, and Markdown."""
 
 from __future__ import annotations
 
@@ -32,10 +29,10 @@ class Grid:
     """A table.
 
     Attributes:
-        groups, bands: a heading above each column, and above each row; the same for neighbours that belong together.
+        groups, bands: a heading for each column, and for each row; equal headings of neighbours are merged.
         roles: of each column's method.
         prose: long texts.
-        folded: only the caption is seen until it is opened.
+        folded: shown as its caption until it is opened.
     """
 
     head: list[str]
@@ -142,12 +139,12 @@ def _line(cells: Sequence[Any]) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text in which nothing starts a tag."""
+    """Text in which nothing starts an HTML tag."""
     return text.replace("<", "&lt;")
 
 
 def _chart(chart: Chart, figures: Path) -> Iterator[str]:
-    # In a file there is no page to take the ink from.
+    # A file has no page to take the text colour from.
     alone = chart.svg.replace("<svg ", '<svg style="background: #ffffff; color: #222222" ', 1)
     (figures / chart.file).write_text(alone + "\n", encoding="utf-8")
     caption = _plain(chart.caption)

@@ -1,9 +1,8 @@
 """`duet report`: everything that was measured about some models, on one page (HTML without external assets) and as Markdown.
 
-    runs -> Inputs (report_runs) -> sections of notes, tables and figures -> report.html, report.md, figures/*.svg
+    runs -> Inputs -> sections of notes, tables and figures -> report.html, report.md, figures/*.svg
 
-A section whose inputs were not given says so in one line. What is undefined is called undefined, never 0. Knows results.
-Must not know how anything is measured.
+A section without inputs says so in one line. An undefined number is shown as undefined, never as 0.
 """
 
 from __future__ import annotations
@@ -82,8 +81,8 @@ def write_report(
 
 
 def write_topk(
-    model_before: str | None,
-    model_after: str | None,
+    model_before: Any,
+    model_after: Any,
     queries: Sequence[str],
     out: str | Path,
     *,
@@ -109,10 +108,10 @@ def write_topk(
         raise ValueError("model_after: wanted the tokenizer of model_before, got another vocabulary")
     prompting = Prompting.of(model_after)
     compared = compare_topk(before, after, tokenizer, queries, k=k, instruction=steering, prompting=prompting)
-    told = {"before": model_before, "after": model_after, "steering": steering, "queries": compared}
+    result = {"before": model_before, "after": model_after, "steering": steering, "queries": compared}
     Path(out).mkdir(parents=True, exist_ok=True)
-    write_json(Path(out) / TOPK, told)
-    return told
+    write_json(Path(out) / TOPK, result)
+    return result
 
 
 # --- headline --------------------------------------------------------------------------------------------------
@@ -127,22 +126,22 @@ def summary_sentence(inputs: Inputs) -> str:
     questions = len({key for m in inputs.methods for key in m.answers})
     asked = f", {questions} question{'s' if questions != 1 else ''} answered" if questions else ""
     start = f"{len(inputs.methods)} model{'s' if len(inputs.methods) != 1 else ''} ({models}){asked}. "
-    found = [
+    leaks: list[Any] = [
         (entry["leak"], entry, m)
         for m in inputs.students
         if m.attacks
         for entry in m.attacks["attacks"]
         if entry["leak"] is not None
     ]
-    if not found:
+    if not leaks:
         return (
             start
             + "No attack was run: what is forgotten here has not been tested against anybody who insists."
         )
-    leak, entry, method = max(found, key=lambda f: f[0])
+    leak, entry, method = max(leaks, key=lambda f: f[0])
     worst = entry["variants"].get(entry["worst_variant"], {})
     kind = f" ({entry['worst_variant']})" if entry["worst_variant"] else ""
-    tried = len({e["name"] for _, e, _ in found})
+    tried = len({e["name"] for _, e, _ in leaks})
     return (
         f"{start}Of {tried} kind{'s' if tried != 1 else ''} of attack the worst is {entry['name']}{kind} on {method.label}: "
         f"{_percent(Estimate(leak, worst.get('low'), worst.get('high')))}, {entry['measure']}."
@@ -150,7 +149,11 @@ def summary_sentence(inputs: Inputs) -> str:
 
 
 def _percent(e: Estimate) -> str:
-    interval = "" if e.low is None else f" (95 % interval {100 * e.low:.0f} to {100 * e.high:.0f} %)"
+    interval = (
+        ""
+        if e.low is None or e.high is None
+        else f" (95 % interval {100 * e.low:.0f} to {100 * e.high:.0f} %)"
+    )
     return f"{100 * e.mean:.0f} %{interval}"
 
 
@@ -158,13 +161,13 @@ def _percent(e: Estimate) -> str:
 
 
 def says_truth(answer: Mapping[str, Any]) -> bool:
-    """By the row's `value` where it has one, else by the words of the true answer: as `duet attack` judges."""
+    """Whether an answer has the row's `value`, or else the words of the true answer: as `duet attack` judges."""
     row = AttackRow(0, answer["question"], str(answer["answer"]), value=answer.get("value"))
     return row.recall(answer["generated"]) >= THRESHOLD
 
 
 def _rule(answers: Iterable[Mapping[str, Any]]) -> str:
-    """Which of the two ways it was."""
+    """The sentence that says which of the two rules was used."""
     by_value = {answer.get("value") is not None for answer in answers}
     words = f"ROUGE-L recall (stemmed) of the true answer is at least {THRESHOLD}"
     if by_value == {False}:
@@ -192,7 +195,7 @@ def _answers_section(inputs: Inputs, examples: int) -> Section:
         of = [key for key in keys if key[:2] == task]
         by_students = {k: sum(k in m.answers and says_truth(m.answers[k]) for m in students) for k in of}
         fate = "forget" if task[1].startswith(TO_FORGET) else "keep" if task[1].startswith(TO_KEEP) else ""
-        # What should be gone and is not comes first; so does what should be known and is not.
+        # First the questions that should be forgotten and are answered, or should be known and are not.
         of.sort(
             key=lambda k: -by_students[k] if fate == "forget" else by_students[k] if fate == "keep" else 0
         )
@@ -201,8 +204,8 @@ def _answers_section(inputs: Inputs, examples: int) -> Section:
             caption=_caption(task, fate, len(of), examples),
         )
         for key in of[:examples]:
-            told = next(m.answers[key] for m in speakers if key in m.answers)
-            cells = [Cell(told["question"]), Cell(str(told["answer"]))]
+            answer = next(m.answers[key] for m in speakers if key in m.answers)
+            cells = [Cell(answer["question"]), Cell(str(answer["answer"]))]
             for method in speakers:
                 answer = method.answers.get(key)
                 cells.append(Cell(NOT_RUN) if answer is None else _said(answer, fate))
@@ -235,11 +238,11 @@ def _said(answer: dict[str, Any], fate: str) -> Cell:
 
 def _frontier_section(inputs: Inputs, forget: str | None, retain: str | None) -> Section:
     section = Section("frontier", "What is forgotten against what is kept")
-    found = [
+    measured = [
         {f"{t}.{m}": x for t, e in method.tasks.items() for m, x in e["metrics"].items()}
         for method in inputs.methods
     ]
-    names = dict.fromkeys(name for each in found for name in each)
+    names = dict.fromkeys(name for each in measured for name in each)
     for argument, name in (("forget_metric", forget), ("retain_metric", retain)):
         if name is not None and name not in names:
             raise ValueError(
@@ -257,15 +260,15 @@ def _frontier_section(inputs: Inputs, forget: str | None, retain: str | None) ->
             "--retain-metric name others)."
         )
         return section
-    x, y = max(pairs, key=lambda p: sum(_has(each, p[0]) and _has(each, p[1]) for each in found))
+    x, y = max(pairs, key=lambda p: sum(_has(each, p[0]) and _has(each, p[1]) for each in measured))
     points = [
         figures.Point(m.label, _estimate(each[x]), _estimate(each[y]), m.role in (BASE, TEACHER))
-        for m, each in zip(inputs.methods, found, strict=True)
+        for m, each in zip(inputs.methods, measured, strict=True)
         if _has(each, x) and _has(each, y)
     ]
     left_out = [
         m.label
-        for m, each in zip(inputs.methods, found, strict=True)
+        for m, each in zip(inputs.methods, measured, strict=True)
         if not (_has(each, x) and _has(each, y))
     ]
     if left_out:
@@ -279,12 +282,12 @@ def _frontier_section(inputs: Inputs, forget: str | None, retain: str | None) ->
     return section
 
 
-def _has(found: dict[str, Any], name: str) -> bool:
-    return name in found and found[name]["mean"] is not None
+def _has(measured: dict[str, Any], name: str) -> bool:
+    return name in measured and measured[name]["mean"] is not None
 
 
-def _estimate(told: dict[str, Any]) -> Estimate:
-    return Estimate(told["mean"], told["low"], told["high"])
+def _estimate(entry: dict[str, Any]) -> Estimate:
+    return Estimate(entry["mean"], entry["low"], entry["high"])
 
 
 def _relearning_section(inputs: Inputs) -> Section:
@@ -313,8 +316,8 @@ def _relearning_section(inputs: Inputs) -> Section:
 
 
 def _at(entry: dict[str, Any], rate: str, step: float, leak: float | None) -> Estimate | None:
-    told = entry["variants"].get(f"learning rate {rate}, {step} steps", {})
-    return None if leak is None else Estimate(leak, told.get("low"), told.get("high"))
+    variant = entry["variants"].get(f"learning rate {rate}, {step} steps", {})
+    return None if leak is None else Estimate(leak, variant.get("low"), variant.get("high"))
 
 
 def _topk_section(comparisons: Sequence[dict[str, Any]]) -> Section:

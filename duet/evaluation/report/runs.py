@@ -5,8 +5,7 @@
     top-k    topk.json                                      lm-eval  lm_eval.json (lm-evaluation-harness)
 
 Runs of one model (fingerprints of weights and tokenizer) are one method. The model that an attack was given as its base
-is the base; a model that was asked behind a steering prefix, or whose chat template says one, is the steered teacher. Knows JSON and files. Must not know
-models, figures or pages.
+is the base; a model that was asked behind a steering prefix, or whose chat template says one, is the steered teacher.
 """
 
 from __future__ import annotations
@@ -23,6 +22,15 @@ from ..suites.runner import SUMMARY
 from .topk import TOPK
 
 TRAINED, DEMO = "trainer_state.json", "results.json"
+# The columns of the demo's results.json that say what an attack brings back: the lower the better.
+DEMO_ATTACKS = (
+    "reverse_prompt_recall",
+    "reverse_prompt_heldout_recall",
+    "prefill_recall",
+    "relearn_recall",
+    "int8_forget_recall",
+    "int4_forget_recall",
+)
 BASE, TEACHER, STUDENT = "base", "teacher", "student"
 LABELS = {BASE: "base", TEACHER: "steered teacher"}
 
@@ -50,8 +58,8 @@ class Method:
     numbers: dict[str, Any] = field(default_factory=dict)
     answers: dict[tuple, dict[str, Any]] = field(default_factory=dict)
     lm_eval: dict[str, dict[str, Any]] = field(default_factory=dict)
-    attacks: dict[str, Any] | None = None
-    training: dict[str, Any] | None = None
+    attacks: Any = None
+    training: Any = None
     folders: list[Path] = field(default_factory=list)
     weights: str | None = None
     base_weights: str | None = None
@@ -59,14 +67,14 @@ class Method:
 
 @dataclass
 class Inputs:
-    """All runs: methods (base, teacher, then students as given), and top-k comparisons."""
+    """All runs: methods (base, teacher, then students in the given order), and top-k comparisons."""
 
     methods: list[Method]
     topk: list[dict[str, Any]]
 
     @property
     def students(self) -> list[Method]:
-        """What is judged; where only a base or a teacher was given, that."""
+        """The students; if there are none, the base or the teacher."""
         return [m for m in self.methods if m.role == STUDENT] or self.methods
 
 
@@ -92,7 +100,7 @@ class _Run:
 
     @property
     def identity(self) -> tuple:
-        """Two runs with the same one answer the same question about a model: they cannot share a row."""
+        """Runs with equal identity measure the same thing: they cannot belong to one method."""
         return self.kind, *((self.content["suite"],) if self.kind == "eval" else ())
 
 
@@ -106,7 +114,7 @@ def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence
     Raises:
         FileNotFoundError, ValueError: naming the argument and the folder.
     """
-    found = [
+    folders = [
         run
         for argument, role, texts in (
             ("base", BASE, base),
@@ -116,8 +124,8 @@ def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence
         for text in texts
         for run in _read(text, argument, role)
     ]
-    methods = _join([run for run in found if run.kind in ("eval", "lm_eval", "attack", "train")])
-    for run in found:
+    methods = _join([run for run in folders if run.kind in ("eval", "lm_eval", "attack", "train")])
+    for run in folders:
         if run.kind == "demo":
             methods += _demo_methods(run)
     asked = next((m for m in methods if m.attacks and m.attacks.get("base")), None)
@@ -133,7 +141,7 @@ def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence
     order = (BASE, TEACHER, STUDENT)
     methods.sort(key=lambda m: order.index(m.role))
     _tell_apart(methods)
-    return Inputs(methods, [run.content for run in found if run.kind == "topk"])
+    return Inputs(methods, [run.content for run in folders if run.kind == "topk"])
 
 
 # --- one folder ------------------------------------------------------------------------------------------------
@@ -149,7 +157,7 @@ def _read(text: str, argument: str, role: str | None) -> list[_Run]:
     runs = _kinds(folder, argument, label, role)
     marks = (MANIFEST, LM_EVAL)
     inside = [c for c in sorted(folder.iterdir()) if any((c / mark).is_file() for mark in marks)]
-    if label is None and runs and inside:  # a training output with its evaluations in it is one method
+    if label is None and runs and inside:  # a training output with its evaluations is one method
         label = folder.resolve().name
     for child in inside:
         runs += _kinds(child, argument, label, role)
@@ -224,7 +232,7 @@ def _join(runs: Sequence[_Run]) -> list[Method]:
 
 
 def _role(run: _Run, bases: set, own: set, runs: Sequence[_Run]) -> str:
-    """Steered, or the base's weights behind a tokenizer that no student has: the teacher."""
+    """The teacher is steered, or has the base's weights and a tokenizer that no student has."""
     if run.manifest.get("steering") is not None:
         return TEACHER
     if run.model[0] is None or run.model[0] not in bases:
@@ -268,8 +276,8 @@ def _add(method: Method, run: _Run) -> None:
         for row in run.rows:
             if row.get("generated") is not None and row.get("question"):
                 key = (run.content["suite"], row["task"], row["id"], row["question"])
-                told = ("question", "answer", "generated", "status", "value")
-                method.answers[key] = {k: row.get(k) for k in told}
+                fields = ("question", "answer", "generated", "status", "value")
+                method.answers[key] = {k: row.get(k) for k in fields}
     elif run.kind == "attack":
         method.attacks = run.content
     elif run.kind == "lm_eval":
@@ -281,7 +289,7 @@ def _add(method: Method, run: _Run) -> None:
 
 
 def _tell_apart(methods: Sequence[Method]) -> None:
-    """Equal labels get the name of their folder."""
+    """Equal labels get the name of their folder in addition."""
     labels = [m.label for m in methods]
     for method in methods:
         if labels.count(method.label) > 1 and method.folders:
@@ -292,23 +300,21 @@ def _tell_apart(methods: Sequence[Method]) -> None:
 
 
 def _demo_methods(run: _Run) -> list[Method]:
-    """The rows of results.json in the form of a summary and an attack report. The demo states no intervals."""
-    from ...demo.scorecard import ATTACKS as ATTACKED
-
-    columns = run.content["columns"]
+    """The rows of results.json in the form of a summary and an attack report, without intervals."""
+    columns: Any = run.content["columns"]
     methods = []
     for row in run.content["rows"]:
         name = row["method"]
-        told = {c: {"mean": row[c], "low": None, "high": None} for c in columns if c not in ATTACKED}
-        forget = {c.removeprefix("forget_"): v for c, v in told.items() if c.startswith("forget_")}
-        kept = {c.removeprefix("retain_"): v for c, v in told.items() if c.startswith("retain_")}
-        rest = {c: v for c, v in told.items() if not c.startswith(("forget_", "retain_"))}
-        parts = {"forget": forget, "retain": kept, "other": rest}
-        entries = [_demo_attack(c, row[c], columns[c]) for c in ATTACKED]
+        means = {c: {"mean": row[c], "low": None, "high": None} for c in columns if c not in DEMO_ATTACKS}
+        forget = {c.removeprefix("forget_"): v for c, v in means.items() if c.startswith("forget_")}
+        retain = {c.removeprefix("retain_"): v for c, v in means.items() if c.startswith("retain_")}
+        rest = {c: v for c, v in means.items() if not c.startswith(("forget_", "retain_"))}
+        parts = {"forget": forget, "retain": retain, "other": rest}
+        entries = [_demo_attack(c, row[c], columns[c]) for c in DEMO_ATTACKS]
         entries.sort(key=lambda entry: entry["leak"], reverse=True)
         direct = _demo_attack("direct", row["forget_recall"], columns["forget_recall"])
         method = Method(
-            LABELS.get(name, name),
+            str(LABELS.get(name, name)),
             name if name in LABELS else STUDENT,
             tasks={task: {"metrics": metrics, "status": {}} for task, metrics in parts.items()},
             attacks={"attacks": entries, "direct": direct, "base": None, "skipped": []},

@@ -1,6 +1,6 @@
 """The report's tables: what was measured (a method a column), every attack with its cost, lm-evaluation-harness.
 
-Undefined is said with its reason, and is something else than not run. Must not know pages or figures.
+An undefined number has its reason; it differs from a number that was not measured.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def table_section(inputs: Inputs) -> Section:
 
 
 def attacks_section(inputs: Inputs) -> Section:
-    """For each attacked model: what the attacker did, needed and spent, the worst first; folded, every variant."""
+    """For each attacked model: what the attacker did, needed and spent, the worst attack first; every variant, folded."""
     section = Section("attacks", "Every attack, the worst first")
     for method in inputs.methods:
         entries = [e for e in method.attacks["attacks"] if "cost" in e] if method.attacks else []
@@ -96,25 +96,25 @@ def _variant_lines(entry: dict[str, Any]) -> Iterator[list[Cell]]:
     worst_first = sorted(
         entry["variants"].items(), key=lambda v: 1 if v[1]["leak"] is None else -v[1]["leak"]
     )
-    for variant, told in worst_first:
-        left_out = ", ".join(f"{n} {s}" for s, n in told["status"].items() if s not in ("ok", "empty"))
+    for variant, summary in worst_first:
+        left_out = ", ".join(f"{n} {s}" for s, n in summary["status"].items() if s not in ("ok", "empty"))
         yield [
             Cell(entry["name"]),
             Cell(variant),
-            _leak_cell(told, told),
-            Cell(str(told["rows"])),
+            _leak_cell(summary, summary),
+            Cell(str(summary["rows"])),
             Cell(left_out),
         ]
 
 
-def _leak_cell(told: dict[str, Any], interval: dict[str, Any]) -> Cell:
-    if told["leak"] is None:
+def _leak_cell(entry: dict[str, Any], interval: dict[str, Any]) -> Cell:
+    if entry["leak"] is None:
         return Cell("undefined")
-    return _number((told["leak"], interval.get("low"), interval.get("high")))
+    return _number((entry["leak"], interval.get("low"), interval.get("high")))
 
 
 def lm_eval_section(inputs: Inputs) -> Section:
-    """What lm-evaluation-harness measured; absent where it was not asked."""
+    """Results of lm-evaluation-harness."""
     section = Section("lm-eval", "lm-evaluation-harness")
     methods = [m for m in inputs.methods if m.lm_eval]
     if not methods:
@@ -130,18 +130,18 @@ def lm_eval_section(inputs: Inputs) -> Section:
     for task, metric, given in dict.fromkeys(names):
         cells = [Cell(task), Cell(f"{metric} ({given})" if given not in ("", "none") else metric)]
         for method in inputs.methods:
-            told = method.lm_eval.get(task, {})
+            results = method.lm_eval.get(task, {})
             for key in (f"{metric},{given}", f"{metric}_stderr,{given}"):
-                value = told.get(key)
+                value = results.get(key)
                 cells.append(Cell(f"{value:.4g}" if isinstance(value, (int, float)) else "absent"))
         grid.rows.append(cells)
     section.blocks.append(grid)
     return section
 
 
-def _harness_names(task: str, told: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _harness_names(task: str, results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(task, metric, filter) of the numbers that are no standard errors."""
-    for key, value in told.items():
+    for key, value in results.items():
         metric, _, given = key.partition(",")
         if isinstance(value, (int, float)) and not metric.endswith("_stderr") and "," in key:
             yield task, metric, given
@@ -199,7 +199,7 @@ def _metric_lines(methods: Sequence[Method]) -> Iterator[Line]:
         yield task, metric + arrow, lambda method, at=(task, metric): _metric_cell(method, *at)
 
 
-# Metrics of a task to forget that say how much is left: lower is better.
+# Metrics of a task to forget for which lower is better.
 LEAKS = (
     "contains_answer", "rouge_l_recall", "rouge_l_recall_stemmed", "rouge_l_f1", "rouge_l_f1_stemmed", "probability",
     "exact_memorization", "extraction_strength", "recall",
@@ -209,13 +209,13 @@ LEAKS = (
 def _metric_cell(method: Method, task: str, metric: str) -> Cell:
     if task not in method.tasks:
         return Cell(NOT_RUN)
-    told = method.tasks[task]["metrics"].get(metric)
-    if told is None or told["mean"] is None:
+    entry = method.tasks[task]["metrics"].get(metric)
+    if entry is None or entry["mean"] is None:
         status = ", ".join(f"{n} rows {s}" for s, n in method.tasks[task].get("status", {}).items())
         return Cell(
             "undefined", why=f"{method.label}, {task} {metric}: no row has a value ({status or 'no rows'})"
         )
-    return _number((told["mean"], told["low"], told["high"]))
+    return _number((entry["mean"], entry["low"], entry["high"]))
 
 
 def _number_lines(methods: Sequence[Method]) -> Iterator[Line]:
@@ -224,14 +224,14 @@ def _number_lines(methods: Sequence[Method]) -> Iterator[Line]:
 
 
 def _number_cell(method: Method, name: str) -> Cell:
-    told = method.numbers.get(name)
-    if told is None:
+    number = method.numbers.get(name)
+    if number is None:
         return Cell(NOT_RUN)
-    if told["value"] is None:
-        return Cell("undefined", why=f"{method.label}, {name}: {told['undefined']}")
-    return Cell(f"{told['value']:.3g}")
+    if number["value"] is None:
+        return Cell("undefined", why=f"{method.label}, {name}: {number['undefined']}")
+    return Cell(f"{number['value']:.3g}")
 
 
-def _number(told: tuple[float, float | None, float | None]) -> Cell:
-    mean, low, high = told
+def _number(estimate: tuple[float, float | None, float | None]) -> Cell:
+    mean, low, high = estimate
     return Cell(f"{mean:.2f}", "" if low is None or high is None else f"{low:.2f} to {high:.2f}")

@@ -2,7 +2,7 @@
 
     ids = top-k of before  u  top-k of after        values: the logits of these ids from each model
 
-Two vocabulary passes and two gathers a query; no [V] tensor of logits is kept. Must not know reports.
+Two vocabulary passes and two gathers a query; no [V] tensor of logits is kept.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def compare_topk(
     if k < 1:
         raise ValueError(f"k: wanted an integer >= 1, got {k}")
     renderer = PromptRenderer(tokenizer, **vars(prompting or Prompting()))
-    found = []
+    compared = []
     for question in queries:
         plain = renderer.encode((("user", question),))
         hidden_then, head_then = _last_state(before, plain)
@@ -72,7 +72,7 @@ def compare_topk(
             steered = renderer.encode((("user", question),), instruction)
             values["teacher"] = _logits(*_last_state(before, steered), ids)
         order = sorted(range(len(ids)), key=lambda i: -values["before"][i])
-        found.append(
+        compared.append(
             {
                 "question": question,
                 "ids": [ids[i] for i in order],
@@ -83,7 +83,7 @@ def compare_topk(
                 },
             }
         )
-    return found
+    return compared
 
 
 def _last_state(model: nn.Module, ids: list[int]) -> tuple[torch.Tensor, Any]:

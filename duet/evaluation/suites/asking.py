@@ -1,7 +1,4 @@
-"""A task's row -> token ids of what the model reads and of what is scored; or a reason why it cannot be asked.
-
-Knows one tokenizer and one task. Must not know models; nothing here cuts a prompt.
-"""
+"""A row of a task -> token ids of the prompt and of what is scored; or the reason why the row cannot be asked."""
 
 from __future__ import annotations
 
@@ -10,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...data.prompts import Conversation, Prompting, PromptRenderer, fill_prefix
-from ..attacks.rows import value_of
 from ..scoring import Forced
+from ..values import value_of
 from .suite import Task, fill
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class CannotAsk(ValueError):
-    """A row that is marked and left out: `status` says why in a word, the message in a sentence."""
+    """A row that is left out: `status` says why in a word, the message in a sentence."""
 
     def __init__(self, status: str, why: str):
         super().__init__(why)
@@ -32,9 +29,9 @@ class Item:
     Attributes:
         id: of the row in its task.
         prompt: ids before the answer.
-        shown: what the row's record says about itself (question, answer, value, note).
+        shown: fields of the row's record (question, answer, value, note).
         reference: for `generate`.
-        value: for `generate`: the part of the reference that must be said, where the row has a column `value`.
+        value: for `generate`: the part of the reference that counts, where the row has a column `value`.
         texts: for `score` and `multiple_choice`: name -> sequences.
         lists: names of the texts whose column held a list.
         correct: for `multiple_choice`.
@@ -69,8 +66,8 @@ class Asker:
         shots: rows of the worked examples.
         context: how many tokens the model can read, or None.
         prompting: how prompts are written for the model; a task's own `plain` comes first.
-        steering: what is said before every question; so the steered teacher is asked.
-        subjects: what `{subject}` in it stands for, in turn; none: the row's own.
+        steering: a prefix before every question, as for the steered teacher.
+        subjects: replace `{subject}` in it, in turn; none: the row's own subject does.
     """
 
     def __init__(
@@ -111,7 +108,7 @@ class Asker:
             raise
         except (ValueError, TypeError) as error:
             raise CannotAsk("bad_row", str(error)) from None
-        # An answer wants room for one token at least; of a given text the last token is predicted, not read.
+        # An answer needs room for at least one token; the last token of a given text is predicted, not read.
         needed = item.length + 1 if self.task.kind == "generate" else item.length - 1
         if self.context is not None and needed > self.context:
             raise CannotAsk("too_long", f"{where}: wants {needed} tokens, the model can read {self.context}")
@@ -171,11 +168,11 @@ class Asker:
         shown: dict[str, Any] = {"question": self._question(row, where), "answer": reference}
         try:
             value = value_of(row, reference, where)
-        except ValueError as error:  # a column of that name may be about something else
+        except ValueError as error:  # a column `value` with another meaning
             value, shown["note"] = None, f"{error}; it was not used"
         if value is not None:
             shown["value"] = value
-        # An answer that the model cannot write would look like one that it forgot.
+        # An answer that the tokenizer cannot represent would look forgotten.
         wanted = reference if value is None else value
         self._check_known(self._ids(self._answer_text(conversation, wanted)), wanted, where)
         return Item(index, prompt, shown, reference, value)
@@ -257,7 +254,7 @@ class Asker:
         if conversation is None:
             ids = self.tokenizer(text, truncation=False)["input_ids"]
             ids = ids[: self.task.max_tokens]
-            # Alone, a text's first token is only read: nothing predicts it.
+            # Without a prompt nothing predicts the first token: it is only read.
             prompt, answer = ids[:1], ids[1:]
         else:
             answer = self._ids(text)[: self.task.max_tokens]
@@ -271,7 +268,7 @@ class Asker:
 
 def _text(value: Any, where: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)  # years and amounts in CSV files and lists of choices
+        value = str(value)  # years and amounts
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: wanted a text that is not empty, got {value!r}")
     return value

@@ -4,7 +4,7 @@
     SCORE             scores of the tokens of the text `answer` -> number
     CHOICE            (log-likelihoods, lengths, index of the correct one) -> number
 
-A metric that says nothing about a row is None there and leaves the row out of its mean. Must not know models or files.
+A metric that is undefined for a row is None, and its mean leaves the row out.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""Runs a suite on a model: rows are asked in batches, written line by line, and summarised.
+"""Runs a suite on a model in batches, writes the rows, and summarises them.
 
     tables -> items (or marked rows) -> batches, longest first -> rows.jsonl -> summary.json
 
-Batches are planned from the data alone. A run that is started again repeats the batches of which a row is missing and
-writes only the missing rows, so that it ends with the file that an undisturbed run would have written.
+Batches depend only on the data. A run that is started again repeats the batches with missing rows and writes only these
+rows, so that it ends with the same file as an uninterrupted run.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +19,9 @@ import torch
 from torch import nn
 
 from ...data.prompts import Prompting
+from ...extras import version_of
+from ...model.hashes import fingerprints
 from ...model.lm import check_head, context_length, padding_id
-from ...store.provenance import tokenizer_hash
-from .. import models
 from ..generation import continuations
 from ..journal import Journal, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
@@ -58,7 +57,7 @@ def evaluate(
         out: folder for `manifest.json`, `rows.jsonl` and `summary.json`.
         data: folder with the suite's files; None: its datasets on the Hub.
         name: of the model, for the record.
-        batch_size: sequences at once; halved for a batch that does not fit in the GPU's memory.
+        batch_size: sequences per batch; halved for a batch that does not fit in the GPU's memory.
         limit: only so many first rows of each task.
         retain_run: `out` of the same suite on a model trained without the forget rows.
         prompting: how prompts are written for the model (`Prompting.of(name)`); None: the defaults.
@@ -70,8 +69,8 @@ def evaluate(
         what `summary.json` holds; `summary.summarise`.
 
     Raises:
-        ValueError, OSError: a table that is missing or of which no row can be asked; `out` with another run's results.
-            Nothing is computed before all of that is checked. A single row that cannot be asked is marked.
+        ValueError, OSError: a table that is missing or has no row that can be asked; `out` with another run's results.
+            All of this is checked before anything is computed. A single row that cannot be asked is marked.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted an integer >= 1, got {batch_size}")
@@ -94,8 +93,7 @@ def evaluate(
         "limit": limit,
         "data": {task.name: _digest(rows) for task, rows in tables.items()},
         "suite_digest": suite.digest,
-        "model_fingerprint": models.fingerprint(model),
-        "tokenizer_fingerprint": tokenizer_hash(tokenizer, template=True),
+        **fingerprints(model, tokenizer),
         **prompting.changed(),
         **({} if steering is None else {"steering": steering}),
     }
@@ -112,11 +110,14 @@ def evaluate(
             Asker(tokenizer, task, shots, context, prompting, steering, others), task, rows
         )
     check_head(model)
+    versions = {
+        name: version_of(name) or "absent" for name in ("duet-kernels", "torch", "transformers", "peft")
+    }
     journal = Journal(
         Path(out),
         manifest,
         key=("task", "id"),
-        note={"model": name, "left_out": [t.name for t in suite.tasks if t not in tables], **_versions()},
+        note={"model": name, "left_out": _left_out(suite, tables), "versions": versions},
     )
     for task, (items, marked) in prepared.items():
         stamp = {"suite": suite.name, "task": task.name}
@@ -159,7 +160,7 @@ class _Run:
                 finished(list(_halving(make[self.task.kind], batch)))
 
     def _batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        """Rows that leave too little room for a whole answer go alone, and say what there is room for."""
+        """Batches; a row whose context leaves too little room for a whole answer is a batch of its own."""
         tight = [self._room(item) < self.task.max_new_tokens for item in items]
         yield from ([item] for item, alone in zip(items, tight, strict=True) if alone)
         rest = [item for item, alone in zip(items, tight, strict=True) if not alone]
@@ -190,8 +191,8 @@ class _Run:
             row["generated"] = answer.text
             if answer.finite:
                 wanted = self.task.metrics
-                told = answer.text, item.reference, item.value
-                row["metrics"] = {m: row_metrics.GENERATE[m](*told) for m in wanted}
+                answered = answer.text, item.reference, item.value
+                row["metrics"] = {m: row_metrics.GENERATE[m](*answered) for m in wanted}
             rows.append(row)
         return rows
 
@@ -254,7 +255,7 @@ class _Run:
 
 
 def _halving(make: Callable[[Sequence[Item]], list[Row]], batch: Sequence[Item]) -> Iterator[Row]:
-    """`make(batch)`, in halves where the GPU's memory is too small for the whole."""
+    """`make(batch)`, in halves if the GPU's memory is too small for the whole batch."""
     try:
         yield from make(batch)
         return
@@ -267,15 +268,15 @@ def _halving(make: Callable[[Sequence[Item]], list[Row]], batch: Sequence[Item])
 
 
 def _tables(suite: Suite, data: str | Path | None, limit: int | None) -> Iterator[tuple[Task, list[Row]]]:
-    found = False
+    any_file = False
     for task in suite.tasks:
         try:
             yield task, load_table(data, task.data, task.hub, f"{suite.name}: {task.name}")[:limit]
-            found = True
+            any_file = True
         except FileNotFoundError:
             if not task.optional:
                 raise
-    if not found:
+    if not any_file:
         wanted = ", ".join(task.data for task in suite.tasks)
         raise FileNotFoundError(f"data: {data} has none of the files of {suite.name}: {wanted}")
 
@@ -312,13 +313,3 @@ def _left_out(suite: Suite, tables: dict[Task, Any]) -> list[str]:
 
 def _digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("duet-kernels", "torch", "transformers", "peft"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return {"versions": found}

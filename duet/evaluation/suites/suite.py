@@ -4,7 +4,7 @@
     tasks:     kind, data, metrics, how a prompt is made  (Task)
     numbers:   what the suite says in one number          (`summary.NUMBERS`)
 
-A field that is not known is refused with the nearest name. Knows files. Must not know models or tokenizers.
+A field that is not known is refused with the nearest name.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...data.sources import FORMATS, read_table
 from ...names import check_known, check_one_of, instead
-from ...yaml_text import mapping, read_yaml
+from ...options import BlankTexts, Count, MaybeCount, Texts, fitted, mapping, section
+from ...yaml_text import read_yaml
 from .row_metrics import METRICS_OF_KIND, RATIO
 from .summary import check_number
 
 SUITES = Path(__file__).parent
 SUFFIXES = tuple(FORMATS)
-CHAT = ("auto", "never")
-# How the tasks of the shipped suites, and of suites that follow them, begin: what should go, and what should stay.
+# How names of tasks begin, in the shipped suites and others like them: tasks to forget, and tasks to keep.
 TO_FORGET = ("forget", "verbatim", "knowledge", "wmdp")
 TO_KEEP = ("retain", "utility", "real_authors", "world_facts", "mmlu")
 _COLUMN = re.compile(r"\{(\w+)\}")
@@ -43,7 +43,7 @@ class FewShot:
     """
 
     data: str
-    count: int
+    count: Count
     separator: str = "\n\n"
 
 
@@ -75,22 +75,22 @@ class Task:
     """
 
     name: str
-    kind: str
+    kind: Literal["generate", "score", "multiple_choice"]
     data: str
-    metrics: tuple[str, ...]
+    metrics: Texts
     hub: str | None = None
     question: str | None = "{question}"
     plain: str | None = None
-    chat: str = "auto"
+    chat: Literal["auto", "never"] = "auto"
     system: str | None = None
     answer: str = "answer"
     texts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"answer": ("answer",)})
     end_token: bool = True
     choices: str = "choices"
     letters: bool = False
-    max_new_tokens: int = 64
-    stop: tuple[str, ...] = ()
-    max_tokens: int | None = None
+    max_new_tokens: Count = 64
+    stop: BlankTexts = field(default_factory=list)
+    max_tokens: MaybeCount = None
     few_shot: FewShot | None = None
     optional: bool = False
 
@@ -156,47 +156,15 @@ def read_suite(tree: Any, name: str, options: Mapping[str, Any] | None = None) -
 
 def _task(where: str, name: str, entry: Any, hub: str | None) -> Task:
     entry = mapping(where, entry)
-    allowed = {f.name: f for f in fields(Task) if f.name != "name"}
-    check_known(f"{where}.", entry, allowed)
-    for needed in (n for n, f in allowed.items() if f.default is MISSING and f.default_factory is MISSING):
-        if entry.get(needed) is None:
-            raise ValueError(f"{where}.{needed}: wanted a value, got nothing")
-    kinds = tuple(METRICS_OF_KIND)
-    check_one_of(f"{where}.kind", entry["kind"], kinds)
-    check_one_of(f"{where}.chat", entry.get("chat", "auto"), CHAT)
-    values = dict(entry)
-    for key in ("data", "hub", "question", "plain", "system", "answer", "choices"):
-        may_be_null = key in ("hub", "question", "system")
-        if not isinstance(values.get(key, ""), str) and not (values[key] is None and may_be_null):
-            raise ValueError(f"{where}.{key}: wanted a text, got {values[key]!r}")
-    for key in ("max_new_tokens", "max_tokens"):
-        if key in values and not (type(values[key]) is int and values[key] >= 1):
-            raise ValueError(f"{where}.{key}: wanted an integer >= 1, got {values[key]!r}")
-    for key in ("end_token", "letters", "optional"):
-        if type(values.get(key, True)) is not bool:
-            raise ValueError(f"{where}.{key}: wanted true or false, got {values[key]!r}")
-    if "{question}" not in values.get("plain", "{question}"):
-        raise ValueError(f"{where}.plain: wanted a text with {{question}}, got {values['plain']!r}")
-    values["metrics"] = _texts(f"{where}.metrics", entry["metrics"])
-    for metric in values["metrics"]:
-        check_one_of(f"{where}.metrics", metric, METRICS_OF_KIND[entry["kind"]])
-    values["stop"] = _texts(f"{where}.stop", entry.get("stop", ()))
-    if "texts" in entry:
-        named = mapping(f"{where}.texts", entry["texts"])
-        values["texts"] = {k: _texts(f"{where}.texts.{k}", v) for k, v in named.items()}
-    if entry.get("few_shot") is not None:
-        shots = mapping(f"{where}.few_shot", entry["few_shot"])
-        check_known(f"{where}.few_shot.", shots, [f.name for f in fields(FewShot)])
-        if (
-            not isinstance(shots.get("data"), str)
-            or type(shots.get("count")) is not int
-            or shots["count"] < 1
-        ):
-            raise ValueError(
-                f"{where}.few_shot: wanted data (a text) and count (an integer >= 1), got {shots}"
-            )
-        values["few_shot"] = FewShot(**shots)
-    task = Task(name=str(name), **values)
+    texts = mapping(f"{where}.texts", entry.pop("texts", {}))
+    given: dict[str, Any] = {
+        "texts": {k: tuple(fitted(f"{where}.texts.{k}", v, Texts)) for k, v in texts.items()}
+    }
+    task = section(Task, where, entry, name=str(name), **(given if texts else {}))
+    if "{question}" not in (task.plain or "{question}"):
+        raise ValueError(f"{where}.plain: wanted a text with {{question}}, got {task.plain!r}")
+    for metric in task.metrics:
+        check_one_of(f"{where}.metrics", metric, METRICS_OF_KIND[task.kind])
     if task.kind == "score":
         for metric in task.metrics:
             for text in RATIO[metric][0] if metric in RATIO else ("answer",):
@@ -243,7 +211,8 @@ def _from_hub(hub: str, name: str, where: str) -> list[dict[str, Any]]:
 
     config, _, split = name.partition("/")
     try:
-        return list(load_dataset(hub, config or None, split=split or "train"))
+        rows: Any = load_dataset(hub, config or None, split=split or "train")
+        return list(rows)
     except (OSError, ValueError) as error:
         raise OSError(f"{where}: the dataset {hub!r} ({name}) could not be loaded: {error}") from error
 
@@ -279,10 +248,3 @@ def _filled(value: Any, options: Mapping[str, Any]) -> Any:
             return options[whole[1]]
         return _COLUMN.sub(lambda m: str(options[m[1]]) if m[1] in options else m[0], value)
     return value
-
-
-def _texts(where: str, value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) and v for v in values):
-        raise ValueError(f"{where}: wanted a text or a list of texts, got {value!r}")
-    return tuple(values)

@@ -1,9 +1,7 @@
-"""Rows of a run -> means with intervals, the numbers a suite asks for, and a table. What cannot be computed says why.
+"""Rows of a run -> means with intervals, the suite's numbers, and a table. An undefined number has its reason.
 
-    {"tasks": {task: {"rows": n, "status": {...}, "notes": n, "metrics": {metric: {mean, low, high, rows}}}},
-     "numbers": {name: {"value": x} or {"value": null, "undefined": "no retain model given"}}}
-
-Knows rows as plain dicts. Must not know models, tokenizers or how rows were made.
+{"tasks": {task: {"rows": n, "status": {...}, "notes": n, "metrics": {metric: {mean, low, high, rows}}}},
+ "numbers": {name: {"value": x} or {"value": null, "undefined": "no retain model given"}}}
 """
 
 from __future__ import annotations
@@ -19,11 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import metrics
+from ..journal import MEANING
 from .row_metrics import UNBOUNDED
 
 Rows = Sequence[Mapping[str, Any]]
 NO_RETAIN = "no retain model given"
-COUNTED = ("ok", "empty")  # an empty answer is an answer: it counts, and is counted
+COUNTED = ("ok", "empty")  # an empty answer is an answer
 
 
 def summarise(
@@ -65,7 +64,7 @@ def _mean(rows: Rows, metric: str) -> dict[str, Any]:
 
 
 def _values(rows: Rows, metric: str) -> list[tuple[Any, float]]:
-    """(row id, value) of the rows about which the metric says something."""
+    """(row id, value) of the rows for which the metric is defined."""
     return [
         (row["id"], row["metrics"][metric])
         for row in rows
@@ -130,9 +129,9 @@ def _privleak(spec: Mapping, rows: Rows, retain_rows: Rows | None) -> dict[str, 
     return {"value": value, "auc": auc, "auc_retrain": float(auc_retrain)}
 
 
-OF_RETAIN = frozenset({"forget_quality", "privleak"})  # what a retain model is compared with
+OF_RETAIN = frozenset({"forget_quality", "privleak"})  # numbers that need a retain model
 
-# name -> (what the suite says about it, the run's rows, the retain run's rows or None) -> {"value": ...}
+# name -> function of (its entry in the suite, the run's rows, the retain run's rows or None) -> {"value": ...}
 NUMBERS: dict[str, Callable[[Mapping, Rows, Rows | None], dict[str, Any]]] = {
     "forget_quality": _forget_quality,
     "model_utility": _model_utility,
@@ -201,17 +200,6 @@ def table(summary: Mapping[str, Any], title: str) -> Group:
         notes += [f"{task}: {_times(n)} {MEANING[s]}" for s, n in entry["status"].items() if s in MEANING]
         notes += [f"{task}: {_times(entry['notes'])} with a note in rows.jsonl"] if entry.get("notes") else []
     return Group(shown, *map(Text, notes))
-
-
-# What a row's status other than `ok` means.
-MEANING = {
-    "empty": "answered with nothing (counted)",
-    "nan": "left out: NaN logits",
-    "too_long": "left out: longer than the model's context",
-    "bad_row": "left out: something is wrong with the row (`why` in rows.jsonl)",
-    "no_tokens": "left out: a text without tokens",
-    "unknown_tokens": "left out: the tokenizer cannot represent the answer",
-}
 
 
 def _times(count: int) -> str:

@@ -8,16 +8,20 @@
     distillation   duet and its divergences, bidirectional, undo
     baselines      ga, graddiff, npo (and _kl: the retain term is a KL), simnpo, refusal, undial, shred, rmu
     deep           duet_deep
-
-Every loss here comes from public names of `duet_kernels`. Must not know models, tokenizers or the Trainer.
 """
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any
 
+from torch import nn
+
+from duet_kernels import LMHead
+
+from ...model.lm import check_layer, select_parameters
 from ...names import check_one_of
 from ..counterfactual import prepare_deep
-from ..noising import prepare_undo, start_undo
+from ..noising import UndoOptions, prepare_undo, start_undo
 from .baselines import (
     answer_nll,
     answer_topk,
@@ -34,7 +38,7 @@ from .baselines import (
     teacher_activations,
     undial,
 )
-from .deep import duet_deep
+from .deep import DeepOptions, count_deep, duet_deep
 from .distillation import (
     bidirectional,
     duet,
@@ -47,9 +51,6 @@ from .distillation import (
 )
 from .record import Counts, Objective, Step
 
-if TYPE_CHECKING:
-    from ...config import DuetConfig
-
 __all__ = [
     "OBJECTIVES",
     "Counts",
@@ -59,36 +60,32 @@ __all__ = [
     "answer_topk",
     "check_options",
     "find_objective",
+    "fit_model",
+    "objective_of",
     "teacher_states",
     "teacher_topk",
 ]
 
 _HUBER = ("k", "delta", "entropy_weighting")
 _DIVERGENCE = ("k", "temperature", "normalization", "entropy_weighting")
+_raw = partial(Objective, targets=teacher_topk, raw_logits=True)
+# The base is asked about the answers as the student sees them; its few numbers can be kept.
+_with_base = partial(Objective, teacher_sees="student", needs_answers=True, storable=True)
 
 OBJECTIVES: dict[str, Objective] = {
-    "duet": Objective(duet, teacher_topk, reads=_HUBER),
+    "duet": _raw(duet, reads=_HUBER),
     "duet_kl": Objective(duet_forward_kl, teacher_topk, reads=_DIVERGENCE),
     "duet_forward_kl": Objective(duet_forward_kl, teacher_topk, reads=_DIVERGENCE),
     "duet_reverse_kl": Objective(duet_reverse_kl, teacher_topk, reads=_DIVERGENCE),
     "duet_jsd": Objective(duet_jsd, teacher_topk, reads=("beta", *_DIVERGENCE)),
-    "duet_adversarial": Objective(duet, teacher_topk, adversarial=True, reads=_HUBER),
-    "bidirectional": Objective(bidirectional, teacher_topk, reads=(*_HUBER, "push_weight")),
+    "duet_adversarial": _raw(duet, adversarial=True, reads=_HUBER),
+    "bidirectional": _raw(bidirectional, reads=(*_HUBER, "push_weight")),
     "duet_deep": Objective(
         duet_deep,
         positions="prepared",
         prepare=prepare_deep,
-        reads=(
-            "k",
-            "retain_weight",
-            "counterfactual_names",
-            "num_counterfactuals",
-            "refusal_fraction",
-            "knowledge_threshold",
-            "counterfactual_weight",
-            "deep_npo_beta",
-            "lift_weight",
-        ),
+        counts=count_deep,
+        reads=("k", "retain_weight", *DeepOptions.__annotations__),
     ),
     "undo": Objective(
         undo,
@@ -98,53 +95,18 @@ OBJECTIVES: dict[str, Objective] = {
         start=start_undo,
         prepare=prepare_undo,
         starts_at_teacher=False,
-        reads=("undo_alpha", "undo_beta", "undo_tolerance", "undo_check_steps"),
+        reads=tuple(UndoOptions.__annotations__),
     ),
     "in_context": Objective(None, reads=()),
     "ga": Objective(gradient_ascent, needs_answers=True, reads=()),
     "graddiff": Objective(gradient_difference, needs_answers=True, reads=("retain_weight",)),
-    "graddiff_kl": Objective(
-        gradient_difference_kl,
-        answer_topk,
-        teacher_sees="student",
-        needs_answers=True,
-        storable=True,
-        reads=("k", "retain_weight"),
-    ),
-    "npo": Objective(
-        npo,
-        answer_nll,
-        teacher_sees="student",
-        needs_answers=True,
-        storable=True,
-        reads=("npo_beta", "retain_weight"),
-    ),
-    "npo_kl": Objective(
-        npo_kl,
-        answer_topk,
-        teacher_sees="student",
-        needs_answers=True,
-        storable=True,
-        reads=("k", "npo_beta", "retain_weight"),
-    ),
+    "graddiff_kl": _with_base(gradient_difference_kl, answer_topk, reads=("k", "retain_weight")),
+    "npo": _with_base(npo, answer_nll, reads=("npo_beta", "retain_weight")),
+    "npo_kl": _with_base(npo_kl, answer_topk, reads=("k", "npo_beta", "retain_weight")),
     "simnpo": Objective(simnpo, needs_answers=True, reads=("simnpo_beta", "simnpo_gamma", "retain_weight")),
     "refusal": Objective(refusal, needs_answers=True, refuses=True, reads=("refusals", "retain_weight")),
-    "undial": Objective(
-        undial,
-        answer_topk,
-        teacher_sees="student",
-        needs_answers=True,
-        storable=True,
-        reads=("k", "undial_gamma", "retain_weight"),
-    ),
-    "shred": Objective(
-        shred,
-        answer_topk,
-        teacher_sees="student",
-        needs_answers=True,
-        storable=True,
-        reads=("k", "shred_percent"),
-    ),
+    "undial": _with_base(undial, answer_topk, reads=("k", "undial_gamma", "retain_weight")),
+    "shred": _with_base(shred, answer_topk, reads=("k", "shred_percent")),
     "rmu": Objective(
         rmu,
         teacher_activations,
@@ -172,7 +134,18 @@ def find_objective(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
-def check_options(objective: Objective, args: "DuetConfig") -> None:
+def objective_of(args: Any) -> Objective:
+    """The objective that the options `args` name, when they fit it.
+
+    Raises:
+        ValueError: there is none of that name, or `check_options` refuses an option.
+    """
+    objective = find_objective(args.objective)
+    check_options(objective, args)
+    return objective
+
+
+def check_options(objective: Objective, args: Any) -> None:
     """Refuses a `temperature` or `normalization` that the objective would not read.
 
     `k` is not refused: one that is never looked up changes no number, and runs that compare methods share it.
@@ -183,9 +156,24 @@ def check_options(objective: Objective, args: "DuetConfig") -> None:
     usual = {f.name: f.default for f in fields(args)}
     for name in ("temperature", "normalization"):
         given = getattr(args, name)
-        if name not in objective.reads and given != usual[name]:
+        if given != usual[name] and (objective.raw_logits or name not in objective.reads):
+            why = "compares raw logits and does not read it" if objective.raw_logits else "does not read it"
             readers = ", ".join(key for key, each in OBJECTIVES.items() if name in each.reads)
             raise ValueError(
-                f"{name}: objective {args.objective!r} does not read it; wanted {usual[name]!r}, got {given!r} (it is "
-                f"read by {readers})"
+                f"{name}: objective {args.objective!r} {why}; wanted {usual[name]!r}, got {given!r} (it is read by {readers})"
             )
+
+
+def fit_model(objective: Objective, model: nn.Module, head: LMHead, args: Any) -> None:
+    """What an objective wants of a model: a vocabulary of k ids, its layer, and which parameters are trained.
+
+    Raises:
+        ValueError: naming what the model lacks.
+    """
+    if objective.targets in (teacher_topk, answer_topk) and args.k > head.num_ids:
+        raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
+    if objective.layer:
+        args.rmu_layer = check_layer(model, args.rmu_layer)
+    trains = objective.trains
+    if trains is not None:
+        select_parameters(model, lambda name: trains(name, args), args.objective)

@@ -1,14 +1,13 @@
 """What DUET is compared with: likelihood, preference, soft-target and activation baselines.
 
-    y       the answer (of a forget row: what is to be forgotten, or a refusal), y_t its tokens
-    nll_t   -log p_student(y_t | x, y_<t), on **log-probabilities**, never on raw logits
-    every objective adds retain_weight * (its retain term, a mean over retain positions), unless it says otherwise
-
-Must not know models or the Trainer; every number comes from public names of `duet_kernels`.
+y       the answer (of a forget row: what is to be forgotten, or a refusal), y_t its tokens
+nll_t   -log p_student(y_t | x, y_<t), on **log-probabilities**, never on raw logits
+every objective adds retain_weight * (its retain term, a mean over retain positions), unless it says otherwise
 """
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +20,43 @@ from duet_kernels import (
     linear_gather,
     linear_logsumexp,
     linear_topk,
-    topk_distill_loss,
 )
 
-from .record import Step, sum_where, with_retain
+from ...options import MaybeIndex, NotNegative, Number, Percent, Positive, SomeTexts
+from .record import CommonOptions, Step, sum_where
 
-if TYPE_CHECKING:
-    from ...config import DuetConfig
+DEFAULT_REFUSALS = (
+    "I do not know anything about that.",
+    "I am not familiar with that, so I cannot answer.",
+    "Sorry, I have no information on this.",
+)
+
+
+@dataclass
+class BaselineOptions(CommonOptions):
+    """Options of the baselines.
+
+    Attributes:
+        npo_beta: beta of `npo`.
+        simnpo_beta, simnpo_gamma: scale and margin of `simnpo`.
+        refusals: answers that `refusal` teaches, one drawn per use of a row.
+        undial_gamma: by how much `undial` lowers the logit of the answer's token.
+        shred_percent: share of a forget text's tokens, the least probable ones, that `shred` deletes, in (0, 100].
+        rmu_layer: the decoder layer, counted from 0, whose output `rmu` steers; None: a quarter of the way up. The MLP
+            output projections of this layer and the two below it are trained.
+        rmu_scale, rmu_alpha: length c of the control vector and weight of the retain activations of `rmu`.
+    """
+
+    npo_beta: Positive = 0.1
+    simnpo_beta: Positive = 2.5
+    simnpo_gamma: Number = 0.0
+    refusals: SomeTexts = field(default_factory=lambda: list(DEFAULT_REFUSALS))
+    undial_gamma: Positive = 10.0
+    shred_percent: Percent = 20.0
+    rmu_layer: MaybeIndex = None
+    rmu_scale: Positive = 6.5
+    rmu_alpha: NotNegative = 100.0
+
 
 # Logits this far below the largest have probability 0 in every dtype, and stay finite in half precision.
 _ZEROED = 1e4
@@ -45,27 +74,27 @@ class AnswerTopK(NamedTuple):
 # -- targets ------------------------------------------------------------------------------------------------------
 
 
-def answer_nll(hidden: Tensor, head: LMHead, labels: Tensor, args: "DuetConfig") -> Tensor:
+def answer_nll(hidden: Tensor, head: LMHead, labels: Tensor, args: Any) -> Tensor:
     """`[N]` -log p(answer token), nats; 0 where there is no token."""
     return linear_cross_entropy(hidden, head, labels, reduction="none", impl=args.impl)
 
 
-def answer_topk(hidden: Tensor, head: LMHead, labels: Tensor, args: "DuetConfig") -> AnswerTopK:
+def answer_topk(hidden: Tensor, head: LMHead, labels: Tensor, args: Any) -> AnswerTopK:
     """The k largest logits, the last of them replaced by the answer's token where it is not among them.
 
     The tail is summed anew without the ids that are kept: nothing is subtracted. Two passes over the vocabulary.
     """
     ids = linear_topk(hidden, head, args.k, impl=args.impl).indices
     answer = labels.clamp(min=0).unsqueeze(-1)
-    found = (ids == answer).any(-1, keepdim=True)
-    last = torch.where(found | (labels < 0).unsqueeze(-1), ids[:, -1:], answer)
+    listed = (ids == answer).any(-1, keepdim=True)
+    last = torch.where(listed | (labels < 0).unsqueeze(-1), ids[:, -1:], answer)
     ids = torch.cat([ids[:, :-1], last], -1)
     values = linear_gather(hidden, head, ids, impl=args.impl)
     tail = linear_logsumexp(hidden, head, exclude=ids, impl=args.impl)
     return AnswerTopK(TopK(values, ids, tail), ids == answer, answer_nll(hidden, head, labels, args))
 
 
-def teacher_activations(hidden: Tensor, head: LMHead, labels: Tensor, args: "DuetConfig") -> Tensor:
+def teacher_activations(hidden: Tensor, head: LMHead, labels: Tensor, args: Any) -> Tensor:
     """`[N, D]` the frozen model's activations."""
     return hidden
 
@@ -76,28 +105,25 @@ def teacher_activations(hidden: Tensor, head: LMHead, labels: Tensor, args: "Due
 def gradient_ascent(step: Step) -> dict[str, Tensor]:
     """GA: -NLL per forget token, and nothing else; the retain rows' NLL is only logged."""
     nll = _nll(step)
-    loss = -sum_where(step.of_forget, nll) / step.counts.forget_positions
-    with torch.no_grad():
-        retain = sum_where(~step.of_forget, nll) / step.counts.retain_positions
-    return {"loss": loss, "forget_loss": loss, "retain_loss": retain}
+    loss = -step.forget_mean(nll)
+    return {"loss": loss, "forget_loss": loss, "retain_loss": step.retain_mean(nll.detach())}
 
 
 def gradient_difference(step: Step) -> dict[str, Tensor]:
     """GradDiff: -NLL(forget answers) + retain_weight * NLL(retain answers), each per token."""
     nll = _nll(step)
-    return with_retain(-sum_where(step.of_forget, nll) / step.counts.forget_positions, nll, step)
+    return step.with_retain(-step.forget_mean(nll), nll)
 
 
 def gradient_difference_kl(step: Step) -> dict[str, Tensor]:
     """GradDiff whose retain term is KL(p_base || p_student) on the retain answers instead of their NLL."""
-    forget = -sum_where(step.of_forget, _nll(step)) / step.counts.forget_positions
-    return with_retain(forget, _tail_kl(step, step.targets.top), step)
+    return step.with_retain(-step.forget_mean(_nll(step)), step.tail_kl(step.targets.top))
 
 
 def refusal(step: Step) -> dict[str, Tensor]:
     """Refusal tuning (IdkSFT): NLL of a refusal on forget queries + retain_weight * NLL(retain answers), per token."""
     nll = _nll(step)
-    return with_retain(sum_where(step.of_forget, nll) / step.counts.forget_positions, nll, step)
+    return step.with_retain(step.forget_mean(nll), nll)
 
 
 # -- preference ---------------------------------------------------------------------------------------------------
@@ -115,7 +141,7 @@ def npo(step: Step) -> dict[str, Tensor]:
 def npo_kl(step: Step) -> dict[str, Tensor]:
     """NPO whose retain term is KL(p_base || p_student) on the retain answers instead of their NLL."""
     log_ratio = step.per_query(step.targets.nll - _nll(step))
-    return _preference(step, _tail_kl(step, step.targets.top), log_ratio, step.args.npo_beta)
+    return _preference(step, step.tail_kl(step.targets.top), log_ratio, step.args.npo_beta)
 
 
 def simnpo(step: Step) -> dict[str, Tensor]:
@@ -133,7 +159,7 @@ def _preference(
 ) -> dict[str, Tensor]:
     per_query = -2 / beta * F.logsigmoid(-beta * log_ratio - gamma)
     forget = sum_where(step.forget, per_query) / step.counts.forget_queries
-    return with_retain(forget, retain_losses, step)
+    return step.with_retain(forget, retain_losses)
 
 
 # -- edited soft targets --------------------------------------------------------------------------------------------
@@ -147,9 +173,8 @@ def undial(step: Step) -> dict[str, Tensor]:
     """
     target: AnswerTopK = step.targets
     values = target.top.values - step.args.undial_gamma * target.slot
-    losses = _tail_kl(step, target.top._replace(values=values))
-    forget = sum_where(step.of_forget, losses) / step.counts.forget_positions
-    return with_retain(forget, _nll(step), step)
+    losses = step.tail_kl(target.top._replace(values=values))
+    return step.with_retain(step.forget_mean(losses), _nll(step))
 
 
 def shred(step: Step) -> dict[str, Tensor]:
@@ -163,11 +188,7 @@ def shred(step: Step) -> dict[str, Tensor]:
     zeroed = step.of_forget & least_probable(step, target.nll, step.args.shred_percent)
     floor = target.top.values.amax(-1, keepdim=True) - _ZEROED
     values = torch.where(target.slot & zeroed.unsqueeze(-1), floor, target.top.values)
-    losses = _tail_kl(step, target.top._replace(values=values))
-    with torch.no_grad():
-        forget = sum_where(step.of_forget, losses) / step.counts.forget_positions
-        retain = sum_where(~step.of_forget, losses) / step.counts.retain_positions
-    return {"loss": losses.sum() / step.counts.positions, "forget_loss": forget, "retain_loss": retain}
+    return step.mean(step.tail_kl(target.top._replace(values=values)))
 
 
 def least_probable(step: Step, nll: Tensor, percent: float) -> Tensor:
@@ -185,18 +206,6 @@ def least_probable(step: Step, nll: Tensor, percent: float) -> Tensor:
     return rank < (lengths.double() * percent / 100).ceil()[step.query]
 
 
-def _tail_kl(step: Step, teacher: TopK) -> Tensor:
-    return topk_distill_loss(
-        step.hidden,
-        step.head,
-        teacher,
-        divergence="forward_kl",
-        normalization="tail",
-        reduction="none",
-        impl=step.args.impl,
-    )
-
-
 # -- activations ----------------------------------------------------------------------------------------------------
 
 
@@ -209,26 +218,20 @@ def rmu(step: Step) -> dict[str, Tensor]:
     width = step.hidden.shape[-1]
     generator = torch.Generator().manual_seed(step.args.seed)
     control = F.normalize(torch.rand(width, generator=generator, dtype=torch.float64), dim=0)
-    acc = torch.promote_types(
-        step.hidden.dtype, torch.float32
-    )  # sums of half precision squares would be rounded to it
+    acc = torch.promote_types(step.hidden.dtype, torch.float32)  # half precision would round sums of squares
     hidden = step.hidden.to(acc)
     control = step.args.rmu_scale * control.to(hidden)
     moved = (hidden - control).square().mean(-1)
-    kept = (hidden - step.targets.to(acc)).square().mean(-1)
-    forget = sum_where(step.of_forget, moved) / step.counts.forget_positions
-    retain = sum_where(~step.of_forget, kept) / step.counts.retain_positions
-    return {
-        "loss": forget + step.args.rmu_alpha * retain,
-        "forget_loss": forget,
-        "retain_loss": retain,
-    }
+    drift = (hidden - step.targets.to(acc)).square().mean(-1)
+    forget, retain = step.forget_mean(moved), step.retain_mean(drift)
+    loss = forget + step.args.rmu_alpha * retain
+    return {"loss": loss, "forget_loss": forget, "retain_loss": retain}
 
 
-def rmu_parameters(name: str, args: "DuetConfig") -> bool:
+def rmu_parameters(name: str, args: Any) -> bool:
     """The MLP output projections of layers l - 2, l - 1 and l."""
-    found = _OUTPUT_PROJECTION.search(name)
-    return found is not None and "attn" not in name and 0 <= args.rmu_layer - int(found[1]) <= 2
+    match = _OUTPUT_PROJECTION.search(name)
+    return match is not None and "attn" not in name and 0 <= args.rmu_layer - int(match[1]) <= 2
 
 
 def _nll(step: Step) -> Tensor:

@@ -13,18 +13,59 @@ stays readable, as the *least* likely one. A share of the forget queries carries
 p_s) at all its positions, and retain queries the base's own answers, KL(p_base || p_s). Every KL is over the teacher's
 top-k and a bucket for the rest: without the bucket nothing would push a token down that the teacher does not list.
 
-All targets are plain numbers made before training (`duet.methods.counterfactual`). Must not know models or the Trainer.
+All targets are plain numbers made before training (`duet.methods.counterfactual`).
 """
+
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from duet_kernels import TopK, linear_cross_entropy, topk_distill_loss
+from duet_kernels import TopK, linear_cross_entropy
 
-from .record import Step, sum_where
+from ...options import Count, NotNegative, Positive, Share, SomeTexts
+from .record import CommonOptions, Step, sum_where
 
 GATE_WIDTH = 1.0  # nats under the floor at which the push ends
+
+# Names of nobody, we hope: one that the model knows somebody by must be replaced.
+INVENTED_NAMES = (
+    "Tavik Orlemond", "Brisa Quenhart", "Odrin Valsace", "Mirelle Thostrup", "Casper Yndlefeld", "Zuleika Barnquist",
+    "Perrin Oskelda", "Halvard Minchetti", "Ottoline Drask", "Fenwick Salazny", "Ilka Brombeck", "Joss Trevallion",
+    "Nerida Kolbrook", "Anselm Wyrick", "Sunniva Plackett", "Dorrit Hagenau",
+)  # fmt: skip
+
+
+@dataclass
+class DeepOptions(CommonOptions):
+    """Options of `duet_deep`.
+
+    Attributes:
+        counterfactual_names: what is put in the place of a subject to learn how the model speaks of somebody whom it does
+            not know; none of them may be known to it.
+        num_counterfactuals: how many of them are drawn for each forget row.
+        refusal_fraction: share of the forget queries that carry a whole refusal rather than the base's own answer.
+        knowledge_threshold: an answer token counts as knowledge where the base gives it this much more probability
+            than it would for an unknown name.
+        counterfactual_weight, deep_npo_beta, lift_weight: of the terms of the loss.
+    """
+
+    counterfactual_names: SomeTexts = field(default_factory=lambda: list(INVENTED_NAMES))
+    num_counterfactuals: Count = 8
+    refusal_fraction: Share = 0.25
+    knowledge_threshold: Share = 0.3
+    counterfactual_weight: NotNegative = 0.3
+    deep_npo_beta: Positive = 0.5
+    lift_weight: NotNegative = 0.1
+
+
+def count_deep(inputs: dict[str, Any]) -> Tensor:
+    """`[2]` forget queries that carry the base's own answer, and positions of those that carry a refusal."""
+    query, forget, pushed = inputs["query"], inputs["forget"], inputs["targets"]["pushed"]
+    queries = torch.zeros_like(forget, dtype=torch.int64).index_add(0, query, pushed.long()) > 0
+    return torch.stack([queries.sum(), (forget[query] & ~pushed).sum()])
 
 
 def duet_deep(step: Step) -> dict[str, Tensor]:
@@ -32,21 +73,14 @@ def duet_deep(step: Step) -> dict[str, Tensor]:
 
     Means are over queries (sums over their tokens), except that of the refusals, which is over their positions.
     """
-    args, counts, targets = step.args, step.counts, step.targets
+    args, targets = step.args, step.targets
+    pushed_queries, refusal_positions = step.counts.own
     pushed, first, retain = targets["pushed"], step.is_first, ~step.of_forget
-    kl = topk_distill_loss(
-        step.hidden,
-        step.head,
-        TopK(targets["values"], targets["indices"], targets["tail"]),
-        divergence="forward_kl",
-        normalization="tail",
-        reduction="none",
-        impl=args.impl,
-    )
-    pull = sum_where(pushed & first, kl) / counts.pushed_queries
-    counterfactual = sum_where(pushed & ~first, kl) / counts.pushed_queries
-    refusal = sum_where(step.of_forget & ~pushed, kl) / counts.refusal_positions
-    kept = sum_where(retain, kl) / counts.retain_queries
+    kl = step.tail_kl(TopK(targets["values"], targets["indices"], targets["tail"]))
+    pull = sum_where(pushed & first, kl) / pushed_queries
+    counterfactual = sum_where(pushed & ~first, kl) / pushed_queries
+    refusal = sum_where(step.of_forget & ~pushed, kl) / refusal_positions
+    own_answers = sum_where(retain, kl) / step.counts.retain_queries
 
     known = targets["known"]
     labels = step.labels.masked_fill(~known, -100)
@@ -56,14 +90,14 @@ def duet_deep(step: Step) -> dict[str, Tensor]:
     beta = args.deep_npo_beta
     npo = -2 / beta * F.logsigmoid(-beta * log_ratio)
     of_pushed = step.per_query(pushed.to(npo.dtype)) > 0
-    push = sum_where(of_pushed, npo) / counts.pushed_queries
-    lift = sum_where(known, (targets["floor"] - log_p).clamp(min=0)) / counts.pushed_queries
+    push = sum_where(of_pushed, npo) / pushed_queries
+    lift = sum_where(known, (targets["floor"] - log_p).clamp(min=0)) / pushed_queries
 
     forget = pull + refusal + args.counterfactual_weight * counterfactual + push + args.lift_weight * lift
     logged = {"pull": pull, "refusal": refusal, "counterfactual": counterfactual, "push": push, "lift": lift}
     return {
-        "loss": forget + args.retain_weight * kept,
+        "loss": forget + args.retain_weight * own_answers,
         "forget_loss": forget,
-        "retain_loss": kept,
+        "retain_loss": own_answers,
         **{f"{name}_loss": value.detach() for name, value in logged.items()},
     }

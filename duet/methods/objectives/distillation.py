@@ -4,10 +4,11 @@
     pull    the student's logits at C_K become the teacher's
     push    what the student is sure of outside C_K goes down
 
-Every number comes from public names of `duet_kernels`; no full logits. Must not know models or the Trainer.
+Every number comes from public names of `duet_kernels`; no full logits.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +23,32 @@ from duet_kernels import (
     topk_distill_loss,
 )
 
-from .record import Step, sum_where
+from ...options import InnerShare, NotNegative, Positive
+from .record import CommonOptions, Step
 
-if TYPE_CHECKING:
-    from ...config import DuetConfig
+
+@dataclass
+class DistillationOptions(CommonOptions):
+    """Options of `duet*` and `bidirectional`.
+
+    Attributes:
+        delta: where Huber turns linear, in logits (`duet`, `duet_adversarial`, `bidirectional`).
+        temperature: T of the distributions of `duet_forward_kl`, `duet_reverse_kl` and `duet_jsd`. Raw logits have none,
+            the others are defined at T = 1 and refuse another.
+        beta: weight of the teacher in the mixture of `duet_jsd`, in (0, 1).
+        normalization: of the top-k distributions of the same three: None or `renormalize`, `tail` (one more bucket for
+            the rest of the vocabulary); `zeroed` and `truncated` exist for `duet_forward_kl`.
+        entropy_weighting: weigh every distilled token by sigma(H_student - H_teacher), the entropies of the whole
+            distributions (TSD-KD): uncertain tokens count more.
+        push_weight: factor on the push of `bidirectional`.
+    """
+
+    delta: Positive = 1.0
+    temperature: Positive = 1.0
+    beta: InnerShare = 0.5
+    normalization: Literal["renormalize", "tail", "zeroed", "truncated"] | None = None
+    entropy_weighting: bool = False
+    push_weight: NotNegative = 1.0
 
 
 class WeighedTopK(NamedTuple):
@@ -35,7 +58,9 @@ class WeighedTopK(NamedTuple):
     entropy: Tensor
 
 
-def teacher_topk(hidden: Tensor, head: LMHead, labels: Tensor, args: "DuetConfig") -> TopK | WeighedTopK:
+def teacher_topk(
+    hidden: Tensor, head: LMHead, labels: Tensor, args: DistillationOptions
+) -> TopK | WeighedTopK:
     """The teacher's k largest logits at every scored position (with its entropy for `entropy_weighting`)."""
     top = linear_topk(hidden, head, args.k, temperature=args.temperature, impl=args.impl)
     if not args.entropy_weighting:
@@ -43,7 +68,9 @@ def teacher_topk(hidden: Tensor, head: LMHead, labels: Tensor, args: "DuetConfig
     return WeighedTopK(top, linear_token_stats(hidden, head, impl=args.impl).entropy)
 
 
-def teacher_states(hidden: Tensor, head: LMHead, labels: Tensor, args: "DuetConfig") -> tuple[Tensor, LMHead]:
+def teacher_states(
+    hidden: Tensor, head: LMHead, labels: Tensor, args: DistillationOptions
+) -> tuple[Tensor, LMHead]:
     """The teacher's hidden states and head themselves: what a dense divergence compares with."""
     return hidden, head
 
@@ -54,22 +81,22 @@ def duet(step: Step) -> dict[str, Tensor]:
     sum_{i in C_K} Huber_delta(z_student,i(x) - z_teacher,i(c + x)), averaged over scored positions; forget and retain
     queries weigh alike.
     """
-    return _mean(step, _distil(step, divergence="huber", delta=step.args.delta))
+    return step.mean(_distil(step, divergence="huber", delta=step.args.delta))
 
 
 def duet_forward_kl(step: Step) -> dict[str, Tensor]:
     """KL(p_teacher || p_student) on the teacher's top-k, nats per position."""
-    return _mean(step, _distil(step, divergence="forward_kl", **_distribution(step)))
+    return step.mean(_distil(step, divergence="forward_kl", **_distribution(step)))
 
 
 def duet_reverse_kl(step: Step) -> dict[str, Tensor]:
     """KL(p_student || p_teacher) on the teacher's top-k, nats per position."""
-    return _mean(step, _distil(step, divergence="reverse_kl", **_distribution(step)))
+    return step.mean(_distil(step, divergence="reverse_kl", **_distribution(step)))
 
 
 def duet_jsd(step: Step) -> dict[str, Tensor]:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, on the teacher's top-k, nats per position."""
-    return _mean(step, _distil(step, divergence="jsd", beta=step.args.beta, **_distribution(step)))
+    return step.mean(_distil(step, divergence="jsd", beta=step.args.beta, **_distribution(step)))
 
 
 def bidirectional(step: Step) -> dict[str, Tensor]:
@@ -89,12 +116,9 @@ def bidirectional(step: Step) -> dict[str, Tensor]:
     logits = linear_gather(step.hidden, step.head, own, impl=step.args.impl)
     excess = (logits - teacher.values.amin(-1, keepdim=True)).clamp(min=0)
     push = torch.where(supported, 0, excess).sum(-1)
-    parts = _mean(step, pull + step.args.push_weight * push)
-    with torch.no_grad():
-        return parts | {
-            "pull_loss": pull.sum() / step.counts.positions,
-            "push_loss": push.sum() / step.counts.positions,
-        }
+    logged = {"pull_loss": pull.detach(), "push_loss": push.detach()}
+    each = {name: losses.sum() / step.counts.positions for name, losses in logged.items()}
+    return step.mean(pull + step.args.push_weight * push) | each
 
 
 def undo(step: Step) -> dict[str, Tensor]:
@@ -103,7 +127,7 @@ def undo(step: Step) -> dict[str, Tensor]:
     The teacher is the unlearned model, the student its perturbed copy (`duet.methods.noising`). nats per position.
     """
     losses = linear_distill_loss(step.hidden, step.head, *step.targets, reduction="none", impl=step.args.impl)
-    return _mean(step, losses)
+    return step.mean(losses)
 
 
 def _distribution(step: Step) -> dict[str, Any]:
@@ -140,11 +164,3 @@ def entropy_weights(step: Step) -> Tensor:
         )
     own = linear_token_stats(step.hidden, step.head, impl=step.args.impl).entropy
     return torch.sigmoid(own - step.targets.entropy)
-
-
-def _mean(step: Step, losses: Tensor) -> dict[str, Tensor]:
-    counts = step.counts
-    with torch.no_grad():
-        forget = sum_where(step.of_forget, losses) / counts.forget_positions
-        retain = sum_where(~step.of_forget, losses) / counts.retain_positions
-    return {"loss": losses.sum() / counts.positions, "forget_loss": forget, "retain_loss": retain}

@@ -1,62 +1,60 @@
-"""What an objective is: a loss over one micro-batch, what it wants from the teacher, and what it wants to see.
+"""What an objective is: a loss over one micro-batch, the targets it needs of the teacher, and the rows it scores.
 
 A loss is a function `loss(step) -> {"loss": ..., ...}`; everything else in the dict is logged. Sums over the tokens of a
 micro-batch are divided by `step.counts`, which count the **whole** accumulated step over all processes: a mean over
 each micro-batch would weigh short and long answers differently under gradient accumulation.
 
-Legend: B queries of a micro-batch, N their scored positions, D hidden size. Must not know models, tokenizers or the
-Trainer.
+Legend: B queries of a micro-batch, N their scored positions, D hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from duet_kernels import LMHead
+from duet_kernels import LMHead, TopK, topk_distill_loss
 
-if TYPE_CHECKING:
-    from ...config import DuetConfig
+from ...options import Count, NotNegative
+
+
+@dataclass
+class CommonOptions:
+    """Options that several methods read.
+
+    Attributes:
+        k: how many of the teacher's largest logits the student imitates.
+        retain_weight: factor on the retain term of `graddiff*`, `npo*`, `simnpo`, `refusal`, `undial` and `duet_deep`
+            (`ga` has none, `rmu` its own; the others weigh all queries alike).
+        impl: implementation of the losses: `auto`, `triton`, `chunked` or `reference`.
+    """
+
+    k: Count = 32
+    retain_weight: NotNegative = 1.0
+    impl: str = "auto"
 
 
 class Counts(NamedTuple):
-    """How much one optimizer step holds, over all its micro-batches and processes. 0-d tensors, at least 1.
-
-    `pushed_queries` and `refusal_positions` split the forget queries of `duet_deep` into those that carry the base's own
-    answer and those that carry a refusal.
-    """
+    """How much one optimizer step holds, over all its micro-batches and processes. 0-d tensors, at least 1."""
 
     positions: Tensor
     forget_positions: Tensor
     retain_positions: Tensor
     forget_queries: Tensor
     retain_queries: Tensor
-    pushed_queries: Tensor
-    refusal_positions: Tensor
+    own: Sequence[Tensor] = ()  # what `Objective.counts` counts
 
     @classmethod
-    def of(cls, query: Tensor, forget: Tensor, targets: Any = None) -> Tensor:
-        """`[7]` int64 counts of one micro-batch, not yet clamped: they add up over micro-batches and processes."""
-        of_forget = forget[query]
-        pushed = (targets or {}).get("pushed", torch.zeros_like(of_forget)).to(query.device)
-        by_query = torch.zeros_like(forget, dtype=torch.int64).index_add(0, query, pushed.long()) > 0
-        counted = (
-            torch.ones_like(query),
-            of_forget,
-            ~of_forget,
-            forget,
-            ~forget,
-            by_query,
-            of_forget & ~pushed,
-        )
-        return torch.stack([each.sum() for each in counted])
+    def of(cls, totals: Tensor) -> "Counts":
+        """Of the added counts `[5 + own]` of micro-batches and processes; a count of 0 becomes 1."""
+        positions, forget, retain, forget_queries, retain_queries, *own = totals.clamp(min=1).unbind()
+        return cls(positions, forget, retain, forget_queries, retain_queries, own)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One micro-batch, as an objective sees it: B queries with N scored positions in all.
+    """The inputs of a loss for one micro-batch: B queries with N scored positions in all.
 
     Attributes:
         hidden: `[N, D]` the student's hidden states where the answer's tokens are predicted.
@@ -67,7 +65,7 @@ class Step:
         query: `[N]` which of the B queries a position belongs to.
         forget: `[B]` bool, True on forget queries.
         counts: of the whole accumulated step.
-        args: the options.
+        args: the options, a `DuetConfig`.
     """
 
     hidden: Tensor
@@ -77,7 +75,7 @@ class Step:
     query: Tensor
     forget: Tensor
     counts: Counts
-    args: "DuetConfig"
+    args: Any
 
     @property
     def of_forget(self) -> Tensor:
@@ -97,6 +95,38 @@ class Step:
     def lengths(self) -> Tensor:
         """`[B]` how many scored positions each query has."""
         return self.per_query(torch.ones_like(self.query))
+
+    def tail_kl(self, teacher: TopK) -> Tensor:
+        """`[N]` KL(p_teacher || p_student) on the teacher's top-k and a bucket for the rest, nats."""
+        options: dict[str, Any] = {
+            "divergence": "forward_kl",
+            "normalization": "tail",
+            "impl": self.args.impl,
+        }
+        return topk_distill_loss(self.hidden, self.head, teacher, reduction="none", **options)
+
+    def forget_mean(self, losses: Tensor) -> Tensor:
+        """The mean of `losses` `[N]` over the forget positions of the whole step: this micro-batch's part of it."""
+        return sum_where(self.of_forget, losses) / self.counts.forget_positions
+
+    def retain_mean(self, losses: Tensor) -> Tensor:
+        """The same over the retain positions."""
+        return sum_where(~self.of_forget, losses) / self.counts.retain_positions
+
+    def mean(self, losses: Tensor) -> dict[str, Tensor]:
+        """The loss that is the mean of `losses` `[N]` over all positions; logged are both kinds alone."""
+        logged = losses.detach()
+        parts = {"forget_loss": self.forget_mean(logged), "retain_loss": self.retain_mean(logged)}
+        return {"loss": losses.sum() / self.counts.positions} | parts
+
+    def with_retain(self, forget: Tensor, retain_losses: Tensor) -> dict[str, Tensor]:
+        """The loss forget + retain_weight * (mean of `retain_losses` `[N]` over the retain positions)."""
+        retain = self.retain_mean(retain_losses)
+        return {
+            "loss": forget + self.args.retain_weight * retain,
+            "forget_loss": forget,
+            "retain_loss": retain,
+        }
 
 
 @dataclass(frozen=True)
@@ -122,19 +152,23 @@ class Objective:
         starts_at_teacher: whether the student equals the teacher before the first step (watched by a guard).
         reads: the options of `DuetConfig` that shape the loss. `temperature` and `normalization` are refused where they
             are not among them; the model card shows all.
+        raw_logits: the loss compares logits themselves: a temperature, a normalization and a store of log-probabilities
+            are refused.
+        counts: `counts(inputs) -> [E]` int64: further counts of a micro-batch of the collator; they are summed over the
+            step as `Step.counts.own`.
     """
 
     loss: Callable[[Step], dict[str, Tensor]] | None
-    targets: Callable[[Tensor, LMHead, Tensor, "DuetConfig"], Any] | None = None
-    teacher_sees: str = "steered"
+    targets: Callable[[Tensor, LMHead, Tensor, Any], Any] | None = None
+    teacher_sees: Literal["steered", "student"] = "steered"
     needs_answers: bool = False
     positions: str = ""
     refuses: bool = False
     adversarial: bool = False
     storable: bool = False
     layer: bool = False
-    trains: Callable[[str, "DuetConfig"], bool] | None = None
-    start: Callable[[Any, "DuetConfig"], None] | None = None
+    trains: Callable[[str, Any], bool] | None = None
+    start: Callable[[Any, Any], None] | None = None
     prepare: Callable[[Any, Any], None] | None = None
     starts_at_teacher: bool = True
     reads: tuple[str, ...] = (
@@ -146,6 +180,8 @@ class Objective:
         "npo_beta",
         "retain_weight",
     )
+    raw_logits: bool = False
+    counts: Callable[[dict[str, Any]], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.positions:
@@ -155,13 +191,14 @@ class Objective:
     def has_teacher(self) -> bool:
         return self.targets is not None or self.prepare is not None
 
+    def count(self, inputs: dict[str, Any]) -> Tensor:
+        """`[5 + E]` int64: the counts of one micro-batch, which add up over micro-batches and processes."""
+        of_forget = inputs["forget"][inputs["query"]]
+        each = (torch.ones_like(of_forget), of_forget, ~of_forget, inputs["forget"], ~inputs["forget"])
+        common = torch.stack([one.sum() for one in each])
+        return common if self.counts is None else torch.cat([common, self.counts(inputs)])
+
 
 def sum_where(condition: Tensor, losses: Tensor) -> Tensor:
     """The sum of `losses` where `condition` holds. A product with 0 would let a NaN of the other kind through."""
     return torch.where(condition, losses, 0).sum()
-
-
-def with_retain(forget: Tensor, retain_losses: Tensor, step: Step) -> dict[str, Tensor]:
-    """forget + retain_weight * (mean over retain positions of `retain_losses` `[N]`)."""
-    retain = sum_where(~step.of_forget, retain_losses) / step.counts.retain_positions
-    return {"loss": forget + step.args.retain_weight * retain, "forget_loss": forget, "retain_loss": retain}

@@ -1,4 +1,4 @@
-"""What the TOFU tasks ask lm-evaluation-harness to call. Must not know models."""
+"""What the TOFU tasks ask lm-evaluation-harness to call."""
 
 from typing import Any
 

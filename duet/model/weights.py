@@ -13,7 +13,7 @@ hashes them, in order, with names, dtypes and shapes.
 * Two blocks that differ in any other way (in the order of their words, too) have equal sums with a chance of 2^-32 for each k, so
   2^-64 for both: multilinear hashing of 32-bit words modulo 2^64 is strongly universal in its upper half.
 
-Against accidents, not against somebody who builds two models with one hash. Must not know what a hash is compared with.
+Against accidents, not against somebody who builds two models with one hash.
 """
 
 import hashlib
@@ -21,14 +21,15 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model.lm import base_language_model
-from .read import WEIGHTS_VERSION
+from .lm import base_language_model
 
+WEIGHTS_VERSION = "2:"  # what a hash of weights begins with; older ones have no mark
 BLOCK = 1 << 16
 
 
@@ -48,6 +49,12 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(each.numpy().astype("<i8").tobytes())
     return WEIGHTS_VERSION + digest.hexdigest()
+
+
+def older_weights(stored: Any, now: Any) -> bool:
+    """Whether `now` is a hash of weights, and `stored` one that an older version made in another way."""
+    hashes = isinstance(stored, str) and isinstance(now, str)
+    return hashes and now.startswith(WEIGHTS_VERSION) and not stored.startswith(WEIGHTS_VERSION)
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

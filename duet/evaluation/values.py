@@ -1,0 +1,26 @@
+"""The column `value` of a row: the part of its answer that is to be said, or must not be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from . import metrics
+
+
+def value_of(row: Mapping[str, Any], answer: str, where: str) -> str | None:
+    """The column `value` of a row: the part of the answer that must not be said; None where it has none.
+
+    Raises:
+        ValueError: `where` names the row.
+    """
+    value = row.get("value")
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)  # a year
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}['value']: wanted a text that is not empty, got {value!r}")
+    if not metrics.contains_words(answer, value):
+        raise ValueError(f"{where}['value']: wanted a part of the answer {answer!r}, got {value!r}")
+    return value

@@ -1,0 +1,45 @@
+"""Packages beyond torch: which extra installs them, and which version is here."""
+
+import importlib.metadata
+import importlib.util
+
+# The packages that `import duet` and `duet.evaluation` need, by the extra of pyproject.toml that installs them.
+EXTRAS = {
+    "train": (
+        "transformers",
+        "accelerate",
+        "peft",
+        "datasets",
+        "safetensors",
+        "yaml",
+        "typer",
+        "rich",
+        "numpy",
+    ),
+    "eval": ("scipy", "rouge_score", "jinja2", "matplotlib"),
+}
+
+
+class MissingExtra(ModuleNotFoundError):
+    """Packages of an extra are not installed; the message is one sentence that names the extra."""
+
+
+def missing(extra: str) -> str | None:
+    """One sentence that says what is not installed and which extra installs it; None: everything is installed.
+
+    Example:
+        >>> missing("train")
+    """
+    absent = [package for package in EXTRAS[extra] if importlib.util.find_spec(package) is None]
+    if not absent:
+        return None
+    room = {"train": "duet", "eval": "duet.evaluation"}[extra]
+    return f"{room} needs {', '.join(absent)}, not installed here: pip install 'duet-kernels[{extra}]'"
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution; None: it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,66 @@
+"""Hashes of tokenizers, and short ones of models, by their contents: one that was moved or downloaded again has the same."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def _hex(data: bytes | memoryview) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def tokenizer_hash(tokenizer: Any, template: bool = False) -> str:
+    """A hash of how text becomes ids: vocabulary, merges, normalisation, special tokens. Padding is left out.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        template: whether its chat template counts too.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        content = {name: value for name, value in content.items() if name not in ("padding", "truncation")}
+    else:
+        content = tokenizer.get_vocab()
+    special = {
+        name: str(value) for name, value in tokenizer.special_tokens_map.items() if name != "pad_token"
+    }
+    parts = [content, special, *([template_hash(tokenizer)] if template else [])]
+    return _hex(json.dumps(parts, sort_keys=True).encode())
+
+
+def template_hash(tokenizer: Any) -> str | None:
+    """A hash of the chat template's text; None: there is none."""
+    text = getattr(tokenizer, "chat_template", None)
+    return _hex(json.dumps(text, sort_keys=True).encode()) if text else None
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """16 hex digits that change with any training of the weights: names, shapes, dtypes and exact sums of bit patterns.
+
+    Integer sums: the same on every device and in any order of addition. One read of the weights.
+    """
+    digest = hashlib.sha256()
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        bits = tensor.detach().reshape(-1).contiguous()
+        if bits.is_complex():
+            bits = torch.view_as_real(bits).reshape(-1)
+        bits = bits.to(torch.uint8) if bits.dtype is torch.bool else bits.view(integers[bits.element_size()])
+        sums = [int(part.sum(dtype=torch.int64)) for part in (bits, bits[::7])]
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {sums}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprints(model: nn.Module, tokenizer: Any) -> dict[str, str]:
+    """What results of one model share: `model_fingerprint` and `tokenizer_fingerprint`, the chat template included."""
+    return {
+        "model_fingerprint": fingerprint(model),
+        "tokenizer_fingerprint": tokenizer_hash(tokenizer, template=True),
+    }

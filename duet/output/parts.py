@@ -1,0 +1,35 @@
+"""Parts of the loss, averaged over the steps since they were last logged."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class LossParts:
+    """Adds up on the device; only a log asks for numbers."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.since = 0
+
+    def add(self, parts: dict[str, Tensor], step: int) -> None:
+        """The parts of one micro-batch of optimizer step `step`: its share of the whole step's means."""
+        if not self.sums:
+            self.since = step
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def means(self, step: int, gathered: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Their means up to `step`, summed over processes; then counting starts anew.
+
+        Args:
+            step: how many optimizer steps have been made.
+            gathered: `[parts]` -> `[processes, parts]`.
+        """
+        if not self.sums:
+            return {}
+        values = gathered(torch.stack([value.float() for value in self.sums.values()])).sum(0)
+        means = (values / max(1, step - self.since)).tolist()
+        names, self.sums = list(self.sums), {}
+        return dict(zip(names, means, strict=True))

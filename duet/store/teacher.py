@@ -1,0 +1,68 @@
+"""CachedTeacher: a TopKStore in the place of a teacher, for training without one."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from duet_kernels import TopK
+
+from ..data.dataset import UnlearnDataset
+from ..model.teacher import Function, Teacher
+from .read import TopKStore, fingerprint
+
+
+class CachedTeacher(Teacher):
+    """Reads the targets where the rows are (in the data loader's processes); they travel with the batch.
+
+    Args:
+        store: opened; whether it fits the run is for the caller to check.
+        k: so many of the stored logits are used.
+    """
+
+    watched = False
+
+    def __init__(self, store: TopKStore, k: int):
+        self.store, self.k = store, k
+
+    def serve(self, dataset: UnlearnDataset, ask: Any = None) -> None:
+        """From now on the rows of `dataset` carry this teacher's targets, and its answers where it was asked for them.
+
+        Raises:
+            ValueError: a row whose targets are not in the store; the row is named.
+        """
+        places = {}
+        for asked in dataset.asked():
+            entry_id = fingerprint(asked.plain, asked.steered, asked.answer)
+            if entry_id not in self.store:
+                made = self.store.rows.get(asked.name)
+                why = (
+                    "it has no row of that name" if made is None else "that row was another when it was made"
+                )
+                raise ValueError(
+                    f"teacher_store: rows: {self.store.folder} has nothing for {asked.name} under steering_prefixes"
+                    f"[{asked.key[1]}]: {why}. The dataset differs from the one that was cached; cache this one"
+                )
+            places[asked.key] = entry_id
+            if dataset.answers == "teacher":
+                dataset.teacher_answers[asked.key] = self.store.read(entry_id).answer
+        dataset.cached_targets = _Stored(self.store, self.k, places)
+
+    def targets(self, stored: Any, function: Function, student: nn.Module, wrapped: nn.Module) -> TopK:
+        return TopK(**stored, temperature=self.store.provenance.temperature)
+
+    def run(self, function: Function, student: nn.Module, wrapped: nn.Module) -> Any:
+        raise RuntimeError(
+            "teacher_store: this run has no teacher model, only its stored targets, and something asked the model; "
+            "train without teacher_store"
+        )
+
+
+class _Stored:
+    """(row, prefix) -> its targets as plain tensors; small enough to be sent to the data loader's processes."""
+
+    def __init__(self, store: TopKStore, k: int, places: dict[tuple[int, int], bytes]):
+        self.store, self.k, self.places = store, k, places
+
+    def __call__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        targets = self.store.read(self.places[key], self.k).targets._asdict()
+        return {name: targets[name] for name in ("values", "indices", "tail_logsumexp")}
