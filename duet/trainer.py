@@ -109,6 +109,7 @@ class DuetTrainer(Asking, ResumableTrainer):
     objective: Any
     teacher: Any
     model_wrapped: Any
+    _reused: Any
 
     def __init__(
         self,
@@ -362,7 +363,7 @@ class DuetTrainer(Asking, ResumableTrainer):
         return self.objective.targets(hidden, head, inputs["labels"], self.args)
 
     def head_inputs(
-        self, model: nn.Module, inputs: dict[str, Tensor], view: str = "", to_the_end: bool = False
+        self, model: nn.Module, inputs: dict[str, Any], view: str = "", to_the_end: bool = False
     ) -> tuple[Tensor, LMHead]:
         layer = self.args.rmu_layer if self.objective.layer and not to_the_end else None
         ids, mask = inputs[f"{view}input_ids"], inputs.get(f"{view}attention_mask")

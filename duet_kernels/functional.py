@@ -72,9 +72,8 @@ def linear_topk(
         raise ValueError(f"k: wanted an integer from 1 to {head.num_ids} (the vocabulary), got {k!r}")
     check_number("temperature", temperature, TEMPERATURES)
     choice = _resolve("linear_topk", hidden_nd, impl, k)
-    top = ops.linear_topk(hidden_nd, head, k, temperature, choice)
-    tail = top.tail_logsumexp.view(lead)
-    return TopK(top.values.view(*lead, k), top.indices.view(*lead, k), tail, float(temperature))
+    values, indices, tail = ops.linear_topk(hidden_nd, head, k, temperature, choice)
+    return TopK(values.view(*lead, k), indices.view(*lead, k), tail.view(lead), float(temperature))
 
 
 def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, impl: Impl = "auto") -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import acc_dtype, exact_dtypes
-from .head import LMHead, TokenStats, TopK
+from .head import LMHead, TokenStats
 from .options import Divergence
 
 
@@ -29,13 +29,13 @@ def logits(hidden_nd: Tensor, head: LMHead) -> Tensor:
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
-def linear_topk(hidden_nd: Tensor, head: LMHead, k: int, temperature: float) -> TopK:
+def linear_topk(hidden_nd: Tensor, head: LMHead, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     z = logits(hidden_nd, head)
     order = torch.sort(
         z, dim=-1, descending=True, stable=True
     )  # stable: equal logits stay in order of their ids
     tail = torch.logsumexp(order.values[:, k:] / temperature, -1)
-    return TopK(order.values[:, :k], order.indices[:, :k], tail, temperature)
+    return order.values[:, :k], order.indices[:, :k], tail
 
 
 def linear_gather(hidden_nd: Tensor, head: LMHead, indices_nk: Tensor) -> Tensor:

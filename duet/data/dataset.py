@@ -266,9 +266,10 @@ class UnlearnDataset(Dataset):
             "scored": scored,
             "forget": i < self.num_forget,
         }
-        number, ids = (self.beginnings or {}).get(instruction, (None, []))
-        if number is not None and teacher[: len(ids)] == ids and len(teacher) > len(ids):
-            item["beginning"] = number, len(ids)
+        if teacher is not None and self.beginnings and instruction in self.beginnings:
+            number, ids = self.beginnings[instruction]
+            if teacher[: len(ids)] == ids and len(teacher) > len(ids):
+                item["beginning"] = number, len(ids)
         return item if targets is None else item | {"targets": targets}
 
 

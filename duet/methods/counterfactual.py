@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from duet_kernels import LMHead, TopK, linear_cross_entropy, linear_gather, linear_logsumexp, linear_topk
+from duet_kernels.dispatch import Impl
 
 from ..data.dataset import Segment
 from ..data.prompts import Conversation, fill_prefix
@@ -63,11 +64,16 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
 # -- segments ---------------------------------------------------------------------------------------------------------
 
 
+def _parts(top: TopK) -> tuple[Tensor, Tensor, Tensor]:
+    tail: Any = top.tail_logsumexp  # a model's own top-k has one
+    return top.values, top.indices, tail
+
+
 def _targets(top: TopK, **others: Tensor) -> dict[str, Tensor]:
     """What every position carries; without others it is neither pushed nor known."""
-    nothing = torch.zeros_like(top.tail_logsumexp)
+    nothing = top.values.new_zeros(top.values.shape[:-1])
     default = {"base": nothing, "floor": nothing, "known": nothing.bool(), "pushed": nothing.bool()}
-    columns = {"values": top.values, "indices": top.indices, "tail": top.tail_logsumexp} | default | others
+    columns = {"values": top.values, "indices": top.indices, "tail": _parts(top)[2]} | default | others
     return {name: value.cpu() for name, value in columns.items()}
 
 
@@ -102,7 +108,7 @@ def _pushed(trainer: Any, prompt: list[int], answer: list[int], ignorant: TopK, 
     known = base.exp() - unknown.exp() > args.knowledge_threshold
     floor = torch.cat([log_probability(opening, labels[:1]), unknown[1:]])
     values, indices, tail = (
-        torch.cat([a[:1], b[1:]]) for a, b in zip(opening[:3], ignorant[:3], strict=True)
+        torch.cat([a[:1], b[1:]]) for a, b in zip(_parts(opening), _parts(ignorant), strict=True)
     )
     top = TopK(values, indices, tail)
     return Segment(answer, _targets(top, base=base, floor=floor, known=known, pushed=torch.ones_like(known)))
@@ -209,7 +215,7 @@ def _mixture(trainer: Any, dataset: Any, i: int, names: list[str], answer: list[
 
 
 def mixture_topk(
-    hidden: Tensor, head: LMHead, swaps: list[dict[int, int]], labels: Tensor, k: int, impl: str = "auto"
+    hidden: Tensor, head: LMHead, swaps: list[dict[int, int]], labels: Tensor, k: int, impl: Impl = "auto"
 ) -> TopK:
     """The mean of several distributions, each with some ids swapped: p(v) = mean_m p_m(swap_m(v)).
 

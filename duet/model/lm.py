@@ -26,9 +26,7 @@ logger = logging.get_logger(__name__)
 _HEAD_BYTES = 64 << 20
 
 
-def load_model(
-    model: Any, argument: str, init_kwargs: dict[str, Any] | None, device: torch.device | None = None
-) -> nn.Module:
+def load_model(model: Any, argument: str, init_kwargs: Any, device: torch.device | None = None) -> nn.Module:
     """`model` itself, or the causal language model of that name or folder, in the dtype of its checkpoint.
 
     Args:
@@ -327,7 +325,7 @@ def hidden_states_at(
     return states.flatten(0, 1).index_select(0, positions)
 
 
-def layers_path(backbone: nn.Module) -> str:
+def layers_path(backbone: Any) -> str:
     """Where in the backbone the list of its decoder layers is, as `get_submodule` takes it."""
     count = backbone.config.get_text_config().num_hidden_layers
     for path, module in backbone.named_modules():

@@ -124,7 +124,9 @@ class PrefixTable:
         longest, lengths = self.tables[0].shape[2], self.lengths[which, None]
         columns = torch.arange(longest, device=which.device)
         mask = torch.cat([(columns >= longest - lengths).to(attention_mask.dtype), attention_mask], 1)
-        layers = [_InFront(*pair, which) for pair in zip(self.tables[::2], self.tables[1::2], strict=True)]
+        layers: list[Any] = [
+            _InFront(*pair, which) for pair in zip(self.tables[::2], self.tables[1::2], strict=True)
+        ]
         output = _read(model, input_ids, mask, Cache(layers=layers), lengths)
         return output.last_hidden_state.flatten(0, 1).index_select(0, positions)
 
@@ -137,8 +139,8 @@ class _InFront(DynamicLayer):
         self.tables, self.which, self.is_initialized = (keys, values), which, True
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        front = (table.index_select(0, self.which) for table in self.tables)
-        return tuple(torch.cat([old, new], 2) for old, new in zip(front, (keys, values), strict=True))
+        old_keys, old_values = (table.index_select(0, self.which) for table in self.tables)
+        return torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
 
     def get_seq_length(self) -> int:
         return self.tables[0].shape[2]

@@ -34,7 +34,7 @@ class Switches:
         (True, False)
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
         self._list()
 
@@ -114,7 +114,7 @@ def _acts(module: nn.Module) -> bool:
     return type(module).train is not nn.Module.train or "training" not in vars(module)
 
 
-def _children(tables: list[dict[str, nn.Module]]) -> list[tuple[nn.Module, ...]]:
+def _children(tables: list[dict[str, nn.Module | None]]) -> list[tuple[nn.Module | None, ...]]:
     return list(map(tuple, map(dict.values, tables)))
 
 

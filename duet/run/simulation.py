@@ -164,7 +164,7 @@ def _kinds(model: nn.Module, adapter: dict[str, Any] | None) -> list[list[int]]:
     return [] if numbered or len(kinds) > _MOST_KINDS else list(kinds.values())
 
 
-def _layers(part: nn.Module, model: nn.Module) -> Sequence[nn.Module]:
+def _layers(part: nn.Module, model: nn.Module) -> Any:
     """The decoder layers of `part`, which is `model` or a copy of it with fewer of them; empty where they are not in a list."""
     try:
         path = layers_path(find_backbone(model))
@@ -173,7 +173,7 @@ def _layers(part: nn.Module, model: nn.Module) -> Sequence[nn.Module]:
     return find_backbone(part).get_submodule(path)
 
 
-def _copy(model: nn.Module, numbers: Sequence[int] | None) -> nn.Module:
+def _copy(model: Any, numbers: Sequence[int] | None) -> Any:
     """A copy of `model`, with these of its decoder layers (None: all)."""
     if numbers is None:
         return copy.deepcopy(model)
@@ -191,7 +191,7 @@ def _copy(model: nn.Module, numbers: Sequence[int] | None) -> nn.Module:
     return part
 
 
-def _listed(model: nn.Module) -> dict[str, Sequence[Any]]:
+def _listed(model: Any) -> dict[str, Sequence[Any]]:
     """What the configuration lists layer by layer, such as `layer_types`."""
     config = model.config.get_text_config()
     lists = ((name, value) for name, value in vars(config).items() if isinstance(value, (list, tuple)))
@@ -240,9 +240,7 @@ class LiveBytes(TorchDispatchMode):
         self.per_row += sign * per_row
 
 
-def _run(
-    model: nn.Module, layers: Sequence[nn.Module], length: int, autocast: bool, checkpointing: bool
-) -> Run:
+def _run(model: Any, layers: Sequence[nn.Module], length: int, autocast: bool, checkpointing: bool) -> Run:
     """One step; a model that does not train makes none but the forward."""
     with FakeTensorMode(allow_non_fake_inputs=True), _materialised(model):
         if checkpointing:
@@ -276,7 +274,7 @@ def _run(
 @contextmanager
 def _materialised(model: nn.Module) -> Iterator[None]:
     """Within the context, parameters and buffers on the meta device are (fake) ones of a CPU; shared ones stay shared."""
-    places = [
+    places: list[Any] = [
         (table, name)
         for module in model.modules()
         for table in (module._parameters, module._buffers)

@@ -348,7 +348,10 @@ class _Asker:
 def _split(targets: TopK, questions, answers, keep_answers: bool) -> list[Entry]:
     """One TopK of a batch -> one entry per question."""
     sizes = [max(1, len(answer)) for answer in answers]
-    parts = zip(*(part.split(sizes) for part in targets[:3]), answers, strict=True)
+    tails: Any = targets.tail_logsumexp
+    parts = zip(
+        *(part.split(sizes) for part in (targets.values, targets.indices, tails)), answers, strict=True
+    )
     return [
         Entry(TopK(values, indices, tail, targets.temperature), answer if keep_answers else [])
         for values, indices, tail, answer in parts

@@ -143,11 +143,12 @@ def truncated(targets: TopK, k: int) -> TopK:
     """
     if k == targets.values.shape[-1]:
         return targets
+    tail: Any = targets.tail_logsumexp
     dropped = torch.logsumexp(targets.values[..., k:] / targets.temperature, -1)
     return TopK(
         targets.values[..., :k],
         targets.indices[..., :k],
-        torch.logaddexp(targets.tail_logsumexp, dropped),
+        torch.logaddexp(tail, dropped),
         targets.temperature,
     )
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch import acc_dtype, grad_dtype
-from ..head import LMHead, Need, TokenStats, TopK
+from ..head import LMHead, Need, TokenStats
 from .op import (
     custom_op,
     flat,
@@ -22,10 +22,12 @@ from .op import (
 # --- top-k: a selection, without a gradient ---------------------------------------------------------------------
 
 
-def linear_topk(hidden: Tensor, head: LMHead, k: int, temperature: float, impl: str) -> TopK:
+def linear_topk(
+    hidden: Tensor, head: LMHead, k: int, temperature: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
     if impl == "reference":
         return reference.linear_topk(hidden, head, k, temperature)
-    return TopK(*_linear_topk(*flat(hidden, head), k, temperature, impl), temperature)
+    return _linear_topk(*flat(hidden, head), k, temperature, impl)
 
 
 @custom_op("linear_topk")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,9 +72,8 @@ class Problem:
             impl="reference",
         )
         acc = torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
-        return top._replace(
-            values=top.values.float().to(acc), tail_logsumexp=top.tail_logsumexp.float().to(acc)
-        )
+        tail: Any = top.tail_logsumexp  # a head's own top-k has one
+        return top._replace(values=top.values.float().to(acc), tail_logsumexp=tail.float().to(acc))
 
 
 def _double(head: LMHead) -> LMHead:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from duet_kernels import LMHead, TopK, topk_distill_loss
+from duet_kernels.dispatch import Impl
 
 from ...options import Count, NotNegative
 
@@ -32,7 +33,7 @@ class CommonOptions:
 
     k: Count = 32
     retain_weight: NotNegative = 1.0
-    impl: str = "auto"
+    impl: Impl = "auto"
 
 
 class Counts(NamedTuple):
