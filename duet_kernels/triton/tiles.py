@@ -90,7 +90,9 @@ LOSS = {
     (0, 2): LossTile(64, 256, 128, 4, 96),
     (0, 4): LossTile(64, 128, 64, 4, 96),
     (0, 8): LossTile(64, 64, 32, 4, 128),
+    (100, 2): LossTile(64, 256, 128, 4, 104),  # with 96 registers the compiler for sm_100 keeps 8 bytes in memory
 }
+LOSS_MASKED_REGISTERS = 128
 LOSS_SLOTS = LOSS[0, 2].rows
 MAX_GATHER_ROWS = 128
 SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels handles
@@ -141,11 +143,17 @@ def segments_tile(arch: int, itemsize: int, columns: int) -> SegmentsTile:
 
 
 def loss_tile(arch: int, itemsize: int, slots: int, columns: int) -> LossTile:
-    """The table's tile with as many rows as there are slots, as wide as that allows."""
+    """The table's tile with as many rows as there are slots, as wide as that allows.
+
+    The masks of a last strip that is not full take registers, too.
+    """
     tile = LOSS.get((arch, itemsize)) or LOSS[0, itemsize]
     rows = triton.next_power_of_2(slots)
     wide = min(tile.rows * tile.columns // rows, max(16, triton.next_power_of_2(columns)))
-    return tile._replace(rows=rows, columns=wide, piece=min(tile.rows * tile.piece // rows, wide))
+    registers = tile.registers if columns % wide == 0 else max(tile.registers, LOSS_MASKED_REGISTERS)
+    return tile._replace(
+        rows=rows, columns=wide, piece=min(tile.rows * tile.piece // rows, wide), registers=registers
+    )
 
 
 def gather_product_tokens(arch: int, operand: int, acc: int, n: int, v: int, k: int, workspace: int) -> int:
