@@ -1,5 +1,7 @@
 """The arithmetic helpers of the kernels against torch in higher precision, and the launchers' checks."""
 
+import ast
+import inspect
 import math
 
 import pytest
@@ -139,6 +141,19 @@ def test_tokens_whose_statistics_32_bits_cannot_find_are_refused():
     side = dense.Side(hidden, LMHead(weight))
     with pytest.raises(ValueError, match=f"hidden: .* at most {2**27} tokens at a time, got {n}"):
         dense.run((side,), row, None, Need(True))
+
+
+def test_no_number_replaces_another_of_its_name():
+    """The second of two lines `WARPS = ...` would be the first one's value, too, and nobody would see why it is slow."""
+    names = [
+        name.id
+        for line in ast.parse(inspect.getsource(tiles)).body
+        if isinstance(line, ast.Assign)
+        for target in line.targets
+        for name in ast.walk(target)
+        if isinstance(name, ast.Name)
+    ]
+    assert len(names) > 30 and sorted(names) == sorted(set(names))
 
 
 def test_every_architecture_and_dtype_has_a_tile():
