@@ -121,7 +121,7 @@ FIRST_KNOBS = (
     ),
     Knob("GATHER_FORWARD", (2,), GATHER_TILES, "linear_gather", LARGE),
     Knob("GATHER_DHIDDEN", (2,), GATHER_TILES, "linear_gather dh", LARGE),
-    Knob("FOLD_ROWS", (), ((32,), (16,), (64,)), "linear_topk", LARGE),
+    Knob("FOLD_ROWS", (), ((16,), (32,), (64,)), "linear_topk", LARGE),
     # From V / this many ids on a product replaces the gather: at 512 ids, below the reckoned border, and at 1000, above.
     Knob("GATHER_CROSSOVER", (2,), ((156,), (256,)), "linear_gather", Shape(8192, k=640)),
 )  # fmt: skip

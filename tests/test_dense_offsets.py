@@ -22,7 +22,7 @@ FAR = 2**30 + 64  # from one row to the next
 @pytest.fixture(autouse=True)
 def tiles_of_few_columns(monkeypatch):
     few_programs(monkeypatch)
-    for name in ("SLAB_COLUMNS", "FOLD_COLUMNS", "TERMS_COLUMNS"):
+    for name in ("SLAB_COLUMNS", "DENSE_FOLD_COLUMNS", "TERMS_COLUMNS"):
         monkeypatch.setattr(tiles, name, {4: V, 8: V})
     monkeypatch.setattr(tiles, "SLAB_ROWS", 1)
 

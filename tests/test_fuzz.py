@@ -303,7 +303,7 @@ def tiny_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "SLOTS_BLOCK", 16)
     monkeypatch.setattr(tiles, "STATS_COLUMNS", 8)
     monkeypatch.setattr(tiles, "DWEIGHT_CHUNK", 8)
-    for name in ("SLAB_COLUMNS", "FOLD_COLUMNS", "TERMS_COLUMNS"):
+    for name in ("SLAB_COLUMNS", "DENSE_FOLD_COLUMNS", "TERMS_COLUMNS"):
         monkeypatch.setattr(tiles, name, {4: 16, 8: 16})
     monkeypatch.setattr(tiles, "SLAB_ROWS", 4)
 

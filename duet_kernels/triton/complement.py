@@ -323,7 +323,7 @@ class _Complement(dense.Loss):
         """Write gain dz of the block."""
         (z,), (rows, columns), head, k = block.logits, block.shape, self.side.head, self.ids.shape[1]
         sums, dtail, ids = self.sums[:, block.rows], self.dtail[block.rows], self.ids[block.rows]
-        grid, shape = dense.grid(block)
+        grid, shape = dense.grid(block, tiles.SOFTMAX_PROGRAMS)
         _softmax_kernel[grid](
             z_ptr=z, sums_ptr=sums, dtail_ptr=dtail, gain_ptr=gain, dz_ptr=dz,
             R=rows, C=columns,

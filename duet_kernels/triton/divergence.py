@@ -453,7 +453,7 @@ class _Divergence(dense.Loss):
         self._gradient(block, dz, gain, add=first and self.bounded)
 
     def _gradient(self, block: dense.Block, dz: Tensor | None, gain: Tensor | None, *, add: bool) -> None:
-        grid, shape = dense.grid(block)
+        grid, shape = dense.grid(block, tiles.SLAB_PROGRAMS)
         rows, head = block.shape[0], self.student.head
         partial = self.terms.new_empty(rows, shape["SPLITS"]) if self.raw else None
         moments, terms = self.moments[:, block.rows], self.terms[:, block.rows]
