@@ -10,8 +10,9 @@ import dataclasses
 import difflib
 import math
 import numbers
+import re
 from collections.abc import Callable, Collection
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -120,8 +121,22 @@ DISTRIBUTION = tuple(name for name, traits in DIVERGENCES.items() if not traits.
 
 
 def _those(fits: Callable[[Traits], bool]) -> str:
-    """The names of the divergences whose traits fit, for an error or a docstring."""
+    """The names of the divergences whose traits fit, for an error."""
     return ", ".join(f"'{name}'" for name, traits in DIVERGENCES.items() if fits(traits))
+
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def lists_divergences(function: _Function) -> _Function:
+    """Write every divergence with its equation where the function's docstring says so."""
+
+    def listed(place: re.Match[str]) -> str:
+        return "\n".join(f"{place[1]}* `{name}` = {traits.equation}" for name, traits in DIVERGENCES.items())
+
+    if function.__doc__:  # python -OO has none
+        function.__doc__ = re.sub(r"^( *)\{divergences\}$", listed, function.__doc__, flags=re.MULTILINE)
+    return function
 
 
 # --- checked options ---------------------------------------------------------------------------------------------
