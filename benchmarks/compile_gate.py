@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from duet_kernels.head import LMHead, Need
-from duet_kernels.options import Divergence
+from duet_kernels.options import DIVERGENCES, Divergence
 from duet_kernels.triton import tiles
 from duet_kernels.triton.complement import (
     linear_cross_entropy,
@@ -192,12 +192,11 @@ def dense_cases(
     wide = DENSE_WIDE if v > 16 else ()
 
     def divergence(name: str, beta: float):
-        raw = name in ("huber", "mse", "l1")
+        raw = DIVERGENCES[name].raw
         spec = Divergence(name, "none" if raw else "renormalize", 1.0 if raw else 2.0, beta, 1.0)
         return linear_divergence(hidden, head, hidden, head, row, spec, need)
 
-    names = "forward_kl", "reverse_kl", "jsd", "tvd", "huber", "mse", "l1"
-    for name, beta in (*((name, 0.5) for name in names), ("jsd", 0.3)):
+    for name, beta in (*((name, 0.5) for name in DIVERGENCES), ("jsd", 0.3)):
         call = functools.partial(divergence, name, beta)
         yield Case(f"dense divergence {name} beta={beta} {shape}", dtype, call, True, wide)
     call = functools.partial(linear_cross_entropy, hidden, head, labels, row, need)
@@ -214,16 +213,13 @@ def dense_cases(
         yield Case(f"upstream gradient {out} {shape}", dtype, call, True, ("_scale_kernel",))
 
 
-RAW = [(name, "none") for name in ("huber", "mse", "l1")]
-DISTRIBUTION = [(name, "renormalize") for name in ("forward_kl", "reverse_kl", "jsd", "tvd")]
-WITH_TAIL = [(name, "tail") for name, _ in DISTRIBUTION] + [
-    ("forward_kl", "zeroed"),
-    ("forward_kl", "truncated"),
-]
+# Every divergence with each of its normalizations; those that read the ids alone, whose loss is one kernel.
+FORMS = [(name, form) for name, traits in DIVERGENCES.items() for form in traits.normalizations or ("none",)]
+OF_SLOTS = [(name, form) for name, form in FORMS if form in ("none", "renormalize")]
 
 
 def divergence_cases() -> Iterator[Case]:
-    slots = [(name, norm, K) for name, norm in RAW + DISTRIBUTION + WITH_TAIL]
+    slots = [(name, norm, K) for name, norm in FORMS]
     # The dearest one at the two ends of the tile table.
     slots += [("jsd", "tail", 1), ("jsd", "tail", tiles.MAX_SLOTS)]
     for name, norm, k in slots:

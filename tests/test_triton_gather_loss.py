@@ -31,7 +31,9 @@ SPLIT = LossTile(8, 16, 8, 1, 96)  # two programs a token at D = 28, two pieces 
 every_loss = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 two_losses = pytest.mark.parametrize("spec", [SPECS["huber"], SPECS["jsd"]], ids=["huber", "jsd"])
 ONE = SPLIT._replace(columns=32)
-every_tile = pytest.mark.parametrize("tile", [None, ONE, SPLIT], ids=["one by one", "one program", "two programs"])
+every_tile = pytest.mark.parametrize(
+    "tile", [None, ONE, SPLIT], ids=["one by one", "one program", "two programs"]
+)
 fused_tile = pytest.mark.parametrize("tile", [ONE, SPLIT], ids=["one program", "two programs"])
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -263,7 +265,7 @@ def test_a_row_without_a_factor_is_not_read(spec, tile):
         x[6] = math.nan
     inputs[2][6] = 2**40
     for name, a, b in zip(("f L", "z", "dz", "dh"), run(inputs, spec, tile=tile), clean, strict=True):
-        assert name == "z" and tile is None or (torch.equal(a, b) and (a[[4, 6]] == 0).all())
+        assert (name == "z" and tile is None) or (torch.equal(a, b) and (a[[4, 6]] == 0).all())
 
 
 @every_loss
