@@ -31,7 +31,9 @@ SPLIT = LossTile(8, 16, 8, 1, 96)  # two programs a token at D = 28, two pieces 
 every_loss = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 two_losses = pytest.mark.parametrize("spec", [SPECS["huber"], SPECS["jsd"]], ids=["huber", "jsd"])
 ONE = SPLIT._replace(columns=32)
-every_tile = pytest.mark.parametrize("tile", [None, ONE, SPLIT], ids=["one by one", "one program", "two programs"])
+every_tile = pytest.mark.parametrize(
+    "tile", [None, ONE, SPLIT], ids=["one by one", "one program", "two programs"]
+)
 fused_tile = pytest.mark.parametrize("tile", [ONE, SPLIT], ids=["one program", "two programs"])
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -374,7 +376,15 @@ def test_cost_on_the_host(monkeypatch):
         run(inputs, SPECS["huber"], tile=SPLIT, phases=False)
     assert recorded.launches == [((2 * N,), True, True)]
     assert sum(name.startswith(("empty", "zeros", "new_")) for name in ops.names) == 6
-    assert not set(ops.names) - {"empty.memory_format", "empty_like", "empty", "zeros", "zero_", "fill_", "slice"}
+    assert not set(ops.names) - {
+        "empty.memory_format",
+        "empty_like",
+        "empty",
+        "zeros",
+        "zero_",
+        "fill_",
+        "slice",
+    }
 
 
 def test_partial_sums_keep_a_quarter_of_the_workspace(monkeypatch):

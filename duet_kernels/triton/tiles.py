@@ -90,7 +90,9 @@ LOSS = {
     (0, 2): LossTile(64, 256, 128, 4, 96),
     (0, 4): LossTile(64, 128, 64, 4, 96),
     (0, 8): LossTile(64, 64, 32, 4, 128),
-    (100, 2): LossTile(64, 256, 128, 4, 104),  # with 96 registers the compiler for sm_100 keeps 8 bytes in memory
+    (100, 2): LossTile(
+        64, 256, 128, 4, 104
+    ),  # with 96 registers the compiler for sm_100 keeps 8 bytes in memory
 }
 LOSS_MASKED_REGISTERS = 128
 LOSS_SLOTS = LOSS[0, 2].rows
@@ -192,7 +194,9 @@ class SkinnyTile(NamedTuple):
 # 48 KB of W or more under way in an SM, by Little's law above; several programs an SM hide each other's ends.
 SKINNY = {
     (0, 2, 16): SkinnyTile(128, 64, 4, 4),
-    (90, 2, 16): SkinnyTile(128, 128, 4, 4),  # 144 KB of shared memory; 0.238 ms on an H200, the row above 0.262
+    (90, 2, 16): SkinnyTile(
+        128, 128, 4, 4
+    ),  # 144 KB of shared memory; 0.238 ms on an H200, the row above 0.262
     (0, 2, 64): SkinnyTile(128, 64, 4, 4),
     (0, 4, 16): SkinnyTile(128, 32, 3, 8),
     (0, 4, 64): SkinnyTile(128, 32, 3, 8),
