@@ -234,8 +234,8 @@ def test_offsets_beyond_32_bits(tmp_path):
     spec, need = SPECS["mse"], Need(True)
     kernel._topk_loss_kernel[(3,)](
         hidden, weight, None, ids, teacher, factor,
-        loss.to(DEVICE), loss.to(DEVICE), values.to(DEVICE), dvalues.to(DEVICE), dhidden,
-        3, 2, 3, far, 3,
+        loss.to(DEVICE), None, loss.to(DEVICE), values.to(DEVICE), dvalues.to(DEVICE), dhidden,
+        2, 3, far,
         *hidden.stride(), *weight.stride(), 0, *ids.stride(), *teacher.stride(), factor.stride(0),
         0.0, 1.0, 1.0, 0.5, 1.0,
         HAS_BIAS=False, HAS_SOFTCAP=False, HIDDEN=need.hidden,
@@ -265,7 +265,7 @@ def test_a_row_without_a_factor_is_not_read(spec, tile):
         x[6] = math.nan
     inputs[2][6] = 2**40
     for name, a, b in zip(("f L", "z", "dz", "dh"), run(inputs, spec, tile=tile), clean, strict=True):
-        assert name == "z" and tile is None or (torch.equal(a, b) and (a[[4, 6]] == 0).all())
+        assert (name == "z" and tile is None) or (torch.equal(a, b) and (a[[4, 6]] == 0).all())
 
 
 @every_loss
