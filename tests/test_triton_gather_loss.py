@@ -316,7 +316,9 @@ def test_a_student_equal_to_its_teacher_gives_zero(spec, dtype):
     """Logits from another kernel, in another order of additions: 0 within 8 eps of their scale."""
     hidden, head, ids, _, factor = problem(dtype, d=130)
     teacher = kernel.linear_gather(hidden, head, ids)
-    loss, values, _, _ = run((hidden, head, ids, teacher, factor), spec, tile=SPLIT._replace(columns=64, piece=32))
+    loss, values, _, _ = run(
+        (hidden, head, ids, teacher, factor), spec, tile=SPLIT._replace(columns=64, piece=32)
+    )
     known = ids >= 0
     noise = 8 * torch.finfo(torch.float32).eps * teacher[known].abs().max()
     live = factor != 0
