@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from duet_kernels.head import LMHead, Need
-from duet_kernels.options import DIVERGENCES, Divergence
+from duet_kernels.options import DIVERGENCES, RAW, Divergence
 from duet_kernels.triton import tiles
 from duet_kernels.triton.complement import (
     linear_cross_entropy,
@@ -139,14 +139,14 @@ def gather_cases(
 
 
 def topk_loss_cases(
-    dtype: torch.dtype, d: int = D, k: int = K, softcap: float | None = None
+    dtype: torch.dtype, names: tuple[str, ...], d: int = D, k: int = K, softcap: float | None = None
 ) -> Iterator[Case]:
     """The losses that one kernel makes: of raw logits, with more than half of the slots that it can hold."""
     hidden, head = meta(N, d, dtype=dtype), meta_head(dtype, d, softcap, 0.5)
     ids, teacher, factor = meta(N, k, dtype=torch.int64), meta(N, k), meta(N)
     wide = ("_topk_loss_kernel",) if d % 16 == 0 else ()
-    for name, norm in RAW:
-        spec = Divergence(name, norm, 1.0, 0.5, 1.0)
+    for name in names:
+        spec = Divergence(name, "none", 1.0, 0.5, 1.0)
         call = functools.partial(topk_loss, hidden, head, ids, teacher, factor, spec, Need(True))
         yield Case(f"topk loss {name} D={d} K={k} softcap={softcap}", dtype, call, True, wide)
 
@@ -178,9 +178,18 @@ DENSE_WIDE = (
     "_terms_kernel",
 )
 
+WITH_BETA = (*((name, 0.5) for name in DIVERGENCES), ("jsd", 0.3))
+# One of probabilities and one of raw logits, where a shape changes the kernels and not the divergence.
+DEAREST = ("jsd", 0.3), ("huber", 0.5)
+
 
 def dense_cases(
-    dtype: torch.dtype, softcap: float | None = None, v: int = V, k: int = K, n: int = N
+    dtype: torch.dtype,
+    softcap: float | None = None,
+    v: int = V,
+    k: int = K,
+    n: int = N,
+    divergences: tuple[tuple[str, float], ...] = WITH_BETA,
 ) -> Iterator[Case]:
     hidden, weight, bias = meta(n, D, dtype=dtype), meta(v, D, dtype=dtype), meta(v, dtype=dtype)
     head, need = (
@@ -196,7 +205,7 @@ def dense_cases(
         spec = Divergence(name, "none" if raw else "renormalize", 1.0 if raw else 2.0, beta, 1.0)
         return linear_divergence(hidden, head, hidden, head, row, spec, need)
 
-    for name, beta in (*((name, 0.5) for name in DIVERGENCES), ("jsd", 0.3)):
+    for name, beta in divergences:
         call = functools.partial(divergence, name, beta)
         yield Case(f"dense divergence {name} beta={beta} {shape}", dtype, call, True, wide)
     call = functools.partial(linear_cross_entropy, hidden, head, labels, row, need)
@@ -213,9 +222,8 @@ def dense_cases(
         yield Case(f"upstream gradient {out} {shape}", dtype, call, True, ("_scale_kernel",))
 
 
-# Every divergence with each of its normalizations; those that read the ids alone, whose loss is one kernel.
+# Every divergence with each of its normalizations.
 FORMS = [(name, form) for name, traits in DIVERGENCES.items() for form in traits.normalizations or ("none",)]
-OF_SLOTS = [(name, form) for name, form in FORMS if form in ("none", "renormalize")]
 
 
 def divergence_cases() -> Iterator[Case]:
@@ -231,13 +239,13 @@ def divergence_cases() -> Iterator[Case]:
 def cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield from gather_cases(dtype)
-        yield from topk_loss_cases(dtype)
-        yield from topk_loss_cases(dtype, softcap=20.0)
+        yield from topk_loss_cases(dtype, RAW)
+        yield from topk_loss_cases(dtype, ("huber",), softcap=20.0)
     yield from gather_cases(torch.bfloat16, softcap=20.0, scale=1.0)
-    yield from topk_loss_cases(torch.bfloat16, k=33)
+    yield from topk_loss_cases(torch.bfloat16, ("mse",), k=33)
     for d in (64, D + 1, D + 2, 16384):
-        yield from topk_loss_cases(torch.bfloat16, d=d)
-    yield from topk_loss_cases(torch.float32, d=D + 1)
+        yield from topk_loss_cases(torch.bfloat16, ("huber",), d=d)
+    yield from topk_loss_cases(torch.float32, ("l1",), d=D + 1)
     yield from gather_cases(torch.bfloat16, k=1)
     yield from gather_cases(torch.bfloat16, k=1024)
     yield from gather_cases(torch.bfloat16, d=D + 1)
@@ -254,9 +262,11 @@ def cases() -> Iterator[Case]:
     yield from topk_cases(torch.bfloat16, n=64, k=1000)
     yield from topk_cases(torch.bfloat16, k=1000, v=262144)
     yield from topk_cases(torch.bfloat16, n=1, v=50257, softcap=30.0)
-    yield from dense_cases(torch.bfloat16, v=50257)
-    yield from dense_cases(torch.bfloat16, k=1000)
-    yield from dense_cases(torch.bfloat16, n=1, v=3, k=1)  # arguments of 1 are constants of the kernel
+    yield from dense_cases(torch.bfloat16, v=50257, divergences=DEAREST)
+    yield from dense_cases(torch.bfloat16, k=1000, divergences=())  # which read no ids
+    yield from dense_cases(
+        torch.bfloat16, n=1, v=3, k=1, divergences=DEAREST
+    )  # arguments of 1 are constants of the kernel
     yield from divergence_cases()
 
 

@@ -234,8 +234,8 @@ def test_offsets_beyond_32_bits(tmp_path):
     spec, need = SPECS["mse"], Need(True)
     kernel._topk_loss_kernel[(3,)](
         hidden, weight, None, ids, teacher, factor,
-        loss.to(DEVICE), loss.to(DEVICE), values.to(DEVICE), dvalues.to(DEVICE), dhidden,
-        3, 2, 3, far, 3,
+        loss.to(DEVICE), None, loss.to(DEVICE), values.to(DEVICE), dvalues.to(DEVICE), dhidden,
+        2, 3, far,
         *hidden.stride(), *weight.stride(), 0, *ids.stride(), *teacher.stride(), factor.stride(0),
         0.0, 1.0, 1.0, 0.5, 1.0,
         HAS_BIAS=False, HAS_SOFTCAP=False, HIDDEN=need.hidden,
@@ -316,7 +316,9 @@ def test_a_student_equal_to_its_teacher_gives_zero(spec, dtype):
     """Logits from another kernel, in another order of additions: 0 within 8 eps of their scale."""
     hidden, head, ids, _, factor = problem(dtype, d=130)
     teacher = kernel.linear_gather(hidden, head, ids)
-    loss, values, _, _ = run((hidden, head, ids, teacher, factor), spec, tile=SPLIT._replace(columns=64))
+    loss, values, _, _ = run(
+        (hidden, head, ids, teacher, factor), spec, tile=SPLIT._replace(columns=64, piece=32)
+    )
     known = ids >= 0
     noise = 8 * torch.finfo(torch.float32).eps * teacher[known].abs().max()
     live = factor != 0
