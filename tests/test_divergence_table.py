@@ -58,7 +58,9 @@ def test_a_forgotten_bound_of_the_kernels_is_an_error_on_import():
 
 
 def test_a_name_that_no_divergence_has_is_an_error_on_import():
-    with pytest.raises(TypeError, match=r"^here: wanted an entry for each of a, b; forgotten: b; unknown: c$"):
+    with pytest.raises(
+        TypeError, match=r"^here: wanted an entry for each of a, b; forgotten: b; unknown: c$"
+    ):
         require_every("here", {"a": 1, "c": 2}, ("a", "b"))
 
 
@@ -83,7 +85,7 @@ def test_a_kernel_without_a_branch_is_refused(normalization, unheard_of):
     top = problem.teacher_topk(3)
     spec = Divergence("of logits" if normalization == "none" else "of distributions", normalization, **SPEC)
     inputs, row = (problem.hidden, problem.head), torch.ones(4)
-    refused = pytest.raises(Exception, match="terms.py: of_.* has no branch for this divergence")
+    refused = pytest.raises(Exception, match=r"terms.py: of_.* has no branch for this divergence")
     with refused:
         topk_divergence.topk_divergence(top.values, top.values, row, row, row, spec)
     with refused:
