@@ -116,8 +116,8 @@ def require_every(where: str, names: Collection[str], wanted: Collection[str]) -
 
 
 require_every("options.DIVERGENCES", DIVERGENCES, get_args(DivergenceName))
-RAW = tuple(name for name, traits in DIVERGENCES.items() if traits.raw)
-DISTRIBUTION = tuple(name for name, traits in DIVERGENCES.items() if not traits.raw)
+RAW: tuple[DivergenceName, ...] = tuple(n for n in get_args(DivergenceName) if DIVERGENCES[n].raw)
+DISTRIBUTION: tuple[DivergenceName, ...] = tuple(n for n in get_args(DivergenceName) if n not in RAW)
 
 
 def _those(fits: Callable[[Traits], bool]) -> str:

@@ -19,7 +19,7 @@ from ..functional import (
 )
 from ..head import TopK
 from ..options import DISTRIBUTION as DISTRIBUTIONS
-from ..options import DIVERGENCES, RAW, Normalization
+from ..options import DIVERGENCES, RAW, DivergenceName, Normalization
 from .problems import Problem
 
 IGNORE = -100
@@ -68,7 +68,7 @@ def _k(problem: Problem) -> int:
     return min(8, problem.head.num_ids, problem.teacher_head.num_ids)
 
 
-def _topk_op(divergence: Any, normalization: Normalization | None = None, **options: Any) -> Op:
+def _topk_op(divergence: DivergenceName, normalization: Normalization | None = None, **options: Any) -> Op:
     def teacher(problem: Problem) -> TopK:
         return problem.teacher_topk(_k(problem), options.get("temperature", 1.0))
 
@@ -88,7 +88,7 @@ def _topk_op(divergence: Any, normalization: Normalization | None = None, **opti
     return Op(name, call, lambda problem: teacher(problem).indices, resolve)
 
 
-def _distill_op(divergence: Any, **options: Any) -> Op:
+def _distill_op(divergence: DivergenceName, **options: Any) -> Op:
     def call(problem: Problem, **more: Any) -> Tensor:
         live = problem.teacher_hidden, problem.teacher_head
         chosen = {"k": _k(problem)} if options.get("k") else {}

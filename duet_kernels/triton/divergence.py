@@ -25,10 +25,10 @@ close to its teacher keep their digits. Higher maxima M' shrink what was summed,
 delta = (M_s - M_t) / T - (M_s' - M_t') / T:  S' = f S,  B' = f_s B + f_t expm1(delta) S_t,  A' = f_t (A + delta S_t).
 
 Passes over the logits of a block (`dense` says which blocks and slabs, and has them finished where a head has a bias or
-a softcap): the moments above, of one tile of a row at a time, so that nothing is rescaled before they are merged; for
-all but the first two KLs the sums of their terms and of a; the gradient. Raw divergences need no moments: value and gradient in
-one pass (l1 asks for the largest logit before). Bytes and FLOP at N 8192, D 4096, V 128256, bf16, G = 2 N D V = 8.6
-TFLOP; times at the rates that such kernels reached on an H200:
+a softcap): the moments above, of one tile of a row at a time, so that nothing is rescaled before they are merged; the sums
+of terms and of a, for all distributions but the two of `ONE_SWEEP`; the gradient. Raw divergences need no moments: value
+and gradient in one pass (l1 asks for the largest logit before). Bytes and FLOP at N 8192, D 4096, V 128256, bf16,
+G = 2 N D V = 8.6 TFLOP; times at the rates that such kernels reached on an H200:
 
 | step                 | work            | reads and writes of the kernels here   | bound by                    |
 |----------------------|-----------------|----------------------------------------|-----------------------------|
