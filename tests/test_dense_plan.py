@@ -169,3 +169,27 @@ def test_the_plan_of_another_workspace_is_another(monkeypatch):
         case.hidden, case.head, case.labels, torch.ones_like(case.hidden[:, 0]), Need(True)
     )
     assert seen == [12345678]
+
+
+@pytest.mark.parametrize("kilobytes", [4, 16, 40, 100, 4000])
+def test_the_log_sum_exp_is_made_of_the_same_products_with_and_without_dh(kilobytes, monkeypatch):
+    """dW is made of it: another shape of product gives other bits, and dW would depend on who else wants a gradient."""
+    few_programs(monkeypatch)
+    monkeypatch.setattr(dense, "workspace_bytes", lambda device: kilobytes << 10)
+    case = make_problem(37, 203, 8, device="cpu" if INTERPRETED else "cuda")
+    ids, original, made = case.labels[:, None], dense._Walk._logits, []
+    monkeypatch.setattr(
+        dense._Walk,
+        "_logits",
+        lambda walk, rows, slab: made.append((rows, slab)) or original(walk, rows, slab),
+    )
+
+    def tail(need):
+        made.clear()
+        value = complement.linear_logsumexp(case.hidden, case.head, ids, 1.0, need)[0]
+        return value, list(made)
+
+    alone, products = tail(Need(False))
+    beside, more = tail(Need(True))
+    assert torch.equal(alone, beside)
+    assert products == more[: len(products)]

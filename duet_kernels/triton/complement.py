@@ -281,9 +281,11 @@ class _Complement(dense.Loss):
         self.dtail, self.loss = factor, self.sums[2]
         self.upstream: Tensor | None = None  # of the values
 
-    def run(self, need: Need) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def run(
+        self, need: Need, as_beside: Need | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         with current_device(self.factor):
-            return dense.run((self.side,), self.factor, self, need)
+            return dense.run((self.side,), self.factor, self, need, as_beside)
 
     @property
     def folds(self):
@@ -419,7 +421,8 @@ def linear_logsumexp(
     """(`[N]` log-sum-exp of z / T over the ids not in `exclude`, its gradient `[N, D]` in h if that is needed)."""
     n, acc = hidden.shape[0], accumulator(hidden, head.weight)[0]
     loss = _Complement(hidden, head, exclude, torch.ones(n, dtype=acc, device=hidden.device), temperature)
-    dhidden = loss.run(Need(need.hidden))[0]
+    # dW is made of the tail later, and must not depend on whether dh is wanted too.
+    dhidden = loss.run(Need(need.hidden), as_beside=Need(True))[0]
     tail = loss.loss
     if exclude.shape[1]:
         tail.masked_fill_((exclude >= head.weight.shape[0]).any(1), torch.nan)

@@ -35,7 +35,7 @@ from torch import Tensor
 from ..head import LMHead, Need
 from ..workspace import workspace_bytes
 from . import tiles
-from .dense_plan import Plan, Shape, Sweep, buffers, lent, pitch, placed, plan
+from .dense_plan import Plan, Shape, Sweep, buffers, folds_alone, lent, pitch, placed, plan
 from .primitives import (
     MAX_SIZE,
     accumulator,
@@ -210,9 +210,12 @@ def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tens
 
 
 def run(
-    sides: tuple[Side, ...], factor: Tensor, loss: Loss, need: Need
+    sides: tuple[Side, ...], factor: Tensor, loss: Loss, need: Need, as_beside: Need | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Make the loss's statistics, and (dh, dW, db) of its sum; `sides[0]` is the one with gradients."""
+    """Make the loss's statistics, and (dh, dW, db) of its sum; `sides[0]` is the one with gradients.
+
+    `as_beside`: without gradients, the statistics are made as beside these: bit by bit the same.
+    """
     hidden, head = sides[0]
     (n, d), v = hidden.shape, head.weight.shape[0]
     require_sizes("the dense losses", hidden=d, weight=v)
@@ -227,12 +230,12 @@ def run(
     if n and v:
         shape = Shape(
             n, v, d, tuple(side.head.acc.itemsize for side in sides),
-            sides[0].operand.itemsize, acc.itemsize, out.itemsize, len(loss.folds), need,
+            sides[0].operand.itemsize, acc.itemsize, out.itemsize, len(loss.folds), as_beside or need,
             loss.token_bytes, loss.partials * acc.itemsize, whole=not loss.bounded,
         )  # fmt: skip
-        _Walk(sides, factor, loss, shape, plan(shape, workspace_bytes(factor.device))).run(
-            dhidden, dweight, dbias
-        )
+        planned = plan(shape, workspace_bytes(device))
+        planned = planned if any(need) else folds_alone(planned)
+        _Walk(sides, factor, loss, shape, planned).run(dhidden, dweight, dbias)
     return dhidden, dweight, None if dbias is None else dbias.to(out)
 
 
@@ -295,7 +298,8 @@ class _Walk:
 
     def _fold(self, sweep: Sweep) -> None:
         """Every fold over all logits; whole rows are multiplied once for all of them."""
-        for rows in _blocks(slice(0, self.n), sweep.rows):
+        groups = _blocks(slice(0, self.n), sweep.group)
+        for rows in (rows for group in groups for rows in _blocks(group, sweep.rows)):
             slabs = list(_blocks(slice(0, self.v), sweep.columns))
             block = self._logits(rows, slabs[0]) if len(slabs) == 1 else None
             for fold in self.loss.folds:

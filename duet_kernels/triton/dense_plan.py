@@ -119,6 +119,15 @@ def plan(s: Shape, workspace: int) -> Plan:
     return Plan(folds, (slabs(Need(False, *weights)), _at_hand(s, Need(True), budget) or slabs(Need(True))))
 
 
+def folds_alone(planned: Plan) -> Plan:
+    """The folds of a plan without its gradients, over the same blocks of rows and columns: the same bits come out."""
+    if planned.folds:
+        return Plan(planned.folds, ())
+    (sweep,) = planned.sweeps
+    group = min(sweep.group, sweep.kept)  # the folds are made for M rows after M rows
+    return Plan(Sweep(group, 0, sweep.rows, sweep.columns, Need(False)), ())
+
+
 def _halves(n: int) -> list[int]:
     """n, n / 2, n / 4, ... 1"""
     return [n] if n <= 1 else [n, *_halves(cdiv(n, 2))]
