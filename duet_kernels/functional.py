@@ -253,8 +253,8 @@ def linear_distill_loss(
     `k=None`: the divergences of `topk_distill_loss` summed over all ids. With k: the ids are the k largest logits of
     the `teacher`, of the `student`, or their `union` (`support`), and the loss is that of `topk_distill_loss` there.
     Student and teacher may differ in hidden size, and in vocabulary size: then the common ids count. So do ids that not
-    both models rule out with a bias of -inf. For the other
-    arguments see `topk_distill_loss`.
+    both models rule out with a bias of -inf.
+    For the other arguments see `topk_distill_loss`.
 
     Args:
         student_hidden: `[..., D_s]`.
