@@ -96,7 +96,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 def check_command(line):
     """Refuses a line `duet ...` that the command line would not understand; runs nothing."""
-    words = shlex.split(line, comments=True)[1:]
+    words = shlex.split(line.split(" > ")[0], comments=True)[1:]
     options = {"--version", "--help", "--install-completion", "--show-completion"}
     if words[0] in options:
         return
