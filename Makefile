@@ -92,7 +92,7 @@ tune:
 
 # The site of docs/, into site/. Needs no network; a broken link or reference is an error.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The numbers of README.md and docs/, measured anew on this machine.
 readme: demo bench bench-cpu
