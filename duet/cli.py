@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperCommand
 
 from duet.evaluation.commands import literal_console, run_attack, run_eval, run_report
 from duet.extras import MissingExtra, version_of
@@ -19,7 +20,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = literal_console()
 
 
-class WithKeys(typer.core.TyperCommand):
+class WithKeys(TyperCommand):
     """A command whose `--help` lists the keys of the YAML file too."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
