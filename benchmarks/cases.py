@@ -34,7 +34,7 @@ LOSSES = OPS[1:4]
 PASSES = ("forward", "full")
 DIVERGENCES = {
     "topk_distill_loss": ("huber", "forward_kl", "forward_kl/tail"),
-    "linear_distill_loss": ("forward_kl", "jsd"),
+    "linear_distill_loss": ("forward_kl", "jsd", "symmetric_kl"),
     "linear_logsumexp": ("", "exclude"),  # "exclude": without the teacher's k ids
 }
 # Which ids the teacher's slots hold: its own likeliest, or ids as frequent as words are.

@@ -23,7 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from duet_kernels.head import LMHead, Need
-from duet_kernels.options import Divergence
+from duet_kernels.options import DIVERGENCES, RAW, Divergence
 from duet_kernels.triton import tiles
 from duet_kernels.triton.complement import (
     linear_cross_entropy,
@@ -139,25 +139,16 @@ def gather_cases(
 
 
 def topk_loss_cases(
-    dtype: torch.dtype,
-    losses: Iterable[tuple[str, str]],
-    d: int = D,
-    k: int = K,
-    softcap: float | None = None,
-    phases: tuple[bool, ...] = (False,),
+    dtype: torch.dtype, names: tuple[str, ...], d: int = D, k: int = K, softcap: float | None = None
 ) -> Iterator[Case]:
+    """The losses that one kernel makes: of raw logits, with more than half of the slots that it can hold."""
     hidden, head = meta(N, d, dtype=dtype), meta_head(dtype, d, softcap, 0.5)
     ids, teacher, factor = meta(N, k, dtype=torch.int64), meta(N, k), meta(N)
     wide = ("_topk_loss_kernel",) if d % 16 == 0 else ()
-    for name, norm in losses:
-        spec = Divergence(name, norm, 1.0 if norm == "none" else 2.0, 0.5, 1.0)
-        for two in phases:
-
-            def call(spec=spec, two=two):
-                return topk_loss(hidden, head, ids, teacher, factor, spec, Need(True), phases=two)
-
-            name = f"topk loss {spec.name} D={d} K={k} softcap={softcap} phases={two}"
-            yield Case(name, dtype, call, True, wide)
+    for name in names:
+        spec = Divergence(name, "none", 1.0, 0.5, 1.0)
+        call = functools.partial(topk_loss, hidden, head, ids, teacher, factor, spec, Need(True))
+        yield Case(f"topk loss {name} D={d} K={k} softcap={softcap}", dtype, call, True, wide)
 
 
 def topk_cases(
@@ -187,9 +178,18 @@ DENSE_WIDE = (
     "_terms_kernel",
 )
 
+WITH_BETA = (*((name, 0.5) for name in DIVERGENCES), ("jsd", 0.3))
+# One of probabilities and one of raw logits, where a shape changes the kernels and not the divergence.
+DEAREST = ("jsd", 0.3), ("huber", 0.5)
+
 
 def dense_cases(
-    dtype: torch.dtype, softcap: float | None = None, v: int = V, k: int = K, n: int = N
+    dtype: torch.dtype,
+    softcap: float | None = None,
+    v: int = V,
+    k: int = K,
+    n: int = N,
+    divergences: tuple[tuple[str, float], ...] = WITH_BETA,
 ) -> Iterator[Case]:
     hidden, weight, bias = meta(n, D, dtype=dtype), meta(v, D, dtype=dtype), meta(v, dtype=dtype)
     head, need = (
@@ -201,12 +201,11 @@ def dense_cases(
     wide = DENSE_WIDE if v > 16 else ()
 
     def divergence(name: str, beta: float):
-        raw = name in ("huber", "mse", "l1")
+        raw = DIVERGENCES[name].raw
         spec = Divergence(name, "none" if raw else "renormalize", 1.0 if raw else 2.0, beta, 1.0)
         return linear_divergence(hidden, head, hidden, head, row, spec, need)
 
-    names = "forward_kl", "reverse_kl", "jsd", "tvd", "huber", "mse", "l1"
-    for name, beta in (*((name, 0.5) for name in names), ("jsd", 0.3)):
+    for name, beta in divergences:
         call = functools.partial(divergence, name, beta)
         yield Case(f"dense divergence {name} beta={beta} {shape}", dtype, call, True, wide)
     call = functools.partial(linear_cross_entropy, hidden, head, labels, row, need)
@@ -223,16 +222,12 @@ def dense_cases(
         yield Case(f"upstream gradient {out} {shape}", dtype, call, True, ("_scale_kernel",))
 
 
-RAW = [(name, "none") for name in ("huber", "mse", "l1")]
-DISTRIBUTION = [(name, "renormalize") for name in ("forward_kl", "reverse_kl", "jsd", "tvd")]
-WITH_TAIL = [(name, "tail") for name, _ in DISTRIBUTION] + [
-    ("forward_kl", "zeroed"),
-    ("forward_kl", "truncated"),
-]
+# Every divergence with each of its normalizations.
+FORMS = [(name, form) for name, traits in DIVERGENCES.items() for form in traits.normalizations or ("none",)]
 
 
 def divergence_cases() -> Iterator[Case]:
-    slots = [(name, norm, K) for name, norm in RAW + DISTRIBUTION + WITH_TAIL]
+    slots = [(name, norm, K) for name, norm in FORMS]
     # The dearest one at the two ends of the tile table.
     slots += [("jsd", "tail", 1), ("jsd", "tail", tiles.MAX_SLOTS)]
     for name, norm, k in slots:
@@ -244,13 +239,13 @@ def divergence_cases() -> Iterator[Case]:
 def cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield from gather_cases(dtype)
-        yield from topk_loss_cases(dtype, RAW + DISTRIBUTION)
-        yield from topk_loss_cases(dtype, [("jsd", "renormalize")], softcap=20.0, phases=(False, True))
+        yield from topk_loss_cases(dtype, RAW)
+        yield from topk_loss_cases(dtype, ("huber",), softcap=20.0)
     yield from gather_cases(torch.bfloat16, softcap=20.0, scale=1.0)
-    for k in (1, 8, 20):
-        yield from topk_loss_cases(torch.bfloat16, [("jsd", "renormalize")], k=k)
-    yield from topk_loss_cases(torch.bfloat16, [("jsd", "renormalize")], d=D + 1)
-    yield from topk_loss_cases(torch.bfloat16, [("jsd", "renormalize")], d=16384)
+    yield from topk_loss_cases(torch.bfloat16, ("mse",), k=33)
+    for d in (64, D + 1, D + 2, 16384):
+        yield from topk_loss_cases(torch.bfloat16, ("huber",), d=d)
+    yield from topk_loss_cases(torch.float32, ("l1",), d=D + 1)
     yield from gather_cases(torch.bfloat16, k=1)
     yield from gather_cases(torch.bfloat16, k=1024)
     yield from gather_cases(torch.bfloat16, d=D + 1)
@@ -267,9 +262,11 @@ def cases() -> Iterator[Case]:
     yield from topk_cases(torch.bfloat16, n=64, k=1000)
     yield from topk_cases(torch.bfloat16, k=1000, v=262144)
     yield from topk_cases(torch.bfloat16, n=1, v=50257, softcap=30.0)
-    yield from dense_cases(torch.bfloat16, v=50257)
-    yield from dense_cases(torch.bfloat16, k=1000)
-    yield from dense_cases(torch.bfloat16, n=1, v=3, k=1)  # arguments of 1 are constants of the kernel
+    yield from dense_cases(torch.bfloat16, v=50257, divergences=DEAREST)
+    yield from dense_cases(torch.bfloat16, k=1000, divergences=())  # which read no ids
+    yield from dense_cases(
+        torch.bfloat16, n=1, v=3, k=1, divergences=DEAREST
+    )  # arguments of 1 are constants of the kernel
     yield from divergence_cases()
 
 

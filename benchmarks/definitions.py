@@ -64,11 +64,24 @@ def _dense_loss(case: Case, x: Inputs, project: Projection) -> Tensor:
     with torch.no_grad():
         logp = project(x.teacher_hidden, x.teacher_weight).log_softmax(-1)
     logq = project(x.hidden, x.weight).log_softmax(-1)
-    if case.divergence == "forward_kl":
-        return F.kl_div(logq, logp, reduction="batchmean", log_target=True)
+    return DENSE[case.divergence](logp, logq)
+
+
+def _kl(logp: Tensor, logq: Tensor) -> Tensor:
+    return F.kl_div(logq, logp, reduction="batchmean", log_target=True)
+
+
+def _jsd(logp: Tensor, logq: Tensor) -> Tensor:
     logm = torch.logaddexp(logp, logq) - math.log(2)
-    to_m = [F.kl_div(logm, log, reduction="batchmean", log_target=True) for log in (logp, logq)]
-    return 0.5 * (to_m[0] + to_m[1])
+    return 0.5 * (_kl(logp, logm) + _kl(logq, logm))
+
+
+# Of the teacher's and the student's log-probabilities, at beta = 1/2.
+DENSE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": _kl,
+    "jsd": _jsd,
+    "symmetric_kl": lambda logp, logq: 0.5 * (_kl(logp, logq) + _kl(logq, logp)),
+}
 
 
 def _topk(case: Case, x: Inputs, project: Projection) -> tuple[Tensor, Tensor, Tensor]:

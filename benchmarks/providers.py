@@ -248,7 +248,10 @@ def _torch_linear_cross_entropy(case: Case) -> Run:
 TEACHER_SHARE = {"forward_kl": 0.0, "jsd": 0.5}  # beta of TRL and Liger: 0 is their forward KL
 
 
-@provider("trl", "ChunkedDivergence", "linear_distill_loss", package="trl", module="trl")
+@provider(
+    "trl", "ChunkedDivergence", "linear_distill_loss",
+    divergences=tuple(TEACHER_SHARE), package="trl", module="trl",
+)  # fmt: skip
 def _trl(case: Case) -> Run:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -262,9 +265,10 @@ def _trl(case: Case) -> Run:
 
 
 LIGER = {"package": "liger_kernel", "module": "liger_kernel"}
+JSD = {"divergences": tuple(TEACHER_SHARE), **LIGER}
 
 
-@provider("liger", "chunked JSD", "linear_distill_loss", **LIGER)
+@provider("liger", "chunked JSD", "linear_distill_loss", **JSD)
 def _liger_chunked(case: Case) -> Run:
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
@@ -274,7 +278,7 @@ def _liger_chunked(case: Case) -> Run:
     return lambda x: loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
 
 
-@provider("liger", "FusedLinearJSD", "linear_distill_loss", devices=("cuda",), **LIGER)
+@provider("liger", "FusedLinearJSD", "linear_distill_loss", devices=("cuda",), **JSD)
 def _liger_jsd(case: Case) -> Run:
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 

@@ -121,7 +121,7 @@ FIRST_KNOBS = (
     ),
     Knob("GATHER_FORWARD", (2,), GATHER_TILES, "linear_gather", LARGE),
     Knob("GATHER_DHIDDEN", (2,), GATHER_TILES, "linear_gather dh", LARGE),
-    Knob("FOLD_ROWS", (), ((32,), (16,), (64,)), "linear_topk", LARGE),
+    Knob("FOLD_ROWS", (), ((16,), (32,), (64,)), "linear_topk", LARGE),
     # From V / this many ids on a product replaces the gather: at 512 ids, below the reckoned border, and at 1000, above.
     Knob("GATHER_CROSSOVER", (2,), ((156,), (256,)), "linear_gather", Shape(8192, k=640)),
 )  # fmt: skip
@@ -133,7 +133,7 @@ LATER_KNOBS = (
     ),
     Knob(
         "LOSS", (2,),
-        ((64, 256, 128, 4, 96, 5), (64, 256, 64, 4, 96, 5), (64, 256, 128, 4, 128, 4), (64, 128, 128, 2, 128, 8)),
+        ((64, 256, 128, 4, 96), (64, 256, 64, 4, 96), (64, 256, 128, 4, 128), (64, 128, 128, 2, 128)),
         "topk_distill_loss", LARGE,
     ),
     Knob("TOPK_SKINNY_TOKENS", (), ((64,), (32,)), "linear_topk", FEW),

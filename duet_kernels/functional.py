@@ -26,6 +26,7 @@ from .options import (
     Reduction,
     Support,
     check_number,
+    lists_divergences,
     loss_tokens,
     unknown,
 )
@@ -158,6 +159,7 @@ def linear_logsumexp(
     return ops.linear_logsumexp(hidden_nd, head, ids, temperature, choice).view(lead)
 
 
+@lists_divergences
 def topk_distill_loss(
     hidden: Tensor,
     head: LMHead | Tensor,
@@ -176,10 +178,11 @@ def topk_distill_loss(
 ) -> Tensor:
     """Distance of the student's logits to the teacher's at the teacher's top-k ids, from the student's hidden states.
 
-    With d = z_student - z_teacher, **summed over the k ids**: `huber` (0.5 d^2 below delta, delta (|d| - 0.5 delta)
-    above), `mse` = d^2, `l1` = |d|. With p (teacher) and q (student) at softmax(z / T): `forward_kl` = sum p log(p/q),
-    `reverse_kl` = sum q log(q/p), `jsd` = beta KL(p||m) + (1-beta) KL(q||m) with m = beta p + (1-beta) q, `tvd` =
-    0.5 sum |p - q|. No loss is multiplied by T^2.
+    With d = z_student - z_teacher, or with p (teacher) and q (student) at softmax(z / T), **summed over the k ids**:
+
+    {divergences}
+
+    No loss is multiplied by T^2.
 
     Args:
         hidden: `[..., D]` student's hidden states.
@@ -192,7 +195,7 @@ def topk_distill_loss(
             `truncated`: the sum over the k ids of full softmaxes; may be negative (`forward_kl` only).
         temperature: T, 0.001 to 1000; must be 1 for raw logits, and `teacher.temperature` where the teacher's tail is
             used.
-        beta: weight of the teacher in `jsd`, 0.001 to 0.999.
+        beta: weight of the first KL where an equation has two, 0.001 to 0.999.
         delta: threshold of `huber`, in logits, 1e-10 to 1e10.
         mask: `[...]` bool, True = counted (pass `labels != -100`).
         weights: `[...]` factors on token losses, constants.

@@ -10,20 +10,21 @@ import dataclasses
 import difflib
 import math
 import numbers
-from typing import Any, Literal, get_args
+import re
+from collections.abc import Callable, Collection
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from .dispatch import acc_dtype
 
-RawDivergence = Literal["huber", "mse", "l1"]
-DistributionDivergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
-DivergenceName = Literal[RawDivergence, DistributionDivergence]
+DivergenceName = Literal[
+    "huber", "mse", "l1", "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "tvd"
+]  # fmt: skip
 Normalization = Literal["renormalize", "tail", "zeroed", "truncated"]
 Reduction = Literal["mean", "sum", "none"]
 Support = Literal["teacher", "student", "union"]
-RAW, DISTRIBUTION = get_args(RawDivergence), get_args(DistributionDivergence)
 NORMALIZATIONS, REDUCTIONS, SUPPORTS = get_args(Normalization), get_args(Reduction), get_args(Support)
 
 # Beyond these fp32 logits, which are exact to 7 digits, no longer say what a softmax or a gradient is.
@@ -53,6 +54,94 @@ def check_number(name: str, value: object, limits: tuple[float, float]) -> None:
         )
 
 
+# --- the table of divergences ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What the package knows of a divergence besides its arithmetic.
+
+    Attributes:
+        equation: the loss of a token in one line, with d = z_student - z_teacher, or p (teacher) and q (student).
+        normalizations: how p and q may be normalised, the default first; none: it compares raw logits.
+        reads: which of `beta` and `delta` it reads. Every divergence of distributions reads `temperature`.
+        noise: True if its gradient is a sign. Rounding must not decide a sign: differences of 8 eps of the row's
+            largest logit count as 0.
+    """
+
+    equation: str
+    normalizations: tuple[Normalization, ...]
+    reads: tuple[Literal["beta", "delta"], ...]
+    noise: bool
+
+    @property
+    def raw(self) -> bool:
+        return not self.normalizations
+
+
+_BUCKET: tuple[Normalization, ...] = ("renormalize", "tail")
+
+DIVERGENCES: dict[str, Traits] = {
+    "huber": Traits(
+        equation="sum 0.5 d^2 where |d| <= delta, delta (|d| - 0.5 delta) above",
+        normalizations=(), reads=("delta",), noise=False,
+    ),
+    "mse": Traits(equation="sum d^2", normalizations=(), reads=(), noise=False),
+    "l1": Traits(equation="sum |d|", normalizations=(), reads=(), noise=True),
+    "forward_kl": Traits(
+        equation="KL(p||q) = sum p log(p/q)", normalizations=NORMALIZATIONS, reads=(), noise=False,
+    ),
+    "reverse_kl": Traits(
+        equation="KL(q||p) = sum q log(q/p)", normalizations=_BUCKET, reads=(), noise=False,
+    ),
+    "symmetric_kl": Traits(
+        equation="beta KL(p||q) + (1-beta) KL(q||p)", normalizations=_BUCKET, reads=("beta",), noise=False,
+    ),
+    "jsd": Traits(
+        equation="beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q",
+        normalizations=_BUCKET, reads=("beta",), noise=False,
+    ),
+    "tvd": Traits(equation="0.5 sum |p - q|", normalizations=_BUCKET, reads=(), noise=True),
+}  # fmt: skip
+
+
+def require_every(where: str, names: Collection[str], wanted: Collection[str]) -> None:
+    """Refuse a table of divergences that forgets one, or knows one that does not exist. Called on import."""
+    forgotten, surplus = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted))
+    if forgotten or surplus:
+        raise TypeError(
+            f"{where}: wanted an entry for each of {', '.join(wanted)}; "
+            f"forgotten: {', '.join(forgotten) or 'none'}; unknown: {', '.join(surplus) or 'none'}"
+        )
+
+
+require_every("options.DIVERGENCES", DIVERGENCES, get_args(DivergenceName))
+RAW: tuple[DivergenceName, ...] = tuple(n for n in get_args(DivergenceName) if DIVERGENCES[n].raw)
+DISTRIBUTION: tuple[DivergenceName, ...] = tuple(n for n in get_args(DivergenceName) if n not in RAW)
+
+
+def _those(fits: Callable[[Traits], bool]) -> str:
+    """The names of the divergences whose traits fit, for an error."""
+    return ", ".join(f"'{name}'" for name, traits in DIVERGENCES.items() if fits(traits))
+
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def lists_divergences(function: _Function) -> _Function:
+    """Write every divergence with its equation where the function's docstring says so."""
+
+    def listed(place: re.Match[str]) -> str:
+        return "\n".join(f"{place[1]}* `{name}` = {traits.equation}" for name, traits in DIVERGENCES.items())
+
+    if function.__doc__:  # python -OO has none
+        function.__doc__ = re.sub(r"^( *)\{divergences\}$", listed, function.__doc__, flags=re.MULTILINE)
+    return function
+
+
+# --- checked options ---------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Divergence:
     """A checked choice of divergence. `normalization` is "none" for the raw-logit divergences."""
@@ -67,10 +156,11 @@ class Divergence:
     def of(
         cls, name: str, normalization: str | None, temperature: float, beta: float, delta: float
     ) -> Divergence:
-        if name not in RAW + DISTRIBUTION:
-            raise unknown("divergence", name, RAW + DISTRIBUTION)
+        if name not in DIVERGENCES:
+            raise unknown("divergence", name, tuple(DIVERGENCES))
+        traits = DIVERGENCES[name]
         check_number("temperature", temperature, TEMPERATURES)
-        if name in RAW:
+        if traits.raw:
             if normalization is not None:
                 raise ValueError(
                     f"normalization: {name!r} compares raw logits and takes none, got {normalization!r}"
@@ -81,23 +171,30 @@ class Divergence:
                     "(scale delta or the logits instead)"
                 )
         elif normalization is None:
-            normalization = "renormalize"
+            normalization = traits.normalizations[0]
         elif normalization not in NORMALIZATIONS:
             raise unknown("normalization", normalization, NORMALIZATIONS)
-        if normalization in ("zeroed", "truncated") and name != "forward_kl":
-            raise ValueError(f"normalization: {normalization!r} exists for 'forward_kl' only, got {name!r}")
-        if not is_finite_number(beta) or (name == "jsd" and not BETAS[0] <= beta <= BETAS[1]):
+        elif normalization not in traits.normalizations:
+            able = _those(lambda other: normalization in other.normalizations)
+            raise ValueError(f"normalization: {normalization!r} exists for {able} only, got {name!r}")
+        if not is_finite_number(beta) or ("beta" in traits.reads and not BETAS[0] <= beta <= BETAS[1]):
             raise ValueError(
                 f"beta: wanted a number in (0, 1), from {BETAS[0]:g} to 1 - {BETAS[0]:g}, got {beta!r}; for the ends use "
                 "divergence='forward_kl' or 'reverse_kl'"
             )
-        if not is_finite_number(delta) or name == "huber":
+        if not is_finite_number(delta) or "delta" in traits.reads:
             check_number("delta", delta, DELTAS)
         return cls(name, normalization or "none", float(temperature), float(beta), float(delta))
 
     @property
     def raw(self) -> bool:
-        return self.name in RAW
+        """Whether it compares logits and not distributions."""
+        return DIVERGENCES[self.name].raw
+
+    @property
+    def noise(self) -> bool:
+        """Whether differences within rounding count as 0."""
+        return DIVERGENCES[self.name].noise
 
     @property
     def needs_student_logsumexp(self) -> bool:

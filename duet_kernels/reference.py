@@ -9,12 +9,15 @@ student's distribution.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .dispatch import acc_dtype, exact_dtypes
 from .head import LMHead, TokenStats
-from .options import Divergence
+from .options import DISTRIBUTION, RAW, Divergence, require_every
 
 
 def logits(hidden_nd: Tensor, head: LMHead) -> Tensor:
@@ -117,7 +120,9 @@ def divergence(
     if spec.raw:
         if not absent_slots:
             present = (student_nk != -torch.inf) | (teacher_nk != -torch.inf)
-        return _raw(student_nk, teacher_nk, present, spec)
+        d = (student_nk - teacher_nk).masked_fill(~present, 0)
+        noise = _noise(student_nk.masked_fill(~present, 0), teacher_nk.masked_fill(~present, 0))
+        return _OF_LOGITS[spec.name](d, noise, spec).sum(-1)
     x_s = student_nk / spec.temperature
     x_t = teacher_nk / spec.temperature
     slots_s = x_s.masked_fill(~present, -torch.inf)
@@ -140,20 +145,8 @@ def divergence(
     logp = (slots_t - total_t).masked_fill(~present, 0)
     q = logq.exp().masked_fill(~present, 0)
     p = logp.exp().masked_fill(~present, 0)
-    return _of_distributions(p, q, logp, logq, _noise(slots_s, slots_t), spec)
-
-
-def _raw(s: Tensor, t: Tensor, present: Tensor, spec: Divergence) -> Tensor:
-    d = (s - t).masked_fill(~present, 0)
-    if spec.name == "mse":
-        return d.square().sum(-1)
-    size = d.abs()
-    if spec.name == "huber":
-        return torch.where(size <= spec.delta, 0.5 * d.square(), spec.delta * (size - 0.5 * spec.delta)).sum(
-            -1
-        )
-    tol = _noise(s.masked_fill(~present, 0), t.masked_fill(~present, 0))
-    return torch.where(size <= tol, torch.zeros_like(d), size).sum(-1)
+    pair = _Pair(p, q, logp, logq, _noise(slots_s, slots_t))
+    return _OF_DISTRIBUTIONS[spec.name](pair, spec)
 
 
 def _noise(s: Tensor, t: Tensor) -> Tensor:
@@ -165,23 +158,74 @@ def _noise(s: Tensor, t: Tensor) -> Tensor:
         return 8 * torch.finfo(s.dtype).eps * scale.amax(-1, keepdim=True)
 
 
-def _of_distributions(
-    p: Tensor, q: Tensor, logp: Tensor, logq: Tensor, noise: Tensor, spec: Divergence
-) -> Tensor:
-    if spec.name == "tvd":
-        apart = (logq - logp).abs() > noise
-        apart = apart | (logq - logp).isnan()
-        return 0.5 * torch.where(apart, (p - q).abs(), torch.zeros_like(p)).sum(-1)
-    if spec.name == "forward_kl":
-        return _sum_p_times(p, logp, logq)
-    if spec.name == "reverse_kl":
-        return _sum_p_times(q, logq, logp)
-    m = spec.beta * p + (1 - spec.beta) * q
+# --- one function per divergence --------------------------------------------------------------------------------
+
+
+def _huber(d: Tensor, noise: Tensor, spec: Divergence) -> Tensor:
+    size = d.abs()
+    return torch.where(size <= spec.delta, 0.5 * d.square(), spec.delta * (size - 0.5 * spec.delta))
+
+
+def _mse(d: Tensor, noise: Tensor, spec: Divergence) -> Tensor:
+    return d.square()
+
+
+def _l1(d: Tensor, noise: Tensor, spec: Divergence) -> Tensor:
+    return torch.where(d.abs() <= noise, torch.zeros_like(d), d.abs())
+
+
+class _Pair(NamedTuple):
+    """The teacher's p and the student's q over the same slots, their logarithms, and `[N, 1]` the noise of those."""
+
+    p: Tensor
+    q: Tensor
+    logp: Tensor
+    logq: Tensor
+    noise: Tensor
+
+
+def _forward_kl(pair: _Pair, spec: Divergence) -> Tensor:
+    return _kl(pair.p, pair.logp, pair.logq)
+
+
+def _reverse_kl(pair: _Pair, spec: Divergence) -> Tensor:
+    return _kl(pair.q, pair.logq, pair.logp)
+
+
+def _symmetric_kl(pair: _Pair, spec: Divergence) -> Tensor:
+    return spec.beta * _forward_kl(pair, spec) + (1 - spec.beta) * _reverse_kl(pair, spec)
+
+
+def _jsd(pair: _Pair, spec: Divergence) -> Tensor:
+    m = spec.beta * pair.p + (1 - spec.beta) * pair.q
     logm = m.masked_fill(m == 0, 1).log()  # where m is 0 so are p and q, and nothing is added
-    return spec.beta * _sum_p_times(p, logp, logm) + (1 - spec.beta) * _sum_p_times(q, logq, logm)
+    return spec.beta * _kl(pair.p, pair.logp, logm) + (1 - spec.beta) * _kl(pair.q, pair.logq, logm)
 
 
-def _sum_p_times(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
+def _tvd(pair: _Pair, spec: Divergence) -> Tensor:
+    ratio = pair.logq - pair.logp
+    apart = (ratio.abs() > pair.noise) | ratio.isnan()
+    return 0.5 * torch.where(apart, (pair.p - pair.q).abs(), torch.zeros_like(pair.p)).sum(-1)
+
+
+def _kl(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
     """sum p (log p - log q) with 0 log 0 = 0, in a form whose derivative is finite there too."""
     zero = p == 0
     return (p * (logp.masked_fill(zero, 0) - logq.masked_fill(zero, 0))).sum(-1)
+
+
+# The terms of a divergence of logits, and the sum of a divergence of distributions.
+_OF_LOGITS: dict[str, Callable[[Tensor, Tensor, Divergence], Tensor]] = {
+    "huber": _huber,
+    "mse": _mse,
+    "l1": _l1,
+}
+_OF_DISTRIBUTIONS: dict[str, Callable[[_Pair, Divergence], Tensor]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "symmetric_kl": _symmetric_kl,
+    "jsd": _jsd,
+    "tvd": _tvd,
+}
+require_every("reference._OF_LOGITS", _OF_LOGITS, RAW)
+require_every("reference._OF_DISTRIBUTIONS", _OF_DISTRIBUTIONS, DISTRIBUTION)

@@ -55,11 +55,12 @@ def few_programs(monkeypatch, width: int = 128) -> None:
     if INTERPRETED:
         monkeypatch.setattr(tiles, "SLAB_ROWS", 32)
         monkeypatch.setattr(tiles, "SLAB_PROGRAMS", 2)
+        monkeypatch.setattr(tiles, "SOFTMAX_PROGRAMS", 2)
         columns(monkeypatch, width)
 
 
 def columns(monkeypatch, width: int) -> None:
     """Tiles of so many columns, whatever runs them."""
-    for name in ("SLAB_COLUMNS", "FOLD_COLUMNS", "TERMS_COLUMNS"):
+    for name in ("SLAB_COLUMNS", "DENSE_FOLD_COLUMNS", "TERMS_COLUMNS"):
         monkeypatch.setattr(tiles, name, {4: width, 8: width})
     monkeypatch.setattr(tiles, "TERMS_STEPS", 2)

@@ -10,6 +10,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorat
 
 import pytest
 import torch
+from divergences import FORMS, SIGNS, UNBOUNDED
 
 from duet_kernels import (
     LMHead,
@@ -25,7 +26,7 @@ from duet_kernels import (
     set_workspace_bytes,
     topk_distill_loss,
 )
-from duet_kernels.options import Divergence
+from duet_kernels.options import DIVERGENCES, RAW, Divergence
 from duet_kernels.portable import cuts, gather
 from duet_kernels.portable.topk_divergence import divergence_and_gradient
 from duet_kernels.testing import (
@@ -131,7 +132,7 @@ def test_odd_shapes(op, lead, v, d):
 @pytest.mark.parametrize("op", [op for op in OPS if "-" in op.name], ids=str)
 def test_a_vocabulary_of_one_id(op):
     """Its distribution is certain: nothing is lost and nothing is learned."""
-    if any(raw in op.name for raw in ("huber", "mse", "l1", "logsumexp")):
+    if any(raw in op.name for raw in (*RAW, "logsumexp")):
         return
     problem = make_problem(16, 1, 3).requiring(("hidden", "weight"))
     rows = op.run(problem, "chunked")
@@ -182,7 +183,7 @@ def test_masked_rows_that_stay(op, monkeypatch):
 
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", ["huber", "mse", "l1", *DISTRIBUTIONS])
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_a_row_whose_factor_is_0_is_skipped(name, garbage):
     """The row factor is an input of the op: at 0 the row gives exactly 0, whatever its logits are."""
     normalization = "tail" if name in DISTRIBUTIONS else "none"
@@ -392,7 +393,7 @@ def test_token_stats_against_the_definition(dtype, head):
 
 
 # The difference of two logits of -inf is no number; the dense reverse KL has a test of its own below.
-NO_BANS = ("linear-huber", "linear-mse", "linear-l1", "linear-reverse_kl")
+NO_BANS = tuple(f"linear-{name}" for name in (*RAW, *UNBOUNDED))
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op.name not in NO_BANS], ids=str)
@@ -527,16 +528,12 @@ def _ragged(op, absent):
 
 
 TOPK_OPTIONS = [
-    {"divergence": "huber"},
-    {"divergence": "mse"},
-    {"divergence": "l1"},
+    *({"divergence": name} for name in RAW),
     *(
-        {"divergence": d, "normalization": n, "temperature": 1.5}
-        for d in DISTRIBUTIONS
-        for n in ("renormalize", "tail")
+        {"divergence": name, "normalization": normalization, "temperature": 1.5}
+        for name, normalization in FORMS
+        if name in DISTRIBUTIONS
     ),
-    {"divergence": "forward_kl", "normalization": "zeroed", "temperature": 1.5},
-    {"divergence": "forward_kl", "normalization": "truncated", "temperature": 1.5},
 ]
 
 
@@ -617,7 +614,7 @@ def test_a_student_that_is_the_teacher_has_no_loss(options, dtype, d):
         rows = sides(reduction="none")
         assert rows.abs().max() <= noise, f"{rows.abs().max():.1e} > {noise:.1e}"
         grads = gradients(rows.sum(), case)
-        if options["divergence"] in ("l1", "tvd"):
+        if options["divergence"] in SIGNS:
             assert bool((rows == 0).all()) and all(bool((g == 0).all()) for g in grads.values())
         # Elsewhere a gradient of rounding's size: the noise of K logits against rows of W.
         assert grads["hidden"].abs().max() <= 16 * 4 * noise
@@ -628,7 +625,7 @@ def test_l1_and_tvd_have_their_gradient_above_the_noise(dtype):
     """The dead zone is rounding, not a hole: a gap of 1e-3 has its full gradient."""
     problem = make_problem(13, 61, 16, dtype=dtype)
     top = linear_topk(problem.hidden, problem.head, 5)
-    for divergence in ("l1", "tvd"):
+    for divergence in SIGNS:
         case = problem.requiring(["hidden"])
         nudged = top._replace(values=top.values + 1e-3 * torch.tensor([1.0, -1, 1, -1, 1]))
         loss = topk_distill_loss(case.hidden, case.head, nudged, divergence=divergence, reduction="sum")
@@ -641,7 +638,7 @@ ABSENT_ON_TRITON = pytest.param("triton", marks=[NEEDS_TRITON, pytest.mark.xfail
 
 @pytest.mark.parametrize("impl", ["reference", "chunked", ABSENT_ON_TRITON])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("divergence", ["huber", "mse", "l1"])
+@pytest.mark.parametrize("divergence", RAW)
 def test_raw_dense_losses_leave_out_ids_that_both_heads_rule_out(divergence, dtype, impl):
     """A bias of -inf in both heads: the loss and its gradients are those of the vocabulary without these ids."""
     problem = make_problem(7, 43, 11, dtype=dtype, bias=True)
@@ -667,7 +664,7 @@ def test_an_id_that_one_head_rules_out_is_infinitely_far(impl):
     bias = problem.bias.index_fill(0, torch.tensor([4]), -torch.inf)
     head = LMHead(problem.weight, bias)
     for sides in ((head, problem.teacher_head), (problem.head, head)):
-        for divergence in ("huber", "mse", "l1"):
+        for divergence in RAW:
             hidden = problem.hidden, sides[0], problem.teacher_hidden, sides[1]
             rows = linear_distill_loss(*hidden, divergence=divergence, reduction="none", impl=impl)
             assert bool((rows == torch.inf).all())
@@ -728,7 +725,12 @@ EXTREMES = {
     "softcap 0.0001, scale 10000": ({"softcap": 1e-4, "scale": 1e4}, {}),
     "softcap 10000, scale 0.0001": ({"softcap": 1e4, "scale": 1e-4}, {}),
     **{f"temperature {t:g}": ({}, {"temperature": t}) for t in (1e-3, 1e3)},
-    **{f"beta {b:g}": ({}, {"divergence": "jsd", "beta": b}) for b in (1e-3, 1 - 1e-3)},
+    **{
+        f"{name} beta {b:g}": ({}, {"divergence": name, "beta": b})
+        for name, traits in DIVERGENCES.items()
+        if "beta" in traits.reads
+        for b in (1e-3, 1 - 1e-3)
+    },
     **{f"delta {d:g}": ({}, {"divergence": "huber", "delta": d}) for d in (1e-10, 1e10)},
 }
 

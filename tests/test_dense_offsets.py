@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from dense_walks import few_programs
 
 from duet_kernels import LMHead
-from duet_kernels.options import Divergence
+from duet_kernels.options import DIVERGENCES, Divergence
 from duet_kernels.triton import complement, dense, divergence, tiles
 from duet_kernels.triton.primitives import INTERPRETED
 
@@ -22,7 +22,7 @@ FAR = 2**30 + 64  # from one row to the next
 @pytest.fixture(autouse=True)
 def tiles_of_few_columns(monkeypatch):
     few_programs(monkeypatch)
-    for name in ("SLAB_COLUMNS", "FOLD_COLUMNS", "TERMS_COLUMNS"):
+    for name in ("SLAB_COLUMNS", "DENSE_FOLD_COLUMNS", "TERMS_COLUMNS"):
         monkeypatch.setattr(tiles, name, {4: V, 8: V})
     monkeypatch.setattr(tiles, "SLAB_ROWS", 1)
 
@@ -89,10 +89,10 @@ def test_labels(side, far):
     torch.testing.assert_close(loss.loss, wanted * torch.tensor(FACTOR, device=DEVICE))
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "jsd", "tvd", "huber"])
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_divergences(name, side, far):
     s, t, factor = logits(2), logits(3), torch.tensor(FACTOR, device=DEVICE)
-    spec = Divergence(name, "none" if name == "huber" else "renormalize", 1.0, 0.5, 1.0)
+    spec = Divergence(name, "none" if DIVERGENCES[name].raw else "renormalize", 1.0, 0.5, 1.0)
     results = []
     for place in (far, lambda x: x):
         loss = divergence._Divergence(dense.Side(*side), dense.Side(*side), place(factor), spec, True)

@@ -26,6 +26,7 @@ from duet.evaluation.suites.summary import NUMBERS
 from duet.methods.objectives import OBJECTIVES
 from duet.run.config_file import RunConfig, apply_overrides
 from duet.yaml_text import parse_yaml
+from duet_kernels.options import DIVERGENCES, NORMALIZATIONS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -229,6 +230,8 @@ def test_a_wrong_default_is_noticed():
 @pytest.mark.parametrize(
     "page, known",
     [
+        ("distil", DIVERGENCES),
+        ("distil", NORMALIZATIONS),
         ("methods", OBJECTIVES),
         ("evaluate", ATTACKS),
         ("evaluate", NUMBERS),
@@ -237,7 +240,7 @@ def test_a_wrong_default_is_noticed():
 )
 def test_no_name_is_missing(page, known):
     text = (ROOT / "docs" / f"{page}.md").read_text()
-    assert not [name for name in known if f"`{name}`" not in text]
+    assert not [name for name in known if not re.search(rf"`\W?{name}\W?`|^{name}\b", text, re.MULTILINE)]
 
 
 def test_the_readme_is_short():

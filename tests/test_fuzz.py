@@ -21,8 +21,9 @@ from duet_kernels import (  # noqa: E402
     linear_topk,
     topk_distill_loss,
 )
+from duet_kernels.options import DIVERGENCES  # noqa: E402
 from duet_kernels.portable import cuts, gather  # noqa: E402
-from duet_kernels.testing import DISTRIBUTIONS, OPS, gradients, make_problem  # noqa: E402
+from duet_kernels.testing import OPS, gradients, make_problem  # noqa: E402
 
 bounded = settings(
     max_examples=150,
@@ -165,7 +166,7 @@ def test_selections(small_tiles, problem, data, rows, tile_bytes):
     v=st.integers(3, 40),
     k=st.integers(1, 12),
     seed=st.integers(0, 10**6),
-    divergence=st.sampled_from(["huber", "mse", "l1", *DISTRIBUTIONS]),
+    divergence=st.sampled_from([*DIVERGENCES]),
     normalization=st.sampled_from(["renormalize", "tail", "zeroed", "truncated"]),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
 )
@@ -181,9 +182,9 @@ def test_any_teacher(n, v, k, seed, divergence, normalization, temperature):
     tail[draw[:, 0] > 0.8] = -torch.inf
     tail[(draw[:, 0] > 0.7) & (draw[:, 0] < 0.8)] -= 80
     ids = torch.stack([torch.randperm(v, generator=generator)[:k] for _ in range(n)])
-    if divergence in ("huber", "mse", "l1"):
+    if DIVERGENCES[divergence].raw:
         normalization, temperature = None, 1.0
-    elif divergence != "forward_kl" and normalization in ("zeroed", "truncated"):
+    elif normalization not in DIVERGENCES[divergence].normalizations:
         normalization = "tail"
     teacher = TopK(values, ids, tail, temperature)
     results = []
@@ -303,7 +304,7 @@ def tiny_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "SLOTS_BLOCK", 16)
     monkeypatch.setattr(tiles, "STATS_COLUMNS", 8)
     monkeypatch.setattr(tiles, "DWEIGHT_CHUNK", 8)
-    for name in ("SLAB_COLUMNS", "FOLD_COLUMNS", "TERMS_COLUMNS"):
+    for name in ("SLAB_COLUMNS", "DENSE_FOLD_COLUMNS", "TERMS_COLUMNS"):
         monkeypatch.setattr(tiles, name, {4: 16, 8: 16})
     monkeypatch.setattr(tiles, "SLAB_ROWS", 4)
 

@@ -23,6 +23,7 @@ from duet_kernels import (
     set_workspace_bytes,
     topk_distill_loss,
 )
+from duet_kernels.options import DIVERGENCES
 from duet_kernels.portable import cuts, dense, gather
 
 V, D = 32768, 4  # the weight itself, V D, stays below N V / 4
@@ -135,11 +136,7 @@ OPERATIONS = {
     "student": _sparse("reverse_kl", "tail", support="student"),
     "zeroed": _sparse("forward_kl", "zeroed"),
     "truncated": _sparse("forward_kl", "truncated"),
-    "dense-forward_kl": _dense("forward_kl", "mean"),
-    "dense-reverse_kl": _dense("reverse_kl", "mean"),
-    "dense-jsd": _dense("jsd", "mean"),
-    "dense-tvd": _dense("tvd", "mean"),
-    "dense-huber": _dense("huber", "mean"),
+    **{f"dense-{name}": _dense(name, "mean") for name in DIVERGENCES},
     "dense-none": lambda h, w, t: _dense("forward_kl", "none")(h, w, t).sum(),
     "masked": _masked,
     "softcap-bias": _capped,
@@ -250,7 +247,7 @@ def test_bytes_beyond_the_results_stay_in_the_workspace(name):
     assert peak <= WORKSPACE + results, f"{peak / 2**20:.1f} MiB beside {WORKSPACE / 2**20:.0f}"
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "huber", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bytes_of_a_dense_loss_with_a_frozen_head_stay_in_the_workspace(divergence, dtype):
     """KLs in vocabulary tiles, with two sums of rows of W; the logits of both models would be 64 MiB."""

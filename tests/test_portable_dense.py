@@ -16,7 +16,7 @@ from duet_kernels.portable import cuts, dense
 from duet_kernels.portable.dense_rows import RunningKL, RunningSums
 from duet_kernels.testing import assert_within_budget, make_problem
 
-KLS = ("forward_kl", "reverse_kl")
+KLS = RunningKL.NAMES
 CASES = {
     "plain": {},
     "bias": {"bias": True},

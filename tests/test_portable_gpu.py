@@ -27,6 +27,7 @@ from duet_kernels import (
     topk_distill_loss,
     workspace,
 )
+from duet_kernels.options import DIVERGENCES
 from duet_kernels.portable import cuts, gather
 from duet_kernels.testing import (
     CHECKS,
@@ -189,10 +190,7 @@ OPERATIONS = {
     "tail": (_sparse("forward_kl", normalization="tail"), 2, 4),
     "cross-entropy": (lambda h, w, t, top: linear_cross_entropy(h, w, top.indices[:, 0]), 2, 4),
     "softcap-bias": (_capped, 2 + 3, 4 + 4),
-    **{
-        f"dense-{name}": (_dense(name), 3, 4)
-        for name in ("forward_kl", "reverse_kl", "jsd", "tvd", "huber", "mse", "l1")
-    },
+    **{f"dense-{name}": (_dense(name), 3, 4) for name in DIVERGENCES},
     "dense-none": (lambda *x: _dense("forward_kl", reduction="none")(*x).sum(), 3, 6),
 }
 

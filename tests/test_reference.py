@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from divergences import of_distributions, of_logits
 
 from duet_kernels import (
     LMHead,
@@ -18,6 +19,7 @@ from duet_kernels import (
     linear_topk,
     topk_distill_loss,
 )
+from duet_kernels.options import DISTRIBUTION, RAW
 from duet_kernels.testing import OPS, make_problem
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -37,28 +39,11 @@ def both_logits(problem):
 
 
 def _definition(name, s, t, temperature=1.0, beta=0.5, delta=1.0):
-    """Rows of a divergence between logits at the same ids, by torch.nn.functional where it has it."""
-    none = {"reduction": "none"}
-    if name == "huber":
-        return F.huber_loss(s, t, delta=delta, **none).sum(-1)
-    if name == "mse":
-        return F.mse_loss(s, t, **none).sum(-1)
-    if name == "l1":
-        return F.l1_loss(s, t, **none).sum(-1)
-    logq, logp = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
-    if name == "forward_kl":
-        return F.kl_div(logq, logp, log_target=True, **none).sum(-1)
-    if name == "reverse_kl":
-        return F.kl_div(logp, logq, log_target=True, **none).sum(-1)
-    if name == "tvd":
-        return 0.5 * (logp.exp() - logq.exp()).abs().sum(-1)
-    logm = torch.log(beta * logp.exp() + (1 - beta) * logq.exp())
-    kl = [F.kl_div(logm, x, log_target=True, **none).sum(-1) for x in (logp, logq)]
-    return beta * kl[0] + (1 - beta) * kl[1]
-
-
-RAW = ("huber", "mse", "l1")
-DISTRIBUTION = ("forward_kl", "reverse_kl", "jsd", "tvd")
+    """Rows of a divergence between logits at the same ids, by torch.nn.functional."""
+    if name in RAW:
+        return of_logits(name, s, t, delta=delta).sum(-1)
+    log_q, log_p = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
+    return of_distributions(name, log_q, log_p, beta=beta)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

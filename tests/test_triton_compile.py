@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 pytest.importorskip("triton.backends.nvidia")
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ROOT / "duet_kernels" / "kernels"
+KERNELS = ROOT / "duet_kernels" / "triton"
 
 
 def outside_the_interpreter(tmp_path, *command):
@@ -126,9 +126,9 @@ def test_the_gate_refuses_interpreted_kernels(tmp_path):
 def test_launchers_on_the_cpu_say_what_to_do(tmp_path):
     """Without the interpreter a CPU tensor is refused by a sentence, not by a driver's stack trace."""
     code = (
-        "import torch; from duet_kernels.triton.gather import linear_gather_forward as f\n"
+        "import torch; from duet_kernels import LMHead; from duet_kernels.triton import linear_gather\n"
         "x = torch.ones(2, 4)\n"
-        "f(x, x, None, torch.zeros(2, 1, dtype=torch.int64), softcap=None, scale=1.0)"
+        "linear_gather(x, LMHead(x), torch.zeros(2, 1, dtype=torch.int64))"
     )
     done = outside_the_interpreter(tmp_path, "-c", code)
     assert done.returncode == 1

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from dense_walks import WALKS, columns, few_programs, force
+from divergences import FORMS
 
 from duet_kernels import reference
 from duet_kernels.head import Need
@@ -31,14 +32,7 @@ HEADS = (
 )
 FULL = HEADS[2]
 FAMILIES = ("cross-entropy", "logsumexp", "forward_kl-tail", "jsd-tail", "forward_kl-zeroed")
-WITH_TAIL = (
-    "forward_kl-tail",
-    "reverse_kl-tail",
-    "jsd-tail",
-    "tvd-tail",
-    "forward_kl-zeroed",
-    "forward_kl-truncated",
-)
+WITH_TAIL = tuple("-".join(form) for form in FORMS if form[1] not in ("none", "renormalize"))
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

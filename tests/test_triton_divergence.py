@@ -9,10 +9,11 @@ import torch
 pytest.importorskip("triton")
 
 from dense_walks import WALKS, columns, few_programs, force
+from divergences import ALL, SMOOTH, UNBOUNDED
 
 from duet_kernels import reference
 from duet_kernels.head import Need
-from duet_kernels.options import Divergence
+from duet_kernels.options import DISTRIBUTION, RAW, Divergence
 from duet_kernels.testing import assert_within_budget, make_problem
 from duet_kernels.triton import dense
 from duet_kernels.triton import divergence as kernel
@@ -20,9 +21,7 @@ from duet_kernels.triton.primitives import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 N, V, D = 19, 103, 23
-RAW = ("huber", "mse", "l1")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", *RAW)
-ALL = Need(True, True, True)
+EVERYTHING = Need(True, True, True)
 FULL = {"bias": True, "softcap": 9.0, "scale": 1.3}
 HEADS = ({}, {"softcap": 9.0}, FULL, {"scale": -0.7}, {"bias": True, "scale": -0.7, "teacher_d": 31})
 
@@ -51,7 +50,7 @@ def of(divergence, temperature=1.5, beta=0.3):
     return Divergence(divergence, "none" if raw else "renormalize", 1.0 if raw else temperature, beta, 0.8)
 
 
-def run(case, divergence, factor=None, need=ALL, beta=0.3):
+def run(case, divergence, factor=None, need=EVERYTHING, beta=0.3):
     """(f L, dh, dW, db)"""
     sides = case.hidden, case.head, case.teacher_hidden, case.teacher_head
     factor = factors(case) if factor is None else factor
@@ -82,7 +81,7 @@ def check(got, wanted, tolerance=1e-12):
 # --- values and gradients --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_fp64_equals_the_definition(divergence, head):
     case = problem(**head)
@@ -110,7 +109,7 @@ def budget(got, case, divergence, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 def test_error_budget(divergence, dtype):
     """Relative RMS error at most twice that of torch with fp32 logits from the same rounded inputs, + 4 eps."""
     case = problem(dtype, **FULL)
@@ -152,27 +151,27 @@ class _Loss(torch.autograd.Function):
         return *run(ctx.case, ctx.divergence, grad.contiguous())[1:], None, None
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 def test_gradcheck_of_the_kernels(divergence):
     case = problem(n=4, v=9, d=5, **FULL).requiring(("hidden", "weight", "bias"))
     leaves = case.hidden, case.weight, case.bias
     assert torch.autograd.gradcheck(_Loss.apply, (*leaves, case, divergence), fast_mode=True)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 def test_a_student_close_to_its_teacher_keeps_its_digits(divergence):
     """A gap of 0.02 at logits of standard deviation 4: fp32 is within a few eps of fp64, not 1e-3 off."""
     case = problem(torch.float32, n=9, v=603, d=64, std=4.0, gap=0.02)
     got = run(case, divergence)
     truth = expected(case.to(torch.float64), divergence, factors(case).double())
     budget(got, case, divergence)
-    if divergence in ("forward_kl", "reverse_kl", "jsd"):
+    if divergence in SMOOTH:
         for a, b in zip(got, truth, strict=False):
             assert (a.double() - b).norm() <= 1e-4 * b.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 def test_a_student_that_is_the_teacher_has_no_loss(divergence, dtype):
     case = problem(dtype, bias=True)
     same = dataclasses.replace(
@@ -185,7 +184,7 @@ def test_a_student_that_is_the_teacher_has_no_loss(divergence, dtype):
 
 
 @pytest.mark.parametrize("way", WALKS)
-@pytest.mark.parametrize("divergence", ["reverse_kl", "tvd", "l1", "mse"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "symmetric_kl", "tvd", "l1", "mse"])
 def test_every_way_is_the_same_sum(way, divergence, monkeypatch):
     """Blocks and slabs that are not full, maxima that grow from slab to slab, programs that share a row."""
     columns(monkeypatch, 32)
@@ -203,7 +202,7 @@ def test_every_way_adds_up_in_fp32(way, dtype, monkeypatch):
     budget([got[0], *(x.to(dtype) for x in got[1:])], case, "forward_kl")
 
 
-@pytest.mark.parametrize("divergence", ["mse", "reverse_kl", "huber"])
+@pytest.mark.parametrize("divergence", ALL)
 @pytest.mark.parametrize("size", [1e-7, 1e-2, 1e3])
 def test_fp16_neither_underflows_nor_overflows(divergence, size, monkeypatch):
     """A factor of 1 / N, a large one, differences of a hundred: dz is brought into the range of fp16 and back."""
@@ -221,7 +220,7 @@ def test_fp16_neither_underflows_nor_overflows(divergence, size, monkeypatch):
 
 @pytest.mark.parametrize(
     "divergence, way",
-    [*((name, None) for name in DIVERGENCES), ("l1", "dW, then dh"), ("reverse_kl", "recomputed")],
+    [*((name, None) for name in ALL), ("l1", "dW, then dh"), ("reverse_kl", "recomputed")],
 )
 def test_a_masked_row_of_nan_leaves_no_trace(divergence, way, monkeypatch):
     if way:
@@ -235,7 +234,7 @@ def test_a_masked_row_of_nan_leaves_no_trace(divergence, way, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(got, clean, strict=True))
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 def test_nan_stays_in_its_row(divergence):
     case = problem(bias=True)
     clean = run(case, divergence)
@@ -248,7 +247,7 @@ def test_nan_stays_in_its_row(divergence):
         assert torch.equal(loss[others], clean[0][others]) and torch.equal(dhidden[others], clean[1][others])
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "tvd"])
+@pytest.mark.parametrize("divergence", DISTRIBUTION)
 @pytest.mark.parametrize("width", [16, 128])
 def test_banned_ids(divergence, width, monkeypatch):
     """-inf on both sides: as if the ids were not there. On the teacher's: a probability of 0. First slabs are all -inf."""
@@ -264,7 +263,7 @@ def test_banned_ids(divergence, width, monkeypatch):
         torch.testing.assert_close(a[40:], b, rtol=1e-12, atol=1e-12)
         assert (a[:40] == 0).all()
     teacher = dataclasses.replace(case, teacher_bias=both.teacher_bias)
-    if divergence == "reverse_kl":
+    if divergence in UNBOUNDED:
         loss = run(teacher, divergence)[0]
         counts = factors(case) != 0
         assert loss[counts].isinf().all() and (loss[~counts] == 0).all()
@@ -278,7 +277,7 @@ def test_banned_ids(divergence, width, monkeypatch):
 def test_distant_logits_overflow_nothing():
     """Logits of a thousand, student and teacher at opposite ends."""
     case = problem(std=300.0, gap=2.0)
-    for divergence in ("forward_kl", "reverse_kl", "jsd", "tvd"):
+    for divergence in DISTRIBUTION:
         for a, b in zip(run(case, divergence), expected(case, divergence), strict=False):
             # A certain row's gradient is rounding; the others' are right to the digits that logits of 1000 leave.
             assert a.isfinite().all() and (a - b).norm() <= 1e-8 * b.norm()
@@ -352,7 +351,8 @@ def test_each_gradient_alone(only, divergence, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "divergence, folds", [("forward_kl", 1), ("jsd", 2), ("tvd", 2), ("huber", 0), ("l1", 1)]
+    "divergence, folds",
+    [("forward_kl", 1), ("symmetric_kl", 2), ("jsd", 2), ("tvd", 2), ("huber", 0), ("l1", 1)],
 )
 def test_how_often_logits_are_read_and_multiplied(divergence, folds, monkeypatch):
     """At hand nothing is multiplied twice; recomputed, a loss without folds pays nothing."""

@@ -1,5 +1,7 @@
 """The arithmetic helpers of the kernels against torch in higher precision, and the launchers' checks."""
 
+import ast
+import inspect
 import math
 
 import pytest
@@ -8,17 +10,10 @@ import torch
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from duet_kernels.triton import (  # noqa: E402
-    dense,
-    linear_cross_entropy,
-    linear_divergence,
-    linear_gather,
-    linear_logsumexp,
-    linear_topk,
-    primitives,
-    tiles,
-    token_stats,
-)
+from duet_kernels import triton as kernels  # noqa: E402
+from duet_kernels.head import LMHead, Need  # noqa: E402
+from duet_kernels.options import Divergence  # noqa: E402
+from duet_kernels.triton import dense, primitives, tiles  # noqa: E402
 
 DEVICE = "cpu" if primitives.INTERPRETED else "cuda"
 
@@ -122,21 +117,18 @@ def test_a_dimension_that_32_bits_cannot_count_is_refused(size):
     """Half of them: the end of a tile or a split beyond the last position has to fit as well."""
     most = primitives.MAX_SIZE + 1
     hidden, weight = _wide(most, 3) if size == "weight" else _wide(3, most)
-    ids, row = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2)
-    plain = {"softcap": None, "scale": 1.0}
-    need = {"need_hidden": True, "need_weight": False, "need_bias": False}
-    side = hidden, weight, None, None, 1.0
-    options = {"divergence": "mse", "temperature": 1.0, "beta": 0.5, "delta": 1.0}
+    head, ids, row = LMHead(weight), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2)
+    column, need, spec = row[:, None], Need(True), Divergence("mse", "none", 1.0, 0.5, 1.0)
+    most_slots, tile = torch.zeros(2, 64, dtype=torch.int64), tiles.LossTile(64, 16, 16, 4, 96)
     calls = (
-        lambda: linear_gather.linear_gather_forward(hidden, weight, None, ids, **plain),
-        lambda: linear_gather.linear_gather_backward(
-            row[:, None], row[:, None], hidden, weight, None, ids, **plain, **need
-        ),
-        lambda: linear_topk.linear_topk(hidden, weight, None, 1, temperature=1.0, **plain),
-        lambda: linear_logsumexp.complement_and_values(hidden, weight, None, ids, temperature=1.0, **plain),
-        lambda: token_stats.token_stats(hidden, weight, None, None, **plain),
-        lambda: linear_cross_entropy.linear_cross_entropy(*side, ids[:, 0], row, **need),
-        lambda: linear_divergence.linear_divergence(*side, *side, row, **options, **need),
+        lambda: kernels.linear_gather(hidden, head, ids),
+        lambda: kernels.linear_gather_backward(column, column, hidden, head, ids, need),
+        lambda: kernels.linear_topk(hidden, head, 1, 1.0),
+        lambda: kernels.linear_logsumexp(hidden, head, ids, 1.0, need),
+        lambda: kernels.token_stats(hidden, head, None),
+        lambda: kernels.linear_cross_entropy(hidden, head, ids[:, 0], row, need),
+        lambda: kernels.linear_divergence(hidden, head, hidden, head, row, spec, need),
+        lambda: kernels.topk_loss(hidden, head, most_slots, most_slots.float(), row, spec, need, tile=tile),
     )
     for call in calls:
         with pytest.raises(ValueError, match=f"{size}: .* in 32 bits, at most {2**30}, got {most}"):
@@ -146,9 +138,22 @@ def test_a_dimension_that_32_bits_cannot_count_is_refused(size):
 def test_tokens_whose_statistics_32_bits_cannot_find_are_refused():
     n = dense.MAX_TOKENS + 1
     hidden, weight, row = torch.zeros(1, 1).expand(n, 2), torch.zeros(3, 2), torch.ones(1).expand(n)
-    side = dense.Side(hidden, weight, None, None, 1.0)
+    side = dense.Side(hidden, LMHead(weight))
     with pytest.raises(ValueError, match=f"hidden: .* at most {2**27} tokens at a time, got {n}"):
-        dense.run((side,), row, None, dense.Need(True, False, False))
+        dense.run((side,), row, None, Need(True))
+
+
+def test_no_number_replaces_another_of_its_name():
+    """The second of two lines `WARPS = ...` would be the first one's value, too, and nobody would see why it is slow."""
+    names = [
+        name.id
+        for line in ast.parse(inspect.getsource(tiles)).body
+        if isinstance(line, ast.Assign)
+        for target in line.targets
+        for name in ast.walk(target)
+        if isinstance(name, ast.Name)
+    ]
+    assert len(names) > 30 and sorted(names) == sorted(set(names))
 
 
 def test_every_architecture_and_dtype_has_a_tile():

@@ -13,7 +13,7 @@ Products, each 2 N D V FLOP, with a frozen and with a trainable head:
     huber, mse              tiles 3 and 4: there is no normaliser to wait for
     forward, reverse KL     row chunks 3 and 4; tiles 4 with a frozen one, because two sums of rows of W run along
                             until the normalisers are known (`dense_rows.RunningKL`)
-    jsd, tvd, l1            row chunks 3 and 4: nothing could run along (l1 waits for the largest logit)
+    the others              row chunks 3 and 4: nothing could run along (l1 waits for the largest logit)
 
 So a CPU cuts a KL with a frozen head into tiles where its fourth product costs no more than reading W for every chunk
 (`_tiles_are_cheaper`); a GPU, which reads W fast, does not. `dense_rows` compares the logits.
@@ -44,9 +44,10 @@ from .cuts import (
     tile_width,
     times_weight,
 )
-from .dense_rows import DenseRows, RunningKL, any_of, raw_terms, strip_bytes, subtract_
+from .dense_rows import DenseRows, RunningKL, any_of, strip_bytes, subtract_
 from .logsumexp import complement_and_values, complement_and_values_backward
 from .running import RunningLogsumexp
+from .terms import OF_LOGITS
 
 # To read W from memory takes about as long as to multiply this many rows with it: 10 FLOP for a byte of fp32.
 _READING_ROWS = 20
@@ -163,13 +164,13 @@ def linear_divergence(
     Gradients of fp16 inputs stay in fp32: the upstream factor, a loss scale perhaps, comes after they are made.
     """
     student, teacher = (hidden, head), (teacher_hidden, teacher_head)
-    if spec.name in ("huber", "mse"):
+    if spec.raw and not spec.noise:
         return _raw_by_tiles(student, teacher, factor, spec, need)
     n = len(hidden)
     # Logits of both, and with a softcap the student's slope and what makes it; their gradient as halves.
     copies = (2 if head.softcap is None else 4) + (operand_dtype(hidden) != head.acc)
     step = max(1, rows_that_fit(n, head, copies))
-    frozen_kl = spec.name in ("forward_kl", "reverse_kl") and not (need.weight or need.bias)
+    frozen_kl = spec.name in RunningKL.NAMES and not (need.weight or need.bias)
     by_tiles = frozen_kl and not cuts.asynchronous(hidden.device)
     if by_tiles and (not need.hidden or _tiles_are_cheaper(n, step, head.weight)):
         return _kl_by_tiles(student, teacher, factor, spec, need)
@@ -236,7 +237,7 @@ def _raw_by_tiles(
     need: Need,
 ) -> Result:
     (hidden, head), out = student, grad_dtype(student[0].dtype)
-    ruled_out = _both_may_rule_out(student, teacher)
+    ruled_out, quiet = _both_may_rule_out(student, teacher), factor.new_zeros(())
     # One block of rows finishes a slice of dW at once; several add up before the cast.
     summed = out if len(list(row_blocks(len(hidden)))) <= 1 else head.acc
     loss = factor.new_zeros(len(hidden))
@@ -248,7 +249,7 @@ def _raw_by_tiles(
         dh = torch.zeros(block[0].shape, dtype=head.acc, device=hidden.device)
         for columns, weight, s, t in _tiles(block, teacher_block):
             slope = head.slope(s)
-            terms, dz = raw_terms(subtract_(s, t, ruled_out), spec)
+            terms, dz = OF_LOGITS[spec.name](subtract_(s, t, ruled_out), quiet, spec)
             loss[rows] += terms
             if not any(need):
                 continue

@@ -27,7 +27,7 @@ from ..options import Divergence
 from ..workspace import workspace_bytes
 from . import cuts
 from .cuts import multiply_, row_chunks
-from .topk_divergence import log_to_mixture
+from .terms import OF_DISTRIBUTIONS, OF_LOGITS, difference, expected, infinite
 
 _STRIP_BYTES = 2**19  # of one temporary: half a dozen of them lie in a core's share of the cache
 
@@ -112,7 +112,7 @@ class RunningSums:
     def ratio(self, s: Tensor, t: Tensor) -> Tensor:
         """u of a strip; where both logits are -inf it is of no account, but not NaN."""
         u = s - t
-        if _infinite(s) and _infinite(t):
+        if infinite(s) and infinite(t):
             u.masked_fill_((s == -torch.inf) & (t == -torch.inf), 0)
         return self._scaled(u).sub_(self._gap())
 
@@ -149,6 +149,8 @@ class RunningKL:
     The first sum is small where the student is close, and so is the factor of the second: nothing cancels. Both are
     sums of W as B, A and S are sums of 1, and fall alike when origins rise.
     """
+
+    NAMES = ("forward_kl", "reverse_kl")
 
     def __init__(self, hidden: Tensor, spec: Divergence) -> None:
         self.sums = RunningSums(len(hidden), hidden, spec)
@@ -191,7 +193,7 @@ class RunningKL:
 class DenseRows:
     """Student's and teacher's logits `[R, V]` at hand, compared in as few passes over them as their digits allow.
 
-        dloss/ds = c (a - m q) / T        a of every logit (`_PARTS`), m the sum of a
+        dloss/ds = (a - m q) / T        a of every logit (`terms`), m the sum of a
 
     w = (s - t) / T - r needs no B here: r is the difference of the rounded normalisers that p and q are made with, and
     its rounding cancels to first order in the losses, which add up terms like q - p - p w, and in a - m q. Both logits
@@ -201,7 +203,7 @@ class DenseRows:
     def __init__(self, student: Tensor, teacher: Tensor, spec: Divergence, ruled_out: bool = True) -> None:
         self.s, self.t, self.spec, self.ruled_out = student, teacher, spec, ruled_out
         self.inverse = 1.0 / spec.temperature
-        self.noise = self._noise() if spec.name in ("l1", "tvd") else student.new_zeros(())
+        self.noise = self._noise() if spec.noise else student.new_zeros(())
         if not spec.raw:
             self.s_norm, self.t_norm = self._normaliser(student), self._normaliser(teacher)
             self.r = (self.s_norm - self.t_norm) * self.inverse
@@ -209,8 +211,7 @@ class DenseRows:
     def compare_(self, factor: Tensor, with_gradient: bool) -> Tensor:
         """`[R]` factor * loss; with a gradient, factor * dloss/ds is left in the teacher's memory. 0 gives 0."""
         s, t, spec, skip = self.s, self.t, self.spec, factor == 0
-        constant = {"jsd": 1 - spec.beta, "tvd": 0.5}.get(spec.name, 1.0)
-        scale = (factor * (constant / spec.temperature))[:, None]
+        scale = (factor * self.inverse)[:, None]
         loss, mean = s.new_zeros(len(s)), s.new_zeros(len(s), 1)
         for c in self._strips():
             terms, a = self._raw(c) if spec.raw else self._parts(c)
@@ -252,98 +253,41 @@ class DenseRows:
         for c in self._strips():
             for z in (self.s[:, c], self.t[:, c]):
                 size = z.abs()
-                if _infinite(z):
+                if infinite(z):
                     size.nan_to_num_(torch.nan, 0.0)
                 largest = torch.maximum(largest, size.amax(1, keepdim=True))
         return largest.mul_(8 * torch.finfo(self.s.dtype).eps)
 
     def _raw(self, c: slice) -> tuple[Tensor, Tensor]:
-        return raw_terms(subtract_(self.s[:, c], self.t[:, c], self.ruled_out), self.spec, self.noise)
+        d = subtract_(self.s[:, c], self.t[:, c], self.ruled_out)
+        return OF_LOGITS[self.spec.name](d, self.noise, self.spec)
 
     def _parts(self, c: slice) -> tuple[Tensor, Tensor]:
         """(`[R]` loss, a) of a strip; q and p are written over its logits."""
         s, t = self.s[:, c], self.t[:, c]
         w = s - t
-        if _infinite(s) and _infinite(t):
+        if infinite(s) and infinite(t):
             w.nan_to_num_(0.0, torch.inf, -torch.inf)  # inf - inf; a row with a NaN has one in r as well
         w = multiply_(w, self.inverse).sub_(self.r)
         q, p = self._exponential_(s.sub_(self.s_norm)), self._exponential_(t.sub_(self.t_norm))
-        return _PARTS[self.spec.name](p, q, w, self)
-
-
-def _forward_kl(p: Tensor, q: Tensor, w: Tensor, rows: DenseRows) -> tuple[Tensor, Tensor]:
-    a = difference(q, p, w)
-    return a.sum(1) - expected(p, w).sum(1), a
-
-
-def _reverse_kl(p: Tensor, q: Tensor, w: Tensor, rows: DenseRows) -> tuple[Tensor, Tensor]:
-    a = expected(q, w)
-    return a.sum(1) - difference(q, p, w).sum(1), a
-
-
-def _jsd(p: Tensor, q: Tensor, w: Tensor, rows: DenseRows) -> tuple[Tensor, Tensor]:
-    beta = rows.spec.beta
-    log_p_over_m, log_q_over_m = log_to_mixture(w, beta)
-    a = log_q_over_m.mul_(q)
-    return beta * log_p_over_m.mul_(p).sum(1) + (1 - beta) * a.sum(1), a
-
-
-def _tvd(p: Tensor, q: Tensor, w: Tensor, rows: DenseRows) -> tuple[Tensor, Tensor]:
-    sign = _sign(w, rows.noise / rows.spec.temperature)
-    return 0.5 * difference(q, p, w).mul_(sign).sum(1), sign.mul_(q)
-
-
-_PARTS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "tvd": _tvd}
+        return OF_DISTRIBUTIONS[self.spec.name](p, q, w, self.noise * self.inverse, self.spec)
 
 
 # --- elementwise ------------------------------------------------------------------------------------------------
 
 
-def raw_terms(d: Tensor, spec: Divergence, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(`[R]` loss, `[R, C]` gradient) of a strip of differences of logits; l1 ignores those within the `noise`."""
-    if spec.name == "mse":
-        return d.square().sum(1), 2 * d
-    if spec.name == "huber":
-        clamped = d.clamp(-spec.delta, spec.delta)
-        # With c the clamped difference: c (d - c / 2) is both branches of the Huber loss.
-        return (d - 0.5 * clamped).mul_(clamped).sum(1), clamped
-    assert noise is not None
-    sign = _sign(d, noise)
-    return (sign * d).sum(1), sign
-
-
 def subtract_(s: Tensor, t: Tensor, ruled_out: bool) -> Tensor:
     """s - t in the memory of s; 0 at the ids that both may have `ruled_out` by a bias of -inf."""
     absent = None
-    if ruled_out and _infinite(s) and _infinite(t):
+    if ruled_out and infinite(s) and infinite(t):
         absent = (s == -torch.inf) & (t == -torch.inf)
     s.sub_(t)
     return s if absent is None else s.masked_fill_(absent, 0)
 
 
-def difference(a: Tensor, b: Tensor, log_ratio: Tensor) -> Tensor:
-    """a - b of two positive numbers, to the digits of log(a / b)."""
-    return log_ratio.abs().neg_().expm1_().mul_(torch.maximum(a, b)).copysign_(log_ratio)
-
-
-def expected(p: Tensor, x: Tensor) -> Tensor:
-    """p x, and 0 where p is 0 although x may be infinite."""
-    return (p * x).masked_fill_(p == 0, 0) if _infinite(x) else p * x
-
-
-def _sign(x: Tensor, noise: Tensor) -> Tensor:
-    """The sign of x, 0 within the noise."""
-    return x.abs().sub_(noise).clamp_(min=0).sign_().copysign_(x)
-
-
 def any_of(mask: Tensor) -> bool:
     """Whether something may be set. Looking would synchronise a GPU; a CPU spares the steps that only that needs."""
     return cuts.asynchronous(mask.device) or bool(mask.any())
-
-
-def _infinite(x: Tensor) -> bool:
-    """Whether there may be infinities (in rows without a NaN)."""
-    return cuts.asynchronous(x.device) or bool(torch.maximum(x.amax(1), -x.amin(1)).isposinf().any())
 
 
 def _sum(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..options import Divergence
+from .terms import OF_DISTRIBUTIONS, OF_LOGITS, expected
 
 
 def divergence_and_gradient(
@@ -28,7 +29,9 @@ def divergence_and_gradient(
     """
     present = teacher != -torch.inf
     if spec.raw:
-        loss, dz = _raw(student, teacher, present, spec)
+        d = (student - teacher).masked_fill_(~present, 0)
+        noise = _noise(student, teacher, present) if spec.noise else d.new_zeros(())
+        loss, dz = OF_LOGITS[spec.name](d, noise, spec)
         dtail = student.new_empty(0)
     else:
         loss, dz, dtail = _distributions(student, teacher, student_tail, teacher_tail, present, spec)
@@ -38,20 +41,6 @@ def divergence_and_gradient(
     if dtail.numel():
         dtail = (factor * dtail).masked_fill(skip, 0)
     return loss, dz, dtail
-
-
-def _raw(s: Tensor, t: Tensor, present: Tensor, spec: Divergence) -> tuple[Tensor, Tensor]:
-    d = s - t
-    d.masked_fill_(~present, 0)
-    if spec.name == "mse":
-        return d.square().sum(-1), 2 * d
-    if spec.name == "huber":
-        clamped = d.clamp(-spec.delta, spec.delta)
-        # With c the clamped difference: c (d - c / 2) is both branches of the Huber loss.
-        return (clamped * (d - 0.5 * clamped)).sum(-1), clamped
-    size = d.abs()
-    quiet = size <= _noise(s, t, present)
-    return size.masked_fill(quiet, 0).sum(-1), d.sign().masked_fill(quiet, 0)
 
 
 def _noise(s: Tensor, t: Tensor, present: Tensor) -> Tensor:
@@ -77,7 +66,7 @@ def _distributions(
     if spec.normalization == "tail":
         assert s_tail is not None and t_tail is not None
         xs, xt = torch.cat([xs, s_tail[:, None]], -1), torch.cat([xt, t_tail[:, None]], -1)
-    noise = _noise(xs, xt, torch.ones_like(xs, dtype=torch.bool)) if spec.name == "tvd" else None
+    noise = _noise(xs, xt, torch.ones_like(xs, dtype=torch.bool)) if spec.noise else xs.new_zeros(())
     total_s = torch.logsumexp(xs, -1, keepdim=True)
     total_t = torch.logsumexp(xt, -1, keepdim=True)
     if spec.normalization in ("zeroed", "truncated"):
@@ -94,12 +83,13 @@ def _distributions(
     p = (xt - total_t).exp_().masked_fill_(total_t == -torch.inf, 0)
     if spec.normalization in ("zeroed", "truncated"):
         assert s_tail is not None
-        loss = _expectation(p, (total_s - total_t) - difference).sum(-1)
+        loss = expected(p, (total_s - total_t) - difference).sum(-1)
         mass = p.sum(-1)
         dx = q * mass[:, None] - p
         q_tail = (s_tail - total_s[:, 0]).exp()
         return loss, dx.div_(spec.temperature), (q_tail * mass).masked_fill(s_tail == -torch.inf, 0)
-    loss, dx = _sum_and_gradient(p, q, _log_ratio(difference, p, total_s - total_t), noise, spec)
+    loss, a = OF_DISTRIBUTIONS[spec.name](p, q, _log_ratio(difference, p, total_s - total_t), noise, spec)
+    dx = a.sub_(q * a.sum(-1, keepdim=True))
     dtail = dx[:, k].clone() if spec.normalization == "tail" else s.new_empty(0)
     return loss, dx[:, :k].div(spec.temperature), dtail
 
@@ -114,40 +104,3 @@ def _log_ratio(difference: Tensor, p: Tensor, totals: Tensor) -> Tensor:
     growth = (p * torch.expm1(difference)).sum(-1, keepdim=True)
     close = (growth.abs() < 0.5) & (difference.amax(-1, keepdim=True) < 60)
     return difference.sub_(torch.where(close, growth.log1p(), totals))
-
-
-def _expectation(p: Tensor, x: Tensor) -> Tensor:
-    """p x, and 0 where p is 0 although x may be infinite."""
-    return (p * x).masked_fill_(p == 0, 0)
-
-
-def _sum_and_gradient(
-    p: Tensor, q: Tensor, ratio: Tensor, noise: Tensor | None, spec: Divergence
-) -> tuple[Tensor, Tensor]:
-    """Loss and its gradient in x, from p, q and ratio = log q - log p."""
-    if spec.name == "forward_kl":
-        loss = -_expectation(p, ratio).sum(-1)
-        # q - p as p (q / p - 1): no digits are lost where the student is close to the teacher.
-        return loss, torch.where(ratio.abs() < 1, p * torch.expm1(ratio), q - p)
-    if spec.name == "reverse_kl":
-        terms = _expectation(q, ratio)
-        loss = terms.sum(-1)
-        return loss, terms.sub_(q * loss[:, None])
-    if spec.name == "jsd":
-        log_p_over_m, log_q_over_m = log_to_mixture(ratio, spec.beta)
-        q_terms = _expectation(q, log_q_over_m)
-        kl_q = q_terms.sum(-1)
-        loss = spec.beta * _expectation(p, log_p_over_m).sum(-1) + (1 - spec.beta) * kl_q
-        return loss, q_terms.sub_(q * kl_q[:, None]).mul_(1 - spec.beta)
-    assert noise is not None  # tvd
-    signed = (q - p).sign_().masked_fill_(ratio.abs() <= noise, 0)
-    loss = 0.5 * (signed * (q - p)).sum(-1)
-    signed.mul_(q)
-    return loss, signed.sub_(q * signed.sum(-1, keepdim=True)).mul_(0.5)
-
-
-def log_to_mixture(ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """(log(p / m), log(q / m)) of m = beta p + (1 - beta) q, given ratio = log q - log p; both are finite."""
-    ratio = ratio.clamp(-80, 80)  # beyond, one of p and q is nothing beside the other
-    log_q_over_m = ratio.neg().expm1_().mul_(beta).log1p_().neg_()
-    return log_q_over_m - ratio, log_q_over_m

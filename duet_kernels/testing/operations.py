@@ -18,7 +18,8 @@ from ..functional import (
     topk_distill_loss,
 )
 from ..head import TopK
-from ..options import DistributionDivergence, DivergenceName, Normalization
+from ..options import DISTRIBUTION as DISTRIBUTIONS
+from ..options import DIVERGENCES, RAW, DivergenceName, Normalization
 from .problems import Problem
 
 IGNORE = -100
@@ -136,23 +137,18 @@ def _top_ids(problem: Problem) -> Tensor:
     return problem.teacher_topk(_k(problem)).indices
 
 
-DISTRIBUTIONS: tuple[DistributionDivergence, ...] = ("forward_kl", "reverse_kl", "jsd", "tvd")
-
 OPS: tuple[Op, ...] = (
     Op("gather", _gather, _top_ids, "linear_gather", loss=False),
     Op("logsumexp", _logsumexp, _top_ids, "linear_logsumexp", loss=False),
     Op("logsumexp-exclude", _complement, _top_ids, "linear_logsumexp", loss=False),
     Op("cross-entropy", _cross_entropy, lambda problem: problem.labels[..., None], "linear_cross_entropy"),
-    _topk_op("huber", delta=0.8),
-    _topk_op("mse"),
-    _topk_op("l1"),
-    *(_topk_op(name, "renormalize", temperature=1.5, beta=0.3) for name in DISTRIBUTIONS),
-    *(_topk_op(name, "tail", temperature=1.5, beta=0.3) for name in DISTRIBUTIONS),
-    _topk_op("forward_kl", "zeroed", temperature=2.0),
-    _topk_op("forward_kl", "truncated", temperature=2.0),
-    _distill_op("huber", delta=0.8),
-    _distill_op("mse"),
-    _distill_op("l1"),
+    *(_topk_op(name, delta=0.8) for name in RAW),
+    *(
+        _topk_op(name, normalization, temperature=1.5, beta=0.3)
+        for name in DISTRIBUTIONS
+        for normalization in DIVERGENCES[name].normalizations
+    ),
+    *(_distill_op(name, delta=0.8) for name in RAW),
     *(_distill_op(name, temperature=1.5, beta=0.3) for name in DISTRIBUTIONS),
     _distill_op("huber", k=8, support="teacher"),
     _distill_op("forward_kl", k=8, support="teacher", normalization="tail"),

@@ -55,6 +55,7 @@ from .primitives import (
     require_device,
     require_sizes,
 )
+from .terms import BOUNDS
 from .topk_divergence import topk_divergence
 
 # --- the ids of a block ----------------------------------------------------------------------------------------
@@ -323,7 +324,7 @@ class _Complement(dense.Loss):
         """Write gain dz of the block."""
         (z,), (rows, columns), head, k = block.logits, block.shape, self.side.head, self.ids.shape[1]
         sums, dtail, ids = self.sums[:, block.rows], self.dtail[block.rows], self.ids[block.rows]
-        grid, shape = dense.grid(block)
+        grid, shape = dense.grid(block, tiles.SOFTMAX_PROGRAMS)
         _softmax_kernel[grid](
             z_ptr=z, sums_ptr=sums, dtail_ptr=dtail, gain_ptr=gain, dz_ptr=dz,
             R=rows, C=columns,
@@ -388,7 +389,7 @@ class _TopkDivergence(_WithValues):
         super().__init__(*inputs, spec.temperature)
         self.teacher, self.teacher_tail, self.spec = teacher, teacher_tail, spec
         # fp16 weights are multiplied by a number that only the values of a block's rows tell.
-        self.bounded = not (spec.name == "reverse_kl" and self.side.operand == torch.float16)
+        self.bounded = not (BOUNDS[spec.name].of_loss and self.side.operand == torch.float16)
 
     def settle(self, rows: slice) -> None:
         self.loss[rows], self.upstream[rows], self.dtail[rows] = topk_divergence(
@@ -397,10 +398,7 @@ class _TopkDivergence(_WithValues):
         )  # fmt: skip
 
     def bound(self, rows: slice) -> Tensor | float:
-        if self.spec.name == "reverse_kl":
-            # q u >= -1/e where q < p, so no sum of terms of L = sum q u is above L + 1/e.
-            return (self.loss[rows] / self.factor[rows] + 1.0) / self.temperature
-        return 2.0 / self.temperature
+        return BOUNDS[self.spec.name].at(self.spec, self.loss[rows] / self.factor[rows])
 
 
 def linear_cross_entropy(

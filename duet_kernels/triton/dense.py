@@ -107,11 +107,11 @@ class Loss:
         raise NotImplementedError
 
 
-def grid(block: Block) -> tuple[tuple[int], dict[str, int]]:
-    """Programs over rows and splits of a slab that write dz, as a grid and the shape arguments of its kernel."""
+def grid(block: Block, programs: int) -> tuple[tuple[int], dict[str, int]]:
+    """At least so many programs over rows and splits of a slab that write dz, as a grid and the shape arguments of its kernel."""
     (rows, columns), width = block.shape, tiles.SLAB_COLUMNS[block.logits[0].element_size()]
     row_blocks = triton.cdiv(rows, tiles.SLAB_ROWS)
-    splits = triton.cdiv(tiles.SLAB_PROGRAMS, row_blocks)
+    splits = triton.cdiv(programs, row_blocks)
     split = triton.cdiv(triton.cdiv(columns, splits), width) * width
     splits = triton.cdiv(columns, split)
     shape = {
@@ -123,9 +123,9 @@ def grid(block: Block) -> tuple[tuple[int], dict[str, int]]:
 
 def fold_grid(block: Block) -> tuple[tuple[int], dict[str, int]]:
     """Programs of one tile of the columns of a row each, in one warp: no loop, nothing is rescaled."""
-    (rows, columns), width = block.shape, tiles.FOLD_COLUMNS[block.logits[0].element_size()]
+    (rows, columns), width = block.shape, tiles.DENSE_FOLD_COLUMNS[block.logits[0].element_size()]
     row_blocks, splits = triton.cdiv(rows, tiles.SLAB_ROWS), triton.cdiv(columns, width)
-    shape = {"SPLITS": splits, "ROWS": tiles.SLAB_ROWS, "COLUMNS": width, "num_warps": tiles.FOLD_WARPS}
+    shape = {"SPLITS": splits, "ROWS": tiles.SLAB_ROWS, "COLUMNS": width, "num_warps": tiles.DENSE_FOLD_WARPS}
     return (require_grid(row_blocks * splits, "the dense losses"),), shape
 
 

@@ -93,7 +93,7 @@ def placed(sizes: Iterable[int], lent: int) -> list[int | None]:
 def sweep_bytes(s: Shape, w: Sweep) -> int:
     (hidden, weight, bias), apart, sizes = w.need, s.out != s.acc, buffers(s, w)
     used = sum(x for x, place in zip(sizes, placed(sizes, lent(s, w)), strict=True) if place is None)
-    used += w.rows * cdiv(w.columns, tiles.FOLD_COLUMNS[s.acc]) * s.partial
+    used += w.rows * cdiv(w.columns, tiles.DENSE_FOLD_COLUMNS[s.acc]) * s.partial
     used += w.columns * s.d * s.acc if weight and apart and w.kept < w.group else 0
     used += w.kept * s.d * s.operand if weight else 0  # hidden states, 0 where a row does not count
     used += w.group * s.d * s.acc if hidden and apart and w.columns < s.v else 0

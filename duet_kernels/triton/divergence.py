@@ -2,15 +2,7 @@
 
     z[n,v] = softcap tanh(scale (sum_d h[n,d] W[v,d] + b[v]) / softcap)     s: of the student, t: of the teacher
     x = z / T         q = softmax(x_s)         p = softmax(x_t)         w = log q - log p         d = s - t
-
-    huber       L = sum d^2 / 2 where |d| <= delta, delta (|d| - delta / 2) beyond     dL/ds = clamp(d, -delta, delta)
-    mse         L = sum d^2                                                            dL/ds = 2 d
-    l1          L = sum |d|                                                            dL/ds = sign(d)
-    forward_kl  L = sum p (log p - log q)                    dL/dx = q - p
-    reverse_kl  L = sum q (log q - log p)                    dL/dx = q (w - L)
-    jsd         L = beta KL(p||m) + (1 - beta) KL(q||m)      dL/dx = (1 - beta) q (log(q / m) - KL(q||m))
-                m = beta p + (1 - beta) q
-    tvd         L = sum |p - q| / 2                          dL/dx = q (g - sum q g) / 2,  g = sign(q - p)
+    L = sum of terms of d (raw logits) or of p, q, w; these and dL/ds are in `terms`
 
     dz = f dL/ds slope,  slope = scale (1 - (s / softcap)^2)        dh = dz W        dW = dz^T h        db = sum_n dz[n]
 
@@ -33,16 +25,16 @@ close to its teacher keep their digits. Higher maxima M' shrink what was summed,
 delta = (M_s - M_t) / T - (M_s' - M_t') / T:  S' = f S,  B' = f_s B + f_t expm1(delta) S_t,  A' = f_t (A + delta S_t).
 
 Passes over the logits of a block (`dense` says which blocks and slabs, and has them finished where a head has a bias or
-a softcap): the moments above, of one tile of a row at a time, so that nothing is rescaled before they are merged; for
-jsd and tvd the two sums that their gradients need; the gradient. Raw divergences need no moments: value and gradient in
-one pass (l1 asks for the largest logit before). Bytes and FLOP at N 8192, D 4096, V 128256, bf16, G = 2 N D V = 8.6
-TFLOP; times at the rates that such kernels reached on an H200:
+a softcap): the moments above, of one tile of a row at a time, so that nothing is rescaled before they are merged; the sums
+of terms and of a, for all distributions but the two of `ONE_SWEEP`; the gradient. Raw divergences need no moments: value
+and gradient in one pass (l1 asks for the largest logit before). Bytes and FLOP at N 8192, D 4096, V 128256, bf16,
+G = 2 N D V = 8.6 TFLOP; times at the rates that such kernels reached on an H200:
 
 | step                 | work            | reads and writes of the kernels here   | bound by                    |
 |----------------------|-----------------|----------------------------------------|-----------------------------|
 | logits s and t       | 2 G             | the product's: 8 N V                   | product                     |
 | moments              | 60 FLOP a pair  | 8 N V = 8.4 GB                         | 1.9 ms at 4.5 TB/s          |
-| terms (jsd, tvd)     | 60 FLOP a pair  | 8 N V = 8.4 GB                         | 2.0 ms at 4.2 TB/s (beta 1/2) |
+| terms (jsd, ...)     | 60 FLOP a pair  | 8 N V = 8.4 GB                         | 2.0 ms at 4.2 TB/s (beta 1/2) |
 | dz                   | 40 FLOP a pair  | (8 + 2) N V = 10.5 GB                  | 3.3 ms at 3.1 TB/s          |
 | dh, dW               | 1 G each        | the product's: 4 N V, W, dW            | product                     |
 """
@@ -65,17 +57,17 @@ from .primitives import (
     load_rows,
     load_tile,
     log1p,
-    log_to_mixture,
     number,
     origin,
     require_device,
     require_grid,
-    sign,
 )
-from .topk_divergence import _expected, _minus
+from .terms import BOUNDS, expected, gradient, minus, of_distributions, of_logits
 
 # Rows of the statistics `[6, N]`: the maxima, the sums S_s, S_t and B, and A or the largest finite |logit|.
 MOMENTS = 6
+# Moments give the value of these and all that their gradients need; the others wait for the sums of `_terms_kernel`.
+ONE_SWEEP = ("forward_kl", "reverse_kl")
 
 # --- the parts of a pass ---------------------------------------------------------------------------------------
 
@@ -148,9 +140,10 @@ def _moments_kernel(
     R, C, SPLITS,
     s_pitch, t_pitch, stride_f, stride_p,
     s_by: tl.float64, t_by: tl.float64, inverse_temperature: tl.float64,
-    DIVERGENCE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DIVERGENCE: tl.constexpr, RAW: tl.constexpr, NOISE: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows, COLUMNS of a slab in registers: their moments `[6, R, SPLITS]` (l1: of these the last alone)."""
+    """ROWS rows, COLUMNS of a slab in registers: their moments `[6, R, SPLITS]` (RAW: of these the last alone)."""
     split = tl.program_id(0) % SPLITS
     n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = split * COLUMNS + tl.arange(0, COLUMNS)
@@ -160,7 +153,7 @@ def _moments_kernel(
     t = load_tile(t_ptr, n, c, t_pitch, live, whole, C, number(t_by, ACC), ACC)
     inverse = number(inverse_temperature, ACC)
     place = partial_ptr + n * SPLITS + split
-    if DIVERGENCE != "l1":
+    if not RAW:
         s_max = tl.max(s, 1)
         t_max = tl.max(t, 1)
         s_exp = tl.exp2((s - origin(s_max)[:, None]) * (inverse * LOG2E))
@@ -171,15 +164,15 @@ def _moments_kernel(
         tl.store(place + stride_p, tl.where(live, t_max, float("-inf")), mask=n < R)
         tl.store(place + 2 * stride_p, tl.where(live, tl.sum(s_exp, 1), 0.0), mask=n < R)
         tl.store(place + 3 * stride_p, tl.where(live, tl.sum(t_exp, 1), 0.0), mask=n < R)
-        tl.store(place + 4 * stride_p, tl.where(live, tl.sum(_minus(s_exp, t_exp, u), 1), 0.0), mask=n < R)
+        tl.store(place + 4 * stride_p, tl.where(live, tl.sum(minus(s_exp, t_exp, u), 1), 0.0), mask=n < R)
     if DIVERGENCE == "forward_kl":
-        moment = tl.sum(_expected(t_exp, u), 1)
+        moment = tl.sum(expected(t_exp, u), 1)
     elif DIVERGENCE == "reverse_kl":
-        moment = tl.sum(_expected(s_exp, u), 1)
-    elif DIVERGENCE == "l1" or DIVERGENCE == "tvd":
+        moment = tl.sum(expected(s_exp, u), 1)
+    elif NOISE:
         moment = tl.max(tl.maximum(_finite_size(s), _finite_size(t)), 1)
     else:
-        moment = s_max * 0.0
+        moment = s_max * 0.0  # `_terms_kernel` has its sums
     tl.store(place + 5 * stride_p, tl.where(live, moment, 0.0), mask=n < R)
 
 
@@ -189,7 +182,8 @@ def _merge_moments_kernel(
     R, SPLITS,
     stride_p, stride_m,
     inverse_temperature: tl.float64,
-    DIVERGENCE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DIVERGENCE: tl.constexpr, RAW: tl.constexpr, NOISE: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows: the splits of a slab taken into the moments of the slabs before it."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -201,7 +195,7 @@ def _merge_moments_kernel(
     running = moments_ptr + n
     moment = tl.load(running + 5 * stride_m, mask=known, other=0.0)
     moments = tl.load(place + 5 * stride_p, mask=keep, other=0.0)
-    if DIVERGENCE != "l1":
+    if not RAW:
         s_max = tl.load(running, mask=known, other=float("-inf"))
         t_max = tl.load(running + stride_m, mask=known, other=float("-inf"))
         s_maxima = tl.load(place, mask=keep, other=float("-inf"))
@@ -227,7 +221,7 @@ def _merge_moments_kernel(
         tl.store(running + 2 * stride_m, s_sum + tl.sum(tl.where(keep, s_sums, 0.0), 1), mask=known)
         tl.store(running + 3 * stride_m, t_sum + tl.sum(tl.where(keep, t_sums, 0.0), 1), mask=known)
         tl.store(running + 4 * stride_m, change + tl.sum(tl.where(keep, changes, 0.0), 1), mask=known)
-    if DIVERGENCE == "l1" or DIVERGENCE == "tvd":
+    if NOISE:
         tl.store(running + 5 * stride_m, tl.maximum(moment, tl.max(moments, 1)), mask=known)
     else:
         tl.store(running + 5 * stride_m, moved + tl.sum(tl.where(keep, movings, 0.0), 1), mask=known)
@@ -242,7 +236,7 @@ def _terms_kernel(
     DIVERGENCE: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
     ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows, one split of a slab `[2, R, SPLITS]`: KL(p||m) and KL(q||m), or sum |q - p| and sum q sign(q - p)."""
+    """ROWS rows, one split of a slab `[2, R, SPLITS]`: the sum of the loss's terms and of a."""
     split = tl.program_id(0) % SPLITS
     n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0) != 0
@@ -270,15 +264,9 @@ def _terms_kernel(
             shift[:, None],
             inverse,
         )
-        if DIVERGENCE == "jsd":
-            p_to_m, q_to_m = log_to_mixture(w, number(beta, ACC), HALF)
-            one += _expected(p, p_to_m)
-            other += _expected(q, q_to_m)
-        else:
-            tl.static_assert(DIVERGENCE == "tvd")
-            difference = tl.where(tl.abs(w) <= noise[:, None], 0.0, _minus(q, p, w))
-            one += tl.abs(difference)
-            other += q * sign(difference)
+        terms, a = of_distributions(p, q, w, noise[:, None], beta, DIVERGENCE, HALF)
+        one += terms
+        other += a
     place = partial_ptr + n * SPLITS + split
     tl.store(place, tl.where(live, tl.sum(one, 1), 0.0), mask=n < R)
     tl.store(place + stride_p, tl.where(live, tl.sum(other, 1), 0.0), mask=n < R)
@@ -294,11 +282,11 @@ def _gradient_kernel(
     s_pitch, t_pitch, stride_f, stride_m, stride_e, dz_pitch,
     s_by: tl.float64, t_by: tl.float64, softcap: tl.float64, scale: tl.float64,
     inverse_temperature: tl.float64, beta: tl.float64, delta: tl.float64,
-    DIVERGENCE: tl.constexpr, HALF: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_GAIN: tl.constexpr, WRITE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, RAW: tl.constexpr, HALF: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_GAIN: tl.constexpr, WRITE: tl.constexpr,
     EPS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows, one split of a slab: gain dz `[R, C]` if WRITE, and a raw divergence's sum `[R, SPLITS]`."""
-    RAW: tl.constexpr = DIVERGENCE == "huber" or DIVERGENCE == "mse" or DIVERGENCE == "l1"
     split = tl.program_id(0) % SPLITS
     n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     factor = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0).to(ACC)
@@ -311,20 +299,17 @@ def _gradient_kernel(
     upstream = factor * number(scale, ACC)
     if HAS_GAIN:
         upstream = upstream * tl.load(gain_ptr)
-    if RAW:
-        bound = number(delta, ACC)
-    else:
+    noise = _row(moments_ptr, 5, stride_m, n, live, ACC) * inverse * (8 * EPS)
+    if not RAW:
         upstream = upstream * inverse
         s_zero, t_zero, s_share, t_share, shift = _normalisers(moments_ptr, stride_m, n, live, inverse, ACC)
-    if DIVERGENCE == "l1" or DIVERGENCE == "tvd":
-        noise = _row(moments_ptr, 5, stride_m, n, live, ACC) * inverse * (8 * EPS)
-    if DIVERGENCE == "reverse_kl":
-        s_sum = _row(moments_ptr, 2, stride_m, n, live, ACC)
-        t_sum = _row(moments_ptr, 3, stride_m, n, live, ACC)
-        ratio = _log_ratio(s_sum, t_sum, _row(moments_ptr, 4, stride_m, n, live, ACC))
-        mean = _row(moments_ptr, 5, stride_m, n, live, ACC) * (1.0 / s_sum) - ratio
-    if DIVERGENCE == "jsd" or DIVERGENCE == "tvd":
-        mean = _row(terms_ptr, 1, stride_e, n, live, ACC)
+        if DIVERGENCE == "reverse_kl":
+            s_sum = _row(moments_ptr, 2, stride_m, n, live, ACC)
+            t_sum = _row(moments_ptr, 3, stride_m, n, live, ACC)
+            ratio = _log_ratio(s_sum, t_sum, _row(moments_ptr, 4, stride_m, n, live, ACC))
+            total = _row(moments_ptr, 5, stride_m, n, live, ACC) * (1.0 / s_sum) - ratio
+        elif DIVERGENCE != "forward_kl":
+            total = _row(terms_ptr, 1, stride_e, n, live, ACC)
     begin = split * SPLIT_COLUMNS
     for start in range(begin, tl.minimum(begin + SPLIT_COLUMNS, C), COLUMNS):
         c = start + tl.arange(0, COLUMNS)
@@ -333,20 +318,8 @@ def _gradient_kernel(
         s = load_rows(s_ptr, n, c, s_pitch, 1, live[:, None] & (c < s_pitch)[None, :], ACC) * s_times
         t = load_rows(t_ptr, n, c, t_pitch, 1, live[:, None] & (c < t_pitch)[None, :], ACC) * t_times
         if RAW:
-            d = tl.where(counted, s - t, 0.0)
-            if DIVERGENCE == "huber":
-                size = tl.abs(d)
-                small = size <= bound
-                loss += tl.sum(tl.where(small, 0.5 * d * d, bound * (size - 0.5 * bound)), 1)
-                dx = tl.where(small, d, bound * sign(d))
-            elif DIVERGENCE == "mse":
-                loss += tl.sum(d * d, 1)
-                dx = 2.0 * d
-            else:
-                tl.static_assert(DIVERGENCE == "l1")
-                quiet = tl.abs(d) <= noise[:, None]
-                loss += tl.sum(tl.where(quiet, 0.0, tl.abs(d)), 1)
-                dx = tl.where(quiet, 0.0, sign(d))
+            terms, dx = of_logits(tl.where(counted, s - t, 0.0), noise[:, None], delta, DIVERGENCE)
+            loss += tl.sum(terms, 1)
         else:
             p, q, w = _compared(
                 s,
@@ -358,18 +331,9 @@ def _gradient_kernel(
                 shift[:, None],
                 inverse,
             )
-            if DIVERGENCE == "forward_kl":
-                dx = _minus(q, p, w)
-            elif DIVERGENCE == "reverse_kl":
-                dx = _expected(q, w - mean[:, None])
-            elif DIVERGENCE == "jsd":
-                b = number(beta, ACC)
-                _, q_to_m = log_to_mixture(w, b, HALF)
-                dx = (1.0 - b) * _expected(q, q_to_m - mean[:, None])
-            else:
-                tl.static_assert(DIVERGENCE == "tvd")
-                difference = tl.where(tl.abs(w) <= noise[:, None], 0.0, _minus(q, p, w))
-                dx = 0.5 * q * (sign(difference) - mean[:, None])
+            _, dx = of_distributions(p, q, w, noise[:, None], beta, DIVERGENCE, HALF)
+            if DIVERGENCE != "forward_kl":  # there a = q - p, of which the sum is 0
+                dx = gradient(dx, q, total[:, None])
         if WRITE:
             dz = dx * upstream[:, None]
             if HAS_SOFTCAP:
@@ -398,7 +362,7 @@ class _Divergence(dense.Loss):
         self.divergence, self.raw = spec.name, spec.raw
         self.with_gradient = with_gradient
         # fp16 weights are multiplied by a number that only the values of a block's rows tell.
-        self.bounded = not (spec.name in ("mse", "reverse_kl") and student.operand == torch.float16)
+        self.bounded = not (BOUNDS[spec.name].of_loss and student.operand == torch.float16)
         self.moments = factor.new_zeros(MOMENTS, n, dtype=self.acc)
         self.moments[:2] = -torch.inf
         self.terms = factor.new_zeros(2, n, dtype=self.acc)
@@ -406,8 +370,8 @@ class _Divergence(dense.Loss):
     @property
     def folds(self) -> tuple[Callable[[dense.Block], None], ...]:
         """The passes before the gradient's."""
-        first = () if self.divergence in ("huber", "mse") else (self._fold_moments,)
-        if self.divergence in ("jsd", "tvd"):
+        first = () if self.raw and not self.spec.noise else (self._fold_moments,)
+        if not self.raw and self.divergence not in ONE_SWEEP:
             return *first, self._fold_terms
         if self.raw and not (self.with_gradient and self.bounded):
             return *first, self._fold_values
@@ -419,7 +383,8 @@ class _Divergence(dense.Loss):
         partial = self.moments.new_empty(MOMENTS, rows, splits)
         _moments_kernel[grid](
             **self._inputs(block), **shape,
-            partial_ptr=partial, stride_p=partial.stride(0), DIVERGENCE=self.divergence,
+            partial_ptr=partial, stride_p=partial.stride(0),
+            DIVERGENCE=self.divergence, RAW=self.raw, NOISE=self.spec.noise,
         )  # fmt: skip
         moments = self.moments[:, block.rows]
         grid, merge = dense.merge_grid(rows, splits)
@@ -428,7 +393,7 @@ class _Divergence(dense.Loss):
             rows, splits,
             partial.stride(0), moments.stride(0),
             1.0 / self.spec.temperature,
-            DIVERGENCE=self.divergence, ACC=self.acc_tl, **merge,
+            DIVERGENCE=self.divergence, RAW=self.raw, NOISE=self.spec.noise, ACC=self.acc_tl, **merge,
         )  # fmt: skip
 
     def _fold_terms(self, block: dense.Block) -> None:
@@ -453,7 +418,7 @@ class _Divergence(dense.Loss):
         self._gradient(block, dz, gain, add=first and self.bounded)
 
     def _gradient(self, block: dense.Block, dz: Tensor | None, gain: Tensor | None, *, add: bool) -> None:
-        grid, shape = dense.grid(block)
+        grid, shape = dense.grid(block, tiles.SLAB_PROGRAMS)
         rows, head = block.shape[0], self.student.head
         partial = self.terms.new_empty(rows, shape["SPLITS"]) if self.raw else None
         moments, terms = self.moments[:, block.rows], self.terms[:, block.rows]
@@ -462,7 +427,7 @@ class _Divergence(dense.Loss):
             moments_ptr=moments, terms_ptr=terms, gain_ptr=gain, partial_ptr=partial, dz_ptr=dz,
             stride_m=moments.stride(0), stride_e=terms.stride(0), dz_pitch=0 if dz is None else dz.stride(0),
             softcap=head.softcap or 0.0, scale=head.scale, beta=self.spec.beta, delta=self.spec.delta,
-            DIVERGENCE=self.divergence, HALF=self.spec.beta == 0.5, HAS_SOFTCAP=head.softcap is not None,
+            DIVERGENCE=self.divergence, RAW=self.raw, HALF=self.spec.beta == 0.5, HAS_SOFTCAP=head.softcap is not None,
             HAS_GAIN=gain is not None, WRITE=dz is not None, EPS=torch.finfo(self.acc).eps,
         )  # fmt: skip
         if partial is not None and add:
@@ -480,27 +445,15 @@ class _Divergence(dense.Loss):
     def values(self, rows: slice = slice(None)) -> Tensor:
         """`[R]` the losses, without their factors."""
         s_sum, t_sum, change, moment = self.moments[2:, rows]
-        one, other = self.terms[:, rows]
-        if self.raw:
-            return one
-        if self.divergence == "jsd":
-            return self.spec.beta * one + (1.0 - self.spec.beta) * other
-        if self.divergence == "tvd":
-            return 0.5 * one
+        if self.divergence not in ONE_SWEEP:
+            return self.terms[0, rows]
         relative = change / t_sum
         ratio = torch.where(relative.abs() <= 0.5, relative.log1p(), (s_sum / t_sum).log())
         return ratio - moment / t_sum if self.divergence == "forward_kl" else moment / s_sum - ratio
 
     def bound(self, rows: slice) -> Tensor | float:
         """What no |dL/dz| of a row exceeds."""
-        if self.divergence == "mse":
-            return 2.0 * self.values(rows).sqrt()
-        if self.divergence == "huber":
-            return self.spec.delta
-        if self.divergence == "reverse_kl":
-            # q w >= -1/e where q < p, so no term of L = sum q w is above L + 1/e.
-            return (self.values(rows) + 1.0) / self.spec.temperature
-        return 2.0 / self.spec.temperature
+        return BOUNDS[self.divergence].at(self.spec, self.values(rows))
 
 
 def linear_divergence(

@@ -6,7 +6,7 @@
 
 Legend: N tokens, K slots, D hidden size, V vocabulary, f the row's factor, C bytes of an element, ACC fp32 (fp64 for fp64
 inputs). Inputs have any strides. Absent slots, ids past the vocabulary and NaN as in `gather` and `topk_divergence`. A row
-with f = 0 is not read and gives exactly 0 in all results.
+with f = 0 gives exactly 0 in f L, f dL/dz and dh, whatever it holds; the one kernel does not read it and gives 0 in z, too.
 
 The forward pass needs all of a row of W before it knows dx, the backward pass needs the row again. Gathering twice costs
 2 N K D C bytes; a token's K rows (512 KB) fit into no multiprocessor, but they do fit into 16 programs of 32 KB. So the
@@ -24,7 +24,7 @@ room for SPLITS programs at a time is enough, and every GPU has it.
 A token's counter counts arrivals. An arrival is a release behind a barrier, the end of the wait an acquire before one: what
 was written before is seen after.
 
-It pays where the divergence costs less than the second gather: for raw logits and more than 32 slots. Everything else goes
+It pays where the divergence costs less than the second gather: for raw logits and more than 48 slots. Everything else goes
 one by one: logits, divergence, dh.
 
 Bytes at N 8192, K 64, D 4096, bf16 (calculated): N K D C = 4.3 GB of rows once, 1.0 ms at 4.3 TB/s.
@@ -226,7 +226,7 @@ def topk_loss(
     `tile` asks for one kernel with that tile, `phases` for its two phases as two launches, for tests and measurements.
     """
     k = indices.shape[1]
-    together = need.hidden and spec.raw and k > tiles.LOSS_SLOTS // 2
+    together = need.hidden and spec.raw and 4 * k > 3 * tiles.LOSS_SLOTS
     if not (together or tile) or k > tiles.LOSS_SLOTS or 0 in (*hidden.shape, k, len(head.weight)):
         return _one_by_one(hidden, head, indices, teacher, factor, spec, need)
     (n, d), v, weight, bias = hidden.shape, len(head.weight), head.weight, head.bias

@@ -1,22 +1,15 @@
 """A divergence between a student's and a teacher's logits at K ids, and its gradient, in one pass over `[N, K]`.
 
-Legend: N tokens, K slots, T temperature, s / t student and teacher logits, d = s - t, f the row's factor; p (teacher)
-and q (student) the distributions at x = z / T; S the support; u = log q - log p.
+Legend: N tokens, K slots, T temperature, s / t student and teacher logits, f the row's factor; p (teacher) and q (student)
+the distributions at x = z / T; S the support; u = log q - log p. What each divergence sums over the slots is in `terms`.
 
-    huber  sum_k d^2 / 2 where |d| <= delta, delta (|d| - delta / 2) beyond      ds = clamp(d, -delta, delta)
-    mse    sum_k d^2                                                             ds = 2 d
-    l1     sum_k |d|                                                             ds = sign(d)
-
+    none          s and t themselves                                               (huber, mse, l1)
     renormalize   S = slots: p, q are softmaxes over the slots
     tail          S = slots and one bucket with the logits t_tail, s_tail
     zeroed        p over the slots, q over slots and tail; sum over the slots      (forward_kl)
     truncated     p and q over slots and tail;            sum over the slots      (forward_kl)
 
-    forward_kl    L = sum p (log p - log q)                       dL/dx = q P - p,  P = sum of p over the summed ids
-    reverse_kl    L = sum q (log q - log p)                       dL/dx = q (u - L)
-    jsd           L = beta KL(p||m) + (1 - beta) KL(q||m)         dL/dx = (1 - beta) q (log(q / m) - KL(q||m))
-                  m = beta p + (1 - beta) q
-    tvd           L = sum |p - q| / 2                             dL/dx = q (g - sum q g) / 2,  g = sign(q - p)
+The last two: L = sum p (log p - log q),  dL/dx = q P - p,  P = sum of p over the slots.
 
 Results: f L, f dL/ds = f dL/dx / T, and f dL/ds_tail for what reads the student's tail. Nats; no factor T^2.
 
@@ -26,9 +19,7 @@ up to 8 eps of the row's largest finite logit count as 0, in value and gradient.
 
 Where digits would be lost. Logits are compared before they are normalised: u = v - log(mean of exp(v) under p), where
 v = (s - t) / T beyond the gap of the two largest logits. s - t of near logits is exact, while log q - log p carries
-the rounding of both log-sum-exps; and the mean is 1 + mean of expm1(v) where v is small. q - p = p expm1(u) where u is
-small, so that the gradient of a student close to its teacher keeps its digits. log(q / m) comes from
-log1p(w expm1(-|u|)), not from a logarithm of m.
+the rounding of both log-sum-exps; and the mean is 1 + mean of expm1(v) where v is small.
 
 Bytes: 12 N K (fp32): 6 MB at N 8192, K 64, microseconds beside the gathers' milliseconds; about 60 FLOP a slot. A
 program holds whole rows in registers, hence K <= 8192 (`tiles.MAX_SLOTS`). `compare` is also a part of the fused loss
@@ -47,26 +38,13 @@ from .primitives import (
     current_device,
     expm1_near_zero,
     log1p,
-    log_to_mixture,
     number,
     require_device,
     require_grid,
-    sign,
 )
+from .terms import expected, gradient, minus, of_distributions, of_logits
 
-# --- the parts of a divergence, on any shape -------------------------------------------------------------------
-
-
-@triton.jit
-def _minus(q, p, u):
-    """q - p, given u = log(q / p)."""
-    return tl.where(tl.abs(u) <= 0.5, p * expm1_near_zero(u), q - p)
-
-
-@triton.jit
-def _expected(p, log_ratio):
-    """p log_ratio, 0 where p is 0 (0 log 0 = 0)."""
-    return tl.where(p == 0, 0.0, p * log_ratio)
+# --- distributions over the slots ------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -123,26 +101,12 @@ def compare(
     t = tl.where(slot, t, 0.0)
     dtail = tl.zeros_like(s_tail)
 
-    if DIVERGENCE == "l1" or DIVERGENCE == "tvd":
-        size = tl.maximum(tl.abs(s), tl.abs(t))
-        noise = 8 * EPS * tl.max(tl.where(size == float("inf"), 0.0, size), axis=1)
+    size = tl.maximum(tl.abs(s), tl.abs(t))
+    noise = 8 * EPS * tl.max(tl.where(size == float("inf"), 0.0, size), axis=1)
 
-    if DIVERGENCE == "huber":
-        d = s - t
-        bound = number(delta, ACC)
-        size = tl.abs(d)
-        small = size <= bound
-        loss = tl.sum(tl.where(small, 0.5 * d * d, bound * (size - 0.5 * bound)), axis=1)
-        ds = tl.where(small, d, bound * sign(d))
-    elif DIVERGENCE == "mse":
-        d = s - t
-        loss = tl.sum(d * d, axis=1)
-        ds = 2.0 * d
-    elif DIVERGENCE == "l1":
-        d = s - t
-        quiet = tl.abs(d) <= noise[:, None]
-        loss = tl.sum(tl.where(quiet, 0.0, tl.abs(d)), axis=1)
-        ds = tl.where(quiet, 0.0, sign(d))
+    if NORMALIZATION == "none":
+        terms, ds = of_logits(s - t, noise[:, None], delta, DIVERGENCE)
+        loss = tl.sum(terms, axis=1)
     else:
         STUDENT_TAIL: tl.constexpr = NORMALIZATION != "renormalize"
         TEACHER_TAIL: tl.constexpr = STUDENT_TAIL and NORMALIZATION != "zeroed"
@@ -172,54 +136,29 @@ def compare(
         if BUCKET:
             u_tail = v_tail - ratio
 
-        if DIVERGENCE == "forward_kl":
-            loss = tl.sum(_expected(p, -u), axis=1)
-            if BUCKET:
-                loss += _expected(p_tail, -u_tail)
-                dtail = _minus(q_tail, p_tail, u_tail)
-            ds = _minus(q, p, u)
-            if NORMALIZATION == "zeroed" or NORMALIZATION == "truncated":
-                mass = tl.sum(p, axis=1)
-                dtail = q_tail * mass
+        if NORMALIZATION == "zeroed" or NORMALIZATION == "truncated":
+            tl.static_assert(DIVERGENCE == "forward_kl")
+            loss = tl.sum(expected(p, -u), axis=1)
+            ds = minus(q, p, u)
+            mass = tl.sum(p, axis=1)
+            dtail = q_tail * mass
             if NORMALIZATION == "truncated":
                 # q P - p = P (q - p) - p (1 - P), and 1 - P is the tail's probability itself.
                 ds = mass[:, None] * ds - p * p_tail[:, None]
-        elif DIVERGENCE == "reverse_kl":
-            loss = tl.sum(_expected(q, u), axis=1)
-            if BUCKET:
-                loss += _expected(q_tail, u_tail)
-                dtail = _expected(q_tail, u_tail - loss)
-            ds = _expected(q, u - loss[:, None])
-        elif DIVERGENCE == "jsd":
-            b = number(beta, ACC)
-            p_to_m, q_to_m = log_to_mixture(u, b, False)
-            p_kl = tl.sum(_expected(p, p_to_m), axis=1)
-            q_kl = tl.sum(_expected(q, q_to_m), axis=1)
-            if BUCKET:
-                p_tail_to_m, q_tail_to_m = log_to_mixture(u_tail, b, False)
-                p_kl += _expected(p_tail, p_tail_to_m)
-                q_kl += _expected(q_tail, q_tail_to_m)
-                dtail = (1.0 - b) * _expected(q_tail, q_tail_to_m - q_kl)
-            loss = b * p_kl + (1.0 - b) * q_kl
-            ds = (1.0 - b) * _expected(q, q_to_m - q_kl[:, None])
         else:
-            tl.static_assert(DIVERGENCE == "tvd")
             noise = noise / T
             if BUCKET:
                 size_tail = tl.maximum(tl.abs(s_tail), tl.abs(t_tail))
                 noise = tl.maximum(noise, tl.where(size_tail == float("inf"), 0.0, 8 * EPS * size_tail))
-            quiet = tl.abs(u) <= noise[:, None]
-            difference = tl.where(quiet, 0.0, _minus(q, p, u))
-            loss = tl.sum(tl.abs(difference), axis=1)
-            drift = tl.sum(q * sign(difference), axis=1)
+            terms, a = of_distributions(p, q, u, noise[:, None], beta, DIVERGENCE, False)
+            loss = tl.sum(terms, axis=1)
+            total = tl.sum(a, axis=1)
             if BUCKET:
-                quiet_tail = tl.abs(u_tail) <= noise
-                difference_tail = tl.where(quiet_tail, 0.0, _minus(q_tail, p_tail, u_tail))
-                loss += tl.abs(difference_tail)
-                drift += q_tail * sign(difference_tail)
-                dtail = 0.5 * q_tail * (sign(difference_tail) - drift)
-            loss = 0.5 * loss
-            ds = 0.5 * q * (sign(difference) - drift[:, None])
+                term_tail, a_tail = of_distributions(p_tail, q_tail, u_tail, noise, beta, DIVERGENCE, False)
+                loss += term_tail
+                total += a_tail
+                dtail = gradient(a_tail, q_tail, total)
+            ds = gradient(a, q, total[:, None])
         ds = ds / T
     return loss, tl.where(slot, ds, 0.0), dtail
 
