@@ -1,6 +1,8 @@
 """`duet schema` takes what a run takes and refuses what it refuses; `duet train --help` lists every key."""
 
 import dataclasses
+import doctest
+import importlib
 import json
 import math
 import pathlib
@@ -13,6 +15,7 @@ from duet import options
 from duet.cli import app
 from duet.config import DuetConfig
 from duet.methods.objectives import OBJECTIVES
+from duet.run.config_file import RunConfig
 from duet.run.schema import bounds, described, groups, of_hint, schema
 from duet.yaml_text import parse_yaml, read_yaml
 
@@ -110,9 +113,16 @@ GOOD = "model: a\ndata: {forget: a.jsonl}\ntraining: {k: 8, learning_rate: 1e-4,
     ],
 )
 def test_a_wrong_file_is_refused(text, where):
-    assert faults(parse_yaml(GOOD), SCHEMA) == []
+    assert faults(parse_yaml(GOOD), SCHEMA) == [] and RunConfig.of(parse_yaml(GOOD)).training.k == 8
     found = faults(parse_yaml(GOOD) | parse_yaml(text), SCHEMA)
     assert found and where in found[0]
+    with pytest.raises(ValueError):
+        RunConfig.of(parse_yaml(GOOD) | parse_yaml(text))
+
+
+def test_the_examples_of_its_docstrings():
+    ran = doctest.testmod(importlib.import_module("duet.run.schema"))
+    assert ran.attempted >= 5 and not ran.failed
 
 
 def test_every_key_is_there():
@@ -164,7 +174,7 @@ def test_the_commands():
     run = CliRunner().invoke
     shown = run(app, ["train", "--help"], catch_exceptions=False, env={"COLUMNS": "200"}).output
     assert "--config" in shown and "training: Options of duet_deep" in shown and "--model.dtype" in shown
-    assert json.loads(run(app, ["schema"], catch_exceptions=False).output) == json.loads(json.dumps(schema()))
+    assert json.loads(run(app, ["schema"], catch_exceptions=False).output) == json.loads(json.dumps(SCHEMA))
     assert "--install-completion" in run(app, ["--help"]).output
 
 

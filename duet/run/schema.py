@@ -178,7 +178,7 @@ def of_hint(hint: Any) -> dict[str, Any]:
         return {"type": "string", "examples": named}
     if not all(part in _JSON_TYPES for part in parts):
         return {}
-    names = [_JSON_TYPES[part] for part in parts]
+    names = sorted(_JSON_TYPES[part] for part in parts)  # the order in a Union is not kept by typing
     if "array" in names and "string" not in names:
         names.append("string")  # a lone text is a list of one
     limits = [bounds(kind.words) for kind in kinds if isinstance(kind, Wanted)]
