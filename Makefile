@@ -20,7 +20,7 @@ AS_IT_IS := PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 TOFU_DATA ?= data/tofu
 
-.PHONY: setup demo test check format wheel bench bench-cpu study study-tofu bench-step compile gpu tune readme clean
+.PHONY: setup demo test check format wheel bench bench-cpu study study-tofu bench-step compile gpu tune readme docs clean
 
 setup: $(STAMP)
 
@@ -90,9 +90,13 @@ gpu:
 tune:
 	$(AS_IT_IS) -m benchmarks.tune $(TUNE_OPTIONS)
 
-# The README's numbers, measured anew on this machine.
+# The site of docs/, into site/. Needs no network; a broken link or reference is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The numbers of README.md and docs/, measured anew on this machine.
 readme: demo bench bench-cpu
 	$(BIN)/python -m benchmarks.readme --demo demo_report
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -21,6 +21,7 @@ OF_THE_SDIST = (
     "tests/tiny_models.py",
     "benchmarks/studies/runner.py",
     "CITATION.cff",
+    "docs/index.md",
     "Makefile",
 )
 LOSSES = """

@@ -1,10 +1,10 @@
-"""Every number of the README comes from here: `python -m benchmarks.readme` fills its marked blocks from results.
+"""Every number of README.md and docs/ comes from here: `python -m benchmarks.readme` fills their marked blocks from results.
 
-    cpu     benchmarks/results/cpu/goals.md            made by `make bench`
-    bench   benchmarks/results/*/{bench,gate}.jsonl    made by `make bench-cpu`, `make gpu`
-    demo    benchmarks/results/demo/results.json       taken over from demo_report/ with --demo DIR
+    goals         benchmarks/results/cpu/goals.md                made by `make bench`
+    cpu, gpu      benchmarks/results/*/{bench,gate}.jsonl        made by `make bench-cpu`, `make gpu`
+    demo, tour    benchmarks/results/demo/results.json           taken over from demo_report/ with --demo DIR
 
-`--check` writes nothing and exits 1 when the README says something else than the results.
+`--check` writes nothing and exits 1 when a page says something else than the results.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pathlib
 import re
 import shutil
 import sys
+from typing import Any
 
 from benchmarks import report
 from benchmarks.harness import read_rows
@@ -40,8 +41,8 @@ COLUMNS = {
 
 
 def demo_block() -> str:
-    """The demo's picture, its table, and what was not withstood, from results.json."""
-    results = json.loads((RESULTS / "demo" / "results.json").read_text())
+    """The demo's picture and its table, from results.json."""
+    results = _demo()
     lines = [
         "![What is forgotten, what is kept, what attacks bring back](benchmarks/results/demo/overview.png)",
         "",
@@ -53,7 +54,13 @@ def demo_block() -> str:
     for row in results["rows"]:
         cells = [f"{row[column]:.2f}" for column in COLUMNS]
         lines.append(f"| `{row['method']}` | " + " | ".join(cells) + f" | {row['seconds']:.0f} |")
-    lines += ["", *(f"* `{method}`: {about}" for method, about in results["methods"].items())]
+    return "\n".join(lines)
+
+
+def tour_block() -> str:
+    """What `demo_block` shows, what the methods are, what was not withstood, and with what it was made."""
+    results = _demo()
+    lines = [demo_block(), "", *(f"* `{method}`: {about}" for method, about in results["methods"].items())]
     lines += ["", "**Not withstood here** (above 10 %):", ""]
     lines += [f"* {sentence}" for sentence in results["not_withstood"]] or ["* nothing"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -61,13 +68,19 @@ def demo_block() -> str:
     return "\n".join(lines)
 
 
-def bench_block() -> str:
+def _demo() -> dict[str, Any]:
+    return json.loads((RESULTS / "demo" / "results.json").read_text())
+
+
+def device_block(on_cpu: bool) -> str:
     """For every device: one table of the largest cases, the figures of what grows, and where all numbers are."""
     lines: list[str] = []
     for path in sorted(RESULTS.glob("*/bench.jsonl")):
+        if (path.parent.name == "cpu") != on_cpu:
+            continue
         rows = read_rows(path)
         folder = path.parent.relative_to(ROOT)
-        command = "make bench-cpu" if path.parent.name == "cpu" else "make gpu"
+        command = "make bench-cpu" if on_cpu else "make gpu"
         more = [(_gate(path.parent), "gate.md"), ("targets", "targets.md"), ("kernels", "kernels.md")]
         links = [("all numbers", "bench.md"), *(link for link in more if (path.parent / link[1]).exists())]
         said = f"{report.where(rows)}; `{command}`, {', '.join(f'[{text}]({folder}/{name})' for text, name in links)}."
@@ -86,24 +99,31 @@ def _gate(folder: pathlib.Path) -> str:
 
 
 def _figures(path: pathlib.Path) -> list[pathlib.Path]:
-    """The first screen shows one figure of a device: the top-k loss where it was swept."""
+    """One figure of a device is shown: the top-k loss where it was swept."""
     return sorted(path.parent.glob("topk_distill_loss_*.png"))[:1]
 
 
 BLOCKS = {
-    "cpu": lambda: (RESULTS / "cpu" / "goals.md").read_text().strip(),
+    "goals": lambda: (RESULTS / "cpu" / "goals.md").read_text().strip(),
     "demo": demo_block,
-    "bench": bench_block,
+    "tour": tour_block,
+    "cpu": lambda: device_block(on_cpu=True),
+    "gpu": lambda: device_block(on_cpu=False),
+}
+PAGES = {
+    README: ("demo", "gpu"),
+    ROOT / "docs" / "demo.md": ("tour",),
+    ROOT / "docs" / "performance.md": ("gpu", "goals", "cpu"),
 }
 
 
-def filled(text: str) -> str:
-    """The README's text with every block made anew."""
-    for name, block in BLOCKS.items():
+def filled(page: pathlib.Path, text: str) -> str:
+    """The text of a page with every block made anew. The pages lie where the site has them: links are the same in all."""
+    for name in PAGES[page]:
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if len(pattern.findall(text)) != 1:
-            raise ValueError(f"README.md: wanted one block {name!r}, got {len(pattern.findall(text))}")
-        made = block()
+            raise ValueError(f"{page.name}: wanted one block {name!r}, got {len(pattern.findall(text))}")
+        made = BLOCKS[name]()
         text = pattern.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)
     return text
 
@@ -119,12 +139,20 @@ def main() -> int:
         (RESULTS / "demo").mkdir(parents=True, exist_ok=True)
         for name in KEPT_OF_DEMO:
             shutil.copyfile(arguments.demo / name, RESULTS / "demo" / name)
-    before = README.read_text()
-    after = filled(before)
+    stale = {}
+    for page in PAGES:
+        before = page.read_text()
+        after = filled(page, before)
+        if after != before:
+            stale[page] = after
     if arguments.check:
-        print("README.md agrees with the results" if before == after else "README.md is stale: make readme")
-        return int(before != after)
-    README.write_text(after)
+        print(
+            "\n".join(f"{page.relative_to(ROOT)} is stale: make readme" for page in stale)
+            or "all pages agree with the results"
+        )
+        return int(bool(stale))
+    for page, text in stale.items():
+        page.write_text(text)
     return 0
 
 

@@ -6,17 +6,36 @@ import logging
 import pathlib
 import platform
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperCommand
 
 from duet.evaluation.commands import literal_console, run_attack, run_eval, run_report
 from duet.extras import MissingExtra, version_of
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = literal_console()
+
+
+class WithKeys(TyperCommand):
+    """A command whose `--help` lists the keys of the YAML file too."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        from duet.run.schema import groups
+
+        for title, keys in groups().items():
+            console.print(Text(f"\n{title}", style="bold"))
+            if "transformers" in title:  # a hundred keys, explained in transformers' documentation
+                console.print(Text(" ".join(keys)))
+                continue
+            table = Table.grid(padding=(0, 2))
+            for key, (default, about) in keys.items():
+                table.add_row(f"--{key}", Text.assemble(about, " " * bool(about), (f"[{default}]", "dim")))
+            console.print(table)
 
 
 def _say_version(wanted: bool) -> None:
@@ -69,7 +88,7 @@ def demo(
     run_demo(out_dir=out, quick=quick, seed=seed, checkpoint=checkpoint or CHECKPOINT)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(cls=WithKeys, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     overrides: typer.Context,
     config: Annotated[pathlib.Path, typer.Option(help="YAML file of the run; examples are in configs/")],
@@ -150,6 +169,16 @@ def plan(
     else:
         for table in made.tables():
             console.print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print a JSON schema of the YAML file of a run, with which an editor checks and completes it."""
+    import json
+
+    from duet.run.schema import schema as of_run
+
+    print(json.dumps(of_run(), indent=2))
 
 
 @app.command()

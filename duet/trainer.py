@@ -65,7 +65,8 @@ class DuetTrainer(Asking, ResumableTrainer):
         peft_config: wraps `model` in this adapter.
         eval_dataset: rows scored like forget rows (plain query, first prefix), or a dict of such; the rows under a
             name that starts with `retain` are scored like retain rows.
-        callbacks, optimizers: as in `Trainer`.
+        callbacks: as in `Trainer`.
+        optimizers: as in `Trainer`.
         teacher_store: what the teacher said, written by `duet cache` (or `duet.store.build.cache_teacher`): no teacher
             runs. Overrides `args.teacher_store`. Rows of `eval_dataset` must have been cached too.
 

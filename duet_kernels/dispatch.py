@@ -105,10 +105,11 @@ def resolve_impl(
     Args:
         op: a public function's name; `"topk_distill_loss/lse"` for its normalizations `tail`, `zeroed` and
             `truncated`.
-        device, dtype: of the hidden states.
+        device: of the hidden states.
+        dtype: of the hidden states.
         impl: `auto`, or an explicit choice, which is returned if it can run.
-        tokens, k: of the call, for the exceptions of `auto`; None stands for large ones. The kernel of
-            `topk_distill_loss` ends at k = 8192.
+        tokens: of the call, for the exceptions of `auto`; None stands for many.
+        k: likewise; None stands for a large one. The kernel of `topk_distill_loss` ends at k = 8192.
 
     Returns:
         `(choice, reason)` with choice one of `triton`, `chunked`, `reference`.

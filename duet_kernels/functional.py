@@ -94,7 +94,7 @@ def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, imp
 
     Raises:
         TypeError, ValueError: naming the argument; ids out of range on a CPU. On a GPU such an id gives NaN: to look
-        would be a synchronisation.
+            would be a synchronisation.
 
     Memory: gathered rows of a few tokens at a time, never `[N, K, D]` (a few MiB on a CPU); with a trainable head also
     some 40 bytes for each of the N K pairs that are sorted, whatever the workspace is (256 MiB at 6.7 million pairs: pass
@@ -195,9 +195,10 @@ def topk_distill_loss(
             `truncated`: the sum over the k ids of full softmaxes; may be negative (`forward_kl` only).
         temperature: T, 0.001 to 1000; must be 1 for raw logits, and `teacher.temperature` where the teacher's tail is
             used.
-        beta: weight of the first KL where an equation has two, 0.001 to 0.999. delta: threshold of `huber`, in logits,
-            1e-10 to 1e10.
-        mask: `[...]` bool, True = counted (pass `labels != -100`). weights: `[...]` factors on token losses, constants.
+        beta: weight of the first KL where an equation has two, 0.001 to 0.999.
+        delta: threshold of `huber`, in logits, 1e-10 to 1e10.
+        mask: `[...]` bool, True = counted (pass `labels != -100`).
+        weights: `[...]` factors on token losses, constants.
         reduction: `mean` = sum of weighted token losses / number of unmasked tokens (or / `num_items`), `sum`, or
             `none` (the leading shape, 0 where masked).
         num_items: an int or a 0-d tensor, the denominator of `mean` over a whole accumulated step.
@@ -256,21 +257,22 @@ def linear_distill_loss(
     the `teacher`, of the `student`, or their `union` (`support`), and the loss is that of `topk_distill_loss` there.
     Student and teacher may differ in hidden size, and in vocabulary size: then the common ids count. So do ids that not
     both models rule out with a bias of -inf.
+    For the other arguments see `topk_distill_loss`.
 
     Args:
-        student_hidden: `[..., D_s]`. student_head: `LMHead` or weight `[V_s, D_s]`.
+        student_hidden: `[..., D_s]`.
+        student_head: `LMHead` or weight `[V_s, D_s]`.
         teacher_hidden: `[..., D_t]`, detached (`.detach()`, or computed under `torch.no_grad()`).
         teacher_head: `LMHead` or weight `[V_t, D_t]`; never gets a gradient.
         k: number of ids, or None for all. `normalization` needs k.
         support: who chooses the ids; only with k.
-        Others: see `topk_distill_loss`.
 
     Returns:
         0-d, or `[...]` for `reduction="none"`; fp32 (fp64 for fp64). All masked: 0 with zero gradients.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted; teacher hidden states that require
-        grad are refused.
+            grad are refused.
 
     Memory: within the workspace, never `[N, V]`; a trainable head adds dW accumulated in fp32.
     FLOP, with G = 2 N D V: dense 4 G (3 G with a frozen head, of which a KL cut into tiles 4 G; `reduction="none"` recomputes: 6 G); top-k 1 G for the
@@ -329,11 +331,13 @@ def linear_cross_entropy(
     """Cross-entropy (negative log-likelihood) of the labels, from hidden states: logsumexp(z) - z_label.
 
     Args:
-        hidden: `[..., D]`. head: `LMHead` or weight `[V, D]`.
+        hidden: `[..., D]`.
+        head: `LMHead` or weight `[V, D]`.
         labels: `[...]` int64 or int32, in [0, V) or `ignore_index` (not counted). Not shifted: labels[i] belongs to
             hidden[i].
-        weights, reduction, num_items: as in `topk_distill_loss`; `mean` divides by the number of labels that are not
-            `ignore_index`, or by `num_items`.
+        weights: as in `topk_distill_loss`.
+        reduction: likewise; `mean` divides by the number of labels that are not `ignore_index`, or by `num_items`.
+        num_items: likewise.
         impl: `auto`, `chunked`, `triton`, `reference`.
 
     Returns:
@@ -377,7 +381,8 @@ def linear_token_stats(
     term, and log p(y) = (z_y - max z) - log1p(the rest), from the logit of that same pass.
 
     Args:
-        hidden: `[..., D]`. head: `LMHead` or weight `[V, D]`.
+        hidden: `[..., D]`.
+        head: `LMHead` or weight `[V, D]`.
         labels: `[...]` ids in [0, V), or `ignore_index`, or None.
         ignore_index: the label of tokens without one (-100, say), whose log-probability is 0 as their cross-entropy
             would be: leave them out of a mean. None: every label is an id.

@@ -249,13 +249,13 @@ def test_the_readme_shows_the_largest_case_of_every_device(tmp_path, monkeypatch
     ]
     (folder / "bench.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
     plots.draw_all(rows, folder)
-    text = readme.bench_block()
+    text = readme.device_block(on_cpu=True)
     assert "N = 256" in text and "N = 64" not in text
     (folder / "gate.md").write_text("")
     statuses = "green", "green", "red", "not run", "needs CUDA"
     lines = [{"commit": "c"}, *({"status": status} for status in statuses)]
     (folder / "gate.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = readme.bench_block()
+    text = readme.device_block(on_cpu=True)
     assert "| **128 ms, 0.5 MiB** (chunked) | 512 ms (4 ×), 2 MiB | – | 256 ms (2 ×), 1 MiB (trl x) |" in text
     assert "(results/cpu/topk_distill_loss_huber_frozen.png)" in text
     assert (

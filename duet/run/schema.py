@@ -1,0 +1,264 @@
+"""The keys of a run's YAML file, from the dataclasses that read it: a JSON schema for editors, and groups for `--help`.
+
+Types, choices and bounds are those of the fields, descriptions those of the docstrings.
+"""
+
+import dataclasses
+import enum
+import inspect
+import re
+import types
+import typing
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..config import DuetConfig
+from ..data.sources import COLUMNS, DataSource
+from ..methods.objectives import OBJECTIVES
+from ..options import ListOf, Wanted
+from .config_file import DEFAULT_ADAPTER, ModelSection
+
+_JSON_TYPES = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+    type(None): "null",
+}
+_TEXT = {"type": "string"}
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of the YAML file of `duet train`, `duet cache` and `duet plan`.
+
+    It refuses unknown keys, wrong types, unknown choices and numbers out of range. It may take what a run refuses: what
+    goes with what (`normalization` with `duet`, say) is checked by `RunConfig`.
+
+    Example:
+        >>> keys = schema()["properties"]["training"]["properties"]
+        >>> keys["k"]["type"], keys["k"]["minimum"], keys["reverse_prompt_role"]["enum"]
+        ('integer', 1, ['user', 'system', 'both'])
+    """
+    training = of_dataclass(DuetConfig)
+    training["properties"]["objective"] = {"enum": list(OBJECTIVES)} | _said(DuetConfig, "objective")
+    training["properties"]["fsdp"] = {}  # `true` and texts: transformers takes both
+    source = _short_or(DataSource, "a file, a folder that `datasets` wrote, or a dataset on the Hub")
+    source["anyOf"][1]["properties"]["columns"] = {
+        "type": ["object", "null"],
+        "properties": dict.fromkeys(COLUMNS, _TEXT),
+        "additionalProperties": False,
+    } | _said(DataSource, "columns")
+    reference = {"$ref": "#/$defs/source"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "a run of duet",
+        "type": "object",
+        "properties": {
+            "model": _short_or(ModelSection, "name or folder of a model"),
+            "adapter": _adapter(),
+            "teacher": {"type": ["string", "null"], "description": "another model; null: the model itself"},
+            "data": {
+                "type": "object",
+                "properties": {
+                    "forget": reference,
+                    "retain": {"anyOf": [reference, {"type": "null"}]},
+                    "eval": {
+                        "anyOf": [
+                            reference,
+                            {"type": "object", "additionalProperties": reference},
+                            {"type": "null"},
+                        ]
+                    },
+                },
+                "additionalProperties": False,
+            },
+            "training": training,
+            "merge": {"type": "boolean", "description": "whether the adapter is also merged and saved"},
+        },
+        "additionalProperties": False,
+        "$defs": {"source": source},
+    }
+
+
+def groups() -> dict[str, dict[str, tuple[str, str]]]:
+    """Title of a group -> key -> (default, first sentence about it)."""
+    found = {
+        "model: which one, in which precision": _rows(ModelSection, "model."),
+        "data.forget, data.retain, data.eval.NAME: where rows come from": _rows(DataSource, "data.forget."),
+        "adapter: fields of peft.LoraConfig; without one every weight is trained": {
+            f"adapter.{name}": (str(value), "") for name, value in DEFAULT_ADAPTER.items()
+        },
+        "other": {
+            "teacher": ("None", "another model; None: the model itself"),
+            "merge": ("False", "whether the adapter is also merged and saved"),
+        },
+    }
+    inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
+    for kind in DuetConfig.__mro__:
+        own = vars(kind).get("__annotations__", {})
+        if not dataclasses.is_dataclass(kind) or not own:
+            continue
+        if kind is TrainingArguments:
+            title, names = "of transformers.TrainingArguments", inherited
+        elif kind is DuetConfig:
+            title, names = "the run", own.keys() - inherited
+        else:
+            title, names = _first_sentence(inspect.getdoc(kind) or ""), own.keys()
+        found[f"training: {title}"] = _rows(DuetConfig, "", names)
+    return found
+
+
+def described(kind: type) -> dict[str, str]:
+    """field -> what the docstrings of a dataclass and of those that it inherits from say about it."""
+    texts = {f.name: str(f.metadata["help"]) for f in dataclasses.fields(kind) if "help" in f.metadata}
+    for each in reversed(kind.__mro__[:-1]):
+        if each is TrainingArguments or not vars(each).get("__doc__"):
+            continue
+        part = re.search(
+            r"^(?:Args|Attributes):\n(.*?)(?:^\S|\Z)", inspect.cleandoc(each.__doc__ or ""), re.S | re.M
+        )
+        for names, text in re.findall(
+            r"^ {4}(\w+(?:, \w+)*): (.*?)(?=^ {4}\w|\Z)", part[1] if part else "", re.S | re.M
+        ):
+            texts |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return texts
+
+
+# -- a dataclass as a schema -----------------------------------------------------------------------------------------
+
+
+def of_dataclass(kind: Any) -> dict[str, Any]:
+    """An object with the fields of a dataclass, and no others."""
+    hints, texts = typing.get_type_hints(kind, include_extras=True), described(kind)
+    fields = [f for f in dataclasses.fields(kind) if f.init]
+    properties = {}
+    for f in fields:
+        properties[f.name] = of_hint(hints[f.name]) | _default(f)
+        if f.name in texts:
+            properties[f.name]["description"] = texts[f.name]
+    needed = [
+        f.name
+        for f in fields
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    required = {"required": needed} if needed else {}
+    return {"type": "object", "properties": properties, **required, "additionalProperties": False}
+
+
+def of_hint(hint: Any) -> dict[str, Any]:
+    """What `duet.options.fitted` takes for this type hint; `{}` (anything) where it looks at nothing.
+
+    Example:
+        >>> from duet.options import Share
+        >>> of_hint(Share)
+        {'type': 'number', 'minimum': 0.0, 'maximum': 1.0}
+    """
+    kinds: tuple[Any, ...] = getattr(hint, "__metadata__", ())
+    for kind in kinds:
+        if isinstance(kind, ListOf):
+            text = _TEXT if kind.blank else _TEXT | {"minLength": 1}
+            return {"anyOf": [text, {"type": "array", "items": text, "minItems": kind.least}]}
+    plain = typing.get_args(hint)[0] if kinds else hint
+    union = typing.get_origin(plain) in (typing.Union, types.UnionType)
+    members = typing.get_args(plain) if union else (plain,)
+    choices = [
+        text
+        for each in members
+        if typing.get_origin(each) is typing.Literal
+        for text in typing.get_args(each)
+    ]
+    if choices and {str, bool}.isdisjoint(members):
+        return {"enum": [*choices, None] if type(None) in members else choices}
+    parts = [typing.get_origin(each) or each for each in members]
+    named = [member.value for part in parts if _is_enum(part) for member in part]
+    if named:
+        return {"type": "string", "examples": named}
+    if not all(part in _JSON_TYPES for part in parts):
+        return {}
+    names = sorted(_JSON_TYPES[part] for part in parts)  # the order in a Union is not kept by typing
+    if "array" in names and "string" not in names:
+        names.append("string")  # a lone text is a list of one
+    limits = [bounds(kind.words) for kind in kinds if isinstance(kind, Wanted)]
+    return {"type": names[0] if len(names) == 1 else names} | (limits[0] if limits else {})
+
+
+def bounds(words: str) -> dict[str, float]:
+    """`a number in (0, 1]` or `an integer >= 1 or None` as bounds of JSON schema; none where the words name none.
+
+    Example:
+        >>> bounds("a number in (0, 1]"), bounds("an integer >= 1 or None"), bounds("a finite number")
+        ({'exclusiveMinimum': 0.0, 'maximum': 1.0}, {'minimum': 1}, {})
+    """
+    if found := re.search(r"in ([\[(])(\S+), (\S+)([\])])", words):
+        low = "minimum" if found[1] == "[" else "exclusiveMinimum"
+        high = "maximum" if found[4] == "]" else "exclusiveMaximum"
+        return {low: float(found[2]), high: float(found[3])}
+    if found := re.search(r"(>=?) (\d+)", words):
+        return {"minimum" if found[1] == ">=" else "exclusiveMinimum": int(found[2])}
+    return {}
+
+
+def _is_enum(part: Any) -> bool:
+    return isinstance(part, type) and issubclass(part, enum.Enum)
+
+
+def _default(field: dataclasses.Field) -> dict[str, Any]:
+    value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    value = value.value if isinstance(value, enum.Enum) else value
+    plain = isinstance(value, (bool, int, float, str, list, dict, type(None)))
+    return {"default": value} if plain else {}
+
+
+def _said(kind: type, name: str) -> dict[str, str]:
+    return {"description": described(kind)[name]}
+
+
+def _short_or(kind: Any, about: str) -> dict[str, Any]:
+    """A lone text, or the whole mapping."""
+    return {"anyOf": [_TEXT | {"description": about}, of_dataclass(kind)]}
+
+
+def _adapter() -> dict[str, Any]:
+    from peft import LoraConfig
+
+    lora = of_dataclass(LoraConfig)
+    for name, value in lora["properties"].items():
+        value.pop("default", None)
+        if name in DEFAULT_ADAPTER:
+            value["default"] = DEFAULT_ADAPTER[name]
+    return lora | {
+        "type": ["object", "null"],
+        "description": "fields of peft.LoraConfig; null: all weights are trained",
+    }
+
+
+# -- rows of a help text ---------------------------------------------------------------------------------------------
+
+
+def _rows(kind: Any, before: str, only: Any = None) -> dict[str, tuple[str, str]]:
+    texts, rows = described(kind), {}
+    for field in dataclasses.fields(kind):
+        if not field.init or (only is not None and field.name not in only):
+            continue
+        value = _default(field)
+        default = (
+            "wanted" if not value else "a list" if isinstance(value["default"], list) else value["default"]
+        )
+        rows[before + field.name] = (
+            str(default).replace("\n", "\\n"),
+            _first_sentence(texts.get(field.name, "")),
+        )
+    return rows
+
+
+def _first_sentence(text: str) -> str:
+    """Up to the first full stop or semicolon that is not inside brackets."""
+    text, depth = text.replace("`", "").replace("\n", " "), 0
+    for i, sign in enumerate(text):
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign in ".;" and depth == 0 and text[i + 1 : i + 2] in ("", " "):
+            return text[:i]
+    return text
