@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..config import DuetConfig
 from ..data.dataset import UnlearnDataset
 from ..model.prefix_cache import PrefixTable, bytes_per_token, cannot_reuse, common_length
 
@@ -102,7 +101,7 @@ class ReusedPrefixes:
         return f"with reused keys and values the hidden states differ by {worst:.3g} of {largest:.3g}"
 
 
-def whole_prompts_because(args: DuetConfig, packed: bool, sharded: bool) -> str | None:
+def whole_prompts_because(args: Any, packed: bool, sharded: bool) -> str | None:
     """Why steering prefixes are not read once in this run, whatever the model; None: there is no reason."""
     if not args.reuse_prefix:
         return "reuse_prefix is off"

@@ -27,6 +27,8 @@ from .op import (
     present,
     refuse_second_derivative,
     save_for_backward,
+    times,
+    traced,
 )
 from .primitives import linear_gather_backward
 
@@ -68,11 +70,11 @@ def _gradient(
     need = Need(*ctx.needs_input_grad[:3])
     dhidden, *others = ctx.saved_tensors[:3]
     if need.hidden:
-        dhidden = (dhidden * (grad if ctx.reduce else grad[:, None])).to(ctx.dtype)
+        dhidden = times(dhidden, grad if ctx.reduce else grad[:, None], ctx.dtype)
     if any(need[1:]) and not ctx.reduce:
         others = [g.to(ctx.dtype) for g in again(need._replace(hidden=False), grad)[1:]]
     elif any(need[1:]):
-        if torch.compiler.is_compiling() or type(grad) is not Tensor:  # traced: nothing may be written
+        if traced(grad):
             others = [(g * grad).to(ctx.dtype) for g in others]
         else:
             if ctx.given_away:
@@ -178,7 +180,7 @@ def _topk_loss_gradient(ctx, grad, *_):
         leaves = hidden, weight, bias, ids, ctx.softcap, ctx.scale
         gradients = list(linear_gather_backward(upstream, values, *leaves, False, *need[1:], ctx.impl))
     if need[0]:
-        gradients[0] = (grad[:, None] * dhidden).to(hidden.dtype)
+        gradients[0] = times(dhidden, grad[:, None], hidden.dtype)
     return for_autograd(gradients, need, len(ctx.needs_input_grad))
 
 

@@ -61,6 +61,10 @@ class Op:
             ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates: dW is one
             setup_context(ctx, inputs, output)
 
+        def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Any:
+            # Nobody differentiates the first output, and no other has a derivative.
+            return gradient(ctx, grad, *others) if grad is not None else (None,) * len(ctx.needs_input_grad)
+
         body = self.eager
 
         def forward(ctx: Any, *args: Any) -> Any:
@@ -68,8 +72,8 @@ class Op:
             context(ctx, args, output)
             return output
 
-        self.custom.register_autograd(gradient, setup_context=context)
-        members = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
+        self.custom.register_autograd(backward, setup_context=context)
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self.eager = type("Eager", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
     def __call__(self, first: Tensor, *args: Any) -> Any:
@@ -95,6 +99,19 @@ def refuse_second_derivative(name: str) -> None:
     """Raise in a backward pass that is itself to be differentiated: what it multiplies was made in the forward pass."""
     if torch.is_grad_enabled():
         raise RuntimeError(no_second_derivative(name))
+
+
+def traced(x: Tensor) -> bool:
+    """Whether a compiler or a tensor subclass follows what is done with x: then nothing may be written in place."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor
+
+
+def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor * gradient, rounded to `dtype`; no temporary in the dtype of the factor."""
+    if traced(factor) or torch._C._are_functorch_transforms_active():
+        return (gradient * factor).to(dtype)
+    out = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.mul(gradient, factor, out=out)
 
 
 def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:

@@ -17,6 +17,7 @@ from .op import (
     present,
     refuse_second_derivative,
     save_for_backward,
+    times,
 )
 
 # --- top-k: a selection, without a gradient ---------------------------------------------------------------------
@@ -197,7 +198,7 @@ def _linear_logsumexp_gradient(ctx, grad, _):
     need = ctx.needs_input_grad[:3]
     gradients = [None, None, None]
     if need[0]:
-        gradients[0] = (grad[:, None] * dhidden).to(leaves[0].dtype)
+        gradients[0] = times(dhidden, grad[:, None], leaves[0].dtype)
     if any(need[1:]):
         options = ctx.softcap, ctx.scale, ctx.temperature, *need[1:], ctx.impl
         gradients[1:] = _linear_logsumexp_backward(grad, tail, *leaves, *options)

@@ -62,7 +62,7 @@ def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tens
     """factor * gradient, rounded to `dtype`: in place where that is the gradient's own, not at all by 1 on a CPU."""
     if gradient.dtype != dtype:
         return (gradient * factor).to(dtype)
-    return gradient if factor.device.type == "cpu" and factor == 1 else gradient.mul_(factor)
+    return gradient if not cuts.asynchronous(factor.device) and factor == 1 else gradient.mul_(factor)
 
 
 Side = tuple[Tensor, LMHead]  # hidden states and the head they go through

@@ -21,6 +21,7 @@ from . import cuts
 from .cuts import chunk_logits, row_chunks, rows_that_fit
 from .topk_divergence import divergence_and_gradient
 
+_SUMMED = 512  # products of halves that are added in one run
 _GATHER_BYTES = 4 * 2**20  # of gathered rows on a CPU: they stay in the last-level cache
 # With more than V / this many ids a token all logits are cheaper than K rows of W; by whether W is in the dtype of the
 # sums already. On a CPU by `benchmarks/gather_crossover.py`; on a GPU a row is moved three times at 4 TB/s, and 600 TFLOP/s
@@ -76,7 +77,12 @@ def gather_rows(hidden: Tensor, head: LMHead, ids: Tensor) -> Tensor:
 def _dots(gathered: Tensor, hidden: Tensor) -> Tensor:
     """`[n, K]` of rows `[n, K, D]` and hidden states `[n, D]`; overwrites what was gathered."""
     if products.half_products(gathered.device, gathered.dtype):
-        return batched_product(gathered, hidden[:, :, None])[:, :, 0]
+        # A tensor core cuts off what a sum cannot hold, always downwards: over all of D that is more than 10 eps.
+        parts = [
+            batched_product(gathered[:, :, d], hidden[:, d, None])
+            for d in row_chunks(hidden.shape[1], _SUMMED)
+        ]
+        return torch.stack(parts).sum(0)[:, :, 0]
     # A sum by halves, as exact as the blocked product that chose the ids (a dot product that adds in one run is
     # 10 eps off), and faster than a batch of matrix-vector products.
     acc = acc_dtype(gathered.dtype)
