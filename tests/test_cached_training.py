@@ -103,7 +103,7 @@ def test_it_is_training_with_the_teacher_bit_for_bit(tmp_path, options, lora):
     for each in (None, store):
         torch.manual_seed(4)
         more = {"peft_config": LoraConfig(**LORA)} if lora else {}
-        runs.append(make(tmp_path, each, trainer=more, **options))
+        runs.append(make(tmp_path, each, trainer=more, reuse_prefix=False, **options))
         runs[-1].train()
     live, read = runs
     assert isinstance(live.teacher, AdapterOffTeacher if lora else FrozenTeacher)
