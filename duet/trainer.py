@@ -30,10 +30,11 @@ from .methods.asking import Asking
 from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.views import asked_before_training, build_dataset, eval_datasets
 from .model import lm
+from .model.adapters import BASE, add_adapter, check_folder, has_adapter, save_base
 from .model.teacher import RowTargets, TeacherGuard, live_teacher
 from .model.weights import weights_hash
 from .output.card import fingerprint, write_card
-from .output.checkpoints import ResumableTrainer, check_output_dir
+from .output.checkpoints import ResumableTrainer, check_output_dir, said_clearly
 from .output.parts import LossParts
 from .output.record import begin_run, run_record
 from .store.provenance import cached_teacher, open_store
@@ -62,7 +63,9 @@ class DuetTrainer(Asking, ResumableTrainer):
             switched off if it has one (one copy in memory), else a frozen copy; no copy where everything can be asked
             before the first step (`npo`, `npo_kl`, `graddiff_kl`, `undial`, `shred` without views that are drawn,
             `duet_deep`): rows to evaluate on must then be given here.
-        peft_config: wraps `model` in this adapter.
+        peft_config: wraps `model` in this adapter. An adapter that `model` has already (a folder of an earlier run) is merged
+            into its weights first, so that the new run starts from what that model does and its teacher is that model; the
+            sum is written to `output_dir/base`, on which the new adapter is loaded.
         eval_dataset: rows scored like forget rows (plain query, first prefix), or a dict of such; the rows under a
             name that starts with `retain` are scored like retain rows.
         callbacks, optimizers: as in `Trainer`.
@@ -138,12 +141,18 @@ class DuetTrainer(Asking, ResumableTrainer):
         self._fingerprints = {k: (len(v), fingerprint([row[:3] for row in v])) for k, v in rows.items() if v}
 
         model = lm.load_model(model, "model", args.model_init_kwargs, lm.loading_device(args))
+        model = lm.without_frozen_adapter(model, "model", peft_config is not None)
         lm.keep_differentiable(model)
         tokenizer = lm.load_tokenizer(model) if processing_class is None else processing_class
         self.pad_id = lm.padding_id(tokenizer)
+        check_folder(
+            str(args.output_dir),
+            peft_config is not None or has_adapter(model),
+            getattr(model, "merged_adapter", None),
+        )
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
-            model = lm.add_adapter(model, peft_config)
+            model = self._adapted(model, tokenizer, peft_config, args)
         head = lm.check_head(model)
         fit_model(self.objective, model, head, args)
 
@@ -219,6 +228,20 @@ class DuetTrainer(Asking, ResumableTrainer):
             raise ValueError(f"teacher_model: wanted None, {named} has no teacher")
         if self.objective.loss is None and eval_dataset is not None:
             raise ValueError(f"eval_dataset: wanted None, {named} has no loss")
+
+    def _adapted(self, model: Any, tokenizer: Any, peft_config: Any, args: DuetConfig) -> nn.Module:
+        """`model` with a new adapter; what it is trained on top of is written to `output_dir/base`, where no folder holds it."""
+        earlier = getattr(model, "merged_adapter", None)
+        base = Path(args.output_dir, BASE)
+        if earlier is not None and args.should_save:
+            logger.info(f"the adapter of {earlier or 'model'} was merged; the sum is saved as {base}")
+            with said_clearly(base):
+                save_base(model, tokenizer, base)
+        adapted: Any = add_adapter(model, peft_config)
+        if earlier is not None:
+            for config in adapted.peft_config.values():
+                config.base_model_name_or_path, config.revision = str(base.resolve()), None
+        return adapted
 
     def _dataset(self, forget, retain, subjects=None) -> UnlearnDataset:
         seed = None if self._store is None else self._store.provenance.seed

@@ -21,6 +21,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 from duet_kernels import LMHead, linear_gather
 
 from ..data.prompts import answer_ending
+from .adapters import has_adapter, holds_adapter, load_adapted, merge_adapters
 
 logger = logging.get_logger(__name__)
 _HEAD_BYTES = 64 << 20
@@ -28,6 +29,9 @@ _HEAD_BYTES = 64 << 20
 
 def load_model(model: Any, argument: str, init_kwargs: Any, device: torch.device | None = None) -> nn.Module:
     """`model` itself, or the causal language model of that name or folder, in the dtype of its checkpoint.
+
+    An adapter that is saved there is merged into its base, in memory: the model is what that folder's model does, and never
+    the base alone.
 
     Args:
         model: a model, a name or a folder.
@@ -45,13 +49,57 @@ def load_model(model: Any, argument: str, init_kwargs: Any, device: torch.device
     if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         raise FileNotFoundError(f"{argument}: there is no folder {name!r}")
     placed = {} if device is None else {"device_map": {"": device}}
+    kwargs = placed | (init_kwargs or {})
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **placed | (init_kwargs or {}))
+        if holds_adapter(name):
+            loaded = load_adapted(name, **{k: v for k, v in kwargs.items() if k != "revision"})
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{argument}: {name!r} is not a folder with a causal language model, nor the name of one that could be "
             f"loaded: {error}"
         ) from error
+    if not hasattr(loaded, "peft_config"):
+        return loaded
+    merged: Any = _merged(loaded, argument, name)
+    merged.name_or_path = merged.config._name_or_path = name  # where its tokenizer is
+    return merged
+
+
+def without_attached_adapter(model: Any, argument: str) -> nn.Module:
+    """`model`, with adapters that transformers attached (it loads a folder with an adapter so) merged; PEFT models stay."""
+    if not has_adapter(model) or hasattr(model, "get_base_model"):
+        return model
+    return _merged(model, argument, getattr(model, "name_or_path", ""))
+
+
+def without_frozen_adapter(model: Any, argument: str, adds: bool) -> nn.Module:
+    """`model`, with adapters that are there merged where they could not be trained: from transformers, or frozen in peft.
+
+    Args:
+        model: that a user gave, to be trained.
+        argument: how errors call it.
+        adds: whether a new adapter will be put on top.
+
+    Raises:
+        ValueError: an adapter of peft that is frozen, and no new one: nothing would be trained.
+    """
+    model = without_attached_adapter(model, argument)
+    if not has_adapter(model) or any(p.requires_grad for p in model.parameters()):
+        return model
+    if not adds:
+        raise ValueError(
+            f"{argument}: wanted weights that can be trained, got a PEFT model whose adapter is frozen; load it with "
+            "is_trainable=True, or pass peft_config: its adapter is then merged and a new one trained on top"
+        )
+    return _merged(model, argument, getattr(model, "name_or_path", ""))
+
+
+def _merged(model: nn.Module, argument: str, name: str) -> nn.Module:
+    merged: Any = merge_adapters(model, argument)
+    merged.merged_adapter = name
+    return merged
 
 
 def loading_device(args: TrainingArguments) -> torch.device | None:
@@ -119,19 +167,6 @@ def load_tokenizer(model: nn.Module) -> Any:
         raise FileNotFoundError(
             f"processing_class: no tokenizer could be loaded from {name!r}: {error}"
         ) from error
-
-
-def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    """`model` wrapped in a new PEFT adapter."""
-    from peft import PeftConfig, PeftModel, get_peft_model
-
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            f"peft_config: wanted a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}"
-        )
-    if isinstance(model, PeftModel):
-        raise ValueError("peft_config: wanted None, because model is a PEFT model already")
-    return get_peft_model(model, peft_config)
 
 
 def keep_differentiable(model: nn.Module) -> None:

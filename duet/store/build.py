@@ -37,6 +37,7 @@ from ..model.lm import (
     load_tokenizer,
     loading_device,
     padding_id,
+    without_attached_adapter,
 )
 from ..model.prefix_cache import PrefixCache, common_length
 from .columns import read_columns
@@ -107,6 +108,7 @@ def cache_teacher(
     folder = _folder(folder, args)
     state = PartialState(cpu=args.use_cpu)
     model = load_model(model, "model", args.model_init_kwargs, loading_device(args))
+    model = without_attached_adapter(model, "model")
     with _without_adapter(model):
         job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
         writer = StoreWriter(folder, job.provenance, job.rows, shard_entries)
@@ -150,7 +152,7 @@ def import_teacher(
         TypeError, ValueError, OSError: naming the column and the row.
     """
     folder = _folder(folder, args)
-    model = load_model(model, "model", args.model_init_kwargs)
+    model = without_attached_adapter(load_model(model, "model", args.model_init_kwargs), "model")
     with _without_adapter(model):
         job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
     provenance = replace(job.provenance, values=LOG_PROBABILITIES)
