@@ -141,10 +141,12 @@ class DuetTrainer(Asking, ResumableTrainer):
         self._fingerprints = {k: (len(v), fingerprint([row[:3] for row in v])) for k, v in rows.items() if v}
 
         model = lm.load_model(model, "model", args.model_init_kwargs, lm.loading_device(args))
+        lm.check_whole(model)
         model = lm.without_frozen_adapter(model, "model", peft_config is not None)
         lm.keep_differentiable(model)
         tokenizer = lm.load_tokenizer(model) if processing_class is None else processing_class
-        self.pad_id = lm.padding_id(tokenizer)
+        lm.check_tokenizer(tokenizer)
+        self.pad_id = lm.padding_id(tokenizer, lm.embedded_ids(model))
         check_folder(
             str(args.output_dir),
             peft_config is not None or has_adapter(model),
@@ -158,6 +160,7 @@ class DuetTrainer(Asking, ResumableTrainer):
 
         self._options = args  # `self.args` once the Trainer is made
         self.renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs)
+        self.renderer.num_ids = lm.embedded_ids(model)
         self._length = args.max_length or lm.context_length(model)
         train_dataset = self._dataset(forget, retain)
         self._train_subjects = train_dataset.subjects
@@ -316,6 +319,16 @@ class DuetTrainer(Asking, ResumableTrainer):
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         self._prepare_rows(self.eval_dataset[chosen] if isinstance(chosen, str) else chosen)
         return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """For `predict(rows)`: rows as in `eval_dataset`; their loss is a metric, and nothing else is predicted."""
+        if self.objective.loss is None:
+            raise ValueError(
+                f"test_dataset: wanted none, because objective {self.args.objective!r} has no loss"
+            )
+        dataset = eval_datasets(test_dataset, self._dataset, self._train_subjects)
+        self._prepare_rows(dataset)
+        return super().get_test_dataloader(dataset)
 
     def _get_train_sampler(self, train_dataset=None):
         return self._sampler

@@ -20,7 +20,7 @@ ALLOWED = {
     "data": "names options _moved",
     "model": "data",
     "methods": "names options data model",
-    "config": "options methods",
+    "config": "names options data methods",
     "store": "extras config data model methods",
     "output": "extras model",
     "trainer": "config data model methods store output",

@@ -176,6 +176,7 @@ def run_attack(
     console.print(runner.table(report, f"{model}: the worst attack first"))
     console.print(runner.legend(report))
     console.print(f"leak: {report['success']}", soft_wrap=True)
+    console.print(report["headline"], soft_wrap=True)
     console.print(f"written to {out / runner.REPORT}", soft_wrap=True)
 
 

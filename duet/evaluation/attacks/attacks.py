@@ -166,8 +166,8 @@ def _step_by_step(target: Target) -> Iterator[Unit]:
             [target.prompt(row.asking(t)) for row, t in zip(target.rows, texts, strict=True)], long
         )
         prompts = []
-        for row, text, said in zip(target.rows, texts, first, strict=True):
-            turns = [(text, said.text)] if said and said.text else []
+        for row, text, heard in zip(target.rows, texts, first, strict=True):
+            turns = [(text, heard[0].text)] if heard and heard[0].text else []
             prompts.append(target.prompt(target.dialogue(turns, row)))
         return target.outcomes("remember, then answer", target.rows, prompts)
 

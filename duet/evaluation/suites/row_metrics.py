@@ -48,6 +48,9 @@ GENERATE: dict[str, Said] = {
     "fluency": lambda said, answer, value: _number(metrics.fluency(said)),
 }
 
+# A 0 of these says "forgotten", which nobody knows of an answer that was cut, or is empty: then they are undefined.
+JUDGED = frozenset({"contains_answer"})
+
 SCORE: dict[str, Callable[[TokenScores], float | None]] = {
     "loss": lambda s: s.loss,
     "probability": lambda s: metrics.probability(s.loss),

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...data.prompts import Prompting
+from ...data.prompts import Prompting, check_placeholders
 from ...extras import version_of
 from ...model.hashes import fingerprints
-from ...model.lm import check_head, context_length, padding_id
+from ...model.lm import check_head, check_tokenizer, context_length, embedded_ids, padding_id
 from ..generation import continuations
 from ..journal import Journal, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
@@ -78,6 +78,8 @@ def evaluate(
         raise ValueError(f"limit: wanted an integer >= 1, got {limit}")
     if steering is not None and not steering.strip():
         raise ValueError(f"steering: wanted a text that is not empty, got {steering!r}")
+    check_placeholders("steering", steering or "")
+    check_tokenizer(tokenizer, "tokenizer")
     if retain_run is not None and not summary.OF_RETAIN & suite.numbers.keys():
         raise ValueError(
             f"retain_run: wanted a suite with {' or '.join(sorted(summary.OF_RETAIN))}, which is all that a retain model "
@@ -107,7 +109,9 @@ def evaluate(
             load_table(data, task.few_shot.data, task.hub, f"{task.name}.few_shot") if task.few_shot else ()
         )
         prepared[task] = _prepare(
-            Asker(tokenizer, task, shots, context, prompting, steering, others), task, rows
+            Asker(tokenizer, task, shots, context, prompting, steering, others, embedded_ids(model)),
+            task,
+            rows,
         )
     check_head(model)
     versions = {
@@ -136,7 +140,7 @@ class _Run:
     def __init__(self, model: nn.Module, tokenizer: Any, task: Task, context: int | None, batch_size: int):
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.context, self.batch_size = context, batch_size
-        self.pad_id = padding_id(tokenizer)
+        self.pad_id = padding_id(tokenizer, embedded_ids(model))
 
     def into(
         self,
@@ -175,16 +179,18 @@ class _Run:
 
     def _generate(self, batch: Sequence[Item]) -> list[Row]:
         room = min(self._room(item) for item in batch)
+        limit = int(min(self.task.max_new_tokens, room))
         said = continuations(
             self.model,
             self.tokenizer,
             [item.prompt for item in batch],
-            max_new_tokens=int(min(self.task.max_new_tokens, room)),
+            max_new_tokens=limit,
             stop=self.task.stop,
         )
         rows = []
         for item, answer in zip(batch, said, strict=True):
-            row = self._row(item, "nan" if not answer.finite else "ok" if answer.text else "empty")
+            ended = "empty" if not answer.text else "cut" if answer.cut(limit) else "ok"
+            row = self._row(item, ended if answer.finite else "nan")
             if room < self.task.max_new_tokens and answer.num_tokens >= room:
                 ended = f"the context ended after {answer.num_tokens} new tokens"
                 row["note"] = f"{row['note']}; {ended}" if "note" in row else ended
@@ -193,6 +199,10 @@ class _Run:
                 wanted = self.task.metrics
                 answered = answer.text, item.reference, item.value
                 row["metrics"] = {m: row_metrics.GENERATE[m](*answered) for m in wanted}
+                if ended != "ok":
+                    row["metrics"] |= {
+                        m: None for m in row_metrics.JUDGED & {*wanted} if not row["metrics"][m]
+                    }
             rows.append(row)
         return rows
 
