@@ -215,6 +215,7 @@ def test_nf4_rounds_the_linear_layers(world, forget):
 # --- distribution ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("answers_end")
 def test_a_token_at_the_very_bottom_is_a_leak_too():
     """The head is made so that the true token has the smallest logit: no answer shows it, the rank does."""
     model, tokenizer = tiny(), word_tokenizer()
@@ -277,6 +278,7 @@ def test_the_base_knows_everything_and_rounding_keeps_it(tmp_path, forget):
     assert tried != any(s["name"] == "quantisation: nf4" for s in report["skipped"]), "tried, or said why not"
 
 
+@pytest.mark.usefixtures("answers_end")
 def test_what_is_hidden_comes_back_and_the_worst_attack_is_first(tmp_path, refusing, forget, retain):
     target = Target(*refusing, forget, retain, options=AttackOptions(**OPTIONS))
     base = Target(*load_base(), forget, options=AttackOptions(**OPTIONS))
@@ -324,6 +326,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.usefixtures("answers_end")
 @pytest.mark.parametrize("template", ["chat", "no system role", "none"])
 def test_every_attack_on_every_kind_of_row(tmp_path, template):
     chosen = {"chat": CHAT_TEMPLATE, "no system role": NO_SYSTEM_TEMPLATE, "none": None}[template]
@@ -347,6 +350,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.usefixtures("answers_end")
 def test_few_shot_says_what_its_examples_are_about(tmp_path):
     """Two rows about ada, one about turing, one about nobody: what each is shown is in the row and in the strength."""
     rows = [
@@ -416,7 +420,16 @@ def test_heldout_wordings_that_training_saw_are_left_out():
 
 def test_every_column_of_the_terminal_table_holds_its_own_number():
     cost = {"queries": 11, "steps": 22, "seconds": 33.4}
-    variants = {"v": {"leak": 0.5, "low": 0.25, "high": 0.75, "rows": 44, "status": {"ok": 44}}}
+    variants = {
+        "v": {
+            "leak": 0.5,
+            "low": 0.25,
+            "high": 0.75,
+            "rows": 44,
+            "status": {"ok": 44, "cut": 6},
+            "unjudged": 0.12,
+        }
+    }
     entry = {"name": "prefill", "leak": 0.5, "worst_variant": "v", "variants": variants, "cost": cost}
     table = attack_run.table({"attacks": [entry], "direct": None, "base": None}, "title")
     shown = {column.header: next(iter(column.cells)) for column in table.columns}
@@ -424,12 +437,14 @@ def test_every_column_of_the_terminal_table_holds_its_own_number():
         "attack": "prefill",
         "leak (95 %)": "0.50 (0.25 to 0.75)",
         "rows": "44",
+        "not judged": "12%",
         "queries": "11",
         "steps": "22",
         "seconds": "33",
     }
 
 
+@pytest.mark.usefixtures("answers_end")
 def test_answers_that_the_tokenizer_cannot_write_are_not_forgotten(tmp_path):
     rows = [*forget_rows(2), {"question": "who is ada ?", "answer": "a zebra", "subject": "ada"}]
     options = AttackOptions(max_new_tokens=2, relearn_rates=(1e-3,), relearn_curve=(1,))
@@ -484,6 +499,7 @@ def test_an_interrupted_attack_continues(tmp_path, forget):
         attack_run.run_attacks(target, out=tmp_path / "killed")
 
 
+@pytest.mark.usefixtures("answers_end")
 def test_rows_that_do_not_fit_and_nan_weights_are_marked(tmp_path):
     model, tokenizer = tiny(max_position_embeddings=24), word_tokenizer()
     rows = [*forget_rows(2), {"question": "the " * 30 + "?", "answer": "a poet", "subject": "x"}]
