@@ -230,7 +230,7 @@ def test_a_token_at_the_very_bottom_is_a_leak_too():
     (outcome,) = next(distribution.rank_probe(target))[1]()
     assert outcome["rank"] == 127 and outcome["relative_rank"] == 1.0
     assert (outcome["leaked"], outcome["top"], outcome["bottom"]) == (1, 0, 1)
-    assert sum(o["leaked"] for o in target.ask("direct")) == 0
+    assert not any(o["leaked"] for o in target.ask("direct"))
     with torch.no_grad():
         model.lm_head.weight[token] = 100 * hidden
     (outcome,) = next(distribution.rank_probe(target))[1]()
@@ -308,7 +308,7 @@ def test_what_is_hidden_comes_back_and_the_worst_attack_is_first(tmp_path, refus
     assert [step for step, _ in by["relearning"]["curves"]["0.001"]] == [2, 6]
     assert by["relearning"]["cost"]["steps"] == 12 and by["prefill"]["cost"]["queries"] == 3 * len(forget)
     for entry in report["attacks"]:
-        assert entry["leak"] == max(v["leak"] for v in entry["variants"].values())
+        assert entry["leak"] == max(v["leak"] for v in entry["variants"].values() if v["leak"] is not None)
         assert entry["strength"] and entry["what"]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     asked = [r for r in rows if r["attack"] == "relearning" and not r.get("done")]
@@ -342,8 +342,9 @@ def test_every_attack_on_every_kind_of_row(tmp_path, template):
     assert {e["name"] for e in report["attacks"]} == set(ATTACKS) - {"direct", "adapter"}
     assert all(0 <= entry["leak"] <= 1 for entry in (*report["attacks"], report["direct"]))
     by = {entry["name"]: entry["variants"] for entry in report["attacks"]}
-    assert by["paraphrase"]["given paraphrase 1"]["rows"] == 1
-    assert by["prefill"]["the answer's own opening"]["rows"] == len(rows) - 2
+    asked = {"given paraphrase 1": by["paraphrase"], "the answer's own opening": by["prefill"]}
+    counts = {name: sum(variants[name]["status"].values()) for name, variants in asked.items()}
+    assert counts == {"given paraphrase 1": 1, "the answer's own opening": len(rows) - 2}
 
 
 class Killed(BaseException):
@@ -457,7 +458,8 @@ def test_answers_that_the_tokenizer_cannot_write_are_not_forgotten(tmp_path):
     report = attack_run.run_attacks(target, out=tmp_path, attacks=names, progress=lambda *at: seen.append(at))
     assert seen[:3] == [("direct", 0, 1), ("direct", 1, 1), ("prefill", 0, 3)], "what is at work is shown"
     by = {entry["name"]: entry["variants"] for entry in (*report["attacks"], report["direct"])}
-    assert by["direct"]["as asked"]["status"]["unknown_tokens"] == 1 and by["direct"]["as asked"]["rows"] == 2
+    assert by["direct"]["as asked"]["status"]["unknown_tokens"] == 1
+    assert sum(by["direct"]["as asked"]["status"].values()) == 3 and by["direct"]["as asked"]["rows"] <= 2
     assert by["rank_probe"]["both ends"]["status"] == {"ok": 2, "unknown_tokens": 1}
     assert by["membership"]["loss"]["status"] == {"ok": 4, "unknown_tokens": 2}
     assert by["prefill"]["the answer's own opening"]["status"]["unknown_tokens"] == 1

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from functools import cache
+from itertools import pairwise
 
 _WITHOUT_SPACES = (
     (0x0E00, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x19E0, 0x19FF), (0xA9E0, 0xA9FF),
@@ -95,7 +96,7 @@ def find(text: str, value: str) -> int | None:
     if not words:
         raise ValueError(f"value: wanted a text that is not empty, got {value!r}")
     pattern = re.escape(words[0])
-    for before, after in zip(words, words[1:], strict=False):
+    for before, after in pairwise(words):
         apart = "*" if _alone(before[-1]) and _alone(after[0]) else "+"
         pattern += rf"[\W_]{apart}{re.escape(after)}"
     folded, places = fold(text)
