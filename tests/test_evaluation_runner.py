@@ -441,7 +441,7 @@ def test_multiple_choice_of_a_named_file(tmp_path):
     model = tiny(vocab_size=len(tokenizer), max_position_embeddings=512)
     folder, suite = write(tmp_path / "data", mine=LETTER_ROWS), load_suite("mcq", {"wmdp_bio": "mine.jsonl"})
     found = runner.evaluate(model, tokenizer, suite, out=tmp_path / "out", data=folder)
-    assert found["left_out"] == ["wmdp_cyber", "wmdp_chem", "mmlu"]
+    assert list(found["left_out"]) == ["wmdp_cyber", "wmdp_chem", "mmlu"]
     (row, *_) = rows_of(tmp_path / "out")
     assert row["prompt"].replace(" ", "").endswith("D.x\nAnswer:") and row["num_tokens"] == [2, 2, 2, 2]
 
@@ -517,7 +517,7 @@ def test_the_command_on_the_worlds_base(tmp_path):
     found = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert found["tasks"]["forget_answers"]["metrics"]["contains_answer"]["mean"] > 0.95
     assert found["tasks"]["forget_losses"]["metrics"]["extraction_strength"]["mean"] > 0.95
-    assert found["left_out"] == ["retain_answers", "retain_losses"]
+    assert list(found["left_out"]) == ["retain_answers", "retain_losses"]
     model, tokenizer = load_base()
     found = runner.evaluate(
         model, tokenizer, load_suite(tmp_path / "mc.yaml"), out=tmp_path / "mc", data=folder

@@ -70,6 +70,22 @@ class AttackRow:
             return float(rest.strip() in said)
 
 
+def with_answers(rows: Sequence[dict[str, Any]], argument: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows that have an answer, and the names of those that have none.
+
+    Raises:
+        ValueError: a row is no row.
+    """
+    try:
+        queries = read_rows(rows, argument)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    pairs = list(zip(rows, queries, strict=True))
+    return [row for row, query in pairs if query.answer is not None], [
+        q.name for _, q in pairs if q.answer is None
+    ]
+
+
 def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[AttackRow]:
     """Rows as `duet.data.rows.read_rows` reads them, with an answer each; optional columns `value` and `paraphrases`.
 
@@ -92,7 +108,10 @@ def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[Atta
     for i, query in enumerate(queries):
         row, name = rows[i], f"{argument}[{i}]"
         if query.answer is None:
-            raise ValueError(f"{name}: wanted a row with an 'answer', got the keys {sorted(row)}")
+            raise ValueError(
+                f"{name}: wanted a row with an 'answer', got the keys {sorted(row)}; --elicit with --base takes the base "
+                "model's own answers"
+            )
         value = value_of(row, query.answer, name)
         others = row.get("paraphrases", row.get("paraphrased_question")) or ()
         others = (others,) if isinstance(others, str) else tuple(others)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, fill_prefix
+from ..elicit import ELICITED, ELICITED_NOTE
 from ..scoring import Forced
 from ..values import value_of
 from .suite import Task, fill
@@ -171,6 +172,8 @@ class Asker:
         reference = self._reference(row, where)
         prompt = self._prompt(index, conversation, row, where)
         shown: dict[str, Any] = {"question": self._question(row, where), "answer": reference}
+        if row.get(ELICITED):
+            shown["note"] = ELICITED_NOTE
         try:
             value = value_of(row, reference, where)
         except ValueError as error:  # a column `value` with another meaning

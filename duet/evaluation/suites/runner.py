@@ -47,6 +47,7 @@ def evaluate(
     retain_run: str | Path | None = None,
     prompting: Prompting | None = None,
     steering: str | None = None,
+    elicit: Callable[[list[Row], str], list[Row]] | None = None,
     progress: Progress = lambda task, done, total: None,
 ) -> dict[str, Any]:
     """Run `suite`, or what is missing of it, and summarise.
@@ -63,6 +64,8 @@ def evaluate(
         prompting: how prompts are written for the model (`Prompting.of(name)`); None: the defaults.
         steering: a prefix before every question: the model as its own teacher. In tasks to forget `{subject}` stands
             for the row's; in others for those subjects in turn, as in training: the prefix is about what should go.
+        elicit: (rows, name) -> the rows with answers where they have none (`duet.evaluation.elicit`), for tasks that ask the
+            column `question` and compare with the column `answer`.
         progress: called after every batch.
 
     Returns:
@@ -87,6 +90,10 @@ def evaluate(
         )
     retain_rows = _retain_rows(retain_run, suite) if retain_run is not None else None
     tables = dict(_tables(suite, data, limit))
+    if elicit is not None:
+        tables = {
+            task: elicit(rows, task.name) if _reads_answers(task) else rows for task, rows in tables.items()
+        }
     prompting = prompting or Prompting()
     manifest = {
         "schema": 1,
@@ -102,17 +109,19 @@ def evaluate(
     context = context_length(model)
     gone = [rows for task, rows in tables.items() if task.name.startswith(TO_FORGET)]
     subjects = list(dict.fromkeys(row["subject"] for rows in gone for row in rows if row.get("subject")))
-    prepared = {}
+    prepared, left_out = {}, _left_out(suite, tables)
     for task, rows in tables.items():
         others = () if task.name.startswith(TO_FORGET) else subjects
         shots = (
             load_table(data, task.few_shot.data, task.hub, f"{task.name}.few_shot") if task.few_shot else ()
         )
-        prepared[task] = _prepare(
-            Asker(tokenizer, task, shots, context, prompting, steering, others, embedded_ids(model)),
-            task,
-            rows,
-        )
+        asker = Asker(tokenizer, task, shots, context, prompting, steering, others, embedded_ids(model))
+        try:
+            prepared[task] = _prepare(asker, task, rows)
+        except ValueError as error:
+            if not task.optional:
+                raise
+            left_out[task.name] = str(error)
     check_head(model)
     versions = {
         name: version_of(name) or "absent" for name in ("duet-kernels", "torch", "transformers", "peft")
@@ -121,7 +130,7 @@ def evaluate(
         Path(out),
         manifest,
         key=("task", "id"),
-        note={"model": name, "left_out": _left_out(suite, tables), "versions": versions},
+        note={"model": name, "left_out": left_out, "versions": versions},
     )
     for task, (items, marked) in prepared.items():
         stamp = {"suite": suite.name, "task": task.name}
@@ -129,7 +138,7 @@ def evaluate(
             journal, items, marked, stamp, manifest["model_fingerprint"], progress
         )
     result = summary.summarise(journal.rows, suite.numbers, retain_rows)
-    result = {"suite": suite.name, "model": name, "left_out": _left_out(suite, tables), **result}
+    result = {"suite": suite.name, "model": name, "left_out": left_out, **result}
     write_json(journal.folder / SUMMARY, result)
     return result
 
@@ -305,6 +314,10 @@ def _prepare(asker: Asker, task: Task, rows: Sequence[Row]) -> tuple[list[Item],
     return items, marked
 
 
+def _reads_answers(task: Task) -> bool:
+    return task.kind != "multiple_choice" and task.question == "{question}" and task.answer == "answer"
+
+
 def _retain_rows(folder: str | Path, suite: Suite) -> list[Row]:
     manifest, rows = read_run(folder, "retain_run")
     for field, value in (("suite", suite.name), ("suite_digest", suite.digest)):
@@ -316,9 +329,10 @@ def _retain_rows(folder: str | Path, suite: Suite) -> list[Row]:
     return rows
 
 
-def _left_out(suite: Suite, tables: dict[Task, Any]) -> list[str]:
+def _left_out(suite: Suite, tables: dict[Task, Any]) -> dict[str, str]:
+    """Tasks without a file, and why they are left out."""
     there = {task.name for task in tables}
-    return [task.name for task in suite.tasks if task.name not in there]
+    return {task.name: f"there is no file {task.data}" for task in suite.tasks if task.name not in there}
 
 
 def _digest(rows: Sequence[Row]) -> str:
