@@ -30,7 +30,7 @@ from .methods.asking import Asking
 from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.views import asked_before_training, build_dataset, eval_datasets
 from .model import lm
-from .model.adapters import BASE, add_adapter, check_folder, has_adapter, save_base
+from .model.adapters import BASE, add_adapter, check_folder, check_not_earlier, has_adapter, save_base
 from .model.teacher import RowTargets, TeacherGuard, live_teacher
 from .model.weights import weights_hash
 from .output.card import fingerprint, write_card
@@ -147,11 +147,7 @@ class DuetTrainer(Asking, ResumableTrainer):
         tokenizer = lm.load_tokenizer(model) if processing_class is None else processing_class
         lm.check_tokenizer(tokenizer)
         self.pad_id = lm.padding_id(tokenizer, lm.embedded_ids(model))
-        check_folder(
-            str(args.output_dir),
-            peft_config is not None or has_adapter(model),
-            getattr(model, "merged_adapter", None),
-        )
+        check_not_earlier(str(args.output_dir), getattr(model, "merged_adapter", None))
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
             model = self._adapted(model, tokenizer, peft_config, args)
@@ -277,6 +273,7 @@ class DuetTrainer(Asking, ResumableTrainer):
         """
         if self.objective.loss is None:
             return self._steer()
+        check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
         self._keep_record(resume_from_checkpoint)
         if self.teacher is not None and self.teacher.asks_first:
             evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
@@ -460,7 +457,13 @@ class DuetTrainer(Asking, ResumableTrainer):
         return own, self.teacher.run(states, student, self.model_wrapped)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer.save_model`, and `prompting.json`: how prompts are written for this model."""
+        """`Trainer.save_model`, and `prompting.json`: how prompts are written for this model.
+
+        Raises:
+            ValueError: weights would be saved beside an adapter, or an adapter beside weights.
+        """
+        adapter = has_adapter(self.accelerator.unwrap_model(self.model))
+        check_folder(output_dir or str(self.args.output_dir), adapter)
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.args.prompting.save(output_dir or self.args.output_dir)

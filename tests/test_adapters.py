@@ -255,8 +255,20 @@ def test_weights_and_an_adapter_never_share_a_folder(tmp_path):
     with pytest.raises(ValueError, match=r"output_dir: .* is the model that is trained"):
         train(request(tmp_path, folder, "first", forget_rows(1)))
     with pytest.raises(ValueError, match=r"output_dir: .* holds an adapter"):
-        check_folder(folder, adapter=False, earlier=None)
+        check_folder(folder, adapter=False)
     with pytest.raises(ValueError, match=r"output_dir: .* holds the weights of a model"):
-        check_folder(base, adapter=True, earlier=None)
-    check_folder(folder, adapter=True, earlier=None)
-    check_folder(base, adapter=False, earlier=None)
+        check_folder(base, adapter=True)
+    check_folder(folder, adapter=True)
+    check_folder(base, adapter=False)
+
+
+def test_a_trainer_does_not_mix_the_kinds(tmp_path):
+    adapter = make(tmp_path, trainer_options={"peft_config": LoraConfig(**LORA)}, max_steps=1)
+    whole = make(tmp_path, max_steps=1)
+    adapter.save_model()
+    for work in (whole.save_model, whole.train):
+        with pytest.raises(ValueError, match=r"output_dir: .* holds an adapter, and the weights of a model"):
+            work()
+    whole.save_model(str(tmp_path / "whole"))
+    with pytest.raises(ValueError, match=r"output_dir: .* holds the weights of a model, and an adapter"):
+        adapter.save_model(str(tmp_path / "whole"))

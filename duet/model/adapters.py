@@ -39,25 +39,31 @@ def holds_weights(folder: str | os.PathLike) -> bool:
     return any(not name.startswith("adapter_") for name in found)
 
 
-def check_folder(output_dir: str | os.PathLike, adapter: bool, earlier: str | None) -> None:
+def check_folder(output_dir: str | os.PathLike, adapter: bool) -> None:
     """Refuses a folder in which weights and an adapter would meet: whoever loads it would apply the adapter to them.
 
     Args:
         output_dir: where a model will be saved.
         adapter: whether an adapter is saved there, and not a whole model.
-        earlier: the folder of an adapter that was merged before training, if any.
 
     Raises:
         ValueError: naming what is there.
     """
-    other = holds_weights(output_dir) if adapter else holds_adapter(output_dir)
-    if other:
+    if holds_weights(output_dir) if adapter else holds_adapter(output_dir):
         there, new = (
             ("the weights of a model", "an adapter") if adapter else ("an adapter", "the weights of a model")
         )
         raise ValueError(
             f"output_dir: {os.fspath(output_dir)!r} holds {there}, and {new} would be saved beside it; wanted another folder"
         )
+
+
+def check_not_earlier(output_dir: str | os.PathLike, earlier: str | None) -> None:
+    """Refuses to write into the folder whose adapter was merged before training.
+
+    Raises:
+        ValueError: naming the folder.
+    """
     if earlier and Path(earlier).resolve() == Path(output_dir).resolve():
         raise ValueError(
             f"output_dir: {os.fspath(output_dir)!r} is the model that is trained, whose adapter would be overwritten; wanted "

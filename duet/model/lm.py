@@ -215,6 +215,10 @@ def rounding_of_a_fresh_adapter(model: nn.Module) -> float:
 
 def embedded_ids(model: Any) -> int:
     """How many ids the model can read: the rows of its embedding."""
+    if not hasattr(model, "get_input_embeddings"):
+        raise TypeError(
+            f"model: {type(model).__name__} has no output and no input embeddings; wanted a causal language model of transformers"
+        )
     return model.get_input_embeddings().weight.shape[0]
 
 
