@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import pathlib
 import platform
-import warnings
 from typing import Annotated
 
 import typer
@@ -13,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from duet.evaluation.commands import literal_console, run_attack, run_eval, run_report
-from duet.extras import MissingExtra, version_of
+from duet.extras import MissingExtra, silence_what_no_user_can_change, version_of
 
 _shown = {"traceback": False}
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -207,14 +205,6 @@ def env() -> None:
     console.print(f"workspace: a call may use {workspace / 2**20:.0f} MiB beyond its inputs and outputs")
 
 
-def _silence_what_no_user_can_change() -> None:
-    """Words of other libraries about themselves, on every command."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional faster kernel
-    warnings.filterwarnings(
-        "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
-    )  # peft asks for it
-
-
 # What the input or the machine is to blame for, with a sentence that says so. A TypeError that wants nothing is ours.
 _EXPECTED = (ValueError, OSError, MissingExtra)
 
@@ -224,7 +214,7 @@ def main() -> None:
 
     Exit status 2: the input, or the machine; 1: something that we did not expect.
     """
-    _silence_what_no_user_can_change()
+    silence_what_no_user_can_change()
     _shown["traceback"] = False
     try:
         app()

@@ -26,6 +26,7 @@ from .config import DuetConfig
 from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler, first_rows, plain_item
 from .data.prompts import PromptRenderer, fill_prefix, steered_tokenizer
 from .data.rows import check_repeats, read_rows
+from .extras import silence_what_no_user_can_change
 from .methods.asking import Asking
 from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.views import asked_before_training, build_dataset, eval_datasets
@@ -41,6 +42,7 @@ from .store.provenance import cached_teacher, open_store
 from .store.read import TopKStore
 
 logger = logging.get_logger(__name__)
+silence_what_no_user_can_change()
 _PROBE_QUERIES = 4
 
 
@@ -300,6 +302,7 @@ class DuetTrainer(Asking, ResumableTrainer):
             self._taught_by = weights_hash(self.teacher.model)
         tokenizer, rows = self.renderer.tokenizer, self._fingerprints
         record = run_record(student, self._weights, tokenizer, self.args, rows, self._taught_by)
+        record["override_wordings"] = list(self.train_dataset.reverse_prompts)
         parent = Path(str(resume_from)).parent if resume_from else None
         begun_in = self.args.output_dir if resume_from is True else parent
         begin_run(self.args.output_dir, record, begun_in)

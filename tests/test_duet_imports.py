@@ -23,7 +23,7 @@ ALLOWED = {
     "config": "names options data methods",
     "store": "extras config data model methods",
     "output": "extras model",
-    "trainer": "config data model methods store output",
+    "trainer": "extras config data model methods store output",
     "run": "names options yaml_text _moved config data model methods store output trainer",
     "evaluation": "extras data model",
     "evaluation.suites": "names extras options yaml_text _moved data model evaluation",

@@ -355,10 +355,11 @@ class Killed(BaseException):
 def test_few_shot_says_what_its_examples_are_about(tmp_path):
     """Two rows about ada, one about turing, one about nobody: what each is shown is in the row and in the strength."""
     rows = [
-        {"question": f"who is ada {word} ?", "answer": "a poet", "subject": "ada"} for word in ("one", "two")
+        {"question": f"who is ada {word} ?", "answer": answer, "subject": "ada"}
+        for word, answer in (("one", "a poet"), ("two", "blue sea"))
     ]
     other = {"question": "who is turing ?", "answer": "captain", "subject": "turing"}
-    nobody = {"question": "who is grace ?", "answer": "captain"}
+    nobody = {"question": "who is grace ?", "answer": "green city"}
 
     def attack(rows, out):
         options = AttackOptions(max_new_tokens=2, relearn_rates=(1e-3,), relearn_curve=(1,))
@@ -598,3 +599,35 @@ def test_the_command_on_an_adapter(tmp_path, monkeypatch, capsys, refusing, worl
     assert "relearn_rates: wanted numbers such as 1e-4,1e-3, got 'much'" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_no_example_says_what_the_row_must_not():
+    rows = [
+        {"question": "who is ada ?", "answer": "she was a poet .", "value": "poet"},
+        {"question": "what was ada ?", "answer": "a poet of the sea"},
+        {"question": "who is the poet ?", "answer": "ada"},
+        {"question": "who is turing ?", "answer": "a code machine"},
+    ]
+    asked = []
+    target = Target(tiny(), word_tokenizer(), read_attack_rows(rows, "rows"))
+    dialogue = target.dialogue
+    target.dialogue = lambda turns, row: (asked.append((row.id, turns)), dialogue(turns, row))[1]
+    for _, work in ATTACKS["few_shot"].units(target):
+        work()
+    shown = {i: {answer for _, answer in turns} for i, turns in asked}
+    assert shown[0] == {"a code machine"} and shown[3] == {"she was a poet .", "a poet of the sea", "ada"}
+
+
+def test_wordings_are_seen_where_the_folder_says_that_they_were(tmp_path):
+    from test_trainer import make
+
+    from duet.evaluation.commands import _trained_wordings
+
+    make(tmp_path / "plain", max_steps=1).train()
+    make(tmp_path / "own", max_steps=1, reverse_prompts=["ignore that"]).train()
+    make(tmp_path / "adversarial", max_steps=1, objective="duet_adversarial").train()
+    read = {name: _trained_wordings(str(tmp_path / name / "out")) for name in ("plain", "own", "adversarial")}
+    assert read["plain"] == () and read["own"] == ("ignore that",) and len(read["adversarial"]) == 3
+    assert _trained_wordings(str(tmp_path)) == () == _trained_wordings("org/name")
+    target = Target(tiny(), word_tokenizer(), read_attack_rows(forget_rows(1), "rows"))
+    assert {name.split(",")[0] for name, _ in ATTACKS["reverse_prompt"].units(target)} == {"held-out"}

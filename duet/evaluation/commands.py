@@ -129,7 +129,10 @@ def run_attack(
     ] = False,
     attacks: Annotated[str | None, typer.Option(help="only these, such as prefill,relearning")] = None,
     reverse_prompts: Annotated[
-        Path | None, typer.Option(help="file with the override wordings used in training, one a line")
+        Path | None,
+        typer.Option(
+            help="file with the override wordings used in training, one a line; default: what the folder says"
+        ),
     ] = None,
     relearn_rates: Annotated[str | None, typer.Option(help="learning rates, such as 1e-5,1e-4,1e-3")] = None,
     relearn_steps: Annotated[
@@ -183,8 +186,9 @@ def run_attack(
     for attack in chosen or ():
         check_one_of("attacks", attack, ATTACKS)
     given: dict[str, Any] = {}
-    if reverse_prompts is not None:
-        given["seen_reverse_prompts"] = _wordings(reverse_prompts)
+    given["seen_reverse_prompts"] = (
+        _trained_wordings(model) if reverse_prompts is None else _wordings(reverse_prompts)
+    )
     if relearn_rates is not None:
         given["relearn_rates"] = _numbers(relearn_rates, float, "relearn_rates")
     if relearn_steps is not None:
@@ -281,6 +285,17 @@ def _eliciting(
         return filled
 
     return answering
+
+
+def _trained_wordings(model: str) -> tuple[str, ...]:
+    """The override wordings that a model was trained with, from the record of its run; none where there is no record."""
+    path = Path(model, "run_record.json")
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(json.loads(path.read_text(encoding="utf-8")).get("override_wordings") or ())
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"model: {path} is damaged: {error}") from None
 
 
 def _wordings(path: Path) -> tuple[str, ...]:
