@@ -233,7 +233,7 @@ class DuetTrainer(Asking, ResumableTrainer):
     def _adapted(self, model: Any, tokenizer: Any, peft_config: Any, args: DuetConfig) -> nn.Module:
         """`model` with a new adapter; what it is trained on top of is written to `output_dir/base`, where no folder holds it."""
         earlier = getattr(model, "merged_adapter", None)
-        base = Path(args.output_dir, BASE)
+        base = Path(str(args.output_dir), BASE)
         if earlier is not None and args.should_save:
             logger.info(f"the adapter of {earlier or 'model'} was merged; the sum is saved as {base}")
             with said_clearly(base):

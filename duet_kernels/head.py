@@ -362,9 +362,10 @@ class LMHead:
         Memory: the model's logits, twice, in fp32.
 
         Example:
-            >>> head = LMHead.verify(model, torch.tensor([[5, 6, 7]]))
-            >>> head.num_ids
-            128
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=4, n_layer=1, n_head=1)).eval()
+            >>> LMHead.verify(model, torch.tensor([[5, 6, 7]])).num_ids
+            10
         """
         head, seen = cls.of(model) if head is None else head, []
         name, module = type(model).__name__, model.get_output_embeddings()

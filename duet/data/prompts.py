@@ -241,7 +241,7 @@ class PromptRenderer:
                 "tokenizer.chat_template"
             )
 
-    def _rendered(self, conversation: tuple[tuple[str, str], ...]) -> str:
+    def _rendered(self, conversation: Any) -> str:
         messages = [{"role": role, "content": text} for role, text in conversation]
         try:
             return self.tokenizer.apply_chat_template(
