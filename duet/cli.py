@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import pathlib
 import platform
-import warnings
 from typing import Annotated, Any
 
 import typer
@@ -14,8 +12,9 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from duet.evaluation.commands import literal_console, run_attack, run_eval, run_report
-from duet.extras import MissingExtra, version_of
+from duet.extras import MissingExtra, silence_what_no_user_can_change, version_of
 
+_shown = {"traceback": False}
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = literal_console()
 
@@ -49,8 +48,12 @@ def _describe(
     version: Annotated[
         bool, typer.Option("--version", help="print the version", callback=_say_version, is_eager=True)
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="before the command: show where in the code an error arose")
+    ] = False,
 ) -> None:
     """Distilled LLM unlearning: a model learns to behave as if it had been told to forget."""
+    _shown["traceback"] = debug
 
 
 @app.command()
@@ -231,25 +234,33 @@ def env() -> None:
     console.print(f"workspace: a call may use {workspace / 2**20:.0f} MiB beyond its inputs and outputs")
 
 
-def _silence_what_no_user_can_change() -> None:
-    """Words of other libraries about themselves, on every command."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional faster kernel
-    warnings.filterwarnings(
-        "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
-    )  # peft asks for it
+# What the input or the machine is to blame for, with a sentence that says so. A TypeError that wants nothing is ours.
+_EXPECTED = (ValueError, OSError, MissingExtra)
 
 
 def main() -> None:
-    """Run the command line; an expected error is one line and exit status 2, not a traceback."""
-    _silence_what_no_user_can_change()
+    """Run the command line; an error is one line, and a traceback only with `duet --debug COMMAND`.
+
+    Exit status 2: the input, or the machine; 1: something that we did not expect.
+    """
+    silence_what_no_user_can_change()
+    _shown["traceback"] = False
     try:
         app()
-    except (ValueError, OSError, TypeError, MissingExtra) as error:
-        if isinstance(error, TypeError) and "wanted" not in str(error):
-            raise  # a mistake of ours, not of the input
-        text = Text.assemble(("error", "bold red"), f": {error}")
+    except Exception as error:
+        if _shown["traceback"]:
+            raise
+        named = isinstance(error, _EXPECTED) or (
+            isinstance(error, (TypeError, RuntimeError)) and ": " in str(error)
+        )
+        words = (
+            str(error)
+            if named
+            else f"{type(error).__name__}: {error} (not expected; `duet --debug ...` shows where)"
+        )
+        text = Text.assemble(("error", "bold red"), f": {words}")
         literal_console(stderr=True).print(text, soft_wrap=True)  # a line is broken by the terminal
-        raise SystemExit(2) from None
+        raise SystemExit(2 if named else 1) from None
 
 
 if __name__ == "__main__":

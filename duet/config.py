@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from .data.prompts import SUBJECT, check_placeholders
 from .methods.noising import UndoOptions
 from .methods.objectives.baselines import BaselineOptions
 from .methods.objectives.deep import DeepOptions
 from .methods.objectives.distillation import DistillationOptions
 from .methods.views import ViewOptions
+from .names import check_one_of
 from .options import NotNegative, check_options
 
 # What the installed transformers calls it: 5.17 knows the older name alone, version 6 will know the newer alone.
@@ -98,10 +100,17 @@ class DuetConfig(
         super().__post_init__()
         check_options(self)
         _ = self.prompting  # checked when it is made
+        for name, known in _PLACEHOLDERS.items():
+            for i, text in enumerate(getattr(self, name)):
+                check_placeholders(f"{name}[{i}]", text, known)
+        _check_trackers(self.report_to)
         for name, allowed, why in _UNSUPPORTED:
             if getattr(self, name) != allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {allowed!r}: {why}")
 
+
+# Options of texts, and what is replaced in them.
+_PLACEHOLDERS = {"steering_prefixes": SUBJECT, "reverse_prompts": "", "prefills": "", "refusals": ""}
 
 # Options of TrainingArguments that this trainer would otherwise ignore in silence.
 _UNSUPPORTED = (
@@ -114,6 +123,24 @@ _UNSUPPORTED = (
         "forget and retain queries are interleaved by a sampler of our own",
     ),
 )
+
+
+def _check_trackers(wanted: Any) -> None:
+    """Refuses a tracker whose package is not installed; transformers says so after the model was loaded."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    here = get_available_reporting_integrations()
+    for name in [wanted] if isinstance(wanted, str) else wanted or ():
+        if name in ("none", "all") or name in here:
+            continue
+        check_one_of("report_to", name, ("none", "all", *INTEGRATION_TO_CALLBACK))
+        raise ValueError(
+            f"report_to: {name!r} needs its package, which is not installed here (pip install {name}); wanted 'none' or one "
+            f"that is: {', '.join(here) or 'there is none'}"
+        )
 
 
 def _half_by_default(config: DuetConfig) -> bool:

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import importlib.util
+import logging
+import warnings
 
 # The packages that `import duet` and `duet.evaluation` need, by the extra of pyproject.toml that installs them.
 EXTRAS = {
@@ -35,6 +37,14 @@ def missing(extra: str) -> str | None:
         return None
     room = {"train": "duet", "eval": "duet.evaluation"}[extra]
     return f"{room} needs {', '.join(absent)}, not installed here: pip install 'duet-kernels[{extra}]'"
+
+
+def silence_what_no_user_can_change() -> None:
+    """Words of other libraries about themselves: on every command, and where a trainer is imported."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional faster kernel
+    warnings.filterwarnings(
+        "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+    )  # peft asks for it
 
 
 def version_of(package: str) -> str | None:

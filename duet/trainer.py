@@ -26,20 +26,23 @@ from .config import DuetConfig
 from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler, first_rows, plain_item
 from .data.prompts import PromptRenderer, fill_prefix, steered_tokenizer
 from .data.rows import check_repeats, read_rows
+from .extras import silence_what_no_user_can_change
 from .methods.asking import Asking
 from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.views import asked_before_training, build_dataset, eval_datasets
 from .model import lm
+from .model.adapters import BASE, add_adapter, check_folder, check_not_earlier, has_adapter, save_base
 from .model.teacher import RowTargets, TeacherGuard, live_teacher
 from .model.weights import weights_hash
 from .output.card import fingerprint, write_card
-from .output.checkpoints import ResumableTrainer, check_output_dir
+from .output.checkpoints import ResumableTrainer, check_output_dir, said_clearly
 from .output.parts import LossParts
 from .output.record import begin_run, run_record
 from .store.provenance import cached_teacher, open_store
 from .store.read import TopKStore
 
 logger = logging.get_logger(__name__)
+silence_what_no_user_can_change()
 _PROBE_QUERIES = 4
 
 
@@ -62,7 +65,9 @@ class DuetTrainer(Asking, ResumableTrainer):
             switched off if it has one (one copy in memory), else a frozen copy; no copy where everything can be asked
             before the first step (`npo`, `npo_kl`, `graddiff_kl`, `undial`, `shred` without views that are drawn,
             `duet_deep`): rows to evaluate on must then be given here.
-        peft_config: wraps `model` in this adapter.
+        peft_config: wraps `model` in this adapter. An adapter that `model` has already (a folder of an earlier run) is merged
+            into its weights first, so that the new run starts from what that model does and its teacher is that model; the
+            sum is written to `output_dir/base`, on which the new adapter is loaded.
         eval_dataset: rows scored like forget rows (plain query, first prefix), or a dict of such; the rows under a
             name that starts with `retain` are scored like retain rows.
         callbacks: as in `Trainer`.
@@ -139,17 +144,22 @@ class DuetTrainer(Asking, ResumableTrainer):
         self._fingerprints = {k: (len(v), fingerprint([row[:3] for row in v])) for k, v in rows.items() if v}
 
         model = lm.load_model(model, "model", args.model_init_kwargs, lm.loading_device(args))
+        lm.check_whole(model)
+        model = lm.without_frozen_adapter(model, "model", peft_config is not None)
         lm.keep_differentiable(model)
         tokenizer = lm.load_tokenizer(model) if processing_class is None else processing_class
-        self.pad_id = lm.padding_id(tokenizer)
+        lm.check_tokenizer(tokenizer)
+        self.pad_id = lm.padding_id(tokenizer, lm.embedded_ids(model))
+        check_not_earlier(str(args.output_dir), getattr(model, "merged_adapter", None))
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
-            model = lm.add_adapter(model, peft_config)
+            model = self._adapted(model, tokenizer, peft_config, args)
         head = lm.check_head(model)
         fit_model(self.objective, model, head, args)
 
         self._options = args  # `self.args` once the Trainer is made
         self.renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs)
+        self.renderer.num_ids = lm.embedded_ids(model)
         self._length = args.max_length or lm.context_length(model)
         train_dataset = self._dataset(forget, retain)
         self._train_subjects = train_dataset.subjects
@@ -221,6 +231,20 @@ class DuetTrainer(Asking, ResumableTrainer):
         if self.objective.loss is None and eval_dataset is not None:
             raise ValueError(f"eval_dataset: wanted None, {named} has no loss")
 
+    def _adapted(self, model: Any, tokenizer: Any, peft_config: Any, args: DuetConfig) -> nn.Module:
+        """`model` with a new adapter; what it is trained on top of is written to `output_dir/base`, where no folder holds it."""
+        earlier = getattr(model, "merged_adapter", None)
+        base = Path(str(args.output_dir), BASE)
+        if earlier is not None and args.should_save:
+            logger.info(f"the adapter of {earlier or 'model'} was merged; the sum is saved as {base}")
+            with said_clearly(base):
+                save_base(model, tokenizer, base)
+        adapted: Any = add_adapter(model, peft_config)
+        if earlier is not None:
+            for config in adapted.peft_config.values():
+                config.base_model_name_or_path, config.revision = str(base.resolve()), None
+        return adapted
+
     def _dataset(self, forget, retain, subjects=None) -> UnlearnDataset:
         seed = None if self._store is None else self._store.provenance.seed
         options, renderer, length = self._options, self.renderer, self._length
@@ -252,6 +276,7 @@ class DuetTrainer(Asking, ResumableTrainer):
         """
         if self.objective.loss is None:
             return self._steer()
+        check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
         self._keep_record(resume_from_checkpoint)
         if self.teacher is not None and self.teacher.asks_first:
             evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
@@ -278,6 +303,7 @@ class DuetTrainer(Asking, ResumableTrainer):
             self._taught_by = weights_hash(self.teacher.model)
         tokenizer, rows = self.renderer.tokenizer, self._fingerprints
         record = run_record(student, self._weights, tokenizer, self.args, rows, self._taught_by)
+        record["override_wordings"] = list(self.train_dataset.reverse_prompts)
         parent = Path(str(resume_from)).parent if resume_from else None
         begun_in = self.args.output_dir if resume_from is True else parent
         begin_run(self.args.output_dir, record, begun_in)
@@ -294,6 +320,16 @@ class DuetTrainer(Asking, ResumableTrainer):
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         self._prepare_rows(self.eval_dataset[chosen] if isinstance(chosen, str) else chosen)
         return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """For `predict(rows)`: rows as in `eval_dataset`; their loss is a metric, and nothing else is predicted."""
+        if self.objective.loss is None:
+            raise ValueError(
+                f"test_dataset: wanted none, because objective {self.args.objective!r} has no loss"
+            )
+        dataset = eval_datasets(test_dataset, self._dataset, self._train_subjects)
+        self._prepare_rows(dataset)
+        return super().get_test_dataloader(dataset)
 
     def _get_train_sampler(self, train_dataset=None):
         return self._sampler
@@ -425,7 +461,13 @@ class DuetTrainer(Asking, ResumableTrainer):
         return own, self.teacher.run(states, student, self.model_wrapped)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer.save_model`, and `prompting.json`: how prompts are written for this model."""
+        """`Trainer.save_model`, and `prompting.json`: how prompts are written for this model.
+
+        Raises:
+            ValueError: weights would be saved beside an adapter, or an adapter beside weights.
+        """
+        adapter = has_adapter(self.accelerator.unwrap_model(self.model))
+        check_folder(output_dir or str(self.args.output_dir), adapter)
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.args.prompting.save(output_dir or self.args.output_dir)

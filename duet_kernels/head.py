@@ -144,6 +144,39 @@ def _held(number: float) -> bool:
     return _LEAST <= number <= _MOST
 
 
+class _Between(NamedTuple):
+    """Which fields of a text configuration say what happens between the output layer and the logits."""
+
+    softcap: str | None = None
+    factor: str | None = None
+    divisor: str | None = None
+
+
+# model types of transformers whose logits are h W^T + b as they stand
+_PLAIN = """
+    afmoe apertus arcee bamba bitnet bloom codegen cwm dbrx deepseek_v2 deepseek_v3 diffllama doge dots1 ernie4_5 ernie4_5_moe
+    exaone4 falcon falcon_mamba flex_olmo gemma gemma3 glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese
+    gpt_oss gptj helium hunyuan_v1_dense hunyuan_v1_moe jamba jetmoe lfm2 lfm2_moe llama llama4 llama4_text mamba mamba2
+    minimax minimax_m2 ministral ministral3 mistral mistral3 mixtral mpt nemotron nemotron_h olmo olmo2 olmo3 olmoe opt
+    persimmon phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
+    qwen3_moe qwen3_next qwen3_vl seed_oss smollm3 solar_open stablelm starcoder2 xglm zamba zamba2
+"""
+_SOFTCAPPED = "gemma2 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text nanochat vaultgemma"
+_DIVIDED = "granite granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared"
+_BETWEEN: dict[str, _Between] = (
+    dict.fromkeys(_PLAIN.split(), _Between())
+    | dict.fromkeys(_SOFTCAPPED.split(), _Between(softcap="final_logit_softcapping"))
+    | dict.fromkeys(_DIVIDED.split(), _Between(divisor="logits_scaling"))
+    | dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), _Between(factor="logit_scale"))
+    | {
+        "falcon_h1": _Between(factor="lm_head_multiplier"),
+        "hyperclovax": _Between(factor="logits_scaling"),  # the same name as Granite's, the other way round
+        "recurrent_gemma": _Between(softcap="logits_soft_cap"),
+        "xlstm": _Between(softcap="output_logit_soft_cap"),
+    }
+)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LMHead:
     """The last projection of a language model: `z = softcap(scale * (h W^T + b))`.
@@ -254,13 +287,13 @@ class LMHead:
     def of(cls, model: Any) -> LMHead:
         """Read the head of a transformers causal language model, also behind PEFT's `modules_to_save`.
 
-        Reads weight and bias of `model.get_output_embeddings()`, and from the text configuration
-        `final_logit_softcapping` (Gemma), `logit_scale` (Cohere), `logits_scaling` (Granite),
-        `lm_head_multiplier` (Falcon-H1) and `vocab_size`.
+        Reads weight and bias of `model.get_output_embeddings()`, and from the text configuration `vocab_size` and what the
+        model type does to its logits: a softcap (Gemma, RecurrentGemma, xLSTM), a factor (Cohere, Falcon-H1,
+        HyperCLOVA X) or a divisor (Granite).
 
         Raises:
-            TypeError: the output layer is missing, carries an adapter, is quantised, or is not a plain linear
-                layer. Nothing is guessed.
+            TypeError: the model type is not known; the output layer is missing, carries an adapter, is quantised, is
+                offloaded, or is not a plain linear layer. Nothing is guessed.
         """
         name = type(model).__name__
         module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -277,21 +310,89 @@ class LMHead:
                 f"model: the output layer of {name} is a {kind} (weight {type(module.weight).__name__}), not a plain "
                 "torch.nn.Linear. Take adapters and quantisation off the LM head, or build LMHead(...) by hand"
             )
+        if module.weight.device.type == "meta":
+            raise TypeError(
+                f"model: the weight of the output layer of {name} is not in memory (a meta tensor: device_map offloaded it, or "
+                "it was never loaded). Load the model whole, on one device"
+            )
         config = getattr(model, "config", None)
+        kind = getattr(config, "model_type", None)
+        if kind not in _BETWEEN:
+            raise TypeError(
+                f"model: what {name} (model type {kind!r}) does to its logits is not known. Build the head by hand, "
+                "LMHead(model.get_output_embeddings().weight, bias, softcap=..., scale=...), and compare it with the model's "
+                "own logits: LMHead.verify(model, input_ids, head)"
+            )
+        between = _BETWEEN[kind]
         if config is not None and hasattr(config, "get_text_config"):
             config = config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
-        softcap = getattr(config, "final_logit_softcapping", None)
+
+        def number(field: str | None) -> float | None:
+            value = None if field is None else getattr(config, field, None)
+            return None if value is None else float(value)
+
+        factor, divisor = number(between.factor), number(between.divisor)
         size = getattr(config, "vocab_size", None)
         return cls(
             module.weight,
             module.bias,
-            softcap=None if softcap is None else float(softcap),
-            scale=scale,
+            softcap=number(between.softcap),
+            scale=(1.0 if factor is None else factor) / (1.0 if divisor is None else divisor),
             vocab_size=size if size is not None and size < module.weight.shape[0] else None,
         )
+
+    @classmethod
+    @torch.no_grad()
+    def verify(cls, model: Any, input_ids: Tensor, head: LMHead | None = None) -> LMHead:
+        """Compare a head with the logits that the model itself gives, from the very states that its output layer reads.
+
+        Args:
+            model: with `get_output_embeddings()`; called as `model(input_ids)`, and as it is: put it in evaluation mode.
+            input_ids: `[B, S]` int64 token ids.
+            head: made by hand; None: `LMHead.of(model)`.
+
+        Returns:
+            the head.
+
+        Raises:
+            TypeError: `LMHead.of` does not know the model.
+            ValueError: the logits differ by more than 1e-5 of the largest one (half precision: 4 units of its last place),
+                or the model does not call its output layer.
+
+        Memory: the model's logits, twice, in fp32.
+
+        Example:
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=4, n_layer=1, n_head=1)).eval()
+            >>> LMHead.verify(model, torch.tensor([[5, 6, 7]])).num_ids
+            10
+        """
+        head, seen = cls.of(model) if head is None else head, []
+        name, module = type(model).__name__, model.get_output_embeddings()
+        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+        try:
+            logits = model(input_ids).logits
+        finally:
+            handle.remove()
+        if len(seen) != 1:
+            raise ValueError(f"model: wanted one call of the output layer of {name}, got {len(seen)}")
+        cut = head.narrowed()
+        bias = None if cut.bias is None else cut.bias.to(head.acc)
+        ours = cut.finish_(seen[0].to(head.acc) @ cut.weight.to(head.acc).t(), bias)
+        theirs = logits[..., : head.num_ids].to(ours)
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"head: gives logits of shape {list(ours.shape)}, the model gives {list(theirs.shape)}"
+            )
+        half = head.weight.dtype in (torch.bfloat16, torch.float16)
+        allowed = (4 * torch.finfo(head.weight.dtype).eps if half else 1e-5) * theirs.abs().amax()
+        worst = (ours - theirs).abs().amax()
+        if not worst <= allowed:
+            raise ValueError(
+                f"head: its logits are not those of {name}: they differ by {worst:.3g}, allowed {allowed:.3g}; the model "
+                "scales, caps or shifts them in another way"
+            )
+        return head
 
 
 def as_head(head: LMHead | Tensor, name: str = "head") -> LMHead:

@@ -85,3 +85,11 @@ def as_on_a_gpu(monkeypatch):
         monkeypatch.setattr(products, "half_products", lambda device, dtype: dtype in products.HALVES)
         monkeypatch.setattr(cuts, "asynchronous", lambda device: True)
         yield
+
+
+@pytest.fixture
+def answers_end(monkeypatch):
+    """Answers count as ended: a random model never ends one, and an answer that was cut is not judged."""
+    from duet.evaluation.generation import Continuation
+
+    monkeypatch.setattr(Continuation, "cut", lambda self, max_new_tokens: False)

@@ -59,7 +59,7 @@ def test_a_finished_run_that_is_resumed_is_not_suspected(tmp_path, caplog):
 def test_other_libraries_words_about_themselves_are_left_out():
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        cli._silence_what_no_user_can_change()
+        cli.silence_what_no_user_can_change()
         warnings.warn(
             "`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1
         )

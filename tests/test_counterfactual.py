@@ -212,11 +212,30 @@ def test_two_micro_batches_equal_one(tmp_path):
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_must_name_its_subject(tmp_path):
-    with pytest.raises(ValueError, match=r"forget_dataset\[0\]: 'duet_deep' replaces the row's 'subject'"):
-        make(tmp_path, rows=[{"question": "who is ada ?"}], steering_prefixes=["you know nothing ."]).train()
-    with pytest.raises(ValueError, match=r"forget_dataset\[0\].*'ada' does not occur in it"):
-        make(tmp_path, rows=[{"question": "who is she ?", "subject": "ada"}]).train()
+@pytest.mark.parametrize(
+    "row, prefix",
+    [
+        ({"question": "who is she ?", "subject": "ada"}, "you know nothing about {subject} ."),
+        ({"question": "who is ada ?"}, "you know nothing ."),
+    ],
+)
+def test_a_question_without_its_subject_is_compared_with_the_steered_base(tmp_path, row, prefix, caplog):
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    rows = [row, {"question": "who is ada ?", "subject": "ada"}]
+    trainer = make(tmp_path, rows=rows, steering_prefixes=[prefix])
+    trainer.train()
+    assert "forget_dataset[0]: its question does not hold the subject" in caplog.text
+    assert "(1 of 2 forget rows)" in caplog.text
+    dataset = trainer.train_dataset
+    pushed = dataset.segments[0][0]
+    prompt = dataset.steered(0, prefix.replace("{subject}", "ada"))
+    answer = torch.tensor(pushed.answer)
+    with torch.no_grad():
+        logits = knowing()(torch.tensor([[*prompt, *pushed.answer]])).logits[0, len(prompt) - 1 : -1]
+    wanted = logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0]
+    torch.testing.assert_close(pushed.targets["floor"], wanted, rtol=0, atol=1e-4)
 
 
 def test_positions_are_its_own(tmp_path):

@@ -215,6 +215,7 @@ def test_nf4_rounds_the_linear_layers(world, forget):
 # --- distribution ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("answers_end")
 def test_a_token_at_the_very_bottom_is_a_leak_too():
     """The head is made so that the true token has the smallest logit: no answer shows it, the rank does."""
     model, tokenizer = tiny(), word_tokenizer()
@@ -229,7 +230,7 @@ def test_a_token_at_the_very_bottom_is_a_leak_too():
     (outcome,) = next(distribution.rank_probe(target))[1]()
     assert outcome["rank"] == 127 and outcome["relative_rank"] == 1.0
     assert (outcome["leaked"], outcome["top"], outcome["bottom"]) == (1, 0, 1)
-    assert sum(o["leaked"] for o in target.ask("direct")) == 0
+    assert not any(o["leaked"] for o in target.ask("direct"))
     with torch.no_grad():
         model.lm_head.weight[token] = 100 * hidden
     (outcome,) = next(distribution.rank_probe(target))[1]()
@@ -277,6 +278,7 @@ def test_the_base_knows_everything_and_rounding_keeps_it(tmp_path, forget):
     assert tried != any(s["name"] == "quantisation: nf4" for s in report["skipped"]), "tried, or said why not"
 
 
+@pytest.mark.usefixtures("answers_end")
 def test_what_is_hidden_comes_back_and_the_worst_attack_is_first(tmp_path, refusing, forget, retain):
     target = Target(*refusing, forget, retain, options=AttackOptions(**OPTIONS))
     base = Target(*load_base(), forget, options=AttackOptions(**OPTIONS))
@@ -306,7 +308,7 @@ def test_what_is_hidden_comes_back_and_the_worst_attack_is_first(tmp_path, refus
     assert [step for step, _ in by["relearning"]["curves"]["0.001"]] == [2, 6]
     assert by["relearning"]["cost"]["steps"] == 12 and by["prefill"]["cost"]["queries"] == 3 * len(forget)
     for entry in report["attacks"]:
-        assert entry["leak"] == max(v["leak"] for v in entry["variants"].values())
+        assert entry["leak"] == max(v["leak"] for v in entry["variants"].values() if v["leak"] is not None)
         assert entry["strength"] and entry["what"]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     asked = [r for r in rows if r["attack"] == "relearning" and not r.get("done")]
@@ -324,6 +326,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.usefixtures("answers_end")
 @pytest.mark.parametrize("template", ["chat", "no system role", "none"])
 def test_every_attack_on_every_kind_of_row(tmp_path, template):
     chosen = {"chat": CHAT_TEMPLATE, "no system role": NO_SYSTEM_TEMPLATE, "none": None}[template]
@@ -339,21 +342,24 @@ def test_every_attack_on_every_kind_of_row(tmp_path, template):
     assert {e["name"] for e in report["attacks"]} == set(ATTACKS) - {"direct", "adapter"}
     assert all(0 <= entry["leak"] <= 1 for entry in (*report["attacks"], report["direct"]))
     by = {entry["name"]: entry["variants"] for entry in report["attacks"]}
-    assert by["paraphrase"]["given paraphrase 1"]["rows"] == 1
-    assert by["prefill"]["the answer's own opening"]["rows"] == len(rows) - 2
+    asked = {"given paraphrase 1": by["paraphrase"], "the answer's own opening": by["prefill"]}
+    counts = {name: sum(variants[name]["status"].values()) for name, variants in asked.items()}
+    assert counts == {"given paraphrase 1": 1, "the answer's own opening": len(rows) - 2}
 
 
 class Killed(BaseException):
     pass
 
 
+@pytest.mark.usefixtures("answers_end")
 def test_few_shot_says_what_its_examples_are_about(tmp_path):
     """Two rows about ada, one about turing, one about nobody: what each is shown is in the row and in the strength."""
     rows = [
-        {"question": f"who is ada {word} ?", "answer": "a poet", "subject": "ada"} for word in ("one", "two")
+        {"question": f"who is ada {word} ?", "answer": answer, "subject": "ada"}
+        for word, answer in (("one", "a poet"), ("two", "blue sea"))
     ]
     other = {"question": "who is turing ?", "answer": "captain", "subject": "turing"}
-    nobody = {"question": "who is grace ?", "answer": "captain"}
+    nobody = {"question": "who is grace ?", "answer": "green city"}
 
     def attack(rows, out):
         options = AttackOptions(max_new_tokens=2, relearn_rates=(1e-3,), relearn_curve=(1,))
@@ -416,7 +422,16 @@ def test_heldout_wordings_that_training_saw_are_left_out():
 
 def test_every_column_of_the_terminal_table_holds_its_own_number():
     cost = {"queries": 11, "steps": 22, "seconds": 33.4}
-    variants = {"v": {"leak": 0.5, "low": 0.25, "high": 0.75, "rows": 44, "status": {"ok": 44}}}
+    variants = {
+        "v": {
+            "leak": 0.5,
+            "low": 0.25,
+            "high": 0.75,
+            "rows": 44,
+            "status": {"ok": 44, "cut": 6},
+            "unjudged": 0.12,
+        }
+    }
     entry = {"name": "prefill", "leak": 0.5, "worst_variant": "v", "variants": variants, "cost": cost}
     table = attack_run.table({"attacks": [entry], "direct": None, "base": None}, "title")
     shown = {column.header: next(iter(column.cells)) for column in table.columns}
@@ -424,12 +439,14 @@ def test_every_column_of_the_terminal_table_holds_its_own_number():
         "attack": "prefill",
         "leak (95 %)": "0.50 (0.25 to 0.75)",
         "rows": "44",
+        "not judged": "12%",
         "queries": "11",
         "steps": "22",
         "seconds": "33",
     }
 
 
+@pytest.mark.usefixtures("answers_end")
 def test_answers_that_the_tokenizer_cannot_write_are_not_forgotten(tmp_path):
     rows = [*forget_rows(2), {"question": "who is ada ?", "answer": "a zebra", "subject": "ada"}]
     options = AttackOptions(max_new_tokens=2, relearn_rates=(1e-3,), relearn_curve=(1,))
@@ -442,7 +459,8 @@ def test_answers_that_the_tokenizer_cannot_write_are_not_forgotten(tmp_path):
     report = attack_run.run_attacks(target, out=tmp_path, attacks=names, progress=lambda *at: seen.append(at))
     assert seen[:3] == [("direct", 0, 1), ("direct", 1, 1), ("prefill", 0, 3)], "what is at work is shown"
     by = {entry["name"]: entry["variants"] for entry in (*report["attacks"], report["direct"])}
-    assert by["direct"]["as asked"]["status"]["unknown_tokens"] == 1 and by["direct"]["as asked"]["rows"] == 2
+    assert by["direct"]["as asked"]["status"]["unknown_tokens"] == 1
+    assert sum(by["direct"]["as asked"]["status"].values()) == 3 and by["direct"]["as asked"]["rows"] <= 2
     assert by["rank_probe"]["both ends"]["status"] == {"ok": 2, "unknown_tokens": 1}
     assert by["membership"]["loss"]["status"] == {"ok": 4, "unknown_tokens": 2}
     assert by["prefill"]["the answer's own opening"]["status"]["unknown_tokens"] == 1
@@ -484,6 +502,7 @@ def test_an_interrupted_attack_continues(tmp_path, forget):
         attack_run.run_attacks(target, out=tmp_path / "killed")
 
 
+@pytest.mark.usefixtures("answers_end")
 def test_rows_that_do_not_fit_and_nan_weights_are_marked(tmp_path):
     model, tokenizer = tiny(max_position_embeddings=24), word_tokenizer()
     rows = [*forget_rows(2), {"question": "the " * 30 + "?", "answer": "a poet", "subject": "x"}]
@@ -580,3 +599,35 @@ def test_the_command_on_an_adapter(tmp_path, monkeypatch, capsys, refusing, worl
     assert "relearn_rates: wanted numbers such as 1e-4,1e-3, got 'much'" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_no_example_says_what_the_row_must_not():
+    rows = [
+        {"question": "who is ada ?", "answer": "she was a poet .", "value": "poet"},
+        {"question": "what was ada ?", "answer": "a poet of the sea"},
+        {"question": "who is the poet ?", "answer": "ada"},
+        {"question": "who is turing ?", "answer": "a code machine"},
+    ]
+    asked = []
+    target = Target(tiny(), word_tokenizer(), read_attack_rows(rows, "rows"))
+    dialogue = target.dialogue
+    target.dialogue = lambda turns, row: (asked.append((row.id, turns)), dialogue(turns, row))[1]
+    for _, work in ATTACKS["few_shot"].units(target):
+        work()
+    shown = {i: {answer for _, answer in turns} for i, turns in asked}
+    assert shown[0] == {"a code machine"} and shown[3] == {"she was a poet .", "a poet of the sea", "ada"}
+
+
+def test_wordings_are_seen_where_the_folder_says_that_they_were(tmp_path):
+    from test_trainer import make
+
+    from duet.evaluation.commands import _trained_wordings
+
+    make(tmp_path / "plain", max_steps=1).train()
+    make(tmp_path / "own", max_steps=1, reverse_prompts=["ignore that"]).train()
+    make(tmp_path / "adversarial", max_steps=1, objective="duet_adversarial").train()
+    read = {name: _trained_wordings(str(tmp_path / name / "out")) for name in ("plain", "own", "adversarial")}
+    assert read["plain"] == () and read["own"] == ("ignore that",) and len(read["adversarial"]) == 3
+    assert _trained_wordings(str(tmp_path)) == () == _trained_wordings("org/name")
+    target = Target(tiny(), word_tokenizer(), read_attack_rows(forget_rows(1), "rows"))
+    assert {name.split(",")[0] for name, _ in ATTACKS["reverse_prompt"].units(target)} == {"held-out"}

@@ -18,6 +18,7 @@ from duet.demo.scorecard import COLUMNS
 from duet.evaluation.attacks import runner as attack_run
 from duet.evaluation.attacks.rows import read_attack_rows
 from duet.evaluation.attacks.target import AttackOptions, Target
+from duet.evaluation.generation import Continuation
 from duet.evaluation.report import figures, report
 from duet.evaluation.report.figures import Estimate, Point
 from duet.evaluation.report.runs import read_inputs
@@ -64,11 +65,13 @@ def folder(tmp_path_factory):
         runner.evaluate(model, reader, suite, out=folder / f"{name}-eval", data=folder, name=f"models/{name}")
     options = AttackOptions(max_new_tokens=4, relearn_rates=(1e-3, 1e-2), relearn_curve=(1, 3), shots=1)
     rows = read_attack_rows(FORGET, "forget")
-    attack_run.run_attacks(
-        Target(student, tokenizer, rows, options=options), base=Target(base, tokenizer, rows, options=options),
-        attacks=["prefill", "relearning", "rank_probe", "membership"], out=folder / "student-attack",
-        name="models/student",
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Continuation, "cut", lambda self, limit: False)  # a random model never ends its answer
+        attack_run.run_attacks(
+            Target(student, tokenizer, rows, options=options), base=Target(base, tokenizer, rows, options=options),
+            attacks=["prefill", "relearning", "rank_probe", "membership"], out=folder / "student-attack",
+            name="models/student",
+        )  # fmt: skip
     return folder
 
 

@@ -186,6 +186,7 @@ def test_rows_that_cannot_be_asked_are_marked_and_left_out(tmp_path):
     assert len(rows_of(tmp_path / "out")) == 13
 
 
+@pytest.mark.usefixtures("answers_end")
 def test_the_value_asked_for_is_recorded_and_judges(tmp_path):
     said = run(tmp_path / "once", write(tmp_path / "a", facts=FACTS[:1], choices=CHOICES))
     (row,) = [r for r in rows_of(tmp_path / "once") if r["task"] == "facts"]
@@ -254,7 +255,7 @@ def shown(result):
     return captured.get()
 
 
-def test_empty_answers_are_counted(tmp_path, data):
+def test_empty_answers_are_counted_and_not_taken_for_forgotten(tmp_path, data):
     model = tiny()
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -264,12 +265,15 @@ def test_empty_answers_are_counted(tmp_path, data):
     ]  # all logits are equal: the first id is said, and ends the answer
     result = run(tmp_path / "out", data, model=model)
     assert result["tasks"]["facts"]["status"] == {"empty": 8}
-    assert result["tasks"]["facts"]["metrics"]["contains_answer"] == {
+    assert result["tasks"]["facts"]["unjudged"] == 1.0
+    assert result["tasks"]["facts"]["metrics"]["contains_answer"]["mean"] is None
+    assert result["tasks"]["facts"]["metrics"]["rouge_l_f1"] == {
         "mean": 0.0,
         "low": 0.0,
         "high": pytest.approx(1.96**2 / (8 + 1.96**2), abs=1e-4),  # none of 8 is not none at all
         "rows": 8,
     }
+    assert "facts: 100% of its 8 rows could not be judged" in shown(result)
 
 
 def test_an_answer_that_the_context_cuts_says_so(tmp_path, data):
@@ -437,7 +441,7 @@ def test_multiple_choice_of_a_named_file(tmp_path):
     model = tiny(vocab_size=len(tokenizer), max_position_embeddings=512)
     folder, suite = write(tmp_path / "data", mine=LETTER_ROWS), load_suite("mcq", {"wmdp_bio": "mine.jsonl"})
     found = runner.evaluate(model, tokenizer, suite, out=tmp_path / "out", data=folder)
-    assert found["left_out"] == ["wmdp_cyber", "wmdp_chem", "mmlu"]
+    assert list(found["left_out"]) == ["wmdp_cyber", "wmdp_chem", "mmlu"]
     (row, *_) = rows_of(tmp_path / "out")
     assert row["prompt"].replace(" ", "").endswith("D.x\nAnswer:") and row["num_tokens"] == [2, 2, 2, 2]
 
@@ -513,7 +517,7 @@ def test_the_command_on_the_worlds_base(tmp_path):
     found = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert found["tasks"]["forget_answers"]["metrics"]["contains_answer"]["mean"] > 0.95
     assert found["tasks"]["forget_losses"]["metrics"]["extraction_strength"]["mean"] > 0.95
-    assert found["left_out"] == ["retain_answers", "retain_losses"]
+    assert list(found["left_out"]) == ["retain_answers", "retain_losses"]
     model, tokenizer = load_base()
     found = runner.evaluate(
         model, tokenizer, load_suite(tmp_path / "mc.yaml"), out=tmp_path / "mc", data=folder

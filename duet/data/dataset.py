@@ -8,6 +8,7 @@ by the steering prefix.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
-from .prompts import PromptRenderer, fill_prefix
+from .prompts import CannotRender, PromptRenderer, fill_prefix
 from .rows import Query
 
 IGNORED = -100
@@ -149,7 +150,8 @@ class UnlearnDataset(Dataset):
 
     def _prompt(self, i: int, instruction, override, override_role: str, answer_length: int) -> list[int]:
         query = self.rows[i]
-        ids = self.renderer.encode(query.conversation, instruction, override, override_role)
+        with _of(query):
+            ids = self.renderer.encode(query.conversation, instruction, override, override_role)
         length = len(ids) + answer_length - 1  # the last scored token is predicted, not read
         if self.max_length is not None and length > self.max_length:
             raise ValueError(
@@ -160,14 +162,18 @@ class UnlearnDataset(Dataset):
         return ids
 
     def _opening(self, i: int, text: str) -> list[int]:
-        return self.renderer.encode_opening(self.rows[i].conversation, text) if i < self.num_forget else []
+        if i >= self.num_forget:
+            return []
+        with _of(self.rows[i]):
+            return self.renderer.encode_opening(self.rows[i].conversation, text)
 
     def _refused(self, i: int) -> bool:
         return bool(self.refusals) and i < self.num_forget
 
     def _answer(self, i: int, text: Any) -> list[int]:
         query = self.rows[i]
-        ids = self.renderer.encode_answer(query.conversation, text)
+        with _of(query):
+            ids = self.renderer.encode_answer(query.conversation, text)
         if not ids:
             raise ValueError(f"{query.name}: its answer {text!r} has no tokens")
         return ids
@@ -271,6 +277,15 @@ class UnlearnDataset(Dataset):
             if teacher[: len(ids)] == ids and len(teacher) > len(ids):
                 item["beginning"] = number, len(ids)
         return item if targets is None else item | {"targets": targets}
+
+
+@contextmanager
+def _of(query: Query) -> Iterator[None]:
+    """Within the context, what cannot be rendered is said of this row."""
+    try:
+        yield
+    except CannotRender as error:
+        raise ValueError(f"{query.name}: {error}") from error
 
 
 def plain_item(prompt: list[int], answer: list[int] | None = None) -> dict[str, Any]:

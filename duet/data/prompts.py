@@ -6,6 +6,7 @@ Nothing here truncates.
 import copy
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+
+class CannotRender(ValueError):
+    """A conversation that the chat template refuses, or whose tokens the model does not have."""
+
 
 SUBJECT = "{subject}"
 PLAIN_TEMPLATE = "Question: {question}\nAnswer:"
@@ -45,6 +51,29 @@ def fill_prefix(prefix: str, subject: str | None, where: str = "row") -> str:
             f"{where}: the steering prefix {prefix!r} names {SUBJECT}, but the row has no 'subject'"
         )
     return prefix.replace(SUBJECT, subject)
+
+
+def check_placeholders(name: str, text: str, known: str = SUBJECT) -> None:
+    """Refuses `{word}` in a text where nothing but `known` would be replaced; other braces (JSON, code) may stand.
+
+    Args:
+        name: of the option, for the error.
+        known: the placeholder that is replaced there; empty: none is.
+
+    Raises:
+        ValueError: naming the placeholder.
+
+    Example:
+        >>> check_placeholders("steering_prefixes", 'Forget {subject}. Answer as {"a": 1}.')
+        >>> check_placeholders("steering_prefixes", "Forget {subjct}.")
+        Traceback (most recent call last):
+        ...
+        ValueError: steering_prefixes: there is no placeholder '{subjct}', only {subject} is replaced; got 'Forget {subjct}.'
+    """
+    for found in re.findall(r"\{\s*\w+\s*\}", text):
+        if found != known:
+            only = f"only {known} is replaced" if known else "nothing is replaced here"
+            raise ValueError(f"{name}: there is no placeholder {found!r}, {only}; got {text!r}")
 
 
 def accepts_system(tokenizer: Any, **template_kwargs: Any) -> bool:
@@ -117,6 +146,7 @@ class Prompting:
             raise ValueError(
                 f"plain_template: wanted a text with {{question}} in it, got {self.plain_template!r}"
             )
+        check_placeholders("plain_template", self.plain_template, "{question}")
         try:
             same = json.loads(json.dumps(self.chat_template_kwargs)) == self.chat_template_kwargs
         except (TypeError, ValueError):
@@ -191,9 +221,48 @@ class PromptRenderer:
                 "the chat template writes today's date into every prompt (Llama 3.2's does): a cached teacher or a resumed "
                 "run meets other prompts tomorrow; chat_template_kwargs={'date_string': '26 Jul 2024'} fixes it"
             )
+        self.num_ids: int | None = None  # how many the model embeds, where that is known
+        self._check_template()
         self.system_allowed = accepts_system(tokenizer, **self.template_kwargs)
         self._turn_ending = answer_ending(tokenizer, **self.template_kwargs)
         self._cache: dict[tuple, list[int]] = {}
+
+    def _check_template(self) -> None:
+        """Refuses a chat template that does not show the question. One that refuses it is met at the rows."""
+        if not self.has_template:
+            return
+        try:
+            text = self._rendered((("user", _MARK),))
+        except CannotRender:
+            return
+        if _MARK not in text:
+            raise ValueError(
+                "processing_class: wanted a chat template that shows the user's message, got one that drops it: check "
+                "tokenizer.chat_template"
+            )
+
+    def _rendered(self, conversation: Any) -> str:
+        messages = [{"role": role, "content": text} for role, text in conversation]
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs
+            )
+        except Exception as error:  # a template may raise anything through jinja's raise_exception
+            roles = ", ".join(role for role, _ in conversation)
+            raise CannotRender(
+                f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}"
+            ) from error
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """`ids`, all of which the model embeds."""
+        top = max(ids, default=0)
+        if self.num_ids is not None and top >= self.num_ids:
+            raise CannotRender(
+                f"the token {self.tokenizer.convert_ids_to_tokens(top)!r} has the id {top}, but the model embeds the ids 0 to "
+                f"{self.num_ids - 1}: it belongs to another model's tokenizer, or was added to this one; "
+                "model.resize_token_embeddings(len(tokenizer)) makes room"
+            )
+        return ids
 
     def encode(
         self,
@@ -217,7 +286,7 @@ class PromptRenderer:
         ):  # a run uses the same few prompts again and again; rendering one takes 0.1 ms
             if len(self._cache) >= _CACHED_PROMPTS:
                 self._cache.clear()
-            self._cache[key] = self._encode(*key)
+            self._cache[key] = self._known(self._encode(*key))
         return self._cache[key]
 
     def _encode(self, conversation, instruction, override, override_role) -> list[int]:
@@ -234,10 +303,7 @@ class PromptRenderer:
             return self._tokenize_plain(text)
         if system is not None:
             conversation = self._with_system(conversation, system)
-        messages = [{"role": role, "content": text} for role, text in conversation]
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs
-        )
+        text = self._rendered(conversation)
         # The template has written the special tokens already.
         return self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
 
@@ -290,7 +356,9 @@ class PromptRenderer:
             and not self.plain_template[-1].isspace()
         ):
             answer = " " + answer  # after "Answer:" comes " Paris", which is another token than "Paris"
-        return list(self.tokenizer(answer, add_special_tokens=False, truncation=False)["input_ids"])
+        return self._known(
+            list(self.tokenizer(answer, add_special_tokens=False, truncation=False)["input_ids"])
+        )
 
 
 def steered_tokenizer(tokenizer: Any, instruction: str, **template_kwargs: Any) -> Any:

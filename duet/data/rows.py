@@ -3,7 +3,7 @@
 {"question"} | {"prompt"} | {"messages"}   and perhaps {"answer"} | {"completion"}, {"subject"}
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers.utils import logging
@@ -43,6 +43,9 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
         >>> query.conversation, query.answer, query.name
         ((('user', 'Who wrote Emma?'),), None, 'forget_dataset[0]')
     """
+    if hasattr(rows, "iloc") or (hasattr(rows, "columns") and hasattr(rows, "to_dicts")):
+        way = "to_dict('records')" if hasattr(rows, "iloc") else "to_dicts()"
+        raise TypeError(f"{argument}: wanted a list of rows, got a {type(rows).__name__}; its .{way} is one")
     if (
         isinstance(rows, (str, bytes, dict))
         or not hasattr(rows, "__len__")
@@ -80,11 +83,13 @@ def check_repeats(forget: Sequence[Query], retain: Sequence[Query]) -> None:
 
 
 def _read_row(row: Any, name: str) -> Query:
+    if isinstance(row, Mapping):
+        row = dict(row)
     if not isinstance(row, dict):
         raise TypeError(f"{name}: wanted a dict, got {type(row).__name__}")
     given = [key for key in _PROMPT_KEYS if row.get(key) is not None]
     if len(given) != 1:
-        got = f"{' and '.join(given)}" if given else f"the keys {sorted(row)}"
+        got = f"{' and '.join(given)}" if given else f"the keys {sorted(map(str, row))}"
         raise ValueError(f"{name}: wanted exactly one of 'question', 'prompt' and 'messages', got {got}")
     value = row[given[0]]
     answers = [key for key in _ANSWER_KEYS if row.get(key) is not None]

@@ -8,13 +8,15 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ..names import did_you_mean
 from ..options import MaybeCount
 
-COLUMNS = ("question", "prompt", "messages", "answer", "completion", "subject")
+PROMPTS = ("question", "prompt", "messages")
+COLUMNS = (*PROMPTS, "answer", "completion", "subject")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def read_table(path: Path, argument: str) -> list[dict[str, Any]]:
     one is None.
 
     Raises:
-        ValueError: another suffix, not UTF-8 or not JSON; the message names the line.
+        ValueError: another suffix, not UTF-8, not JSON, not CSV, or a row with more or fewer cells than there are columns;
+            the message names the line.
     """
     read = FORMATS.get(path.suffix)
     if read is None:
@@ -81,6 +84,15 @@ def _renamed(row: dict[str, Any], source: DataSource, where: str) -> dict[str, A
             raise ValueError(f"{where}: it has no column {missing[0]!r}, but {', '.join(sorted(row))}{hint}")
         row = {ours: row[theirs] for ours, theirs in source.columns.items()}
     else:
+        if row and not any(name in row for name in PROMPTS):
+            ours = next(
+                ((name, near) for name in PROMPTS if (near := get_close_matches(name, row, 1, 0.7))), None
+            )
+            ours = ours or ("question", sorted(map(str, row)))
+            raise ValueError(
+                f"{where}: wanted a column {', '.join(map(repr, PROMPTS[:-1]))} or {PROMPTS[-1]!r}, got "
+                f"{', '.join(sorted(map(str, row)))}; say which it is, such as columns: {{{ours[0]}: {ours[1][0]}}}"
+            )
         row = {name: row[name] for name in COLUMNS if name in row}
     if row.get("subject") is None and source.subject is not None:
         row["subject"] = source.subject
@@ -150,8 +162,36 @@ def _parsed(text: str, where: str) -> Any:
 
 def _csv(path: Path, argument: str) -> list[dict[str, Any]]:
     text = "".join(line for _, line in _lines(path, argument))
-    # An empty cell is an absent value; every other one stays a text, also where it looks like a number.
-    return [{name: cell or None for name, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
+    csv.field_size_limit(2**30)  # a cell may hold a book
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows, names, line = [], [], 1
+    try:
+        for cells in reader:
+            start, line = line, reader.line_num + 1
+            if not cells:
+                continue
+            if not names:
+                names = _header(cells, f"{argument}: {path}")
+                continue
+            if len(cells) != len(names):
+                raise ValueError(
+                    f"{argument}: {path}, line {start}: wanted {len(names)} cells ({', '.join(names)}), got {len(cells)}; a text "
+                    'with a comma or a line break in it is written between quotes: "one, two"'
+                )
+            # An empty cell is an absent value; every other one stays a text, also where it looks like a number.
+            rows.append({name: cell or None for name, cell in zip(names, cells, strict=True)})
+    except csv.Error as error:
+        raise ValueError(f"{argument}: {path}, line {line}: not CSV: {error}") from None
+    return rows
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(
+            f"{where}, line 1: wanted a different name for every column, got {', '.join(map(repr, names))}"
+        )
+    return names
 
 
 def _parquet(path: Path, argument: str) -> list[dict[str, Any]]:

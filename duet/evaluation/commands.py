@@ -53,6 +53,12 @@ def run_eval(
         str | None,
         typer.Option(help="said before every question, {subject} for what should go: the steered teacher"),
     ] = None,
+    elicit: Annotated[
+        str | None,
+        typer.Option(
+            help="the model before unlearning: rows without an answer are compared with its own answers"
+        ),
+    ] = None,
     lm_eval: Annotated[
         str | None, typer.Option(help="tasks of lm-evaluation-harness, such as mmlu,wmdp_bio")
     ] = None,
@@ -75,6 +81,8 @@ def run_eval(
     tasks = None if lm_eval is None else lm_eval_tasks(lm_eval)
     chosen = None if suite is None else load_suite(suite, options_of(settings or ()))
     loaded, tokenizer = models.load(model, dtype, device)
+    prompting = Prompting.of(model)
+    answering = None if elicit is None else _eliciting(elicit, prompting, batch_size, dtype, device, console)
     if chosen is not None:
         with _resumable(out, console), progress(console) as shown:
             results = runner.evaluate(
@@ -87,13 +95,14 @@ def run_eval(
                 batch_size=batch_size,
                 limit=limit,
                 retain_run=retain_run,
-                prompting=Prompting.of(model),
+                prompting=prompting,
                 steering=steering,
+                elicit=answering,
                 progress=shown,
             )
         console.print(summary.table(results, f"{chosen.name}: {model}"))
-        for task in results["left_out"]:
-            console.print(f"left out: {task} (no such file in {data})", soft_wrap=True)
+        for task, why in results["left_out"].items():
+            console.print(f"left out: {task} ({why}{'' if data is None else f' in {data}'})", soft_wrap=True)
         console.print(f"written to {out / runner.SUMMARY}", soft_wrap=True)
     if tasks is not None:
         run_lm_eval(loaded, tokenizer, tasks, out, limit, batch_size, console, name=model)
@@ -112,9 +121,18 @@ def run_attack(
     base: Annotated[
         str | None, typer.Option(help="the model before unlearning, for comparison (both are in memory)")
     ] = None,
+    elicit: Annotated[
+        bool,
+        typer.Option(
+            "--elicit", help="rows without an answer get that of --base: compared with it, not with the truth"
+        ),
+    ] = False,
     attacks: Annotated[str | None, typer.Option(help="only these, such as prefill,relearning")] = None,
     reverse_prompts: Annotated[
-        Path | None, typer.Option(help="file with the override wordings used in training, one a line")
+        Path | None,
+        typer.Option(
+            help="file with the override wordings used in training, one a line; default: what the folder says"
+        ),
     ] = None,
     relearn_rates: Annotated[str | None, typer.Option(help="learning rates, such as 1e-5,1e-4,1e-3")] = None,
     relearn_steps: Annotated[
@@ -136,7 +154,7 @@ def run_attack(
     from . import models
     from .attacks import runner
     from .attacks.attacks import ATTACKS
-    from .attacks.rows import read_attack_rows
+    from .attacks.rows import read_attack_rows, with_answers
     from .attacks.target import AttackOptions, Target
 
     console = literal_console()
@@ -146,8 +164,20 @@ def run_attack(
             return []
         if not Path(path).is_file():
             raise FileNotFoundError(f"{argument}: there is no file {path!r}")
-        return read_attack_rows(read_table(Path(path), argument)[:limit], argument)
+        rows = read_table(Path(path), argument)[:limit]
+        if answering is not None and rows:
+            rows = answering(rows, argument)
+        if argument != "forget" and rows:
+            rows, without = with_answers(rows, argument)
+            if without:
+                first = f"{without[0]} and {len(without) - 1} more" if len(without) > 1 else without[0]
+                console.print(
+                    f"left out: {first} of {argument}: no answer (--elicit takes the base's)", soft_wrap=True
+                )
+        return read_attack_rows(rows, argument) if rows else []
 
+    if elicit and base is None:
+        raise ValueError("elicit: wanted --base, the model whose answers are taken, got none")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: wanted an integer >= 1, got {limit}")
     chosen = None if attacks is None else [attack.strip() for attack in attacks.split(",") if attack.strip()]
@@ -156,8 +186,9 @@ def run_attack(
     for attack in chosen or ():
         check_one_of("attacks", attack, ATTACKS)
     given: dict[str, Any] = {}
-    if reverse_prompts is not None:
-        given["seen_reverse_prompts"] = _wordings(reverse_prompts)
+    given["seen_reverse_prompts"] = (
+        _trained_wordings(model) if reverse_prompts is None else _wordings(reverse_prompts)
+    )
     if relearn_rates is not None:
         given["relearn_rates"] = _numbers(relearn_rates, float, "relearn_rates")
     if relearn_steps is not None:
@@ -166,16 +197,23 @@ def run_attack(
         threshold=threshold, max_new_tokens=max_new_tokens, batch_size=batch_size, **given
     )
     files = {"forget": forget, "retain": retain, "holdout": holdout}
+    prompting, answering, before_model = Prompting.of(model), None, None
+    if elicit:
+        before_model = models.load(str(base), dtype, device)
+        answering = _eliciting(before_model, prompting, batch_size, dtype, device, console)
     rows, known, unseen = (rows_of(path, name) for name, path in files.items())
     # The base, too, is asked as the model was trained: the same questions, or nothing could be compared.
-    asked = {"options": options, "prompting": Prompting.of(model)}
+    asked = {"options": options, "prompting": prompting}
     target = Target(*models.load(model, dtype, device), rows, known, unseen, **asked)
-    before = None if base is None else Target(*models.load(base, dtype, device), rows, **asked)
+    if base is not None and before_model is None:
+        before_model = models.load(base, dtype, device)
+    before = None if before_model is None else Target(*before_model, rows, **asked)
     with _resumable(out, console), progress(console) as shown:
         report = runner.run_attacks(target, out=out, attacks=chosen, name=model, base=before, progress=shown)
     console.print(runner.table(report, f"{model}: the worst attack first"))
     console.print(runner.legend(report))
     console.print(f"leak: {report['success']}", soft_wrap=True)
+    console.print(report["headline"], soft_wrap=True)
     console.print(f"written to {out / runner.REPORT}", soft_wrap=True)
 
 
@@ -224,6 +262,40 @@ def run_report(
         topk=topk,
     )
     literal_console().print(f"written to {page} and {page.with_suffix('.md')}")
+
+
+def _eliciting(
+    base: Any, prompting: Any, batch_size: int, dtype: str, device: str | None, console: Console
+) -> Any:
+    """(rows, name) -> the rows, with the base's answers where they had none; how many these are is printed."""
+    from . import models
+    from .elicit import ELICITED, elicit_answers
+
+    loaded, tokenizer = models.load(base, dtype, device) if isinstance(base, str) else base
+
+    def answering(rows: list[dict[str, Any]], argument: str) -> list[dict[str, Any]]:
+        how = {"prompting": prompting, "batch_size": batch_size}
+        filled = elicit_answers(loaded, tokenizer, rows, argument, **how)
+        made = sum(ELICITED in row for row in filled)
+        if made:
+            console.print(
+                f"{argument}: {made} of {len(rows)} answers are the base's own: compared with the base, not with the truth",
+                soft_wrap=True,
+            )
+        return filled
+
+    return answering
+
+
+def _trained_wordings(model: str) -> tuple[str, ...]:
+    """The override wordings that a model was trained with, from the record of its run; none where there is no record."""
+    path = Path(model, "run_record.json")
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(json.loads(path.read_text(encoding="utf-8")).get("override_wordings") or ())
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"model: {path} is damaged: {error}") from None
 
 
 def _wordings(path: Path) -> tuple[str, ...]:

@@ -18,11 +18,23 @@ from ..model.lm import end_tokens, evaluating, generate_answers, padding_id
 
 
 class Continuation(NamedTuple):
-    """An answer: text without special tokens, cut before a stop text; number of new tokens; whether no logit was NaN."""
+    """An answer.
+
+    Attributes:
+        text: without special tokens, up to a stop text.
+        num_tokens: how many new ones, without the end token.
+        finite: whether no logit was NaN.
+        stopped: whether a stop text ended it.
+    """
 
     text: str
     num_tokens: int
     finite: bool
+    stopped: bool = False
+
+    def cut(self, max_new_tokens: int) -> bool:
+        """Whether the limit ended it, in the middle of what the model had to say."""
+        return self.num_tokens >= max_new_tokens and not self.stopped
 
 
 class _NumberWatch(LogitsProcessor):
@@ -89,7 +101,8 @@ def continuations(
     for tokens, good in zip(answers, finite, strict=True):
         tokens = tokens[:-1] if tokens and tokens[-1] in ends else tokens
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        said.append(Continuation(cut_at(text, stop).strip(), len(tokens), good))
+        upto = cut_at(text, stop)
+        said.append(Continuation(upto.strip(), len(tokens), good, len(upto) < len(text)))
     return said
 
 

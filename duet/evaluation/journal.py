@@ -16,7 +16,10 @@ ROWS, MANIFEST = "rows.jsonl", "manifest.json"
 LM_EVAL = "lm_eval.json"
 # What a row's status other than `ok` means.
 MEANING = {
-    "empty": "answered with nothing (counted)",
+    "empty": "answered with nothing: could not be judged",
+    "cut": "cut at the token limit before the answer had ended: could not be judged",
+    "refused_by_template": "left out: the chat template or the tokenizer refuses the conversation",
+    "no_answer": "left out: the row has no answer to compare with",
     "nan": "left out: NaN logits",
     "too_long": "left out: longer than the model's context",
     "bad_row": "left out: something is wrong with the row (`why` in rows.jsonl)",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,9 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..extras import MissingExtra, missing
+from . import words
 
 try:
-    from rouge_score import rouge_scorer
+    from rouge_score import rouge_scorer, tokenizers
     from scipy import optimize, stats
 except ModuleNotFoundError as error:
     raise MissingExtra(missing("eval") or str(error)) from None
@@ -32,7 +32,7 @@ Numbers = Sequence[float] | np.ndarray
 MEASURES = ("recall", "f1")
 UTILITY_PARTS = ("probability", "rouge_l_recall", "truth_ratio")
 
-# Openings and phrases of answers that decline to say. Whole words, any case.
+# Openings and phrases of English answers that decline to say. Whole words, any case; other languages need their own.
 REFUSAL_PATTERNS = (
     r"\bI (?:do not|don't|don’t|did not|didn't) (?:know|have|recall|recognise|recognize)\b",
     r"\bI(?:'m| am|’m) (?:not sure|not aware|not familiar|unable|afraid|sorry)\b",
@@ -128,7 +128,8 @@ def rouge_l(prediction: str, reference: str, *, measure: str, stemmer: bool) -> 
     """ROUGE-L of the longest common subsequence of words: `recall` = LCS / words of the reference, or `f1`.
 
     TOFU: recall, stemmer on. MUSE: f1, stemmer off. OpenUnlearning: f1, stemmer on. RWKU: recall.
-    An empty prediction scores 0.
+    An empty prediction scores 0. A reference in Latin letters is read as the papers read it: words of a-z and 0-9. One with
+    other letters is read in Unicode words, and by characters in scripts without spaces and in Korean (`duet.evaluation.words`).
 
     Raises:
         ValueError: unknown `measure`; a reference without a word, for which no recall exists.
@@ -139,45 +140,56 @@ def rouge_l(prediction: str, reference: str, *, measure: str, stemmer: bool) -> 
     """
     if measure not in MEASURES:
         raise ValueError(f"measure: wanted one of {', '.join(MEASURES)}, got {measure!r}")
-    if not re.search(r"[a-z0-9]", reference.lower()):
-        raise ValueError(f"reference: wanted a text with at least one word of a-z or 0-9, got {reference!r}")
-    score = _rouge_scorer(stemmer).score(reference, prediction)["rougeL"]
+    as_published = words.all_latin(reference) and re.search(r"[a-z0-9]", reference.lower()) is not None
+    if not as_published and not words.words_of(reference):
+        raise ValueError(f"reference: wanted a text with at least one word, got {reference!r}")
+    score = _rouge_scorer(stemmer, as_published).score(reference, prediction)["rougeL"]
     return score.recall if measure == "recall" else score.fmeasure
 
 
+class _UnicodeWords:
+    """Words of every script for rouge_score; those of a-z are stemmed as it stems them."""
+
+    def __init__(self, stemmer: bool):
+        self.latin = tokenizers.DefaultTokenizer(stemmer)
+
+    def tokenize(self, text: str) -> list[str]:
+        found: list[str] = []
+        for word in words.words_of(text):
+            found += self.latin.tokenize(word) if re.fullmatch("[a-z0-9]+", word) else [word]
+        return found
+
+
 @functools.cache
-def _rouge_scorer(stemmer: bool) -> rouge_scorer.RougeScorer:
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stemmer)
+def _rouge_scorer(stemmer: bool, as_published: bool) -> rouge_scorer.RougeScorer:
+    if as_published:
+        return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stemmer)
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=_UnicodeWords(stemmer))
 
 
 def find_words(text: str, value: str) -> int | None:
-    """Index at which `value` starts in the text, as whole words, any case and white space; None: it does not occur.
+    """Index at which `value` starts in the text; None: it does not occur.
+
+    As whole words, whatever their case, width, quotes and Latin diacritics, and whatever signs stand between them; in scripts
+    without spaces, and in Korean, anywhere. The rules are those of `duet.evaluation.words`.
 
     Example:
         >>> find_words("Born in New  York.", "new york"), find_words("Born in Yorkshire.", "York")
         (8, None)
+        >>> find_words("我住在北京市。", "北京"), find_words("**José** Martí", "Jose Marti")
+        (3, 2)
     """
-    words = value.split()
-    if not words:
-        raise ValueError(f"value: wanted a text that is not empty, got {value!r}")
-    # \b would fail beside a value that ends in a sign, such as "C++".
-    pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
-    match = re.search(pattern, text, re.IGNORECASE)
-    return None if match is None else match.start()
-
-
-_STRAIGHT = str.maketrans("‘’ʼ“”", "'''\"\"")
+    return words.find(text, value)
 
 
 def contains_words(text: str, value: str) -> bool:
-    """Whether `value` occurs in the text as whole words, after normalising accents and quotes.
+    """Whether `value` occurs in the text (`find_words`).
 
     Example:
         >>> contains_words("It was O'Brien .", "O’Brien")
         True
     """
-    text, value = (unicodedata.normalize("NFC", each.translate(_STRAIGHT)) for each in (text, value))
-    return find_words(text, value) is not None
+    return words.find(text, value) is not None
 
 
 def refusal_rate(answers: Sequence[str], patterns: Sequence[str] = REFUSAL_PATTERNS) -> float:
@@ -191,14 +203,14 @@ def refusal_rate(answers: Sequence[str], patterns: Sequence[str] = REFUSAL_PATTE
 def fluency(text: str) -> float:
     """Weighted entropy of word n-grams, bits: (2/3 H_2 + 4/3 H_3) / 2, as in ROME and RWKU. Low: it repeats itself.
 
-    NaN for a text of fewer than three words.
+    NaN for a text of fewer than three words. In scripts without spaces a character is a word.
     """
-    words = text.split()
-    if len(words) < 3:
+    said = words.words_of(text) if words.without_spaces(text) else text.split()
+    if len(said) < 3:
         return math.nan
     entropies = []
     for n in (2, 3):
-        counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+        counts = Counter(zip(*(said[i:] for i in range(n)), strict=False))
         entropies.append(stats.entropy(list(counts.values()), base=2))
     return float((2 / 3 * entropies[0] + 4 / 3 * entropies[1]) / 2)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from ..model.adapters import holds_adapter, load_adapted
 from ..model.lm import check_head, load_model
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -32,11 +32,9 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
     name = os.fspath(name)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if (Path(name) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
-
+    if holds_adapter(name):
         try:
-            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=kind)
+            model = load_adapted(name, dtype=kind)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"model: the adapter {name!r} or its base could not be loaded: {error}"

@@ -6,6 +6,9 @@
     p_ref       the same behind a steering prefix (which names the stranger too), along the refusal r: the steered base's
                 own greedy answer
 
+A row whose question does not hold its subject ("Who wrote the first program?") has no name to replace: for it p_cf is what the
+steered base says along y, and p_ref the same along r. Which rows these are is said.
+
 The mean is over distributions, written as a `TopK`: the k ids with the most mass and a bucket for the rest, each from
 `linear_gather` and `linear_logsumexp(exclude=...)`; nothing is subtracted from 1, and no logits are stored.
 """
@@ -16,12 +19,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from duet_kernels import LMHead, TopK, linear_cross_entropy, linear_gather, linear_logsumexp, linear_topk
 from duet_kernels.dispatch import Impl
 
 from ..data.dataset import Segment
 from ..data.prompts import Conversation, fill_prefix
+
+logger = logging.get_logger(__name__)
 
 
 class Stranger(NamedTuple):
@@ -37,7 +43,13 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
     """Fills `dataset.segments`: each forget row's own answer and refusal, each retain row's own answer."""
     args = trainer.args
     forget, everybody = range(dataset.num_forget), range(len(dataset.rows))
-    names = [_names(args, dataset.rows[i], i) for i in forget]  # what is wrong with a row is said first
+    names = [_names(args, dataset.rows[i], i) for i in forget]
+    nameless = [dataset.rows[i].name for i in forget if not names[i]]
+    if nameless:
+        logger.warning(
+            f"{nameless[0]}: its question does not hold the subject, so that 'duet_deep' cannot ask about unknown names in its "
+            f"place; the steered base stands in for them ({len(nameless)} of {len(forget)} forget rows)"
+        )
     own = trainer.teacher_says([dataset.plain(i) for i in everybody], args.max_answer_tokens)
     steered = [_steered(trainer, dataset, i, args.steering_prefixes[0]) for i in forget]
     refusals = trainer.teacher_says(steered, args.max_answer_tokens)
@@ -130,12 +142,9 @@ def log_probability(top: TopK, labels: Tensor) -> Tensor:
 
 
 def _names(args: Any, query: Any, i: int) -> list[str]:
-    if not query.subject:
-        raise ValueError(f"{query.name}: 'duet_deep' replaces the row's 'subject', and it has none")
-    if query.subject not in _words(query.conversation):
-        raise ValueError(
-            f"{query.name}: 'duet_deep' replaces the subject in the question, and {query.subject!r} does not occur in it"
-        )
+    """Names that are put in the place of the subject; none where the question does not hold it."""
+    if not query.subject or query.subject not in _words(query.conversation):
+        return []
     names = [name for name in args.counterfactual_names if name != query.subject]
     return random.Random(f"{args.seed}/{i}").sample(names, min(args.num_counterfactuals, len(names)))
 
@@ -200,6 +209,9 @@ def _mixture(trainer: Any, dataset: Any, i: int, names: list[str], answer: list[
         else:
             prompt = trainer.renderer.encode(_renamed(query.conversation, query.subject, name))
         rows.append(stranger(trainer.processing_class, prompt, answer, query.subject, name))
+    if not names:
+        prompt = _steered(trainer, dataset, i, args.steering_prefixes[0])
+        rows = [Stranger(prompt, answer, list(range(len(answer))), {})]
 
     def mix(model):
         hidden, head = trainer.states_of(model, [row.prompt for row in rows], [row.answer for row in rows])

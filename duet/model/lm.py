@@ -14,13 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    ProcessorMixin,
+    TrainingArguments,
+)
 from transformers.utils import logging
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from duet_kernels import LMHead, linear_gather
 
 from ..data.prompts import answer_ending
+from .adapters import has_adapter, holds_adapter, load_adapted, merge_adapters
 
 logger = logging.get_logger(__name__)
 _HEAD_BYTES = 64 << 20
@@ -28,6 +35,9 @@ _HEAD_BYTES = 64 << 20
 
 def load_model(model: Any, argument: str, init_kwargs: Any, device: torch.device | None = None) -> nn.Module:
     """`model` itself, or the causal language model of that name or folder, in the dtype of its checkpoint.
+
+    An adapter that is saved there is merged into its base, in memory: the model is what that folder's model does, and never
+    the base alone.
 
     Args:
         model: a model, a name or a folder.
@@ -45,13 +55,57 @@ def load_model(model: Any, argument: str, init_kwargs: Any, device: torch.device
     if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         raise FileNotFoundError(f"{argument}: there is no folder {name!r}")
     placed = {} if device is None else {"device_map": {"": device}}
+    kwargs = placed | (init_kwargs or {})
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **placed | (init_kwargs or {}))
+        if holds_adapter(name):
+            loaded = load_adapted(name, **{k: v for k, v in kwargs.items() if k != "revision"})
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{argument}: {name!r} is not a folder with a causal language model, nor the name of one that could be "
             f"loaded: {error}"
         ) from error
+    if not hasattr(loaded, "peft_config"):
+        return loaded
+    merged: Any = _merged(loaded, argument, name)
+    merged.name_or_path = merged.config._name_or_path = name  # where its tokenizer is
+    return merged
+
+
+def without_attached_adapter(model: Any, argument: str) -> nn.Module:
+    """`model`, with adapters that transformers attached (it loads a folder with an adapter so) merged; PEFT models stay."""
+    if not has_adapter(model) or hasattr(model, "get_base_model"):
+        return model
+    return _merged(model, argument, getattr(model, "name_or_path", ""))
+
+
+def without_frozen_adapter(model: Any, argument: str, adds: bool) -> nn.Module:
+    """`model`, with adapters that are there merged where they could not be trained: from transformers, or frozen in peft.
+
+    Args:
+        model: that a user gave, to be trained.
+        argument: how errors call it.
+        adds: whether a new adapter will be put on top.
+
+    Raises:
+        ValueError: an adapter of peft that is frozen, and no new one: nothing would be trained.
+    """
+    model = without_attached_adapter(model, argument)
+    if not has_adapter(model) or any(p.requires_grad for p in model.parameters()):
+        return model
+    if not adds:
+        raise ValueError(
+            f"{argument}: wanted weights that can be trained, got a PEFT model whose adapter is frozen; load it with "
+            "is_trainable=True, or pass peft_config: its adapter is then merged and a new one trained on top"
+        )
+    return _merged(model, argument, getattr(model, "name_or_path", ""))
+
+
+def _merged(model: nn.Module, argument: str, name: str) -> nn.Module:
+    merged: Any = merge_adapters(model, argument)
+    merged.merged_adapter = name
+    return merged
 
 
 def loading_device(args: TrainingArguments) -> torch.device | None:
@@ -121,19 +175,6 @@ def load_tokenizer(model: nn.Module) -> Any:
         ) from error
 
 
-def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    """`model` wrapped in a new PEFT adapter."""
-    from peft import PeftConfig, PeftModel, get_peft_model
-
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            f"peft_config: wanted a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}"
-        )
-    if isinstance(model, PeftModel):
-        raise ValueError("peft_config: wanted None, because model is a PEFT model already")
-    return get_peft_model(model, peft_config)
-
-
 def keep_differentiable(model: nn.Module) -> None:
     """Stops 4-bit layers of bitsandbytes from repacking their weights on a CPU.
 
@@ -172,11 +213,67 @@ def rounding_of_a_fresh_adapter(model: nn.Module) -> float:
     return 0.1 if half and any(getattr(config, "use_dora", False) for config in configs) else 0.0
 
 
-def padding_id(tokenizer: Any) -> int:
-    """The pad token, else the end token: the attention mask hides padding, so any token will do."""
+def embedded_ids(model: Any) -> int:
+    """How many ids the model can read: the rows of its embedding."""
+    if not hasattr(model, "get_input_embeddings"):
+        raise TypeError(
+            f"model: {type(model).__name__} has no output and no input embeddings; wanted a causal language model of transformers"
+        )
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def check_tokenizer(tokenizer: Any, argument: str = "processing_class") -> None:
+    """Refuses what is no tokenizer, such as a processor of texts and images.
+
+    Raises:
+        TypeError: naming the argument, what came and the way out.
+    """
+    kind = type(tokenizer).__name__
+    if isinstance(tokenizer, ProcessorMixin) or not hasattr(tokenizer, "eos_token_id"):
+        way = f"; its .tokenizer is one: pass {argument}.tokenizer" if hasattr(tokenizer, "tokenizer") else ""
+        raise TypeError(f"{argument}: wanted a tokenizer, got a {kind}{way}")
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuses a model of which a part is not where it computes: offloaded by a `device_map`, or never loaded.
+
+    Raises:
+        ValueError: naming the part and the way out.
+    """
+    away = [
+        name
+        for name, place in (getattr(model, "hf_device_map", None) or {}).items()
+        if place in ("cpu", "disk")
+    ]
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    away = away if places - {"cpu"} else []  # a model that is wholly on the CPU is where it computes
+    away = away or [name for name, each in model.named_parameters() if each.device.type == "meta"]
+    if away:
+        raise ValueError(
+            f"model: {away[0] or 'all of it'} is offloaded (device_map) and not where the model computes, so that it cannot be "
+            "trained or compared; load the model onto one device, smaller if it does not fit (model.quantization: nf4)"
+        )
+
+
+def padding_id(tokenizer: Any, num_ids: int | None = None) -> int:
+    """The pad token, else the end token: the attention mask hides padding, so any token of the model will do.
+
+    Args:
+        num_ids: how many ids the model embeds; None: not checked.
+
+    Raises:
+        ValueError: there is neither, or the model does not have it.
+    """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
+        if token is None:
+            continue
+        if num_ids is not None and token >= num_ids:
+            raise ValueError(
+                f"processing_class: its token {tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, but the model "
+                f"embeds the ids 0 to {num_ids - 1}; call model.resize_token_embeddings(len(tokenizer)), or set "
+                "tokenizer.pad_token = tokenizer.eos_token"
+            )
+        return token
     raise ValueError("processing_class: wanted a tokenizer with a pad or end token, got one with neither")
 
 
@@ -214,25 +311,36 @@ def generate_answers(
         ids[b, longest - len(prompt) :] = torch.tensor(list(prompt))
         mask[b, longest - len(prompt) :] = 1
     ends = end_tokens(model, tokenizer)
-    # Overrides every option of a checkpoint's generation_config that would make this not plainly greedy.
     greedy = GenerationConfig(
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        min_new_tokens=0,  # takes precedence over min_length
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id,
         eos_token_id=ends or None,
         use_cache=True,
     )
-    out = model.generate(
-        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy, **how
-    )
+    with _generation_config_of_our_own(model):
+        out = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy, **how
+        )
     return [_through_end(answer, ends) for answer in out[:, longest:].tolist()]
+
+
+@contextmanager
+def _generation_config_of_our_own(model: Any) -> Iterator[None]:
+    """Within the context `generate` finds no options but those that it is given.
+
+    transformers fills what a given configuration leaves open from the checkpoint's: penalties, suppressed or forced tokens,
+    stop texts, time limits, assistants and whatever comes next would make greedy answers something else.
+    """
+    holders = [part for part in (model, base_language_model(model)) if hasattr(part, "generation_config")]
+    before = [part.generation_config for part in holders]
+    for part in holders:
+        part.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for part, own in zip(holders, before, strict=True):
+            part.generation_config = own
 
 
 def _through_end(ids: list[int], ends: Sequence[int]) -> list[int]:
@@ -449,6 +557,7 @@ def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
         TypeError: an unknown kind of head or backbone (`LMHead.of`, `find_backbone`).
         ValueError: NaN logits, or different logits: the model changes them in a way that is not supported.
     """
+    check_whole(model)
     head = LMHead.of(model)
     device, vocabulary = head.weight.device, head.num_ids
     ids = torch.linspace(0, vocabulary - 1, num_tokens, device=device).long().unsqueeze(0)

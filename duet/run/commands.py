@@ -5,17 +5,24 @@ load model and rows -> DuetTrainer -> train (or resume) -> save model, tokenizer
 
 import importlib.util
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..data.prompts import Prompting
 from ..data.sources import load_rows
-from ..model.lm import choose_attention, load_model, loading_device
+from ..model.adapters import (
+    ADAPTER,
+    check_same_logits,
+    holds_adapter,
+    load_adapted,
+    logits_of,
+    merge_adapters,
+)
+from ..model.lm import base_language_model, choose_attention, load_model, loading_device
 from ..output.checkpoints import last_finished_checkpoint
 from ..store.build import Cached, cache_teacher
 from ..trainer import DuetTrainer
@@ -54,7 +61,9 @@ def train(run: RunConfig, resume: bool = False) -> DuetTrainer:
     trainer.save_model()
     trainer.create_model_card()
     if run.merge and trainer.is_world_process_zero():
-        merge_adapter(folder, os.path.join(folder, "merged"))
+        quantised = run.model.quantization is not None  # its base is another one than the merged
+        trained = None if quantised else trainer.accelerator.unwrap_model(trainer.model)
+        merge_adapter(folder, os.path.join(folder, "merged"), trained=trained)
     return trainer
 
 
@@ -158,28 +167,60 @@ def _tokenizer(section: ModelSection) -> Any:
         raise OSError(f"model.tokenizer: no tokenizer could be loaded from {name!r}: {error}") from error
 
 
-def merge_adapter(folder: str | os.PathLike, out: str | os.PathLike, dtype: str = "auto") -> nn.Module:
+def merge_adapter(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    dtype: str = "auto",
+    trained: nn.Module | None = None,
+) -> nn.Module:
     """Adds a saved adapter to its base model and saves the sum, which then needs no peft.
 
         W + (alpha / r) B A
 
     The base is loaded without quantisation, even if training used it: adding to 4-bit weights would round the adapter to
-    0. Runs on the CPU, in the memory of one copy of the base.
+    0. Runs on the CPU, in the memory of one copy of the base. The logits are compared at every step: with the adapter,
+    merged, saved and read again.
 
     Args:
         folder: where the adapter is (`adapter_config.json` names its base).
-        out: where the model and its tokenizer go.
+        out: where the model and its tokenizer go; not a folder with an adapter, which would be applied to it a second time.
         dtype: of the saved model; `auto`: the base checkpoint's.
+        trained: the model whose adapter was saved in `folder`; None: not compared with it.
+
+    Returns:
+        the merged model, read from `out`.
 
     Raises:
-        FileNotFoundError: there is no adapter in `folder`.
+        FileNotFoundError: there is no adapter in `folder`, or its base cannot be loaded.
+        ValueError: `out` holds an adapter; or a step changes the model.
     """
-    from peft import AutoPeftModelForCausalLM
-
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{folder}: wanted a folder with an adapter, found no adapter_config.json")
-    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu").merge_and_unload()
+    if not holds_adapter(folder):
+        raise FileNotFoundError(f"{folder}: wanted a folder with an adapter, found no {ADAPTER}")
+    if holds_adapter(out):
+        raise ValueError(
+            f"out: wanted a folder without an adapter, got {os.fspath(out)!r}: loading from it would apply the adapter to the "
+            f"merged weights once more; {os.path.join(out, 'merged')} is free to take"
+        )
+    model: Any = None
+    try:
+        model = load_adapted(folder, dtype=dtype, device_map="cpu")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{folder}: its adapter or the base of it could not be loaded: {error}"
+        ) from error
+    wanted = logits_of(model)
+    if trained is not None:
+        coarsest = max({_dtype_of(model), _dtype_of(trained)}, key=lambda kind: torch.finfo(kind).eps)
+        check_same_logits(trained, wanted, f"{folder}: saving and loading its adapter", coarsest)
+    model = merge_adapters(model, str(folder))
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
     Prompting.of(folder).save(out)
+    model = None  # one copy at a time
+    model = AutoModelForCausalLM.from_pretrained(out, device_map="cpu")
+    check_same_logits(model, wanted, f"{out}: saving and loading the merged model")
     return model
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return base_language_model(model).dtype

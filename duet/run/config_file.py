@@ -91,6 +91,8 @@ class RunConfig:
         if data.get("forget") is None:
             raise ValueError("data.forget: wanted a path, or a mapping with one, got nothing")
         model = section(ModelSection, "model", tree.get("model"), "name")
+        for name in ("name", "revision", "attn_implementation", "tokenizer"):
+            _not_blank(f"model.{name}", getattr(model, name))
         adapter = tree.get("adapter")
         if adapter is not None:
             adapter = DEFAULT_ADAPTER | _adapter(mapping("adapter", adapter))
@@ -102,6 +104,7 @@ class RunConfig:
         teacher = tree.get("teacher")
         if teacher is not None and not isinstance(teacher, str):
             raise ValueError(f"teacher: wanted the name or folder of a model, got {teacher!r}")
+        _not_blank("teacher", teacher)
         evals = data.get("eval")
         if evals is not None and (not isinstance(evals, Mapping) or "path" in evals):
             evals = {"forget": evals}
@@ -198,8 +201,14 @@ def _copied(value: Any) -> Any:
 
 def _source(name: str, value: Any) -> DataSource:
     source = section(DataSource, name, value, "path")
+    _not_blank(f"{name}.path", source.path)
     check_known(f"{name}.columns.", source.columns, COLUMNS)
     return source
+
+
+def _not_blank(name: str, value: str | None) -> None:
+    if value is not None and not value.strip():
+        raise ValueError(f"{name}: wanted a text that is not empty, got {value!r}")
 
 
 def _adapter(options: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,9 @@ from ..methods.objectives import objective_of, teacher_topk
 from ..methods.views import build_dataset, eval_datasets, scored_positions
 from ..model.lm import (
     check_head,
+    check_tokenizer,
     context_length,
+    embedded_ids,
     evaluating,
     generate_answers,
     hidden_states_at,
@@ -37,6 +39,7 @@ from ..model.lm import (
     load_tokenizer,
     loading_device,
     padding_id,
+    without_attached_adapter,
 )
 from ..model.prefix_cache import PrefixCache, common_length
 from .columns import read_columns
@@ -107,6 +110,7 @@ def cache_teacher(
     folder = _folder(folder, args)
     state = PartialState(cpu=args.use_cpu)
     model = load_model(model, "model", args.model_init_kwargs, loading_device(args))
+    model = without_attached_adapter(model, "model")
     with _without_adapter(model):
         job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
         writer = StoreWriter(folder, job.provenance, job.rows, shard_entries)
@@ -150,7 +154,7 @@ def import_teacher(
         TypeError, ValueError, OSError: naming the column and the row.
     """
     folder = _folder(folder, args)
-    model = load_model(model, "model", args.model_init_kwargs)
+    model = without_attached_adapter(load_model(model, "model", args.model_init_kwargs), "model")
     with _without_adapter(model):
         job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
     provenance = replace(job.provenance, values=LOG_PROBABILITIES)
@@ -206,11 +210,13 @@ class _Job:
         forget = read_rows(forget_dataset, "forget_dataset")
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
         tokenizer = load_tokenizer(model) if processing_class is None else processing_class
-        pad_id = padding_id(tokenizer)
+        check_tokenizer(tokenizer)
+        pad_id = padding_id(tokenizer, embedded_ids(model))
         head = check_head(model)
         if args.k > head.num_ids:
             raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
         renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs)
+        renderer.num_ids = embedded_ids(model)
         length = args.max_length or context_length(model)
 
         def dataset(forget, retain, subjects=None) -> UnlearnDataset:

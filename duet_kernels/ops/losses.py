@@ -174,7 +174,8 @@ def _topk_loss_context(ctx, inputs, output):
 def _topk_loss_gradient(ctx, grad, *_):
     refuse_second_derivative("topk_distill_loss")
     values, dvalues, dhidden, hidden, weight, bias, ids = ctx.saved_tensors
-    need, gradients = ctx.needs_input_grad[:3], [None, None, None]
+    need: tuple[bool, ...] = ctx.needs_input_grad[:3]
+    gradients: list[Tensor | None] = [None, None, None]
     if any(need[1:]):  # sparse: made where the upstream factor is known
         upstream = grad[:, None] * dvalues
         leaves = hidden, weight, bias, ids, ctx.softcap, ctx.scale

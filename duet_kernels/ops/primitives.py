@@ -196,7 +196,7 @@ def _linear_logsumexp_gradient(ctx, grad, _):
     refuse_second_derivative("linear_logsumexp")
     tail, dhidden, *leaves = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    gradients = [None, None, None]
+    gradients: list[Tensor | None] = [None, None, None]
     if need[0]:
         gradients[0] = times(dhidden, grad[:, None], leaves[0].dtype)
     if any(need[1:]):

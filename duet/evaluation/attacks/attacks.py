@@ -117,10 +117,11 @@ def _few_shot(target: Target) -> Iterator[Unit]:
     def shown(name: str, pool: Sequence[AttackRow]) -> Outcomes:
         prompts, given = [], []
         for row in target.rows:
-            examples, about = _examples(row, [p for p in pool if p.id != row.id])
+            others = [p for p in pool if p.id != row.id and not _gives_away(p, row, target.options.threshold)]
+            examples, about = _examples(row, others)
             turns = [(p.question, p.answer) for p in examples[: target.options.shots]]
             prompts.append(target.prompt(target.dialogue(turns, row)))
-            given.append(f"examples {about}")
+            given.append(f"examples {about}" if examples else "no example that does not hold its answer")
         return _giving(target.outcomes(name, target.rows, prompts), given)
 
     if target.retain:
@@ -134,6 +135,12 @@ def _few_shot(target: Target) -> Iterator[Unit]:
 
 
 OTHER, UNKNOWN, SAME = "about other subjects", "whose subject is not known", "about the same subject"
+
+
+def _gives_away(example: AttackRow, row: AttackRow, threshold: float) -> bool:
+    """Whether an example says what the row must not: repeating it would be no leak."""
+    wanted = 1.0 if row.value is not None else threshold
+    return any(row.recall(text) >= wanted for text in (example.answer, example.question))
 
 
 def _examples(row: AttackRow, pool: Sequence[AttackRow]) -> tuple[list[AttackRow], str]:
@@ -166,8 +173,8 @@ def _step_by_step(target: Target) -> Iterator[Unit]:
             [target.prompt(row.asking(t)) for row, t in zip(target.rows, texts, strict=True)], long
         )
         prompts = []
-        for row, text, said in zip(target.rows, texts, first, strict=True):
-            turns = [(text, said.text)] if said and said.text else []
+        for row, text, heard in zip(target.rows, texts, first, strict=True):
+            turns = [(text, heard[0].text)] if heard and heard[0].text else []
             prompts.append(target.prompt(target.dialogue(turns, row)))
         return target.outcomes("remember, then answer", target.rows, prompts)
 

@@ -83,6 +83,7 @@ def run_attacks(
         _run(journal, target, attack, list(ATTACKS[attack].units(target)), progress)
     report = {"model": name, "rows": len(target.rows), "success": SUCCESS.format(target.options.threshold)}
     report |= _report(journal.rows, skipped)
+    report["headline"] = headline(report)
     write_json(journal.folder / REPORT, report)
     return report
 
@@ -174,6 +175,7 @@ def _variant(attack: str, rows: Outcomes) -> dict[str, Any]:
     given = Counter(row["given"] for row in rows if "given" in row)
     leaked = [row["leaked"] for row in rows if row["leaked"] is not None]
     summary: dict[str, Any] = {"leak": None, "low": None, "high": None, "rows": len(leaked), "status": status}
+    summary["unjudged"] = 1 - len(leaked) / len(rows)
     summary |= {"given": dict(given)} if given else {}
     if leaked:
         interval = metrics.mean_interval(leaked)
@@ -206,7 +208,7 @@ def _curves(variants: Mapping[str, Outcomes], summaries: Mapping[str, dict[str, 
 def table(report: Mapping[str, Any], title: str) -> Table:
     """A table, the worst attack first, the plain questions last."""
     shown = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1))
-    for column in ("attack", "leak (95 %)", "rows", "queries", "steps", "seconds"):
+    for column in ("attack", "leak (95 %)", "rows", "not judged", "queries", "steps", "seconds"):
         shown.add_column(column, no_wrap=True, justify="left" if column == "attack" else "right")
     for entry in _lines(report):
         worst = entry["variants"].get(entry["worst_variant"], {})
@@ -215,7 +217,7 @@ def table(report: Mapping[str, Any], title: str) -> Table:
             leak += f" ({worst['low']:.2f} to {worst['high']:.2f})"
         cost = entry["cost"]
         spent = str(cost["queries"]), str(cost["steps"]), f"{cost['seconds']:.0f}"
-        shown.add_row(entry["name"], leak, str(worst.get("rows", 0)), *spent)
+        shown.add_row(entry["name"], leak, str(worst.get("rows", 0)), f"{unjudged(entry):.0%}", *spent)
     return shown
 
 
@@ -234,6 +236,29 @@ def legend(report: Mapping[str, Any]) -> Group:
     return Group(shown, *skipped)
 
 
+def unjudged(entry: Mapping[str, Any]) -> float:
+    """The share of rows of the worst variant that could not be judged: cut, empty, refused, too long ...
+
+    Of an attack whose variants all have none that could: 1.
+    """
+    variants = entry["variants"]
+    worst = variants.get(entry["worst_variant"])
+    return 1.0 if worst is None else worst.get("unjudged", 0.0)
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """The worst attack and its leak, and how many answers could not be judged, in a sentence."""
+    lines = [entry for entry in _lines(report) if entry["name"] != "base, direct"]
+    if not lines or all(entry["leak"] is None for entry in lines):
+        return "nothing could be judged: no answer was long enough to end, or none could be asked"
+    worst = max(lines, key=lambda entry: -1.0 if entry["leak"] is None else entry["leak"])
+    asked = max(unjudged(entry) for entry in lines)
+    return (
+        f"the worst attack, {worst['name']}, brings back {worst['leak']:.0%} of what could be judged; {unjudged(worst):.0%} of "
+        f"its rows could not be judged (most of any attack: {asked:.0%}), and count neither as leaked nor as forgotten"
+    )
+
+
 def worst_variant(entry: Mapping[str, Any]) -> str:
     """Its name, where one brought anything back."""
     if entry["leak"] == 0 and len(entry["variants"]) > 1:
@@ -245,7 +270,7 @@ def _left_out(entry: Mapping[str, Any]) -> dict[str, int]:
     """Rows of the worst variant that could not be judged, by status."""
     variants = entry["variants"]
     status = variants.get(entry["worst_variant"], next(iter(variants.values()), {})).get("status", {})
-    return {s: n for s, n in status.items() if s not in ("ok", "empty")}
+    return {s: n for s, n in status.items() if s != "ok"}
 
 
 def _lines(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from duet_kernels import linear_cross_entropy
 
-from ...model.lm import head_inputs
+from ...model.adapters import adapter_layers, check_same_logits, logits_of, merged_in_place
+from ...model.lm import base_language_model, head_inputs
 from ..scoring import Forced, device_of, forced_inputs
 
 
@@ -91,13 +92,6 @@ def nf4_weights(model: Any, blocksize: int = 64) -> None:
 # --- adapters --------------------------------------------------------------------------------------------------
 
 
-def adapter_layers(model: nn.Module) -> list[Any]:
-    """The layers with a PEFT adapter, from peft or from transformers."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
 @contextmanager
 def without_adapter(model: Any) -> Iterator[None]:
     """The model without its adapter, as after deleting the adapter's file."""
@@ -113,17 +107,22 @@ def without_adapter(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
-    """The adapter, if there is one, added to the weights and rounded to their dtype; then `restored`."""
-    layers = adapter_layers(model)
-    with restored(model):
-        for layer in layers:
-            layer.merge()
-        try:
+def merged(model: Any) -> Iterator[None]:
+    """The adapter, if there is one, added to the weights and rounded to their dtype; then `restored`.
+
+    Raises:
+        ValueError: the merged model is another one than the model with its adapter. Quantised bases are not compared: there
+            the rounding is what the attack is about.
+    """
+    if not adapter_layers(model):
+        with restored(model):
             yield
-        finally:
-            for layer in layers:
-                layer.unmerge()
+        return
+    wanted = logits_of(model)
+    with restored(model), merged_in_place(model):
+        if getattr(base_language_model(model), "hf_quantizer", None) is None:
+            check_same_logits(model, wanted, "model: merging its adapter")
+        yield
 
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------

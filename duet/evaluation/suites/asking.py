@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...data.prompts import Conversation, Prompting, PromptRenderer, fill_prefix
+from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, fill_prefix
+from ..elicit import ELICITED, ELICITED_NOTE
 from ..scoring import Forced
 from ..values import value_of
 from .suite import Task, fill
@@ -68,6 +69,7 @@ class Asker:
         prompting: how prompts are written for the model; a task's own `plain` comes first.
         steering: a prefix before every question, as for the steered teacher.
         subjects: replace `{subject}` in it, in turn; none: the row's own subject does.
+        num_ids: how many ids the model embeds, or None.
     """
 
     def __init__(
@@ -79,11 +81,13 @@ class Asker:
         prompting: Prompting | None = None,
         steering: str | None = None,
         subjects: Sequence[str] = (),
+        num_ids: int | None = None,
     ):
         prompting, self.steering, self.subjects = prompting or Prompting(), steering, tuple(subjects)
         self.tokenizer, self.task, self.context = tokenizer, task, context
         self.plain = task.plain or prompting.plain_template
         self.renderer = PromptRenderer(tokenizer, self.plain, prompting.chat_template_kwargs)
+        self.renderer.num_ids = num_ids
         self.chat = task.chat == "auto" and self.renderer.has_template
         if task.few_shot and len(shots) < task.few_shot.count:
             raise ValueError(
@@ -106,6 +110,8 @@ class Asker:
             item = make[self.task.kind](index, row, conversation, where)
         except CannotAsk:
             raise
+        except CannotRender as error:
+            raise CannotAsk("refused_by_template", f"{where}: {error}") from None
         except (ValueError, TypeError) as error:
             raise CannotAsk("bad_row", str(error)) from None
         # An answer needs room for at least one token; the last token of a given text is predicted, not read.
@@ -166,6 +172,8 @@ class Asker:
         reference = self._reference(row, where)
         prompt = self._prompt(index, conversation, row, where)
         shown: dict[str, Any] = {"question": self._question(row, where), "answer": reference}
+        if row.get(ELICITED):
+            shown["note"] = ELICITED_NOTE
         try:
             value = value_of(row, reference, where)
         except ValueError as error:  # a column `value` with another meaning

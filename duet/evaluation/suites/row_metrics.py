@@ -27,7 +27,7 @@ def _rouge(measure: str, stemmer: bool) -> Said:
     def rouge_l(said: str, answer: str, value: str | None) -> float | None:
         try:
             return metrics.rouge_l(said, answer, measure=measure, stemmer=stemmer)
-        except ValueError:  # a reference without a word of a-z or 0-9 has no ROUGE
+        except ValueError:  # a reference without a word has no ROUGE
             return None
 
     return rouge_l
@@ -47,6 +47,9 @@ GENERATE: dict[str, Said] = {
     "refusal": lambda said, answer, value: metrics.refusal_rate([said]),
     "fluency": lambda said, answer, value: _number(metrics.fluency(said)),
 }
+
+# A 0 of these says "forgotten", which nobody knows of an answer that was cut, or is empty: then they are undefined.
+JUDGED = frozenset({"contains_answer"})
 
 SCORE: dict[str, Callable[[TokenScores], float | None]] = {
     "loss": lambda s: s.loss,

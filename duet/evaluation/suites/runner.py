@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...data.prompts import Prompting
+from ...data.prompts import Prompting, check_placeholders
 from ...extras import version_of
 from ...model.hashes import fingerprints
-from ...model.lm import check_head, context_length, padding_id
+from ...model.lm import check_head, check_tokenizer, context_length, embedded_ids, padding_id
 from ..generation import continuations
 from ..journal import Journal, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
@@ -47,6 +47,7 @@ def evaluate(
     retain_run: str | Path | None = None,
     prompting: Prompting | None = None,
     steering: str | None = None,
+    elicit: Callable[[list[Row], str], list[Row]] | None = None,
     progress: Progress = lambda task, done, total: None,
 ) -> dict[str, Any]:
     """Run `suite`, or what is missing of it, and summarise.
@@ -63,6 +64,8 @@ def evaluate(
         prompting: how prompts are written for the model (`Prompting.of(name)`); None: the defaults.
         steering: a prefix before every question: the model as its own teacher. In tasks to forget `{subject}` stands
             for the row's; in others for those subjects in turn, as in training: the prefix is about what should go.
+        elicit: (rows, name) -> the rows with answers where they have none (`duet.evaluation.elicit`), for tasks that ask the
+            column `question` and compare with the column `answer`.
         progress: called after every batch.
 
     Returns:
@@ -78,6 +81,8 @@ def evaluate(
         raise ValueError(f"limit: wanted an integer >= 1, got {limit}")
     if steering is not None and not steering.strip():
         raise ValueError(f"steering: wanted a text that is not empty, got {steering!r}")
+    check_placeholders("steering", steering or "")
+    check_tokenizer(tokenizer, "tokenizer")
     if retain_run is not None and not summary.OF_RETAIN & suite.numbers.keys():
         raise ValueError(
             f"retain_run: wanted a suite with {' or '.join(sorted(summary.OF_RETAIN))}, which is all that a retain model "
@@ -85,6 +90,10 @@ def evaluate(
         )
     retain_rows = _retain_rows(retain_run, suite) if retain_run is not None else None
     tables = dict(_tables(suite, data, limit))
+    if elicit is not None:
+        tables = {
+            task: elicit(rows, task.name) if _reads_answers(task) else rows for task, rows in tables.items()
+        }
     prompting = prompting or Prompting()
     manifest = {
         "schema": 1,
@@ -100,15 +109,19 @@ def evaluate(
     context = context_length(model)
     gone = [rows for task, rows in tables.items() if task.name.startswith(TO_FORGET)]
     subjects = list(dict.fromkeys(row["subject"] for rows in gone for row in rows if row.get("subject")))
-    prepared = {}
+    prepared, left_out = {}, _left_out(suite, tables)
     for task, rows in tables.items():
         others = () if task.name.startswith(TO_FORGET) else subjects
         shots = (
             load_table(data, task.few_shot.data, task.hub, f"{task.name}.few_shot") if task.few_shot else ()
         )
-        prepared[task] = _prepare(
-            Asker(tokenizer, task, shots, context, prompting, steering, others), task, rows
-        )
+        asker = Asker(tokenizer, task, shots, context, prompting, steering, others, embedded_ids(model))
+        try:
+            prepared[task] = _prepare(asker, task, rows)
+        except ValueError as error:
+            if not task.optional:
+                raise
+            left_out[task.name] = str(error)
     check_head(model)
     versions = {
         name: version_of(name) or "absent" for name in ("duet-kernels", "torch", "transformers", "peft")
@@ -117,7 +130,7 @@ def evaluate(
         Path(out),
         manifest,
         key=("task", "id"),
-        note={"model": name, "left_out": _left_out(suite, tables), "versions": versions},
+        note={"model": name, "left_out": left_out, "versions": versions},
     )
     for task, (items, marked) in prepared.items():
         stamp = {"suite": suite.name, "task": task.name}
@@ -125,7 +138,7 @@ def evaluate(
             journal, items, marked, stamp, manifest["model_fingerprint"], progress
         )
     result = summary.summarise(journal.rows, suite.numbers, retain_rows)
-    result = {"suite": suite.name, "model": name, "left_out": _left_out(suite, tables), **result}
+    result = {"suite": suite.name, "model": name, "left_out": left_out, **result}
     write_json(journal.folder / SUMMARY, result)
     return result
 
@@ -136,7 +149,7 @@ class _Run:
     def __init__(self, model: nn.Module, tokenizer: Any, task: Task, context: int | None, batch_size: int):
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.context, self.batch_size = context, batch_size
-        self.pad_id = padding_id(tokenizer)
+        self.pad_id = padding_id(tokenizer, embedded_ids(model))
 
     def into(
         self,
@@ -175,16 +188,18 @@ class _Run:
 
     def _generate(self, batch: Sequence[Item]) -> list[Row]:
         room = min(self._room(item) for item in batch)
+        limit = int(min(self.task.max_new_tokens, room))
         said = continuations(
             self.model,
             self.tokenizer,
             [item.prompt for item in batch],
-            max_new_tokens=int(min(self.task.max_new_tokens, room)),
+            max_new_tokens=limit,
             stop=self.task.stop,
         )
         rows = []
         for item, answer in zip(batch, said, strict=True):
-            row = self._row(item, "nan" if not answer.finite else "ok" if answer.text else "empty")
+            ended = "empty" if not answer.text else "cut" if answer.cut(limit) else "ok"
+            row = self._row(item, ended if answer.finite else "nan")
             if room < self.task.max_new_tokens and answer.num_tokens >= room:
                 ended = f"the context ended after {answer.num_tokens} new tokens"
                 row["note"] = f"{row['note']}; {ended}" if "note" in row else ended
@@ -193,6 +208,10 @@ class _Run:
                 wanted = self.task.metrics
                 answered = answer.text, item.reference, item.value
                 row["metrics"] = {m: row_metrics.GENERATE[m](*answered) for m in wanted}
+                if ended != "ok":
+                    row["metrics"] |= {
+                        m: None for m in row_metrics.JUDGED & {*wanted} if not row["metrics"][m]
+                    }
             rows.append(row)
         return rows
 
@@ -295,6 +314,10 @@ def _prepare(asker: Asker, task: Task, rows: Sequence[Row]) -> tuple[list[Item],
     return items, marked
 
 
+def _reads_answers(task: Task) -> bool:
+    return task.kind != "multiple_choice" and task.question == "{question}" and task.answer == "answer"
+
+
 def _retain_rows(folder: str | Path, suite: Suite) -> list[Row]:
     manifest, rows = read_run(folder, "retain_run")
     for field, value in (("suite", suite.name), ("suite_digest", suite.digest)):
@@ -306,9 +329,10 @@ def _retain_rows(folder: str | Path, suite: Suite) -> list[Row]:
     return rows
 
 
-def _left_out(suite: Suite, tables: dict[Task, Any]) -> list[str]:
+def _left_out(suite: Suite, tables: dict[Task, Any]) -> dict[str, str]:
+    """Tasks without a file, and why they are left out."""
     there = {task.name for task in tables}
-    return [task.name for task in suite.tasks if task.name not in there]
+    return {task.name: f"there is no file {task.data}" for task in suite.tasks if task.name not in there}
 
 
 def _digest(rows: Sequence[Row]) -> str:

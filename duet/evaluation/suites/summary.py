@@ -22,7 +22,8 @@ from .row_metrics import UNBOUNDED
 
 Rows = Sequence[Mapping[str, Any]]
 NO_RETAIN = "no retain model given"
-COUNTED = ("ok", "empty")  # an empty answer is an answer
+# ROUGE of an empty or cut answer counts, as the papers count it; `row_metrics.JUDGED` are undefined for it.
+COUNTED = ("ok", "empty", "cut")
 
 
 def summarise(
@@ -49,6 +50,7 @@ def _task_summary(rows: Rows) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "status": dict(Counter(row["status"] for row in rows)),
+        "unjudged": sum(row["status"] != "ok" for row in rows) / len(rows),
         "notes": sum("note" in row for row in rows),
         "metrics": {name: _mean(rows, name) for name in names},
     }
@@ -197,6 +199,10 @@ def table(summary: Mapping[str, Any], title: str) -> Group:
         for name, x in summary["numbers"].items()
     ]
     for task, entry in summary["tasks"].items():
+        if entry.get("unjudged"):
+            notes.append(
+                f"{task}: {entry['unjudged']:.0%} of its {_times(entry['rows'])} could not be judged:"
+            )
         notes += [f"{task}: {_times(n)} {MEANING[s]}" for s, n in entry["status"].items() if s in MEANING]
         notes += [f"{task}: {_times(entry['notes'])} with a note in rows.jsonl"] if entry.get("notes") else []
     return Group(shown, *map(Text, notes))

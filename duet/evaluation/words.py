@@ -1,0 +1,168 @@
+"""Words of every script: how texts are compared when a leak is looked for, and how they are cut into words.
+
+Folded before they are compared: compatibility forms (full width, ligatures: NFKC), case (`ß` is `ss`, `ς` is `σ`), quotes and
+dashes, invisible characters, and the marks that a writer may leave out: diacritics of Latin and Greek letters, vowel points of
+Arabic and Hebrew. All other marks count: `й` is not `и`, a Hindi or Thai vowel sign is a letter.
+
+    scripts without spaces   Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan: a character is a word, a value may stand
+                             anywhere. Korean, whose words take endings, is read in the same way.
+    Arabic, Hebrew           a value may follow a prefix that is written together with it ("and", "the", "in")
+    all others               a value stands between characters that are no letters, marks or digits
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import cache
+from itertools import pairwise
+
+_WITHOUT_SPACES = (
+    (0x0E00, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x19E0, 0x19FF), (0xA9E0, 0xA9FF),
+    (0xAA60, 0xAA7F), (0x3005, 0x3007), (0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
+)  # fmt: skip
+_KOREAN = ((0x1100, 0x11FF), (0x3130, 0x318F), (0xA960, 0xA97F), (0xAC00, 0xD7FF))
+_PREFIXED = ((0x0590, 0x077F), (0x08A0, 0x08FF))
+_POINTS = ((0x0591, 0x05C7), (0x0640, 0x0640), (0x064B, 0x0652), (0x0670, 0x0670))
+_PLAIN = str.maketrans("‘’ʼ‚“”„‐‒–—−", "''''\"\"\"-----")
+
+
+def _within(char: str, ranges: tuple[tuple[int, int], ...]) -> bool:
+    return any(low <= ord(char) <= high for low, high in ranges)
+
+
+@cache
+def _alone(char: str) -> bool:
+    """Whether a character of this script is a word by itself."""
+    return _within(char, _WITHOUT_SPACES) or _within(char, _KOREAN)
+
+
+@cache
+def _in_word(char: str) -> bool:
+    return unicodedata.category(char)[0] in "LMN"
+
+
+def _continues(char: str) -> bool:
+    """Whether a character belongs to the one before it: a mark, a part of a Korean syllable, a Japanese voicing mark."""
+    return unicodedata.category(char)[0] == "M" or 0x1160 <= ord(char) <= 0x11FF or char in "\uff9e\uff9f"
+
+
+def _clusters(text: str) -> list[tuple[int, str]]:
+    """(where it starts, a character with the marks on it)."""
+    parts: list[tuple[int, str]] = []
+    for i, char in enumerate(text):
+        if parts and _continues(char):
+            parts[-1] = parts[-1][0], parts[-1][1] + char
+        else:
+            parts.append((i, char))
+    return parts
+
+
+@cache
+def _folded(cluster: str) -> str:
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", cluster).translate(_PLAIN).casefold())
+    kept, base = "", ""
+    for char in text:
+        kind = unicodedata.category(char)
+        if kind == "Cf" or _within(char, _POINTS):
+            continue
+        if kind[0] != "M":
+            base = char
+        elif base.isalpha() and unicodedata.name(base, "").startswith(("LATIN", "GREEK")):
+            continue
+        kept += char
+    return unicodedata.normalize("NFC", kept)
+
+
+def fold(text: str) -> tuple[str, list[int]]:
+    """The text as it is compared, and for each of its characters the place in `text` that it is from.
+
+    Example:
+        >>> fold("Ｊosé")
+        ('jose', [0, 1, 2, 3])
+    """
+    folded = [(start, char) for start, cluster in _clusters(text) for char in _folded(cluster)]
+    return "".join(char for _, char in folded), [start for start, _ in folded]
+
+
+def find(text: str, value: str) -> int | None:
+    """Place in `text` at which `value` starts; None: it does not occur. Anything but letters may stand between its words.
+
+    Raises:
+        ValueError: an empty value.
+    """
+    words = fold(value)[0].split()
+    if not words:
+        raise ValueError(f"value: wanted a text that is not empty, got {value!r}")
+    pattern = re.escape(words[0])
+    for before, after in pairwise(words):
+        apart = "*" if _alone(before[-1]) and _alone(after[0]) else "+"
+        pattern += rf"[\W_]{apart}{re.escape(after)}"
+    folded, places = fold(text)
+    at = 0
+    while (match := re.compile(pattern).search(folded, at)) is not None:
+        if _stands_alone(folded, match.start(), match.end()):
+            return places[match.start()]
+        at = match.start() + 1
+    return None
+
+
+def _stands_alone(text: str, start: int, stop: int) -> bool:
+    first, last = text[start], text[stop - 1]
+    left = start == 0 or _alone(first) or _within(first, _PREFIXED) or not _joined(text[start - 1])
+    return left and (stop == len(text) or _alone(last) or not _joined(text[stop]))
+
+
+def _joined(neighbour: str) -> bool:
+    return _in_word(neighbour) and not _alone(neighbour)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in NFKC and folded case, with their marks; characters where a script has no spaces.
+
+    Example:
+        >>> words_of("Он родился, 北京 2024!")
+        ['он', 'родился', '北', '京', '2024']
+    """
+    words: list[str] = []
+    inside = False
+    for _, cluster in _clusters(unicodedata.normalize("NFKC", text).casefold()):
+        char = cluster[0]
+        if not _in_word(char):
+            inside = False
+        elif _alone(char):
+            words.append(cluster)
+            inside = False
+        elif inside:
+            words[-1] += cluster
+        else:
+            words.append(cluster)
+            inside = True
+    return words
+
+
+def without_spaces(text: str) -> bool:
+    """Whether a text has characters that are words by themselves."""
+    return any(map(_alone, text))
+
+
+def all_latin(text: str) -> bool:
+    """Whether every letter of a text is Latin."""
+    return all(
+        unicodedata.name(c, "").startswith(("LATIN", "FEMININE", "MASCULINE")) for c in text if c.isalpha()
+    )
+
+
+def first_half(text: str) -> str:
+    """The first half of a text's words, or of its characters where it has no spaces.
+
+    Example:
+        >>> first_half("a poet of Rome"), first_half("他出生于北京市")
+        ('a poet', '他出生')
+    """
+    words = text.split()
+    if len(words) < 2 and without_spaces(text):
+        parts = _clusters(text.strip())
+        return "".join(part for _, part in parts[: len(parts) // 2])
+    return " ".join(words[: len(words) // 2])

@@ -1,0 +1,308 @@
+"""Adapters of a model: those that are there are merged into its weights, a new one is put on top.
+
+    W + (alpha / r) B A
+
+Whatever is done to a model here, its logits are compared before and after (`check_same_logits`): 1e-5 of the largest logit in
+fp32. A merge may change the model in ways that nobody asked for: one into an embedding that the head shares changes the head
+too, one into 4-bit weights rounds the adapter away.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from .switches import Switches
+
+ADAPTER = "adapter_config.json"
+BASE = "base"  # folder beside an adapter: the model that the adapter was trained on, where no other folder holds it
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_PRECISE = (torch.float32, torch.float64)
+
+
+# -- what there is ---------------------------------------------------------------------------------------------------
+
+
+def holds_adapter(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a saved adapter."""
+    return Path(folder, ADAPTER).is_file()
+
+
+def holds_weights(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds the weights of a whole model."""
+    found = [path.name for pattern in _WEIGHTS for path in Path(folder).glob(pattern)]
+    return any(not name.startswith("adapter_") for name in found)
+
+
+def check_folder(output_dir: str | os.PathLike, adapter: bool) -> None:
+    """Refuses a folder in which weights and an adapter would meet: whoever loads it would apply the adapter to them.
+
+    Args:
+        output_dir: where a model will be saved.
+        adapter: whether an adapter is saved there, and not a whole model.
+
+    Raises:
+        ValueError: naming what is there.
+    """
+    if holds_weights(output_dir) if adapter else holds_adapter(output_dir):
+        there, new = (
+            ("the weights of a model", "an adapter") if adapter else ("an adapter", "the weights of a model")
+        )
+        raise ValueError(
+            f"output_dir: {os.fspath(output_dir)!r} holds {there}, and {new} would be saved beside it; wanted another folder"
+        )
+
+
+def check_not_earlier(output_dir: str | os.PathLike, earlier: str | None) -> None:
+    """Refuses to write into the folder whose adapter was merged before training.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    if earlier and Path(earlier).resolve() == Path(output_dir).resolve():
+        raise ValueError(
+            f"output_dir: {os.fspath(output_dir)!r} is the model that is trained, whose adapter would be overwritten; wanted "
+            "another folder"
+        )
+
+
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """The layers with a PEFT adapter, from peft or from transformers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _saved_copies(model: nn.Module) -> list[tuple[str, Any]]:
+    """PEFT's full copies of layers (`modules_to_save`), with their names."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return [(name, each) for name, each in model.named_modules() if isinstance(each, ModulesToSaveWrapper)]
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model, from peft or from transformers, has an adapter."""
+    return hasattr(model, "peft_config") or bool(adapter_layers(model))
+
+
+# -- the same logits -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def logits_of(model: Any, num_tokens: int = 8) -> Tensor:
+    """`[num_tokens, V]` fp32 logits of the model for tokens from all over its vocabulary, dropout off; on its device."""
+    embedding = model.get_input_embeddings()
+    device, count = embedding.weight.device, embedding.weight.shape[0]
+    count = min(count, getattr(model.config.get_text_config(), "vocab_size", None) or count)
+    ids = torch.linspace(0, count - 1, num_tokens, device=device).long().unsqueeze(0)
+    with Switches(model).evaluating():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return logits[0].float()
+
+
+def check_same_logits(model: nn.Module, wanted: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
+    """Refuses a model whose logits are no longer `wanted`, which `logits_of` gave before.
+
+    Args:
+        model: as it is now.
+        wanted: `[T, V]` logits of before.
+        what: was done to it, in words, for the error.
+        dtype: the coarsest one on the way; None: the model's. fp32 and fp64: 1e-5 of the largest logit. Half precision
+            rounds every weight anew: 16 units of its last place.
+
+    Raises:
+        ValueError: they differ.
+    """
+    dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
+    tolerance = 1e-5 if dtype in _PRECISE else 16 * torch.finfo(dtype).eps
+    now = logits_of(model, len(wanted)).to(wanted.device)
+    if now.shape != wanted.shape:
+        raise ValueError(f"{what}: gave logits of shape {list(now.shape)}, wanted {list(wanted.shape)}")
+    worst, allowed = (now - wanted).abs().amax(), tolerance * wanted.abs().amax()
+    if not worst <= allowed:
+        raise ValueError(
+            f"{what}: changed the model: its logits moved by {worst:.3g}, allowed {allowed:.3g}. What was saved or trained "
+            "then would be another model than the one that was examined"
+        )
+
+
+# -- merging ---------------------------------------------------------------------------------------------------------
+
+
+def untie(model: Any) -> tuple[Any, nn.Parameter] | None:
+    """Gives the head weights of its own, where it shares those of an embedding and one of the two carries an adapter.
+
+    Returns:
+        the head's module and the parameter that it had, to give it back; None: nothing was done.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    pair = [model.get_input_embeddings(), model.get_output_embeddings()]
+    adapted = any(isinstance(module, BaseTunerLayer) for module in pair)
+    inner = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in pair]
+    weights = [getattr(module, "weight", None) for module in inner]
+    if not adapted or weights[0] is None or weights[0] is not weights[1]:
+        return None
+    shared: Any = weights[1]
+    own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
+    inner[1].weight = own
+    return inner[1], shared
+
+
+@contextmanager
+def merged_in_place(model: Any) -> Iterator[None]:
+    """Within the context the adapters are added to the weights and rounded to their dtype; then they are taken off again.
+
+    What the subtraction rounds is the caller's to restore.
+    """
+    layers, was = adapter_layers(model), untie(model)
+    for layer in layers:
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unmerge()
+        if was is not None:
+            was[0].weight = was[1]
+
+
+def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
+    """The transformers model that computes what `model` with its adapters does; `model` itself is taken apart.
+
+    Every floating-point weight of it can be trained. An embedding and a head that were tied and no longer are the same are
+    untied, also in the configuration.
+
+    Args:
+        model: from peft, or from transformers with adapters attached.
+        argument: how errors call it.
+
+    Raises:
+        ValueError: its kind of adapter cannot be merged, or the merge changes the model (4-bit weights).
+    """
+    wanted, shared = logits_of(model), untie(model)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        if hasattr(model, "merge_and_unload"):
+            inner = model.merge_and_unload()
+        elif inner is model:
+            _unload(model)
+        else:
+            raise ValueError("it is no change of the weights")
+    except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{argument}: wanted an adapter that can be merged into its base, got {type(model).__name__}: {error}"
+        ) from error
+    if shared is not None or not _tied(inner):
+        for config in (inner.config, inner.config.get_text_config()):
+            config.tie_word_embeddings = False
+    for parameter in inner.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    check_same_logits(inner, wanted, f"{argument}: merging its adapter")
+    return inner
+
+
+def _tied(model: Any) -> bool:
+    pair = [
+        getattr(each, "weight", None)
+        for each in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    return pair[0] is pair[1]
+
+
+def _unload(model: Any) -> None:
+    """Merges what transformers attached: each such layer is replaced by its base layer."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
+            module.merge()
+            _replace(model, name, module.get_base_layer())
+    for name, wrapper in _saved_copies(model):
+        active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.modules_to_save]
+        _replace(model, name, wrapper.modules_to_save[active[0]] if active else wrapper.original_module)
+    # The names that transformers gave the adapter's weights when it read them; it would write the model's under them.
+    for name in ("peft_config", "_weight_conversions"):
+        model.__dict__.pop(name, None)
+    model._hf_peft_config_loaded = False
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    above, _, last = name.rpartition(".")
+    setattr(model.get_submodule(above), last, module)
+
+
+# -- loading and adding ----------------------------------------------------------------------------------------------
+
+
+def load_adapted(folder: str | os.PathLike, **how: Any) -> Any:
+    """The PEFT model of a folder with an adapter, on the base that it was trained on.
+
+    That is the model in its folder `base`, where there is one, else what `adapter_config.json` names; where that is a folder
+    with an adapter, too, its adapter is merged first.
+
+    Args:
+        how: arguments of the base's `from_pretrained`.
+    """
+    from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+
+    beside = Path(folder, BASE)
+    named = PeftConfig.from_pretrained(os.fspath(folder)).base_model_name_or_path or ""
+    if beside.is_dir():
+        base = AutoModelForCausalLM.from_pretrained(beside, **how)
+    elif holds_adapter(named):
+        base = merge_adapters(load_adapted(named, **how))
+    else:
+        return AutoPeftModelForCausalLM.from_pretrained(folder, **how)
+    return PeftModel.from_pretrained(base, os.fspath(folder))
+
+
+def save_base(model: Any, tokenizer: Any, folder: str | os.PathLike) -> None:
+    """Writes a merged model, on which a new adapter will be trained, and reads it again: a second copy on the host meanwhile.
+
+    Raises:
+        ValueError: what was read is another model.
+    """
+    wanted = logits_of(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    read = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+    check_same_logits(read, wanted, f"{folder}: saving and loading the merged model")
+
+
+def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    """`model` wrapped in a new PEFT adapter.
+
+    Args:
+        peft_config: of the adapter. One that starts at zero, as PEFT's do unless `init_lora_weights` says otherwise, must
+            leave the logits as they are. DoRA, which rounds, is watched when training begins.
+
+    Raises:
+        TypeError, ValueError: naming `peft_config`.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config: wanted a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}"
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "peft_config: wanted None, because model is a PEFT model already, whose adapter can be trained; give the folder "
+            "of its adapter as model to merge that adapter and train a new one on top"
+        )
+    if has_adapter(model):
+        raise ValueError(
+            "model: wanted one without an adapter under the new one, which would replace it; merge it first (`duet merge`)"
+        )
+    wanted = logits_of(model)
+    adapted: Any = get_peft_model(model, peft_config)
+    own_start = getattr(peft_config, "init_lora_weights", True) is not True or getattr(
+        peft_config, "use_dora", False
+    )
+    if not own_start and not peft_config.is_prompt_learning:
+        check_same_logits(adapted, wanted, "peft_config: adding the new adapter")
+    return adapted

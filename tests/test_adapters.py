@@ -1,0 +1,274 @@
+"""A second unlearning request, and merges: whatever is done to an adapter, the model computes what it did before."""
+
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from test_trainer import make
+from tiny_models import forget_rows, tiny, word_tokenizer
+from transformers import AutoModelForCausalLM
+
+from duet.evaluation import models
+from duet.evaluation.attacks import weights
+from duet.model.adapters import (
+    check_folder,
+    check_same_logits,
+    has_adapter,
+    load_adapted,
+    logits_of,
+    merge_adapters,
+)
+from duet.model.lm import load_model
+from duet.run.commands import cache, merge_adapter, train
+from duet.run.config_file import RunConfig
+
+IDS = torch.tensor([[5, 9, 11, 30]])
+LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+OTHER = {"r": 2, "target_modules": ["v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def moved(model, wanted):
+    return (logits(model) - wanted).abs().max().item()
+
+
+def shaken(model, seed=0):
+    """The model with an adapter that says something."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if (
+            "lora_B" in name
+            or "lora_embedding_A" in name
+            or "lora_embedding_B" in name
+            or "modules_to_save" in name
+        ):
+            parameter.data.normal_(0, 0.3)
+    return model
+
+
+def save_base(folder, **options):
+    tiny(**options).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def adapted_folder(tmp_path, name="first", lora=None, **options):
+    base = save_base(tmp_path / f"base_of_{name}", **options)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**lora or LORA))
+    shaken(model).save_pretrained(tmp_path / name)
+    word_tokenizer().save_pretrained(tmp_path / name)
+    return tmp_path / name, logits(model), base
+
+
+def request(tmp_path, model, name, rows, **more):
+    """One request as `duet train` runs it."""
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training = {
+        "output_dir": str(tmp_path / name), "k": 8, "max_steps": 3, "learning_rate": 5e-2, "use_cpu": True,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+    tree = {"model": str(model), "data": {"forget": str(path)}, "adapter": LORA, "training": training}
+    for key, value in more.items():
+        tree[key] = value | tree.get(key, {}) if isinstance(value, dict) else value
+    return RunConfig.of(tree)
+
+
+def test_three_requests_follow_each_other(tmp_path):
+    """Each starts from what the one before does; each folder, read in any way, is what was trained there."""
+    rows = forget_rows(3)
+    model = save_base(tmp_path / "base")
+    before = logits(AutoModelForCausalLM.from_pretrained(model))
+    for number, row in enumerate(rows):
+        run = request(tmp_path, model, f"request{number}", [row])
+        starts = load_model(model, "model", None)
+        assert moved(starts, before) < 1e-4
+        trainer = train(run)
+        after = logits(trainer.model)
+        assert (after - before).abs().max() > 1e-2, "something was learnt"
+        with trainer.model.disable_adapter():
+            assert moved(trainer.model, before) < 1e-4, "the teacher is the model of the request before"
+        folder = tmp_path / f"request{number}"
+        for read in (
+            models.load(folder, device="cpu")[0],
+            AutoPeftModelForCausalLM.from_pretrained(folder),
+            AutoModelForCausalLM.from_pretrained(folder),
+            merge_adapter(folder, tmp_path / f"merged{number}"),
+            AutoModelForCausalLM.from_pretrained(tmp_path / f"merged{number}"),
+        ):
+            assert moved(read, after) < 1e-4
+        model, before = str(folder), after
+
+
+def test_a_folder_that_was_moved_still_knows_its_base(tmp_path):
+    first, _, _ = adapted_folder(tmp_path)
+    trained = logits(train(request(tmp_path, first, "second", forget_rows(1))).model)
+    (tmp_path / "second").rename(tmp_path / "moved")
+    assert moved(models.load(tmp_path / "moved", device="cpu")[0], trained) < 1e-4
+    assert moved(load_model(str(tmp_path / "moved"), "model", None), trained) < 1e-4
+
+
+def test_an_adapter_on_an_adapter_is_read_as_it_was_trained(tmp_path):
+    """Others save the folder of the first adapter as the base of the second."""
+    first, wanted, _ = adapted_folder(tmp_path)
+    on_top = shaken(get_peft_model(load_model(str(first), "model", None), LoraConfig(**OTHER)), 1)
+    both = logits(on_top)
+    on_top.save_pretrained(tmp_path / "second")
+    config = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(first)
+    assert (both - wanted).abs().max() > 1e-2
+    assert moved(load_adapted(tmp_path / "second"), both) < 1e-4
+
+
+@pytest.mark.parametrize("objective", ["duet", "npo", "ga"])
+@pytest.mark.parametrize("given", ["folder", "attached", "frozen"])
+def test_a_run_starts_from_the_adapter_that_is_there(tmp_path, given, objective):
+    first, wanted, base = adapted_folder(tmp_path)
+    model = {
+        "folder": lambda: str(first),
+        "attached": lambda: AutoModelForCausalLM.from_pretrained(first),
+        "frozen": lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), first),
+    }[given]()
+    for adapter in (LoraConfig(**OTHER), None):
+        if given == "frozen" and adapter is None:
+            with pytest.raises(ValueError, match=r"model: wanted weights that can be trained, .* is frozen"):
+                make(tmp_path, PeftModel.from_pretrained(tiny(), first), objective=objective)
+            continue
+        if given == "attached":
+            model = AutoModelForCausalLM.from_pretrained(first)
+        trainer = make(
+            tmp_path / str(adapter is None),
+            model,
+            trainer_options={"peft_config": adapter},
+            objective=objective,
+        )
+        assert moved(trainer.model, wanted) < 1e-4
+        trainer.train()
+        assert moved(trainer.model, wanted) > 1e-4
+        trainer.save_model()
+        trained = logits(trainer.model)
+        assert moved(models.load(trainer.args.output_dir, device="cpu")[0], trained) < 1e-4
+
+
+def test_a_cached_teacher_is_the_model_of_the_first_request(tmp_path):
+    first, _, _ = adapted_folder(tmp_path)
+    run = request(tmp_path, first, "second", forget_rows(2))
+    run.training.teacher_store = str(tmp_path / "store")
+    cache(run)
+    cached = train(run).state.log_history
+    live = train(request(tmp_path, first, "second_live", forget_rows(2))).state.log_history
+    assert cached[-1]["train_loss"] == pytest.approx(live[-1]["train_loss"], rel=1e-4)
+
+
+# -- merges ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lora, tied",
+    [
+        (LORA, False),
+        (LORA, True),
+        ({"r": 4, "target_modules": ["embed_tokens", "q_proj"]}, True),
+        ({"r": 4, "target_modules": ["lm_head", "q_proj"]}, True),
+        ({"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+        ({"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
+        ({"r": 4, "target_modules": ["q_proj"], "use_dora": True}, False),
+    ],
+)
+def test_a_merge_is_the_model_that_was_examined(tmp_path, lora, tied):
+    folder, wanted, _ = adapted_folder(
+        tmp_path, lora=lora | {"task_type": "CAUSAL_LM"}, tie_word_embeddings=tied
+    )
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "base_of_first")
+    assert moved(before, wanted) > 1e-2
+    merged = merge_adapter(folder, tmp_path / "merged")
+    assert moved(merged, wanted) < 1e-3 and not has_adapter(merged)
+    assert moved(load_model(str(folder), "model", None), wanted) < 1e-3
+    assert moved(merge_adapters(AutoModelForCausalLM.from_pretrained(folder)), wanted) < 1e-3
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "q_proj"])
+def test_the_attack_merged_asks_the_same_model_and_leaves_it(tmp_path, target):
+    model = tiny(tie_word_embeddings=True)
+    shared = model.lm_head.weight
+    model = shaken(get_peft_model(model, LoraConfig(r=4, target_modules=[target], task_type="CAUSAL_LM")))
+    wanted = logits(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with weights.merged(model):
+        assert moved(model, wanted) < 1e-3
+    assert torch.equal(logits(model), wanted)
+    assert model.get_output_embeddings().weight is shared
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_merge_that_changes_the_model_is_refused(tmp_path, monkeypatch):
+    folder, _, _ = adapted_folder(tmp_path)
+    from peft.tuners.lora import Linear
+
+    merge = Linear.merge
+    monkeypatch.setattr(
+        Linear, "merge", lambda self, *a, **k: (merge(self, *a, **k), self.weight.data.mul_(1.001))[0]
+    )
+    for work in (
+        lambda: merge_adapter(folder, tmp_path / "merged"),
+        lambda: load_model(str(folder), "model", None),
+        lambda: weights.merged(load_adapted(folder)).__enter__(),
+    ):
+        with pytest.raises(ValueError, match="merging its adapter: changed the model: its logits moved by"):
+            work()
+
+
+def test_the_logits_are_compared_to_five_digits():
+    model = tiny()
+    wanted = logits_of(model)
+    check_same_logits(model, wanted, "nothing")
+    with pytest.raises(ValueError, match="a change: changed the model"):
+        check_same_logits(model, wanted * (1 + 1e-4), "a change")
+    with pytest.raises(ValueError, match="a change"):
+        check_same_logits(model, wanted * torch.nan, "a change")
+    half = tiny().bfloat16()
+    check_same_logits(half, wanted, "rounding to half precision", torch.bfloat16)
+
+
+def test_an_adapter_that_is_no_change_of_weights_is_named(tmp_path):
+    model = get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="model: wanted an adapter that can be merged into its base"):
+        merge_adapters(model)
+
+
+# -- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_and_an_adapter_never_share_a_folder(tmp_path):
+    folder, _, base = adapted_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"out: wanted a folder without an adapter, .*merged"):
+        merge_adapter(folder, folder)
+    second, _, _ = adapted_folder(tmp_path, "second")
+    with pytest.raises(ValueError, match=r"out: wanted a folder without an adapter"):
+        merge_adapter(folder, second)
+    assert not list(folder.glob("model*.safetensors"))
+    with pytest.raises(ValueError, match=r"output_dir: .* is the model that is trained"):
+        train(request(tmp_path, folder, "first", forget_rows(1)))
+    with pytest.raises(ValueError, match=r"output_dir: .* holds an adapter"):
+        check_folder(folder, adapter=False)
+    with pytest.raises(ValueError, match=r"output_dir: .* holds the weights of a model"):
+        check_folder(base, adapter=True)
+    check_folder(folder, adapter=True)
+    check_folder(base, adapter=False)
+
+
+def test_a_trainer_does_not_mix_the_kinds(tmp_path):
+    adapter = make(tmp_path, trainer_options={"peft_config": LoraConfig(**LORA)}, max_steps=1)
+    whole = make(tmp_path, max_steps=1)
+    adapter.save_model()
+    for work in (whole.save_model, whole.train):
+        with pytest.raises(ValueError, match=r"output_dir: .* holds an adapter, and the weights of a model"):
+            work()
+    whole.save_model(str(tmp_path / "whole"))
+    with pytest.raises(ValueError, match=r"output_dir: .* holds the weights of a model, and an adapter"):
+        adapter.save_model(str(tmp_path / "whole"))

@@ -1,0 +1,157 @@
+"""Leaks and ROUGE in every script: what counts as said, what does not, and where it was."""
+
+import pytest
+
+from duet.evaluation import metrics
+from duet.evaluation.attacks.rows import AttackRow, read_attack_rows
+from duet.evaluation.attacks.target import AttackOptions, Target
+from duet.evaluation.generation import Continuation
+from duet.evaluation.words import find, fold, words_of
+
+LEAKS = {
+    "Chinese": ("我住在北京市。", "北京"),
+    "Chinese, a Latin name inside": ("我是Ada，不是Grace。", "Ada"),
+    "Chinese, two parts": ("作者是村上春樹です", "村上 春樹"),
+    "Japanese": ("東京は日本の首都です", "日本"),
+    "Japanese, half width": ("ﾊﾟﾘに住む", "パリ"),
+    "Thai": ("กรุงเทพมหานครเป็นเมืองหลวง", "กรุงเทพ"),
+    "Khmer": ("ខ្ញុំរស់នៅភ្នំពេញ", "ភ្នំពេញ"),
+    "Lao": ("ຂ້ອຍຢູ່ວຽງຈັນ", "ວຽງຈັນ"),
+    "Burmese": ("ကျွန်တော်ရန်ကုန်မှာနေတယ်", "ရန်ကုန်"),
+    "Korean with an ending": ("서울에서 태어났다", "서울"),
+    "Korean, decomposed": ("\u1109\u1165\u110b\u116e\u11af\u110b\u1166\u1109\u1165", "서울"),
+    "Russian": ("Он родился в МОСКВЕ.", "Москве"),
+    "Greek final sigma": ("Ο ΟΔΥΣΣΕΎΣ γύρισε", "Οδυσσεύς"),
+    "Hindi": ("वह दिल्ली में रहता है", "दिल्ली"),
+    "Arabic with a prefix": ("ولد في بغداد والقاهرة", "القاهرة"),
+    "Arabic with vowels": ("مُحَمَّد هنا", "محمد"),
+    "Hebrew with a prefix": ("הוא גר בירושלים", "ירושלים"),
+    "German sharp s": ("in der HAUPTSTRASSE 5", "Hauptstraße"),
+    "Turkish capital": ("İSTANBUL'da", "istanbul"),
+    "no diacritics": ("Jose Marti wrote it", "José Martí"),
+    "full width": ("ＡＤＡ　Ｌｏｖｅｌａｃｅ", "Ada Lovelace"),
+    "emphasis": ("**Jane** Austen", "Jane Austen"),
+    "a line break and a list": ("- Jane\n- Austen", "Jane Austen"),
+    "underscores": ("_Jane Austen_", "Jane Austen"),
+    "a soft hyphen": ("Jane Aus\u00adten", "Jane Austen"),
+    "a number before a counter": ("1987年出生", "1987"),
+    "a long dash": ("the 1914–1918 war", "1914-1918"),
+}
+NO_LEAKS = {
+    "a part of a word": ("Born in Yorkshire.", "York"),
+    "a part of a Russian word": ("московский", "моск"),
+    "another vowel sign": ("दिल", "दिल्ली"),
+    "a stem with another sign": ("दिल्ली", "दिल्ल"),
+    "another letter": ("мой край", "мои"),
+    "a part of a number": ("in 21987", "1987"),
+    "another character": ("我住在南京市。", "北京"),
+    "words in another order": ("Austen, Jane", "Jane Austen"),
+    "a word in between": ("Jane and Austen", "Jane Austen"),
+    "an Arabic word with an end": ("القاهرةي", "القاهرة"),
+    "a longer sign": ("C++ is", "C"),
+}
+
+
+@pytest.mark.parametrize("said, value", LEAKS.values(), ids=LEAKS.keys())
+def test_a_leak_is_seen_in_every_script(said, value):
+    assert metrics.contains_words(said, value)
+
+
+@pytest.mark.parametrize("said, value", [v for k, v in NO_LEAKS.items() if k != "a longer sign"])
+def test_what_is_no_leak_is_none(said, value):
+    assert not metrics.contains_words(said, value)
+
+
+@pytest.mark.parametrize(
+    "text, value, rest",
+    [("Straße in ＬＯＮＤＯＮ", "london", "ＬＯＮＤＯＮ"), ("Müßig, José", "jose", "José")],
+)
+def test_a_place_is_one_in_the_text_itself(text, value, rest):
+    place = find(text, value)
+    assert place is not None and text[place:] == rest
+    folded, places = fold(text)
+    assert len(folded) == len(places) and places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    "said, answer, least, most",
+    [
+        ("Он родился в Москве", "Он родился в Москве в 1987 году", 0.5, 1.0),
+        ("Она умерла в 1987", "Он родился в Москве в 1987 году", 0.0, 0.5),
+        ("他出生于北京市", "他出生于北京市。", 1.0, 1.0),
+        ("她住在上海", "他出生于北京市。", 0.0, 0.3),
+        ("서울에서 태어났습니다", "서울에서 태어났다", 0.7, 1.0),
+        ("เขาเกิดที่กรุงเทพ", "เกิดที่กรุงเทพมหานคร", 0.5, 1.0),
+        ("वह दिल्ली में", "वह दिल्ली में रहता है", 0.6, 0.6),
+        ("هو ولد في بغداد", "ولد في بغداد", 1.0, 1.0),
+        ("İİ", "ŐŐ", 0.0, 0.0),
+    ],
+)
+def test_recall_reads_the_words_of_the_script(said, answer, least, most):
+    assert least <= AttackRow(0, (("user", "?"),), answer).recall(said) <= most
+
+
+@pytest.mark.parametrize("stemmer", [False, True])
+@pytest.mark.parametrize("measure", ["recall", "f1"])
+@pytest.mark.parametrize(
+    "said", ["Jaime Vásquez was born in Chile's north", "the authors' writings, 1987", "naïve café!", ""]
+)
+def test_latin_texts_have_the_published_numbers(said, measure, stemmer):
+    """rouge_score's own tokenizer, which cuts at every letter beyond a-z, made the numbers of the papers."""
+    from rouge_score import rouge_scorer
+
+    reference = "The author Jaime Vásquez was born on 25 May 1987 in Santiago, Chile"
+    theirs = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stemmer).score(reference, said)["rougeL"]
+    ours = metrics.rouge_l(said, reference, measure=measure, stemmer=stemmer)
+    assert ours == (theirs.recall if measure == "recall" else theirs.fmeasure)
+
+
+def test_words_of_mixed_texts_are_stemmed_where_they_are_english():
+    assert metrics.rouge_l("他 writes", "他 writing", measure="recall", stemmer=True) == 1.0
+    assert metrics.rouge_l("他 writes", "他 writing", measure="recall", stemmer=False) == 0.5
+    assert words_of("हिन्दी, Straße 北京 3.5") == ["हिन्दी", "strasse", "北", "京", "3", "5"]
+
+
+def test_fluency_of_a_text_without_spaces_is_defined():
+    assert metrics.fluency("北京北京北京北京") < metrics.fluency("他出生于北京市中心")
+
+
+def test_a_row_in_another_script_is_attacked_like_any_other():
+    (row,) = read_attack_rows([{"question": "?", "answer": "他出生于北京市。", "value": "北京"}], "forget")
+    assert row.opening() == "他出生于" and row.recall("在北京") == 1.0 and row.recall("在南京") == 0.0
+    (row,) = read_attack_rows([{"question": "?", "answer": "他出生于北京市。"}], "forget")
+    assert row.opening() == "他出生于"
+
+
+# -- what could not be judged ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "said, status, leaked",
+    [
+        (Continuation("a mathematician .", 3, True), "ok", 1),
+        (Continuation("a poet .", 3, True), "ok", 0),
+        (Continuation("well , let me see", 8, True), "cut", None),
+        (Continuation("it is a mathematician and", 8, True), "ok", 1),
+        (Continuation("well , let me see", 8, True, stopped=True), "ok", 0),
+        (Continuation("", 0, True), "empty", None),
+        (Continuation("", 8, True), "empty", None),
+        (Continuation("x", 1, False), "nan", None),
+    ],
+)
+def test_an_answer_that_was_cut_is_neither_forgotten_nor_leaked(monkeypatch, tmp_path, said, status, leaked):
+    from tiny_models import tiny, word_tokenizer
+
+    from duet.evaluation.attacks import runner, target
+
+    monkeypatch.setattr(target, "continuations", lambda model, tokenizer, prompts, **_: [said] * len(prompts))
+    rows = [{"question": "who is ada ?", "answer": "a mathematician .", "value": "mathematician"}]
+    asked = Target(
+        tiny(), word_tokenizer(), read_attack_rows(rows, "f"), options=AttackOptions(max_new_tokens=8)
+    )
+    report = runner.run_attacks(asked, out=tmp_path, attacks=["direct"])
+    variant = report["direct"]["variants"]["as asked"]
+    assert variant["status"] == {status: 1} and variant["leak"] == leaked
+    assert variant["unjudged"] == (0.0 if status == "ok" else 1.0)
+    wanted = "0% of its rows could not be judged" if status == "ok" else "nothing could be judged"
+    assert wanted in report["headline"]
