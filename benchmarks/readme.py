@@ -1,8 +1,8 @@
 """Every number of README.md and docs/ comes from here: `python -m benchmarks.readme` fills their marked blocks from results.
 
-    goals         benchmarks/results/cpu/goals.md                made by `make bench`
-    cpu, gpu      benchmarks/results/*/{bench,gate}.jsonl        made by `make bench-cpu`, `make gpu`
-    demo, tour    benchmarks/results/demo/results.json           taken over from demo_report/ with --demo DIR
+    goals           benchmarks/results/cpu/goals.md                made by `make bench`
+    cpu, gpu, fast  benchmarks/results/*/{bench,gate}.jsonl        made by `make bench-cpu`, `make gpu`
+    demo, tour      benchmarks/results/demo/results.json           taken over from demo_report/ with --demo DIR
 
 `--check` writes nothing and exits 1 when a page says something else than the results.
 """
@@ -72,7 +72,19 @@ def _demo() -> dict[str, Any]:
     return json.loads((RESULTS / "demo" / "results.json").read_text())
 
 
-def device_block(on_cpu: bool) -> str:
+# The rows of a short table.
+SHORT = (
+    "`linear_topk`",
+    "`topk_distill_loss` huber, frozen head, forward",
+    "`topk_distill_loss` huber, trainable head, forward",
+    "`topk_distill_loss` forward_kl/tail, frozen head",
+    "`linear_distill_loss` forward_kl, frozen head",
+    "`linear_cross_entropy`, frozen head",
+    "`linear_token_stats`",
+)
+
+
+def device_block(on_cpu: bool, short: bool = False) -> str:
     """For every device: one table of the largest cases, the figures of what grows, and where all numbers are."""
     lines: list[str] = []
     for path in sorted(RESULTS.glob("*/bench.jsonl")):
@@ -84,7 +96,9 @@ def device_block(on_cpu: bool) -> str:
         more = [(_gate(path.parent), "gate.md"), ("targets", "targets.md"), ("kernels", "kernels.md")]
         links = [("all numbers", "bench.md"), *(link for link in more if (path.parent / link[1]).exists())]
         said = f"{report.where(rows)}; `{command}`, {', '.join(f'[{text}]({folder}/{name})' for text, name in links)}."
-        lines += [said, "", *report.summary(rows), ""]
+        head, rule, *table = report.summary(rows)
+        table = [row for row in table if not short or row.startswith(tuple(f"| {name}" for name in SHORT))]
+        lines += [said, "", head, rule, *table, ""]
         lines += [f"![{figure.stem}: time and memory]({folder}/{figure.name})" for figure in _figures(path)]
         lines.append("")
     return "\n".join(lines).strip()
@@ -109,9 +123,10 @@ BLOCKS = {
     "tour": tour_block,
     "cpu": lambda: device_block(on_cpu=True),
     "gpu": lambda: device_block(on_cpu=False),
+    "fast": lambda: device_block(on_cpu=False, short=True),
 }
 PAGES = {
-    README: ("demo", "gpu"),
+    README: ("demo", "fast"),
     ROOT / "docs" / "demo.md": ("tour",),
     ROOT / "docs" / "performance.md": ("gpu", "goals", "cpu"),
 }

@@ -242,7 +242,7 @@ def _run(job: Job, rounds: int) -> Run:
             batch = trainer._prepare_inputs(make())
             losses[name] = trainer.compute_loss(trainer.model, batch).item()
             calls[name] = step_of(trainer, make)
-            targets = trainer.teacher.topk(batch["targets"]) if cached else targets
+            targets = trainer.teacher.targets(batch["targets"], None, None, None) if cached else targets
             teacher_tokens = max(teacher_tokens, batch.get("teacher_input_ids", torch.empty(0)).numel())
         answers = batch["labels"].view(shape.batch, shape.answer).tolist()
         try:

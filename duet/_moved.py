@@ -38,7 +38,7 @@ MOVED = {"duet.world": "duet.demo"} | {
     for old, _, new in (module.partition("=") for module in modules.split())
 }
 MOVED["duet.teacher"] += " duet.store.teacher"
-MOVED["duet.provenance"] += " duet.model.hashes"
+MOVED["duet.provenance"] += " duet.model.hashes duet.model.weights"
 
 
 def names_of(old: str, warned: bool = False) -> Callable[[str], Any]:

@@ -20,6 +20,7 @@ from duet_kernels.testing import (
     check_reductions,
     check_second_derivative,
     check_subsets,
+    check_upstream,
     gradients,
     make_problem,
 )
@@ -234,6 +235,11 @@ BROKEN = [
     (
         "writes what it saved",
         check_backward_twice,
+        lambda p, **o: _WritesWhatItSaved.apply(HUBER.call(p, **o)),
+    ),
+    (
+        "a later pass writes what it gave away",
+        check_upstream,
         lambda p, **o: _WritesWhatItSaved.apply(HUBER.call(p, **o)),
     ),
     ("always trains the head", check_subsets, _always_trains_the_head),

@@ -47,13 +47,22 @@ def test_it_says_what_the_logits_say(seed, k, temperature, dtype):
     wanted = logits.tail_logsumexp - logits.logsumexp
     eps, size = torch.finfo(dtype).eps, logits.values.abs().amax(-1) / temperature + 4
     error = 4 * eps * size * mass / wanted.exp() + 8 * eps * (wanted.abs() + size)
-    assert bool(((top.tail_logsumexp - wanted).abs() <= error).all())
+    known = error < 0.1  # a tail that is lighter than the rounding of log p is not in log p: it may be -inf
+    assert bool((((top.tail_logsumexp - wanted).abs() <= error) | ~known).all())
+    assert bool((top.tail_logsumexp <= wanted + error.log1p()).all())
     for name, normalization in [("forward_kl", "renormalize"), ("reverse_kl", "tail"), ("jsd", "tail")]:
-        options = {"divergence": name, "normalization": normalization, "temperature": temperature}
+        options = {
+            "divergence": name,
+            "normalization": normalization,
+            "temperature": temperature,
+            "mask": known,
+        }
         got, wanted = (
             topk_distill_loss(problem.hidden, problem.head, teacher, **options) for teacher in (top, logits)
         )
-        torch.testing.assert_close(got, wanted, rtol=2e-4 if dtype == torch.float32 else 1e-10, atol=1e-6)
+        # A loss moves with the tail's logarithm by the tail's mass, 1 at most.
+        atol = 1e-6 + float(error[known].max()) if bool(known.any()) else 0.0
+        torch.testing.assert_close(got, wanted, rtol=2e-4 if dtype == torch.float32 else 1e-10, atol=atol)
 
 
 def test_a_light_tail_keeps_its_digits():

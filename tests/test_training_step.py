@@ -126,11 +126,11 @@ def test_files_are_written(tmp_path, monkeypatch, capsys):
 def test_a_red_gate_prints_no_speed(tmp_path, monkeypatch, capsys):
     """A cached teacher whose numbers are not the live one's."""
     monkeypatch.setitem(training_step.SHAPES, "small", TINY)
-    truth = CachedTeacher.topk
+    truth = CachedTeacher.targets
     monkeypatch.setattr(
         CachedTeacher,
-        "topk",
-        lambda self, targets: truth(self, targets | {"values": targets["values"] * 1.01}),
+        "targets",
+        lambda self, stored, *rest: truth(self, stored | {"values": stored["values"] * 1.01}, *rest),
     )
     assert training_step.main(["--out", str(tmp_path), "--shape", "small"]) == 1
     said = capsys.readouterr()

@@ -101,16 +101,22 @@ def _distill_op(divergence: DivergenceName, **options: Any) -> Op:
     )
 
     def ids(problem: Problem) -> Tensor:
-        sides = {
-            "teacher": lambda: _top_ids(problem),
-            "student": lambda: (
-                linear_topk(problem.hidden, problem.head, _k(problem), impl="reference").indices
-            ),
-        }
         support = options.get("support")
         if support is None:
             return problem.labels[..., None]
-        return torch.cat([choose() for side, choose in sides.items() if support in (side, "union")], -1)
+        common = min(problem.head.num_ids, problem.teacher_head.num_ids)
+        sides = {
+            "teacher": (problem.teacher_hidden, problem.teacher_head),
+            "student": (problem.hidden, problem.head),
+        }
+        chosen = [
+            linear_topk(
+                hidden, dataclasses.replace(head, vocab_size=common), _k(problem), impl="reference"
+            ).indices
+            for side, (hidden, head) in sides.items()
+            if support in (side, "union")
+        ]
+        return torch.cat(chosen, -1)
 
     return Op(name, call, ids, "linear_distill_loss", independent="support" in options)
 
