@@ -633,11 +633,7 @@ def test_l1_and_tvd_have_their_gradient_above_the_noise(dtype):
         assert loss > 0 and gradients(loss, case)["hidden"].abs().max() > 1e-3
 
 
-# The Triton kernels of the raw dense losses subtract -inf from -inf: take the mark away when they count it as absent.
-ABSENT_ON_TRITON = pytest.param("triton", marks=[NEEDS_TRITON, pytest.mark.xfail(strict=True)])
-
-
-@pytest.mark.parametrize("impl", ["reference", "chunked", ABSENT_ON_TRITON])
+@pytest.mark.parametrize("impl", ["reference", "chunked", pytest.param("triton", marks=NEEDS_TRITON)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", RAW)
 def test_raw_dense_losses_leave_out_ids_that_both_heads_rule_out(divergence, dtype, impl):

@@ -9,7 +9,7 @@
 Legend: N tokens, D hidden size, V vocabulary, T temperature, C columns of a slab, f the row's factor, ACC fp32 (fp64
 for fp64 inputs). Results are f L and the gradients of its sum. Nats; no factor T^2. A row with f = 0 gives exactly 0
 and leaves no trace, whatever its hidden states are. A teacher's logit of -inf is a probability of 0; a pair of -inf
-adds nothing to a distribution's loss. A NaN stays in its row (and is in every row of dW). l1 and tvd do not turn
+adds nothing. A NaN stays in its row (and is in every row of dW). l1 and tvd do not turn
 rounding into +-1: |d|, |w| up to 8 eps of the row's largest finite logit count as 0, in value and gradient.
 
 Where digits would be lost. A row keeps the maxima M_s, M_t, and with e = exp((z - M) / T) and
@@ -318,7 +318,9 @@ def _gradient_kernel(
         s = load_rows(s_ptr, n, c, s_pitch, 1, live[:, None] & (c < s_pitch)[None, :], ACC) * s_times
         t = load_rows(t_ptr, n, c, t_pitch, 1, live[:, None] & (c < t_pitch)[None, :], ACC) * t_times
         if RAW:
-            terms, dx = of_logits(tl.where(counted, s - t, 0.0), noise[:, None], delta, DIVERGENCE)
+            absent = (s == t) & (s == float("-inf"))  # ruled out by both
+            d = tl.where(counted & (absent == 0), s - t, 0.0)
+            terms, dx = of_logits(d, noise[:, None], delta, DIVERGENCE)
             loss += tl.sum(terms, 1)
         else:
             p, q, w = _compared(
