@@ -15,6 +15,7 @@ Must run without TRITON_INTERPRET (interpreted functions cannot be compiled). Ne
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -362,11 +363,15 @@ def examine(case: Case, launch: Launch, arch: int) -> Resources:
     )
 
 
-def run(archs: tuple[int, ...] = ARCHITECTURES, only: str = "") -> list[Resources]:
-    """The whole gate: every case's distinct launches on every architecture."""
+def run(archs: tuple[int, ...] = ARCHITECTURES, only: str = "", sample: int = 1) -> list[Resources]:
+    """The whole gate: every case's distinct launches on every architecture.
+
+    `sample`: of each kernel in each dtype only the first one, the `sample`-th after it, and so on.
+    """
     rows = []
     for arch in archs:
-        seen = set()
+        seen: set[str] = set()
+        counted: collections.Counter[tuple[str, torch.dtype]] = collections.Counter()
         for case in cases():
             with recorded(arch) as launches:
                 case.call()
@@ -376,7 +381,10 @@ def run(archs: tuple[int, ...] = ARCHITECTURES, only: str = "") -> list[Resource
                 )
                 if key not in seen and only in f"{case.name} {launch.kernel.fn.__name__}":
                     seen.add(key)
-                    rows.append(examine(case, launch, arch))
+                    kind = launch.kernel.fn.__name__, case.dtype
+                    if counted[kind] % sample == 0:
+                        rows.append(examine(case, launch, arch))
+                    counted[kind] += 1
     return rows
 
 
@@ -395,6 +403,9 @@ def main() -> int:
     )
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--only", default="", help="part of a case's or kernel's name")
+    parser.add_argument(
+        "--sample", type=int, default=1, help="of each kernel and dtype every so-many-th launch"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
@@ -403,7 +414,7 @@ def main() -> int:
             "compile_gate: TRITON_INTERPRET is set; interpreted kernels cannot be compiled", file=sys.stderr
         )
         return 2
-    rows = run(tuple(arguments.arch or ARCHITECTURES), arguments.only)
+    rows = run(tuple(arguments.arch or ARCHITECTURES), arguments.only, arguments.sample)
     bad = sum(bool(row.problems) for row in rows)
     report = (
         f"`make compile`, triton {triton.__version__}, torch {torch.__version__}; N {N}, D {D}, V {V}, K {K}\n\n"

@@ -17,6 +17,7 @@ from duet.cli import app
 from duet.run import simulation
 from duet.run.plan import Planner, Settings, optimizer_bytes
 from duet.run.plan_report import Plan, parse_size
+from duet_kernels.workspace import share_of
 
 COMMON = {
     "vocab_size": 2048,
@@ -219,8 +220,9 @@ def test_a_plan_of_many_layers_tries_few(tmp_path, monkeypatch):
 def test_the_workspace_is_a_share_of_the_gpu(folder):
     tree = {"model": folder, "data": {"forget": "x"}, "training": {}}
     for gpu, mib in ((8, 256), (24, 384), (80, 1280), (141, 2256), (512, 3072)):
-        plan = Plan.of(tree, gpu << 30, length=32, prefix_length=8, scored=32, reserve=0)
-        assert plan.settings.workspace == mib << 20
+        assert share_of(gpu << 30) == mib << 20
+    plan = Plan.of(tree, 80 << 30, length=32, prefix_length=8, scored=32, reserve=0)
+    assert plan.settings.workspace == 1280 << 20
     few = plan.budget.loss
     assert few == 3 * 4 * 8 * 32 * 2048, "less than the workspace: what the logits of all positions take"
     tree["training"]["workspace_bytes"] = 1 << 20
