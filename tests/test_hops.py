@@ -1,0 +1,27 @@
+"""How far a reader has to go from a public function to its arithmetic: no farther than today."""
+
+import pytest
+from hops import calls, entered
+
+# (files, functions) of the forward pass on a CPU.
+MOST = {
+    "linear_topk": (12, 48),
+    "linear_gather": (11, 41),
+    "linear_logsumexp": (13, 62),
+    "topk_distill_loss": (13, 65),
+    "topk_distill_loss tail": (15, 88),
+    "linear_distill_loss": (13, 86),
+    "linear_cross_entropy": (14, 74),
+    "linear_token_stats": (12, 46),
+}
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_a_public_function_enters_no_more_files_and_functions(name):
+    found = entered(calls()[name])
+    files, functions = MOST[name]
+    assert len({file for file, _ in found}) <= files and len(found) <= functions, found
+
+
+def test_every_public_function_is_counted():
+    assert set(MOST) == set(calls())
