@@ -37,7 +37,8 @@ class DuetConfig(
     Args:
         objective: a name in `duet.OBJECTIVES`. Query-only: `duet` (Huber on the teacher's top-k raw logits, DUET equation
             3), `duet_adversarial` (the same, with reverse prompts before a share of the student's queries), `duet_kl`
-            (= `duet_forward_kl`), `duet_reverse_kl`, `duet_jsd` (top-k divergences), `bidirectional` (pull + push),
+            (= `duet_forward_kl`), `duet_reverse_kl`, `duet_symmetric_kl`, `duet_jsd` (top-k
+            divergences), `bidirectional` (pull + push),
             `duet_deep` (survives prefills and relearning), `undo` (perturb an unlearned model, then distil it) and
             `in_context` (the steered teacher itself: nothing is trained, the prefix goes into the chat template that is
             saved). With the answers that are to be forgotten: `ga`, `graddiff`, `npo` (and `graddiff_kl`, `npo_kl`, whose

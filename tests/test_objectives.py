@@ -109,12 +109,23 @@ def expected_distillation(name, problem, temperature, beta, delta):
         "duet_kl": (p * (log_p - log_q)).sum(-1),
         "duet_forward_kl": (p * (log_p - log_q)).sum(-1),
         "duet_reverse_kl": (q * (log_q - log_p)).sum(-1),
+        "duet_symmetric_kl": beta * (p * (log_p - log_q)).sum(-1)
+        + (1 - beta) * (q * (log_q - log_p)).sum(-1),
         "duet_jsd": (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1),
     }[name]
 
 
 @pytest.mark.parametrize(
-    "name", ["duet", "duet_adversarial", "duet_kl", "duet_forward_kl", "duet_reverse_kl", "duet_jsd"]
+    "name",
+    [
+        "duet",
+        "duet_adversarial",
+        "duet_kl",
+        "duet_forward_kl",
+        "duet_reverse_kl",
+        "duet_symmetric_kl",
+        "duet_jsd",
+    ],
 )
 def test_distillation_objectives(name, problem):
     options = {"delta": 0.7} if name in ("duet", "duet_adversarial") else {"temperature": 2.0, "beta": 0.3}
@@ -237,14 +248,16 @@ def test_an_objective_reads_what_it_says(monkeypatch, problem, name):
 @pytest.mark.parametrize("name", ["undial", "npo", "ga", "undo", "duet_deep", "in_context"])
 def test_an_option_that_would_be_ignored_is_refused(name, option, value):
     args = DuetConfig(output_dir="unused", objective=name, **{option: value})
-    readers = "read by duet_kl, duet_forward_kl, duet_reverse_kl, duet_jsd"
+    readers = "read by duet_kl, duet_forward_kl, duet_reverse_kl, duet_symmetric_kl, duet_jsd"
     with pytest.raises(
         ValueError, match=f"^{option}: objective '{name}' does not read it; .* got {value!r} .*{readers}"
     ):
         check_options(OBJECTIVES[name], args)
 
 
-@pytest.mark.parametrize("name", ["duet_kl", "duet_forward_kl", "duet_reverse_kl", "duet_jsd"])
+@pytest.mark.parametrize(
+    "name", ["duet_kl", "duet_forward_kl", "duet_reverse_kl", "duet_symmetric_kl", "duet_jsd"]
+)
 def test_an_option_that_is_read_is_not_refused(name):
     check_options(
         OBJECTIVES[name],

@@ -35,7 +35,7 @@ class DistillationOptions(CommonOptions):
         delta: where Huber turns linear, in logits (`duet`, `duet_adversarial`, `bidirectional`).
         temperature: T of the distributions of `duet_forward_kl`, `duet_reverse_kl` and `duet_jsd`. Raw logits have none,
             the others are defined at T = 1 and refuse another.
-        beta: weight of the teacher in the mixture of `duet_jsd`, in (0, 1).
+        beta: weight of the teacher in the mixture of `duet_jsd`, of KL(teacher || student) in `duet_symmetric_kl`; in (0, 1).
         normalization: of the top-k distributions of the same three: None or `renormalize`, `tail` (one more bucket for
             the rest of the vocabulary); `zeroed` and `truncated` exist for `duet_forward_kl`.
         entropy_weighting: weigh every distilled token by sigma(H_student - H_teacher), the entropies of the whole
@@ -92,6 +92,11 @@ def duet_forward_kl(step: Step) -> dict[str, Tensor]:
 def duet_reverse_kl(step: Step) -> dict[str, Tensor]:
     """KL(p_student || p_teacher) on the teacher's top-k, nats per position."""
     return step.mean(_distil(step, divergence="reverse_kl", **_distribution(step)))
+
+
+def duet_symmetric_kl(step: Step) -> dict[str, Tensor]:
+    """beta KL(p_teacher || p_student) + (1 - beta) KL(p_student || p_teacher) on the teacher's top-k, nats per position."""
+    return step.mean(_distil(step, divergence="symmetric_kl", beta=step.args.beta, **_distribution(step)))
 
 
 def duet_jsd(step: Step) -> dict[str, Tensor]:
