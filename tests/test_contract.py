@@ -322,9 +322,13 @@ def test_ordered_rows(order, v, k):
     torch.testing.assert_close(got.tail_logsumexp, rest.double().logsumexp(0).float().expand(3))
 
 
-def test_negative_zero_ties_with_zero():
-    weight = torch.tensor([[-0.0], [0.0], [-0.0], [-1.0]])
-    assert linear_topk(torch.ones(1, 1), weight, 3).indices.tolist() == [[0, 1, 2]]
+@pytest.mark.parametrize("impl", ["reference", "chunked", pytest.param("triton", marks=NEEDS_TRITON)])
+def test_negative_zero_ties_with_zero(impl):
+    """A product never is -0; a scale makes zeros of both signs of products that are too small."""
+    head = LMHead(torch.tensor([[-1e-42], [1e-42], [-1e-42], [-1.0]]), scale=1e-4)
+    top = linear_topk(torch.ones(1, 1), head, 3, impl=impl)
+    assert bool((top.values == 0).all()) and top.values.signbit().sum() == 2
+    assert top.indices.tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
