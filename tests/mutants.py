@@ -105,7 +105,7 @@ def run(chosen: list[Fault], write: bool) -> int:
             path.write_text(path.read_text(encoding="utf-8").replace(fault.old, fault.new), encoding="utf-8")
             code = pytest_of(copy, [fault.catcher], log)
             shutil.copy2(ROOT / fault.file, path)
-            caught, seconds = code == 1, time.monotonic() - start
+            caught, seconds = code in (1, -signal.SIGSEGV), time.monotonic() - start  # a wrong address ends the process
             survivors += not caught
             cells = fault.what, f"`{fault.file}`", f"`{fault.catcher}`", f"{seconds:.0f}", "yes" if caught else "**NO**"
             lines.append(f"| {' | '.join(cells)} |")

@@ -96,7 +96,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     # --- duet_kernels, Triton kernels in the interpreter --------------------------------------------------------------
     "duet_kernels/triton/terms.py": [
         ("reverse KL's terms lack q - p", "        a = expected(q, w)\n        terms = a - minus(q, p, w)", "        a = expected(q, w)\n        terms = a",
-         "tests/test_triton_topk_divergence.py::test_fp64_equals_the_definition[reverse_kl-tail]"),
+         "tests/test_triton_topk_divergence.py::test_a_near_student_keeps_its_digits[reverse_kl-tail]"),
         ("tvd's gradient has the other sign", "a = 0.5 * q * sign(gap)", "a = -0.5 * q * sign(gap)",
          "tests/test_triton_topk_divergence.py::test_fp64_equals_the_definition[tvd-renormalize]"),
         ("the gradient lacks q times the sum of a", "return a - expected(q, total)", "return a",
@@ -125,18 +125,16 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          _TRITON_TOPK + "test_offsets_beyond_32_bits[True]"),
     ],
     "duet_kernels/triton/gather.py": [
-        ("the last strip reads past D", "keep = known[:, None] & (d < D)[None, :]\n        # W before h", "keep = known[:, None] & (d < D + 1)[None, :]\n        # W before h",
-         "tests/test_triton_gather.py::test_tiles_do_not_matter[GatherTile(rows=1, columns=16, warps=1)]"),
         ("one factor of the softcap's slope is missing", "dx = dx * ((cap - z) / cap) * ((cap + z) / cap)", "dx = dx * ((cap - z) / cap)",
          "tests/test_triton_gather.py::test_fp64_equals_torch[2.5-0.7-True-rows]"),
         ("an absent slot is NaN", "tl.where(known, z, tl.where(ids < 0, float(\"-inf\"), float(\"nan\")))\n    tl.store(values_ptr + n * K + k, z, mask=k < K)", "tl.where(known, z, float(\"nan\"))\n    tl.store(values_ptr + n * K + k, z, mask=k < K)",
          "tests/test_triton_gather.py::test_absent_slots"),
         ("dh takes the ids of the block before", "        k = k + ROWS\n        row = tl.load", "        row = tl.load",
-         "tests/test_triton_gather.py::test_fp64_equals_torch[None-1.0-False-rows]"),
+         "tests/test_triton_gather.py::test_tiles_do_not_matter[GatherTile(rows=4, columns=64, warps=1)]"),
     ],
     "duet_kernels/triton/sparse_weight.py": [
-        ("a row of dW is found in 32 bits", "here = dweight_ptr + current.to(tl.int64) * D + d\n        tl.store(here, total.to(dtype), mask=d < D, eviction_policy=\"evict_first\")\n\n", "here = dweight_ptr + current.to(tl.int32) * D.to(tl.int32) + d\n        tl.store(here, total.to(dtype), mask=d < D, eviction_policy=\"evict_first\")\n\n",
-         "tests/test_triton_gather.py"),
+        ("a row of dW is found in 32 bits", "here = dweight_ptr + current.to(tl.int64) * D + d\n        tl.store(here, total.to(dtype), mask=d < D, eviction_policy=\"evict_first\")\n\n", "here = dweight_ptr + current * D + d\n        tl.store(here, total.to(dtype), mask=d < D, eviction_policy=\"evict_first\")\n\n",
+         "tests/test_triton_gather.py::test_a_row_of_dw_beyond_32_bits"),
         ("rows nobody chose are not written", "empty = tl.load(offset_ptr + v, mask=v < V, other=0) == tl.load", "empty = tl.load(offset_ptr + v, mask=v < V, other=0) > tl.load",
          "tests/test_triton_gather.py::test_rows_nobody_chose_are_exactly_zero"),
         ("a chunk that lies in one segment counts twice", "                total += part\n                e += CHUNK", "                total += 2 * part\n                e += CHUNK",
@@ -209,7 +207,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a mean counts masked tokens", "    count = factor.sum()\n", "    count = torch.ones_like(factor).sum()\n",
          "tests/test_regressions.py::test_ignored_labels_and_masks_are_not_ignored[chunked]"),
         ("num_items is ignored", "(count if num_items is None else _denominator(num_items, factor))", "count",
-         "tests/test_contract.py::TestTriton::test_contract[gather-check_backward_twice]"),
+         "tests/test_contract.py::TestTriton::test_contract[topk-huber-check_reductions]"),
         ("weights are ignored", "factor = torch.where(factor == 0, 0.0, weights.reshape(n).to(acc))", "factor = factor * 1.0",
          "tests/test_contract.py::TestTriton::test_contract[topk-huber-check_reductions]"),
         ("masked rows are put back in the wrong place", "rows = rows.new_zeros(self.num_rows).index_copy(0, self.rows, rows)", "rows = torch.cat([rows, rows.new_zeros(self.num_rows - len(rows))])",
@@ -217,7 +215,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet_kernels/functional.py": [
         ("ignore_index is the constant -100", "mask = ids.view(lead) != ignore_index", "mask = ids.view(lead) != -100",
-         "tests/test_bad_input_kernels.py"),
+         "tests/test_regressions.py::test_the_ignored_label_is_any_that_is_asked_for[chunked]"),
         ("an id that both chose counts twice", "repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]", "repeated[:, 1:] = False",
          "tests/test_contract.py::test_support_is_who_chooses_the_ids[renormalize-union]"),
         ("the union is the student's choice", "ids = torch.cat([chosen, ids], -1).sort(-1).values", "ids = torch.cat([ids, ids], -1).sort(-1).values",
@@ -248,8 +246,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     # --- duet, rows and batches ---------------------------------------------------------------------------------------
     "duet/data/dataset.py": [
-        ("retain rows come one too late", "int((i + 1) * self.ratio) - int(i * self.ratio)", "int(i * self.ratio) - int((i - 1) * self.ratio)",
-         "tests/test_data.py::test_every_window_holds_both_kinds_at_the_ratio[1.0]"),
+        ("the fraction of retain rows is cut off", "int((i + 1) * self.ratio) - int(i * self.ratio)", "int(self.ratio)",
+         "tests/test_data.py::test_every_window_holds_both_kinds_at_the_ratio[2.5]"),
         ("every epoch takes the same retain rows", "next_retain = self.epoch * self.retain_per_epoch", "next_retain = 0",
          "tests/test_data.py::test_retain_rows_are_used_evenly_over_epochs"),
         ("the first prefix is always taken", "which = rng.randrange(len(self.prefixes)) if training and self.prefixes else 0", "which = 0 * rng.randrange(2)",
@@ -268,7 +266,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("the reverse prompt is shown in evaluation", "reverse = bool(self.reverse_prompts) and training and", "reverse = bool(self.reverse_prompts) and",
          "tests/test_data.py::test_draws_are_reproducible_and_adversarial_views_change_nothing_else"),
         ("repeated rows of the last evaluation batch are scored", "return batch | cut | {\"forget\": batch[\"forget\"][:rows]}", "return batch",
-         "tests/test_trainer_distributed.py"),
+         "tests/test_data.py::test_repeated_rows_of_a_batch_are_left_out"),
     ],
     "duet/data/prompts.py": [
         ("the prefix replaces the system message", "return ((\"system\", f\"{system}\\n\\n{conversation[0][1]}\"), *conversation[1:])", "return ((\"system\", system), *conversation[1:])",
@@ -299,7 +297,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("RMU's retain term is on forget tokens", "step.forget_mean(moved), step.retain_mean(drift)", "step.forget_mean(moved), step.forget_mean(drift)", _VALUES + "test_rmu"),
     ],
     "duet/methods/objectives/distillation.py": [
-        ("the push counts ids that the teacher supports", "push = torch.where(supported, 0, excess).sum(-1)", "push = excess.sum(-1)", "tests/test_objectives.py"),
+        ("the push counts ids that the teacher supports", "push = torch.where(supported, 0, excess).sum(-1)", "push = excess.sum(-1)", _VALUES + "test_bidirectional"),
         ("the push has the other direction", "excess = (logits - teacher.values.amin(-1, keepdim=True)).clamp(min=0)", "excess = (teacher.values.amin(-1, keepdim=True) - logits).clamp(min=0)", _VALUES + "test_bidirectional"),
         ("push_weight is ignored", "pull + step.args.push_weight * push", "pull + push", _VALUES + "test_bidirectional"),
         ("certain tokens count more", "torch.sigmoid(own - step.targets.entropy)", "torch.sigmoid(step.targets.entropy - own)", _VALUES + "test_entropy_weighting"),
@@ -350,13 +348,13 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_early_teacher.py::test_rows_to_evaluate_on_are_asked_about_beforehand"),
     ],
     "duet/model/switches.py": [
-        ("dropout stays on while the base is asked", "            for state in states:\n                state[\"training\"] = False\n", "", "tests/test_switches.py"),
+        ("dropout stays on while the base is asked", "            for state in states:\n                state[\"training\"] = False\n", "", "tests/test_switches.py::test_the_base_model_is_the_one_that_peft_gives[lora]"),
         ("an adapter that was off is switched on", "                table[name] = was\n", "                table[name] = False\n", "tests/test_switches.py::test_what_was_frozen_off_or_in_evaluation_stays_so"),
-        ("a merged adapter is taken for one beside the weights", "if any(layer.get(\"merged_adapters\") for layer in self._layers):", "if False:", "tests/test_switches.py"),
+        ("a merged adapter is taken for one beside the weights", "if any(layer.get(\"merged_adapters\") for layer in self._layers):", "if False:", "tests/test_switches.py::test_the_base_model_is_the_one_that_peft_gives[lora]"),
     ],
     "duet/model/adapters.py": [
         ("a merge changes the head through the tied embedding", "    own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)\n    inner[1].weight = own\n", "    inner[1].weight = shared\n",
-         "tests/test_adapters.py"),
+         "tests/test_adapters.py::test_a_merge_is_the_model_that_was_examined[lora2-True]"),
         ("an adapter on an adapter is read on the bare base", "base = merge_adapters(load_adapted(named, **how))", "base = load_adapted(named, **how).unload()", "tests/test_adapters.py::test_an_adapter_on_an_adapter_is_read_as_it_was_trained"),
         ("a merge that changes the model goes through", "    if not worst <= allowed:", "    if worst != worst:", "tests/test_adapters.py::test_the_logits_are_compared_to_five_digits"),
     ],
@@ -367,7 +365,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("the checkpoint's own generation options act", "        part.generation_config = GenerationConfig()\n", "        pass\n", "tests/test_closed_sets.py::test_greedy_is_greedy_whatever_a_checkpoint_carries"),
     ],
     "duet/model/weights.py": [
-        ("two blocks may change places", "2 * BLOCK * 8)", "2 * BLOCK * 8)[:16] * BLOCK", "tests/test_weights_hash.py"),
+        ("all words have one multiplier", "2 * BLOCK * 8)", "2 * BLOCK * 8)[:16] * BLOCK", "tests/test_weights_hash.py::test_order_signs_shape_dtype_and_names_count"),
         ("an adapter counts as weights", "if isinstance(value, Tensor) and not of_adapter:", "if isinstance(value, Tensor):", "tests/test_weights_hash.py::test_an_adapter_does_not_count"),
     ],
     "duet/model/prefix_cache.py": [
@@ -389,7 +387,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/store/provenance.py": [
         ("a store of fewer logits is taken", "if args.k > made.k:", "if args.k > made.k + 10**6:", "tests/test_cached_training.py::test_the_other_refusals"),
         ("a raw loss reads log-probabilities", "if made.values != LOGITS and objective.raw_logits:", "if made.values != LOGITS and False:", "tests/test_cached_training.py::test_columns_teach_a_distribution_objective_and_no_other"),
-        ("another model's store is taken", "    if not args.teacher_store_same_model:\n", "    if True:\n", "tests/test_cached_training.py"),
+        ("another model's store is taken", "    if not args.teacher_store_same_model:\n", "    if True:\n", "tests/test_cached_training.py::test_a_store_made_for_something_else_is_refused[another model]"),
     ],
     # --- duet, evaluation ---------------------------------------------------------------------------------------------
     "duet/evaluation/metrics.py": [
@@ -416,8 +414,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("few-shot shows the row's own answer", "p.id != row.id and not _gives_away(p, row, target.options.threshold)", "True", _ATTACKS + "test_few_shot_never_shows_the_answer_that_it_asks_for[subjects1]"),
         ("held-out wordings include seen ones", "[w for w in target.options.heldout_reverse_prompts if w not in seen]", "list(target.options.heldout_reverse_prompts)", _ATTACKS + "test_heldout_wordings_that_training_saw_are_left_out"),
         ("relearning shows the rows that it asks for", "return _training(target, shown, asked, [f\"facts", "return _training(target, asked, asked, [f\"facts", _ATTACKS + "test_few_shot_says_what_its_examples_are_about"),
-        ("a prefill is judged with its opening", "return target.outcomes(name, rows, prompts, openings)", "return target.outcomes(name, rows, prompts)", "tests/test_evaluation_attacks.py"),
-        ("a prefilled opening is not in the prompt", "prompts = [target.prompt(row.conversation, o) for row, o in zip(rows, openings, strict=True)]", "prompts = [target.prompt(row.conversation) for row, o in zip(rows, openings, strict=True)]", "tests/test_evaluation_attacks.py"),
+        ("a prefill is judged with its opening", "return target.outcomes(name, rows, prompts, openings)", "return target.outcomes(name, rows, prompts)", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged"),
+        ("a prefilled opening is not in the prompt", "prompts = [target.prompt(row.conversation, o) for row, o in zip(rows, openings, strict=True)]", "prompts = [target.prompt(row.conversation) for row, o in zip(rows, openings, strict=True)]", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged"),
         ("the attack leaves its fine-tuning in the model", "            with weights.restored(target.model):\n", "            if True:\n", _ATTACKS + "test_the_model_leaves_every_attack_as_it_came[dtype0]"),
     ],
     "duet/evaluation/attacks/rows.py": [
@@ -427,11 +425,11 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/attacks/runner.py": [
         ("queries and steps are swapped in the table", "spent = str(cost[\"queries\"]), str(cost[\"steps\"]),", "spent = str(cost[\"steps\"]), str(cost[\"queries\"]),", _ATTACKS + "test_every_column_of_the_terminal_table_holds_its_own_number"),
-        ("the unjudged share counts the judged", "summary[\"unjudged\"] = 1 - len(leaked) / len(rows)", "summary[\"unjudged\"] = len(leaked) / len(rows)", "tests/test_evaluation_attacks.py"),
-        ("the mildest variant stands for the attack", "worst: Any = max(known,", "worst: Any = min(known,", "tests/test_evaluation_attacks.py"),
+        ("the unjudged share counts the judged", "summary[\"unjudged\"] = 1 - len(leaked) / len(rows)", "summary[\"unjudged\"] = len(leaked) / len(rows)", _ATTACKS + "test_the_worst_variant_stands_for_an_attack"),
+        ("the mildest variant stands for the attack", "worst: Any = max(known,", "worst: Any = min(known,", _ATTACKS + "test_the_worst_variant_stands_for_an_attack"),
     ],
     "duet/evaluation/attacks/distribution.py": [
-        ("an AUC below one half leaks nothing", "{\"leak\": 2 * abs(area - 0.5),", "{\"leak\": max(0.0, 2 * (area - 0.5)),", "tests/test_evaluation_attacks.py"),
+        ("an AUC below one half leaks nothing", "{\"leak\": 2 * abs(area - 0.5),", "{\"leak\": max(0.0, 2 * (area - 0.5)),", _ATTACKS + "test_an_auc_on_either_side_of_chance_is_a_leak[members1-others1]"),
         ("the bottom of the vocabulary leaks nothing", "\"leaked\": int(top or bottom)", "\"leaked\": int(top)", _ATTACKS + "test_a_token_at_the_very_bottom_is_a_leak_too"),
     ],
     "duet/evaluation/report/tables.py": [
@@ -447,17 +445,17 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     # --- duet, options and records ------------------------------------------------------------------------------------
     "duet/options.py": [
-        ("a share may be above 1", "Wanted(\"a number in [0, 1]\", lambda v: 0 <= v <= 1)", "Wanted(\"a number in [0, 1]\", lambda v: 0 <= v)", "tests/test_schema.py"),
-        ("a beta of 0 is taken", "Wanted(\"a number in (0, 1)\", lambda v: 0 < v < 1)", "Wanted(\"a number in (0, 1)\", lambda v: 0 <= v < 1)", "tests/test_schema.py"),
-        ("true is a number", "return not isinstance(value, bool) and bool(kind.holds(value))", "return bool(kind.holds(value))", "tests/test_schema.py"),
+        ("a share may be above 1", "Wanted(\"a number in [0, 1]\", lambda v: 0 <= v <= 1)", "Wanted(\"a number in [0, 1]\", lambda v: 0 <= v)", "tests/test_schema.py::test_bounds_are_those_of_the_kind[Share]"),
+        ("a beta of 0 is taken", "Wanted(\"a number in (0, 1)\", lambda v: 0 < v < 1)", "Wanted(\"a number in (0, 1)\", lambda v: 0 <= v < 1)", "tests/test_schema.py::test_bounds_are_those_of_the_kind[InnerShare]"),
+        ("true is a number", "return not isinstance(value, bool) and bool(kind.holds(value))", "return bool(kind.holds(value))", "tests/test_schema.py::test_bounds_are_those_of_the_kind[Count]"),
     ],
     "duet/methods/objectives/__init__.py": [
         ("a temperature that nobody reads is ignored", "if given != usual[name] and (objective.raw_logits or name not in objective.reads):", "if given != usual[name] and objective.raw_logits:",
          "tests/test_objectives.py::test_an_option_that_would_be_ignored_is_refused[undial-temperature-3.0]"),
     ],
     "duet/output/record.py": [
-        ("a resumed run may have other options", "    if differences:\n        raise", "    if len(differences) > 99:\n        raise", "tests/test_run_record.py"),
-        ("a run may be shortened when it is resumed", "if before != after and not (name in MAY_GROW and 0 < before < after):", "if before != after and name not in MAY_GROW:", "tests/test_run_record.py"),
+        ("a resumed run may have other options", "    if differences:\n        raise", "    if len(differences) > 99:\n        raise", "tests/test_run_record.py::test_what_changed_is_named[another model]"),
+        ("a run may be shortened when it is resumed", "if before != after and not (name in MAY_GROW and 0 < before < after):", "if before != after and name not in MAY_GROW:", "tests/test_run_record.py::test_what_changed_is_named[a shorter run]"),
     ],
     "duet/output/parts.py": [
         ("logged parts are sums over steps", "means = (values / max(1, step - self.since)).tolist()", "means = values.tolist()", "tests/test_trainer.py::test_logged_parts_add_up_between_logs"),
