@@ -4,8 +4,8 @@
     a run     the catcher, in a process of its own, on a copy of the package with that one change
     first     all catchers on the unchanged copy: one that fails there would prove nothing
 
-A fault that survives is a test that is missing. So is one that was met in use: it gets its test, and a line here.
-The table is in `benchmarks/results/mutants.md`.
+A fault that survives is a test that is missing. So is one that was met in use: it gets its test, and a line in
+`mutants_table.py`. What happened is in `benchmarks/results/mutants.md`: a run replaces the lines of its faults.
 
     python tests/mutants.py              all, ten minutes on one core
     python tests/mutants.py --only TEXT  those whose file, words or catcher hold TEXT
@@ -29,6 +29,7 @@ from mutants_table import FAULTS
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "benchmarks/results/mutants.md"
 COPIED = ("duet", "duet_kernels", "tests", "benchmarks", "configs", "docs", "pyproject.toml", "README.md")
+YES = "| yes |"
 SECONDS = 120  # a catcher that takes longer hangs
 # Imported before a process is split off for each fault, which then need not do it again.
 OF_OTHERS = (
@@ -55,7 +56,11 @@ def faults() -> list[Fault]:
 def problem(fault: Fault, root: Path = ROOT) -> str | None:
     """Why the fault cannot be planted; None: it can."""
     count = (root / fault.file).read_text(encoding="utf-8").count(fault.old)
-    return None if count == 1 else f"{fault.file}: {fault.what}: the text {fault.old!r} occurs {count} times, wanted once"
+    return (
+        None
+        if count == 1
+        else f"{fault.file}: {fault.what}: the text {fault.old!r} occurs {count} times, wanted once"
+    )
 
 
 def pytest_of(copy: Path, catchers: list[str], log: Path) -> int:
@@ -80,14 +85,14 @@ def pytest_of(copy: Path, catchers: list[str], log: Path) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def run(chosen: list[Fault], write: bool) -> int:
+def run(chosen: list[Fault]) -> int:
     """Plant the faults; 0 if each of them was caught."""
     # Read when the kernels are imported, and by what is imported below.
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     sys.dont_write_bytecode = True  # a file that is changed twice in a second would be read from its bytecode
     for name in OF_OTHERS:
         importlib.import_module(name)
-    lines, survivors = [], 0
+    lines, survivors = told_before(), 0
     with tempfile.TemporaryDirectory() as folder:
         copy, log = Path(folder, "copy"), Path(folder, "log")
         for name in COPIED:
@@ -105,19 +110,38 @@ def run(chosen: list[Fault], write: bool) -> int:
             path.write_text(path.read_text(encoding="utf-8").replace(fault.old, fault.new), encoding="utf-8")
             code = pytest_of(copy, [fault.catcher], log)
             shutil.copy2(ROOT / fault.file, path)
-            caught, seconds = code in (1, -signal.SIGSEGV), time.monotonic() - start  # a wrong address ends the process
+            caught, seconds = (
+                code in (1, -signal.SIGSEGV),
+                time.monotonic() - start,
+            )  # a wrong address ends the process
             survivors += not caught
-            cells = fault.what, f"`{fault.file}`", f"`{fault.catcher}`", f"{seconds:.0f}", "yes" if caught else "**NO**"
-            lines.append(f"| {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
+            lines[fault] = (
+                f"| {' | '.join(cells_of(fault))} | {seconds:.0f} {YES if caught else '| **NO** |'}"
+            )
+            print(lines[fault], flush=True)
             if not caught:
                 print(f"pytest ended with {code}:\n{log.read_text()[-2000:]}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} faults were caught")
-    if write:
-        head = "| fault | file | caught by | s | caught |\n|---|---|---|---|---|\n"
-        told = f"# Planted faults\n\nWritten by `make mutants`: {len(chosen) - survivors} of {len(chosen)} were caught.\n\n"
-        TABLE.write_text(told + head + "\n".join(lines) + "\n", encoding="utf-8")
+    told = [lines[fault] for fault in faults() if fault in lines]
+    head = f"# Planted faults\n\nWritten by `make mutants`: {sum(YES in line for line in told)} of {len(told)} were caught."
+    names = "| fault | file | caught by | s | caught |\n|---|---|---|---|---|"
+    TABLE.write_text("\n".join((head, "", names, *told, "")), encoding="utf-8")
     return int(survivors > 0)
+
+
+def told_before() -> dict[Fault, str]:
+    """The table's lines of the faults that are still there."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines() if TABLE.exists() else []
+    return {
+        fault: line
+        for fault in faults()
+        for line in lines
+        if line.startswith(f"| {' | '.join(cells_of(fault))} |")
+    }
+
+
+def cells_of(fault: Fault) -> tuple[str, str, str]:
+    return fault.what, f"`{fault.file}`", f"`{fault.catcher}`"
 
 
 def main() -> int:
@@ -132,7 +156,7 @@ def main() -> int:
     if args.list:
         print("\n".join(f"{fault.file}: {fault.what}  <-  {fault.catcher}" for fault in chosen))
         return 0
-    return run(chosen, write=not args.only)
+    return run(chosen)
 
 
 if __name__ == "__main__":
