@@ -29,7 +29,8 @@ from mutants_table import FAULTS
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "benchmarks/results/mutants.md"
 COPIED = ("duet", "duet_kernels", "tests", "benchmarks", "configs", "docs", "pyproject.toml", "README.md")
-YES = "| yes |"
+YES, NO = "| yes |", "| **NO** |"
+CAUGHT = 1, -signal.SIGSEGV  # a test failed; a wrong address ended the process
 SECONDS = 120  # a catcher that takes longer hangs
 # Imported before a process is split off for each fault, which then need not do it again.
 OF_OTHERS = (
@@ -53,14 +54,12 @@ def faults() -> list[Fault]:
     return [Fault(what, file, *rest) for file, each in FAULTS.items() for what, *rest in each]
 
 
-def problem(fault: Fault, root: Path = ROOT) -> str | None:
+def problem(fault: Fault) -> str | None:
     """Why the fault cannot be planted; None: it can."""
-    count = (root / fault.file).read_text(encoding="utf-8").count(fault.old)
-    return (
-        None
-        if count == 1
-        else f"{fault.file}: {fault.what}: the text {fault.old!r} occurs {count} times, wanted once"
-    )
+    count = (ROOT / fault.file).read_text(encoding="utf-8").count(fault.old)
+    if count == 1:
+        return None
+    return f"{fault.file}: {fault.what}: the text {fault.old!r} occurs {count} times, wanted once"
 
 
 def pytest_of(copy: Path, catchers: list[str], log: Path) -> int:
@@ -92,7 +91,7 @@ def run(chosen: list[Fault]) -> int:
     sys.dont_write_bytecode = True  # a file that is changed twice in a second would be read from its bytecode
     for name in OF_OTHERS:
         importlib.import_module(name)
-    lines, survivors = told_before(), 0
+    lines, survivors = {}, 0
     with tempfile.TemporaryDirectory() as folder:
         copy, log = Path(folder, "copy"), Path(folder, "log")
         for name in COPIED:
@@ -106,42 +105,41 @@ def run(chosen: list[Fault]) -> int:
         if pytest_of(copy, list(dict.fromkeys(fault.catcher for fault in chosen)), log):
             sys.exit(f"a catcher fails without any fault:\n{log.read_text()}")
         for fault in chosen:
-            path, start = copy / fault.file, time.monotonic()
-            path.write_text(path.read_text(encoding="utf-8").replace(fault.old, fault.new), encoding="utf-8")
-            code = pytest_of(copy, [fault.catcher], log)
-            shutil.copy2(ROOT / fault.file, path)
-            caught, seconds = (
-                code in (1, -signal.SIGSEGV),
-                time.monotonic() - start,
-            )  # a wrong address ends the process
+            start, code = time.monotonic(), planted(fault, copy, log)
+            caught = code in CAUGHT
             survivors += not caught
-            lines[fault] = (
-                f"| {' | '.join(cells_of(fault))} | {seconds:.0f} {YES if caught else '| **NO** |'}"
-            )
+            lines[fault] = f"{beginning(fault)} {time.monotonic() - start:.0f} {YES if caught else NO}"
             print(lines[fault], flush=True)
             if not caught:
                 print(f"pytest ended with {code}:\n{log.read_text()[-2000:]}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} faults were caught")
-    told = [lines[fault] for fault in faults() if fault in lines]
-    head = f"# Planted faults\n\nWritten by `make mutants`: {sum(YES in line for line in told)} of {len(told)} were caught."
-    names = "| fault | file | caught by | s | caught |\n|---|---|---|---|---|"
-    TABLE.write_text("\n".join((head, "", names, *told, "")), encoding="utf-8")
+    write_table(lines)
     return int(survivors > 0)
 
 
-def told_before() -> dict[Fault, str]:
-    """The table's lines of the faults that are still there."""
-    lines = TABLE.read_text(encoding="utf-8").splitlines() if TABLE.exists() else []
-    return {
-        fault: line
-        for fault in faults()
-        for line in lines
-        if line.startswith(f"| {' | '.join(cells_of(fault))} |")
-    }
+def planted(fault: Fault, copy: Path, log: Path) -> int:
+    """What pytest says of the catcher while the fault is there."""
+    path = copy / fault.file
+    path.write_text(path.read_text(encoding="utf-8").replace(fault.old, fault.new), encoding="utf-8")
+    try:
+        return pytest_of(copy, [fault.catcher], log)
+    finally:
+        shutil.copy2(ROOT / fault.file, path)
 
 
-def cells_of(fault: Fault) -> tuple[str, str, str]:
-    return fault.what, f"`{fault.file}`", f"`{fault.catcher}`"
+def beginning(fault: Fault) -> str:
+    """Of the fault's line in the table."""
+    return f"| {fault.what} | `{fault.file}` | `{fault.catcher}` |"
+
+
+def write_table(lines: dict[Fault, str]) -> None:
+    """Put the lines into the table, in the order of the faults; lines of faults that are gone leave it."""
+    before = TABLE.read_text(encoding="utf-8").splitlines() if TABLE.exists() else []
+    kept = {fault: line for fault in faults() for line in before if line.startswith(beginning(fault))}
+    told = [line for fault in faults() if (line := (kept | lines).get(fault))]
+    head = f"# Planted faults\n\nWritten by `make mutants`: {sum(YES in line for line in told)} of {len(told)} were caught."
+    names = "| fault | file | caught by | s | caught |\n|---|---|---|---|---|"
+    TABLE.write_text("\n".join((head, "", names, *told, "")), encoding="utf-8")
 
 
 def main() -> int:
