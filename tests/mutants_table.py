@@ -65,11 +65,11 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet_kernels/portable/gather.py": [
         ("an absent slot has a gradient", "dx = slope_at(grad, values, head).masked_fill(absent, 0)", "dx = slope_at(grad, values, head)",
-         "tests/test_contract.py::test_absent_slots_are_as_if_not_there[options0-chunked]"),
+         "tests/test_contract.py::test_absent_slots_are_as_if_not_there[20.0-options0-chunked]"),
     ],
     "duet_kernels/portable/logsumexp.py": [
         ("the tail holds the excluded ids", "                spare.scatter_(1, local, -torch.inf)\n", "",
-         _REFERENCE + "test_primitives[chunked]"),
+         _REFERENCE + "test_tail[forward_kl-chunked]"),
         ("the gradient at an id stays that of the tail", "spare.scatter_(1, local, 0).scatter_add_(1, local, dx[rows])", "spare.scatter_add_(1, local, dx[rows])",
          "tests/test_reference.py::test_gradcheck[topk-forward_kl-tail-chunked]"),
         ("entropy lacks the mean", "out[1, rows], out[2, rows] = log_total - stats.mean,", "out[1, rows], out[2, rows] = log_total,",
@@ -83,8 +83,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_triton_divergence.py::test_fp16_neither_underflows_nor_overflows[1000.0-mse]"),
     ],
     "duet_kernels/triton/primitives.py": [
-        ("bias is added after the scale", "    z = x * number(scale, ACC)\n    if HAS_SOFTCAP:\n        cap = number(softcap, ACC)\n        z = cap * tanh(z / cap)\n    return z\n",
-         "    z = x * number(scale, ACC) + x * 0.0 + 1e-3\n    return z\n", "tests/test_triton_divergence.py::test_fp64_equals_the_definition[{'softcap': 9.0}-mse]"),
+        ("the softcap is not applied", "        cap = number(softcap, ACC)\n        z = cap * tanh(z / cap)\n    return z\n", "        z = z * 1.0\n    return z\n",
+         "tests/test_triton_divergence.py::test_fp64_equals_the_definition[{'softcap': 9.0}-mse]"),
         ("an address is 32 bits wide", "offsets = rows.to(tl.int64)[:, None] * stride_row", "offsets = rows.to(tl.int32)[:, None] * stride_row.to(tl.int32)",
          "tests/test_triton_gather.py::test_offsets_beyond_32_bits"),
         ("a NaN is below every number", "return tl.where(z == z, tl.where(bits < 0, bits ^ TOP, bits), TOP)", "return tl.where(z == z, tl.where(bits < 0, bits ^ TOP, bits), -TOP)",

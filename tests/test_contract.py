@@ -554,9 +554,10 @@ def test_absent_slots(options):
 @pytest.mark.parametrize(
     "options", [o for o in TOPK_OPTIONS if o.get("normalization") in (None, "renormalize")]
 )
-def test_absent_slots_are_as_if_not_there(impl, options):
-    """The same as a shorter top-k; with none left the loss is 0."""
-    problem = make_problem(7, 61, 16)
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_absent_slots_are_as_if_not_there(impl, options, softcap):
+    """The same as a shorter top-k; with none left the loss is 0. The slope of a softcap is infinite at -inf."""
+    problem = make_problem(7, 61, 16, softcap=softcap)
     top = problem.teacher_topk(8)
     short = TopK(top.values[:, :5], top.indices[:, :5], top.tail_logsumexp)
     ragged = top._replace(values=top.values.masked_fill(torch.arange(8) >= 5, -torch.inf))
