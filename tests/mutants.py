@@ -8,7 +8,7 @@ A fault that survives is a test that is missing. So is one that was met in use: 
 `mutants_table.py`. What happened is in `benchmarks/results/mutants.md`: a run replaces the lines of its faults.
 
     python tests/mutants.py              all, ten minutes on one core
-    python tests/mutants.py --only TEXT  those whose file, words or catcher hold TEXT
+    python tests/mutants.py --only TEXT  those whose file, words or catcher hold TEXT (or one of several)
     python tests/mutants.py --list       run nothing
 """
 
@@ -144,13 +144,15 @@ def write_table(lines: dict[Fault, str]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="faults whose file, words or catcher hold this text")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="faults whose file, words or catcher hold one of these"
+    )
     parser.add_argument("--list", action="store_true", help="run nothing")
     args = parser.parse_args()
-    chosen = [fault for fault in faults() if any(args.only in text for text in fault)]
+    chosen = [fault for fault in faults() if any(only in text for only in args.only for text in fault)]
     wrong = list(filter(None, map(problem, chosen)))
     if wrong or not chosen:
-        sys.exit("\n".join(wrong) or f"--only: no fault holds {args.only!r}")
+        sys.exit("\n".join(wrong) or f"--only: no fault holds any of {args.only}")
     if args.list:
         print("\n".join(f"{fault.file}: {fault.what}  <-  {fault.catcher}" for fault in chosen))
         return 0
