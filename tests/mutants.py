@@ -7,7 +7,7 @@
 A fault that survives is a test that is missing. So is one that was met in use: it gets its test, and a line in
 `mutants_table.py`. What happened is in `benchmarks/results/mutants.md`: a run replaces the lines of its faults.
 
-    python tests/mutants.py              all, ten minutes on one core
+    python tests/mutants.py              all, ten minutes on a quiet core
     python tests/mutants.py --only TEXT  those whose file, words or catcher hold TEXT (or one of several)
     python tests/mutants.py --list       run nothing
 """

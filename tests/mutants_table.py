@@ -125,8 +125,6 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_triton_topk_divergence.py::test_fp64_equals_the_definition[forward_kl-truncated]"),
     ],
     "duet_kernels/triton/complement.py": [
-        ("the first id of a slab is in none", "here = slot & (column >= 0) & (column < C)\n        z = tl.load", "here = slot & (column > 0) & (column < C)\n        z = tl.load",
-         "tests/test_triton_complement.py::test_every_walk_is_the_same_sum[cross-entropy-recomputed]"),
         ("the sum of earlier slabs is not rescaled", "s += tl.load(sums_ptr + stride_s + n, mask=n < R, other=0.0) * tl.exp((before - zero) * inverse)", "s += tl.load(sums_ptr + stride_s + n, mask=n < R, other=0.0)",
          "tests/test_triton_complement.py::test_every_walk_is_the_same_sum[cross-entropy-recomputed]"),
         ("slots of one id do not add up", "dz += tl.sum(tl.where(same, upstream[:, None, :], 0.0), 2)", "dz = tl.sum(tl.where(same, upstream[:, None, :], 0.0), 2)",
@@ -135,8 +133,6 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet_kernels/triton/divergence.py": [
         ("the change of other slabs is not moved", "near = s_shrink * change + t_shrink * expm1_near_zero(shift) * t_sum", "near = s_shrink * change",
          "tests/test_triton_divergence.py::test_a_student_close_to_its_teacher_keeps_its_digits[forward_kl]"),
-        ("noise is the largest logit of the last split", "tl.maximum(moment, tl.max(moments, 1))", "tl.max(moments, 1)",
-         "tests/test_triton_divergence.py::test_every_way_is_the_same_sum[l1-recomputed]"),
     ],
     "duet_kernels/triton/dense.py": [
         ("dW takes the NaN of a row that does not count", "self.counted = rows, self.sides[0].hidden[rows].masked_fill(skip, 0)", "self.counted = rows, self.sides[0].hidden[rows]",
