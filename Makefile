@@ -20,7 +20,7 @@ AS_IT_IS := PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 TOFU_DATA ?= data/tofu
 
-.PHONY: setup demo test check format wheel bench bench-cpu study study-tofu bench-step compile gpu tune readme docs clean
+.PHONY: setup demo test mutants check format wheel bench bench-cpu study study-tofu bench-step compile gpu tune readme docs clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,11 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+# Plants a fault at a time and sees that its test fails; not in CI. Ten minutes on one quiet core; results in
+# benchmarks/results/mutants.md. make mutants MUTANTS_OPTIONS="--only TEXT" plants some.
+mutants: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS_OPTIONS)
 
 check: setup
 	$(BIN)/ruff check .

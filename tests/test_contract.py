@@ -322,9 +322,13 @@ def test_ordered_rows(order, v, k):
     torch.testing.assert_close(got.tail_logsumexp, rest.double().logsumexp(0).float().expand(3))
 
 
-def test_negative_zero_ties_with_zero():
-    weight = torch.tensor([[-0.0], [0.0], [-0.0], [-1.0]])
-    assert linear_topk(torch.ones(1, 1), weight, 3).indices.tolist() == [[0, 1, 2]]
+@pytest.mark.parametrize("impl", ["reference", "chunked", pytest.param("triton", marks=NEEDS_TRITON)])
+def test_negative_zero_ties_with_zero(impl):
+    """A product never is -0; a scale makes zeros of both signs of products that are too small."""
+    head = LMHead(torch.tensor([[-1e-42], [1e-42], [-1e-42], [-1.0]]), scale=1e-4)
+    top = linear_topk(torch.ones(1, 1), head, 3, impl=impl)
+    assert bool((top.values == 0).all()) and top.values.signbit().sum() == 2
+    assert top.indices.tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
@@ -550,9 +554,10 @@ def test_absent_slots(options):
 @pytest.mark.parametrize(
     "options", [o for o in TOPK_OPTIONS if o.get("normalization") in (None, "renormalize")]
 )
-def test_absent_slots_are_as_if_not_there(impl, options):
-    """The same as a shorter top-k; with none left the loss is 0."""
-    problem = make_problem(7, 61, 16)
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_absent_slots_are_as_if_not_there(impl, options, softcap):
+    """The same as a shorter top-k; with none left the loss is 0. The slope of a softcap is infinite at -inf."""
+    problem = make_problem(7, 61, 16, softcap=softcap)
     top = problem.teacher_topk(8)
     short = TopK(top.values[:, :5], top.indices[:, :5], top.tail_logsumexp)
     ragged = top._replace(values=top.values.masked_fill(torch.arange(8) >= 5, -torch.inf))

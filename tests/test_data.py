@@ -14,7 +14,7 @@ from tiny_models import (
     word_tokenizer,
 )
 
-from duet.data.dataset import IGNORED, Collator, Draw, UnlearnDataset, UnlearnSampler
+from duet.data.dataset import IGNORED, Collator, Draw, UnlearnDataset, UnlearnSampler, first_rows
 from duet.data.prompts import PromptRenderer
 from duet.data.rows import read_rows
 
@@ -243,6 +243,20 @@ def test_the_order_follows_from_seed_and_epoch_alone():
 
 def test_without_retain_rows_only_forget_rows_are_drawn():
     assert len(UnlearnSampler(5, 0, 2.0)) == 5
+
+
+def test_repeated_rows_of_a_batch_are_left_out():
+    """accelerate fills the last batch up: what is per row or per position goes, whole sequences stay."""
+    dataset = dataset_of(answers="dataset", max_scored=None, forget=forget_rows(3))
+    items = [dataset[i] for i in range(3)]
+    batch, kept = Collator(0)(items), sum(item["scored"] for item in items[:2])
+    cut = first_rows(batch, 2)
+    assert len(cut["forget"]) == 2 and cut["query"].tolist() == batch["query"][:kept].tolist()
+    assert cut["labels"].tolist() == [token for item in items[:2] for token in item["answer"]]
+    for name in ("positions", "teacher_positions"):
+        assert torch.equal(cut[name], batch[name][:kept])
+    assert torch.equal(cut["input_ids"], batch["input_ids"])
+    assert first_rows(batch, 3) is batch
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -19,6 +19,7 @@ from duet.evaluation.attacks.attacks import ATTACKS
 from duet.evaluation.attacks.rows import halves, read_attack_rows
 from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.commands import literal_console
+from duet.evaluation.generation import Continuation
 from duet.evaluation.scoring import Forced
 
 OPTIONS = {
@@ -406,6 +407,43 @@ def test_few_shot_never_shows_the_answer_that_it_asks_for(monkeypatch, subjects)
     for row, turns in asked:
         assert len(turns) == 2 and row.answer not in {answer for _, answer in turns}
         assert row.question not in {question for question, _ in turns}
+
+
+def test_a_forced_opening_is_asked_with_and_not_judged(monkeypatch):
+    """The attacker gave the first words away: only the rest, which the model says, is looked for."""
+    row = {"question": "who is ada ?", "answer": "ada was a poet of the sea"}
+    target = Target(tiny(), word_tokenizer(), read_attack_rows([row], "rows"))
+    asked = []
+    said = [(Continuation("poet of blue city", 4, True), False)]
+    monkeypatch.setattr(target, "say", lambda prompts, most: asked.extend(prompts) or said)
+    name, work = next(ATTACKS["prefill"].units(target))
+    (outcome,) = work()
+    opening = target.answer_ids(target.rows[0].conversation, "ada was a")
+    assert name == "the answer's own opening" and asked[0][-len(opening) :] == opening
+    assert outcome["recall"] == 0.5 and outcome["leaked"] == 1
+
+
+def test_the_worst_variant_stands_for_an_attack():
+    """Two of three rows of it were judged, one of which leaks; of the other variant none does."""
+    judged = [("mild", "ok", 0), ("worst", "ok", 1), ("worst", "ok", 0), ("worst", "cut", None)]
+    rows = [{"variant": v, "status": s, "leaked": leaked} for v, s, leaked in judged]
+    end = {"variant": "", "done": True, "queries": 4, "steps": 0, "seconds": 1.0}
+    entry = attack_run._entry("prefill", [*rows, end])
+    assert (entry["worst_variant"], entry["leak"]) == ("worst", 0.5)
+    assert attack_run.unjudged(entry) == pytest.approx(1 / 3)
+    assert entry["variants"]["worst"]["rows"] == 2 and entry["variants"]["mild"]["leak"] == 0
+
+
+@pytest.mark.parametrize("members, others", [([1, 2, 3], [5, 6, 7]), ([5, 6, 7], [1, 2, 3])])
+def test_an_auc_on_either_side_of_chance_is_a_leak(members, others):
+    """Forgotten answers that look stranger than answers that were never seen are told from them as well."""
+    outcomes = [
+        {"member": member, "score": float(score)}
+        for member, scores in ((True, members), (False, others))
+        for score in scores
+    ]
+    leak = distribution.auc_leak(outcomes)
+    assert leak["leak"] == 1.0 and leak["auc"] == float(members < others)
 
 
 def test_heldout_wordings_that_training_saw_are_left_out():

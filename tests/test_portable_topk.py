@@ -85,6 +85,7 @@ def test_infinities_and_nan(way, k):
     z[2, 100 : 100 + k] = torch.inf
     z[3] = torch.nan
     z[4, -2:] = torch.inf
+    z[5, V - 2] = torch.nan
     _check(z, k)
 
 

@@ -283,6 +283,20 @@ def test_ignored_labels_and_masks_are_not_ignored(impl):
     torch.testing.assert_close(mean, full[1::2].mean())
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_ignored_label_is_any_that_is_asked_for(impl):
+    """Some pad with an id of the vocabulary, or with -1."""
+    problem = make_problem(9, 61, 8)
+    for ignored in (-1, int(problem.labels[0])):
+        labels = problem.labels.clone()
+        labels[::3] = ignored
+        options = {"ignore_index": ignored, "impl": impl}
+        rows = linear_cross_entropy(problem.hidden, problem.head, labels, reduction="none", **options)
+        assert bool((rows[labels == ignored] == 0).all() and (rows[labels != ignored] > 0).all())
+        mean = linear_cross_entropy(problem.hidden, problem.head, labels, **options)
+        torch.testing.assert_close(mean, rows[labels != ignored].mean())
+
+
 class _Products(TorchDispatchMode):
     """Shapes that operations return."""
 

@@ -150,6 +150,8 @@ def test_bounds_are_those_of_the_kind(name):
     """The words that an error says, the bounds of the schema and the check itself agree."""
     kind = KINDS[name]
     rule, whole = of_hint(kind), int in typing.get_args(typing.get_args(kind)[0]) + typing.get_args(kind)
+    with pytest.raises(ValueError, match="got True"):  # which Python takes for 1
+        options.fitted("x", True, kind)
     assert name == "Number" or bounds(kind.__metadata__[0].words), "its words name no bounds"
     for number in NUMBERS:
         number = int(number) if whole and math.isfinite(number) and number == int(number) else number

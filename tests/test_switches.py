@@ -65,6 +65,18 @@ def test_the_base_model_is_the_one_that_peft_gives(kind):
         assert state(model) == before
 
 
+def test_an_adapter_that_is_merged_is_refused():
+    """Its weights cannot be told from the base's any more: what ran would be the student itself."""
+    model = adapted()
+    switches = Switches(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the base model's weights"), switches.base_model():
+        pass
+    model.unmerge_adapter()
+    with switches.base_model():
+        pass
+
+
 def test_what_was_frozen_off_or_in_evaluation_stays_so():
     """peft's own context would let every weight of the adapter train afterwards, and train() every module."""
     model = adapted()

@@ -266,6 +266,28 @@ def test_offsets_beyond_32_bits():
     assert dhidden.tolist() == [[16.0 + 2 * i for i in range(8)]]
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU would have to hold the memory")
+def test_a_row_of_dw_beyond_32_bits(tmp_path):
+    """Rows of dW that begin more than 2^31 elements in, the first of them where another row follows."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    v, d, columns = 4, 2**30 + 64, 16
+    path = tmp_path / "dweight"
+    dweight = torch.from_file(str(path), shared=True, size=(v - 1) * d + columns, dtype=torch.float16)
+    row, token, offset = (
+        torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 2, 3], [0, 0, 1, 1], [0, 1, 1, 3, 4])
+    )
+    hidden, dx = torch.arange(2.0 * columns).view(2, columns), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    sparse_weight._segments_kernel[(1,)](
+        offset, row, token, dx, hidden, hidden, dweight,
+        1, 8, v, d,
+        *hidden.stride(),
+        ACC=sparse_weight.accumulator(dx)[1], VOCABULARY=4, COLUMNS=columns, AHEAD=4, num_warps=1,
+    )  # fmt: skip
+    wanted = [hidden[0], 0 * hidden[0], 2 * hidden[0] + 3 * hidden[1], 4 * hidden[1]]
+    for i, each in enumerate(wanted):
+        assert torch.equal(dweight[i * d : i * d + columns].float(), each)
+
+
 def test_more_pairs_than_32_bits_are_refused():
     hidden = torch.zeros(1, 4).expand(2**20, 4)
     indices = torch.zeros(1, 1, dtype=torch.int64).expand(2**20, 2**11)
