@@ -142,6 +142,7 @@ def test_every_walk_is_the_same_sum(family, way, monkeypatch):
     columns(monkeypatch, 16)
     case = make_case(**FULL)
     case.ids[7:12] = torch.tensor([0, 31, 32, 63, 64, V - 1], device=DEVICE)
+    case.problem.labels[:6] = torch.tensor([0, 16, 32, 48, 64, V - 1], device=DEVICE)
     check(run(family, case), expected(family, case))
 
 

@@ -194,6 +194,19 @@ def test_every_way_is_the_same_sum(way, divergence, monkeypatch):
 
 
 @pytest.mark.parametrize("way", WALKS)
+def test_the_noise_is_that_of_the_largest_logit_of_all_slabs(way, monkeypatch):
+    """A logit of 1e9 in the first slab: differences of 1e-7 in the others are its rounding."""
+    columns(monkeypatch, 32)
+    force(monkeypatch, way)
+    case = problem(bias=True)
+    same = {"teacher_hidden": case.hidden, "teacher_weight": case.weight}
+    case = dataclasses.replace(case, **same, bias=case.bias.clone(), teacher_bias=case.bias + 1e-7)
+    assert all((x != 0).any() for x in run(case, "l1"))
+    case.bias[0] = case.teacher_bias[0] = 1e9
+    assert all((x == 0).all() for x in run(case, "l1"))
+
+
+@pytest.mark.parametrize("way", WALKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_every_way_adds_up_in_fp32(way, dtype, monkeypatch):
     force(monkeypatch, way)
