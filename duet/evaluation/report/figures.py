@@ -72,7 +72,9 @@ def frontier(points: Sequence[Point], forget: str, retain: str, better: tuple[st
             axis.plot(*zip(*ends, strict=True), color=GREY, linewidth=1, linestyle=":", zorder=1)
         axis.margins(0.12)
         _unit_limits(axis, [e for p in points for e in (p.forget, p.retain)])
-        axis.set_xlabel(_plain(forget) + {"↓": "\n← forgets more", "↑": "\nforgets more →"}.get(better[0], ""))
+        axis.set_xlabel(
+            _plain(forget) + {"↓": "\n← forgets more", "↑": "\nforgets more →"}.get(better[0], "")
+        )
         axis.set_ylabel(_plain(retain) + {"↓": "\n← keeps more", "↑": "\nkeeps more →"}.get(better[1], ""))
         figure.legend(drawn, names, loc="outside lower left", frameon=False, fontsize=10, labelspacing=0.3)
         _number_points(figure, axis, [(p.forget.mean, p.retain.mean) for p in points])
@@ -102,7 +104,7 @@ def _number_points(figure: Figure, axis: Axes, points: Sequence[tuple[float, flo
     (left, low), (right, high) = (scale * corner for corner in axis.get_window_extent().get_points())
     taken = [(x, y, 9.0, 9.0) for x, y in at]
     for i, (x, y) in enumerate(at):
-        wide = 4 + 7.0 * len(str(i + 1))
+        wide = 6 + 7.0 * len(str(i + 1))
         ring = ((r, k * math.pi / 8) for r in range(13, 400, 6) for k in range(16))
         for r, angle in ring:
             dx, dy = r * math.cos(angle), r * math.sin(angle)

@@ -1,6 +1,6 @@
 """What each metric is, and which direction is better; `docs/evaluate.md` says the same at more length.
 
-    ↓ lower is better     ↑ higher is better     ≈ near the base's, the retrained model's or 0 is better
+↓ lower is better     ↑ higher is better     ≈ near the base's, the retrained model's or 0 is better
 """
 
 from __future__ import annotations

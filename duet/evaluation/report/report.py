@@ -102,7 +102,9 @@ def write_topk(
 
     for argument, given in (("model_before", model_before), ("model_after", model_after), ("query", queries)):
         if not given:
-            raise ValueError(f"{argument}: first tokens before and after want two models and a query, got none")
+            raise ValueError(
+                f"{argument}: first tokens before and after want two models and a query, got none"
+            )
     if not all(map(str.strip, queries)):
         raise ValueError("query: wanted a text that is not empty, got ''")
     (before, tokenizer), (after, other) = (models.load(m, dtype, device) for m in (model_before, model_after))

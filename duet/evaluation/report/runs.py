@@ -192,7 +192,9 @@ def _kinds(folder: Path, argument: str, label: str | None, role: str | None) -> 
                 run.manifest, run.rows = read_run(folder, argument)
             for key in _NEEDED[kind]:
                 if key not in run.content:
-                    raise ValueError(f"{argument}: {folder / name} has no {key!r}; wanted what this version of duet writes")
+                    raise ValueError(
+                        f"{argument}: {folder / name} has no {key!r}; wanted what this version of duet writes"
+                    )
             if kind == "lm_eval":
                 run.manifest = run.content["manifest"]
             runs.append(run)
@@ -246,11 +248,12 @@ def _join(runs: Sequence[_Run]) -> list[Method]:
 def _role(run: _Run, bases: set, own: set, runs: Sequence[_Run]) -> str:
     """As another run of the model was given; the teacher is steered, or has the base's weights and a tokenizer that no student has."""
     given = [other.role for other in runs if other.role in (BASE, TEACHER) and other.model == run.model]
-    if given and run.model[0] is not None:
+    compared = run.manifest.get("base_fingerprint")
+    if given and run.model[0] is not None and compared in (None, run.model[0]):
         return given[0]
     if run.manifest.get("steering") is not None:
         return TEACHER
-    if run.model[0] is None or run.model[0] not in bases:
+    if run.model[0] is None or run.model[0] not in bases or compared not in (None, run.model[0]):
         return STUDENT
     students = {other.model[1] for other in runs if other.model[0] not in (None, *bases)}
     return BASE if run.model in own or run.model[1] in students or not students else TEACHER

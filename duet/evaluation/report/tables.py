@@ -43,6 +43,7 @@ def table_section(inputs: Inputs) -> Section:
         names = ", ".join(m.label for m in inputs.students if m.attacks is None)
         section.notes.append(f"Not attacked: {names} (no run of duet attack was given).")
     entries = {e["name"]: e for m in inputs.methods if m.attacks for e in m.attacks["attacks"]}
+    entries |= {DIRECT: m.attacks["direct"] for m in inputs.methods if m.attacks and m.attacks["direct"]}
     section.legend = {name: _about(entries[name]) for _, name, _ in lines if name in entries}
     section.legend |= _glossary(inputs.methods)
     reasons = {f"{c.text}: {c.why}" for row in grid.rows for c in row if c.why}
@@ -206,13 +207,19 @@ def _metric_lines(methods: Sequence[Method]) -> Iterator[Line]:
     }
     empty = {(task, ""): None for m in methods for task, entry in m.tasks.items() if not entry["metrics"]}
     for task, metric in wanted | empty:
-        yield task, f"{metric} {direction(task, metric)}".strip(), lambda method, at=(task, metric): _metric_cell(method, *at)
+        yield (
+            task,
+            f"{metric} {direction(task, metric)}".strip(),
+            lambda method, at=(task, metric): _metric_cell(method, *at),
+        )
 
 
 def _glossary(methods: Sequence[Method]) -> dict[str, str]:
     """Metric or number of the suite -> what it is, and which direction is better."""
     told = {}
-    for metric, entry in ((k, e) for m in methods for task in m.tasks.values() for k, e in task["metrics"].items()):
+    for metric, entry in (
+        (k, e) for m in methods for task in m.tasks.values() for k, e in task["metrics"].items()
+    ):
         meaning = METRICS.get(metric)
         what = entry.get("what") or (meaning.what if meaning else "")
         if not what:
@@ -237,7 +244,9 @@ def _metric_cell(method: Method, task: str, metric: str) -> Cell:
         return Cell(
             "undefined", why=f"{method.label}, {task} {metric}: no row has a value ({status or 'no rows'})"
         )
-    return _number((entry["mean"], entry["low"], entry["high"]), not_judged(method.tasks[task]))
+    rows = method.tasks[task].get("rows")
+    left_out = 1 - entry["rows"] / rows if rows and "rows" in entry else 0.0
+    return _number((entry["mean"], entry["low"], entry["high"]), not_judged({"unjudged": left_out}))
 
 
 def _number_lines(methods: Sequence[Method]) -> Iterator[Line]:

@@ -70,7 +70,10 @@ def compare_topk(
             for hidden, head in ((hidden_then, head_then), (hidden_now, head_now))
         ]
         ids = list(dict.fromkeys(tops[0] + tops[1]))
-        values = {"before": _logprobs(hidden_then, head_then, ids), "after": _logprobs(hidden_now, head_now, ids)}
+        values = {
+            "before": _logprobs(hidden_then, head_then, ids),
+            "after": _logprobs(hidden_now, head_now, ids),
+        }
         if instruction is not None:
             steered = renderer.encode((("user", question),), instruction)
             values["teacher"] = _logprobs(*_last_state(before, steered), ids)
