@@ -623,39 +623,68 @@ def browser():
     return next(filter(None, map(shutil.which, names)), None)
 
 
-@pytest.mark.skipif(browser() is None, reason="no chromium or chrome is installed: the page is not looked at")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_does_not_scroll_sideways(page, tmp_path, width):
-    """In a frame of that width, of which a script outside the page reads the layout."""
-    look = (
-        "let d=this.contentDocument, e=d.documentElement;"
-        "document.body.dataset.found=JSON.stringify({page:e.scrollWidth, frame:e.clientWidth,"
-        " svg:d.querySelector('svg').getBoundingClientRect().width,"
-        " text:d.body.innerText.length})"
-    )
-    outer = tmp_path / "outer.html"
+LOOK = """
+let box = document.querySelector('iframe'), d = box.contentDocument, e = d.documentElement;
+let open = [...d.querySelectorAll('.scroll')].filter(s => s.clientWidth);
+let seen = s => { let m = s.parentElement.querySelector('.more'), c = d.defaultView.getComputedStyle(m);
+  return m.offsetHeight > 5 && c.visibility == 'visible' && c.display != 'none' };
+let shade = s => +d.defaultView.getComputedStyle(s.parentElement, '::after').opacity;
+let cells = s => s.querySelector('tbody tr:not(.band) th').getBoundingClientRect().left - s.getBoundingClientRect().left;
+let told = {page: e.scrollWidth, frame: e.clientWidth, svg: d.querySelector('svg').getBoundingClientRect().width,
+  text: d.body.innerText.length, ink: d.defaultView.getComputedStyle(d.body).color,
+  tables: open.map(s => ({over: s.scrollWidth > s.clientWidth, hint: seen(s), shade: shade(s)}))};
+open.forEach(s => { s.scrollLeft = 1e6 });
+setTimeout(() => {
+  told.after = open.map(s => ({moved: s.scrollLeft > 0, hint: seen(s), shade: shade(s), first: cells(s)}));
+  document.body.dataset.found = JSON.stringify(told);
+}, 300);
+"""
+
+
+def looked_at(page, folder, width, scheme="light"):
+    """The layout of the page in a frame of that width, which a script outside the page reads, before and after scrolling."""
+    outer = folder / "outer.html"
     outer.write_text(
         f'<!doctype html><meta charset="utf-8"><body><iframe style="border:0;width:{width}px;height:900px" '
-        f'onload="{html.escape(look)}" srcdoc="{html.escape(page.read_text())}"></iframe></body>'
+        f'onload="setTimeout(look, 300)" srcdoc="{html.escape(page.read_text())}"></iframe>'
+        f"<script>function look() {{ {LOOK} }}</script></body>"
     )
     command = [
-        browser(),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    shown = subprocess.run(
-        [*command, "--window-size=1400,1000", "--dump-dom", outer.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+        browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
+        f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}", "--window-size=1400,1000",
+        "--virtual-time-budget=3000", "--dump-dom", outer.as_uri(),
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
     found = re.search(r'data-found="([^"]*)"', shown.stdout)
     assert found, shown.stderr[-500:]
-    told = json.loads(html.unescape(found.group(1)))
+    return json.loads(html.unescape(found.group(1)))
+
+
+needs_browser = pytest.mark.skipif(
+    browser() is None, reason="no chromium or chrome is installed: the page is not looked at"
+)
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_does_not_scroll_sideways(page, tmp_path, width):
+    told = looked_at(page, tmp_path, width)
     assert told["frame"] <= width and told["page"] <= told["frame"], told
     assert told["text"] > 500 and told["svg"] > 250
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_wide_tables_scroll_with_a_hint_and_a_fixed_first_column(tmp_path, width, scheme):
+    """Of the demo's seven methods: a shadow and a text, if and only if there is more to the right."""
+    demo = Path(__file__).parents[1] / "benchmarks/results/demo"
+    told = looked_at(report.write_report([str(demo)], tmp_path / "out"), tmp_path, width, scheme)
+    assert told["ink"] == ("rgb(29, 33, 38)" if scheme == "light" else "rgb(231, 234, 238)")
+    assert [table["over"] for table in told["tables"]] == [width == 390, False, False]
+    for before, after in zip(told["tables"], told["after"], strict=True):
+        assert before["hint"] == before["over"] and before["shade"] == float(before["over"])
+        assert after["moved"] == before["over"] and not after["hint"] and after["shade"] == 0
+        assert 0 <= after["first"] <= 2, "the first column stays"
 
 
 # --- command line ----------------------------------------------------------------------------------------------

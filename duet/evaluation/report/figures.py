@@ -60,12 +60,11 @@ def frontier(points: Sequence[Point], forget: str, retain: str, better: tuple[st
         for i, point in enumerate(points):
             colour = GREY if point.reference else COLOURS[i % len(COLOURS)]
             x, y = point.forget, point.retain
-            drawn += [
-                axis.errorbar(
-                    x.mean, y.mean, xerr=_arms(x), yerr=_arms(y), color=colour, marker=MARKS[i % len(MARKS)],
-                    markersize=7, elinewidth=1.2, capsize=2.5, linestyle="none",
-                )
-            ]  # fmt: skip
+            bars = axis.errorbar(
+                x.mean, y.mean, xerr=_arms(x), yerr=_arms(y), color=colour, marker=MARKS[i % len(MARKS)],
+                markersize=7, elinewidth=1.2, capsize=2.5, linestyle="none",
+            )  # fmt: skip
+            drawn.append(bars.lines[0])
         best = _front(points, better)
         if best:
             ends = [(p.forget.mean, p.retain.mean) for p in best]
@@ -105,7 +104,9 @@ def _number_points(figure: Figure, axis: Axes, points: Sequence[tuple[float, flo
     taken = [(x, y, 9.0, 9.0) for x, y in at]
     for i, (x, y) in enumerate(at):
         wide = 6 + 7.0 * len(str(i + 1))
-        ring = ((r, k * math.pi / 8) for r in range(13, 400, 6) for k in range(16))
+        # Diagonals first: error bars are horizontal and vertical.
+        turns = (2, 14, 6, 10, 1, 15, 7, 9, 3, 13, 5, 11, 0, 8, 4, 12)
+        ring = ((r, k * math.pi / 8) for r in range(13, 400, 6) for k in turns)
         for r, angle in ring:
             dx, dy = r * math.cos(angle), r * math.sin(angle)
             box = (x + dx, y + dy, wide, 13.0)

@@ -42,8 +42,9 @@ def table_section(inputs: Inputs) -> Section:
     if any(m.attacks is None for m in inputs.students):
         names = ", ".join(m.label for m in inputs.students if m.attacks is None)
         section.notes.append(f"Not attacked: {names} (no run of duet attack was given).")
-    entries = {e["name"]: e for m in inputs.methods if m.attacks for e in m.attacks["attacks"]}
-    entries |= {DIRECT: m.attacks["direct"] for m in inputs.methods if m.attacks and m.attacks["direct"]}
+    attacked = [m.attacks for m in inputs.methods if m.attacks]
+    told = [e for attacks in attacked for e in (*attacks["attacks"], attacks["direct"]) if e]
+    entries = {e["name"]: e for e in told}
     section.legend = {name: _about(entries[name]) for _, name, _ in lines if name in entries}
     section.legend |= _glossary(inputs.methods)
     reasons = {f"{c.text}: {c.why}" for row in grid.rows for c in row if c.why}
