@@ -2,7 +2,8 @@
 
     runs -> Inputs -> sections of notes, tables and figures -> report.html, report.md, figures/*.svg
 
-A section without inputs is left out; the last section says so in one line. An undefined number is shown as undefined, never as 0.
+A section without inputs is left out; the last section says so in one line. An undefined number is shown as undefined,
+never as 0.
 """
 
 from __future__ import annotations

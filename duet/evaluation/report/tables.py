@@ -122,7 +122,7 @@ def _leak_cell(entry: dict[str, Any], interval: dict[str, Any]) -> Cell:
 
 
 def not_judged(counted: Mapping[str, Any], words: str = "not judged") -> str:
-    """The share of a variant's or a task's rows that could not be judged; "" where there are none, or none were counted."""
+    """The share of a variant's rows that could not be judged; "" where there are none, or none were counted."""
     status = counted.get("status", {})
     share = counted.get("unjudged", 1 - status.get("ok", 0) / max(1, sum(status.values())) if status else 0.0)
     return f"{100 * share:.2g} % {words}" if 0 < share < 0.995 else f"100 % {words}" if share else ""
