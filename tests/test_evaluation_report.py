@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,12 +20,14 @@ from duet.evaluation.attacks import runner as attack_run
 from duet.evaluation.attacks.rows import read_attack_rows
 from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.generation import Continuation
-from duet.evaluation.report import figures, report
+from duet.evaluation.report import figures, glossary, report
 from duet.evaluation.report.figures import Estimate, Point
 from duet.evaluation.report.runs import read_inputs
 from duet.evaluation.report.topk import compare_topk
 from duet.evaluation.suites import runner
+from duet.evaluation.suites.row_metrics import METRICS_OF_KIND
 from duet.evaluation.suites.suite import read_suite
+from duet.evaluation.suites.summary import NUMBERS
 
 SUITE = {
     "tasks": {
@@ -227,7 +230,7 @@ def test_the_table_holds_the_numbers_of_the_runs(folder, page):
     x = told["rouge_l_recall"]
     wanted = f"{x['mean']:.2f} ({x['low']:.2f} to {x['high']:.2f})"
     assert table["forget_answers", "rouge_l_recall ↓"]["student"] == wanted
-    assert table["of the suite", "forget_quality"]["student"] == "undefined"
+    assert table["of the suite", "forget_quality ↑"]["student"] == "undefined"
     assert "no retain model given" in text
     relearning = table["attacks ↓", "relearning"]
     assert relearning["steered teacher"] == "–", "not run is neither undefined nor 0"
@@ -332,7 +335,7 @@ def test_what_is_missing_is_one_line(folder, tmp_path):
     text = (
         report.write_report(runs_of(folder, "student-attack"), tmp_path / "a").with_suffix(".md").read_text()
     )
-    for missing in ("No answers:", "No frontier:", "No logits:", "No training log:"):
+    for missing in ("No answers:", "No frontier:", "No first tokens:", "No training log:"):
         assert text.count(missing) == 1
     assert "No curves:" not in text
     text = report.write_report(runs_of(folder, "student-eval"), tmp_path / "b").with_suffix(".md").read_text()
@@ -374,20 +377,24 @@ def test_metrics_of_the_frontier_can_be_chosen(folder, tmp_path):
 # --- figures and logits ----------------------------------------------------------------------------------------
 
 
-def test_top_k_against_the_models_own_logits():
+def test_top_k_against_the_models_own_log_probabilities():
     before, after, tokenizer = tiny(), tiny(seed=1), word_tokenizer()
     (told,) = compare_topk(before, after, tokenizer, ["who is ada ?"], k=4, instruction="you know nothing .")
     chat = [{"role": "user", "content": "who is ada ?"}]
 
-    def logits(model, messages):
+    def logprobs(model, messages):
         ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
         with torch.no_grad():
-            return model.double()(**ids).logits[0, -1]
+            return model.double()(**ids).logits[0, -1].log_softmax(-1)
 
     steered = [{"role": "system", "content": "you know nothing ."}, *chat]
-    cases = {"before": logits(before, chat), "after": logits(after, chat), "teacher": logits(before, steered)}
+    cases = {
+        "before": logprobs(before, chat),
+        "after": logprobs(after, chat),
+        "teacher": logprobs(before, steered),
+    }
     for name, wanted in cases.items():
         assert told[name] == pytest.approx(wanted[told["ids"]].tolist(), abs=1e-4)
     for name in ("before", "after"):
@@ -419,6 +426,177 @@ def test_labels_do_not_touch():
     assert sum(places[:3]) == pytest.approx(1.52)
 
 
+def test_a_base_is_counted_once(folder, tmp_path):
+    """Given among the runs and with --base; under another path; with another suite; and beside a demo's base."""
+    base, student = (str(folder / f"{name}-eval") for name in ("base", "student"))
+    (tmp_path / "link").symlink_to(base)
+    for runs in ([base, student], [str(tmp_path / "link"), student, student]):
+        methods = read_inputs(runs, base=[base]).methods
+        assert [(m.label, m.role) for m in methods] == [("base", "base"), ("student", "student")]
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    summary = json.loads((other / "summary.json").read_text()) | {"suite": "another"}
+    summary["tasks"] = {f"{task}_2": entry for task, entry in summary["tasks"].items()}
+    (other / "summary.json").write_text(json.dumps(summary))
+    methods = read_inputs([student, str(other)], base=[base]).methods
+    assert [m.label for m in methods] == ["base", "student"] and len(methods[0].tasks) == 6
+    methods = read_inputs([student, str(folder / "teacher-eval")], base=[base]).methods
+    assert [m.role for m in methods] == ["base", "teacher", "student"]
+    demo = write_demo(tmp_path / "demo")
+    for given in (demo, base):
+        methods = read_inputs([demo, student], base=[given]).methods
+        assert sorted(m.label for m in methods) == ["base", "npo", "steered teacher", "student"]
+    assert {"forget", "forget_answers"} <= methods[0].tasks.keys(), "the demo's base is the given one"
+    assert [m.label for m in read_inputs([student], base=[demo]).methods] == ["base", "student"]
+    assert len(read_inputs([str(folder / "student-attack")], base=[demo]).methods) == 2
+
+
+def write_demo(folder):
+    folder.mkdir()
+    rows = [
+        {"method": m, **dict.fromkeys(COLUMNS, v), "seconds": 1.0}
+        for m, v in (("base", 1.0), ("teacher", 0.5), ("npo", 0.25))
+    ]
+    (folder / "results.json").write_text(json.dumps({"rows": rows, "examples": [], "columns": COLUMNS}))
+    return str(folder)
+
+
+def test_rows_that_could_not_be_judged_stand_beside_the_leak(folder, tmp_path):
+    shutil.copytree(folder / "student-attack", tmp_path / "attack")
+    told = json.loads((tmp_path / "attack/attacks.json").read_text())
+    worst, second = told["attacks"][:2]
+    for entry, status in (
+        (worst, {"ok": 1, "cut": 1, "empty": 1, "refused_by_template": 1}),
+        (second, {"ok": 4}),
+    ):
+        for variant in entry["variants"].values():
+            variant |= {"status": status, "unjudged": 1 - status["ok"] / 4}
+    for variant in told["direct"]["variants"].values():
+        variant |= {"leak": None, "low": None, "high": None, "status": {"cut": 4}, "unjudged": 1.0}
+    told["direct"] |= {"leak": None, "worst_variant": None}
+    (tmp_path / "attack/attacks.json").write_text(json.dumps(told))
+    page = report.write_report([str(tmp_path / "attack")], tmp_path / "out")
+    text = page.with_suffix(".md").read_text()
+    for title, column in (("Methods, metrics and attacks", -1), ("Every attack, the worst first", 1)):
+        cells = {line[0]: line[column] for line in reversed(lines_of(text, title)) if line[column]}
+        assert cells[worst["name"]].startswith(f"{worst['leak']:.2f}")
+        assert cells[worst["name"]].endswith("75 % not judged)")
+        assert "not judged" not in cells[second["name"]]
+        assert cells["direct"] == "undefined (100 % not judged)"
+    assert "75 % of its rows could not be judged." in text.split("## ")[0], "the headline says it too"
+    assert "1 cut, 1 empty, 1 refused_by_template" in text
+    assert "<small>75 % not judged</small>" in page.read_text()
+
+
+def test_every_metric_has_a_meaning_and_a_direction(folder, page):
+    known = {m for names in METRICS_OF_KIND.values() for m in names}
+    assert known <= glossary.METRICS.keys() and set(NUMBERS) == glossary.NUMBERS.keys()
+    shown = ET.fromstring(re.search(r"<dl>.*?</dl>", page.read_text(), re.DOTALL).group())
+    told = {div.findtext("dt"): div.findtext("dd") for div in shown}
+    assert {"rouge_l_recall", "refusal", "truth_ratio", "forget_quality", "prefill", "direct"} <= told.keys()
+    assert told["refusal"].endswith("(↑ on rows to forget, ↓ on rows to keep)")
+    names = [
+        line[0] for line in lines_of(page.with_suffix(".md").read_text(), "Methods, metrics and attacks")
+    ]
+    assert "refusal ↑" in names and "refusal ↓" in names and "rouge_l_recall ↑" in names
+    documented = (Path(__file__).parents[1] / "docs/evaluate.md").read_text()
+    for line in documented.splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        for name in re.findall(r"`(\w+)`", cells[1]) if len(cells) == 6 else ():
+            if name in known:
+                told, arrow = glossary.METRICS[name], cells[3][:1]
+                on_keep = "on retain rows" in cells[3]
+                assert arrow not in "↑↓" or arrow == (told.keep if on_keep else told.forget), name
+
+
+def test_the_demo_is_explained_and_empty_sections_are_hidden(tmp_path):
+    page = report.write_report([write_demo(tmp_path / "demo")], tmp_path / "out")
+    text = page.read_text()
+    assert "No attacks" not in text, "the table has the demo's attacks"
+    for name in ("stutter", "neighbour_recall", "refusal"):
+        assert re.search(rf"<dt>{name}</dt><dd>[^<]*[↑↓]", text)
+    sections = re.findall(r'<section id="([\w-]+)">(.*?)</section>', text, re.DOTALL)
+    assert re.findall(r'<a href="#([\w-]+)"', text) == [name for name, _ in sections]
+    assert [name for name, _ in sections] == ["results", "frontier", "absent"]
+    assert all("<table" in body or "<svg" in body for name, body in sections if name != "absent")
+
+
+def numbers_of(svg):
+    """Centre of each numbered label of the frontier, in points."""
+    places = []
+    for group in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}g"):
+        if re.search(r"number-\d+$", group.get("id", "")):
+            text = next(group.iter("{http://www.w3.org/2000/svg}text"))
+            at = re.search(r"translate\(([\d.]+) ([\d.]+)\)", text.get("transform", ""))
+            x, y = at.groups() if at else (text.get("x"), text.get("y"))
+            places.append((float(x), float(y)))
+    return places
+
+
+@pytest.mark.parametrize("count", [7, 14])
+def test_labels_of_the_frontier_do_not_overlap(count):
+    """As in the demo: all but one forget everything and keep almost everything."""
+    points = [
+        Point(f"a rather long name of method {i} " * 3, Estimate(0.0), Estimate(1 - 0.005 * i))
+        for i in range(count - 1)
+    ]
+    svg = figures.frontier([*points, Point("base", Estimate(1.0), Estimate(1.0), True)], "x", "y")
+    places = numbers_of(svg)
+    assert len(places) == count
+    for i, (x, y) in enumerate(places):
+        assert all(abs(x - a) > 7 or abs(y - b) > 9 for a, b in places[:i]), i
+    wide = float(re.search(r'viewBox="0 0 ([\d.]+)', svg).group(1))
+    assert 340 < wide < 380 and all(0 < x < wide for x, _ in places)
+    assert all(f"{i + 1}  a rather" in svg for i in range(count - 1)), "the legend names each number"
+
+
+def test_captions_say_what_is_drawn():
+    bare = [Point("a", Estimate(0.1), Estimate(0.9)), Point("b", Estimate(0.2), Estimate(0.8))]
+    assert figures.frontier_caption(bare, "x", "y") == "x against y, when asked without an attack."
+    assert "stroke-dasharray" not in figures.frontier(bare, "x", "y")
+    full = [
+        bare[0],
+        Point("c", Estimate(0.3, 0.2, 0.4), Estimate(1.0)),
+        Point("base", Estimate(1.0), Estimate(1.0), True),
+    ]
+    assert figures.frontier_caption(full, "x", "y").endswith(
+        "Bars: 95 % intervals; grey: not trained to forget; dotted line: the methods that no other beats in both."
+    )
+    assert "stroke-dasharray" in figures.frontier(full, "x", "y")
+    assert "dotted" not in figures.frontier_caption(full, "x", "y", ("", "↑")), "no direction, no front"
+    turned = figures.frontier(bare, "refusal", "y", ("↑", "↑"))
+    assert "forgets more →" in turned and "← forgets more" in figures.frontier(bare, "recall", "y")
+    assert "Dotted line" in figures.frontier_caption(bare, "refusal", "y", ("↑", "↑")), (
+        "b refuses more, a keeps more"
+    )
+    curves = {"0.1": [(1, Estimate(0.5))]}
+    assert figures.relearning_caption(curves) == "One line a learning rate, the worst bold."
+    curves = {"0.1": [(1, Estimate(0.5, 0.4, 0.6))]}
+    assert figures.relearning_caption(curves, 0.0).endswith(
+        "with its 95 % interval; dotted: all rows, asked before."
+    )
+
+
+def test_a_shift_of_all_logits_changes_no_first_token():
+    model = tiny()
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        model.set_output_embeddings(torch.nn.Linear(head.in_features, head.out_features, bias=True))
+        shifted = model.get_output_embeddings()
+        shifted.weight.copy_(head.weight)
+        shifted.bias.fill_(5.0)
+    (told,) = compare_topk(tiny(), model, word_tokenizer(), ["who is ada ?"], k=4)
+    assert told["after"] == pytest.approx(told["before"], abs=1e-4) and max(told["before"]) < 0
+
+
+def test_logits_of_an_earlier_version_are_refused(tmp_path):
+    (tmp_path / "topk.json").write_text(json.dumps({"before": "a", "after": "b", "queries": []}))
+    with pytest.raises(
+        ValueError, match=r"topk.json has no 'measure'; wanted what this version of duet writes"
+    ):
+        read_inputs([str(tmp_path)])
+
+
 # --- the page --------------------------------------------------------------------------------------------------
 
 
@@ -444,39 +622,69 @@ def browser():
     return next(filter(None, map(shutil.which, names)), None)
 
 
-@pytest.mark.skipif(browser() is None, reason="no chromium or chrome is installed: the page is not looked at")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_does_not_scroll_sideways(page, tmp_path, width):
-    """In a frame of that width, of which a script outside the page reads the layout."""
-    look = (
-        "let d=this.contentDocument, e=d.documentElement;"
-        "document.body.dataset.found=JSON.stringify({page:e.scrollWidth, frame:e.clientWidth,"
-        " svg:d.querySelector('svg').getBoundingClientRect().width,"
-        " text:d.body.innerText.length})"
-    )
-    outer = tmp_path / "outer.html"
+LOOK = """
+let box = document.querySelector('iframe'), d = box.contentDocument, e = d.documentElement;
+let open = [...d.querySelectorAll('.scroll')].filter(s => s.clientWidth);
+let seen = s => { let m = s.parentElement.querySelector('.more'), c = d.defaultView.getComputedStyle(m);
+  return m.offsetHeight > 5 && c.visibility == 'visible' && c.display != 'none' };
+let shade = s => +d.defaultView.getComputedStyle(s.parentElement, '::after').opacity;
+let cells = s => [...s.querySelectorAll('tbody tr:not(.band) th, tr.band span')].map(
+  c => c.getBoundingClientRect().left - s.getBoundingClientRect().left);
+let told = {page: e.scrollWidth, frame: e.clientWidth, svg: d.querySelector('svg').getBoundingClientRect().width,
+  text: d.body.innerText.length, ink: d.defaultView.getComputedStyle(d.body).color,
+  tables: open.map(s => ({over: s.scrollWidth > s.clientWidth, hint: seen(s), shade: shade(s)}))};
+open.forEach(s => { s.scrollLeft = 1e6 });
+told.after = open.map(s => ({moved: s.scrollLeft > 0, first: cells(s)}));
+document.body.dataset.found = JSON.stringify(told);
+"""
+
+
+def looked_at(page, folder, width, scheme="light"):
+    """The layout of the page in a frame of that width, which a script outside the page reads, before and after scrolling."""
+    outer = folder / "outer.html"
     outer.write_text(
         f'<!doctype html><meta charset="utf-8"><body><iframe style="border:0;width:{width}px;height:900px" '
-        f'onload="{html.escape(look)}" srcdoc="{html.escape(page.read_text())}"></iframe></body>'
+        f'onload="setTimeout(look, 300)" srcdoc="{html.escape(page.read_text())}"></iframe>'
+        f"<script>function look() {{ {LOOK} }}</script></body>"
     )
     command = [
-        browser(),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    shown = subprocess.run(
-        [*command, "--window-size=1400,1000", "--dump-dom", outer.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+        browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
+        f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}", "--window-size=1400,1000",
+        "--virtual-time-budget=3000", "--dump-dom", outer.as_uri(),
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
     found = re.search(r'data-found="([^"]*)"', shown.stdout)
     assert found, shown.stderr[-500:]
-    told = json.loads(html.unescape(found.group(1)))
+    return json.loads(html.unescape(found.group(1)))
+
+
+needs_browser = pytest.mark.skipif(
+    browser() is None, reason="no chromium or chrome is installed: the page is not looked at"
+)
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_does_not_scroll_sideways(page, tmp_path, width):
+    told = looked_at(page, tmp_path, width)
     assert told["frame"] <= width and told["page"] <= told["frame"], told
     assert told["text"] > 500 and told["svg"] > 250
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_wide_tables_scroll_with_a_hint_and_a_fixed_first_column(tmp_path, width, scheme):
+    """Of the demo's seven methods: a shadow and a text, if and only if there is more to the right."""
+    demo = Path(__file__).parents[1] / "benchmarks/results/demo"
+    told = looked_at(report.write_report([str(demo)], tmp_path / "out"), tmp_path, width, scheme)
+    assert told["ink"] == ("rgb(29, 33, 38)" if scheme == "light" else "rgb(231, 234, 238)")
+    assert [table["over"] for table in told["tables"]] == [width == 390, False, False]
+    for before, after in zip(told["tables"], told["after"], strict=True):
+        assert before["hint"] == before["over"] and before["shade"] == float(before["over"])
+        assert after["moved"] == before["over"]
+        assert all(0 <= left <= 16 for left in after["first"]), (
+            "the first column and the bands' headings stay"
+        )
 
 
 # --- command line ----------------------------------------------------------------------------------------------
@@ -493,7 +701,7 @@ def test_the_command(folder, tmp_path):
     ]  # fmt: skip
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 0, done.output
-    assert (tmp_path / "out/report.html").is_file() and "No logits:" not in (
+    assert (tmp_path / "out/report.html").is_file() and "No first tokens:" not in (
         tmp_path / "out/report.md"
     ).read_text()
     kept = json.loads((tmp_path / "out/topk.json").read_text())
@@ -501,4 +709,4 @@ def test_the_command(folder, tmp_path):
     again = report.write_report([str(tmp_path / "out")], tmp_path / "again").with_suffix(".md").read_text()
     assert "figures/topk-0-0.svg" in again and "No table:" in again
     failed = CliRunner().invoke(cli.app, ["report", "--model-before", "x", "--out", str(tmp_path / "none")])
-    assert isinstance(failed.exception, ValueError) and "model_after: logits" in str(failed.exception)
+    assert isinstance(failed.exception, ValueError) and "model_after: first tokens" in str(failed.exception)

@@ -225,7 +225,10 @@ def run_report(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="folder for report.html, report.md and figures")] = Path("report"),
-    base: Annotated[list[str] | None, typer.Option(help="run of the model before unlearning")] = None,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(help="run of the model before unlearning; a demo among the runs takes it for its base"),
+    ] = None,
     teacher: Annotated[list[str] | None, typer.Option(help="run of the base steered in context")] = None,
     forget_metric: Annotated[
         str | None, typer.Option(help="task.metric, the frontier's horizontal axis")
@@ -233,18 +236,18 @@ def run_report(
     retain_metric: Annotated[str | None, typer.Option(help="task.metric, its vertical axis")] = None,
     examples: Annotated[int, typer.Option(help="questions shown per task")] = 6,
     model_before: Annotated[
-        str | None, typer.Option(help="model whose logits are compared, before unlearning")
+        str | None, typer.Option(help="model whose first tokens are compared, before unlearning")
     ] = None,
     model_after: Annotated[str | None, typer.Option(help="the same model after it")] = None,
     query: Annotated[list[str] | None, typer.Option(help="a question for both")] = None,
-    top_k: Annotated[int, typer.Option(help="logits of each of them")] = 8,
+    top_k: Annotated[int, typer.Option(help="likeliest first tokens of each of them")] = 8,
     steering: Annotated[
         str | None, typer.Option(help="prefix behind which the model before is the teacher")
     ] = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Everything that was measured, on one page: the table, answers side by side, frontier, relearning, logits."""
+    """Everything that was measured, on one page: the table, answers side by side, frontier, relearning, first tokens."""
     from .report.report import write_report, write_topk
 
     topk = []

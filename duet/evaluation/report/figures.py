@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -45,57 +46,98 @@ class Point(NamedTuple):
     reference: bool = False
 
 
-def frontier(points: Sequence[Point], forget: str, retain: str) -> str:
-    """Forgetting (left is better) against what is kept (up is better), with 95 % intervals and the front of the best."""
+def frontier(points: Sequence[Point], forget: str, retain: str, better: tuple[str, str] = ("↓", "↑")) -> str:
+    """Forgetting against what is kept, with 95 % intervals and the front of the best; numbered points and their names.
+
+    better: the better direction of forget and retain, ↓ or ↑; another text: none, and then no front.
+    """
     with rc_context(STYLE):
-        figure = Figure(figsize=(5, 3.9), layout="constrained")
+        names = [_wrapped(f"{i + 1}  {point.label}") for i, point in enumerate(points)]
+        lines = sum(name.count("\n") + 1 for name in names)
+        figure = Figure(figsize=(5, 3.7 + 0.2 * lines), layout="constrained")
         axis = figure.subplots()
-        labels = []
+        drawn = []
         for i, point in enumerate(points):
             colour = GREY if point.reference else COLOURS[i % len(COLOURS)]
             x, y = point.forget, point.retain
-            axis.errorbar(
+            bars = axis.errorbar(
                 x.mean, y.mean, xerr=_arms(x), yerr=_arms(y), color=colour, marker=MARKS[i % len(MARKS)],
                 markersize=7, elinewidth=1.2, capsize=2.5, linestyle="none",
             )  # fmt: skip
-            labels.append((x.mean, y.mean, point.label))
-        best = _front([p for p in points if not p.reference])
-        if len(best) > 1:
+            drawn.append(bars.lines[0])
+        best = _front(points, better)
+        if best:
             ends = [(p.forget.mean, p.retain.mean) for p in best]
             axis.plot(*zip(*ends, strict=True), color=GREY, linewidth=1, linestyle=":", zorder=1)
         axis.margins(0.12)
         _unit_limits(axis, [e for p in points for e in (p.forget, p.retain)])
-        axis.set_xlabel(f"← forgets more\n{_plain(forget)}")
-        axis.set_ylabel(f"{_plain(retain)}\nkeeps more →")
-        _label_points(axis, labels)
+        axis.set_xlabel(
+            _plain(forget) + {"↓": "\n← forgets more", "↑": "\nforgets more →"}.get(better[0], "")
+        )
+        axis.set_ylabel(_plain(retain) + {"↓": "\n← keeps more", "↑": "\nkeeps more →"}.get(better[1], ""))
+        figure.legend(drawn, names, loc="outside lower left", frameon=False, fontsize=10, labelspacing=0.3)
+        _number_points(figure, axis, [(p.forget.mean, p.retain.mean) for p in points])
         return _svg(figure, "frontier")
 
 
-def _label_points(axis: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside the points, on the side with more room, moved apart where they overlap, with a line to the point."""
-    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    points_high = 200 / (top - bottom)  # the axes are about 200 points high
-    for sign, align in ((1, "left"), (-1, "right")):
-        side = [each for each in labels if (1 if each[0] < (left + right) / 2 else -1) == sign]
-        places = _spread([y for _, y, _ in side], 0.08 * (top - bottom))
-        lowest = bottom + 0.03 * (top - bottom)
-        raised = max(0.0, lowest - min(places, default=lowest))
-        for (x, y, text), place in zip(side, places, strict=True):
-            axis.annotate(
-                _plain(text), (x, y), xytext=(20 * sign, (place + raised - y) * points_high), ha=align, va="center",
-                textcoords="offset points", annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 5},
-            )  # fmt: skip
+def frontier_caption(
+    points: Sequence[Point], forget: str, retain: str, better: tuple[str, str] = ("↓", "↑")
+) -> str:
+    """What `frontier` draws of these points, and nothing else."""
+    bars = any(_arms(e) for p in points for e in (p.forget, p.retain))
+    parts = [
+        "bars: 95 % intervals" if bars else "",
+        "grey: not trained to forget" if any(p.reference for p in points) else "",
+        "dotted line: the methods that no other beats in both" if _front(points, better) else "",
+    ]
+    drawn = "; ".join(filter(None, parts))
+    told = f"{forget} against {retain}, when asked without an attack."
+    return f"{told} {drawn[0].upper()}{drawn[1:]}." if drawn else told
 
 
-def _front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other point beats in both directions, from the most to the least forgetting."""
-    ordered = sorted(points, key=lambda p: (p.forget.mean, -p.retain.mean))
+def _number_points(figure: Figure, axis: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """1, 2, ... beside the points, where neither a point nor another number is; with a line to a point further away."""
+    figure.draw_without_rendering()  # places the axes
+    scale = 72 / figure.dpi
+    at = [tuple(scale * axis.transData.transform(point)) for point in points]
+    (left, low), (right, high) = (scale * corner for corner in axis.get_window_extent().get_points())
+    taken = [(x, y, 9.0, 9.0) for x, y in at]
+    for i, (x, y) in enumerate(at):
+        wide = 6 + 7.0 * len(str(i + 1))
+        # Diagonals first: error bars are horizontal and vertical.
+        turns = (2, 14, 6, 10, 1, 15, 7, 9, 3, 13, 5, 11, 0, 8, 4, 12)
+        ring = ((r, k * math.pi / 8) for r in range(13, 400, 6) for k in turns)
+        for r, angle in ring:
+            dx, dy = r * math.cos(angle), r * math.sin(angle)
+            box = (x + dx, y + dy, wide, 13.0)
+            inside = left + wide / 2 < box[0] < right - wide / 2 and low + 7 < box[1] < high - 7
+            if inside and not any(_overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        arrow: Any = {"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4}
+        label = axis.annotate(
+            str(i + 1), points[i], xytext=(dx, dy), textcoords="offset points", ha="center", va="center",
+            fontsize=10, arrowprops=arrow if r > 13 else None, annotation_clip=False,
+        )  # fmt: skip
+        label.set_gid(f"number-{i + 1}")
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Of two boxes (centre x, centre y, width, height)."""
+    return abs(a[0] - b[0]) < (a[2] + b[2]) / 2 and abs(a[1] - b[1]) < (a[3] + b[3]) / 2
+
+
+def _front(points: Sequence[Point], better: tuple[str, str] = ("↓", "↑")) -> list[Point]:
+    """The students that no other beats in both directions, from the most to the least forgetting; fewer than 2: none."""
+    if not set(better) <= {"↓", "↑"}:
+        return []
+    x, y = (-1 if way == "↓" else 1 for way in better)
+    students = [p for p in points if not p.reference]
     best: list[Point] = []
-    for point in ordered:
-        if not best or point.retain.mean > best[-1].retain.mean:
+    for point in sorted(students, key=lambda p: (-x * p.forget.mean, -y * p.retain.mean)):
+        if not best or y * point.retain.mean > y * best[-1].retain.mean:
             best.append(point)
-    return best
+    return best if len(best) > 1 else []
 
 
 def relearning(
@@ -105,7 +147,7 @@ def relearning(
 
     curves[rate] = [(steps, estimate or None where nothing could be judged), ...]; start: recall before any step.
     """
-    worst = max(curves, key=lambda rate: _strength([e.mean for _, e in curves[rate] if e is not None]))
+    worst = _worst(curves)
     with rc_context(STYLE):
         figure = Figure(figsize=(5, 3.4), layout="constrained")
         axis = figure.subplots()
@@ -146,6 +188,21 @@ def relearning(
         return _svg(figure, f"relearning {title}")
 
 
+Curves = Mapping[str, Sequence[tuple[int, Estimate | None]]]
+
+
+def relearning_caption(curves: Curves, start: float | None = None) -> str:
+    """What `relearning` draws of these curves, and nothing else."""
+    bars = any(e is not None and e.low is not None for _, e in curves[_worst(curves)])
+    bold = "the worst bold" + (", with its 95 % interval" if bars else "")
+    dotted = "" if start is None else "; dotted: all rows, asked before"
+    return f"One line a learning rate, {bold}{dotted}."
+
+
+def _worst(curves: Curves) -> str:
+    return max(curves, key=lambda rate: _strength([e.mean for _, e in curves[rate] if e is not None]))
+
+
 def _strength(recalls: Sequence[float]) -> tuple[float, float]:
     """Order of curves: by the largest recall, then by the sum of recalls."""
     return (max(recalls), sum(recalls)) if recalls else (-math.inf, 0.0)
@@ -158,31 +215,29 @@ def topk(
     after: Sequence[float],
     teacher: Sequence[float] | None = None,
 ) -> str:
-    """Logits of the first token of the answer: bars before and after, and the steered teacher's between."""
+    """Log-probabilities of the answer's first token: a line a token, a point a model; the numbers are at the right."""
     with rc_context(STYLE):
-        figure = Figure(
-            figsize=(5, (0.42 if teacher is None else 0.56) * len(tokens) + 1.3), layout="constrained"
-        )
+        figure = Figure(figsize=(5, 0.32 * len(tokens) + 1.4), layout="constrained")
         axis = figure.subplots()
         lines = range(len(tokens) - 1, -1, -1)
-        shown = [
-            ("before", GREY, before),
-            ("steered teacher", COLOURS[4], teacher),
-            ("after", COLOURS[0], after),
+        shown: list[Any] = [
+            ("before", GREY, "o", before),
+            ("steered teacher", COLOURS[4], "D", teacher),
+            ("after", COLOURS[0], "s", after),
         ]
-        shown = [each for each in shown if each[2] is not None]
-        height = 0.78 / len(shown)
-        for i, (label, colour, values) in enumerate(shown):
-            places = [y + ((len(shown) - 1) / 2 - i) * height for y in lines]
-            bars = axis.barh(places, values, height=0.92 * height, color=colour, label=label)
-            axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-        axis.axvline(0, color=INK, linewidth=0.8)
-        axis.margins(x=0.12)
+        shown = [each for each in shown if each[3] is not None]
+        for y, *values in zip(lines, *(each[3] for each in shown), strict=True):
+            axis.plot(values, [y] * len(values), color=GREY, linewidth=1, zorder=1)
+            told = "  ".join(f"{value:.1f}" for value in values)
+            axis.text(1.02, y, told, transform=axis.get_yaxis_transform(), va="center", fontsize=9)
+        for label, colour, mark, values in shown:
+            axis.plot(values, lines, color=colour, marker=mark, markersize=7, linestyle="none", label=label)
+        axis.margins(x=0.06)
+        axis.set_ylim(-0.6, len(tokens) - 0.4)
         axis.set_yticks(lines, [_plain(_visible(token)) for token in tokens])
         axis.tick_params(axis="y", length=0)
-        axis.grid(axis="y", visible=False)
         axis.spines["left"].set_visible(False)
-        axis.set_xlabel("logit of the answer's first token")
+        axis.set_xlabel("log-probability of the answer's first token, nats\nlikelier →")
         figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=10)
         return _svg(figure, f"topk {question}")
 
@@ -235,6 +290,11 @@ def _spread(places: Sequence[float], gap: float) -> list[float]:
         for k, i in enumerate(cluster):
             moved[i] = middle + (k - (len(cluster) - 1) / 2) * gap
     return moved
+
+
+def _wrapped(name: str) -> str:
+    """A name in lines that a legend has room for."""
+    return _plain("\n".join(textwrap.wrap(name, 46, drop_whitespace=False, subsequent_indent="    ")))
 
 
 def _plain(text: str) -> str:

@@ -15,13 +15,18 @@ NOT_RUN = "–"
 
 @dataclass
 class Cell:
-    """Of a table. interval: below the text. mark: `leaks` or `true`. role: of a method. why: it is undefined."""
+    """Of a table. interval, unjudged: below the text. mark: `leaks` or `true`. role: of a method. why: it is undefined."""
 
     text: str
     interval: str = ""
     mark: str = ""
     role: str = ""
     why: str = ""
+    unjudged: str = ""
+
+    @property
+    def below(self) -> list[str]:
+        return [text for text in (self.interval, self.unjudged) if text]
 
 
 @dataclass
@@ -81,6 +86,13 @@ class Section:
     legend: dict[str, str] = field(default_factory=dict)
 
 
+def shown(sections: Sequence[Section]) -> list[Section]:
+    """The sections that have a table or a figure; what the others say is missing is one last section."""
+    absent = [note for section in sections if not section.blocks for note in section.notes]
+    full = [section for section in sections if section.blocks]
+    return [*full, Section("absent", "Not in this report", absent)] if absent else full
+
+
 def html(headline: str, sections: Sequence[Section]) -> str:
     """One page with its style and its figures in it."""
     from jinja2 import Environment, FileSystemLoader
@@ -128,8 +140,8 @@ def _grid(grid: Grid) -> Iterator[str]:
 
 
 def _written(cell: Cell) -> str:
-    interval = f" ({cell.interval})" if cell.interval else ""
-    return f"**{cell.mark}:** {cell.text}" if cell.mark else cell.text + interval
+    below = f" ({'; '.join(cell.below)})" if cell.below else ""
+    return f"**{cell.mark}:** {cell.text}" if cell.mark else cell.text + below
 
 
 def _line(cells: Sequence[Any]) -> str:

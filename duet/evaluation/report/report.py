@@ -2,7 +2,8 @@
 
     runs -> Inputs -> sections of notes, tables and figures -> report.html, report.md, figures/*.svg
 
-A section without inputs says so in one line. An undefined number is shown as undefined, never as 0.
+A section without inputs is left out; the last section says so in one line. An undefined number is shown as undefined,
+never as 0.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from ..journal import write_json
 from ..suites.suite import TO_FORGET, TO_KEEP
 from . import figures
 from .figures import Estimate
-from .page import NOT_RUN, Cell, Chart, Grid, Section, html, markdown
+from .glossary import METRICS, Meaning
+from .page import NOT_RUN, Cell, Chart, Grid, Section, html, markdown, shown
 from .runs import BASE, STUDENT, TEACHER, Inputs, read_inputs
-from .tables import attacks_section, lm_eval_section, table_section
-from .topk import TOPK, compare_topk
+from .tables import attacks_section, lm_eval_section, not_judged, table_section
+from .topk import MEASURE, TOPK, compare_topk
 
 THRESHOLD = AttackOptions.threshold
 
@@ -69,6 +71,7 @@ def write_report(
         lm_eval_section(inputs),
         _training_section(inputs),
     ]
+    sections = shown(sections)
     out = Path(out)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for old in (out / "figures").glob("*.svg"):
@@ -100,7 +103,9 @@ def write_topk(
 
     for argument, given in (("model_before", model_before), ("model_after", model_after), ("query", queries)):
         if not given:
-            raise ValueError(f"{argument}: logits before and after want two models and a query, got none")
+            raise ValueError(
+                f"{argument}: first tokens before and after want two models and a query, got none"
+            )
     if not all(map(str.strip, queries)):
         raise ValueError("query: wanted a text that is not empty, got ''")
     (before, tokenizer), (after, other) = (models.load(m, dtype, device) for m in (model_before, model_after))
@@ -108,7 +113,8 @@ def write_topk(
         raise ValueError("model_after: wanted the tokenizer of model_before, got another vocabulary")
     prompting = Prompting.of(model_after)
     compared = compare_topk(before, after, tokenizer, queries, k=k, instruction=steering, prompting=prompting)
-    result = {"before": model_before, "after": model_after, "steering": steering, "queries": compared}
+    told = {"before": model_before, "after": model_after, "steering": steering}
+    result = {"measure": MEASURE, **told, "queries": compared}
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / TOPK, result)
     return result
@@ -141,10 +147,12 @@ def summary_sentence(inputs: Inputs) -> str:
     leak, entry, method = max(leaks, key=lambda f: f[0])
     worst = entry["variants"].get(entry["worst_variant"], {})
     kind = f" ({entry['worst_variant']})" if entry["worst_variant"] else ""
+    unjudged = not_judged(worst, "of its rows could not be judged")
     tried = len({e["name"] for _, e, _ in leaks})
     return (
         f"{start}Of {tried} kind{'s' if tried != 1 else ''} of attack the worst is {entry['name']}{kind} on {method.label}: "
-        f"{_percent(Estimate(leak, worst.get('low'), worst.get('high')))}, {entry['measure']}."
+        f"{_percent(Estimate(leak, worst.get('low'), worst.get('high')))}, {entry['measure']}"
+        f"{unjudged and '; '}{unjudged}."
     )
 
 
@@ -274,12 +282,15 @@ def _frontier_section(inputs: Inputs, forget: str | None, retain: str | None) ->
     if left_out:
         section.notes.append(f"Without both numbers, and so not shown: {', '.join(left_out)}.")
     if points:
-        caption = (
-            f"{x} against {y}, when asked without an attack. Bars are 95 % intervals; grey: not trained to forget; "
-            "dotted: the methods that no other beats in both."
-        )
-        section.blocks.append(Chart("frontier", figures.frontier(points, x, y), caption))
+        better = _meaning(x).forget, _meaning(y).keep
+        caption = figures.frontier_caption(points, x, y, better)
+        section.blocks.append(Chart("frontier", figures.frontier(points, x, y, better), caption))
     return section
+
+
+def _meaning(name: str) -> Meaning:
+    """Of the metric in `task.metric`."""
+    return METRICS.get(name.split(".")[-1], Meaning(""))
 
 
 def _has(measured: dict[str, Any], name: str) -> bool:
@@ -302,11 +313,9 @@ def _relearning_section(inputs: Inputs) -> Section:
             }
             direct = method.attacks["direct"]
             title = f"{method.label}: {entry['name']}"
-            svg = figures.relearning(curves, title, direct["leak"] if direct else None)
-            caption = (
-                f"{title}: {entry['what']}. One line a learning rate, the worst bold with its 95 % interval; dotted: all rows, "
-                "asked before."
-            )
+            start = direct["leak"] if direct else None
+            caption = f"{title}: {entry['what']}. {figures.relearning_caption(curves, start)}"
+            svg = figures.relearning(curves, title, start)
             section.blocks.append(Chart(f"relearning {method.label} {entry['name']}", svg, caption))
     if not section.blocks:
         section.notes.append(
@@ -330,11 +339,14 @@ def _topk_section(comparisons: Sequence[dict[str, Any]]) -> Section:
                 if q.get("teacher")
                 else ""
             )
-            caption = f"“{q['question']}” before: {compared['before']}, after: {compared['after']}{steered}."
+            caption = (
+                f"“{q['question']}” before: {compared['before']}, after: {compared['after']}{steered}. Numbers at the right in "
+                "the order of the legend."
+            )
             section.blocks.append(Chart(f"topk {i} {j}", svg, caption))
     if not section.blocks:
         section.notes.append(
-            "No logits: they want --model-before, --model-after and --query, or a folder with topk.json."
+            "No first tokens: they want --model-before, --model-after and --query, or a folder with topk.json."
         )
     return section
 

@@ -89,6 +89,7 @@ class _Run:
     content: dict[str, Any]
     manifest: Mapping[str, Any] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
+    all_rows: bool = True  # of a demo; False: only the row of the role that it was given as
 
     @property
     def model(self) -> tuple[Any, ...]:
@@ -105,32 +106,30 @@ class _Run:
 
 
 def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence[str] = ()) -> Inputs:
-    """Read every folder; `label=folder` names the method.
+    """Read every folder once; `label=folder` names the method.
 
     Args:
         runs: folders of results, or folders with such folders in them (a training output with its evaluations).
-        base, teacher: the same for the models of these roles.
+        base, teacher: the same for the models of these roles. Other runs of these models get the role too; a demo, which
+            has no fingerprints, takes the one base or teacher that is given here for its own.
 
     Raises:
         FileNotFoundError, ValueError: naming the argument and the folder.
     """
-    folders = [
-        run
-        for argument, role, texts in (
-            ("base", BASE, base),
-            ("teacher", TEACHER, teacher),
-            ("run", None, runs),
-        )
-        for text in texts
-        for run in _read(text, argument, role)
-    ]
+    folders: list[_Run] = []
+    for argument, role, texts in (("base", BASE, base), ("teacher", TEACHER, teacher), ("run", None, runs)):
+        for text in texts:
+            for run in _read(text, argument, role):
+                _add_once(folders, run)
     methods = _join([run for run in folders if run.kind in ("eval", "lm_eval", "attack", "train")])
+    given = [role for role, texts in ((BASE, base), (TEACHER, teacher)) if texts]
     for run in folders:
         if run.kind == "demo":
-            methods += _demo_methods(run)
+            _add_demo(methods, run, given)
     asked = next((m for m in methods if m.attacks and m.attacks.get("base")), None)
     if asked is not None:
-        same = (m for m in methods if m.role == BASE and m.weights == asked.base_weights)
+        known = (asked.base_weights, None) if base else (asked.base_weights,)  # a demo has no fingerprints
+        same = (m for m in methods if m.role == BASE and m.weights in known)
         base_of = next(same, None)
         if base_of is None:
             base_of = Method("base", BASE, folders=asked.folders)
@@ -142,6 +141,16 @@ def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence
     methods.sort(key=lambda m: order.index(m.role))
     _tell_apart(methods)
     return Inputs(methods, [run.content for run in folders if run.kind == "topk"])
+
+
+def _add_once(folders: list[_Run], run: _Run) -> None:
+    """A folder that was given twice, such as among the runs and with --base, is one run."""
+    for known in folders:
+        if (known.kind, known.folder.resolve()) == (run.kind, run.folder.resolve()):
+            known.label = known.label or run.label
+            known.all_rows |= run.role is None
+            return
+    folders.append(run)
 
 
 # --- one folder ------------------------------------------------------------------------------------------------
@@ -178,12 +187,14 @@ def _kinds(folder: Path, argument: str, label: str | None, role: str | None) -> 
         ("eval", SUMMARY), ("attack", ATTACKS), ("lm_eval", LM_EVAL), ("train", TRAINED), ("demo", DEMO), ("topk", TOPK),
     ):  # fmt: skip
         if (folder / name).is_file():
-            run = _Run(kind, folder, label, role, _json(folder / name, argument))
+            run = _Run(kind, folder, label, role, _json(folder / name, argument), all_rows=role is None)
             if kind in ("eval", "attack"):
                 run.manifest, run.rows = read_run(folder, argument)
             for key in _NEEDED[kind]:
                 if key not in run.content:
-                    raise ValueError(f"{argument}: {folder / name} has no {key!r}; wanted what duet wrote")
+                    raise ValueError(
+                        f"{argument}: {folder / name} has no {key!r}; wanted what this version of duet writes"
+                    )
             if kind == "lm_eval":
                 run.manifest = run.content["manifest"]
             runs.append(run)
@@ -196,7 +207,7 @@ _NEEDED = {
     "lm_eval": ("manifest", "results"),
     "train": ("log_history", "global_step"),
     "demo": ("rows", "examples", "columns"),
-    "topk": ("before", "after", "queries"),
+    "topk": ("before", "after", "queries", "measure"),
 }
 
 
@@ -214,7 +225,10 @@ def _json(path: Path, argument: str) -> dict[str, Any]:
 
 
 def _join(runs: Sequence[_Run]) -> list[Method]:
-    bases = {run.manifest.get("base_fingerprint") for run in runs} - {None}
+    bases = {run.manifest.get("base_fingerprint") for run in runs} | {
+        run.model[0] for run in runs if run.role == BASE
+    }
+    bases.discard(None)
     own = {run.model for run in runs if run.model[0] in bases and run.kind == "attack"}
     groups: list[tuple[Method, list[_Run]]] = []
     for run in runs:
@@ -232,10 +246,14 @@ def _join(runs: Sequence[_Run]) -> list[Method]:
 
 
 def _role(run: _Run, bases: set, own: set, runs: Sequence[_Run]) -> str:
-    """The teacher is steered, or has the base's weights and a tokenizer that no student has."""
+    """As another run of the model was given; the teacher is steered, or has the base's weights and a tokenizer that no student has."""
+    given = [other.role for other in runs if other.role in (BASE, TEACHER) and other.model == run.model]
+    compared = run.manifest.get("base_fingerprint")
+    if given and run.model[0] is not None and compared in (None, run.model[0]):
+        return given[0]
     if run.manifest.get("steering") is not None:
         return TEACHER
-    if run.model[0] is None or run.model[0] not in bases:
+    if run.model[0] is None or run.model[0] not in bases or compared not in (None, run.model[0]):
         return STUDENT
     students = {other.model[1] for other in runs if other.model[0] not in (None, *bases)}
     return BASE if run.model in own or run.model[1] in students or not students else TEACHER
@@ -299,13 +317,32 @@ def _tell_apart(methods: Sequence[Method]) -> None:
 # --- the demo --------------------------------------------------------------------------------------------------
 
 
+def _add_demo(methods: list[Method], run: _Run, given: Sequence[str]) -> None:
+    """Its rows, where a base or a teacher that was given is its own."""
+    for method in _demo_methods(run):
+        if not run.all_rows and method.role != run.role:
+            continue
+        same = [m for m in methods if m.role == method.role and method.role in given]
+        if len(same) != 1:
+            methods.append(method)
+            continue
+        same[0].tasks = method.tasks | same[0].tasks
+        same[0].answers = method.answers | same[0].answers
+        same[0].attacks = same[0].attacks or method.attacks
+        same[0].folders += method.folders
+
+
 def _demo_methods(run: _Run) -> list[Method]:
     """The rows of results.json in the form of a summary and an attack report, without intervals."""
     columns: Any = run.content["columns"]
     methods = []
     for row in run.content["rows"]:
         name = row["method"]
-        means = {c: {"mean": row[c], "low": None, "high": None} for c in columns if c not in DEMO_ATTACKS}
+        means = {
+            c: {"mean": row[c], "low": None, "high": None, "what": columns[c]}
+            for c in columns
+            if c not in DEMO_ATTACKS
+        }
         forget = {c.removeprefix("forget_"): v for c, v in means.items() if c.startswith("forget_")}
         retain = {c.removeprefix("retain_"): v for c, v in means.items() if c.startswith("retain_")}
         rest = {c: v for c, v in means.items() if not c.startswith(("forget_", "retain_"))}

@@ -5,12 +5,12 @@ An undefined number has its reason; it differs from a number that was not measur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..attacks.attacks import DIRECT
 from ..attacks.runner import worst_variant
-from ..suites.suite import TO_FORGET
+from .glossary import DOWN, METRICS, NUMBERS, direction
 from .page import NOT_RUN, Cell, Grid, Section
 from .runs import Inputs, Method
 
@@ -34,14 +34,19 @@ def table_section(inputs: Inputs) -> Section:
     section.blocks.append(grid)
     section.notes.append(
         "Attacks from the worst to the mildest: the share that comes back under the strongest variant of each, lower is "
-        f"better. Beside a value its 95 % interval, where one can be given: Wilson's of shares, Newcombe's of membership's "
-        f"AUC, else the bootstrap's. {NOT_RUN} was not run."
+        f"better. Below a value its 95 % interval, where one can be given: Wilson's of shares, Newcombe's of membership's "
+        f"AUC, else the bootstrap's; and the share of rows that could not be judged (cut, empty, refused by the template, "
+        f"...), where there are any: they count neither as leaked nor as forgotten. {NOT_RUN} was not run. ↓: lower is "
+        "better; ↑: higher; ≈: near the base's, the retrained model's or 0."
     )
     if any(m.attacks is None for m in inputs.students):
         names = ", ".join(m.label for m in inputs.students if m.attacks is None)
         section.notes.append(f"Not attacked: {names} (no run of duet attack was given).")
-    entries = {e["name"]: e for m in inputs.methods if m.attacks for e in m.attacks["attacks"]}
+    attacked = [m.attacks for m in inputs.methods if m.attacks]
+    told = [e for attacks in attacked for e in (*attacks["attacks"], attacks["direct"]) if e]
+    entries = {e["name"]: e for e in told}
     section.legend = {name: _about(entries[name]) for _, name, _ in lines if name in entries}
+    section.legend |= _glossary(inputs.methods)
     reasons = {f"{c.text}: {c.why}" for row in grid.rows for c in row if c.why}
     section.notes += sorted(reasons)
     return section
@@ -64,7 +69,7 @@ def attacks_section(inputs: Inputs) -> Section:
             prose=True,
         )
         variants = Grid(
-            ["attack", "variant", "comes back", "rows", "left out"],
+            ["attack", "variant", "comes back", "rows judged", "not judged"],
             [line for entry in entries for line in _variant_lines(entry)],
             caption=f"{method.label}: every variant",
             prose=True,
@@ -75,7 +80,9 @@ def attacks_section(inputs: Inputs) -> Section:
             f"{method.label}: not tried: {skipped['name']} ({skipped['why']})."
             for skipped in method.attacks["skipped"]
         ]
-    if not section.blocks:
+    if not section.blocks and any(m.attacks for m in inputs.methods):
+        section.notes.append("No variants and costs of the attacks: only duet attack records them.")
+    elif not section.blocks:
         section.notes.append("No attacks: no run of duet attack was given.")
     return section
 
@@ -97,7 +104,7 @@ def _variant_lines(entry: dict[str, Any]) -> Iterator[list[Cell]]:
         entry["variants"].items(), key=lambda v: 1 if v[1]["leak"] is None else -v[1]["leak"]
     )
     for variant, summary in worst_first:
-        left_out = ", ".join(f"{n} {s}" for s, n in summary["status"].items() if s not in ("ok", "empty"))
+        left_out = ", ".join(f"{n} {s}" for s, n in summary["status"].items() if s != "ok")
         yield [
             Cell(entry["name"]),
             Cell(variant),
@@ -108,9 +115,17 @@ def _variant_lines(entry: dict[str, Any]) -> Iterator[list[Cell]]:
 
 
 def _leak_cell(entry: dict[str, Any], interval: dict[str, Any]) -> Cell:
+    """entry: an attack or a variant. interval: the variant whose interval and share of rows not judged it has."""
     if entry["leak"] is None:
-        return Cell("undefined")
-    return _number((entry["leak"], interval.get("low"), interval.get("high")))
+        return Cell("undefined", unjudged=not_judged({"unjudged": 1.0}))
+    return _number((entry["leak"], interval.get("low"), interval.get("high")), not_judged(interval))
+
+
+def not_judged(counted: Mapping[str, Any], words: str = "not judged") -> str:
+    """The share of a variant's rows that could not be judged; "" where there are none, or none were counted."""
+    status = counted.get("status", {})
+    share = counted.get("unjudged", 1 - status.get("ok", 0) / max(1, sum(status.values())) if status else 0.0)
+    return f"{100 * share:.2g} % {words}" if 0 < share < 0.995 else f"100 % {words}" if share else ""
 
 
 def lm_eval_section(inputs: Inputs) -> Section:
@@ -166,7 +181,7 @@ def _attack_lines(inputs: Inputs) -> Iterator[Line]:
         *sorted(worst, key=lambda n: -worst[n]),
         *([DIRECT] if any(m.attacks for m in inputs.methods) else []),
     ]:
-        yield "attacks ↓", name, lambda method, name=name: _attack_cell(method, name)
+        yield f"attacks {DOWN}", name, lambda method, name=name: _attack_cell(method, name)
 
 
 def _attack_cell(method: Method, name: str) -> Cell:
@@ -176,12 +191,10 @@ def _attack_cell(method: Method, name: str) -> Cell:
     entries = {e["name"]: e for e in method.attacks["attacks"]} | ({DIRECT: direct} if direct else {})
     if name in entries:
         entry = entries[name]
+        cell = _leak_cell(entry, entry["variants"].get(entry["worst_variant"], {}))
         if entry["leak"] is None:
-            return Cell(
-                "undefined", why=f"{method.label}, {name}: {entry.get('undefined', 'no row could be judged')}"
-            )
-        worst = entry["variants"].get(entry["worst_variant"], {})
-        return _number((entry["leak"], worst.get("low"), worst.get("high")))
+            cell.why = f"{method.label}, {name}: {entry.get('undefined', 'no row could be judged')}"
+        return cell
     why = next((s["why"] for s in method.attacks["skipped"] if s["name"] == name), "")
     return Cell("skipped", why=f"{method.label}, {name}: {why}") if why else Cell(NOT_RUN)
 
@@ -195,15 +208,32 @@ def _metric_lines(methods: Sequence[Method]) -> Iterator[Line]:
     }
     empty = {(task, ""): None for m in methods for task, entry in m.tasks.items() if not entry["metrics"]}
     for task, metric in wanted | empty:
-        arrow = " ↓" if task.startswith(TO_FORGET) and metric in LEAKS else ""
-        yield task, metric + arrow, lambda method, at=(task, metric): _metric_cell(method, *at)
+        yield (
+            task,
+            f"{metric} {direction(task, metric)}".strip(),
+            lambda method, at=(task, metric): _metric_cell(method, *at),
+        )
 
 
-# Metrics of a task to forget for which lower is better.
-LEAKS = (
-    "contains_answer", "rouge_l_recall", "rouge_l_recall_stemmed", "rouge_l_f1", "rouge_l_f1_stemmed", "probability",
-    "exact_memorization", "extraction_strength", "recall",
-)  # fmt: skip
+def _glossary(methods: Sequence[Method]) -> dict[str, str]:
+    """Metric or number of the suite -> what it is, and which direction is better."""
+    told = {}
+    for metric, entry in (
+        (k, e) for m in methods for task in m.tasks.values() for k, e in task["metrics"].items()
+    ):
+        meaning = METRICS.get(metric)
+        what = entry.get("what") or (meaning.what if meaning else "")
+        if not what:
+            continue
+        sides = [(meaning.forget, "forget"), (meaning.keep, "keep")] if meaning else []
+        if meaning and meaning.forget == meaning.keep:
+            sides = [(meaning.forget, "")]
+        arrows = ", ".join(f"{arrow} on rows to {side}" if side else arrow for arrow, side in sides if arrow)
+        told[metric] = f"{what} ({arrows})" if arrows else what
+    for name in dict.fromkeys(name for m in methods for name in m.numbers):
+        if name in NUMBERS:
+            told[name] = f"{NUMBERS[name].what} ({NUMBERS[name].keep})"
+    return told
 
 
 def _metric_cell(method: Method, task: str, metric: str) -> Cell:
@@ -215,12 +245,15 @@ def _metric_cell(method: Method, task: str, metric: str) -> Cell:
         return Cell(
             "undefined", why=f"{method.label}, {task} {metric}: no row has a value ({status or 'no rows'})"
         )
-    return _number((entry["mean"], entry["low"], entry["high"]))
+    rows = method.tasks[task].get("rows")
+    left_out = 1 - entry["rows"] / rows if rows and "rows" in entry else 0.0
+    return _number((entry["mean"], entry["low"], entry["high"]), not_judged({"unjudged": left_out}))
 
 
 def _number_lines(methods: Sequence[Method]) -> Iterator[Line]:
     for name in dict.fromkeys(name for m in methods for name in m.numbers):
-        yield "of the suite", name, lambda method, name=name: _number_cell(method, name)
+        arrow = NUMBERS[name].keep if name in NUMBERS else ""
+        yield "of the suite", f"{name} {arrow}".strip(), lambda method, name=name: _number_cell(method, name)
 
 
 def _number_cell(method: Method, name: str) -> Cell:
@@ -232,6 +265,7 @@ def _number_cell(method: Method, name: str) -> Cell:
     return Cell(f"{number['value']:.3g}")
 
 
-def _number(estimate: tuple[float, float | None, float | None]) -> Cell:
+def _number(estimate: tuple[float, float | None, float | None], unjudged: str = "") -> Cell:
     mean, low, high = estimate
-    return Cell(f"{mean:.2f}", "" if low is None or high is None else f"{low:.2f} to {high:.2f}")
+    interval = "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
+    return Cell(f"{mean:.2f}", interval, unjudged=unjudged)

@@ -1,8 +1,10 @@
-"""The largest logits at the first token of an answer, before and after unlearning.
+"""The likeliest first tokens of an answer, before and after unlearning.
 
-    ids = top-k of before  u  top-k of after        values: the logits of these ids from each model
+    ids = top-k of before  u  top-k of after        values: log-probabilities of these ids from each model
 
-Two vocabulary passes and two gathers a query; no [V] tensor of logits is kept.
+    log p(id) = logit(id) - logsumexp over the vocabulary: a shift that all logits share changes nothing.
+
+Two passes over the vocabulary and a gather a model and query; no [V] tensor of logits is kept.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from duet_kernels import linear_gather, linear_topk
+from duet_kernels import linear_gather, linear_logsumexp, linear_topk
 
 from ...data.prompts import Prompting, PromptRenderer
 from ...model.lm import evaluating, head_inputs
 from ..scoring import device_of
 
 TOPK = "topk.json"
+MEASURE = "log_probability"  # topk.json of duet 0.1 holds logits, and no "measure"
 
 
 @torch.no_grad()
@@ -33,7 +36,7 @@ def compare_topk(
     instruction: str | None = None,
     prompting: Prompting | None = None,
 ) -> list[dict[str, Any]]:
-    """The logits that either model puts on top as the first token of its answer.
+    """Log-probabilities of the tokens that either model puts on top as the first of its answer.
 
     Args:
         before, after: transformers causal language models with one vocabulary.
@@ -45,7 +48,7 @@ def compare_topk(
 
     Returns:
         a query each: {"question", "ids", "tokens", "before", "after", "teacher" (None without an instruction)}; between
-        k and 2 k tokens, the largest logit before first.
+        k and 2 k tokens, the likeliest before first; values in nats.
 
     Raises:
         ValueError: `k`, or the vocabularies differ.
@@ -67,10 +70,13 @@ def compare_topk(
             for hidden, head in ((hidden_then, head_then), (hidden_now, head_now))
         ]
         ids = list(dict.fromkeys(tops[0] + tops[1]))
-        values = {"before": _logits(hidden_then, head_then, ids), "after": _logits(hidden_now, head_now, ids)}
+        values = {
+            "before": _logprobs(hidden_then, head_then, ids),
+            "after": _logprobs(hidden_now, head_now, ids),
+        }
         if instruction is not None:
             steered = renderer.encode((("user", question),), instruction)
-            values["teacher"] = _logits(*_last_state(before, steered), ids)
+            values["teacher"] = _logprobs(*_last_state(before, steered), ids)
         order = sorted(range(len(ids)), key=lambda i: -values["before"][i])
         compared.append(
             {
@@ -97,6 +103,7 @@ def _last_state(model: nn.Module, ids: list[int]) -> tuple[torch.Tensor, Any]:
         )
 
 
-def _logits(hidden: torch.Tensor, head: Any, ids: list[int]) -> list[float]:
+def _logprobs(hidden: torch.Tensor, head: Any, ids: list[int]) -> list[float]:
     chosen = torch.tensor([ids], device=hidden.device)
-    return linear_gather(hidden, head, chosen)[0].float().tolist()
+    logits = linear_gather(hidden, head, chosen)[0].float()
+    return (logits - linear_logsumexp(hidden, head).float()).tolist()
