@@ -421,7 +421,7 @@ def arguments(data, out, *more):
     ]  # fmt: skip
 
 
-def test_from_files_to_the_page(data, tmp_path, capsys, monkeypatch):
+def test_from_files_to_the_page(data, tmp_path, capsys, monkeypatch, answers_end):
     assert command.main(arguments(data, tmp_path)) == command.NOT_REACHED
     assert "not reached: forget_recall" in capsys.readouterr().out
     with monkeypatch.context() as patch:  # killed after unlearning, before the examination
@@ -440,14 +440,10 @@ def test_from_files_to_the_page(data, tmp_path, capsys, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / jobs.RESULTS).read_text().splitlines()]
     assert [row["job"][0] for row in rows].count("unlearn") == 2
     (duet,) = [row for row in rows if row["job"][:2] == ["unlearn", "duet"]]
-    for column in (
-        "forget_quality",
-        "model_utility",
-        "extraction_strength",
-        "prefill_leak",
-        "relearning_1_leak",
-    ):
+    for column in ("forget_quality", "model_utility", "extraction_strength"):
         assert 0 <= duet[column] <= 1, column
+    for column in ("prefill_leak", "relearning_1_leak"):  # None: every answer of the tiny model was empty
+        assert duet[column] is None or 0 <= duet[column] <= 1, column
     assert duet["queries"] == 12 and duet["train_seconds"] > 0
     assert "Not reached" in (tmp_path / page.PAGE).read_text()
     before = (tmp_path / jobs.RESULTS).read_bytes()
