@@ -562,7 +562,7 @@ def test_brackets_in_paths_and_texts_are_printed(tmp_path, monkeypatch, capsys):
         cli.main()
     told = capsys.readouterr().out
     assert ended.value.code == 0 and f"written to {out}/summary.json" in told
-    assert f"left out: retain_answers (no such file in {folder})" in told
+    assert "left out: retain_answers (" in told and f" in {folder})" in told
     console = literal_console(width=100)
     with console.capture() as captured, commands.progress(console) as update:
         update("[red]task[/red] :smile:", 1, 1)
