@@ -234,7 +234,8 @@ def run(
             loss.token_bytes, loss.partials * acc.itemsize, whole=not loss.bounded,
         )  # fmt: skip
         planned = plan(shape, workspace_bytes(device))
-        planned = planned if any(need) else folds_alone(planned)
+        if as_beside and not any(need):
+            planned = folds_alone(planned)
         _Walk(sides, factor, loss, shape, planned).run(dhidden, dweight, dbias)
     return dhidden, dweight, None if dbias is None else dbias.to(out)
 
