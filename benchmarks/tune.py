@@ -12,7 +12,7 @@ Entries of other architectures stay. The file is reviewed and committed like cod
 The tiles of the kernels that walk over a product's logits (`SLAB_*`, `DENSE_*`, `STATS_*`) have no knob: reckoned at full
 bandwidth they are 5 to 7 of a dense loss's 40 ms (`triton/divergence.py`), so a faster tile gains less than `GAIN`.
 
-Must not know how a kernel uses its tile; new tables need only a `Knob` here.
+A new table needs only a `Knob` here.
 """
 
 from __future__ import annotations

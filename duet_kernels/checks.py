@@ -1,6 +1,6 @@
 """Argument checks of the public functions: each error names the argument, what came and what was wanted.
 
-Flattens leading shapes on the way. Must not know how anything is computed.
+Flattens leading shapes on the way.
 """
 
 from __future__ import annotations

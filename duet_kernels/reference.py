@@ -1,7 +1,7 @@
 """The definition: every operation in plain differentiable torch with full logits.
 
 Everything else in this package must agree with this room, judged in fp64. Half precisions are upcast to fp32,
-fp64 is kept; autograd differentiates. Never fast, never small. Must not know triton or any other room's algorithm.
+fp64 is kept; autograd differentiates. Never fast, never small.
 
 Legend: N tokens, D hidden size, V vocabulary, K selected ids, T temperature; z student logits, p teacher's and q
 student's distribution.

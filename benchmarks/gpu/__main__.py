@@ -8,8 +8,6 @@
 Writes gate.jsonl, one row a check, and the benchmark's rows and tables to benchmarks/results/<device> or to --out. A
 red gate prints no speed: the benchmark does not run (--anyway runs it, and its tables say that the gate was red). Where
 the gate's time did not suffice for every check the benchmark runs, and the exit status says that the gate is not green.
-
-Must not know what is checked (`correctness`, `conduct`, `limits`) nor how speed is measured (`benchmarks.anchor`).
 """
 
 from __future__ import annotations

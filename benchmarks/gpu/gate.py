@@ -4,8 +4,6 @@ Most of a first run is compiling, which the processes do side by side; what one 
 cache. They are forked from a server that has imported torch, so that starting one anew takes no import: it is done when
 the device no longer answers (an illegal access stays in a process), when a process died, and when a check never returned.
 A red check stops no other. A check that the time did not suffice for is `not run`, and then the gate is not green.
-
-Must not know what is checked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the checks are made of: `Check`, the sizes, the operations and how each is judged. Must not know any check.
+"""What the checks are made of: `Check`, the sizes, the operations and how each is judged.
 
 `QUICK` sizes run the same code in Triton's interpreter on a CPU.
 """

@@ -11,8 +11,6 @@ than of a formula for it. Two things keep this fast:
   has two layers of each kind (the first keeps less than the others: its input is the embedding, which is kept anyway), and for
   each kind one more run has a third: what that adds is added for all others. In each phase of a step (forward; backward of the top
   layer; backward of those below it) memory is linear in the number of layers.
-
-Must not know what a plan is made for.
 """
 
 import copy

@@ -28,9 +28,8 @@ from ..workspace import workspace_bytes
 
 MAX_ROWS = 8192  # rows of a vocabulary tile: keeps a tile wide enough to be an efficient product
 TILE_BYTES = 8 * 2**20  # a tile that stays in the last-level cache is folded several times faster
-WEIGHT_SHARE = (
-    8  # one part in so many of the workspace holds a slab of W that had to be cast, the others row chunks
-)
+# One part in so many of the workspace holds a slab of W that had to be cast, the others row chunks.
+WEIGHT_SHARE = 8
 ENOUGH_ROWS = 48  # rows of a chunk that are worth reading W for: three products of them beat four by tiles
 FEW_ROWS = 256  # so few rows are not cut on a GPU: they may have all their logits at once
 

@@ -52,9 +52,8 @@ from .terms import OF_LOGITS
 # To read W from memory takes about as long as to multiply this many rows with it: 10 FLOP for a byte of fp32.
 _READING_ROWS = 20
 _CACHED_BYTES = 8 * 2**20  # a W that stays in the last-level cache costs nothing to read again
-_TILE_BYTES = (
-    2**20
-)  # of a tile of logits: what is made of it and four times as much of W stay in the last-level cache
+# Of a tile of logits: what is made of it and four times as much of W stay in the last-level cache.
+_TILE_BYTES = 2**20
 _TILE_COPIES = 12  # of a tile: logits of both models and what is made of them
 
 

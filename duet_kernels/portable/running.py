@@ -1,6 +1,6 @@
 """Softmax sums that run over tiles of logits: the log-sum-exp, and the statistics of a distribution.
 
-Each takes in tiles one after the other, relative to the largest logit so far. Must not know where tiles come from.
+Each takes in tiles one after the other, relative to the largest logit so far.
 """
 
 from __future__ import annotations

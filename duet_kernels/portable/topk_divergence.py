@@ -1,6 +1,7 @@
 """A divergence between two small rows of logits and its gradient, in one sweep: the torch side of the loss.
 
-Serves the top-k losses (`[N, K]`); whole rows of the vocabulary are `dense_rows`. The derivatives are worked out in MATH.md; `reference.divergence` is the definition. Must not know where the logits come from.
+Serves the top-k losses (`[N, K]`); whole rows of the vocabulary are `dense_rows`. The derivatives are worked out in
+MATH.md; `reference.divergence` is the definition.
 
 Legend: N tokens, K slots, T temperature, x = z / T; p the teacher's and q the student's distribution.
 """

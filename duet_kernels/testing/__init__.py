@@ -7,7 +7,7 @@
 * `OPS` is one table of every differentiable operation with its options, `CHECKS` what each of them has to obey, and
   `gradient_contract(op, problem)` runs them. An `Op` of your own (a loss built on these, say) obeys the same.
 
-Definition: `impl="reference"`. Uses public functions only; must not know how anything is computed.
+Definition: `impl="reference"`. Uses public functions only.
 """
 
 from .budget import (

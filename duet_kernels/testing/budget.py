@@ -1,4 +1,4 @@
-"""How far a result may be from the truth: no further than torch's own. Must not know what is judged."""
+"""How far a result may be from the truth: no further than torch's own."""
 
 from __future__ import annotations
 

@@ -15,9 +15,8 @@ from .budget import Error, assert_within_budget, rms, worst
 from .operations import Op
 from .problems import Problem
 
-LOGITS_ERROR = (
-    2 * torch.finfo(torch.float32).eps
-)  # relative, between two ways of summing the products of one logit
+# Relative, between two ways of summing the products of one logit.
+LOGITS_ERROR = 2 * torch.finfo(torch.float32).eps
 
 
 def gradients(

@@ -1,4 +1,4 @@
-"""One table of every differentiable operation with its options, as functions of a problem. Must not judge them."""
+"""One table of every differentiable operation with its options, as functions of a problem."""
 
 from __future__ import annotations
 

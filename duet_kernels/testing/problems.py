@@ -1,4 +1,4 @@
-"""Inputs for tests: hidden states, heads, labels and a teacher, with real probability mass. Must not judge anything."""
+"""Inputs for tests: hidden states, heads, labels and a teacher, with real probability mass."""
 
 from __future__ import annotations
 

@@ -24,15 +24,16 @@ should cancel.
 
 Over the logits of a block (`dense` says which blocks and slabs): pick the values and overwrite them with what counts
 as -inf; fold (m, s); the loss of the rows; dz, which is 0 at what was overwritten; the ids' own dz put there. Bytes and
-FLOP at N 8192, D 4096, V 128256, bf16, G = 2 N D V = 8.6 TFLOP; rates as measured for such kernels on an H200:
+FLOP at N 8192, D 4096, V 128256, bf16, G = 2 N D V = 8.6 TFLOP; times of an H200, commit 471f8a8
+(benchmarks/results/nvidia-h200/kernels.md, cross-entropy frozen):
 
 | step          | work             | reads and writes of the kernels here   | bound by               |
 |---------------|------------------|----------------------------------------|------------------------|
 | logits        | 1 G              | the product's: 4 N V                   | product                |
-| finish        | softcap, bias    | 8 N V, where a head has one of them    | 2.0 ms                 |
-| take, put     | N K ids          | 64 bytes an id                         | latency, 0.05 ms       |
-| fold          | 8 FLOP a logit   | 4 N V = 4.2 GB                         | 1.0 ms at 4.4 TB/s     |
-| dz            | 8 FLOP a logit   | (4 + 2) N V = 6.3 GB                   | 1.6 ms at 4.0 TB/s     |
+| finish        | softcap, bias    | 8 N V, where a head has one of them    | memory                 |
+| take, put     | N K ids          | 64 bytes an id                         | latency                |
+| fold          | 8 FLOP a logit   | 4 N V = 4.2 GB                         | 0.94 ms at 4.5 TB/s    |
+| dz            | 8 FLOP a logit   | (4 + 2) N V = 6.3 GB                   | 1.5 ms at 4.1 TB/s     |
 | dh, dW        | 1 G each         | the product's: 4 N V, W, dW            | product                |
 """
 

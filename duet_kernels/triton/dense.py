@@ -6,7 +6,7 @@
     then      dh[rows] += dz W[slab]       dW[slab] += dz^T h[rows]       db[slab] += sum_n dz[n]
 
 Legend: N tokens, D hidden size, V vocabulary, R rows of logits, M >= R rows of dz, C columns of a slab, ACC fp32 (fp64
-for fp64 inputs), G = 2 N D V. A loss says which folds go before its gradient; must not know which loss it is.
+for fp64 inputs), G = 2 N D V. A loss says which folds go before its gradient.
 
 Two ways within the workspace; `dense_plan` takes the one it reckons faster:
 

@@ -1,8 +1,8 @@
-"""How many rows and columns of logits a dense loss holds at a time. Must not know tensors, kernels, or which loss it is.
+"""How many rows and columns of logits a dense loss holds at a time.
 
 * At hand: R rows of whole logits, as many as fit, then dz of M = R, 2 R, 4 R ... rows. R below 128 or, with a trainable
-  head, M below 512 cost more than a product saves: 128 rows multiply at 402 TFLOP/s on an H200, 512 at 662, 1024 at 728,
-  and every M rows dW is read and written in ACC, 1 ms at D 4096, V 128256.
+  head, M below 512 cost more than a product saves: few rows multiply slowly, and every M rows dW is read and written in
+  ACC.
 * Recomputed otherwise: folds of as many rows as leave slabs of 2048 columns, and then the same for the gradient. Where
   the sum of dh in ACC leaves less than 1024 rows, dW and dh are made one after the other. A loss without folds has
   nothing to recompute and goes this way first.

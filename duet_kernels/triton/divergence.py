@@ -28,14 +28,14 @@ Passes over the logits of a block (`dense` says which blocks and slabs, and has 
 a softcap): the moments above, of one tile of a row at a time, so that nothing is rescaled before they are merged; the sums
 of terms and of a, for all distributions but the two of `ONE_SWEEP`; the gradient. Raw divergences need no moments: value
 and gradient in one pass (l1 asks for the largest logit before). Bytes and FLOP at N 8192, D 4096, V 128256, bf16,
-G = 2 N D V = 8.6 TFLOP; times at the rates that such kernels reached on an H200:
+G = 2 N D V = 8.6 TFLOP; times of an H200, commit 471f8a8 (benchmarks/results/nvidia-h200/kernels.md, jsd frozen):
 
 | step                 | work            | reads and writes of the kernels here   | bound by                    |
 |----------------------|-----------------|----------------------------------------|-----------------------------|
 | logits s and t       | 2 G             | the product's: 8 N V                   | product                     |
-| moments              | 60 FLOP a pair  | 8 N V = 8.4 GB                         | 1.9 ms at 4.5 TB/s          |
-| terms (jsd, ...)     | 60 FLOP a pair  | 8 N V = 8.4 GB                         | 2.0 ms at 4.2 TB/s (beta 1/2) |
-| dz                   | 40 FLOP a pair  | (8 + 2) N V = 10.5 GB                  | 3.3 ms at 3.1 TB/s          |
+| moments              | 60 FLOP a pair  | 8 N V = 8.4 GB                         | 2.3 ms at 3.7 TB/s          |
+| terms (jsd, ...)     | 60 FLOP a pair  | 8 N V = 8.4 GB                         | 2.8 ms at 3.0 TB/s          |
+| dz                   | 40 FLOP a pair  | (8 + 2) N V = 10.5 GB                  | 3.2 ms at 3.2 TB/s          |
 | dh, dW               | 1 G each        | the product's: 4 N V, W, dW            | product                     |
 """
 

@@ -4,8 +4,6 @@ Arithmetic is written once for the compiler and the CPU interpreter, hence three
 that makes it (the interpreter computes bf16 wrongly and without a word). Only `tl.exp`, `tl.log` and arithmetic are
 used (libdevice does not exist there). A number argument is declared `tl.float64` and narrowed by `number`: an
 undeclared one is rounded to fp32, and fp64 inputs would see it.
-
-Must not know any op: no tile, no loss, no layout beyond "a row of a matrix".
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Logits that are written, read once and forgotten: tokens of a product x columns of the vocabulary, and their memory.
 
-Must not know what reads them: bytes a token needs come as a function of the columns.
+The bytes that a token needs come as a function of the columns.
 """
 
 from collections.abc import Callable, Iterable

@@ -18,14 +18,15 @@ Segments may be long (one id that every token chose), so the sorted pairs are al
 a chunk that lies inside one segment is summed ahead of time by a program of its own. Their number E / chunk is known on
 the host, so nothing is synchronised; the stream then takes such a chunk as one step.
 
-Bytes and time at N 8192, K 64, D 4096, V 128256, bf16 (bytes calculated):
+Bytes (calculated) and time at N 8192, K 64, D 4096, V 128256, bf16, of an H200, commit 471f8a8
+(benchmarks/results/nvidia-h200/kernels.md, Huber trainable):
 
-| kernel   | reads                         | writes  | measured, H200, prototype: uniform ids / Zipf ids |
-|----------|-------------------------------|---------|---------------------------------------------------|
-| sort     | E rows (torch)                | 12 E    | 0.11 ms                                            |
-| pairs    | E dx and places               | 8 E     | –                                                  |
-| chunks   | h of whole chunks, from L2    | E / 256 x 4 D at most | 0.03 / 0.17 ms                       |
-| segments | N K D C of h, mostly from L2  | V D C   | 0.63 / 0.68 ms; writing alone is 0.25 ms           |
+| kernel   | reads                         | writes                | likeliest / Zipf ids |
+|----------|-------------------------------|-----------------------|----------------------|
+| sort     | E rows (torch)                | 12 E                  | 0.05 ms              |
+| pairs    | E dx and places               | 8 E                   | 0.02 ms              |
+| chunks   | h of whole chunks, from L2    | E / 256 x 4 D at most | 0.02 / 0.16 ms       |
+| segments | N K D C of h, mostly from L2  | V D C                 | 0.58 / 0.62 ms       |
 
 Memory: the sort (about 24 E bytes), the sorted pairs (8 E) and the sums of chunks (at most 64 MiB).
 """

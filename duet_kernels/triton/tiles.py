@@ -90,9 +90,8 @@ LOSS = {
     (0, 2): LossTile(64, 256, 128, 4, 96),
     (0, 4): LossTile(64, 128, 64, 4, 96),
     (0, 8): LossTile(64, 64, 32, 4, 128),
-    (100, 2): LossTile(
-        64, 256, 128, 4, 104
-    ),  # with 96 registers the compiler for sm_100 keeps 8 bytes in memory
+    # With 96 registers the compiler for sm_100 keeps 8 bytes in memory.
+    (100, 2): LossTile(64, 256, 128, 4, 104),
 }
 LOSS_MASKED_REGISTERS = 128
 LOSS_SLOTS = LOSS[0, 2].rows
@@ -102,9 +101,8 @@ SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels ha
 # K gathered rows of W a token. Calculated: N K D bytes at 4.3 TB/s against 2 N D V FLOP at 790 TFLOP/s (fp32: 50, fp64: 60)
 # and 8 N V bytes (D 4096).
 GATHER_CROSSOVER = {(0, 2): 156, (0, 4): 23, (0, 8): 55}
-GATHER_MIN_TOKENS = (
-    256  # tokens of a product whose logits the workspace must hold: fewer would read W too often
-)
+# Tokens of a product whose logits the workspace must hold: fewer would read W too often.
+GATHER_MIN_TOKENS = 256
 DWEIGHT_CHUNK = 256  # sorted pairs summed ahead of time when all of them belong to one vocabulary row
 DWEIGHT_PARTIAL_BYTES = 64 << 20  # at most this much for those sums: above it the chunks grow
 
@@ -194,9 +192,7 @@ class SkinnyTile(NamedTuple):
 # 48 KB of W or more under way in an SM, by Little's law above; several programs an SM hide each other's ends.
 SKINNY = {
     (0, 2, 16): SkinnyTile(128, 64, 4, 4),
-    (90, 2, 16): SkinnyTile(
-        128, 128, 4, 4
-    ),  # 144 KB of shared memory; 0.238 ms on an H200, the row above 0.262
+    (90, 2, 16): SkinnyTile(128, 128, 4, 4),  # 144 KB of shared memory, which smaller cards do not have
     (0, 2, 64): SkinnyTile(128, 64, 4, 4),
     (0, 4, 16): SkinnyTile(128, 32, 3, 8),
     (0, 4, 64): SkinnyTile(128, 32, 3, 8),
@@ -293,11 +289,11 @@ SLAB_ROWS = 1
 SLAB_COLUMNS = {4: 1024, 8: 512}  # by the bytes of a logit: 8 (4) pairs a thread, 10 programs an SM
 SLAB_WARPS = 4
 SLAB_PROGRAMS = 1056  # eight for every SM of an H200: rows are split until there are as many
-SOFTMAX_PROGRAMS = 8192  # of one side's logits: 4.08 TB/s on an H200, with 1056 programs 4.0
-# What folds once: one row and so many columns a program, in one warp. 4.4 TB/s on an H200, a loop over 4 warps 2.5-3.1.
+SOFTMAX_PROGRAMS = 8192  # of one side's logits
+# What folds once: one row and so many columns a program, in one warp. A loop over 4 warps was slower on an H200.
 DENSE_FOLD_COLUMNS = {4: 1024, 8: 512}
 DENSE_FOLD_WARPS = 1
-# What sums over a longer piece of a row, so many columns at a time: jsd 3.83 TB/s on an H200.
+# What sums over a longer piece of a row, so many columns at a time.
 TERMS_COLUMNS, TERMS_STEPS, TERMS_WARPS = {4: 512, 8: 256}, 16, 2
 DENSE_MERGE = 512  # partial statistics of a kind that a program of a merge holds
 SLOTS = 256  # ids that a program picks, rows of a loss of the label
