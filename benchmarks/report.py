@@ -53,10 +53,14 @@ def line(row: Row) -> str:
 
 
 def where(rows: Sequence[Row]) -> str:
-    """Device and versions, once for all rows."""
+    """Device and versions, once for all rows; with a commit where rows of a provider were measured at another one."""
     first = rows[0]
-    peers = sorted({(r.provider, r.provider_version) for r in rows if r.ms is not None})
-    versions = [f"{name} {v}" for name, v in peers if name != "torch"]
+    peers = sorted({(r.provider, r.provider_version, r.commit) for r in rows if r.ms is not None})
+    versions = [
+        f"{name} {version}" + ("" if commit == first.commit else f" (measured at {commit})")
+        for name, version, commit in peers
+        if name != "torch"
+    ]
     driver = [f"driver {first.driver}", f"clocks {first.clocks}"] if first.driver else []
     return ", ".join(
         [

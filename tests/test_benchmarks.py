@@ -214,6 +214,11 @@ def test_comparison_finds_the_faster():
     assert "2 rows in both, 0 only in A, 0 only in B" in text
 
 
+def test_a_peer_that_was_measured_at_another_commit_says_so():
+    peer = dataclasses.replace(fake("liger", "JSD", 9.0, 1.0), provider_version="0.8", commit="old")
+    assert "liger 0.8 (measured at old), commit c" in report.where([fake("torch", "eager", 9.0, 1.0), peer])
+
+
 def test_the_table_sets_everyone_against_ours():
     text = report.tables([fake("torch", "eager", 30.0, 90.0), fake("duet_kernels", "chunked", 10.0, 4.0)])
     assert "| **duet_kernels chunked** | 10 (9 – 11) | 1 × | 4 | 10% | 1e-07 |" in text
