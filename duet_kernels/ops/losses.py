@@ -24,11 +24,11 @@ from .op import (
     gradients_like,
     implementation,
     needs_gradient,
+    plain,
     present,
     refuse_second_derivative,
     save_for_backward,
     times,
-    traced,
 )
 from .primitives import linear_gather_backward
 
@@ -74,7 +74,7 @@ def _gradient(
     if any(need[1:]) and not ctx.reduce:
         others = [g.to(ctx.dtype) for g in again(need._replace(hidden=False), grad)[1:]]
     elif any(need[1:]):
-        if traced(grad):
+        if not plain(grad):
             others = [(g * grad).to(ctx.dtype) for g in others]
         else:
             if ctx.given_away:

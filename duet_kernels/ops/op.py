@@ -77,11 +77,11 @@ class Op:
         self.eager = type("Eager", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
     def __call__(self, first: Tensor, *args: Any) -> Any:
-        return (self.eager if _plain(first) else self.custom)(first, *args)
+        return (self.eager if plain(first) else self.custom)(first, *args)
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether nobody traces: no compiler, no tensor subclass, no function transform."""
+def plain(x: Tensor) -> bool:
+    """Whether nobody traces (no compiler, no tensor subclass, no function transform). Only then something may be written in place."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return False
     return not torch._C._are_functorch_transforms_active()
@@ -101,14 +101,9 @@ def refuse_second_derivative(name: str) -> None:
         raise RuntimeError(no_second_derivative(name))
 
 
-def traced(x: Tensor) -> bool:
-    """Whether a compiler or a tensor subclass follows what is done with x: then nothing may be written in place."""
-    return torch.compiler.is_compiling() or type(x) is not Tensor
-
-
 def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor * gradient, rounded to `dtype`; no temporary in the dtype of the factor."""
-    if traced(factor) or torch._C._are_functorch_transforms_active():
+    if not plain(factor):
         return (gradient * factor).to(dtype)
     out = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
     return torch.mul(gradient, factor, out=out)
