@@ -348,4 +348,6 @@ def test_sums_of_gathered_halves_are_short(monkeypatch):
     got = linear_gather(problem.hidden, problem.head, ids, impl="chunked")
     assert sum(lengths) >= 1100 and max(lengths) <= 512
     truth = (problem.hidden.double() @ problem.weight.double().T).gather(1, ids)
-    assert_within_budget(got, truth, (problem.hidden.float() @ problem.weight.float().T).gather(1, ids), name="z")
+    assert_within_budget(
+        got, truth, (problem.hidden.float() @ problem.weight.float().T).gather(1, ids), name="z"
+    )
