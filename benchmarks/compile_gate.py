@@ -363,7 +363,12 @@ def examine(case: Case, launch: Launch, arch: int) -> Resources:
     )
 
 
-def run(archs: tuple[int, ...] = ARCHITECTURES, only: str = "", sample: int = 1) -> list[Resources]:
+def run(
+    archs: tuple[int, ...] = ARCHITECTURES,
+    only: str = "",
+    sample: int = 1,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> list[Resources]:
     """The whole gate: every case's distinct launches on every architecture.
 
     `sample`: of each kernel in each dtype only the first one, the `sample`-th after it, and so on.
@@ -373,6 +378,8 @@ def run(archs: tuple[int, ...] = ARCHITECTURES, only: str = "", sample: int = 1)
         seen: set[str] = set()
         counted: collections.Counter[tuple[str, torch.dtype]] = collections.Counter()
         for case in cases():
+            if case.dtype not in dtypes:
+                continue
             with recorded(arch) as launches:
                 case.call()
             for launch in launches:
@@ -406,6 +413,12 @@ def main() -> int:
     parser.add_argument(
         "--sample", type=int, default=1, help="of each kernel and dtype every so-many-th launch"
     )
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=[str(d).removeprefix("torch.") for d in DTYPES],
+        help="default: all",
+    )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
@@ -414,7 +427,8 @@ def main() -> int:
             "compile_gate: TRITON_INTERPRET is set; interpreted kernels cannot be compiled", file=sys.stderr
         )
         return 2
-    rows = run(tuple(arguments.arch or ARCHITECTURES), arguments.only, arguments.sample)
+    dtypes = tuple(getattr(torch, name) for name in arguments.dtype or ()) or DTYPES
+    rows = run(tuple(arguments.arch or ARCHITECTURES), arguments.only, arguments.sample, dtypes)
     bad = sum(bool(row.problems) for row in rows)
     report = (
         f"`make compile`, triton {triton.__version__}, torch {torch.__version__}; N {N}, D {D}, V {V}, K {K}\n\n"
