@@ -7,10 +7,9 @@ than of a formula for it. Two things keep this fast:
 * One run serves every batch. It is made with R = 1,000,003 rows, a prime: a tensor whose bytes R divides grows with the batch, any
   other does not. What is alive is a line in the batch, and a peak the largest of some lines.
 * A model of many equal layers is not run whole. Its decoder layers are sorted by kind (class, shapes of the weights, what the
-  configuration lists for it). One run
-  has two layers of each kind (the first keeps less than the others: its input is the embedding, which is kept anyway), and for
-  each kind one more run has a third: what that adds is added for all others. In each phase of a step (forward; backward of the top
-  layer; backward of those below it) memory is linear in the number of layers.
+  configuration lists for it). One run has two layers of each kind (the first keeps less than the others: its input is the
+  embedding, which is kept anyway), and for each kind one more run has a third: what that adds is added for all others. In each
+  phase of a step (forward; backward of the top layer; backward of those below it) memory is linear in the number of layers.
 """
 
 import copy
