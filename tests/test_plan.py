@@ -125,6 +125,21 @@ def folder(tmp_path):
     return str(tmp_path / "model")
 
 
+@pytest.fixture(scope="module")
+def simulated():
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def simulations_are_kept(simulated, monkeypatch):
+    """From test to test, as a planner keeps them from budget to budget: they follow from the configuration alone."""
+
+    def begin(planner, config):
+        planner.config, planner._simulated = config, simulated.setdefault(config.to_json_string(), {})
+
+    monkeypatch.setattr(Planner, "__init__", begin)
+
+
 def test_the_command_line_prints_where_the_memory_goes(folder):
     words = ["plan", "--model", folder, "--gpu-memory", "256MiB", "--reserve", "16MiB"]
     text = run(*words)
