@@ -192,7 +192,9 @@ def topk_distill_loss(
         divergence: see above.
         normalization: for distributions only. `renormalize` (default): both over the k ids. `tail`: one more bucket
             for all other ids. `zeroed`: teacher over the k ids, student's full softmax (`forward_kl` only).
-            `truncated`: the sum over the k ids of full softmaxes; may be negative (`forward_kl` only).
+            `truncated`: the sum over the k ids of full softmaxes; may be negative (`forward_kl`, `reverse_kl`).
+            `generalized`: the same with q - p added to each term of KL(p||q), p - q to each of KL(q||p); no term is
+            negative (`forward_kl`, `reverse_kl`).
         temperature: T, 0.001 to 1000; must be 1 for raw logits, and `teacher.temperature` where the teacher's tail is
             used.
         beta: weight of the first KL where an equation has two, 0.001 to 0.999.
@@ -213,7 +215,8 @@ def topk_distill_loss(
 
     Memory and FLOP: raw logits and `renormalize` touch K rows of W a token: 2 N K D for the loss, 2 N K D for dh, and
     for a trainable head 2 N K D for dW; no vocabulary-sized product. The others add those of `linear_logsumexp`.
-    Source: DUET (arXiv 2601.21283) equation 3 for `huber`; MATH.md for all.
+    Source: DUET (arXiv 2601.21283) equation 3 for `huber`, MOPD (arXiv 2606.30406) equation 5 for `generalized`;
+    MATH.md for all.
 
     Example:
         >>> hidden, weight = torch.zeros(1, 2, requires_grad=True), torch.eye(2)

@@ -27,7 +27,8 @@ class TopK(NamedTuple):
             fp64 inputs). A value of -inf marks an absent slot (ragged rows).
         indices: `[..., K]` int64 ids.
         tail_logsumexp: `[...]` log-sum-exp of z / temperature over the ids that were **not** selected; -inf when
-            nothing is left. None where it is not known: only the normalizations `tail` and `truncated` read it.
+            nothing is left. None where it is not known: only the normalizations `tail`, `truncated` and
+            `generalized` read it.
         temperature: the temperature T of `tail_logsumexp`.
         log_probabilities: the values are logits minus a constant of each token that nobody knows (`from_logprobs`).
             Losses of raw logits refuse them.

@@ -134,10 +134,10 @@ def divergence(
         present = torch.cat([present, torch.ones_like(present[:, :1])], -1)
     total_s = torch.logsumexp(slots_s, -1, keepdim=True)
     total_t = torch.logsumexp(slots_t, -1, keepdim=True)
-    if spec.normalization in ("zeroed", "truncated"):
+    if spec.normalization in ("zeroed", "truncated", "generalized"):
         assert student_tail_n is not None
         total_s = torch.logaddexp(total_s, student_tail_n[:, None])
-    if spec.normalization == "truncated":
+    if spec.normalization in ("truncated", "generalized"):
         assert teacher_tail_n is not None
         total_t = torch.logaddexp(total_t, teacher_tail_n[:, None])
     # Slots that are absent get log-probabilities of 0 on both sides and probabilities of 0: they add nothing.
@@ -146,7 +146,12 @@ def divergence(
     q = logq.exp().masked_fill(~present, 0)
     p = logp.exp().masked_fill(~present, 0)
     pair = _Pair(p, q, logp, logq, _noise(slots_s, slots_t))
-    return _OF_DISTRIBUTIONS[spec.name](pair, spec)
+    loss = _OF_DISTRIBUTIONS[spec.name](pair, spec)
+    if (
+        spec.normalization == "generalized"
+    ):  # KL(a || b) and the sum of b - a, which is 0 over the whole vocabulary
+        loss = loss + (p - q if spec.name == "reverse_kl" else q - p).sum(-1)
+    return loss
 
 
 def _noise(s: Tensor, t: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ LOSSES = {
     "forward_kl": _topk(divergence="forward_kl"),
     "jsd-tail": _topk(divergence="jsd", normalization="tail", temperature=1.5),
     "zeroed": _topk(divergence="forward_kl", normalization="zeroed"),
+    "generalized": _topk(divergence="reverse_kl", normalization="generalized", temperature=1.5),
     "dense": _distill(divergence="reverse_kl"),
     "linear-tail": _distill(k=5, normalization="tail"),
     "linear-union": _distill(k=5, support="union", divergence="tvd"),

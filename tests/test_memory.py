@@ -136,6 +136,7 @@ OPERATIONS = {
     "student": _sparse("reverse_kl", "tail", support="student"),
     "zeroed": _sparse("forward_kl", "zeroed"),
     "truncated": _sparse("forward_kl", "truncated"),
+    "generalized": _sparse("reverse_kl", "generalized"),
     **{f"dense-{name}": _dense(name, "mean") for name in DIVERGENCES},
     "dense-none": lambda h, w, t: _dense("forward_kl", "none")(h, w, t).sum(),
     "masked": _masked,

@@ -82,7 +82,7 @@ def _topk_op(divergence: DivergenceName, normalization: Normalization | None = N
             **{**options, **more},
         )
 
-    with_sum = normalization in ("tail", "zeroed", "truncated")
+    with_sum = normalization not in (None, "renormalize")
     name = "-".join(["topk", divergence, *([normalization] if normalization else [])])
     resolve = "topk_distill_loss/lse" if with_sum else "topk_distill_loss"
     return Op(name, call, lambda problem: teacher(problem).indices, resolve)
