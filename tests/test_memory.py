@@ -5,6 +5,7 @@ and the allocator's own record of bytes.
 """
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -30,18 +31,20 @@ V, D = 32768, 4  # the weight itself, V D, stays below N V / 4
 
 
 class Sizes(TorchDispatchMode):
-    """The largest number of elements among all tensors that operations return, and the operation."""
+    """The largest number of elements among all tensors that operations return, the operation, and all shapes."""
 
     def __init__(self):
         super().__init__()
-        self.largest, self.by, self.seen = 0, None, set()
+        self.largest, self.by, self.seen, self.shapes = 0, None, set(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.seen.add(str(func))
         for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.numel() > self.largest:
-                self.largest, self.by = x.numel(), str(func)
+            if isinstance(x, torch.Tensor):
+                self.shapes.add(tuple(x.shape))
+                if x.numel() > self.largest:
+                    self.largest, self.by = x.numel(), str(func)
         return out
 
 
@@ -172,6 +175,27 @@ def test_the_detector_sees_inside_custom_ops():
     mode = _largest(OPERATIONS["tail"], 64)
     assert {"aten.mm.out", "aten.mm.default"} <= mode.seen
     assert any("scatter_add" in name for name in mode.seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_students_own_ids_need_nothing_of_vocabulary_size(frozen, dtype):
+    """Ids of the rollout, log-probabilities of a server: no tensor has V elements, but dW and its rows' numbers."""
+    n, k = 16, 8
+    hidden, weight, _ = _case(n, dtype)
+    weight.requires_grad_(not frozen)
+    ids = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(i))[:k] for i in range(n)])
+    with watching() as mode:
+        teacher = TopK.from_logprobs(ids, torch.full((n, k), 1 / V).log())
+        topk_distill_loss(hidden, LMHead(weight), teacher, divergence="reverse_kl").backward()
+    assert hidden.grad is not None and hidden.grad.abs().sum() > 0
+    allowed = set() if frozen else {(V, D), (V,)}
+    assert {shape for shape in mode.shapes if max(shape, default=0) >= V or math.prod(shape) >= V} == allowed
+    with watching() as mode:  # the instrument sees the pass that another normalization needs
+        topk_distill_loss(
+            hidden, LMHead(weight), teacher, divergence="reverse_kl", normalization="tail"
+        ).backward()
+    assert any(math.prod(shape) >= V for shape in mode.shapes - {(V, D), (V,)})
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
