@@ -16,7 +16,7 @@ from torch import Tensor
 from . import ops
 from .checks import check_teacher_hidden, check_topk, flatten_hidden, flatten_ids
 from .dispatch import Impl, resolve_impl
-from .head import LMHead, TokenStats, TopK, as_head
+from .head import DistillStats, LMHead, TokenStats, TopK, as_head
 from .options import (
     SUPPORTS,
     TEMPERATURES,
@@ -233,6 +233,108 @@ def topk_distill_loss(
     values, indices = tokens.take(flat[0]), tokens.take(flat[1])
     tail = None if flat[2] is None else tokens.take(flat[2])
     return ops.topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
+
+
+def topk_distill_stats(
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    teacher: TopK,
+    *,
+    divergence: DivergenceName = "huber",
+    normalization: Normalization | None = None,
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    delta: float = 1.0,
+    mask: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    student_mass: bool = False,
+    entropy: bool = False,
+    overlap: bool = False,
+    impl: Impl = "auto",
+) -> DistillStats:
+    """The loss of each token as `topk_distill_loss` defines it, and beside it what is logged or weighed in on-policy training.
+
+    With p (teacher) and q (student) at softmax(z / T) over the vocabulary and S the teacher's k ids:
+
+    * `loss` = the divergence, `logprob` = log q(token), both differentiable, with one backward pass for the two
+    * `entropy` = -sum q log q, `student_mass` = sum of q over S, `teacher_mass` = sum of p over S
+    * `overlap` = |S and the student's own k largest| / |S|
+
+    Args:
+        hidden: `[..., D]` student's hidden states.
+        head: student's `LMHead`, or its weight `[V, D]`.
+        teacher: likewise as in `topk_distill_loss`.
+        divergence: likewise; so are `normalization`, `temperature`, `beta`, `delta`.
+        mask: `[...]` bool; every result is 0 where it is False.
+        token_ids: `[...]` int64 or int32, the sampled tokens, for `logprob`; anything where masked.
+        student_mass: whether it is wanted where nothing else needs the log-sum-exp that it needs.
+        entropy: whether it is wanted.
+        overlap: likewise.
+        impl: `auto`, `chunked`, `triton`, `reference`.
+
+    Returns:
+        DistillStats of `[...]` tensors, fp32 (fp64 for fp64), in nats; None for what was not asked for. There is no
+        reduction: `(stats.loss * weights).sum() / num_items`. All masked: 0 with zero gradients.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Memory: within the workspace, never `[N, V]`. FLOP, with G = 2 N D V, is that of `topk_distill_loss(...,
+    reduction="none")`, and
+        `teacher_mass`: nothing. It is None where the teacher's tail is not known at T.
+        `logprob`, `student_mass`: nothing where the normalization needs a log-sum-exp anyway. Else the pass that makes it:
+            1 G, 1 G for dh of `logprob`, 2 G for its dW.
+        `entropy`: a pass of its own, 1 G. `overlap`: a pass of its own that selects, 1 G.
+    Source: verl logs masses and overlap as defined in arXiv 2604.13016; the log-probability is the policy gradient's.
+
+    Example:
+        >>> hidden, weight = torch.zeros(1, 2, requires_grad=True), torch.eye(2)
+        >>> teacher = TopK.from_logprobs(torch.tensor([[0]]), torch.tensor([[-0.5]]))
+        >>> options = {"divergence": "reverse_kl", "normalization": "tail", "token_ids": torch.tensor([1])}
+        >>> stats = topk_distill_stats(hidden, weight, teacher, **options)
+        >>> round(stats.logprob.exp().item(), 6), stats.student_mass.item(), stats.entropy
+        (0.5, 0.5, None)
+    """
+    spec = Divergence.of(divergence, normalization, temperature, beta, delta)
+    head = as_head(head)
+    hidden_nd, lead = flatten_hidden(hidden, head)
+    values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden)
+    whole = spec.needs_student_logsumexp or token_ids is not None or student_mass
+    op = "topk_distill_loss/lse" if whole else "topk_distill_loss"
+    choice = _resolve(op, hidden_nd, impl, values.shape[1])
+    tokens = loss_tokens(hidden_nd, lead, mask, None, "none", None).for_impl(choice)
+    told = None  # the teacher's mass
+    if teacher.tail_logsumexp is not None and teacher.temperature == spec.temperature:
+        told = ops.teacher_mass(
+            values, indices, teacher.tail_logsumexp.reshape(len(values)), spec.temperature
+        )
+    sampled = None
+    if token_ids is not None:
+        if mask is not None and isinstance(token_ids, Tensor) and token_ids.shape == mask.shape:
+            token_ids = token_ids.masked_fill(~mask, 0)
+        sampled = flatten_ids("token_ids", token_ids, lead, head.num_ids, hidden.device, per_token=True)
+        sampled = tokens.take(sampled)
+    hidden_nd, values, indices = tokens.take(hidden_nd), tokens.take(values), tokens.take(indices)
+    tail = None if tail is None else tokens.take(tail)
+
+    def results(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else tokens.reduce(tokens.weigh(rows))
+
+    logprob = mass = spread = shared = None
+    if whole:
+        loss, logprob, mass = ops.topk_stats(hidden_nd, head, values, indices, tail, sampled, spec, choice)
+        loss = tokens.reduce(tokens.weigh(loss))
+    else:
+        loss = ops.topk_loss(hidden_nd, head, values, indices, tail, spec, tokens, choice)
+    still = hidden_nd.detach()
+    if entropy:
+        choice = _resolve("linear_token_stats", hidden_nd, impl)
+        spread = ops.token_stats(still, head.detach().at_temperature(spec.temperature), None, choice).entropy
+    if overlap:
+        choice = _resolve("linear_topk", hidden_nd, impl, values.shape[1])
+        shared = ops.overlap(still, head.detach(), values, indices, choice).to(loss.dtype)
+    told = None if told is None else results(tokens.take(told.to(loss.dtype)))
+    return DistillStats(loss, results(logprob), results(spread), results(mass), told, results(shared))
 
 
 def linear_distill_loss(

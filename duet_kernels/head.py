@@ -129,6 +129,27 @@ class TokenStats(NamedTuple):
     label_logprob: Tensor | None = None
 
 
+class DistillStats(NamedTuple):
+    """What `topk_distill_stats` says of each token; None for what was not asked for. fp32 (fp64 for fp64 inputs).
+
+    Attributes:
+        loss: `[...]` the divergence, differentiable.
+        logprob: `[...]` log q(token), differentiable.
+        entropy: `[...]` -sum q log q of the student over the vocabulary, a constant.
+        student_mass: `[...]` what the student's softmax gives to the teacher's k ids, a constant; None where nothing needed
+            its log-sum-exp.
+        teacher_mass: `[...]` what the teacher's softmax gives to them, a constant; None where its tail is not known at T.
+        overlap: `[...]` share of the teacher's ids that are among the student's own k largest, a constant.
+    """
+
+    loss: Tensor
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    student_mass: Tensor | None = None
+    teacher_mass: Tensor | None = None
+    overlap: Tensor | None = None
+
+
 class Need(NamedTuple):
     """Which gradients are asked for: in the hidden states, the weight and the bias."""
 
@@ -278,6 +299,11 @@ class LMHead:
             return self if self.vocab_size is None else dataclasses.replace(self, vocab_size=None)
         bias = None if self.bias is None else self.bias[:size]
         return dataclasses.replace(self, weight=self.weight[:size], bias=bias, vocab_size=None)
+
+    def at_temperature(self, temperature: float) -> LMHead:
+        """The head whose logits are z / T."""
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return dataclasses.replace(self, scale=self.scale / temperature, softcap=softcap)
 
     def detach(self) -> LMHead:
         """The same head without gradients."""

@@ -94,6 +94,24 @@ def topk_loss(
     return divergence(values, teacher_nk, tail, teacher_tail_n, spec)
 
 
+def topk_stats(
+    hidden_nd: Tensor,
+    head: LMHead,
+    ids: Tensor,
+    teacher_nk: Tensor,
+    teacher_tail_n: Tensor | None,
+    token_ids: Tensor | None,
+    spec: Divergence,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(divergence, log q(token) or None, the student's mass on the ids, each of which counts once), each `[N]`."""
+    logq = torch.log_softmax(logits(hidden_nd, head) / spec.temperature, -1)
+    among = torch.zeros(logq.shape[0], logq.shape[1] + 1, dtype=torch.bool, device=logq.device)
+    among.scatter_(1, ids.masked_fill(ids < 0, logq.shape[1]), True)  # absent slots mark the spare column
+    mass = logq.detach().exp().masked_fill(~among[:, :-1], 0).sum(-1)
+    logprob = None if token_ids is None else logq.gather(-1, token_ids[:, None])[:, 0]
+    return topk_loss(hidden_nd, head, ids, teacher_nk, teacher_tail_n, spec), logprob, mass
+
+
 def dense_loss(
     hidden_nd: Tensor, head: LMHead, teacher_nd: Tensor, teacher_head: LMHead, spec: Divergence
 ) -> Tensor:

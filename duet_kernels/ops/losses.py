@@ -30,7 +30,7 @@ from .op import (
     save_for_backward,
     times,
 )
-from .primitives import linear_gather_backward
+from .primitives import complement_and_values, linear_gather_backward, linear_topk
 
 # --- what losses of the whole vocabulary share ------------------------------------------------------------------
 
@@ -248,6 +248,124 @@ def _topk_loss_with_tail_gradient(ctx, grad, *_):
 _topk_loss_with_tail.register_autograd(
     _topk_loss_with_tail_gradient, setup_context=_topk_loss_with_tail_context
 )
+
+
+# --- the same with what else is known of the token --------------------------------------------------------------
+
+
+def topk_stats(
+    hidden: Tensor,
+    head: LMHead,
+    values_t: Tensor,
+    ids: Tensor,
+    tail_t: Tensor | None,
+    token_ids: Tensor | None,
+    spec: Divergence,
+    impl: str,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(loss, log q(token) or None, the student's mass on the ids), each `[N]`, of one pass over the vocabulary.
+
+    The token is a slot of its own, the first one. What a sum of probabilities counts, it counts once: an id that is met
+    again, absent slots and the token among the ids are left out of it.
+    """
+    acc = acc_dtype(hidden.dtype)
+    values_t = values_t.to(acc)
+    absent = values_t == -torch.inf
+    ids = ids.masked_fill(absent, -1)
+    if impl == "reference":
+        return reference.topk_stats(hidden, head, ids, values_t, tail_t, token_ids, spec)
+    tokens = ids[:, :0] if token_ids is None else token_ids[:, None]
+    slots = torch.cat([tokens, ids], 1)
+    tail, values = complement_and_values(hidden, head, slots, spec.temperature, impl)
+    own, values = values[:, : tokens.shape[1]], values[:, tokens.shape[1] :]
+    x, x_own = values / spec.temperature, own / spec.temperature
+    others = x.masked_fill(_met_before(slots)[:, tokens.shape[1] :] | absent, -torch.inf)
+    among = (ids == tokens).any(1, keepdim=True)
+    with torch.no_grad():
+        selected = torch.cat([others, x_own.masked_fill(~among, -torch.inf)], 1).logsumexp(1)
+        everything = torch.cat([others, x_own, tail[:, None]], 1).logsumexp(1)
+        mass = (selected - everything).exp()
+    logprob = None
+    if token_ids is not None:
+        x_own, among = x_own[:, 0], among[:, 0]
+        logprob = -_log_of_rest(torch.cat([others, tail[:, None]], 1) - x_own[:, None])
+        # Of the loss's tail the token is a part, unless it is one of the ids.
+        tail = torch.where(among, tail, torch.logaddexp(tail, x_own.masked_fill(among, 0)))
+    tails = (tail, tail_t) if spec.needs_student_logsumexp else (None, None)
+    loss = _topk_divergence(values, values_t, *tails, *_options(spec), impl)[0]
+    return loss, logprob, mass
+
+
+def teacher_mass(values: Tensor, ids: Tensor, tail: Tensor, temperature: float) -> Tensor:
+    """`[N]` what a teacher's softmax gives to its ids, each of which counts once."""
+    selected = values.masked_fill(_met_before(ids) & (values != -torch.inf), -torch.inf) / temperature
+    return torch.sigmoid(selected.logsumexp(1) - tail)
+
+
+def overlap(hidden: Tensor, head: LMHead, values_t: Tensor, ids: Tensor, impl: str) -> Tensor:
+    """`[N]` share of the teacher's ids that are among the student's own K largest: one more pass, which selects."""
+    present = values_t != -torch.inf
+    own = linear_topk(hidden, head, min(ids.shape[1], head.num_ids), 1.0, impl)[1].sort(1).values
+    at = torch.searchsorted(own, ids).clamp(max=own.shape[1] - 1)
+    shared = (own.gather(1, at) == ids) & present
+    return shared.sum(1) / present.sum(1).clamp(min=1)
+
+
+def _met_before(ids: Tensor) -> Tensor:
+    """Where an id `[N, K]` stands further to the left, too."""
+    ordered, order = ids.sort(dim=1, stable=True)
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    return torch.zeros_like(again).scatter(1, order, again)
+
+
+def _log_of_rest(x: Tensor) -> Tensor:
+    """log(1 + sum exp x) of rows, with the digits of a small sum."""
+    nothing = (x == -torch.inf).all(1, keepdim=True)  # its log-sum-exp is -inf, without a gradient
+    total = x.masked_fill(nothing, 0).logsumexp(1).masked_fill(nothing[:, 0], -torch.inf)
+    return F.softplus(total, threshold=40.0)
+
+
+@custom_op("topk_divergence")
+def _topk_divergence(
+    values: Tensor,
+    teacher: Tensor,
+    tail: Tensor | None,
+    teacher_tail: Tensor | None,
+    divergence: str,
+    normalization: str,
+    temperature: float,
+    beta: float,
+    delta: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss `[N]`, its gradient in the student's logits `[N, K]`, that in the student's tail `[N]` or empty)."""
+    spec, factor = (
+        Divergence(divergence, normalization, temperature, beta, delta),
+        values.new_ones(len(values)),
+    )
+    run = implementation(impl).divergence_and_gradient
+    return run(values, teacher, tail, teacher_tail, factor, spec)
+
+
+@_topk_divergence.register_fake
+def _(values, teacher, tail, teacher_tail, *options):
+    loss = values.new_empty(values.shape[0])
+    return loss, values.new_empty(values.shape), loss.new_empty(0) if tail is None else torch.empty_like(loss)
+
+
+def _topk_divergence_context(ctx, inputs, output):
+    save_for_backward(ctx, *output[1:])
+
+
+def _topk_divergence_gradient(ctx, grad, *_):
+    refuse_second_derivative("topk_distill_stats")
+    dvalues, dtail = ctx.saved_tensors
+    tail = grad * dtail if ctx.needs_input_grad[2] else None
+    return grad[:, None] * dvalues, None, tail, *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+_topk_divergence.register_autograd(_topk_divergence_gradient, setup_context=_topk_divergence_context)
 
 
 # --- the dense divergences, from both hidden states -------------------------------------------------------------

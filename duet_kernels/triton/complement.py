@@ -45,6 +45,7 @@ from torch import Tensor
 from ..head import LMHead, Need
 from ..options import Divergence
 from . import dense, tiles
+from .gather import slot_gradients, sum_rows
 from .primitives import (
     LOG2E,
     accumulator,
@@ -365,6 +366,18 @@ class _SavedTail(_Complement):
         self.sums[1] = 1.0
 
 
+class _SavedPair(_SavedTail):
+    """The gradient of a log-sum-exp and of the values that are known."""
+
+    def __init__(self, grad_tail: Tensor, grad_values: Tensor, tail: Tensor, values: Tensor, *inputs) -> None:
+        super().__init__(tail, *inputs)
+        self.dtail = grad_tail.to(self.acc).contiguous()
+        self.values, self.upstream = values.contiguous(), grad_values.to(self.acc).contiguous()
+
+    def bound(self, rows: slice) -> Tensor | float:
+        return self.dtail[rows].abs() / self.temperature + self.upstream[rows].abs().sum(1)
+
+
 class _WithValues(_Complement):
     """A loss with derivatives of its own in the tail and in the values."""
 
@@ -435,6 +448,46 @@ def linear_logsumexp_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dW, db); dh is the forward pass's."""
     return _SavedTail(tail, hidden, head, exclude, grad, temperature).run(need._replace(hidden=False))[1:]
+
+
+def complement_and_values(
+    hidden: Tensor, head: LMHead, ids: Tensor, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(tail `[N]`, values `[N, K]`, d tail / d h `[N, D]` or empty, all in ACC)."""
+    acc = accumulator(hidden, head.weight)[0]
+    loss = _Complement(hidden, head, ids, hidden.new_ones(len(hidden), dtype=acc), temperature)
+    dtail = loss.run(Need(with_gradient), as_beside=Need(True))[0]
+    tail = loss.loss.masked_fill_((ids >= head.weight.shape[0]).any(1), torch.nan)
+    return tail, loss.values, loss.values.new_empty(0) if dtail is None else dtail.to(acc)
+
+
+def complement_and_values_backward(
+    grad_tail: Tensor,
+    grad_values: Tensor,
+    tail: Tensor,
+    values: Tensor,
+    dtail: Tensor,
+    hidden: Tensor,
+    head: LMHead,
+    ids: Tensor,
+    temperature: float,
+    need: Need,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dh, dW, db). dh from what the forward pass multiplied; dW and db of logits that are computed again."""
+    dhidden = dweight = dbias = None
+    if need.hidden:
+        dhidden = dtail * grad_tail[:, None]
+        if ids.numel() and dhidden.numel():
+            with current_device(hidden):
+                options = hidden, head.weight, ids, head.softcap, head.scale
+                dx, row = slot_gradients(grad_values, values, *options)
+                dhidden += sum_rows(dx, row, hidden, head.weight, dtail.dtype)
+        dhidden = dhidden.to(hidden.dtype)
+    if need.weight or need.bias:
+        inputs = hidden, head, ids, torch.ones_like(grad_tail), temperature
+        saved = _SavedPair(grad_tail, grad_values, tail, values, *inputs)
+        _, dweight, dbias = saved.run(need._replace(hidden=False))
+    return dhidden, dweight, dbias
 
 
 def topk_loss_with_tail(
