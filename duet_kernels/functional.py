@@ -282,9 +282,9 @@ def topk_distill_stats(
     Memory: within the workspace, never `[N, V]`. FLOP, with G = 2 N D V, is that of `topk_distill_loss(...,
     reduction="none")`, and
         `teacher_mass`: nothing. It is None where the teacher's tail is not known at T.
-        `logprob`, `student_mass`: nothing where the normalization needs a log-sum-exp anyway. Else the pass that makes it:
-            1 G, 1 G for dh of `logprob`, 2 G for its dW.
-        `entropy`: a pass of its own, 1 G. `overlap`: a pass of its own that selects, 1 G.
+        `logprob`, `student_mass`, `entropy`: the sums of one pass over the vocabulary. Nothing where the normalization needs
+            that pass anyway (all but raw logits and `renormalize`); else 1 G, and for `logprob` 1 G for dh, 2 G for dW.
+        `overlap`: a pass of its own that selects, 1 G.
     Source: verl logs masses and overlap as defined in arXiv 2604.13016; the log-probability is the policy gradient's.
 
     Example:
@@ -299,42 +299,37 @@ def topk_distill_stats(
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
     values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden)
-    whole = spec.needs_student_logsumexp or token_ids is not None or student_mass
-    op = "topk_distill_loss/lse" if whole else "topk_distill_loss"
+    sampled = _sampled(token_ids, mask, lead, head, hidden)
+    differentiable = spec.needs_student_logsumexp or sampled is not None  # in the log-sum-exp
+    op = "topk_distill_loss/lse" if differentiable or student_mass or entropy else "topk_distill_loss"
     choice = _resolve(op, hidden_nd, impl, values.shape[1])
     tokens = loss_tokens(hidden_nd, lead, mask, None, "none", None).for_impl(choice)
-    told = None  # the teacher's mass
-    if teacher.tail_logsumexp is not None and teacher.temperature == spec.temperature:
-        told = ops.teacher_mass(
-            values, indices, teacher.tail_logsumexp.reshape(len(values)), spec.temperature
-        )
-    sampled = None
-    if token_ids is not None:
-        if mask is not None and isinstance(token_ids, Tensor) and token_ids.shape == mask.shape:
-            token_ids = token_ids.masked_fill(~mask, 0)
-        sampled = flatten_ids("token_ids", token_ids, lead, head.num_ids, hidden.device, per_token=True)
-        sampled = tokens.take(sampled)
-    hidden_nd, values, indices = tokens.take(hidden_nd), tokens.take(values), tokens.take(indices)
-    tail = None if tail is None else tokens.take(tail)
 
     def results(rows: Tensor | None) -> Tensor | None:
-        return None if rows is None else tokens.reduce(tokens.weigh(rows))
+        return None if rows is None else tokens.reduce(tokens.weigh(rows.to(tokens.factor.dtype)))
 
-    logprob = mass = spread = shared = None
-    if whole:
-        loss, logprob, mass = ops.topk_stats(hidden_nd, head, values, indices, tail, sampled, spec, choice)
+    teacher_mass = shared = None
+    if teacher.tail_logsumexp is not None and teacher.temperature == spec.temperature:
+        known = teacher.tail_logsumexp.reshape(len(values))
+        teacher_mass = tokens.take(ops.teacher_mass(values, indices, known, spec.temperature))
+    hidden_nd, values, indices = tokens.take(hidden_nd), tokens.take(values), tokens.take(indices)
+    tail = None if tail is None else tokens.take(tail)
+    sampled = None if sampled is None else tokens.take(sampled)
+    still, still_head = hidden_nd.detach(), head.detach()
+    if overlap:
+        choice_k = _resolve("linear_topk", hidden_nd, impl, values.shape[1])
+        shared = ops.overlap(still, still_head, values, indices, choice_k)
+    of_teacher, options = (values, indices, tail), (sampled, entropy, spec, choice)
+    if differentiable:
+        loss, *others = ops.topk_stats(hidden_nd, head, *of_teacher, *options)
         loss = tokens.reduce(tokens.weigh(loss))
     else:
-        loss = ops.topk_loss(hidden_nd, head, values, indices, tail, spec, tokens, choice)
-    still = hidden_nd.detach()
-    if entropy:
-        choice = _resolve("linear_token_stats", hidden_nd, impl)
-        spread = ops.token_stats(still, head.detach().at_temperature(spec.temperature), None, choice).entropy
-    if overlap:
-        choice = _resolve("linear_topk", hidden_nd, impl, values.shape[1])
-        shared = ops.overlap(still, head.detach(), values, indices, choice).to(loss.dtype)
-    told = None if told is None else results(tokens.take(told.to(loss.dtype)))
-    return DistillStats(loss, results(logprob), results(spread), results(mass), told, results(shared))
+        loss = ops.topk_loss(hidden_nd, head, *of_teacher, spec, tokens, choice)
+        others = [None, None, None]
+        if student_mass or entropy:
+            others = ops.topk_stats(still, still_head, *of_teacher, *options)[1:]
+    logprob, mass, spread = map(results, others)
+    return DistillStats(loss, logprob, spread, mass, results(teacher_mass), results(shared))
 
 
 def linear_distill_loss(
@@ -531,6 +526,17 @@ def linear_token_stats(
 
 def _resolve(op: str, hidden_nd: Tensor, impl: Impl, k: int | None = None) -> str:
     return resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl, tokens=hidden_nd.shape[0], k=k)[0]
+
+
+def _sampled(
+    token_ids: Tensor | None, mask: Tensor | None, lead: tuple[int, ...], head: LMHead, hidden: Tensor
+) -> Tensor | None:
+    """`[N]` the sampled tokens; what is masked may be anything, -100 say."""
+    if token_ids is None:
+        return None
+    if isinstance(mask, Tensor) and isinstance(token_ids, Tensor) and mask.shape == token_ids.shape:
+        token_ids = token_ids.masked_fill(~mask.bool(), 0)
+    return flatten_ids("token_ids", token_ids, lead, head.num_ids, hidden.device, per_token=True)
 
 
 def _topk_choice(spec: Divergence, hidden_nd: Tensor, impl: Impl, k: int) -> str:

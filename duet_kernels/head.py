@@ -300,11 +300,6 @@ class LMHead:
         bias = None if self.bias is None else self.bias[:size]
         return dataclasses.replace(self, weight=self.weight[:size], bias=bias, vocab_size=None)
 
-    def at_temperature(self, temperature: float) -> LMHead:
-        """The head whose logits are z / T."""
-        softcap = None if self.softcap is None else self.softcap / temperature
-        return dataclasses.replace(self, scale=self.scale / temperature, softcap=softcap)
-
     def detach(self) -> LMHead:
         """The same head without gradients."""
         bias = None if self.bias is None else self.bias.detach()

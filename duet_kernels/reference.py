@@ -102,14 +102,16 @@ def topk_stats(
     teacher_tail_n: Tensor | None,
     token_ids: Tensor | None,
     spec: Divergence,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(divergence, log q(token) or None, the student's mass on the ids, each of which counts once), each `[N]`."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(divergence, log q(token), the student's mass on the ids, which count once, and its entropy), each `[N]`."""
     logq = torch.log_softmax(logits(hidden_nd, head) / spec.temperature, -1)
     among = torch.zeros(logq.shape[0], logq.shape[1] + 1, dtype=torch.bool, device=logq.device)
     among.scatter_(1, ids.masked_fill(ids < 0, logq.shape[1]), True)  # absent slots mark the spare column
-    mass = logq.detach().exp().masked_fill(~among[:, :-1], 0).sum(-1)
+    q = logq.detach().exp()
+    mass = q.masked_fill(~among[:, :-1], 0).sum(-1)
+    entropy = -(q * logq.detach().masked_fill(q == 0, 0)).sum(-1)  # 0 log 0 = 0
     logprob = None if token_ids is None else logq.gather(-1, token_ids[:, None])[:, 0]
-    return topk_loss(hidden_nd, head, ids, teacher_nk, teacher_tail_n, spec), logprob, mass
+    return topk_loss(hidden_nd, head, ids, teacher_nk, teacher_tail_n, spec), logprob, mass, entropy
 
 
 def dense_loss(

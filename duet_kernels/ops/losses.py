@@ -260,55 +260,52 @@ def topk_stats(
     ids: Tensor,
     tail_t: Tensor | None,
     token_ids: Tensor | None,
+    with_entropy: bool,
     spec: Divergence,
     impl: str,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(loss, log q(token) or None, the student's mass on the ids), each `[N]`, of one pass over the vocabulary.
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(loss, log q(token), the student's mass on the ids, its entropy), each `[N]`, of one pass over the vocabulary.
 
-    The token is a slot of its own, the first one. What a sum of probabilities counts, it counts once: an id that is met
-    again, absent slots and the token among the ids are left out of it.
+    The token is a slot of its own, the first one. Sums of probabilities count every id once.
     """
-    acc = acc_dtype(hidden.dtype)
-    values_t = values_t.to(acc)
-    absent = values_t == -torch.inf
-    ids = ids.masked_fill(absent, -1)
+    values_t = values_t.to(acc_dtype(hidden.dtype))
+    ids = ids.masked_fill(values_t == -torch.inf, -1)
     if impl == "reference":
-        return reference.topk_stats(hidden, head, ids, values_t, tail_t, token_ids, spec)
-    tokens = ids[:, :0] if token_ids is None else token_ids[:, None]
-    slots = torch.cat([tokens, ids], 1)
-    tail, values = complement_and_values(hidden, head, slots, spec.temperature, impl)
-    own, values = values[:, : tokens.shape[1]], values[:, tokens.shape[1] :]
-    x, x_own = values / spec.temperature, own / spec.temperature
-    others = x.masked_fill(_met_before(slots)[:, tokens.shape[1] :] | absent, -torch.inf)
-    among = (ids == tokens).any(1, keepdim=True)
-    with torch.no_grad():
-        selected = torch.cat([others, x_own.masked_fill(~among, -torch.inf)], 1).logsumexp(1)
-        everything = torch.cat([others, x_own, tail[:, None]], 1).logsumexp(1)
-        mass = (selected - everything).exp()
-    logprob = None
+        found = reference.topk_stats(hidden, head, ids, values_t, tail_t, token_ids, spec)
+        return found if with_entropy else (*found[:3], None)
+    slots = ids if token_ids is None else torch.cat([token_ids[:, None], ids], 1)
+    tail, values, inner = complement_and_values(hidden, head, slots, spec.temperature, with_entropy, impl)
+    once = values.masked_fill(_met_before(slots) | (slots < 0), -torch.inf) / spec.temperature
+    x = torch.cat([once, tail[:, None]], 1)
+    logprob, of_teacher = None, once.detach()
     if token_ids is not None:
-        x_own, among = x_own[:, 0], among[:, 0]
-        logprob = -_log_of_rest(torch.cat([others, tail[:, None]], 1) - x_own[:, None])
+        among = (ids == token_ids[:, None]).any(1)
+        token, values = once[:, 0], values[:, 1:]
+        of_teacher = torch.cat(
+            [once[:, :1].masked_fill(~among[:, None], -torch.inf), once[:, 1:]], 1
+        ).detach()
+        logprob = -_log_of_one_and(x[:, 1:] - token[:, None])
         # Of the loss's tail the token is a part, unless it is one of the ids.
-        tail = torch.where(among, tail, torch.logaddexp(tail, x_own.masked_fill(among, 0)))
+        tail = torch.where(among, tail, torch.logaddexp(tail, token.masked_fill(among, 0)))
+    mass = (of_teacher.logsumexp(1) - x.detach().logsumexp(1)).exp()
+    entropy = _entropy(x.detach(), inner) if with_entropy else None
     tails = (tail, tail_t) if spec.needs_student_logsumexp else (None, None)
-    loss = _topk_divergence(values, values_t, *tails, *_options(spec), impl)[0]
-    return loss, logprob, mass
+    return _topk_divergence(values, values_t, *tails, *_options(spec), impl)[0], logprob, mass, entropy
 
 
 def teacher_mass(values: Tensor, ids: Tensor, tail: Tensor, temperature: float) -> Tensor:
     """`[N]` what a teacher's softmax gives to its ids, each of which counts once."""
-    selected = values.masked_fill(_met_before(ids) & (values != -torch.inf), -torch.inf) / temperature
-    return torch.sigmoid(selected.logsumexp(1) - tail)
+    again = _met_before(ids.masked_fill(values == -torch.inf, -1))
+    return torch.sigmoid((values.masked_fill(again, -torch.inf) / temperature).logsumexp(1) - tail)
 
 
 def overlap(hidden: Tensor, head: LMHead, values_t: Tensor, ids: Tensor, impl: str) -> Tensor:
-    """`[N]` share of the teacher's ids that are among the student's own K largest: one more pass, which selects."""
+    """`[N]` share of the teacher's ids that are among the student's own K largest: a pass that selects."""
     present = values_t != -torch.inf
     own = linear_topk(hidden, head, min(ids.shape[1], head.num_ids), 1.0, impl)[1].sort(1).values
     at = torch.searchsorted(own, ids).clamp(max=own.shape[1] - 1)
     shared = (own.gather(1, at) == ids) & present
-    return shared.sum(1) / present.sum(1).clamp(min=1)
+    return shared.sum(1, dtype=values_t.dtype) / present.sum(1).clamp(min=1)
 
 
 def _met_before(ids: Tensor) -> Tensor:
@@ -319,11 +316,20 @@ def _met_before(ids: Tensor) -> Tensor:
     return torch.zeros_like(again).scatter(1, order, again)
 
 
-def _log_of_rest(x: Tensor) -> Tensor:
+def _log_of_one_and(x: Tensor) -> Tensor:
     """log(1 + sum exp x) of rows, with the digits of a small sum."""
     nothing = (x == -torch.inf).all(1, keepdim=True)  # its log-sum-exp is -inf, without a gradient
     total = x.masked_fill(nothing, 0).logsumexp(1).masked_fill(nothing[:, 0], -torch.inf)
     return F.softplus(total, threshold=40.0)
+
+
+def _entropy(x: Tensor, inner: Tensor) -> Tensor:
+    """`[N]` of events with the logits x, the last of which is a choice of entropy `inner`; all terms are >= 0."""
+    top, at = x.max(1, keepdim=True)
+    rest = (x - top).exp().scatter(1, at, 0).sum(1, keepdim=True)
+    log_p = x - top - rest.log1p()
+    p = log_p.exp()
+    return p[:, -1] * inner - (p * log_p.clamp(min=-1e4)).sum(1)  # where p is 0: 0 inf would be NaN
 
 
 @custom_op("topk_divergence")
