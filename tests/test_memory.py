@@ -23,6 +23,7 @@ from duet_kernels import (
     portable,
     set_workspace_bytes,
     topk_distill_loss,
+    topk_distill_stats,
 )
 from duet_kernels.options import DIVERGENCES
 from duet_kernels.portable import cuts, dense, gather
@@ -121,7 +122,16 @@ def _stats(hidden, weight, teacher):
     return hidden.sum() + weight.sum()
 
 
+def _topk_stats(hidden, weight, teacher):
+    token_ids, options = torch.arange(len(hidden)), {"entropy": True, "student_mass": True, "overlap": True}
+    options |= {"divergence": "reverse_kl", "normalization": "generalized", "impl": "chunked"}
+    top = linear_topk(teacher, weight, 32)
+    stats = topk_distill_stats(hidden, weight, top, token_ids=token_ids, **options)
+    return (stats.loss + stats.logprob).mean()
+
+
 OPERATIONS = {
+    "topk-stats": _topk_stats,
     "topk": lambda h, w, t: linear_topk(t, w, 64).values.sum() + h.sum() + w.sum(),
     "topk-1000": lambda h, w, t: linear_topk(t, w, 1000).values.sum() + h.sum() + w.sum(),
     "gather": lambda h, w, t: linear_gather(h, w, torch.arange(64).expand(len(h), 64)).sum(),
