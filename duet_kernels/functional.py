@@ -308,10 +308,9 @@ def topk_distill_stats(
     def results(rows: Tensor | None) -> Tensor | None:
         return None if rows is None else tokens.reduce(tokens.weigh(rows.to(tokens.factor.dtype)))
 
-    teacher_mass = shared = None
-    if teacher.tail_logsumexp is not None and teacher.temperature == spec.temperature:
-        known = teacher.tail_logsumexp.reshape(len(values))
-        teacher_mass = tokens.take(ops.teacher_mass(values, indices, known, spec.temperature))
+    shared = None
+    teacher_mass = _teacher_mass(teacher, values, indices, lead, spec)
+    teacher_mass = None if teacher_mass is None else tokens.take(teacher_mass)
     hidden_nd, values, indices = tokens.take(hidden_nd), tokens.take(values), tokens.take(indices)
     tail = None if tail is None else tokens.take(tail)
     sampled = None if sampled is None else tokens.take(sampled)
@@ -537,6 +536,18 @@ def _sampled(
     if isinstance(mask, Tensor) and isinstance(token_ids, Tensor) and mask.shape == token_ids.shape:
         token_ids = token_ids.masked_fill(~mask.bool(), 0)
     return flatten_ids("token_ids", token_ids, lead, head.num_ids, hidden.device, per_token=True)
+
+
+def _teacher_mass(
+    teacher: TopK, values: Tensor, indices: Tensor, lead: tuple[int, ...], spec: Divergence
+) -> Tensor | None:
+    """`[N]`, or None where the teacher's tail is not known at the temperature of the loss."""
+    tail = teacher.tail_logsumexp
+    if tail is None or teacher.temperature != spec.temperature:
+        return None
+    if tuple(tail.shape) != lead:
+        raise ValueError(f"teacher.tail_logsumexp: wanted shape {list(lead)}, got {list(tail.shape)}")
+    return ops.teacher_mass(values, indices, tail.detach().reshape(len(values)), spec.temperature)
 
 
 def _topk_choice(spec: Divergence, hidden_nd: Tensor, impl: Impl, k: int) -> str:

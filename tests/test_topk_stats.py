@@ -177,6 +177,13 @@ def test_no_leading_dimension_and_several():
         torch.testing.assert_close(a[1, 2], b)
 
 
+def test_a_tail_of_another_shape_is_refused():
+    problem = make_problem(N, 61, 16)
+    teacher = problem.teacher_topk(K)._replace(tail_logsumexp=torch.zeros(N, 1))
+    with pytest.raises(ValueError, match=r"teacher.tail_logsumexp: wanted shape \[9\], got \[9, 1\]"):
+        topk_distill_stats(problem.hidden, problem.head, teacher)
+
+
 @pytest.mark.parametrize(
     "options, error, words",
     [

@@ -28,11 +28,11 @@ class RunningLogsumexp:
         rescale = (self.max - origin).exp()
         x.sub_(origin[:, None])
         # Where e is 0 x may be -inf, and 0 inf would be NaN.
-        shifted = None if self.moment is None else x.clamp(min=-1e4)
+        moment, shifted = self.moment, None if self.moment is None else x.clamp(min=-1e4)
         x.mul_(_LOG2_E).exp2_()
-        if shifted is not None:
+        if moment is not None and shifted is not None:
             fall = (self.max - origin).masked_fill(self.sum == 0, 0)
-            self.moment = rescale * (self.moment + fall * self.sum) + shifted.mul_(x).sum(1)
+            self.moment = rescale * (moment + fall * self.sum) + shifted.mul_(x).sum(1)
         self.sum = self.sum * rescale + x.sum(1)
         self.max = top
         return x, rescale
@@ -42,6 +42,7 @@ class RunningLogsumexp:
 
     def entropy(self) -> Tensor:
         """`[N]` that of the softmax over everything taken in; 0 over nothing."""
+        assert self.moment is not None
         total = self.sum.masked_fill(self.sum == 0, 1)
         return total.log() - self.moment / total
 
