@@ -39,6 +39,7 @@ from duet_kernels.head import LMHead, Need
 from duet_kernels.options import DIVERGENCES, RAW, Divergence
 from duet_kernels.triton import tiles
 from duet_kernels.triton.complement import (
+    complement_and_values,
     linear_cross_entropy,
     linear_logsumexp,
     linear_logsumexp_backward,
@@ -218,6 +219,8 @@ def dense_cases(
     spec = Divergence("forward_kl", "tail", 2.0, 0.5, 1.0)
     call = functools.partial(topk_loss_with_tail, hidden, head, ids, values, row, row, spec, need)
     yield Case(f"top-k loss with a tail K={k} {shape}", dtype, call, True, wide, ("_divergence_kernel",))
+    call = functools.partial(complement_and_values, hidden, head, ids, 2.0, True, True)
+    yield Case(f"values, tail and entropy K={k} {shape}", dtype, call, True, wide)
     for out in {dtype, torch.float32}:
         call = functools.partial(times_upstream, meta(v, D, dtype=out), meta(), dtype)
         yield Case(f"upstream gradient {out} {shape}", dtype, call, True, ("_scale_kernel",))

@@ -9,6 +9,7 @@ from .functional import (
     linear_token_stats,
     linear_topk,
     topk_distill_loss,
+    topk_distill_stats,
 )
 from .head import LMHead, TopK
 from .modules import LinearCrossEntropyLoss, LinearDistillLoss, TopKDistillLoss
@@ -29,4 +30,5 @@ __all__ = [
     "resolve_impl",
     "set_workspace_bytes",
     "topk_distill_loss",
+    "topk_distill_stats",
 ]

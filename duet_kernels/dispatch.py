@@ -22,7 +22,7 @@ Choice = Literal["triton", "chunked", "reference"]
 IMPLS: tuple[Impl, ...] = get_args(Impl)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looks for it, imports nothing
-# "topk_distill_loss/lse" are its forms that need a log-sum-exp of the student: tail, zeroed, truncated.
+# "topk_distill_loss/lse" are its forms that need a log-sum-exp of the student: all but raw logits and `renormalize`.
 OPS = (
     "linear_topk",
     "linear_gather",
@@ -103,8 +103,7 @@ def resolve_impl(
     measured, and `chunked` everywhere else. On ROCm the kernels were never run: `impl="triton"` tries them.
 
     Args:
-        op: a public function's name; `"topk_distill_loss/lse"` for its normalizations `tail`, `zeroed` and
-            `truncated`.
+        op: a public function's name; `"topk_distill_loss/lse"` for its normalizations other than `renormalize`.
         device: of the hidden states.
         dtype: of the hidden states.
         impl: `auto`, or an explicit choice, which is returned if it can run.

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import ops
 from .checks import check_teacher_hidden, check_topk, flatten_hidden, flatten_ids
 from .dispatch import Impl, resolve_impl
-from .head import LMHead, TokenStats, TopK, as_head
+from .head import DistillStats, LMHead, TokenStats, TopK, as_head
 from .options import (
     SUPPORTS,
     TEMPERATURES,
@@ -192,7 +192,9 @@ def topk_distill_loss(
         divergence: see above.
         normalization: for distributions only. `renormalize` (default): both over the k ids. `tail`: one more bucket
             for all other ids. `zeroed`: teacher over the k ids, student's full softmax (`forward_kl` only).
-            `truncated`: the sum over the k ids of full softmaxes; may be negative (`forward_kl` only).
+            `truncated`: the sum over the k ids of full softmaxes; may be negative (`forward_kl`, `reverse_kl`).
+            `generalized`: the same with q - p added to each term of KL(p||q), p - q to each of KL(q||p); no term is
+            negative (`forward_kl`, `reverse_kl`).
         temperature: T, 0.001 to 1000; must be 1 for raw logits, and `teacher.temperature` where the teacher's tail is
             used.
         beta: weight of the first KL where an equation has two, 0.001 to 0.999.
@@ -213,7 +215,8 @@ def topk_distill_loss(
 
     Memory and FLOP: raw logits and `renormalize` touch K rows of W a token: 2 N K D for the loss, 2 N K D for dh, and
     for a trainable head 2 N K D for dW; no vocabulary-sized product. The others add those of `linear_logsumexp`.
-    Source: DUET (arXiv 2601.21283) equation 3 for `huber`; MATH.md for all.
+    Source: DUET (arXiv 2601.21283) equation 3 for `huber`, MOPD (arXiv 2606.30406) equation 5 for `generalized`;
+    MATH.md for all.
 
     Example:
         >>> hidden, weight = torch.zeros(1, 2, requires_grad=True), torch.eye(2)
@@ -230,6 +233,102 @@ def topk_distill_loss(
     values, indices = tokens.take(flat[0]), tokens.take(flat[1])
     tail = None if flat[2] is None else tokens.take(flat[2])
     return ops.topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
+
+
+def topk_distill_stats(
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    teacher: TopK,
+    *,
+    divergence: DivergenceName = "huber",
+    normalization: Normalization | None = None,
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    delta: float = 1.0,
+    mask: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    student_mass: bool = False,
+    entropy: bool = False,
+    overlap: bool = False,
+    impl: Impl = "auto",
+) -> DistillStats:
+    """The loss of each token as `topk_distill_loss` defines it, and beside it what is logged or weighed in on-policy training.
+
+    With p (teacher) and q (student) at softmax(z / T) over the vocabulary and S the teacher's k ids:
+
+    * `loss` = the divergence, `logprob` = log q(token), both differentiable, with one backward pass for the two
+    * `entropy` = -sum q log q, `student_mass` = sum of q over S, `teacher_mass` = sum of p over S
+    * `overlap` = |S and the student's own k largest| / |S|
+
+    Args:
+        hidden: `[..., D]` student's hidden states.
+        head: student's `LMHead`, or its weight `[V, D]`.
+        teacher: likewise as in `topk_distill_loss`.
+        divergence: likewise; so are `normalization`, `temperature`, `beta`, `delta`.
+        mask: `[...]` bool; every result is 0 where it is False.
+        token_ids: `[...]` int64 or int32, the sampled tokens, for `logprob`; anything where masked.
+        student_mass: whether it is wanted where nothing else needs the log-sum-exp that it needs.
+        entropy: whether it is wanted.
+        overlap: likewise.
+        impl: `auto`, `chunked`, `triton`, `reference`.
+
+    Returns:
+        DistillStats of `[...]` tensors, fp32 (fp64 for fp64), in nats; None for what was not asked for. There is no
+        reduction: `(stats.loss * weights).sum() / num_items`. All masked: 0 with zero gradients.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Memory: within the workspace, never `[N, V]`. FLOP, with G = 2 N D V, is that of `topk_distill_loss(...,
+    reduction="none")`, and
+        `teacher_mass`: nothing. It is None where the teacher's tail is not known at T.
+        `logprob`, `student_mass`, `entropy`: the sums of one pass over the vocabulary. Nothing where the normalization needs
+            that pass anyway (all but raw logits and `renormalize`); else 1 G, and for `logprob` 1 G for dh, 2 G for dW.
+        `overlap`: a pass of its own that selects, 1 G.
+    Source: verl logs masses and overlap as defined in arXiv 2604.13016; the log-probability is the policy gradient's.
+
+    Example:
+        >>> hidden, weight = torch.zeros(1, 2, requires_grad=True), torch.eye(2)
+        >>> teacher = TopK.from_logprobs(torch.tensor([[0]]), torch.tensor([[-0.5]]))
+        >>> options = {"divergence": "reverse_kl", "normalization": "tail", "token_ids": torch.tensor([1])}
+        >>> stats = topk_distill_stats(hidden, weight, teacher, **options)
+        >>> round(stats.logprob.exp().item(), 6), stats.student_mass.item(), stats.entropy
+        (0.5, 0.5, None)
+    """
+    spec = Divergence.of(divergence, normalization, temperature, beta, delta)
+    head = as_head(head)
+    hidden_nd, lead = flatten_hidden(hidden, head)
+    values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden)
+    sampled = _sampled(token_ids, mask, lead, head, hidden)
+    differentiable = spec.needs_student_logsumexp or sampled is not None  # in the log-sum-exp
+    op = "topk_distill_loss/lse" if differentiable or student_mass or entropy else "topk_distill_loss"
+    choice = _resolve(op, hidden_nd, impl, values.shape[1])
+    tokens = loss_tokens(hidden_nd, lead, mask, None, "none", None).for_impl(choice)
+
+    def results(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else tokens.reduce(tokens.weigh(rows.to(tokens.factor.dtype)))
+
+    shared = None
+    teacher_mass = _teacher_mass(teacher, values, indices, lead, spec)
+    teacher_mass = None if teacher_mass is None else tokens.take(teacher_mass)
+    hidden_nd, values, indices = tokens.take(hidden_nd), tokens.take(values), tokens.take(indices)
+    tail = None if tail is None else tokens.take(tail)
+    sampled = None if sampled is None else tokens.take(sampled)
+    still, still_head = hidden_nd.detach(), head.detach()
+    if overlap:
+        choice_k = _resolve("linear_topk", hidden_nd, impl, values.shape[1])
+        shared = ops.overlap(still, still_head, values, indices, choice_k)
+    of_teacher, options = (values, indices, tail), (sampled, entropy, spec, choice)
+    if differentiable:
+        loss, *others = ops.topk_stats(hidden_nd, head, *of_teacher, *options)
+        loss = tokens.reduce(tokens.weigh(loss))
+    else:
+        loss = ops.topk_loss(hidden_nd, head, *of_teacher, spec, tokens, choice)
+        others = [None, None, None]
+        if student_mass or entropy:
+            others = ops.topk_stats(still, still_head, *of_teacher, *options)[1:]
+    logprob, mass, spread = map(results, others)
+    return DistillStats(loss, logprob, spread, mass, results(teacher_mass), results(shared))
 
 
 def linear_distill_loss(
@@ -426,6 +525,29 @@ def linear_token_stats(
 
 def _resolve(op: str, hidden_nd: Tensor, impl: Impl, k: int | None = None) -> str:
     return resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl, tokens=hidden_nd.shape[0], k=k)[0]
+
+
+def _sampled(
+    token_ids: Tensor | None, mask: Tensor | None, lead: tuple[int, ...], head: LMHead, hidden: Tensor
+) -> Tensor | None:
+    """`[N]` the sampled tokens; what is masked may be anything, -100 say."""
+    if token_ids is None:
+        return None
+    if isinstance(mask, Tensor) and isinstance(token_ids, Tensor) and mask.shape == token_ids.shape:
+        token_ids = token_ids.masked_fill(~mask.bool(), 0)
+    return flatten_ids("token_ids", token_ids, lead, head.num_ids, hidden.device, per_token=True)
+
+
+def _teacher_mass(
+    teacher: TopK, values: Tensor, indices: Tensor, lead: tuple[int, ...], spec: Divergence
+) -> Tensor | None:
+    """`[N]`, or None where the teacher's tail is not known at the temperature of the loss."""
+    tail = teacher.tail_logsumexp
+    if tail is None or teacher.temperature != spec.temperature:
+        return None
+    if tuple(tail.shape) != lead:
+        raise ValueError(f"teacher.tail_logsumexp: wanted shape {list(lead)}, got {list(tail.shape)}")
+    return ops.teacher_mass(values, indices, tail.detach().reshape(len(values)), spec.temperature)
 
 
 def _topk_choice(spec: Divergence, hidden_nd: Tensor, impl: Impl, k: int) -> str:

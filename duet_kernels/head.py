@@ -27,7 +27,8 @@ class TopK(NamedTuple):
             fp64 inputs). A value of -inf marks an absent slot (ragged rows).
         indices: `[..., K]` int64 ids.
         tail_logsumexp: `[...]` log-sum-exp of z / temperature over the ids that were **not** selected; -inf when
-            nothing is left. None where it is not known: only the normalizations `tail` and `truncated` read it.
+            nothing is left. None where it is not known: only the normalizations `tail`, `truncated` and
+            `generalized` read it.
         temperature: the temperature T of `tail_logsumexp`.
         log_probabilities: the values are logits minus a constant of each token that nobody knows (`from_logprobs`).
             Losses of raw logits refuse them.
@@ -126,6 +127,27 @@ class TokenStats(NamedTuple):
     entropy: Tensor
     logprob_variance: Tensor
     label_logprob: Tensor | None = None
+
+
+class DistillStats(NamedTuple):
+    """What `topk_distill_stats` says of each token; None for what was not asked for. fp32 (fp64 for fp64 inputs).
+
+    Attributes:
+        loss: `[...]` the divergence, differentiable.
+        logprob: `[...]` log q(token), differentiable.
+        entropy: `[...]` -sum q log q of the student over the vocabulary, a constant.
+        student_mass: `[...]` what the student's softmax gives to the teacher's k ids, a constant; None where nothing needed
+            its log-sum-exp.
+        teacher_mass: `[...]` what the teacher's softmax gives to them, a constant; None where its tail is not known at T.
+        overlap: `[...]` share of the teacher's ids that are among the student's own k largest, a constant.
+    """
+
+    loss: Tensor
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    student_mass: Tensor | None = None
+    teacher_mass: Tensor | None = None
+    overlap: Tensor | None = None
 
 
 class Need(NamedTuple):

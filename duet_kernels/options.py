@@ -22,7 +22,7 @@ from .dispatch import acc_dtype
 DivergenceName = Literal[
     "huber", "mse", "l1", "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "tvd"
 ]  # fmt: skip
-Normalization = Literal["renormalize", "tail", "zeroed", "truncated"]
+Normalization = Literal["renormalize", "tail", "zeroed", "truncated", "generalized"]
 Reduction = Literal["mean", "sum", "none"]
 Support = Literal["teacher", "student", "union"]
 NORMALIZATIONS, REDUCTIONS, SUPPORTS = get_args(Normalization), get_args(Reduction), get_args(Support)
@@ -92,7 +92,7 @@ DIVERGENCES: dict[str, Traits] = {
         equation="KL(p||q) = sum p log(p/q)", normalizations=NORMALIZATIONS, reads=(), noise=False,
     ),
     "reverse_kl": Traits(
-        equation="KL(q||p) = sum q log(q/p)", normalizations=_BUCKET, reads=(), noise=False,
+        equation="KL(q||p) = sum q log(q/p)", normalizations=(*_BUCKET, "truncated", "generalized"), reads=(), noise=False,
     ),
     "symmetric_kl": Traits(
         equation="beta KL(p||q) + (1-beta) KL(q||p)", normalizations=_BUCKET, reads=("beta",), noise=False,
@@ -198,11 +198,11 @@ class Divergence:
 
     @property
     def needs_student_logsumexp(self) -> bool:
-        return self.normalization in ("tail", "zeroed", "truncated")
+        return self.normalization not in ("none", "renormalize")
 
     @property
     def needs_teacher_logsumexp(self) -> bool:
-        return self.normalization in ("tail", "truncated")
+        return self.normalization in ("tail", "truncated", "generalized")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -94,6 +94,26 @@ def topk_loss(
     return divergence(values, teacher_nk, tail, teacher_tail_n, spec)
 
 
+def topk_stats(
+    hidden_nd: Tensor,
+    head: LMHead,
+    ids: Tensor,
+    teacher_nk: Tensor,
+    teacher_tail_n: Tensor | None,
+    token_ids: Tensor | None,
+    spec: Divergence,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(divergence, log q(token), the student's mass on the ids, which count once, and its entropy), each `[N]`."""
+    logq = torch.log_softmax(logits(hidden_nd, head) / spec.temperature, -1)
+    among = torch.zeros(logq.shape[0], logq.shape[1] + 1, dtype=torch.bool, device=logq.device)
+    among.scatter_(1, ids.masked_fill(ids < 0, logq.shape[1]), True)  # absent slots mark the spare column
+    q = logq.detach().exp()
+    mass = q.masked_fill(~among[:, :-1], 0).sum(-1)
+    entropy = -(q * logq.detach().masked_fill(q == 0, 0)).sum(-1)  # 0 log 0 = 0
+    logprob = None if token_ids is None else logq.gather(-1, token_ids[:, None])[:, 0]
+    return topk_loss(hidden_nd, head, ids, teacher_nk, teacher_tail_n, spec), logprob, mass, entropy
+
+
 def dense_loss(
     hidden_nd: Tensor, head: LMHead, teacher_nd: Tensor, teacher_head: LMHead, spec: Divergence
 ) -> Tensor:
@@ -134,10 +154,10 @@ def divergence(
         present = torch.cat([present, torch.ones_like(present[:, :1])], -1)
     total_s = torch.logsumexp(slots_s, -1, keepdim=True)
     total_t = torch.logsumexp(slots_t, -1, keepdim=True)
-    if spec.normalization in ("zeroed", "truncated"):
+    if spec.normalization in ("zeroed", "truncated", "generalized"):
         assert student_tail_n is not None
         total_s = torch.logaddexp(total_s, student_tail_n[:, None])
-    if spec.normalization == "truncated":
+    if spec.normalization in ("truncated", "generalized"):
         assert teacher_tail_n is not None
         total_t = torch.logaddexp(total_t, teacher_tail_n[:, None])
     # Slots that are absent get log-probabilities of 0 on both sides and probabilities of 0: they add nothing.
@@ -146,7 +166,12 @@ def divergence(
     q = logq.exp().masked_fill(~present, 0)
     p = logp.exp().masked_fill(~present, 0)
     pair = _Pair(p, q, logp, logq, _noise(slots_s, slots_t))
-    return _OF_DISTRIBUTIONS[spec.name](pair, spec)
+    loss = _OF_DISTRIBUTIONS[spec.name](pair, spec)
+    if (
+        spec.normalization == "generalized"
+    ):  # KL(a || b) and the sum of b - a, which is 0 over the whole vocabulary
+        loss = loss + (p - q if spec.name == "reverse_kl" else q - p).sum(-1)
+    return loss
 
 
 def _noise(s: Tensor, t: Tensor) -> Tensor:

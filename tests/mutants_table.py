@@ -75,6 +75,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("entropy lacks the mean", "out[1, rows], out[2, rows] = log_total - stats.mean,", "out[1, rows], out[2, rows] = log_total,",
          _REFERENCE + "test_token_stats[chunked]"),
     ],
+    "duet_kernels/portable/topk_divergence.py": [
+        ("a reverse KL over a part of the ids lacks q in its gradient", "return moved.sum(1), moved + q", "return moved.sum(1), moved",
+         "tests/test_reference.py::test_gradcheck[topk-reverse_kl-truncated-chunked]"),
+    ],
     # --- duet_kernels, Triton kernels in the interpreter --------------------------------------------------------------
     "duet_kernels/triton/terms.py": [
         ("reverse KL is weighed by the teacher", "        a = expected(q, w)\n        terms = a - minus(q, p, w)", "        a = expected(p, w)\n        terms = a - minus(q, p, w)",
@@ -123,12 +127,16 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_triton_topk_divergence.py::test_tails_far_from_the_slots[300.0-forward_kl-tail]"),
         ("the truncated loss is renormalised", "ds = mass[:, None] * ds - p * p_tail[:, None]", "ds = mass[:, None] * ds",
          "tests/test_triton_topk_divergence.py::test_fp64_equals_the_definition[forward_kl-truncated]"),
+        ("a generalized KL gives the tail no gradient", "dtail = -expected(q_tail, total)\n            elif", "dtail = dtail\n            elif",
+         "tests/test_triton_topk_divergence.py::test_fp64_equals_the_definition[reverse_kl-generalized]"),
     ],
     "duet_kernels/triton/complement.py": [
         ("the first column of a slab is not taken", "        column = ids - first\n        here = slot & (column >= 0) & (column < C)\n", "        column = ids - first\n        here = slot & (column > 0) & (column < C)\n",
          "tests/test_triton_complement.py::test_every_walk_is_the_same_sum[cross-entropy-recomputed]"),
         ("the sum of earlier slabs is not rescaled", "s += tl.load(sums_ptr + stride_s + n, mask=n < R, other=0.0) * tl.exp((before - zero) * inverse)", "s += tl.load(sums_ptr + stride_s + n, mask=n < R, other=0.0)",
          "tests/test_triton_complement.py::test_every_walk_is_the_same_sum[cross-entropy-recomputed]"),
+        ("the moment of earlier slabs does not follow the maximum", "moment += (moment_before + fall_before * s_before) * tl.exp(fall_before)", "moment += moment_before * tl.exp(fall_before)",
+         "tests/test_triton_complement.py::test_the_pair_its_entropy_and_its_gradient[recomputed]"),
         ("slots of one id do not add up", "dz += tl.sum(tl.where(same, upstream[:, None, :], 0.0), 2)", "dz = tl.sum(tl.where(same, upstream[:, None, :], 0.0), 2)",
          "tests/test_triton_complement.py::test_no_ids_and_many"),
     ],
@@ -160,6 +168,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_regressions.py::test_forward_mode_is_refused_and_never_zero[gather]"),
     ],
     "duet_kernels/ops/losses.py": [
+        ("the sampled token is missing in the loss's tail", "tail = torch.where(among, tail, torch.logaddexp(tail, token.masked_fill(among, 0)))", "pass",
+         "tests/test_topk_stats.py::test_values_and_the_joint_gradient[reverse_kl-generalized-chunked]"),
+        ("an id that is met twice has its mass twice", "once = values.masked_fill(_met_before(slots) | (slots < 0), -torch.inf)", "once = values.masked_fill(slots < 0, -torch.inf)",
+         "tests/test_topk_stats.py::test_values_and_the_joint_gradient[jsd-tail-chunked]"),
         ("a second pass scales what was given away", "            ctx.given_away = any(g.dtype == ctx.dtype for g in others)\n", "",
          "tests/test_upstream.py::test_every_pass_over_a_retained_graph[chunked-torch.float32]"),
         ("dW without a reduction lacks the upstream factors", "for g in again(need._replace(hidden=False), grad)[1:]]", "for g in again(need._replace(hidden=False), None)[1:]]",

@@ -340,7 +340,13 @@ REFUSED = [
         "truncated jsd",
         lambda: kl("jsd", normalization="truncated"),
         ValueError,
-        ("normalization:", "forward_kl"),
+        ("normalization:", "'forward_kl', 'reverse_kl' only"),
+    ),
+    (
+        "generalized without the teacher's tail",
+        lambda: kl("reverse_kl", normalization="generalized", teacher=TOP._replace(tail_logsumexp=None)),
+        ValueError,
+        ("teacher.tail_logsumexp:", "'generalized' reads it", "got None"),
     ),
     (
         "dense with a tail",
@@ -486,6 +492,7 @@ LOSSES = {
     "tail": lambda **o: kl("jsd", normalization="tail", **o),
     "zeroed": lambda **o: kl(normalization="zeroed", **o),
     "truncated": lambda **o: kl(normalization="truncated", **o),
+    "generalized": lambda **o: kl("reverse_kl", normalization="generalized", **o),
     "dense": distill,
     "dense-mse": lambda **o: distill(divergence="mse", **o),
     "union": lambda **o: distill(k=3, support="union", **o),
@@ -518,7 +525,7 @@ def test_documented_answers(name):
         torch.testing.assert_close(loss(num_items=items), full.sum() / 4)
     # int32 ids, and a teacher of another float type.
     teacher = TOP._replace(values=TOP.values.double(), indices=IDS.int())
-    if name in ("huber", "renormalize", "tail", "zeroed", "truncated"):
+    if name in ("huber", "renormalize", "tail", "zeroed", "truncated", "generalized"):
         assert torch.equal(loss(teacher=teacher, reduction="none"), full)
     # Weights of 0 are a mask that still counts in the denominator.
     weights = torch.tensor([1.0, 0.0, 2.0, 0.0, -1.0])

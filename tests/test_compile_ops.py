@@ -16,6 +16,7 @@ from duet_kernels import (
     linear_topk,
     ops,
     topk_distill_loss,
+    topk_distill_stats,
 )
 from duet_kernels.testing import gradients, make_problem
 
@@ -63,11 +64,21 @@ LOSSES = {
     "forward_kl": _topk(divergence="forward_kl"),
     "jsd-tail": _topk(divergence="jsd", normalization="tail", temperature=1.5),
     "zeroed": _topk(divergence="forward_kl", normalization="zeroed"),
+    "generalized": _topk(divergence="reverse_kl", normalization="generalized", temperature=1.5),
     "dense": _distill(divergence="reverse_kl"),
     "linear-tail": _distill(k=5, normalization="tail"),
     "linear-union": _distill(k=5, support="union", divergence="tvd"),
 }
+
+
+def _stats(hidden, head, problem, teacher):
+    options = {"divergence": "reverse_kl", "normalization": "tail", "temperature": 1.5, "entropy": True}
+    stats = topk_distill_stats(hidden, head, teacher, token_ids=problem.labels, **options)
+    return stats.loss + stats.logprob + stats.entropy
+
+
 PRIMITIVES = {
+    "stats": _stats,
     "gather": lambda hidden, head, problem, teacher: linear_gather(hidden, head, teacher.indices),
     "logsumexp": lambda hidden, head, problem, teacher: linear_logsumexp(
         hidden, head, exclude=teacher.indices
@@ -203,6 +214,28 @@ def _samples():
                 torch.rand(7),
                 *tail_options,
                 *(not full, True, True, full, "chunked"),
+            ),
+            "complement_and_values": (*linear, ids, *shape, 1.5, True, full, "chunked"),
+            "complement_and_values_backward": (
+                torch.randn(7, 5),
+                torch.randn(7, 5),
+                torch.randn(7, 9),
+                *plain,
+                ids,
+                *shape,
+                1.5,
+                *need,
+                "chunked",
+            ),
+            "topk_divergence": (
+                values.clone().requires_grad_(),
+                teacher.values,
+                rows.clone().requires_grad_() if full else None,
+                teacher.tail_logsumexp if full else None,
+                "jsd",
+                "tail" if full else "renormalize",
+                *options[2:],
+                "chunked",
             ),
             "linear_cross_entropy": (
                 *linear,

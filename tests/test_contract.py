@@ -835,7 +835,11 @@ def _made_in_inference_mode(problem, leaf):
 
 @pytest.mark.parametrize("leaf", ["hidden", "weight", "bias"])
 @pytest.mark.parametrize(
-    "op, impl", [(op, "chunked") for op in OPS] + [(op, "triton") for op in ON_TRITON], ids=str
+    "op, impl",
+    [(op, "chunked") for op in OPS]
+    + [(op, "triton") for op in SAMPLED]
+    + [(op, "triton") for op in ON_TRITON if op.name in ("logsumexp", "topk-forward_kl-tail")],
+    ids=str,
 )
 def test_inputs_from_inference_mode(op, impl, leaf):
     """Autograd saves no tensor of inference mode; what is saved is copied, and the gradients are those of plain inputs."""

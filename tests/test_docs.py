@@ -62,6 +62,8 @@ def names(tmp_path, monkeypatch):
         "tokenizer": tokenizer,
         "ids": ids,
         "labels": torch.where(ids % 4 == 0, -100, ids),
+        "student_ids": torch.rand(2, 12, 128).topk(8).indices,
+        "teacher_logprobs": torch.randn(2, 12, 128).log_softmax(-1)[..., :8],
         "forget_rows": forget_rows(),
         "retain_rows": retain_rows(),
     }

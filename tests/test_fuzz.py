@@ -21,7 +21,7 @@ from duet_kernels import (  # noqa: E402
     linear_topk,
     topk_distill_loss,
 )
-from duet_kernels.options import DIVERGENCES  # noqa: E402
+from duet_kernels.options import DIVERGENCES, NORMALIZATIONS  # noqa: E402
 from duet_kernels.portable import cuts, gather  # noqa: E402
 from duet_kernels.testing import OPS, gradients, make_problem  # noqa: E402
 
@@ -167,7 +167,7 @@ def test_selections(small_tiles, problem, data, rows, tile_bytes):
     k=st.integers(1, 12),
     seed=st.integers(0, 10**6),
     divergence=st.sampled_from([*DIVERGENCES]),
-    normalization=st.sampled_from(["renormalize", "tail", "zeroed", "truncated"]),
+    normalization=st.sampled_from(NORMALIZATIONS),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
 )
 def test_any_teacher(n, v, k, seed, divergence, normalization, temperature):

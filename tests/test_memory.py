@@ -5,6 +5,7 @@ and the allocator's own record of bytes.
 """
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from duet_kernels import (
     portable,
     set_workspace_bytes,
     topk_distill_loss,
+    topk_distill_stats,
 )
 from duet_kernels.options import DIVERGENCES
 from duet_kernels.portable import cuts, dense, gather
@@ -30,18 +32,20 @@ V, D = 32768, 4  # the weight itself, V D, stays below N V / 4
 
 
 class Sizes(TorchDispatchMode):
-    """The largest number of elements among all tensors that operations return, and the operation."""
+    """The largest number of elements among all tensors that operations return, the operation, and all shapes."""
 
     def __init__(self):
         super().__init__()
-        self.largest, self.by, self.seen = 0, None, set()
+        self.largest, self.by, self.seen, self.shapes = 0, None, set(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.seen.add(str(func))
         for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.numel() > self.largest:
-                self.largest, self.by = x.numel(), str(func)
+            if isinstance(x, torch.Tensor):
+                self.shapes.add(tuple(x.shape))
+                if x.numel() > self.largest:
+                    self.largest, self.by = x.numel(), str(func)
         return out
 
 
@@ -118,7 +122,16 @@ def _stats(hidden, weight, teacher):
     return hidden.sum() + weight.sum()
 
 
+def _topk_stats(hidden, weight, teacher):
+    token_ids, options = torch.arange(len(hidden)), {"entropy": True, "student_mass": True, "overlap": True}
+    options |= {"divergence": "reverse_kl", "normalization": "generalized", "impl": "chunked"}
+    top = linear_topk(teacher, weight, 32)
+    stats = topk_distill_stats(hidden, weight, top, token_ids=token_ids, **options)
+    return (stats.loss + stats.logprob).mean()
+
+
 OPERATIONS = {
+    "topk-stats": _topk_stats,
     "topk": lambda h, w, t: linear_topk(t, w, 64).values.sum() + h.sum() + w.sum(),
     "topk-1000": lambda h, w, t: linear_topk(t, w, 1000).values.sum() + h.sum() + w.sum(),
     "gather": lambda h, w, t: linear_gather(h, w, torch.arange(64).expand(len(h), 64)).sum(),
@@ -136,6 +149,7 @@ OPERATIONS = {
     "student": _sparse("reverse_kl", "tail", support="student"),
     "zeroed": _sparse("forward_kl", "zeroed"),
     "truncated": _sparse("forward_kl", "truncated"),
+    "generalized": _sparse("reverse_kl", "generalized"),
     **{f"dense-{name}": _dense(name, "mean") for name in DIVERGENCES},
     "dense-none": lambda h, w, t: _dense("forward_kl", "none")(h, w, t).sum(),
     "masked": _masked,
@@ -171,6 +185,27 @@ def test_the_detector_sees_inside_custom_ops():
     mode = _largest(OPERATIONS["tail"], 64)
     assert {"aten.mm.out", "aten.mm.default"} <= mode.seen
     assert any("scatter_add" in name for name in mode.seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_students_own_ids_need_nothing_of_vocabulary_size(frozen, dtype):
+    """Ids of the rollout, log-probabilities of a server: no tensor has V elements, but dW and its rows' numbers."""
+    n, k = 16, 8
+    hidden, weight, _ = _case(n, dtype)
+    weight.requires_grad_(not frozen)
+    ids = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(i))[:k] for i in range(n)])
+    with watching() as mode:
+        teacher = TopK.from_logprobs(ids, torch.full((n, k), 1 / V).log())
+        topk_distill_loss(hidden, LMHead(weight), teacher, divergence="reverse_kl").backward()
+    assert hidden.grad is not None and hidden.grad.abs().sum() > 0
+    allowed = set() if frozen else {(V, D), (V,)}
+    assert {shape for shape in mode.shapes if max(shape, default=0) >= V or math.prod(shape) >= V} == allowed
+    with watching() as mode:  # the instrument sees the pass that another normalization needs
+        topk_distill_loss(
+            hidden, LMHead(weight), teacher, divergence="reverse_kl", normalization="tail"
+        ).backward()
+    assert any(math.prod(shape) >= V for shape in mode.shapes - {(V, D), (V,)})
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

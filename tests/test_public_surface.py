@@ -29,6 +29,7 @@ NAMES = [
     "resolve_impl",
     "set_workspace_bytes",
     "topk_distill_loss",
+    "topk_distill_stats",
 ]
 
 

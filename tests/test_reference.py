@@ -111,7 +111,7 @@ class TestAgainstTorch:
                 linear_distill_loss(*sides, k=v, normalization=normalization, **options), dense, **EXACT
             )
 
-    def test_zeroed_and_truncated(self, problem, both_logits, impl):
+    def test_sums_over_a_part_of_the_vocabulary(self, problem, both_logits, impl):
         temperature = 1.7
         teacher = linear_topk(
             problem.teacher_hidden, problem.teacher_head, 9, temperature=temperature, impl=impl
@@ -119,15 +119,18 @@ class TestAgainstTorch:
         logq, logp = (F.log_softmax(z / temperature, -1).gather(1, teacher.indices) for z in both_logits)
         log_top = logp - logp.logsumexp(1, keepdim=True)
         wanted = {
-            "zeroed": (log_top.exp() * (log_top - logq)).sum(1),
-            "truncated": (logp.exp() * (logp - logq)).sum(1),
+            ("forward_kl", "zeroed"): (log_top.exp() * (log_top - logq)).sum(1),
+            ("forward_kl", "truncated"): (logp.exp() * (logp - logq)).sum(1),
+            ("reverse_kl", "truncated"): (logq.exp() * (logq - logp)).sum(1),
+            ("forward_kl", "generalized"): (logp.exp() * (logp - logq) - logp.exp() + logq.exp()).sum(1),
+            ("reverse_kl", "generalized"): (logq.exp() * (logq - logp) - logq.exp() + logp.exp()).sum(1),
         }
-        for normalization, rows in wanted.items():
+        for (divergence, normalization), rows in wanted.items():
             got = topk_distill_loss(
                 problem.hidden,
                 problem.head,
                 teacher,
-                divergence="forward_kl",
+                divergence=divergence,
                 normalization=normalization,
                 temperature=temperature,
                 reduction="none",
@@ -230,9 +233,20 @@ class TestByHand:
         wanted = 0.25 * math.log(0.25 / 0.375) + 0.25 * math.log(0.25 / 0.125)
         assert self._loss(*half, divergence="forward_kl", normalization="truncated") == pytest.approx(wanted)
 
-    def test_truncated_may_be_negative(self, impl):
-        call = impl, [5.0, 0.0, 0.0], [0.0], [0], math.log(2)
-        assert self._loss(*call, divergence="forward_kl", normalization="truncated") < 0
+    @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+    def test_truncated_may_be_negative_and_generalized_not(self, impl, name):
+        """One id whose probability differs: 1/3 and 0.987. The other one of the pair has too much of it."""
+        high, low = [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+        student, teacher = (high, low) if name == "forward_kl" else (low, high)
+        call = impl, student, teacher[:1], [0], math.log(2)
+        p, q = (math.exp(z[0]) / sum(map(math.exp, z)) for z in (teacher, student))
+        first, second = (p, q) if name == "forward_kl" else (q, p)
+        bare = first * math.log(first / second)
+        assert (
+            self._loss(*call, divergence=name, normalization="truncated") == pytest.approx(bare) and bare < 0
+        )
+        generalized = self._loss(*call, divergence=name, normalization="generalized")
+        assert generalized == pytest.approx(bare + second - first) and generalized > 0
 
     def test_no_temperature_squared(self, impl):
         """Twice the temperature with twice the logits is the same loss: nothing is multiplied by T^2."""

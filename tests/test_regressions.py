@@ -27,6 +27,7 @@ from duet_kernels import (
     topk_distill_loss,
 )
 from duet_kernels.head import Need
+from duet_kernels.options import NORMALIZATIONS
 from duet_kernels.portable import topk_divergence
 from duet_kernels.portable.dense_rows import DenseRows
 from duet_kernels.testing import DISTRIBUTIONS, OPS, gradients, make_problem
@@ -341,14 +342,14 @@ def test_a_frozen_head_pays_nothing(op, monkeypatch):
 
 
 def test_a_truncated_vocabulary_is_not_renormalised_in_secret():
-    """`truncated` and `zeroed` are what their names say, and differ from `renormalize`."""
+    """The normalizations are what their names say, and differ from each other."""
     problem = make_problem(9, 61, 8)
     teacher = problem.teacher_topk(4)
     losses = {
         n: topk_distill_loss(
             problem.hidden, problem.head, teacher, divergence="forward_kl", normalization=n, reduction="none"
         )
-        for n in ("renormalize", "tail", "zeroed", "truncated")
+        for n in NORMALIZATIONS
     }
     names = list(losses)
     for i, a in enumerate(names):

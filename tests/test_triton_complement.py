@@ -179,6 +179,28 @@ class _Loss(torch.autograd.Function):
         return *run(ctx.family, case)[1:], None, None
 
 
+@pytest.mark.parametrize("way", ["at hand, dW in steps", "recomputed", "dW, then dh"])
+def test_the_pair_its_entropy_and_its_gradient(way, monkeypatch):
+    """Tail, values and the entropy of what is not excluded; dh, dW and db from gradients of the first two."""
+    force(monkeypatch, way)
+    columns(monkeypatch, 16)
+    case = make_case(**FULL)
+    p = case.problem.requiring(case.problem.leaves)
+    head, ids = p.head.narrowed(), case.ids
+    plain = p.hidden.detach(), head.detach()
+    tail, values, dtail, entropy = kernel.complement_and_values(*plain, ids, 1.7, True, True)
+    wanted = reference.complement_and_values(p.hidden, head, ids, 1.7)
+    check((tail, values), wanted)
+    z = reference.logits(*plain)
+    excluded = torch.zeros(N, V + 1, dtype=torch.bool, device=DEVICE).scatter(1, ids.where(ids >= 0, V), True)
+    rest = torch.distributions.Categorical(logits=(z / 1.7).masked_fill(excluded[:, :V], -1e9))
+    check((entropy,), (rest.entropy(),))
+    grads = torch.randn_like(tail), torch.randn_like(values).masked_fill(ids < 0, 0)
+    got = kernel.complement_and_values_backward(*grads, tail, values, dtail, *plain, ids, 1.7, ALL)
+    leaves = [getattr(p, name) for name in p.leaves]
+    check(got, torch.autograd.grad([wanted[0], wanted[1].where(ids >= 0, 0)], leaves, grads))
+
+
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("family", ["cross-entropy", "logsumexp", *WITH_TAIL])
 def test_gradcheck_of_the_kernels(family, softcap):

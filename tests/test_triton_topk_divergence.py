@@ -64,10 +64,14 @@ def row_loss(s, t, s_tail, t_tail, eps, *, divergence, normalization, temperatur
     if normalization == "renormalize":
         with_s, with_t = x_s, x_t
     log_q, log_p = with_s.log_softmax(0), with_t.log_softmax(0)
-    if normalization in ("zeroed", "truncated"):
+    if normalization in ("zeroed", "truncated", "generalized"):
         log_q, log_p = log_q[:-1], log_p[:-1]
     noise = 8 * eps * largest(with_s, with_t)
-    return of_distributions(divergence, log_q, log_p, beta=beta, noise=noise)
+    loss = of_distributions(divergence, log_q, log_p, beta=beta, noise=noise)
+    if normalization == "generalized":
+        more = (log_p.exp() - log_q.exp()).sum()
+        loss = loss + (more if divergence == "reverse_kl" else -more)
+    return loss
 
 
 def largest(*logits):
@@ -95,7 +99,7 @@ def expected(student, teacher, student_tail, teacher_tail, factor, *, acc=torch.
         if loss.requires_grad
         else [torch.zeros_like(x) for x in inputs]
     )
-    dtail = gradients[1] if named["normalization"] in ("tail", "zeroed", "truncated") else gradients[1][:0]
+    dtail = gradients[1] if named["normalization"] not in ("none", "renormalize") else gradients[1][:0]
     return loss.detach(), gradients[0], dtail
 
 
@@ -333,7 +337,7 @@ def test_nan_stays_in_its_row(divergence, normalization, where):
         assert a.numel() == 0 or torch.equal(a[others], b[others])
 
 
-@pytest.mark.parametrize("normalization", ["tail", "zeroed", "truncated"])
+@pytest.mark.parametrize("normalization", ["tail", "zeroed", "truncated", "generalized"])
 @pytest.mark.parametrize("where", [2, 3])
 def test_nan_tail_stays_in_its_row(normalization, where):
     inputs, named = problem(), options("forward_kl", normalization)
@@ -390,7 +394,7 @@ def test_any_strides(divergence, normalization):
 def test_few_rows(divergence, normalization, n):
     inputs, named = problem(n=n), options(divergence, normalization)
     loss, dstudent, dtail = topk_divergence(*inputs, **named)
-    has_tail = normalization in ("tail", "zeroed", "truncated")
+    has_tail = normalization not in ("none", "renormalize")
     assert (loss.shape, dstudent.shape, dtail.shape) == ((n,), (n, K), (n if has_tail else 0,))
     assert all(x.isfinite().all() for x in (loss, dstudent, dtail))
 

@@ -30,7 +30,7 @@ from .op import (
     save_for_backward,
     times,
 )
-from .primitives import linear_gather_backward
+from .primitives import complement_and_values, linear_gather_backward, linear_topk
 
 # --- what losses of the whole vocabulary share ------------------------------------------------------------------
 
@@ -248,6 +248,130 @@ def _topk_loss_with_tail_gradient(ctx, grad, *_):
 _topk_loss_with_tail.register_autograd(
     _topk_loss_with_tail_gradient, setup_context=_topk_loss_with_tail_context
 )
+
+
+# --- the same with what else is known of the token --------------------------------------------------------------
+
+
+def topk_stats(
+    hidden: Tensor,
+    head: LMHead,
+    values_t: Tensor,
+    ids: Tensor,
+    tail_t: Tensor | None,
+    token_ids: Tensor | None,
+    with_entropy: bool,
+    spec: Divergence,
+    impl: str,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(loss, log q(token), the student's mass on the ids, its entropy), each `[N]`, of one pass over the vocabulary.
+
+    The token is a slot of its own, the first one. Sums of probabilities count every id once.
+    """
+    values_t = values_t.to(acc_dtype(hidden.dtype))
+    ids = ids.masked_fill(values_t == -torch.inf, -1)
+    if impl == "reference":
+        found = reference.topk_stats(hidden, head, ids, values_t, tail_t, token_ids, spec)
+        return found if with_entropy else (*found[:3], None)
+    slots = ids if token_ids is None else torch.cat([token_ids[:, None], ids], 1)
+    tail, values, inner = complement_and_values(hidden, head, slots, spec.temperature, with_entropy, impl)
+    once = values.masked_fill(_met_before(slots) | (slots < 0), -torch.inf) / spec.temperature
+    x = torch.cat([once, tail[:, None]], 1)
+    logprob, of_teacher = None, once.detach()
+    if token_ids is not None:
+        among = (ids == token_ids[:, None]).any(1)
+        token, values = once[:, 0], values[:, 1:]
+        of_teacher = torch.cat(
+            [once[:, :1].masked_fill(~among[:, None], -torch.inf), once[:, 1:]], 1
+        ).detach()
+        logprob = -_log_of_one_and(x[:, 1:] - token[:, None])
+        # Of the loss's tail the token is a part, unless it is one of the ids.
+        tail = torch.where(among, tail, torch.logaddexp(tail, token.masked_fill(among, 0)))
+    mass = (of_teacher.logsumexp(1) - x.detach().logsumexp(1)).exp()
+    entropy = _entropy(x.detach(), inner) if with_entropy else None
+    tails = (tail, tail_t) if spec.needs_student_logsumexp else (None, None)
+    return _topk_divergence(values, values_t, *tails, *_options(spec), impl)[0], logprob, mass, entropy
+
+
+def teacher_mass(values: Tensor, ids: Tensor, tail: Tensor, temperature: float) -> Tensor:
+    """`[N]` what a teacher's softmax gives to its ids, each of which counts once."""
+    again = _met_before(ids.masked_fill(values == -torch.inf, -1))
+    return torch.sigmoid((values.masked_fill(again, -torch.inf) / temperature).logsumexp(1) - tail)
+
+
+def overlap(hidden: Tensor, head: LMHead, values_t: Tensor, ids: Tensor, impl: str) -> Tensor:
+    """`[N]` share of the teacher's ids that are among the student's own K largest: a pass that selects."""
+    present = values_t != -torch.inf
+    own = linear_topk(hidden, head, min(ids.shape[1], head.num_ids), 1.0, impl)[1].sort(1).values
+    at = torch.searchsorted(own, ids).clamp(max=own.shape[1] - 1)
+    shared = (own.gather(1, at) == ids) & present
+    return shared.sum(1, dtype=values_t.dtype) / present.sum(1).clamp(min=1)
+
+
+def _met_before(ids: Tensor) -> Tensor:
+    """Where an id `[N, K]` stands further to the left, too."""
+    ordered, order = ids.sort(dim=1, stable=True)
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    return torch.zeros_like(again).scatter(1, order, again)
+
+
+def _log_of_one_and(x: Tensor) -> Tensor:
+    """log(1 + sum exp x) of rows, with the digits of a small sum."""
+    nothing = (x == -torch.inf).all(1, keepdim=True)  # its log-sum-exp is -inf, without a gradient
+    total = x.masked_fill(nothing, 0).logsumexp(1).masked_fill(nothing[:, 0], -torch.inf)
+    return F.softplus(total, threshold=40.0)
+
+
+def _entropy(x: Tensor, inner: Tensor) -> Tensor:
+    """`[N]` of events with the logits x, the last of which is a choice of entropy `inner`; all terms are >= 0."""
+    top, at = x.max(1, keepdim=True)
+    rest = (x - top).exp().scatter(1, at, 0).sum(1, keepdim=True)
+    log_p = x - top - rest.log1p()
+    p = log_p.exp()
+    return p[:, -1] * inner - (p * log_p.clamp(min=-1e4)).sum(1)  # where p is 0: 0 inf would be NaN
+
+
+@custom_op("topk_divergence")
+def _topk_divergence(
+    values: Tensor,
+    teacher: Tensor,
+    tail: Tensor | None,
+    teacher_tail: Tensor | None,
+    divergence: str,
+    normalization: str,
+    temperature: float,
+    beta: float,
+    delta: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss `[N]`, its gradient in the student's logits `[N, K]`, that in the student's tail `[N]` or empty)."""
+    spec, factor = (
+        Divergence(divergence, normalization, temperature, beta, delta),
+        values.new_ones(len(values)),
+    )
+    run = implementation(impl).divergence_and_gradient
+    return run(values, teacher, tail, teacher_tail, factor, spec)
+
+
+@_topk_divergence.register_fake
+def _(values, teacher, tail, teacher_tail, *options):
+    loss = values.new_empty(values.shape[0])
+    return loss, values.new_empty(values.shape), loss.new_empty(0) if tail is None else torch.empty_like(loss)
+
+
+def _topk_divergence_context(ctx, inputs, output):
+    save_for_backward(ctx, *output[1:])
+
+
+def _topk_divergence_gradient(ctx, grad, *_):
+    refuse_second_derivative("topk_distill_stats")
+    dvalues, dtail = ctx.saved_tensors
+    tail = grad * dtail if ctx.needs_input_grad[2] else None
+    return grad[:, None] * dvalues, None, tail, *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+_topk_divergence.register_autograd(_topk_divergence_gradient, setup_context=_topk_divergence_context)
 
 
 # --- the dense divergences, from both hidden states -------------------------------------------------------------

@@ -208,6 +208,115 @@ def _linear_logsumexp_gradient(ctx, grad, _):
 _linear_logsumexp.register_autograd(_linear_logsumexp_gradient, setup_context=_linear_logsumexp_context)
 
 
+# --- logits at given ids and the log-sum-exp of all others ------------------------------------------------------
+
+
+def complement_and_values(
+    hidden: Tensor, head: LMHead, ids: Tensor, temperature: float, with_entropy: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(`[N]` log-sum-exp of z / T over the ids not in `ids`, `[N, K]` z at the ids, `[N]` entropy of those others' softmax).
+
+    One pass, and one backward of the first two; the entropy is empty unless asked for, and a constant. An id below 0 is an
+    absent slot: its value is -inf and it excludes nothing.
+    """
+    hidden, weight, bias, softcap, scale = flat(hidden, head)
+    need = needs_gradient(hidden)
+    options = softcap, scale, temperature, need.hidden, with_entropy, impl
+    both, _, entropy = _complement_and_values(hidden, weight, bias, ids, *options)
+    return both[:, -1], both[:, :-1], entropy.detach()
+
+
+@custom_op("complement_and_values")
+def _complement_and_values(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    need_hidden: bool,
+    with_entropy: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values and tail as `[N, K + 1]`, the tail's gradient in h if that is needed, the entropy if that is wanted).
+
+    One tensor holds both: whatever is differentiated, their gradients come together.
+    """
+    head = LMHead(weight, bias, softcap, scale)
+    run = implementation(impl).complement_and_values
+    tail, values, dtail, entropy = run(hidden, head, ids, temperature, need_hidden, with_entropy)
+    return torch.cat([values, tail[:, None]], 1), dtail, entropy
+
+
+@_complement_and_values.register_fake
+def _(hidden, weight, bias, ids, softcap, scale, temperature, need_hidden, with_entropy, impl):
+    both = hidden.new_empty(ids.shape[0], ids.shape[1] + 1, dtype=acc_dtype(hidden.dtype))
+    entropy = both.new_empty(ids.shape[0] if with_entropy else 0)
+    return both, both.new_empty(hidden.shape if need_hidden else (0,)), entropy
+
+
+@custom_op("complement_and_values_backward")
+def _complement_and_values_backward(
+    grad: Tensor,
+    both: Tensor,
+    dtail: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden, need_weight, need_bias)
+    parts = grad[:, -1], grad[:, :-1], both[:, -1], both[:, :-1]
+    run = implementation(impl).complement_and_values_backward
+    return present(run(*parts, dtail, hidden, head, ids, temperature, need), hidden, weight, bias)
+
+
+@_complement_and_values_backward.register_fake
+def _(
+    grad,
+    both,
+    dtail,
+    hidden,
+    weight,
+    bias,
+    ids,
+    softcap,
+    scale,
+    temperature,
+    need_hidden,
+    need_weight,
+    need_bias,
+    impl,
+):
+    return gradients_like(hidden, weight, bias, need_hidden, need_weight, need_bias)
+
+
+def _complement_and_values_context(ctx, inputs, output):
+    hidden, weight, bias, ids, ctx.softcap, ctx.scale, ctx.temperature, *_, ctx.impl = inputs
+    save_for_backward(ctx, *output[:2], hidden, weight, bias, ids)
+
+
+def _complement_and_values_gradient(ctx, grad, *_):
+    refuse_second_derivative("topk_distill_stats")
+    need = ctx.needs_input_grad[:3]
+    options = ctx.softcap, ctx.scale, ctx.temperature, *need, ctx.impl
+    gradients = _complement_and_values_backward(grad, *ctx.saved_tensors, *options)
+    return for_autograd(gradients, need, len(ctx.needs_input_grad))
+
+
+_complement_and_values.register_autograd(
+    _complement_and_values_gradient, setup_context=_complement_and_values_context
+)
+
+
 # --- token statistics: one pass, without a gradient -------------------------------------------------------------
 
 

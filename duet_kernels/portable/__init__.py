@@ -6,10 +6,21 @@ none of their inputs, and hold no `[N, V]` logits. fp64 is kept; everything else
 
 from .dense import linear_cross_entropy, linear_divergence, times_upstream
 from .gather import linear_gather, linear_gather_backward, topk_loss
-from .logsumexp import linear_logsumexp, linear_logsumexp_backward, token_stats, topk_loss_with_tail
+from .logsumexp import (
+    complement_and_values,
+    complement_and_values_backward,
+    linear_logsumexp,
+    linear_logsumexp_backward,
+    token_stats,
+    topk_loss_with_tail,
+)
 from .topk import linear_topk
+from .topk_divergence import divergence_and_gradient
 
 __all__ = [
+    "complement_and_values",
+    "complement_and_values_backward",
+    "divergence_and_gradient",
     "linear_cross_entropy",
     "linear_divergence",
     "linear_gather",

@@ -88,7 +88,7 @@ def linear_cross_entropy(
     if need.weight and head.weight.dtype == head.acc and step >= cuts.ENOUGH_ROWS:
         return _cross_entropy_by_rows(hidden, head, labels, factor, step, need)
     ids = labels[:, None]
-    tail, values, dtail = complement_and_values(hidden, head, ids, 1.0, need.hidden)
+    tail, values, dtail, _ = complement_and_values(hidden, head, ids, 1.0, need.hidden)
     loss, miss = _cross_entropy(tail, values[:, 0], factor)
     if not any(need):
         return loss, None, None, None

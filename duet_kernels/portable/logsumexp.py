@@ -21,9 +21,14 @@ from .topk_divergence import divergence_and_gradient
 
 
 def complement_and_values(
-    hidden: Tensor, head: LMHead, indices: Tensor, temperature: float, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(tail `[N]`, values `[N, K]`, d tail / d h `[N, D]` or empty).
+    hidden: Tensor,
+    head: LMHead,
+    indices: Tensor,
+    temperature: float,
+    with_gradient: bool,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(tail `[N]`, values `[N, K]`, d tail / d h `[N, D]` or empty, entropy `[N]` of the others' softmax or empty).
 
     tail = log sum over j not in ids of exp(z_j / T), values = z at the ids. The gradient of the tail is a softmax
     average of rows of W, so it is summed along like the exponentials themselves and costs one more product; the
@@ -33,10 +38,11 @@ def complement_and_values(
     tail = torch.empty(n, dtype=head.acc, device=device)
     values = torch.full((n, k), -torch.inf, dtype=head.acc, device=device)
     dtail = torch.zeros((n, hidden.shape[1]) if with_gradient else (0,), dtype=head.acc, device=device)
+    entropy = tail.new_empty(n if with_entropy else 0)
     for rows in row_blocks(n):
         h, ids = operand(hidden[rows]), indices[rows]
-        running = RunningLogsumexp(h.shape[0], tail)
-        for columns, size, weight, z in vocab_tiles(h, head):
+        running = RunningLogsumexp(h.shape[0], tail, with_entropy)
+        for columns, size, weight, z in vocab_tiles(h, head, copies=4 if with_entropy else 3):
             slope = head.slope(z) if with_gradient else 1.0
             if k:
                 inside, local = locate(ids, columns, size)
@@ -48,11 +54,13 @@ def complement_and_values(
                 dtail[rows].mul_(rescale[:, None])
                 scaled(multiply_(weights, slope), weight.dtype).add_to(dtail[rows], weight)
         tail[rows] = running.result()
+        if with_entropy:
+            entropy[rows] = running.entropy()
         if with_gradient:
             total = running.sum.masked_fill(running.sum == 0, 1)  # nothing left over: no gradient
             dtail[rows].div_(total[:, None] * temperature)
     tail.masked_fill_((indices >= head.weight.shape[0]).any(1), torch.nan)
-    return tail, mark_ids(values, indices, head), dtail
+    return tail, mark_ids(values, indices, head), dtail, entropy
 
 
 def complement_and_values_backward(
@@ -160,7 +168,7 @@ def linear_logsumexp(
     hidden: Tensor, head: LMHead, exclude: Tensor, temperature: float, need: Need
 ) -> tuple[Tensor, Tensor | None]:
     """(`[N]` log-sum-exp of z / T over the ids not in `exclude`, its gradient `[N, D]` in h if that is needed)."""
-    tail, _, dtail = complement_and_values(hidden, head, exclude, temperature, need.hidden)
+    tail, _, dtail, _ = complement_and_values(hidden, head, exclude, temperature, need.hidden)
     return tail, dtail.to(grad_dtype(hidden.dtype)) if need.hidden else None
 
 
@@ -185,7 +193,7 @@ def topk_loss_with_tail(
     need: Need,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(`[N]` factor * loss, dh, dW, db of its sum) of a loss that reads the student's log-sum-exp beside the ids."""
-    tail, values, dtail = complement_and_values(hidden, head, indices, spec.temperature, need.hidden)
+    tail, values, dtail, _ = complement_and_values(hidden, head, indices, spec.temperature, need.hidden)
     loss, *upstream = divergence_and_gradient(values, teacher, tail, teacher_tail, factor, spec)
     dvalues, grad_tail = upstream
     gradients = complement_and_values_backward(

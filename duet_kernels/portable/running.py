@@ -14,24 +14,37 @@ _LOG2_E = math.log2(math.e)  # exp2 is several times faster than exp where torch
 
 
 class RunningLogsumexp:
-    """A log-sum-exp over tiles: the maximum and the sum relative to it, both `[N]`."""
+    """A log-sum-exp over tiles: the maximum m and the sum of e = exp(x - m), both `[N]`; the sum of e (x - m) if wanted."""
 
-    def __init__(self, n: int, like: Tensor) -> None:
+    def __init__(self, n: int, like: Tensor, with_moment: bool = False) -> None:
         self.max = like.new_full((n,), -torch.inf)
         self.sum = like.new_zeros(n)
+        self.moment = like.new_zeros(n) if with_moment else None
 
     def add(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Take in a tile, overwriting it with exp(x - max); return (it, the factor on everything summed before)."""
         top = torch.maximum(self.max, x.amax(1))
         origin = _origin(top)
         rescale = (self.max - origin).exp()
-        x.sub_(origin[:, None]).mul_(_LOG2_E).exp2_()
+        x.sub_(origin[:, None])
+        # Where e is 0 x may be -inf, and 0 inf would be NaN.
+        moment, shifted = self.moment, None if self.moment is None else x.clamp(min=-1e4)
+        x.mul_(_LOG2_E).exp2_()
+        if moment is not None and shifted is not None:
+            fall = (self.max - origin).masked_fill(self.sum == 0, 0)
+            self.moment = rescale * (moment + fall * self.sum) + shifted.mul_(x).sum(1)
         self.sum = self.sum * rescale + x.sum(1)
         self.max = top
         return x, rescale
 
     def result(self) -> Tensor:
         return self.max + self.sum.log()
+
+    def entropy(self) -> Tensor:
+        """`[N]` that of the softmax over everything taken in; 0 over nothing."""
+        assert self.moment is not None
+        total = self.sum.masked_fill(self.sum == 0, 1)
+        return total.log() - self.moment / total
 
 
 class RunningStats:

@@ -9,10 +9,11 @@ Legend: N tokens, K slots, T temperature, x = z / T; p the teacher's and q the s
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..options import Divergence
-from .terms import OF_DISTRIBUTIONS, OF_LOGITS, expected
+from .terms import OF_DISTRIBUTIONS, OF_LOGITS, Terms, expected
 
 
 def divergence_and_gradient(
@@ -64,35 +65,37 @@ def _distributions(
     k = s.shape[-1]
     xs, xt = s / spec.temperature, t / spec.temperature
     xs.masked_fill_(~present, -torch.inf)
-    if spec.normalization == "tail":
-        assert s_tail is not None and t_tail is not None
+    if spec.needs_student_logsumexp:  # the tail is one more slot; `zeroed` gives the teacher none
+        assert s_tail is not None
+        t_tail = torch.full_like(s_tail, -torch.inf) if t_tail is None else t_tail
         xs, xt = torch.cat([xs, s_tail[:, None]], -1), torch.cat([xt, t_tail[:, None]], -1)
     noise = _noise(xs, xt, torch.ones_like(xs, dtype=torch.bool)) if spec.noise else xs.new_zeros(())
     total_s = torch.logsumexp(xs, -1, keepdim=True)
     total_t = torch.logsumexp(xt, -1, keepdim=True)
-    if spec.normalization in ("zeroed", "truncated"):
-        assert s_tail is not None
-        total_s = torch.logaddexp(total_s, s_tail[:, None])
-    if spec.normalization == "truncated":
-        assert t_tail is not None
-        total_t = torch.logaddexp(total_t, t_tail[:, None])
     # Logits are compared before they are normalised: with a close student the difference of two log-probabilities
     # has lost the digits that the difference of two logits still has.
     difference = (xs - xt).masked_fill_((xs == -torch.inf) & (xt == -torch.inf), 0)
     # Where a total is -inf (a row without any slot) nothing has probability.
     q = (xs - total_s).exp_().masked_fill_(total_s == -torch.inf, 0)
     p = (xt - total_t).exp_().masked_fill_(total_t == -torch.inf, 0)
-    if spec.normalization in ("zeroed", "truncated"):
-        assert s_tail is not None
-        loss = expected(p, (total_s - total_t) - difference).sum(-1)
-        mass = p.sum(-1)
-        dx = q * mass[:, None] - p
-        q_tail = (s_tail - total_s[:, 0]).exp()
-        return loss, dx.div_(spec.temperature), (q_tail * mass).masked_fill(s_tail == -torch.inf, 0)
-    loss, a = OF_DISTRIBUTIONS[spec.name](p, q, _log_ratio(difference, p, total_s - total_t), noise, spec)
+    w = _log_ratio(difference, p, total_s - total_t)
+    if spec.normalization in ("zeroed", "truncated", "generalized"):  # the tail has a probability and no term
+        terms = OF_DISTRIBUTIONS[spec.name] if spec.normalization == "generalized" else _bare_kl
+        loss, a = terms(p[:, :k], q[:, :k], w[:, :k], noise, spec)
+        a = F.pad(a, (0, 1))
+    else:
+        loss, a = OF_DISTRIBUTIONS[spec.name](p, q, w, noise, spec)
     dx = a.sub_(q * a.sum(-1, keepdim=True))
-    dtail = dx[:, k].clone() if spec.normalization == "tail" else s.new_empty(0)
+    dtail = dx[:, k].clone() if spec.needs_student_logsumexp else s.new_empty(0)
     return loss, dx[:, :k].div(spec.temperature), dtail
+
+
+def _bare_kl(p: Tensor, q: Tensor, w: Tensor, noise: Tensor, spec: Divergence) -> Terms:
+    """A KL and a without the q - p of `terms`, whose sum is not 0 over a part of the ids; no multiple of q is left out."""
+    if spec.name == "forward_kl":
+        return -expected(p, w).sum(1), -p
+    moved = expected(q, w)
+    return moved.sum(1), moved + q
 
 
 def _log_ratio(difference: Tensor, p: Tensor, totals: Tensor) -> Tensor:

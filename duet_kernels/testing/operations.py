@@ -16,6 +16,7 @@ from ..functional import (
     linear_logsumexp,
     linear_topk,
     topk_distill_loss,
+    topk_distill_stats,
 )
 from ..head import TopK
 from ..options import DISTRIBUTION as DISTRIBUTIONS
@@ -82,7 +83,7 @@ def _topk_op(divergence: DivergenceName, normalization: Normalization | None = N
             **{**options, **more},
         )
 
-    with_sum = normalization in ("tail", "zeroed", "truncated")
+    with_sum = normalization not in (None, "renormalize")
     name = "-".join(["topk", divergence, *([normalization] if normalization else [])])
     resolve = "topk_distill_loss/lse" if with_sum else "topk_distill_loss"
     return Op(name, call, lambda problem: teacher(problem).indices, resolve)
@@ -139,6 +140,26 @@ def _cross_entropy(problem: Problem, *, mask: Tensor | None = None, **options: A
     return linear_cross_entropy(problem.hidden, problem.head, labels, **options)
 
 
+def _stats_op(normalization: Normalization) -> Op:
+    """The loss and log q of a token in one sum: their gradients come in one backward pass."""
+
+    def call(problem: Problem, **more: Any) -> Tensor:
+        options: dict[str, Any] = {
+            "divergence": "reverse_kl",
+            "normalization": normalization,
+            "temperature": 1.5,
+        }
+        teacher, token_ids = problem.teacher_topk(_k(problem), 1.5), problem.labels
+        stats = topk_distill_stats(
+            problem.hidden, problem.head, teacher, token_ids=token_ids, **options, **more
+        )
+        assert stats.logprob is not None
+        return stats.loss - 0.7 * stats.logprob
+
+    name = f"stats-reverse_kl-{normalization}"
+    return Op(name, call, _top_ids, "topk_distill_loss/lse", loss=False)
+
+
 def _top_ids(problem: Problem) -> Tensor:
     return problem.teacher_topk(_k(problem)).indices
 
@@ -154,6 +175,8 @@ OPS: tuple[Op, ...] = (
         for name in DISTRIBUTIONS
         for normalization in DIVERGENCES[name].normalizations
     ),
+    _stats_op("renormalize"),
+    _stats_op("generalized"),
     *(_distill_op(name, delta=0.8) for name in RAW),
     *(_distill_op(name, temperature=1.5, beta=0.3) for name in DISTRIBUTIONS),
     _distill_op("huber", k=8, support="teacher"),

@@ -5,6 +5,8 @@ The functions below have the signatures of those in `duet_kernels.portable`. Imp
 """
 
 from .complement import (
+    complement_and_values,
+    complement_and_values_backward,
     linear_cross_entropy,
     linear_logsumexp,
     linear_logsumexp_backward,
@@ -16,8 +18,12 @@ from .gather import linear_gather, linear_gather_backward
 from .gather_loss import topk_loss
 from .stats import token_stats
 from .topk import linear_topk
+from .topk_divergence import topk_divergence as divergence_and_gradient
 
 __all__ = [
+    "complement_and_values",
+    "complement_and_values_backward",
+    "divergence_and_gradient",
     "linear_cross_entropy",
     "linear_divergence",
     "linear_gather",

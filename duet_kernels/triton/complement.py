@@ -45,6 +45,7 @@ from torch import Tensor
 from ..head import LMHead, Need
 from ..options import Divergence
 from . import dense, tiles
+from .gather import slot_gradients, sum_rows
 from .primitives import (
     LOG2E,
     accumulator,
@@ -145,9 +146,9 @@ def _sum_kernel(
     R, C, SPLITS,
     z_pitch, stride_f, stride_p,
     by: tl.float64, inverse_temperature: tl.float64,
-    ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MOMENT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows, COLUMNS of a slab in registers: their largest logit and the sum of exponentials `[2, R, SPLITS]`."""
+    """ROWS rows, COLUMNS of a slab in registers: largest logit and sum of e (and of e (z - m) / T) `[2 or 3, R, SPLITS]`."""
     split = tl.program_id(0) % SPLITS
     n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = split * COLUMNS + tl.arange(0, COLUMNS)
@@ -158,6 +159,10 @@ def _sum_kernel(
     place = partial_ptr + n * SPLITS + split
     tl.store(place, tl.where(live, m, float("-inf")), mask=n < R)
     tl.store(place + stride_p, tl.where(live, tl.sum(e, 1), 0.0), mask=n < R)
+    if MOMENT:
+        x = (z - origin(m)[:, None]) * number(inverse_temperature, ACC)
+        moment = tl.sum(tl.where(e == 0, 0.0, e * x), 1)
+        tl.store(place + 2 * stride_p, tl.where(live, moment, 0.0), mask=n < R)
 
 
 @triton.jit
@@ -166,9 +171,9 @@ def _merge_sums_kernel(
     R, SPLITS,
     stride_p, stride_s,
     inverse_temperature: tl.float64,
-    FRESH: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FRESH: tl.constexpr, MOMENT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows: (m, s, tail), the splits of a slab taken into the sums of the slabs before it, unless FRESH."""
+    """ROWS rows: (m, s, tail, sum of e (z - m) / T), a slab's splits taken into the sums of the slabs before, unless FRESH."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.arange(0, COLUMNS)
     keep = (n < R)[:, None] & (split < SPLITS)[None, :]
@@ -182,6 +187,16 @@ def _merge_sums_kernel(
         m = tl.maximum(m, before)
     zero = origin(m)
     s = tl.sum(tl.where(keep, sums * tl.exp((maxima - zero[:, None]) * inverse), 0.0), 1)
+    if MOMENT:
+        fall = tl.where(sums == 0, 0.0, (maxima - zero[:, None]) * inverse)
+        moments = tl.load(place + 2 * stride_p, mask=keep, other=0.0) + fall * sums
+        moment = tl.sum(tl.where(sums == 0, 0.0, moments * tl.exp(fall)), 1)
+        if not FRESH:
+            s_before = tl.load(sums_ptr + stride_s + n, mask=n < R, other=0.0)
+            fall_before = tl.where(s_before == 0, 0.0, (before - zero) * inverse)
+            moment_before = tl.load(sums_ptr + 3 * stride_s + n, mask=n < R, other=0.0)
+            moment += (moment_before + fall_before * s_before) * tl.exp(fall_before)
+        tl.store(sums_ptr + 3 * stride_s + n, moment, mask=n < R)
     if not FRESH:
         s += tl.load(sums_ptr + stride_s + n, mask=n < R, other=0.0) * tl.exp((before - zero) * inverse)
     tl.store(sums_ptr + n, m, mask=n < R)
@@ -264,8 +279,15 @@ class _Complement(dense.Loss):
     partials = 2
 
     def __init__(
-        self, hidden: Tensor, head: LMHead, ids: Tensor, factor: Tensor, temperature: float = 1.0
+        self,
+        hidden: Tensor,
+        head: LMHead,
+        ids: Tensor,
+        factor: Tensor,
+        temperature: float = 1.0,
+        moment: bool = False,
     ) -> None:
+        self.partials = 3 if moment else self.partials
         require_device(hidden=hidden, weight=head.weight, bias=head.bias, ids=ids, factor=factor)
         (n, k), self.v = ids.shape, head.weight.shape[0]
         require_sizes("a log-sum-exp without ids", ids=k)
@@ -277,7 +299,10 @@ class _Complement(dense.Loss):
             temperature,
         )
         self.token_bytes = (8 + 2 * k) * self.acc.itemsize
-        self.sums = factor.new_empty(3, n, dtype=self.acc)  # m, s and the tail
+        self.moment = moment
+        self.sums = factor.new_empty(
+            3 + moment, n, dtype=self.acc
+        )  # m, s, the tail, the sum of e (z - m) / T
         self.values = self.sums.new_empty(n, k)
         self.dtail, self.loss = factor, self.sums[2]
         self.upstream: Tensor | None = None  # of the values
@@ -307,11 +332,11 @@ class _Complement(dense.Loss):
                 ROWS=height, COLUMNS=width, num_warps=4,
             )  # fmt: skip
         grid, shape = dense.fold_grid(block)
-        partial = self.sums.new_empty(2, rows, shape["SPLITS"])
+        partial = self.sums.new_empty(self.partials, rows, shape["SPLITS"])
         _sum_kernel[grid](
             z_ptr=z, factor_ptr=factor, partial_ptr=partial,
             R=rows, C=columns, z_pitch=z.stride(0), stride_f=factor.stride(0), stride_p=partial.stride(0),
-            by=by, inverse_temperature=1.0 / self.temperature, ACC=self.acc_tl, **shape,
+            by=by, inverse_temperature=1.0 / self.temperature, MOMENT=self.moment, ACC=self.acc_tl, **shape,
         )  # fmt: skip
         sums = self.sums[:, block.rows]
         grid, merge = dense.merge_grid(rows, shape["SPLITS"])
@@ -320,7 +345,7 @@ class _Complement(dense.Loss):
             rows, shape["SPLITS"],
             partial.stride(0), sums.stride(0),
             1.0 / self.temperature,
-            FRESH=first == 0, ACC=self.acc_tl, **merge,
+            FRESH=first == 0, MOMENT=self.moment, ACC=self.acc_tl, **merge,
         )  # fmt: skip
 
     def gradient(self, block: dense.Block, dz: Tensor, gain: Tensor | None, first: bool) -> None:
@@ -363,6 +388,18 @@ class _SavedTail(_Complement):
         super().__init__(*inputs)
         self.sums[0] = tail * self.temperature
         self.sums[1] = 1.0
+
+
+class _SavedPair(_SavedTail):
+    """The gradient of a log-sum-exp and of the values that are known."""
+
+    def __init__(self, grad_tail: Tensor, grad_values: Tensor, tail: Tensor, values: Tensor, *inputs) -> None:
+        super().__init__(tail, *inputs)
+        self.dtail = grad_tail.to(self.acc).contiguous()
+        self.values, self.upstream = values.contiguous(), grad_values.to(self.acc).contiguous()
+
+    def bound(self, rows: slice) -> Tensor | float:
+        return self.dtail[rows].abs() / self.temperature + self.upstream[rows].abs().sum(1)
 
 
 class _WithValues(_Complement):
@@ -435,6 +472,50 @@ def linear_logsumexp_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dW, db); dh is the forward pass's."""
     return _SavedTail(tail, hidden, head, exclude, grad, temperature).run(need._replace(hidden=False))[1:]
+
+
+def complement_and_values(
+    hidden: Tensor, head: LMHead, ids: Tensor, temperature: float, with_gradient: bool, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(tail `[N]`, values `[N, K]`, d tail / d h `[N, D]` or empty, entropy `[N]` of the others' softmax or empty), in ACC."""
+    acc = accumulator(hidden, head.weight)[0]
+    loss = _Complement(hidden, head, ids, hidden.new_ones(len(hidden), dtype=acc), temperature, with_entropy)
+    dtail = loss.run(Need(with_gradient), as_beside=Need(True))[0]
+    tail = loss.loss.masked_fill_((ids >= head.weight.shape[0]).any(1), torch.nan)
+    entropy = tail.new_empty(0)
+    if with_entropy:
+        s = loss.sums[1].masked_fill(loss.sums[1] == 0, 1)
+        entropy = s.log() - loss.sums[3] / s
+    return tail, loss.values, tail.new_empty(0) if dtail is None else dtail.to(acc), entropy
+
+
+def complement_and_values_backward(
+    grad_tail: Tensor,
+    grad_values: Tensor,
+    tail: Tensor,
+    values: Tensor,
+    dtail: Tensor,
+    hidden: Tensor,
+    head: LMHead,
+    ids: Tensor,
+    temperature: float,
+    need: Need,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dh, dW, db). dh from what the forward pass multiplied; dW and db of logits that are computed again."""
+    dhidden = dweight = dbias = None
+    if need.hidden:
+        dhidden = dtail * grad_tail[:, None]
+        if ids.numel() and dhidden.numel():
+            with current_device(hidden):
+                options = hidden, head.weight, ids, head.softcap, head.scale
+                dx, row = slot_gradients(grad_values, values, *options)
+                dhidden += sum_rows(dx, row, hidden, head.weight, dtail.dtype)
+        dhidden = dhidden.to(hidden.dtype)
+    if need.weight or need.bias:
+        inputs = hidden, head, ids, torch.ones_like(grad_tail), temperature
+        saved = _SavedPair(grad_tail, grad_values, tail, values, *inputs)
+        _, dweight, dbias = saved.run(need._replace(hidden=False))
+    return dhidden, dweight, dbias
 
 
 def topk_loss_with_tail(

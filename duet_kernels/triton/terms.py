@@ -112,8 +112,9 @@ class Bound(NamedTuple):
 
 
 _CONSTANT = Bound(lambda spec, loss: 2.0 / spec.temperature)
-# q w >= -1/e where q < p, so no term of KL(q || p) = sum q w is above KL(q || p) + 1/e.
-_OF_LOSS = Bound(lambda spec, loss: (loss + 1.0) / spec.temperature, of_loss=True)
+# q w >= -1/e where q < p, so no term of KL(q || p) = sum q w is above KL(q || p) + 1/e. A generalized KL over a part of the
+# ids may be lower than that sum by 1.
+_OF_LOSS = Bound(lambda spec, loss: (loss + 2.0) / spec.temperature, of_loss=True)
 
 BOUNDS: dict[str, Bound] = {
     "huber": Bound(lambda spec, loss: spec.delta),

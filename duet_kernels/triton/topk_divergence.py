@@ -7,9 +7,14 @@ the distributions at x = z / T; S the support; u = log q - log p. What each dive
     renormalize   S = slots: p, q are softmaxes over the slots
     tail          S = slots and one bucket with the logits t_tail, s_tail
     zeroed        p over the slots, q over slots and tail; sum over the slots      (forward_kl)
-    truncated     p and q over slots and tail;            sum over the slots      (forward_kl)
+    truncated     p and q over slots and tail;            sum over the slots      (forward_kl, reverse_kl)
+    generalized   the same, sum of the terms of `terms`, each of which is >= 0     (forward_kl, reverse_kl)
 
-The last two: L = sum p (log p - log q),  dL/dx = q P - p,  P = sum of p over the slots.
+With P and Q the sums of p and q over the slots, q_tail = 1 - Q:
+
+    zeroed, truncated   forward   L = sum p (log p - log q),  dL/dx = q P - p,               dL/ds_tail = q_tail P
+    truncated           reverse   L = sum q u,                dL/dx = q (u - L + q_tail),    dL/ds_tail = -q_tail (L + Q)
+    generalized                   a = dL/d(log q) itself,     dL/dx = a - q sum a,           dL/ds_tail = -q_tail sum a
 
 Results: f L, f dL/ds = f dL/dx / T, and f dL/ds_tail for what reads the student's tail. Nats; no factor T^2.
 
@@ -136,7 +141,7 @@ def compare(
         if BUCKET:
             u_tail = v_tail - ratio
 
-        if NORMALIZATION == "zeroed" or NORMALIZATION == "truncated":
+        if NORMALIZATION == "zeroed" or (NORMALIZATION == "truncated" and DIVERGENCE != "reverse_kl"):
             tl.static_assert(DIVERGENCE == "forward_kl")
             loss = tl.sum(expected(p, -u), axis=1)
             ds = minus(q, p, u)
@@ -159,6 +164,12 @@ def compare(
                 total += a_tail
                 dtail = gradient(a_tail, q_tail, total)
             ds = gradient(a, q, total[:, None])
+            if NORMALIZATION == "generalized":
+                dtail = -expected(q_tail, total)
+            elif NORMALIZATION == "truncated":
+                loss = total
+                ds += q * q_tail[:, None]
+                dtail = -expected(q_tail, total + tl.sum(q, axis=1))
         ds = ds / T
     return loss, tl.where(slot, ds, 0.0), dtail
 

@@ -37,7 +37,8 @@ class DistillationOptions(CommonOptions):
             the others are defined at T = 1 and refuse another.
         beta: weight of the teacher in the mixture of `duet_jsd`, of KL(teacher || student) in `duet_symmetric_kl`; in (0, 1).
         normalization: of the top-k distributions of the same three: None or `renormalize`, `tail` (one more bucket for
-            the rest of the vocabulary); `zeroed` and `truncated` exist for `duet_forward_kl`.
+            the rest of the vocabulary); `truncated` and `generalized` exist for the two KLs, `zeroed` for
+            `duet_forward_kl`.
         entropy_weighting: weigh every distilled token by sigma(H_student - H_teacher), the entropies of the whole
             distributions (TSD-KD): uncertain tokens count more.
         push_weight: factor on the push of `bidirectional`.
@@ -46,7 +47,7 @@ class DistillationOptions(CommonOptions):
     delta: Positive = 1.0
     temperature: Positive = 1.0
     beta: InnerShare = 0.5
-    normalization: Literal["renormalize", "tail", "zeroed", "truncated"] | None = None
+    normalization: Literal["renormalize", "tail", "zeroed", "truncated", "generalized"] | None = None
     entropy_weighting: bool = False
     push_weight: NotNegative = 1.0
 
