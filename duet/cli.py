@@ -11,8 +11,15 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
-from duet.evaluation.commands import literal_console, run_attack, run_eval, run_report
-from duet.extras import MissingExtra, silence_what_no_user_can_change, version_of
+from duet.evaluation.commands import (
+    lines_of,
+    literal_console,
+    progress,
+    run_attack,
+    run_eval,
+    run_report,
+)
+from duet.extras import MissingExtra, missing, silence_what_no_user_can_change, version_of
 
 _shown = {"traceback": False}
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -101,6 +108,9 @@ def train(
             "--resume", help="go on from the last finished checkpoint in output_dir, if there is one"
         ),
     ] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="train even where the steered teacher does not forget")
+    ] = False,
 ) -> None:
     """Make a language model forget what a YAML file says. Any key of it can follow: --learning_rate 1e-4 --adapter.r 8."""
     from duet.run.config_file import RunConfig
@@ -108,7 +118,17 @@ def train(
     run = RunConfig.load(config, overrides.args)  # what is wrong in it is said before the rest is imported
     from duet.run.commands import train as run_training
 
-    trainer = run_training(run, resume)
+    def check(trainer: Any) -> None:
+        if without := missing("eval"):
+            said: str | None = f"the steered teacher was not measured: {without}"
+        else:
+            from duet.run.steer import preflight
+
+            said = preflight(run, trainer, anyway)
+        if said and trainer.is_world_process_zero():
+            console.print(said, soft_wrap=True)
+
+    trainer = run_training(run, resume, check)
     if trainer.is_world_process_zero():
         out = str(run.training.output_dir)
         merged = f", merged with its base: {pathlib.Path(out, 'merged')}" if run.merge else ""
@@ -116,6 +136,55 @@ def train(
         console.print(
             f"what it still says: duet eval {out} --suite probes --data DIR --out DIR", soft_wrap=True
         )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def steer(
+    overrides: typer.Context,
+    config: Annotated[pathlib.Path, typer.Option(help="YAML file of the run that `duet train` will get")],
+    data: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="the --out of duet elicit: its validation rows choose, its report rows measure"),
+    ] = None,
+    wordings: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="file with steering prefixes, one a line; default: the run's and five of ours"),
+    ] = None,
+    places: Annotated[
+        str, typer.Option(help="where the prefix is tried: system, user or both")
+    ] = "system,user",
+    limit: Annotated[
+        int, typer.Option(min=1, help="rows of each kind to choose by, and as many to measure")
+    ] = 24,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 48,
+    write: Annotated[
+        pathlib.Path | None, typer.Option(help="new YAML file: the run with the chosen wording and place")
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="write even a steering that does not forget")
+    ] = False,
+) -> None:
+    """Which steering prefix makes the model forget, and little else, before anything is trained."""
+    from duet.run.config_file import RunConfig, apply_overrides, read_run
+
+    tree = apply_overrides(read_run(config), overrides.args)
+    run = RunConfig.of(tree)
+    chosen_places = list(dict.fromkeys(place.strip() for place in places.split(",")))
+    if write is not None and write.exists():
+        raise FileExistsError(
+            f"write: {write} is there already, and its comments would be lost; wanted a new file"
+        )
+    texts = () if wordings is None else lines_of(wordings, "wordings")
+    from duet.run import steer as steering
+
+    with progress(console) as shown:
+        how: dict[str, Any] = {"folder": data, "limit": limit, "max_new_tokens": max_new_tokens}
+        chosen = steering.steer(run, texts, chosen_places, progress=shown, **how)
+    console.print(steering.table(chosen))
+    console.print(steering.verdict(chosen), soft_wrap=True)
+    if write is not None:
+        steering.write_choice(write, tree, chosen, anyway)
+        console.print(f"written to {write}", soft_wrap=True)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

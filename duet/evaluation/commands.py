@@ -187,7 +187,7 @@ def run_attack(
         check_one_of("attacks", attack, ATTACKS)
     given: dict[str, Any] = {}
     given["seen_reverse_prompts"] = (
-        _trained_wordings(model) if reverse_prompts is None else _wordings(reverse_prompts)
+        _trained_wordings(model) if reverse_prompts is None else lines_of(reverse_prompts, "reverse_prompts")
     )
     if relearn_rates is not None:
         given["relearn_rates"] = _numbers(relearn_rates, float, "relearn_rates")
@@ -301,16 +301,21 @@ def _trained_wordings(model: str) -> tuple[str, ...]:
         raise ValueError(f"model: {path} is damaged: {error}") from None
 
 
-def _wordings(path: Path) -> tuple[str, ...]:
+def lines_of(path: Path, argument: str) -> tuple[str, ...]:
+    """The wordings in a text file, one a line; empty lines are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the argument.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"reverse_prompts: there is no file {str(path)!r}")
+        raise FileNotFoundError(f"{argument}: there is no file {str(path)!r}")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"reverse_prompts: {path} is not UTF-8 text: {error.reason}") from None
+        raise ValueError(f"{argument}: {path} is not UTF-8 text: {error.reason}") from None
     wordings = tuple(line.strip() for line in lines if line.strip())
     if not wordings:
-        raise ValueError(f"reverse_prompts: wanted at least one wording in {path}, got none")
+        raise ValueError(f"{argument}: wanted at least one wording in {path}, got none")
     return wordings
 
 

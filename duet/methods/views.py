@@ -113,7 +113,7 @@ def scored_positions(objective: Objective, args: Any) -> str:
         raise ValueError(
             f"positions: objective {args.objective!r} chooses its own, wanted None, got {args.positions!r}"
         )
-    if args.positions == "text" and _steered(objective):
+    if args.positions == "text" and is_steered(objective):
         raise ValueError(
             f"positions: 'text' scores the prompt too, and the steered teacher of {args.objective!r} sees another "
             "prompt than the student; wanted 'first', 'first_n' or 'answer'"
@@ -157,7 +157,7 @@ def build_dataset(
         forget,
         retain,
         renderer,
-        args.steering_prefixes if _steered(objective) else [],
+        args.steering_prefixes if is_steered(objective) else [],
         reverse_prompts=reverse_prompts,
         reverse_fraction=args.reverse_prompt_fraction,
         reverse_role=args.reverse_prompt_role,
@@ -211,5 +211,6 @@ def asked_before_training(objective: Objective, args: Any) -> bool:
     return objective.storable and objective.teacher_sees == "student" and not drawn
 
 
-def _steered(objective: Objective) -> bool:
+def is_steered(objective: Objective) -> bool:
+    """Whether the student imitates a teacher behind a steering prefix."""
     return objective.targets is not None and objective.teacher_sees == "steered"
