@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import platform
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -12,9 +13,15 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from duet.evaluation.commands import (
+    BatchSize,
+    Device,
+    Dtype,
+    Limit,
+    Model,
     lines_of,
     literal_console,
     progress,
+    resumable,
     run_attack,
     run_eval,
     run_report,
@@ -185,6 +192,95 @@ def steer(
     if write is not None:
         steering.write_choice(write, tree, chosen, anyway)
         console.print(f"written to {write}", soft_wrap=True)
+
+
+@app.command()
+def elicit(
+    model: Model,
+    questions: Annotated[
+        pathlib.Path,
+        typer.Option(help="file of questions: question, and perhaps paraphrases, subject, value"),
+    ],
+    subject: Annotated[str, typer.Option(help="what is to be forgotten; several with commas between them")],
+    out: Annotated[
+        pathlib.Path,
+        typer.Option(help="folder for forget.jsonl, neighbour.jsonl, retain.jsonl; continued if it is there"),
+    ],
+    neighbours: Annotated[
+        str | None,
+        typer.Option(help="others that questions with {subject} are asked about, such as Spain,Italy"),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, help="drawn answers to each wording, beside the greedy one")
+    ] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 64,
+    seed: Annotated[int, typer.Option(help="of the drawn answers")] = 0,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Ask a model what it knows of a subject, and write what it tells as rows to forget and to keep."""
+    from duet.data.prompts import Prompting
+    from duet.data.sources import read_table
+    from duet.evaluation import facts, models
+
+    if not questions.is_file():
+        raise FileNotFoundError(f"questions: there is no file {str(questions)!r}")
+    wanted, others = (
+        [name.strip() for name in (text or "").split(",") if name.strip()] for text in (subject, neighbours)
+    )
+    asked = facts.facts_of(read_table(questions, "questions")[:limit], wanted, others)
+    base, tokenizer = models.load(model, dtype, device)
+    if not tokenizer.chat_template:
+        console.print(
+            "the tokenizer has no chat template: questions are written as plain text", soft_wrap=True
+        )
+    how: dict[str, Any] = {
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    with resumable(out, console), progress(console) as shown:
+        prompting = Prompting.of(model)
+        counts = facts.elicit_facts(
+            base, tokenizer, asked, out, prompting=prompting, name=model, progress=shown, **how
+        )
+    table = Table(
+        "", "facts asked", "told", *(f"rows: {split}" for split in facts.SPLITS), title=f"what {model} tells"
+    )
+    for kind, count in counts.items():
+        table.add_row(kind, *map(str, count.values()))
+    console.print(table)
+    console.print(f"written to {out}: duet steer --data {out} --config FILE comes next", soft_wrap=True)
+
+
+@app.command()
+def chat(
+    model: Model,
+    beside: Annotated[
+        str | None, typer.Option(help="a second model, such as the one before unlearning")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 128,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Ask a model, line by line from the standard input; with --beside two, whose answers stand side by side."""
+    import sys
+
+    from duet.data.prompts import Prompting
+    from duet.evaluation import models
+    from duet.evaluation.chat import Speaker
+    from duet.evaluation.chat import chat as talk
+
+    prompting = Prompting.of(model)
+    names = [model] if beside is None else [model, beside]
+    speakers = [Speaker(name, *models.load(name, dtype, device), prompting, max_new_tokens) for name in names]
+    if sys.stdin.isatty():
+        console.print("a question a line; Ctrl-D ends")
+    with suppress(KeyboardInterrupt):
+        talk(sys.stdin, speakers, console)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

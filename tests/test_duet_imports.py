@@ -31,7 +31,7 @@ ALLOWED = {
     "evaluation.report": "_moved data model evaluation evaluation.suites evaluation.attacks",
     "evaluation.commands": "names data model evaluation evaluation.suites evaluation.attacks evaluation.report",
     "demo": "names extras config data model trainer evaluation evaluation.attacks evaluation.report evaluation.commands",
-    "cli": "extras run demo evaluation.commands",
+    "cli": "extras data run demo evaluation evaluation.commands",
     "__init__": "_moved extras",
     "__main__": "cli",
 }

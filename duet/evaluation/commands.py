@@ -84,7 +84,7 @@ def run_eval(
     prompting = Prompting.of(model)
     answering = None if elicit is None else _eliciting(elicit, prompting, batch_size, dtype, device, console)
     if chosen is not None:
-        with _resumable(out, console), progress(console) as shown:
+        with resumable(out, console), progress(console) as shown:
             results = runner.evaluate(
                 loaded,
                 tokenizer,
@@ -208,7 +208,7 @@ def run_attack(
     if base is not None and before_model is None:
         before_model = models.load(base, dtype, device)
     before = None if before_model is None else Target(*before_model, rows, **asked)
-    with _resumable(out, console), progress(console) as shown:
+    with resumable(out, console), progress(console) as shown:
         report = runner.run_attacks(target, out=out, attacks=chosen, name=model, base=before, progress=shown)
     console.print(runner.table(report, f"{model}: the worst attack first"))
     console.print(runner.legend(report))
@@ -445,7 +445,8 @@ def progress(console: Console) -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
-def _resumable(out: Path, console: Console) -> Iterator[None]:
+def resumable(out: Path, console: Console) -> Iterator[None]:
+    """An interrupt ends the command with a word about how to continue it."""
     try:
         yield
     except KeyboardInterrupt:
