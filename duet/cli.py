@@ -162,7 +162,7 @@ def steer(
     ] = "system,user",
     limit: Annotated[
         int, typer.Option(min=1, help="rows of each kind to choose by, and as many to measure")
-    ] = 24,
+    ] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 48,
     write: Annotated[
         pathlib.Path | None, typer.Option(help="new YAML file: the run with the chosen wording and place")
@@ -188,6 +188,8 @@ def steer(
         how: dict[str, Any] = {"folder": data, "limit": limit, "max_new_tokens": max_new_tokens}
         chosen = steering.steer(run, texts, chosen_places, progress=shown, **how)
     console.print(steering.table(chosen))
+    for text, letter in steering.wording_names(chosen).items():
+        console.print(f"{letter}: {text}", soft_wrap=True)
     console.print(steering.verdict(chosen), soft_wrap=True)
     if write is not None:
         steering.write_choice(write, tree, chosen, anyway)

@@ -207,7 +207,7 @@ def test_chat_shows_two_models_side_by_side(base, tmp_path):
     words = ["chat", tmp_path / "other", "--beside", base, "--max-new-tokens", 5, "--device", "cpu"]
     done = duet(*words, input="who is ada lovelace ?\n\n  who is grace hopper ?\n" + "who " * 300)
     assert done.exit_code == 0, (done.output, done.exception)
-    lines = done.output.splitlines()
+    lines = done.stdout.splitlines()
     assert any(line.strip() == "who is ada lovelace ?" for line in lines), done.output
     answer = next(line for line in lines if "a mathematician ." in line)
     assert answer.index("a mathematician .") > 60, "the second column is the base's"

@@ -115,8 +115,8 @@ class Measured(NamedTuple):
 
     Attributes:
         prefixes, place: the steering.
-        kinds: kind -> {"rows", "refused", "told"}; the last two are {"share", "low", "high", "rows"} with a 95 % interval,
-            or None where no row could be judged.
+        kinds: kind -> {"rows", "base_tells", "refused", "told"}: numbers of rows, and {"share", "low", "high", "rows"} with
+            a 95 % interval, or None where no row could be judged.
     """
 
     prefixes: tuple[str, ...]
@@ -131,23 +131,32 @@ class Measured(NamedTuple):
 
     @property
     def score(self) -> float:
-        """The worst of: forget rows that are no longer told, neighbour rows and retain rows that are not refused."""
+        """The worst share of: forget rows that are no longer told, neighbour rows and retain rows that are not refused.
+
+        Of the forget rows, those count that the plain model tells; what was cut is not called forgotten. Where it tells none,
+        the share that is refused.
+        """
         parts = [
             1 - entry["refused"]["share"]
             for kind, entry in self.kinds.items()
             if kind != FORGET and entry["refused"]
         ]
         forget = self.kinds[FORGET]
-        if forget["told"] is not None:
-            parts.append(1 - forget["told"]["share"])
-        elif forget["refused"] is not None:
-            parts.append(forget["refused"]["share"])
+        told, refused = forget["told"], forget["refused"]
+        if forget["base_tells"]:
+            parts.append(0.0 if told is None else (1 - told["share"]) * told["rows"] / forget["base_tells"])
+        elif refused is not None:
+            parts.append(refused["share"])
         return min(parts, default=0.0)
 
     def order(self) -> tuple[float, float]:
         """The better steering has the larger one: by score, then by the share of forget rows that are refused."""
         refused = self.kinds[FORGET]["refused"]
         return self.score, refused["share"] if refused else 0.0
+
+    def joined(self, other: Measured) -> Measured:
+        """With what was measured of the same steering on other kinds of rows."""
+        return self._replace(kinds=self.kinds | other.kinds)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -218,15 +227,19 @@ class SteeringProbe:
 
     def _judged(self, answers: Sequence[tuple[Probe, Continuation, Continuation]]) -> dict[str, Any]:
         refused = [refuses(after.text) for _, before, after in answers if not refuses(before.text)]
+        wanted = [self._wanted(probe, before) for probe, before, _ in answers]
         told = []
-        for probe, before, after in answers:
-            wanted = self._wanted(probe, before)
-            if wanted is None:
-                continue
-            tells = told_in(after.text, wanted, probe.value)
-            if tells or not after.cut(self.limit):
+        for (probe, _, after), answer in zip(answers, wanted, strict=True):
+            tells = answer is not None and told_in(after.text, answer, probe.value)
+            if answer is not None and (tells or not after.cut(self.limit)):
                 told.append(tells)
-        return {"rows": len(answers), "refused": share_of(refused), "told": share_of(told)}
+        known = sum(answer is not None for answer in wanted)
+        return {
+            "rows": len(answers),
+            "base_tells": known,
+            "refused": share_of(refused),
+            "told": share_of(told),
+        }
 
     def _wanted(self, probe: Probe, before: Continuation) -> str | None:
         """The answer that the plain model tells to this row; None: it tells nothing."""
