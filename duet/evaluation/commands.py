@@ -134,6 +134,7 @@ def run_attack(
             help="file with the override wordings used in training, one a line; default: what the folder says"
         ),
     ] = None,
+    samples: Annotated[int, typer.Option(help="answers to each row that the attack `sampling` draws")] = 32,
     relearn_rates: Annotated[str | None, typer.Option(help="learning rates, such as 1e-5,1e-4,1e-3")] = None,
     relearn_steps: Annotated[
         str | None, typer.Option(help="recall is measured after these, such as 10,100,500")
@@ -194,7 +195,7 @@ def run_attack(
     if relearn_steps is not None:
         given["relearn_curve"] = _numbers(relearn_steps, int, "relearn_steps")
     options = AttackOptions(
-        threshold=threshold, max_new_tokens=max_new_tokens, batch_size=batch_size, **given
+        threshold=threshold, max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples, **given
     )
     files = {"forget": forget, "retain": retain, "holdout": holdout}
     prompting, answering, before_model = Prompting.of(model), None, None
