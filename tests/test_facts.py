@@ -126,7 +126,7 @@ def test_elicit_writes_rows_that_the_other_commands_read(base, tmp_path):
         "--max-new-tokens",
         12,
     ]
-    done = duet(*words, "--out", out, "--batch-size", 2)
+    done = duet(*words, "--out", out, "--batch-size", 4)
     assert done.exit_code == 0, (done.output, done.exception)
     rows = {
         p.relative_to(out).as_posix(): [json.loads(x) for x in p.read_text().splitlines()]
@@ -146,9 +146,9 @@ def test_elicit_writes_rows_that_the_other_commands_read(base, tmp_path):
     (out / "rows.jsonl").write_text(
         "".join(before.splitlines(keepends=True)[:3])
     )  # killed in the second chunk
-    assert duet(*words, "--out", out, "--batch-size", 2).exit_code == 0
+    assert duet(*words, "--out", out, "--batch-size", 4).exit_code == 0
     assert (out / "rows.jsonl").read_text() == before, "the same answers are drawn"
-    other = duet(*words, "--out", out, "--batch-size", 2, "--seed", 1)
+    other = duet(*words, "--out", out, "--batch-size", 4, "--seed", 1)
     assert "seed was 0 and is 1 now" in str(other.exception)
 
 

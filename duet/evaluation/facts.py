@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,15 +231,24 @@ def elicit_facts(
     manifest = {"facts": digest, "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
     manifest |= {"batch_size": batch_size, **fingerprints(model, tokenizer), **asker.prompting.changed()}
     journal = Journal(out, manifest, key=("fact",), note={"model": name})
-    chunks = [range(start, min(start + batch_size, len(facts))) for start in range(0, len(facts), batch_size)]
-    for chunk in chunks:  # the same ones in a continued run, so that the same answers are drawn
-        progress("asked", chunk.start, len(facts))
+    for chunk in _chunks(facts, batch_size):
+        progress("facts asked", chunk.start, len(facts))
         if not all((i,) in journal.done for i in chunk):
             said = asker.answers([facts[i].wordings for i in chunk], samples, f"{seed}/{chunk.start}")
             journal.append({"fact": i, "asked": each} for i, each in zip(chunk, said, strict=True))
-    progress("asked", len(facts), len(facts))
+    progress("facts asked", len(facts), len(facts))
     by_fact = {row["fact"]: row["asked"] for row in journal.rows}
     return _write(Path(out), facts, [by_fact[i] for i in range(len(facts))])
+
+
+def _chunks(facts: Sequence[Fact], batch_size: int) -> Iterator[range]:
+    """Facts that are asked together, about a batch of wordings: the same ones when an interrupted run continues."""
+    start, wordings = 0, 0
+    for i, fact in enumerate(facts):
+        wordings += len(fact.wordings)
+        if wordings >= batch_size or i == len(facts) - 1:
+            yield range(start, i + 1)
+            start, wordings = i + 1, 0
 
 
 class _Asker:

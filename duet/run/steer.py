@@ -168,7 +168,8 @@ def _rows(run: RunConfig) -> Rows:
 def _rows_of(folder: Path) -> Rows:
     if not (folder / "forget.jsonl").is_file():
         raise FileNotFoundError(
-            f"data: there is no file {str(folder / 'forget.jsonl')!r}; wanted the --out of duet elicit"
+            f"data: there is no file {str(folder / 'forget.jsonl')!r}; wanted the --out of duet elicit, with at least three "
+            "wordings of a question: one to train on, one to choose by, one to report"
         )
     retain = folder / "retain.jsonl"
     kept = load_rows(DataSource(str(retain)), "retain") if retain.is_file() else []
