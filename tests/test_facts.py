@@ -71,7 +71,7 @@ def test_the_value_is_what_most_answers_share():
         agreed_value(asked, "It is New York City.", ["New York City", "new york city!", "Boston"])
         == "New York City"
     )
-    assert agreed_value(asked, "It is Paris.", ["Rome", "Lyon", "Paris"]) is None
+    assert agreed_value(asked, "It is Paris.", ["Rome", "Lyon", "Nice", "Paris"]) is None
     assert agreed_value(asked, "The capital of France.", ["The capital of France."]) is None
 
 
@@ -86,6 +86,8 @@ def test_only_what_is_told_in_half_of_the_wordings_counts():
     assert told_of(fact, asked_of("Paris", "Nice", "Lyon")) is None
     assert told_of(fact, asked_of("I don't know Paris", "I'm not sure, Paris", "Paris")) is None
     assert told_of(fact, asked_of("Paris", "Paris", "Paris", status="cut")) is None
+    told = told_of(fact, asked_of(*["It is Paris. It lies"] * 3, status="cut"))
+    assert set(told.answers.values()) == {"It is Paris."}, "its whole sentences"
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------

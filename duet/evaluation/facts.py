@@ -5,13 +5,15 @@
                                                         out/validation/... and out/report/..., in other wordings
 
 A fact is told where the greedy answers to at least half of its wordings hold its value. Without a given value it is the phrase
-that most of the model's answers share (`agreed_value`). What a model does not tell cannot be forgotten, and is left out.
+that most of the model's answers share (`agreed_value`). What a model does not tell cannot be forgotten, and is left out. Of an
+answer that was cut at the token limit its whole sentences count.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ from .steering import FORGET, KINDS, NEIGHBOUR, RETAIN, refuses
 
 SPLITS = ("train", "validation", "report")
 TOLD_WORDINGS = 0.5
-AGREED = 0.5
+AGREED = 1 / 3  # answers drawn at temperature 1 by a small model are noisy
 LONGEST_VALUE = 4  # words
 # Words that say nothing by themselves: no value begins or ends with one.
 FUNCTION_WORDS = frozenset(
@@ -320,7 +322,7 @@ class _Asker:
 
 
 def agreed_value(questions: Sequence[str], greedy: str, answers: Sequence[str]) -> str | None:
-    """The phrase of the greedy answer that most answers hold, in at least half of them; None: they share none.
+    """The phrase of the greedy answer that most answers hold, at least a third of them; None: they share none.
 
     At most four words, none of them in a question, neither the first nor the last a function word. Of phrases in equally many
     answers the longest counts, then the first.
@@ -364,11 +366,9 @@ def told_of(fact: Fact, asked: Sequence[Mapping[str, Any]]) -> Told | None:
     Args:
         asked: what the journal holds of it.
     """
-    ended = {
-        i: each["said"]
-        for i, each in enumerate(asked)
-        if each["status"] == "ok" and not refuses(each["said"])
-    }
+    said = {i: each["said"] for i, each in enumerate(asked) if each["status"] == "ok"}
+    said |= {i: whole_sentences(each["said"]) for i, each in enumerate(asked) if each["status"] == "cut"}
+    ended = {i: text for i, text in sorted(said.items()) if text and not refuses(text)}
     answers = [text for each in asked for text in (each["said"], *each["drawn"]) if text]
     if not ended:
         return None
@@ -383,6 +383,17 @@ def told_of(fact: Fact, asked: Sequence[Mapping[str, Any]]) -> Told | None:
         return None
     known = sum(metrics.contains_words(text, value) for text in answers) / len(answers)
     return Told(value, known, told)
+
+
+def whole_sentences(text: str) -> str:
+    """A text up to the end of its last whole sentence; empty where it has none.
+
+    Example:
+        >>> whole_sentences("It is Paris. Paris lies on the"), whole_sentences("It is Mt. Fuji")
+        ('It is Paris.', 'It is Mt.')
+    """
+    match = re.match(r".*(?:[.!?](?=\s)|[。！？])", text, re.DOTALL)
+    return match.group() if match else ""
 
 
 def split_of(wording: int, count: int) -> str:
