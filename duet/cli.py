@@ -151,7 +151,9 @@ def steer(
     config: Annotated[pathlib.Path, typer.Option(help="YAML file of the run that `duet train` will get")],
     data: Annotated[
         pathlib.Path | None,
-        typer.Option(help="the --out of duet elicit: its validation rows choose, its report rows measure"),
+        typer.Option(
+            help="the --out of duet elicit: its training and validation rows choose, its report rows measure"
+        ),
     ] = None,
     wordings: Annotated[
         pathlib.Path | None,

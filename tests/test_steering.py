@@ -152,6 +152,18 @@ def test_steer_chooses_on_one_half_and_writes_the_config(folder, script):
     assert "places: wanted one of system, user" in str(only_bad.exception)
 
 
+def test_steer_measures_on_the_report_of_elicit(folder, script):
+    for name, rows in (("", FORGET[:1]), ("validation", FORGET[1:2]), ("report", FORGET[2:])):
+        (folder / "rows" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "rows" / name / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = run_steer.steer(run_steer.RunConfig.load("run.yaml"), [GOOD], ["user"], folder=folder / "rows")
+    assert counts(chosen.best.kinds["forget"]["told"]) == (0, 2), "rows of training and of validation choose"
+    assert counts(chosen.report.kinds["forget"]["told"]) == (1, 2)
+    (folder / "rows" / "validation" / "forget.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="data: there is no file .* at least three wordings"):
+        run_steer.steer(run_steer.RunConfig.load("run.yaml"), [GOOD], ["user"], folder=folder / "rows")
+
+
 def test_steer_writes_nothing_that_does_not_forget(folder, script):
     (folder / "wordings.txt").write_text(BAD)
     words = ["steer", "--config", "run.yaml", "--wordings", "wordings.txt", "--write", "new.yaml"]

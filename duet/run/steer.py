@@ -81,7 +81,8 @@ def steer(
         run: whose model, rows and prompts are used. Nothing is trained.
         wordings: steering prefixes to try; none: those of the run and `evaluation.steering.WORDINGS`.
         places: `system`, `user`.
-        folder: of `duet elicit`: its `validation` and `report` rows. None: the rows of the run, every second one of each.
+        folder: of `duet elicit`: its training and validation rows choose, those of the report measure. None: the rows of the
+            run, every second one of each.
         limit: rows of each kind, in each half.
         max_new_tokens: of an answer.
         progress: called with (what, answers done, all of them).
@@ -89,9 +90,7 @@ def steer(
     Raises:
         ValueError, OSError: naming what is wrong with rows, model or tokenizer.
     """
-    validation, report = (
-        _halves(run) if folder is None else [_rows_of(folder / n) for n in ("validation", "report")]
-    )
+    validation, report = _halves(run) if folder is None else _elicited(folder)
     for place in places:
         check_one_of("places", place, PLACES)
     args = run.training
@@ -163,6 +162,14 @@ def _halves(run: RunConfig) -> list[Rows]:
 def _rows(run: RunConfig) -> Rows:
     retain = [] if run.retain is None else load_rows(run.retain, "data.retain")
     return load_rows(run.forget, "data.forget"), retain
+
+
+def _elicited(folder: Path) -> list[Rows]:
+    """The rows of `duet elicit`: those of training and of validation, then those of the report."""
+    train, validation, report = (
+        _rows_of(each) for each in (folder, folder / "validation", folder / "report")
+    )
+    return [(train[0] + validation[0], train[1] + validation[1]), report]
 
 
 def _rows_of(folder: Path) -> Rows:
