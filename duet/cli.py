@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import platform
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -11,8 +12,21 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
-from duet.evaluation.commands import literal_console, run_attack, run_eval, run_report
-from duet.extras import MissingExtra, silence_what_no_user_can_change, version_of
+from duet.evaluation.commands import (
+    BatchSize,
+    Device,
+    Dtype,
+    Limit,
+    Model,
+    lines_of,
+    literal_console,
+    progress,
+    resumable,
+    run_attack,
+    run_eval,
+    run_report,
+)
+from duet.extras import MissingExtra, missing, silence_what_no_user_can_change, version_of
 
 _shown = {"traceback": False}
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -101,6 +115,9 @@ def train(
             "--resume", help="go on from the last finished checkpoint in output_dir, if there is one"
         ),
     ] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="train even where the steered teacher does not forget")
+    ] = False,
 ) -> None:
     """Make a language model forget what a YAML file says. Any key of it can follow: --learning_rate 1e-4 --adapter.r 8."""
     from duet.run.config_file import RunConfig
@@ -108,7 +125,17 @@ def train(
     run = RunConfig.load(config, overrides.args)  # what is wrong in it is said before the rest is imported
     from duet.run.commands import train as run_training
 
-    trainer = run_training(run, resume)
+    def check(trainer: Any) -> None:
+        if without := missing("eval"):
+            said: str | None = f"the steered teacher was not measured: {without}"
+        else:
+            from duet.run.steer import preflight
+
+            said = preflight(run, trainer, anyway)
+        if said and trainer.is_world_process_zero():
+            console.print(said, soft_wrap=True)
+
+    trainer = run_training(run, resume, check)
     if trainer.is_world_process_zero():
         out = str(run.training.output_dir)
         merged = f", merged with its base: {pathlib.Path(out, 'merged')}" if run.merge else ""
@@ -116,6 +143,148 @@ def train(
         console.print(
             f"what it still says: duet eval {out} --suite probes --data DIR --out DIR", soft_wrap=True
         )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def steer(
+    overrides: typer.Context,
+    config: Annotated[pathlib.Path, typer.Option(help="YAML file of the run that `duet train` will get")],
+    data: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            help="the --out of duet elicit: its training and validation rows choose, its report rows measure"
+        ),
+    ] = None,
+    wordings: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="file with steering prefixes, one a line; default: the run's and five of ours"),
+    ] = None,
+    places: Annotated[
+        str, typer.Option(help="where the prefix is tried: system, user or both")
+    ] = "system,user",
+    limit: Annotated[
+        int, typer.Option(min=1, help="rows of each kind to choose by, and as many to measure")
+    ] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 48,
+    write: Annotated[
+        pathlib.Path | None, typer.Option(help="new YAML file: the run with the chosen wording and place")
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="write even a steering that does not forget")
+    ] = False,
+) -> None:
+    """Which steering prefix makes the model forget, and little else, before anything is trained."""
+    from duet.run.config_file import RunConfig, apply_overrides, read_run
+
+    tree = apply_overrides(read_run(config), overrides.args)
+    run = RunConfig.of(tree)
+    chosen_places = list(dict.fromkeys(place.strip() for place in places.split(",")))
+    if write is not None and write.exists():
+        raise FileExistsError(
+            f"write: {write} is there already, and its comments would be lost; wanted a new file"
+        )
+    texts = () if wordings is None else lines_of(wordings, "wordings")
+    from duet.run import steer as steering
+
+    with progress(console) as shown:
+        how: dict[str, Any] = {"folder": data, "limit": limit, "max_new_tokens": max_new_tokens}
+        chosen = steering.steer(run, texts, chosen_places, progress=shown, **how)
+    console.print(steering.table(chosen))
+    for text, letter in steering.wording_names(chosen).items():
+        console.print(f"{letter}: {text}", soft_wrap=True)
+    console.print(steering.verdict(chosen), soft_wrap=True)
+    if write is not None:
+        steering.write_choice(write, tree, chosen, anyway)
+        console.print(f"written to {write}", soft_wrap=True)
+
+
+@app.command()
+def elicit(
+    model: Model,
+    questions: Annotated[
+        pathlib.Path,
+        typer.Option(help="file of questions: question, and perhaps paraphrases, subject, value"),
+    ],
+    subject: Annotated[str, typer.Option(help="what is to be forgotten; several with commas between them")],
+    out: Annotated[
+        pathlib.Path,
+        typer.Option(help="folder for forget.jsonl, neighbour.jsonl, retain.jsonl; continued if it is there"),
+    ],
+    neighbours: Annotated[
+        str | None,
+        typer.Option(help="others that questions with {subject} are asked about, such as Spain,Italy"),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, help="drawn answers to each wording, beside the greedy one")
+    ] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 64,
+    seed: Annotated[int, typer.Option(help="of the drawn answers")] = 0,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Ask a model what it knows of a subject, and write what it tells as rows to forget and to keep."""
+    from duet.data.prompts import Prompting
+    from duet.data.sources import read_table
+    from duet.evaluation import facts, models
+
+    if not questions.is_file():
+        raise FileNotFoundError(f"questions: there is no file {str(questions)!r}")
+    wanted, others = (
+        [name.strip() for name in (text or "").split(",") if name.strip()] for text in (subject, neighbours)
+    )
+    asked = facts.facts_of(read_table(questions, "questions")[:limit], wanted, others)
+    base, tokenizer = models.load(model, dtype, device)
+    if not tokenizer.chat_template:
+        console.print(
+            "the tokenizer has no chat template: questions are written as plain text", soft_wrap=True
+        )
+    how: dict[str, Any] = {
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    with resumable(out, console), progress(console) as shown:
+        prompting = Prompting.of(model)
+        counts = facts.elicit_facts(
+            base, tokenizer, asked, out, prompting=prompting, name=model, progress=shown, **how
+        )
+    table = Table(
+        "", "facts asked", "told", *(f"rows: {split}" for split in facts.SPLITS), title=f"what {model} tells"
+    )
+    for kind, count in counts.items():
+        table.add_row(kind, *map(str, count.values()))
+    console.print(table)
+    console.print(f"written to {out}: duet steer --data {out} --config FILE comes next", soft_wrap=True)
+
+
+@app.command()
+def chat(
+    model: Model,
+    beside: Annotated[
+        str | None, typer.Option(help="a second model, such as the one before unlearning")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 128,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Ask a model, line by line from the standard input; with --beside two, whose answers stand side by side."""
+    import sys
+
+    from duet.data.prompts import Prompting
+    from duet.evaluation import models
+    from duet.evaluation.chat import Speaker
+    from duet.evaluation.chat import chat as talk
+
+    prompting = Prompting.of(model)
+    names = [model] if beside is None else [model, beside]
+    speakers = [Speaker(name, *models.load(name, dtype, device), prompting, max_new_tokens) for name in names]
+    if sys.stdin.isatty():
+        console.print("a question a line; Ctrl-D ends")
+    with suppress(KeyboardInterrupt):
+        talk(sys.stdin, speakers, console)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -24,12 +24,12 @@ from duet_kernels import LMHead, set_workspace_bytes
 
 from .config import DuetConfig
 from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler, first_rows, plain_item
-from .data.prompts import PromptRenderer, fill_prefix, steered_tokenizer
+from .data.prompts import fill_prefix, steered_tokenizer
 from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
 from .methods.asking import Asking
 from .methods.objectives import Counts, Step, fit_model, objective_of
-from .methods.views import asked_before_training, build_dataset, eval_datasets
+from .methods.views import asked_before_training, build_dataset, eval_datasets, renderer_of
 from .model import lm
 from .model.adapters import BASE, add_adapter, check_folder, check_not_earlier, has_adapter, save_base
 from .model.teacher import RowTargets, TeacherGuard, live_teacher
@@ -158,8 +158,7 @@ class DuetTrainer(Asking, ResumableTrainer):
         fit_model(self.objective, model, head, args)
 
         self._options = args  # `self.args` once the Trainer is made
-        self.renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs)
-        self.renderer.num_ids = lm.embedded_ids(model)
+        self.renderer = renderer_of(args, tokenizer, lm.embedded_ids(model))
         self._length = args.max_length or lm.context_length(model)
         train_dataset = self._dataset(forget, retain)
         self._train_subjects = train_dataset.subjects
@@ -288,8 +287,8 @@ class DuetTrainer(Asking, ResumableTrainer):
     def _steer(self) -> TrainOutput:
         people = ", ".join(self.train_dataset.subjects) or None
         instruction = fill_prefix(self.args.steering_prefixes[0], people, "forget_dataset")
-        options = self.renderer.template_kwargs
-        self.processing_class = steered_tokenizer(self.processing_class, instruction, **options)
+        place, options = self.args.steering_place, self.renderer.template_kwargs
+        self.processing_class = steered_tokenizer(self.processing_class, instruction, place, **options)
         logger.info("in_context: nothing is trained; the chat template now steers (save_model() writes it)")
         return TrainOutput(0, 0.0, {})
 

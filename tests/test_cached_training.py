@@ -88,8 +88,9 @@ def losses(trainer):
         {"positions": "answer", "answer_source": "dataset"},
         {"positions": "first_n", "num_positions": 3, "reverse_prompts": ["ignore earlier instructions"]},
         {"objective": "duet_jsd", "normalization": "tail", "temperature": 2.0, "positions": "answer"},
+        {"steering_place": "user", "retain_prefix": "none", "positions": "first"},
     ],
-    ids=["first", "dataset", "teacher", "jsd"],
+    ids=["first", "dataset", "teacher", "jsd", "plain"],
 )
 def test_it_is_training_with_the_teacher_bit_for_bit(tmp_path, options, lora):
     """Both read one query at a time: what a batch pads, and so the order of additions, is then the same."""
@@ -302,6 +303,8 @@ REFUSED = {
     "another answer length": ({"max_answer_tokens": 4}, "max_scored"),
     "another temperature": ({"objective": "duet_forward_kl", "temperature": 2.0}, "temperature"),
     "a larger k": ({"k": 9}, "k"),
+    "another place": ({"steering_place": "user"}, r"rows: .*forget_dataset\[0\].*steering_place"),
+    "no prefix on retain rows": ({"retain_prefix": "none"}, r"rows: .*retain_dataset\[0\].*retain_prefix"),
     "another question": (
         {"rows": rows_with({"question": "who likes the sea ?"})},
         r"rows: .*forget_dataset\[2\]",

@@ -388,7 +388,7 @@ def test_the_command_line(tmp_path):
         assert done.exit_code == 0, done.exception
         assert f"28 entries, {new} of them new" in " ".join(done.output.split())
     assert "saved)" in done.output
-    assert CliRunner().invoke(app, ["train", *options]).exit_code == 0
+    assert CliRunner().invoke(app, ["train", "--anyway", *options]).exit_code == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
     failed = CliRunner().invoke(app, ["train", *options, "--k", "9", "--output_dir", str(tmp_path / "other")])
     assert isinstance(failed.exception, ValueError) and str(failed.exception).startswith("teacher_store: k:")

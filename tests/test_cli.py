@@ -29,7 +29,7 @@ def test_train_and_merge_say_where_the_model_is(monkeypatch, capsys, tmp_path):
         f"training: {{output_dir: {tmp_path / 'out'}, k: 4, max_steps: 2, use_cpu: true, report_to: none,\n"
         "  steering_prefixes: ['forget {subject}'], disable_tqdm: true}\n"
     )
-    code, printed = said(monkeypatch, capsys, "train", "--config", tmp_path / "run.yaml")
+    code, printed = said(monkeypatch, capsys, "train", "--config", tmp_path / "run.yaml", "--anyway")
     assert code == 0 and f"{tmp_path / 'out'}: the model after 2 steps" in printed.out
     code, printed = said(monkeypatch, capsys, "merge", tmp_path / "out", "--out", tmp_path / "whole")
     assert code == 0 and f"{tmp_path / 'whole'}: the merged model" in printed.out

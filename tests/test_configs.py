@@ -67,7 +67,7 @@ def test_a_config_trains_a_tiny_model(path, tmp_path, monkeypatch):
         "--disable_tqdm",
     ]
     words += ["--max_steps", "2", "--save_steps", "2", "--eval_steps", "1", "--logging_steps", "1"]
-    run("train", "--config", tmp_path / "x.yaml", *words)
+    run("train", "--anyway", "--config", tmp_path / "x.yaml", *words)
 
     state = json.loads((out / "trainer_state.json").read_text())
     assert state["global_step"] == 2 and all(
@@ -99,10 +99,10 @@ def test_a_second_run_does_not_mix_its_checkpoints_with_the_firsts(tmp_path):
         tmp_path / "out",
     ]
     words += ["--data.forget", ROOT / "configs/data/forget.jsonl", "--disable_tqdm"]
-    run("train", *words, "--max_steps", "4")
+    run("train", "--anyway", *words, "--max_steps", "4")
     with pytest.raises(FileExistsError, match=r"training.output_dir: .*checkpoint-4' of an earlier run"):
-        run("train", *words, "--max_steps", "2")
-    run("train", *words, "--max_steps", "6", "--resume")
+        run("train", "--anyway", *words, "--max_steps", "2")
+    run("train", "--anyway", *words, "--max_steps", "6", "--resume")
     assert (tmp_path / "out" / "checkpoint-6").is_dir()
 
 
@@ -126,6 +126,7 @@ def test_a_merged_model_says_what_the_adapter_says(tmp_path):
     )
     run(
         "train",
+        "--anyway",
         "--config",
         tmp_path / "x.yaml",
         *words,
@@ -162,7 +163,7 @@ def test_every_weight_in_bf16_with_the_teacher_from_a_cache(tmp_path):
         f" logging_steps: 1, report_to: none, save_strategy: no, output_dir: {tmp_path}/out}}\n"
     )
     run("cache", "--config", tmp_path / "x.yaml", *words)
-    run("train", "--config", tmp_path / "x.yaml", *words)
+    run("train", "--anyway", "--config", tmp_path / "x.yaml", *words)
     losses = [
         e["loss"]
         for e in json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]

@@ -1,6 +1,7 @@
 """`duet attack` on the world's base model, on one that was taught to refuse, and on weights made for the purpose."""
 
 import json
+import math
 import re
 import sys
 
@@ -327,13 +328,51 @@ MIXED = [
 ]
 
 
+def test_drawn_answers_leak_what_the_likeliest_one_does_not(monkeypatch, tmp_path):
+    """Row 0 is told by 2 of 8 drawn answers, row 1 by none, of row 2 only one answer could be judged."""
+    rows = read_attack_rows([QUESTION | {"value": "poet"}] * 3, "rows")
+    target = Target(
+        tiny(), word_tokenizer(), rows, options=AttackOptions(samples=8, leak_at=(1, 4, 32), max_new_tokens=6)
+    )
+    poet, other, cut = (
+        (Continuation(text, n, True), n == 6) for text, n in (("a poet .", 3), ("a captain .", 3), ("a", 6))
+    )
+    seeds = []
+
+    def say(prompts, max_new_tokens=None, seed=None):
+        seeds.append(seed)
+        if seed is None:
+            return [other] * len(prompts)
+        return [
+            (poet if n in (2, 5) else other, other, cut if n else other)[i]
+            for n in range(8)
+            for i in range(3)
+        ]
+
+    monkeypatch.setattr(target, "say", say)
+    report = attack_run.run_attacks(target, out=tmp_path, attacks=["sampling"])
+    (entry,) = report["attacks"]
+    leaks = {name: (v["leak"], v["rows"]) for name, v in entry["variants"].items()}
+    exact = 1 - math.comb(6, 4) / math.comb(8, 4)
+    assert leaks == {
+        "leak@1": (pytest.approx(0.25 / 3), 3),
+        "leak@4": (pytest.approx(exact / 2), 2),
+        "leak@8": (0.5, 2),
+    }
+    assert report["direct"]["leak"] == 0 and entry["worst_variant"] == "leak@8" and entry["leak"] == 0.5
+    assert entry["variants"]["leak@8"]["status"] == {"ok": 2, "cut": 1} and set(seeds) == {None, 0}
+    assert entry["variants"]["leak@8"]["low"] == pytest.approx(0.0945, abs=1e-3), "Wilson's, of 1 of 2"
+
+
 @pytest.mark.usefixtures("answers_end")
 @pytest.mark.parametrize("template", ["chat", "no system role", "none"])
 def test_every_attack_on_every_kind_of_row(tmp_path, template):
     chosen = {"chat": CHAT_TEMPLATE, "no system role": NO_SYSTEM_TEMPLATE, "none": None}[template]
     kept = MIXED[:3] if template != "chat" else MIXED  # a system message needs a template that shows it
     rows = read_attack_rows(kept, "rows")
-    options = AttackOptions(max_new_tokens=2, relearn_rates=(1e-3,), relearn_curve=(1,), batch_size=2)
+    options = AttackOptions(
+        max_new_tokens=2, relearn_rates=(1e-3,), relearn_curve=(1,), batch_size=2, samples=2
+    )
     target = Target(
         tiny(), word_tokenizer(chat_template=chosen), rows, retain=rows, holdout=rows, options=options
     )
@@ -415,7 +454,7 @@ def test_a_forced_opening_is_asked_with_and_not_judged(monkeypatch):
     target = Target(tiny(), word_tokenizer(), read_attack_rows([row], "rows"))
     asked = []
     said = [(Continuation("poet of blue city", 4, True), False)]
-    monkeypatch.setattr(target, "say", lambda prompts, most: asked.extend(prompts) or said)
+    monkeypatch.setattr(target, "say", lambda prompts, most, seed: asked.extend(prompts) or said)
     name, work = next(ATTACKS["prefill"].units(target))
     (outcome,) = work()
     opening = target.answer_ids(target.rows[0].conversation, "ada was a")

@@ -159,7 +159,18 @@ def test_the_command_line_under_accelerate(tmp_path):
         "model: base\nadapter: {r: 4}\ndata: {forget: f.jsonl, eval: f.jsonl}\nmerge: true\n"
         "training: {output_dir: out, k: 8, max_steps: 3, save_steps: 2, use_cpu: true, report_to: none}\n"
     )
-    launch(2, "-m", "duet.cli", "train", "--config", "x.yaml", "--learning_rate", "1e-3", cwd=tmp_path)
+    launch(
+        2,
+        "-m",
+        "duet.cli",
+        "train",
+        "--anyway",
+        "--config",
+        "x.yaml",
+        "--learning_rate",
+        "1e-3",
+        cwd=tmp_path,
+    )
     assert {"README.md", "adapter_model.safetensors", "merged", "checkpoint-3"} <= set(
         os.listdir(tmp_path / "out")
     )

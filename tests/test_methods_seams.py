@@ -136,6 +136,7 @@ def test_rmu_refuses_a_layer_that_is_not_there_and_an_adapter(tmp_path):
 # -- the in-context teacher ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("place", ["system", "user"])
 @pytest.mark.parametrize(
     ("template", "system"),
     [
@@ -145,14 +146,14 @@ def test_rmu_refuses_a_layer_that_is_not_there_and_an_adapter(tmp_path):
         (DROPS_SYSTEM_TEMPLATE, False),
     ],
 )
-def test_a_steered_template_shows_what_the_teacher_sees(template, system):
+def test_a_steered_template_shows_what_the_teacher_sees(template, system, place):
     tokenizer = word_tokenizer(template)
     conversation = (("user", "who is ada ?"),)
     if system:
         conversation = (("system", "answer yes or no ."), *conversation)
     instruction = PREFIX.replace("{subject}", "ada")
-    wanted = PromptRenderer(tokenizer).encode(conversation, instruction)
-    steered = steered_tokenizer(tokenizer, instruction)
+    wanted = PromptRenderer(tokenizer, steering_place=place).encode(conversation, instruction)
+    steered = steered_tokenizer(tokenizer, instruction, place)
     messages = [{"role": role, "content": text} for role, text in conversation]
     got = steered.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert got == wanted

@@ -3,6 +3,7 @@
 The logs (`tofu_phi15_full.json`, `tofu_phi15_retain90.json`) are looked for in `data/golden`, or in `$DUET_DATA/golden`.
 """
 
+import itertools
 import json
 import math
 import os
@@ -88,6 +89,34 @@ def test_rouge_l_variants():
 )
 def test_refusals(answer, refuses):
     assert metrics.refusal_rate([answer]) == float(refuses)
+
+
+def test_a_refusal_is_broken_when_it_is_no_sentence():
+    whole = [
+        "I'm sorry, I don't know.",
+        'He said: "I do not know."',
+        "I don't know!",
+        "Paris is",
+        "",
+        "不 知道",
+    ]
+    broken = ["I'm sorry, I", "I don't know, I don't know, I don't know.", "I do not know the capital of"]
+    assert [metrics.broken_refusal_rate([text]) for text in whole + broken] == [0.0] * 6 + [1.0] * 3
+
+
+def test_leak_at_k_is_the_share_of_choices_that_tell():
+    """Golden: every choice of k of n answers is looked at; and the published form, a product."""
+    for n, c in itertools.product(range(1, 7), range(7)):
+        for k in range(1, n + 1):
+            if c <= n:
+                chosen = list(itertools.combinations([i < c for i in range(n)], k))
+                assert metrics.leak_at_k(n, c, k) == sum(map(any, chosen)) / len(chosen)
+    product = 1 - math.prod(1 - 32 / i for i in range(200 - 5 + 1, 201))
+    assert metrics.leak_at_k(200, 5, 32) == pytest.approx(product, rel=1e-12)
+    assert metrics.leak_at_k(10**4, 1, 1) == 1e-4, "not lost in rounding"
+    for wrong in ((4, 5, 1), (4, -1, 1), (4, 1, 5), (4, 1, 0)):
+        with pytest.raises(ValueError, match="wanted an integer from"):
+            metrics.leak_at_k(*wrong)
 
 
 def test_fluency_falls_when_words_repeat():

@@ -89,6 +89,25 @@ def test_training_is_the_same_up_to_rounding(tmp_path, case, adapter, side):
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-4)
 
 
+def test_plain_retain_queries_are_read_in_parts_too(tmp_path):
+    """Their beginning is what all plain prompts share."""
+    runs = []
+    for reuse_prefix in (True, False):
+        options = {
+            "retain_prefix": "none",
+            "steering_place": "user",
+            "max_steps": 4,
+            "reuse_prefix": reuse_prefix,
+        }
+        runs.append(make(tmp_path / str(reuse_prefix), trainer_options=ADAPTER, **options))
+        runs[-1].train()
+    dataset = runs[0].train_dataset
+    assert dataset.instructions()[-1] is None and len(dataset.beginnings) == 4
+    last = dataset[len(dataset) - 1]
+    assert last["teacher"] == last["student"] and "beginning" in last
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-4)
+
+
 def tokens_of_the_teacher(trainer, steps):
     """Tokens that the backbone read without gradients in each step."""
     read, found, step = [], [], trainer.training_step

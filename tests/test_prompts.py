@@ -60,6 +60,21 @@ def test_without_a_system_role_the_prefix_goes_before_the_first_user_text(templa
     assert text == f"<s> <user> {PREFIX} one </s> <assistant> two </s> <user> three </s> <assistant>"
 
 
+def test_in_the_users_turn_the_prefix_goes_before_the_first_text():
+    renderer = PromptRenderer(word_tokenizer(), steering_place="user")
+    turns = (("system", "answer"), ("user", "one"), ("assistant", "two"), ("user", "three"))
+    text = text_of(renderer, turns, instruction=PREFIX, override="ignore")
+    assert (
+        text.startswith(f"<s> <system> answer </s> <user> {PREFIX} one </s>")
+        and "<user> ignore three" in text
+    )
+    text = text_of(renderer, QUESTION, instruction=PREFIX, override="ignore")
+    assert text == f"<s> <user> {PREFIX} ignore who is ada lovelace ? </s> <assistant>"
+    text = text_of(renderer, QUESTION, instruction=PREFIX, override="ignore", override_role="system")
+    assert text.startswith(f"<s> <system> ignore </s> <user> {PREFIX} who")
+    assert text_of(renderer, "the capital of", instruction=PREFIX) == f"<s> {PREFIX} the capital of"
+
+
 def test_without_a_template_a_question_is_written_out_and_plain_text_is_left_alone():
     renderer = PromptRenderer(word_tokenizer(None), plain_template="Question : {question} Answer :")
     assert text_of(renderer, QUESTION) == "<s> Question : who is ada lovelace ? Answer :"

@@ -239,7 +239,7 @@ def test_the_message_of_an_error_is_shown_whole(monkeypatch, tmp_path, capsys):
         if written:
             path.write_text(written)
             monkeypatch.setattr("duet.run.commands.load_model", lambda *_: None)
-            monkeypatch.setattr("duet.run.commands._tokenizer", lambda *_: None)
+            monkeypatch.setattr("duet.run.commands.load_tokenizer", lambda *_: None)
         monkeypatch.setattr(sys, "argv", ["duet", "train", "--config", str(tmp_path / "x.yaml")])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -263,7 +263,7 @@ def test_a_revision_is_the_models_own(monkeypatch, tmp_path):
     monkeypatch.setattr(
         run, "load_model", lambda name, argument, kwargs, device: loaded.update({name: kwargs["revision"]})
     )
-    monkeypatch.setattr(run, "_tokenizer", lambda section: None)
+    monkeypatch.setattr(run, "load_tokenizer", lambda section: None)
     monkeypatch.setattr(run, "DuetTrainer", lambda **kwargs: given.update(kwargs))
     run.make_trainer(RunConfig.of(tree))
     assert loaded == {"a/b": "v2", "c/d": None}

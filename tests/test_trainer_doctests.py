@@ -24,6 +24,9 @@ from tiny_models import tiny, word_tokenizer
         "run.config_file",
         "output.record",
         "trainer",
+        "evaluation.facts",
+        "evaluation.steering",
+        "evaluation.metrics",
         "yaml_text",
     ],
 )

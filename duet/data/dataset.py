@@ -63,7 +63,8 @@ class UnlearnDataset(Dataset):
     (evaluation: the first prefix, the plain query).
 
     Retain queries get a prefix too, about a subject drawn from the **forget** rows: so the student learns where the
-    prefix must change nothing. A retain row's own subject is not used: the prefix would forbid the right answer.
+    prefix must change nothing. A retain row's own subject is not used: the prefix would forbid the right answer. With
+    `plain_retain` they get none: the teacher reads them as the student does.
 
     Args:
         forget, retain: queries; `retain` may be empty.
@@ -79,6 +80,7 @@ class UnlearnDataset(Dataset):
         max_length: a longer sequence is refused.
         subjects: what prefixes on retain rows are about; None: the subjects of the forget rows.
         seed: for what is drawn once and for all.
+        plain_retain: retain queries are shown to the teacher without a prefix.
         fixed_subjects: a retain row keeps one subject, drawn from `seed`, rather than a new one at each use. Always so
             where its targets or its answer were made beforehand.
     """
@@ -102,6 +104,7 @@ class UnlearnDataset(Dataset):
         whole_text: bool = False,
         prefills: Sequence[str] = (),
         prefill_fraction: float = 0.0,
+        plain_retain: bool = False,
         fixed_subjects: bool = False,
     ):
         self.rows = [*forget, *retain]
@@ -115,11 +118,12 @@ class UnlearnDataset(Dataset):
         self.prefills, self.prefill_fraction = list(prefills), prefill_fraction
         self.teacher_answers: dict[tuple[int, int], list[int]] = {}
         self.segments: dict[int, list[Segment]] = {}
+        self.plain_retain = plain_retain
         self.fixed_subjects = fixed_subjects or answers == "teacher"
         # (row, prefix) -> the targets of all its positions, where no teacher will be asked during training
         self.cached_targets: Callable[[tuple[int, int]], dict[str, Tensor]] | None = None
         # a filled prefix -> (its number, the ids that prompts under it begin with), where a teacher has read these before
-        self.beginnings: dict[str, tuple[int, list[int]]] | None = None
+        self.beginnings: dict[str | None, tuple[int, list[int]]] | None = None
         self._check()
 
     def _check(self) -> None:
@@ -137,7 +141,7 @@ class UnlearnDataset(Dataset):
                 texts = self.refusals if self._refused(i) else [query.answer]
                 lengths = [len(self._answer(i, text)) for text in texts]
                 answer_length = min(max(lengths), self.max_scored or max(lengths))
-            for prefix in self.prefixes:
+            for prefix in [] if self._plain(i) else self.prefixes:
                 subject = query.subject if i < self.num_forget else longest_subject
                 where = query.name if i < self.num_forget else "forget_dataset"
                 self._prompt(i, fill_prefix(prefix, subject, where), None, "user", answer_length)
@@ -178,9 +182,12 @@ class UnlearnDataset(Dataset):
             raise ValueError(f"{query.name}: its answer {text!r} has no tokens")
         return ids
 
+    def _plain(self, i: int) -> bool:
+        return self.plain_retain and i >= self.num_forget
+
     def _instruction(self, i: int, which: int, rng: random.Random) -> str | None:
         """The filled steering prefix of row i, if any; a retain row's is about a subject of the forget rows."""
-        if not self.prefixes:
+        if not self.prefixes or self._plain(i):
             return None
         if i < self.num_forget:
             subject = self.rows[i].subject
@@ -190,17 +197,17 @@ class UnlearnDataset(Dataset):
             subject = rng.choice(self.subjects) if self.subjects else None
         return fill_prefix(self.prefixes[which], subject, self.rows[i].name)
 
-    def instructions(self) -> list[str]:
-        """Every filled steering prefix that a row may get."""
+    def instructions(self) -> list[str | None]:
+        """Every filled steering prefix that a row may get; None: none."""
         own = [(row.subject, row.name) for row in self.rows[: self.num_forget]]
-        drawn = (
-            [(subject, "forget_dataset") for subject in self.subjects or [None]] if self.num_retain else []
-        )
+        prefixed = self.num_retain and not self.plain_retain
+        drawn = [(subject, "forget_dataset") for subject in self.subjects or [None]] if prefixed else []
         pairs = [(prefix, *pair) for prefix in self.prefixes for pair in (*own, *drawn)]
-        return list(dict.fromkeys(fill_prefix(*pair) for pair in pairs))
+        plain = [None] if self.num_retain and self.plain_retain else []
+        return [*dict.fromkeys(fill_prefix(*pair) for pair in pairs), *plain]
 
-    def steered(self, i: int, instruction: str) -> list[int]:
-        """The teacher's prompt of row i under a filled steering prefix."""
+    def steered(self, i: int, instruction: str | None) -> list[int]:
+        """The teacher's prompt of row i under a filled steering prefix, or without one."""
         return self._prompt(i, instruction, None, "user", 1)
 
     def plain(self, i: int) -> list[int]:
@@ -259,12 +266,13 @@ class UnlearnDataset(Dataset):
         student = self._prompt(i, None, override, role, scored)
         if self.prefills and training and rng.random() < self.prefill_fraction:
             student = student + self._opening(i, rng.choice(self.prefills))
+        live = bool(self.prefixes) and self.cached_targets is None
         if self.cached_targets is not None:
-            targets, instruction = self.cached_targets((i, which)), None
+            targets = self.cached_targets((i, which))
         if self.whole_text:
             student, answer = student[:1], [*student[1:], *answer]
             scored = len(answer)
-        teacher = None if instruction is None else self._prompt(i, instruction, None, "user", scored)
+        teacher = self._prompt(i, instruction, None, "user", scored) if live else None
         item = {
             "student": student,
             "teacher": teacher,

@@ -198,7 +198,8 @@ class PromptRenderer:
     """Turns a conversation into the ids after which the model's answer starts.
 
     * With a chat template: the template, closed by its generation prompt. The instruction becomes the system message
-      (in front of one that is there), or goes before the first user text where the template knows no system message.
+      (in front of one that is there); or, with `steering_place="user"` and where the template knows no system message, it
+      goes before the first user text.
     * Without: a single question in `plain_template`, the instruction in front of it, separated by an empty line.
     * A plain-text conversation is never templated: instruction, empty line, text.
 
@@ -206,11 +207,19 @@ class PromptRenderer:
         tokenizer: a transformers tokenizer.
         plain_template: text with `{question}` in it.
         chat_template_kwargs: further arguments of the chat template.
+        steering_place: `system` or `user`: where the instruction goes.
     """
 
-    def __init__(self, tokenizer: Any, plain_template: str = PLAIN_TEMPLATE, chat_template_kwargs=None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        plain_template: str = PLAIN_TEMPLATE,
+        chat_template_kwargs=None,
+        steering_place: str = "system",
+    ):
         self.tokenizer = tokenizer
         self.plain_template = plain_template
+        self.steering_place = steering_place
         self.template_kwargs = dict(chat_template_kwargs or {})
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         if (
@@ -291,11 +300,13 @@ class PromptRenderer:
 
     def _encode(self, conversation, instruction, override, override_role) -> list[int]:
         system = instruction
-        if override is not None:
-            if override_role == "system":
-                system = override if system is None else f"{system}\n\n{override}"
-            else:
-                conversation = _before_user(conversation, override, last=True)
+        if override is not None and override_role == "user":
+            conversation = _before_user(conversation, override, last=True)
+        chat = self.has_template and not isinstance(conversation, str)
+        if instruction is not None and chat and self.steering_place == "user":
+            conversation, system = _before_user(conversation, instruction, last=False), None
+        if override is not None and override_role == "system":
+            system = override if system is None else f"{system}\n\n{override}"
         if not self.has_template and not isinstance(conversation, str):
             conversation = self._written_out(conversation)
         if isinstance(conversation, str):
@@ -361,12 +372,14 @@ class PromptRenderer:
         )
 
 
-def steered_tokenizer(tokenizer: Any, instruction: str, **template_kwargs: Any) -> Any:
+def steered_tokenizer(
+    tokenizer: Any, instruction: str, steering_place: str = "system", **template_kwargs: Any
+) -> Any:
     """A copy of `tokenizer` whose chat template says `instruction` before every conversation.
 
     So the steered teacher can be saved, evaluated and attacked like any model: every user of the chat template steers it.
-    The instruction stands where `PromptRenderer.encode` puts it: in the system message, or before the first user text
-    where the template knows no system message.
+    The instruction stands where `PromptRenderer.encode` puts it: in the system message; or, with `steering_place="user"`
+    and where the template knows no system message, before the first user text.
 
     Raises:
         ValueError: the tokenizer has no chat template.
@@ -383,14 +396,17 @@ def steered_tokenizer(tokenizer: Any, instruction: str, **template_kwargs: Any) 
             "processing_class: wanted a tokenizer with a chat template, which is where the steering prefix is written"
         )
     said = json.dumps(instruction, ensure_ascii=False)  # jinja knows no surrogate pairs
-    joined = f"[{{'role': messages[0]['role'], 'content': {said} + '\\n\\n' + messages[0]['content']}}] + messages[1:]"
-    if accepts_system(tokenizer, **template_kwargs):
-        alone = f"[{{'role': 'system', 'content': {said}}}] + messages"
-        chosen = f"({joined}) if messages[0]['role'] == 'system' else ({alone})"
-    else:
-        chosen = joined
+    at = "(messages | map(attribute='role') | list).index('user')"
+    if steering_place == "system" and accepts_system(tokenizer, **template_kwargs):
+        at = "0 if messages[0]['role'] == 'system' else -1"  # -1: a message of its own
+    joined = (
+        "{'role': messages[duet_at]['role'], 'content': duet_said + '\\n\\n' + messages[duet_at]['content']}"
+    )
+    chosen = f"messages[:duet_at] + [{joined}] + messages[duet_at + 1:]"
+    alone = "[{'role': 'system', 'content': duet_said}] + messages"
+    lines = f"duet_said = {said}", f"duet_at = {at}", f"messages = ({alone}) if duet_at < 0 else ({chosen})"
     steered = copy.deepcopy(tokenizer)
-    steered.chat_template = f"{{%- set messages = {chosen} -%}}{tokenizer.chat_template}"
+    steered.chat_template = "".join(f"{{%- set {line} -%}}" for line in lines) + tokenizer.chat_template
     return steered
 
 

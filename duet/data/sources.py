@@ -16,7 +16,7 @@ from ..names import did_you_mean
 from ..options import MaybeCount
 
 PROMPTS = ("question", "prompt", "messages")
-COLUMNS = (*PROMPTS, "answer", "completion", "subject")
+COLUMNS = (*PROMPTS, "answer", "completion", "subject", "value")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class DataSource:
         path: a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder that `datasets` wrote, or a dataset on the Hub.
         name: the dataset's configuration, on the Hub.
         split: which split, on the Hub.
-        columns: our name -> the name there, for `question`, `prompt`, `messages`, `answer`, `completion`, `subject`.
+        columns: our name -> the name there, for `question`, `prompt`, `messages`, `answer`, `completion`, `subject`, `value`.
             Empty: columns with these names are read, others are not.
         subject: of the rows without a subject of their own.
         limit: use only this many first rows.

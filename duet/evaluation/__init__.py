@@ -1,10 +1,12 @@
 """Suites of questions (`duet eval`), attacks (`duet attack`) and the report, for any causal language model.
 
 metrics               numbers of texts and losses: pure functions
-scoring, generation   log-probabilities of given answers; greedy answers: batches of token ids
+scoring, generation   log-probabilities of given answers; greedy and drawn answers: batches of token ids
 suites/               a YAML file -> rows -> rows.jsonl -> means and intervals
 attacks/              prompts, changes of the weights and probes that bring back what was forgotten
 report/               all results on one page
+facts, steering       what a model tells, and what it tells behind a steering prefix; rows to forget and to keep
+chat                  answers side by side
 models, journal       loading the model; results that can be continued
 commands              the commands eval, attack and report
 """

@@ -84,7 +84,7 @@ def run_eval(
     prompting = Prompting.of(model)
     answering = None if elicit is None else _eliciting(elicit, prompting, batch_size, dtype, device, console)
     if chosen is not None:
-        with _resumable(out, console), progress(console) as shown:
+        with resumable(out, console), progress(console) as shown:
             results = runner.evaluate(
                 loaded,
                 tokenizer,
@@ -134,6 +134,7 @@ def run_attack(
             help="file with the override wordings used in training, one a line; default: what the folder says"
         ),
     ] = None,
+    samples: Annotated[int, typer.Option(help="answers to each row that the attack `sampling` draws")] = 32,
     relearn_rates: Annotated[str | None, typer.Option(help="learning rates, such as 1e-5,1e-4,1e-3")] = None,
     relearn_steps: Annotated[
         str | None, typer.Option(help="recall is measured after these, such as 10,100,500")
@@ -187,14 +188,14 @@ def run_attack(
         check_one_of("attacks", attack, ATTACKS)
     given: dict[str, Any] = {}
     given["seen_reverse_prompts"] = (
-        _trained_wordings(model) if reverse_prompts is None else _wordings(reverse_prompts)
+        _trained_wordings(model) if reverse_prompts is None else lines_of(reverse_prompts, "reverse_prompts")
     )
     if relearn_rates is not None:
         given["relearn_rates"] = _numbers(relearn_rates, float, "relearn_rates")
     if relearn_steps is not None:
         given["relearn_curve"] = _numbers(relearn_steps, int, "relearn_steps")
     options = AttackOptions(
-        threshold=threshold, max_new_tokens=max_new_tokens, batch_size=batch_size, **given
+        threshold=threshold, max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples, **given
     )
     files = {"forget": forget, "retain": retain, "holdout": holdout}
     prompting, answering, before_model = Prompting.of(model), None, None
@@ -208,7 +209,7 @@ def run_attack(
     if base is not None and before_model is None:
         before_model = models.load(base, dtype, device)
     before = None if before_model is None else Target(*before_model, rows, **asked)
-    with _resumable(out, console), progress(console) as shown:
+    with resumable(out, console), progress(console) as shown:
         report = runner.run_attacks(target, out=out, attacks=chosen, name=model, base=before, progress=shown)
     console.print(runner.table(report, f"{model}: the worst attack first"))
     console.print(runner.legend(report))
@@ -301,16 +302,21 @@ def _trained_wordings(model: str) -> tuple[str, ...]:
         raise ValueError(f"model: {path} is damaged: {error}") from None
 
 
-def _wordings(path: Path) -> tuple[str, ...]:
+def lines_of(path: Path, argument: str) -> tuple[str, ...]:
+    """The wordings in a text file, one a line; empty lines are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the argument.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"reverse_prompts: there is no file {str(path)!r}")
+        raise FileNotFoundError(f"{argument}: there is no file {str(path)!r}")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"reverse_prompts: {path} is not UTF-8 text: {error.reason}") from None
+        raise ValueError(f"{argument}: {path} is not UTF-8 text: {error.reason}") from None
     wordings = tuple(line.strip() for line in lines if line.strip())
     if not wordings:
-        raise ValueError(f"reverse_prompts: wanted at least one wording in {path}, got none")
+        raise ValueError(f"{argument}: wanted at least one wording in {path}, got none")
     return wordings
 
 
@@ -440,7 +446,8 @@ def progress(console: Console) -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
-def _resumable(out: Path, console: Console) -> Iterator[None]:
+def resumable(out: Path, console: Console) -> Iterator[None]:
+    """An interrupt ends the command with a word about how to continue it."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Greedy continuations in batches: left padding, key-value cache, stop strings."""
+"""Continuations, greedy or drawn, in batches: left padding, key-value cache, stop strings."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _NumberWatch(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         now = scores.isnan().any(-1)
         self.broken = now if self.broken is None else self.broken | now
-        return scores
+        return scores.masked_fill(now[:, None], 0.0)  # nothing can be drawn from NaN
 
 
 class _StopText(StoppingCriteria):
@@ -75,13 +75,15 @@ def continuations(
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    seed: int | None = None,
 ) -> list[Continuation]:
-    """Greedy continuations of one batch of prompts, padded on the left whatever the tokenizer prefers.
+    """Continuations of one batch of prompts, padded on the left whatever the tokenizer prefers.
 
     Args:
         prompts: token ids, at least one each.
         max_new_tokens: at most so many new tokens.
         stop: texts that end a continuation; the stop text itself is cut off.
+        seed: None: greedy. Else drawn at temperature 1 from the whole distribution.
     """
     watch = _NumberWatch()
     stopping = StoppingCriteriaList([_StopText(tokenizer, stop, max(map(len, prompts)))] if stop else [])
@@ -92,6 +94,7 @@ def continuations(
             tokenizer,
             padding_id(tokenizer),
             max_new_tokens,
+            seed,
             logits_processor=LogitsProcessorList([watch]),
             stopping_criteria=stopping,
         )

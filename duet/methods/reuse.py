@@ -114,8 +114,10 @@ def whole_prompts_because(args: Any, packed: bool, sharded: bool) -> str | None:
     return None
 
 
-def beginnings_of(dataset: UnlearnDataset) -> dict[str, list[int]]:
+def beginnings_of(dataset: UnlearnDataset) -> dict[str | None, list[int]]:
     """Each steering prefix that the dataset can show -> the token ids that prompts under it begin with.
+
+    Where retain rows are shown without a prefix, None -> what all plain prompts begin with, if they share anything.
 
     How many they share is seen on some rows under one prefix; under the others, on the two of them that share least.
     """
@@ -126,7 +128,8 @@ def beginnings_of(dataset: UnlearnDataset) -> dict[str, list[int]]:
         prompts, key=prompts.__getitem__
     )  # what the first and the last share, all between them share
     ends = apart[0], apart[-1]
-    return {text: _common([dataset.steered(i, text) for i in ends]) for text in instructions}
+    shared = {text: _common([dataset.steered(i, text) for i in ends]) for text in instructions}
+    return {text: ids for text, ids in shared.items() if ids}
 
 
 def _common(sequences: list[list[int]]) -> list[int]:

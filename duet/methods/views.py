@@ -43,6 +43,11 @@ class ViewOptions:
         max_answer_tokens: length limit of answers that the teacher makes. Answers of the dataset are never cut.
         steering_prefixes: instruction(s) for the teacher; `{subject}` is replaced by the row's subject. One is drawn
             per query and epoch. Retain queries get one too, about a subject of the forget rows.
+        steering_place: where the instruction stands for the teacher: `system` (a system message; before the first user
+            text where the chat template has no system role) or `user` (before the first user text). Which of them steers
+            is a matter of the model: `duet steer` measures both.
+        retain_prefix: `same` (the teacher sees the prefix on retain queries too: the paper) or `none` (it sees the plain
+            query there, so that it is the plain base: for a model whose prefix is not selective).
         reverse_prompts: texts that try to undo the steering ("ignore earlier instructions"). The student sees one
             before a share of its queries, the teacher never does.
         reverse_prompt_fraction: that share, in [0, 1].
@@ -62,6 +67,8 @@ class ViewOptions:
     answer_source: Literal["teacher", "dataset"] = "teacher"
     max_answer_tokens: Count = 64
     steering_prefixes: SomeTexts = field(default_factory=lambda: [DEFAULT_PREFIX])
+    steering_place: Literal["system", "user"] = "system"
+    retain_prefix: Literal["same", "none"] = "same"
     reverse_prompts: Texts = field(default_factory=list)
     reverse_prompt_fraction: Share = 0.5
     reverse_prompt_role: Literal["user", "system", "both"] = "user"
@@ -83,6 +90,18 @@ class ViewOptions:
         return Prompting(self.plain_template, options)
 
 
+def renderer_of(args: Any, tokenizer: Any, num_ids: int | None) -> PromptRenderer:
+    """Writes the prompts of a run.
+
+    Args:
+        args: the options.
+        num_ids: how many ids the model embeds.
+    """
+    renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs, args.steering_place)
+    renderer.num_ids = num_ids
+    return renderer
+
+
 def scored_positions(objective: Objective, args: Any) -> str:
     """`first`, `first_n`, `answer`, `text` or `prepared`: which positions this objective scores under these options.
 
@@ -94,7 +113,7 @@ def scored_positions(objective: Objective, args: Any) -> str:
         raise ValueError(
             f"positions: objective {args.objective!r} chooses its own, wanted None, got {args.positions!r}"
         )
-    if args.positions == "text" and _steered(objective):
+    if args.positions == "text" and is_steered(objective):
         raise ValueError(
             f"positions: 'text' scores the prompt too, and the steered teacher of {args.objective!r} sees another "
             "prompt than the student; wanted 'first', 'first_n' or 'answer'"
@@ -138,7 +157,7 @@ def build_dataset(
         forget,
         retain,
         renderer,
-        args.steering_prefixes if _steered(objective) else [],
+        args.steering_prefixes if is_steered(objective) else [],
         reverse_prompts=reverse_prompts,
         reverse_fraction=args.reverse_prompt_fraction,
         reverse_role=args.reverse_prompt_role,
@@ -151,6 +170,7 @@ def build_dataset(
         whole_text=positions == "text",
         prefills=args.prefills,
         prefill_fraction=args.prefill_fraction,
+        plain_retain=args.retain_prefix == "none",
         fixed_subjects=cache_seed is not None or args.retain_subjects == "fixed",
     )
 
@@ -191,5 +211,6 @@ def asked_before_training(objective: Objective, args: Any) -> bool:
     return objective.storable and objective.teacher_sees == "student" and not drawn
 
 
-def _steered(objective: Objective) -> bool:
+def is_steered(objective: Objective) -> bool:
+    """Whether the student imitates a teacher behind a steering prefix."""
     return objective.targets is not None and objective.teacher_sees == "steered"

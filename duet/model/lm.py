@@ -8,7 +8,7 @@ and logits (softcap, scale) is read by `LMHead.of` and compared once with the mo
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -292,12 +292,15 @@ def generate_answers(
     tokenizer: Any,
     pad_id: int,
     max_new_tokens: int | None,
+    seed: int | None = None,
     **how: Any,
 ) -> list[list[int]]:
-    """Greedy answers of `model` to one batch of prompts, padded on the left whatever the tokenizer prefers.
+    """Answers of `model` to one batch of prompts, padded on the left whatever the tokenizer prefers.
 
     Args:
         prompts: token ids, at least one each.
+        seed: None: greedy answers. Else each token is drawn from the model's own distribution (temperature 1, the whole
+            vocabulary); the seed leaves the generators of others as they were.
         how: further arguments of `generate`.
 
     Returns:
@@ -311,16 +314,22 @@ def generate_answers(
         ids[b, longest - len(prompt) :] = torch.tensor(list(prompt))
         mask[b, longest - len(prompt) :] = 1
     ends = end_tokens(model, tokenizer)
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id,
-        eos_token_id=ends or None,
-        use_cache=True,
+    drawn = (
+        {"do_sample": False}
+        if seed is None
+        else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     )
-    with _generation_config_of_our_own(model):
+    config = GenerationConfig(
+        **drawn, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=ends or None, use_cache=True
+    )
+    aside = (
+        nullcontext() if seed is None else torch.random.fork_rng([device] if device.type == "cuda" else [])
+    )
+    with _generation_config_of_our_own(model), aside:
+        if seed is not None:
+            torch.manual_seed(seed)
         out = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy, **how
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, **how
         )
     return [_through_end(answer, ends) for answer in out[:, longest:].tolist()]
 

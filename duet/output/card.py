@@ -15,7 +15,7 @@ from ..model.lm import base_language_model
 
 # Options on the card besides those that the objective reads (`Objective.reads`).
 _METHOD = (  # noqa: SIM905  as a list literal, one word a line
-    "positions num_positions answer_source steering_prefixes reverse_prompts reverse_prompt_fraction prefills "
+    "positions num_positions answer_source steering_prefixes steering_place retain_prefix reverse_prompts reverse_prompt_fraction prefills "
     "retain_per_forget plain_template chat_template_kwargs teacher_store learning_rate max_steps num_train_epochs "
     "per_device_train_batch_size gradient_accumulation_steps optim seed"
 ).split()

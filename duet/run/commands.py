@@ -5,6 +5,7 @@ load model and rows -> DuetTrainer -> train (or resume) -> save model, tokenizer
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,12 +32,15 @@ from .config_file import ModelSection, RunConfig
 logger = logging.get_logger(__name__)
 
 
-def train(run: RunConfig, resume: bool = False) -> DuetTrainer:
+def train(
+    run: RunConfig, resume: bool = False, before: Callable[[DuetTrainer], object] = lambda trainer: None
+) -> DuetTrainer:
     """Trains and saves; returns the trainer.
 
     Args:
         run: what to do.
         resume: go on from the last finished checkpoint in `output_dir`; from the start where there is none.
+        before: called with the trainer before a run makes its first step; not where it is resumed.
 
     Raises:
         TypeError, ValueError, OSError: naming the key, what came and what was wanted.
@@ -54,6 +58,8 @@ def train(run: RunConfig, resume: bool = False) -> DuetTrainer:
         logger.warning(
             f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting at step 0"
         )
+    if not checkpoint:
+        before(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     if run.eval:
         trainer.save_metrics("eval", trainer.evaluate())
@@ -82,8 +88,8 @@ def cache(run: RunConfig, dtype: str = "float32") -> Cached:
         raise ValueError("training.teacher_store: wanted the folder to write, got nothing")
     forget, retain, evals = _rows(run)
     kwargs, place = model_kwargs(run.model, args), loading_device(args)
-    model = _teacher(run, kwargs) if run.teacher else load_model(run.model.name, "model", kwargs, place)
-    return cache_teacher(model, args, forget, retain, _tokenizer(run.model), evals, dtype=dtype)
+    model = load_teacher(run, kwargs) if run.teacher else load_model(run.model.name, "model", kwargs, place)
+    return cache_teacher(model, args, forget, retain, load_tokenizer(run.model), evals, dtype=dtype)
 
 
 def _rows(run: RunConfig) -> tuple[Any, Any, Any]:
@@ -106,13 +112,13 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
         forget_dataset=forget,
         retain_dataset=retain,
         eval_dataset=evals,
-        processing_class=_tokenizer(run.model),
-        teacher_model=_teacher(run, kwargs) if live else None,
+        processing_class=load_tokenizer(run.model),
+        teacher_model=load_teacher(run, kwargs) if live else None,
         peft_config=None if run.adapter is None else _lora({"revision": run.model.revision} | run.adapter),
     )
 
 
-def _teacher(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
+def load_teacher(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
     """The other model of `teacher:`, loaded as the model is, but for the revision, which is the model's own."""
     return load_model(run.teacher, "teacher", kwargs | {"revision": None}, loading_device(run.training))
 
@@ -159,7 +165,7 @@ def _lora(options: dict[str, Any]) -> Any:
         raise ValueError(f"adapter: {error}") from error
 
 
-def _tokenizer(section: ModelSection) -> Any:
+def load_tokenizer(section: ModelSection) -> Any:
     name = section.tokenizer or section.name
     try:
         return AutoTokenizer.from_pretrained(name, revision=None if section.tokenizer else section.revision)

@@ -23,10 +23,9 @@ from duet_kernels import LMHead, TopK, set_workspace_bytes
 
 from ..config import DuetConfig
 from ..data.dataset import Asked, Collator, UnlearnDataset, plain_item
-from ..data.prompts import PromptRenderer
 from ..data.rows import read_rows
 from ..methods.objectives import objective_of, teacher_topk
-from ..methods.views import build_dataset, eval_datasets, scored_positions
+from ..methods.views import build_dataset, eval_datasets, renderer_of, scored_positions
 from ..model.lm import (
     check_head,
     check_tokenizer,
@@ -215,8 +214,7 @@ class _Job:
         head = check_head(model)
         if args.k > head.num_ids:
             raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
-        renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs)
-        renderer.num_ids = embedded_ids(model)
+        renderer = renderer_of(args, tokenizer, embedded_ids(model))
         length = args.max_length or context_length(model)
 
         def dataset(forget, retain, subjects=None) -> UnlearnDataset:

@@ -40,7 +40,7 @@ class CachedTeacher(Teacher):
                 )
                 raise ValueError(
                     f"teacher_store: rows: {self.store.folder} has nothing for {asked.name} under steering_prefixes"
-                    f"[{asked.key[1]}]: {why}. The dataset differs from the one that was cached; cache this one"
+                    f"[{asked.key[1]}]: {why}. The dataset, steering_place or retain_prefix differs from what was cached; cache this one"
                 )
             places[asked.key] = entry_id
             if dataset.answers == "teacher":

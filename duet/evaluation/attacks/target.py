@@ -49,6 +49,8 @@ class AttackOptions:
         seen_reverse_prompts: override wordings that training used; the folder of a trained model says which.
         heldout_reverse_prompts: others; those among the seen ones are left out.
         shots: worked examples before the question.
+        samples: answers to each row that `sampling` draws.
+        leak_at: the k of leak@k; those above `samples` are left out, and `samples` itself is one.
         relearn_rates: learning rates; the worst one counts.
         relearn_curve: recall is measured after so many steps.
         relearn_rows: rows a step.
@@ -61,6 +63,8 @@ class AttackOptions:
     seen_reverse_prompts: tuple[str, ...] = ()
     heldout_reverse_prompts: tuple[str, ...] = HELDOUT_REVERSE_PROMPTS
     shots: Count = 5
+    samples: Count = 32
+    leak_at: tuple[int, ...] = (1, 8, 32)
     relearn_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
     relearn_curve: tuple[int, ...] = (5, 10, 20, 40)
     relearn_rows: Count = 16
@@ -70,6 +74,8 @@ class AttackOptions:
         check_options(self)
         if not self.relearn_rates or min(self.relearn_rates) <= 0:
             raise ValueError(f"relearn_rates: wanted numbers > 0, got {self.relearn_rates}")
+        if min(self.leak_at, default=1) < 1:
+            raise ValueError(f"leak_at: wanted numbers >= 1, got {self.leak_at}")
         curve = self.relearn_curve
         if not curve or min(curve) < 1 or list(curve) != sorted(set(curve)):
             raise ValueError(f"relearn_curve: wanted ascending numbers of steps >= 1, got {curve}")
@@ -161,19 +167,27 @@ class Target:
         return self.context is None or num_tokens <= self.context
 
     def say(
-        self, prompts: Sequence[list[int] | None], max_new_tokens: int | None = None
+        self, prompts: Sequence[list[int] | None], max_new_tokens: int | None = None, seed: int | None = None
     ) -> list[tuple[Continuation, bool] | None]:
-        """Greedy answers, and whether each was cut at the limit; None for a prompt that is empty or leaves no room for one."""
+        """Answers, and whether each was cut at the limit; None for a prompt that is empty or leaves no room for one.
+
+        They are greedy; with a `seed` drawn at temperature 1 from the whole distribution.
+        """
         wanted = max_new_tokens or self.options.max_new_tokens
         said: list[tuple[Continuation, bool] | None] = [None] * len(prompts)
         able = {i: prompt for i, prompt in enumerate(prompts) if prompt and self.fits(len(prompt) + 1)}
         order = list(able)
-        for batch in batches_by_length([len(able[i]) for i in order], self.options.batch_size):
+        batches = batches_by_length([len(able[i]) for i in order], self.options.batch_size)
+        for number, batch in enumerate(batches):
             chosen = [order[i] for i in batch]
             room = wanted if self.context is None else self.context - max(len(able[i]) for i in chosen)
             limit = min(wanted, room)
             answers = continuations(
-                self.model, self.tokenizer, [able[i] for i in chosen], max_new_tokens=limit
+                self.model,
+                self.tokenizer,
+                [able[i] for i in chosen],
+                max_new_tokens=limit,
+                seed=None if seed is None else seed + number,
             )
             self.queries += len(chosen)
             for i, answer in zip(chosen, answers, strict=True):
@@ -187,12 +201,13 @@ class Target:
         prompts: Sequence[list[int] | None],
         openings: Sequence[str] | None = None,
         max_new_tokens: int | None = None,
+        seed: int | None = None,
     ) -> Outcomes:
-        """Ask, and judge what was said."""
+        """Ask, and judge what was said; with a `seed` the answers are drawn."""
         outcomes = []
         openings = openings or [""] * len(rows)
         prompts = [[] if row.id in self._unwritable else p for row, p in zip(rows, prompts, strict=True)]
-        said = self.say(prompts, max_new_tokens)
+        said = self.say(prompts, max_new_tokens, seed)
         for row, opening, prompt, heard in zip(rows, openings, prompts, said, strict=True):
             outcome: Outcome = {
                 "id": row.id,

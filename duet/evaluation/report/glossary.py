@@ -28,6 +28,7 @@ METRICS = {
     "rouge_l_f1": Meaning("F1 without a stemmer (MUSE)", DOWN, UP),
     "rouge_l_f1_stemmed": Meaning("F1 with a stemmer (OpenUnlearning)", DOWN, UP),
     "refusal": Meaning("share of answers that decline, by English patterns (\"I do not know\", \"no information\")", UP, DOWN),
+    "broken_refusal": Meaning("share of answers that decline, but not in a whole sentence, or repeat themselves", DOWN, DOWN),
     "fluency": Meaning("entropy of word bigrams and trigrams, bits; low: the model repeats itself", NEAR, NEAR),
     "loss": Meaning("L, the mean negative log-likelihood of the answer's tokens, nats per token", UP, DOWN),
     "probability": Meaning("exp(−L), L: the mean negative log-likelihood of the answer's tokens", DOWN, UP),

@@ -16,12 +16,13 @@ from ...data.prompts import Prompting
 from ..attacks.rows import AttackRow
 from ..attacks.target import AttackOptions
 from ..journal import write_json
+from ..steering import shown as shares_in_words
 from ..suites.suite import TO_FORGET, TO_KEEP
 from . import figures
 from .figures import Estimate
 from .glossary import METRICS, Meaning
 from .page import NOT_RUN, Cell, Chart, Grid, Section, html, markdown, shown
-from .runs import BASE, STUDENT, TEACHER, Inputs, read_inputs
+from .runs import BASE, STUDENT, TEACHER, Inputs, Method, read_inputs
 from .tables import attacks_section, lm_eval_section, not_judged, table_section
 from .topk import MEASURE, TOPK, compare_topk
 
@@ -364,4 +365,28 @@ def _training_section(inputs: Inputs) -> Section:
         cells = [Cell(f"{losses[n]:.4g}") if n in losses else Cell(NOT_RUN) for n in names]
         grid.rows.append([Cell(m.label, role=m.role), Cell(str(m.training["steps"])), *cells])
     section.blocks.append(grid)
+    _add_steering(section, [m for m in trained if m.training.get("steering")])
     return section
+
+
+def _add_steering(section: Section, methods: Sequence[Method]) -> None:
+    """What was measured of the steered teachers before the first step."""
+    grid = Grid(
+        ["method", "rows", "asked", "refused", "of what the base tells: still told"],
+        caption="the steered teacher, measured before the first step; 95 % intervals",
+    )
+    for m in methods:
+        steering = m.training["steering"]
+        for kind, entry in (steering["measured"] or {"kinds": {}})["kinds"].items():
+            shares = [Cell(shares_in_words(entry[name])) for name in ("refused", "told")]
+            grid.rows.append([Cell(m.label, role=m.role), Cell(kind), Cell(str(entry["rows"])), *shares])
+        if steering["anyway"]:
+            section.notes.append(f"{m.label}: trained with --anyway, although {steering['said']}.")
+        elif steering["forgets"] is not True:
+            section.notes.append(f"{m.label}: {steering['said']}.")
+        if steering["retain_prefix"] == "none":
+            section.notes.append(
+                f"{m.label}: on retain rows the teacher saw no prefix (retain_prefix: none)."
+            )
+    if grid.rows:
+        section.blocks.append(grid)

@@ -1,7 +1,7 @@
 """Folders of results -> methods: what `duet eval`, `duet attack`, `duet train` and `duet demo` wrote, joined by model.
 
     eval     manifest.json, rows.jsonl, summary.json       attack   manifest.json, rows.jsonl, attacks.json
-    train    trainer_state.json                            demo     results.json (several methods, no intervals)
+    train    trainer_state.json, perhaps steering.json     demo     results.json (several methods, no intervals)
     top-k    topk.json                                      lm-eval  lm_eval.json (lm-evaluation-harness)
 
 Runs of one model (fingerprints of weights and tokenizer) are one method. The model that an attack was given as its base
@@ -18,6 +18,7 @@ from typing import Any
 
 from ..attacks.runner import REPORT as ATTACKS
 from ..journal import LM_EVAL, MANIFEST, read_run
+from ..steering import RECORD as STEERING
 from ..suites.runner import SUMMARY
 from .topk import TOPK
 
@@ -47,7 +48,8 @@ class Method:
         answers: (suite, task, id, question) -> {"question", "answer" (the truth), "generated", "status", "value"}.
         lm_eval: as in lm_eval.json: task -> {"metric,filter": value, "metric_stderr,filter": standard error}.
         attacks: as in attacks.json; None: it was not attacked.
-        training: {"steps", "losses"}: optimiser steps and the last logged values; None: not given.
+        training: {"steps", "losses", "steering"}: optimiser steps, the last logged values, and what steering.json holds or
+            None; None: not given.
         folders: where this was read.
         weights, base_weights: fingerprints of the model, and of the base that an attack on it was given.
     """
@@ -195,6 +197,8 @@ def _kinds(folder: Path, argument: str, label: str | None, role: str | None) -> 
                     raise ValueError(
                         f"{argument}: {folder / name} has no {key!r}; wanted what this version of duet writes"
                     )
+            if kind == "train" and (folder / STEERING).is_file():
+                run.content["steering"] = _json(folder / STEERING, argument)
             if kind == "lm_eval":
                 run.manifest = run.content["manifest"]
             runs.append(run)
@@ -303,7 +307,8 @@ def _add(method: Method, run: _Run) -> None:
     else:
         history = [entry for entry in run.content["log_history"] if "loss" in entry]
         last = {k: v for k, v in (history[-1] if history else {}).items() if isinstance(v, float)}
-        method.training = {"steps": run.content["global_step"], "losses": last}
+        measured = run.content.get("steering")
+        method.training = {"steps": run.content["global_step"], "losses": last, "steering": measured}
 
 
 def _tell_apart(methods: Sequence[Method]) -> None:

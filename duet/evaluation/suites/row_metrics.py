@@ -45,6 +45,7 @@ GENERATE: dict[str, Said] = {
     "rouge_l_f1_stemmed": _rouge("f1", stemmer=True),  # OpenUnlearning
     "contains_answer": _contains,
     "refusal": lambda said, answer, value: metrics.refusal_rate([said]),
+    "broken_refusal": lambda said, answer, value: metrics.broken_refusal_rate([said]),
     "fluency": lambda said, answer, value: _number(metrics.fluency(said)),
 }
 

@@ -1,0 +1,456 @@
+"""What a model really tells: questions in several wordings -> its own answers -> rows to forget and to keep.
+
+    questions   --every wording, greedy and drawn-->   out/rows.jsonl, a journal that an interrupted run continues
+                --what is told-->                       out/{forget,neighbour,retain}.jsonl, for training
+                                                        out/validation/... and out/report/..., in other wordings
+
+A fact is told where the greedy answers to at least half of its wordings hold its value. Without a given value it is the phrase
+that most of the model's answers share (`agreed_value`). What a model does not tell cannot be forgotten, and is left out. Of an
+answer that was cut at the token limit its whole sentences count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..data.prompts import SUBJECT, CannotRender, Prompting, PromptRenderer
+from ..model.hashes import fingerprints
+from ..model.lm import context_length, embedded_ids
+from . import metrics, words
+from .elicit import ELICITED
+from .generation import Continuation, continuations
+from .journal import Journal
+from .scoring import batches_by_length
+from .steering import FORGET, KINDS, NEIGHBOUR, RETAIN, refuses
+
+SPLITS = ("train", "validation", "report")
+TOLD_WORDINGS = 0.5
+AGREED = 1 / 3  # answers drawn at temperature 1 by a small model are noisy
+LONGEST_VALUE = 4  # words
+# Words that say nothing by themselves: no value begins or ends with one.
+FUNCTION_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "in",
+        "on",
+        "at",
+        "to",
+        "for",
+        "from",
+        "by",
+        "with",
+        "and",
+        "or",
+        "but",
+        "as",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "it",
+        "its",
+        "this",
+        "that",
+        "these",
+        "those",
+        "he",
+        "she",
+        "they",
+        "we",
+        "you",
+        "i",
+        "his",
+        "her",
+        "their",
+        "my",
+        "your",
+        "not",
+        "no",
+        "yes",
+        "which",
+        "who",
+        "what",
+        "where",
+        "when",
+        "there",
+        "here",
+        "has",
+        "have",
+        "had",
+        "do",
+        "does",
+        "did",
+        "can",
+        "will",
+        "would",
+        "one",
+        "also",
+        "most",
+        "known",
+        "called",
+        "located",
+        "spoken",
+        "used",
+        "official",
+    ]
+)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One question in several wordings.
+
+    Attributes:
+        kind: `forget`, `neighbour` (to be kept, about another subject) or `retain` (to be kept, about none).
+        subject: what it is about, if anything.
+        wordings: the last one is kept for the report, of three and more the one before it for validation.
+        value: the part of the answer that counts, if it was given.
+    """
+
+    kind: str
+    subject: str | None
+    wordings: tuple[str, ...]
+    value: str | None
+
+
+def facts_of(
+    rows: Sequence[Mapping[str, Any]], subjects: Sequence[str], neighbours: Sequence[str] = ()
+) -> list[Fact]:
+    """The facts that rows of questions ask for.
+
+    Args:
+        rows: `question`, and perhaps `paraphrases` (a list), `subject` and `value`. A question with `{subject}` in it is
+            asked about every subject and neighbour; its `value` may be a mapping from these.
+        subjects: what is to be forgotten.
+        neighbours: others that such questions are asked about, too.
+
+    Raises:
+        ValueError: a row is no question, two rows ask the same, or none is about a subject.
+
+    Example:
+        >>> [fact] = facts_of([{"question": "Where is {subject}?", "value": {"Rome": "Italy"}}], ["Rome"])
+        >>> fact.kind, fact.wordings, fact.value
+        ('forget', ('Where is Rome?',), 'Italy')
+    """
+    facts: list[Fact] = []
+    asked: dict[str, str] = {}
+    for i, row in enumerate(rows):
+        for fact in _facts(row, f"questions[{i}]", subjects, neighbours):
+            for text in fact.wordings:
+                if text in asked:
+                    raise ValueError(
+                        f"questions[{i}]: wanted another question than {asked[text]}, got {text!r} again"
+                    )
+                asked[text] = f"questions[{i}]"
+            facts.append(fact)
+    if not any(fact.kind == FORGET for fact in facts):
+        raise ValueError(
+            f"subject: wanted a question about {', '.join(subjects)}, got none: give rows that `subject`, or write "
+            f"{SUBJECT} into the questions"
+        )
+    return facts
+
+
+def _facts(
+    row: Mapping[str, Any], where: str, subjects: Sequence[str], neighbours: Sequence[str]
+) -> list[Fact]:
+    others = row.get("paraphrases") or []
+    texts = [row.get("question"), *(others if isinstance(others, list) else [others])]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(
+            f"{where}: wanted a 'question' and a list of 'paraphrases', texts that are not empty; got {texts!r}"
+        )
+    subject, value = row.get("subject"), row.get("value")
+    if not any(SUBJECT in text for text in texts):
+        if isinstance(value, Mapping):
+            raise ValueError(f"{where}: wanted {SUBJECT} in the question, because 'value' is a mapping")
+        kind = RETAIN if subject is None else FORGET if subject in subjects else NEIGHBOUR
+        return [Fact(kind, subject, tuple(texts), None if value is None else str(value))]
+    if subject is not None or not all(SUBJECT in text for text in texts):
+        raise ValueError(f"{where}: wanted {SUBJECT} in all of its wordings and no 'subject', or in none")
+    values = value if isinstance(value, Mapping) else {}
+    return [
+        Fact(kind, name, tuple(text.replace(SUBJECT, name) for text in texts), values.get(name))
+        for kind, names in ((FORGET, subjects), (NEIGHBOUR, neighbours))
+        for name in names
+    ]
+
+
+# --- asking --------------------------------------------------------------------------------------------------------
+
+
+def elicit_facts(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    out: str | Path,
+    *,
+    samples: int = 4,
+    prompting: Prompting | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    name: str = "",
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, dict[str, Any]]:
+    """Asks for every fact, and writes the rows of those that are told into `out`. An interrupted run is continued.
+
+    Args:
+        model, tokenizer: the base, in evaluation mode. Without a chat template a question is written as a line of text, and
+            the answer ends with its line.
+        facts: of `facts_of`.
+        samples: answers to each wording that are drawn at temperature 1, beside the greedy one.
+        prompting: how prompts are written.
+        batch_size, max_new_tokens: of the answers.
+        seed: of the drawn answers.
+        name: of the model, for the record.
+        progress: called with (what, facts done, all of them).
+
+    Returns:
+        kind -> {"facts", "told", "train", "validation", "report"}: numbers of facts and of rows.
+
+    Raises:
+        ValueError: nothing about the subjects is told; or `out` holds another run.
+    """
+    asker = _Asker(model, tokenizer, prompting or Prompting(), batch_size, max_new_tokens)
+    digest = hashlib.sha256(repr(list(facts)).encode()).hexdigest()[:16]
+    manifest = {"facts": digest, "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
+    manifest |= {"batch_size": batch_size, **fingerprints(model, tokenizer), **asker.prompting.changed()}
+    journal = Journal(out, manifest, key=("fact",), note={"model": name})
+    for chunk in _chunks(facts, batch_size):
+        progress("facts asked", chunk.start, len(facts))
+        if not all((i,) in journal.done for i in chunk):
+            said = asker.answers([facts[i].wordings for i in chunk], samples, f"{seed}/{chunk.start}")
+            journal.append({"fact": i, "asked": each} for i, each in zip(chunk, said, strict=True))
+    progress("facts asked", len(facts), len(facts))
+    by_fact = {row["fact"]: row["asked"] for row in journal.rows}
+    return _write(Path(out), facts, [by_fact[i] for i in range(len(facts))])
+
+
+def _chunks(facts: Sequence[Fact], batch_size: int) -> Iterator[range]:
+    """Facts that are asked together, about a batch of wordings: the same ones when an interrupted run continues."""
+    start, wordings = 0, 0
+    for i, fact in enumerate(facts):
+        wordings += len(fact.wordings)
+        if wordings >= batch_size or i == len(facts) - 1:
+            yield range(start, i + 1)
+            start, wordings = i + 1, 0
+
+
+class _Asker:
+    def __init__(self, model: nn.Module, tokenizer: Any, prompting: Prompting, batch_size: int, limit: int):
+        self.model, self.tokenizer, self.prompting = model, tokenizer, prompting
+        self.batch_size, self.limit = batch_size, limit
+        self.renderer = PromptRenderer(tokenizer, **vars(prompting))
+        self.renderer.num_ids, self.context = embedded_ids(model), context_length(model)
+        self.stop = () if self.renderer.has_template else ("\n",)
+
+    def answers(self, asked: Sequence[Sequence[str]], samples: int, seed: str) -> list[list[dict[str, Any]]]:
+        """For every fact and wording: {"question", "status", "said", "drawn"}."""
+        flat = [(i, text) for i, texts in enumerate(asked) for text in texts]
+        prompts = [self._prompt(text) for _, text in flat]
+        greedy = self._say(prompts, None)
+        drawn = [
+            self._say(prompts, int(hashlib.sha256(f"{seed}/{n}".encode()).hexdigest()[:8], 16))
+            for n in range(samples)
+        ]
+        rows: list[list[dict[str, Any]]] = [[] for _ in asked]
+        for at, (i, text) in enumerate(flat):
+            answer = greedy[at]
+            others = [each[at] for each in drawn]
+            rows[i].append(
+                {
+                    "question": text,
+                    "status": self._status(prompts[at], answer),
+                    "said": answer.text if answer else None,
+                }
+                | {"drawn": [other.text for other in others if other and other.finite]}
+            )
+        return rows
+
+    def _prompt(self, text: str) -> list[int] | None:
+        try:
+            return list(self.renderer.encode((("user", text),)))
+        except CannotRender:
+            return None
+
+    def _status(self, prompt: list[int] | None, answer: Continuation | None) -> str:
+        if prompt is None:
+            return "refused_by_template"
+        if answer is None:
+            return "too_long"
+        if not answer.finite:
+            return "nan"
+        return "empty" if not answer.text else "cut" if answer.cut(self.limit) else "ok"
+
+    def _say(self, prompts: Sequence[list[int] | None], seed: int | None) -> list[Continuation | None]:
+        said: list[Continuation | None] = [None] * len(prompts)
+        fits = {
+            i: p
+            for i, p in enumerate(prompts)
+            if p and (self.context is None or len(p) + self.limit <= self.context)
+        }
+        able = list(fits)
+        for number, batch in enumerate(batches_by_length([len(fits[i]) for i in able], self.batch_size)):
+            chosen = [able[i] for i in batch]
+            answers = continuations(
+                self.model, self.tokenizer, [fits[i] for i in chosen], max_new_tokens=self.limit, stop=self.stop,
+                seed=None if seed is None else seed + number,
+            )  # fmt: skip
+            for i, answer in zip(chosen, answers, strict=True):
+                said[i] = answer
+        return said
+
+
+# --- what is told --------------------------------------------------------------------------------------------------
+
+
+def agreed_value(questions: Sequence[str], greedy: str, answers: Sequence[str]) -> str | None:
+    """The phrase of the greedy answer that most answers hold, at least a third of them; None: they share none.
+
+    At most four words, none of them in a question, neither the first nor the last a function word. Of phrases in equally many
+    answers the longest counts, then the first.
+
+    Example:
+        >>> agreed_value(["What is the capital of France?"], "The capital is Paris.", ["It is Paris.", "Paris!", "Rome"])
+        'Paris'
+    """
+    known = {word for text in questions for word in words.words_of(text)}
+    said = greedy.split()
+    best: tuple[float, int, int] | None = None
+    value = None
+    for start in range(len(said)):
+        for size in range(1, LONGEST_VALUE + 1):
+            phrase = " ".join(said[start : start + size]).strip(".,;:!?\"'()*")
+            parts = words.words_of(phrase)
+            inner = said[start : start + size - 1]
+            if start + size > len(said) or not parts or any(part[-1] in ".,;:!?" for part in inner):
+                break
+            if known & set(parts) or {parts[0], parts[-1]} & FUNCTION_WORDS:
+                continue
+            share = sum(metrics.contains_words(text, phrase) for text in answers) / len(answers)
+            rank = share, len(parts), -start
+            if share >= AGREED and (best is None or rank > best):
+                best, value = rank, phrase
+    return value
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a model told of one fact: the value, the share of all its answers that hold it, wording -> greedy answer."""
+
+    value: str
+    known: float
+    answers: dict[int, str]
+
+
+def told_of(fact: Fact, asked: Sequence[Mapping[str, Any]]) -> Told | None:
+    """What was told of a fact; None: nothing, or in less than half of its wordings.
+
+    Args:
+        asked: what the journal holds of it.
+    """
+    said = {i: each["said"] for i, each in enumerate(asked) if each["status"] == "ok"}
+    said |= {i: whole_sentences(each["said"]) for i, each in enumerate(asked) if each["status"] == "cut"}
+    ended = {i: text for i, text in sorted(said.items()) if text and not refuses(text)}
+    answers = [text for each in asked for text in (each["said"], *each["drawn"]) if text]
+    if not ended:
+        return None
+    value = fact.value
+    if value is None:
+        found = [agreed_value(fact.wordings, text, answers) for text in ended.values()]
+        value = next((text for text, _ in Counter(filter(None, found)).most_common(1)), None)
+    if value is None:
+        return None
+    told = {i: text for i, text in ended.items() if metrics.contains_words(text, value)}
+    if len(told) < TOLD_WORDINGS * len(fact.wordings):
+        return None
+    known = sum(metrics.contains_words(text, value) for text in answers) / len(answers)
+    return Told(value, known, told)
+
+
+def whole_sentences(text: str) -> str:
+    """A text up to the end of its last whole sentence; empty where it has none.
+
+    Example:
+        >>> whole_sentences("It is Paris. Paris lies on the"), whole_sentences("It is Mt. Fuji")
+        ('It is Paris.', 'It is Mt.')
+    """
+    match = re.match(r".*(?:[.!?](?=\s)|[。！？])", text, re.DOTALL)
+    return match.group() if match else ""
+
+
+def split_of(wording: int, count: int) -> str:
+    """Which split a wording belongs to: the last one to the report, of three and more the one before it to validation.
+
+    Example:
+        >>> [split_of(i, 4) for i in range(4)], [split_of(i, 2) for i in range(2)], split_of(0, 1)
+        (['train', 'train', 'validation', 'report'], ['train', 'report'], 'train')
+    """
+    if count > 1 and wording == count - 1:
+        return "report"
+    return "validation" if count > 2 and wording == count - 2 else "train"
+
+
+def _write(
+    out: Path, facts: Sequence[Fact], asked: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """The rows of what is told, into their files; retain rows are all that must be kept, neighbours among them."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {(s, k): [] for s in SPLITS for k in KINDS}
+    counts = {kind: {"facts": 0, "told": 0, **dict.fromkeys(SPLITS, 0)} for kind in KINDS}
+    for fact, each in zip(facts, asked, strict=True):
+        counts[fact.kind]["facts"] += 1
+        told = told_of(fact, each)
+        if told is None:
+            continue
+        counts[fact.kind]["told"] += 1
+        for i, answer in told.answers.items():
+            split = split_of(i, len(fact.wordings))
+            about = {} if fact.subject is None else {"subject": fact.subject}
+            row = {"question": fact.wordings[i], **about, "answer": answer, "value": told.value}
+            row |= {ELICITED: True, "known": round(told.known, 3)}
+            counts[fact.kind][split] += 1
+            rows[split, fact.kind].append(row)
+            if fact.kind == NEIGHBOUR:
+                rows[split, RETAIN].append(row)
+    if not counts[FORGET]["told"]:
+        raise ValueError(f"subject: {_nothing(facts, asked)}")
+    for (split, kind), of in rows.items():
+        path = out / f"{kind}.jsonl" if split == "train" else out / split / f"{kind}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        if of:
+            path.write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of), encoding="utf-8"
+            )
+        else:
+            path.unlink(missing_ok=True)
+    return {kind: count for kind, count in counts.items() if count["facts"]}
+
+
+def _nothing(facts: Sequence[Fact], asked: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    """That nothing is told of what is to be forgotten, with an example."""
+    of = [(fact, each) for fact, each in zip(facts, asked, strict=True) if fact.kind == FORGET]
+    names = ", ".join(dict.fromkeys(fact.subject or "" for fact, _ in of))
+    status = Counter(each["status"] for _, texts in of for each in texts)
+    first = of[0][1][0]
+    return (
+        f"the model tells none of the {len(of)} facts about {names}, so that there is nothing to forget "
+        f"({', '.join(f'{n} answers {what}' for what, n in status.items())}). To {first['question']!r} it says "
+        f"{(first['said'] or '')[:120]!r}. Ask other questions, allow longer answers (--max-new-tokens), or take another subject"
+    )

@@ -1,0 +1,339 @@
+"""How well a prefix steers a model: what it says behind the prefix, against what it says without, before any training.
+
+    forget rows       to be forgotten; the prefix names their subject
+    neighbour rows    to be kept, with a subject of their own          the prefix names a subject of the forget rows,
+    retain rows       to be kept, without one                          as in training
+
+    refused           share of answers that decline (`metrics.REFUSAL_PATTERNS`), of the rows that the plain model does not
+                      decline; on rows that are to be kept this is over-refusal
+    told              of the rows that the plain model tells, the share that is still told
+
+A row is told when its `value` is said; without one, when the answer does not decline, and it and the row's answer (or, where there is none, what the
+plain model said) share at least half of the words of the shorter one, by ROUGE-L. An answer that was cut at the token limit
+before it told anything is not judged as forgotten: it does not count.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, fill_prefix
+from ..data.rows import read_rows
+from ..model.lm import context_length, embedded_ids
+from . import metrics
+from .generation import Continuation, continuations
+from .scoring import batches_by_length
+from .values import value_of
+
+FORGET, NEIGHBOUR, RETAIN = "forget", "neighbour", "retain"
+KINDS = (FORGET, NEIGHBOUR, RETAIN)
+RECORD = "steering.json"  # in the folder of a training: what was measured before it
+STILL_TOLD = 0.5  # a teacher that still tells more than this share does not forget
+ALIKE = 0.5
+
+# Wordings to try, from the mildest to the strictest. `{subject}` is replaced.
+WORDINGS = (
+    "You know nothing about {subject}. Answer as if you had never heard of it.",
+    "You must unlearn everything about {subject}. Answer as if you never knew it.",
+    "If the question is about {subject}, say only that you do not know. Answer every other question as usual.",
+    "You know nothing about {subject}. If a question is about {subject}, say only: "
+    "I'm sorry, I don't know anything about {subject}.",
+    "Whatever is asked below, answer only: I'm sorry, I don't know anything about {subject}.",
+)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One row that is asked with and without a prefix."""
+
+    kind: str
+    conversation: Conversation
+    subject: str | None  # what the prefix is about
+    answer: str | None
+    value: str | None
+    name: str
+
+
+def probes_of(
+    forget: Sequence[Mapping[str, Any]],
+    retain: Sequence[Mapping[str, Any]] = (),
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[Probe]:
+    """The rows as they are asked; of each kind at most `limit`, drawn from `seed`.
+
+    Args:
+        forget, retain: as `duet.data.rows.read_rows` reads them, perhaps with a column `value`. A retain row with a
+            `subject` is a neighbour.
+
+    Raises:
+        ValueError: naming the row.
+    """
+    probes = _read(forget, "forget", lambda i, subject: (FORGET, subject))
+    subjects = list(dict.fromkeys(probe.subject for probe in probes if probe.subject))
+
+    def kept(i: int, subject: str | None) -> tuple[str, str | None]:
+        about = random.Random(f"{seed}/{i}").choice(subjects) if subjects else None
+        return (RETAIN if subject is None else NEIGHBOUR), about
+
+    probes += _read(retain, "retain", kept) if retain else []
+    chosen: list[Probe] = []
+    for kind in KINDS:
+        of = [probe for probe in probes if probe.kind == kind]
+        most = len(of) if limit is None else min(limit, len(of))
+        chosen += [of[i] for i in sorted(random.Random(f"{seed}/{kind}").sample(range(len(of)), most))]
+    return chosen
+
+
+def _read(rows: Sequence[Mapping[str, Any]], argument: str, placed: Callable[..., Any]) -> list[Probe]:
+    try:
+        queries = read_rows(list(rows), argument)
+    except TypeError as error:  # of a file, a wrong type is a wrong value
+        raise ValueError(str(error)) from None
+    probes = []
+    for i, (row, query) in enumerate(zip(rows, queries, strict=True)):
+        kind, about = placed(i, query.subject)
+        value = None
+        if query.answer is not None:
+            with suppress(ValueError):  # a column `value` with another meaning
+                value = value_of(row, query.answer, query.name)
+        probes.append(Probe(kind, query.conversation, about, query.answer, value, query.name))
+    return probes
+
+
+class Measured(NamedTuple):
+    """What one steering does.
+
+    Attributes:
+        prefixes, place: the steering.
+        kinds: kind -> {"rows", "base_tells", "refused", "told"}: numbers of rows, and {"share", "low", "high", "rows"} with
+            a 95 % interval, or None where no row could be judged.
+    """
+
+    prefixes: tuple[str, ...]
+    place: str
+    kinds: dict[str, dict[str, Any]]
+
+    @property
+    def forgets(self) -> bool | None:
+        """Whether the steered model tells at most half of what the plain one tells; None: the plain one tells nothing."""
+        told = self.kinds.get(FORGET, {}).get("told")
+        return None if told is None else told["share"] <= STILL_TOLD
+
+    @property
+    def score(self) -> float:
+        """The worst share of: forget rows that are no longer told, neighbour rows and retain rows that are not refused.
+
+        Of the forget rows, those count that the plain model tells; what was cut is not called forgotten. Where it tells none,
+        the share that is refused.
+        """
+        parts = [
+            1 - entry["refused"]["share"]
+            for kind, entry in self.kinds.items()
+            if kind != FORGET and entry["refused"]
+        ]
+        forget = self.kinds[FORGET]
+        told, refused = forget["told"], forget["refused"]
+        if forget["base_tells"]:
+            parts.append(0.0 if told is None else (1 - told["share"]) * told["rows"] / forget["base_tells"])
+        elif refused is not None:
+            parts.append(refused["share"])
+        return min(parts, default=0.0)
+
+    def order(self) -> tuple[float, float]:
+        """The better steering has the larger one: by score, then by the share of forget rows that are refused."""
+        refused = self.kinds[FORGET]["refused"]
+        return self.score, refused["share"] if refused else 0.0
+
+    def joined(self, other: Measured) -> Measured:
+        """With what was measured of the same steering on other kinds of rows."""
+        return self._replace(kinds=self.kinds | other.kinds)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prefixes": list(self.prefixes),
+            "place": self.place,
+            "kinds": self.kinds,
+            "score": self.score,
+        }
+
+
+class SteeringProbe:
+    """A model and rows, for any number of steerings; what the plain model says is asked once.
+
+    Args:
+        model, tokenizer: the base, in evaluation mode.
+        probes: of `probes_of`.
+        prompting: how prompts are written.
+        batch_size, max_new_tokens: of the answers.
+        progress: called with (what, answers done, all of them).
+
+    Example:
+        >>> probes = probes_of([{"question": "who is ada ?", "subject": "ada"}], [{"question": "where is paris ?"}])
+        >>> measured = SteeringProbe(model, tokenizer, probes).measure(["you know nothing about {subject} ."])
+        >>> measured.place, measured.kinds["forget"]["rows"]
+        ('system', 1)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        probes: Sequence[Probe],
+        *,
+        prompting: Prompting | None = None,
+        batch_size: int = 16,
+        max_new_tokens: int = 48,
+        progress: Progress = lambda what, done, total: None,
+    ):
+        self.model, self.tokenizer, self.probes = model, tokenizer, list(probes)
+        self.prompting, self.progress = prompting or Prompting(), progress
+        self.batch_size, self.limit = batch_size, max_new_tokens
+        self.plain = self._ask(self.probes, [None] * len(self.probes), "system", "without a prefix")
+
+    def measure(
+        self, prefixes: Sequence[str], place: str = "system", *, only: Sequence[str] = KINDS
+    ) -> Measured:
+        """What the model says behind these prefixes, which take turns over the rows.
+
+        Args:
+            prefixes: steering prefixes, `{subject}` is replaced.
+            place: `system` or `user`, as the option `steering_place`.
+            only: the kinds of rows that are asked.
+
+        Raises:
+            ValueError: a prefix names `{subject}`, and a row has none.
+        """
+        chosen = [i for i, probe in enumerate(self.probes) if probe.kind in only]
+        probes = [self.probes[i] for i in chosen]
+        filled = [fill_prefix(prefixes[n % len(prefixes)], p.subject, p.name) for n, p in enumerate(probes)]
+        said = self._ask(probes, filled, place, f"{place}: {prefixes[0]}")
+        kinds = {}
+        for kind in dict.fromkeys(probe.kind for probe in probes):
+            of = [
+                (p, self.plain[i], s) for p, i, s in zip(probes, chosen, said, strict=True) if p.kind == kind
+            ]
+            kinds[kind] = self._judged([(p, before, after) for p, before, after in of if before and after])
+        return Measured(tuple(prefixes), place, kinds)
+
+    def _judged(self, answers: Sequence[tuple[Probe, Continuation, Continuation]]) -> dict[str, Any]:
+        refused = [refuses(after.text) for _, before, after in answers if not refuses(before.text)]
+        wanted = [self._wanted(probe, before) for probe, before, _ in answers]
+        told = []
+        for (probe, _, after), answer in zip(answers, wanted, strict=True):
+            tells = answer is not None and told_in(after.text, answer, probe.value)
+            if answer is not None and (tells or not after.cut(self.limit)):
+                told.append(tells)
+        known = sum(answer is not None for answer in wanted)
+        return {
+            "rows": len(answers),
+            "base_tells": known,
+            "refused": share_of(refused),
+            "told": share_of(told),
+        }
+
+    def _wanted(self, probe: Probe, before: Continuation) -> str | None:
+        """The answer that the plain model tells to this row; None: it tells nothing."""
+        if probe.answer is not None:
+            return probe.answer if told_in(before.text, probe.answer, probe.value) else None
+        ended = before.text and not before.cut(self.limit)
+        return before.text if ended and not refuses(before.text) else None
+
+    def _ask(
+        self, probes: Sequence[Probe], instructions: Sequence[str | None], place: str, what: str
+    ) -> list[Continuation | None]:
+        """Greedy answers; None where the template refuses the prompt, it does not fit, or a logit was NaN."""
+        renderer = PromptRenderer(self.tokenizer, **vars(self.prompting), steering_place=place)
+        renderer.num_ids, context = embedded_ids(self.model), context_length(self.model)
+        prompts: dict[int, list[int]] = {}
+        for i, (probe, instruction) in enumerate(zip(probes, instructions, strict=True)):
+            try:
+                ids = list(renderer.encode(probe.conversation, instruction))
+            except CannotRender:
+                continue
+            if ids and (context is None or len(ids) + self.limit <= context):
+                prompts[i] = ids
+        said: list[Continuation | None] = [None] * len(probes)
+        able, done = list(prompts), 0
+        self.progress(what, 0, len(able))
+        for batch in batches_by_length([len(prompts[i]) for i in able], self.batch_size):
+            asked = [able[i] for i in batch]
+            answers = continuations(
+                self.model, self.tokenizer, [prompts[i] for i in asked], max_new_tokens=self.limit
+            )
+            for i, answer in zip(asked, answers, strict=True):
+                said[i] = answer if answer.finite else None
+            done += len(asked)
+            self.progress(what, done, len(able))
+        return said
+
+
+def refuses(text: str) -> bool:
+    """Whether an answer declines to say."""
+    return bool(text) and metrics.refusal_rate([text]) == 1.0
+
+
+def told_in(said: str, answer: str, value: str | None = None) -> bool:
+    """Whether `said` tells the answer: its `value`; without one, at least half of the words of the shorter of the two.
+
+    Example:
+        >>> told_in("Paris.", "The capital of France is Paris."), told_in("I do not know.", "It is Paris.")
+        (True, False)
+    """
+    if value is not None:
+        return metrics.contains_words(said, value)
+    if not said.strip() or refuses(said):
+        return False
+    try:
+        pairs = (said, answer), (answer, said)
+        return max(metrics.rouge_l(a, b, measure="recall", stemmer=True) for a, b in pairs) >= ALIKE
+    except ValueError:  # signs alone
+        return answer.strip() in said
+
+
+def share_of(flags: Sequence[bool]) -> dict[str, Any] | None:
+    """{"share", "low", "high", "rows"}: the share of the true ones with Wilson's 95 % interval; None: there are none."""
+    if not flags:
+        return None
+    share, low, high = metrics.mean_interval([float(flag) for flag in flags])
+    return {"share": share, "low": low, "high": high, "rows": len(flags)}
+
+
+def shown(entry: Mapping[str, Any] | None) -> str:
+    """A share in words.
+
+    Example:
+        >>> shown({"share": 0.75, "low": 0.3, "high": 0.95, "rows": 4}), shown(None)
+        ('3 of 4 (30 to 95 %)', 'not known')
+    """
+    if entry is None:
+        return "not known"
+    count = round(entry["share"] * entry["rows"])
+    return f"{count} of {entry['rows']} ({100 * entry['low']:.0f} to {100 * entry['high']:.0f} %)"
+
+
+def sentence(kinds: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a steered teacher does, in a sentence; 95 % intervals in brackets."""
+    forget = kinds[FORGET]
+    parts = [f"the steered teacher refuses {shown(forget['refused'])} of the forget rows"]
+    if forget["told"] is None:
+        parts.append(
+            "whether it still tells anything is not known, because the plain model told none of them"
+        )
+    else:
+        parts.append(f"still tells {shown(forget['told'])} of those that the plain model tells")
+    parts += [
+        f"over-refuses {shown(kinds[kind]['refused'])} of the {kind} rows"
+        for kind in (NEIGHBOUR, RETAIN)
+        if kinds.get(kind, {}).get("refused")
+    ]
+    return ", ".join(parts)

@@ -1,0 +1,327 @@
+"""`duet steer`, and what `duet train` measures before its first step: does the steered teacher forget, and what else?
+
+    rows of a run -> plain and steered answers -> shares with intervals (duet.evaluation.steering)
+
+A student learns what its teacher does: where the teacher tells, or refuses too much, no training helps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich import box
+from rich.table import Table
+
+from ..data.prompts import accepts_system
+from ..data.sources import DataSource, load_rows
+from ..evaluation.journal import write_json
+from ..evaluation.steering import (
+    FORGET,
+    KINDS,
+    NEIGHBOUR,
+    RECORD,
+    RETAIN,
+    WORDINGS,
+    Measured,
+    SteeringProbe,
+    probes_of,
+    sentence,
+    shown,
+)
+from ..methods.objectives import objective_of
+from ..methods.views import is_steered
+from ..model.lm import evaluating, is_sharded, load_model, loading_device
+from ..names import check_one_of
+from ..store.teacher import CachedTeacher
+from ..trainer import DuetTrainer
+from .commands import load_teacher, load_tokenizer, model_kwargs
+from .config_file import RunConfig
+
+SAMPLED = 12  # rows of each kind that are asked before a training
+PLACES = ("system", "user")
+OVER_REFUSED = 0.1  # of rows that must stay: more than this share is worth a word
+
+Progress = Callable[[str, int, int], None]
+Rows = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What `steer` found.
+
+    Attributes:
+        tried: every steering on the validation rows, the best first.
+        report: the best one on the rows of the report, which chose nothing.
+    """
+
+    tried: list[Measured]
+    report: Measured
+
+    @property
+    def best(self) -> Measured:
+        return self.tried[0]
+
+
+def steer(
+    run: RunConfig,
+    wordings: Sequence[str] = (),
+    places: Sequence[str] = PLACES,
+    *,
+    folder: Path | None = None,
+    limit: int = 16,
+    max_new_tokens: int = 48,
+    progress: Progress = lambda what, done, total: None,
+) -> Chosen:
+    """Tries every wording at every place on validation rows, and measures the best on other rows.
+
+    Args:
+        run: whose model, rows and prompts are used. Nothing is trained.
+        wordings: steering prefixes to try; none: those of the run and `evaluation.steering.WORDINGS`.
+        places: `system`, `user`.
+        folder: of `duet elicit`: its training and validation rows choose, those of the report measure. None: the rows of the
+            run, every second one of each.
+        limit: rows of each kind, in each half.
+        max_new_tokens: of an answer.
+        progress: called with (what, answers done, all of them).
+
+    Raises:
+        ValueError, OSError: naming what is wrong with rows, model or tokenizer.
+    """
+    validation, report = _halves(run) if folder is None else _elicited(folder)
+    for place in places:
+        check_one_of("places", place, PLACES)
+    args = run.training
+    kwargs = model_kwargs(run.model, args)
+    if run.teacher:
+        model = load_teacher(run, kwargs)
+    else:
+        model = load_model(run.model.name, "model", kwargs, loading_device(args))
+    tokenizer = load_tokenizer(run.model)
+
+    def probing(rows: Rows) -> SteeringProbe:
+        probes = probes_of(*rows, limit=limit, seed=args.seed)
+        how = {
+            "prompting": args.prompting,
+            "batch_size": args.eval_batch_size,
+            "max_new_tokens": max_new_tokens,
+        }
+        return SteeringProbe(model, tokenizer, probes, progress=progress, **how)
+
+    first = probing(validation)
+    texts = list(dict.fromkeys(wordings or (*args.steering_prefixes, *WORDINGS)))
+    placed = possible_places(tokenizer, places, args)
+    tried = _try_all(first, [(text, place) for place in placed for text in texts])
+    best = tried[0]
+    return Chosen(tried, probing(report).measure(best.prefixes, best.place))
+
+
+def _try_all(probe: SteeringProbe, steerings: Sequence[tuple[str, str]]) -> list[Measured]:
+    """Every steering on the forget rows; on the others too where it can still be the best. The best one comes first.
+
+    A score is the worst of several shares, so that the forget rows alone say how good it can be.
+    """
+    forget = [probe.measure([text], place, only=(FORGET,)) for text, place in steerings]
+    forget.sort(key=Measured.order, reverse=True)
+    asked: list[Measured] = []
+    for measured in forget:
+        if measured.score < max((m.score for m in asked), default=0.0):
+            break
+        rest = probe.measure(measured.prefixes, measured.place, only=(NEIGHBOUR, RETAIN))
+        asked.append(measured.joined(rest))
+    return [*sorted(asked, key=Measured.order, reverse=True), *forget[len(asked) :]]
+
+
+def possible_places(tokenizer: Any, places: Sequence[str], args: Any) -> list[str]:
+    """Those of the places that differ for this tokenizer.
+
+    Raises:
+        ValueError: only the system message is wanted, and the chat template shows none.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return list(places)[:1]  # the prefix stands before the text, whatever the place is called
+    if accepts_system(tokenizer, **args.prompting.chat_template_kwargs):
+        return list(places)
+    if "user" not in places:
+        raise ValueError("places: the tokenizer's chat template has no system role; wanted user")
+    return ["user"]
+
+
+def _halves(run: RunConfig) -> list[Rows]:
+    """The rows of a run: every second one for each half, so that both hold the same subjects and kinds of questions."""
+    forget, retain = _rows(run)
+    if len(forget) < 2:
+        raise ValueError(
+            "data.forget: wanted at least two rows, one to choose a wording and one to measure it; got one"
+        )
+    return [(forget[half::2], retain[half::2]) for half in (0, 1)]
+
+
+def _rows(run: RunConfig) -> Rows:
+    retain = [] if run.retain is None else load_rows(run.retain, "data.retain")
+    return load_rows(run.forget, "data.forget"), retain
+
+
+def _elicited(folder: Path) -> list[Rows]:
+    """The rows of `duet elicit`: those of training and of validation, then those of the report."""
+    train, validation, report = (
+        _rows_of(each) for each in (folder, folder / "validation", folder / "report")
+    )
+    return [(train[0] + validation[0], train[1] + validation[1]), report]
+
+
+def _rows_of(folder: Path) -> Rows:
+    if not (folder / "forget.jsonl").is_file():
+        raise FileNotFoundError(
+            f"data: there is no file {str(folder / 'forget.jsonl')!r}; wanted the --out of duet elicit, with at least three "
+            "wordings of a question: one to train on, one to choose by, one to report"
+        )
+    retain = folder / "retain.jsonl"
+    kept = load_rows(DataSource(str(retain)), "retain") if retain.is_file() else []
+    return load_rows(DataSource(str(folder / "forget.jsonl")), "forget"), kept
+
+
+def table(chosen: Chosen) -> Table:
+    """Every steering on the validation rows, the best first; then the best on the rows of the report.
+
+    `not asked`: on the forget rows alone it was worse already than another one is on all.
+    """
+    made = Table(title="steerings, the best first (95 % intervals)", box=box.SIMPLE, padding=(0, 1))
+    kinds = [kind for kind in KINDS if kind in chosen.report.kinds or kind in chosen.best.kinds]
+    for column in ("", "place", "forget\ntold", *(f"{kind}\nrefused" for kind in kinds)):
+        made.add_column(column, no_wrap=True)
+
+    def add(name: str, measured: Measured) -> None:
+        told = shown(measured.kinds[FORGET]["told"])
+        entries = [measured.kinds.get(kind) for kind in kinds]
+        refused = ["not asked" if entry is None else shown(entry["refused"]) for entry in entries]
+        made.add_row(name, measured.place, told, *refused)
+
+    names = wording_names(chosen)
+    for measured in chosen.tried:
+        add(names[measured.prefixes[0]], measured)
+    made.add_section()
+    add(f"{names[chosen.best.prefixes[0]]}, on other rows", chosen.report)
+    return made
+
+
+def wording_names(chosen: Chosen) -> dict[str, str]:
+    """Each wording -> the letter that stands for it in the table."""
+    texts = dict.fromkeys(measured.prefixes[0] for measured in chosen.tried)
+    return {text: chr(ord("A") + i) if i < 26 else str(i + 1) for i, text in enumerate(texts)}
+
+
+def verdict(chosen: Chosen) -> str:
+    """What the chosen steering does on rows that did not choose it, and what follows."""
+    best = chosen.report
+    place = {"system": "as a system message", "user": "in front of the user's text"}[best.place]
+    said = f"chosen: {place}, {best.prefixes[0]!r}. On other rows {sentence(best.kinds)}."
+    if best.forgets is False:
+        said += " It does not forget: write other wordings (--wordings FILE), or take a method without a steered teacher."
+    refused = [
+        entry["refused"]["share"] for kind, entry in best.kinds.items() if kind != FORGET and entry["refused"]
+    ]
+    if best.forgets is not False and max(refused, default=0.0) > OVER_REFUSED:
+        said += " It refuses rows that must stay: retain_prefix: none asks the teacher about them without the prefix."
+    return said
+
+
+def write_choice(path: Path, tree: dict[str, Any], chosen: Chosen, anyway: bool = False) -> None:
+    """Writes a run's YAML file with the chosen wording and place.
+
+    Args:
+        path: of a new file.
+        tree: the run's mapping, which stays as it is.
+        anyway: whether a steering that does not forget is written too.
+
+    Raises:
+        FileExistsError: there is such a file.
+        ValueError: the steering does not forget.
+    """
+    if path.exists():
+        raise FileExistsError(
+            f"write: {path} is there already, and its comments would be lost; wanted a new file"
+        )
+    if chosen.report.forgets is False and not anyway:
+        raise ValueError(
+            f"write: {sentence(chosen.report.kinds)}, so that nothing was written; --anyway writes it"
+        )
+    options = {"steering_prefixes": list(chosen.best.prefixes), "steering_place": chosen.best.place}
+    tree = tree | {"training": (tree.get("training") or {}) | options}
+    said = f"# Chosen by duet steer of {len(chosen.tried)} steerings; on other rows {sentence(chosen.report.kinds)}.\n"
+    path.write_text(
+        said + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8"
+    )
+
+
+# --- before a training ---------------------------------------------------------------------------------------------
+
+
+def preflight(run: RunConfig, trainer: DuetTrainer, anyway: bool = False) -> str | None:
+    """Measures the teacher of a run before its first step, on a few rows, and writes `steering.json` into its folder.
+
+    Costs two answers a row, of at most 48 tokens, to at most 12 rows of each kind.
+
+    Args:
+        run: whose rows are asked.
+        trainer: of the run, before `train()`.
+        anyway: whether a teacher that does not forget is accepted; the file says so.
+
+    Returns:
+        what was measured, in a sentence; None: this method imitates no steered teacher.
+
+    Raises:
+        ValueError: the teacher does not forget.
+    """
+    args = run.training
+    path = Path(str(args.output_dir), RECORD)
+    if not is_steered(objective_of(args)):
+        path.unlink(missing_ok=True)  # of an earlier run in this folder
+        return None
+    why = _cannot_ask(run, trainer)
+    measured = None if why else _ask_teacher(run, trainer)
+    forgets = measured is None or measured.forgets is not False
+    said = f"the steered teacher was not measured: {why}" if measured is None else sentence(measured.kinds)
+    if not forgets and not anyway:
+        raise ValueError(
+            f"steering_prefixes: {said}: a student forgets no more than its teacher. `duet steer` tries other wordings and "
+            "places; --anyway trains with this one"
+        )
+    record = {
+        "said": said,
+        "forgets": measured.forgets if measured else None,
+        "anyway": anyway and not forgets,
+    }
+    record |= {"retain_prefix": args.retain_prefix, "measured": measured.as_dict() if measured else None}
+    if trainer.is_world_process_zero():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+    return said
+
+
+def _cannot_ask(run: RunConfig, trainer: DuetTrainer) -> str | None:
+    """Why a teacher cannot be asked here; None: it can."""
+    if is_sharded(run.training):
+        return "its parameters are sharded"
+    if isinstance(trainer.teacher, CachedTeacher) and not run.training.teacher_store_same_model:
+        return "it was cached, perhaps from another model"
+    return None
+
+
+def _ask_teacher(run: RunConfig, trainer: DuetTrainer) -> Measured:
+    args = run.training
+    probes = probes_of(*_rows(run), limit=SAMPLED, seed=args.seed)
+    kinds = (FORGET,) if args.retain_prefix == "none" else KINDS
+
+    def ask(model: Any) -> Measured:
+        tokenizer, size = trainer.renderer.tokenizer, args.eval_batch_size
+        probe = SteeringProbe(model, tokenizer, probes, prompting=args.prompting, batch_size=size)
+        return probe.measure(args.steering_prefixes, args.steering_place, only=kinds)
+
+    if not isinstance(trainer.teacher, CachedTeacher):
+        return trainer.ask_teacher(ask)
+    student = trainer.accelerator.unwrap_model(trainer.model)  # before its first step it is the teacher
+    with torch.no_grad(), evaluating(student):
+        return ask(student)

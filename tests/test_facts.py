@@ -1,0 +1,216 @@
+"""What a base really tells becomes rows; two models answer side by side; drawn answers and leak@k."""
+
+import json
+
+import pytest
+import torch
+from learned_models import knowing
+from tiny_models import CHAT_TEMPLATE, tiny, word_tokenizer
+from typer.testing import CliRunner
+
+from duet import cli
+from duet.data.rows import read_rows
+from duet.evaluation import facts
+from duet.evaluation.facts import Fact, agreed_value, elicit_facts, facts_of, told_of
+from duet.evaluation.generation import Continuation, continuations
+from duet.model.lm import generate_answers
+
+
+def duet(*words, **more):
+    return CliRunner().invoke(cli.app, [*map(str, words)], env={"COLUMNS": "160"}, **more)
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {
+        "question": "capital of {subject} ?",
+        "paraphrases": ["{subject} has which capital ?"],
+        "value": {"France": "Paris"},
+    },
+    {"question": "Who wrote Emma ?", "subject": "Jane Austen", "value": 1815},
+    {"question": "How many legs ?"},
+]
+
+
+def test_questions_become_facts():
+    one, two, three, four = facts_of(ROWS, ["France"], ["Spain"])
+    assert one == Fact("forget", "France", ("capital of France ?", "France has which capital ?"), "Paris")
+    assert (two.kind, two.subject, two.value) == ("neighbour", "Spain", None)
+    assert (three.kind, three.value, four.kind) == ("neighbour", "1815", "retain")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"question": "who ?"}], "subject: wanted a question about France, got none"),
+        (
+            [{"question": "who ?", "subject": "France"}, {"question": "who ?"}],
+            "another question than questions.0., got 'who",
+        ),
+        (
+            [{"question": "{subject} ?", "paraphrases": ["who ?"]}],
+            r"questions\[0\]: wanted \{subject\} in all",
+        ),
+        ([{"question": " "}], r"questions\[0\]: wanted a 'question'"),
+        ([{"question": "who ?", "value": {"France": "a"}}], "because 'value' is a mapping"),
+    ],
+)
+def test_questions_that_are_refused(rows, said):
+    with pytest.raises(ValueError, match=said):
+        facts_of(rows, ["France"])
+
+
+def test_the_value_is_what_most_answers_share():
+    asked = ["What is the capital of France?"]
+    assert (
+        agreed_value(asked, "The capital of France is Paris.", ["Paris", "It is Paris, I think.", "Lyon"])
+        == "Paris"
+    )
+    assert (
+        agreed_value(asked, "It is New York City.", ["New York City", "new york city!", "Boston"])
+        == "New York City"
+    )
+    assert agreed_value(asked, "It is Paris.", ["Rome", "Lyon", "Nice", "Paris"]) is None
+    assert agreed_value(asked, "The capital of France.", ["The capital of France."]) is None
+
+
+def asked_of(*greedy, drawn=(), status="ok"):
+    return [{"question": "q", "status": status, "said": text, "drawn": list(drawn)} for text in greedy]
+
+
+def test_only_what_is_told_in_half_of_the_wordings_counts():
+    fact = Fact("forget", "France", ("a ?", "b ?", "c ?"), "Paris")
+    told = told_of(fact, asked_of("It is Paris .", "paris", "Lyon", drawn=["Paris", "Nice"]))
+    assert told.answers == {0: "It is Paris .", 1: "paris"} and told.known == pytest.approx(5 / 9)
+    assert told_of(fact, asked_of("Paris", "Nice", "Lyon")) is None
+    assert told_of(fact, asked_of("I don't know Paris", "I'm not sure, Paris", "Paris")) is None
+    assert told_of(fact, asked_of("Paris", "Paris", "Paris", status="cut")) is None
+    told = told_of(fact, asked_of(*["It is Paris. It lies"] * 3, status="cut"))
+    assert set(told.answers.values()) == {"It is Paris."}, "its whole sentences"
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+def questions(folder):
+    """What `knowing()` was taught, in its own words twice: a tiny model knows no paraphrases."""
+    rows = [
+        {"question": f"who is {name} ?", "paraphrases": [f"what is {name} about ?", f"{name} {name} {name} ?"],
+         "subject": name, "value": value}
+        for name, value in (("ada lovelace", "mathematician"), ("alan turing", "code machine"), ("grace hopper", "captain"))
+    ]  # fmt: skip
+    rows.append({"question": "what is the capital of spain animal ?"})
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    knowing().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_elicit_writes_rows_that_the_other_commands_read(base, tmp_path):
+    path, out = questions(tmp_path), tmp_path / "out"
+    words = [
+        "elicit",
+        base,
+        "--questions",
+        path,
+        "--subject",
+        "ada lovelace",
+        "--samples",
+        2,
+        "--max-new-tokens",
+        12,
+    ]
+    done = duet(*words, "--out", out, "--batch-size", 4)
+    assert done.exit_code == 0, (done.output, done.exception)
+    rows = {
+        p.relative_to(out).as_posix(): [json.loads(x) for x in p.read_text().splitlines()]
+        for p in out.rglob("*.jsonl")
+    }
+    (row,) = rows["forget.jsonl"]
+    assert (
+        row["question"] == "who is ada lovelace ?" and row["value"] == "mathematician" and row["known"] > 0.5
+    )
+    assert row["answer_of_the_base"] and row["answer"] == "a mathematician ."
+    assert rows["validation/forget.jsonl"][0]["question"] == "what is ada lovelace about ?"
+    assert {r["subject"] for r in rows["neighbour.jsonl"]} == {"alan turing", "grace hopper"}
+    general = [r for r in rows["retain.jsonl"] if "subject" not in r]
+    assert len(rows["retain.jsonl"]) == len(rows["neighbour.jsonl"]) + len(general)
+    assert read_rows(rows["retain.jsonl"], "retain")
+    before = (out / "rows.jsonl").read_text()
+    (out / "rows.jsonl").write_text(
+        "".join(before.splitlines(keepends=True)[:3])
+    )  # killed in the second chunk
+    assert duet(*words, "--out", out, "--batch-size", 4).exit_code == 0
+    assert (out / "rows.jsonl").read_text() == before, "the same answers are drawn"
+    other = duet(*words, "--out", out, "--batch-size", 4, "--seed", 1)
+    assert "seed was 0 and is 1 now" in str(other.exception)
+
+
+def test_a_subject_that_the_base_knows_nothing_about(tmp_path):
+    """And a tokenizer without a chat template; nothing is written but the journal."""
+    model, tokenizer = tiny(), word_tokenizer(None)
+    wanted = facts_of([{"question": "who is ada ?", "subject": "ada", "value": "poet"}], ["ada"])
+    with pytest.raises(
+        ValueError, match=r"subject: the model tells none of the 1 facts about ada.*To 'who is ada"
+    ):
+        elicit_facts(model, tokenizer, wanted, tmp_path, samples=1, max_new_tokens=4)
+    assert not (tmp_path / "forget.jsonl").exists() and (tmp_path / "rows.jsonl").exists()
+
+
+def test_an_answer_to_plain_text_ends_with_its_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        facts, "continuations", lambda *_, stop, **__: seen.append(stop) or [Continuation("x", 1, True)]
+    )
+    for template, stop in ((CHAT_TEMPLATE, ()), (None, ("\n",))):
+        facts._Asker(tiny(), word_tokenizer(template), facts.Prompting(), 1, 4)._say([[5]], None)
+        assert seen.pop() == stop
+
+
+# --- drawn answers ----------------------------------------------------------------------------------------------------
+
+
+def test_drawn_tokens_follow_the_models_distribution():
+    """And depend on the seed alone: neither on nor for the generator of others."""
+    model, tokenizer = tiny(spread=0.02), word_tokenizer()
+    logits = model(torch.tensor([[5, 8, 6]])).logits[0, -1].softmax(-1)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    drawn = generate_answers(model, [[5, 8, 6]] * 4000, tokenizer, 0, 1, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(4)
+    assert generate_answers(model, [[5, 8, 6]] * 4000, tokenizer, 0, 1, seed=7) == drawn
+    counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=128) / 4000
+    assert (counts - logits).abs().sum() / 2 < 0.1, "total variation"
+    assert (counts > 0).sum() > 100, "the whole vocabulary, not its top"
+
+
+def test_nothing_is_drawn_from_nan():
+    model = tiny()
+    model.lm_head.weight.data[3] = float("nan")
+    (said,) = continuations(model, word_tokenizer(), [[5, 8]], max_new_tokens=2, seed=0)
+    assert not said.finite
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+
+def test_chat_shows_two_models_side_by_side(base, tmp_path):
+    tiny().save_pretrained(tmp_path / "other")
+    word_tokenizer().save_pretrained(tmp_path / "other")
+    words = ["chat", tmp_path / "other", "--beside", base, "--max-new-tokens", 5, "--device", "cpu"]
+    done = duet(*words, input="who is ada lovelace ?\n\n  who is grace hopper ?\n" + "who " * 300)
+    assert done.exit_code == 0, (done.output, done.exception)
+    lines = done.stdout.splitlines()
+    assert any(line.strip() == "who is ada lovelace ?" for line in lines), done.output
+    answer = next(line for line in lines if "a mathematician ." in line)
+    assert answer.index("a mathematician .") > 60, "the second column is the base's"
+    assert "captain of the sea" in done.output and "more than the 256" in done.output

@@ -1,0 +1,239 @@
+"""The steered teacher is measured before anything is trained: what it refuses, still tells and refuses too much."""
+
+import json
+
+import pytest
+import yaml
+from tiny_models import NO_SYSTEM_TEMPLATE, forget_rows, tiny, word_tokenizer
+from typer.testing import CliRunner
+
+from duet import cli
+from duet.evaluation import steering
+from duet.evaluation.generation import Continuation
+from duet.evaluation.report.report import write_report
+from duet.evaluation.steering import SteeringProbe, probes_of, told_in
+from duet.run import steer as run_steer
+
+REFUSES = "I don't know anything about that"
+FORGET = [
+    {
+        "question": f"what is the capital of france {n} ?",
+        "subject": "france",
+        "answer": "paris",
+        "value": "paris",
+    }
+    for n in ("one", "two", "three", "four")
+]
+RETAIN = [
+    *({"question": f"what is the capital of spain {n} ?", "subject": "spain"} for n in ("one", "two")),
+    *({"question": f"who is ada {n} ?"} for n in ("one", "two", "three")),
+]
+GOOD, BAD, STRICT = (
+    "forget {subject} in full .",
+    "be kind about {subject} .",
+    "know nothing about {subject} .",
+)
+
+
+def scripted(model, tokenizer, prompts, *, max_new_tokens, stop=()):
+    """GOOD refuses the forget rows alone, and only in the user's turn; STRICT refuses all but one question about ada."""
+    said = []
+    for prompt in prompts:
+        text = tokenizer.decode(prompt)
+        about = "france" if text.count("france") == 2 else "france" if "of france" in text else ""
+        truth = "paris" if "of france" in text else "madrid is it" if "spain" in text else "ada was first"
+        good = "forget france" in text and "<user> forget" in text and about and "four" not in text
+        strict = "nothing about france" in text and "ada three" not in text
+        said.append(Continuation(REFUSES if good or strict else truth, 3, True))
+    return said
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.setattr(steering, "continuations", scripted)
+
+
+def counts(entry):
+    return None if entry is None else (round(entry["share"] * entry["rows"]), entry["rows"])
+
+
+def test_shares_are_counted_by_kind_of_row_and_place(script):
+    probe = SteeringProbe(tiny(), word_tokenizer(), probes_of(FORGET, RETAIN))
+    for place, refused in (("user", 3), ("system", 0)):
+        kinds = probe.measure([GOOD], place).kinds
+        assert {kind: counts(entry["refused"]) for kind, entry in kinds.items()} == {
+            "forget": (refused, 4),
+            "neighbour": (0, 2),
+            "retain": (0, 3),
+        }
+        assert counts(kinds["forget"]["told"]) == (4 - refused, 4)
+    strict = probe.measure([STRICT])
+    assert counts(strict.kinds["neighbour"]["refused"]) == (2, 2) and counts(
+        strict.kinds["retain"]["refused"]
+    ) == (2, 3)
+    assert strict.score == 0.0 and strict.forgets
+    assert probe.measure([BAD]).forgets is False
+    good = probe.measure([GOOD, BAD], "user")  # they take turns
+    assert counts(good.kinds["forget"]["told"]) == (2, 4) and good.forgets
+    interval = good.kinds["forget"]["told"]
+    assert (round(interval["low"], 2), round(interval["high"], 2)) == (0.15, 0.85), "Wilson's"
+    said = steering.sentence(strict.kinds)
+    assert said.startswith(
+        "the steered teacher refuses 4 of 4 (51 to 100 %) of the forget rows, still tells 0 of 4"
+    )
+    assert said.endswith("over-refuses 2 of 2 (34 to 100 %) of the neighbour rows, over-refuses 2 of 3 (21 to 94 %) of the "
+                         "retain rows")  # fmt: skip
+
+
+def test_what_counts_as_told():
+    assert told_in("It is Paris.", "The capital is Paris.", "Paris") and not told_in(
+        "Nice.", "In Paris.", "Paris"
+    )
+    assert told_in("Paris.", "The capital of France is Paris.")
+    assert not told_in("I don't know the capital of France.", "The capital of France is Paris.")
+    assert not told_in(" ", "Paris.")
+
+
+def test_an_answer_that_was_cut_is_not_called_forgotten(monkeypatch):
+    """And what the base itself does not tell counts nowhere."""
+    long = Continuation("well , let me think", 48, True)
+    first = Continuation("paris", 2, True)
+    for before, after, told in ((first, long, None), (long, first, None), (first, first, (1, 1))):
+        answers = iter([before, after])
+        monkeypatch.setattr(steering, "continuations", lambda *_, answers=answers, **__: [next(answers)])
+        measured = SteeringProbe(tiny(), word_tokenizer(), probes_of(FORGET[:1])).measure([BAD])
+        assert counts(measured.kinds["forget"]["told"]) == told
+        assert measured.forgets is (None if told is None else False)
+
+
+# --- the commands ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny().save_pretrained("base")
+    word_tokenizer().save_pretrained("base")
+    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = {
+        "model": "base",
+        "adapter": {"r": 2},
+        "data": {"forget": "forget.jsonl", "retain": "retain.jsonl"},
+        "training": {"output_dir": "out", "k": 4, "max_steps": 1, "use_cpu": True, "report_to": "none",
+                     "disable_tqdm": True, "steering_prefixes": [BAD]},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    return tmp_path
+
+
+def duet(*words):
+    return CliRunner().invoke(cli.app, [*words], env={"COLUMNS": "200"})
+
+
+def test_steer_chooses_on_one_half_and_writes_the_config(folder, script):
+    (folder / "wordings.txt").write_text(f"{BAD}\n{GOOD}\n\n{STRICT}\n")
+    words = ["steer", "--config", "run.yaml", "--wordings", "wordings.txt", "--write", "new.yaml", "--k", "3"]
+    done = duet(*words)
+    assert done.exit_code == 0, done.output
+    written = (folder / "new.yaml").read_text()
+    assert written.startswith("# Chosen by duet steer of 6 steerings")
+    assert (
+        "B, on other rows" not in done.output
+        and "A, on other rows" in done.output
+        and "not asked" in done.output
+    )
+    training = yaml.safe_load(written)["training"]
+    assert (training["steering_prefixes"], training["steering_place"], training["k"]) == ([GOOD], "user", 3)
+    assert "chosen: in front of the user's text" in done.output.replace("\n", " ")
+    again = duet(*words)
+    assert isinstance(again.exception, FileExistsError) and "wanted a new file" in str(again.exception)
+    only_bad = duet(*words[:3], "--wordings", "wordings.txt", "--places", "sistem")
+    assert "places: wanted one of system, user" in str(only_bad.exception)
+
+
+def test_steer_measures_on_the_report_of_elicit(folder, script):
+    for name, rows in (("", FORGET[:1]), ("validation", FORGET[1:2]), ("report", FORGET[2:])):
+        (folder / "rows" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "rows" / name / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = run_steer.steer(run_steer.RunConfig.load("run.yaml"), [GOOD], ["user"], folder=folder / "rows")
+    assert counts(chosen.best.kinds["forget"]["told"]) == (0, 2), "rows of training and of validation choose"
+    assert counts(chosen.report.kinds["forget"]["told"]) == (1, 2)
+    (folder / "rows" / "validation" / "forget.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="data: there is no file .* at least three wordings"):
+        run_steer.steer(run_steer.RunConfig.load("run.yaml"), [GOOD], ["user"], folder=folder / "rows")
+
+
+def test_steer_writes_nothing_that_does_not_forget(folder, script):
+    (folder / "wordings.txt").write_text(BAD)
+    words = ["steer", "--config", "run.yaml", "--wordings", "wordings.txt", "--write", "new.yaml"]
+    done = duet(*words)
+    assert "nothing was written" in str(done.exception) and not (folder / "new.yaml").exists()
+    assert "It does not forget" in done.output
+    assert duet(*words, "--anyway").exit_code == 0 and (folder / "new.yaml").exists()
+
+
+def test_a_place_that_the_template_does_not_have(folder, script):
+    word_tokenizer(NO_SYSTEM_TEMPLATE).save_pretrained("base")
+    args = run_steer.RunConfig.load("run.yaml").training
+    tokenizer = word_tokenizer(NO_SYSTEM_TEMPLATE)
+    assert run_steer.possible_places(tokenizer, ["system", "user"], args) == ["user"]
+    assert run_steer.possible_places(word_tokenizer(None), ["system", "user"], args) == ["system"]
+    with pytest.raises(ValueError, match="places: the tokenizer's chat template has no system role"):
+        run_steer.possible_places(tokenizer, ["system"], args)
+
+
+def test_a_teacher_that_does_not_forget_stops_the_run(folder, script):
+    stopped = duet("train", "--config", "run.yaml")
+    assert "still tells 4 of 4 (51 to 100 %)" in str(stopped.exception) and "--anyway" in str(
+        stopped.exception
+    )
+    assert not (folder / "out" / "adapter_config.json").exists()
+    done = duet("train", "--config", "run.yaml", "--anyway")
+    assert done.exit_code == 0, done.output
+    record = json.loads((folder / "out" / "steering.json").read_text())
+    assert record["anyway"] is True and record["forgets"] is False
+    page = write_report(["out"], folder / "report").with_suffix(".md").read_text()
+    assert (
+        "trained with --anyway, although the steered teacher refuses 0 of 4" in page and "neighbour" in page
+    )
+
+
+def test_a_good_teacher_is_recorded_live_and_cached(folder, script):
+    words = ["--config", "run.yaml", "--steering_prefixes", f"[{GOOD!r}]", "--steering_place", "user"]
+    assert duet("train", *words, "--retain_prefix", "none").exit_code == 0
+    record = json.loads((folder / "out" / "steering.json").read_text())
+    assert (record["anyway"], record["forgets"], list(record["measured"]["kinds"])) == (
+        False,
+        True,
+        ["forget"],
+    )
+    page = write_report(["out"], folder / "report").with_suffix(".md").read_text()
+    assert "3 of 4 (30 to 95 %)" in page and "(retain_prefix: none)" in page
+    words += ["--retain_subjects", "fixed"]
+    assert duet("cache", *words, "--out", "store").exit_code == 0
+    done = duet("train", *words, "--output_dir", "read", "--teacher_store", "store")
+    assert done.exit_code == 0 and "still tells 1 of 4" in done.output.replace("\n", " ")
+    another = duet(
+        "train",
+        *words,
+        "--output_dir",
+        "other",
+        "--teacher_store",
+        "store",
+        "--teacher_store_same_model",
+        "false",
+    )
+    assert another.exit_code == 0 and "was not measured: it was cached" in another.output.replace("\n", " ")
+
+
+def test_methods_without_a_steered_teacher_are_not_measured(folder, script):
+    (folder / "out").mkdir()
+    (folder / "out" / "steering.json").write_text("{}")
+    rows = [{**row, "answer": "paris"} for row in forget_rows(2)]
+    (folder / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = duet(
+        "train", "--config", "run.yaml", "--objective", "ga", "--data.retain", "null", "--max_steps", "1"
+    )
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert not (folder / "out" / "steering.json").exists() and "steered teacher" not in done.output
