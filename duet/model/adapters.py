@@ -71,6 +71,24 @@ def check_not_earlier(output_dir: str | os.PathLike, earlier: str | None) -> Non
         )
 
 
+def check_no_other_base(base: str | os.PathLike, model: Any) -> None:
+    """Refuses the folder `base` of another run beside an adapter: whoever loads the adapter would put it on that model.
+
+    Args:
+        base: the folder beside the adapter that will be saved.
+        model: on which the adapter is trained; it may be there.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    own = getattr(model, "name_or_path", "")
+    if Path(base).is_dir() and not (own and Path(own).resolve() == Path(base).resolve()):
+        raise ValueError(
+            f"output_dir: {os.fspath(base)!r} is the base of an adapter that an earlier run saved there, and this run's adapter "
+            "has another base; wanted another folder"
+        )
+
+
 def adapter_layers(model: nn.Module) -> list[Any]:
     """The layers with a PEFT adapter, from peft or from transformers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -191,7 +209,7 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
         if hasattr(model, "merge_and_unload"):
             inner = model.merge_and_unload()
         elif inner is model:
-            _unload(model)
+            _unload(model, merge=True)
         else:
             raise ValueError("it is no change of the weights")
     except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
@@ -203,7 +221,15 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
             config.tie_word_embeddings = False
     for parameter in inner.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    check_same_logits(inner, wanted, f"{argument}: merging its adapter")
+    try:
+        check_same_logits(inner, wanted, f"{argument}: merging its adapter")
+    except ValueError as error:
+        if getattr(inner, "hf_quantizer", None) is None:
+            raise
+        raise ValueError(
+            f"{error}. Quantised weights cannot take an adapter in: leave it beside them (training.earlier_adapter: keep), or "
+            "merge it into the base as it was before it was quantised (`duet merge`)"
+        ) from None
     return inner
 
 
@@ -215,11 +241,19 @@ def _tied(model: Any) -> bool:
     return pair[0] is pair[1]
 
 
-def _unload(model: Any) -> None:
-    """Merges what transformers attached: each such layer is replaced by its base layer."""
+def take_off(model: Any) -> nn.Module:
+    """The transformers model without its adapters, which are thrown away; `model`, of peft or transformers, is taken apart."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _unload(inner, merge=False)
+    return inner
+
+
+def _unload(model: Any, merge: bool) -> None:
+    """Each layer with an adapter is replaced by its base layer, into which the adapter was merged before or not."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
-            module.merge()
+            if merge:
+                module.merge()
             _replace(model, name, module.get_base_layer())
     for name, wrapper in _saved_copies(model):
         active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.modules_to_save]

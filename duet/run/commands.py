@@ -81,8 +81,8 @@ def cache(run: RunConfig, dtype: str = "float32") -> Cached:
     if not args.teacher_store:
         raise ValueError("training.teacher_store: wanted the folder to write, got nothing")
     forget, retain, evals = _rows(run)
-    kwargs, place = model_kwargs(run.model, args), loading_device(args)
-    model = _teacher(run, kwargs) if run.teacher else load_model(run.model.name, "model", kwargs, place)
+    kwargs = model_kwargs(run.model, args)
+    model = _teacher(run, kwargs) if run.teacher else _model(run, kwargs)
     return cache_teacher(model, args, forget, retain, _tokenizer(run.model), evals, dtype=dtype)
 
 
@@ -98,7 +98,7 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
     forget, retain, evals = _rows(run)
     args = run.training
     kwargs = model_kwargs(run.model, args)
-    model = load_model(run.model.name, "model", kwargs, loading_device(args))
+    model = _model(run, kwargs)
     live = run.teacher is not None and not args.teacher_store
     return DuetTrainer(
         model=model,
@@ -110,6 +110,11 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
         teacher_model=_teacher(run, kwargs) if live else None,
         peft_config=None if run.adapter is None else _lora({"revision": run.model.revision} | run.adapter),
     )
+
+
+def _model(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
+    args = run.training
+    return load_model(run.model.name, "model", kwargs, loading_device(args), args.earlier_adapter)
 
 
 def _teacher(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:

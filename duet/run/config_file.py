@@ -111,6 +111,11 @@ class RunConfig:
         merge = fitted("merge", tree.get("merge", False), bool)
         if merge and adapter is None:
             raise ValueError("merge: wanted false, because there is no adapter to merge")
+        training = training_options(mapping("training", tree.get("training")))
+        if training.earlier_adapter == "keep" and adapter is None:
+            raise ValueError(
+                "training.earlier_adapter: wanted 'merge', got 'keep', because no new adapter is put on top"
+            )
         return cls(
             model=model,
             forget=_source("data.forget", data["forget"]),
@@ -119,7 +124,7 @@ class RunConfig:
             adapter=adapter,
             teacher=teacher,
             merge=merge,
-            training=training_options(mapping("training", tree.get("training"))),
+            training=training,
         )
 
 

@@ -109,8 +109,8 @@ def cache_teacher(
     """
     folder = _folder(folder, args)
     state = PartialState(cpu=args.use_cpu)
-    model = load_model(model, "model", args.model_init_kwargs, loading_device(args))
-    model = without_attached_adapter(model, "model")
+    model = load_model(model, "model", args.model_init_kwargs, loading_device(args), args.earlier_adapter)
+    model = without_attached_adapter(model, "model", args.earlier_adapter)
     with _without_adapter(model):
         job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
         writer = StoreWriter(folder, job.provenance, job.rows, shard_entries)
@@ -154,7 +154,8 @@ def import_teacher(
         TypeError, ValueError, OSError: naming the column and the row.
     """
     folder = _folder(folder, args)
-    model = without_attached_adapter(load_model(model, "model", args.model_init_kwargs), "model")
+    model = load_model(model, "model", args.model_init_kwargs, earlier=args.earlier_adapter)
+    model = without_attached_adapter(model, "model", args.earlier_adapter)
     with _without_adapter(model):
         job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
     provenance = replace(job.provenance, values=LOG_PROBABILITIES)
