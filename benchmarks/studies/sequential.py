@@ -32,7 +32,7 @@ from duet.run.config_file import RunConfig
 
 OUT, PAGE = Path("benchmarks/results/sequential"), "sequential.md"
 SEEDS, REQUESTS, STEPS = (0, 1, 2), 3, 100
-KEPT_QUESTIONS = 200  # of authors whom nobody wants forgotten
+KEPT_QUESTIONS = 100  # of authors whom nobody wants forgotten
 CITY_COPIES = 4
 Row = dict[str, Any]
 
@@ -41,23 +41,23 @@ Row = dict[str, Any]
 class Arm:
     """How the requests follow each other.
 
-    `earlier`: DuetConfig's `earlier_adapter`; `remind`: whether the persons of earlier requests are among the retain rows, without
-    answers; `together`: all in one request; `forgetful` False: every request starts from the original base.
+    `earlier`: DuetConfig's `earlier_adapter`; `base_teaches`: whether `teacher:` is the original base, and not what the request
+    before made; `again`: whether the rows of earlier requests are in `data.forget` again.
     """
 
     label: str
     earlier: str = "merge"
-    remind: bool = False
-    together: bool = False
-    forgetful: bool = True
+    base_teaches: bool = False
+    again: bool = False
 
 
 ARMS = {
-    "merge": Arm("merged into the base (the default)"),
-    "keep": Arm("kept beside the base (`earlier_adapter: keep`)", "keep"),
-    "remind": Arm("merged, and earlier persons among the retain rows", remind=True),
-    "together": Arm("all three in one request", together=True),
-    "base": Arm("each from the original base (what must not happen)", forgetful=False),
+    "merge": Arm("the new rows alone (the default)"),
+    "keep": Arm("the same with `earlier_adapter: keep`", "keep"),
+    "teacher": Arm("`teacher:` the original base", base_teaches=True),
+    "again": Arm(
+        "`teacher:` the original base, earlier rows in `data.forget` again", base_teaches=True, again=True
+    ),
 }
 
 
@@ -82,24 +82,23 @@ def options(steps: int, seed: int) -> dict[str, Any]:
     return {"adapter": {"r": 16, "lora_alpha": 32}, "training": training}
 
 
-def retain_rows(world: World, people: Sequence[str], earlier: Sequence[str]) -> list[dict[str, str]]:
-    """Authors and cities to keep, invented people with similar names, and those of earlier requests; questions alone."""
+def retain_rows(world: World, people: Sequence[str]) -> list[dict[str, str]]:
+    """Authors and cities to keep, and invented people with names like those to forget; questions alone."""
     known = world.questions(world.retain, "train")
     known += CITY_COPIES * world.questions(world.retain_cities, "train")
     known += world.queries(replace(world, forget=tuple(people)).near_misses)
-    known += world.questions(tuple(earlier), "train")
     return [{"question": question.text} for question in known]
 
 
 def forget(
-    model: Path | str, people: Sequence[str], earlier: Sequence[str], arm: Arm, out: Path, how: dict[str, Any]
+    model: Path | str, new: str, earlier: Sequence[str], arm: Arm, out: Path, how: dict[str, Any]
 ) -> None:
     """One request: `duet train` on the folder of the request before."""
-    world = load_world()
+    world, people = load_world(), (*(earlier if arm.again else ()), new)
     out.mkdir()
     rows = {
-        "forget": [question.row() for question in world.questions(tuple(people), "train")],
-        "retain": retain_rows(world, people, earlier if arm.remind else ()),
+        "forget": [question.row() for question in world.questions(people, "train")],
+        "retain": retain_rows(world, people),
     }
     paths = {name: out.parent / f"{out.name}_{name}.jsonl" for name in rows}
     for name, path in paths.items():
@@ -107,6 +106,7 @@ def forget(
     config = out.parent / f"{out.name}.yaml"
     config.write_text(json.dumps(how | {"model": "none", "data": {"forget": "none"}}))  # JSON is YAML
     words = ["--model", str(model), "--output_dir", str(out), "--earlier_adapter", arm.earlier]
+    words += ["--teacher", str(CHECKPOINT)] if arm.base_teaches else []
     words += [word for name, path in paths.items() for word in (f"--data.{name}", str(path))]
     train(RunConfig.load(config, words))
 
@@ -128,7 +128,9 @@ def measure(model: Path | str, people: Sequence[str], most: int | None) -> dict[
     }
 
 
-def run_seed(seed: int, steps: int = STEPS, most: int | None = None, arms: Sequence[str] = tuple(ARMS)) -> Row:
+def run_seed(
+    seed: int, steps: int = STEPS, most: int | None = None, arms: Sequence[str] = tuple(ARMS)
+) -> Row:
     """All arms for three persons: after how many requests -> what is told."""
     people = load_world().forget[REQUESTS * seed :][:REQUESTS]
     how, began = options(steps, seed), time.process_time()
@@ -136,24 +138,24 @@ def run_seed(seed: int, steps: int = STEPS, most: int | None = None, arms: Seque
     with one_thread(), tempfile.TemporaryDirectory(prefix="duet-requests-") as scratch:
         before = measure(CHECKPOINT, people, most)
         first = Path(scratch, "first")
-        forget(CHECKPOINT, people[:1], (), ARMS["merge"], first, how)
+        forget(CHECKPOINT, people[0], (), ARMS["merge"], first, how)
         once = measure(first, people, most)
         for name in arms:
-            arm, model = ARMS[name], first
-            if arm.together:
-                out = Path(scratch, name)
-                forget(CHECKPOINT, people, (), arm, out, how)
-                after[name] = {str(REQUESTS): measure(out, people, most)}
-                continue
-            after[name] = {"1": once}
+            model, after[name] = first, {"1": once}
             for number in range(1, REQUESTS):
                 out = Path(scratch, f"{name}_{number + 1}")
-                start = model if arm.forgetful else CHECKPOINT
-                forget(start, people[number : number + 1], people[:number], arm, out, how)
+                forget(model, people[number], people[:number], ARMS[name], out, how)
                 after[name][str(number + 1)] = measure(out, people, most)
                 model = out
     seconds = round(time.process_time() - began, 1)
-    return {"seed": seed, "steps": steps, "people": list(people), "before": before, "after": after, "cpu_seconds": seconds}
+    return {
+        "seed": seed,
+        "steps": steps,
+        "people": list(people),
+        "before": before,
+        "after": after,
+        "cpu_seconds": seconds,
+    }
 
 
 # -- the page ------------------------------------------------------------------------------------------------------------
@@ -184,7 +186,9 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             continue
         means = [sum(each["told"][person] for each in found) / len(found) for person in range(REQUESTS)]
         told = [letter for letter, mean in zip("ABC", means, strict=True) if mean > 0.05]
-        lost = sum(row["before"]["kept"] - row["after"][name][str(REQUESTS)]["kept"] for row in rows) / len(rows)
+        lost = sum(row["before"]["kept"] - row["after"][name][str(REQUESTS)]["kept"] for row in rows) / len(
+            rows
+        )
         forgotten = f"{' and '.join(told)} told of" if told else "nobody told of"
         said.append(
             f"* {arm.label}: {forgotten}; {100 * lost:+.0f} points lost on authors to keep{'' if lost <= 0.05 else ' (too many)'}."
@@ -201,15 +205,27 @@ def page(rows: Sequence[Row]) -> str:
     if not rows:
         raise ValueError("rows: wanted at least one row of the study, got none")
     rows = sorted(rows, key=lambda row: row["seed"])
-    made = sorted({f"commit {r['commit']}, torch {r['torch']}, transformers {r['transformers']}" for r in rows})
+    made = sorted(
+        {f"commit {r['commit']}, torch {r['torch']}, transformers {r['transformers']}" for r in rows}
+    )
     minutes, steps = sum(row["cpu_seconds"] for row in rows) / 60, {row["steps"] for row in rows}
-    lines = [_line("the base", "–", [row["before"] for row in rows])]
+    once = [each["1"] for row in rows for each in list(row["after"].values())[:1]]
+    lines = [_line("the base", "–", [row["before"] for row in rows]), _line("the first request", "1", once)]
     for name, arm in ARMS.items():
-        for number in map(str, range(1, REQUESTS + 1)):
+        for number in map(str, range(2, REQUESTS + 1)):
             found = [row["after"][name][number] for row in rows if number in row["after"].get(name, {})]
             if found:
                 lines.append(_line(arm.label, number, found))
-    heads = ["arm", "requests done", "A told", "B told", "C told", "forgotten, opening forced", "authors kept", "cities kept"]
+    heads = [
+        "arm",
+        "requests done",
+        "A told",
+        "B told",
+        "C told",
+        "forgotten, opening forced",
+        "authors kept",
+        "cities kept",
+    ]
     return "\n".join(
         [
             "# Three requests, one after the other",
@@ -220,8 +236,7 @@ def page(rows: Sequence[Row]) -> str:
             f"{minutes:.0f} CPU minutes; {'; '.join(made)}.",
             "",
             "A model of the tiny world is asked to forget A; the folder that comes out is asked to forget B, and what comes of "
-            "that, C: `duet train --model first --output_dir second` (LoRA, DUET at the first answer token). No request sees rows "
-            "about the persons of another one, but for the arm that says so. Cells: percent of questions that are answered with "
+            "that, C: `duet train --model first --output_dir second` (LoRA, DUET at the first answer token). Cells: percent of questions that are answered with "
             "the true value, the mean over seeds (lowest to highest), in wordings that no training saw. *Told*: lower is better once "
             "that person's request is done. *Opening forced*: the same for all persons whose request is done, when the answer is "
             "forced to begin as a true one does; lower is better. *Kept*: authors and cities that no training saw; higher is better.",
@@ -234,7 +249,10 @@ def page(rows: Sequence[Row]) -> str:
             "",
             *verdicts(rows),
             "",
-            "Forgotten here: told in at most 5 % of the answers. A forced opening is the weakness of DUET at the first token, with "
+            "Told of: in more than 5 % of the answers. What each request starts from is the same in the first two arms, and so are "
+            "their numbers. Why the default is worst: the teacher of a request is what the request before made, steered by the "
+            "prefix, and training shows a student no prefix, so that with every request it obeys the prefix less. The original base "
+            "still obeys; and rows that are shown again keep what was forgotten. A forced opening is the weakness of DUET at the first token, with "
             "one request as with three (see [the study](../study/study.md)). One world, one tiny model, three seeds.",
             "",
         ]
