@@ -29,6 +29,7 @@ from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
 from .methods.asking import Asking
 from .methods.objectives import Counts, Step, fit_model, objective_of
+from .methods.steering import look_at_teacher
 from .methods.views import asked_before_training, build_dataset, eval_datasets
 from .model import lm
 from .model.adapters import (
@@ -162,7 +163,7 @@ class DuetTrainer(Asking, ResumableTrainer):
         tokenizer = lm.load_tokenizer(model) if processing_class is None else processing_class
         lm.check_tokenizer(tokenizer)
         self.pad_id = lm.padding_id(tokenizer, lm.embedded_ids(model))
-        check_not_earlier(str(args.output_dir), getattr(model, "earlier_model", None))
+        check_not_earlier(str(args.output_dir), model)
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
             model = self._adapted(model, tokenizer, peft_config, args)
@@ -237,7 +238,11 @@ class DuetTrainer(Asking, ResumableTrainer):
                 "start one process per GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
             )
         if args.earlier_adapter == "keep" and (peft_config is None or lm.is_sharded(args)):
-            why = "no new adapter is put on top" if peft_config is None else "FSDP and DeepSpeed shard the model"
+            why = (
+                "no new adapter is put on top"
+                if peft_config is None
+                else "FSDP and DeepSpeed shard the model"
+            )
             raise ValueError(f"earlier_adapter: wanted 'merge', got 'keep', because {why}")
         self.objective = objective_of(args)
         named = f"because objective {args.objective!r}"
@@ -298,6 +303,9 @@ class DuetTrainer(Asking, ResumableTrainer):
             return self._steer()
         check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
         self._keep_record(resume_from_checkpoint)
+        steered = self.objective.targets is not None and self.objective.teacher_sees == "steered"
+        if steered and self.teacher.watched and not (resume_from_checkpoint or lm.is_sharded(self.args)):
+            look_at_teacher(self.train_dataset, self.renderer.tokenizer, self.teacher_says)
         if self.teacher is not None and self.teacher.asks_first:
             evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
             for dataset in filter(None, (self.train_dataset, *evals.values())):

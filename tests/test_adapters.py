@@ -298,7 +298,9 @@ def test_three_requests_can_be_kept_as_one_adapter(tmp_path):
         after, folder = logits(trainer.model), tmp_path / f"request{number}"
         assert (after - before).abs().max() > 1e-2, "something was learnt"
         with trainer.model.disable_adapter():
-            assert moved(trainer.model, before) <= 1e-5 * before.abs().max(), "the teacher is the model before"
+            assert moved(trainer.model, before) <= 1e-5 * before.abs().max(), (
+                "the teacher is the model before"
+            )
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == base and not (folder / "base").exists()
         for read in (
@@ -311,7 +313,9 @@ def test_three_requests_can_be_kept_as_one_adapter(tmp_path):
         ):
             assert moved(read, after) <= 1e-5 * after.abs().max()
         model, before = str(folder), after
-    ranks = {len(layer.lora_A["default"].weight) for layer in adapter_layers(models.load(folder, device="cpu")[0])}
+    ranks = {
+        len(layer.lora_A["default"].weight) for layer in adapter_layers(models.load(folder, device="cpu")[0])
+    }
     assert ranks == {4 + 4, 2}
 
 
@@ -326,7 +330,10 @@ def test_a_run_that_keeps_is_resumed_and_cached(tmp_path):
     whole, run = train(steady("whole")), steady("parts")
     run.training.save_strategy, run.training.max_steps, run.training.save_steps = SaveStrategy.STEPS, 2, 1
     half = logits(train(run).model)
-    assert moved(models.load(tmp_path / "parts" / "checkpoint-2", device="cpu")[0], half) <= 1e-5 * half.abs().max()
+    assert (
+        moved(models.load(tmp_path / "parts" / "checkpoint-2", device="cpu")[0], half)
+        <= 1e-5 * half.abs().max()
+    )
     run.training.max_steps = 3
     assert torch.equal(logits(train(run, resume=True).model), logits(whole.model))
 
@@ -334,7 +341,9 @@ def test_a_run_that_keeps_is_resumed_and_cached(tmp_path):
     run.training.teacher_store = str(tmp_path / "store")
     cache(run)
     assert torch.allclose(logits(train(run).model), logits(whole.model), atol=1e-4)
-    with pytest.raises(ValueError, match="weights"):  # the store is of the first request's model, not of the base
+    with pytest.raises(
+        ValueError, match="weights"
+    ):  # the store is of the first request's model, not of the base
         train(replace(run, model=replace(run.model, name=base)))
 
 
@@ -349,7 +358,10 @@ def test_an_adapter_in_memory_is_kept(tmp_path, given):
     trainer.train()
     trainer.save_model()
     trained = logits(trainer.model)
-    assert moved(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out"), trained) <= 1e-5 * trained.abs().max()
+    assert (
+        moved(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out"), trained)
+        <= 1e-5 * trained.abs().max()
+    )
 
 
 @pytest.mark.parametrize(
@@ -358,8 +370,16 @@ def test_an_adapter_in_memory_is_kept(tmp_path, given):
         (LORA | {"use_dora": True}, LORA, "the adapter that is there has use_dora=True"),
         (LORA, LORA | {"use_dora": True}, "the new adapter has use_dora=True"),
         (LORA, LORA | {"modules_to_save": ["lm_head"]}, "the new adapter has modules_to_save="),
-        (LORA, LORA | {"init_lora_weights": "pissa"}, "the new adapter has init_lora_weights='pissa', which changes"),
-        (LORA | {"target_modules": ["embed_tokens"]}, LORA, "the adapter changes model.embed_tokens, a Embedding"),
+        (
+            LORA,
+            LORA | {"init_lora_weights": "pissa"},
+            "the new adapter has init_lora_weights='pissa', which changes",
+        ),
+        (
+            LORA | {"target_modules": ["embed_tokens"]},
+            LORA,
+            "the adapter changes model.embed_tokens, a Embedding",
+        ),
         (LORA, None, "because no new adapter is put on top"),
     ],
 )
@@ -374,6 +394,11 @@ def test_the_base_of_another_run_is_not_taken(tmp_path):
     """`base` beside an adapter is what it is loaded on."""
     first, _, base = adapted_folder(tmp_path)
     train(request(tmp_path, first, "second", forget_rows(1)))
-    for run in (keeping(tmp_path, first, "second", forget_rows(1)), request(tmp_path, base, "second", forget_rows(1))):
-        with pytest.raises(ValueError, match=r"output_dir: .*base' is the base of an adapter that an earlier run saved"):
+    for run in (
+        keeping(tmp_path, first, "second", forget_rows(1)),
+        request(tmp_path, base, "second", forget_rows(1)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"output_dir: .*base' is the base of an adapter that an earlier run saved"
+        ):
             train(run)

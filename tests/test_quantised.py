@@ -161,5 +161,7 @@ def test_a_second_adapter_on_quantised_weights(tmp_path, folder, how):
     check_same_logits(second, after, "reading the second")
     if how == "nf4":
         first = load_adapted(tmp_path / "first", dtype=torch.float32, **quantised_how(how))
-        with pytest.raises(ValueError, match="merging its adapter: changed the model.*training.earlier_adapter: keep"):
+        with pytest.raises(
+            ValueError, match=r"merging its adapter: changed the model.*training.earlier_adapter: keep"
+        ):
             merge_adapters(first)

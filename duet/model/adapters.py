@@ -8,12 +8,14 @@ too, one into 4-bit weights rounds the adapter away.
 """
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +25,8 @@ ADAPTER = "adapter_config.json"
 BASE = "base"  # folder beside an adapter: the model that the adapter was trained on, where no other folder holds it
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _PRECISE = (torch.float32, torch.float64)
+# What reading a damaged or missing model raises.
+UNREADABLE = (OSError, ValueError, SafetensorError, pickle.UnpicklingError)
 
 
 # -- what there is ---------------------------------------------------------------------------------------------------
@@ -58,16 +62,33 @@ def check_folder(output_dir: str | os.PathLike, adapter: bool) -> None:
         )
 
 
-def check_not_earlier(output_dir: str | os.PathLike, earlier: str | None) -> None:
-    """Refuses to write into the folder whose adapter was merged before training.
+def check_not_earlier(output_dir: str | os.PathLike, model: Any) -> None:
+    """Refuses to write into the folder of the model that is trained: what is there, and what others trained on it, would be lost.
 
     Raises:
         ValueError: naming the folder.
     """
-    if earlier and Path(earlier).resolve() == Path(output_dir).resolve():
+    own = getattr(model, "earlier_model", None) or getattr(model, "name_or_path", "")
+    there = holds_weights(output_dir) or holds_adapter(output_dir)
+    if own and there and Path(own).resolve() == Path(output_dir).resolve():
         raise ValueError(
-            f"output_dir: {os.fspath(output_dir)!r} is the model that is trained, whose adapter would be overwritten; wanted "
-            "another folder"
+            f"output_dir: {os.fspath(output_dir)!r} is the model that is trained, which would be overwritten; wanted another "
+            "folder"
+        )
+
+
+def check_not_base(out: str | os.PathLike, base: str) -> None:
+    """Refuses to merge an adapter into the folder of its base: the adapter would be applied to the sum once more.
+
+    Raises:
+        NotADirectoryError: `out` is a file.
+        ValueError: naming the folder.
+    """
+    if Path(out).is_file():
+        raise NotADirectoryError(f"out: wanted a folder, but {os.fspath(out)!r} is a file")
+    if Path(base).resolve() == Path(out).resolve():
+        raise ValueError(
+            f"out: {os.fspath(out)!r} is the base of the adapter, on which it is loaded; wanted another folder"
         )
 
 
@@ -281,17 +302,37 @@ def load_adapted(folder: str | os.PathLike, **how: Any) -> Any:
     Args:
         how: arguments of the base's `from_pretrained`.
     """
-    from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+    from peft import AutoPeftModelForCausalLM, PeftModel
 
-    beside = Path(folder, BASE)
-    named = PeftConfig.from_pretrained(os.fspath(folder)).base_model_name_or_path or ""
-    if beside.is_dir():
-        base = AutoModelForCausalLM.from_pretrained(beside, **how)
-    elif holds_adapter(named):
-        base = merge_adapters(load_adapted(named, **how))
-    else:
-        return AutoPeftModelForCausalLM.from_pretrained(folder, **how)
-    return PeftModel.from_pretrained(base, os.fspath(folder))
+    if not any(Path(folder).glob("adapter_model.*")):
+        raise FileNotFoundError(f"{os.fspath(folder)!r} holds {ADAPTER}, but no adapter_model.safetensors")
+    base = base_of(folder)
+    try:
+        if holds_adapter(base):
+            model = merge_adapters(load_adapted(base, **how))
+        elif base == os.fspath(Path(folder, BASE)):
+            model = AutoModelForCausalLM.from_pretrained(base, **how)
+        else:
+            return AutoPeftModelForCausalLM.from_pretrained(os.fspath(folder), **how)
+    except UNREADABLE as error:
+        raise OSError(f"an adapter on the base {base!r}: {error}") from error
+    return PeftModel.from_pretrained(model, os.fspath(folder))
+
+
+def base_of(folder: str | os.PathLike) -> str:
+    """The model that a folder's adapter was trained on: its folder `base`, where there is one, else what its file names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    from peft import PeftConfig
+
+    if Path(folder, BASE).is_dir():
+        return os.fspath(Path(folder, BASE))
+    named = PeftConfig.from_pretrained(os.fspath(folder)).base_model_name_or_path
+    if not named:
+        raise ValueError(f"{ADAPTER} in {os.fspath(folder)!r} names no base_model_name_or_path")
+    return named
 
 
 def save_base(model: Any, tokenizer: Any, folder: str | os.PathLike) -> None:
@@ -333,7 +374,10 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
             "model: wanted one without an adapter under the new one, which would replace it; merge it first (`duet merge`)"
         )
     wanted = logits_of(model)
-    adapted: Any = get_peft_model(model, peft_config)
+    try:
+        adapted: Any = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ValueError(f"peft_config (adapter): {error}") from error
     own_start = getattr(peft_config, "init_lora_weights", True) is not True or getattr(
         peft_config, "use_dora", False
     )

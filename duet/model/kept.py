@@ -34,7 +34,7 @@ WEIGHTS = "adapter_model.safetensors"
 Parts = Mapping[str, tuple[Tensor, Tensor]]  # name of a linear layer -> A, B
 
 # Fields of a LoraConfig under which an adapter is still B A x, and where it is.
-_PLAIN = (
+_PLAIN = (  # noqa: SIM905  as a list literal, one word a line
     "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern "
     "use_rslora fan_in_fan_out init_lora_weights task_type base_model_name_or_path revision inference_mode peft_version auto_mapping"
 ).split()
@@ -119,8 +119,7 @@ def save_sum(model: Any, folder: str | os.PathLike) -> None:
     wanted, read = logits_of(model), load_file(Path(folder, WEIGHTS))
     names = (f"base_model.model.{name}.lora_" for name in parts)
     again = {
-        name: (read[f"{key}A.weight"], read[f"{key}B.weight"])
-        for name, key in zip(parts, names, strict=True)
+        name: (read[f"{key}A.weight"], read[f"{key}B.weight"]) for name, key in zip(parts, names, strict=True)
     }
     with Switches(model).base_model(), _instead(inner, again):
         check_same_logits(model, wanted, f"{folder}: saving both adapters as one")

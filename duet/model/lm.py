@@ -27,7 +27,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 from duet_kernels import LMHead, linear_gather
 
 from ..data.prompts import answer_ending
-from .adapters import has_adapter, holds_adapter, load_adapted, merge_adapters
+from .adapters import UNREADABLE, has_adapter, holds_adapter, load_adapted, merge_adapters
 from .kept import keep_adapter
 
 logger = logging.get_logger(__name__)
@@ -70,7 +70,7 @@ def load_model(
             loaded = load_adapted(name, **{k: v for k, v in kwargs.items() if k != "revision"})
         else:
             loaded = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise FileNotFoundError(
             f"{argument}: {name!r} is not a folder with a causal language model, nor the name of one that could be "
             f"loaded: {error}"

@@ -5,6 +5,8 @@ load model and rows -> DuetTrainer -> train (or resume) -> save model, tokenizer
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from ..data.prompts import Prompting
 from ..data.sources import load_rows
 from ..model.adapters import (
     ADAPTER,
+    UNREADABLE,
+    base_of,
+    check_not_base,
     check_same_logits,
     holds_adapter,
     load_adapted,
@@ -206,13 +211,11 @@ def merge_adapter(
             f"out: wanted a folder without an adapter, got {os.fspath(out)!r}: loading from it would apply the adapter to the "
             f"merged weights once more; {os.path.join(out, 'merged')} is free to take"
         )
-    model: Any = None
-    try:
-        model = load_adapted(folder, dtype=dtype, device_map="cpu")
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{folder}: its adapter or the base of it could not be loaded: {error}"
-        ) from error
+    with _naming(folder):
+        base = base_of(folder)
+    check_not_base(out, base)
+    with _naming(folder):
+        model: Any = load_adapted(folder, dtype=dtype, device_map="cpu")
     wanted = logits_of(model)
     if trained is not None:
         coarsest = max({_dtype_of(model), _dtype_of(trained)}, key=lambda kind: torch.finfo(kind).eps)
@@ -225,6 +228,16 @@ def merge_adapter(
     model = AutoModelForCausalLM.from_pretrained(out, device_map="cpu")
     check_same_logits(model, wanted, f"{out}: saving and loading the merged model")
     return model
+
+
+@contextmanager
+def _naming(folder: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except UNREADABLE as error:
+        raise FileNotFoundError(
+            f"{folder}: its adapter or the base of it could not be loaded: {error}"
+        ) from error
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

@@ -171,7 +171,8 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         try:
             value = parse_yaml(text)
         except ValueError as error:
-            raise ValueError(f"--{key}: {text!r} is not a value: {error}") from None
+            quotes = f"; a text is written between quotes: '\"{text}\"'" if text[:1] in "{[" else ""
+            raise ValueError(f"--{key}: {text!r} is not a value: {error}{quotes}") from None
         _put(copy, key, value)
     return copy
 

@@ -26,6 +26,7 @@ from ..data.dataset import Asked, Collator, UnlearnDataset, plain_item
 from ..data.prompts import PromptRenderer
 from ..data.rows import read_rows
 from ..methods.objectives import objective_of, teacher_topk
+from ..methods.steering import look_at_teacher
 from ..methods.views import build_dataset, eval_datasets, scored_positions
 from ..model.lm import (
     check_head,
@@ -119,6 +120,8 @@ def cache_teacher(
         missing = sorted(writer.scan(), key=job.order)
         state.wait_for_everyone()  # everybody has seen the same files before anybody adds one
         asker = _Asker(job, args)
+        if state.is_main_process and missing:
+            look_at_teacher(job.dataset, job.tokenizer, asker.says)
         with state.split_between_processes(missing) as mine:
             part: Any = mine
             _fill(writer, asker, {entry_id: job.questions[entry_id] for entry_id in part}, reuse_prefix)
@@ -304,6 +307,11 @@ class _Asker:
         self.saving.tokens += len(ids)
         with evaluating(self.model), self._autocast():
             return PrefixCache(self.model, ids)
+
+    def says(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """The teacher's greedy answers to one batch of prompts."""
+        with evaluating(self.model):
+            return generate_answers(self.model, prompts, self.tokenizer, self.pad_id, max_new_tokens)
 
     @torch.no_grad()
     def ask(self, questions: Sequence[Asked], prefix: PrefixCache | None) -> list[Entry]:
