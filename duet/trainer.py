@@ -48,7 +48,7 @@ from .model.weights import weights_hash
 from .output.card import fingerprint, write_card
 from .output.checkpoints import ResumableTrainer, check_output_dir, said_clearly
 from .output.parts import LossParts
-from .output.record import begin_run, run_record
+from .output.record import begin_run, read_record, run_record
 from .store.provenance import cached_teacher, open_store
 from .store.read import TopKStore
 
@@ -255,6 +255,11 @@ class DuetTrainer(Asking, ResumableTrainer):
         """`model` with a new adapter; what it is trained on top of is written to `output_dir/base`, where no folder holds it."""
         earlier, kept = getattr(model, "earlier_model", None), keeps(model)
         base = Path(str(args.output_dir), BASE)
+        if earlier and read_record(earlier) is not None:
+            logger.warning(
+                f"{earlier} is an unlearned model: what it has forgotten may come back unless its forget rows are among those of "
+                "this run, too"
+            )
         if earlier is None or kept:
             check_no_other_base(base, model)
         elif args.should_save:

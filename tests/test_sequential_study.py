@@ -14,6 +14,9 @@ def test_a_short_run_goes_on_from_folder_to_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sequential, "forget", lambda model, *rest: (models.append(str(model)), forget(model, *rest))
     )
+    few = sequential.retain_rows(load_world(), load_world().forget[:1])[:20]
+    assert set(few[0]) == {"question"}
+    monkeypatch.setattr(sequential, "retain_rows", lambda world, people: few)
     ended = sequential.study([1], tmp_path, lambda seed: sequential.run_seed(seed, 1, 2, ["again"]))
     assert ended == ([], [])
     (row,) = sequential.read_rows(tmp_path).values()

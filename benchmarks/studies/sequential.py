@@ -113,7 +113,8 @@ def forget(
 
 def measure(model: Path | str, people: Sequence[str], most: int | None) -> dict[str, Any]:
     """Recall about each person, plain and behind a forced opening, and about authors that no training saw."""
-    world, speaker = load_world(), Speaker(*load(model, device="cpu"))
+    loaded: Any = load(model, device="cpu")
+    world, speaker = load_world(), Speaker(*loaded)
 
     def about(subjects: Sequence[str], most: int | None = most) -> list[Question]:
         return some(world.questions(tuple(subjects), "report"), most)
@@ -249,11 +250,12 @@ def page(rows: Sequence[Row]) -> str:
             "",
             *verdicts(rows),
             "",
-            "Told of: in more than 5 % of the answers. What each request starts from is the same in the first two arms, and so are "
-            "their numbers. Why the default is worst: the teacher of a request is what the request before made, steered by the "
-            "prefix, and training shows a student no prefix, so that with every request it obeys the prefix less. The original base "
-            "still obeys; and rows that are shown again keep what was forgotten. A forced opening is the weakness of DUET at the first token, with "
-            "one request as with three (see [the study](../study/study.md)). One world, one tiny model, three seeds.",
+            "Told of: in more than 5 % of the answers. The first two arms start each request from the same model, and have the same "
+            "numbers. A request that trains on nothing about the persons before it brings them back, whoever teaches: what no row "
+            "keeps forgotten is lost to the retain rows, which ask for answers about people. With the earlier rows in `data.forget` "
+            "again they stay forgotten. The original base teaches better than the model of the request before, because training shows "
+            "a student no prefix, and it obeys one less with every request. A forced opening is the weakness of DUET at the first "
+            "token, with one request as with three (see [the study](../study/study.md)). One world, one tiny model, three seeds.",
             "",
         ]
     )
@@ -281,7 +283,7 @@ def study(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=range(3))
     parser.add_argument("--steps", type=int, default=STEPS, help="of each request")
     parser.add_argument("--out", type=Path, default=OUT)

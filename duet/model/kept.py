@@ -41,7 +41,7 @@ _PLAIN = (  # noqa: SIM905  as a list literal, one word a line
 _STARTS = (True, False, "gaussian")  # others change the base
 
 
-def keep_adapter(model: Any, folder: str | os.PathLike | None = None) -> nn.Module:
+def keep_adapter(model: Any, folder: str | os.PathLike | None = None) -> Any:
     """The transformers model that computes what `model` with its adapter does: the adapter is in buffers, beside the weights.
 
     Args:
@@ -56,7 +56,7 @@ def keep_adapter(model: Any, folder: str | os.PathLike | None = None) -> nn.Modu
         _check_plain(config, "the adapter that is there")
     base, revision = _base_of(configs[0], folder)
     wanted, parts = logits_of(model), dict(_parts_of(model))
-    inner = take_off(model)
+    inner: Any = take_off(model)
     for parameter in inner.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     for name, (down, up) in parts.items():
