@@ -222,8 +222,9 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
         argument: how errors call it.
 
     Raises:
-        ValueError: its kind of adapter cannot be merged, or the merge changes the model (4-bit weights).
+        ValueError: its kind of adapter cannot be merged, its base is quantised, or the merge changes the model.
     """
+    _check_takes_adapter(model, argument)
     wanted, shared = logits_of(model), untie(model)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
@@ -242,16 +243,20 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
             config.tie_word_embeddings = False
     for parameter in inner.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    try:
-        check_same_logits(inner, wanted, f"{argument}: merging its adapter")
-    except ValueError as error:
-        if getattr(inner, "hf_quantizer", None) is None:
-            raise
-        raise ValueError(
-            f"{error}. Quantised weights cannot take an adapter in: leave it beside them (training.earlier_adapter: keep), or "
-            "merge it into the base as it was before it was quantised (`duet merge`)"
-        ) from None
+    check_same_logits(inner, wanted, f"{argument}: merging its adapter")
     return inner
+
+
+def _check_takes_adapter(model: nn.Module, argument: str) -> None:
+    """Refuses quantised layers: their steps are larger than most of what an adapter adds, which would be rounded away."""
+    for layer in adapter_layers(model):
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            raise ValueError(
+                f"{argument}: quantised weights ({type(layer.get_base_layer()).__name__}) cannot take its adapter in, which "
+                "would be rounded away: leave it beside them (training.earlier_adapter: keep), or merge it into the base as it "
+                "was before it was quantised (`duet merge`)"
+            )
 
 
 def _tied(model: Any) -> bool:

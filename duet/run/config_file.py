@@ -155,6 +155,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`tree` with `--key value`, `--key=value` and `--switch` applied; `tree` itself is left alone.
 
+    `--model NAME` is another model, read as the file says: dtype, quantization and tokenizer stay, the revision does not.
+
     Example:
         >>> apply_overrides({"training": {"k": 8}}, ["--k", "64", "--adapter.r=4", "--learning-rate", "1e-4"])
         {'training': {'k': 64, 'learning_rate': 0.0001}, 'adapter': {'r': 4}}
@@ -189,6 +191,8 @@ def _put(tree: Any, key: str, value: Any) -> None:
         path[0] == "training" and len(path) > 2 and path[1] in DuetConfig._VALID_DICT_FIELDS
     ):
         path[2:] = written[2:]  # names of the user's own: of a set of rows, of a template's variable
+    if path == ["model"] and isinstance(value, str) and isinstance(tree.get("model"), dict):
+        path, tree["model"] = ["model", "name"], {k: v for k, v in tree["model"].items() if k != "revision"}
     for depth, name in enumerate(path[:-1]):
         below = tree.get(name)
         if isinstance(below, str) and (name == "model" or "data" in path[:depth]):
