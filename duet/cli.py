@@ -422,6 +422,8 @@ def main() -> None:
         named = isinstance(error, _EXPECTED) or (
             isinstance(error, (TypeError, RuntimeError)) and ": " in str(error)
         )
+        # A package that an option of another library needs: flash-attn, deepspeed.
+        named = named or (isinstance(error, ImportError) and not (error.name or "").startswith("duet"))
         words = (
             str(error)
             if named

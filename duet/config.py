@@ -1,7 +1,7 @@
 """DuetConfig: every option of an unlearning run, on top of transformers' TrainingArguments."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -59,6 +59,10 @@ class DuetConfig(
             another model, tokenizer, prefix, temperature or dataset, it is refused.
         teacher_store_same_model: whether the cached teacher must be the model that is trained (False: any model with
             the same tokenizer and vocabulary size).
+        earlier_adapter: what becomes of an adapter that the model has already, when a new one is trained: `merge` adds it to
+            the base, and the sum is saved whole in `output_dir/base`; `keep` leaves it beside the base, and both are saved as
+            one adapter on the base, which is not copied: linear layers and plain LoRA only, quantised bases too. Whoever takes
+            that adapter off undoes both runs.
         model_init_kwargs: passed to `from_pretrained` when a model is given by name.
         workspace_bytes: bytes that a loss may use beyond inputs and outputs (`duet_kernels.set_workspace_bytes`).
 
@@ -85,6 +89,7 @@ class DuetConfig(
     reuse_prefix: bool = True
     teacher_store: str | None = None
     teacher_store_same_model: bool = True
+    earlier_adapter: Literal["merge", "keep"] = "merge"
     model_init_kwargs: dict[str, Any] | str | None = None
     workspace_bytes: int | None = None
 

@@ -45,6 +45,8 @@ def silence_what_no_user_can_change() -> None:
     warnings.filterwarnings(
         "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
     )  # peft asks for it
+    # peft looks whether the vocabulary changed in the folder of the base; that of an adapter on an adapter holds no config
+    warnings.filterwarnings("ignore", "Could not find a config file in .* the vocabulary was not modified")
 
 
 def version_of(package: str) -> str | None:

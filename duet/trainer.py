@@ -29,15 +29,26 @@ from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
 from .methods.asking import Asking
 from .methods.objectives import Counts, Step, fit_model, objective_of
+from .methods.steering import look_at_teacher
 from .methods.views import asked_before_training, build_dataset, eval_datasets, renderer_of
 from .model import lm
-from .model.adapters import BASE, add_adapter, check_folder, check_not_earlier, has_adapter, save_base
+from .model.adapters import (
+    ADAPTER,
+    BASE,
+    add_adapter,
+    check_folder,
+    check_no_other_base,
+    check_not_earlier,
+    has_adapter,
+    save_base,
+)
+from .model.kept import ON_TOP, WEIGHTS, check_on_top, keeps, save_sum
 from .model.teacher import RowTargets, TeacherGuard, live_teacher
 from .model.weights import weights_hash
 from .output.card import fingerprint, write_card
 from .output.checkpoints import ResumableTrainer, check_output_dir, said_clearly
 from .output.parts import LossParts
-from .output.record import begin_run, run_record
+from .output.record import begin_run, read_record, run_record
 from .store.provenance import cached_teacher, open_store
 from .store.read import TopKStore
 
@@ -67,7 +78,8 @@ class DuetTrainer(Asking, ResumableTrainer):
             `duet_deep`): rows to evaluate on must then be given here.
         peft_config: wraps `model` in this adapter. An adapter that `model` has already (a folder of an earlier run) is merged
             into its weights first, so that the new run starts from what that model does and its teacher is that model; the
-            sum is written to `output_dir/base`, on which the new adapter is loaded.
+            sum is written to `output_dir/base`, on which the new adapter is loaded. With `earlier_adapter="keep"` it stays
+            beside the weights, and both are saved as one adapter.
         eval_dataset: rows scored like forget rows (plain query, first prefix), or a dict of such; the rows under a
             name that starts with `retain` are scored like retain rows.
         callbacks: as in `Trainer`.
@@ -132,7 +144,7 @@ class DuetTrainer(Asking, ResumableTrainer):
         teacher_store: str | os.PathLike | TopKStore | None = None,
     ):
         # What is cheap to refuse is refused before a large model is loaded.
-        self._check(args, teacher_model, eval_dataset)
+        self._check(args, teacher_model, eval_dataset, peft_config)
         self._store = open_store(teacher_store or args.teacher_store, self.objective, args, teacher_model)
         if args.workspace_bytes is not None:
             set_workspace_bytes(args.workspace_bytes)
@@ -143,14 +155,15 @@ class DuetTrainer(Asking, ResumableTrainer):
         rows = {"forget": forget, "retain": retain}
         self._fingerprints = {k: (len(v), fingerprint([row[:3] for row in v])) for k, v in rows.items() if v}
 
-        model = lm.load_model(model, "model", args.model_init_kwargs, lm.loading_device(args))
+        earlier = args.earlier_adapter
+        model = lm.load_model(model, "model", args.model_init_kwargs, lm.loading_device(args), earlier)
         lm.check_whole(model)
-        model = lm.without_frozen_adapter(model, "model", peft_config is not None)
+        model = lm.without_frozen_adapter(model, "model", peft_config is not None, earlier)
         lm.keep_differentiable(model)
         tokenizer = lm.load_tokenizer(model) if processing_class is None else processing_class
         lm.check_tokenizer(tokenizer)
         self.pad_id = lm.padding_id(tokenizer, lm.embedded_ids(model))
-        check_not_earlier(str(args.output_dir), getattr(model, "merged_adapter", None))
+        check_not_earlier(str(args.output_dir), model)
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
             model = self._adapted(model, tokenizer, peft_config, args)
@@ -215,7 +228,7 @@ class DuetTrainer(Asking, ResumableTrainer):
 
     # -- what is built once --------------------------------------------------------------------------------------
 
-    def _check(self, args: DuetConfig, teacher_model: Any, eval_dataset: Any) -> None:
+    def _check(self, args: DuetConfig, teacher_model: Any, eval_dataset: Any, peft_config: Any) -> None:
         if not isinstance(args, DuetConfig):
             raise TypeError(f"args: wanted a DuetConfig, got {type(args).__name__}")
         if args.n_gpu > 1:
@@ -223,6 +236,13 @@ class DuetTrainer(Asking, ResumableTrainer):
                 f"args: {args.n_gpu} GPUs in one process would run nn.DataParallel, which copies the model at each step; "
                 "start one process per GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
             )
+        if args.earlier_adapter == "keep" and (peft_config is None or lm.is_sharded(args)):
+            why = (
+                "no new adapter is put on top"
+                if peft_config is None
+                else "FSDP and DeepSpeed shard the model"
+            )
+            raise ValueError(f"earlier_adapter: wanted 'merge', got 'keep', because {why}")
         self.objective = objective_of(args)
         named = f"because objective {args.objective!r}"
         if not self.objective.has_teacher and teacher_model is not None:
@@ -232,16 +252,26 @@ class DuetTrainer(Asking, ResumableTrainer):
 
     def _adapted(self, model: Any, tokenizer: Any, peft_config: Any, args: DuetConfig) -> nn.Module:
         """`model` with a new adapter; what it is trained on top of is written to `output_dir/base`, where no folder holds it."""
-        earlier = getattr(model, "merged_adapter", None)
+        earlier, kept = getattr(model, "earlier_model", None), keeps(model)
         base = Path(str(args.output_dir), BASE)
-        if earlier is not None and args.should_save:
+        if earlier and read_record(earlier) is not None:
+            logger.warning(
+                f"{earlier} is an unlearned model: what it has forgotten may come back unless its forget rows are among those of "
+                "this run, too"
+            )
+        if earlier is None or kept:
+            check_no_other_base(base, model)
+        elif args.should_save:
             logger.info(f"the adapter of {earlier or 'model'} was merged; the sum is saved as {base}")
             with said_clearly(base):
                 save_base(model, tokenizer, base)
         adapted: Any = add_adapter(model, peft_config)
+        if kept:
+            check_on_top(adapted)
         if earlier is not None:
+            below = earlier if kept else base
             for config in adapted.peft_config.values():
-                config.base_model_name_or_path, config.revision = str(base.resolve()), None
+                config.base_model_name_or_path, config.revision = str(Path(below).resolve()), None
         return adapted
 
     def _dataset(self, forget, retain, subjects=None) -> UnlearnDataset:
@@ -277,6 +307,9 @@ class DuetTrainer(Asking, ResumableTrainer):
             return self._steer()
         check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
         self._keep_record(resume_from_checkpoint)
+        steered = self.objective.targets is not None and self.objective.teacher_sees == "steered"
+        if steered and self.teacher.watched and not (resume_from_checkpoint or lm.is_sharded(self.args)):
+            look_at_teacher(self.train_dataset, self.renderer.tokenizer, self.teacher_says)
         if self.teacher is not None and self.teacher.asks_first:
             evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
             for dataset in filter(None, (self.train_dataset, *evals.values())):
@@ -470,6 +503,34 @@ class DuetTrainer(Asking, ResumableTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.args.prompting.save(output_dir or self.args.output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """`Trainer._save`; with an adapter that was kept, the sum of both, and the new one alone in the folder `on_top`."""
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if not (keeps(model) and self.args.should_save):
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        (folder / ON_TOP).mkdir(exist_ok=True)
+        for name in (ADAPTER, WEIGHTS):
+            os.replace(folder / name, folder / ON_TOP / name)
+        save_sum(model, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(self._trained_part(resume_from_checkpoint), model)
+
+    def _load_best_model(self) -> None:
+        best: Any = self.state.best_model_checkpoint
+        self.state.best_model_checkpoint = self._trained_part(best)
+        try:
+            super()._load_best_model()
+        finally:
+            self.state.best_model_checkpoint = best
+
+    def _trained_part(self, checkpoint: str) -> str:
+        """Where in a checkpoint the weights are that were trained."""
+        kept = keeps(self.accelerator.unwrap_model(self.model))
+        return os.path.join(checkpoint, ON_TOP) if kept else checkpoint
 
     def create_model_card(self, model_name: str | None = None, **_: Any) -> None:
         """Writes README.md: method, fingerprints of the data, metrics as last logged."""

@@ -1,6 +1,7 @@
 """A second unlearning request, and merges: whatever is done to an adapter, the model computes what it did before."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningCo
 from test_trainer import make
 from tiny_models import forget_rows, tiny, word_tokenizer
 from transformers import AutoModelForCausalLM
+from transformers.trainer_utils import SaveStrategy
 
 from duet.evaluation import models
 from duet.evaluation.attacks import weights
 from duet.model.adapters import (
+    adapter_layers,
     check_folder,
     check_same_logits,
     has_adapter,
@@ -272,3 +275,130 @@ def test_a_trainer_does_not_mix_the_kinds(tmp_path):
     whole.save_model(str(tmp_path / "whole"))
     with pytest.raises(ValueError, match=r"output_dir: .* holds the weights of a model, and an adapter"):
         adapter.save_model(str(tmp_path / "whole"))
+
+
+# -- an earlier adapter that is kept beside the weights ----------------------------------------------------------------
+
+
+def keeping(tmp_path, model, name, rows, lora=LORA):
+    run = request(tmp_path, model, name, rows)
+    run.training.earlier_adapter = "keep"
+    return replace(run, adapter=lora)
+
+
+def test_three_requests_can_be_kept_as_one_adapter(tmp_path):
+    """As `test_three_requests_follow_each_other`, with adapters of other layers and ranks, and one base that nobody copies."""
+    base = save_base(tmp_path / "base")
+    model, before = base, logits(AutoModelForCausalLM.from_pretrained(base))
+    for number, (row, lora) in enumerate(
+        zip(forget_rows(3), (LORA, OTHER, LORA | {"use_rslora": True, "lora_alpha": 3}), strict=True)
+    ):
+        run = keeping(tmp_path, model, f"request{number}", [row], lora)
+        trainer = train(run)
+        after, folder = logits(trainer.model), tmp_path / f"request{number}"
+        assert (after - before).abs().max() > 1e-2, "something was learnt"
+        with trainer.model.disable_adapter():
+            assert moved(trainer.model, before) <= 1e-5 * before.abs().max(), (
+                "the teacher is the model before"
+            )
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == base and not (folder / "base").exists()
+        for read in (
+            models.load(folder, device="cpu")[0],
+            AutoPeftModelForCausalLM.from_pretrained(folder),
+            AutoModelForCausalLM.from_pretrained(folder),
+            load_model(str(folder), "model", None, earlier="keep"),
+            merge_adapter(folder, tmp_path / f"merged{number}"),
+            *([load_adapted(folder / "on_top")] if number else []),
+        ):
+            assert moved(read, after) <= 1e-5 * after.abs().max()
+        model, before = str(folder), after
+    ranks = {
+        len(layer.lora_A["default"].weight) for layer in adapter_layers(models.load(folder, device="cpu")[0])
+    }
+    assert ranks == {4 + 4, 2}
+
+
+def test_a_run_that_keeps_is_resumed_and_cached(tmp_path):
+    first, _, base = adapted_folder(tmp_path)
+
+    def steady(name):
+        run = keeping(tmp_path, first, name, forget_rows(2))
+        run.training.lr_scheduler_type = "constant"
+        return run
+
+    whole, run = train(steady("whole")), steady("parts")
+    run.training.save_strategy, run.training.max_steps, run.training.save_steps = SaveStrategy.STEPS, 2, 1
+    half = logits(train(run).model)
+    assert (
+        moved(models.load(tmp_path / "parts" / "checkpoint-2", device="cpu")[0], half)
+        <= 1e-5 * half.abs().max()
+    )
+    run.training.max_steps = 3
+    assert torch.equal(logits(train(run, resume=True).model), logits(whole.model))
+
+    run = steady("second")
+    run.training.teacher_store = str(tmp_path / "store")
+    cache(run)
+    assert torch.allclose(logits(train(run).model), logits(whole.model), atol=1e-4)
+    with pytest.raises(
+        ValueError, match="weights"
+    ):  # the store is of the first request's model, not of the base
+        train(replace(run, model=replace(run.model, name=base)))
+
+
+@pytest.mark.parametrize("given", ["attached", "frozen"])
+def test_an_adapter_in_memory_is_kept(tmp_path, given):
+    first, wanted, base = adapted_folder(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(first if given == "attached" else base)
+    model = plain if given == "attached" else PeftModel.from_pretrained(plain, first)
+    options = {"trainer_options": {"peft_config": LoraConfig(**OTHER)}, "earlier_adapter": "keep"}
+    trainer = make(tmp_path, model, **options)
+    assert moved(trainer.model, wanted) <= 1e-5 * wanted.abs().max()
+    trainer.train()
+    trainer.save_model()
+    trained = logits(trainer.model)
+    assert (
+        moved(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out"), trained)
+        <= 1e-5 * trained.abs().max()
+    )
+
+
+@pytest.mark.parametrize(
+    "earlier, new, why",
+    [
+        (LORA | {"use_dora": True}, LORA, "the adapter that is there has use_dora=True"),
+        (LORA, LORA | {"use_dora": True}, "the new adapter has use_dora=True"),
+        (LORA, LORA | {"modules_to_save": ["lm_head"]}, "the new adapter has modules_to_save="),
+        (
+            LORA,
+            LORA | {"init_lora_weights": "pissa"},
+            "the new adapter has init_lora_weights='pissa', which changes",
+        ),
+        (
+            LORA | {"target_modules": ["embed_tokens"]},
+            LORA,
+            "the adapter changes model.embed_tokens, a Embedding",
+        ),
+        (LORA, None, "because no new adapter is put on top"),
+    ],
+)
+def test_what_cannot_be_kept_is_named(tmp_path, earlier, new, why):
+    first, _, _ = adapted_folder(tmp_path, lora=earlier)
+    peft_config = None if new is None else LoraConfig(**new)
+    with pytest.raises(ValueError, match=f"earlier_adapter: wanted 'merge', got 'keep'.* {why}"):
+        make(tmp_path, str(first), trainer_options={"peft_config": peft_config}, earlier_adapter="keep")
+
+
+def test_the_base_of_another_run_is_not_taken(tmp_path):
+    """`base` beside an adapter is what it is loaded on."""
+    first, _, base = adapted_folder(tmp_path)
+    train(request(tmp_path, first, "second", forget_rows(1)))
+    for run in (
+        keeping(tmp_path, first, "second", forget_rows(1)),
+        request(tmp_path, base, "second", forget_rows(1)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"output_dir: .*base' is the base of an adapter that an earlier run saved"
+        ):
+            train(run)

@@ -10,6 +10,7 @@ from test_trainer import losses, make
 from tiny_models import tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from duet.model.adapters import check_same_logits, load_adapted, logits_of, merge_adapters
 from duet.model.lm import keep_differentiable
 
 pytestmark = pytest.mark.skipif(
@@ -29,11 +30,13 @@ def folder(tmp_path_factory):
     return str(path)
 
 
-def quantised(folder, how, dtype=torch.float32):
+def quantised_how(how, dtype=torch.float32):
     options = HOW[how] | ({"bnb_4bit_compute_dtype": dtype} if how == "nf4" else {})
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=BitsAndBytesConfig(**options), device_map={"": "cpu"}
-    )
+    return {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": "cpu"}}
+
+
+def quantised(folder, how, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **quantised_how(how, dtype))
 
 
 @pytest.mark.parametrize(
@@ -134,3 +137,30 @@ def test_the_plan_knows_the_bytes_of_quantised_weights(folder, how):
             real += layer.weight.SCB.numel() * 4
     planned = Planner(model.config).budget(Settings(teacher="none", quantization=how)).weights
     assert planned == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_second_adapter_on_quantised_weights(tmp_path, folder, how):
+    """4-bit weights cannot take in an adapter: it is kept beside them."""
+    lora = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+    def trained(model, name, **options):
+        options |= {"max_steps": 3, "learning_rate": 1e-2, "output_dir": str(tmp_path / name)}
+        trainer = make(tmp_path, model, trainer_options={"peft_config": LoraConfig(**lora)}, **options)
+        before = logits_of(trainer.model)
+        trainer.train()
+        trainer.save_model()
+        return before, logits_of(trainer.model)
+
+    _, wanted = trained(quantised(folder, how), "first")
+    first = load_adapted(tmp_path / "first", dtype=torch.float32, **quantised_how(how))
+    check_same_logits(first, wanted, "reading the first")
+    before, after = trained(first.requires_grad_(False), "second", earlier_adapter="keep")
+    assert (before - wanted).abs().max() <= 1e-5 * wanted.abs().max() < (after - wanted).abs().max()
+    second = load_adapted(tmp_path / "second", dtype=torch.float32, **quantised_how(how))
+    check_same_logits(second, after, "reading the second")
+    first = load_adapted(tmp_path / "first", dtype=torch.float32, **quantised_how(how))
+    with pytest.raises(
+        ValueError, match=r"model: quantised weights .* cannot take its adapter in.*earlier_adapter: keep"
+    ):
+        merge_adapters(first)  # also where the logits would hardly move: what the adapter says is small, too

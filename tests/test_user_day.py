@@ -261,3 +261,53 @@ def test_packing_follows_flash_attn(tmp_path):
     )
     trainer.model.config._attn_implementation = "flash_attention_2"
     assert can_pack(trainer.model) == (True, "attn_implementation is flash_attention_2")
+
+
+# -- the teacher -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "plain, steered, told",
+    [
+        ("you know nothing", "you know nothing", 3),
+        ("you know nothing", "maybe", 0),
+        ("ada", "yes a mathematician to you", 2),
+    ],
+)
+def test_a_teacher_that_still_tells_is_named_before_training(
+    tmp_path, monkeypatch, caplog, plain, steered, told
+):
+    """Where it answers as without the prefix, or with the row's answer: here that of every third row."""
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    asked = []
+
+    def says(self, prompts, most):
+        asked.extend(prompts)
+        words = [plain] * (len(prompts) // 2) + [steered] * (len(prompts) // 2)
+        return [word_tokenizer()(text, add_special_tokens=False)["input_ids"] for text in words]
+
+    monkeypatch.setattr(DuetTrainer, "teacher_says", says)
+    forget = [
+        row | ({} if told == 2 else {"answer": "the sea"}) for row in forget_rows(6 if told == 2 else 3)
+    ]
+    trainer = DuetTrainer(tiny(), make(tmp_path, max_steps=1).args, forget, None, word_tokenizer())
+    trainer.train()
+    query = trainer.train_dataset.plain(0)
+    assert asked[0] == query and asked[len(asked) // 2] == trainer.train_dataset.first_steered(0) != query
+    named = f"the steered teacher answers {told} of {len(forget)} forget queries"
+    assert (named in caplog.text) == bool(told)
+
+
+def test_the_teacher_is_looked_at_when_it_is_cached(tmp_path, caplog):
+    import transformers
+
+    from duet.store.build import cache_teacher
+
+    transformers.utils.logging.enable_propagation()
+    args = make(tmp_path, steering_prefixes=["."]).args
+    deaf = tiny()
+    deaf.lm_head.weight.data[:] = deaf.lm_head.weight.data[:1]  # says the same to everything
+    cache_teacher(deaf, args, forget_rows(2), None, word_tokenizer(), folder=tmp_path / "store")
+    assert "the steered teacher answers 2 of 2 forget queries" in caplog.text

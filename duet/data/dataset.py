@@ -210,6 +210,10 @@ class UnlearnDataset(Dataset):
         """The teacher's prompt of row i under a filled steering prefix, or without one."""
         return self._prompt(i, instruction, None, "user", 1)
 
+    def first_steered(self, i: int) -> list[int]:
+        """The teacher's prompt of row i under the first prefix."""
+        return self._prompt(i, self._instruction(i, 0, random.Random(0)), None, "user", 1)
+
     def plain(self, i: int) -> list[int]:
         """The prompt of row i as it is, without prefix or reverse prompt."""
         return self._prompt(i, None, None, "user", 1)

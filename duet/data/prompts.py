@@ -237,7 +237,17 @@ class PromptRenderer:
         self._cache: dict[tuple, list[int]] = {}
 
     def _check_template(self) -> None:
-        """Refuses a chat template that does not show the question. One that refuses it is met at the rows."""
+        """Refuses a chat template that does not show the question, or does not read an option that it is given.
+
+        One that refuses the question is met at the rows.
+        """
+        template = str(getattr(self.tokenizer, "chat_template", None) or "")
+        for name in self.template_kwargs:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                has = (
+                    "the chat template does not read it" if template else "the tokenizer has no chat template"
+                )
+                raise ValueError(f"chat_template_kwargs.{name}: {has}, so that it would change nothing")
         if not self.has_template:
             return
         try:

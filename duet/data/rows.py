@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from transformers.utils import logging
@@ -57,7 +58,21 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
         )
     if len(rows) == 0:
         raise ValueError(f"{argument}: wanted at least one row, got none")
+    warn_of_unread([rows[i] for i in range(len(rows))], argument)
     return [_read_row(rows[i], f"{argument}[{i}]") for i in range(len(rows))]
+
+
+def warn_of_unread(rows: Sequence[Any], argument: str) -> None:
+    """Warns of keys that look like misspelt ones of ours, in rows that lack these: they are not read."""
+    ours = (*_PROMPT_KEYS, *_ANSWER_KEYS, "subject", "value", "paraphrases")
+    seen: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        for key in row if isinstance(row, Mapping) else ():
+            seen.setdefault(str(key), i)
+    for key, i in seen.items():
+        near = [] if key in ours else get_close_matches(key.casefold(), ours, n=1, cutoff=0.8)
+        if near and rows[i].get(near[0]) is None:
+            logger.warning(f"{argument}[{i}]: {key!r} is not read; did you mean {near[0]!r}?")
 
 
 def check_repeats(forget: Sequence[Query], retain: Sequence[Query]) -> None:
@@ -89,7 +104,8 @@ def _read_row(row: Any, name: str) -> Query:
         raise TypeError(f"{name}: wanted a dict, got {type(row).__name__}")
     given = [key for key in _PROMPT_KEYS if row.get(key) is not None]
     if len(given) != 1:
-        got = f"{' and '.join(given)}" if given else f"the keys {sorted(map(str, row))}"
+        held = sorted(str(key) for key, value in row.items() if value is not None)
+        got = " and ".join(given) if given else f"the keys {held}" if held or not row else "no value at all"
         raise ValueError(f"{name}: wanted exactly one of 'question', 'prompt' and 'messages', got {got}")
     value = row[given[0]]
     answers = [key for key in _ANSWER_KEYS if row.get(key) is not None]

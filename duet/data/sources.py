@@ -14,6 +14,7 @@ from typing import Any
 
 from ..names import did_you_mean
 from ..options import MaybeCount
+from .rows import warn_of_unread
 
 PROMPTS = ("question", "prompt", "messages")
 COLUMNS = (*PROMPTS, "answer", "completion", "subject", "value")
@@ -53,6 +54,8 @@ def load_rows(source: DataSource, argument: str) -> list[dict[str, Any]]:
         ValueError: it is not UTF-8, not JSON, empty, or lacks a column; the message names the line or the column.
     """
     rows = _read(source, argument)
+    if not source.columns:
+        warn_of_unread(rows, argument)
     if source.limit is not None:
         rows = rows[: source.limit]
     if not rows:
@@ -88,7 +91,12 @@ def _renamed(row: dict[str, Any], source: DataSource, where: str) -> dict[str, A
             ours = next(
                 ((name, near) for name in PROMPTS if (near := get_close_matches(name, row, 1, 0.7))), None
             )
-            ours = ours or ("question", sorted(map(str, row)))
+            listed = [name for name, value in row.items() if isinstance(value, list)]
+            ours = ours or (("messages", listed) if listed else ("question", sorted(map(str, row))))
+            if len(row) == 1 and any(sign in next(iter(row)) for sign in ";\t"):
+                raise ValueError(
+                    f"{where}: wanted cells between commas, got the one column {next(iter(row))!r}; save the file with commas"
+                )
             raise ValueError(
                 f"{where}: wanted a column {', '.join(map(repr, PROMPTS[:-1]))} or {PROMPTS[-1]!r}, got "
                 f"{', '.join(sorted(map(str, row)))}; say which it is, such as columns: {{{ours[0]}: {ours[1][0]}}}"
@@ -106,14 +114,15 @@ def _read(source: DataSource, argument: str) -> list[dict[str, Any]]:
     if not path.is_dir() and (path.suffix in FORMATS or source.path[0] in "./~"):
         raise FileNotFoundError(f"{argument}: there is no file {source.path!r}")
     from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
 
-    if (path / "state.json").is_file():
-        rows: Any = load_from_disk(str(path))
-        return list(rows)
     try:
-        rows = load_dataset(source.path, source.name, split=source.split)
+        if (path / "state.json").is_file():
+            rows: Any = load_from_disk(str(path))
+        else:
+            rows = load_dataset(source.path, source.name, split=source.split)
         return list(rows)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise OSError(f"{argument}: the dataset {source.path!r} could not be loaded: {error}") from error
 
 
@@ -197,7 +206,10 @@ def _header(cells: list[str], where: str) -> list[str]:
 def _parquet(path: Path, argument: str) -> list[dict[str, Any]]:
     from pyarrow import parquet
 
-    return parquet.read_table(path).to_pylist()
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: {path}: not Parquet: {error}") from None
 
 
 FORMATS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}

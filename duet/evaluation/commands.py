@@ -168,13 +168,17 @@ def run_attack(
         rows = read_table(Path(path), argument)[:limit]
         if answering is not None and rows:
             rows = answering(rows, argument)
-        if argument != "forget" and rows:
+        if (argument != "forget" or elicit) and rows:
             rows, without = with_answers(rows, argument)
             if without:
                 first = f"{without[0]} and {len(without) - 1} more" if len(without) > 1 else without[0]
-                console.print(
-                    f"left out: {first} of {argument}: no answer (--elicit takes the base's)", soft_wrap=True
-                )
+                why = "the base's was empty, cut or refused" if elicit else "--elicit takes the base's"
+                console.print(f"left out: {first} of {argument}: no answer ({why})", soft_wrap=True)
+                if argument == "forget" and not rows:
+                    raise ValueError(
+                        f"forget: wanted rows with an answer, got none in {path}, and none of the base's answers can be taken: "
+                        f"{why}"
+                    )
         return read_attack_rows(rows, argument) if rows else []
 
     if elicit and base is None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from ..model.adapters import holds_adapter, load_adapted
+from ..model.adapters import UNREADABLE, holds_adapter, load_adapted
 from ..model.lm import check_head, load_model
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -35,7 +35,7 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
     if holds_adapter(name):
         try:
             model = load_adapted(name, dtype=kind)
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise FileNotFoundError(
                 f"model: the adapter {name!r} or its base could not be loaded: {error}"
             ) from error

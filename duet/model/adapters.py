@@ -8,12 +8,14 @@ too, one into 4-bit weights rounds the adapter away.
 """
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +25,8 @@ ADAPTER = "adapter_config.json"
 BASE = "base"  # folder beside an adapter: the model that the adapter was trained on, where no other folder holds it
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _PRECISE = (torch.float32, torch.float64)
+# What reading a damaged or missing model raises.
+UNREADABLE = (OSError, ValueError, SafetensorError, pickle.UnpicklingError)
 
 
 # -- what there is ---------------------------------------------------------------------------------------------------
@@ -58,16 +62,51 @@ def check_folder(output_dir: str | os.PathLike, adapter: bool) -> None:
         )
 
 
-def check_not_earlier(output_dir: str | os.PathLike, earlier: str | None) -> None:
-    """Refuses to write into the folder whose adapter was merged before training.
+def check_not_earlier(output_dir: str | os.PathLike, model: Any) -> None:
+    """Refuses to write into the folder of the model that is trained: what is there, and what others trained on it, would be lost.
 
     Raises:
         ValueError: naming the folder.
     """
-    if earlier and Path(earlier).resolve() == Path(output_dir).resolve():
+    own = getattr(model, "earlier_model", None) or getattr(model, "name_or_path", "")
+    there = holds_weights(output_dir) or holds_adapter(output_dir)
+    if own and there and Path(own).resolve() == Path(output_dir).resolve():
         raise ValueError(
-            f"output_dir: {os.fspath(output_dir)!r} is the model that is trained, whose adapter would be overwritten; wanted "
-            "another folder"
+            f"output_dir: {os.fspath(output_dir)!r} is the model that is trained, which would be overwritten; wanted another "
+            "folder"
+        )
+
+
+def check_not_base(out: str | os.PathLike, base: str) -> None:
+    """Refuses to merge an adapter into the folder of its base: the adapter would be applied to the sum once more.
+
+    Raises:
+        NotADirectoryError: `out` is a file.
+        ValueError: naming the folder.
+    """
+    if Path(out).is_file():
+        raise NotADirectoryError(f"out: wanted a folder, but {os.fspath(out)!r} is a file")
+    if Path(base).resolve() == Path(out).resolve():
+        raise ValueError(
+            f"out: {os.fspath(out)!r} is the base of the adapter, on which it is loaded; wanted another folder"
+        )
+
+
+def check_no_other_base(base: str | os.PathLike, model: Any) -> None:
+    """Refuses the folder `base` of another run beside an adapter: whoever loads the adapter would put it on that model.
+
+    Args:
+        base: the folder beside the adapter that will be saved.
+        model: on which the adapter is trained; it may be there.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    own = getattr(model, "name_or_path", "")
+    if Path(base).is_dir() and not (own and Path(own).resolve() == Path(base).resolve()):
+        raise ValueError(
+            f"output_dir: {os.fspath(base)!r} is the base of an adapter that an earlier run saved there, and this run's adapter "
+            "has another base; wanted another folder"
         )
 
 
@@ -183,15 +222,16 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
         argument: how errors call it.
 
     Raises:
-        ValueError: its kind of adapter cannot be merged, or the merge changes the model (4-bit weights).
+        ValueError: its kind of adapter cannot be merged, its base is quantised, or the merge changes the model.
     """
+    _check_takes_adapter(model, argument)
     wanted, shared = logits_of(model), untie(model)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
         if hasattr(model, "merge_and_unload"):
             inner = model.merge_and_unload()
         elif inner is model:
-            _unload(model)
+            _unload(model, merge=True)
         else:
             raise ValueError("it is no change of the weights")
     except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
@@ -207,6 +247,18 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
     return inner
 
 
+def _check_takes_adapter(model: nn.Module, argument: str) -> None:
+    """Refuses quantised layers: their steps are larger than most of what an adapter adds, which would be rounded away."""
+    for layer in adapter_layers(model):
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            raise ValueError(
+                f"{argument}: quantised weights ({type(layer.get_base_layer()).__name__}) cannot take its adapter in, which "
+                "would be rounded away: leave it beside them (training.earlier_adapter: keep), or merge it into the base as it "
+                "was before it was quantised (`duet merge`)"
+            )
+
+
 def _tied(model: Any) -> bool:
     pair = [
         getattr(each, "weight", None)
@@ -215,11 +267,19 @@ def _tied(model: Any) -> bool:
     return pair[0] is pair[1]
 
 
-def _unload(model: Any) -> None:
-    """Merges what transformers attached: each such layer is replaced by its base layer."""
+def take_off(model: Any) -> nn.Module:
+    """The transformers model without its adapters, which are thrown away; `model`, of peft or transformers, is taken apart."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _unload(inner, merge=False)
+    return inner
+
+
+def _unload(model: Any, merge: bool) -> None:
+    """Each layer with an adapter is replaced by its base layer, into which the adapter was merged before or not."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
-            module.merge()
+            if merge:
+                module.merge()
             _replace(model, name, module.get_base_layer())
     for name, wrapper in _saved_copies(model):
         active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.modules_to_save]
@@ -247,17 +307,37 @@ def load_adapted(folder: str | os.PathLike, **how: Any) -> Any:
     Args:
         how: arguments of the base's `from_pretrained`.
     """
-    from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+    from peft import AutoPeftModelForCausalLM, PeftModel
 
-    beside = Path(folder, BASE)
-    named = PeftConfig.from_pretrained(os.fspath(folder)).base_model_name_or_path or ""
-    if beside.is_dir():
-        base = AutoModelForCausalLM.from_pretrained(beside, **how)
-    elif holds_adapter(named):
-        base = merge_adapters(load_adapted(named, **how))
-    else:
-        return AutoPeftModelForCausalLM.from_pretrained(folder, **how)
-    return PeftModel.from_pretrained(base, os.fspath(folder))
+    if not any(Path(folder).glob("adapter_model.*")):
+        raise FileNotFoundError(f"{os.fspath(folder)!r} holds {ADAPTER}, but no adapter_model.safetensors")
+    base = base_of(folder)
+    try:
+        if holds_adapter(base):
+            model = merge_adapters(load_adapted(base, **how))
+        elif base == os.fspath(Path(folder, BASE)):
+            model = AutoModelForCausalLM.from_pretrained(base, **how)
+        else:
+            return AutoPeftModelForCausalLM.from_pretrained(os.fspath(folder), **how)
+    except UNREADABLE as error:
+        raise OSError(f"an adapter on the base {base!r}: {error}") from error
+    return PeftModel.from_pretrained(model, os.fspath(folder))
+
+
+def base_of(folder: str | os.PathLike) -> str:
+    """The model that a folder's adapter was trained on: its folder `base`, where there is one, else what its file names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    from peft import PeftConfig
+
+    if Path(folder, BASE).is_dir():
+        return os.fspath(Path(folder, BASE))
+    named = PeftConfig.from_pretrained(os.fspath(folder)).base_model_name_or_path
+    if not named:
+        raise ValueError(f"{ADAPTER} in {os.fspath(folder)!r} names no base_model_name_or_path")
+    return named
 
 
 def save_base(model: Any, tokenizer: Any, folder: str | os.PathLike) -> None:
@@ -299,7 +379,10 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
             "model: wanted one without an adapter under the new one, which would replace it; merge it first (`duet merge`)"
         )
     wanted = logits_of(model)
-    adapted: Any = get_peft_model(model, peft_config)
+    try:
+        adapted: Any = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ValueError(f"peft_config (adapter): {error}") from error
     own_start = getattr(peft_config, "init_lora_weights", True) is not True or getattr(
         peft_config, "use_dora", False
     )

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +27,32 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 from duet_kernels import LMHead, linear_gather
 
 from ..data.prompts import answer_ending
-from .adapters import has_adapter, holds_adapter, load_adapted, merge_adapters
+from .adapters import UNREADABLE, has_adapter, holds_adapter, load_adapted, merge_adapters
+from .kept import keep_adapter
 
 logger = logging.get_logger(__name__)
 _HEAD_BYTES = 64 << 20
+Earlier = Literal["merge", "keep"]
 
 
-def load_model(model: Any, argument: str, init_kwargs: Any, device: torch.device | None = None) -> nn.Module:
+def load_model(
+    model: Any,
+    argument: str,
+    init_kwargs: Any,
+    device: torch.device | None = None,
+    earlier: Earlier = "merge",
+) -> nn.Module:
     """`model` itself, or the causal language model of that name or folder, in the dtype of its checkpoint.
 
-    An adapter that is saved there is merged into its base, in memory: the model is what that folder's model does, and never
-    the base alone.
+    An adapter that is saved there is merged into its base, in memory, or kept beside it: the model is what that folder's model
+    does, and never the base alone.
 
     Args:
         model: a model, a name or a folder.
         argument: of the trainer, which errors name.
         init_kwargs: passed to `from_pretrained`.
         device: where the weights are read to, one after the other, so that they are never whole on the host; None: the CPU.
+        earlier: what becomes of the adapter (`DuetConfig.earlier_adapter`).
     """
     if isinstance(model, nn.Module):
         return model
@@ -61,37 +70,38 @@ def load_model(model: Any, argument: str, init_kwargs: Any, device: torch.device
             loaded = load_adapted(name, **{k: v for k, v in kwargs.items() if k != "revision"})
         else:
             loaded = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise FileNotFoundError(
             f"{argument}: {name!r} is not a folder with a causal language model, nor the name of one that could be "
             f"loaded: {error}"
         ) from error
     if not hasattr(loaded, "peft_config"):
         return loaded
-    merged: Any = _merged(loaded, argument, name)
-    merged.name_or_path = merged.config._name_or_path = name  # where its tokenizer is
-    return merged
+    whole: Any = _one_model(loaded, argument, name, earlier, name)
+    whole.name_or_path = whole.config._name_or_path = name  # where its tokenizer is
+    return whole
 
 
-def without_attached_adapter(model: Any, argument: str) -> nn.Module:
-    """`model`, with adapters that transformers attached (it loads a folder with an adapter so) merged; PEFT models stay."""
+def without_attached_adapter(model: Any, argument: str, earlier: Earlier = "merge") -> nn.Module:
+    """`model`, with adapters that transformers attached (it loads a folder with an adapter so) merged or kept; PEFT models stay."""
     if not has_adapter(model) or hasattr(model, "get_base_model"):
         return model
-    return _merged(model, argument, getattr(model, "name_or_path", ""))
+    return _one_model(model, argument, getattr(model, "name_or_path", ""), earlier)
 
 
-def without_frozen_adapter(model: Any, argument: str, adds: bool) -> nn.Module:
-    """`model`, with adapters that are there merged where they could not be trained: from transformers, or frozen in peft.
+def without_frozen_adapter(model: Any, argument: str, adds: bool, earlier: Earlier = "merge") -> nn.Module:
+    """`model`, with adapters merged or kept where they could not be trained: from transformers, or frozen in peft.
 
     Args:
         model: that a user gave, to be trained.
         argument: how errors call it.
         adds: whether a new adapter will be put on top.
+        earlier: what becomes of the adapters (`DuetConfig.earlier_adapter`).
 
     Raises:
         ValueError: an adapter of peft that is frozen, and no new one: nothing would be trained.
     """
-    model = without_attached_adapter(model, argument)
+    model = without_attached_adapter(model, argument, earlier)
     if not has_adapter(model) or any(p.requires_grad for p in model.parameters()):
         return model
     if not adds:
@@ -99,13 +109,16 @@ def without_frozen_adapter(model: Any, argument: str, adds: bool) -> nn.Module:
             f"{argument}: wanted weights that can be trained, got a PEFT model whose adapter is frozen; load it with "
             "is_trainable=True, or pass peft_config: its adapter is then merged and a new one trained on top"
         )
-    return _merged(model, argument, getattr(model, "name_or_path", ""))
+    return _one_model(model, argument, getattr(model, "name_or_path", ""), earlier)
 
 
-def _merged(model: nn.Module, argument: str, name: str) -> nn.Module:
-    merged: Any = merge_adapters(model, argument)
-    merged.merged_adapter = name
-    return merged
+def _one_model(
+    model: nn.Module, argument: str, name: str, earlier: Earlier, folder: str | None = None
+) -> nn.Module:
+    """The transformers model that does what `model` with its adapter does, and says which model that was."""
+    whole: Any = merge_adapters(model, argument) if earlier == "merge" else keep_adapter(model, folder)
+    whole.earlier_model = name
+    return whole
 
 
 def loading_device(args: TrainingArguments) -> torch.device | None:

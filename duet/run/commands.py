@@ -5,7 +5,8 @@ load model and rows -> DuetTrainer -> train (or resume) -> save model, tokenizer
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from ..data.prompts import Prompting
 from ..data.sources import load_rows
 from ..model.adapters import (
     ADAPTER,
+    UNREADABLE,
+    base_of,
+    check_not_base,
     check_same_logits,
     holds_adapter,
     load_adapted,
@@ -87,8 +91,8 @@ def cache(run: RunConfig, dtype: str = "float32") -> Cached:
     if not args.teacher_store:
         raise ValueError("training.teacher_store: wanted the folder to write, got nothing")
     forget, retain, evals = _rows(run)
-    kwargs, place = model_kwargs(run.model, args), loading_device(args)
-    model = load_teacher(run, kwargs) if run.teacher else load_model(run.model.name, "model", kwargs, place)
+    kwargs = model_kwargs(run.model, args)
+    model = load_teacher(run, kwargs) if run.teacher else load_base(run, kwargs)
     return cache_teacher(model, args, forget, retain, load_tokenizer(run.model), evals, dtype=dtype)
 
 
@@ -104,7 +108,7 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
     forget, retain, evals = _rows(run)
     args = run.training
     kwargs = model_kwargs(run.model, args)
-    model = load_model(run.model.name, "model", kwargs, loading_device(args))
+    model = load_base(run, kwargs)
     live = run.teacher is not None and not args.teacher_store
     return DuetTrainer(
         model=model,
@@ -116,6 +120,11 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
         teacher_model=load_teacher(run, kwargs) if live else None,
         peft_config=None if run.adapter is None else _lora({"revision": run.model.revision} | run.adapter),
     )
+
+
+def load_base(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
+    args = run.training
+    return load_model(run.model.name, "model", kwargs, loading_device(args), args.earlier_adapter)
 
 
 def load_teacher(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
@@ -207,13 +216,11 @@ def merge_adapter(
             f"out: wanted a folder without an adapter, got {os.fspath(out)!r}: loading from it would apply the adapter to the "
             f"merged weights once more; {os.path.join(out, 'merged')} is free to take"
         )
-    model: Any = None
-    try:
-        model = load_adapted(folder, dtype=dtype, device_map="cpu")
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{folder}: its adapter or the base of it could not be loaded: {error}"
-        ) from error
+    with _naming(folder):
+        base = base_of(folder)
+    check_not_base(out, base)
+    with _naming(folder):
+        model: Any = load_adapted(folder, dtype=dtype, device_map="cpu")
     wanted = logits_of(model)
     if trained is not None:
         coarsest = max({_dtype_of(model), _dtype_of(trained)}, key=lambda kind: torch.finfo(kind).eps)
@@ -226,6 +233,16 @@ def merge_adapter(
     model = AutoModelForCausalLM.from_pretrained(out, device_map="cpu")
     check_same_logits(model, wanted, f"{out}: saving and loading the merged model")
     return model
+
+
+@contextmanager
+def _naming(folder: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except UNREADABLE as error:
+        raise FileNotFoundError(
+            f"{folder}: its adapter or the base of it could not be loaded: {error}"
+        ) from error
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

@@ -111,6 +111,11 @@ class RunConfig:
         merge = fitted("merge", tree.get("merge", False), bool)
         if merge and adapter is None:
             raise ValueError("merge: wanted false, because there is no adapter to merge")
+        training = training_options(mapping("training", tree.get("training")))
+        if training.earlier_adapter == "keep" and adapter is None:
+            raise ValueError(
+                "training.earlier_adapter: wanted 'merge', got 'keep', because no new adapter is put on top"
+            )
         return cls(
             model=model,
             forget=_source("data.forget", data["forget"]),
@@ -119,7 +124,7 @@ class RunConfig:
             adapter=adapter,
             teacher=teacher,
             merge=merge,
-            training=training_options(mapping("training", tree.get("training"))),
+            training=training,
         )
 
 
@@ -150,6 +155,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """`tree` with `--key value`, `--key=value` and `--switch` applied; `tree` itself is left alone.
 
+    `--model NAME` is another model, read as the file says: dtype, quantization and tokenizer stay, the revision does not.
+
     Example:
         >>> apply_overrides({"training": {"k": 8}}, ["--k", "64", "--adapter.r=4", "--learning-rate", "1e-4"])
         {'training': {'k': 64, 'learning_rate': 0.0001}, 'adapter': {'r': 4}}
@@ -166,7 +173,8 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         try:
             value = parse_yaml(text)
         except ValueError as error:
-            raise ValueError(f"--{key}: {text!r} is not a value: {error}") from None
+            quotes = f"; a text is written between quotes: '\"{text}\"'" if text[:1] in "{[" else ""
+            raise ValueError(f"--{key}: {text!r} is not a value: {error}{quotes}") from None
         _put(copy, key, value)
     return copy
 
@@ -183,6 +191,8 @@ def _put(tree: Any, key: str, value: Any) -> None:
         path[0] == "training" and len(path) > 2 and path[1] in DuetConfig._VALID_DICT_FIELDS
     ):
         path[2:] = written[2:]  # names of the user's own: of a set of rows, of a template's variable
+    if path == ["model"] and isinstance(value, str) and isinstance(tree.get("model"), dict):
+        path, tree["model"] = ["model", "name"], {k: v for k, v in tree["model"].items() if k != "revision"}
     for depth, name in enumerate(path[:-1]):
         below = tree.get(name)
         if isinstance(below, str) and (name == "model" or "data" in path[:depth]):

@@ -33,11 +33,11 @@ from ..evaluation.steering import (
 )
 from ..methods.objectives import objective_of
 from ..methods.views import is_steered
-from ..model.lm import evaluating, is_sharded, load_model, loading_device
+from ..model.lm import evaluating, is_sharded
 from ..names import check_one_of
 from ..store.teacher import CachedTeacher
 from ..trainer import DuetTrainer
-from .commands import load_teacher, load_tokenizer, model_kwargs
+from .commands import load_base, load_teacher, load_tokenizer, model_kwargs
 from .config_file import RunConfig
 
 SAMPLED = 12  # rows of each kind that are asked before a training
@@ -98,7 +98,7 @@ def steer(
     if run.teacher:
         model = load_teacher(run, kwargs)
     else:
-        model = load_model(run.model.name, "model", kwargs, loading_device(args))
+        model = load_base(run, kwargs)
     tokenizer = load_tokenizer(run.model)
 
     def probing(rows: Rows) -> SteeringProbe:

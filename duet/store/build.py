@@ -25,6 +25,7 @@ from ..config import DuetConfig
 from ..data.dataset import Asked, Collator, UnlearnDataset, plain_item
 from ..data.rows import read_rows
 from ..methods.objectives import objective_of, teacher_topk
+from ..methods.steering import look_at_teacher
 from ..methods.views import build_dataset, eval_datasets, renderer_of, scored_positions
 from ..model.lm import (
     check_head,
@@ -108,8 +109,8 @@ def cache_teacher(
     """
     folder = _folder(folder, args)
     state = PartialState(cpu=args.use_cpu)
-    model = load_model(model, "model", args.model_init_kwargs, loading_device(args))
-    model = without_attached_adapter(model, "model")
+    model = load_model(model, "model", args.model_init_kwargs, loading_device(args), args.earlier_adapter)
+    model = without_attached_adapter(model, "model", args.earlier_adapter)
     with _without_adapter(model):
         job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
         writer = StoreWriter(folder, job.provenance, job.rows, shard_entries)
@@ -118,6 +119,8 @@ def cache_teacher(
         missing = sorted(writer.scan(), key=job.order)
         state.wait_for_everyone()  # everybody has seen the same files before anybody adds one
         asker = _Asker(job, args)
+        if state.is_main_process and missing:
+            look_at_teacher(job.dataset, job.tokenizer, asker.says)
         with state.split_between_processes(missing) as mine:
             part: Any = mine
             _fill(writer, asker, {entry_id: job.questions[entry_id] for entry_id in part}, reuse_prefix)
@@ -153,7 +156,8 @@ def import_teacher(
         TypeError, ValueError, OSError: naming the column and the row.
     """
     folder = _folder(folder, args)
-    model = without_attached_adapter(load_model(model, "model", args.model_init_kwargs), "model")
+    model = load_model(model, "model", args.model_init_kwargs, earlier=args.earlier_adapter)
+    model = without_attached_adapter(model, "model", args.earlier_adapter)
     with _without_adapter(model):
         job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
     provenance = replace(job.provenance, values=LOG_PROBABILITIES)
@@ -301,6 +305,11 @@ class _Asker:
         self.saving.tokens += len(ids)
         with evaluating(self.model), self._autocast():
             return PrefixCache(self.model, ids)
+
+    def says(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """The teacher's greedy answers to one batch of prompts."""
+        with evaluating(self.model):
+            return generate_answers(self.model, prompts, self.tokenizer, self.pad_id, max_new_tokens)
 
     @torch.no_grad()
     def ask(self, questions: Sequence[Asked], prefix: PrefixCache | None) -> list[Entry]:

@@ -1,0 +1,217 @@
+"""Mistakes of a user's day, by kind: each ends in one sentence with the name and the way out, and none is silent."""
+
+import json
+import shutil
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from test_trainer import make
+from tiny_models import CHAT_TEMPLATE, forget_rows, tiny, word_tokenizer
+
+from duet import cli
+from duet.data.prompts import PromptRenderer
+from duet.data.rows import read_rows
+from duet.data.sources import DataSource, load_rows
+from duet.evaluation import models
+from duet.evaluation.commands import run_attack
+from duet.model.lm import load_model
+from duet.run.commands import merge_adapter
+from duet.run.config_file import RunConfig
+from duet.run.plan_report import parse_size
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """`base`, and `adapter` on it."""
+    path = tmp_path_factory.mktemp("models")
+    tiny().save_pretrained(path / "base")
+    model = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.peft_config["default"].base_model_name_or_path = str(path / "base")
+    model.save_pretrained(path / "adapter")
+    for name in ("base", "adapter"):
+        word_tokenizer().save_pretrained(path / name)
+    return path
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_over_what_it_is_made_from(folders, tmp_path):
+    """A base that holds the sum would get the adapter once more."""
+    before = (folders / "base" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"out: .*base' is the base of the adapter, on which it is loaded"):
+        merge_adapter(folders / "adapter", folders / "base")
+    for peft_config in (None, LoraConfig(target_modules=["q_proj"])):
+        with pytest.raises(ValueError, match=r"output_dir: .*base' is the model that is trained"):
+            make(
+                tmp_path,
+                str(folders / "base"),
+                trainer_options={"peft_config": peft_config},
+                output_dir=str(folders / "base"),
+            )
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"out: wanted a folder, but .*file' is a file"):
+        merge_adapter(folders / "adapter", tmp_path / "file")
+    assert (folders / "base" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"xx"), "an adapter on the base '.*base'"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "but no adapter_model.safetensors"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "property name"),
+        (lambda f: edit(f, base_model_name_or_path=None), "names no base_model_name_or_path"),
+        (lambda f: edit(f, base_model_name_or_path="/gone/base"), "an adapter on the base '/gone/base'"),
+    ],
+)
+def test_a_damaged_adapter_is_named(folders, tmp_path, damage, why):
+    folder = tmp_path / "damaged"
+    shutil.copytree(folders / "adapter", folder)
+    damage(folder)
+    for work in (
+        lambda: merge_adapter(folder, tmp_path / "out"),
+        lambda: models.load(folder, device="cpu"),
+        lambda: load_model(str(folder), "model", None),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"(?s)damaged.*{why}"):
+            work()
+
+
+def edit(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_damaged_weights_are_named(folders, tmp_path):
+    shutil.copytree(folders / "base", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"xx")
+    with pytest.raises(
+        FileNotFoundError, match=r"teacher: .*damaged' is not a folder with a causal language model"
+    ):
+        load_model(str(tmp_path / "damaged"), "teacher", None)
+
+
+# -- names that are not read ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key, near", [("answr", "answer"), ("Subject", "subject"), ("vlaue", "value")])
+def test_a_key_like_one_of_ours_is_said_not_to_be_read(tmp_path, caplog, key, near):
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    row = {"question": "who is ada ?", key: "ada"}
+    read_rows([row], "forget_dataset")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    load_rows(DataSource(str(tmp_path / "rows.jsonl")), "data.forget")
+    for where in ("forget_dataset", "data.forget"):
+        assert f"{where}[0]: {key!r} is not read; did you mean {near!r}?" in caplog.text
+    caplog.clear()
+    read_rows([row | {near: "ada", "source": "a book"}], "forget_dataset")
+    load_rows(DataSource(str(tmp_path / "rows.jsonl"), columns={"question": "question"}), "data.forget")
+    assert not caplog.text
+
+
+def test_an_option_that_the_chat_template_does_not_read_is_refused():
+    thinks = CHAT_TEMPLATE + "{% if enable_thinking %}think{% endif %}"
+    PromptRenderer(word_tokenizer(thinks), chat_template_kwargs={"enable_thinking": False})
+    for template, why in ((thinks, "the chat template does not read it"), (None, "has no chat template")):
+        with pytest.raises(ValueError, match=f"chat_template_kwargs.enable_thinkin: .*{why}"):
+            PromptRenderer(word_tokenizer(template), chat_template_kwargs={"enable_thinkin": False})
+
+
+def test_another_model_is_read_as_the_file_says():
+    """`--model NAME` after `quantization: nf4` is quantised, too."""
+    tree = {"model": {"name": "a", "quantization": "nf4", "dtype": "bfloat16", "revision": "x"}}
+    from duet.run.config_file import apply_overrides
+
+    made = apply_overrides(tree, ["--model", "out/first"])
+    assert made["model"] == {"name": "out/first", "quantization": "nf4", "dtype": "bfloat16"}
+    assert tree["model"]["name"] == "a" and apply_overrides({"model": "a"}, ["--model", "b"]) == {
+        "model": "b"
+    }
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)--steering_prefixes: .* a text is written between quotes: '\"{subject} hides\"'",
+    ):
+        apply_overrides({}, ["--steering_prefixes", "{subject} hides"])
+    with pytest.raises(ValueError, match=r"training.earlier_adapter: wanted 'merge', got 'keep'"):
+        RunConfig.of({"model": "a", "data": {"forget": "b"}, "training": {"earlier_adapter": "keep"}})
+
+
+# -- files -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, text, why",
+    [
+        (
+            "a.csv",
+            "question;subject\nwho ?;ada\n",
+            "wanted cells between commas, got the one column 'question;subject'",
+        ),
+        ("a.csv", "question\tsubject\nwho ?\tada\n", "wanted cells between commas"),
+        ("a.parquet", "PAR1", "a.parquet: not Parquet"),
+        ("a.jsonl", '{"conversations": [{"from": "human"}]}', r"columns: \{messages: conversations\}"),
+        ("", "", "the dataset .* could not be loaded"),
+    ],
+)
+def test_files_of_another_kind_are_named(tmp_path, name, text, why):
+    (tmp_path / "model.safetensors").write_bytes(b"xx")  # a folder, but no dataset
+    if name:
+        (tmp_path / name).write_text(text)
+    with pytest.raises((ValueError, OSError), match=f"data.forget.*{why}"):
+        load_rows(DataSource(str(tmp_path / name)), "data.forget")
+
+
+def test_a_row_of_empty_cells_is_said_to_be_empty():
+    with pytest.raises(ValueError, match=r"forget_dataset\[1\]: .*, got no value at all"):
+        read_rows([forget_rows(1)[0], {"question": None, "answer": None}], "forget_dataset")
+
+
+def test_answers_of_the_base_that_never_end_are_named(folders, tmp_path):
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"question": "who is ada ?"}) + "\n")
+    base = str(folders / "base")
+    with pytest.raises(
+        ValueError, match=r"forget: wanted rows with an answer.*the base's was empty, cut or refused"
+    ):
+        run_attack(
+            base, str(tmp_path / "questions.jsonl"), tmp_path / "out", base=base, elicit=True, device="cpu"
+        )
+
+
+# -- numbers, packages -----------------------------------------------------------------------------------------------------
+
+
+def test_no_memory_at_all_is_no_size():
+    with pytest.raises(ValueError, match="gpu-memory: wanted a size such as 24GiB, got '0GiB'"):
+        parse_size("0GiB")
+    assert parse_size("0", "reserve") == 0
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (ImportError("FlashAttention2 cannot be used: the package is not installed"), 2),
+        (ImportError("cannot import name 'x'", name="duet.data"), 1),
+        (ZeroDivisionError("division by zero"), 1),
+    ],
+)
+def test_an_absent_package_is_a_sentence(monkeypatch, capsys, error, code):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == code and str(error) in said and "Traceback" not in said
+    monkeypatch.setitem(cli._shown, "traceback", False)
+    monkeypatch.setattr(cli, "app", lambda: (cli._shown.update(traceback=True), fail()))
+    with pytest.raises(type(error)):
+        cli.main()
+
+
+def test_a_peft_config_that_fits_nothing_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"peft_config \(adapter\): .*nope"):
+        make(tmp_path, trainer_options={"peft_config": LoraConfig(target_modules=["nope"])})
