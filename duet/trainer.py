@@ -10,7 +10,6 @@ Loop, optimizer, logging, checkpoints and resume are the Trainer's own.
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers.utils import logging
 from duet_kernels import LMHead, set_workspace_bytes
 
 from .config import DuetConfig
-from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler, first_rows, plain_item
+from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler, first_rows
 from .data.prompts import fill_prefix, steered_tokenizer
 from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
@@ -33,31 +32,25 @@ from .methods.steering import look_at_teacher
 from .methods.views import asked_before_training, build_dataset, eval_datasets, renderer_of
 from .model import lm
 from .model.adapters import (
-    ADAPTER,
-    BASE,
-    add_adapter,
     check_folder,
-    check_no_other_base,
     check_not_earlier,
     has_adapter,
-    save_base,
 )
-from .model.kept import ON_TOP, WEIGHTS, check_on_top, keeps, save_sum
-from .model.teacher import RowTargets, TeacherGuard, live_teacher
+from .model.teacher import live_teacher
 from .model.weights import weights_hash
+from .output.adapters import AdapterTrainer, add_new_adapter, check_earlier_adapter
 from .output.card import fingerprint, write_card
-from .output.checkpoints import ResumableTrainer, check_output_dir, said_clearly
+from .output.checkpoints import check_output_dir
 from .output.parts import LossParts
-from .output.record import begin_run, read_record, run_record
+from .output.record import begin_run, run_record
 from .store.provenance import cached_teacher, open_store
 from .store.read import TopKStore
 
 logger = logging.get_logger(__name__)
 silence_what_no_user_can_change()
-_PROBE_QUERIES = 4
 
 
-class DuetTrainer(Asking, ResumableTrainer):
+class DuetTrainer(Asking, AdapterTrainer):
     r"""Trains a model to forget, by imitating itself steered by a prompt (DUET, arXiv 2601.21283).
 
         min_theta  mean over queries x and scored positions of  D( p_theta(. | x, y_<j), p_base(. | c, x, y_<j) )
@@ -120,15 +113,6 @@ class DuetTrainer(Asking, ResumableTrainer):
     # compute_loss divides by the count of the whole accumulated step; the Trainer must not divide again.
     loss_is_scaled_for_ga = True
 
-    args: Any
-    model: Any
-    train_dataset: Any
-    eval_dataset: Any
-    objective: Any
-    teacher: Any
-    model_wrapped: Any
-    _reused: Any
-
     def __init__(
         self,
         model: str | os.PathLike | nn.Module,
@@ -166,7 +150,7 @@ class DuetTrainer(Asking, ResumableTrainer):
         check_not_earlier(str(args.output_dir), model)
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
-            model = self._adapted(model, tokenizer, peft_config, args)
+            model = add_new_adapter(model, tokenizer, peft_config, str(args.output_dir), args.should_save)
         head = lm.check_head(model)
         fit_model(self.objective, model, head, args)
 
@@ -224,7 +208,7 @@ class DuetTrainer(Asking, ResumableTrainer):
         self.add_callback(EpochOf(self._sampler))
         self._reused = self.reused_prefixes(packed)
         if self.teacher is not None:
-            self._place_teacher()
+            self.place_teacher(self._other_teacher)
 
     # -- what is built once --------------------------------------------------------------------------------------
 
@@ -236,13 +220,7 @@ class DuetTrainer(Asking, ResumableTrainer):
                 f"args: {args.n_gpu} GPUs in one process would run nn.DataParallel, which copies the model at each step; "
                 "start one process per GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
             )
-        if args.earlier_adapter == "keep" and (peft_config is None or lm.is_sharded(args)):
-            why = (
-                "no new adapter is put on top"
-                if peft_config is None
-                else "FSDP and DeepSpeed shard the model"
-            )
-            raise ValueError(f"earlier_adapter: wanted 'merge', got 'keep', because {why}")
+        check_earlier_adapter(args.earlier_adapter, peft_config is not None, lm.is_sharded(args))
         self.objective = objective_of(args)
         named = f"because objective {args.objective!r}"
         if not self.objective.has_teacher and teacher_model is not None:
@@ -250,46 +228,10 @@ class DuetTrainer(Asking, ResumableTrainer):
         if self.objective.loss is None and eval_dataset is not None:
             raise ValueError(f"eval_dataset: wanted None, {named} has no loss")
 
-    def _adapted(self, model: Any, tokenizer: Any, peft_config: Any, args: DuetConfig) -> nn.Module:
-        """`model` with a new adapter; what it is trained on top of is written to `output_dir/base`, where no folder holds it."""
-        earlier, kept = getattr(model, "earlier_model", None), keeps(model)
-        base = Path(str(args.output_dir), BASE)
-        if earlier and read_record(earlier) is not None:
-            logger.warning(
-                f"{earlier} is an unlearned model: what it has forgotten may come back unless its forget rows are among those of "
-                "this run, too"
-            )
-        if earlier is None or kept:
-            check_no_other_base(base, model)
-        elif args.should_save:
-            logger.info(f"the adapter of {earlier or 'model'} was merged; the sum is saved as {base}")
-            with said_clearly(base):
-                save_base(model, tokenizer, base)
-        adapted: Any = add_adapter(model, peft_config)
-        if kept:
-            check_on_top(adapted)
-        if earlier is not None:
-            below = earlier if kept else base
-            for config in adapted.peft_config.values():
-                config.base_model_name_or_path, config.revision = str(Path(below).resolve()), None
-        return adapted
-
     def _dataset(self, forget, retain, subjects=None) -> UnlearnDataset:
         seed = None if self._store is None else self._store.provenance.seed
         options, renderer, length = self._options, self.renderer, self._length
         return build_dataset(forget, retain, self.objective, options, renderer, length, subjects, seed)
-
-    def _place_teacher(self) -> None:
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2 and not self.teacher.under_fsdp1:
-            raise ValueError(
-                "fsdp_version: wanted 2, got 1: FSDP1 leaves an adapter on where the teacher is to answer without "
-                "it, so that the student would be its own teacher. Set it to 2, or pass teacher_model"
-            )
-        self.teacher.to(self.args.device)
-        if self.teacher.watched:
-            same = not self._other_teacher and self.objective.starts_at_teacher
-            rounding = lm.rounding_of_a_fresh_adapter(self.model)
-            self.add_callback(TeacherGuard(self._probe, same, rounding))
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -313,7 +255,7 @@ class DuetTrainer(Asking, ResumableTrainer):
         if self.teacher is not None and self.teacher.asks_first:
             evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
             for dataset in filter(None, (self.train_dataset, *evals.values())):
-                self._prepare_rows(dataset)
+                self.prepare_rows(dataset)
             self.teacher.gone = True  # a checkpoint may be loaded next, and then steps are made
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -343,14 +285,14 @@ class DuetTrainer(Asking, ResumableTrainer):
     # -- what is asked before a dataset is used ---------------------------------------------------------------------
 
     def get_train_dataloader(self):
-        self._prepare_rows(self.train_dataset)
+        self.prepare_rows(self.train_dataset)
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset=None):
         if not isinstance(eval_dataset, str):
             eval_dataset = eval_datasets(eval_dataset, self._dataset, self._train_subjects)
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        self._prepare_rows(self.eval_dataset[chosen] if isinstance(chosen, str) else chosen)
+        self.prepare_rows(self.eval_dataset[chosen] if isinstance(chosen, str) else chosen)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
@@ -360,47 +302,11 @@ class DuetTrainer(Asking, ResumableTrainer):
                 f"test_dataset: wanted none, because objective {self.args.objective!r} has no loss"
             )
         dataset = eval_datasets(test_dataset, self._dataset, self._train_subjects)
-        self._prepare_rows(dataset)
+        self.prepare_rows(dataset)
         return super().get_test_dataloader(dataset)
 
     def _get_train_sampler(self, train_dataset=None):
         return self._sampler
-
-    def _prepare_rows(self, dataset: UnlearnDataset) -> None:
-        """What is asked of the frozen teacher before a dataset is used: answers, and what the objective prepares."""
-        if self.objective.targets is not None and dataset.cached_targets is None:
-            self.teacher.serve(dataset, self._targets_of_rows)
-        self._answer(dataset)
-        if self._reused is not None:
-            self._reused.serve(dataset, self._uses(dataset))
-        if self.objective.prepare is not None and not any(dataset is done for done in self._prepared):
-            self._prepared.append(dataset)
-            self.objective.prepare(self, dataset)
-
-    def _uses(self, dataset: UnlearnDataset) -> int:
-        """How many items of a dataset this process will read."""
-        if dataset is not self.train_dataset:
-            return len(dataset)
-        steps = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
-        return steps if steps > 0 else int(len(self._sampler) * self.args.num_train_epochs)
-
-    def _answer(self, dataset: UnlearnDataset) -> None:
-        """Let the teacher answer the queries whose answers are missing."""
-        missing = dict(dataset.unanswered())
-        answers = self.teacher_says(list(missing.values()), dataset.max_scored)
-        dataset.teacher_answers.update(zip(missing, answers, strict=True))
-
-    def _targets_of_rows(self, dataset: UnlearnDataset) -> Iterator[RowTargets]:
-        """What the objective wants of the teacher for every row."""
-        self._answer(dataset)
-        order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["student"]))
-        size = self.args.eval_batch_size
-        for start in self.progress(range(0, len(order), size), "the model is asked before it is trained"):
-            rows = order[start : start + size]
-            items = [dataset[i] for i in rows]
-            inputs = self._prepare_inputs(self.data_collator(items))
-            targets = self.ask_teacher(lambda model, inputs=inputs: self._targets_by(model, inputs))
-            yield rows, [item["scored"] for item in items], targets
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -478,20 +384,6 @@ class DuetTrainer(Asking, ResumableTrainer):
             logs |= self._parts.means(self.state.global_step, lambda values: gathered(values.unsqueeze(0)))
         super().log(logs, start_time)
 
-    def _probe(self) -> tuple[Tensor, Tensor]:
-        """Student's and teacher's hidden states on a few plain forget queries."""
-        dataset = self.train_dataset
-        items = [plain_item(dataset.plain(i)) for i in range(min(_PROBE_QUERIES, dataset.num_forget))]
-        inputs = self._prepare_inputs(self.data_collator(items))
-        student = self.accelerator.unwrap_model(self.model_wrapped)
-
-        def states(model: nn.Module) -> Tensor:
-            return self.head_inputs(model, inputs, to_the_end=True)[0]
-
-        with torch.no_grad(), lm.evaluating(student):
-            own = lm.call_through(self.model_wrapped, student, lambda: states(student))
-        return own, self.teacher.run(states, student, self.model_wrapped)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`Trainer.save_model`, and `prompting.json`: how prompts are written for this model.
 
@@ -503,34 +395,6 @@ class DuetTrainer(Asking, ResumableTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.args.prompting.save(output_dir or self.args.output_dir)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """`Trainer._save`; with an adapter that was kept, the sum of both, and the new one alone in the folder `on_top`."""
-        super()._save(output_dir, state_dict)
-        model = self.accelerator.unwrap_model(self.model)
-        if not (keeps(model) and self.args.should_save):
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        (folder / ON_TOP).mkdir(exist_ok=True)
-        for name in (ADAPTER, WEIGHTS):
-            os.replace(folder / name, folder / ON_TOP / name)
-        save_sum(model, folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(self._trained_part(resume_from_checkpoint), model)
-
-    def _load_best_model(self) -> None:
-        best: Any = self.state.best_model_checkpoint
-        self.state.best_model_checkpoint = self._trained_part(best)
-        try:
-            super()._load_best_model()
-        finally:
-            self.state.best_model_checkpoint = best
-
-    def _trained_part(self, checkpoint: str) -> str:
-        """Where in a checkpoint the weights are that were trained."""
-        kept = keeps(self.accelerator.unwrap_model(self.model))
-        return os.path.join(checkpoint, ON_TOP) if kept else checkpoint
 
     def create_model_card(self, model_name: str | None = None, **_: Any) -> None:
         """Writes README.md: method, fingerprints of the data, metrics as last logged."""

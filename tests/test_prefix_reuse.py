@@ -144,7 +144,7 @@ def test_a_step_reads_only_what_is_new(tmp_path):
 def test_a_batch_names_its_prefixes_and_an_odd_row_makes_it_whole(tmp_path):
     trainer = make(tmp_path, trainer_options=ADAPTER)
     dataset, draws = trainer.train_dataset, [Draw(i, i) for i in (0, 1, 7, 9)]
-    trainer._prepare_rows(dataset)
+    trainer.prepare_rows(dataset)
     items = [dataset[draw] for draw in draws]
     batch = trainer.data_collator(items)
     assert batch["teacher_beginning"].tolist() == [item["beginning"][0] for item in items]

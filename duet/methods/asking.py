@@ -1,19 +1,24 @@
 """What a method may ask of the frozen teacher before training: the trainer as `Objective.prepare(trainer, dataset)` meets it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from duet_kernels import LMHead
 from duet_kernels.workspace import workspace_bytes
 
-from ..data.dataset import plain_item
-from ..model.lm import base_language_model, generate_answers, is_sharded
+from ..data.dataset import UnlearnDataset, plain_item
+from ..model import lm
+from ..model.teacher import RowTargets, TeacherGuard
 from .reuse import ReusedPrefixes, whole_prompts_because
 
 logger = logging.get_logger(__name__)
+
+
+_PROBE_QUERIES = 4
 
 
 class Asking:
@@ -22,6 +27,16 @@ class Asking:
     # of transformers' Trainer and of DuetTrainer
     args: Any
     model: Any
+    model_wrapped: Any
+    train_dataset: Any
+    eval_dataset: Any
+    objective: Any
+    add_callback: Any
+    is_fsdp_enabled: Any
+    _sampler: Any
+    _prepared: list[UnlearnDataset]
+    _reused: Any
+    _targets_by: Any
     accelerator: Any
     teacher: Any
     processing_class: Any
@@ -45,7 +60,7 @@ class Asking:
             ids = [prompts[i] for i in batch]
             options = (self.processing_class, self.pad_id, max_new_tokens)
             said = self.ask_teacher(
-                lambda model, ids=ids, options=options: generate_answers(model, ids, *options)
+                lambda model, ids=ids, options=options: lm.generate_answers(model, ids, *options)
             )
             answers.update(zip(batch, said, strict=True))
         return [answers[i] for i in range(len(prompts))]
@@ -66,7 +81,7 @@ class Asking:
         """What reads the steering prefixes once, if a live teacher can; else the log says why not."""
         if self.teacher is None or not self.teacher.watched:
             return None
-        why = whole_prompts_because(self.args, packed, is_sharded(self.args))
+        why = whole_prompts_because(self.args, packed, lm.is_sharded(self.args))
         if why is not None:
             logger.info(f"the teacher reads whole prompts: {why}")
             return None
@@ -79,6 +94,71 @@ class Asking:
             inputs = self._prepare_inputs(self.data_collator(items))
             return self.ask_teacher(lambda model: self.head_inputs(model, inputs, "teacher_")[0])
 
-        half = self.args.bf16 or self.args.fp16 or base_language_model(self.model).dtype.itemsize < 4
+        half = self.args.bf16 or self.args.fp16 or lm.base_language_model(self.model).dtype.itemsize < 4
         most = workspace_bytes(self.args.device)
         return ReusedPrefixes(ask, states, self.args.eval_batch_size, most, half)
+
+    # -- what is asked before a dataset is used, and before the first step ------------------------------------------
+
+    def prepare_rows(self, dataset: UnlearnDataset) -> None:
+        """What is asked of the frozen teacher before a dataset is used: answers, and what the objective prepares."""
+        if self.objective.targets is not None and dataset.cached_targets is None:
+            self.teacher.serve(dataset, self._targets_of_rows)
+        self._answer(dataset)
+        if self._reused is not None:
+            self._reused.serve(dataset, self._uses(dataset))
+        if self.objective.prepare is not None and not any(dataset is done for done in self._prepared):
+            self._prepared.append(dataset)
+            self.objective.prepare(self, dataset)
+
+    def _uses(self, dataset: UnlearnDataset) -> int:
+        """How many items of a dataset this process will read."""
+        if dataset is not self.train_dataset:
+            return len(dataset)
+        steps = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
+        return steps if steps > 0 else int(len(self._sampler) * self.args.num_train_epochs)
+
+    def _answer(self, dataset: UnlearnDataset) -> None:
+        """Let the teacher answer the queries whose answers are missing."""
+        missing = dict(dataset.unanswered())
+        answers = self.teacher_says(list(missing.values()), dataset.max_scored)
+        dataset.teacher_answers.update(zip(missing, answers, strict=True))
+
+    def _targets_of_rows(self, dataset: UnlearnDataset) -> Iterator[RowTargets]:
+        """What the objective wants of the teacher for every row."""
+        self._answer(dataset)
+        order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["student"]))
+        size = self.args.eval_batch_size
+        for start in self.progress(range(0, len(order), size), "the model is asked before it is trained"):
+            rows = order[start : start + size]
+            items = [dataset[i] for i in rows]
+            inputs = self._prepare_inputs(self.data_collator(items))
+            targets = self.ask_teacher(lambda model, inputs=inputs: self._targets_by(model, inputs))
+            yield rows, [item["scored"] for item in items], targets
+
+    def place_teacher(self, other: bool) -> None:
+        """The teacher to its device, and guarded; `other`: it is another model than the student's own base."""
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2 and not self.teacher.under_fsdp1:
+            raise ValueError(
+                "fsdp_version: wanted 2, got 1: FSDP1 leaves an adapter on where the teacher is to answer without "
+                "it, so that the student would be its own teacher. Set it to 2, or pass teacher_model"
+            )
+        self.teacher.to(self.args.device)
+        if self.teacher.watched:
+            same = not other and self.objective.starts_at_teacher
+            rounding = lm.rounding_of_a_fresh_adapter(self.model)
+            self.add_callback(TeacherGuard(self._probe, same, rounding))
+
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """Student's and teacher's hidden states on a few plain forget queries."""
+        dataset = self.train_dataset
+        items = [plain_item(dataset.plain(i)) for i in range(min(_PROBE_QUERIES, dataset.num_forget))]
+        inputs = self._prepare_inputs(self.data_collator(items))
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+
+        def states(model: nn.Module) -> Tensor:
+            return self.head_inputs(model, inputs, to_the_end=True)[0]
+
+        with torch.no_grad(), lm.evaluating(student):
+            own = lm.call_through(self.model_wrapped, student, lambda: states(student))
+        return own, self.teacher.run(states, student, self.model_wrapped)
