@@ -140,13 +140,13 @@ def _cross_entropy(problem: Problem, *, mask: Tensor | None = None, **options: A
     return linear_cross_entropy(problem.hidden, problem.head, labels, **options)
 
 
-def _stats_op(normalization: Normalization) -> Op:
+def _stats_op() -> Op:
     """The loss and log q of a token in one sum: their gradients come in one backward pass."""
 
     def call(problem: Problem, **more: Any) -> Tensor:
         options: dict[str, Any] = {
             "divergence": "reverse_kl",
-            "normalization": normalization,
+            "normalization": "generalized",
             "temperature": 1.5,
         }
         teacher, token_ids = problem.teacher_topk(_k(problem), 1.5), problem.labels
@@ -156,8 +156,7 @@ def _stats_op(normalization: Normalization) -> Op:
         assert stats.logprob is not None
         return stats.loss - 0.7 * stats.logprob
 
-    name = f"stats-reverse_kl-{normalization}"
-    return Op(name, call, _top_ids, "topk_distill_loss/lse", loss=False)
+    return Op("stats-reverse_kl-generalized", call, _top_ids, "topk_distill_loss/lse", loss=False)
 
 
 def _top_ids(problem: Problem) -> Tensor:
@@ -175,8 +174,7 @@ OPS: tuple[Op, ...] = (
         for name in DISTRIBUTIONS
         for normalization in DIVERGENCES[name].normalizations
     ),
-    _stats_op("renormalize"),
-    _stats_op("generalized"),
+    _stats_op(),
     *(_distill_op(name, delta=0.8) for name in RAW),
     *(_distill_op(name, temperature=1.5, beta=0.3) for name in DISTRIBUTIONS),
     _distill_op("huber", k=8, support="teacher"),
