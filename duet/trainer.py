@@ -31,11 +31,7 @@ from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.steering import look_at_teacher
 from .methods.views import asked_before_training, build_dataset, eval_datasets, renderer_of
 from .model import lm
-from .model.adapters import (
-    check_folder,
-    check_not_earlier,
-    has_adapter,
-)
+from .model.adapters import check_folder, check_not_earlier, has_adapter
 from .model.teacher import live_teacher
 from .model.weights import weights_hash
 from .output.adapters import AdapterTrainer, add_new_adapter, check_earlier_adapter
@@ -199,12 +195,8 @@ class DuetTrainer(Asking, AdapterTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._sampler = UnlearnSampler(
-            train_dataset.num_forget,
-            train_dataset.num_retain,
-            args.retain_per_forget,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )
+        drawn = train_dataset.num_forget, train_dataset.num_retain, args.retain_per_forget
+        self._sampler = UnlearnSampler(*drawn, seed=args.seed if args.data_seed is None else args.data_seed)
         self.add_callback(EpochOf(self._sampler))
         self._reused = self.reused_prefixes(packed)
         if self.teacher is not None:
