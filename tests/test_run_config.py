@@ -261,7 +261,7 @@ def test_a_revision_is_the_models_own(monkeypatch, tmp_path):
     }
     loaded, given = {}, {}
     monkeypatch.setattr(
-        run, "load_model", lambda name, argument, kwargs, device: loaded.update({name: kwargs["revision"]})
+        run, "load_model", lambda name, argument, kwargs, *how: loaded.update({name: kwargs["revision"]})
     )
     monkeypatch.setattr(run, "load_tokenizer", lambda section: None)
     monkeypatch.setattr(run, "DuetTrainer", lambda **kwargs: given.update(kwargs))

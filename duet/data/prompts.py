@@ -237,7 +237,7 @@ class PromptRenderer:
         self._cache: dict[tuple, list[int]] = {}
 
     def _check_template(self) -> None:
-        """Refuses a chat template that does not show the question, or does not read an option that it is given.
+        """Refuses a chat template that does not show the question; warns of options that it does not read.
 
         One that refuses the question is met at the rows.
         """
@@ -247,7 +247,7 @@ class PromptRenderer:
                 has = (
                     "the chat template does not read it" if template else "the tokenizer has no chat template"
                 )
-                raise ValueError(f"chat_template_kwargs.{name}: {has}, so that it would change nothing")
+                logger.warning_once(f"chat_template_kwargs.{name}: {has}, so that it changes nothing")
         if not self.has_template:
             return
         try:

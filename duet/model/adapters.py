@@ -8,7 +8,6 @@ too, one into 4-bit weights rounds the adapter away.
 """
 
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ BASE = "base"  # folder beside an adapter: the model that the adapter was traine
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _PRECISE = (torch.float32, torch.float64)
 # What reading a damaged or missing model raises.
-UNREADABLE = (OSError, ValueError, SafetensorError, pickle.UnpicklingError)
+UNREADABLE = (OSError, ValueError, SafetensorError)
 
 
 # -- what there is ---------------------------------------------------------------------------------------------------
