@@ -227,6 +227,29 @@ def test_a_good_teacher_is_recorded_live_and_cached(folder, script):
     assert another.exit_code == 0 and "was not measured: it was cached" in another.output.replace("\n", " ")
 
 
+def test_eval_asks_the_steered_model_at_either_place(folder):
+    for place, shown in (("system", "<s> <system> forget france"), ("user", "<s> <user> forget france")):
+        words = [
+            "eval",
+            "base",
+            "--suite",
+            "probes",
+            "--data",
+            ".",
+            "--limit",
+            "1",
+            "--steering",
+            "forget {subject}",
+        ]
+        done = duet(*words, "--steering-place", place, "--out", place)
+        assert done.exit_code == 0, (done.output, done.exception)
+        rows = [json.loads(line) for line in (folder / place / "rows.jsonl").read_text().splitlines()]
+        assert all(row["prompt"].startswith(shown) for row in rows if row["task"].startswith("forget"))
+    other = duet(*words, "--steering-place", "user", "--out", "system")
+    assert "steering_place" in str(other.exception), "another run's folder"
+    assert "wanted one of system, user" in str(duet(*words, "--steering-place", "us", "--out", "x").exception)
+
+
 def test_methods_without_a_steered_teacher_are_not_measured(folder, script):
     (folder / "out").mkdir()
     (folder / "out" / "steering.json").write_text("{}")
