@@ -160,7 +160,7 @@ def test_steer_measures_on_the_report_of_elicit(folder, script):
     assert counts(chosen.best.kinds["forget"]["told"]) == (0, 2), "rows of training and of validation choose"
     assert counts(chosen.report.kinds["forget"]["told"]) == (1, 2)
     (folder / "rows" / "validation" / "forget.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match="data: there is no file .* at least three wordings"):
+    with pytest.raises(FileNotFoundError, match=r"data: there is no file .* at least three wordings"):
         run_steer.steer(run_steer.RunConfig.load("run.yaml"), [GOOD], ["user"], folder=folder / "rows")
 
 
