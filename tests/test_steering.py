@@ -138,11 +138,7 @@ def test_steer_chooses_on_one_half_and_writes_the_config(folder, script):
     assert done.exit_code == 0, done.output
     written = (folder / "new.yaml").read_text()
     assert written.startswith("# Chosen by duet steer of 6 steerings")
-    assert (
-        "B, on other rows" not in done.output
-        and "A, on other rows" in done.output
-        and "not asked" in done.output
-    )
+    assert "A, user  " in done.output and "best, report" in done.output and "not asked" in done.output
     training = yaml.safe_load(written)["training"]
     assert (training["steering_prefixes"], training["steering_place"], training["k"]) == ([GOOD], "user", 3)
     assert "chosen: in front of the user's text" in done.output.replace("\n", " ")
