@@ -138,11 +138,7 @@ def test_steer_chooses_on_one_half_and_writes_the_config(folder, script):
     assert done.exit_code == 0, done.output
     written = (folder / "new.yaml").read_text()
     assert written.startswith("# Chosen by duet steer of 6 steerings")
-    assert (
-        "B, on other rows" not in done.output
-        and "A, on other rows" in done.output
-        and "not asked" in done.output
-    )
+    assert "A, user  " in done.output and "best, report" in done.output and "not asked" in done.output
     training = yaml.safe_load(written)["training"]
     assert (training["steering_prefixes"], training["steering_place"], training["k"]) == ([GOOD], "user", 3)
     assert "chosen: in front of the user's text" in done.output.replace("\n", " ")
@@ -225,6 +221,29 @@ def test_a_good_teacher_is_recorded_live_and_cached(folder, script):
         "false",
     )
     assert another.exit_code == 0 and "was not measured: it was cached" in another.output.replace("\n", " ")
+
+
+def test_eval_asks_the_steered_model_at_either_place(folder):
+    for place, shown in (("system", "<s> <system> forget france"), ("user", "<s> <user> forget france")):
+        words = [
+            "eval",
+            "base",
+            "--suite",
+            "probes",
+            "--data",
+            ".",
+            "--limit",
+            "1",
+            "--steering",
+            "forget {subject}",
+        ]
+        done = duet(*words, "--steering-place", place, "--out", place)
+        assert done.exit_code == 0, (done.output, done.exception)
+        rows = [json.loads(line) for line in (folder / place / "rows.jsonl").read_text().splitlines()]
+        assert all(row["prompt"].startswith(shown) for row in rows if row["task"].startswith("forget"))
+    other = duet(*words, "--steering-place", "user", "--out", "system")
+    assert "steering_place" in str(other.exception), "another run's folder"
+    assert "wanted one of system, user" in str(duet(*words, "--steering-place", "us", "--out", "x").exception)
 
 
 def test_methods_without_a_steered_teacher_are_not_measured(folder, script):

@@ -53,6 +53,9 @@ def run_eval(
         str | None,
         typer.Option(help="said before every question, {subject} for what should go: the steered teacher"),
     ] = None,
+    steering_place: Annotated[
+        str, typer.Option(help="where: system (a system message), or user (before the text)")
+    ] = "system",
     elicit: Annotated[
         str | None,
         typer.Option(
@@ -97,6 +100,7 @@ def run_eval(
                 retain_run=retain_run,
                 prompting=prompting,
                 steering=steering,
+                steering_place=steering_place,
                 elicit=answering,
                 progress=shown,
             )

@@ -29,7 +29,6 @@ from ..evaluation.steering import (
     SteeringProbe,
     probes_of,
     sentence,
-    shown,
 )
 from ..methods.objectives import objective_of
 from ..methods.views import is_steered
@@ -188,23 +187,35 @@ def table(chosen: Chosen) -> Table:
 
     `not asked`: on the forget rows alone it was worse already than another one is on all.
     """
-    made = Table(title="steerings, the best first (95 % intervals)", box=box.SIMPLE, padding=(0, 1))
+    made = Table(
+        title="steerings, the best first: rows (95 % interval of the share, in %)",
+        box=box.SIMPLE,
+        padding=(0, 1),
+        pad_edge=False,
+    )
     kinds = [kind for kind in KINDS if kind in chosen.report.kinds or kind in chosen.best.kinds]
-    for column in ("", "place", "forget\ntold", *(f"{kind}\nrefused" for kind in kinds)):
+    for column in ("", "forget\ntold", *(f"{kind}\nrefused" for kind in kinds)):
         made.add_column(column, no_wrap=True)
 
     def add(name: str, measured: Measured) -> None:
-        told = shown(measured.kinds[FORGET]["told"])
         entries = [measured.kinds.get(kind) for kind in kinds]
-        refused = ["not asked" if entry is None else shown(entry["refused"]) for entry in entries]
-        made.add_row(name, measured.place, told, *refused)
+        refused = ["not asked" if entry is None else _short(entry["refused"]) for entry in entries]
+        made.add_row(name, _short(measured.kinds[FORGET]["told"]), *refused)
 
     names = wording_names(chosen)
     for measured in chosen.tried:
-        add(names[measured.prefixes[0]], measured)
+        add(f"{names[measured.prefixes[0]]}, {measured.place}", measured)
     made.add_section()
-    add(f"{names[chosen.best.prefixes[0]]}, on other rows", chosen.report)
+    add("best, report", chosen.report)
     return made
+
+
+def _short(entry: dict[str, Any] | None) -> str:
+    """A share and its interval in percent, in the width of a table."""
+    if entry is None:
+        return "not known"
+    ends = f"{100 * entry['low']:.0f}-{100 * entry['high']:.0f}"
+    return f"{round(entry['share'] * entry['rows'])}/{entry['rows']} ({ends})"
 
 
 def wording_names(chosen: Chosen) -> dict[str, str]:

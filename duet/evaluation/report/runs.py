@@ -48,8 +48,8 @@ class Method:
         answers: (suite, task, id, question) -> {"question", "answer" (the truth), "generated", "status", "value"}.
         lm_eval: as in lm_eval.json: task -> {"metric,filter": value, "metric_stderr,filter": standard error}.
         attacks: as in attacks.json; None: it was not attacked.
-        training: {"steps", "losses", "steering"}: optimiser steps, the last logged values, and what steering.json holds or
-            None; None: not given.
+        training: {"steps", "losses"}: optimiser steps and the last logged values; "steering": what steering.json holds, if it
+            is there; None: not given.
         folders: where this was read.
         weights, base_weights: fingerprints of the model, and of the base that an attack on it was given.
     """
@@ -95,7 +95,10 @@ class _Run:
 
     @property
     def model(self) -> tuple[Any, ...]:
-        return tuple(self.manifest.get(f) for f in ("model_fingerprint", "tokenizer_fingerprint", "steering"))
+        return tuple(
+            self.manifest.get(f)
+            for f in ("model_fingerprint", "tokenizer_fingerprint", "steering", "steering_place")
+        )
 
     @property
     def name(self) -> str:
@@ -307,8 +310,8 @@ def _add(method: Method, run: _Run) -> None:
     else:
         history = [entry for entry in run.content["log_history"] if "loss" in entry]
         last = {k: v for k, v in (history[-1] if history else {}).items() if isinstance(v, float)}
-        measured = run.content.get("steering")
-        method.training = {"steps": run.content["global_step"], "losses": last, "steering": measured}
+        method.training = {"steps": run.content["global_step"], "losses": last}
+        method.training |= {k: run.content[k] for k in ("steering",) if k in run.content}
 
 
 def _tell_apart(methods: Sequence[Method]) -> None:

@@ -70,6 +70,7 @@ class Asker:
         steering: a prefix before every question, as for the steered teacher.
         subjects: replace `{subject}` in it, in turn; none: the row's own subject does.
         num_ids: how many ids the model embeds, or None.
+        place: `system` or `user`: where the prefix goes, and with it a system message of the task.
     """
 
     def __init__(
@@ -82,11 +83,12 @@ class Asker:
         steering: str | None = None,
         subjects: Sequence[str] = (),
         num_ids: int | None = None,
+        place: str = "system",
     ):
         prompting, self.steering, self.subjects = prompting or Prompting(), steering, tuple(subjects)
         self.tokenizer, self.task, self.context = tokenizer, task, context
         self.plain = task.plain or prompting.plain_template
-        self.renderer = PromptRenderer(tokenizer, self.plain, prompting.chat_template_kwargs)
+        self.renderer = PromptRenderer(tokenizer, self.plain, prompting.chat_template_kwargs, place)
         self.renderer.num_ids = num_ids
         self.chat = task.chat == "auto" and self.renderer.has_template
         if task.few_shot and len(shots) < task.few_shot.count:

@@ -22,6 +22,7 @@ from ...data.prompts import Prompting, check_placeholders
 from ...extras import version_of
 from ...model.hashes import fingerprints
 from ...model.lm import check_head, check_tokenizer, context_length, embedded_ids, padding_id
+from ...names import check_one_of
 from ..generation import continuations
 from ..journal import Journal, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
@@ -47,6 +48,7 @@ def evaluate(
     retain_run: str | Path | None = None,
     prompting: Prompting | None = None,
     steering: str | None = None,
+    steering_place: str = "system",
     elicit: Callable[[list[Row], str], list[Row]] | None = None,
     progress: Progress = lambda task, done, total: None,
 ) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def evaluate(
         prompting: how prompts are written for the model (`Prompting.of(name)`); None: the defaults.
         steering: a prefix before every question: the model as its own teacher. In tasks to forget `{subject}` stands
             for the row's; in others for those subjects in turn, as in training: the prefix is about what should go.
+        steering_place: `system` or `user`, as the option of training; a task's own system message goes there too.
         elicit: (rows, name) -> the rows with answers where they have none (`duet.evaluation.elicit`), for tasks that ask the
             column `question` and compare with the column `answer`.
         progress: called after every batch.
@@ -79,6 +82,7 @@ def evaluate(
         raise ValueError(f"batch_size: wanted an integer >= 1, got {batch_size}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: wanted an integer >= 1, got {limit}")
+    check_one_of("steering_place", steering_place, ("system", "user"))
     if steering is not None and not steering.strip():
         raise ValueError(f"steering: wanted a text that is not empty, got {steering!r}")
     check_placeholders("steering", steering or "")
@@ -105,6 +109,7 @@ def evaluate(
         **fingerprints(model, tokenizer),
         **prompting.changed(),
         **({} if steering is None else {"steering": steering}),
+        **({} if steering_place == "system" else {"steering_place": steering_place}),
     }
     context = context_length(model)
     gone = [rows for task, rows in tables.items() if task.name.startswith(TO_FORGET)]
@@ -115,7 +120,9 @@ def evaluate(
         shots = (
             load_table(data, task.few_shot.data, task.hub, f"{task.name}.few_shot") if task.few_shot else ()
         )
-        asker = Asker(tokenizer, task, shots, context, prompting, steering, others, embedded_ids(model))
+        asker = Asker(
+            tokenizer, task, shots, context, prompting, steering, others, embedded_ids(model), steering_place
+        )
         try:
             prepared[task] = _prepare(asker, task, rows)
         except ValueError as error:
