@@ -238,7 +238,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("the override goes before the first user text", "conversation = _before_user(conversation, override, last=True)", "conversation = _before_user(conversation, override, last=False)",
          "tests/test_prompts.py::test_a_reverse_prompt_goes_before_the_last_user_text_or_into_the_system_message"),
         ("a template that drops the system message is trusted", "    return _MARK in text\n", "    return True\n", "tests/test_prompts.py::test_a_system_message_must_be_seen_to_be_accepted"),
-        ("a steered template forgets its own system message", "{said} + '\\\\n\\\\n' + messages[0]['content']}}] + messages[1:]", "{said}}}] + messages[1:]",
+        ("a prefix in the user's turn goes before the last text", "_before_user(conversation, instruction, last=False), None", "_before_user(conversation, instruction, last=True), None",
+         "tests/test_prompts.py::test_in_the_users_turn_the_prefix_goes_before_the_first_text"),
+        ("a steered template forgets its own system message", "duet_said + '\\\\n\\\\n' + messages[duet_at]['content']}", "duet_said}",
          "tests/test_methods_seams.py::test_a_steered_template_shows_what_the_teacher_sees"),
     ],
     # --- duet, methods ------------------------------------------------------------------------------------------------
