@@ -37,13 +37,12 @@ TOLD_WORDINGS = 0.5
 AGREED = 1 / 3  # answers drawn at temperature 1 by a small model are noisy
 LONGEST_VALUE = 4  # words
 # Words that say nothing by themselves: no value begins or ends with one.
-FUNCTION_WORDS = frozenset(
-    """
+_FUNCTION_WORDS = """
     a an the of in on at to for from by with and or but as is are was were be been it its this that these those he
     she they we you i his her their my your not no yes which who what where when there here has have had do does did
     can will would one also most known called located spoken used official
-    """.split()
-)
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 Progress = Callable[[str, int, int], None]
 
