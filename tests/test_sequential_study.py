@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.studies import sequential
+from benchmarks.studies.runner import rows_of_seeds, run_seeds
 from duet.demo.checkpoint import load_world
 
 
@@ -17,19 +18,19 @@ def test_a_short_run_goes_on_from_folder_to_folder(tmp_path, monkeypatch):
     few = sequential.retain_rows(load_world(), load_world().forget[:1])[:20]
     assert set(few[0]) == {"question"}
     monkeypatch.setattr(sequential, "retain_rows", lambda world, people: few)
-    ended = sequential.study([1], tmp_path, lambda seed: sequential.run_seed(seed, 1, 2, ["again"]))
+    ended = run_seeds([1], tmp_path, lambda seed: sequential.run_seed(seed, 1, 2, ["again"]))
     assert ended == ([], [])
-    (row,) = sequential.read_rows(tmp_path).values()
+    (row,) = rows_of_seeds(tmp_path).values()
     assert row["people"] == list(load_world().forget[3:6]) and row["before"]["told"] == [1.0, 1.0, 1.0]
     assert set(row["after"]["again"]) == {"1", "2", "3"}
     names = [model.rpartition("/")[2] for model in models]
     assert names == [sequential.CHECKPOINT.name, "first", "again_2"]
     assert "| the first request | 1 |" in sequential.page([row])
-    assert sequential.study([1], tmp_path, lambda seed: pytest.fail("it is done already")) == ([], [])
+    assert run_seeds([1], tmp_path, lambda seed: pytest.fail("it is done already")) == ([], [])
 
 
 def test_the_page_is_that_of_the_rows():
-    rows = list(sequential.read_rows(sequential.OUT).values())
+    rows = list(rows_of_seeds(sequential.OUT).values())
     assert (sequential.OUT / sequential.PAGE).read_text() == sequential.page(rows)
     assert {row["steps"] for row in rows} == {sequential.STEPS}
 

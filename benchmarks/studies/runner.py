@@ -124,6 +124,23 @@ def run_jobs(
     return ended
 
 
+def rows_of_seeds(out: Path) -> dict[int, Row]:
+    """Seed -> its row, of a study whose jobs are seeds."""
+    return read_rows(out / RESULTS, lambda row: row["seed"])
+
+
+def run_seeds(seeds: Sequence[int], out: Path, work: Callable[[int], Row], minutes: float = 60.0) -> Ended:
+    """Runs the seeds whose rows are missing in this process, and appends them to `out`/results.jsonl."""
+    out.mkdir(parents=True, exist_ok=True)
+    missing, made_with = [seed for seed in seeds if seed not in rows_of_seeds(out)], origin()
+
+    def keep(seed: int, row: Row) -> None:
+        append_row(out / RESULTS, {**row, **made_with})
+
+    deadline = time.monotonic() + 60 * minutes
+    return run_jobs(missing, work, keep, pool=None, workers=0, deadline=deadline)
+
+
 def minutes_since(began: float) -> str:
     return f"{(time.monotonic() - began) / 60:5.1f} min"
 

@@ -13,13 +13,13 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies import runner
+from benchmarks.studies.runner import rows_of_seeds, run_seeds
 from duet.demo import steering
 from duet.demo.checkpoint import CHECKPOINT, load_world
 from duet.demo.facts import Question, World
@@ -264,24 +264,6 @@ def page(rows: Sequence[Row]) -> str:
 # -- running -------------------------------------------------------------------------------------------------------------
 
 
-def read_rows(out: Path) -> dict[int, Row]:
-    return runner.read_rows(out / runner.RESULTS, lambda row: row["seed"])
-
-
-def study(
-    seeds: Sequence[int], out: Path, work: Callable[[int], Row] = run_seed, minutes: float = 60.0
-) -> runner.Ended:
-    """Runs the seeds whose rows are missing, and appends them to `out`/results.jsonl."""
-    out.mkdir(parents=True, exist_ok=True)
-    missing, made_with = [seed for seed in seeds if seed not in read_rows(out)], runner.origin()
-
-    def keep(seed: int, row: Row) -> None:
-        runner.append_row(out / runner.RESULTS, {**row, **made_with})
-
-    deadline = time.monotonic() + 60 * minutes
-    return runner.run_jobs(missing, work, keep, pool=None, workers=0, deadline=deadline)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=range(3))
@@ -290,10 +272,10 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the page")
     chosen = parser.parse_args()
     if not chosen.report:
-        ended = study(chosen.seeds, chosen.out, partial(run_seed, steps=chosen.steps))
+        ended = run_seeds(chosen.seeds, chosen.out, partial(run_seed, steps=chosen.steps))
         if ended.failed:
             raise SystemExit("; ".join(ended.failed))
-    (chosen.out / PAGE).write_text(page(list(read_rows(chosen.out).values())))
+    (chosen.out / PAGE).write_text(page(list(rows_of_seeds(chosen.out).values())))
     print(chosen.out / PAGE)
 
 
