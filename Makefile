@@ -20,7 +20,7 @@ AS_IT_IS := PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 TOFU_DATA ?= data/tofu
 
-.PHONY: setup demo test mutants check format wheel bench bench-cpu study study-sequential study-tofu bench-step compile gpu tune readme docs clean
+.PHONY: setup demo test mutants check format wheel bench bench-cpu study study-sequential study-onpolicy study-tofu bench-step compile gpu tune readme docs clean
 
 setup: $(STAMP)
 
@@ -78,6 +78,10 @@ study: setup
 # Three requests, one after the other, in the tiny world: some minutes on one core.
 study-sequential: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.studies.sequential
+
+# On-policy distillation by each loss: its gradient against the exact one, and what is learned; some minutes on one core.
+study-onpolicy: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.studies.onpolicy
 
 # TOFU from scratch, on a folder with its files; for a GPU. First: make study-tofu TOFU_OPTIONS="--size 60m --only reckon"
 study-tofu:

@@ -203,7 +203,8 @@ def test_nothing_is_drawn_from_nan():
 # --- chat -------------------------------------------------------------------------------------------------------------
 
 
-def test_chat_shows_two_models_side_by_side(base, tmp_path):
+def test_chat_shows_two_models_side_by_side(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.console, "width", 120)
     tiny().save_pretrained(tmp_path / "other")
     word_tokenizer().save_pretrained(tmp_path / "other")
     words = ["chat", tmp_path / "other", "--beside", base, "--max-new-tokens", 5, "--device", "cpu"]
@@ -212,5 +213,5 @@ def test_chat_shows_two_models_side_by_side(base, tmp_path):
     lines = done.stdout.splitlines()
     assert any(line.strip() == "who is ada lovelace ?" for line in lines), done.output
     answer = next(line for line in lines if "a mathematician ." in line)
-    assert answer.index("a mathematician .") > 60, "the second column is the base's"
+    assert answer.index("a mathematician .") > len(answer) / 2, "the second column is the base's"
     assert "captain of the sea" in done.output and "more than the 256" in done.output

@@ -66,12 +66,10 @@ def assert_same_weights(a, b, **tolerance):
 # -- it trains -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(  # every method, on one architecture: test_methods_fall.py
-    "objective",
-    ["duet", "duet_forward_kl", "duet_reverse_kl", "duet_jsd", "bidirectional", "ga", "npo", "refusal"],
-)
+# Every method on one architecture: test_methods_fall.py
+@pytest.mark.parametrize("objective", ["duet", "duet_forward_kl", "bidirectional", "npo"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "neox"])
-def test_every_objective_falls_on_every_architecture(tmp_path, architecture, objective):
+def test_kinds_of_objectives_fall_on_every_architecture(tmp_path, architecture, objective):
     before = state_of(tiny(architecture))
     trainer = make(tmp_path, tiny(architecture), objective=objective, max_steps=30, learning_rate=1e-2)
     trainer.train()

@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the page")
     chosen = parser.parse_args()
     if not chosen.report:
-        ended = run_seeds(chosen.seeds, chosen.out)
+        ended = run_seeds(chosen.seeds, chosen.out, run_seed)
         if ended.failed:
             raise SystemExit("; ".join(ended.failed))
     (chosen.out / PAGE).write_text(page(list(rows_of_seeds(chosen.out).values())))
