@@ -75,7 +75,9 @@ def test_the_verdict_follows_from_the_rows():
     after = {name: {"reverse_kl": 2.0, "recall": 0.0} for name in onpolicy.ARMS}
     after |= {"exact": {"reverse_kl": 1.0}, "student_tail": {"reverse_kl": 1.05}}
     assert onpolicy.verdicts([json.loads(json.dumps({"gradients": known, "trained": after}))]) == [
-        "* Within a tenth of the exact loss after training: student's k, `tail`.",
+        "* Reverse KL after training, the lowest first: the whole vocabulary (1.000); student's k, `tail` (1.050); "
+        "the drawn token alone (2.000); teacher's k, `renormalize` (2.000); student's k, `renormalize` (2.000); "
+        "teacher's k, `tail` (2.000); student's k, `truncated` (2.000); student's k, `generalized` (2.000).",
         "* Least bias: the drawn token alone (0.00); most: teacher's k, `renormalize` (0.50).",
         "* Most noise: the drawn token alone, 3.0 times that of the exact loss.",
     ]
