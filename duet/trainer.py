@@ -29,7 +29,7 @@ from .extras import silence_what_no_user_can_change
 from .methods.asking import Asking
 from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.steering import look_at_teacher
-from .methods.views import asked_before_training, build_dataset, eval_datasets, renderer_of
+from .methods.views import asked_before_training, build_dataset, eval_datasets, is_steered, renderer_of
 from .model import lm
 from .model.adapters import check_folder, check_not_earlier, has_adapter
 from .model.teacher import live_teacher
@@ -108,6 +108,8 @@ class DuetTrainer(Asking, AdapterTrainer):
 
     # compute_loss divides by the count of the whole accumulated step; the Trainer must not divide again.
     loss_is_scaled_for_ga = True
+    # Whether somebody has looked at the steered teacher already: then `train` does not ask it again.
+    teacher_measured = False
 
     def __init__(
         self,
@@ -241,8 +243,8 @@ class DuetTrainer(Asking, AdapterTrainer):
             return self._steer()
         check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
         self._keep_record(resume_from_checkpoint)
-        steered = self.objective.targets is not None and self.objective.teacher_sees == "steered"
-        if steered and self.teacher.watched and not (resume_from_checkpoint or lm.is_sharded(self.args)):
+        known = self.teacher_measured or resume_from_checkpoint or lm.is_sharded(self.args)
+        if is_steered(self.objective) and self.teacher.watched and not known:
             look_at_teacher(self.train_dataset, self.renderer.tokenizer, self.teacher_says)
         if self.teacher is not None and self.teacher.asks_first:
             evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}

@@ -195,7 +195,11 @@ def test_a_teacher_that_does_not_forget_stops_the_run(folder, script):
     )
 
 
-def test_a_good_teacher_is_recorded_live_and_cached(folder, script):
+def test_a_good_teacher_is_recorded_live_and_cached(folder, script, monkeypatch):
+    def twice(*_):
+        raise AssertionError("the teacher was measured already")
+
+    monkeypatch.setattr("duet.trainer.look_at_teacher", twice)
     words = ["--config", "run.yaml", "--steering_prefixes", f"[{GOOD!r}]", "--steering_place", "user"]
     assert duet("train", *words, "--retain_prefix", "none").exit_code == 0
     record = json.loads((folder / "out" / "steering.json").read_text())

@@ -123,6 +123,7 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
 
 
 def load_base(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
+    """The model of `model:`, before this run."""
     args = run.training
     return load_model(run.model.name, "model", kwargs, loading_device(args), args.earlier_adapter)
 

@@ -94,10 +94,7 @@ def steer(
         check_one_of("places", place, PLACES)
     args = run.training
     kwargs = model_kwargs(run.model, args)
-    if run.teacher:
-        model = load_teacher(run, kwargs)
-    else:
-        model = load_base(run, kwargs)
+    model = load_teacher(run, kwargs) if run.teacher else load_base(run, kwargs)
     tokenizer = load_tokenizer(run.model)
 
     def probing(rows: Rows) -> SteeringProbe:
@@ -293,6 +290,7 @@ def preflight(run: RunConfig, trainer: DuetTrainer, anyway: bool = False) -> str
         return None
     why = _cannot_ask(run, trainer)
     measured = None if why else _ask_teacher(run, trainer)
+    trainer.teacher_measured = measured is not None
     forgets = measured is None or measured.forgets is not False
     said = f"the steered teacher was not measured: {why}" if measured is None else sentence(measured.kinds)
     if not forgets and not anyway:
