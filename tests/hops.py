@@ -35,6 +35,9 @@ def calls() -> dict[str, Callable[[], Any]]:
         "topk_distill_loss tail": lambda: dk.topk_distill_loss(
             leaf, weight, top, divergence="forward_kl", normalization="tail"
         ),
+        "topk_distill_stats": lambda: dk.topk_distill_stats(
+            leaf, weight, top, token_ids=ids[:, 0], entropy=True
+        ),
         "linear_distill_loss": lambda: dk.linear_distill_loss(leaf, weight, hidden, weight),
         "linear_cross_entropy": lambda: dk.linear_cross_entropy(leaf, weight, ids[:, 0]),
         "linear_token_stats": lambda: dk.linear_token_stats(hidden, weight, ids[:, 0]),
