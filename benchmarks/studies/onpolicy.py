@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.studies.runner import rows_of_seeds, run_seeds
+from benchmarks.studies.runner import made_with, rows_of_seeds, run_seeds
 from duet.data.prompts import PromptRenderer
 from duet.demo.checkpoint import load_base, load_world
 from duet.demo.facts import Question
@@ -221,14 +221,8 @@ def page(rows: Sequence[Row]) -> str:
     Raises:
         ValueError: there is no row.
     """
-    if not rows:
-        raise ValueError("rows: wanted at least one row of the study, got none")
-    rows = sorted(rows, key=lambda row: row["seed"])
-    made = sorted(
-        {f"commit {r['commit']}, torch {r['torch']}, transformers {r['transformers']}" for r in rows}
-    )
+    rows, made = sorted(rows, key=lambda row: row["seed"]), made_with(rows)
     numbers = sorted({(row["rollouts"], row["steps"]) for row in rows})
-    minutes = sum(row["cpu_seconds"] for row in rows) / 60
 
     def learned(label: str, found: Sequence[dict[str, float]]) -> list[str]:
         recall = _mean([100 * each["recall"] for each in found], 0)
@@ -248,8 +242,7 @@ def page(rows: Sequence[Row]) -> str:
             "# On-policy reverse KL: which loss, and what it leaves of the gradient",
             "",
             "Written by `python -m benchmarks.studies.onpolicy --report` from `results.jsonl`; without `--report` it runs what is missing.",
-            f"{len(rows)} seeds; k = {K}; {QUESTIONS} questions a batch; {said}; AdamW, learning rate {RATE}; {minutes:.0f} CPU minutes; "
-            f"{'; '.join(made)}.",
+            f"{len(rows)} seeds; k = {K}; {QUESTIONS} questions a batch; {said}; AdamW, learning rate {RATE}; {made}.",
             "",
             f"The student is the tiny world's base with noise of {NOISE} standard deviations in every weight matrix; the teacher is the base. The "
             "student answers questions by drawing, both read the answers, and the loss compares them at every drawn token. "

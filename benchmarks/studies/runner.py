@@ -141,6 +141,19 @@ def run_seeds(seeds: Sequence[int], out: Path, work: Callable[[int], Row], minut
     return run_jobs(missing, work, keep, pool=None, workers=0, deadline=deadline)
 
 
+def made_with(rows: Sequence[Row]) -> str:
+    """CPU minutes of the rows of a study, their commits and versions, for its page.
+
+    Raises:
+        ValueError: there is no row.
+    """
+    if not rows:
+        raise ValueError("rows: wanted at least one row of the study, got none")
+    how = {f"commit {r['commit']}, torch {r['torch']}, transformers {r['transformers']}" for r in rows}
+    minutes = sum(row["cpu_seconds"] for row in rows) / 60
+    return f"{minutes:.0f} CPU minutes; {'; '.join(sorted(how))}"
+
+
 def minutes_since(began: float) -> str:
     return f"{(time.monotonic() - began) / 60:5.1f} min"
 

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies.runner import rows_of_seeds, run_seeds
+from benchmarks.studies.runner import made_with, rows_of_seeds, run_seeds
 from duet.demo import steering
 from duet.demo.checkpoint import CHECKPOINT, load_world
 from duet.demo.facts import Question, World
@@ -203,13 +203,8 @@ def page(rows: Sequence[Row]) -> str:
     Raises:
         ValueError: there is no row.
     """
-    if not rows:
-        raise ValueError("rows: wanted at least one row of the study, got none")
-    rows = sorted(rows, key=lambda row: row["seed"])
-    made = sorted(
-        {f"commit {r['commit']}, torch {r['torch']}, transformers {r['transformers']}" for r in rows}
-    )
-    minutes, steps = sum(row["cpu_seconds"] for row in rows) / 60, {row["steps"] for row in rows}
+    rows, made = sorted(rows, key=lambda row: row["seed"]), made_with(rows)
+    steps = {row["steps"] for row in rows}
     once = [each["1"] for row in rows for each in list(row["after"].values())[:1]]
     lines = [_line("the base", "–", [row["before"] for row in rows]), _line("the first request", "1", once)]
     for name, arm in ARMS.items():
@@ -233,8 +228,7 @@ def page(rows: Sequence[Row]) -> str:
             "",
             "Written by `python -m benchmarks.studies.sequential --report` from `results.jsonl`; without `--report` it runs what is "
             "missing.",
-            f"{len(rows)} seeds, each with three other persons A, B, C; {', '.join(map(str, sorted(steps)))} steps a request; "
-            f"{minutes:.0f} CPU minutes; {'; '.join(made)}.",
+            f"{len(rows)} seeds, each with three other persons A, B, C; {', '.join(map(str, sorted(steps)))} steps a request; {made}.",
             "",
             "A model of the tiny world is asked to forget A; the folder that comes out is asked to forget B, and what comes of "
             "that, C: `duet train --model first --output_dir second` (LoRA, DUET at the first answer token). Cells: percent of questions that are answered with "
