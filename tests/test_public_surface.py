@@ -251,9 +251,10 @@ def test_benchmarks_never_import_the_trainer(path):
 
 def test_nobody_unpickles():
     """House rule 13."""
-    pattern = re.compile(r"\bpickle\.loads?\b|\bUnpickler\b|torch\.load\(|trust_remote_code=True")
+    pattern = re.compile(r"\bpickle\b|torch\.load\(|trust_remote_code=True")
+    error = "from pickle import UnpicklingError\n"  # what others raise
     for path in ROOT.glob("duet*/**/*.py"):
-        assert not pattern.search(path.read_text()), path
+        assert not pattern.search(path.read_text().replace(error, "")), path
 
 
 def _python(code, **environment):
