@@ -8,9 +8,9 @@
                       decline; on rows that are to be kept this is over-refusal
     told              of the rows that the plain model tells, the share that is still told
 
-A row is told when its `value` is said; without one, when the answer does not decline, and it and the row's answer (or, where there is none, what the
-plain model said) share at least half of the words of the shorter one, by ROUGE-L. An answer that was cut at the token limit
-before it told anything is not judged as forgotten: it does not count.
+A row is told when its `value` is said. Without a value it is told when the answer does not decline, and shares at least half of the
+words of the shorter one, by ROUGE-L, with the row's answer (or, where there is none, with what the plain model said). An answer
+that was cut at the token limit before it told anything does not count: it is not judged as forgotten.
 """
 
 from __future__ import annotations
