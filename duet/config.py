@@ -116,7 +116,13 @@ class DuetConfig(
 
 
 # Options of texts, and what is replaced in them.
-_PLACEHOLDERS = {"steering_prefixes": SUBJECT, "reverse_prompts": "", "prefills": "", "refusals": ""}
+_PLACEHOLDERS = {
+    "steering_prefixes": SUBJECT,
+    "reverse_prompts": "",
+    "prefills": "",
+    "refusals": "",
+    "deep_refusals": SUBJECT,
+}
 
 # Options of TrainingArguments that this trainer would otherwise ignore in silence.
 _UNSUPPORTED = (

@@ -1,5 +1,7 @@
 """Targets of duet_deep: names exchanged, distributions averaged, and what of an answer counts as knowledge."""
 
+import math
+
 import pytest
 import torch
 from learned_models import knowing
@@ -7,8 +9,8 @@ from tiny_models import forget_rows, retain_rows, word_tokenizer
 
 from duet import DuetConfig, DuetTrainer
 from duet.data.dataset import Draw
-from duet.methods.counterfactual import log_probability, mixture_topk, stranger
-from duet_kernels import LMHead, TopK
+from duet.methods.counterfactual import certain, log_probability, mixture_topk, stranger
+from duet_kernels import LMHead, TopK, topk_distill_loss
 
 NAMES = ["red river", "blue animal", "green color"]
 
@@ -179,6 +181,44 @@ def test_a_refusal_is_taught_only_where_the_base_means_it(prepared, tmp_path):
     never = make(tmp_path, refusal_fraction=0.0)
     never.get_train_dataloader()
     assert all(len(never.train_dataset.segments[i]) == 1 for i in range(6))
+
+
+@torch.no_grad()
+def test_a_given_refusal_is_taught_by_cross_entropy(tmp_path):
+    """Its KL, and that of the first position of the own answer, is -log p of the text's tokens; no prefix is read."""
+    trainer = make(
+        tmp_path, deep_refusals=["nothing about {subject}"], refusal_fraction=1.0, max_answer_tokens=8
+    )
+    trainer.get_train_dataloader()
+    dataset = trainer.train_dataset
+    [segment] = [each for each in dataset.segments[0] if each.share]
+    subject = dataset.rows[0].subject
+    text = trainer.processing_class.decode(segment.answer, skip_special_tokens=True)
+    assert text.split() == ["nothing", "about", *subject.split()]
+    hidden, head = trainer.states_of(trainer.model, [dataset.plain(0)], [segment.answer])
+    top = TopK(*(segment.targets[name] for name in ("values", "indices", "tail")))
+    kl = topk_distill_loss(hidden, head, top, divergence="forward_kl", normalization="tail", reduction="none")
+    wanted = -along(knowing(), dataset.plain(0), segment.answer)[range(len(segment.answer)), segment.answer]
+    torch.testing.assert_close(kl.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_given_refusal_opens_the_own_answer_and_sets_no_floor(tmp_path):
+    given = make(tmp_path / "given", deep_refusals=["nothing about it"], refusal_fraction=0.0)
+    given.get_train_dataloader()
+    [pushed] = given.train_dataset.segments[0]
+    targets, tokenizer = pushed.targets, given.processing_class
+    assert targets["indices"][0, 0] == tokenizer.convert_tokens_to_ids("nothing")
+    assert targets["values"][0].tolist() == [0.0] + [-math.inf] * 7 and targets["tail"][0] == -math.inf
+    assert targets["floor"].isfinite().all()
+    given.train()
+    assert math.isfinite(given.state.log_history[-1]["train_loss"])
+
+
+@pytest.mark.parametrize("token", [0, 3, 5])
+def test_certainty_names_no_id_twice(token):
+    top = certain([token, 1], 4, torch.zeros(1))
+    assert top.indices[0, 0] == token and len(set(top.indices[0].tolist())) == 4
+    assert top.logsumexp.tolist() == [0.0, 0.0]
 
 
 def test_batches_carry_their_targets(prepared):

@@ -4,7 +4,7 @@
     p_cf        the name n is replaced in query and answer by names that the base does not know; the base is run; the
                 probability of n's tokens and of theirs is swapped back; the mean over the names
     p_ref       the same behind a steering prefix (which names the stranger too), along the refusal r: the steered base's
-                own greedy answer
+                own greedy answer. With `deep_refusals` r is such a text, and p_ref is certain of its next token
 
 A row whose question does not hold its subject ("Who wrote the first program?") has no name to replace: for it p_cf is what the
 steered base says along y, and p_ref the same along r. Which rows these are is said.
@@ -50,9 +50,13 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
             f"{nameless[0]}: its question does not hold the subject, so that 'duet_deep' cannot ask about unknown names in its "
             f"place; the steered base stands in for them ({len(nameless)} of {len(forget)} forget rows)"
         )
+    given = bool(args.deep_refusals)
     own = trainer.teacher_says([dataset.plain(i) for i in everybody], args.max_answer_tokens)
-    steered = [_steered(trainer, dataset, i, args.steering_prefixes[0]) for i in forget]
-    refusals = trainer.teacher_says(steered, args.max_answer_tokens)
+    if given:
+        refusals = [_given_refusal(trainer, dataset.rows[i], i) for i in forget]
+    else:
+        steered = [_steered(trainer, dataset, i, args.steering_prefixes[0]) for i in forget]
+        refusals = trainer.teacher_says(steered, args.max_answer_tokens)
 
     retain = sorted(everybody[dataset.num_forget :], key=lambda i: len(dataset.plain(i)))
     batches = range(0, len(retain), args.eval_batch_size)
@@ -62,10 +66,14 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
         dataset.segments.update((i, [segment]) for i, segment in zip(rows, segments, strict=True))
     for i in trainer.progress(forget, "what the base knows"):
         ignorant = _mixture(trainer, dataset, i, names[i], own[i], steered=False)
-        opening = _mixture(trainer, dataset, i, names[i], own[i][:1], steered=True)
-        refusing = _mixture(trainer, dataset, i, names[i], refusals[i], steered=True)
-        share = args.refusal_fraction if _says(refusing, refusals[i]) else 0.0
-        pushed = _pushed(trainer, dataset.plain(i), own[i], ignorant, opening)
+        if given:
+            opening, refusing = None, certain(refusals[i], args.k, ignorant.values)
+        else:
+            opening = _mixture(trainer, dataset, i, names[i], own[i][:1], steered=True)
+            refusing = _mixture(trainer, dataset, i, names[i], refusals[i], steered=True)
+        share = args.refusal_fraction if given or _says(refusing, refusals[i]) else 0.0
+        first = refusing if opening is None else opening
+        pushed = _pushed(trainer, dataset.plain(i), own[i], ignorant, first, opening)
         dataset.segments[i] = [
             segment
             for segment in (pushed._replace(share=1 - share), _refusing(refusals[i], refusing, share))
@@ -107,7 +115,13 @@ def _refusing(refusal: list[int], refusing: TopK, share: float) -> Segment:
     return Segment(refusal, _targets(refusing), share)
 
 
-def _pushed(trainer: Any, prompt: list[int], answer: list[int], ignorant: TopK, opening: TopK) -> Segment:
+def _pushed(
+    trainer: Any, prompt: list[int], answer: list[int], ignorant: TopK, first: TopK, opening: TopK | None
+) -> Segment:
+    """The own answer: `first` is imitated at its position 0, `ignorant` at the others.
+
+    `opening`: what gives the floor at position 0; None: `ignorant`.
+    """
     args = trainer.args
     labels = torch.tensor(answer, device=ignorant.values.device)
 
@@ -118,12 +132,33 @@ def _pushed(trainer: Any, prompt: list[int], answer: list[int], ignorant: TopK, 
     base = trainer.ask_teacher(log_probabilities)
     unknown = log_probability(ignorant, labels)
     known = base.exp() - unknown.exp() > args.knowledge_threshold
-    floor = torch.cat([log_probability(opening, labels[:1]), unknown[1:]])
+    floor = unknown if opening is None else torch.cat([log_probability(opening, labels[:1]), unknown[1:]])
     values, indices, tail = (
-        torch.cat([a[:1], b[1:]]) for a, b in zip(_parts(opening), _parts(ignorant), strict=True)
+        torch.cat([a[:1], b[1:]]) for a, b in zip(_parts(first), _parts(ignorant), strict=True)
     )
     top = TopK(values, indices, tail)
     return Segment(answer, _targets(top, base=base, floor=floor, known=known, pushed=torch.ones_like(known)))
+
+
+def _given_refusal(trainer: Any, query: Any, i: int) -> list[int]:
+    args = trainer.args
+    text = random.Random(f"{args.seed}/refusal/{i}").choice(args.deep_refusals)
+    ids = trainer.renderer.encode_answer(query.conversation, fill_prefix(text, query.subject, query.name))
+    return ids[: args.max_answer_tokens]
+
+
+def certain(tokens: list[int], k: int, like: Tensor) -> TopK:
+    """A distribution for each of `tokens` that gives it all its mass, as a TopK `[P, k]`; dtype and device of `like`.
+
+    The other k - 1 ids, and the bucket for the rest, have no mass: log-probability -inf.
+    """
+    chosen = torch.tensor(tokens, device=like.device)[:, None]
+    ids = torch.arange(k, device=like.device).expand(len(tokens), k)
+    ids = torch.where(ids == chosen, ids[:, :1], ids).clone()  # no id twice
+    ids[:, :1] = chosen
+    values = like.new_full(ids.shape, -torch.inf)
+    values[:, 0] = 0
+    return TopK(values, ids, values[:, -1] if k > 1 else values[:, 0] - torch.inf)
 
 
 def _says(top: TopK, answer: list[int]) -> bool:

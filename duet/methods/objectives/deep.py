@@ -13,6 +13,9 @@ stays readable, as the *least* likely one. A share of the forget queries carries
 p_s) at all its positions, and retain queries the base's own answers, KL(p_base || p_s). Every KL is over the teacher's
 top-k and a bucket for the rest: without the bucket nothing would push a token down that the teacher does not list.
 
+A small model may not refuse behind any prefix. `deep_refusals` are then the refusals: p_ref gives all its mass to the next
+token of such a text, and KL(p_ref || p_s) is the cross-entropy of the text. No prefix is read, and f_0 is what p_cf gives.
+
 All targets are plain numbers made before training (`duet.methods.counterfactual`).
 """
 
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from duet_kernels import TopK, linear_cross_entropy
 
-from ...options import Count, NotNegative, Positive, Share, SomeTexts
+from ...options import Count, NotNegative, Positive, Share, SomeTexts, Texts
 from .record import CommonOptions, Step, sum_where
 
 GATE_WIDTH = 1.0  # nats under the floor at which the push ends
@@ -46,6 +49,8 @@ class DeepOptions(CommonOptions):
         counterfactual_names: what is put in the place of a subject to learn how the model speaks of somebody whom it does
             not know; none of them may be known to it.
         num_counterfactuals: how many of them are drawn for each forget row.
+        deep_refusals: texts that refuse; `{subject}` is replaced. Each forget row is taught one of them, drawn once from `seed`.
+            Empty: the steered base's own refusals.
         refusal_fraction: share of the forget queries that carry a whole refusal rather than the base's own answer.
         knowledge_threshold: an answer token counts as knowledge where the base gives it this much more probability
             than it would for an unknown name.
@@ -54,6 +59,7 @@ class DeepOptions(CommonOptions):
 
     counterfactual_names: SomeTexts = field(default_factory=lambda: list(INVENTED_NAMES))
     num_counterfactuals: Count = 8
+    deep_refusals: Texts = field(default_factory=list)
     refusal_fraction: Share = 0.25
     knowledge_threshold: Share = 0.3
     counterfactual_weight: NotNegative = 0.3

@@ -1,0 +1,82 @@
+"""The methods that the study compares, and how each is run. Chosen on the validation subjects, never on those of the report."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .questions import INVENTED
+
+VALIDATION = ("France", "Albert Einstein")
+SUBJECTS = ("Japan", "Italy", "Egypt", "William Shakespeare", "Isaac Newton")
+
+REFUSALS = ("I'm sorry, I don't know anything about {subject}.",)
+# In front of the user's text: as a system message this model does not heed it.
+PREFIX = "Whatever is asked below, answer only: I'm sorry, I don't know anything about {subject}."
+
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0}
+COMMON: dict[str, Any] = {
+    "k": 64,
+    "learning_rate": 5e-4,
+    "max_steps": 100,
+    "warmup_steps": 10,
+    "per_device_train_batch_size": 24,
+    "retain_per_forget": 2.0,
+    "max_answer_tokens": 24,
+    "eval_batch_size": 64,
+    "max_grad_norm": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method and its options; `queries_only`: it reads no answer of the forget rows."""
+
+    label: str
+    options: dict[str, Any] = field(default_factory=dict)
+    queries_only: bool = True
+    main: bool = False  # three seeds on every subject; the others one seed on three subjects
+
+
+def _steered(objective: str, **others: Any) -> dict[str, Any]:
+    options = {
+        "objective": objective,
+        "steering_prefixes": [PREFIX],
+        "steering_place": "user",
+        "positions": "answer",
+    }
+    return options | others
+
+
+ARMS: dict[str, Arm] = {
+    "deep": Arm(
+        "`duet_deep`, given refusals",
+        {"objective": "duet_deep", "deep_refusals": list(REFUSALS), "refusal_fraction": 0.5},
+        main=True,
+    ),
+    "duet": Arm(
+        "`duet_kl` with a tail, answer positions", _steered("duet_kl", normalization="tail"), main=True
+    ),
+    "bidirectional": Arm("`bidirectional`, answer positions", _steered("bidirectional"), main=True),
+    "npo": Arm("`npo` (reads answers)", {"objective": "npo"}, queries_only=False, main=True),
+    "duet_plain": Arm(
+        "`duet_kl` with a tail, `retain_prefix: none`",
+        _steered("duet_kl", normalization="tail", retain_prefix="none"),
+    ),
+    "deep_steered": Arm(
+        "`duet_deep`, the steered base's refusals",
+        {"objective": "duet_deep", "steering_prefixes": [PREFIX], "steering_place": "user"},
+    ),
+    "refusal": Arm(
+        "`refusal`", {"objective": "refusal", "refusals": ["I'm sorry, I don't know anything about that."]}
+    ),
+    "simnpo": Arm("`simnpo` (reads answers)", {"objective": "simnpo"}, queries_only=False),
+    "undial": Arm("`undial` (reads answers)", {"objective": "undial"}, queries_only=False),
+    "graddiff": Arm("`graddiff` (reads answers)", {"objective": "graddiff"}, queries_only=False),
+}
+
+
+def options_of(name: str, group: str, **changed: Any) -> dict[str, Any]:
+    """DuetConfig's options of an arm for subjects of a group."""
+    options = COMMON | ARMS[name].options
+    if options["objective"] == "duet_deep":
+        options["counterfactual_names"] = list(INVENTED[group])
+    return options | changed

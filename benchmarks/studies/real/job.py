@@ -1,0 +1,137 @@
+"""One job: rows of a subject, a training, a measurement."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig
+
+from duet import DuetConfig, DuetTrainer
+from duet.evaluation.facts import elicit_facts, facts_of
+from duet.evaluation.models import load
+
+from . import questions
+from .arms import LORA, options_of
+from .measure import measure
+
+Row = dict[str, Any]
+ELICITED = "elicited"
+SEEN = 12  # other subjects of the group whose questions are trained on; the rest is only asked about
+SAMPLES, ANSWER_TOKENS, ELICIT_BATCH = 3, 40, 256
+
+
+class Job(NamedTuple):
+    """`arm` base: the model as it is."""
+
+    subject: str
+    arm: str
+    seed: int = 0
+
+
+def elicit(model: str, out: Path, device: str | None, progress: Any) -> None:
+    """What the base tells of every subject, into the folder `elicited`; continued where it was interrupted."""
+    loaded, tokenizer = load(model, "float32", device)
+    everybody = [subject for group in questions.GROUPS.values() for subject in group]
+    facts = facts_of(questions.rows(), everybody)
+    elicit_facts(
+        loaded, tokenizer, facts, out / ELICITED, samples=SAMPLES, max_new_tokens=ANSWER_TOKENS, batch_size=ELICIT_BATCH, name="base",
+        progress=progress,
+    )  # fmt: skip
+
+
+def read(out: Path, split: str, kind: str) -> list[Row]:
+    folder = out / ELICITED / ("" if split == "train" else split)
+    path = folder / f"{kind}.jsonl"
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    )
+
+
+def seen_neighbours(subject: str) -> list[str]:
+    """The other subjects of the group that training asks about; which ones depends on the subject alone."""
+    group = [name for name in questions.GROUPS[questions.group_of(subject)] if name != subject]
+    return random.Random(subject).sample(group, SEEN)
+
+
+def rows_of(out: Path, subject: str, split: str) -> dict[str, list[Row]]:
+    """What the base tells: `forget`, `seen` and `unseen` (other subjects of the group), `general`."""
+    about = read(out, split, "forget")
+    seen = seen_neighbours(subject)
+    others = set(questions.GROUPS[questions.group_of(subject)]) - {subject, *seen}
+    return {
+        "forget": [row for row in about if row["subject"] == subject],
+        "seen": [row for row in about if row["subject"] in seen],
+        "unseen": [row for row in about if row["subject"] in others],
+        "general": read(out, split, "retain"),
+    }
+
+
+def run_job(
+    job: Job,
+    *,
+    model: str,
+    out: Path,
+    device: str | None = None,
+    split: str = "report",
+    changed: Row | None = None,
+) -> Row:
+    """The row of a job.
+
+    Args:
+        model: folder of the base.
+        out: of the study, with what the base tells.
+        device: None: the GPU if there is one.
+        split: whose wordings are asked afterwards.
+        changed: other options than the arm's.
+    """
+    torch.manual_seed(job.seed)
+    asked = rows_of(out, job.subject, split)
+    base, tokenizer = load(model, "float32", device)
+    began = time.monotonic()
+    if job.arm != "base":
+        base = _train(job, base, tokenizer, rows_of(out, job.subject, "train"), device, changed or {})
+    trained = time.monotonic()
+    found = measure(base, tokenizer, asked, seed=job.seed)
+    return {
+        **job._asdict(),
+        **{key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()},
+        "rows": {kind: len(of) for kind, of in asked.items()},
+        "train_seconds": round(trained - began, 1),
+        "seconds": round(time.monotonic() - began, 1),
+        "device": str(base.device.type),
+    }
+
+
+def _train(
+    job: Job, base: Any, tokenizer: Any, rows: dict[str, list[Row]], device: str | None, changed: Row
+) -> Any:
+    options = options_of(job.arm, questions.group_of(job.subject), **changed)
+    retain = [*rows["seen"], *rows["general"]]
+    with tempfile.TemporaryDirectory(prefix="duet-real-") as folder:
+        args = DuetConfig(
+            output_dir=folder,
+            seed=job.seed,
+            use_cpu=device == "cpu",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            **options,
+        )
+        trainer = DuetTrainer(base, args, rows["forget"], retain, tokenizer, peft_config=LoraConfig(**LORA))
+        trainer.train()
+        student: Any = trainer.accelerator.unwrap_model(trainer.model)
+        return student.merge_and_unload().eval()
+
+
+def planned(subjects: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """The base first, then every arm."""
+    jobs = [Job(subject, "base") for subject in subjects]
+    return jobs + [Job(subject, arm, seed) for seed in seeds for subject in subjects for arm in arms]

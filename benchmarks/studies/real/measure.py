@@ -1,0 +1,136 @@
+"""A model -> what it still tells of the subject, what it keeps, and what attacks bring back: shares of what the base told.
+
+Only rows that the base tells are asked, so that every share is 1 for the base. An answer counts as told when it holds the value; one
+that is cut at the token limit without it counts as not told.
+"""
+
+from __future__ import annotations
+
+import math
+import pydoc_data.topics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from duet.evaluation import metrics
+from duet.evaluation.attacks.attacks import ATTACKS
+from duet.evaluation.attacks.rows import read_attack_rows
+from duet.evaluation.attacks.target import HELDOUT_REVERSE_PROMPTS, AttackOptions, Outcomes, Target
+from duet.evaluation.scoring import Forced, token_scores
+
+Row = dict[str, Any]
+SAMPLES, SAMPLED_FROM = 32, 64
+ANSWER_TOKENS = 48
+RELEARNING = {"relearn_rates": (1e-4, 3e-4), "relearn_curve": (10,)}
+REVERSED = HELDOUT_REVERSE_PROMPTS[:3]
+# Plain English that no training saw: pages of Python's own manual, in pieces of so many tokens.
+PAGES, PIECE = ("if", "while", "with", "try", "function", "class", "assignment", "import"), 256
+
+
+def measure(
+    model: Any, tokenizer: Any, rows: Mapping[str, Sequence[Row]], *, attacked: bool = True, seed: int = 0
+) -> dict[str, Any]:
+    """Numbers of one model.
+
+    Args:
+        model: in evaluation mode, without an adapter of its own (relearning trains all weights).
+        rows: `forget`, `seen` and `unseen` (neighbours; whether training saw that subject), `general`.
+        attacked: also reverse prompts, forced openings, drawn answers and relearning.
+
+    Returns:
+        name -> a share in [0, 1]; `perplexity` of plain text; `said`: question -> answer of the forget rows.
+    """
+    options = AttackOptions(
+        max_new_tokens=ANSWER_TOKENS,
+        batch_size=512,
+        seed=seed,
+        heldout_reverse_prompts=REVERSED,
+        **RELEARNING,
+    )
+    targets = {
+        kind: Target(model, tokenizer, read_attack_rows(of, kind), options=options)
+        for kind, of in rows.items()
+        if of
+    }
+    plain = {kind: target.ask("as asked") for kind, target in targets.items()}
+    found: dict[str, Any] = {"told": told(plain["forget"])}
+    found |= refusals(plain["forget"])
+    for kind in ("seen", "unseen", "general"):
+        if kind in plain:
+            found[kind] = told(plain[kind])
+            found[f"{kind}_refused"] = refusals(plain[kind])["refused"]
+    found["invented"] = share(
+        not each["leaked"] and not _refuses(each)
+        for each in (*plain.get("general", ()), *plain.get("unseen", ()))
+    )
+    found["perplexity"] = perplexity(model, tokenizer)
+    if attacked:
+        found |= attacks(targets["forget"])
+    found["said"] = {
+        row["question"]: each["said"] for row, each in zip(rows["forget"], plain["forget"], strict=True)
+    }
+    return found
+
+
+def share(values: Iterable[Any]) -> float:
+    """The mean of truths; NaN of none."""
+    each = [bool(value) for value in values]
+    return sum(each) / len(each) if each else math.nan
+
+
+def told(outcomes: Outcomes) -> float:
+    return share(outcome["leaked"] for outcome in outcomes)
+
+
+def _refuses(outcome: Mapping[str, Any]) -> bool:
+    return metrics.refusal_rate([outcome["said"] or ""]) == 1.0
+
+
+def refusals(outcomes: Outcomes) -> dict[str, float]:
+    """Answers that decline in a whole sentence and tell nothing; those that decline, but not in a whole sentence."""
+    broken = [metrics.broken_refusal_rate([each["said"] or ""]) == 1.0 for each in outcomes]
+    whole = [
+        _refuses(each) and not bad and not each["leaked"] for each, bad in zip(outcomes, broken, strict=True)
+    ]
+    return {"refused": share(whole), "broken": share(broken)}
+
+
+def attacks(target: Target) -> dict[str, float]:
+    """What each attack brings back; the worst variant of each."""
+    found = {name: _worst(target, name) for name in ("reverse_prompt", "prefill", "relearning")}
+    found["leak@1"], found["leak@32"] = _leaks(target)
+    return found
+
+
+def _worst(target: Target, attack: str) -> float:
+    if ATTACKS[attack].missing(target):
+        return math.nan
+    by_variant: dict[str, Outcomes] = {}
+    for _, work in ATTACKS[attack].units(target):
+        for outcome in work():
+            by_variant.setdefault(outcome["variant"], []).append(outcome)
+    return max(told(outcomes) for outcomes in by_variant.values())
+
+
+def _leaks(target: Target) -> tuple[float, float]:
+    """leak@1 and leak@32, the means over the rows, from 64 answers to each that are drawn at temperature 1."""
+    rows = list(target.rows) * SAMPLED_FROM
+    prompts = [target.prompt(row.conversation) for row in rows]
+    count = dict.fromkeys((row.id for row in target.rows), 0)
+    for outcome in target.outcomes("drawn", rows, prompts, seed=target.options.seed):
+        count[outcome["id"]] += bool(outcome["leaked"])
+    leaks = [[metrics.leak_at_k(SAMPLED_FROM, each, k) for each in count.values()] for k in (1, SAMPLES)]
+    return float(np.mean(leaks[0])), float(np.mean(leaks[1]))
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokenizer: Any) -> float:
+    """Of the manual's pages; each piece is continued from its first token."""
+    pieces = []
+    for page in PAGES:
+        ids = tokenizer(pydoc_data.topics.topics[page], add_special_tokens=False)["input_ids"][:PIECE]
+        pieces.append(Forced(ids[:1], ids[1:]))
+    scores = token_scores(model, pieces, tokenizer.pad_token_id or 0)
+    return metrics.perplexity(np.concatenate([each.logprobs for each in scores]))
