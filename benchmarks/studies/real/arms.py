@@ -21,7 +21,7 @@ COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 24,
     "retain_per_forget": 2.0,
     "max_answer_tokens": 24,
-    "eval_batch_size": 64,
+    "per_device_eval_batch_size": 64,
     "max_grad_norm": 1.0,
 }
 
