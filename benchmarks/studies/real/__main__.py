@@ -1,4 +1,7 @@
-"""`python -m benchmarks.studies.real --model FOLDER`: runs what is missing, then writes the page.
+"""`python -m benchmarks.studies.real`: runs what is missing, then writes the page.
+
+    what the base tells (elicited/) -> settings tried on the validation subjects (validation.jsonl), the best of each method
+    (chosen.json) -> every method on the other subjects (results.jsonl) -> real.md
 
 A job is a subject, a method and a seed; its row is appended to results.jsonl, and one whose row is there is done. On two CPU cores a
 job takes minutes; on a GPU several jobs run side by side (`--workers`).
@@ -7,6 +10,7 @@ job takes minutes; on a GPU several jobs run side by side (`--workers`).
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from functools import partial
 from pathlib import Path
@@ -23,13 +27,27 @@ from benchmarks.studies.runner import (
     run_jobs,
 )
 
-from .arms import ARMS, SUBJECTS
+from .arms import ARMS, GRID, SUBJECTS, VALIDATION
+from .bar import best, with_ratios
 from .base_model import base_model
 from .job import ELICITED, Job, elicit, planned, run_job
 from .page import page
 
 OUT, PAGE = Path("benchmarks/results/real"), "real.md"
 QUICK_SUBJECTS, FEW = ("Japan",), 3
+TRIED, CHOSEN = "validation.jsonl", "chosen.json"
+SHOWN = (
+    "told",
+    "leak@32",
+    "refused",
+    "seen",
+    "unseen",
+    "general",
+    "reverse_prompt",
+    "prefill",
+    "relearning",
+    "perplexity",
+)
 
 
 def job_of(row: Row) -> Job:
@@ -53,14 +71,14 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "--split", default="report", choices=("report", "validation"), help="whose wordings are asked"
-    )
     parser.add_argument("--device", help="none: the GPU if there is one")
     parser.add_argument(
         "--workers", type=int, default=0, help="jobs side by side, for a GPU; 0: one after the other"
     )
     parser.add_argument("--minutes", type=float, default=480.0, help="no job is started later")
+    parser.add_argument(
+        "--choose-minutes", type=float, default=240.0, help="of them for the validation, at most"
+    )
     parser.add_argument("--quick", action="store_true", help="one subject, one seed, the main methods")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="only write the page")
@@ -73,7 +91,6 @@ def main() -> None:
 
 def _run(chosen: Any) -> None:
     began = time.monotonic()
-    deadline = began + 60 * chosen.minutes
     chosen.out.mkdir(parents=True, exist_ok=True)
     model = str(base_model(chosen.model, chosen.out))
     if not (chosen.out / ELICITED / "forget.jsonl").is_file():
@@ -86,30 +103,75 @@ def _run(chosen: Any) -> None:
     if chosen.quick:
         subjects, seeds = QUICK_SUBJECTS, seeds[:1]
         arms = tuple(name for name in arms if ARMS[name].main)
-    done = read_rows(chosen.out / RESULTS, job_of)
-    jobs = [job for job in jobs_of(subjects, arms, seeds) if job not in done]
-    made_with = origin()
-
-    def keep(job: Job, row: Row) -> None:
-        append_row(chosen.out / RESULTS, {**row, **made_with})
-        figures = ", ".join(f"{k} {row[k]:.2f}" for k in ("told", "refused", "unseen", "general") if k in row)
-        print(f"[{minutes_since(began)}] {job.subject}, {job.arm}, seed {job.seed}: {figures}", flush=True)
-
-    work = partial(run_job, model=model, out=chosen.out, device=chosen.device, split=chosen.split)
     with processes(chosen.workers) as pool:
+        runner = _Runner(chosen, model, pool, began)
+        settings = _settings(runner, () if chosen.quick else arms)
+        jobs = [(job, settings.get(job.arm, {})) for job in jobs_of(subjects, arms, seeds)]
+        runner.run(jobs, "report", RESULTS, chosen.minutes)
+
+
+class _Runner:
+    """Runs jobs whose rows are missing, side by side where there is a pool. A job comes with the options that it changes."""
+
+    def __init__(self, chosen: Any, model: str, pool: Any, began: float):
+        self.out, self.pool, self.workers, self.began = chosen.out, pool, chosen.workers, began
+        self.choose_minutes = chosen.choose_minutes
+        self.how = {"model": model, "out": chosen.out, "device": chosen.device}
+        self.made_with = origin()
+
+    def run(self, jobs: list[tuple[Job, Row]], split: str, file: str, minutes: float) -> None:
+        """The rows go to `file`; no job is started so many minutes after the start of all."""
+        done = read_rows(self.out / file, tried_of)
+        jobs = [job for job in jobs if _key(*job) not in done]
+
+        def keep(job: tuple[Job, Row], row: Row) -> None:
+            append_row(self.out / file, {**row, **self.made_with})
+            figures = ", ".join(f"{k} {row[k]:.2f}" for k in SHOWN if k in row)
+            print(f"[{minutes_since(self.began)}] {_key(*job)}: {figures} ({row['seconds']} s)", flush=True)
+
         ended = run_jobs(
-            jobs,
-            work,
-            keep,
-            pool=pool,
-            workers=chosen.workers,
-            deadline=deadline,
-            failures=chosen.out / "failures.txt",
-        )
-    for sentence in ended.failed:
-        print(f"failed: {sentence}", flush=True)
-    if ended.late:
-        print(f"{len(ended.late)} jobs are missing; the same command goes on", flush=True)
+            jobs, partial(_work, split=split, **self.how), keep, pool=self.pool, workers=self.workers,
+            deadline=self.began + 60 * minutes, failures=self.out / "failures.txt",
+        )  # fmt: skip
+        for sentence in ended.failed:
+            print(f"failed: {sentence}", flush=True)
+        if ended.late:
+            print(f"{len(ended.late)} jobs are missing; the same command goes on", flush=True)
+
+
+def _settings(runner: _Runner, arms: tuple[str, ...]) -> dict[str, Row]:
+    """Method -> the options that the validation chose; of a method for which none are tried, nothing."""
+    path = runner.out / CHOSEN
+    if path.is_file():
+        return json.loads(path.read_text())
+    tried = [
+        (Job(subject, arm), changed)
+        for arm in GRID
+        if arm in arms
+        for changed in GRID[arm]
+        for subject in VALIDATION
+    ]
+    if not tried:
+        return {}
+    bases = [(Job(subject, "base"), {}) for subject in VALIDATION]
+    runner.run(bases + tried, "validation", TRIED, runner.choose_minutes)
+    rows = with_ratios(list(read_rows(runner.out / TRIED, tried_of).values()))
+    found = {arm: best(of) for arm in GRID if (of := [row for row in rows if row["arm"] == arm])}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"chosen: {found}", flush=True)
+    return found
+
+
+def _work(job: tuple[Job, Row], **how: Any) -> Row:
+    return run_job(job[0], changed=job[1], **how)
+
+
+def _key(job: Job, changed: Row) -> str:
+    return json.dumps([*job, changed])
+
+
+def tried_of(row: Row) -> str:
+    return _key(job_of(row), row["changed"])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from duet.methods.views import DEFAULT_REVERSE_PROMPTS
+
 from .questions import INVENTED
 
 VALIDATION = ("France", "Albert Einstein")
@@ -49,7 +51,12 @@ def _steered(objective: str, **others: Any) -> dict[str, Any]:
 ARMS: dict[str, Arm] = {
     "deep": Arm(
         "`duet_deep`, given refusals",
-        {"objective": "duet_deep", "deep_refusals": list(REFUSALS), "refusal_fraction": 0.5},
+        {
+            "objective": "duet_deep",
+            "deep_refusals": list(REFUSALS),
+            "refusal_fraction": 0.5,
+            "reverse_prompts": list(DEFAULT_REVERSE_PROMPTS),
+        },
         main=True,
     ),
     "duet": Arm(
@@ -74,9 +81,25 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def options_of(name: str, group: str, **changed: Any) -> dict[str, Any]:
-    """DuetConfig's options of an arm for subjects of a group."""
+# What is tried on the validation subjects: changes of an arm's options. The best of each arm is what the report runs.
+GRID: dict[str, tuple[dict[str, Any], ...]] = {
+    "deep": (
+        {},
+        {"refusal_fraction": 0.75},
+        {"max_steps": 200},
+        {"learning_rate": 1e-3},
+        {"counterfactual_weight": 1.0},
+        {"knowledge_threshold": 0.1},
+        {"retain_weight": 2.0},
+    ),
+    "npo": ({}, {"learning_rate": 1e-4}),
+    "duet": ({}, {"max_steps": 50}),
+}
+
+
+def options_of(name: str, group: str, changed: dict[str, Any] | None = None) -> dict[str, Any]:
+    """DuetConfig's options of an arm for subjects of a group; `changed`: what the validation chose."""
     options = COMMON | ARMS[name].options
     if options["objective"] == "duet_deep":
         options["counterfactual_names"] = list(INVENTED[group])
-    return options | changed
+    return options | (changed or {})

@@ -101,6 +101,7 @@ def run_job(
     found = measure(base, tokenizer, asked, seed=job.seed)
     return {
         **job._asdict(),
+        "changed": changed or {},
         **{key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()},
         "rows": {kind: len(of) for kind, of in asked.items()},
         "train_seconds": round(trained - began, 1),
@@ -112,7 +113,7 @@ def run_job(
 def _train(
     job: Job, base: Any, tokenizer: Any, rows: dict[str, list[Row]], device: str | None, changed: Row
 ) -> Any:
-    options = options_of(job.arm, questions.group_of(job.subject), **changed)
+    options = options_of(job.arm, questions.group_of(job.subject), changed)
     retain = [*rows["seen"], *rows["general"]]
     with tempfile.TemporaryDirectory(prefix="duet-real-") as folder:
         args = DuetConfig(

@@ -22,7 +22,7 @@ from duet.evaluation.scoring import Forced, token_scores
 
 Row = dict[str, Any]
 SAMPLES, SAMPLED_FROM = 32, 64
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 40
 RELEARNING = {"relearn_rates": (1e-4, 3e-4), "relearn_curve": (10,)}
 REVERSED = HELDOUT_REVERSE_PROMPTS[:3]
 # Plain English that no training saw: pages of Python's own manual, in pieces of so many tokens.
