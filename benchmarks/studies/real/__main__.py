@@ -30,7 +30,7 @@ from benchmarks.studies.runner import (
 from .arms import ARMS, GRID, SUBJECTS, VALIDATION
 from .bar import best, with_ratios
 from .base_model import base_model
-from .job import ELICITED, Job, elicit, planned, run_job
+from .job import ELICITED, Job, elicit, planned, run_tried
 from .page import page
 
 OUT, PAGE = Path("benchmarks/results/real"), "real.md"
@@ -85,8 +85,10 @@ def main() -> None:
     chosen = parser.parse_args()
     if not chosen.report:
         _run(chosen)
-    (chosen.out / PAGE).write_text(page(list(read_rows(chosen.out / RESULTS, job_of).values())))
-    print(chosen.out / PAGE)
+    rows = list(read_rows(chosen.out / RESULTS, job_of).values())
+    if rows:
+        (chosen.out / PAGE).write_text(page(rows))
+    print(chosen.out / PAGE if rows else "no row yet")
 
 
 def _run(chosen: Any) -> None:
@@ -130,7 +132,7 @@ class _Runner:
             print(f"[{minutes_since(self.began)}] {_key(*job)}: {figures} ({row['seconds']} s)", flush=True)
 
         ended = run_jobs(
-            jobs, partial(_work, split=split, **self.how), keep, pool=self.pool, workers=self.workers,
+            jobs, partial(run_tried, split=split, **self.how), keep, pool=self.pool, workers=self.workers,
             deadline=self.began + 60 * minutes, failures=self.out / "failures.txt",
         )  # fmt: skip
         for sentence in ended.failed:
@@ -157,13 +159,10 @@ def _settings(runner: _Runner, arms: tuple[str, ...]) -> dict[str, Row]:
     runner.run(bases + tried, "validation", TRIED, runner.choose_minutes)
     rows = with_ratios(list(read_rows(runner.out / TRIED, tried_of).values()))
     found = {arm: best(of) for arm in GRID if (of := [row for row in rows if row["arm"] == arm])}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    if len(found) == len({job.arm for job, _ in tried}):  # else the next run goes on with the validation
+        path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"chosen: {found}", flush=True)
     return found
-
-
-def _work(job: tuple[Job, Row], **how: Any) -> Row:
-    return run_job(job[0], changed=job[1], **how)
 
 
 def _key(job: Job, changed: Row) -> str:

@@ -8,7 +8,7 @@ from duet.methods.views import DEFAULT_REVERSE_PROMPTS
 from .questions import INVENTED
 
 VALIDATION = ("France", "Albert Einstein")
-SUBJECTS = ("Japan", "Italy", "Egypt", "William Shakespeare", "Isaac Newton")
+SUBJECTS = ("Japan", "Germany", "Egypt", "India", "Charles Darwin")
 
 REFUSALS = ("I'm sorry, I don't know anything about {subject}.",)
 # In front of the user's text: as a system message this model does not heed it.

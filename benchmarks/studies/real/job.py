@@ -110,6 +110,12 @@ def run_job(
     }
 
 
+def run_tried(tried: tuple[Job, Row], **how: Any) -> Row:
+    """The row of a job and the options that it changes. It is here, and not beside the command, so that other processes find it."""
+    job, changed = tried
+    return run_job(job, changed=changed, **how)
+
+
 def _train(
     job: Job, base: Any, tokenizer: Any, rows: dict[str, list[Row]], device: str | None, changed: Row
 ) -> Any:
