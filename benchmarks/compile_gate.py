@@ -45,7 +45,7 @@ from duet_kernels.triton.complement import (
     linear_logsumexp_backward,
     topk_loss_with_tail,
 )
-from duet_kernels.triton.dense import times_upstream
+from duet_kernels.triton.dense import times_rows, times_upstream
 from duet_kernels.triton.divergence import linear_divergence
 from duet_kernels.triton.gather import linear_gather, linear_gather_backward
 from duet_kernels.triton.gather_loss import topk_loss
@@ -224,6 +224,8 @@ def dense_cases(
     for out in {dtype, torch.float32}:
         call = functools.partial(times_upstream, meta(v, D, dtype=out), meta(), dtype)
         yield Case(f"upstream gradient {out} {shape}", dtype, call, True, ("_scale_kernel",))
+    call = functools.partial(times_rows, meta(n, D, dtype=dtype), meta(n), dtype)
+    yield Case(f"upstream gradient of rows {shape}", dtype, call, True, ("_scale_rows_kernel",))
 
 
 # Every divergence with each of its normalizations.

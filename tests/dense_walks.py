@@ -54,7 +54,6 @@ def few_programs(monkeypatch, width: int = 128) -> None:
     """Tiles of many rows: the interpreter runs programs one after the other."""
     if INTERPRETED:
         monkeypatch.setattr(tiles, "SLAB_ROWS", 32)
-        monkeypatch.setattr(tiles, "SLAB_PROGRAMS", 2)
         monkeypatch.setattr(tiles, "SOFTMAX_PROGRAMS", 2)
         columns(monkeypatch, width)
 

@@ -40,6 +40,28 @@ def test_times_upstream(impl, dtype, numel, monkeypatch):
         assert torch.equal(narrow, (x.float() * factor).half()) and torch.equal(wide, x.float())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_times_rows(impl, dtype, monkeypatch):
+    room = implementation(impl)
+    if impl == "triton":
+        tiles = pytest.importorskip("duet_kernels.triton.tiles")
+        monkeypatch.setattr(tiles, "SCALE_BLOCK", 32)  # two rounds, the last one not full
+    x, rows = torch.randn(5, 37).to(dtype), torch.randn(5, 2)[:, 1]
+    cut = torch.finfo(dtype).eps if dtype == torch.bfloat16 and INTERPRETED else 0
+    for factor, each in (
+        (torch.tensor(-0.37), -0.37),
+        (rows, rows[:, None]),
+        (torch.tensor(2.0).expand(5), 2.0),
+    ):
+        wide = room.times_rows(x.float(), factor, torch.float32)
+        torch.testing.assert_close(wide, x.float() * each, rtol=1e-7, atol=0)
+        torch.testing.assert_close(
+            room.times_rows(x, factor, dtype), (x.float() * each).to(dtype), rtol=cut, atol=0
+        )
+    assert room.times_rows(x[:0], rows[:0], dtype).shape == (0, 37)
+
+
 def test_a_factor_of_one_writes_nothing(monkeypatch):
     """A kernel that looks at the number first, and torch on a CPU that does not multiply."""
     for impl in ("chunked", "triton"):

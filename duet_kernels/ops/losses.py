@@ -70,7 +70,7 @@ def _gradient(
     need = Need(*ctx.needs_input_grad[:3])
     dhidden, *others = ctx.saved_tensors[:3]
     if need.hidden:
-        dhidden = times(dhidden, grad if ctx.reduce else grad[:, None], ctx.dtype)
+        dhidden = times(dhidden, grad, ctx.dtype, ctx.impl)
     if any(need[1:]) and not ctx.reduce:
         others = [g.to(ctx.dtype) for g in again(need._replace(hidden=False), grad)[1:]]
     elif any(need[1:]):
@@ -181,7 +181,7 @@ def _topk_loss_gradient(ctx, grad, *_):
         leaves = hidden, weight, bias, ids, ctx.softcap, ctx.scale
         gradients = list(linear_gather_backward(upstream, values, *leaves, False, *need[1:], ctx.impl))
     if need[0]:
-        gradients[0] = times(dhidden, grad[:, None], hidden.dtype)
+        gradients[0] = times(dhidden, grad, hidden.dtype, ctx.impl)
     return for_autograd(gradients, need, len(ctx.needs_input_grad))
 
 

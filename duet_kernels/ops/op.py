@@ -101,12 +101,11 @@ def refuse_second_derivative(name: str) -> None:
         raise RuntimeError(no_second_derivative(name))
 
 
-def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor * gradient, rounded to `dtype`; no temporary in the dtype of the factor."""
+def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+    """factor * gradient `[N, D]`, rounded to `dtype`: one factor, or one of each row; no temporary in the dtype of the factor."""
     if not plain(factor):
-        return (gradient * factor).to(dtype)
-    out = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
-    return torch.mul(gradient, factor, out=out)
+        return (gradient * (factor[:, None] if factor.dim() else factor)).to(dtype)
+    return implementation(impl).times_rows(gradient, factor, dtype)
 
 
 def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:

@@ -198,7 +198,7 @@ def _linear_logsumexp_gradient(ctx, grad, _):
     need = ctx.needs_input_grad[:3]
     gradients: list[Tensor | None] = [None, None, None]
     if need[0]:
-        gradients[0] = times(dhidden, grad[:, None], leaves[0].dtype)
+        gradients[0] = times(dhidden, grad, leaves[0].dtype, ctx.impl)
     if any(need[1:]):
         options = ctx.softcap, ctx.scale, ctx.temperature, *need[1:], ctx.impl
         gradients[1:] = _linear_logsumexp_backward(grad, tail, *leaves, *options)

@@ -4,7 +4,7 @@ The functions below have the signatures of those in `duet_kernels.triton`. They 
 none of their inputs, and hold no `[N, V]` logits. fp64 is kept; everything else is computed in fp32.
 """
 
-from .dense import linear_cross_entropy, linear_divergence, times_upstream
+from .dense import linear_cross_entropy, linear_divergence, times_rows, times_upstream
 from .gather import linear_gather, linear_gather_backward, topk_loss
 from .logsumexp import (
     complement_and_values,
@@ -28,6 +28,7 @@ __all__ = [
     "linear_logsumexp",
     "linear_logsumexp_backward",
     "linear_topk",
+    "times_rows",
     "times_upstream",
     "token_stats",
     "topk_loss",

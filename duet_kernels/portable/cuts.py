@@ -100,6 +100,19 @@ def whole_lines(z: Tensor, value: float) -> Tensor:
     return wide
 
 
+def to_the_next_row(z: Tensor, value: float) -> Tensor:
+    """The tile and all that lies between its rows, as contiguous memory, where that is a few columns; they get `value`.
+
+    Torch reads and writes contiguous memory 16 bytes at a time.
+    """
+    size, step = z.shape[1], z.stride(0)
+    if not size < step <= size + 16:
+        return z
+    wide = z.as_strided((z.shape[0], step), z.stride(), z.storage_offset())
+    wide[:, size:] = value
+    return wide
+
+
 # --- row chunks ------------------------------------------------------------------------------------------------
 
 

@@ -64,6 +64,12 @@ def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tens
     return gradient if not cuts.asynchronous(factor.device) and factor == 1 else gradient.mul_(factor)
 
 
+def times_rows(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor * gradient `[N, D]`, rounded to `dtype`; a factor, or one of each row `[N]`."""
+    out = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.mul(gradient, factor[:, None] if factor.dim() else factor, out=out)
+
+
 Side = tuple[Tensor, LMHead]  # hidden states and the head they go through
 Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # loss of each row, dh, dW, db
 

@@ -14,7 +14,7 @@ from ..dispatch import grad_dtype
 from ..head import LMHead, Need
 from ..options import Divergence
 from ..products import operand, scaled
-from .cuts import divide_, locate, multiply_, row_blocks, vocab_tiles, with_spare_column
+from .cuts import divide_, locate, multiply_, row_blocks, to_the_next_row, vocab_tiles, with_spare_column
 from .gather import mark_ids, slope_at, sum_of_rows
 from .running import RunningLogsumexp, RunningStats
 from .topk_divergence import divergence_and_gradient
@@ -150,7 +150,7 @@ def token_stats(
             if labels is not None:
                 inside, local = locate(labels[rows, None], columns, size)
                 value = torch.where(inside, with_spare_column(z).gather(1, local), value)
-            stats.add(z)
+            stats.add(to_the_next_row(z, -torch.inf))
         log_total = stats.rest.log1p().masked_fill_(
             stats.max.isinf(), torch.nan
         )  # where there is no distribution

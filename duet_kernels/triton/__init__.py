@@ -12,7 +12,7 @@ from .complement import (
     linear_logsumexp_backward,
     topk_loss_with_tail,
 )
-from .dense import times_upstream
+from .dense import times_rows, times_upstream
 from .divergence import linear_divergence
 from .gather import linear_gather, linear_gather_backward
 from .gather_loss import topk_loss
@@ -31,6 +31,7 @@ __all__ = [
     "linear_logsumexp",
     "linear_logsumexp_backward",
     "linear_topk",
+    "times_rows",
     "times_upstream",
     "token_stats",
     "topk_loss",

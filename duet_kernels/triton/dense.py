@@ -21,7 +21,8 @@ of |dz|, and the products divided by it. Rows with a factor of 0 enter dW as zer
 those are copied first. Deterministic: no atomics, no synchronisation, every sum in one order.
 
 The gradients are made before the upstream gradient is known. `times_upstream` multiplies one by it: a number on the device,
-which a half gradient of any size is multiplied by in place at the speed of memory, or left alone where it is 1.
+which a half gradient of any size is multiplied by in place at the speed of memory, or left alone where it is 1. `times_rows`
+does it out of place, for the gradients in hidden states that a second backward pass may want again.
 """
 
 from collections.abc import Callable, Iterator
@@ -202,6 +203,36 @@ def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tens
                 gradient, out, factor,
                 gradient.numel(),
                 SKIP=out is gradient, ACC=accumulator(gradient, factor)[1], BLOCK=tiles.SCALE_BLOCK, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _scale_rows_kernel(
+    x_ptr, out_ptr, factor_ptr,
+    D, stride_f,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: out = factor x, BLOCK elements at a time."""
+    n = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factor_ptr + n * stride_f).to(ACC)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(ACC)
+        tl.store(out_ptr + n * D + d, (x * factor).to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def times_rows(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor * gradient `[N, D]` (contiguous), rounded to `dtype`; a factor, or one of each row `[N]`."""
+    require_device(gradient=gradient, factor=factor)
+    n, d = gradient.shape
+    out = torch.empty_like(gradient, dtype=dtype)
+    if out.numel():
+        with current_device(gradient):
+            _scale_rows_kernel[(require_grid(n, "a gradient"),)](
+                gradient, out, factor,
+                d, factor.stride(0) if factor.dim() else 0,
+                ACC=accumulator(gradient, factor)[1], BLOCK=min(tiles.SCALE_BLOCK, tiles.next_power_of_2(d)), num_warps=4,
             )  # fmt: skip
     return out
 

@@ -54,8 +54,8 @@ from .primitives import (
     accumulator,
     current_device,
     expm1_near_zero,
+    load_pair,
     load_rows,
-    load_tile,
     log1p,
     number,
     origin,
@@ -149,8 +149,9 @@ def _moments_kernel(
     c = split * COLUMNS + tl.arange(0, COLUMNS)
     live = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0) != 0
     whole = (split + 1) * COLUMNS <= C
-    s = load_tile(s_ptr, n, c, s_pitch, live, whole, C, number(s_by, ACC), ACC)
-    t = load_tile(t_ptr, n, c, t_pitch, live, whole, C, number(t_by, ACC), ACC)
+    s, t = load_pair(
+        s_ptr, t_ptr, n, c, s_pitch, t_pitch, live, whole, C, number(s_by, ACC), number(t_by, ACC), ACC
+    )
     inverse = number(inverse_temperature, ACC)
     place = partial_ptr + n * SPLITS + split
     if not RAW:
@@ -252,8 +253,7 @@ def _terms_kernel(
     for start in range(begin, tl.minimum(begin + SPLIT_COLUMNS, C), COLUMNS):
         c = start + tl.arange(0, COLUMNS)
         whole = start + COLUMNS <= C
-        s = load_tile(s_ptr, n, c, s_pitch, live, whole, C, s_times, ACC)
-        t = load_tile(t_ptr, n, c, t_pitch, live, whole, C, t_times, ACC)
+        s, t = load_pair(s_ptr, t_ptr, n, c, s_pitch, t_pitch, live, whole, C, s_times, t_times, ACC)
         p, q, w = _compared(
             s,
             t,
@@ -278,7 +278,7 @@ def _terms_kernel(
 @triton.jit
 def _gradient_kernel(
     s_ptr, t_ptr, factor_ptr, moments_ptr, terms_ptr, gain_ptr, partial_ptr, dz_ptr,
-    R, C, SPLITS, SPLIT_COLUMNS,
+    R, C, SPLITS,
     s_pitch, t_pitch, stride_f, stride_m, stride_e, dz_pitch,
     s_by: tl.float64, t_by: tl.float64, softcap: tl.float64, scale: tl.float64,
     inverse_temperature: tl.float64, beta: tl.float64, delta: tl.float64,
@@ -286,7 +286,7 @@ def _gradient_kernel(
     HAS_SOFTCAP: tl.constexpr, HAS_GAIN: tl.constexpr, WRITE: tl.constexpr,
     EPS: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows, one split of a slab: gain dz `[R, C]` if WRITE, and a raw divergence's sum `[R, SPLITS]`."""
+    """ROWS rows, COLUMNS of a slab in registers: gain dz `[R, C]` if WRITE, and a raw divergence's sum `[R, SPLITS]`."""
     split = tl.program_id(0) % SPLITS
     n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     factor = tl.load(factor_ptr + n * stride_f, mask=n < R, other=0.0).to(ACC)
@@ -295,7 +295,6 @@ def _gradient_kernel(
     cap = number(softcap, ACC)
     s_times = number(s_by, ACC)
     t_times = number(t_by, ACC)
-    loss = tl.full([ROWS], 0.0, ACC)
     upstream = factor * number(scale, ACC)
     if HAS_GAIN:
         upstream = upstream * tl.load(gain_ptr)
@@ -310,41 +309,37 @@ def _gradient_kernel(
             total = _row(moments_ptr, 5, stride_m, n, live, ACC) * (1.0 / s_sum) - ratio
         elif DIVERGENCE != "forward_kl":
             total = _row(terms_ptr, 1, stride_e, n, live, ACC)
-    begin = split * SPLIT_COLUMNS
-    for start in range(begin, tl.minimum(begin + SPLIT_COLUMNS, C), COLUMNS):
-        c = start + tl.arange(0, COLUMNS)
-        counted = live[:, None] & (c < C)[None, :]
-        # Rows are as long as their pitch, a multiple of 16: a mask of whole groups of columns keeps loads wide.
-        s = load_rows(s_ptr, n, c, s_pitch, 1, live[:, None] & (c < s_pitch)[None, :], ACC) * s_times
-        t = load_rows(t_ptr, n, c, t_pitch, 1, live[:, None] & (c < t_pitch)[None, :], ACC) * t_times
-        if RAW:
-            absent = (s == t) & (s == float("-inf"))  # ruled out by both
-            d = tl.where(counted & (absent == 0), s - t, 0.0)
-            terms, dx = of_logits(d, noise[:, None], delta, DIVERGENCE)
-            loss += tl.sum(terms, 1)
-        else:
-            p, q, w = _compared(
-                s,
-                t,
-                s_zero[:, None],
-                t_zero[:, None],
-                s_share[:, None],
-                t_share[:, None],
-                shift[:, None],
-                inverse,
-            )
-            _, dx = of_distributions(p, q, w, noise[:, None], beta, DIVERGENCE, HALF)
-            if DIVERGENCE != "forward_kl":  # there a = q - p, of which the sum is 0
-                dx = gradient(dx, q, total[:, None])
-        if WRITE:
-            dz = dx * upstream[:, None]
-            if HAS_SOFTCAP:
-                dz = dz * ((cap - s) / cap) * ((cap + s) / cap)
-            dz = tl.where(counted, dz, 0.0)
-            place = dz_ptr + n[:, None] * dz_pitch + c[None, :]
-            tl.store(place, dz.to(dz_ptr.dtype.element_ty), mask=(n < R)[:, None] & (c < dz_pitch)[None, :])
+    c = split * COLUMNS + tl.arange(0, COLUMNS)
+    counted = live[:, None] & (c < C)[None, :]
+    # Rows are as long as their pitch, a multiple of 16: a mask of whole groups of columns keeps loads wide.
+    s = load_rows(s_ptr, n, c, s_pitch, 1, live[:, None] & (c < s_pitch)[None, :], ACC) * s_times
+    t = load_rows(t_ptr, n, c, t_pitch, 1, live[:, None] & (c < t_pitch)[None, :], ACC) * t_times
     if RAW:
-        tl.store(partial_ptr + n * SPLITS + split, loss, mask=n < R)
+        absent = (s == t) & (s == float("-inf"))  # ruled out by both
+        d = tl.where(counted & (absent == 0), s - t, 0.0)
+        terms, dx = of_logits(d, noise[:, None], delta, DIVERGENCE)
+        tl.store(partial_ptr + n * SPLITS + split, tl.sum(terms, 1), mask=n < R)
+    else:
+        p, q, w = _compared(
+            s,
+            t,
+            s_zero[:, None],
+            t_zero[:, None],
+            s_share[:, None],
+            t_share[:, None],
+            shift[:, None],
+            inverse,
+        )
+        _, dx = of_distributions(p, q, w, noise[:, None], beta, DIVERGENCE, HALF)
+        if DIVERGENCE != "forward_kl":  # there a = q - p, of which the sum is 0
+            dx = gradient(dx, q, total[:, None])
+    if WRITE:
+        dz = dx * upstream[:, None]
+        if HAS_SOFTCAP:
+            dz = dz * ((cap - s) / cap) * ((cap + s) / cap)
+        dz = tl.where(counted, dz, 0.0)
+        place = dz_ptr + n[:, None] * dz_pitch + c[None, :]
+        tl.store(place, dz.to(dz_ptr.dtype.element_ty), mask=(n < R)[:, None] & (c < dz_pitch)[None, :])
 
 
 # --- launchers -------------------------------------------------------------------------------------------------
@@ -420,7 +415,7 @@ class _Divergence(dense.Loss):
         self._gradient(block, dz, gain, add=first and self.bounded)
 
     def _gradient(self, block: dense.Block, dz: Tensor | None, gain: Tensor | None, *, add: bool) -> None:
-        grid, shape = dense.grid(block, tiles.SLAB_PROGRAMS)
+        grid, shape = dense.fold_grid(block)
         rows, head = block.shape[0], self.student.head
         partial = self.terms.new_empty(rows, shape["SPLITS"]) if self.raw else None
         moments, terms = self.moments[:, block.rows], self.terms[:, block.rows]

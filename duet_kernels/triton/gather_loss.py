@@ -75,12 +75,12 @@ def _as_words(pointer, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _words(piece, D, PIECE: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr):
-    """(the positions of a piece of D in words, which of them lie inside of a row)."""
-    HALVES: tl.constexpr = 2 if PACKED else 1
-    word = piece * (PIECE // HALVES) + tl.arange(0, PIECE // HALVES)
-    inside = tl.full(word.shape, 1, tl.int1) if EVEN else word < D // HALVES
-    return word.to(tl.int64), inside
+def _strip(split, D, WORDS: tl.constexpr, PIECE: tl.constexpr, EVEN: tl.constexpr):
+    """(the places of a strip in a row of D words `[pieces, PIECE]`, which of them lie inside of the row)."""
+    pieces = tl.arange(0, WORDS // PIECE)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
+    word = split * WORDS + pieces
+    inside = tl.full(word.shape, 1, tl.int1) if EVEN else word < D
+    return word, inside
 
 
 @triton.jit
@@ -110,100 +110,89 @@ def _topk_loss_kernel(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HIDDEN: tl.constexpr,
     DIVERGENCE: tl.constexpr, NORMALIZATION: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
-    SPLITS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
+    SPLITS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """One token, one strip of PIECES PIECE of D. FIRST: up to the wait, SECOND: from it on."""
+    """One token, one strip of WORDS words of D. FIRST: up to the wait, SECOND: from it on.
+
+    The strip is `[slots, pieces, PIECE]`: a thread has the same words of all pieces, so that most sums are its own.
+    """
+    HALVES: tl.constexpr = 2 if PACKED else 1
     program = tl.program_id(0)
     if FIRST and SECOND and SPLITS > 1:
         program = tl.atomic_add(counter_ptr, 1, sem="relaxed")
     n = (program // SPLITS).to(tl.int64)
     split = program % SPLITS
     # One slot a thread, not four that a wide load would bring: the strip leaves no registers for more.
-    k = tl.max_contiguous(tl.arange(0, ROWS), [2])
-    if tl.load(factor_ptr + n * stride_fn) != 0:
+    # The zero that the compiler does not know keeps them in fewer still.
+    k = tl.max_contiguous(tl.arange(0, ROWS) + tl.minimum(program, 0), [2])
+    word, inside = _strip(split, D // HALVES, WORDS, PIECE, EVEN)
+    # No branch: the factor and the ids are under way together.
+    live = tl.load(factor_ptr + n * stride_fn) != 0
+    ids = tl.where(live, _ids(indices_ptr + n * stride_in, stride_ik, k, K, V), -1)
+    known = (ids >= 0) & (ids < V)
+    if FIRST or HIDDEN:
+        row = _as_words(weight_ptr, PACKED) + ids.to(tl.int64)[:, None, None] * (stride_wv // HALVES)
+        keep = known[:, None, None] & inside[None, :, :]
+        w = tl.load(row + (word if PACKED else word.to(tl.int64) * stride_wd)[None, :, :], mask=keep, other=0)
+    if FIRST:
+        row = _as_words(hidden_ptr, PACKED) + n * (stride_hn // HALVES)
+        h = tl.load(row + (word if PACKED else word.to(tl.int64) * stride_hd), mask=inside, other=0)
+        if PACKED:
+            h_low, h_high = _widened(h, hidden_ptr.dtype.element_ty)
+            w_low, w_high = _widened(w, weight_ptr.dtype.element_ty)
+            products = w_low * h_low[None, :, :] + w_high * h_high[None, :, :]
+        else:
+            products = w.to(ACC) * h.to(ACC)[None, :, :]
+        x = tl.sum(tl.sum(products, 1), 1)
+    place = scratch_ptr + n * (SPLITS * ROWS)
+    if FIRST and not (SECOND and SPLITS == 1):
+        tl.store(place + split * ROWS + k, x)
+    if FIRST and SECOND and SPLITS > 1:
+        _arrive_and_wait(counter_ptr + 1 + n, SPLITS)
+    if SECOND:
+        # Read again instead of kept.
+        factor = tl.load(factor_ptr + n * stride_fn).to(ACC)
+        live = factor != 0
         ids = _ids(indices_ptr + n * stride_in, stride_ik, k, K, V)
         known = (ids >= 0) & (ids < V)
-        strip = ()
-        for i in tl.static_range(PIECES if FIRST or HIDDEN else 0):
-            word, inside = _words(split * PIECES + i, D, PIECE, PACKED, EVEN)
-            row = _as_words(weight_ptr, PACKED) + word[None, :] * stride_wd
-            keep = known[:, None] & inside[None, :]
-            w = tl.load(
-                row + ids.to(tl.int64)[:, None] * (stride_wv // 2 if PACKED else stride_wv),
-                mask=keep,
-                other=0,
-            )
-            strip = strip + (w if PACKED else w.to(ACC),)  # noqa: RUF005 (Triton has no starred tuples)
-        if FIRST:
-            # A thread's four words of a row are one sum at once: 32 sums would take the registers of the strip.
-            WORDS: tl.constexpr = PIECE // 2 if PACKED else PIECE
-            dots = tl.full([ROWS, WORDS // 4], 0.0, ACC)
-            for i in tl.static_range(PIECES):
-                word, inside = _words(split * PIECES + i, D, PIECE, PACKED, EVEN)
-                row = _as_words(hidden_ptr, PACKED) + word * stride_hd
-                h = tl.load(row + n * (stride_hn // 2 if PACKED else stride_hn), mask=inside, other=0)
-                if PACKED:
-                    h_low, h_high = _widened(h, hidden_ptr.dtype.element_ty)
-                    w_low, w_high = _widened(strip[i], weight_ptr.dtype.element_ty)
-                    dots += tl.sum(tl.reshape(w_low * h_low[None, :], [ROWS, WORDS // 4, 4]), 2)
-                    dots += tl.sum(tl.reshape(w_high * h_high[None, :], [ROWS, WORDS // 4, 4]), 2)
-                else:
-                    dots += tl.sum(tl.reshape(strip[i] * h.to(ACC)[None, :], [ROWS, WORDS // 4, 4]), 2)
-            x = tl.sum(dots, 1)
-        place = scratch_ptr + n * (SPLITS * ROWS)
-        if FIRST and not (SECOND and SPLITS == 1):
-            tl.store(place + split * ROWS + k, x)
-        if FIRST and SECOND and SPLITS > 1:
-            _arrive_and_wait(counter_ptr + 1 + n, SPLITS)
-        if SECOND:
-            # Read again instead of kept.
-            factor = tl.load(factor_ptr + n * stride_fn).to(ACC)
-            ids = _ids(indices_ptr + n * stride_in, stride_ik, k, K, V)
-            known = (ids >= 0) & (ids < V)
-            t = tl.load(
-                teacher_ptr + n * stride_tn + k.to(tl.int64) * stride_tk, mask=k < K, other=float("-inf")
-            ).to(ACC)
-            if not (FIRST and SPLITS == 1):
-                x = tl.full([ROWS], 0.0, ACC)
-                for start in range(0, SPLITS, PARTS):
-                    other = start + tl.arange(0, PARTS)[:, None]
-                    part = place + other * ROWS + k[None, :]
-                    x += tl.sum(tl.load(part, mask=other < SPLITS, other=0.0, cache_modifier=".cg"), 0)
-            z = finish(x, ids, bias_ptr, stride_bv, known, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-            z = tl.where(known, z, tl.where(ids < 0, float("-inf"), float("nan")))
-            slot = t != float("-inf")
-            none = tl.full([1], 0.0, ACC)
-            loss, ds, _dtail = compare(
-                z[None, :], t[None, :], slot[None, :], none, none, temperature, beta, delta,
-                DIVERGENCE, NORMALIZATION, EPS,
-            )  # fmt: skip
-            dz = tl.sum(factor * ds, 0)
-            dx = slot_gradient(dz, z, ids, V, softcap, scale, HAS_SOFTCAP)
-            if split == 0:
-                tl.store(loss_ptr + n + tl.arange(0, 1), factor * loss)
-                tl.store(values_ptr + n * K + k, z, mask=k < K)
-                tl.store(dvalues_ptr + n * K + k, dz, mask=k < K)
-            # A row that counts nothing is 0, whatever it holds. And the compiler cannot know these words: it keeps
-            # the strip packed while it waits and widens it again, instead of keeping it wide.
-            counts = tl.where(dx != 0, -1, 0)[:, None]
-            for i in tl.static_range(PIECES if HIDDEN else 0):
-                if PACKED:
-                    w_low, w_high = _widened(strip[i] & counts, weight_ptr.dtype.element_ty)
-                    terms = tl.join(w_low * dx[:, None], w_high * dx[:, None])
-                    dh = tl.reshape(tl.sum(terms, 0), [PIECE])
-                else:
-                    dh = tl.sum(tl.where(counts != 0, strip[i], 0.0) * dx[:, None], 0)
-                d, inside = _words(split * PIECES + i, D, PIECE, False, EVEN)
-                tl.store(dhidden_ptr + n * D + d, dh.to(dhidden_ptr.dtype.element_ty), mask=inside)
-    elif SECOND:
+        t = tl.load(
+            teacher_ptr + n * stride_tn + k.to(tl.int64) * stride_tk, mask=k < K, other=float("-inf")
+        ).to(ACC)
+        if not (FIRST and SPLITS == 1):
+            x = tl.full([ROWS], 0.0, ACC)
+            for start in range(0, SPLITS, PARTS):
+                other = start + tl.arange(0, PARTS)[:, None]
+                part = place + other * ROWS + k[None, :]
+                x += tl.sum(tl.load(part, mask=other < SPLITS, other=0.0, cache_modifier=".cg"), 0)
+        z = finish(x, ids, bias_ptr, stride_bv, known, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+        z = tl.where(known, z, tl.where(ids < 0, float("-inf"), float("nan")))
+        slot = t != float("-inf")
+        none = tl.full([1], 0.0, ACC)
+        loss, ds, _dtail = compare(
+            z[None, :], t[None, :], slot[None, :], none, none, temperature, beta, delta,
+            DIVERGENCE, NORMALIZATION, EPS,
+        )  # fmt: skip
+        dz = tl.where(live, tl.sum(factor * ds, 0), 0.0)
+        dx = slot_gradient(dz, z, ids, V, softcap, scale, HAS_SOFTCAP)
         if split == 0:
-            tl.store(loss_ptr + n, 0.0)
-            tl.store(values_ptr + n * K + k, tl.full([ROWS], 0.0, ACC), mask=k < K)
-            tl.store(dvalues_ptr + n * K + k, tl.full([ROWS], 0.0, ACC), mask=k < K)
-        for i in tl.static_range(PIECES if HIDDEN else 0):
-            d, inside = _words(split * PIECES + i, D, PIECE, False, EVEN)
-            zero = tl.full([PIECE], 0.0, dhidden_ptr.dtype.element_ty)
-            tl.store(dhidden_ptr + n * D + d, zero, mask=inside)
+            tl.store(loss_ptr + n + tl.arange(0, 1), tl.where(live, factor * loss, 0.0))
+            tl.store(values_ptr + n * K + k, tl.where(live, z, 0.0), mask=k < K)
+            tl.store(dvalues_ptr + n * K + k, dz, mask=k < K)
+        # A row that counts nothing is 0, whatever it holds. And the compiler cannot know these words: it keeps
+        # the strip packed while it waits and widens it again, instead of keeping it wide.
+        counts = tl.where(dx != 0, -1, 0)[:, None, None]
+        if HIDDEN:
+            out = dhidden_ptr + n * D
+            if PACKED:
+                w_low, w_high = _widened(w & counts, weight_ptr.dtype.element_ty)
+                low = tl.sum(w_low * dx[:, None, None], 0)
+                high = tl.sum(w_high * dx[:, None, None], 0)
+                dh = tl.join(low, high).to(dhidden_ptr.dtype.element_ty)
+                d = word[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+                tl.store(out + d, dh, mask=inside[:, :, None])
+            else:
+                dh = tl.sum(tl.where(counts != 0, w.to(ACC), 0.0) * dx[:, None, None], 0)
+                tl.store(out + word, dh.to(dhidden_ptr.dtype.element_ty), mask=inside)
 
 
 # --- launcher --------------------------------------------------------------------------------------------------
@@ -235,6 +224,7 @@ def topk_loss(
     torch_acc, acc = accumulator(hidden, weight)
     device, arch = hidden.device, tiles.architecture(hidden.device)
     packed = _packs(hidden, weight)
+    halves = 2 if packed else 1
     tile = tile or tiles.loss_tile(arch, weight.element_size() if packed else torch_acc.itemsize, k, d)
     splits = triton.cdiv(d, tile.columns)
     loss = torch.empty(n, dtype=torch_acc, device=device)
@@ -261,7 +251,7 @@ def topk_loss(
             DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, EPS=torch.finfo(torch_acc).eps, ACC=acc,
             FIRST=first, SECOND=second,
             PACKED=packed, EVEN=d % tile.columns == 0, SPLITS=splits, PARTS=min(16, triton.next_power_of_2(splits)),
-            ROWS=tile.rows, PIECES=tile.columns // tile.piece, PIECE=tile.piece,
+            ROWS=tile.rows, WORDS=tile.columns // halves, PIECE=tile.piece // halves,
             num_warps=tile.warps, maxnreg=registers,
         )  # fmt: skip
 

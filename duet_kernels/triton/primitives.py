@@ -133,6 +133,26 @@ def load_tile(ptr, n, c, pitch, live, whole, C, by, ACC: tl.constexpr):
 
 
 @triton.jit
+def load_pair(s_ptr, t_ptr, n, c, s_pitch, t_pitch, live, whole, C, s_by, t_by, ACC: tl.constexpr):
+    """The tiles of two sides as `load_tile` makes them; both loads are under way before one is waited for."""
+    s_place = s_ptr + n[:, None] * s_pitch + c[None, :]
+    t_place = t_ptr + n[:, None] * t_pitch + c[None, :]
+    if whole:
+        s = tl.load(s_place, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(ACC)
+        t = tl.load(t_place, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(ACC)
+        s = s * s_by
+        t = t * t_by
+    else:
+        inside = (c < C)[None, :]
+        keep = live[:, None] & inside
+        s = tl.load(s_place, mask=keep, other=0.0, eviction_policy="evict_first").to(ACC)
+        t = tl.load(t_place, mask=keep, other=0.0, eviction_policy="evict_first").to(ACC)
+        s = tl.where(inside, s * s_by, float("-inf"))
+        t = tl.where(inside, t * t_by, float("-inf"))
+    return s, t
+
+
+@triton.jit
 def finish(
     x, columns, bias_ptr, stride_bv, keep, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):

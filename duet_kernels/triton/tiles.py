@@ -88,12 +88,13 @@ DWEIGHT_SEGMENTS = {
 # (architecture, bytes that an element takes in a register): 64 registers a thread hold 32 KB of W.
 LOSS = {
     (0, 2): LossTile(64, 256, 128, 4, 96),
-    (0, 4): LossTile(64, 128, 64, 4, 96),
+    (0, 4): LossTile(64, 128, 64, 4, 112),
     (0, 8): LossTile(64, 64, 32, 4, 128),
-    # With 96 registers the compiler for sm_100 keeps 8 bytes in memory.
-    (100, 2): LossTile(64, 256, 128, 4, 104),
+    # With 96 registers the compilers for these keep 8 bytes in memory.
+    (80, 2): LossTile(64, 256, 128, 4, 104),
+    (100, 2): LossTile(64, 256, 128, 4, 112),
 }
-LOSS_MASKED_REGISTERS = 128
+LOSS_MASKED_REGISTERS = 144
 LOSS_SLOTS = LOSS[0, 2].rows
 MAX_GATHER_ROWS = 128
 SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels handles
@@ -206,12 +207,12 @@ TOPK_SKINNY_TOKENS = 64
 TOPK_TOKENS = 1024
 LOGITS_SLABS = 3
 FOLD_ROWS = 16  # blocks of 128 logits that a program folds: 8 KB
-FOLD_PIECE = 32  # of a block, side by side: the pieces of a block lie on top of each other in a thread
-FOLD_WARPS = 4
+FOLD_PIECE = 16  # of a block, side by side: the pieces of a block lie on top of each other in a thread
+FOLD_WARPS = 2
 CHOOSE_ELEMENTS = 8192  # most block maxima of a token: a program holds them in registers
 SELECT_ELEMENTS = 512  # several tokens a program where all of its lists are short
 SELECT_HELD = 4096  # most candidates of a token that a program holds at a time
-SELECT_COLUMNS = 1024  # elements of chosen blocks that a program takes at a time
+SELECT_COLUMNS = 1024  # most elements of chosen blocks that a program takes at a time; 8 a thread
 SELECT_RANKED, SELECT_COMPARED = (
     32,
     32,
@@ -259,11 +260,12 @@ def fold_tile(arch: int, block: int, itemsize: int) -> FoldTile:
 def select_tile(k: int, blocks: int, block: int) -> SelectTile:
     """The tile for k of that many blocks a slab."""
     room, slots = topk_room(k), next_power_of_2(min(k, blocks))
-    columns = max(block, min(SELECT_COLUMNS, slots * block))
     held, ranked, compared = (min(room, most) for most in (SELECT_HELD, SELECT_RANKED, SELECT_COMPARED))
     padded = next_power_of_2(blocks)
+    warps = max(2, min(16, padded // 256))
+    columns = max(block, min(SELECT_COLUMNS, 256 * warps, slots * block))
     tokens = max(1, SELECT_ELEMENTS // max(padded, columns, held))
-    return SelectTile(tokens, held, columns, ranked, compared, max(2, min(16, padded // 256)))
+    return SelectTile(tokens, held, columns, ranked, compared, warps)
 
 
 def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:
@@ -273,7 +275,7 @@ def skinny_tile(arch: int, itemsize: int, tokens: int) -> SkinnyTile:
 
 
 STATS_COLUMNS = 512  # logits of a block of the statistics
-STATS_FOLD = FoldTile(2, 64, 1)  # blocks of fp32: 4 KB
+STATS_FOLD = FoldTile(8, 64, 2)  # blocks of fp32: 16 KB
 STATS_MERGE = 4096  # partial statistics a program of the merge holds
 
 
@@ -284,13 +286,14 @@ def stats_tile(block: int, itemsize: int) -> FoldTile:
     return FoldTile(blocks, min(piece, block), warps)
 
 
-# The losses that read every logit (`dense`). What writes dz: a program takes SLAB_ROWS rows, SLAB_COLUMNS at a time.
+# The losses that read every logit (`dense`). What writes dz of one side's logits, and what finishes logits: a program takes
+# SLAB_ROWS rows, SLAB_COLUMNS at a time.
 SLAB_ROWS = 1
 SLAB_COLUMNS = {4: 1024, 8: 512}  # by the bytes of a logit: 8 (4) pairs a thread, 10 programs an SM
 SLAB_WARPS = 4
-SLAB_PROGRAMS = 1056  # eight for every SM of an H200: rows are split until there are as many
-SOFTMAX_PROGRAMS = 8192  # of one side's logits
-# What folds once: one row and so many columns a program, in one warp. A loop over 4 warps was slower on an H200.
+SOFTMAX_PROGRAMS = 8192  # rows are split until there are as many
+# What folds once, and what writes dz of two sides' logits: one row and so many columns a program, in one warp. A loop over
+# 4 warps was slower on an H200.
 DENSE_FOLD_COLUMNS = {4: 1024, 8: 512}
 DENSE_FOLD_WARPS = 1
 # What sums over a longer piece of a row, so many columns at a time.
