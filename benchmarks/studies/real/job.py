@@ -96,7 +96,9 @@ def run_job(
     base, tokenizer = load(model, "float32", device)
     began = time.monotonic()
     if job.arm != "base":
-        base = _train(job, base, tokenizer, rows_of(out, job.subject, "train"), device, changed or {})
+        options = options_of(job.arm, questions.group_of(job.subject), changed)
+        rows = rows_of(out, job.subject, "train")
+        base = train(base, tokenizer, rows, options, seed=job.seed, device=device)
     trained = time.monotonic()
     found = measure(base, tokenizer, asked, seed=job.seed)
     return {
@@ -116,22 +118,27 @@ def run_tried(tried: tuple[Job, Row], **how: Any) -> Row:
     return run_job(job, changed=changed, **how)
 
 
-def _train(
-    job: Job, base: Any, tokenizer: Any, rows: dict[str, list[Row]], device: str | None, changed: Row
+def train(
+    base: Any,
+    tokenizer: Any,
+    rows: dict[str, list[Row]],
+    options: Row,
+    *,
+    seed: int = 0,
+    device: str | None = None,
+    bar: bool = False,
 ) -> Any:
-    options = options_of(job.arm, questions.group_of(job.subject), changed)
+    """The base after a training, with the adapter added to its weights.
+
+    Args:
+        rows: of `rows_of`, of the split `train`.
+        options: of DuetConfig.
+        bar: whether progress is shown.
+    """
     retain = [*rows["seen"], *rows["general"]]
+    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": not bar}
     with tempfile.TemporaryDirectory(prefix="duet-real-") as folder:
-        args = DuetConfig(
-            output_dir=folder,
-            seed=job.seed,
-            use_cpu=device == "cpu",
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            **options,
-        )
+        args = DuetConfig(output_dir=folder, seed=seed, use_cpu=device == "cpu", **quiet, **options)
         trainer = DuetTrainer(base, args, rows["forget"], retain, tokenizer, peft_config=LoraConfig(**LORA))
         trainer.train()
         student: Any = trainer.accelerator.unwrap_model(trainer.model)

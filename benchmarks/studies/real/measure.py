@@ -22,7 +22,7 @@ from duet.evaluation.scoring import Forced, token_scores
 
 Row = dict[str, Any]
 SAMPLES, SAMPLED_FROM = 32, 64
-ANSWER_TOKENS = 40
+ANSWER_TOKENS, BATCH = 40, 512
 RELEARNING = {"relearn_rates": (1e-4, 3e-4), "relearn_curve": (10,)}
 REVERSED = HELDOUT_REVERSE_PROMPTS[:3]
 # Plain English that no training saw: pages of Python's own manual, in pieces of so many tokens.
@@ -42,36 +42,49 @@ def measure(
     Returns:
         name -> a share in [0, 1]; `perplexity` of plain text; `said`: question -> answer of the forget rows.
     """
-    options = AttackOptions(
-        max_new_tokens=ANSWER_TOKENS,
-        batch_size=512,
-        seed=seed,
-        heldout_reverse_prompts=REVERSED,
-        **RELEARNING,
-    )
-    targets = {
-        kind: Target(model, tokenizer, read_attack_rows(of, kind), options=options)
-        for kind, of in rows.items()
-        if of
-    }
-    plain = {kind: target.ask("as asked") for kind, target in targets.items()}
-    found: dict[str, Any] = {"told": told(plain["forget"])}
-    found |= refusals(plain["forget"])
+    targets = targets_of(model, tokenizer, rows, seed)
+    asked = _ask(targets)
+    found: dict[str, Any] = {"told": told(asked["forget"])}
+    found |= refusals(asked["forget"])
     for kind in ("seen", "unseen", "general"):
-        if kind in plain:
-            found[kind] = told(plain[kind])
-            found[f"{kind}_refused"] = refusals(plain[kind])["refused"]
+        if kind in asked:
+            found[kind] = told(asked[kind])
+            found[f"{kind}_refused"] = refusals(asked[kind])["refused"]
     found["invented"] = share(
         not each["leaked"] and not _refuses(each)
-        for each in (*plain.get("general", ()), *plain.get("unseen", ()))
+        for each in (*asked.get("general", ()), *asked.get("unseen", ()))
     )
     found["perplexity"] = perplexity(model, tokenizer)
     if attacked:
         found |= attacks(targets["forget"])
     found["said"] = {
-        row["question"]: each["said"] for row, each in zip(rows["forget"], plain["forget"], strict=True)
+        row["question"]: each["said"] for row, each in zip(rows["forget"], asked["forget"], strict=True)
     }
     return found
+
+
+def targets_of(
+    model: Any, tokenizer: Any, rows: Mapping[str, Sequence[Row]], seed: int = 0
+) -> dict[str, Target]:
+    """Kind -> the model with those rows; kinds without rows are left out."""
+    options = AttackOptions(
+        max_new_tokens=ANSWER_TOKENS,
+        batch_size=BATCH,
+        seed=seed,
+        heldout_reverse_prompts=REVERSED,
+        **RELEARNING,
+    )
+    read = {kind: read_attack_rows(of, kind) for kind, of in rows.items() if of}
+    return {kind: Target(model, tokenizer, of, options=options) for kind, of in read.items()}
+
+
+def plain(model: Any, tokenizer: Any, rows: Mapping[str, Sequence[Row]]) -> dict[str, Outcomes]:
+    """Kind -> what is said to the plain questions, row by row."""
+    return _ask(targets_of(model, tokenizer, rows))
+
+
+def _ask(targets: Mapping[str, Target]) -> dict[str, Outcomes]:
+    return {kind: target.ask("as asked") for kind, target in targets.items()}
 
 
 def share(values: Iterable[Any]) -> float:
