@@ -42,8 +42,8 @@ class DuetConfig(
             `duet_deep` (survives prefills and relearning), `undo` (perturb an unlearned model, then distil it) and
             `in_context` (the steered teacher itself: nothing is trained, the prefix goes into the chat template that is
             saved). With the answers that are to be forgotten: `ga`, `graddiff`, `npo` (and `graddiff_kl`, `npo_kl`, whose
-            retain term is KL(base || student) instead of the answers' NLL), `simnpo`, `undial`, `shred`, `rmu`;
-            `refusal` needs the answers of retain rows only.
+            retain term is KL(base || student) instead of the answers' NLL), `npo_sam` (NPO with sharpness-aware steps),
+            `simnpo`, `undial`, `shred`, `rmu`; `refusal` needs the answers of retain rows only.
         retain_per_forget: retain queries per forget query, in every batch. One epoch is one pass over the forget
             rows; the retain rows are cycled through.
         padding_free: whether the sequences of a batch follow each other in one instead of being padded. None: where

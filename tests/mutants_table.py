@@ -244,6 +244,12 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_methods_seams.py::test_a_steered_template_shows_what_the_teacher_sees"),
     ],
     # --- duet, methods ------------------------------------------------------------------------------------------------
+    "duet/methods/sharpness.py": [
+        ("the weights are moved against the gradient", "scale = rho / norm", "scale = -rho / norm", "tests/test_sharpness.py::test_a_step_by_hand"),
+        ("the retain part's gradient is taken at moved weights too", '"loss": forget + self.args.retain_weight * at_theta["retain_loss"],',
+         '"loss": forget + self.args.retain_weight * parts["retain_loss"],', "tests/test_sharpness.py::test_a_step_by_hand"),
+        ("the change is that of the last micro-batch", "total = [_sum(g, w.grad) for", "total = [w.grad for", "tests/test_sharpness.py::test_an_accumulated_step_is_the_step_of_the_whole_batch"),
+    ],
     "duet/methods/objectives/baselines.py": [
         ("GA descends", "    nll = _nll(step)\n    loss = -step.forget_mean(nll)", "    nll = _nll(step)\n    loss = step.forget_mean(nll)", _VALUES + "test_ga"),
         ("NPO prefers the answer", "F.logsigmoid(-beta * log_ratio - gamma)", "F.logsigmoid(beta * log_ratio - gamma)", _VALUES + "test_npo"),

@@ -53,7 +53,10 @@ def trained(tmp_path, name, sign=1):
 
     def signed(step):
         parts = loss(step)
-        return parts | {"loss": sign * parts["loss"], "objective": parts["loss"]}
+        stepped_on = ("loss", "forget_loss", "retain_loss")  # the latter two by sharpness-aware steps
+        return (
+            parts | {name: sign * parts[name] for name in stepped_on} | {"objective": parts["loss"].detach()}
+        )
 
     trainer.objective = dataclasses.replace(trainer.objective, loss=signed)
     with one_thread():

@@ -6,7 +6,7 @@
 
     record         Objective, Step, Counts: what a loss is given
     distillation   duet and its divergences, bidirectional, undo
-    baselines      ga, graddiff, npo (and _kl: the retain term is a KL), simnpo, refusal, undial, shred, rmu
+    baselines      ga, graddiff, npo (and _kl: the retain term is a KL; _sam), simnpo, refusal, undial, shred, rmu
     deep           duet_deep
 """
 
@@ -105,6 +105,7 @@ OBJECTIVES: dict[str, Objective] = {
     "graddiff_kl": _with_base(gradient_difference_kl, answer_topk, reads=("k", "retain_weight")),
     "npo": _with_base(npo, answer_nll, reads=("npo_beta", "retain_weight")),
     "npo_kl": _with_base(npo_kl, answer_topk, reads=("k", "npo_beta", "retain_weight")),
+    "npo_sam": _with_base(npo, answer_nll, sharp=True, reads=("npo_beta", "sam_rho", "retain_weight")),
     "simnpo": Objective(simnpo, needs_answers=True, reads=("simnpo_beta", "simnpo_gamma", "retain_weight")),
     "refusal": Objective(refusal, needs_answers=True, refuses=True, reads=("refusals", "retain_weight")),
     "undial": _with_base(undial, answer_topk, reads=("k", "undial_gamma", "retain_weight")),
