@@ -28,6 +28,7 @@ from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
 from .methods.asking import Asking
 from .methods.objectives import Counts, Step, fit_model, objective_of
+from .methods.selectivity import FixedSteps, check_selective, check_selective_model
 from .methods.sharpness import SharpSteps, check_sharp, check_sharp_weights
 from .methods.steering import look_at_teacher
 from .methods.views import asked_before_training, build_dataset, eval_datasets, is_steered, renderer_of
@@ -47,7 +48,7 @@ logger = logging.get_logger(__name__)
 silence_what_no_user_can_change()
 
 
-class DuetTrainer(Asking, SharpSteps, AdapterTrainer):
+class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
     r"""Trains a model to forget, by imitating itself steered by a prompt (DUET, arXiv 2601.21283).
 
         min_theta  mean over queries x and scored positions of  D( p_theta(. | x, y_<j), p_base(. | c, x, y_<j) )
@@ -151,6 +152,7 @@ class DuetTrainer(Asking, SharpSteps, AdapterTrainer):
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
             model = add_new_adapter(model, tokenizer, peft_config, str(args.output_dir), args.should_save)
         head = lm.check_head(model)
+        check_selective_model(self.objective, model)
         fit_model(self.objective, model, head, args)
         check_sharp_weights(self.objective, model)
 
@@ -219,6 +221,7 @@ class DuetTrainer(Asking, SharpSteps, AdapterTrainer):
         check_earlier_adapter(args.earlier_adapter, peft_config is not None, lm.is_sharded(args))
         self.objective = objective_of(args)
         check_sharp(self.objective, args)
+        check_selective(self.objective, args)
         named = f"because objective {args.objective!r}"
         if not self.objective.has_teacher and teacher_model is not None:
             raise ValueError(f"teacher_model: wanted None, {named} has no teacher")

@@ -250,6 +250,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          '"loss": forget + self.args.retain_weight * parts["retain_loss"],', "tests/test_sharpness.py::test_a_step_by_hand"),
         ("the change is that of the last micro-batch", "total = [_sum(g, w.grad) for", "total = [w.grad for", "tests/test_sharpness.py::test_an_accumulated_step_is_the_step_of_the_whole_batch"),
     ],
+    "duet/methods/selectivity.py": [
+        ("one side of the gradient is not collapsed", "return gradient - left @ (share[:, None] * (left.T @ gradient))", "return gradient", "tests/test_selectivity.py::test_singular_values_by_hand"),
+        ("the attacker stays in the model", "        for hook in hooks:\n            hook.remove()", "        pass", "tests/test_selectivity.py::test_the_attacker_is_there_and_leaves_nothing"),
+    ],
     "duet/methods/objectives/baselines.py": [
         ("GA descends", "    nll = _nll(step)\n    loss = -step.forget_mean(nll)", "    nll = _nll(step)\n    loss = step.forget_mean(nll)", _VALUES + "test_ga"),
         ("NPO prefers the answer", "F.logsigmoid(-beta * log_ratio - gamma)", "F.logsigmoid(beta * log_ratio - gamma)", _VALUES + "test_npo"),

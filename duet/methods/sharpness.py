@@ -34,8 +34,9 @@ def check_sharp(objective: Any, args: Any) -> None:
         raise ValueError(
             f"fp16: wanted False, got True, {named}: scaled gradients overflow there; bf16 works"
         )
-    if any(kind in str(args.optim).lower() for kind in ("lomo", "layerwise")):
-        raise ValueError(f"optim: wanted one that steps after the backward, got {str(args.optim)!r}, {named}")
+    optim = str(getattr(args.optim, "value", args.optim))
+    if any(kind in optim for kind in ("lomo", "layerwise")):
+        raise ValueError(f"optim: wanted one that steps after the backward, got {optim!r}, {named}")
 
 
 def check_sharp_weights(objective: Any, model: nn.Module) -> None:

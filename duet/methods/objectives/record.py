@@ -159,6 +159,8 @@ class Objective:
             step as `Step.counts.own`.
         sharp: the gradient of the forget part is taken at weights that are moved by `sam_rho` along it, that of the retain
             part where they are (`duet.methods.sharpness`). The loss is `forget_loss` + retain_weight `retain_loss`.
+        direction: `direction(trainer)`, run once on the untrained model: the gradient of every trained parameter, along which
+            all steps are made. The loss is then only measured.
     """
 
     loss: Callable[[Step], dict[str, Tensor]] | None
@@ -186,6 +188,7 @@ class Objective:
     raw_logits: bool = False
     counts: Callable[[dict[str, Any]], Tensor] | None = None
     sharp: bool = False
+    direction: Callable[[Any], list[Tensor]] | None = None
 
     def __post_init__(self) -> None:
         if not self.positions:
