@@ -201,18 +201,26 @@ def steer(
 @app.command()
 def elicit(
     model: Model,
-    questions: Annotated[
-        pathlib.Path,
-        typer.Option(help="file of questions: question, and perhaps paraphrases, subject, value"),
-    ],
     subject: Annotated[str, typer.Option(help="what is to be forgotten; several with commas between them")],
     out: Annotated[
         pathlib.Path,
         typer.Option(help="folder for forget.jsonl, neighbour.jsonl, retain.jsonl; continued if it is there"),
     ],
+    questions: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="file of questions: question, and perhaps paraphrases, subject, value"),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="facts of packages: capitals, currencies, languages, elements; commas between them"
+        ),
+    ] = None,
     neighbours: Annotated[
         str | None,
-        typer.Option(help="others that questions with {subject} are asked about, such as Spain,Italy"),
+        typer.Option(
+            help="others that questions with {subject} are asked about, such as Spain,Italy; a source has its own"
+        ),
     ] = None,
     samples: Annotated[
         int, typer.Option(min=0, help="drawn answers to each wording, beside the greedy one")
@@ -228,13 +236,18 @@ def elicit(
     from duet.data.prompts import Prompting
     from duet.data.sources import read_table
     from duet.evaluation import facts, models
+    from duet.evaluation.fact_sources import source_rows
 
-    if not questions.is_file():
+    if questions is None and source is None:
+        raise ValueError("questions: wanted --questions, --source or both, got neither")
+    if questions is not None and not questions.is_file():
         raise FileNotFoundError(f"questions: there is no file {str(questions)!r}")
-    wanted, others = (
-        [name.strip() for name in (text or "").split(",") if name.strip()] for text in (subject, neighbours)
+    wanted, others, sources = (
+        [name.strip() for name in (text or "").split(",") if name.strip()]
+        for text in (subject, neighbours, source)
     )
-    asked = facts.facts_of(read_table(questions, "questions")[:limit], wanted, others)
+    rows = [] if questions is None else read_table(questions, "questions")[:limit]
+    asked = facts.facts_of([*rows, *source_rows(sources, wanted, others)], wanted, others)
     base, tokenizer = models.load(model, dtype, device)
     if not tokenizer.chat_template:
         console.print(
