@@ -335,6 +335,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     # --- duet, evaluation ---------------------------------------------------------------------------------------------
     "duet/evaluation/metrics.py": [
+        ("a refusal is an invention", "and refusal_rate([answer], patterns) == 0.0", "", "tests/test_metrics.py::test_fabrication_by_hand"),
+        ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),
         ("ROUGE recall is precision", "return score.recall if measure == \"recall\" else score.fmeasure", "return score.precision if measure == \"recall\" else score.fmeasure", "tests/test_metrics.py::test_rouge_l_variants"),
         ("the stemmer is always on", "return rouge_scorer.RougeScorer([\"rougeL\"], use_stemmer=stemmer)", "return rouge_scorer.RougeScorer([\"rougeL\"], use_stemmer=True)", "tests/test_metrics.py::test_rouge_l_variants"),
         ("extraction strength counts the prefix", "1.0 - float(wrong[-1] + 1) / len(hits)", "1.0 - float(wrong[-1]) / len(hits)", "tests/test_metrics.py::test_memorisation"),
@@ -349,6 +351,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("an answer that was cut is forgotten", "\"empty\" if not answer.text else \"cut\" if cut else \"ok\"", "\"empty\" if not answer.text else \"ok\"", "tests/test_words.py::test_an_answer_that_was_cut_is_neither_forgotten_nor_leaked"),
     ],
     "duet/evaluation/attacks/attacks.py": [
+        ("asked again, a judged turn is forgotten", 'if turn == 0 or outcome["status"] in ("ok", "cut", "nan"):', 'if turn == 0:', _ATTACKS + "test_asked_again_the_answer_comes_in_a_later_turn"),
         ("few-shot shows the row's own answer", "p.id != row.id and not _gives_away(p, row, target.options.threshold)", "True", _ATTACKS + "test_few_shot_never_shows_the_answer_that_it_asks_for[subjects1]"),
         ("held-out wordings include seen ones", "[w for w in target.options.heldout_reverse_prompts if w not in seen]", "list(target.options.heldout_reverse_prompts)", _ATTACKS + "test_heldout_wordings_that_training_saw_are_left_out"),
         ("relearning shows the rows that it asks for", "return _training(target, shown, asked, [f\"facts", "return _training(target, asked, asked, [f\"facts", _ATTACKS + "test_few_shot_says_what_its_examples_are_about"),
