@@ -273,6 +273,28 @@ def elicit(
     console.print(f"written to {out}: duet steer --data {out} --config FILE comes next", soft_wrap=True)
 
 
+@app.command("import")
+def import_(
+    path: Annotated[pathlib.Path, typer.Argument(help="file or folder of the benchmark or run")],
+    kind: Annotated[str, typer.Option(help="rwku, openunlearning (a run's folder) or choices (WMDP, MMLU)")],
+    out: Annotated[pathlib.Path, typer.Option(help="folder for forget.jsonl, retain.jsonl and others")],
+    role: Annotated[
+        str, typer.Option(help="of the questions of choices: forget (WMDP) or retain (MMLU)")
+    ] = "forget",
+) -> None:
+    """Turn files of other benchmarks and frameworks into rows that duet eval and duet attack read."""
+    from duet.data.importers import import_rows, write_rows
+
+    found = import_rows(path, kind, role)
+    for written in write_rows(found, out):
+        console.print(f"written to {written}", soft_wrap=True)
+    for name, value in found.numbers.items():
+        console.print(f"{name}: {value:.6g} (as the run reports it)", soft_wrap=True)
+    files = " ".join(f"--{name} {out / name}.jsonl" for name in ("forget", "retain") if name in found.tables)
+    if "forget" in found.tables:
+        console.print(f"duet attack {found.model or 'MODEL'} {files} --out attack comes next", soft_wrap=True)
+
+
 @app.command()
 def chat(
     model: Model,
