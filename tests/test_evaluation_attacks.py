@@ -406,28 +406,31 @@ def test_other_names_of_the_subject():
         read_attack_rows([QUESTION | {"aliases": [3]}], "rows")
 
 
-def test_a_packed_base_is_unpacked_before_it_is_rounded():
-    """A LoRA on NF4 weights: int4 rounds W + BA, of fp32; what was packed lies there untouched afterwards."""
-    pytest.importorskip("bitsandbytes")
-    from bitsandbytes.nn import Linear4bit
-    from peft.utils.integrations import dequantize_module_weight
-
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_a_packed_base_is_unpacked_before_it_is_rounded(how):
+    """A LoRA on packed weights: int4 rounds W + BA, of fp32; what was packed lies there untouched afterwards."""
+    bnb = pytest.importorskip("bitsandbytes").nn
     torch.manual_seed(0)
-    packed = Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-    packed.load_state_dict(torch.nn.Linear(64, 64, bias=False).state_dict())
+    plain = torch.nn.Linear(64, 64, bias=False)
+    kind = (
+        {"quant_type": "nf4", "compute_dtype": torch.float32} if how == "nf4" else {"has_fp16_weights": False}
+    )
+    packed = (bnb.Linear4bit if how == "nf4" else bnb.Linear8bitLt)(64, 64, bias=False, **kind)
+    packed.load_state_dict(plain.state_dict())
     model = torch.nn.Sequential(packed.to("cpu"), torch.nn.Linear(64, 2))
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     x = torch.randn(3, 64)
-    before, base = model(x), dequantize_module_weight(packed).clone()
-    layer = model.base_model.model[0]
-    whole = base + layer.get_delta_weight("default")
-    with weights.unpacked(model):
-        torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
-        plain = model.base_model.model[0]
-        assert torch.equal(plain.weight, whole)
+    before, layer = model(x), model.base_model.model[0]
+    with weights.unpacked(model), weights.restored(model):
+        torch.testing.assert_close(model(x), before, rtol=0.02, atol=0.02)  # int8 rounds the inputs too
+        weight = model.base_model.model[0].weight
+        near = weight - layer.get_delta_weight("default") - plain.weight
+        assert weight.dtype == torch.float32 and near.abs().amax() < (0.03 if how == "nf4" else 0.001)
+        wanted = weights.quantize(weight.detach().clone(), 4)
         weights.round_weights(model, 4)
-        assert torch.equal(plain.weight, weights.quantize(whole, 4)) and not torch.equal(plain.weight, whole)
-    assert model.base_model.model[0] is layer and torch.equal(dequantize_module_weight(packed), base)
+        assert torch.equal(weight, wanted)
+    assert model.base_model.model[0] is layer
+    assert torch.equal(model(x), before)
 
 
 @pytest.mark.usefixtures("answers_end")

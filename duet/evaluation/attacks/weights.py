@@ -158,10 +158,15 @@ def _packed(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _plain(module: Any, dtype: torch.dtype) -> nn.Linear:
-    from peft.utils.integrations import dequantize_module_weight
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
     inner = getattr(module, "base_layer", module)
-    weight = dequantize_module_weight(inner).float()
+    packed: Any = inner.weight
+    if type(inner).__name__ == "Linear4bit":
+        weight = dequantize_4bit(packed.data, packed.quant_state).float()
+    else:  # the first forward moves the scales of the rows from the weight into the layer's state
+        scales = packed.SCB if getattr(packed, "SCB", None) is not None else inner.state.SCB
+        weight = int8_vectorwise_dequant(packed.data, scales).float()
     for adapter in getattr(module, "active_adapters", ()) if module is not inner else ():
         if getattr(module, "use_dora", {}).get(adapter):
             raise ValueError("model: wanted a plain LoRA on its quantised weights, got DoRA: merge it first")
