@@ -744,7 +744,7 @@ def test_what_is_kept_by_how_near_it_is():
         ["0 to 0.25", "1.00", "1.00"],
         ["0.5 to 0.75", "1.00", "0.00"],
     ]
-    assert grid.rows[1][2].interval == "0.00 to 0.79, 1 rows"
+    assert grid.rows[1][2].interval == "0.00 to 0.79, 1 row"
     (grid,) = neighbours_section(Inputs([student], [])).blocks
-    assert [row[1].interval[-6:] for row in grid.rows] == ["2 rows", "1 rows"]
+    assert [row[1].interval.split(", ")[1] for row in grid.rows] == ["2 rows", "1 row"]
     assert neighbours_section(Inputs([Method("ours")], [])).notes[0].startswith("No neighbours:")

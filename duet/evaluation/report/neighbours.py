@@ -68,6 +68,9 @@ def _curve(method: Method, keys: list[tuple], near: Mapping[str, float]) -> list
     return [
         Cell(NOT_RUN)
         if share is None
-        else Cell(f"{share.estimate:.2f}", f"{share.low:.2f} to {share.high:.2f}, {rows} rows")
+        else Cell(
+            f"{share.estimate:.2f}",
+            f"{share.low:.2f} to {share.high:.2f}, {rows} row{'s' if rows != 1 else ''}",
+        )
         for _, rows, share in bins
     ]
