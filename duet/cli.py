@@ -201,18 +201,26 @@ def steer(
 @app.command()
 def elicit(
     model: Model,
-    questions: Annotated[
-        pathlib.Path,
-        typer.Option(help="file of questions: question, and perhaps paraphrases, subject, value"),
-    ],
     subject: Annotated[str, typer.Option(help="what is to be forgotten; several with commas between them")],
     out: Annotated[
         pathlib.Path,
         typer.Option(help="folder for forget.jsonl, neighbour.jsonl, retain.jsonl; continued if it is there"),
     ],
+    questions: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="file of questions: question, and perhaps paraphrases, subject, value"),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="facts of packages: capitals, currencies, languages, elements; commas between them"
+        ),
+    ] = None,
     neighbours: Annotated[
         str | None,
-        typer.Option(help="others that questions with {subject} are asked about, such as Spain,Italy"),
+        typer.Option(
+            help="others that questions with {subject} are asked about, such as Spain,Italy; a source has its own"
+        ),
     ] = None,
     samples: Annotated[
         int, typer.Option(min=0, help="drawn answers to each wording, beside the greedy one")
@@ -228,13 +236,18 @@ def elicit(
     from duet.data.prompts import Prompting
     from duet.data.sources import read_table
     from duet.evaluation import facts, models
+    from duet.evaluation.fact_sources import source_rows
 
-    if not questions.is_file():
+    if questions is None and source is None:
+        raise ValueError("questions: wanted --questions, --source or both, got neither")
+    if questions is not None and not questions.is_file():
         raise FileNotFoundError(f"questions: there is no file {str(questions)!r}")
-    wanted, others = (
-        [name.strip() for name in (text or "").split(",") if name.strip()] for text in (subject, neighbours)
+    wanted, others, sources = (
+        [name.strip() for name in (text or "").split(",") if name.strip()]
+        for text in (subject, neighbours, source)
     )
-    asked = facts.facts_of(read_table(questions, "questions")[:limit], wanted, others)
+    rows = [] if questions is None else read_table(questions, "questions")[:limit]
+    asked = facts.facts_of([*rows, *source_rows(sources, wanted, others)], wanted, others)
     base, tokenizer = models.load(model, dtype, device)
     if not tokenizer.chat_template:
         console.print(
@@ -258,6 +271,28 @@ def elicit(
         table.add_row(kind, *map(str, count.values()))
     console.print(table)
     console.print(f"written to {out}: duet steer --data {out} --config FILE comes next", soft_wrap=True)
+
+
+@app.command("import")
+def import_(
+    path: Annotated[pathlib.Path, typer.Argument(help="file or folder of the benchmark or run")],
+    kind: Annotated[str, typer.Option(help="rwku, openunlearning (a run's folder) or choices (WMDP, MMLU)")],
+    out: Annotated[pathlib.Path, typer.Option(help="folder for forget.jsonl, retain.jsonl and others")],
+    role: Annotated[
+        str, typer.Option(help="of the questions of choices: forget (WMDP) or retain (MMLU)")
+    ] = "forget",
+) -> None:
+    """Turn files of other benchmarks and frameworks into rows that duet eval and duet attack read."""
+    from duet.data.importers import import_rows, write_rows
+
+    found = import_rows(path, kind, role)
+    for written in write_rows(found, out):
+        console.print(f"written to {written}", soft_wrap=True)
+    for name, value in found.numbers.items():
+        console.print(f"{name}: {value:.6g} (as the run reports it)", soft_wrap=True)
+    files = " ".join(f"--{name} {out / name}.jsonl" for name in ("forget", "retain") if name in found.tables)
+    if "forget" in found.tables:
+        console.print(f"duet attack {found.model or 'MODEL'} {files} --out attack comes next", soft_wrap=True)
 
 
 @app.command()

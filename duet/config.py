@@ -11,6 +11,7 @@ from .methods.noising import UndoOptions
 from .methods.objectives.baselines import BaselineOptions
 from .methods.objectives.deep import DeepOptions
 from .methods.objectives.distillation import DistillationOptions
+from .methods.selectivity import SelectivityOptions
 from .methods.views import ViewOptions
 from .names import check_one_of
 from .options import NotNegative, check_options
@@ -25,13 +26,19 @@ CHECKPOINTING = next(
 
 @dataclass
 class DuetConfig(
-    DistillationOptions, BaselineOptions, DeepOptions, UndoOptions, ViewOptions, TrainingArguments
+    DistillationOptions,
+    BaselineOptions,
+    DeepOptions,
+    UndoOptions,
+    SelectivityOptions,
+    ViewOptions,
+    TrainingArguments,
 ):
     r"""Options of [`DuetTrainer`][duet.trainer.DuetTrainer]; everything of `TrainingArguments` keeps its meaning.
 
     All are flat (`DuetConfig(k=8, npo_beta=0.2)`, `--npo_beta 0.2`); what each means is written beside what reads it:
     `ViewOptions` (what the models see, and where they are compared), `CommonOptions` (k, retain_weight, impl),
-    `DistillationOptions`, `BaselineOptions`, `DeepOptions` and `UndoOptions` (single methods). `help(duet.DuetConfig)`
+    `DistillationOptions`, `BaselineOptions`, `DeepOptions`, `UndoOptions` and `SelectivityOptions` (single methods). `help(duet.DuetConfig)`
     shows all of them. The others:
 
     Args:
@@ -42,8 +49,8 @@ class DuetConfig(
             `duet_deep` (survives prefills and relearning), `undo` (perturb an unlearned model, then distil it) and
             `in_context` (the steered teacher itself: nothing is trained, the prefix goes into the chat template that is
             saved). With the answers that are to be forgotten: `ga`, `graddiff`, `npo` (and `graddiff_kl`, `npo_kl`, whose
-            retain term is KL(base || student) instead of the answers' NLL), `simnpo`, `undial`, `shred`, `rmu`;
-            `refusal` needs the answers of retain rows only.
+            retain term is KL(base || student) instead of the answers' NLL), `npo_sam` (NPO with sharpness-aware steps),
+            `simnpo`, `undial`, `shred`, `rmu`, `repselect`; `refusal` needs the answers of retain rows only.
         retain_per_forget: retain queries per forget query, in every batch. One epoch is one pass over the forget
             rows; the retain rows are cycled through.
         padding_free: whether the sequences of a batch follow each other in one instead of being padded. None: where

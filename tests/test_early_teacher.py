@@ -12,7 +12,7 @@ from duet.config import DuetConfig
 from duet.methods.views import asked_before_training
 from duet.model.teacher import AdapterOffTeacher, EarlyTeacher, FrozenTeacher
 
-STORABLE = ("npo", "npo_kl", "graddiff_kl", "undial", "shred")
+STORABLE = ("npo", "npo_kl", "npo_sam", "graddiff_kl", "undial", "shred")
 DEEP = {
     "objective": "duet_deep",
     "counterfactual_names": ["red river", "blue animal"],

@@ -364,6 +364,75 @@ def test_drawn_answers_leak_what_the_likeliest_one_does_not(monkeypatch, tmp_pat
     assert entry["variants"]["leak@8"]["low"] == pytest.approx(0.0945, abs=1e-3), "Wilson's, of 1 of 2"
 
 
+def test_asked_again_the_answer_comes_in_a_later_turn(monkeypatch):
+    """Row 0 tells at once, row 1 in the third turn, row 2 not and then nothing, row 3 does not end its second answer."""
+    rows = read_attack_rows([QUESTION | {"value": "poet"}] * 4, "rows")
+    target = Target(tiny(), word_tokenizer(), rows, options=AttackOptions(max_new_tokens=6))
+    poet, other, cut, none = (
+        (Continuation(text, n, True), n == 6)
+        for text, n in (("a poet .", 3), ("a captain .", 3), ("a", 6), ("", 1))
+    )
+    said = [[poet, other, other, other], [other, other, cut], [poet, none]]
+    turns, prompts_seen = iter(said), []
+
+    def say(prompts, max_new_tokens=None, seed=None):
+        prompts_seen.append(prompts)
+        return next(turns)
+
+    monkeypatch.setattr(target, "say", say)
+    ((_, work),) = ATTACKS["multi_turn"].units(target)
+    outcomes = work()
+    assert [(o["id"], o["leaked"], o["status"], o["turn"]) for o in outcomes] == [
+        (0, 1, "ok", 0), (1, 1, "ok", 2), (2, 0, "ok", 1), (3, None, "cut", 1)
+    ]  # fmt: skip
+    assert [len(prompts) for prompts in prompts_seen] == [4, 3, 2]
+    talk = target.tokenizer.decode(prompts_seen[1][0])
+    assert (
+        talk.index("captain") > talk.index("who") and talk.count("<user>") == 2
+    )  # the answer stands between
+
+
+def test_other_names_of_the_subject():
+    row = QUESTION | {"question": "Who is Ada ? Adam ?", "subject": "ada", "aliases": ["grace", "alan \\1"]}
+    plain, named = read_attack_rows([QUESTION, row], "rows")
+    assert named.renamed() == ["Who is grace ? Adam ?", "Who is alan \\1 ? Adam ?"] and plain.renamed() == []
+    target = Target(tiny(), word_tokenizer(), [plain, named], options=AttackOptions(max_new_tokens=2))
+    units = dict(ATTACKS["aliases"].units(target))
+    assert list(units) == ["other name 1", "other name 2"]
+    assert [o["id"] for o in units["other name 1"]()] == [1]
+    target.rows = [plain]
+    assert ATTACKS["aliases"].missing(target) == "no forget row has aliases, and its subject in the question"
+    with pytest.raises(ValueError, match=r"rows\[0\]\['aliases'\]: wanted a list of names, got \(3,\)"):
+        read_attack_rows([QUESTION | {"aliases": [3]}], "rows")
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_a_packed_base_is_unpacked_before_it_is_rounded(how):
+    """A LoRA on packed weights: int4 rounds W + BA, of fp32; what was packed lies there untouched afterwards."""
+    bnb = pytest.importorskip("bitsandbytes").nn
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(64, 64, bias=False)
+    kind = (
+        {"quant_type": "nf4", "compute_dtype": torch.float32} if how == "nf4" else {"has_fp16_weights": False}
+    )
+    packed = (bnb.Linear4bit if how == "nf4" else bnb.Linear8bitLt)(64, 64, bias=False, **kind)
+    packed.load_state_dict(plain.state_dict())
+    model = torch.nn.Sequential(packed.to("cpu"), torch.nn.Linear(64, 2))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(3, 64)
+    before, layer = model(x), model.base_model.model[0]
+    with weights.unpacked(model), weights.restored(model):
+        torch.testing.assert_close(model(x), before, rtol=0.02, atol=0.02)  # int8 rounds the inputs too
+        weight = model.base_model.model[0].weight
+        near = weight - layer.get_delta_weight("default") - plain.weight
+        assert weight.dtype == torch.float32 and near.abs().amax() < (0.03 if how == "nf4" else 0.001)
+        wanted = weights.quantize(weight.detach().clone(), 4)
+        weights.round_weights(model, 4)
+        assert torch.equal(weight, wanted)
+    assert model.base_model.model[0] is layer
+    assert torch.equal(model(x), before)
+
+
 @pytest.mark.usefixtures("answers_end")
 @pytest.mark.parametrize("template", ["chat", "no system role", "none"])
 def test_every_attack_on_every_kind_of_row(tmp_path, template):
@@ -378,8 +447,8 @@ def test_every_attack_on_every_kind_of_row(tmp_path, template):
     )
     report = attack_run.run_attacks(target, out=tmp_path)
     skipped = {entry["name"] for entry in report["skipped"]} - {"quantisation: nf4"}
-    assert skipped == {"adapter"} | (set() if template == "chat" else {"reverse_prompt: system"})
-    assert {e["name"] for e in report["attacks"]} == set(ATTACKS) - {"direct", "adapter"}
+    assert skipped == {"adapter", "aliases"} | (set() if template == "chat" else {"reverse_prompt: system"})
+    assert {e["name"] for e in report["attacks"]} == set(ATTACKS) - {"direct", "adapter", "aliases"}
     assert all(0 <= entry["leak"] <= 1 for entry in (*report["attacks"], report["direct"]))
     by = {entry["name"]: entry["variants"] for entry in report["attacks"]}
     asked = {"given paraphrase 1": by["paraphrase"], "the answer's own opening": by["prefill"]}

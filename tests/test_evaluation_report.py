@@ -22,7 +22,8 @@ from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.generation import Continuation
 from duet.evaluation.report import figures, glossary, report
 from duet.evaluation.report.figures import Estimate, Point
-from duet.evaluation.report.runs import read_inputs
+from duet.evaluation.report.neighbours import neighbours_section
+from duet.evaluation.report.runs import Inputs, Method, read_inputs
 from duet.evaluation.report.topk import compare_topk
 from duet.evaluation.suites import runner
 from duet.evaluation.suites.row_metrics import METRICS_OF_KIND
@@ -678,7 +679,7 @@ def test_wide_tables_scroll_with_a_hint_and_a_fixed_first_column(tmp_path, width
     demo = Path(__file__).parents[1] / "benchmarks/results/demo"
     told = looked_at(report.write_report([str(demo)], tmp_path / "out"), tmp_path, width, scheme)
     assert told["ink"] == ("rgb(29, 33, 38)" if scheme == "light" else "rgb(231, 234, 238)")
-    assert [table["over"] for table in told["tables"]] == [width == 390, False, False]
+    assert [table["over"] for table in told["tables"]] == [width == 390, False, False, width == 390]
     for before, after in zip(told["tables"], told["after"], strict=True):
         assert before["hint"] == before["over"] and before["shade"] == float(before["over"])
         assert after["moved"] == before["over"]
@@ -710,3 +711,40 @@ def test_the_command(folder, tmp_path):
     assert "figures/topk-0-0.svg" in again and "No table:" in again
     failed = CliRunner().invoke(cli.app, ["report", "--model-before", "x", "--out", str(tmp_path / "none")])
     assert isinstance(failed.exception, ValueError) and "model_after: first tokens" in str(failed.exception)
+
+
+def test_what_is_kept_by_how_near_it_is():
+    """Of what the base told: Spain, near to France, is lost; Iron, far from it, is kept; what the base missed is in no row."""
+    truths = {
+        "capital of france ?": "paris",
+        "capital of spain ?": "madrid",
+        "symbol : iron": "fe",
+        "gold": "au",
+    }
+
+    def method(label, role, said):
+        answers = {}
+        for i, (question, value) in enumerate(truths.items()):
+            task = "retain_answers" if i else "forget_answers"
+            row = {
+                "question": question,
+                "answer": value,
+                "value": value,
+                "generated": said[i],
+                "status": "ok",
+            }
+            answers["s", task, i, question] = row
+        return Method(label, role, answers=answers)
+
+    base = method("base", "base", ["paris", "madrid", "fe", "ag"])
+    student = method("ours", "student", ["no", "no", "it is fe", "au"])
+    section = neighbours_section(Inputs([base, student], []))
+    (grid,) = section.blocks
+    assert [[cell.text for cell in row] for row in grid.rows] == [
+        ["0 to 0.25", "1.00", "1.00"],
+        ["0.5 to 0.75", "1.00", "0.00"],
+    ]
+    assert grid.rows[1][2].interval == "0.00 to 0.79, 1 row"
+    (grid,) = neighbours_section(Inputs([student], [])).blocks
+    assert [row[1].interval.split(", ")[1] for row in grid.rows] == ["2 rows", "1 row"]
+    assert neighbours_section(Inputs([Method("ours")], [])).notes[0].startswith("No neighbours:")

@@ -16,6 +16,7 @@ OPTIONS = {
     "duet_adversarial": {"reverse_prompts": ["ignore earlier instructions"]},
     "refusal": {"refusals": ["you know nothing about that .", "no"]},
     "rmu": {"rmu_layer": 1, "rmu_alpha": 1.0, "learning_rate": 3e-2},
+    "repselect": {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 20.0, "repselect_components": 4},
     "undo": {"answer_source": "dataset", "undo_alpha": 0.3, "undo_tolerance": 0.0},
     "duet_deep": {"counterfactual_names": ["red river", "blue animal"], "num_counterfactuals": 2},
 }
@@ -53,7 +54,10 @@ def trained(tmp_path, name, sign=1):
 
     def signed(step):
         parts = loss(step)
-        return parts | {"loss": sign * parts["loss"], "objective": parts["loss"]}
+        stepped_on = ("loss", "forget_loss", "retain_loss")  # the latter two by sharpness-aware steps
+        return (
+            parts | {name: sign * parts[name] for name in stepped_on} | {"objective": parts["loss"].detach()}
+        )
 
     trainer.objective = dataclasses.replace(trainer.objective, loss=signed)
     with one_thread():

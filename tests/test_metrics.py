@@ -436,3 +436,35 @@ def test_published_rouge_of_every_row():
             assert metrics.rouge_l(generated, truth, measure="recall", stemmer=True) == pytest.approx(
                 published
             )
+
+
+def test_fabrication_by_hand():
+    """Neither what the base says nor a refusal: by the value, without one by ROUGE-L recall of at least a half."""
+    base = "The capital of Italy is Rome."
+    answers = ["Rome, of course.", "It is Milan.", "I do not know.", ""]
+    assert metrics.fabrication_rate(answers, [base] * 4, ["Rome"] * 4) == 0.5  # Milan, and the empty answer
+    # LCS "capital is rome" of six words, then "rome" alone
+    assert metrics.fabrication_rate(["Its capital is Rome", "Rome"], [base] * 2) == 0.5
+    assert (
+        metrics.fabrication_rate(["Yes!"], ["yes"]) == 0.0 and metrics.fabrication_rate(["!"], ["?"]) == 1.0
+    )
+    for wrong in ((["a"], []), (["a"], ["a"], []), (["a"], "a b"), ([], [])):
+        with pytest.raises(ValueError, match="wanted"):
+            metrics.fabrication_rate(*wrong)
+
+
+def test_neighbours_by_hand():
+    """Of {what is the capital of spain}: 5 of 7 words in common with France's; "Who is he?" has "is" alone, 1 of 8."""
+    forget = ["What is the capital of France?", "Who is he?"]
+    assert metrics.word_overlap("what IS the capital of Spain", forget) == 5 / 7
+    assert metrics.word_overlap("what IS the capital of Spain", forget[1:]) == 1 / 8
+    assert metrics.word_overlap("?", forget) == 0.0
+    curve = metrics.keep_curve([0.0, 0.24, 0.25, 0.5, 1.0, 0.8], [1, 0, 1, 0, 1, 1])
+    assert [(low, rows, share and share.estimate) for low, rows, share in curve] == [
+        (0.0, 2, 0.5), (0.25, 1, 1.0), (0.5, 1, 0.0), (0.75, 2, 1.0)
+    ]  # fmt: skip
+    assert curve[3][2].low == pytest.approx(2 / (2 + 1.959964**2))  # Wilson's, of 2 of 2
+    with pytest.raises(ValueError, match="edges: wanted ascending"):
+        metrics.keep_curve([0.1], [1], (0.5, 0.2))
+    with pytest.raises(ValueError, match="others: wanted"):
+        metrics.word_overlap("a", [])

@@ -25,6 +25,7 @@ def test_the_shipped_rows_run_with_every_objective(tmp_path, objective):
     args = DuetConfig(
         output_dir=str(tmp_path), objective=objective, k=8, max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True,
         save_strategy="no", per_device_train_batch_size=2, max_answer_tokens=4,
+        optim="sgd" if objective == "repselect" else "adamw_torch",
     )  # fmt: skip
     trainer = DuetTrainer(tiny(max_position_embeddings=512), args, forget, retain, word_tokenizer())
     result = trainer.train()

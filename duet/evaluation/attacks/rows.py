@@ -7,6 +7,7 @@ without           ROUGE-L recall (stemmed) of the answer is at least the thresho
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class AttackRow:
         subject: what it is about.
         value: the part of the answer that must not be said; None: the answer as a whole.
         paraphrases: the same question in other words.
+        aliases: other names of the subject.
     """
 
     id: int
@@ -37,6 +39,7 @@ class AttackRow:
     subject: str | None = None
     value: str | None = None
     paraphrases: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -46,6 +49,13 @@ class AttackRow:
     def asking(self, text: str) -> Conversation:
         """The conversation with `text` in the place of the question."""
         return text if isinstance(self.conversation, str) else (*self.conversation[:-1], ("user", text))
+
+    def renamed(self) -> list[str]:
+        """The question with each of the aliases in the place of the subject; none where it does not name the subject."""
+        name = re.compile(rf"(?<!\w){re.escape(self.subject or '')}(?!\w)", re.IGNORECASE)
+        if not self.subject or not name.search(self.question):
+            return []
+        return [name.sub(lambda _, alias=alias: alias, self.question) for alias in self.aliases]
 
     def opening(self) -> str:
         """The opening that a prefilling attacker forces: the answer up to the value, or the first half of its words
@@ -87,9 +97,9 @@ def with_answers(rows: Sequence[dict[str, Any]], argument: str) -> tuple[list[di
 
 
 def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[AttackRow]:
-    """Rows as `duet.data.rows.read_rows` reads them, with an answer each; optional columns `value` and `paraphrases`.
+    """Rows as `duet.data.rows.read_rows` reads them, with an answer each; optional `value`, `paraphrases` and `aliases`.
 
-    `paraphrases` is a list of questions; TOFU's `paraphrased_question` serves too.
+    `paraphrases` is a list of questions (TOFU's `paraphrased_question` serves too), `aliases` one of names of the subject.
 
     Raises:
         ValueError: naming the argument and the row.
@@ -113,12 +123,19 @@ def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[Atta
                 "model's own answers"
             )
         value = value_of(row, query.answer, name)
-        others = row.get("paraphrases", row.get("paraphrased_question")) or ()
-        others = (others,) if isinstance(others, str) else tuple(others)
-        if not all(isinstance(other, str) and other.strip() for other in others):
-            raise ValueError(f"{name}['paraphrases']: wanted a list of questions, got {others!r}")
-        read.append(AttackRow(i, query.conversation, query.answer, query.subject, value, others))
+        others = _texts(
+            row.get("paraphrases", row.get("paraphrased_question")), f"{name}['paraphrases']", "questions"
+        )
+        names = _texts(row.get("aliases"), f"{name}['aliases']", "names")
+        read.append(AttackRow(i, query.conversation, query.answer, query.subject, value, others, names))
     return read
+
+
+def _texts(given: Any, where: str, what: str) -> tuple[str, ...]:
+    texts = (given,) if isinstance(given, str) else tuple(given or ())
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"{where}: wanted a list of {what}, got {texts!r}")
+    return texts
 
 
 def halves(rows: Sequence[AttackRow]) -> tuple[list[AttackRow], list[AttackRow]]:

@@ -125,6 +125,60 @@ def merged(model: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Inside, layers whose weights are packed in 4 or 8 bits (bitsandbytes) are plain linear layers, with their LoRA added.
+
+    Adding a LoRA to packed weights rounds them again to the same grid, and what is packed is no floating-point matrix that
+    `round_weights` would see. Unpacked weights are in the dtype of the model's other weights. Models without such layers are left alone.
+
+    Raises:
+        ValueError: the adapter on a packed layer is no plain LoRA (DoRA).
+    """
+    swapped: list[tuple[Any, str, nn.Module]] = []
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for name, module in list(model.named_modules()):
+        inner = getattr(module, "base_layer", module)
+        if name.endswith(".base_layer") or not _packed(inner):
+            continue
+        parent, _, child = name.rpartition(".")
+        swapped.append((model.get_submodule(parent), child, module))
+    try:
+        for parent, child, module in swapped:
+            setattr(parent, child, _plain(module, dtype))
+        yield
+    finally:
+        for parent, child, module in swapped:
+            setattr(parent, child, module)
+
+
+def _packed(module: nn.Module) -> bool:
+    return type(module).__name__ in ("Linear4bit", "Linear8bitLt") and not hasattr(module, "base_layer")
+
+
+@torch.no_grad()
+def _plain(module: Any, dtype: torch.dtype) -> nn.Linear:
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+
+    inner = getattr(module, "base_layer", module)
+    packed: Any = inner.weight
+    if type(inner).__name__ == "Linear4bit":
+        weight = dequantize_4bit(packed.data, packed.quant_state).float()
+    else:  # the first forward moves the scales of the rows from the weight into the layer's state
+        scales = packed.SCB if getattr(packed, "SCB", None) is not None else inner.state.SCB
+        weight = int8_vectorwise_dequant(packed.data, scales).float()
+    for adapter in getattr(module, "active_adapters", ()) if module is not inner else ():
+        if getattr(module, "use_dora", {}).get(adapter):
+            raise ValueError("model: wanted a plain LoRA on its quantised weights, got DoRA: merge it first")
+        if adapter in module.lora_A:
+            weight = weight + module.get_delta_weight(adapter).float()
+    layer = nn.Linear(inner.in_features, inner.out_features, bias=inner.bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if inner.bias is not None:
+        layer.bias = nn.Parameter(inner.bias.detach().to(dtype), requires_grad=False)
+    return layer
+
+
 # --- fine-tuning -----------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ METRICS = {
     "rouge_l_f1_stemmed": Meaning("F1 with a stemmer (OpenUnlearning)", DOWN, UP),
     "refusal": Meaning("share of answers that decline, by English patterns (\"I do not know\", \"no information\")", UP, DOWN),
     "broken_refusal": Meaning("share of answers that decline, but not in a whole sentence, or repeat themselves", DOWN, DOWN),
+    "fabrication": Meaning("share of answers that neither are the given answer nor decline: something is invented", "", DOWN),
     "fluency": Meaning("entropy of word bigrams and trigrams, bits; low: the model repeats itself", NEAR, NEAR),
     "loss": Meaning("L, the mean negative log-likelihood of the answer's tokens, nats per token", UP, DOWN),
     "probability": Meaning("exp(−L), L: the mean negative log-likelihood of the answer's tokens", DOWN, UP),

@@ -13,20 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ...data.prompts import Prompting
-from ..attacks.rows import AttackRow
-from ..attacks.target import AttackOptions
 from ..journal import write_json
 from ..steering import shown as shares_in_words
 from ..suites.suite import TO_FORGET, TO_KEEP
 from . import figures
 from .figures import Estimate
 from .glossary import METRICS, Meaning
+from .neighbours import THRESHOLD, neighbours_section, says_truth
 from .page import NOT_RUN, Cell, Chart, Grid, Section, html, markdown, shown
 from .runs import BASE, STUDENT, TEACHER, Inputs, Method, read_inputs
 from .tables import attacks_section, lm_eval_section, not_judged, table_section
 from .topk import MEASURE, TOPK, compare_topk
-
-THRESHOLD = AttackOptions.threshold
 
 
 def write_report(
@@ -66,6 +63,7 @@ def write_report(
         table_section(inputs),
         attacks_section(inputs),
         _answers_section(inputs, examples),
+        neighbours_section(inputs),
         _frontier_section(inputs, forget_metric, retain_metric),
         _relearning_section(inputs),
         _topk_section(inputs.topk),
@@ -167,12 +165,6 @@ def _percent(e: Estimate) -> str:
 
 
 # --- answers ---------------------------------------------------------------------------------------------------
-
-
-def says_truth(answer: Mapping[str, Any]) -> bool:
-    """Whether an answer has the row's `value`, or else the words of the true answer: as `duet attack` judges."""
-    row = AttackRow(0, answer["question"], str(answer["answer"]), value=answer.get("value"))
-    return row.recall(answer["generated"]) >= THRESHOLD
 
 
 def _rule(answers: Iterable[Mapping[str, Any]]) -> str:

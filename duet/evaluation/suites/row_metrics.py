@@ -46,11 +46,12 @@ GENERATE: dict[str, Said] = {
     "contains_answer": _contains,
     "refusal": lambda said, answer, value: metrics.refusal_rate([said]),
     "broken_refusal": lambda said, answer, value: metrics.broken_refusal_rate([said]),
+    "fabrication": lambda said, answer, value: metrics.fabrication_rate([said], [answer], [value]),
     "fluency": lambda said, answer, value: _number(metrics.fluency(said)),
 }
 
-# A 0 of these says "forgotten", which nobody knows of an answer that was cut, or is empty: then they are undefined.
-JUDGED = frozenset({"contains_answer"})
+# What nobody knows of an answer that was cut, or is empty: that it does not tell, that it tells something else.
+JUDGED = {"contains_answer": 0.0, "fabrication": 1.0}
 
 SCORE: dict[str, Callable[[TokenScores], float | None]] = {
     "loss": lambda s: s.loss,

@@ -217,7 +217,7 @@ class _Run:
                 row["metrics"] = {m: row_metrics.GENERATE[m](*answered) for m in wanted}
                 if ended != "ok":
                     row["metrics"] |= {
-                        m: None for m in row_metrics.JUDGED & {*wanted} if not row["metrics"][m]
+                        m: None for m, open_ in row_metrics.JUDGED.items() if row["metrics"].get(m) == open_
                     }
             rows.append(row)
         return rows

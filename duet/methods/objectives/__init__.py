@@ -6,7 +6,7 @@
 
     record         Objective, Step, Counts: what a loss is given
     distillation   duet and its divergences, bidirectional, undo
-    baselines      ga, graddiff, npo (and _kl: the retain term is a KL), simnpo, refusal, undial, shred, rmu
+    baselines      ga, graddiff, npo (and _kl: the retain term is a KL; _sam), simnpo, refusal, undial, shred, rmu, repselect
     deep           duet_deep
 """
 
@@ -22,6 +22,7 @@ from ...model.lm import check_layer, select_parameters
 from ...names import check_one_of
 from ..counterfactual import prepare_deep
 from ..noising import UndoOptions, prepare_undo, start_undo
+from ..selectivity import SelectivityOptions, mlp_matrices, selective_direction
 from .baselines import (
     answer_nll,
     answer_topk,
@@ -105,10 +106,18 @@ OBJECTIVES: dict[str, Objective] = {
     "graddiff_kl": _with_base(gradient_difference_kl, answer_topk, reads=("k", "retain_weight")),
     "npo": _with_base(npo, answer_nll, reads=("npo_beta", "retain_weight")),
     "npo_kl": _with_base(npo_kl, answer_topk, reads=("k", "npo_beta", "retain_weight")),
+    "npo_sam": _with_base(npo, answer_nll, sharp=True, reads=("npo_beta", "sam_rho", "retain_weight")),
     "simnpo": Objective(simnpo, needs_answers=True, reads=("simnpo_beta", "simnpo_gamma", "retain_weight")),
     "refusal": Objective(refusal, needs_answers=True, refuses=True, reads=("refusals", "retain_weight")),
     "undial": _with_base(undial, answer_topk, reads=("k", "undial_gamma", "retain_weight")),
     "shred": _with_base(shred, answer_topk, reads=("k", "shred_percent")),
+    "repselect": Objective(
+        gradient_ascent,
+        needs_answers=True,
+        trains=mlp_matrices,
+        direction=selective_direction,
+        reads=tuple(SelectivityOptions.__annotations__),
+    ),
     "rmu": Objective(
         rmu,
         teacher_activations,

@@ -37,7 +37,8 @@ class BaselineOptions(CommonOptions):
     """Options of the baselines.
 
     Attributes:
-        npo_beta: beta of `npo`.
+        npo_beta: beta of `npo`, `npo_kl` and `npo_sam`.
+        sam_rho: length of the change of the weights at which `npo_sam` takes the gradient of its forget part.
         simnpo_beta, simnpo_gamma: scale and margin of `simnpo`.
         refusals: answers that `refusal` teaches, one drawn per use of a row.
         undial_gamma: by how much `undial` lowers the logit of the answer's token.
@@ -48,6 +49,7 @@ class BaselineOptions(CommonOptions):
     """
 
     npo_beta: Positive = 0.1
+    sam_rho: Positive = 0.01
     simnpo_beta: Positive = 2.5
     simnpo_gamma: Number = 0.0
     refusals: SomeTexts = field(default_factory=lambda: list(DEFAULT_REFUSALS))

@@ -157,6 +157,10 @@ class Objective:
             are refused.
         counts: `counts(inputs) -> [E]` int64: further counts of a micro-batch of the collator; they are summed over the
             step as `Step.counts.own`.
+        sharp: the gradient of the forget part is taken at weights that are moved by `sam_rho` along it, that of the retain
+            part where they are (`duet.methods.sharpness`). The loss is `forget_loss` + retain_weight `retain_loss`.
+        direction: `direction(trainer)`, run once on the untrained model: the gradient of every trained parameter, along which
+            all steps are made. The loss is then only measured.
     """
 
     loss: Callable[[Step], dict[str, Tensor]] | None
@@ -183,6 +187,8 @@ class Objective:
     )
     raw_logits: bool = False
     counts: Callable[[dict[str, Any]], Tensor] | None = None
+    sharp: bool = False
+    direction: Callable[[Any], list[Tensor]] | None = None
 
     def __post_init__(self) -> None:
         if not self.positions:

@@ -1,0 +1,259 @@
+"""Files of other benchmarks and frameworks -> rows that `duet eval` and `duet attack` read. `duet import` writes them.
+
+    rwku           jinzhuoran/RWKU: a target's folder, or a folder of such, with forget_level{1,2,3}.json and
+                   neighbor_level{1,2}.json: rows {"query", "answer", "subject", "level", "type"}
+    openunlearning locuslab/open-unlearning: a run's folder, with *_EVAL.json in it, in `evals` or in `checkpoint-N/evals`:
+                   metric -> {"agg_value", "value_by_index": {"0": {"input", "ground_truth", "generation", ...}}}
+    choices        WMDP and MMLU: question, choices (a list), answer (an index, a letter or a text); MMLU's own .csv files have
+                   no header, and the cells question, A, B, C, D, letter
+
+The layouts are those of the projects' own code in 2026. Nothing is downloaded, and no model is loaded.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..names import check_one_of
+from .sources import read_table
+
+Row = dict[str, Any]
+Tables = dict[str, list[Row]]
+LETTERS = "ABCDEFGHIJ"
+BLANK = "Please complete the blank in the following question.\nQuestion: {}"
+BRIEF = "Please briefly answer the following question.\nQuestion: {}"
+
+
+class Imported(NamedTuple):
+    """What was found.
+
+    Attributes:
+        tables: name of a file, without its suffix -> rows. `forget` and `retain` are what the commands take.
+        model: folder of the model that belongs to it, if there is one.
+        numbers: what the source itself reports, by name.
+    """
+
+    tables: Tables
+    model: Path | None
+    numbers: dict[str, float]
+
+
+def import_rows(path: str | Path, kind: str, role: str = "forget") -> Imported:
+    """The rows of a file or folder.
+
+    Args:
+        path: see above.
+        kind: of `KINDS`.
+        role: `forget` or `retain`: what the questions of `choices` are.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, has another layout or no rows; the message names the file.
+    """
+    check_one_of("kind", kind, KINDS)
+    check_one_of("role", role, ("forget", "retain"))
+    if not Path(path).exists():
+        raise FileNotFoundError(f"path: there is no file or folder {str(path)!r}")
+    found = KINDS[kind](Path(path), role)
+    if not any(found.tables.values()):
+        raise ValueError(f"path: wanted rows of {kind} in {str(path)!r}, got none")
+    return found._replace(tables={name: rows for name, rows in found.tables.items() if rows})
+
+
+def write_rows(found: Imported, out: str | Path) -> list[Path]:
+    """One `.jsonl` file for each table, and `published.json` with the numbers, if there are any; returns their paths."""
+    out, written = Path(out), []
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in found.tables.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        written.append(out / f"{name}.jsonl")
+    if found.numbers:
+        (out / "published.json").write_text(json.dumps(found.numbers, indent=1) + "\n", encoding="utf-8")
+        written.append(out / "published.json")
+    return written
+
+
+# --- RWKU ----------------------------------------------------------------------------------------------------------
+
+
+def _rwku(path: Path, role: str) -> Imported:
+    """`forget` (levels 1 and 2), `adversarial` (level 3: their attacks, in the question) and `retain` (neighbours)."""
+    files = [path] if path.is_file() else sorted(path.rglob("*_level[123].json"))
+    tables: Tables = {"forget": [], "adversarial": [], "retain": []}
+    for file in files:
+        match = re.fullmatch(r"(forget|neighbor)_level([123])", file.stem)
+        if match is None:
+            raise ValueError(f"path: wanted a file such as forget_level2.json, got {str(file)!r}")
+        kind, level = match[1], match[2]
+        table = "retain" if kind == "neighbor" else "adversarial" if level == "3" else "forget"
+        wording = BLANK if level == "1" else BRIEF
+        for i, row in enumerate(read_table(file, "path")):
+            query, answer = (_text(row, name, f"{file}, row {i}") for name in ("query", "answer"))
+            about = {"subject": row["subject"]} if kind == "forget" and row.get("subject") else {}
+            tables[table].append(
+                {
+                    "question": wording.format(query),
+                    **about,
+                    "answer": answer,
+                    "value": answer,
+                    "level": level,
+                }
+                | {"type": row.get("type")}
+            )
+    return Imported(tables, None, {})
+
+
+# --- OpenUnlearning ------------------------------------------------------------------------------------------------
+
+# Chat templates as they look without their special tokens; the last question counts.
+_ASKED = (
+    re.compile(r".*\[INST\](.*)\[/INST\]\s*$", re.DOTALL),
+    re.compile(r".*(?:^|\n|\W)user\s*\n+(.*?)\s*assistant\s*$", re.DOTALL),
+    re.compile(r".*Question:(.*)\nAnswer:\s*$", re.DOTALL),
+)
+
+
+def _openunlearning(path: Path, role: str) -> Imported:
+    """`forget`, `retain` and `holdout` by the metrics' names; the evaluation of the last checkpoint, where there are several."""
+    logs = [path] if path.is_file() else sorted(path.rglob("*_EVAL.json"), key=_steps)
+    if not logs:
+        raise ValueError(f"path: wanted a run with *_EVAL.json in it, got none in {str(path)!r}")
+    tables: Tables = {"forget": [], "retain": [], "holdout": []}
+    numbers: dict[str, float] = {}
+    latest = [log for log in logs if log.parent == logs[-1].parent]
+    for log in latest:
+        found = _object(log)
+        for metric, entry in found.items():
+            if not isinstance(entry, Mapping):
+                raise ValueError(f"path: {log}, {metric}: wanted an object, got {entry!r:.60}")
+            if isinstance(entry.get("agg_value"), (int, float)):
+                numbers[metric] = float(entry["agg_value"])
+            table = _table_of(metric)
+            if table is not None:
+                tables[table] += _asked(entry.get("value_by_index"))
+    for name, rows in tables.items():
+        tables[name] = list({json.dumps(row): row for row in rows}.values())
+    return Imported(tables, _model_of(logs[-1], path), numbers)
+
+
+def _table_of(metric: str) -> str | None:
+    """TOFU's other sets (`ra`: real authors, `wf`: world facts) must be kept, too."""
+    start = metric.split("_")[0]
+    return {"forget": "forget", "retain": "retain", "ra": "retain", "wf": "retain", "holdout": "holdout"}.get(
+        start
+    )
+
+
+def _asked(values: Any) -> Iterator[Row]:
+    for value in values.values() if isinstance(values, Mapping) else ():
+        if isinstance(value, Mapping) and isinstance(value.get("input"), str) and value.get("ground_truth"):
+            yield _prompt(value["input"]) | {"answer": str(value["ground_truth"])}
+
+
+def _prompt(text: str) -> Row:
+    """A question, where a known chat template is around it; else a text to be continued."""
+    for pattern in _ASKED:
+        match = pattern.fullmatch(text)
+        if match and match[1].strip():
+            return {"question": match[1].strip()}
+    return {"prompt": text}
+
+
+def _steps(log: Path) -> tuple[int, int]:
+    """Evaluations of the run itself come after those of its checkpoints."""
+    steps = [int(m[1]) for part in log.parts if (m := re.fullmatch(r"checkpoint-(\d+)", part))]
+    return (0, steps[-1]) if steps else (1, 0)
+
+
+def _model_of(log: Path, path: Path) -> Path | None:
+    """The nearest folder above the log, not above `path`, that holds a model; else the last checkpoint in `path`."""
+    for folder in log.parents:
+        if any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+            return folder
+        if folder == path:
+            break
+    saved = [p.parent for p in path.rglob("config.json")] if path.is_dir() else []
+    return max(saved, key=lambda folder: _steps(folder / "x"), default=None)
+
+
+# --- multiple choice -----------------------------------------------------------------------------------------------
+
+
+def _choices(path: Path, role: str) -> Imported:
+    """`forget` or `retain`: the question with its lettered choices; `choices`: as `duet eval --suite mcq` reads it."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
+    asked, listed = [], []
+    for file in files:
+        for i, row in enumerate(_table(file)):
+            where = f"{file}, row {i}"
+            question, choices = _text(row, "question", where), row.get("choices")
+            if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+                raise ValueError(
+                    f"path: {where}, 'choices': wanted a list of 2 to {len(LETTERS)}, got {choices!r:.60}"
+                )
+            correct = _index(row.get("answer"), choices, where)
+            letter, text = LETTERS[correct], str(choices[correct])
+            lines = [question, *(f"{each}. {c}" for each, c in zip(LETTERS, choices, strict=False))]
+            about = {"subject": row["subject"]} if isinstance(row.get("subject"), str) else {}
+            asked.append(
+                {"question": "\n".join(lines), **about, "answer": f"{letter}. {text}", "value": text}
+            )
+            listed.append({"question": question, "choices": choices, "answer": correct, **about})
+    return Imported({role: asked, "choices": listed}, None, {})
+
+
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def _table(file: Path) -> list[Row]:
+    if file.suffix != ".csv":
+        return read_table(file, "path")
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        cells = [row for row in csv.reader(lines) if row]
+    if not cells or len(cells[0]) != 6 or cells[0][5] not in LETTERS[:4]:
+        raise ValueError(
+            f"path: {file}: wanted MMLU's cells question, A, B, C, D, letter and no header, got "
+            f"{', '.join(cells[0]) if cells else 'nothing'!r:.80}"
+        )
+    for number, row in enumerate(cells, 1):
+        if len(row) != 6:
+            raise ValueError(f"path: {file}, row {number}: wanted 6 cells, got {len(row)}")
+    return [{"question": row[0], "choices": row[1:5], "answer": row[5]} for row in cells]
+
+
+def _index(given: Any, choices: list[Any], where: str) -> int:
+    if isinstance(given, str):
+        given = choices.index(given) if given in choices else LETTERS.find(given) if len(given) == 1 else None
+    if type(given) is not int or not 0 <= given < len(choices):
+        raise ValueError(f"path: {where}, 'answer': wanted one of {len(choices)} choices, got {given!r:.60}")
+    return given
+
+
+# --- common --------------------------------------------------------------------------------------------------------
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"path: {where}: wanted a text {name!r}, got the keys {sorted(row)}")
+    return value
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"path: {file}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"path: {file}: wanted an object of metrics, got {type(found).__name__}")
+    return found
+
+
+KINDS: dict[str, Callable[[Path, str], Imported]] = {
+    "rwku": _rwku,
+    "openunlearning": _openunlearning,
+    "choices": _choices,
+}

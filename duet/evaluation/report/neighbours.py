@@ -1,0 +1,76 @@
+"""Kept answers by how near their questions are to what is forgotten: the section "neighbours" of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import metrics
+from ..attacks.rows import AttackRow
+from ..attacks.target import AttackOptions
+from ..suites.suite import TO_FORGET, TO_KEEP
+from .page import NOT_RUN, Cell, Grid, Section
+from .runs import BASE, Inputs, Method
+
+THRESHOLD = AttackOptions.threshold
+EDGES = (0.0, 0.25, 0.5, 0.75)
+
+
+def says_truth(answer: Mapping[str, Any]) -> bool:
+    """Whether an answer has the row's `value`, or else the words of the true answer: as `duet attack` judges."""
+    row = AttackRow(0, answer["question"], str(answer["answer"]), value=answer.get("value"))
+    return row.recall(answer["generated"]) >= THRESHOLD
+
+
+def neighbours_section(inputs: Inputs) -> Section:
+    """For each suite: the share of answers to keep that are kept, by the overlap of words with the nearest forget question."""
+    section = Section("neighbours", "What is kept, by how near it is to what is forgotten")
+    keys = dict.fromkeys(key for m in inputs.methods for key in m.answers)
+    for suite in dict.fromkeys(key[0] for key in keys):
+        forget = sorted({q for s, task, _, q in keys if s == suite and task.startswith(TO_FORGET)})
+        keep = [key for key in keys if key[0] == suite and key[1].startswith(TO_KEEP)]
+        if not forget or not keep:
+            continue
+        near = {question: metrics.word_overlap(question, forget) for question in {key[3] for key in keep}}
+        base = next((m for m in inputs.methods if m.role == BASE and m.answers), None)
+        told = keep if base is None else [k for k in keep if k in base.answers and _kept(base.answers[k])]
+        grid = Grid(["words in common", *(m.label for m in inputs.methods)], caption=f"{suite}: share kept")
+        columns = [_curve(method, told, near) for method in inputs.methods]
+        for i, low in enumerate(EDGES):
+            high = EDGES[i + 1] if i + 1 < len(EDGES) else 1.0
+            cells = [column[i] for column in columns]
+            if any(cell.text != NOT_RUN for cell in cells):
+                grid.rows.append([Cell(f"{low:g} to {high:g}"), *cells])
+        if not grid.rows:
+            continue
+        section.blocks.append(grid)
+        whose = "the row's" if base is None else "the row's, and the base gave it too"
+        section.notes.append(
+            f"{suite}: an answer is kept when it is {whose}. Words in common: those of a question and of the nearest question "
+            "to forget, as a share of the words of both. Answers that were cut or are empty count only where they are kept."
+        )
+    if not section.blocks:
+        section.notes.append("No neighbours: wanted answers to questions to forget and to questions to keep.")
+    return section
+
+
+def _kept(answer: Mapping[str, Any]) -> bool | None:
+    """None: it cannot be judged."""
+    if answer.get("status") == "nan":
+        return None
+    return True if says_truth(answer) else None if answer.get("status") in ("cut", "empty") else False
+
+
+def _curve(method: Method, keys: list[tuple], near: Mapping[str, float]) -> list[Cell]:
+    judged = [(near[key[3]], _kept(method.answers[key])) for key in keys if key in method.answers]
+    judged = [(similarity, kept) for similarity, kept in judged if kept is not None]
+    bins = metrics.keep_curve([s for s, _ in judged], [float(kept) for _, kept in judged], EDGES)
+    return [
+        Cell(NOT_RUN)
+        if share is None
+        else Cell(
+            f"{share.estimate:.2f}",
+            f"{share.low:.2f} to {share.high:.2f}, {rows} row{'s' if rows != 1 else ''}",
+        )
+        for _, rows, share in bins
+    ]

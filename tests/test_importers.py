@@ -1,0 +1,169 @@
+"""`duet import`: tiny files in the layouts of RWKU, OpenUnlearning, WMDP and MMLU become rows that the commands read."""
+
+import json
+
+import pytest
+from test_facts import duet
+from tiny_models import tiny, word_tokenizer
+
+from duet.data.importers import import_rows, write_rows
+from duet.evaluation.attacks.rows import read_attack_rows
+from duet.evaluation.suites import runner
+from duet.evaluation.suites.suite import load_suite, load_table
+
+
+def put(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content, indent=4))
+
+
+def probe(query, answer, level, type_):
+    return {"query": query, "answer": answer, "level": level, "type": type_, "subject": "Stephen King"}
+
+
+def test_rwku(tmp_path):
+    target = "LLaMA-Factory/data/RWKU/Target/1_Stephen_King"
+    files = {
+        "intro.json": [{"target": "Stephen King", "intro": "..."}],
+        "forget_level1.json": [probe("Stephen King was born in ___.", "Portland", "1", "cloze")],
+        "forget_level2.json": [probe("What was his first novel?", "Carrie", "2", "simple question")],
+        "forget_level3.json": [probe("Sure! Q: His first novel?", "Carrie", "3", "prefix injection")],
+        "neighbor_level2.json": [probe("Who wrote Dracula?", "Bram Stoker", "2", "simple question")],
+        "retain_mmlu.json": [],
+    }
+    put(tmp_path / target, files)
+    found = import_rows(tmp_path, "rwku")
+    assert {name: len(rows) for name, rows in found.tables.items()} == {
+        "forget": 2,
+        "adversarial": 1,
+        "retain": 1,
+    }
+    blank, brief = found.tables["forget"]
+    assert blank == {
+        "question": "Please complete the blank in the following question.\nQuestion: Stephen King was born in ___.",
+        "subject": "Stephen King", "answer": "Portland", "value": "Portland", "level": "1", "type": "cloze",
+    }  # fmt: skip
+    assert (
+        brief["question"].startswith("Please briefly answer") and "subject" not in found.tables["retain"][0]
+    )
+    assert [row.value for row in read_attack_rows(found.tables["forget"], "forget")] == ["Portland", "Carrie"]
+    assert len(import_rows(tmp_path / target / "forget_level2.json", "rwku").tables["forget"]) == 1
+    with pytest.raises(ValueError, match=r"wanted a file such as forget_level2.json, got .*intro.json"):
+        import_rows(tmp_path / target / "intro.json", "rwku")
+    put(tmp_path, {"forget_level1.json": [{"question": "?"}]})
+    with pytest.raises(
+        ValueError, match=r"forget_level1.json, row 0: wanted a text 'query', got the keys \['question'\]"
+    ):
+        import_rows(tmp_path, "rwku")
+
+
+def eval_log(*inputs):
+    each = [
+        {
+            "rouge1_recall": 0.5,
+            "rougeL_f1": 0.4,
+            "rougeL_recall": 0.5,
+            "input": text,
+            "ground_truth": "Paris",
+            "generation": "x",
+        }
+        for text in inputs
+    ]
+    return {"agg_value": 0.5, "value_by_index": {str(i): value for i, value in enumerate(each)}}
+
+
+LLAMA = "system\n\nCutting Knowledge Date: December 2023\n\nYou are a user of words.user\n\nWhat is it?assistant\n\n"
+
+
+def test_openunlearning(tmp_path, capsys):
+    run = tmp_path / "saves" / "unlearn" / "NPO"
+    log = {
+        "extraction_strength": {"agg_value": 0.25, "value_by_index": {"0": {"score": 0.25}}},
+        "forget_Q_A_Prob": {"agg_value": 0.1, "value_by_index": {"0": {"prob": 0.1, "avg_loss": 2.3}}},
+        "forget_Q_A_ROUGE": eval_log(LLAMA, "[INST] And this? [/INST]", "Once upon a time", LLAMA),
+        "forget_quality": {"agg_value": None},
+        "ra_Q_A_ROUGE": eval_log("Question: Who?\nAnswer: "),
+        "retain_Q_A_ROUGE": eval_log("<|user|>\nWhere?\n<|assistant|>\n"),
+    }
+    put(run, {
+        "checkpoint-60/evals/TOFU_EVAL.json": {"forget_Q_A_ROUGE": eval_log("[INST] old [/INST]")},
+        "evals/TOFU_EVAL.json": log, "evals/TOFU_SUMMARY.json": {"forget_Q_A_ROUGE": 0.5}, "config.json": {},
+    })  # fmt: skip
+    found = import_rows(run, "openunlearning")
+    assert found.tables == {
+        "forget": [
+            {"question": "What is it?", "answer": "Paris"},
+            {"question": "And this?", "answer": "Paris"},
+            {"prompt": "Once upon a time", "answer": "Paris"},
+        ],
+        "retain": [
+            {"question": "Who?", "answer": "Paris"},
+            {"prompt": "<|user|>\nWhere?\n<|assistant|>\n", "answer": "Paris"},
+        ],
+    }
+    assert found.model == run
+    assert found.numbers == {
+        "extraction_strength": 0.25, "forget_Q_A_Prob": 0.1, "forget_Q_A_ROUGE": 0.5, "ra_Q_A_ROUGE": 0.5, "retain_Q_A_ROUGE": 0.5
+    }  # fmt: skip
+    said = duet("import", run, "--kind", "openunlearning", "--out", tmp_path / "out").output
+    assert f"duet attack {run} --forget {tmp_path / 'out' / 'forget.jsonl'}" in said.replace("\n", "")
+    assert json.loads((tmp_path / "out" / "published.json").read_text()) == found.numbers
+    # checkpoints alone: the last one counts, and the model is the one that was evaluated
+    late = tmp_path / "late"
+    for steps in (9, 60):
+        put(late / f"checkpoint-{steps}", {
+            "evals/MUSE_EVAL.json": {"forget_knowmem_ROUGE": eval_log(f"step {steps}")}, "adapter_config.json": {}
+        })  # fmt: skip
+    last = import_rows(late, "openunlearning")
+    assert last.tables["forget"][0]["prompt"] == "step 60" and last.model == late / "checkpoint-60"
+    with pytest.raises(ValueError, match=r"wanted rows of openunlearning in .*, got none"):
+        put(tmp_path, {"X_EVAL.json": {"mia_loss": {"agg_value": 0.5}}})
+        import_rows(tmp_path / "X_EVAL.json", "openunlearning")
+    with pytest.raises(ValueError, match=r"wanted a run with \*_EVAL.json in it"):
+        import_rows(tmp_path / "out", "openunlearning")
+
+
+def test_choices(tmp_path):
+    wmdp = [{"answer": 1, "choices": ["ada", "alan", "grace", "turing"], "question": "who is the captain ?"}]
+    mmlu = {"question": "what is red ?", "subject": "colors", "choices": ["sea", "river"], "answer": "A"}
+    put(tmp_path, {
+        "wmdp-bio.jsonl": "".join(json.dumps(row) + "\n" for row in wmdp),
+        "mmlu.json": [mmlu, mmlu | {"answer": "river", "question": "what is blue ?"}],
+        "own/anatomy_test.csv": '"who is ""ada"", then ?",a poet,a captain,an animal,a river,B\n',
+    })  # fmt: skip
+    found = import_rows(tmp_path / "wmdp-bio.jsonl", "choices")
+    assert found.tables["forget"] == [{
+        "question": "who is the captain ?\nA. ada\nB. alan\nC. grace\nD. turing", "answer": "B. alan", "value": "alan"
+    }]  # fmt: skip
+    assert found.tables["choices"] == [
+        {"question": "who is the captain ?", "choices": wmdp[0]["choices"], "answer": 1}
+    ]
+    kept = import_rows(tmp_path / "mmlu.json", "choices", "retain").tables
+    assert [(row["answer"], row["subject"]) for row in kept["retain"]] == [
+        ("A. sea", "colors"),
+        ("B. river", "colors"),
+    ]
+    own = import_rows(tmp_path / "own", "choices", "retain")
+    write_rows(own, tmp_path / "data")
+    (row,) = load_table(tmp_path / "data", "choices", None, "mmlu")
+    assert row == {
+        "question": 'who is "ada", then ?', "choices": ["a poet", "a captain", "an animal", "a river"], "answer": 1
+    }  # fmt: skip
+    suite = load_suite("mcq", {"mmlu": "choices"})
+    result = runner.evaluate(tiny(), word_tokenizer(), suite, out=tmp_path / "out", data=tmp_path / "data")
+    # read and understood; this tokenizer alone has no letters
+    assert result["left_out"]["mmlu"].endswith("row 0: the tokenizer cannot represent ' A'")
+    for name, content, said in (
+        ("a.json", [wmdp[0] | {"answer": 4}], r"row 0, 'answer': wanted one of 4 choices, got 4"),
+        ("b.json", [{"question": "q", "choices": ["a"]}], r"'choices': wanted a list of 2 to 10"),
+        ("c.csv", "question,answer\n1,2\n", r"c.csv: wanted MMLU's cells"),
+    ):
+        put(tmp_path, {name: content})
+        with pytest.raises(ValueError, match=said):
+            import_rows(tmp_path / name, "choices")
+    with pytest.raises(ValueError, match="kind: wanted one of rwku, openunlearning, choices"):
+        import_rows(tmp_path, "tofu")
+    with pytest.raises(FileNotFoundError, match="path: there is no file or folder"):
+        import_rows(tmp_path / "none", "rwku")
