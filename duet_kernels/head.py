@@ -245,7 +245,7 @@ class LMHead:
     shards: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if ranks.is_dtensor(self.weight) or ranks.is_dtensor(self.bias):
+        if "DTensor" in (type(self.weight).__name__, type(self.bias).__name__):
             self._take_local_rows()
         weight, bias = self.weight, self.bias
         if not isinstance(weight, Tensor):
@@ -273,7 +273,8 @@ class LMHead:
             raise ValueError(
                 f"head.scale: wanted a finite number other than 0, {_HELD} or its negative, got {self.scale!r}"
             )
-        self._check_shards()
+        if self.group is not None or self.shards is not None:
+            self._check_shards()
         size, rows = self.vocab_size, sum(self.shards or weight.shape[:1])
         if size is not None and not (isinstance(size, int) and 1 <= size <= rows):
             raise ValueError(f"head.vocab_size: wanted None or an integer from 1 to {rows}, got {size!r}")
@@ -389,7 +390,7 @@ class LMHead:
 
         Reads weight and bias of `model.get_output_embeddings()`, and from the text configuration `vocab_size` and what the
         model type does to its logits: a softcap (Gemma, RecurrentGemma, xLSTM), a factor (Cohere, Falcon-H1,
-        HyperCLOVA X) or a divisor (Granite).
+        HyperCLOVA X) or a divisor (Granite). Of a model under FSDP2, outside of its forward pass, it is a sharded head.
 
         Raises:
             TypeError: the model type is not known; the output layer is missing, carries an adapter, is quantised, is
@@ -404,7 +405,8 @@ class LMHead:
             active = [a for a in module.active_adapters if a in module.modules_to_save]
             off = module.disable_adapters or not active
             module = module.original_module if off else module.modules_to_save[active[0]]
-        if type(module).forward is not nn.Linear.forward or type(module.weight) not in (nn.Parameter, Tensor):
+        plain = type(module.weight) in (nn.Parameter, Tensor) or ranks.is_dtensor(module.weight)
+        if type(module).forward is not nn.Linear.forward or not plain:
             kind = f"{type(module).__module__}.{type(module).__name__}"
             raise TypeError(
                 f"model: the output layer of {name} is a {kind} (weight {type(module.weight).__name__}), not a plain "
@@ -457,7 +459,7 @@ class LMHead:
         Raises:
             TypeError: `LMHead.of` does not know the model.
             ValueError: the logits differ by more than 1e-5 of the largest one (half precision: 4 units of its last place),
-                or the model does not call its output layer.
+                the model does not call its output layer, or the head is sharded.
 
         Memory: the model's logits, twice, in fp32.
 
@@ -468,6 +470,10 @@ class LMHead:
             10
         """
         head, seen = cls.of(model) if head is None else head, []
+        if head.group is not None:
+            raise ValueError(
+                "head.group: wanted a whole head to compare with the model's logits, got a sharded one"
+            )
         name, module = type(model).__name__, model.get_output_embeddings()
         handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
         try:
