@@ -154,13 +154,13 @@ def other_dtypes_and_a_whole_teacher():
 # --- values without a gradient -------------------------------------------------------------------------------------
 
 
-def both_heads(counts=None, **options):
+def both_heads(**options):
     """(the problem, its head in one process, this rank's rows of it)"""
     problem = make_problem(19, 203, 24, **options)
-    whole = problem.head
-    counts = counts or UNEVEN[dist.get_world_size()]
-    counts = (*counts[:-1], len(whole.weight) - sum(counts[:-1]))
-    return problem, whole, own_rows(whole, counts)
+    whole, counts = problem.head, []
+    for rows in UNEVEN[dist.get_world_size()]:
+        counts.append(min(rows, len(whole.weight) - sum(counts)))
+    return problem, whole, own_rows(whole, tuple(counts))
 
 
 @in_part("two")
