@@ -6,7 +6,7 @@ Reads transformers and PEFT models by their attribute names; neither is imported
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,9 @@ class TopK(NamedTuple):
         return cls(
             (log_p * temperature).to(acc), ids, tail.to(acc), float(temperature), log_probabilities=True
         )
+
+
+_OfTokens = TypeVar("_OfTokens", Tensor, TopK)
 
 
 class TokenStats(NamedTuple):
@@ -290,7 +293,7 @@ class LMHead:
         weight, group, shards = ranks.local_rows("head.weight", self.weight)
         if self.bias is not None:
             bias, its_group, its_shards = ranks.local_rows("head.bias", self.bias)
-            if its_group is not group or its_shards != shards:
+            if not ranks.same_ranks(its_group, group) or its_shards != shards:
                 raise ValueError("head.bias: wanted the mesh and the shards of head.weight")
             object.__setattr__(self, "bias", bias)
         for name, value in (("weight", weight), ("group", group), ("shards", shards)):
@@ -360,28 +363,31 @@ class LMHead:
         bias = None if self.bias is None else self.bias.detach()
         return dataclasses.replace(self, weight=self.weight.detach(), bias=bias)
 
-    def gather_tokens(self, x: Tensor, *, averaged: bool = True) -> Tensor:
+    def gather_tokens(self, x: _OfTokens, *, averaged: bool = True) -> _OfTokens:
         """The tokens of all ranks of the group, those of rank 0 first, where each rank has tokens of its own (FSDP, DDP).
 
-        Call it for the hidden states, and for everything that belongs to tokens (teacher's values and ids, labels, mask).
-        The loss is then that of all tokens, the same on every rank; each rank gets the gradient of its own hidden states.
+        Call it for the hidden states, and for everything that belongs to tokens (the teacher, labels, mask). The loss is then
+        that of all tokens, the same on every rank; each rank gets the gradient of its own hidden states.
 
         Args:
-            x: `[n, ...]` with n of this rank; another rank may have another n.
+            x: `[n, ...]` with n of this rank, or a `TopK` of such; another rank may have another n.
             averaged: whether the gradients of the layers below are averaged over the ranks later, as FSDP and DDP do, and
                 not summed. The gradient is then multiplied by the number of ranks, so that their mean is the sum that the
                 loss of all tokens asks for.
 
         Returns:
-            `[sum of n, ...]`.
+            `[sum of n, ...]`, or a `TopK` of such.
 
-        Memory: the hidden states of all ranks. Sent: n D elements from each rank, nothing backward.
+        Memory: x of all ranks. Sent: x, filled up to the largest n, from each rank; nothing backward.
 
         Raises:
             ValueError: the head has no group.
         """
         if self.group is None:
             raise ValueError("head.group: is None, there are no other ranks to gather tokens from")
+        if isinstance(x, TopK):
+            tensors = {name: y for name, y in x._asdict().items() if isinstance(y, Tensor)}
+            return x._replace(**{name: self.gather_tokens(y) for name, y in tensors.items()})
         return ranks.gather_tokens(x, self.group, averaged)
 
     @classmethod

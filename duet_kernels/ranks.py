@@ -128,6 +128,11 @@ def check_group(group: object) -> None:
         )
 
 
+def same_ranks(a: ProcessGroup, b: ProcessGroup) -> bool:
+    """Whether two groups are the same processes in the same order."""
+    return a is b or dist.get_process_group_ranks(a) == dist.get_process_group_ranks(b)
+
+
 def row_counts(rows: int, device: torch.device, group: ProcessGroup) -> tuple[int, ...]:
     """How many rows each rank has."""
     return tuple(all_gather(torch.tensor([rows], device=device), group)[:, 0].tolist())
@@ -151,6 +156,9 @@ def local_rows(name: str, x: Any) -> tuple[Tensor, ProcessGroup, tuple[int, ...]
             "the rows of this rank as a plain tensor, x.to_local(), with the group of the ranks that hold the others, "
             "LMHead(..., group=), or the whole weight, x.full_tensor()"
         )
+    group = mesh.get_group()
+    if mesh.get_local_rank() != group.rank():
+        raise ValueError(f"{name}: wanted a mesh that has its ranks in the order of their group, got {mesh}")
     size, rows = mesh.size(), x.shape[0]
     step = -(-rows // size)  # as torch.chunk cuts
     counts = tuple(max(0, min(step, rows - rank * step)) for rank in range(size))
@@ -159,4 +167,4 @@ def local_rows(name: str, x: Any) -> tuple[Tensor, ProcessGroup, tuple[int, ...]
         raise ValueError(
             f"{name}: wanted the rows that Shard(0) gives this rank, {counts[mesh.get_local_rank()]}, got {len(local)}"
         )
-    return local, mesh.get_group(), counts
+    return local, group, counts

@@ -387,6 +387,7 @@ def calls_by_numbers(problem, k):
         "with a tail": (k + 1, True, lambda h: topk_distill_loss(h, part, teacher, **tail)),
         "stats": (k + 3, True, lambda h: topk_distill_stats(h, part, teacher, **stats).loss),
         "huber": (1, True, dense("huber")),
+        "l1": (3, True, dense("l1")),
         "jsd": (4, True, dense("jsd")),
         "tvd": (5, True, dense("tvd")),
     }
@@ -427,8 +428,10 @@ def what_is_refused():
     refused(ValueError, r"^student_head: ", lambda: linear_distill_loss(hidden, whole, states, part))
     other = own_rows(problem.teacher_head, (100, 108))
     refused(ValueError, r"^teacher_head: .*ids", lambda: linear_distill_loss(hidden, part, states, other))
-    group = dist.new_group([0, 1])
-    other = dataclasses.replace(own_rows(problem.teacher_head, part.shards), group=group)
+    again = dataclasses.replace(own_rows(problem.teacher_head, part.shards), group=dist.new_group([0, 1]))
+    assert linear_distill_loss(hidden, part, states, again).isfinite()  # the same ranks in another group
+    alone = [dist.new_group([one]) for one in (0, 1)][rank]
+    other = dataclasses.replace(problem.teacher_head, group=alone, shards=None)
     refused(ValueError, r"^teacher_head: .*group", lambda: linear_distill_loss(hidden, part, states, other))
     weight = part.weight
     refused(TypeError, r"^head.group: ", lambda: LMHead(weight, group=0))
@@ -489,6 +492,8 @@ def rows_of_a_dtensor():
         other = distribute_tensor(problem.weight, mesh, [placement])
         refused(ValueError, r"^head.weight: .*Shard\(0\)", lambda other=other: LMHead(other))
     refused(TypeError, r"^head.bias: ", lambda: LMHead(weight, problem.bias))
+    parts = distribute_tensor(problem.hidden, mesh, [Shard(0)])
+    refused(TypeError, r"^hidden: .*full_tensor", lambda: linear_topk(parts, head, 3))
     refused(ValueError, r"^head.group: ", lambda: LMHead(weight, group=dist.group.WORLD))
 
 
@@ -546,6 +551,10 @@ def a_model_under_fsdp2_with_tokens_of_its_own_on_each_rank():
 def tokens_are_gathered_with_their_own_gradient():
     head = LMHead(torch.zeros(2, 3), group=dist.group.WORLD)
     rank, n = dist.get_rank(), (2, 5)[dist.get_rank()]
+    top = TopK(torch.zeros(n, 2), torch.full((n, 2), rank), temperature=2.0)
+    everyone = head.gather_tokens(top)
+    assert everyone.indices[:, 0].tolist() == [0] * 2 + [1] * 5 and everyone.values.shape == (7, 2)
+    assert everyone.tail_logsumexp is None and everyone.temperature == 2.0
     for averaged, factor in ((True, 2.0), (False, 1.0)):
         x = torch.full((n, 3), float(rank), requires_grad=True)
         everything = head.gather_tokens(x, averaged=averaged)

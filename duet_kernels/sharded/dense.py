@@ -78,8 +78,8 @@ def _check_teacher(head: LMHead, teacher_head: LMHead) -> None:
         )
     if teacher_head.group is None:
         return
-    if teacher_head.group is not head.group:
-        raise ValueError("teacher_head: wanted the group of student_head, got another one")
+    if not ranks.same_ranks(teacher_head.group, head.group):
+        raise ValueError("teacher_head: wanted the ranks of student_head's group, got others")
     if id_counts(teacher_head) != id_counts(head):
         raise ValueError(
             f"teacher_head: wanted the ids of student_head on each rank, {id_counts(head)} of them, got {id_counts(teacher_head)}; "

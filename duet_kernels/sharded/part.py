@@ -132,7 +132,7 @@ def _other_tokens(name: str, what: str) -> str:
     return (
         f"{name}: wanted the same tokens on every rank of head.group, got {what}. Each rank has some ids of the vocabulary and "
         "needs all tokens: where each has tokens of its own (FSDP, data parallel), gather them first, "
-        f"{name.removesuffix('.values')} = head.gather_tokens(...), and so everything else that belongs to tokens"
+        f"head.gather_tokens({name.split('.')[0]}), and so everything else that belongs to tokens"
     )
 
 
@@ -143,7 +143,7 @@ def _projections(x: Tensor) -> Tensor:
         x = x.double()
     columns = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
     each = torch.arange(1, _DIRECTIONS + 1, dtype=torch.float64, device=x.device)
-    weights = torch.cos(columns[:, None] * each.sqrt() + each).to(x.dtype)
+    weights = torch.cos(columns[:, None] * each.sqrt() + each).div(max(x.shape[1], 1) ** 0.5).to(x.dtype)
     with exact_dtypes(x.device):
         sums = torch.nan_to_num(x, 0.0, 0.0, 0.0) @ weights
     rows = torch.arange(len(x), dtype=torch.float64, device=x.device)
