@@ -40,7 +40,6 @@ from duet_kernels.testing import (
     OPS,
     assert_within_budget,
     check_definition,
-    check_masked_rows,
     make_problem,
 )
 from duet_kernels.testing.problems import Problem
@@ -48,19 +47,10 @@ from duet_kernels.testing.problems import Problem
 FULL = {"bias": True, "softcap": 20.0, "scale": 1.3, "pad": 5}
 UNEVEN = {2: (130, 78), 4: (70, 0, 135, 3)}  # of 208 rows, the last 5 of which are padding
 BY_NAME = {op.name: op for op in OPS}
-# One of each way through the code; of all others values, gradients and masked rows are checked.
-SAMPLED = (
-    "gather",
-    "logsumexp-exclude",
-    "cross-entropy",
-    "topk-huber",
-    "topk-forward_kl-tail",
-    "linear-huber",
-    "linear-l1",
-    "linear-jsd",
-    "linear-jsd-union-tail",
-)
-CHECKED = {"two": {}, "four": {}}  # part -> name -> what every rank of it runs
+# One of each way through the code; of all others values and gradients are checked.
+SAMPLED = ("gather", "cross-entropy", "topk-huber", "topk-forward_kl-tail", "linear-jsd")
+RANKS = {"two": 2, "four": 4}  # of each part
+CHECKED = {part: {} for part in RANKS}  # part -> name -> what every rank of it runs
 
 
 def in_part(part):
@@ -132,16 +122,16 @@ def contract(op, checks, shard_teacher=True, lead=11, **options):
 
 
 for _op in OPS:
-    _checks = CHECKS if _op.name in SAMPLED else (check_definition, check_masked_rows)
+    _checks = CHECKS if _op.name in SAMPLED else [check_definition]
     CHECKED["two"][f"contract of {_op}"] = lambda op=_op, checks=_checks: contract(op, checks)
     CHECKED["four"][f"definition of {_op}"] = lambda op=_op: contract(op, [check_definition])
 
 
 @in_part("two")
 def other_dtypes_and_a_whole_teacher():
-    for dtype in (torch.bfloat16, torch.float16):
-        for name in SAMPLED:
-            contract(BY_NAME[name], [check_definition], dtype=dtype, lead=16)
+    for name in (*SAMPLED, "linear-l1", "linear-huber", "linear-jsd-union-tail"):
+        contract(BY_NAME[name], [check_definition], dtype=torch.bfloat16, lead=16)
+    contract(BY_NAME["linear-reverse_kl"], [check_definition], dtype=torch.float16, lead=16)
     problem, whole, part = both_heads(**FULL, dtype=torch.float64)
     one, two = (
         linear_distill_loss(problem.hidden, h, problem.hidden / 2, h, divergence="jsd") for h in (whole, part)
@@ -169,10 +159,10 @@ def both_heads(**options):
 @in_part("two")
 @in_part("four")
 def selections_are_those_of_one_process():
-    for ties in (None, "quantised", "equal"):
+    for ties in (None, "quantised"):
         problem, whole, part = both_heads(ties=ties)
         assert part.num_ids == 203
-        for k in (7, 100, 203):
+        for k in (7, 203):
             one = linear_topk(problem.hidden, whole, k, temperature=0.7)
             two = linear_topk(problem.hidden, part, k, temperature=0.7)
             assert torch.equal(one.indices, two.indices), (ties, k)
@@ -312,16 +302,13 @@ def kernels_of_each_rank():
         return
     problem = make_problem(3, 43, 11, bias=True)
     part = own_rows(problem.head, (42, 1))
-    teacher_part = own_rows(problem.teacher_head, part.shards)
-    teacher, live = problem.teacher_topk(4), (problem.teacher_hidden, teacher_part)
+    teacher = problem.teacher_topk(4)
     options = {"divergence": "forward_kl", "normalization": "tail"}
     calls = (
         lambda h, impl: linear_topk(h, part, 4, impl=impl).tail_logsumexp,
         lambda h, impl: linear_token_stats(h, part, problem.labels, impl=impl).entropy,
         lambda h, impl: linear_logsumexp(h, part, exclude=teacher.indices, impl=impl),
-        lambda h, impl: topk_distill_loss(h, part, teacher, impl=impl),
         lambda h, impl: topk_distill_loss(h, part, teacher, impl=impl, **options),
-        lambda h, impl: linear_distill_loss(h, part, *live, divergence="mse", impl=impl),
     )
     for call in calls:
         hidden = [problem.hidden.clone().requires_grad_() for _ in range(2)]
@@ -580,11 +567,11 @@ def a_rank_that_is_late_or_dead_is_an_error():
 
 
 def main():
-    rank, size, folder, part = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    rank, folder, part = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
     init = {"init_method": f"file://{folder / part}", "timeout": timeout}
-    dist.init_process_group("gloo", rank=rank, world_size=size, **init)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS[part], **init)
     results = {}
     for name, function in CHECKED[part].items():
         began = time.time()

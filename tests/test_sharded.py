@@ -21,50 +21,31 @@ pytestmark = pytest.mark.skipif(
 )
 
 HERE = Path(__file__).parent
-RANKS = {"two": 2, "four": 4}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """part -> name -> what each rank says of a check; the processes of a part are started once."""
-    found = {}
-
-    def of(part):
-        if part not in found:
-            found[part] = _run(part, tmp_path_factory.mktemp(part))
-        return found[part]
-
-    return of
-
-
-def _run(part, folder):
+@pytest.mark.parametrize("part", ranks_at_work.CHECKED)
+def test_ranks(part, tmp_path):
+    """All checks of a part of `ranks_at_work.py`, in processes that are started once."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
     arguments = [sys.executable, str(HERE / "ranks_at_work.py")]
-    processes = [
-        subprocess.Popen([*arguments, str(rank), str(RANKS[part]), str(folder), part], env=env)
-        for rank in range(RANKS[part])
-    ]
+    ranks = range(ranks_at_work.RANKS[part])
+    processes = [subprocess.Popen([*arguments, str(rank), str(tmp_path), part], env=env) for rank in ranks]
     end = time.monotonic() + 300
     for process in processes:
         try:
             process.wait(timeout=max(1, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-    files = [folder / f"{part}-{rank}.json" for rank in range(RANKS[part])]
-    return [json.loads(file.read_text()) if file.exists() else {} for file in files]
-
-
-@pytest.mark.parametrize(
-    "part, name", [(part, name) for part, checks in ranks_at_work.CHECKED.items() for name in checks]
-)
-def test_ranks(results, part, name):
-    for rank, said in enumerate(results(part)):
-        assert name in said, f"rank {rank} did not come so far: {_first_failure(results(part))}"
-        assert said[name][0] == "", f"rank {rank}: {said[name][0]}"
-
-
-def _first_failure(ranks):
-    return next((failure for said in ranks for failure, _ in said.values() if failure), "no rank says why")
+    for rank in ranks:
+        file = tmp_path / f"{part}-{rank}.json"
+        said = json.loads(file.read_text()) if file.exists() else {}
+        failed = {name: failure for name, (failure, _) in said.items() if failure}
+        assert not failed, f"rank {rank}, " + "".join(
+            f"{name}: {failure}" for name, failure in failed.items()
+        )
+        assert said.keys() == ranks_at_work.CHECKED[part].keys(), (
+            f"rank {rank} ended before it had checked everything"
+        )
 
 
 # --- one rank is enough --------------------------------------------------------------------------------------------
