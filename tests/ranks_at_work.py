@@ -32,6 +32,7 @@ from duet_kernels import (
     linear_token_stats,
     linear_topk,
     ranks,
+    set_workspace_bytes,
     topk_distill_loss,
     topk_distill_stats,
 )
@@ -324,15 +325,18 @@ def kernels_of_each_rank():
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes that this rank gives to collective operations."""
+    """Counts the bytes that this rank gives to collective operations, and the elements of the largest tensor it makes."""
 
-    bytes = 0
+    bytes = largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
             given = args[1] if "gather" in func._schema.name else args[0]  # allgather_(outputs, inputs, ...)
             self.bytes += sum(x.nbytes for x in tree_leaves(given) if isinstance(x, torch.Tensor))
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *sizes])
+        return made
 
 
 @in_part("two")
@@ -350,6 +354,22 @@ def bytes_do_not_depend_on_the_vocabulary():
                 with Sent() as back:
                     result.sum().backward()
                 assert back.bytes == 4 * n * d, (name, v, back.bytes)
+
+
+@in_part("two")
+def no_logits_of_all_tokens():
+    n, v = 256, 4096
+    problem, before = make_problem(n, v, 8), set_workspace_bytes(2**20)
+    calls = calls_by_numbers(problem, 5)
+    for name in ("top-k", "cross-entropy", "token stats", "with a tail", "jsd"):
+        _, backward, call = calls[name]
+        hidden = problem.hidden.clone().requires_grad_(backward)
+        with Sent() as sent:
+            result = call(hidden)
+            if backward:
+                result.sum().backward()
+        assert sent.largest < n * v // 8, (name, sent.largest)  # half of the logits of the smaller shard
+    set_workspace_bytes(before)
 
 
 def calls_by_numbers(problem, k):

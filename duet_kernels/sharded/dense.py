@@ -58,7 +58,7 @@ def dense_loss(
             each = Tokens(torch.ones_like(tokens.factor), "none", (len(hidden),), len(hidden))
             rows = ops.dense_loss(part.hidden, part.head, teacher_hidden, own, spec, each, impl)
         return tokens.reduce(tokens.weigh(ranks.summed(rows, part.group)))
-    with torch.no_grad():
+    with torch.no_grad(), exact_dtypes(hidden.device):
         pair = _Pair(part.head.detach(), teacher_hidden, own, spec, part.group)
         if spec.noise:
             pair.noise = pair.largest(hidden)
