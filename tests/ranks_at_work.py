@@ -505,7 +505,7 @@ def rows_of_a_dtensor():
 
 
 class Model(nn.Module):
-    """Embedding, layer, head: what `LMHead.of` reads."""
+    """Layers and a head: what `LMHead.of` reads of a causal language model."""
 
     class config:
         model_type, vocab_size = "llama", 21
@@ -513,14 +513,11 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(3)
-        self.embedding, self.layer = nn.Embedding(21, 8), nn.Linear(8, 8)
+        self.model = nn.Sequential(nn.Embedding(21, 8), nn.Linear(8, 8), nn.Tanh())
         self.lm_head = nn.Linear(8, 21, bias=False)
 
     def get_output_embeddings(self):
         return self.lm_head
-
-    def forward(self, ids):
-        return torch.tanh(self.layer(self.embedding(ids)))
 
 
 @in_part("two")
@@ -531,15 +528,13 @@ def a_model_under_fsdp2_with_tokens_of_its_own_on_each_rank():
     ids, labels = torch.arange(14) % 21, torch.arange(3, 17)
     cut = slice(0, 9) if dist.get_rank() == 0 else slice(9, 14)
     one, two, mesh = Model(), Model(), init_device_mesh("cpu", (2,))
-    fully_shard(
-        two.lm_head, mesh=mesh
-    )  # alone, so that the forward pass of the layers leaves it on its ranks
-    fully_shard(two, mesh=mesh)
+    fully_shard(two.model, mesh=mesh)
+    fully_shard(two.lm_head, mesh=mesh)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in (one, two)]
     for _ in range(2):
-        loss = linear_cross_entropy(one(ids), LMHead.of(one), labels)
+        loss = linear_cross_entropy(one.model(ids), LMHead.of(one), labels)
         loss.backward()
-        hidden, head = two(ids[cut]), LMHead.of(two)
+        hidden, head = two.model(ids[cut]), LMHead.of(two)
         assert head.shards == (11, 10)
         hidden, own_labels = head.gather_tokens(hidden), head.gather_tokens(labels[cut])
         assert torch.equal(own_labels, labels)
