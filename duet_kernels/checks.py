@@ -18,6 +18,10 @@ from .options import Divergence
 def _is_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: wanted a tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: wanted a plain tensor, got a DTensor; pass {name}.full_tensor(), which has all tokens"
+        )
     return value
 
 

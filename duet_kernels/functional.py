@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, sharded
 from .checks import check_teacher_hidden, check_topk, flatten_hidden, flatten_ids
 from .dispatch import Impl, resolve_impl
 from .head import DistillStats, LMHead, TokenStats, TopK, as_head
@@ -73,7 +73,8 @@ def linear_topk(
         raise ValueError(f"k: wanted an integer from 1 to {head.num_ids} (the vocabulary), got {k!r}")
     check_number("temperature", temperature, TEMPERATURES)
     choice = _resolve("linear_topk", hidden_nd, impl, k)
-    values, indices, tail = ops.linear_topk(hidden_nd, head, k, temperature, choice)
+    run = ops if head.group is None else sharded
+    values, indices, tail = run.linear_topk(hidden_nd, head, k, temperature, choice)
     return TopK(values.view(*lead, k), indices.view(*lead, k), tail.view(lead), float(temperature))
 
 
@@ -111,7 +112,8 @@ def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, imp
     hidden_nd, lead = flatten_hidden(hidden, head)
     ids = flatten_ids("indices", indices, lead, head.num_ids, hidden.device)
     choice = _resolve("linear_gather", hidden_nd, impl, ids.shape[1])
-    return ops.linear_gather(hidden_nd, head, ids, choice).view(*lead, ids.shape[1])
+    run = ops if head.group is None else sharded
+    return run.linear_gather(hidden_nd, head, ids, choice).view(*lead, ids.shape[1])
 
 
 def linear_logsumexp(
@@ -156,7 +158,8 @@ def linear_logsumexp(
     else:
         ids = flatten_ids("exclude", exclude, lead, head.num_ids, hidden.device)
     choice = _resolve("linear_logsumexp", hidden_nd, impl, ids.shape[1])
-    return ops.linear_logsumexp(hidden_nd, head, ids, temperature, choice).view(lead)
+    run = ops if head.group is None else sharded
+    return run.linear_logsumexp(hidden_nd, head, ids, temperature, choice).view(lead)
 
 
 @lists_divergences
@@ -232,7 +235,8 @@ def topk_distill_loss(
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     values, indices = tokens.take(flat[0]), tokens.take(flat[1])
     tail = None if flat[2] is None else tokens.take(flat[2])
-    return ops.topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
+    run = ops if head.group is None else sharded
+    return run.topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
 
 
 def topk_distill_stats(
@@ -308,7 +312,7 @@ def topk_distill_stats(
     def results(rows: Tensor | None) -> Tensor | None:
         return None if rows is None else tokens.reduce(tokens.weigh(rows.to(tokens.factor.dtype)))
 
-    shared = None
+    run, shared = ops if head.group is None else sharded, None
     teacher_mass = _teacher_mass(teacher, values, indices, lead, spec)
     teacher_mass = None if teacher_mass is None else tokens.take(teacher_mass)
     hidden_nd, values, indices = tokens.take(hidden_nd), tokens.take(values), tokens.take(indices)
@@ -317,16 +321,16 @@ def topk_distill_stats(
     still, still_head = hidden_nd.detach(), head.detach()
     if overlap:
         choice_k = _resolve("linear_topk", hidden_nd, impl, values.shape[1])
-        shared = ops.overlap(still, still_head, values, indices, choice_k)
+        shared = run.overlap(still, still_head, values, indices, choice_k)
     of_teacher, options = (values, indices, tail), (sampled, entropy, spec, choice)
     if differentiable:
-        loss, *others = ops.topk_stats(hidden_nd, head, *of_teacher, *options)
+        loss, *others = run.topk_stats(hidden_nd, head, *of_teacher, *options)
         loss = tokens.reduce(tokens.weigh(loss))
     else:
-        loss = ops.topk_loss(hidden_nd, head, *of_teacher, spec, tokens, choice)
+        loss = run.topk_loss(hidden_nd, head, *of_teacher, spec, tokens, choice)
         others = [None, None, None]
         if student_mass or entropy:
-            others = ops.topk_stats(still, still_head, *of_teacher, *options)[1:]
+            others = run.topk_stats(still, still_head, *of_teacher, *options)[1:]
     logprob, mass, spread = map(results, others)
     return DistillStats(loss, logprob, spread, mass, results(teacher_mass), results(shared))
 
@@ -410,10 +414,12 @@ def linear_distill_loss(
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     hidden_nd, teacher_nd = tokens.take(hidden_nd), tokens.take(teacher_nd)
     if k is None:
-        return ops.dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
+        run = ops if student_head.group is None and teacher_head.group is None else sharded
+        return run.dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
     teacher = _teacher_topk(hidden_nd, student_head, teacher_nd, teacher_head, k, support, spec, impl)
     choice = _topk_choice(spec, hidden_nd, impl, teacher.indices.shape[1])
-    return ops.topk_loss(hidden_nd, student_head, *teacher[:3], spec, tokens, choice)
+    run = ops if student_head.group is None else sharded
+    return run.topk_loss(hidden_nd, student_head, *teacher[:3], spec, tokens, choice)
 
 
 def linear_cross_entropy(
@@ -462,7 +468,8 @@ def linear_cross_entropy(
     mask = ids.view(lead) != ignore_index
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
     ids, hidden_nd = tokens.take(ids.where(ids != ignore_index, 0)), tokens.take(hidden_nd)
-    return ops.cross_entropy(hidden_nd, head, ids, tokens, choice)
+    run = ops if head.group is None else sharded
+    return run.cross_entropy(hidden_nd, head, ids, tokens, choice)
 
 
 def linear_token_stats(
@@ -511,7 +518,8 @@ def linear_token_stats(
         if ignore_index is not None:
             ignored = ids == ignore_index
             ids = ids.masked_fill(ignored, 0)
-    stats = ops.token_stats(hidden_nd, head, ids, _resolve("linear_token_stats", hidden_nd, impl))
+    run = ops if head.group is None else sharded
+    stats = run.token_stats(hidden_nd, head, ids, _resolve("linear_token_stats", hidden_nd, impl))
     label = stats.label_logprob
     if label is not None:
         label = (label if ignored is None else label.masked_fill(ignored, 0)).view(lead)

@@ -6,13 +6,17 @@ Reads transformers and PEFT models by their attribute names; neither is imported
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from . import ranks
 from .dispatch import acc_dtype
 from .options import is_finite_number
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class TopK(NamedTuple):
@@ -113,6 +117,9 @@ class TopK(NamedTuple):
         )
 
 
+_OfTokens = TypeVar("_OfTokens", Tensor, TopK)
+
+
 class TokenStats(NamedTuple):
     """What one pass over the vocabulary says about each token's distribution (nats; fp32, fp64 for fp64 inputs).
 
@@ -205,13 +212,23 @@ class LMHead:
 
     `softcap(x) = c tanh(x / c)` (Gemma 2). Cheap to make anew at every step; holds references, copies nothing.
 
+    Its rows may lie on the processes ("ranks") of a group: the vocabulary-parallel head of Megatron, or the DTensor of FSDP2.
+    Rank 0 has the first ids. Then every rank has to make the same calls, with **the same tokens** and the same teacher,
+    labels and mask; each gets the same results, its own rows of dW, and the whole dh (`docs/distil.md`). Where each rank has
+    tokens of its own, `gather_tokens` comes first.
+
     Args:
-        weight: `[V, D]` floating point.
-        bias: `[V]` or None, in the dtype of `weight`.
+        weight: `[V, D]` floating point. With a group this rank's rows, of which each rank may have another number, 0 too. A
+            DTensor with the placement Shard(0) brings its group along.
+        bias: `[V]` or None, in the dtype of `weight`, and sharded as it is.
         softcap: c, 1e-4 to 1e4, or None.
         scale: factor on the logits before the softcap, 1e-4 to 1e4 or the negative of that (Cohere: `logit_scale`;
             Granite: `1 / logits_scaling`).
-        vocab_size: only the first ids count (vocabularies padded for speed); None counts all V.
+        vocab_size: only the first ids count (vocabularies padded for speed); None counts all V. With a group: of all
+            ranks together.
+        group: the ranks that hold the rows, or None where `weight` has all of them.
+        shards: how many rows each rank of the group has, in the order of the ranks. None asks them: making the head is then
+            a collective call.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
@@ -227,8 +244,12 @@ class LMHead:
     softcap: float | None = None
     scale: float = 1.0
     vocab_size: int | None = None
+    group: ProcessGroup | None = None
+    shards: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if "DTensor" in (type(self.weight).__name__, type(self.bias).__name__):
+            self._take_local_rows()
         weight, bias = self.weight, self.bias
         if not isinstance(weight, Tensor):
             raise TypeError(f"head.weight: wanted a tensor [V, D], got {type(weight).__name__}")
@@ -255,16 +276,51 @@ class LMHead:
             raise ValueError(
                 f"head.scale: wanted a finite number other than 0, {_HELD} or its negative, got {self.scale!r}"
             )
-        size = self.vocab_size
-        if size is not None and not (isinstance(size, int) and 1 <= size <= weight.shape[0]):
-            raise ValueError(
-                f"head.vocab_size: wanted None or an integer from 1 to {weight.shape[0]}, got {size!r}"
+        if self.group is not None or self.shards is not None:
+            self._check_shards()
+        size, rows = self.vocab_size, sum(self.shards or weight.shape[:1])
+        if size is not None and not (isinstance(size, int) and 1 <= size <= rows):
+            raise ValueError(f"head.vocab_size: wanted None or an integer from 1 to {rows}, got {size!r}")
+
+    def _take_local_rows(self) -> None:
+        """Put this rank's rows in the place of DTensors, with the group and the shards of their mesh."""
+        if self.group is not None:
+            raise ValueError("head.group: the DTensor has a group of its own, its mesh; wanted None")
+        if not ranks.is_dtensor(self.weight) or not (self.bias is None or ranks.is_dtensor(self.bias)):
+            raise TypeError(
+                "head.bias: wanted a DTensor where head.weight is one, and a plain tensor where it is not"
             )
+        weight, group, shards = ranks.local_rows("head.weight", self.weight)
+        if self.bias is not None:
+            bias, its_group, its_shards = ranks.local_rows("head.bias", self.bias)
+            if not ranks.same_ranks(its_group, group) or its_shards != shards:
+                raise ValueError("head.bias: wanted the mesh and the shards of head.weight")
+            object.__setattr__(self, "bias", bias)
+        for name, value in (("weight", weight), ("group", group), ("shards", shards)):
+            object.__setattr__(self, name, value)
+
+    def _check_shards(self) -> None:
+        group, shards, rows = self.group, self.shards, len(self.weight)
+        if group is None:
+            if shards is not None:
+                raise ValueError("head.shards: are the rows of each rank of a group, got no group")
+            return
+        ranks.check_group(group)
+        if shards is None:
+            shards = ranks.row_counts(rows, self.weight.device, group)
+        if len(shards) != group.size() or shards[group.rank()] != rows or min(shards) < 0:
+            raise ValueError(
+                f"head.shards: wanted the number of rows of each of {group.size()} ranks, {rows} for rank {group.rank()}, "
+                f"got {shards!r}"
+            )
+        object.__setattr__(self, "shards", tuple(shards))
 
     @property
     def num_ids(self) -> int:
-        """How many ids count: `vocab_size`, or V."""
-        return self.weight.shape[0] if self.vocab_size is None else self.vocab_size
+        """How many ids count: `vocab_size`, or V. With a group: of all ranks."""
+        if self.vocab_size is not None:
+            return self.vocab_size
+        return self.weight.shape[0] if self.shards is None else sum(self.shards)
 
     @property
     def hidden_size(self) -> int:
@@ -293,8 +349,10 @@ class LMHead:
         return (self.softcap - z).mul_(self.softcap + z).mul_(self.scale / self.softcap**2)
 
     def narrowed(self, num_ids: int | None = None) -> LMHead:
-        """The same head with weight and bias cut (as views) to the ids that count."""
+        """The same head with weight and bias cut (as views) to the ids that count; a sharded one is not cut."""
         size = self.num_ids if num_ids is None else min(num_ids, self.num_ids)
+        if self.group is not None:
+            return self if size == self.num_ids else dataclasses.replace(self, vocab_size=size)
         if size == self.weight.shape[0]:
             return self if self.vocab_size is None else dataclasses.replace(self, vocab_size=None)
         bias = None if self.bias is None else self.bias[:size]
@@ -305,13 +363,40 @@ class LMHead:
         bias = None if self.bias is None else self.bias.detach()
         return dataclasses.replace(self, weight=self.weight.detach(), bias=bias)
 
+    def gather_tokens(self, x: _OfTokens, *, averaged: bool = True) -> _OfTokens:
+        """The tokens of all ranks of the group, those of rank 0 first, where each rank has tokens of its own (FSDP, DDP).
+
+        Call it for the hidden states, and for everything that belongs to tokens (the teacher, labels, mask). The loss is then
+        that of all tokens, the same on every rank; each rank gets the gradient of its own hidden states.
+
+        Args:
+            x: `[n, ...]` with n of this rank, or a `TopK` of such; another rank may have another n.
+            averaged: whether the gradients of the layers below are averaged over the ranks later, as FSDP and DDP do, and
+                not summed. The gradient is then multiplied by the number of ranks, so that their mean is the sum that the
+                loss of all tokens asks for.
+
+        Returns:
+            `[sum of n, ...]`, or a `TopK` of such.
+
+        Memory: x of all ranks. Sent: x, filled up to the largest n, from each rank; nothing backward.
+
+        Raises:
+            ValueError: the head has no group.
+        """
+        if self.group is None:
+            raise ValueError("head.group: is None, there are no other ranks to gather tokens from")
+        if isinstance(x, TopK):
+            tensors = {name: y for name, y in x._asdict().items() if isinstance(y, Tensor)}
+            return x._replace(**{name: self.gather_tokens(y) for name, y in tensors.items()})
+        return ranks.gather_tokens(x, self.group, averaged)
+
     @classmethod
     def of(cls, model: Any) -> LMHead:
         """Read the head of a transformers causal language model, also behind PEFT's `modules_to_save`.
 
         Reads weight and bias of `model.get_output_embeddings()`, and from the text configuration `vocab_size` and what the
         model type does to its logits: a softcap (Gemma, RecurrentGemma, xLSTM), a factor (Cohere, Falcon-H1,
-        HyperCLOVA X) or a divisor (Granite).
+        HyperCLOVA X) or a divisor (Granite). Of a model under FSDP2, outside of its forward pass, it is a sharded head.
 
         Raises:
             TypeError: the model type is not known; the output layer is missing, carries an adapter, is quantised, is
@@ -326,7 +411,8 @@ class LMHead:
             active = [a for a in module.active_adapters if a in module.modules_to_save]
             off = module.disable_adapters or not active
             module = module.original_module if off else module.modules_to_save[active[0]]
-        if type(module).forward is not nn.Linear.forward or type(module.weight) not in (nn.Parameter, Tensor):
+        plain = type(module.weight) in (nn.Parameter, Tensor) or ranks.is_dtensor(module.weight)
+        if type(module).forward is not nn.Linear.forward or not plain:
             kind = f"{type(module).__module__}.{type(module).__name__}"
             raise TypeError(
                 f"model: the output layer of {name} is a {kind} (weight {type(module.weight).__name__}), not a plain "
@@ -379,7 +465,7 @@ class LMHead:
         Raises:
             TypeError: `LMHead.of` does not know the model.
             ValueError: the logits differ by more than 1e-5 of the largest one (half precision: 4 units of its last place),
-                or the model does not call its output layer.
+                the model does not call its output layer, or the head is sharded.
 
         Memory: the model's logits, twice, in fp32.
 
@@ -390,6 +476,10 @@ class LMHead:
             10
         """
         head, seen = cls.of(model) if head is None else head, []
+        if head.group is not None:
+            raise ValueError(
+                "head.group: wanted a whole head to compare with the model's logits, got a sharded one"
+            )
         name, module = type(model).__name__, model.get_output_embeddings()
         handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
         try:

@@ -5,6 +5,7 @@ _REFERENCE = "tests/test_reference.py::TestAgainstTorch::"
 _TRITON_TOPK = "tests/test_triton_topk.py::"
 _VALUES = "tests/test_methods_values.py::"
 _ATTACKS = "tests/test_evaluation_attacks.py::"
+_RANKS = "tests/test_sharded.py::test_ranks"
 
 FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     # --- duet_kernels, portable torch ---------------------------------------------------------------------------------
@@ -374,6 +375,33 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/report/tables.py": [
         ("the standard error stands in the value's column", "for key in (f\"{metric},{given}\", f\"{metric}_stderr,{given}\"):", "for key in (f\"{metric}_stderr,{given}\", f\"{metric},{given}\"):", "tests/test_evaluation_report.py::test_lm_eval_is_shown_or_absent"),
         ("the mildest attack comes first", "*sorted(worst, key=lambda n: -worst[n]),", "*sorted(worst, key=lambda n: worst[n]),", "tests/test_evaluation_report.py::test_the_table_holds_the_numbers_of_the_runs"),
+    ],
+    # --- duet_kernels, heads on several ranks: every catcher starts two or four processes ---------------------------------
+    "duet_kernels/sharded/merge.py": [
+        ("what a merge passes over is not in the tail", "values[:, k:] / temperature, rows", "values[:, k:] - torch.inf, rows",
+         _RANKS + "[two]"),
+        ("ids of a later rank begin at 0", "rows[r, :, width : width + n].long() + firsts[r]", "rows[r, :, width : width + n].long()",
+         _RANKS + "[two]"),
+        ("an almost certain token loses its digits", "return apart.scatter(0, at, 0) - rest", "return logsumexps - logsumexps.logsumexp(0)",
+         _RANKS + "[two]"),
+        ("a rank without rows takes no part in the backward pass", "values, entropy = part.nothing()[:, None].expand(ids.shape),",
+         "values, entropy = torch.zeros_like(tail.detach())[:, None].expand(ids.shape),", _RANKS + "[four]"),
+    ],
+    "duet_kernels/sharded/dense.py": [
+        ("the sum of a is that of one rank", "loss, ctx.total = ranks.all_reduce(sums, pair.group)",
+         "loss, ctx.total = ranks.all_reduce(sums, pair.group)[0], sums[1]", _RANKS + "[four]"),
+        ("a whole teacher begins at its first row", "first = part.first if teacher_head.group is None else 0", "first = 0",
+         _RANKS + "[two]"),
+    ],
+    "duet_kernels/sharded/part.py": [
+        ("other tokens on another rank go unseen", "if bool(((values[:, :-1] - values[0, :-1]).abs() > allowed).any()):", "if False:",
+         _RANKS + "[two]"),
+    ],
+    "duet_kernels/ranks.py": [
+        ("the gradient of the hidden states is that of one rank", "return all_reduce(grad.to(acc_dtype(grad.dtype)), ctx.group).to(grad.dtype), None",
+         "return grad, None", _RANKS + "[two]"),
+        ("gradients of gathered tokens are not multiplied", "return grad[ctx.rank] * ctx.factor, None, None", "return grad[ctx.rank], None, None",
+         _RANKS + "[two]"),
     ],
     # --- duet, options and records ------------------------------------------------------------------------------------
     "duet/options.py": [

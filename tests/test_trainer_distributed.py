@@ -97,6 +97,7 @@ def one_of_two(out: Path) -> None:
     train(
         out / "resumed", False, batch=4, ddp_backend="gloo", resume=str(out / "lora=False" / "checkpoint-3")
     )
+    sharded(int(os.environ["RANK"]))
 
 
 def read(out: Path, lora: bool):

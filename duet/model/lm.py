@@ -576,11 +576,16 @@ def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
         the head.
 
     Raises:
-        TypeError: an unknown kind of head or backbone (`LMHead.of`, `find_backbone`).
+        TypeError: an unknown kind of head or backbone (`LMHead.of`, `find_backbone`), or a head whose rows lie on several ranks.
         ValueError: NaN logits, or different logits: the model changes them in a way that is not supported.
     """
     check_whole(model)
     head = LMHead.of(model)
+    if head.group is not None:
+        raise TypeError(
+            f"model: the rows of its LM head lie on {head.group.size()} ranks (tensor parallel, or fully_shard was called on it). "
+            "Pass the whole model: `accelerate launch` with FSDP2 shards it; the losses of duet_kernels take such a head"
+        )
     device, vocabulary = head.weight.device, head.num_ids
     ids = torch.linspace(0, vocabulary - 1, num_tokens, device=device).long().unsqueeze(0)
     mask, places = torch.ones_like(ids), torch.arange(num_tokens, device=device)

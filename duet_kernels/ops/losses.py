@@ -263,10 +263,11 @@ def topk_stats(
     with_entropy: bool,
     spec: Divergence,
     impl: str,
+    complement: Callable[..., tuple[Tensor, Tensor, Tensor]] = complement_and_values,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """(loss, log q(token), the student's mass on the ids, its entropy), each `[N]`, of one pass over the vocabulary.
 
-    The token is a slot of its own, the first one. Sums of probabilities count every id once.
+    The token is a slot of its own, the first one. Sums of probabilities count every id once. `complement` makes the pass.
     """
     values_t = values_t.to(acc_dtype(hidden.dtype))
     ids = ids.masked_fill(values_t == -torch.inf, -1)
@@ -274,7 +275,7 @@ def topk_stats(
         found = reference.topk_stats(hidden, head, ids, values_t, tail_t, token_ids, spec)
         return found if with_entropy else (*found[:3], None)
     slots = ids if token_ids is None else torch.cat([token_ids[:, None], ids], 1)
-    tail, values, inner = complement_and_values(hidden, head, slots, spec.temperature, with_entropy, impl)
+    tail, values, inner = complement(hidden, head, slots, spec.temperature, with_entropy, impl)
     once = values.masked_fill(_met_before(slots) | (slots < 0), -torch.inf) / spec.temperature
     x = torch.cat([once, tail[:, None]], 1)
     logprob, of_teacher = None, once.detach()
@@ -290,7 +291,7 @@ def topk_stats(
     mass = (of_teacher.logsumexp(1) - x.detach().logsumexp(1)).exp()
     entropy = _entropy(x.detach(), inner) if with_entropy else None
     tails = (tail, tail_t) if spec.needs_student_logsumexp else (None, None)
-    return _topk_divergence(values, values_t, *tails, *_options(spec), impl)[0], logprob, mass, entropy
+    return topk_divergence(values, values_t, *tails, *_options(spec), impl)[0], logprob, mass, entropy
 
 
 def teacher_mass(values: Tensor, ids: Tensor, tail: Tensor, temperature: float) -> Tensor:
@@ -299,10 +300,17 @@ def teacher_mass(values: Tensor, ids: Tensor, tail: Tensor, temperature: float) 
     return torch.sigmoid((values.masked_fill(again, -torch.inf) / temperature).logsumexp(1) - tail)
 
 
-def overlap(hidden: Tensor, head: LMHead, values_t: Tensor, ids: Tensor, impl: str) -> Tensor:
-    """`[N]` share of the teacher's ids that are among the student's own K largest: a pass that selects."""
+def overlap(
+    hidden: Tensor,
+    head: LMHead,
+    values_t: Tensor,
+    ids: Tensor,
+    impl: str,
+    select: Callable[..., tuple[Tensor, Tensor, Tensor]] = linear_topk,
+) -> Tensor:
+    """`[N]` share of the teacher's ids that are among the student's own K largest: a pass that selects (`select`)."""
     present = values_t != -torch.inf
-    own = linear_topk(hidden, head, min(ids.shape[1], head.num_ids), 1.0, impl)[1].sort(1).values
+    own = select(hidden, head, min(ids.shape[1], head.num_ids), 1.0, impl)[1].sort(1).values
     at = torch.searchsorted(own, ids).clamp(max=own.shape[1] - 1)
     shared = (own.gather(1, at) == ids) & present
     return shared.sum(1, dtype=values_t.dtype) / present.sum(1).clamp(min=1)
@@ -333,7 +341,7 @@ def _entropy(x: Tensor, inner: Tensor) -> Tensor:
 
 
 @custom_op("topk_divergence")
-def _topk_divergence(
+def topk_divergence(
     values: Tensor,
     teacher: Tensor,
     tail: Tensor | None,
@@ -354,7 +362,7 @@ def _topk_divergence(
     return run(values, teacher, tail, teacher_tail, factor, spec)
 
 
-@_topk_divergence.register_fake
+@topk_divergence.register_fake
 def _(values, teacher, tail, teacher_tail, *options):
     loss = values.new_empty(values.shape[0])
     return loss, values.new_empty(values.shape), loss.new_empty(0) if tail is None else torch.empty_like(loss)
@@ -371,7 +379,7 @@ def _topk_divergence_gradient(ctx, grad, *_):
     return grad[:, None] * dvalues, None, tail, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
-_topk_divergence.register_autograd(_topk_divergence_gradient, setup_context=_topk_divergence_context)
+topk_divergence.register_autograd(_topk_divergence_gradient, setup_context=_topk_divergence_context)
 
 
 # --- the dense divergences, from both hidden states -------------------------------------------------------------
