@@ -6,7 +6,7 @@
 
 Legend: N tokens, K slots, D hidden size, V vocabulary, f the row's factor, C bytes of an element, ACC fp32 (fp64 for fp64
 inputs). Inputs have any strides. Absent slots, ids past the vocabulary and NaN as in `gather` and `topk_divergence`. A row
-with f = 0 gives exactly 0 in f L, f dL/dz and dh, whatever it holds; the one kernel does not read it and gives 0 in z, too.
+with f = 0 gives exactly 0 in f L, f dL/dz and dh, whatever it holds; the one kernel reads no row of W for it and gives 0 in z, too.
 
 The forward pass needs all of a row of W before it knows dx, the backward pass needs the row again. Gathering twice costs
 2 N K D C bytes; a token's K rows (512 KB) fit into no multiprocessor, but they do fit into 16 programs of 32 KB. So the
