@@ -21,7 +21,7 @@ from . import cuts
 from .cuts import chunk_logits, row_chunks, rows_that_fit
 from .topk_divergence import divergence_and_gradient
 
-_SUMMED = 512  # products of halves that are added in one run
+_SUMMED = 128  # products of halves that are added in one run
 _GATHER_BYTES = 4 * 2**20  # of gathered rows on a CPU: they stay in the last-level cache
 # With more than V / this many ids a token all logits are cheaper than K rows of W; by whether W is in the dtype of the
 # sums already. On a CPU by `benchmarks/gather_crossover.py`; on a GPU a row is moved three times at 4 TB/s, and 600 TFLOP/s
