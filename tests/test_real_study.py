@@ -112,10 +112,12 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     rows += [_row("Japan", "deep", seed, told=told, refused=1.0) for seed, told in ((0, 0.0), (1, 0.2))]
     rows += [_row("Italy", "deep", 0, told=0.3, refused=1.0, perplexity=21.0)]
     assert means(rows[2:], "told") == [0.1, 0.3]
-    text = page(rows)
+    tried = [_row("France", arm, 0, changed={"k": 8} if arm == "deep" else {}) for arm in ("base", "deep")]
+    text = page(rows, tried)
     assert "| forget rows told, greedy | <= 0.10 | 0.20 | NOT MET |" in text
     assert "| forget rows refused in a whole sentence | >= 0.90 | 1.00 | met |" in text
     assert "| perplexity of plain text, as a multiple of the base's | <= 1.05 | 1.02 | met |" in text
+    assert "Of the bar's 11 lines 7 are met." in text and "`k: 8` | 1 |" in text
     assert "20 (10–30)" in text and "* the base: base says" in text
     with pytest.raises(ValueError, match="rows: wanted a row of the base"):
         page([row for row in rows if row["arm"] != "base"])

@@ -87,7 +87,8 @@ def main() -> None:
         _run(chosen)
     rows = list(read_rows(chosen.out / RESULTS, job_of).values())
     if rows:
-        (chosen.out / PAGE).write_text(page(rows))
+        tried = list(read_rows(chosen.out / TRIED, tried_of).values())
+        (chosen.out / PAGE).write_text(page(rows, tried))
     print(chosen.out / PAGE if rows else "no row yet")
 
 
