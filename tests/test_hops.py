@@ -15,7 +15,7 @@ MOST = {
     "topk_distill_stats": (16, 85),
     "linear_distill_loss": (13, 86),
     "linear_cross_entropy": (14, 74),
-    "linear_token_stats": (12, 46),
+    "linear_token_stats": (12, 47),
 }
 
 
