@@ -90,9 +90,9 @@ LOSS = {
     (0, 2): LossTile(64, 256, 128, 4, 96),
     (0, 4): LossTile(64, 128, 64, 4, 112),
     (0, 8): LossTile(64, 64, 32, 4, 128),
-    # With 96 registers the compilers for these keep 8 bytes in memory.
+    # With fewer registers the compilers for these keep 8 bytes in memory.
     (80, 2): LossTile(64, 256, 128, 4, 104),
-    (100, 2): LossTile(64, 256, 128, 4, 112),
+    (100, 2): LossTile(64, 256, 64, 4, 128),
 }
 LOSS_MASKED_REGISTERS = 144
 LOSS_SLOTS = LOSS[0, 2].rows
