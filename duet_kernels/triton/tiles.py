@@ -94,7 +94,7 @@ LOSS = {
     (80, 2): LossTile(64, 256, 128, 4, 104),
     (100, 2): LossTile(64, 256, 64, 4, 128),
 }
-LOSS_MASKED_REGISTERS = 144
+LOSS_MASKED_REGISTERS = 160
 LOSS_SLOTS = LOSS[0, 2].rows
 MAX_GATHER_ROWS = 128
 SLOTS_BLOCK = 1024  # elements of [N, K] a program of the elementwise kernels handles
