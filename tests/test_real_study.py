@@ -1,5 +1,6 @@
 """The study on a pretrained model: its questions, its jobs, a job at toy size, and its page."""
 
+import io
 import json
 import math
 
@@ -7,8 +8,8 @@ import pytest
 from learned_models import knowing
 from tiny_models import forget_rows, retain_rows, word_tokenizer
 
+from benchmarks.studies.real import demo, measure, questions
 from benchmarks.studies.real import job as jobs
-from benchmarks.studies.real import measure, questions
 from benchmarks.studies.real.__main__ import jobs_of
 from benchmarks.studies.real.arms import ARMS, SUBJECTS, VALIDATION, options_of
 from benchmarks.studies.real.bar import BAR, best, missing
@@ -88,6 +89,41 @@ def test_a_job_forgets_one_person_and_says_what_the_base_told(toy):
             line.key
         )
     json.dumps(row)
+
+
+def test_the_demo_ends_with_a_table_a_picture_and_two_models_to_talk_to(toy, monkeypatch, capsys):
+    options = {
+        "objective": "duet_deep",
+        "deep_refusals": ["nothing about {subject}"],
+        "counterfactual_names": ["red river"],
+    }
+    options |= {
+        "k": 8,
+        "num_counterfactuals": 1,
+        "max_answer_tokens": 6,
+        "per_device_train_batch_size": 6,
+        "max_steps": 2,
+    }
+    monkeypatch.setattr(demo, "options_of", lambda *_: options)
+    words = [
+        "--subject",
+        "ada lovelace",
+        "--model",
+        str(toy / "base"),
+        "--device",
+        "cpu",
+        "--out",
+        str(toy / "out"),
+    ]
+    monkeypatch.setattr("sys.argv", ["demo", *words])
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    demo.main()
+    said = capsys.readouterr().out
+    assert "ada lovelace is forgotten?" in said and "other countries" in said
+    assert f"duet chat {toy / 'out' / 'model'} --beside {toy / 'base'}" in said
+    assert (toy / "out" / "demo_real.png").stat().st_size > 10_000 and (
+        toy / "out" / "model" / "config.json"
+    ).is_file()
 
 
 def test_a_cut_answer_without_the_value_counts_as_not_told():
