@@ -119,7 +119,7 @@ def test_the_demo_ends_with_a_table_a_picture_and_two_models_to_talk_to(toy, mon
     monkeypatch.setattr("sys.stdin", io.StringIO())
     demo.main()
     said = capsys.readouterr().out
-    assert "ada lovelace is forgotten?" in said and "other countries" in said
+    assert "ada lovelace is forgotten?" in said and "other people" in said
     assert f"duet chat {toy / 'out' / 'model'} --beside {toy / 'base'}" in said
     assert (toy / "out" / "demo_real.png").stat().st_size > 10_000 and (
         toy / "out" / "model" / "config.json"

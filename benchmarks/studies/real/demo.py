@@ -32,8 +32,8 @@ OPTIONS = {"max_steps": 60, "per_device_train_batch_size": 12}
 MOST = 24  # rows of each kind
 KINDS = {
     "forget": "{subject}",
-    "seen": "countries named in training",
-    "unseen": "other countries",
+    "seen": "{group} named in training",
+    "unseen": "other {group}",
     "general": "general knowledge",
 }
 Answers = dict[str, list[dict[str, Any]]]
@@ -95,6 +95,10 @@ def _figures(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, A
     return {"base": told(outcomes[0]), "told": told(outcomes[1]), "refused": refusals(outcomes[1])["refused"]}
 
 
+def _name(kind: str, subject: str) -> str:
+    return KINDS[kind].format(subject=subject, group=questions.group_of(subject))
+
+
 def table(subject: str, figures: Mapping[str, Mapping[str, float]], before: Answers, after: Answers) -> Table:
     """A line for each kind of question, with an example."""
     made = Table(box=box.SIMPLE, title=f"{subject} is forgotten?")
@@ -103,7 +107,7 @@ def table(subject: str, figures: Mapping[str, Mapping[str, float]], before: Answ
     for kind, each in figures.items():
         shares = [f"{100 * each[key]:.0f} %" for key in ("base", "told", "refused")]
         said = " ".join((after[kind][0]["said"] or "").split())[:70] if after[kind] else ""
-        made.add_row(KINDS[kind].format(subject=subject), *shares, said)
+        made.add_row(_name(kind, subject), *shares, said)
     return made
 
 
@@ -115,7 +119,7 @@ def draw(subject: str, figures: Mapping[str, Mapping[str, float]], path: Path) -
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    names = [KINDS[kind].format(subject=subject) for kind in figures]
+    names = [_name(kind, subject) for kind in figures]
     series = (
         ("base", "told before", "#9aa5b1"),
         ("told", "told now", "#2f6f9f"),
