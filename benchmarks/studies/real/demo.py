@@ -28,7 +28,7 @@ from .measure import plain, refusals, told
 RESULTS = Path("benchmarks/results/real")  # what the base tells was asked once, for the study
 SUBJECT = "France"
 # A short training: the study's takes longer and forgets more.
-OPTIONS = {"max_steps": 60, "per_device_train_batch_size": 12}
+OPTIONS = {"max_steps": 80, "per_device_train_batch_size": 12}
 MOST = 24  # rows of each kind
 KINDS = {
     "forget": "{subject}",
