@@ -387,7 +387,9 @@ class LMHead:
             raise ValueError("head.group: is None, there are no other ranks to gather tokens from")
         if isinstance(x, TopK):
             tensors = {name: y for name, y in x._asdict().items() if isinstance(y, Tensor)}
-            return x._replace(**{name: self.gather_tokens(y) for name, y in tensors.items()})
+            return x._replace(
+                **{name: self.gather_tokens(y, averaged=averaged) for name, y in tensors.items()}
+            )
         return ranks.gather_tokens(x, self.group, averaged)
 
     @classmethod

@@ -564,6 +564,9 @@ def tokens_are_gathered_with_their_own_gradient():
         (everything * torch.arange(7)[:, None]).sum().backward()
         wanted = factor * torch.arange(7.0)[:2] if rank == 0 else factor * torch.arange(7.0)[2:]
         assert torch.equal(x.grad, wanted[:, None].expand(n, 3))
+        values = torch.zeros(n, 2, requires_grad=True)
+        head.gather_tokens(top._replace(values=values), averaged=averaged).values.sum().backward()
+        assert torch.equal(values.grad, torch.full((n, 2), factor))
 
 
 # --- a rank that dies: the last check of its part ------------------------------------------------------------------
