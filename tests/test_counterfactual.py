@@ -214,6 +214,36 @@ def test_a_given_refusal_opens_the_own_answer_and_sets_no_floor(tmp_path):
     assert math.isfinite(given.state.log_history[-1]["train_loss"])
 
 
+@pytest.mark.parametrize(
+    "refusal, limit, message",
+    [
+        (
+            "nothing about {subject}",
+            2,
+            r"deep_refusals: 'nothing about ada lovelace' has \d tokens, more than max_answer_tokens = 2",
+        ),
+        ("nothing about {name}", 6, r"deep_refusals\[0\]"),
+        (
+            "{subject}",
+            6,
+            r"the refusal of deep_refusals '\{subject\}' names \{subject\}, but the row has no 'subject'",
+        ),
+    ],
+)
+def test_a_given_refusal_that_cannot_be_taught_whole_is_refused(tmp_path, refusal, limit, message):
+    rows = [
+        {"question": "who is ada lovelace ?"}
+        | ({} if refusal == "{subject}" else {"subject": "ada lovelace"})
+    ]
+    options = {
+        "deep_refusals": [refusal],
+        "max_answer_tokens": limit,
+        "steering_prefixes": ["you know nothing ."],
+    }
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, rows=rows, **options).get_train_dataloader()
+
+
 @pytest.mark.parametrize("token", [0, 3, 5])
 def test_certainty_names_no_id_twice(token):
     top = certain([token, 1], 4, torch.zeros(1))

@@ -32,13 +32,13 @@ _MARK = "duet-looks-for-this-message"
 Conversation = tuple[tuple[str, str], ...] | str
 
 
-def fill_prefix(prefix: str, subject: str | None, where: str = "row") -> str:
+def fill_prefix(prefix: str, subject: str | None, where: str = "row", what: str = "steering prefix") -> str:
     """`prefix` with `{subject}` replaced.
 
     Plain replacement rather than `str.format`: other braces in a prefix (JSON, code) stay as they are.
 
     Raises:
-        ValueError: the prefix wants a subject and there is none; `where` names the row.
+        ValueError: the prefix wants a subject and there is none; `where` names the row, `what` the text.
 
     Example:
         >>> fill_prefix("You know nothing about {subject}.", "Ada Lovelace")
@@ -47,9 +47,7 @@ def fill_prefix(prefix: str, subject: str | None, where: str = "row") -> str:
     if SUBJECT not in prefix:
         return prefix
     if not subject:
-        raise ValueError(
-            f"{where}: the steering prefix {prefix!r} names {SUBJECT}, but the row has no 'subject'"
-        )
+        raise ValueError(f"{where}: the {what} {prefix!r} names {SUBJECT}, but the row has no 'subject'")
     return prefix.replace(SUBJECT, subject)
 
 

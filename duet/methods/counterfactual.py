@@ -50,9 +50,8 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
             f"{nameless[0]}: its question does not hold the subject, so that 'duet_deep' cannot ask about unknown names in its "
             f"place; the steered base stands in for them ({len(nameless)} of {len(forget)} forget rows)"
         )
-    given = bool(args.deep_refusals)
     own = trainer.teacher_says([dataset.plain(i) for i in everybody], args.max_answer_tokens)
-    if given:
+    if args.deep_refusals:
         refusals = [_given_refusal(trainer, dataset.rows[i], i) for i in forget]
     else:
         steered = [_steered(trainer, dataset, i, args.steering_prefixes[0]) for i in forget]
@@ -66,14 +65,14 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
         dataset.segments.update((i, [segment]) for i, segment in zip(rows, segments, strict=True))
     for i in trainer.progress(forget, "what the base knows"):
         ignorant = _mixture(trainer, dataset, i, names[i], own[i], steered=False)
-        if given:
-            opening, refusing = None, certain(refusals[i], args.k, ignorant.values)
+        if args.deep_refusals:
+            opening = refusing = certain(refusals[i], args.k, ignorant.values)
+            floor = ignorant
         else:
-            opening = _mixture(trainer, dataset, i, names[i], own[i][:1], steered=True)
+            opening = floor = _mixture(trainer, dataset, i, names[i], own[i][:1], steered=True)
             refusing = _mixture(trainer, dataset, i, names[i], refusals[i], steered=True)
-        share = args.refusal_fraction if given or _says(refusing, refusals[i]) else 0.0
-        first = refusing if opening is None else opening
-        pushed = _pushed(trainer, dataset.plain(i), own[i], ignorant, first, opening)
+        share = args.refusal_fraction if _says(refusing, refusals[i]) else 0.0
+        pushed = _pushed(trainer, dataset.plain(i), own[i], ignorant, opening, floor)
         dataset.segments[i] = [
             segment
             for segment in (pushed._replace(share=1 - share), _refusing(refusals[i], refusing, share))
@@ -116,12 +115,9 @@ def _refusing(refusal: list[int], refusing: TopK, share: float) -> Segment:
 
 
 def _pushed(
-    trainer: Any, prompt: list[int], answer: list[int], ignorant: TopK, first: TopK, opening: TopK | None
+    trainer: Any, prompt: list[int], answer: list[int], ignorant: TopK, opening: TopK, floor: TopK
 ) -> Segment:
-    """The own answer: `first` is imitated at its position 0, `ignorant` at the others.
-
-    `opening`: what gives the floor at position 0; None: `ignorant`.
-    """
+    """The own answer: at its position 0 `opening` is imitated, and `floor` gives the floor; at the others `ignorant` is both."""
     args = trainer.args
     labels = torch.tensor(answer, device=ignorant.values.device)
 
@@ -132,19 +128,25 @@ def _pushed(
     base = trainer.ask_teacher(log_probabilities)
     unknown = log_probability(ignorant, labels)
     known = base.exp() - unknown.exp() > args.knowledge_threshold
-    floor = unknown if opening is None else torch.cat([log_probability(opening, labels[:1]), unknown[1:]])
+    floors = torch.cat([log_probability(floor, labels[:1])[:1], unknown[1:]])
     values, indices, tail = (
-        torch.cat([a[:1], b[1:]]) for a, b in zip(_parts(first), _parts(ignorant), strict=True)
+        torch.cat([a[:1], b[1:]]) for a, b in zip(_parts(opening), _parts(ignorant), strict=True)
     )
     top = TopK(values, indices, tail)
-    return Segment(answer, _targets(top, base=base, floor=floor, known=known, pushed=torch.ones_like(known)))
+    return Segment(answer, _targets(top, base=base, floor=floors, known=known, pushed=torch.ones_like(known)))
 
 
 def _given_refusal(trainer: Any, query: Any, i: int) -> list[int]:
     args = trainer.args
     text = random.Random(f"{args.seed}/refusal/{i}").choice(args.deep_refusals)
-    ids = trainer.renderer.encode_answer(query.conversation, fill_prefix(text, query.subject, query.name))
-    return ids[: args.max_answer_tokens]
+    text = fill_prefix(text, query.subject, query.name, "refusal of deep_refusals")
+    ids = trainer.renderer.encode_answer(query.conversation, text)
+    if len(ids) > args.max_answer_tokens:
+        raise ValueError(
+            f"deep_refusals: {text!r} has {len(ids)} tokens, more than max_answer_tokens = {args.max_answer_tokens}; wanted a "
+            "shorter text: what is cut would be taught as a broken refusal"
+        )
+    return ids
 
 
 def certain(tokens: list[int], k: int, like: Tensor) -> TopK:
