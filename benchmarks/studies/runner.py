@@ -149,9 +149,14 @@ def made_with(rows: Sequence[Row]) -> str:
     """
     if not rows:
         raise ValueError("rows: wanted at least one row of the study, got none")
-    how = {f"commit {r['commit']}, torch {r['torch']}, transformers {r['transformers']}" for r in rows}
     minutes = sum(row["cpu_seconds"] for row in rows) / 60
-    return f"{minutes:.0f} CPU minutes; {'; '.join(sorted(how))}"
+    return f"{minutes:.0f} CPU minutes; {origins(rows)}"
+
+
+def origins(rows: Sequence[Row]) -> str:
+    """The commits and versions of rows, each once."""
+    how = {f"commit {r['commit']}, torch {r['torch']}, transformers {r['transformers']}" for r in rows}
+    return "; ".join(sorted(how))
 
 
 def minutes_since(began: float) -> str:

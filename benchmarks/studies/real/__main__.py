@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from benchmarks.studies.runner import (
 from .arms import ARMS, GRID, SUBJECTS, VALIDATION
 from .bar import best, with_ratios
 from .base_model import base_model
-from .job import ELICITED, Job, elicit, planned, run_tried
+from .job import ELICITED, Job, elicit, run_tried
 from .page import page
 
 OUT, PAGE = Path("benchmarks/results/real"), "real.md"
@@ -59,8 +60,16 @@ def jobs_of(subjects: tuple[str, ...], arms: tuple[str, ...], seeds: tuple[int, 
     main = [name for name in arms if ARMS[name].main]
     others = [name for name in arms if not ARMS[name].main]
     first, rest = seeds[:1], seeds[1:]
-    once = planned(subjects, main, first) + planned(subjects[:FEW], others, first)[len(subjects[:FEW]) :]
-    return once + [job for job in planned(subjects, main, rest) if job.arm != "base"]
+
+    def planned(names: Sequence[str], of: Sequence[str], under: Sequence[int]) -> list[Job]:
+        return [Job(subject, name, seed) for seed in under for subject in of for name in names]
+
+    return [
+        *(Job(subject, "base") for subject in subjects),
+        *planned(main, subjects, first),
+        *planned(others, subjects[:FEW], first),
+        *planned(main, subjects, rest),
+    ]
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,9 +142,3 @@ def train(
         trainer.train()
         student: Any = trainer.accelerator.unwrap_model(trainer.model)
         return student.merge_and_unload().eval()
-
-
-def planned(subjects: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> list[Job]:
-    """The base first, then every arm."""
-    jobs = [Job(subject, "base") for subject in subjects]
-    return jobs + [Job(subject, arm, seed) for seed in seeds for subject in subjects for arm in arms]

@@ -30,14 +30,13 @@ PAGES, PIECE = ("if", "while", "with", "try", "function", "class", "assignment",
 
 
 def measure(
-    model: Any, tokenizer: Any, rows: Mapping[str, Sequence[Row]], *, attacked: bool = True, seed: int = 0
+    model: Any, tokenizer: Any, rows: Mapping[str, Sequence[Row]], *, seed: int = 0
 ) -> dict[str, Any]:
     """Numbers of one model.
 
     Args:
         model: in evaluation mode, without an adapter of its own (relearning trains all weights).
         rows: `forget`, `seen` and `unseen` (neighbours; whether training saw that subject), `general`.
-        attacked: also reverse prompts, forced openings, drawn answers and relearning.
 
     Returns:
         name -> a share in [0, 1]; `perplexity` of plain text; `said`: question -> answer of the forget rows.
@@ -55,8 +54,7 @@ def measure(
         for each in (*asked.get("general", ()), *asked.get("unseen", ()))
     )
     found["perplexity"] = perplexity(model, tokenizer)
-    if attacked:
-        found |= attacks(targets["forget"])
+    found |= attacks(targets["forget"])
     found["said"] = {
         row["question"]: each["said"] for row, each in zip(rows["forget"], asked["forget"], strict=True)
     }

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .arms import ARMS, VALIDATION
+from benchmarks.studies.runner import origins
+
+from .arms import ARMS, SUBJECTS, VALIDATION
 from .bar import BAR, Line, missing, with_ratios
 
 Row = dict[str, Any]
@@ -92,8 +94,19 @@ def settings(tried: Sequence[Row]) -> list[str]:
     return lines
 
 
+def not_run(rows: Sequence[Row]) -> list[str]:
+    """A sentence on methods without a row, and on subjects of our method without one."""
+    arms = [arm.label for name, arm in ARMS.items() if name not in {row["arm"] for row in rows}]
+    done = {row["subject"] for row in rows if row["arm"] == OURS}
+    missing_subjects = [subject for subject in SUBJECTS if subject not in done]
+    said = [f"Not run yet: {'; '.join(arms)}."] if arms else []
+    if missing_subjects:
+        said.append(f"{ARMS[OURS].label} was not run yet on {', '.join(missing_subjects)}.")
+    return said
+
+
 def conclusion(rows: Sequence[Row]) -> list[str]:
-    """What holds of the tiny world, by rule: each line of the bar for our method, and what was not run."""
+    """What our method reaches of the bar, what holds of the tiny world, and what is not shown."""
     lines = [line for line in BAR if means(rows, line.key)]
     wrong = [line.name for line in lines if not _met(rows, line)]
     said = [f"Of the bar's {len(BAR)} lines {len(lines) - len(wrong)} are met."]
@@ -102,7 +115,7 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
     if "relearning" in {line.key for line in lines if not _met(rows, line)}:
         said.append(
             "In [the tiny world](../study/study.md) `duet_deep` withstands relearning; on this pretrained model it does not: ten steps on "
-            "all weights bring the other half back. That it withstands forced openings and drawn answers holds on both where the line is met."
+            "all weights bring the other half back."
         )
     said.append(
         "One small model, short questions in English: nothing is shown here about larger models, other languages or long texts."
@@ -141,18 +154,11 @@ def examples(rows: Sequence[Row], subject: str) -> list[str]:
 
 
 def made_with(rows: Sequence[Row]) -> str:
-    how = sorted(
-        {
-            f"commit {r['commit']}, torch {r['torch']}, transformers {r['transformers']}, {r['device']}"
-            for r in rows
-        }
-    )
-    seconds = [row["train_seconds"] for row in rows if row["arm"] != "base"]
-    return (
-        f"{'; '.join(how)}; a training takes {min(seconds):.0f} to {max(seconds):.0f} s"
-        if seconds
-        else "; ".join(how)
-    )
+    """Where the rows come from, and how long a training took; on a GPU other jobs ran beside it."""
+    trained = [row["train_seconds"] for row in rows if row["arm"] != "base"]
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    times = f"; a training took {min(trained):.0f} to {max(trained):.0f} s" if trained else ""
+    return f"{origins(rows)}, {devices}{times}"
 
 
 def page(rows: Sequence[Row], tried: Sequence[Row] = ()) -> str:
@@ -176,7 +182,7 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = ()) -> str:
             "",
             f"## The bar: {ARMS[OURS].label}",
             "",
-            f"It reads queries alone. Means over {len(means(ours, 'told'))} subjects, {len(ours)} runs.",
+            f"It reads queries alone. Means over subjects; subjects: {len(means(ours, 'told'))}, runs: {len(ours)}.",
             "",
             *([*verdict(ours), "", *conclusion(ours)] if ours else ["not run"]),
             "",
@@ -186,6 +192,8 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = ()) -> str:
             "*invented*: lower is better. *refused*, *neighbours*, *general*: higher is better. *runs*: subjects times seeds.",
             "",
             *table(rows),
+            "",
+            *not_run(rows),
             "",
             f"## Settings, on {' and '.join(VALIDATION)}",
             "",
