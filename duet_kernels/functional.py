@@ -173,6 +173,7 @@ def topk_distill_loss(
     temperature: float = 1.0,
     beta: float = 0.5,
     delta: float = 1.0,
+    clip: float | None = None,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -202,6 +203,9 @@ def topk_distill_loss(
             used.
         beta: weight of the first KL where an equation has two, 0.001 to 0.999.
         delta: threshold of `huber`, in logits, 1e-10 to 1e10.
+        clip: most nats that one id adds, 1e-6 to 1e6; None: no limit. An id above it adds `clip` and no gradient of its
+            own. For distributions with `renormalize`, `tail` or `generalized`: it limits terms that are >= 0, a KL's
+            with q - p or p - q added. The limit of p log(p/q) itself can turn a loss around (MATH.md); not offered.
         mask: `[...]` bool, True = counted (pass `labels != -100`).
         weights: `[...]` factors on token losses, constants.
         reduction: `mean` = sum of weighted token losses / number of unmasked tokens (or / `num_items`), `sum`, or
@@ -227,7 +231,7 @@ def topk_distill_loss(
         >>> topk_distill_loss(hidden, weight, teacher).item()
         0.125
     """
-    spec = Divergence.of(divergence, normalization, temperature, beta, delta)
+    spec = Divergence.of(divergence, normalization, temperature, beta, delta, clip)
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
     flat = check_topk(teacher, lead, head.num_ids, spec, hidden)
@@ -249,6 +253,7 @@ def topk_distill_stats(
     temperature: float = 1.0,
     beta: float = 0.5,
     delta: float = 1.0,
+    clip: float | None = None,
     mask: Tensor | None = None,
     token_ids: Tensor | None = None,
     student_mass: bool = False,
@@ -268,7 +273,7 @@ def topk_distill_stats(
         hidden: `[..., D]` student's hidden states.
         head: student's `LMHead`, or its weight `[V, D]`.
         teacher: likewise as in `topk_distill_loss`.
-        divergence: likewise; so are `normalization`, `temperature`, `beta`, `delta`.
+        divergence: likewise; so are `normalization`, `temperature`, `beta`, `delta`, `clip`.
         mask: `[...]` bool; every result is 0 where it is False.
         token_ids: `[...]` int64 or int32, the sampled tokens, for `logprob`; anything where masked.
         student_mass: whether it is wanted where nothing else needs the log-sum-exp that it needs.
@@ -299,7 +304,7 @@ def topk_distill_stats(
         >>> round(stats.logprob.exp().item(), 6), stats.student_mass.item(), stats.entropy
         (0.5, 0.5, None)
     """
-    spec = Divergence.of(divergence, normalization, temperature, beta, delta)
+    spec = Divergence.of(divergence, normalization, temperature, beta, delta, clip)
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
     values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden)
@@ -348,6 +353,7 @@ def linear_distill_loss(
     temperature: float = 1.0,
     beta: float = 0.5,
     delta: float = 1.0,
+    clip: float | None = None,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -391,7 +397,11 @@ def linear_distill_loss(
         raise ValueError(
             f"normalization: the dense loss (k=None) has nothing but the whole vocabulary, got {normalization!r}"
         )
-    spec = Divergence.of(divergence, normalization, temperature, beta, delta)
+    spec = Divergence.of(divergence, normalization, temperature, beta, delta, clip)
+    if k is None and clip is not None:
+        raise ValueError(
+            f"clip: the dense loss (k=None) has none, got {clip!r}; pass k, with normalization='tail' say"
+        )
     if support not in SUPPORTS:
         raise unknown("support", support, SUPPORTS)
     if k is None and support != "teacher":

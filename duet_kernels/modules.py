@@ -42,16 +42,18 @@ class TopKDistillLoss(_Loss):
         temperature: float = 1.0,
         beta: float = 0.5,
         delta: float = 1.0,
+        clip: float | None = None,
         reduction: Reduction = "mean",
         impl: Impl = "auto",
     ) -> None:
-        Divergence.of(divergence, normalization, temperature, beta, delta)
+        Divergence.of(divergence, normalization, temperature, beta, delta, clip)
         super().__init__(
             divergence=divergence,
             normalization=normalization,
             temperature=temperature,
             beta=beta,
             delta=delta,
+            clip=clip,
             reduction=reduction,
             impl=impl,
         )
@@ -84,10 +86,11 @@ class LinearDistillLoss(_Loss):
         temperature: float = 1.0,
         beta: float = 0.5,
         delta: float = 1.0,
+        clip: float | None = None,
         reduction: Reduction = "mean",
         impl: Impl = "auto",
     ) -> None:
-        Divergence.of(divergence, normalization, temperature, beta, delta)
+        Divergence.of(divergence, normalization, temperature, beta, delta, clip)
         super().__init__(
             k=k,
             support=support,
@@ -96,6 +99,7 @@ class LinearDistillLoss(_Loss):
             temperature=temperature,
             beta=beta,
             delta=delta,
+            clip=clip,
             reduction=reduction,
             impl=impl,
         )

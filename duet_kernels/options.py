@@ -28,7 +28,8 @@ Support = Literal["teacher", "student", "union"]
 NORMALIZATIONS, REDUCTIONS, SUPPORTS = get_args(Normalization), get_args(Reduction), get_args(Support)
 
 # Beyond these fp32 logits, which are exact to 7 digits, no longer say what a softmax or a gradient is.
-TEMPERATURES, DELTAS, BETAS = (1e-3, 1e3), (1e-10, 1e10), (1e-3, 1 - 1e-3)
+TEMPERATURES, DELTAS, BETAS, CLIPS = (1e-3, 1e3), (1e-10, 1e10), (1e-3, 1 - 1e-3), (1e-6, 1e6)
+CLIPPED: tuple[Normalization, ...] = ("renormalize", "tail", "generalized")  # whose terms are >= 0
 
 
 def unknown(argument: str, value: object, known: tuple[str, ...]) -> ValueError:
@@ -144,17 +145,24 @@ def lists_divergences(function: _Function) -> _Function:
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """A checked choice of divergence. `normalization` is "none" for the raw-logit divergences."""
+    """A checked choice of divergence. `normalization` is "none" for raw logits, `clip` infinite where nothing is clipped."""
 
     name: str
     normalization: str
     temperature: float
     beta: float
     delta: float
+    clip: float = math.inf
 
     @classmethod
     def of(
-        cls, name: str, normalization: str | None, temperature: float, beta: float, delta: float
+        cls,
+        name: str,
+        normalization: str | None,
+        temperature: float,
+        beta: float,
+        delta: float,
+        clip: float | None = None,
     ) -> Divergence:
         if name not in DIVERGENCES:
             raise unknown("divergence", name, tuple(DIVERGENCES))
@@ -184,7 +192,15 @@ class Divergence:
             )
         if not is_finite_number(delta) or "delta" in traits.reads:
             check_number("delta", delta, DELTAS)
-        return cls(name, normalization or "none", float(temperature), float(beta), float(delta))
+        if clip is None:
+            return cls(name, normalization or "none", float(temperature), float(beta), float(delta))
+        check_number("clip", clip, CLIPS)
+        if normalization not in CLIPPED:
+            got = f"the raw logits of {name!r}" if traits.raw else f"normalization={normalization!r}"
+            raise ValueError(
+                f"clip: limits terms that are >= 0, those of distributions with normalization {', '.join(CLIPPED)}; got {got}"
+            )
+        return cls(name, normalization, float(temperature), float(beta), float(delta), float(clip))
 
     @property
     def raw(self) -> bool:
@@ -195,6 +211,11 @@ class Divergence:
     def noise(self) -> bool:
         """Whether differences within rounding count as 0."""
         return DIVERGENCES[self.name].noise
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether every term of the sum must be >= 0: KL(a||b) with b - a added to each."""
+        return self.clip < math.inf or self.normalization == "generalized"
 
     @property
     def needs_student_logsumexp(self) -> bool:

@@ -166,12 +166,7 @@ def divergence(
     q = logq.exp().masked_fill(~present, 0)
     p = logp.exp().masked_fill(~present, 0)
     pair = _Pair(p, q, logp, logq, _noise(slots_s, slots_t))
-    loss = _OF_DISTRIBUTIONS[spec.name](pair, spec)
-    if (
-        spec.normalization == "generalized"
-    ):  # KL(a || b) and the sum of b - a, which is 0 over the whole vocabulary
-        loss = loss + (p - q if spec.name == "reverse_kl" else q - p).sum(-1)
-    return loss
+    return _OF_DISTRIBUTIONS[spec.name](pair, spec).clamp(max=spec.clip).sum(-1)
 
 
 def _noise(s: Tensor, t: Tensor) -> Tensor:
@@ -210,11 +205,11 @@ class _Pair(NamedTuple):
 
 
 def _forward_kl(pair: _Pair, spec: Divergence) -> Tensor:
-    return _kl(pair.p, pair.logp, pair.logq)
+    return _kl(pair.p, pair.q, pair.logp, pair.logq, spec)
 
 
 def _reverse_kl(pair: _Pair, spec: Divergence) -> Tensor:
-    return _kl(pair.q, pair.logq, pair.logp)
+    return _kl(pair.q, pair.p, pair.logq, pair.logp, spec)
 
 
 def _symmetric_kl(pair: _Pair, spec: Divergence) -> Tensor:
@@ -224,22 +219,24 @@ def _symmetric_kl(pair: _Pair, spec: Divergence) -> Tensor:
 def _jsd(pair: _Pair, spec: Divergence) -> Tensor:
     m = spec.beta * pair.p + (1 - spec.beta) * pair.q
     logm = m.masked_fill(m == 0, 1).log()  # where m is 0 so are p and q, and nothing is added
-    return spec.beta * _kl(pair.p, pair.logp, logm) + (1 - spec.beta) * _kl(pair.q, pair.logq, logm)
+    to_m = _kl(pair.p, m, pair.logp, logm, spec), _kl(pair.q, m, pair.logq, logm, spec)
+    return spec.beta * to_m[0] + (1 - spec.beta) * to_m[1]
 
 
 def _tvd(pair: _Pair, spec: Divergence) -> Tensor:
     ratio = pair.logq - pair.logp
     apart = (ratio.abs() > pair.noise) | ratio.isnan()
-    return 0.5 * torch.where(apart, (pair.p - pair.q).abs(), torch.zeros_like(pair.p)).sum(-1)
+    return 0.5 * torch.where(apart, (pair.p - pair.q).abs(), torch.zeros_like(pair.p))
 
 
-def _kl(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
-    """sum p (log p - log q) with 0 log 0 = 0, in a form whose derivative is finite there too."""
+def _kl(p: Tensor, q: Tensor, logp: Tensor, logq: Tensor, spec: Divergence) -> Tensor:
+    """p (log p - log q) with 0 log 0 = 0, in a form whose derivative is finite there too; q - p added on demand."""
     zero = p == 0
-    return (p * (logp.masked_fill(zero, 0) - logq.masked_fill(zero, 0))).sum(-1)
+    terms = p * (logp.masked_fill(zero, 0) - logq.masked_fill(zero, 0))
+    return terms + (q - p) if spec.nonnegative else terms
 
 
-# The terms of a divergence of logits, and the sum of a divergence of distributions.
+# What a divergence sums over the slots.
 _OF_LOGITS: dict[str, Callable[[Tensor, Tensor, Divergence], Tensor]] = {
     "huber": _huber,
     "mse": _mse,

@@ -96,8 +96,8 @@ def _save(ctx: Any, output: tuple[Tensor, ...], *inputs: Tensor | None) -> None:
     save_for_backward(ctx, *output[1:], *(inputs if again else ()))
 
 
-def _options(spec: Divergence) -> tuple[str, str, float, float, float]:
-    return spec.name, spec.normalization, spec.temperature, spec.beta, spec.delta
+def _options(spec: Divergence) -> tuple[str, str, float, float, float, float]:
+    return spec.name, spec.normalization, spec.temperature, spec.beta, spec.delta, spec.clip
 
 
 # --- losses of the logits at K ids alone ------------------------------------------------------------------------
@@ -145,12 +145,13 @@ def _topk_loss(
     temperature: float,
     beta: float,
     delta: float,
+    clip: float,
     need_hidden: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(factor * loss `[N]`, the student's logits `[N, K]`, the gradient in them, dh `[N, D]` or empty)."""
     head = LMHead(weight, bias, softcap, scale)
-    spec = Divergence(divergence, normalization, temperature, beta, delta)
+    spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
     *rows, dhidden = implementation(impl).topk_loss(
         hidden, head, ids, teacher, factor, spec, Need(need_hidden)
     )
@@ -207,6 +208,7 @@ def _topk_loss_with_tail(
     temperature: float,
     beta: float,
     delta: float,
+    clip: float,
     reduce: bool,
     need_hidden: bool,
     need_weight: bool,
@@ -215,7 +217,7 @@ def _topk_loss_with_tail(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed)."""
     head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden, need_weight, need_bias)
-    spec = Divergence(divergence, normalization, temperature, beta, delta)
+    spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
     run = implementation(impl).topk_loss_with_tail
     found = run(hidden, head, ids, teacher, teacher_tail, factor, spec, need)
     return _results(found, hidden, weight, bias, reduce)
@@ -351,11 +353,12 @@ def topk_divergence(
     temperature: float,
     beta: float,
     delta: float,
+    clip: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss `[N]`, its gradient in the student's logits `[N, K]`, that in the student's tail `[N]` or empty)."""
     spec, factor = (
-        Divergence(divergence, normalization, temperature, beta, delta),
+        Divergence(divergence, normalization, temperature, beta, delta, clip),
         values.new_ones(len(values)),
     )
     run = implementation(impl).divergence_and_gradient
@@ -424,6 +427,7 @@ def _linear_divergence(
     temperature: float,
     beta: float,
     delta: float,
+    clip: float,
     reduce: bool,
     need_hidden: bool,
     need_weight: bool,
@@ -433,7 +437,7 @@ def _linear_divergence(
     """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed): 4 products."""
     head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden, need_weight, need_bias)
     teacher_head = LMHead(teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
-    spec = Divergence(divergence, normalization, temperature, beta, delta)
+    spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
     run = implementation(impl).linear_divergence
     found = run(hidden, head, teacher_hidden, teacher_head, factor, spec, need)
     return _results(found, hidden, weight, bias, reduce)

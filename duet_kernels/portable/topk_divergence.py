@@ -79,12 +79,16 @@ def _distributions(
     q = (xs - total_s).exp_().masked_fill_(total_s == -torch.inf, 0)
     p = (xt - total_t).exp_().masked_fill_(total_t == -torch.inf, 0)
     w = _log_ratio(difference, p, total_s - total_t)
+    terms = OF_DISTRIBUTIONS[spec.name]
+    if spec.normalization in ("zeroed", "truncated"):
+        terms = _bare_kl
+    elif spec.clip < torch.inf:
+        terms = _clipped
     if spec.normalization in ("zeroed", "truncated", "generalized"):  # the tail has a probability and no term
-        terms = OF_DISTRIBUTIONS[spec.name] if spec.normalization == "generalized" else _bare_kl
         loss, a = terms(p[:, :k], q[:, :k], w[:, :k], noise, spec)
         a = F.pad(a, (0, 1))
     else:
-        loss, a = OF_DISTRIBUTIONS[spec.name](p, q, w, noise, spec)
+        loss, a = terms(p, q, w, noise, spec)
     dx = a.sub_(q * a.sum(-1, keepdim=True))
     dtail = dx[:, k].clone() if spec.needs_student_logsumexp else s.new_empty(0)
     return loss, dx[:, :k].div(spec.temperature), dtail
@@ -96,6 +100,14 @@ def _bare_kl(p: Tensor, q: Tensor, w: Tensor, noise: Tensor, spec: Divergence) -
         return -expected(p, w).sum(1), -p
     moved = expected(q, w)
     return moved.sum(1), moved + q
+
+
+def _clipped(p: Tensor, q: Tensor, w: Tensor, noise: Tensor, spec: Divergence) -> Terms:
+    """No term above `clip`, and no gradient of a term that was above. Every id is a row of its own: its sum is its term."""
+    each_p, each_q, each_w, each_noise = (x.reshape(-1, 1) for x in (p, q, w, noise.expand_as(p)))
+    terms, a = OF_DISTRIBUTIONS[spec.name](each_p, each_q, each_w, each_noise, spec)
+    terms, a = terms.view(p.shape), a.view(p.shape)
+    return terms.clamp(max=spec.clip).sum(1), a.masked_fill(terms > spec.clip, 0)
 
 
 def _log_ratio(difference: Tensor, p: Tensor, totals: Tensor) -> Tensor:

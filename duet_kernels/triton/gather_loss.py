@@ -169,8 +169,8 @@ def _topk_loss_kernel(
         slot = t != float("-inf")
         none = tl.full([1], 0.0, ACC)
         loss, ds, _dtail = compare(
-            z[None, :], t[None, :], slot[None, :], none, none, temperature, beta, delta,
-            DIVERGENCE, NORMALIZATION, EPS,
+            z[None, :], t[None, :], slot[None, :], none, none, temperature, beta, delta, float("inf"),
+            DIVERGENCE, NORMALIZATION, False, EPS,
         )  # fmt: skip
         dz = tl.where(live, tl.sum(factor * ds, 0), 0.0)
         dx = slot_gradient(dz, z, ids, V, softcap, scale, HAS_SOFTCAP)

@@ -99,6 +99,13 @@ def of_distributions(p, q, w, noise, beta, DIVERGENCE: tl.constexpr, HALF: tl.co
 
 
 @triton.jit
+def clipped(terms, a, clip):
+    """No term above the clip, and no derivative of a term that was above; a NaN stays."""
+    above = terms > number(clip, terms.dtype)
+    return tl.where(above, number(clip, terms.dtype), terms), tl.where(above, 0.0, a)
+
+
+@triton.jit
 def gradient(a, q, total):
     """dL/dx of an id, `total` the sum of its row's a."""
     return a - expected(q, total)

@@ -16,6 +16,8 @@ With P and Q the sums of p and q over the slots, q_tail = 1 - Q:
     truncated           reverse   L = sum q u,                dL/dx = q (u - L + q_tail),    dL/ds_tail = -q_tail (L + Q)
     generalized                   a = dL/d(log q) itself,     dL/dx = a - q sum a,           dL/ds_tail = -q_tail sum a
 
+A clip C replaces each term above C (the tail's too) by C, and its a by 0.
+
 Results: f L, f dL/ds = f dL/dx / T, and f dL/ds_tail for what reads the student's tail. Nats; no factor T^2.
 
 A slot whose teacher logit is -inf is absent: it counts nowhere and its gradient is 0; nothing present gives 0. A row
@@ -47,7 +49,7 @@ from .primitives import (
     require_device,
     require_grid,
 )
-from .terms import expected, gradient, minus, of_distributions, of_logits
+from .terms import clipped, expected, gradient, minus, of_distributions, of_logits
 
 # --- distributions over the slots ------------------------------------------------------------------------------
 
@@ -97,8 +99,8 @@ def _softmax(z, slot, base, tail, T, HAS_TAIL: tl.constexpr):
 @triton.jit
 def compare(
     s, t, slot, s_tail, t_tail,
-    temperature, beta, delta,
-    DIVERGENCE: tl.constexpr, NORMALIZATION: tl.constexpr, EPS: tl.constexpr,
+    temperature, beta, delta, clip,
+    DIVERGENCE: tl.constexpr, NORMALIZATION: tl.constexpr, CLIPPED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """(L `[n]`, dL/ds `[n, k]`, dL/ds_tail `[n]`) of rows of logits in ACC; what is no slot counts nowhere."""
     ACC: tl.constexpr = s.dtype
@@ -156,10 +158,14 @@ def compare(
                 size_tail = tl.maximum(tl.abs(s_tail), tl.abs(t_tail))
                 noise = tl.maximum(noise, tl.where(size_tail == float("inf"), 0.0, 8 * EPS * size_tail))
             terms, a = of_distributions(p, q, u, noise[:, None], beta, DIVERGENCE, False)
+            if CLIPPED:
+                terms, a = clipped(terms, a, clip)
             loss = tl.sum(terms, axis=1)
             total = tl.sum(a, axis=1)
             if BUCKET:
                 term_tail, a_tail = of_distributions(p_tail, q_tail, u_tail, noise, beta, DIVERGENCE, False)
+                if CLIPPED:
+                    term_tail, a_tail = clipped(term_tail, a_tail, clip)
                 loss += term_tail
                 total += a_tail
                 dtail = gradient(a_tail, q_tail, total)
@@ -180,9 +186,9 @@ def _divergence_kernel(
     loss_ptr, dstudent_ptr, dtail_ptr,
     N, K,
     stride_sn, stride_sk, stride_tn, stride_tk, stride_st, stride_tt, stride_fn,
-    temperature: tl.float64, beta: tl.float64, delta: tl.float64,
+    temperature: tl.float64, beta: tl.float64, delta: tl.float64, clip: tl.float64,
     STUDENT_TAIL: tl.constexpr, TEACHER_TAIL: tl.constexpr,
-    DIVERGENCE: tl.constexpr, NORMALIZATION: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+    DIVERGENCE: tl.constexpr, NORMALIZATION: tl.constexpr, CLIPPED: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """TOKENS rows: f L, f dL/ds, f dL/ds_tail."""
@@ -201,7 +207,7 @@ def _divergence_kernel(
         s_tail = tl.load(student_tail_ptr + n * stride_st, mask=live, other=0.0).to(ACC)
     slot = inside & (t != float("-inf"))
     loss, ds, dtail = compare(
-        s, t, slot, s_tail, t_tail, temperature, beta, delta, DIVERGENCE, NORMALIZATION, EPS
+        s, t, slot, s_tail, t_tail, temperature, beta, delta, clip, DIVERGENCE, NORMALIZATION, CLIPPED, EPS
     )
     tl.store(loss_ptr + n, tl.where(live, factor * loss, 0.0), mask=n < N)
     ds = tl.where(slot, factor[:, None] * ds, 0.0)
@@ -262,9 +268,9 @@ def topk_divergence(
             student_tail_n.stride(0) if use_student_tail else 0,
             teacher_tail_n.stride(0) if use_teacher_tail else 0,
             factor_n.stride(0),
-            spec.temperature, spec.beta, spec.delta,
+            spec.temperature, spec.beta, spec.delta, spec.clip,
             STUDENT_TAIL=use_student_tail, TEACHER_TAIL=use_teacher_tail,
-            DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, EPS=torch.finfo(torch_acc).eps, ACC=acc,
+            DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, CLIPPED=spec.clip < torch.inf, EPS=torch.finfo(torch_acc).eps, ACC=acc,
             TOKENS=tile.tokens, COLUMNS=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
     return loss, dstudent, dtail
