@@ -127,7 +127,8 @@ def reckon(study: Study, workers: int) -> str:
         ),
     }
     total = sum(seconds for _, seconds in stages.values()) + START_SECONDS
-    training = 4 * (blocks + embeddings) * 5 + padded * size.hidden * 4 * size.layers * 34
+    held = "weights" if shape else "weights, gradients, two moments, a checkpoint's copy"
+    training = 4 * (blocks + embeddings) * (1 if shape else 5) + padded * size.hidden * 4 * size.layers * 34
     lines = [
         "Reckoned, not measured (assumptions: benchmarks/studies/tofu/reckoning.py).",
         "",
@@ -137,7 +138,7 @@ def reckon(study: Study, workers: int) -> str:
         f"({padded / real:.2f} x with padding, {counted / real:.2f} counted); each plain row {exposures:.0f} times",
         f"* {'fine-tuning' if shape else 'pretraining'}: {size.pretrain_steps:,} steps of {padded:,.0f} padded tokens, {flop / 1e15:.1f} PFLOP and "
         f"{1e3 * step:.0f} ms a step for each model",
-        f"* memory of one pretraining: {training / 2**30:.1f} GiB (weights, gradients, two moments, a checkpoint's copy, 34 "
+        f"* memory of one of them: {training / 2**30:.1f} GiB ({held}, 34 "
         "activations of [tokens, D] a layer in fp32)",
         f"* unlearning: {size.unlearn_steps} steps of {batch:.0f} queries, {1e3 * unlearning:.0f} ms each; duet_deep first asks "
         f"for {deep:.0f} s; one model is examined in {examine:.0f} s (suite {suite:.0f}, attacks {attacks:.0f})",

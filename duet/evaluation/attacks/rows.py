@@ -163,13 +163,12 @@ def of_the_same_form(pool: Sequence[AttackRow], rows: Sequence[AttackRow]) -> li
     Rows about a subject of `rows` are left out, and those that say a value, or have an answer, that must not come back.
     """
     forms, subjects = {row.form() for row in rows}, {row.subject for row in rows} - {None}
-    alike = [
-        each
-        for each in pool
-        if each.subject not in subjects
-        and max((len(each.form() & f) / len(each.form() | f) for f in forms), default=0.0) >= SAME_FORM
-    ]
-    return [each for each in alike if not any(_tells(each, row) for row in rows)]
+
+    def alike(form: frozenset[tuple[str, str]]) -> bool:
+        return any(len(form & other) >= SAME_FORM * len(form | other) for other in forms)
+
+    asked = [each for each in pool if each.subject not in subjects and alike(each.form())]
+    return [each for each in asked if not any(_tells(each, row) for row in rows)]
 
 
 def _tells(example: AttackRow, row: AttackRow) -> bool:
