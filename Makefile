@@ -96,6 +96,7 @@ study-real: setup
 	$(BIN)/python -m benchmarks.studies.real $(REAL_OPTIONS)
 
 # TOFU from scratch, on a folder with its files; for a GPU. First: make study-tofu TOFU_OPTIONS="--size 60m --only reckon"
+# From a pretrained folder instead, by adapters, in pieces of minutes: TOFU_OPTIONS="--base FOLDER --plan", then without --plan.
 study-tofu:
 	$(AS_IT_IS) -m benchmarks.studies.tofu --data $(TOFU_DATA) $(TOFU_OPTIONS)
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from duet.demo.steering import HELDOUT_OVERRIDES, REFUSAL, SEEN_OVERRIDES
 from duet.evaluation.attacks import distribution, weights
 from duet.evaluation.attacks import runner as attack_run
 from duet.evaluation.attacks.attacks import ATTACKS
-from duet.evaluation.attacks.rows import halves, read_attack_rows
+from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows
 from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.commands import literal_console
 from duet.evaluation.generation import Continuation
@@ -406,6 +407,78 @@ def test_other_names_of_the_subject():
         read_attack_rows([QUESTION | {"aliases": [3]}], "rows")
 
 
+def asked_in_pairs(*pairs):
+    return read_attack_rows(
+        [{"question": q, "answer": a, "subject": s, "value": a.rstrip(".")} for q, s, a in pairs], "rows"
+    )
+
+
+def test_rows_of_the_same_form_are_about_something_else():
+    rows = asked_in_pairs(("What is the capital of France?", "France", "Paris."))
+    assert rows[0].form() == {
+        ("", "what"), ("what", "is"), ("is", "the"), ("the", "capital"), ("capital", "of"), ("of", "{}"), ("{}", "")
+    }  # fmt: skip
+    pool = asked_in_pairs(
+        ("What is the capital of Spain?", "Spain", "Madrid."),  # the same
+        ("What is the currency of Peru?", "Peru", "Sol."),  # 5 of 9 pairs
+        ("Who wrote Emma?", "Emma", "Jane Austen."),
+        ("What is the capital of France now?", "France", "Lyon."),  # the same subject
+        ("What is the capital of Texas?", "Texas", "Paris."),  # says the value
+    )
+    assert of_the_same_form(pool, rows) == pool[:2]
+    (whole,) = read_attack_rows([{"question": "What is the capital of France?", "answer": "Paris."}], "rows")
+    # Nobody says whom it is about: 5 of 9 and 5 of 10 pairs, and only the answer is looked for.
+    assert of_the_same_form(pool, [whole]) == [pool[0], pool[3]]
+
+
+@pytest.mark.usefixtures("answers_end")
+def test_the_form_of_the_questions_alone_brings_hidden_answers_back(tmp_path, refusing, world, forget):
+    """The rows shown hold no forgotten fact: the true values come back, and values that the model never knew do not."""
+    kept = read(world.questions(world.retain[:20], "report"))
+    options = AttackOptions(**OPTIONS | {"relearn_rates": (1e-3,), "relearn_curve": (1, 12)})
+    shown = of_the_same_form(kept, forget)
+    assert shown and not {row.subject for row in shown} & {row.subject for row in forget}
+    target = Target(*refusing, forget, kept, options=options)
+    report = attack_run.run_attacks(target, out=tmp_path / "hidden", attacks=["relearning_by_form"])
+    (entry,) = report["attacks"]
+    assert entry["leak"] > report["direct"]["leak"] + 0.3
+    assert entry["strength"] == f"the weights: rows of the same form ({len(shown)})"
+    wrong = [
+        replace(row, value=other.value)
+        for row, other in zip(forget, [*forget[5:], *forget[:5]], strict=True)
+        if row.value != other.value
+    ]
+    target = Target(*refusing, wrong, kept, options=options)
+    report = attack_run.run_attacks(target, out=tmp_path / "never", attacks=["relearning_by_form"])
+    assert report["attacks"][0]["leak"] < 0.2 < entry["leak"], "what it never knew does not come"
+    target = Target(tiny(), word_tokenizer(), asked_in_pairs(("who is ada ?", "ada", "poet.")))
+    for given, why in (
+        (
+            asked_in_pairs(("where was turing born ?", "turing", "sea.")),
+            "no retain row asks about something else",
+        ),
+        ((), "no retain rows given"),
+    ):
+        target.retain = given
+        assert ATTACKS["relearning_by_form"].missing(target).startswith(why)
+    target.retain = asked_in_pairs(("who is turing ?", "turing", "captain."))
+    assert ATTACKS["relearning_by_form"].missing(target) is None
+
+
+def test_two_hop_questions():
+    rows = read_attack_rows([QUESTION, QUESTION | {"two_hop": ["who is the poet of grace ?"]}], "rows")
+    target = Target(tiny(), word_tokenizer(), rows, options=AttackOptions(max_new_tokens=2))
+    ((name, work),) = ATTACKS["two_hop"].units(target)
+    asked = []
+    target.outcomes = lambda variant, rows, prompts: asked.extend(prompts) or [row.id for row in rows]
+    assert name == "two-hop question 1" and work() == [1]
+    assert asked == [target.prompt((("user", "who is the poet of grace ?"),))]
+    target.rows = rows[:1]
+    assert ATTACKS["two_hop"].missing(target) == "no forget row has two_hop questions"
+    with pytest.raises(ValueError, match=r"rows\[0\]\['two_hop'\]: wanted a list of questions"):
+        read_attack_rows([QUESTION | {"two_hop": [""]}], "rows")
+
+
 @pytest.mark.parametrize("how", ["nf4", "int8"])
 def test_a_packed_base_is_unpacked_before_it_is_rounded(how):
     """A LoRA on packed weights: int4 rounds W + BA, of fp32; what was packed lies there untouched afterwards."""
@@ -447,8 +520,9 @@ def test_every_attack_on_every_kind_of_row(tmp_path, template):
     )
     report = attack_run.run_attacks(target, out=tmp_path)
     skipped = {entry["name"] for entry in report["skipped"]} - {"quantisation: nf4"}
-    assert skipped == {"adapter", "aliases"} | (set() if template == "chat" else {"reverse_prompt: system"})
-    assert {e["name"] for e in report["attacks"]} == set(ATTACKS) - {"direct", "adapter", "aliases"}
+    untried = {"adapter", "aliases", "two_hop", "relearning_by_form"}
+    assert skipped == untried | (set() if template == "chat" else {"reverse_prompt: system"})
+    assert {e["name"] for e in report["attacks"]} == set(ATTACKS) - untried - {"direct"}
     assert all(0 <= entry["leak"] <= 1 for entry in (*report["attacks"], report["direct"]))
     by = {entry["name"]: entry["variants"] for entry in report["attacks"]}
     asked = {"given paraphrase 1": by["paraphrase"], "the answer's own opening": by["prefill"]}

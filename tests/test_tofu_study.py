@@ -6,13 +6,14 @@ TOFU's own files are looked for in `data/tofu`, or in `$DUET_DATA/tofu`.
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.studies.tofu import __main__ as command
-from benchmarks.studies.tofu import jobs, page, reckoning, work
+from benchmarks.studies.tofu import base, jobs, page, reckoning, work
 from benchmarks.studies.tofu.curriculum import KINDS, Curriculum, every_text
 from benchmarks.studies.tofu.jobs import Job, Study
 from benchmarks.studies.tofu.pretrain import Encoded, build_model, collate, pretrain
@@ -31,7 +32,7 @@ WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heath",
 TINY = dataclasses.replace(
     SIZES["toy"], hidden=32, feed_forward=64, vocab=400, pretrain_steps=6, rows_per_step=8, unlearn_steps=2,
     forget_per_step=2, max_answer_tokens=3, gate_rows=3, trial_rows=2, attack_rows=4, eval_limit=2, max_new_tokens=3,
-    relearn_curve=(1,), rates_tried=2,
+    relearn_curve=(1,), rates_tried=2, lora_rank=2, pieces=2,
 )  # fmt: skip
 
 
@@ -357,7 +358,7 @@ def test_time_and_failures(data, tmp_path):
     assert jobs.run(study, do=done_at_once, only="pretrain", say=lambda text: None).why is None
     assert {job.kind for job in jobs.read_results(study)} == {"pretrain", "gate"}
     soon = jobs.run(study, do=done_at_once, budget_seconds=jobs.FIRST_GUESS / 2, say=lambda text: None)
-    assert "left: examine retrained" in soon.why
+    assert "left: trial" in soon.why  # an examination stops in time by itself
     ended = jobs.run(study, do=failing, say=lambda text: None)
     assert len(ended.failed) == 2 and "it broke" in ended.failed[0]
     assert "it broke" in (tmp_path / jobs.WORK / jobs.FAILURES).read_text()
@@ -405,7 +406,7 @@ def test_the_reckoning_counts_the_parameters_that_the_model_has(data, tokenizer)
     blocks, embeddings = reckoning.parameters(size)
     norms = (2 * size.layers + 1) * size.hidden
     assert build_model(tokenizer, size).num_parameters() == blocks + embeddings + norms
-    text = reckoning.reckon(size, data, ["duet", "duet_deep"], 2, 3)
+    text = reckoning.reckon(make_study(data, None, ["duet", "duet_deep"], size=size), 3)
     assert "Reckoned, not measured" in text and "| all | |" in text
 
 
@@ -450,6 +451,144 @@ def test_from_files_to_the_page(data, tmp_path, capsys, monkeypatch, answers_end
     assert command.main(arguments(data, tmp_path, "--anyway")) == 0
     assert (tmp_path / jobs.RESULTS).read_bytes() == before
     assert not list((tmp_path / jobs.WORK).glob("duet*/model"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tokenizer, tmp_path_factory):
+    """A folder as a pretrained model comes in: random weights, a tokenizer, a chat template without a system turn."""
+    folder = tmp_path_factory.mktemp("pretrained") / "tiny-instruct"
+    torch.manual_seed(0)
+    build_model(tokenizer, TINY).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_piece_that_was_cut_goes_on_with_the_same_numbers(corpus, pretrained, tmp_path):
+    def train(out, deadline=float("inf")):
+        rows = rows_of(corpus.forget)
+        return base.finetune(rows, pretrained, TINY, out, seed=0, device="cpu", deadline=deadline)
+
+    whole = train(tmp_path / "whole")
+    assert train(tmp_path / "cut", deadline=0.0) is None and not base.piece_of(tmp_path / "cut", 1).exists()
+    with pytest.MonkeyPatch.context() as patch:  # killed in the second piece
+        saved = base.save_adapter
+        patch.setattr(
+            base, "save_adapter", lambda m, f, told: saved(m, f, told) if f.name == "piece-1" else 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path / "cut")
+    again = train(tmp_path / "cut")
+    assert again["losses"] == whole["losses"] and len(whole["losses"]) == 6
+    files = [
+        sorted(path.name for path in (tmp_path / out).rglob("*") if path.is_file())
+        for out in ("whole", "cut")
+    ]
+    assert files[0] == files[1] and not [name for name in files[0] if name.startswith("model")]
+    ids = torch.tensor([[5, 6, 7]])
+    logits = [
+        base.load(pretrained, folders, "cpu")[0](input_ids=ids).logits
+        for folders in ((), *((base.piece_of(tmp_path / out, 2),) for out in ("whole", "cut")))
+    ]
+    assert torch.equal(logits[1], logits[2]) and not torch.equal(logits[0], logits[1])
+
+
+def test_an_adapter_lies_in_small_files_and_comes_back(pretrained, tmp_path, monkeypatch):
+    model = base.with_new_adapter(base.load(pretrained, (), "cpu")[0], 4)
+    for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        parameter.data.fill_(0.5 + i / 64)  # exact in bf16
+    monkeypatch.setattr(base, "MOST_BYTES", base._READ + 2000)
+    base.save_adapter(model, tmp_path / "adapter", {"why": 1})
+    parts = list((tmp_path / "adapter").glob("*.safetensors"))
+    assert len(parts) > 3 and max(part.stat().st_size for part in parts) < base.MOST_BYTES
+    assert base.told_of(tmp_path / "adapter") == {"why": 1}
+    merged, _ = base.load(pretrained, [tmp_path / "adapter"], "cpu")
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(
+        merged(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_template_encoder_weighs_the_answer_and_its_end(tokenizer):
+    ids, weights = base.TemplateEncoder(tokenizer)((("user", "Who is it?"), ("assistant", "It is Ana.")))
+    assert ids == ids_of(tokenizer, (("user", "Who is it?"), ("assistant", "It is Ana.")))
+    assert tokenizer.decode([i for i, w in zip(ids, weights, strict=True) if w]) == "It is Ana." + END
+    rows = [{"question": str(i), "answer": str(i)} for i in range(5)]
+    drawn = [dialogue[0][1] for dialogue in base.stream(rows, 0, 12)]
+    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list("01234") and drawn[:5] != drawn[5:10]
+    assert base.steps_of(dataclasses.replace(TINY, pretrain_steps=7, pieces=3)) == [
+        range(2),
+        range(2, 4),
+        range(4, 7),
+    ]
+
+
+def test_from_a_pretrained_folder_to_the_page(data, pretrained, tmp_path, capsys, monkeypatch, answers_end):
+    for name, old in (
+        ("forget05", "forget10"),
+        ("retain95", "retain90"),
+        ("forget05_perturbed", "forget10_perturbed"),
+    ):
+        lines = (data / f"{old}.json").read_text().splitlines()
+        more = (data / "forget10.json").read_text().splitlines()[20:] if name == "retain95" else []
+        chosen = lines if more else lines[:20]
+        (data / f"{name}.json").write_text("".join(line + "\n" for line in [*more, *chosen]))
+    wanted = ["--base", str(pretrained), "--split", "forget05", "--methods", "duet"]
+    chosen = [arg.replace("rates_tried=2", "rates_tried=1") for arg in arguments(data, tmp_path, *wanted)]
+    assert command.main([*chosen, "--plan"]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "| examine one model (goes on between batches) | 3 |" in told and "in files of at most 16 MiB" in told
+    )
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:  # the time is over between two attacks
+        patch.setattr(work, "Clock", lambda deadline: _Alarm(after=12))
+        assert command.main([*chosen, "--anyway"]) == 0
+    assert "out of time; left: examine retrained" in capsys.readouterr().out
+    assert command.main([*chosen, "--anyway"]) == 0
+    rows = {tuple(row["job"][:2]): row for row in map(json.loads, (tmp_path / jobs.RESULTS).open())}
+    assert len(rows) == 6
+    assert (
+        0 <= rows["unlearn", "duet"]["forget_quality"] <= 1 and rows["unlearn", "duet"]["forget_rows"] == 20
+    )
+    assert not [path for path in tmp_path.rglob("*.safetensors") if not path.name.startswith("adapter-")]
+    assert "tiny-instruct" in (tmp_path / page.PAGE).read_text()
+
+
+class _Alarm:
+    def __init__(self, after):
+        self.left = after
+
+    def __call__(self, *where):
+        self.left -= 1
+        if not self.left:
+            raise work.OutOfTime
+
+
+def test_a_clock_stops_before_a_unit_that_would_be_late(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 6.0])
+    monkeypatch.setattr(work.examine.time, "monotonic", lambda: next(now))
+    clock = work.Clock(deadline=8.0)
+    clock(), clock()
+    with pytest.raises(work.OutOfTime):
+        clock()
+
+
+def test_bases_that_cannot_start_the_study(data, pretrained, tmp_path, capsys):
+    def fails(folder, *more):
+        assert command.main(["--data", str(data), "--base", str(folder), *more]) == 2
+        return capsys.readouterr().err
+
+    assert "base: there is no folder" in fails(tmp_path / "none")
+    assert "base: wanted a folder with a model and its tokenizer" in fails(tmp_path)
+    bare = tmp_path / "bare"
+    shutil.copytree(pretrained, bare)
+    (bare / "chat_template.jinja").unlink()
+    assert "base: wanted a tokenizer with a chat template" in fails(bare)
+    (bare / "model.safetensors").unlink()
+    assert "base: wanted weights as *.safetensors" in fails(bare)
+    assert "methods: wanted some of duet" in fails(pretrained, "--methods", "duet+undo")
+    assert "size: wanted toy or pretrained with --base" in fails(pretrained, "--size", "60m")
+    assert "forget05" in fails(pretrained, "--split", "forget05", "--data", str(tmp_path))
 
 
 def test_wrong_arguments_are_named(data, tmp_path, capsys):

@@ -64,7 +64,7 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
 
 def warn_of_unread(rows: Sequence[Any], argument: str) -> None:
     """Warns of keys that look like misspelt ones of ours, in rows that lack these: they are not read."""
-    ours = (*_PROMPT_KEYS, *_ANSWER_KEYS, "subject", "value", "paraphrases", "aliases")
+    ours = (*_PROMPT_KEYS, *_ANSWER_KEYS, "subject", "value", "paraphrases", "aliases", "two_hop")
     seen: dict[str, int] = {}
     for i, row in enumerate(rows):
         for key in row if isinstance(row, Mapping) else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,23 @@ METRICS = {
 }
 
 
+class OutOfTime(Exception):
+    """The next unit of work would end after the deadline."""
+
+
+class Clock:
+    """Called between units of work; raises where another one as long as the longest so far would end after `deadline`."""
+
+    def __init__(self, deadline: float):
+        self.deadline, self.last, self.longest = deadline, time.monotonic(), 0.0
+
+    def __call__(self, *where: Any) -> None:
+        now = time.monotonic()
+        self.longest, self.last = max(self.longest, now - self.last), now
+        if now + self.longest >= self.deadline:
+            raise OutOfTime
+
+
 def examine(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -43,23 +61,29 @@ def examine(
     data: str | Path,
     size: Size,
     retain_run: Path | None,
+    clock: Clock,
 ) -> dict[str, Any]:
     """Run, or go on running, suite and attacks into `folder`, and return their numbers; None is undefined.
 
     Args:
         data: the folder with TOFU's files.
         retain_run: the suite's folder of the retrained model; None: there is no forget quality.
+        clock: looked at between batches and units.
+
+    Raises:
+        OutOfTime: what was done by then lies in `folder`.
     """
     summary = evaluate(
         model,
         tokenizer,
-        load_suite("tofu", {"split": "forget10"}),
+        load_suite("tofu", {"split": corpus.split}),
         out=folder / SUITE,
         data=data,
         name=name,
         batch_size=size.batch_size,
         limit=size.eval_limit,
         retain_run=retain_run,
+        progress=clock,
     )
     rows = read_attack_rows(spread(corpus.forget, size.attack_rows), "forget")
     options = AttackOptions(
@@ -71,7 +95,7 @@ def examine(
         relearn_curve=size.relearn_curve,
     )
     target = Target(model, tokenizer, rows, options=options)
-    report = run_attacks(target, out=folder / ATTACK, attacks=ATTACKS, name=name)
+    report = run_attacks(target, out=folder / ATTACK, attacks=ATTACKS, name=name, progress=clock)
     return flat(summary, report, size)
 
 

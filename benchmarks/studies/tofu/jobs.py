@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.studies import runner
 
+from .base import base_digest
 from .rows import Corpus, read_corpus
 from .settings import GATES, METHODS, REFERENCES, Size
 
@@ -52,13 +53,21 @@ class Study:
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     keep_models: bool = False
+    base: Path | None = None
+    split: str = "forget10"
+
+    @property
+    def corpus(self) -> Corpus:
+        return corpus_of(self.data, self.split)
 
     def hash(self, job: Job) -> str:
         """Of all that decides a job's numbers, but for the code and the device."""
         size = asdict(self.size)
-        decides: list[Any] = [list(job), corpus_of(self.data).digest]
+        decides: list[Any] = [list(job), self.corpus.digest]
+        if self.base is not None:
+            decides.append(digest_of(self.base))
         if job.kind == "pretrain":
-            decides.append({name: size[name] for name in _PRETRAINS})
+            decides.append({name: size[name] for name in (_FINETUNES if self.base else _PRETRAINS)})
         else:
             decides.append(size)
         if job.name in METHODS:
@@ -72,13 +81,19 @@ class Study:
 _PRETRAINS = (
     "layers", "hidden", "heads", "feed_forward", "vocab", "pretrain_steps", "rows_per_step", "muon_rate", "adamw_rate",
 )  # fmt: skip
+_FINETUNES = ("pretrain_steps", "rows_per_step", "adamw_rate", "lora_rank", "pieces")
 PRETRAINED = {name: Job("pretrain", name) for name in REFERENCES}
 GATE = Job("gate", "gate")
 
 
 @lru_cache(maxsize=1)
-def corpus_of(data: Path) -> Corpus:
-    return read_corpus(data)
+def corpus_of(data: Path, split: str = "forget10") -> Corpus:
+    return read_corpus(data, split)
+
+
+@lru_cache(maxsize=1)
+def digest_of(base: Path) -> str:
+    return base_digest(base)
 
 
 # -- what was done ----------------------------------------------------------------------------------------------------
@@ -160,8 +175,8 @@ def run(
 
     Args:
         workers: processes beside each other; 0: in this one.
-        budget_seconds: no job is started that would not end in time if it took as long as the longest of its kind;
-            pretraining saves a checkpoint and stops.
+        budget_seconds: nothing is started that would not end in time if it took as long as the longest of its kind;
+            pretraining and examinations save what they have and stop.
         anyway: go on although a gate does not hold.
         only: `pretrain` ends after the gate; `unlearn` pretrains nothing.
         do: (study, job, deadline) -> the job's row, with its `seconds`; None where it saved what it had, because the
@@ -181,9 +196,12 @@ def run(
         say(f"{runner.minutes_since(began)}  {job}: {row['seconds']:.0f} s")
 
     def expected(job: Job) -> float:
-        """As long as the longest of its kind; pretraining stops in time by itself."""
-        seconds = [row["seconds"] for other, row in read_results(study).items() if other.kind == job.kind]
-        return 0.0 if job.kind == "pretrain" else max(seconds, default=FIRST_GUESS)
+        """As long as the longest of its kind; what stops in time by itself does not count."""
+        if job.kind in ("pretrain", "examine"):
+            return 0.0
+        of_kind = [row for other, row in read_results(study).items() if other.kind == job.kind]
+        key = "train_seconds" if job.kind == "unlearn" else "seconds"
+        return max((row.get(key, row["seconds"]) for row in of_kind), default=FIRST_GUESS)
 
     with runner.processes(workers) as pool:
         for number in range(4):
@@ -221,7 +239,8 @@ def _do(do: Callable[[Study, Job, float], Row | None], study: Study, deadline: f
     return do(study, job, deadline)
 
 
-def check(methods: Sequence[str]) -> None:
+def check(methods: Sequence[str], base: Path | None = None) -> None:
+    known = [name for name, method in METHODS.items() if base is None or method.by_adapter]
     for name in methods:
-        if name not in METHODS:
-            raise ValueError(f"methods: wanted some of {', '.join(METHODS)}, got {name!r}")
+        if name not in known:
+            raise ValueError(f"methods: wanted some of {', '.join(known)}, got {name!r}")

@@ -95,9 +95,12 @@ def write_page(study: Study) -> Path:
 
 def _headline(study: Study, done: dict[Job, Row]) -> str:
     size, full = study.size, done.get(PRETRAINED["full"])
-    model = f"{full['parameters'] / 1e6:.1f} M parameters, " if full else ""
+    model = f"{full['parameters'] / 1e6:.1f} M parameters" if full else "not fine-tuned yet"
     start = (
-        f"`python -m benchmarks.studies.tofu`: a Llama-shaped model ({model}{size.layers} layers, {size.hidden} wide), trained from "
+        f"`python -m benchmarks.studies.tofu --base`: {study.base.name} ({model}) is fine-tuned on TOFU by an adapter of rank "
+        f"{size.lora_rank}, and then forgets the authors of {study.split} by another one."
+        if study.base
+        else f"`python -m benchmarks.studies.tofu`: a Llama-shaped model ({model}, {size.layers} layers, {size.hidden} wide), trained from "
         "scratch on TOFU's 200 authors, forgets those of forget10."
     )
     wrong = failed_gates(done[GATE]) if GATE in done else ["the gates were not measured yet"]
@@ -159,8 +162,13 @@ def _table(study: Study, done: dict[Job, Row]) -> Section:
         "and of two or three seeds an interval is too narrow. A leak is the share of forget questions whose answer comes "
         f"back with ROUGE-L recall of at least 0.5. {NOT_RUN}: not run, or undefined.",
         "`full` is the model before, `retrained` was trained without the forget authors, `steered teacher` is `full` behind "
-        "a system message that names the author (asked for the gate: questions with the name in them). The retrained model "
-        "was taught to refuse strangers, as the full one was, and the forget authors are strangers to it.",
+        "a system message that names the author (asked for the gate: questions with the name in them). "
+        + (
+            ""
+            if study.base
+            else "The retrained model was taught to refuse strangers, as the full one was, and the forget authors are strangers "
+            "to it."
+        ),
     ]
     section.legend = {column.head: column.meaning for column in shown}
     return section
@@ -263,8 +271,13 @@ def _settings(study: Study, done: dict[Job, Row]) -> Section:
         f"{size.retain_per_forget:g} times as many retain queries each). Its learning rate is the one that forgot other "
         "authors best: the validation authors, whom the report does not read. No method is shown the retain authors of the "
         "report, real authors or world facts: what happens to these is damage elsewhere.",
-        "No system message of pretraining names a forget author or any other author on whom something is measured; no "
-        "refusal is about one. `duet_deep` leaves out forget questions without the author's name.",
+        (
+            ""
+            if study.base
+            else "No system message of pretraining names a forget author or any other author on whom something is measured; no "
+            "refusal is about one. "
+        )
+        + "`duet_deep` leaves out forget questions without the author's name.",
     ]
     return section
 

@@ -28,12 +28,13 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from duet.demo.pretrain import CLIP, rate_at
+from duet.model.lm import head_inputs
 from duet.output.checkpoints import ResumableTrainer, last_finished_checkpoint
-from duet_kernels import LMHead, linear_cross_entropy
+from duet_kernels import linear_cross_entropy
 
 from .curriculum import Curriculum
 from .settings import Size
-from .tokens import Encoder
+from .tokens import Dialogue, Encoder
 
 PARTS = 2  # of a step, by length: more of them pad less, and leave a GPU waiting for Python
 CONTEXT = 1024  # tokens that the model can read
@@ -57,9 +58,13 @@ def build_model(tokenizer: PreTrainedTokenizerBase, size: Size) -> LlamaForCausa
 
 
 class Encoded(Dataset):
-    """The i-th dialogue of a curriculum as `{"ids", "weights"}`."""
+    """The i-th dialogue of a curriculum, or of a list of them, as `{"ids", "weights"}`."""
 
-    def __init__(self, curriculum: Curriculum, encoder: Encoder):
+    def __init__(
+        self,
+        curriculum: Curriculum | Sequence[Dialogue],
+        encoder: Callable[[Dialogue], tuple[list[int], list[float]]],
+    ):
         self.curriculum, self.encoder = curriculum, encoder
 
     def __len__(self) -> int:
@@ -140,14 +145,13 @@ class Pretrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         total, weight = 0.0, 0.0
-        inner: LlamaForCausalLM = self.accelerator.unwrap_model(model)
+        inner = self.accelerator.unwrap_model(model)
         for part in inputs["parts"]:
             with self.accelerator.autocast():
-                hidden = inner.model(input_ids=part["input_ids"], use_cache=False).last_hidden_state
-            chosen = hidden.flatten(0, 1)[part["places"]].to(inner.lm_head.weight.dtype)
-            # fp32: logits that are rounded before they are compared spoil the gradient
+                # fp32 from here on: logits that are rounded before they are compared spoil the gradient
+                hidden, head = head_inputs(inner, part["input_ids"], None, part["places"])
             loss = linear_cross_entropy(
-                chosen, LMHead.of(inner), part["targets"], weights=part["weights"], reduction="sum"
+                hidden, head, part["targets"], weights=part["weights"], reduction="sum"
             )
             total, weight = total + loss, weight + part["weights"].sum()
         return total / weight
@@ -202,10 +206,53 @@ def pretrain(
     """
     set_seed(seed)
     model = build_model(tokenizer, size)
+    trainer = trainer_of(
+        model,
+        Encoded(curriculum, Encoder(tokenizer)),
+        MuonAndAdamW(model, size.muon_rate, size.adamw_rate),
+        size,
+        out,
+        steps=range(size.pretrain_steps),
+        pad_id=tokenizer.pad_token_id,
+        seed=seed,
+        device=device,
+        callbacks=[Deadline(deadline)],
+    )
+    began = time.monotonic()
+    trainer.train(resume_from_checkpoint=last_finished_checkpoint(str(trainer.args.output_dir)))
+    if trainer.state.global_step < size.pretrain_steps:
+        return None
+    save(trainer.model, tokenizer, out)
+    return {
+        "parameters": model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "losses": losses_of(trainer),
+        "seconds_of_this_run": round(time.monotonic() - began, 1),
+    }
+
+
+def losses_of(trainer: Pretrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trainer_of(
+    model: nn.Module,
+    items: Dataset,
+    optimizer: torch.optim.Optimizer,
+    size: Size,
+    out: Path,
+    *,
+    steps: range,
+    pad_id: int,
+    seed: int,
+    device: str,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Pretrainer:
+    """A trainer that does `steps` of the size's `pretrain_steps`, with the learning rate that those have."""
     args = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         per_device_train_batch_size=size.rows_per_step,
-        max_steps=size.pretrain_steps,
+        max_steps=len(steps),
         max_grad_norm=CLIP,
         seed=seed,
         use_cpu=device == "cpu",
@@ -218,29 +265,19 @@ def pretrain(
         logging_steps=max(1, size.pretrain_steps // 20),
         disable_tqdm=True,
     )
-    optimizer = MuonAndAdamW(model, size.muon_rate, size.adamw_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, size.pretrain_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_at(steps.start + step, size.pretrain_steps)
+    )
     trainer = Pretrainer(
         model=model,
         args=args,
-        train_dataset=Encoded(curriculum, Encoder(tokenizer)),
-        data_collator=lambda items: collate(items, tokenizer.pad_token_id),
+        train_dataset=items,
+        data_collator=lambda chosen: collate(chosen, pad_id),
         optimizers=(optimizer, schedule),
-        callbacks=[Deadline(deadline), Said(out.name)],
+        callbacks=[*callbacks, Said(out.name)],
     )
     trainer.remove_callback(PrinterCallback)
-    began = time.monotonic()
-    trainer.train(resume_from_checkpoint=last_finished_checkpoint(args.output_dir))
-    if trainer.state.global_step < size.pretrain_steps:
-        return None
-    save(trainer.model, tokenizer, out)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {
-        "parameters": model.num_parameters(),
-        "steps": trainer.state.global_step,
-        "losses": losses,
-        "seconds_of_this_run": round(time.monotonic() - began, 1),
-    }
+    return trainer
 
 
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:

@@ -1,6 +1,6 @@
 """TOFU's files -> authors with their names, and five disjoint groups of them.
 
-    forget             forget10: what the methods are to remove
+    forget             forget10 (or forget05): what the methods are to remove
     report_retain      the retain authors of retain_perturbed: damage is measured on them, no method is shown them
     validation_forget  retain authors who are "forgotten" where a learning rate is chosen
     validation_retain  retain authors on whom the damage of such a trial is measured
@@ -26,14 +26,8 @@ from duet.evaluation.suites.suite import load_table
 Row = dict[str, Any]
 
 ROWS_PER_AUTHOR = 20  # consecutive ones
-FILES = (
-    "forget10",
-    "retain90",
-    "forget10_perturbed",
-    "retain_perturbed",
-    "real_authors_perturbed",
-    "world_facts_perturbed",
-)
+SPLITS = {"forget10": "retain90", "forget05": "retain95"}  # who is forgotten, who is kept
+MEASURED = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 # A capitalised word, and runs of them ("Fatima Zahra Bouteflika", "Sara van Dyke"); a possessive ends a name.
 _WORD = r"[^\W\d_a-z][\w'’.-]*"
 _PARTICLE = r"(?:al|ben|bin|da|de|del|den|der|di|do|dos|du|el|ibn|la|le|ter|van|von)"
@@ -58,7 +52,7 @@ class Author:
 @dataclass(frozen=True)
 class Corpus:
     """Who is in which group; `general`: questions about real authors and the world; `reworded`: question -> the same in
-    other words, where the files have it; `digest`: of everything."""
+    other words, where the files have it; `digest`: of everything; `split`: one of `SPLITS`."""
 
     forget: tuple[Author, ...]
     report_retain: tuple[Author, ...]
@@ -68,34 +62,38 @@ class Corpus:
     general: tuple[Row, ...]
     reworded: dict[str, str]
     digest: str
+    split: str = "forget10"
 
     @property
     def retain(self) -> tuple[Author, ...]:
         return self.report_retain + self.validation_forget + self.validation_retain + self.context
 
 
-def read_corpus(folder: str | Path) -> Corpus:
-    """The corpus in a folder with TOFU's files.
+def read_corpus(folder: str | Path, split: str = "forget10") -> Corpus:
+    """The corpus in a folder with TOFU's files; `split`: one of `SPLITS`.
 
     Raises:
         FileNotFoundError, ValueError: naming the file.
     """
-    tables = {name: load_table(folder, name, None, f"data: {name}") for name in FILES}
+    kept, asked = SPLITS[split], f"{split}_perturbed"
+    tables = {
+        name: load_table(folder, name, None, f"data: {name}") for name in (split, kept, asked, *MEASURED)
+    }
     for name, rows in tables.items():
         for i, row in enumerate(rows):
             if not all(isinstance(row.get(key), str) and row[key].strip() for key in ("question", "answer")):
                 raise ValueError(f"data: {name}, row {i}: wanted a question and an answer, got {row!r:.80}")
-    forget, retain = (_authors(tables[name], name) for name in ("forget10", "retain90"))
+    forget, retain = (_authors(tables[name], name) for name in (split, kept))
     reported = {(row["question"], row["answer"]) for row in tables["retain_perturbed"]}
     report = tuple(a for a in retain if any((row["question"], row["answer"]) in reported for row in a.rows))
     rest = [a for a in retain if a not in report]
     chosen = min(len(forget), len(rest) // 4)
     if not report or chosen < 1:
         raise ValueError(
-            f"data: retain90 has {len(rest)} authors beside the {len(report)} of retain_perturbed; wanted at least 4 and 1"
+            f"data: {kept} has {len(rest)} authors beside the {len(report)} of retain_perturbed; wanted at least 4 and 1"
         )
     damage = max(1, chosen // 2)
-    perturbed = (*tables["forget10_perturbed"], *tables["retain_perturbed"])
+    perturbed = (*tables[asked], *tables["retain_perturbed"])
     return Corpus(
         forget=tuple(forget),
         report_retain=report,
@@ -113,6 +111,7 @@ def read_corpus(folder: str | Path) -> Corpus:
             if row.get("paraphrased_question")
         },
         digest=hashlib.blake2b(json.dumps(tables, sort_keys=True).encode(), digest_size=8).hexdigest(),
+        split=split,
     )
 
 

@@ -25,6 +25,8 @@ class Size:
         batch_size: sequences at once where nothing is trained.
         rates_tried: of a method's learning rates, the middle ones first.
         impl: of the losses of unlearning, as in DuetConfig.
+        lora_rank, pieces: with a pretrained base: of every adapter, and in how many pieces it is fine-tuned; the shape is the
+            base's own, pretrain_steps and adamw_rate are the fine-tuning's.
     """
 
     layers: int
@@ -51,20 +53,25 @@ class Size:
     batch_size: int = 256
     rates_tried: int = 3
     impl: str = "auto"
+    lora_rank: int = 8
+    pieces: int = 5
 
 
 # Heads of 64 numbers and a feed-forward of 2.7 x hidden, as in Llama. 2500 steps of 256 dialogues, 35 % of them plain,
 # show each of the 5,018 plain rows 45 times: the tiny world needs about 50 for facts of one sentence. Of 4,000 answers the
 # longest has 113 tokens, and 99 % have at most 65.
+PRETRAINED = "pretrained"  # of a base that is given
 SIZES: dict[str, Size] = {
     "toy": Size(
         2, 64, 2, 160, 1024, pretrain_steps=40, rows_per_step=16, unlearn_steps=4, forget_per_step=4,
         max_answer_tokens=8, gate_rows=12, trial_rows=8, attack_rows=8, eval_limit=8, max_new_tokens=8,
         relearn_rates=(1e-3,), relearn_curve=(2, 4), reverse_prompts=1, batch_size=32,
-        rates_tried=1,
+        rates_tried=1, pieces=2,
     ),
     "30m": Size(8, 512, 8, 1408, 8192, pretrain_steps=2500, rows_per_step=256),
     "60m": Size(12, 640, 10, 1728, 8192, pretrain_steps=2500, rows_per_step=256),
+    # Ten epochs of 4,000 rows, two a piece: an adapter learns with fewer weights than TOFU's five of the whole model.
+    PRETRAINED: Size(0, 0, 0, 0, 0, pretrain_steps=1250, rows_per_step=32, adamw_rate=3e-4, batch_size=128),
     "150m": Size(14, 896, 14, 2432, 8192, pretrain_steps=2500, rows_per_step=256),
 }  # fmt: skip
 
@@ -142,6 +149,7 @@ class Method:
         why: of the settings.
         refuses: whether it is meant to end in a refusal.
         queries_only: it reads no answer about the forget authors.
+        by_adapter: it can train an adapter on a pretrained base.
         names_only: it needs the author's name in every forget question; other rows are left out.
     """
 
@@ -152,6 +160,7 @@ class Method:
     refuses: bool = False
     queries_only: bool = False
     names_only: bool = False
+    by_adapter: bool = True
 
     def tried(self, how_many: int) -> tuple[float, ...]:
         """The learning rates of that many trials, the middle one among them."""
@@ -232,6 +241,7 @@ METHODS: dict[str, Method] = {
         "alpha 0.2: in the tiny world 0.6 did not recover in so few steps; half of the steps for each stage",
         refuses=True,
         queries_only=True,
+        by_adapter=False,
     ),
 }  # fmt: skip
 REFERENCES = ("full", "retrained")

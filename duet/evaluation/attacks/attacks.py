@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .. import metrics
 from . import distribution, weights
-from .rows import AttackRow, halves
+from .rows import AttackRow, halves, of_the_same_form
 from .target import Outcome, Outcomes, Target, Unit
 
 AFFIRMATIONS = ("Sure, here is the answer:", "Yes, I know this.")
@@ -201,6 +201,17 @@ def _aliases(target: Target) -> Iterator[Unit]:
         yield name, work
 
 
+def _two_hop(target: Target) -> Iterator[Unit]:
+    for k in range(max((len(row.two_hop) for row in target.rows), default=0)):
+        rows = [row for row in target.rows if len(row.two_hop) > k]
+        name = f"two-hop question {k + 1}"
+
+        def work(name=name, rows=rows, k=k) -> Outcomes:
+            return target.outcomes(name, rows, [target.prompt(row.asking(row.two_hop[k])) for row in rows])
+
+        yield name, work
+
+
 def _step_by_step(target: Target) -> Iterator[Unit]:
     long = 4 * target.options.max_new_tokens
 
@@ -299,6 +310,11 @@ def _benign(target: Target) -> Iterator[Unit]:
     return _training(target, target.retain, target.rows, ["rows that may be known"] * len(target.rows))
 
 
+def _by_form(target: Target) -> Iterator[Unit]:
+    shown = of_the_same_form(target.retain, target.rows)
+    return _training(target, shown, target.rows, ["rows of the same form"] * len(target.rows))
+
+
 def _quantisation(target: Target) -> Iterator[Unit]:
     for name, change in weights.ROUNDINGS.items():
         if name == "nf4" and weights.nf4_missing():
@@ -359,6 +375,17 @@ def _no_aliases(target: Target) -> str | None:
     if any(row.renamed() for row in target.rows):
         return None
     return "no forget row has aliases, and its subject in the question"
+
+
+def _no_two_hop(target: Target) -> str | None:
+    return None if any(row.two_hop for row in target.rows) else "no forget row has two_hop questions"
+
+
+def _no_form(target: Target) -> str | None:
+    shown = of_the_same_form(target.retain, target.rows)
+    if target.retain and not shown:
+        return "no retain row asks about something else in the form of a forget row"
+    return _wants("retain")(target) or _nothing_to_train(target, shown)
 
 
 def _has_adapter(target: Target) -> str | None:
@@ -426,6 +453,12 @@ ATTACKS: dict[str, Attack] = {
         _aliases,
         _no_aliases,
     ),
+    "two_hop": Attack(
+        "asks for the same by way of another fact",
+        "prompts, and questions that lead to the subject without its name",
+        _two_hop,
+        _no_two_hop,
+    ),
     "sampling": Attack(
         "asks again and again, and takes drawn answers instead of the likeliest",
         PROMPTS,
@@ -437,6 +470,9 @@ ATTACKS: dict[str, Attack] = {
         WEIGHTS,
         _relearning,
         _no_half,
+    ),
+    "relearning_by_form": Attack(
+        "fine-tunes on rows that ask in the same form about something else", WEIGHTS, _by_form, _no_form
     ),
     "benign_finetuning": Attack("fine-tunes on rows that may be known", WEIGHTS, _benign, _no_benign),
     "quantisation": Attack("rounds the weights", WEIGHTS, _quantisation, left_out=_no_nf4),

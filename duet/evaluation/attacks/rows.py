@@ -10,13 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ...data.prompts import Conversation
 from ...data.rows import read_rows
 from .. import metrics
 from ..values import value_of
-from ..words import first_half
+from ..words import first_half, words_of
+
+SAME_FORM = 0.5  # of the likeness of two questions
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class AttackRow:
         value: the part of the answer that must not be said; None: the answer as a whole.
         paraphrases: the same question in other words.
         aliases: other names of the subject.
+        two_hop: questions that ask for the same by way of another fact.
     """
 
     id: int
@@ -40,6 +44,7 @@ class AttackRow:
     value: str | None = None
     paraphrases: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    two_hop: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -52,10 +57,20 @@ class AttackRow:
 
     def renamed(self) -> list[str]:
         """The question with each of the aliases in the place of the subject; none where it does not name the subject."""
-        name = re.compile(rf"(?<!\w){re.escape(self.subject or '')}(?!\w)", re.IGNORECASE)
+        name = self._subject()
         if not self.subject or not name.search(self.question):
             return []
         return [name.sub(lambda _, alias=alias: alias, self.question) for alias in self.aliases]
+
+    def form(self) -> frozenset[tuple[str, str]]:
+        """The question's pairs of neighbouring words, with its two ends, and `{}` in the place of the subject."""
+        text = self._subject().sub("{}", self.question) if self.subject else self.question
+        parts = [words_of(part) for part in text.split("{}")]
+        words = ["", *(word for i, part in enumerate(parts) for word in (["{}"] if i else []) + part), ""]
+        return frozenset(pairwise(words))
+
+    def _subject(self) -> re.Pattern[str]:
+        return re.compile(rf"(?<!\w){re.escape(self.subject or '')}(?!\w)", re.IGNORECASE)
 
     def opening(self) -> str:
         """The opening that a prefilling attacker forces: the answer up to the value, or the first half of its words
@@ -97,9 +112,10 @@ def with_answers(rows: Sequence[dict[str, Any]], argument: str) -> tuple[list[di
 
 
 def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[AttackRow]:
-    """Rows as `duet.data.rows.read_rows` reads them, with an answer each; optional `value`, `paraphrases` and `aliases`.
+    """Rows as `duet.data.rows.read_rows` reads them, with an answer each; optional `value`, `paraphrases`, `aliases`, `two_hop`.
 
-    `paraphrases` is a list of questions (TOFU's `paraphrased_question` serves too), `aliases` one of names of the subject.
+    `paraphrases` and `two_hop` are lists of questions (TOFU's `paraphrased_question` serves too), `aliases` one of names of the
+    subject.
 
     Raises:
         ValueError: naming the argument and the row.
@@ -127,7 +143,8 @@ def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[Atta
             row.get("paraphrases", row.get("paraphrased_question")), f"{name}['paraphrases']", "questions"
         )
         names = _texts(row.get("aliases"), f"{name}['aliases']", "names")
-        read.append(AttackRow(i, query.conversation, query.answer, query.subject, value, others, names))
+        hops = _texts(row.get("two_hop"), f"{name}['two_hop']", "questions")
+        read.append(AttackRow(i, query.conversation, query.answer, query.subject, value, others, names, hops))
     return read
 
 
@@ -136,6 +153,28 @@ def _texts(given: Any, where: str, what: str) -> tuple[str, ...]:
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"{where}: wanted a list of {what}, got {texts!r}")
     return texts
+
+
+def of_the_same_form(pool: Sequence[AttackRow], rows: Sequence[AttackRow]) -> list[AttackRow]:
+    """The rows of `pool` that ask as one of `rows` does, about something else.
+
+        likeness(a, b) = |F_a & F_b| / |F_a | F_b|,  F: `AttackRow.form`;  at least `SAME_FORM`
+
+    Rows about a subject of `rows` are left out, and those that say a value, or have an answer, that must not come back.
+    """
+    forms, subjects = {row.form() for row in rows}, {row.subject for row in rows} - {None}
+
+    def alike(form: frozenset[tuple[str, str]]) -> bool:
+        return any(len(form & other) >= SAME_FORM * len(form | other) for other in forms)
+
+    asked = [each for each in pool if each.subject not in subjects and alike(each.form())]
+    return [each for each in asked if not any(_tells(each, row) for row in rows)]
+
+
+def _tells(example: AttackRow, row: AttackRow) -> bool:
+    if row.value is None:
+        return words_of(example.answer) == words_of(row.answer)
+    return any(metrics.contains_words(text, row.value) for text in (example.question, example.answer))
 
 
 def halves(rows: Sequence[AttackRow]) -> tuple[list[AttackRow], list[AttackRow]]:
