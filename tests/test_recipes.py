@@ -409,7 +409,12 @@ def test_trl_async_trainer(beta, tmp_path, monkeypatch):
     ids = torch.randint(3, V, (480,))
     told = torch.rand(480, V).topk(9).indices
     told[:, 8] = torch.where((told[:, :8] == ids[:, None]).any(-1), -1, ids)
-    logp = (4 * torch.randn(480, V)).log_softmax(-1).gather(-1, told.clamp(min=0)).masked_fill(told < 0, -math.inf)
+    logp = (
+        (4 * torch.randn(480, V))
+        .log_softmax(-1)
+        .gather(-1, told.clamp(min=0))
+        .masked_fill(told < 0, -math.inf)
+    )
     logp = logp.sort(-1, descending=True).values
     row = {
         "attention_mask": torch.ones(480), "completion_mask": torch.rand(480) < 0.9, "input_ids": ids,
