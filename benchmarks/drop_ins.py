@@ -48,10 +48,10 @@ def recipe(name: str) -> dict[str, Any]:
     return names
 
 
-def problem(n: int, v: int, d: int, learns: bool = True) -> tuple[Tensor, nn.Parameter]:
-    """Hidden states and a head whose softmax has real mass on few ids."""
-    hidden, weight = torch.randn(n, d), torch.randn(v, d) * (3 / d**0.5)
-    return hidden.requires_grad_(learns), nn.Parameter(weight, learns)
+def problem(n: int, v: int, d: int) -> tuple[Tensor, nn.Parameter, Tensor]:
+    """Hidden states, a head with real mass on few ids, and the hidden states of a teacher near the student."""
+    hidden, weight = torch.randn(n, d), torch.randn(v, d) * (4 / d**0.5)
+    return hidden.requires_grad_(), nn.Parameter(weight), hidden.detach() + 0.3 * torch.randn(n, d)
 
 
 def async_pairs(n: int, v: int, d: int, k: int) -> list[Pair]:
@@ -59,8 +59,8 @@ def async_pairs(n: int, v: int, d: int, k: int) -> list[Pair]:
     from trl.experimental.async_distillation import async_distillation_trainer as trl
 
     lean = recipe("TRL: async distillation")["LeanAsyncDistillationTrainer"]
-    hidden, weight = problem(n, v, d)
-    told = linear_topk(*problem(n, v, d, learns=False), k)
+    hidden, weight, told_hidden = problem(n, v, d)
+    told = linear_topk(told_hidden, weight.detach(), k)
     logp = told.values - told.logsumexp.unsqueeze(-1)
     of_teacher = told.indices, logp, torch.ones_like(logp, dtype=torch.bool)
 
@@ -80,8 +80,8 @@ def async_pairs(n: int, v: int, d: int, k: int) -> list[Pair]:
 def gkd_pairs(n: int, v: int, d: int) -> list[Pair]:
     """`compute_loss` of `GKDTrainer` on models that are a table of hidden states and a head."""
     lean = recipe("TRL: GKD")["LeanGKDTrainer"]
-    hidden, weight = problem(n + 1, v, d)
-    student, teacher = Table(hidden, weight), Table(*problem(n + 1, v, d, learns=False))
+    hidden, weight, told_hidden = problem(n + 1, v, d)
+    student, teacher = Table(hidden, weight), Table(told_hidden, nn.Parameter(weight.detach(), False))
     options = {"beta": 0.5, "generalized_jsd_loss": lean.generalized_jsd_loss}
     trainer = SimpleNamespace(teacher_model=teacher, **options)
     ids = torch.zeros(1, n + 1, dtype=torch.long)
