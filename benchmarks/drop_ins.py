@@ -140,7 +140,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each way")
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
-    where, rows = environment("cpu") | {"trl": version("trl")}, []
+    where, rows = environment("cpu") | {"trl_version": version("trl")}, []
     for n, v, d, k in SHAPES:
         torch.manual_seed(0)
         for pair in [*async_pairs(n, v, d, k), *gkd_pairs(n, v, d)]:
@@ -178,7 +178,7 @@ def main() -> int:
 def table(rows: list[dict[str, Any]]) -> str:
     where = rows[0]
     lines = [
-        f"The recipes of [RECIPES.md](../../../RECIPES.md) and the losses of trl {where['trl']} that they replace: forward and "
+        f"The recipes of [RECIPES.md](../../../RECIPES.md) and the losses of trl {where['trl_version']} that they replace: forward and "
         f"backward, fp32, trainable head; {where['device']}, torch {where['torch']}, commit {where['commit']}; "
         "`python -m benchmarks.drop_ins`. "
         "Memory: what a call adds at its highest point, gradients included. The async rows compute what TRL logs, too "
