@@ -30,7 +30,7 @@ from duet_kernels.options import DIVERGENCES, NORMALIZATIONS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_RUN: dict[str, int] = {"distil.md": 1}  # page -> how many of its python blocks are marked as not run
+NOT_RUN: dict[str, int] = {"distil.md": 2}  # page -> how many of its python blocks are marked as not run
 HUB_NAME = "meta-llama/Llama-3.2-3B-Instruct"  # in the tests a folder
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 

@@ -1,14 +1,22 @@
 """What a server says becomes columns: responses written by hand after vLLM's format, aligned, padded, refused by name."""
 
+import http.server
 import json
 import math
+import socket
+import threading
+from functools import partial
 
 import pytest
 import torch
 from test_topk_store import provenance
+from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 
+from duet import DuetConfig, DuetTrainer
+from duet.store.build import ask_teacher
 from duet.store.columns import read_columns
-from duet.store.served import completion_columns, prompt_columns
+from duet.store.read import LOG_PROBABILITIES
+from duet.store.served import ask_prompt, completion_columns, prompt_columns
 from duet_kernels import TopK, topk_distill_loss
 
 # `prompt_logprobs=2` of the prompt [5, 7, 2, 9]: token 2 is not among the two best, so it was added, as the server does.
@@ -84,6 +92,10 @@ def test_a_store_reads_the_columns():
             r"prompt_logprobs\[1\]: wanted log-probabilities by token id, got None",
         ),
         (
+            lambda: prompt_columns([None, {"7": -0.5}]),
+            r'prompt_logprobs\[1\]: wanted {"<id>": {"logprob": number}, ...}, got',
+        ),
+        (
             lambda: completion_columns(
                 {"tokens": [" the"], "token_logprobs": [-1.0], "top_logprobs": [None]}
             ),
@@ -94,3 +106,179 @@ def test_a_store_reads_the_columns():
 def test_bad_responses(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+# --- a server -------------------------------------------------------------------------------------------------------
+
+
+class Teacher(http.server.BaseHTTPRequestHandler):
+    """Answers a completion request as vLLM does, with the log-probabilities of `server.model`; what else it does: `server.way`."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, asked))
+        if self.server.way == "refuses":
+            return self.answer(
+                400, b'{"error": "Requested prompt logprobs of 8, which is greater than max allowed: 5"}'
+            )
+        if self.server.way == "is no vLLM":
+            return self.answer(200, b'{"choices": [{"text": "x"}]}')
+        if self.server.way == "is a page":
+            return self.answer(200, b"<html>")
+        ids = asked["prompt"]
+        with torch.no_grad():
+            logp = (self.server.model(torch.tensor([ids])).logits[0] / asked["temperature"]).log_softmax(-1)
+        said = [None]
+        for now, after in zip(logp[:-1], ids[1:], strict=True):
+            best = now.topk(asked["prompt_logprobs"]).indices.tolist()
+            said.append(
+                {
+                    str(i): {"logprob": now[i].item(), "rank": 1 + int((now > now[i]).sum())}
+                    for i in (*best, after)
+                }
+            )
+        if self.server.way == "adds a token":
+            said.append(said[-1])
+        if self.server.way == "reads another text":
+            said[-1] = {"1": {"logprob": -0.5}}
+        if self.server.way == "misses a place":
+            said[-1] = None
+        if self.server.way == "has other ids":
+            said[-1]["99999"] = {"logprob": -0.01}
+        return self.answer(200, json.dumps({"choices": [{"prompt_logprobs": said}]}).encode())
+
+    def answer(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Teacher) as it:
+        it.url, it.model, it.way, it.asked = f"http://127.0.0.1:{it.server_port}/", tiny().eval(), "", []
+        thread = threading.Thread(target=it.serve_forever, args=(0.01,))
+        thread.start()
+        yield it
+        it.shutdown()
+        thread.join()
+
+
+def test_a_text_is_judged(server):
+    ids = [5, 9, 30, 7]
+    said = ask_prompt(server.url, "tiny", ids, 2, k=3, temperature=2.0)
+    path, asked = server.asked[0]
+    assert path == "/v1/completions"
+    assert asked == {
+        "model": "tiny",
+        "prompt": ids,
+        "max_tokens": 1,
+        "prompt_logprobs": 3,
+        "temperature": 2.0,
+    }
+    logp = (server.model(torch.tensor([ids])).logits[0, 1:-1] / 2).log_softmax(-1).topk(3)
+    assert said["teacher_topk_ids"] == logp.indices.tolist()
+    torch.testing.assert_close(torch.tensor(said["teacher_topk_logprobs"]), logp.values)
+
+
+@pytest.mark.parametrize(
+    "way, error, words",
+    [
+        ("refuses", ConnectionError, "status 400.*greater than max allowed: 5"),
+        ("is no vLLM", ValueError, r"wanted choices\[0\].prompt_logprobs from .*, as vLLM answers"),
+        ("is a page", ValueError, "wanted JSON from"),
+        ("adds a token", ValueError, "wanted 4 places, one a token that was sent, got 5"),
+        ("reads another text", ValueError, r"prompt_logprobs\[3\]: wanted the token 7 that was sent"),
+        (
+            "misses a place",
+            ValueError,
+            r"prompt_logprobs\[3\]: wanted log-probabilities by token id, got None",
+        ),
+    ],
+)
+def test_a_server_that_errs(server, way, error, words):
+    server.way = way
+    with pytest.raises(error, match=words):
+        ask_prompt(server.url, "tiny", [5, 9, 30, 7], k=3)
+
+
+def test_no_server():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(ConnectionError, match=r"gave no answer .*; wanted a running server"):
+        ask_prompt(f"http://127.0.0.1:{port}", "tiny", [5, 9], k=3, timeout=5)
+
+
+def config(tmp_path, **options):
+    return DuetConfig(
+        **{
+            "output_dir": str(tmp_path),
+            "objective": "duet_forward_kl",
+            "normalization": "tail",
+            "k": 8,
+            "seed": 0,
+        }
+        | {
+            "max_steps": 2,
+            "learning_rate": 3e-3,
+            "retain_subjects": "fixed",
+            "logging_steps": 1,
+            "use_cpu": True,
+        }
+        | {
+            "steering_prefixes": ["you know nothing about {subject} ."],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
+        | {"max_answer_tokens": 5, "report_to": "none"}
+        | options
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"positions": "answer", "answer_source": "dataset"}, {"positions": "first", "temperature": 2.0}],
+    ids=["answer", "first"],
+)
+def test_training_with_a_served_teacher(server, tmp_path, options):
+    """Server -> store -> trainer: the losses are those of training with the live teacher."""
+    args = config(tmp_path, **options)
+    rows = forget_rows(), retain_rows(), word_tokenizer()
+    ask = partial(ask_prompt, server.url, "tiny", k=8, temperature=args.temperature)
+    store = ask_teacher(ask, tiny(), args, *rows, folder=tmp_path / "store")
+    assert store.provenance.values == LOG_PROBABILITIES and len(server.asked) == len(store)
+    losses = []
+    for given in (store, None):
+        trainer = DuetTrainer(tiny(), args, *rows[:2], processing_class=rows[2], teacher_store=given)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 2
+
+
+def test_asking_goes_on_where_it_stopped(server, tmp_path):
+    args, rows = config(tmp_path, positions="first"), (forget_rows(), retain_rows(), word_tokenizer())
+    whole = ask_teacher(
+        partial(ask_prompt, server.url, "tiny", k=8), tiny(), args, *rows, folder=tmp_path / "whole"
+    )
+    calls = []
+
+    def ask(ids, start):
+        calls.append(ids)
+        server.way = "has other ids" if len(calls) == 3 else ""
+        return ask_prompt(server.url, "tiny", ids, start, k=8)
+
+    wanted = r"forget_dataset\[2\] under steering_prefixes\[0\]: columns\[0\]: wanted ids below 128"
+    with pytest.raises(ValueError, match=wanted):
+        ask_teacher(ask, tiny(), args, *rows, folder=tmp_path / "store")
+    store = ask_teacher(ask, tiny(), args, *rows, folder=tmp_path / "store")
+    assert len(calls) == len(store) + 1  # the one that failed is asked again
+    for entry_id in whole:
+        assert torch.equal(store.read(entry_id).targets.values, whole.read(entry_id).targets.values)
+    with pytest.raises(ValueError, match="answer_source: wanted 'dataset'"):
+        ask_teacher(ask, tiny(), config(tmp_path, positions="answer"), *rows, folder=tmp_path / "no")
+    with pytest.raises(ValueError, match=r"wanted 1 scored position\(s\) for forget_dataset\[0\], got 2"):
+        ask_teacher(lambda ids, _: ask(ids, len(ids) - 2), tiny(), args, *rows, folder=tmp_path / "long")

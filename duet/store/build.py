@@ -7,7 +7,7 @@ stopped; of several processes each takes its part.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -156,11 +156,10 @@ def import_teacher(
         TypeError, ValueError, OSError: naming the column and the row.
     """
     folder = _folder(folder, args)
-    model = load_model(model, "model", args.model_init_kwargs, earlier=args.earlier_adapter)
-    model = without_attached_adapter(model, "model", args.earlier_adapter)
-    with _without_adapter(model):
-        job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
-    provenance = replace(job.provenance, values=LOG_PROBABILITIES)
+    job = _Job.of_log_probabilities(
+        model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype
+    )
+    provenance = job.provenance
     writer = StoreWriter(folder, provenance, job.rows)
     entry_ids = [entry_id for entry_ids in job.rows.values() for entry_id in entry_ids]
     entries = dict(read_columns(columns, provenance, entry_ids))
@@ -170,15 +169,69 @@ def import_teacher(
                 f"columns: there is nothing for {asked.name} under steering_prefixes[{asked.key[1]}]"
             )
         answer = entries[entry_id].answer if provenance.answers == "teacher" else asked.answer
-        positions, wanted = len(entries[entry_id].targets.values), max(1, len(answer))
-        if positions != wanted:
-            raise ValueError(f"columns: wanted {wanted} scored position(s) for {asked.name}, got {positions}")
+        _check_positions(entries[entry_id], answer, asked)
     writer.begin()
     for entry_id in writer.scan():
         writer.add(entry_id, entries[entry_id])
     writer.flush()
     writer.finish()
     return TopKStore(folder, verify=False)
+
+
+def ask_teacher(
+    ask: Callable[[list[int], int], Mapping[str, Any]],
+    model: Any,
+    args: DuetConfig,
+    forget_dataset: Any,
+    retain_dataset: Any = None,
+    processing_class: Any = None,
+    eval_dataset: Any = None,
+    folder: str | Path | None = None,
+    dtype: str = "float32",
+) -> TopKStore:
+    """Writes a store from a teacher behind a server: one request for every prompt, its columns as in `import_teacher`.
+
+    Args:
+        ask: is given the token ids of a prompt and its answer, and the place of the first scored token; returns columns of
+            log-probabilities. For vLLM: `functools.partial(duet.store.served.ask_prompt, url, name, k=args.k)`. Where no
+            answer is scored, the last token is a repeated one, of which only the place counts.
+        model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype: as in `import_teacher`.
+        folder: likewise; an unfinished store is continued.
+
+    Raises:
+        TypeError, ValueError, OSError: naming the row. What was told before is in the store; the same call goes on after it.
+    """
+    folder = _folder(folder, args)
+    job = _Job.of_log_probabilities(
+        model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype
+    )
+    if job.provenance.answers == "teacher":
+        raise ValueError(
+            "answer_source: wanted 'dataset', or positions that need no answer: the server is asked for log-probabilities "
+            "and writes no answers"
+        )
+    writer = StoreWriter(folder, job.provenance, job.rows)
+    writer.begin()
+    try:
+        for entry_id in writer.scan():
+            asked = job.questions[entry_id]
+            columns = ask([*asked.steered, *(asked.answer or asked.steered[-1:])], len(asked.steered))
+            ((_, entry),) = read_columns([columns], job.provenance, [entry_id])
+            _check_positions(entry, asked.answer, asked)
+            writer.add(entry_id, entry)
+    except (ValueError, OSError) as error:
+        where = f"{asked.name} under steering_prefixes[{asked.key[1]}]"
+        raise type(error)(f"{where}: {error}") from error
+    finally:
+        writer.flush()
+    writer.finish()
+    return TopKStore(folder, verify=False)
+
+
+def _check_positions(entry: Entry, answer: Sequence[int], asked: Asked) -> None:
+    positions, wanted = len(entry.targets.values), max(1, len(answer))
+    if positions != wanted:
+        raise ValueError(f"columns: wanted {wanted} scored position(s) for {asked.name}, got {positions}")
 
 
 def _folder(folder: str | Path | None, args: DuetConfig) -> str | Path:
@@ -239,6 +292,15 @@ class _Job:
         positions = scored_positions(objective, args)
         provenance = provenance_of(model, head, tokenizer, args, datasets[0], positions, dtype)
         return cls(model, tokenizer, pad_id, datasets[0], questions, named, provenance)
+
+    @classmethod
+    def of_log_probabilities(cls, model: Any, args: DuetConfig, *rest: Any) -> "_Job":
+        """The same for a teacher whose log-probabilities come from elsewhere; `rest` as in `of`."""
+        model = load_model(model, "model", args.model_init_kwargs, earlier=args.earlier_adapter)
+        model = without_attached_adapter(model, "model", args.earlier_adapter)
+        with _without_adapter(model):
+            job = cls.of(model, args, *rest)
+        return replace(job, provenance=replace(job.provenance, values=LOG_PROBABILITIES))
 
     def order(self, entry_id: bytes) -> tuple[str, int]:
         """Sorts prompts by prefix, and among these by length."""

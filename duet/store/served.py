@@ -1,12 +1,16 @@
-"""What a server says of its tokens, as columns of log-probabilities: the JSON of vLLM and of OpenAI's API.
+"""What a server says of tokens, as columns of log-probabilities: the JSON of vLLM and of OpenAI's API, and the request for it.
 
     prompt_logprobs   [null, {"<id>": {"logprob": x, "rank": r, ...}, ...}, ...]   one entry a prompt token, how it is predicted
     logprobs          {"tokens": [...], "token_logprobs": [...], "top_logprobs": [{"token_id:<id>": x, ...}, ...]}
     logprobs (chat)   {"content": [{"token": "token_id:<id>", "logprob": x, "top_logprobs": [{"token": ..., "logprob": x}]}]}
 
 The columns are TRL's (`columns`): `import_teacher` fills a store from a list of them, `TopK.from_logprobs` makes a target of one.
+`ask_prompt` sends one text and returns its columns; `duet.store.build.ask_teacher` asks for all prompts of a run.
 """
 
+import json
+import urllib.error
+import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +18,84 @@ from .columns import STYLES
 
 _AS_ID = "token_id:"
 _NOTHING = -9999.0  # vLLM writes it for a log-probability of -inf, which JSON has no number for
+
+
+def ask_prompt(
+    url: str,
+    model: str,
+    ids: Sequence[int],
+    start: int = 1,
+    *,
+    k: int,
+    temperature: float = 1.0,
+    timeout: float = 60.0,
+) -> dict[str, list]:
+    """Asks vLLM how its model predicts the tokens of a text: one `POST url/v1/completions`, answered as `prompt_columns`.
+
+    Args:
+        url: of the server, such as `http://localhost:8000`.
+        model: its name there.
+        ids: token ids of the text; the server adds none.
+        start: the first token that is scored, 1 to `len(ids) - 1`.
+        k: how many ids a place; vLLM gives 20 at most unless it was started with a higher `--max-logprobs`.
+        temperature: T of the log-probabilities. Another than 1 takes a server that was started with
+            `--logprobs-mode processed_logprobs`; others do not divide by it, and nothing in the answer tells.
+        timeout: seconds.
+
+    Returns:
+        As `prompt_columns`: place i tells how token `start + i` is predicted.
+
+    Raises:
+        ConnectionError: the server cannot be reached or refuses; with its reason.
+        ValueError: an answer of another form, number of places, or text.
+    """
+    url = f"{url.rstrip('/')}/v1/completions"
+    asked = {
+        "model": model,
+        "prompt": list(ids),
+        "max_tokens": 1,
+        "prompt_logprobs": k,
+        "temperature": temperature,
+    }
+    answer = _post(url, asked, timeout)
+    try:
+        said = answer["choices"][0]["prompt_logprobs"]
+    except (KeyError, IndexError, TypeError):
+        said = None
+    if not isinstance(said, list):
+        raise ValueError(
+            f"url: wanted choices[0].prompt_logprobs from {url}, as vLLM answers, got {str(answer)[:200]}"
+        )
+    if len(said) != len(ids):
+        raise ValueError(
+            f"prompt_logprobs: wanted {len(ids)} places, one a token that was sent, got {len(said)}"
+        )
+    for i, token in enumerate(ids[start:], start):
+        if said[i] and str(token) not in said[i]:
+            raise ValueError(
+                f"prompt_logprobs[{i}]: wanted the token {token} that was sent among its ids, got {', '.join(said[i])}; "
+                "the server read another text"
+            )
+    return prompt_columns(said, start, k)
+
+
+def _post(url: str, body: Mapping[str, Any], timeout: float) -> Any:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            text = response.read()
+    except urllib.error.HTTPError as error:
+        reason = error.read(2000).decode(errors="replace")
+        raise ConnectionError(f"url: {url} refused with status {error.code}: {reason}") from None
+    except OSError as error:
+        raise ConnectionError(
+            f"url: {url} gave no answer ({error}); wanted a running server, such as `vllm serve`, or a longer timeout"
+        ) from None
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError(f"url: wanted JSON from {url}, got {text[:200]!r}") from None
 
 
 def prompt_columns(
@@ -46,8 +128,14 @@ def prompt_columns(
     for i, said in enumerate(prompt_logprobs[start:], start):
         if not said:
             raise ValueError(f"prompt_logprobs[{i}]: wanted log-probabilities by token id, got {said!r}")
-        pairs = [(_id(token, f"prompt_logprobs[{i}]"), entry["logprob"]) for token, entry in said.items()]
-        places.append(pairs)
+        try:
+            places.append(
+                [(_id(token, f"prompt_logprobs[{i}]"), entry["logprob"]) for token, entry in said.items()]
+            )
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f'prompt_logprobs[{i}]: wanted {{"<id>": {{"logprob": number}}, ...}}, got {str(said)[:200]}'
+            ) from None
     return _columns(places, k)
 
 
