@@ -1,5 +1,6 @@
 """What every test relies on: interpreted kernels, one thread a process, and memory that is never zero by luck."""
 
+import gc
 import importlib.util
 import os
 
@@ -75,6 +76,12 @@ def pytest_configure(config):
         remember_what_types_say()
     # The interpreter is numpy: a NaN or an infinity that a test puts in is no news.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_finish(session):
+    """What the imports made lives to the end: not walked through by every gc.collect(), of which each training has one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
