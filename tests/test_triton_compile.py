@@ -32,11 +32,11 @@ def outside_the_interpreter(tmp_path, *command):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arch, dtypes",
-    [(80, ["float16"]), (90, ["bfloat16", "float32"]), (100, ["bfloat16"])],
+    [(80, ["bfloat16"]), (90, ["bfloat16", "float16", "float32"]), (100, ["bfloat16"])],
     ids=["80", "90", "100"],
 )
 def test_every_kernel_compiles_without_spills(arch, dtypes, tmp_path):
-    """Every kernel, in every dtype on one of them. All launches, some 250 for each architecture: `make compile`."""
+    """Every kernel, on sm_90 in every dtype. All launches, some 250 for each architecture: `make compile`."""
     out = tmp_path / "rows.json"
     done = outside_the_interpreter(
         tmp_path,
