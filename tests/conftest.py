@@ -1,5 +1,6 @@
 """What every test relies on: interpreted kernels, one thread a process, and memory that is never zero by luck."""
 
+import gc
 import importlib.util
 import os
 
@@ -39,11 +40,48 @@ def patch_the_language_once_a_launch():
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_what_is_new, start
 
 
+def remember_what_types_say():
+    """The interpreter makes a type, its shape and its checks anew for every value: here once for each type."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    make_block, make_tensor, equal = core.block_type.__init__, core.tensor.__init__, core.dtype.__eq__
+    numpy_type, blocks, tensors, numpy_types = interpreter._get_np_dtype, {}, {}, {}
+
+    def block(self, element_ty, shape):
+        key = element_ty.name, tuple([s.value if type(s) is core.constexpr else s for s in shape])
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    def tensor(self, handle, type):
+        if type.name not in tensors:
+            make_tensor(self, handle, type)
+            tensors[type.name] = {name: value for name, value in vars(self).items() if name != "handle"}
+        vars(self).update(tensors[type.name], handle=handle)
+
+    def in_numpy(kind):
+        if kind.name not in numpy_types:
+            numpy_types[kind.name] = numpy_type(kind)
+        return numpy_types[kind.name]
+
+    core.block_type.__init__, core.tensor.__init__, interpreter._get_np_dtype = block, tensor, in_numpy
+    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+
+
 def pytest_configure(config):
     if importlib.util.find_spec("triton"):
         patch_the_language_once_a_launch()
+        remember_what_types_say()
     # The interpreter is numpy: a NaN or an infinity that a test puts in is no news.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_finish(session):
+    """What the imports made lives to the end: not walked through by every gc.collect(), of which each training has one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -68,8 +68,9 @@ SAMPLED = [
 ]
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype, head", [*zip(DTYPES + DTYPES[:1], ("full", "plain") * 2, strict=True)], ids=str
+)
 @pytest.mark.parametrize("op", OPS, ids=str)
 class TestChunked:
     def test_contract(self, op, dtype, head):
@@ -833,12 +834,14 @@ def _made_in_inference_mode(problem, leaf):
     return dataclasses.replace(problem, **made)
 
 
-@pytest.mark.parametrize("leaf", ["hidden", "weight", "bias"])
+LEAVES = "hidden", "weight", "bias"
+KERNELS = [*SAMPLED, *(op for op in ON_TRITON if op.name in ("logsumexp", "topk-forward_kl-tail"))]
+
+
 @pytest.mark.parametrize(
-    "op, impl",
-    [(op, "chunked") for op in OPS]
-    + [(op, "triton") for op in SAMPLED]
-    + [(op, "triton") for op in ON_TRITON if op.name in ("logsumexp", "topk-forward_kl-tail")],
+    "op, impl, leaf",
+    [(op, "chunked", leaf) for op in OPS for leaf in LEAVES]
+    + [(op, "triton", LEAVES[i % 3]) for i, op in enumerate(KERNELS)],  # a kernel does not know of leaves
     ids=str,
 )
 def test_inputs_from_inference_mode(op, impl, leaf):

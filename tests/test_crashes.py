@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from duet.output.checkpoints import last_finished_checkpoint
 from duet.run.config_file import RunConfig
 
 HERE = Path(__file__).parent
-STEPS, KILLS, A_CHAIN = 8, 20, 5
+STEPS, KILLS, A_CHAIN = 8, 10, 5
 
 
 def prepare(folder: Path) -> None:
@@ -150,7 +151,7 @@ def test_killed_at_random_moments(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["kills"] >= 20, report
+    assert report["kills"] >= KILLS, report
     assert len(set(report["resumed_from"])) > 3, f"the kills must fall on different steps: {report}"
     for chain in range(report["chains"]):
         assert_same_run(tmp_path / f"chain{chain}", tmp_path / "whole")
@@ -189,26 +190,34 @@ def die_while_writing(name: str, at: int) -> None:
     )
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A folder with model and data, and a run of four steps in `whole`."""
+    from duet.run.commands import train
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    prepare(folder)
+    train(run_of(folder, folder / "whole", max_steps=4))
+    return folder
+
+
 @pytest.mark.parametrize(
     "name",
     ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
 )
-def test_killed_while_saving(tmp_path, name):
+def test_killed_while_saving(uninterrupted, tmp_path, name):
     from duet.run.commands import train
-
-    prepare(tmp_path)
-    assert ended_by(forked(lambda: train(run_of(tmp_path, tmp_path / "whole", max_steps=4)))) == 0
 
     def killed():
         die_while_writing(name, at=3)
-        train(run_of(tmp_path, tmp_path / "out", max_steps=4))
+        train(run_of(uninterrupted, tmp_path / "out", max_steps=4))
 
     assert ended_by(forked(killed)) == signal.SIGKILL
     assert (tmp_path / "out" / "checkpoint-3" / name).is_file(), "it died where it was meant to"
     assert last_finished_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
-    resumed = forked(lambda: train(run_of(tmp_path, tmp_path / "out", max_steps=4), resume=True))
+    resumed = forked(lambda: train(run_of(uninterrupted, tmp_path / "out", max_steps=4), resume=True))
     assert ended_by(resumed) == 0
-    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    assert_same_run(tmp_path / "out", uninterrupted / "whole")
 
 
 def test_a_checkpoint_that_is_written_again_is_unfinished_meanwhile(tmp_path):
@@ -231,7 +240,7 @@ def test_a_checkpoint_that_is_written_again_is_unfinished_meanwhile(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["torch.save", "safetensors", "state"])
-def test_a_full_disk(tmp_path, monkeypatch, where):
+def test_a_full_disk(uninterrupted, tmp_path, monkeypatch, where):
     """An error that says what is left; the last finished checkpoint is there, the failed one is not; resume works."""
     import peft.peft_model
     import torch
@@ -240,8 +249,6 @@ def test_a_full_disk(tmp_path, monkeypatch, where):
 
     from duet.run.commands import train
 
-    prepare(tmp_path)
-    train(run_of(tmp_path, tmp_path / "whole", max_steps=4))
     module, name, error = {
         "torch.save": (
             torch,
@@ -264,11 +271,11 @@ def test_a_full_disk(tmp_path, monkeypatch, where):
 
     monkeypatch.setattr(module, name, full)
     with pytest.raises(OSError, match=r"output_dir: .*checkpoint-3.* could not be written: .*checkpoint-2$"):
-        train(run_of(tmp_path, tmp_path / "out", max_steps=4))
+        train(run_of(uninterrupted, tmp_path / "out", max_steps=4))
     assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
     monkeypatch.undo()
-    train(run_of(tmp_path, tmp_path / "out", max_steps=4), resume=True)
-    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    train(run_of(uninterrupted, tmp_path / "out", max_steps=4), resume=True)
+    assert_same_run(tmp_path / "out", uninterrupted / "whole")
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path):
@@ -276,11 +283,12 @@ def test_a_finished_run_is_not_trained_further(tmp_path):
     from duet.run.commands import train
 
     prepare(tmp_path)
-    train(run_of(tmp_path, tmp_path / "whole", max_steps=2))
-    train(run_of(tmp_path, tmp_path / "out", max_steps=2))
-    trainer = train(run_of(tmp_path, tmp_path / "out", max_steps=2), resume=True)
+    out = tmp_path / "out"
+    train(run_of(tmp_path, out, max_steps=2))
+    shutil.copytree(out, tmp_path / "before")
+    trainer = train(run_of(tmp_path, out, max_steps=2), resume=True)
     assert trainer.state.global_step == 2
-    assert_same_run(tmp_path / "out", tmp_path / "whole")
+    assert_same_run(out, tmp_path / "before")
 
 
 def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
