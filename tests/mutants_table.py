@@ -79,6 +79,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet_kernels/portable/topk_divergence.py": [
         ("a reverse KL over a part of the ids lacks q in its gradient", "return moved.sum(1), moved + q", "return moved.sum(1), moved",
          "tests/test_reference.py::test_gradcheck[topk-reverse_kl-truncated-chunked]"),
+        ("a sure student's tail has no digits", "lead = q > 0.75", "lead = q > 2.0",
+         "tests/test_triton_topk_divergence.py::test_a_student_that_is_sure_has_digits_in_every_gradient[tail-divergence_and_gradient-jsd-tail]"),
+        ("a clipped id still has a gradient", "a.masked_fill(terms > spec.clip, 0)", "a",
+         "tests/test_clip.py::test_every_divergence_by_hand[jsd-tail]"),
     ],
     # --- duet_kernels, Triton kernels in the interpreter --------------------------------------------------------------
     "duet_kernels/triton/terms.py": [
@@ -130,6 +134,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_triton_topk_divergence.py::test_fp64_equals_the_definition[forward_kl-truncated]"),
         ("a generalized KL gives the tail no gradient", "dtail = -expected(q_tail, total)\n            elif", "dtail = dtail\n            elif",
          "tests/test_triton_topk_divergence.py::test_fp64_equals_the_definition[reverse_kl-generalized]"),
+        ("a sure student's slot has no digits", "lead = q > 0.75", "lead = q > 2.0",
+         "tests/test_triton_topk_divergence.py::test_a_student_that_is_sure_has_digits_in_every_gradient[slot-topk_divergence-jsd-renormalize]"),
+        ("the tail is not clipped", "term_tail, a_tail = clipped(term_tail, a_tail, clip)", "pass",
+         "tests/test_clip.py::test_every_divergence_by_hand[reverse_kl-tail]"),
     ],
     "duet_kernels/triton/complement.py": [
         ("the first column of a slab is not taken", "        column = ids - first\n        here = slot & (column >= 0) & (column < C)\n", "        column = ids - first\n        here = slot & (column > 0) & (column < C)\n",

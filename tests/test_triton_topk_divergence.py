@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from divergences import FORMS, SIGNS, UNBOUNDED, of_distributions, of_logits
 
 from duet_kernels.options import DISTRIBUTION, Divergence
+from duet_kernels.portable.topk_divergence import divergence_and_gradient
 from duet_kernels.triton.primitives import INTERPRETED
 from duet_kernels.triton.tiles import MAX_SLOTS, DivergenceTile
 from duet_kernels.triton.topk_divergence import topk_divergence as kernel
@@ -125,6 +126,30 @@ def test_numbers_of_slots(divergence, normalization, k):
     inputs, named = problem(n=5, k=k), options(divergence, normalization, temperature=1.0)
     for a, b in zip(topk_divergence(*inputs, **named), expected(*inputs, **named), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@every_distribution
+@pytest.mark.parametrize("sides", [kernel, divergence_and_gradient])
+@pytest.mark.parametrize("leader", ["slot", "tail"])
+def test_a_student_that_is_sure_has_digits_in_every_gradient(divergence, normalization, sides, leader):
+    """One slot, or the tail, has nearly all of q: its own small gradient is as exact as the largest of its row."""
+    (student, teacher, student_tail, teacher_tail, _), named = (
+        problem(n=5),
+        options(divergence, normalization),
+    )
+    if leader == "slot":
+        student[:, 0] += 20
+    else:
+        student_tail += student.amax(1) + 20
+    inputs = [student, teacher, student_tail, teacher_tail, torch.ones_like(student_tail)]
+    inputs = [x.float() for x in inputs]
+    _, *wanted = expected(*inputs, **named)
+    spec = Divergence(named.pop("divergence"), **named)
+    inputs[3] = inputs[3] if spec.needs_teacher_logsumexp else None
+    _, *found = sides(*inputs, spec)
+    found, wanted = (torch.cat([x.double().reshape(5, -1) for x in each], 1) for each in (found, wanted))
+    size = wanted.abs().amax(1)
+    assert (size > 1e-12).any() and ((found - wanted).abs().amax(1) <= 2e-6 * size + 1e-18).all()
 
 
 @pytest.mark.parametrize("k", [4096, MAX_SLOTS - 1])

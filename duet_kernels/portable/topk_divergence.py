@@ -90,6 +90,9 @@ def _distributions(
     else:
         loss, a = terms(p, q, w, noise, spec)
     dx = a.sub_(q * a.sum(-1, keepdim=True))
+    # A slot or tail with nearly all of q: a - q sum a has no digits left there. The gradients of a row have the sum 0.
+    lead = q > 0.75
+    dx = torch.where(lead, -dx.masked_fill(lead, 0).sum(-1, keepdim=True), dx)
     dtail = dx[:, k].clone() if spec.needs_student_logsumexp else s.new_empty(0)
     return loss, dx[:, :k].div(spec.temperature), dtail
 
