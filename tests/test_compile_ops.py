@@ -188,7 +188,7 @@ def _samples():
         plain = [x if x is None else x.detach() for x in linear]
         need = True, full, full
         both = *linear, *shape, p.teacher_hidden, p.teacher_weight, p.teacher_bias, *shape
-        options = "jsd", "renormalize", 1.5, 0.5, 1.0
+        options = "jsd", "renormalize", 1.5, 0.5, 1.0, 0.01 if full else float("inf")
         tail_options = "jsd" if full else "forward_kl", "tail" if full else "zeroed", *options[2:]
         given = ids, teacher.values
         samples[full] = {

@@ -405,7 +405,8 @@ def dense_loss(
     student, teacher = flat(hidden, head), flat(teacher_hidden, teacher_head)
     reduce, need = _needed(tokens, *student[:3])
     factor = tokens.factor.to(acc_dtype(hidden.dtype))
-    loss = _linear_divergence(*student, *teacher, factor, *_options(spec), reduce, *need, impl)[0]
+    options = _options(spec)[:-1]  # all but the clip, which dense losses do not have
+    loss = _linear_divergence(*student, *teacher, factor, *options, reduce, *need, impl)[0]
     return loss if reduce else tokens.reduce(loss)
 
 
@@ -427,7 +428,6 @@ def _linear_divergence(
     temperature: float,
     beta: float,
     delta: float,
-    clip: float,
     reduce: bool,
     need_hidden: bool,
     need_weight: bool,
@@ -437,7 +437,7 @@ def _linear_divergence(
     """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed): 4 products."""
     head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden, need_weight, need_bias)
     teacher_head = LMHead(teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
-    spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
+    spec = Divergence(divergence, normalization, temperature, beta, delta)
     run = implementation(impl).linear_divergence
     found = run(hidden, head, teacher_hidden, teacher_head, factor, spec, need)
     return _results(found, hidden, weight, bias, reduce)
