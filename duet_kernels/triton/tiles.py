@@ -92,7 +92,7 @@ LOSS = {
     (0, 4): LossTile(64, 128, 64, 4, 112),
     (0, 8): LossTile(64, 64, 32, 4, 128),
     # With fewer registers the compilers for these, and every one of Triton 3.7, keep some bytes in memory.
-    (80, 2): LossTile(64, 256, 128, 4, 104),
+    (80, 2): LossTile(64, 256, 128, 4, 128),
     (100, 2): LossTile(64, 256, 64, 4, 160 if TRITON >= (3, 7) else 128),
 }
 LOSS_MASKED_REGISTERS = 176 if TRITON >= (3, 7) else 160
