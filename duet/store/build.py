@@ -221,7 +221,8 @@ def ask_teacher(
             writer.add(entry_id, entry)
     except (ValueError, OSError) as error:
         where = f"{asked.name} under steering_prefixes[{asked.key[1]}]"
-        raise type(error)(f"{where}: {error}") from error
+        kinds = (ConnectionError, OSError, ValueError)  # some kinds below these take no message alone
+        raise next(kind for kind in kinds if isinstance(error, kind))(f"{where}: {error}") from error
     finally:
         writer.flush()
     writer.finish()
