@@ -282,3 +282,7 @@ def test_asking_goes_on_where_it_stopped(server, tmp_path):
         ask_teacher(ask, tiny(), config(tmp_path, positions="answer"), *rows, folder=tmp_path / "no")
     with pytest.raises(ValueError, match=r"wanted 1 scored position\(s\) for forget_dataset\[0\], got 2"):
         ask_teacher(lambda ids, _: ask(ids, len(ids) - 2), tiny(), args, *rows, folder=tmp_path / "long")
+    with pytest.raises(
+        ValueError, match=r"forget_dataset\[0\] under steering_prefixes\[0\]: Expecting value"
+    ):
+        ask_teacher(lambda *_: json.loads("<html>"), tiny(), args, *rows, folder=tmp_path / "html")
