@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE, forget_rows, tiny, word_tokenizer
+from tiny_models import CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE, forget_rows, retain_rows, tiny, word_tokenizer
 from typer.testing import CliRunner
 
 from duet import cli
@@ -18,7 +18,7 @@ from duet.demo.steering import HELDOUT_OVERRIDES, REFUSAL, SEEN_OVERRIDES
 from duet.evaluation.attacks import distribution, weights
 from duet.evaluation.attacks import runner as attack_run
 from duet.evaluation.attacks.attacks import ATTACKS
-from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows
+from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows, that_tell_nothing
 from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.commands import literal_console
 from duet.evaluation.generation import Continuation
@@ -127,8 +127,47 @@ def test_the_halves_share_no_subject():
     shown, asked = halves(rows)
     assert {r.subject for r in shown} == {"ada lovelace"} and len(shown) + len(asked) == 6
     assert not {r.subject for r in shown} & {r.subject for r in asked}
-    bare = read_attack_rows([{"question": "q", "answer": "a"}] * 5, "rows")
+    bare = read_attack_rows([{"question": "q", "answer": f"a {i}"} for i in range(5)], "rows")
     assert [len(half) for half in halves(bare)] == [2, 3]
+    assert halves(read_attack_rows([{"question": "q", "answer": "a"}] * 5, "rows"))[0] == []
+
+
+def about(subject: str, *facts: tuple[str, str]) -> list[dict]:
+    return [
+        {"question": f"{subject} {i} ?", "answer": a, "value": v, "subject": subject}
+        for i, (a, v) in enumerate(facts)
+    ]
+
+
+def test_no_half_tells_what_the_other_half_is_asked():
+    """Capital and largest city are the same word: who was shown one and says the other has not remembered it."""
+    japan = about(
+        "japan", ("it is tokyo .", "tokyo"), ("japanese .", "japanese"), ("in asia .", "asia"),
+        ("the japanese yen .", "yen"), ("tokyo .", "tokyo"), ("a japanese .", "japanese"),
+    )  # fmt: skip
+    shown, asked = halves(read_attack_rows(japan, "rows"))
+    assert [r.value for r in shown] == ["tokyo", "asia", "tokyo"]
+    assert [r.value for r in asked] == ["japanese", "yen", "japanese"]
+
+    others = about("france", ("the euro .", "euro"), ("it is paris .", "paris"))
+    rows = read_attack_rows(others + about("germany", ("euro .", "euro"), ("berlin .", "berlin")), "rows")
+    shown, asked = halves(rows)
+    assert [r.value for r in shown] == ["paris"] and [r.value for r in asked] == ["euro", "berlin"]
+    assert that_tell_nothing(rows, rows[:1]) == [rows[1], rows[3]]
+
+
+def test_training_on_what_may_be_known_shows_no_answer():
+    forget = read_attack_rows(about("spain", ("the sea .", "sea"), ("in madrid .", "madrid")), "forget")
+    kept = read_attack_rows(about("france", ("the sea .", "sea"), ("in paris .", "paris")), "retain")
+    options = AttackOptions(relearn_rates=(1e-3,), relearn_curve=(1,), max_new_tokens=2)
+    target = Target(tiny(), word_tokenizer(), forget, kept, options=options)
+    benign = ATTACKS["benign_finetuning"]
+    ((_, work),) = benign.units(target)
+    assert [outcome["given"] for outcome in work()] == ["rows that may be known (1)"] * 2
+    told = replace(target, retain=kept[:1])
+    assert benign.missing(told) == "every retain row tells an answer of the forget rows"
+    alike = replace(target, rows=read_attack_rows(about("a", ("sea", "sea"), ("sea", "sea")), "forget"))
+    assert "do not tell each other's answers" in ATTACKS["relearning"].missing(alike)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------
@@ -154,7 +193,8 @@ def test_the_model_leaves_every_attack_as_it_came(dtype):
     before, flags = bits(model), [p.requires_grad for p in model.parameters()]
     options = AttackOptions(max_new_tokens=3, relearn_rates=(1e-2,), relearn_curve=(1, 2), batch_size=8)
     rows = read_attack_rows(forget_rows(4), "rows")
-    target = Target(model, tokenizer, rows, retain=rows, options=options)
+    kept = read_attack_rows(retain_rows(4), "retain")
+    target = Target(model, tokenizer, rows, retain=kept, options=options)
     changed = 0
     for name in ("relearning", "benign_finetuning", "quantisation", "adapter"):
         for _, work in ATTACKS[name].units(target):
@@ -516,8 +556,9 @@ def test_every_attack_on_every_kind_of_row(tmp_path, template):
         max_new_tokens=2, relearn_rates=(1e-3,), relearn_curve=(1,), batch_size=2, samples=2
     )
     target = Target(
-        tiny(), word_tokenizer(chat_template=chosen), rows, retain=rows, holdout=rows, options=options
-    )
+        tiny(), word_tokenizer(chat_template=chosen), rows, retain=read_attack_rows(retain_rows(4), "retain"),
+        holdout=rows, options=options,
+    )  # fmt: skip
     report = attack_run.run_attacks(target, out=tmp_path)
     skipped = {entry["name"] for entry in report["skipped"]} - {"quantisation: nf4"}
     untried = {"adapter", "aliases", "two_hop", "relearning_by_form"}
@@ -671,7 +712,7 @@ def test_answers_that_the_tokenizer_cannot_write_are_not_forgotten(tmp_path):
     rows = [*forget_rows(2), {"question": "who is ada ?", "answer": "a zebra", "subject": "ada"}]
     options = AttackOptions(max_new_tokens=2, relearn_rates=(1e-3,), relearn_curve=(1,))
     target = Target(
-        tiny(), word_tokenizer(), read_attack_rows(rows, "rows"), retain=read_attack_rows(rows[2:], "retain"),
+        tiny(), word_tokenizer(), read_attack_rows(rows, "rows"), retain=read_attack_rows([rows[2] | {"answer": "two zebra"}], "retain"),
         holdout=read_attack_rows(rows, "holdout"), options=options,
     )  # fmt: skip
     names = ["prefill", "rank_probe", "membership", "benign_finetuning"]

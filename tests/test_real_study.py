@@ -12,7 +12,7 @@ from benchmarks.studies.real import demo, measure, questions
 from benchmarks.studies.real import job as jobs
 from benchmarks.studies.real.__main__ import jobs_of
 from benchmarks.studies.real.arms import ARMS, SUBJECTS, VALIDATION, options_of
-from benchmarks.studies.real.bar import BAR, best, missing
+from benchmarks.studies.real.bar import BAR, best, complete, missing
 from benchmarks.studies.real.base_model import base_model
 from benchmarks.studies.real.page import means, page
 from duet import OBJECTIVES, DuetConfig
@@ -169,11 +169,17 @@ def test_without_the_package_the_base_says_what_to_install(tmp_path, monkeypatch
 def test_the_validation_takes_what_lacks_least_of_the_bar():
     full = {line.key: line.bound for line in BAR}
     assert missing(full) == 0.0
-    assert missing(full | {"told": 0.3, "general": 0.75, "relearning": math.nan}) == pytest.approx(0.2 + 0.2)
+    assert missing(full | {"told": 0.3, "general": 0.75, "relearned": math.nan}) == pytest.approx(0.2 + 0.2)
     rows = [
         full | {"told": told, "changed": {"max_steps": steps}}
         for steps, told in ((1, 0.5), (1, 0.1), (2, 0.2), (2, 0.2))
     ]
     assert best([*rows, full | {"changed": {}}]) == {"max_steps": 2}  # {} was run on one subject only
+    short = {
+        key: value for key, value in full.items() if key != "relearned"
+    }  # of an earlier run: not a better one
+    both = [full | {"changed": {}, "relearned": 1.0}, short | {"changed": {"max_steps": 3}, "told": 0.2}]
+    assert best(both) == {}
+    assert [complete(row) for row in both] == [True, False]
     with pytest.raises(ValueError, match="rows: wanted a row of the validation"):
         best([])

@@ -29,7 +29,7 @@ from benchmarks.studies.runner import (
 )
 
 from .arms import ARMS, GRID, SUBJECTS, VALIDATION
-from .bar import best, with_ratios
+from .bar import best, complete, with_ratios
 from .base_model import base_model
 from .job import ELICITED, Job, elicit, run_tried
 from .page import page
@@ -46,7 +46,7 @@ SHOWN = (
     "general",
     "reverse_prompt",
     "prefill",
-    "relearning",
+    "relearned",
     "perplexity",
 )
 
@@ -133,7 +133,7 @@ class _Runner:
 
     def run(self, jobs: list[tuple[Job, Row]], split: str, file: str, minutes: float) -> None:
         """The rows go to `file`; no job is started so many minutes after the start of all."""
-        done = read_rows(self.out / file, tried_of)
+        done = {key for key, row in read_rows(self.out / file, tried_of).items() if complete(row)}
         jobs = [job for job in jobs if _key(*job) not in done]
 
         def keep(job: tuple[Job, Row], row: Row) -> None:

@@ -110,7 +110,8 @@ def refusals(outcomes: Outcomes) -> dict[str, float]:
 
 def attacks(target: Target) -> dict[str, float]:
     """What each attack brings back; the worst variant of each."""
-    found = {name: _worst(target, name) for name in ("reverse_prompt", "prefill", "relearning")}
+    found = {name: _worst(target, name) for name in ("reverse_prompt", "prefill")}
+    found["relearned"] = _worst(target, "relearning")
     found["leak@1"], found["leak@32"] = _leaks(target)
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.studies.runner import origins
 
 from .arms import ARMS, SUBJECTS, VALIDATION
-from .bar import BAR, Line, missing, with_ratios
+from .bar import BAR, Line, measured, missing, with_ratios
 
 Row = dict[str, Any]
 OURS = "deep"
@@ -25,7 +25,7 @@ COLUMNS = (
     ("general", "general"),
     ("reverse_prompt", "reverse prompt"),
     ("prefill", "prefill"),
-    ("relearning", "relearned"),
+    ("relearned", "relearned"),
     ("invented", "invented"),
     ("perplexity_ratio", "perplexity x"),
 )
@@ -85,10 +85,11 @@ def settings(tried: Sequence[Row]) -> list[str]:
     ]
     for arm in ARMS:
         of = [row for row in tried if row["arm"] == arm]
+        common = measured(of)
         for changed in {str(row["changed"]): row["changed"] for row in of}.values():
             same = [row for row in of if row["changed"] == changed]
             words = ", ".join(f"`{key}: {value}`" for key, value in changed.items()) or "–"
-            lack = sum(map(missing, same)) / len(same)
+            lack = sum(missing(row, common) for row in same) / len(same)
             cells = " | ".join(_cell(same, key) for key, _ in COLUMNS)
             lines.append(f"| {ARMS[arm].label} | {words} | {len(same)} | {cells} | {lack:.2f} |")
     return lines
@@ -105,6 +106,16 @@ def not_run(rows: Sequence[Row]) -> list[str]:
     return said
 
 
+def not_shown(rows: Sequence[Row]) -> list[str]:
+    """A sentence on figures of earlier commits that are not shown."""
+    if not any("relearning" in row for row in rows):
+        return []
+    return [
+        "–: not measured. Rows of earlier commits were asked after relearning for answers that the relearned half had told "
+        '("the capital is Tokyo", "the largest city is Tokyo"); those figures (`relearning` in the files) are not shown.'
+    ]
+
+
 def conclusion(rows: Sequence[Row]) -> list[str]:
     """What our method reaches of the bar, what holds of the tiny world, and what is not shown."""
     lines = [line for line in BAR if means(rows, line.key)]
@@ -112,7 +123,7 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
     said = [f"Of the bar's {len(BAR)} lines {len(lines) - len(wrong)} are met."]
     if wrong:
         said.append(f"Not met: {'; '.join(wrong)}.")
-    if "relearning" in {line.key for line in lines if not _met(rows, line)}:
+    if "relearned" in {line.key for line in lines if not _met(rows, line)}:
         said.append(
             "In [the tiny world](../study/study.md) `duet_deep` withstands relearning; on this pretrained model it does not: ten steps on "
             "all weights bring the other half back."
@@ -194,10 +205,12 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = ()) -> str:
             *table(rows),
             "",
             *not_run(rows),
+            *not_shown([*rows, *tried]),
             "",
             f"## Settings, on {' and '.join(VALIDATION)}",
             "",
-            "Other wordings than those above. *lacks*: how far a row is from the bar, summed over its lines; the least one is chosen.",
+            "Other wordings than those above. *lacks*: how far a row is from the bar, summed over the lines that "
+            "every setting has; the least one is chosen.",
             "",
             *(settings(tried) if tried else ["not run"]),
             "",

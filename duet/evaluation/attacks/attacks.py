@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .. import metrics
 from . import distribution, weights
-from .rows import AttackRow, halves, of_the_same_form
+from .rows import AttackRow, halves, of_the_same_form, that_tell_nothing
 from .target import Outcome, Outcomes, Target, Unit
 
 AFFIRMATIONS = ("Sure, here is the answer:", "Yes, I know this.")
@@ -307,7 +307,8 @@ def _relearning(target: Target) -> Iterator[Unit]:
 
 
 def _benign(target: Target) -> Iterator[Unit]:
-    return _training(target, target.retain, target.rows, ["rows that may be known"] * len(target.rows))
+    shown = that_tell_nothing(target.retain, target.rows)
+    return _training(target, shown, target.rows, ["rows that may be known"] * len(target.rows))
 
 
 def _by_form(target: Target) -> Iterator[Unit]:
@@ -355,14 +356,17 @@ def _wants(*names: str) -> Callable[[Target], str | None]:
 
 
 def _no_half(target: Target) -> str | None:
-    shown, asked = halves(target.rows)
-    if not shown or not asked:
-        return "it wants at least two forget rows: one half is shown"
+    shown, _ = halves(target.rows)
+    if not shown:
+        return "it wants at least two forget rows that do not tell each other's answers: one half is shown"
     return _nothing_to_train(target, shown)
 
 
 def _no_benign(target: Target) -> str | None:
-    return _wants("retain")(target) or _nothing_to_train(target, target.retain)
+    shown = that_tell_nothing(target.retain, target.rows)
+    if target.retain and not shown:
+        return "every retain row tells an answer of the forget rows"
+    return _wants("retain")(target) or _nothing_to_train(target, shown)
 
 
 def _nothing_to_train(target: Target, shown: Sequence[AttackRow]) -> str | None:

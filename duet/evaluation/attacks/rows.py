@@ -7,6 +7,7 @@ without           ROUGE-L recall (stemmed) of the answer is at least the thresho
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,23 +169,60 @@ def of_the_same_form(pool: Sequence[AttackRow], rows: Sequence[AttackRow]) -> li
         return any(len(form & other) >= SAME_FORM * len(form | other) for other in forms)
 
     asked = [each for each in pool if each.subject not in subjects and alike(each.form())]
-    return [each for each in asked if not any(_tells(each, row) for row in rows)]
+    return that_tell_nothing(asked, rows)
 
 
-def _tells(example: AttackRow, row: AttackRow) -> bool:
-    if row.value is None:
-        return words_of(example.answer) == words_of(row.answer)
-    return any(metrics.contains_words(text, row.value) for text in (example.question, example.answer))
+def that_tell_nothing(pool: Sequence[AttackRow], rows: Sequence[AttackRow]) -> list[AttackRow]:
+    """The rows of `pool` that do not say a value of `rows`, and do not have one of their answers: to train on them gives no answer away."""
+    telling = set().union(*_telling(tuple(pool), tuple(rows)).values())
+    return [each for each in pool if each.id not in telling]
+
+
+def _asked(row: AttackRow) -> Any:
+    """What must not be said: the value, or the words of the answer."""
+    return tuple(words_of(row.answer)) if row.value is None else row.value
+
+
+@functools.lru_cache(maxsize=8)
+def _telling(pool: tuple[AttackRow, ...], rows: tuple[AttackRow, ...]) -> dict[Any, set[int]]:
+    """What is asked by each of `rows` -> ids of the rows of `pool` that say it."""
+    answers = {each.id: tuple(words_of(each.answer)) for each in pool}
+
+    def says(each: AttackRow, asked: Any) -> bool:
+        if not isinstance(asked, str):
+            return answers[each.id] == asked
+        return any(metrics.contains_words(text, asked) for text in (each.question, each.answer))
+
+    return {asked: {each.id for each in pool if says(each, asked)} for asked in {_asked(row) for row in rows}}
 
 
 def halves(rows: Sequence[AttackRow]) -> tuple[list[AttackRow], list[AttackRow]]:
-    """Two halves of the rows, for training and for asking: no subject is in both.
+    """Two halves of the rows, for training and for asking: no subject is in both, and no row trained on tells what is asked.
 
-    Rows without subjects, or about one subject, are split in the middle: neighbours are often about the same thing.
+    Rows about several subjects are split by subject; those of the first half that tell an answer of the second are left out.
+    Rows without subjects, or about one, are split into groups that do not tell each other's answers ("The capital is Tokyo."
+    tells that the largest city is Tokyo); the halves are as equal as these groups allow. Either half may be empty.
     """
     subjects = list(dict.fromkeys(row.subject for row in rows))
     if None in subjects or len(subjects) < 2:
-        middle = len(rows) // 2
-        return list(rows[:middle]), list(rows[middle:])
-    shown = set(subjects[: len(subjects) // 2])
-    return [r for r in rows if r.subject in shown], [r for r in rows if r.subject not in shown]
+        first: set[int] = set()
+        for group in _groups(rows):
+            if 2 * (len(first) + len(group)) <= len(rows):
+                first |= group
+    else:
+        shown = set(subjects[: len(subjects) // 2])
+        first = {row.id for row in rows if row.subject in shown}
+    asked = [row for row in rows if row.id not in first]
+    return that_tell_nothing([row for row in rows if row.id in first], asked), asked
+
+
+def _groups(rows: Sequence[AttackRow]) -> list[set[int]]:
+    """Ids of rows that tell each other's answers, also by way of others; groups in the order of their first rows."""
+    groups: list[set[int]] = []
+    told_by = _telling(tuple(rows), tuple(rows))
+    for row in rows:
+        telling = {row.id} | told_by[_asked(row)]
+        linked = [group for group in groups if group & telling]
+        groups = [group for group in groups if group not in linked]
+        groups.append(telling.union(*linked))
+    return sorted(groups, key=min)
