@@ -13,7 +13,7 @@ from duet.data.rows import read_rows
 from duet.evaluation import facts
 from duet.evaluation.facts import Fact, agreed_value, elicit_facts, facts_of, told_of
 from duet.evaluation.generation import Continuation, continuations
-from duet.model.lm import generate_answers
+from duet.model.answers import generate_answers
 
 
 def duet(*words, **more):

@@ -14,7 +14,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..model.lm import end_tokens, evaluating, generate_answers, padding_id
+from ..model.answers import end_tokens, generate_answers, padding_id
+from ..model.lm import evaluating
 
 
 class Continuation(NamedTuple):
