@@ -73,6 +73,8 @@ def test_a_job_forgets_one_person_and_says_what_the_base_told(toy):
     how = {"model": str(toy / "base"), "out": toy / "out", "device": "cpu"}
     base = jobs.run_job(jobs.Job("ada lovelace", "base"), **how)
     assert base["told"] == base["seen"] == base["unseen"] == 1.0 and base["refused"] == 0.0
+    rounded = jobs.run_job(jobs.Job("ada lovelace", "int8"), **how)
+    assert 0 < abs(rounded["perplexity"] - base["perplexity"]) < 0.1 * base["perplexity"]
     changed = {
         "k": 8,
         "max_steps": 12,
@@ -145,16 +147,21 @@ def _row(subject, arm, seed, **figures):
 
 def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     rows = [_row("Japan", "base", 0, told=1.0), _row("Italy", "base", 0, told=1.0)]
+    rows += [_row("Japan", "int8", 0)]
     rows += [_row("Japan", "deep", seed, told=told, refused=1.0) for seed, told in ((0, 0.0), (1, 0.2))]
     rows += [_row("Italy", "deep", 0, told=0.3, refused=1.0, perplexity=21.0)]
-    assert means(rows[2:], "told") == [0.1, 0.3]
+    assert means(rows[3:], "told") == [0.1, 0.3]
     tried = [_row("France", arm, 0, changed={"k": 8} if arm == "deep" else {}) for arm in ("base", "deep")]
     text = page(rows, tried)
     assert "| forget rows told, greedy | <= 0.10 | 0.20 | NOT MET |" in text
     assert "| forget rows refused in a whole sentence | >= 0.90 | 1.00 | met |" in text
     assert "| perplexity of plain text, as a multiple of the base's | <= 1.05 | 1.02 | met |" in text
     assert "Of the bar's 11 lines 7 are met." in text and "`k: 8` | 1 |" in text
-    assert "20 (10–30)" in text and "* the base: base says" in text
+    assert (
+        "| the base, rounded to int8 | 1 |" in text
+        and "20 (10–30)" in text
+        and "* the base: base says" in text
+    )
     with pytest.raises(ValueError, match="rows: wanted a row of the base"):
         page([row for row in rows if row["arm"] != "base"])
 

@@ -28,7 +28,7 @@ from benchmarks.studies.runner import (
     run_jobs,
 )
 
-from .arms import ARMS, GRID, SUBJECTS, VALIDATION
+from .arms import ARMS, GRID, SUBJECTS, UNTRAINED, VALIDATION
 from .bar import best, complete, with_ratios
 from .base_model import base_model
 from .job import ELICITED, Job, elicit, run_tried
@@ -65,7 +65,7 @@ def jobs_of(subjects: tuple[str, ...], arms: tuple[str, ...], seeds: tuple[int, 
         return [Job(subject, name, seed) for seed in under for subject in of for name in names]
 
     return [
-        *(Job(subject, "base") for subject in subjects),
+        *(Job(subject, name) for name in UNTRAINED for subject in subjects),
         *planned(main, subjects, first),
         *planned(others, subjects[:FEW], first),
         *planned(main, subjects, rest),

@@ -81,6 +81,10 @@ ARMS: dict[str, Arm] = {
 }
 
 
+# Without a training. What a harmless change of the weights loses of the neighbours is how exact the figures are.
+UNTRAINED = {"base": "the base", "int8": "the base, rounded to int8"}
+LABELS = UNTRAINED | {name: arm.label for name, arm in ARMS.items()}
+
 # What is tried on the validation subjects: changes of an arm's options. The best of each arm is what the report runs.
 GRID: dict[str, tuple[dict[str, Any], ...]] = {
     "deep": (

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 
 from duet import DuetConfig, DuetTrainer
+from duet.evaluation.attacks.weights import round_weights
 from duet.evaluation.facts import elicit_facts, facts_of
 from duet.evaluation.models import load
 
@@ -27,7 +28,7 @@ SAMPLES, ANSWER_TOKENS, ELICIT_BATCH = 3, 40, 256
 
 
 class Job(NamedTuple):
-    """`arm` base: the model as it is."""
+    """`arm`: of `ARMS`, or one of `UNTRAINED`."""
 
     subject: str
     arm: str
@@ -94,7 +95,9 @@ def run_job(
     asked = rows_of(out, job.subject, split)
     base, tokenizer = load(model, "float32", device)
     began = time.monotonic()
-    if job.arm != "base":
+    if job.arm == "int8":
+        round_weights(base, 8)
+    elif job.arm != "base":
         options = options_of(job.arm, questions.group_of(job.subject), changed)
         rows = rows_of(out, job.subject, "train")
         base = train(base, tokenizer, rows, options, seed=job.seed, device=device)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.studies.runner import origins
 
-from .arms import ARMS, SUBJECTS, VALIDATION
+from .arms import ARMS, LABELS, SUBJECTS, UNTRAINED, VALIDATION
 from .bar import BAR, Line, measured, missing, with_ratios
 
 Row = dict[str, Any]
@@ -140,11 +140,12 @@ def table(rows: Sequence[Row]) -> list[str]:
         f"| method | runs | {' | '.join(name for _, name in COLUMNS)} |",
         "|---|---:|" + "---:|" * len(COLUMNS),
     ]
-    for arm in ("base", *ARMS):
+    for arm in LABELS:
         of = [row for row in rows if row["arm"] == arm]
         if of:
-            label = "the base" if arm == "base" else ARMS[arm].label
-            lines.append(f"| {label} | {len(of)} | {' | '.join(_cell(of, key) for key, _ in COLUMNS)} |")
+            lines.append(
+                f"| {LABELS[arm]} | {len(of)} | {' | '.join(_cell(of, key) for key, _ in COLUMNS)} |"
+            )
     return lines
 
 
@@ -155,18 +156,17 @@ def examples(rows: Sequence[Row], subject: str) -> list[str]:
     lines = []
     for question in questions:
         lines += [f"**{question}**", ""]
-        for arm in ("base", *ARMS):
+        for arm in LABELS:
             said = of.get(arm, {}).get("said", {}).get(question)
             if said is not None:
-                label = "the base" if arm == "base" else ARMS[arm].label
-                lines.append(f"* {label}: {' '.join(said.split())[:160]}")
+                lines.append(f"* {LABELS[arm]}: {' '.join(said.split())[:160]}")
         lines.append("")
     return lines
 
 
 def made_with(rows: Sequence[Row]) -> str:
     """Where the rows come from, and how long a training took; on a GPU other jobs ran beside it."""
-    trained = [row["train_seconds"] for row in rows if row["arm"] != "base"]
+    trained = [row["train_seconds"] for row in rows if row["arm"] in ARMS]
     devices = ", ".join(sorted({row["device"] for row in rows}))
     times = f"; a training took {min(trained):.0f} to {max(trained):.0f} s" if trained else ""
     return f"{origins(rows)}, {devices}{times}"
@@ -203,6 +203,8 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = ()) -> str:
             "*invented*: lower is better. *refused*, *neighbours*, *general*: higher is better. *runs*: subjects times seeds.",
             "",
             *table(rows),
+            "",
+            f"A harmless change shows how exact these figures are: see {UNTRAINED['int8']}.",
             "",
             *not_run(rows),
             *not_shown([*rows, *tried]),
