@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import ended_by, forked
 from safetensors.torch import load_file
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 
@@ -70,27 +71,6 @@ def assert_same_run(out: Path, whole: Path) -> None:
     ours, theirs = (load_file(each / "adapter_model.safetensors") for each in (out, whole))
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
-
-
-def forked(work) -> int:
-    """The id of a child that does `work()` and ends, in silence."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        work()
-        os._exit(0)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        os._exit(1)
-
-
-def ended_by(child: int) -> int:
-    return os.waitpid(child, 0)[1]
 
 
 def torture(folder: Path) -> None:
