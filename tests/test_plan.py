@@ -87,7 +87,7 @@ CASES = {
         {
             "adapter": LORA,
             "dtype": torch.bfloat16,
-            "per_device_train_batch_size": 12,
+            "per_device_train_batch_size": 6,
             "activation_checkpointing": True,
         },
     ),
