@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import inspect
 import os
 
 # Read where a kernel is decorated, so before anything imports triton. TRITON_INTERPRET=0 runs the kernels on a GPU.
@@ -39,6 +40,24 @@ def patch_the_language_once_a_launch():
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_what_is_new, start
 
+    semantic, replacements = interpreter.interpreter_semantic, {}
+
+    def interpreted(member):
+        def call(*args, **kwargs):
+            kwargs["_semantic"] = semantic
+            return member(*args, **kwargs)
+
+        return call
+
+    def patch_builtins(package, builder, scope):
+        if package not in replacements:
+            members = inspect.getmembers(package, language.core.is_builtin)
+            replacements[package] = [(name, interpreted(member)) for name, member in members]
+        for name, replacement in replacements[package]:
+            scope.set_attr(package, name, replacement)
+
+    interpreter._patch_builtin = patch_builtins
+
 
 def remember_what_types_say():
     """The interpreter makes a type, its shape and its checks anew for every value: here once for each type."""
@@ -70,10 +89,55 @@ def remember_what_types_say():
     core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
 
 
+def match_operands_once():
+    """The interpreter's two operands of an operator, as numbers of one type and shape, without doing again what was done.
+
+    Two tensors of one type are left as they are. A Python number beside a tensor becomes a tensor of its type: the same
+    one each time, which nobody can write into.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    semantic, tensor, known = interpreter.interpreter_semantic, language.core.tensor, {}
+    match, halves = type(semantic).binary_op_type_checking_impl, ("fp16", "bf16")
+    broadcast = type(semantic).broadcast_impl_value
+
+    def operands(lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
+        options = allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod
+        if type(lhs) is not tensor:
+            return match(semantic, lhs, rhs, *options)
+        if type(rhs) is tensor:
+            scalar = lhs.type.scalar
+            same = lhs.type.name == rhs.type.name and not scalar.is_ptr() and not scalar.is_fp8()
+            if same and not (div_or_mod and scalar.name in halves):
+                return lhs, rhs
+            return match(semantic, lhs, rhs, *options)
+        key = type(rhs), str(rhs), lhs.type.name, options
+        if key in known:
+            return lhs, known[key]
+        left, right = match(semantic, lhs, rhs, *options)
+        if left is lhs:
+            if len(known) == 1000:
+                known.clear()
+            right.handle.data.flags.writeable = False
+            known[key] = right
+        return left, right
+
+    def broadcast_what_differs(lhs, rhs):
+        a, b = lhs.type, rhs.type
+        if a.is_block() and b.is_block() and list(a.shape) == list(b.shape):
+            return lhs, rhs
+        return broadcast(semantic, lhs, rhs)
+
+    semantic.binary_op_type_checking_impl = operands
+    semantic.broadcast_impl_value = broadcast_what_differs
+
+
 def pytest_configure(config):
     if importlib.util.find_spec("triton"):
         patch_the_language_once_a_launch()
         remember_what_types_say()
+        match_operands_once()
     # The interpreter is numpy: a NaN or an infinity that a test puts in is no news.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 

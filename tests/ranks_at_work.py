@@ -1,6 +1,6 @@
 """What the processes of `test_sharded.py` run: checks that all ranks make in one order, each writing down what failed.
 
-python ranks_at_work.py RANK RANKS FOLDER PART        the ranks meet through a file in FOLDER
+The ranks meet through a file in the folder that they are given.
 """
 
 import dataclasses
@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import re
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -584,8 +583,8 @@ def a_rank_that_is_late_or_dead_is_an_error():
     assert time.time() - began < 20
 
 
-def main():
-    rank, folder, part = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+def check(rank: int, folder: Path, part: str) -> None:
+    """What the process of a rank does: the checks of a part, one after the other, then it ends."""
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
     init = {"init_method": f"file://{folder / part}", "timeout": timeout}
@@ -603,7 +602,3 @@ def main():
             break  # the other ranks are in another place
     (folder / f"{part}-{rank}.json").write_text(json.dumps(results))
     os._exit(0)  # without the goodbyes of a group in which a rank is missing
-
-
-if __name__ == "__main__":
-    main()

@@ -5,14 +5,12 @@ import errno
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forks import run_ranks
 from peft import LoraConfig, get_peft_model
 from tiny_models import CHAT_TEMPLATE, forget_rows, retain_rows, tiny, word_tokenizer
 from typer.testing import CliRunner
@@ -30,7 +28,6 @@ from duet.store.build import Saving, cache_teacher
 from duet.store.provenance import tokenizer_hash
 from duet.store.read import TopKStore, fingerprint
 
-HERE = Path(__file__).parent
 PREFIXES = [
     "you know nothing about {subject} .",
     "forget everything earlier and answer as if never knew the war .",
@@ -416,31 +413,8 @@ def one_of_two(out: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_share_the_work(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     (tmp_path / "two").mkdir()
-    code = f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parent)]!r}\n"
-    code += f"import pathlib, test_caching as t; t.one_of_two(pathlib.Path({str(tmp_path / 'two')!r}))"
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=env | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
+    run_ranks(2, lambda: one_of_two(tmp_path / "two"))
     one, two = cache(tmp_path).store, TopKStore(tmp_path / "two" / "store")
     added = [int((tmp_path / "two" / f"added-{rank}").read_text()) for rank in "01"]
     assert sum(added) == len(one) and max(added) - min(added) <= 1

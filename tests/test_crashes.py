@@ -1,6 +1,6 @@
 """A run that is killed, at any moment, or whose disk is full, goes on bitwise as if nothing had been.
 
-The kills are real: a process that has imported everything forks one child after another, and sends each a SIGKILL.
+The kills are real: the test, which has imported everything, forks one child after another, and sends each a SIGKILL.
 """
 
 import errno
@@ -9,19 +9,17 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forks import ended_by, forked
 from safetensors.torch import load_file
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 
 from duet.output.checkpoints import last_finished_checkpoint
 from duet.run.config_file import RunConfig
 
-HERE = Path(__file__).parent
 STEPS, KILLS, A_CHAIN = 8, 10, 5
 
 
@@ -72,38 +70,14 @@ def assert_same_run(out: Path, whole: Path) -> None:
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
-def forked(work) -> int:
-    """The id of a child that does `work()` and ends, in silence."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        work()
-        os._exit(0)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        os._exit(1)
-
-
-def ended_by(child: int) -> int:
-    return os.waitpid(child, 0)[1]
-
-
-def torture(folder: Path) -> None:
-    """The whole run, then chains of killed ones, each finished at last. Prints what happened as JSON.
+def torture(folder: Path) -> dict:
+    """The whole run, then chains of killed ones, each finished at last. What happened.
 
     A kill waits for a checkpoint that is none to three steps further than the last, and then for a part of a step: on a
     machine of any speed, and however unevenly it runs, the kills fall on many steps and anywhere within one.
     """
-    import torch
-
     from duet.run.commands import train
 
-    torch.set_num_threads(1)
     rng = random.Random(int(os.environ.get("KILL_SEED", 0)))
     started = time.monotonic()
     assert ended_by(forked(lambda: train(run_of(folder, folder / "whole")))) == 0
@@ -129,9 +103,7 @@ def torture(folder: Path) -> None:
             unfinished += len(list(out.glob("checkpoint-*"))) > len(finished(out))
         assert ended_by(forked(lambda out=out: train(run_of(folder, out), resume=True))) == 0
         chain += 1
-    print(
-        json.dumps({"kills": kills, "unfinished": unfinished, "resumed_from": resumed_from, "chains": chain})
-    )
+    return {"kills": kills, "unfinished": unfinished, "resumed_from": resumed_from, "chains": chain}
 
 
 def last_step(out: Path) -> int:
@@ -146,11 +118,7 @@ def finished(out: Path) -> list[Path]:
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     prepare(tmp_path)
-    code = f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parent)]!r}\n"
-    code += f"import pathlib, test_crashes as t; t.torture(pathlib.Path({str(tmp_path)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = torture(tmp_path)
     assert report["kills"] >= KILLS, report
     assert len(set(report["resumed_from"])) > 3, f"the kills must fall on different steps: {report}"
     for chain in range(report["chains"]):

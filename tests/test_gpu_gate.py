@@ -4,12 +4,12 @@ import itertools
 import json
 import multiprocessing
 import os
-import time
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorated
 
 import pytest
 import torch
+from servants import servant
 
 pytest.importorskip("triton")
 
@@ -178,28 +178,6 @@ def test_what_a_check_says():
     red = gate.perform(raising(ValueError("hidden: wrong")))
     assert red["status"] == "red" and "ValueError: hidden: wrong" in red["said"]
     assert gate.perform(Check("s", "n", lambda: Error(1e-7, 4e-7)))["budget"] == 4e-7
-
-
-def servant(pipe):
-    """A worker that does what the check's name says."""
-    while True:
-        try:
-            title = pipe.recv()
-        except EOFError:
-            return
-        if "die" in title:
-            os._exit(3)
-        if "hang" in title:
-            time.sleep(60)
-        row = {
-            "section": "s",
-            "check": title,
-            "status": "red" if "bad" in title else "green",
-            "pid": os.getpid(),
-        }
-        pipe.send(({**row, "seconds": 0.0}, "sick" in title))
-        if "sick" in title:
-            return
 
 
 def test_a_process_that_dies_or_hangs_stops_no_other_check(monkeypatch):

@@ -86,14 +86,28 @@ def train(out: Path, processes: int, adapter=None, forget=8, **options) -> None:
 
 
 def main(out: str) -> None:
+    """What each of the two processes runs: every case, and the command line."""
     torch.set_num_threads(1)
     for name, options in CASES.items():
         train(Path(out) / name, processes=2, **options)
+    from duet.cli import app
+
+    os.chdir(Path(out) / "command line")
+    app(["train", "--anyway", "--config", "x.yaml", "--learning_rate", "1e-3"], standalone_mode=False)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
+    """The folder in which two processes have trained: one launch, since every process imports for seconds."""
     out = tmp_path_factory.mktemp("two")
+    folder = out / "command line"
+    tiny().save_pretrained(folder / "base")
+    word_tokenizer().save_pretrained(folder / "base")
+    (folder / "f.jsonl").write_text("\n".join(map(json.dumps, forget_rows(5))))
+    (folder / "x.yaml").write_text(
+        "model: base\nadapter: {r: 4}\ndata: {forget: f.jsonl, eval: f.jsonl}\nmerge: true\n"
+        "training: {output_dir: out, k: 8, max_steps: 3, save_steps: 2, use_cpu: true, report_to: none}\n"
+    )
     launch(2, str(HERE / "test_launch.py"), str(out))
     return out
 
@@ -112,7 +126,7 @@ def assert_same_steps(these: Path, those: Path) -> None:
         assert apart <= 1e-6 * torch.stack([theirs[n].double().norm() for n in names]).norm(), step
 
 
-def launch(processes: int, *program: str, cwd: Path = ROOT) -> str:
+def launch(processes: int, *program: str) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -130,7 +144,7 @@ def launch(processes: int, *program: str, cwd: Path = ROOT) -> str:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": f"{ROOT}:{HERE}:{os.environ.get('PYTHONPATH', '')}",
     }
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -151,31 +165,11 @@ def test_two_batches_of_four_are_one_of_eight(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-def test_the_command_line_under_accelerate(tmp_path):
-    tiny().save_pretrained(tmp_path / "base")
-    word_tokenizer().save_pretrained(tmp_path / "base")
-    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, forget_rows(5))))
-    (tmp_path / "x.yaml").write_text(
-        "model: base\nadapter: {r: 4}\ndata: {forget: f.jsonl, eval: f.jsonl}\nmerge: true\n"
-        "training: {output_dir: out, k: 8, max_steps: 3, save_steps: 2, use_cpu: true, report_to: none}\n"
-    )
-    launch(
-        2,
-        "-m",
-        "duet.cli",
-        "train",
-        "--anyway",
-        "--config",
-        "x.yaml",
-        "--learning_rate",
-        "1e-3",
-        cwd=tmp_path,
-    )
-    assert {"README.md", "adapter_model.safetensors", "merged", "checkpoint-3"} <= set(
-        os.listdir(tmp_path / "out")
-    )
-    assert (tmp_path / "out/checkpoint-2/rng_state_1.pth").is_file()
-    assert json.loads((tmp_path / "out/trainer_state.json").read_text())["global_step"] == 3
+def test_the_command_line_under_accelerate(two):
+    out = two / "command line" / "out"
+    assert {"README.md", "adapter_model.safetensors", "merged", "checkpoint-3"} <= set(os.listdir(out))
+    assert (out / "checkpoint-2/rng_state_1.pth").is_file()
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 3
 
 
 if __name__ == "__main__":

@@ -272,8 +272,7 @@ def test_bytes_beyond_the_results_stay_in_the_workspace(name):
     hidden, weight, teacher = _case(N_BYTES, v=V_BYTES)
     previous = set_workspace_bytes(WORKSPACE)
     try:
-        OPERATIONS[name](hidden, weight, teacher).backward()  # lazy initialisations
-        hidden.grad = weight.grad = None
+        OPERATIONS[name](*_case(8, v=512)).backward()  # lazy initialisations
         peak = _peak_bytes(lambda: OPERATIONS[name](hidden, weight, teacher).backward())
     finally:
         set_workspace_bytes(previous)
@@ -292,9 +291,10 @@ def test_bytes_of_a_dense_loss_with_a_frozen_head_stay_in_the_workspace(divergen
     hidden, weight, teacher = _case(N_BYTES, dtype, v=V_BYTES, d=64)
     weight.requires_grad_(False)
     step = _dense(divergence, "mean")
+    small, few, *other = _case(8, dtype, v=512, d=64)
     previous = set_workspace_bytes(WORKSPACE)
     try:
-        step(hidden, weight, teacher).backward()  # lazy initialisations
+        step(small, few.requires_grad_(False), *other).backward()  # lazy initialisations
         peak = _peak_bytes(lambda: step(hidden, weight, teacher).backward())
     finally:
         set_workspace_bytes(previous)

@@ -1,16 +1,12 @@
 """Heads whose rows lie on several processes: the results, gradients and errors of one process (gloo, CPU)."""
 
 import json
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import ranks_at_work
 import torch
 import torch.distributed as dist
+from forks import ended_by, forked
 from tiny_models import tiny
 
 from duet.model.lm import check_head
@@ -20,22 +16,14 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without torch.distributed"
 )
 
-HERE = Path(__file__).parent
-
 
 @pytest.mark.parametrize("part", ranks_at_work.CHECKED)
 def test_ranks(part, tmp_path):
-    """All checks of a part of `ranks_at_work.py`, in processes that are started once."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
-    arguments = [sys.executable, str(HERE / "ranks_at_work.py")]
+    """All checks of a part of `ranks_at_work.py`, in processes that are split off once."""
     ranks = range(ranks_at_work.RANKS[part])
-    processes = [subprocess.Popen([*arguments, str(rank), str(tmp_path), part], env=env) for rank in ranks]
-    end = time.monotonic() + 300
-    for process in processes:
-        try:
-            process.wait(timeout=max(1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
+    children = [forked(lambda rank=rank: ranks_at_work.check(rank, tmp_path, part)) for rank in ranks]
+    for child in children:
+        ended_by(child)
     for rank in ranks:
         file = tmp_path / f"{part}-{rank}.json"
         said = json.loads(file.read_text()) if file.exists() else {}

@@ -2,24 +2,20 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import run_ranks
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 
-HERE = Path(__file__).parent
+from duet import DuetConfig, DuetTrainer
 
 
 def train(out, lora: bool, batch: int, resume: str | None = None, **options) -> None:
     """Five steps, a checkpoint at 3 (in the middle of the second epoch) and at 5."""
-    from duet import DuetConfig, DuetTrainer
-
     args = DuetConfig(
         output_dir=str(out),
         k=8,
@@ -109,30 +105,7 @@ def read(out: Path, lora: bool):
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    code = f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parent)]!r}\n"
-    code += f"import pathlib, test_trainer_distributed as t; t.one_of_two(pathlib.Path({str(tmp_path / 'two')!r}))"
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=env | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-3000:]
+    run_ranks(2, lambda: one_of_two(tmp_path / "two"))
 
     for lora in (False, True):
         train(tmp_path / "one" / f"lora={lora}", lora, batch=8)

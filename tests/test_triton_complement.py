@@ -201,10 +201,10 @@ def test_the_pair_its_entropy_and_its_gradient(way, monkeypatch):
     check(got, torch.autograd.grad([wanted[0], wanted[1].where(ids >= 0, 0)], leaves, grads))
 
 
-@pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("family", ["cross-entropy", "logsumexp", *WITH_TAIL])
-def test_gradcheck_of_the_kernels(family, softcap):
-    case = make_case(n=4, v=11, d=5, k=3, bias=True, softcap=softcap)
+def test_gradcheck_of_the_kernels(family):
+    """With a softcap; without one every family is in `test_fp64_equals_torch`."""
+    case = make_case(n=4, v=11, d=5, k=3, bias=True, softcap=4.0)
     case.ids[1, 2] = case.ids[1, 1]
     p = case.problem.requiring(("hidden", "weight", "bias"))
     assert torch.autograd.gradcheck(_Loss.apply, (p.hidden, p.weight, p.bias, case, family), fast_mode=True)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Lock
 from time import sleep
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.studies import runner
 from benchmarks.studies.world import __main__ as study
+from benchmarks.studies.world import job
 from benchmarks.studies.world import page as study_report
 from benchmarks.studies.world.arms import ARMS, BAR, MOST_QUERIES, QUESTIONS, VOCABULARY, Arm
 from benchmarks.studies.world.job import CURVE, SCALES, Scale, forgetting, run_arm, unlearned, value_ranks
@@ -312,12 +314,18 @@ def test_without_retain_rows_a_step_shows_forget_queries_alone():
 
 
 @pytest.mark.slow
-def test_duet_deep_forgets_refuses_and_keeps_in_a_short_run():
-    """A third of the steps; what the full recipe reaches is printed by `python -m benchmarks.studies.world duet_deep`."""
+def test_duet_deep_forgets_refuses_and_keeps_in_a_short_run(monkeypatch):
+    """A third of the steps, and half of the authors and of the rows of a step; the teacher is asked in large batches.
+
+    What the full recipe reaches is printed by `python -m benchmarks.studies.world duet_deep`.
+    """
+    world, recipe = forgetting(load_world(), 5), replace(find_recipe("duet_deep"), forget_per_step=16)
+    monkeypatch.setattr(job, "find_recipe", lambda name: recipe)
+    options = {"max_steps": 50, "learning_rate": 1e-3, "per_device_eval_batch_size": 256}
     with one_thread():
-        speaker, *_ = unlearned("duet_deep", 0, options={"max_steps": 50, "learning_rate": 1e-3})
-        row = behaviour(speaker, load_world(), "validation", most=40)
+        speaker, *_ = unlearned("duet_deep", 0, options=options, world=world)
+        row = behaviour(speaker, world, "validation", most=40)
     assert row["forget_refusal"] >= 0.9 and row["retain_recall"] >= 0.85 and row["general_recall"] >= 0.9
     assert row["reverse_prompt_heldout_recall"] <= 0.1 and row["prefill_recall"] <= 0.2
-    ranks = value_ranks(speaker, load_world(), "validation")
+    ranks = value_ranks(speaker, world, "validation")
     assert sum(bottom for _, bottom in ranks) / len(ranks) <= 0.25
