@@ -34,6 +34,9 @@ def _whole(least: int) -> Callable[[Any], bool]:
 Number = Annotated[float, Wanted("a finite number", math.isfinite)]
 Positive = Annotated[float, Wanted("a number > 0", lambda v: 0 < v < math.inf)]
 NotNegative = Annotated[float, Wanted("a number >= 0", lambda v: 0 <= v < math.inf)]
+MaybePositive = Annotated[
+    float | None, Wanted("a number > 0 or None", lambda v: v is None or 0 < v < math.inf)
+]
 Share = Annotated[float, Wanted("a number in [0, 1]", lambda v: 0 <= v <= 1)]
 InnerShare = Annotated[float, Wanted("a number in (0, 1)", lambda v: 0 < v < 1)]
 UpperShare = Annotated[float, Wanted("a number in (0, 1]", lambda v: 0 < v <= 1)]

@@ -54,6 +54,13 @@ CASES = {
         "temperature: objective 'duet' compares raw logits",
     ),
     "normalization on raw logits": ({"normalization": "tail"}, ValueError, "normalization: objective 'duet'"),
+    "clip on raw logits": ({"clip": 0.1}, ValueError, "clip: objective 'duet' compares raw logits"),
+    "clip of terms that may be negative": (
+        {"objective": "duet_kl", "clip": 0.1, "normalization": "truncated"},
+        ValueError,
+        "clip: wanted None, got 0.1, because with normalization 'truncated'",
+    ),
+    "clip 0": ({"objective": "duet_kl", "clip": 0}, ValueError, "clip: wanted a number > 0 or None, got 0"),
     "delta negative": ({"delta": -1.0}, ValueError, "delta: wanted a number > 0, got -1.0"),
     "beta at its end": ({"beta": 1.0}, ValueError, r"beta: wanted a number in \(0, 1\), got 1.0"),
     "npo_beta 0": ({"objective": "npo", "npo_beta": 0}, ValueError, "npo_beta: wanted a number > 0"),

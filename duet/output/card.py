@@ -13,9 +13,10 @@ from torch import nn
 from ..extras import version_of
 from ..model.lm import base_language_model
 
-# Options on the card besides those that the objective reads (`Objective.reads`).
+# Options on the card besides those that the objective reads (`Objective.reads`); the first of runs with a steering prefix only.
+STEERING = ("steering_prefixes", "steering_place", "retain_prefix")
 _METHOD = (  # noqa: SIM905  as a list literal, one word a line
-    "positions num_positions answer_source steering_prefixes steering_place retain_prefix reverse_prompts reverse_prompt_fraction prefills "
+    "positions num_positions answer_source reverse_prompts reverse_prompt_fraction prefills "
     "retain_per_forget plain_template chat_template_kwargs teacher_store learning_rate max_steps num_train_epochs "
     "per_device_train_batch_size gradient_accumulation_steps optim seed"
 ).split()
@@ -51,7 +52,7 @@ def model_card(
         base_model: where it started; None when it has no name.
         adapter: PEFT's name of the adapter's configuration; None: all weights were trained.
         options: the DuetConfig.
-        reads: names of the options that the objective reads.
+        reads: names of the options that the objective reads; of a run with a steering prefix those of `STEERING` too.
         datasets: name -> (number of rows, fingerprint).
         metrics: name -> value, as last logged.
         teacher: the kind of teacher; None: there was none.
