@@ -38,7 +38,7 @@ class WithKeys(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
-        from duet.run.schema import groups
+        from duet.run.keys import groups
 
         for title, keys in groups().items():
             console.print(Text(f"\n{title}", style="bold"))
