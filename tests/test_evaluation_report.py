@@ -182,8 +182,8 @@ def test_a_training_output_with_runs_in_it(folder, tmp_path):
     [
         (lambda f: None, r"run: there is no folder '.*bad'"),
         (lambda f: f.mkdir(), r"run: .*bad is no finished run: wanted one of summary.json, attacks.json"),
-        (lambda f: (f.mkdir(), (f / "topk.json").write_text("{")), r"run: .*topk.json is not JSON"),
-        (lambda f: (f.mkdir(), (f / "topk.json").write_text("[]")), r"topk.json holds a list, wanted an object"),
+        (lambda f: (f.mkdir(), (f / "topk.json").write_text("{")), r"run: .*topk.json: not JSON: .* at column 2"),
+        (lambda f: (f.mkdir(), (f / "topk.json").write_text("[]")), r"topk.json: wanted an object, got .\[\]"),
         (lambda f: (f.mkdir(), (f / "topk.json").write_text("{}")), r"topk.json has no 'before'"),
         (lambda f: (f.mkdir(), (f / "summary.json").write_text("{}")), r"run: .*bad has no manifest.json"),
     ],

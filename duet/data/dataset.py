@@ -53,6 +53,11 @@ class Asked(NamedTuple):
     steered: list[int]
     answer: list[int]
 
+    @property
+    def where(self) -> str:
+        """The row and the prefix, for messages."""
+        return f"{self.name} under steering_prefixes[{self.key[1]}]"
+
 
 class UnlearnDataset(Dataset):
     """Forget rows followed by retain rows; an item is one query as student and teacher see it.

@@ -6,7 +6,6 @@ The console takes texts as they are, so that a path or a question with [brackets
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -301,13 +300,10 @@ def _eliciting(
 
 def _trained_wordings(model: str) -> tuple[str, ...]:
     """The override wordings that a model was trained with, from the record of its run; none where there is no record."""
+    from ..data.sources import read_object
+
     path = Path(model, "run_record.json")
-    if not path.is_file():
-        return ()
-    try:
-        return tuple(json.loads(path.read_text(encoding="utf-8")).get("override_wordings") or ())
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"model: {path} is damaged: {error}") from None
+    return tuple(read_object(path, "model").get("override_wordings") or ()) if path.is_file() else ()
 
 
 def lines_of(path: Path, argument: str) -> tuple[str, ...]:
@@ -383,6 +379,7 @@ def run_lm_eval(
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import make_table  # pyright: ignore[reportMissingImports]
 
+    from ..data.sources import read_object
     from ..model.hashes import fingerprints
     from .journal import LM_EVAL, write_json
 
@@ -390,7 +387,7 @@ def run_lm_eval(
         **fingerprints(model, tokenizer),
         "limit": limit,
     }
-    before = json.loads((out / LM_EVAL).read_text(encoding="utf-8")) if (out / LM_EVAL).is_file() else {}
+    before = read_object(out / LM_EVAL, "out") if (out / LM_EVAL).is_file() else {}
     for key, value in manifest.items():
         if before and before["manifest"].get(key) != value:
             raise ValueError(

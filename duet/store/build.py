@@ -155,27 +155,20 @@ def import_teacher(
     Raises:
         TypeError, ValueError, OSError: naming the column and the row.
     """
-    folder = _folder(folder, args)
-    job = _Job.of_log_probabilities(
-        model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype
-    )
+    rows = forget_dataset, retain_dataset, processing_class, eval_dataset
+    job, writer = _from_elsewhere(folder, model, args, *rows, dtype)
     provenance = job.provenance
-    writer = StoreWriter(folder, provenance, job.rows)
     entry_ids = [entry_id for entry_ids in job.rows.values() for entry_id in entry_ids]
     entries = dict(read_columns(columns, provenance, entry_ids))
     for entry_id, asked in job.questions.items():
         if entry_id not in entries:
-            raise ValueError(
-                f"columns: there is nothing for {asked.name} under steering_prefixes[{asked.key[1]}]"
-            )
+            raise ValueError(f"columns: there is nothing for {asked.where}")
         answer = entries[entry_id].answer if provenance.answers == "teacher" else asked.answer
         _check_positions(entries[entry_id], answer, asked)
     writer.begin()
     for entry_id in writer.scan():
         writer.add(entry_id, entries[entry_id])
-    writer.flush()
-    writer.finish()
-    return TopKStore(folder, verify=False)
+    return _finished(writer)
 
 
 def ask_teacher(
@@ -201,16 +194,13 @@ def ask_teacher(
     Raises:
         TypeError, ValueError, OSError: naming the row. What was told before is in the store; the same call goes on after it.
     """
-    folder = _folder(folder, args)
-    job = _Job.of_log_probabilities(
-        model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype
-    )
+    rows = forget_dataset, retain_dataset, processing_class, eval_dataset
+    job, writer = _from_elsewhere(folder, model, args, *rows, dtype)
     if job.provenance.answers == "teacher":
         raise ValueError(
             "answer_source: wanted 'dataset', or positions that need no answer: the server is asked for log-probabilities "
             "and writes no answers"
         )
-    writer = StoreWriter(folder, job.provenance, job.rows)
     writer.begin()
     try:
         for entry_id in writer.scan():
@@ -220,13 +210,28 @@ def ask_teacher(
             _check_positions(entry, asked.answer, asked)
             writer.add(entry_id, entry)
     except (ValueError, OSError) as error:
-        where = f"{asked.name} under steering_prefixes[{asked.key[1]}]"
         kinds = (ConnectionError, OSError, ValueError)  # some kinds below these take no message alone
-        raise next(kind for kind in kinds if isinstance(error, kind))(f"{where}: {error}") from error
+        raise next(kind for kind in kinds if isinstance(error, kind))(f"{asked.where}: {error}") from error
     finally:
         writer.flush()
+    return _finished(writer)
+
+
+def _from_elsewhere(folder: Any, model: Any, args: DuetConfig, *rest: Any) -> tuple["_Job", StoreWriter]:
+    """The job of a teacher whose log-probabilities are made elsewhere, and the writer of its store; `rest` as in `_Job.of`."""
+    folder = _folder(folder, args)
+    model = load_model(model, "model", args.model_init_kwargs, earlier=args.earlier_adapter)
+    model = without_attached_adapter(model, "model", args.earlier_adapter)
+    with _without_adapter(model):
+        job = _Job.of(model, args, *rest)
+    job = replace(job, provenance=replace(job.provenance, values=LOG_PROBABILITIES))
+    return job, StoreWriter(folder, job.provenance, job.rows)
+
+
+def _finished(writer: StoreWriter) -> TopKStore:
+    writer.flush()
     writer.finish()
-    return TopKStore(folder, verify=False)
+    return TopKStore(writer.folder, verify=False)
 
 
 def _check_positions(entry: Entry, answer: Sequence[int], asked: Asked) -> None:
@@ -293,15 +298,6 @@ class _Job:
         positions = scored_positions(objective, args)
         provenance = provenance_of(model, head, tokenizer, args, datasets[0], positions, dtype)
         return cls(model, tokenizer, pad_id, datasets[0], questions, named, provenance)
-
-    @classmethod
-    def of_log_probabilities(cls, model: Any, args: DuetConfig, *rest: Any) -> "_Job":
-        """The same for a teacher whose log-probabilities come from elsewhere; `rest` as in `of`."""
-        model = load_model(model, "model", args.model_init_kwargs, earlier=args.earlier_adapter)
-        model = without_attached_adapter(model, "model", args.earlier_adapter)
-        with _without_adapter(model):
-            job = cls.of(model, args, *rest)
-        return replace(job, provenance=replace(job.provenance, values=LOG_PROBABILITIES))
 
     def order(self, entry_id: bytes) -> tuple[str, int]:
         """Sorts prompts by prefix, and among these by length."""

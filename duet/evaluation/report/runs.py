@@ -10,12 +10,12 @@ is the base; a model that was asked behind a steering prefix, or whose chat temp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...data.sources import read_object
 from ..attacks.runner import REPORT as ATTACKS
 from ..journal import LM_EVAL, MANIFEST, read_run
 from ..steering import RECORD as STEERING
@@ -192,7 +192,7 @@ def _kinds(folder: Path, argument: str, label: str | None, role: str | None) -> 
         ("eval", SUMMARY), ("attack", ATTACKS), ("lm_eval", LM_EVAL), ("train", TRAINED), ("demo", DEMO), ("topk", TOPK),
     ):  # fmt: skip
         if (folder / name).is_file():
-            run = _Run(kind, folder, label, role, _json(folder / name, argument), all_rows=role is None)
+            run = _Run(kind, folder, label, role, read_object(folder / name, argument), all_rows=role is None)
             if kind in ("eval", "attack"):
                 run.manifest, run.rows = read_run(folder, argument)
             for key in _NEEDED[kind]:
@@ -201,7 +201,7 @@ def _kinds(folder: Path, argument: str, label: str | None, role: str | None) -> 
                         f"{argument}: {folder / name} has no {key!r}; wanted what this version of duet writes"
                     )
             if kind == "train" and (folder / STEERING).is_file():
-                run.content["steering"] = _json(folder / STEERING, argument)
+                run.content["steering"] = read_object(folder / STEERING, argument)
             if kind == "lm_eval":
                 run.manifest = run.content["manifest"]
             runs.append(run)
@@ -216,16 +216,6 @@ _NEEDED = {
     "demo": ("rows", "examples", "columns"),
     "topk": ("before", "after", "queries", "measure"),
 }
-
-
-def _json(path: Path, argument: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{argument}: {path} is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{argument}: {path} holds a {type(content).__name__}, wanted an object")
-    return content
 
 
 # --- runs of one model -----------------------------------------------------------------------------------------
