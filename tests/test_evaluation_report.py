@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
     options = AttackOptions(max_new_tokens=4, relearn_rates=(1e-3, 1e-2), relearn_curve=(1, 3), shots=1)
     rows = read_attack_rows(FORGET, "forget")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Continuation, "cut", lambda self, limit: False)  # a random model never ends its answer
+        patch.setattr(Continuation, "cut", False)  # a random model never ends its answer
         attack_run.run_attacks(
             Target(student, tokenizer, rows, options=options), base=Target(base, tokenizer, rows, options=options),
             attacks=["prefill", "relearning", "rank_probe", "membership"], out=folder / "student-attack",

@@ -54,7 +54,7 @@ def read(path):
 @pytest.fixture
 def ends(monkeypatch):
     """Random models never end an answer: theirs count as ended."""
-    monkeypatch.setattr(Continuation, "cut", lambda self, limit: False)
+    monkeypatch.setattr(Continuation, "cut", False)
 
 
 def test_eval_leaves_out_what_needs_answers(folder, capsys):
@@ -149,7 +149,7 @@ def test_elicited_answers_are_the_models_greedy_ones():
         "cut, given, too long: nothing is made"
     )
     patch = pytest.MonkeyPatch()
-    patch.setattr(Continuation, "cut", lambda self, limit: False)
+    patch.setattr(Continuation, "cut", False)
     try:
         first, *others = elicit_answers(model, tokenizer, rows, "rows", max_new_tokens=4)
     finally:

@@ -206,6 +206,7 @@ class PromptRenderer:
         plain_template: text with `{question}` in it.
         chat_template_kwargs: further arguments of the chat template.
         steering_place: `system` or `user`: where the instruction goes.
+        num_ids: how many ids the model embeds; None: not checked.
     """
 
     def __init__(
@@ -214,6 +215,7 @@ class PromptRenderer:
         plain_template: str = PLAIN_TEMPLATE,
         chat_template_kwargs=None,
         steering_place: str = "system",
+        num_ids: int | None = None,
     ):
         self.tokenizer = tokenizer
         self.plain_template = plain_template
@@ -228,7 +230,7 @@ class PromptRenderer:
                 "the chat template writes today's date into every prompt (Llama 3.2's does): a cached teacher or a resumed "
                 "run meets other prompts tomorrow; chat_template_kwargs={'date_string': '26 Jul 2024'} fixes it"
             )
-        self.num_ids: int | None = None  # how many the model embeds, where that is known
+        self.num_ids = num_ids
         self._check_template()
         self.system_allowed = accepts_system(tokenizer, **self.template_kwargs)
         self._turn_ending = answer_ending(tokenizer, **self.template_kwargs)
@@ -305,6 +307,13 @@ class PromptRenderer:
                 self._cache.clear()
             self._cache[key] = self._known(self._encode(*key))
         return self._cache[key]
+
+    def encode_or_none(self, conversation: Conversation, instruction: str | None = None) -> list[int] | None:
+        """`encode`; None where the chat template or the model cannot take the conversation."""
+        try:
+            return self.encode(conversation, instruction)
+        except CannotRender:
+            return None
 
     def _encode(self, conversation, instruction, override, override_role) -> list[int]:
         system = instruction

@@ -98,9 +98,9 @@ def renderer_of(args: Any, tokenizer: Any, num_ids: int | None) -> PromptRendere
         args: the options.
         num_ids: how many ids the model embeds.
     """
-    renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs, args.steering_place)
-    renderer.num_ids = num_ids
-    return renderer
+    return PromptRenderer(
+        tokenizer, args.plain_template, args.chat_template_kwargs, args.steering_place, num_ids
+    )
 
 
 def scored_positions(objective: Objective, args: Any) -> str:

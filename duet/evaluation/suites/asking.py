@@ -88,8 +88,7 @@ class Asker:
         prompting, self.steering, self.subjects = prompting or Prompting(), steering, tuple(subjects)
         self.tokenizer, self.task, self.context = tokenizer, task, context
         self.plain = task.plain or prompting.plain_template
-        self.renderer = PromptRenderer(tokenizer, self.plain, prompting.chat_template_kwargs, place)
-        self.renderer.num_ids = num_ids
+        self.renderer = PromptRenderer(tokenizer, self.plain, prompting.chat_template_kwargs, place, num_ids)
         self.chat = task.chat == "auto" and self.renderer.has_template
         if task.few_shot and len(shots) < task.few_shot.count:
             raise ValueError(

@@ -205,7 +205,7 @@ class _Run:
         )
         rows = []
         for item, answer in zip(batch, said, strict=True):
-            ended = "empty" if not answer.text else "cut" if answer.cut(limit) else "ok"
+            ended = "empty" if not answer.text else "cut" if answer.cut else "ok"
             row = self._row(item, ended if answer.finite else "nan")
             if room < self.task.max_new_tokens and answer.num_tokens >= room:
                 ended = f"the context ended after {answer.num_tokens} new tokens"
