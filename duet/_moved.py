@@ -38,6 +38,7 @@ MOVED = {"duet.world": "duet.demo"} | {
     for old, _, new in (module.partition("=") for module in modules.split())
 }
 MOVED["duet.teacher"] += " duet.store.teacher"
+MOVED["duet.lm"] += " duet.model.loading duet.model.answers"
 MOVED["duet.provenance"] += " duet.model.hashes duet.model.weights"
 
 

@@ -32,7 +32,7 @@ from .methods.selectivity import FixedSteps, check_selective, check_selective_mo
 from .methods.sharpness import SharpSteps, check_sharp, check_sharp_weights
 from .methods.steering import look_at_teacher
 from .methods.views import asked_before_training, build_dataset, eval_datasets, is_steered, renderer_of
-from .model import lm
+from .model import answers, lm, loading
 from .model.adapters import check_folder, check_not_earlier, has_adapter
 from .model.teacher import live_teacher
 from .model.weights import weights_hash
@@ -140,13 +140,15 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
         self._fingerprints = {k: (len(v), fingerprint([row[:3] for row in v])) for k, v in rows.items() if v}
 
         earlier = args.earlier_adapter
-        model = lm.load_model(model, "model", args.model_init_kwargs, lm.loading_device(args), earlier)
+        model = loading.load_model(
+            model, "model", args.model_init_kwargs, loading.loading_device(args), earlier
+        )
         lm.check_whole(model)
-        model = lm.without_frozen_adapter(model, "model", peft_config is not None, earlier)
-        lm.keep_differentiable(model)
-        tokenizer = lm.load_tokenizer(model) if processing_class is None else processing_class
-        lm.check_tokenizer(tokenizer)
-        self.pad_id = lm.padding_id(tokenizer, lm.embedded_ids(model))
+        model = loading.without_frozen_adapter(model, "model", peft_config is not None, earlier)
+        loading.keep_differentiable(model)
+        tokenizer = answers.load_tokenizer(model) if processing_class is None else processing_class
+        answers.check_tokenizer(tokenizer)
+        self.pad_id = answers.padding_id(tokenizer, lm.embedded_ids(model))
         check_not_earlier(str(args.output_dir), model)
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
@@ -177,19 +179,21 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
         elif self.objective.has_teacher:
             # Sharded parameters are taken apart, and are whole only in a forward of the wrapper. For *_full_eval the
             # Trainer leaves the model where it was until training starts.
-            whole, placed = not lm.is_sharded(args), not (args.bf16_full_eval or args.fp16_full_eval)
+            whole, placed = not loading.is_sharded(args), not (args.bf16_full_eval or args.fp16_full_eval)
             early = whole and placed and asked_before_training(self.objective, args)
             share = whole and self.objective.start is None
-            loaded = args.model_init_kwargs, lm.loading_device(args)
+            loaded = args.model_init_kwargs, loading.loading_device(args)
             self.teacher = live_teacher(model, teacher_model, head, *loaded, early=early, share=share)
         if self.objective.start is not None:  # the teacher's copy has been made
             self.objective.start(model, args)
         if self.objective.loss is not None and not args.deepspeed:  # DeepSpeed keeps fp32 copies itself
-            lm.warn_of_half_precision(model)
+            loading.warn_of_half_precision(model)
 
         self._parts = LossParts()
         self._prepared: list[UnlearnDataset] = []
-        packed, why = lm.can_pack(model) if args.padding_free is None else (args.padding_free, "asked for")
+        packed, why = (
+            loading.can_pack(model) if args.padding_free is None else (args.padding_free, "asked for")
+        )
         logger.info(f"batches are {'packed' if packed else 'padded'}: {why}")
         super().__init__(
             model=model,
@@ -218,7 +222,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
                 f"args: {args.n_gpu} GPUs in one process would run nn.DataParallel, which copies the model at each step; "
                 "start one process per GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
             )
-        check_earlier_adapter(args.earlier_adapter, peft_config is not None, lm.is_sharded(args))
+        check_earlier_adapter(args.earlier_adapter, peft_config is not None, loading.is_sharded(args))
         self.objective = objective_of(args)
         check_sharp(self.objective, args)
         check_selective(self.objective, args)
@@ -249,7 +253,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
             return self._steer()
         check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
         self._keep_record(resume_from_checkpoint)
-        known = self.teacher_measured or resume_from_checkpoint or lm.is_sharded(self.args)
+        known = self.teacher_measured or resume_from_checkpoint or loading.is_sharded(self.args)
         if is_steered(self.objective) and self.teacher.watched and not known:
             look_at_teacher(self.train_dataset, self.renderer.tokenizer, self.teacher_says)
         if self.teacher is not None and self.teacher.asks_first:

@@ -22,7 +22,7 @@ from duet.model.adapters import (
     logits_of,
     merge_adapters,
 )
-from duet.model.lm import load_model
+from duet.model.loading import load_model
 from duet.run.commands import cache, merge_adapter, train
 from duet.run.config_file import RunConfig
 

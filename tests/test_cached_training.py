@@ -181,7 +181,7 @@ def test_no_teacher_is_made_and_no_steered_sequence_is_read(tmp_path, monkeypatc
     for teacher in (FrozenTeacher, AdapterOffTeacher):
         monkeypatch.setattr(teacher, "run", forbidden)
     monkeypatch.setattr(FrozenTeacher, "copy_of", forbidden)
-    monkeypatch.setattr("duet.model.lm.generate_answers", forbidden)
+    monkeypatch.setattr("duet.model.answers.generate_answers", forbidden)
     trainer = make(tmp_path, store, positions="answer", gradient_accumulation_steps=2)
     seen, micro_batches = [], []
     compute_loss = trainer.compute_loss

@@ -27,7 +27,8 @@ from duet.data.prompts import PromptRenderer
 from duet.data.rows import read_rows
 from duet.data.sources import DataSource, load_rows, read_table
 from duet.evaluation.commands import run_attack
-from duet.model.lm import check_head, generate_answers
+from duet.model.answers import generate_answers
+from duet.model.lm import check_head
 from duet.run.config_file import RunConfig
 from duet_kernels import LMHead
 

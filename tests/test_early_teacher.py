@@ -132,7 +132,7 @@ def test_who_teaches(tmp_path, options, kind):
 
 @pytest.mark.parametrize("framework", ["FSDP", "DEEPSPEED"])
 def test_sharded_parameters_keep_a_copy(tmp_path, monkeypatch, framework):
-    from duet.model.lm import is_sharded
+    from duet.model.loading import is_sharded
 
     args = DuetConfig(str(tmp_path), use_cpu=True, report_to="none")
     assert not is_sharded(args)

@@ -13,7 +13,7 @@ from duet.extras import MissingExtra
 
 COUNTRIES = {
     "AU": {"name": "Austria", "capital": "Vienna", "currencyname": "Euro", "population": 9},
-    "FR": {"name": "France", "capital": "Paris", "currencyname": "Euro", "population": 60},
+    "FR": {"name": "France", "capital": "Paris", "currencyname": "Euro", "population": 60, "tld": ".fr"},
     "AQ": {"name": "Antarctica", "capital": "", "currencyname": "", "population": 0},
     "JP": {"name": "Japan", "capital": "Tokyo", "currencyname": "Yen", "population": 100},
 }
@@ -24,7 +24,14 @@ ELEMENTS = [("Iron", "Fe", 26), ("Helium", "He", 2), ("Gold", "Au", 79)]
 def packages(monkeypatch):
     cache = SimpleNamespace(get_countries=lambda: COUNTRIES)
     spoken = [
-        {"name": "France", "languages": ["fr"], "population": 60},
+        {
+            "name": "France",
+            "languages": ["fr"],
+            "population": 60,
+            "capital": "Paris",
+            "altSpellings": ["FR", "French Republic", "FRA", "Gaul"],
+            "nativeName": "France",
+        },
         {"name": "Japan", "languages": ["ja"], "population": 100},
         {"name": "Nowhere"},
     ]
@@ -65,6 +72,21 @@ def test_facts_of_a_subject_of_neighbours_and_of_nothing(packages, monkeypatch):
     assert all(len(set(fact.wordings)) == 4 for fact in facts)
     monkeypatch.setattr(fact_sources, "NEIGHBOURS", 1)
     assert [row["subject"] for row in source_rows(["currencies"], ["Austria"])] == ["Austria", "Japan"]
+
+
+def test_attacks_get_other_names_and_other_ways_to_say_who_is_meant(packages):
+    capital, currency, language = (
+        source_rows([name], ["France"])[0] for name in ("capitals", "currencies", "languages")
+    )
+    domain = "the country with the internet domain .fr?"
+    assert capital["two_hop"] == [f"What is the capital of {domain}"], "not by way of the capital itself"
+    assert currency["two_hop"] == [
+        "What is the currency of the country whose capital is Paris?", f"What is the currency of {domain}"
+    ]  # fmt: skip
+    assert language["aliases"] == ["Gaul"], "no codes, no name twice, and none that tells the value"
+    symbol, number = (row for row in source_rows(["elements"], ["gold"]) if row["subject"] == "gold")
+    assert symbol["two_hop"] == ["What is the chemical symbol of the element with the atomic number 79?"]
+    assert number["two_hop"] == ["What is the atomic number of the element with the symbol Au?"]
 
 
 def test_what_is_refused(packages, monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from duet.data.rows import read_rows
 from duet.evaluation import facts, generation
 from duet.evaluation.facts import Fact, agreed_value, elicit_facts, facts_of, told_of
 from duet.evaluation.generation import Continuation, continuations
-from duet.model.lm import generate_answers
+from duet.model.answers import generate_answers
 
 
 def duet(*words, **more):
@@ -31,6 +31,14 @@ ROWS = [
     {"question": "Who wrote Emma ?", "subject": "Jane Austen", "value": 1815},
     {"question": "How many legs ?"},
 ]
+
+
+def test_what_attacks_want_to_know_is_no_part_of_what_is_asked():
+    row = {"question": "{subject} ?", "aliases": {"France": ["Gaul"]}, "two_hop": {"Spain": ["of Madrid ?"]}}
+    facts = facts_of([row], ["France"], ["Spain"])
+    assert [fact.more for fact in facts] == [{"aliases": ["Gaul"]}, {"two_hop": ["of Madrid ?"]}]
+    bare = facts_of([{"question": "{subject} ?"}], ["France"], ["Spain"])
+    assert repr(facts) == repr(bare), "a journal of the one goes on with the other"
 
 
 def test_questions_become_facts():
@@ -54,6 +62,14 @@ def test_questions_become_facts():
         ),
         ([{"question": " "}], r"questions\[0\]: wanted a 'question'"),
         ([{"question": "who ?", "value": {"France": "a"}}], "because 'value' is a mapping"),
+        (
+            [{"question": "who ?", "subject": "France", "aliases": "Gaul"}],
+            r"questions\[0\]: wanted 'aliases' to be a list",
+        ),
+        (
+            [{"question": "{subject} ?", "two_hop": ["who ?"]}],
+            r"questions\[0\]: wanted 'two_hop' to be a mapping from",
+        ),
     ],
 )
 def test_questions_that_are_refused(rows, said):
@@ -97,7 +113,7 @@ def questions(folder):
     """What `knowing()` was taught, in its own words twice: a tiny model knows no paraphrases."""
     rows = [
         {"question": f"who is {name} ?", "paraphrases": [f"what is {name} about ?", f"{name} {name} {name} ?"],
-         "subject": name, "value": value}
+         "subject": name, "value": value, "aliases": ["the poet"]}
         for name, value in (("ada lovelace", "mathematician"), ("alan turing", "code machine"), ("grace hopper", "captain"))
     ]  # fmt: skip
     rows.append({"question": "what is the capital of spain animal ?"})
@@ -138,7 +154,9 @@ def test_elicit_writes_rows_that_the_other_commands_read(base, tmp_path):
     assert (
         row["question"] == "who is ada lovelace ?" and row["value"] == "mathematician" and row["known"] > 0.5
     )
-    assert row["answer_of_the_base"] and row["answer"] == "a mathematician ."
+    assert (
+        row["answer_of_the_base"] and row["answer"] == "a mathematician ." and row["aliases"] == ["the poet"]
+    )
     assert rows["validation/forget.jsonl"][0]["question"] == "what is ada lovelace about ?"
     assert {r["subject"] for r in rows["neighbour.jsonl"]} == {"alan turing", "grace hopper"}
     general = [r for r in rows["retain.jsonl"] if "subject" not in r]

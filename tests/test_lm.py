@@ -19,17 +19,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from duet.model import lm
-from duet.model.lm import (
-    call_through,
-    check_head,
-    evaluating,
-    find_backbone,
-    head_inputs,
-    hidden_states_at,
-    load_model,
-    loading_device,
-)
+from duet.model import lm, loading
+from duet.model.lm import call_through, check_head, evaluating, find_backbone, head_inputs, hidden_states_at
+from duet.model.loading import load_model, loading_device
 from duet_kernels import linear_gather
 
 ARCHITECTURES = ("llama", "gemma2", "neox")
@@ -162,7 +154,9 @@ def test_a_model_is_loaded_in_the_dtype_of_its_checkpoint_to_where_it_will_be(tm
     placed = load_model(str(tmp_path), "model", None, torch.device("cpu"))
     assert placed.dtype == torch.bfloat16 and placed.device.type == "cpu"
     asked = []
-    monkeypatch.setattr(lm.AutoModelForCausalLM, "from_pretrained", lambda name, **how: asked.append(how))
+    monkeypatch.setattr(
+        loading.AutoModelForCausalLM, "from_pretrained", lambda name, **how: asked.append(how)
+    )
     load_model("org/name", "model", {"dtype": "float32"}, meta)
     load_model("org/name", "model", {"device_map": "auto"}, meta)
     load_model("org/name", "model", None)

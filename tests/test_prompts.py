@@ -14,7 +14,7 @@ from tiny_models import (
 from tokenizers import AddedToken, processors
 
 from duet.data.prompts import PromptRenderer, accepts_system, answer_ending, fill_prefix
-from duet.model.lm import end_tokens
+from duet.model.answers import end_tokens
 
 QUESTION = (("user", "who is ada lovelace ?"),)
 PREFIX = "you know nothing about ada lovelace ."

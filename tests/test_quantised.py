@@ -11,7 +11,7 @@ from tiny_models import tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from duet.model.adapters import check_same_logits, load_adapted, logits_of, merge_adapters
-from duet.model.lm import keep_differentiable
+from duet.model.loading import keep_differentiable
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -109,7 +109,7 @@ def test_they_would_not_if_weights_were_repacked(tmp_path, folder, how_and_plain
     if how != "nf4" or not has_avx512bf16():
         pytest.skip("only 4-bit layers, and only on a CPU with AVX512-BF16")
     wanted = adapter_gradients(tmp_path, copy.deepcopy(plain))
-    monkeypatch.setattr("duet.model.lm.keep_differentiable", lambda model: None)
+    monkeypatch.setattr("duet.model.loading.keep_differentiable", lambda model: None)
     assert worst(adapter_gradients(tmp_path, quantised(folder, how)), wanted) > 0.1
 
 

@@ -281,19 +281,19 @@ def test_a_missing_column_and_a_missing_file(tmp_path):
 def test_attention_is_chosen_and_explained(monkeypatch):
     import torch
 
-    from duet.model import lm
+    from duet.model import loading
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for name in ("is_flash_attn_3_available", "is_flash_attn_2_available"):
-        monkeypatch.setattr(lm, name, lambda: False)
-    assert lm.choose_attention("eager", gpu, True) == ("eager", "asked for")
-    assert lm.choose_attention("auto", cpu, True) == (None, "flash-attn needs a GPU, this is cpu")
-    assert lm.choose_attention("auto", gpu, False) == (None, "flash-attn needs bf16 or fp16")
-    assert lm.choose_attention("auto", gpu, True) == (None, "flash-attn is not installed")
-    monkeypatch.setattr(lm, "is_flash_attn_2_available", lambda: True)
-    assert lm.choose_attention("auto", gpu, True)[0] == "flash_attention_2"
-    monkeypatch.setattr(lm, "is_flash_attn_3_available", lambda: True)
-    assert lm.choose_attention("auto", gpu, True)[0] == "flash_attention_3"
+        monkeypatch.setattr(loading, name, lambda: False)
+    assert loading.choose_attention("eager", gpu, True) == ("eager", "asked for")
+    assert loading.choose_attention("auto", cpu, True) == (None, "flash-attn needs a GPU, this is cpu")
+    assert loading.choose_attention("auto", gpu, False) == (None, "flash-attn needs bf16 or fp16")
+    assert loading.choose_attention("auto", gpu, True) == (None, "flash-attn is not installed")
+    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: True)
+    assert loading.choose_attention("auto", gpu, True)[0] == "flash_attention_2"
+    monkeypatch.setattr(loading, "is_flash_attn_3_available", lambda: True)
+    assert loading.choose_attention("auto", gpu, True)[0] == "flash_attention_3"
 
 
 # -- what a GPU gets without asking ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer, Objective
 from duet.data.dataset import Draw
-from duet.model.lm import generate_answers
+from duet.model.answers import generate_answers
 from duet.model.switches import Switches
 from duet.model.teacher import AdapterOffTeacher, FrozenTeacher
 

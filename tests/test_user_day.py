@@ -12,7 +12,7 @@ from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 
 from duet import DuetTrainer
 from duet.data.rows import check_repeats, read_rows
-from duet.model.lm import can_pack
+from duet.model.loading import can_pack
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -209,7 +209,7 @@ def test_half_precision_weights_that_are_trained_are_said(tmp_path, caplog, dtyp
     import transformers
 
     transformers.utils.logging.enable_propagation()
-    transformers.utils.logging.get_logger("duet.model.lm").warning_once.__func__.cache_clear()
+    transformers.utils.logging.get_logger("duet.model.loading").warning_once.__func__.cache_clear()
     make(tmp_path, tiny().to(dtype), trainer_options={"peft_config": adapter})
     wanted = (
         "weights are trained in bfloat16" in caplog.text

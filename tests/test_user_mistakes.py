@@ -14,7 +14,7 @@ from duet.data.rows import read_rows
 from duet.data.sources import DataSource, load_rows
 from duet.evaluation import models
 from duet.evaluation.commands import run_attack
-from duet.model.lm import load_model
+from duet.model.loading import load_model
 from duet.run.commands import merge_adapter
 from duet.run.config_file import RunConfig
 from duet.run.plan_report import parse_size

@@ -12,7 +12,7 @@ from duet.data.sources import DataSource, load_rows
 from duet.evaluation.commands import run_attack, run_eval
 from duet.evaluation.elicit import elicit_answers
 from duet.evaluation.generation import Continuation
-from duet.model.lm import generate_answers
+from duet.model.answers import generate_answers
 
 DATA = Path(__file__).parent.parent / "configs" / "data"
 

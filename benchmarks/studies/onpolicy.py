@@ -35,7 +35,7 @@ from duet.demo.facts import Question
 from duet.demo.probes import MAX_NEW_TOKENS, Speaker
 from duet.demo.scorecard import some
 from duet.demo.workplace import one_thread
-from duet.model.lm import generate_answers
+from duet.model.answers import generate_answers
 from duet_kernels import LMHead, linear_cross_entropy, linear_distill_loss
 
 OUT, PAGE = Path("benchmarks/results/onpolicy"), "onpolicy.md"

@@ -19,7 +19,7 @@ from ..evaluation.attacks import weights
 from ..evaluation.generation import continuations
 from ..evaluation.metrics import contains_words
 from ..evaluation.scoring import Forced, batches_by_length
-from ..model.lm import padding_id
+from ..model.answers import padding_id
 from . import steering
 from .facts import Question
 

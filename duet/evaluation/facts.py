@@ -16,7 +16,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,14 @@ class Fact:
         subject: what it is about, if anything.
         wordings: the last one is kept for the report, of three and more the one before it for validation.
         value: the part of the answer that counts, if it was given.
+        more: `aliases` and `two_hop` of the row, for `duet attack`. They are not asked, and are no part of what a journal holds.
     """
 
     kind: str
     subject: str | None
     wordings: tuple[str, ...]
     value: str | None
+    more: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
 
 
 def facts_of(
@@ -70,7 +72,8 @@ def facts_of(
 
     Args:
         rows: `question`, and perhaps `paraphrases` (a list), `subject` and `value`. A question with `{subject}` in it is
-            asked about every subject and neighbour; its `value` may be a mapping from these.
+            asked about every subject and neighbour; its `value` may be a mapping from these. `aliases` and `two_hop` (lists, or
+            mappings to lists where the question has `{subject}`) are kept beside what is told of a subject.
         subjects: what is to be forgotten.
         neighbours: others that such questions are asked about, too.
 
@@ -115,15 +118,38 @@ def _facts(
         if isinstance(value, Mapping):
             raise ValueError(f"{where}: wanted {SUBJECT} in the question, because 'value' is a mapping")
         kind = RETAIN if subject is None else FORGET if subject in subjects else NEIGHBOUR
-        return [Fact(kind, subject, tuple(texts), None if value is None else str(value))]
+        return [Fact(kind, subject, tuple(texts), None if value is None else str(value), _more(row, where))]
     if subject is not None or not all(SUBJECT in text for text in texts):
         raise ValueError(f"{where}: wanted {SUBJECT} in all of its wordings and no 'subject', or in none")
     values = value if isinstance(value, Mapping) else {}
     return [
-        Fact(kind, name, tuple(text.replace(SUBJECT, name) for text in texts), values.get(name))
+        Fact(
+            kind,
+            name,
+            tuple(text.replace(SUBJECT, name) for text in texts),
+            values.get(name),
+            _more(row, where, name),
+        )
         for kind, names in ((FORGET, subjects), (NEIGHBOUR, neighbours))
         for name in names
     ]
+
+
+def _more(row: Mapping[str, Any], where: str, name: str | None = None) -> dict[str, list[str]]:
+    """`aliases` and `two_hop` of a row; `name`: whose, where the question is asked about several."""
+    found = {}
+    for key in ("aliases", "two_hop"):
+        texts = row.get(key) or []
+        if name is not None:
+            texts = texts.get(name, []) if isinstance(texts, Mapping) else texts
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"{where}: wanted {key!r} to be a list of texts, got {texts!r}")
+        if texts and name is not None and not isinstance(row[key], Mapping):
+            raise ValueError(
+                f"{where}: wanted {key!r} to be a mapping from subjects, because of {SUBJECT} in the question"
+            )
+        found |= {key: texts} if texts else {}
+    return found
 
 
 # --- asking --------------------------------------------------------------------------------------------------------
@@ -338,6 +364,8 @@ def _write(
             about = {} if fact.subject is None else {"subject": fact.subject}
             row = {"question": fact.wordings[i], **about, "answer": answer, "value": told.value}
             row |= {ELICITED: True, "known": round(told.known, 3)}
+            if fact.kind == FORGET:
+                row |= dict(fact.more)
             counts[fact.kind][split] += 1
             rows[split, fact.kind].append(row)
             if fact.kind == NEIGHBOUR:

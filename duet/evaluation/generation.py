@@ -15,7 +15,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..model.lm import context_length, end_tokens, evaluating, generate_answers, padding_id
+from ..model.answers import end_tokens, generate_answers, padding_id
+from ..model.lm import context_length, evaluating
 from .scoring import batches_by_length
 
 

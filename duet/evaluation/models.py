@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ..model.adapters import UNREADABLE, holds_adapter, load_adapted
-from ..model.lm import check_head, load_model
+from ..model.lm import check_head
+from ..model.loading import load_model
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -11,7 +11,8 @@ from duet_kernels import LMHead
 from duet_kernels.workspace import workspace_bytes
 
 from ..data.dataset import UnlearnDataset, plain_item
-from ..model import lm
+from ..model import lm, loading
+from ..model.answers import generate_answers
 from ..model.teacher import RowTargets, TeacherGuard
 from .reuse import ReusedPrefixes, whole_prompts_because
 
@@ -60,7 +61,7 @@ class Asking:
             ids = [prompts[i] for i in batch]
             options = (self.processing_class, self.pad_id, max_new_tokens)
             said = self.ask_teacher(
-                lambda model, ids=ids, options=options: lm.generate_answers(model, ids, *options)
+                lambda model, ids=ids, options=options: generate_answers(model, ids, *options)
             )
             answers.update(zip(batch, said, strict=True))
         return [answers[i] for i in range(len(prompts))]
@@ -81,7 +82,7 @@ class Asking:
         """What reads the steering prefixes once, if a live teacher can; else the log says why not."""
         if self.teacher is None or not self.teacher.watched:
             return None
-        why = whole_prompts_because(self.args, packed, lm.is_sharded(self.args))
+        why = whole_prompts_because(self.args, packed, loading.is_sharded(self.args))
         if why is not None:
             logger.info(f"the teacher reads whole prompts: {why}")
             return None
@@ -146,7 +147,7 @@ class Asking:
         self.teacher.to(self.args.device)
         if self.teacher.watched:
             same = not other and self.objective.starts_at_teacher
-            rounding = lm.rounding_of_a_fresh_adapter(self.model)
+            rounding = loading.rounding_of_a_fresh_adapter(self.model)
             self.add_callback(TeacherGuard(self._probe, same, rounding))
 
     def _probe(self) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..model.lm import is_sharded
+from ..model.loading import is_sharded
 from ..options import Count, NotNegative
 
 _MLP = re.compile(

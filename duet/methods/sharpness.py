@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..model.lm import is_sharded
+from ..model.loading import is_sharded
 
 
 def check_sharp(objective: Any, args: Any) -> None:

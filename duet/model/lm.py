@@ -1,4 +1,4 @@
-"""A transformers causal language model, by name or object -> (hidden states at chosen positions, LMHead).
+"""A transformers causal language model -> (hidden states at chosen positions, LMHead).
 
 The model's own forward would compute logits at every position. Here only the backbone (the model without its head)
 runs, and only the scored positions reach the head: the logits tensor never exists. What the model does between backbone
@@ -6,224 +6,17 @@ and logits (softcap, scale) is read by `LMHead.of` and compared once with the mo
 """
 
 import inspect
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    ProcessorMixin,
-    TrainingArguments,
-)
-from transformers.utils import logging
-from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from duet_kernels import LMHead, linear_gather
 
-from ..data.prompts import answer_ending
-from .adapters import UNREADABLE, has_adapter, holds_adapter, load_adapted, merge_adapters
-from .kept import keep_adapter
-
-logger = logging.get_logger(__name__)
 _HEAD_BYTES = 64 << 20
-Earlier = Literal["merge", "keep"]
-
-
-def load_model(
-    model: Any,
-    argument: str,
-    init_kwargs: Any,
-    device: torch.device | None = None,
-    earlier: Earlier = "merge",
-) -> nn.Module:
-    """`model` itself, or the causal language model of that name or folder, in the dtype of its checkpoint.
-
-    An adapter that is saved there is merged into its base, in memory, or kept beside it: the model is what that folder's model
-    does, and never the base alone.
-
-    Args:
-        model: a model, a name or a folder.
-        argument: of the trainer, which errors name.
-        init_kwargs: passed to `from_pretrained`.
-        device: where the weights are read to, one after the other, so that they are never whole on the host; None: the CPU.
-        earlier: what becomes of the adapter (`DuetConfig.earlier_adapter`).
-    """
-    if isinstance(model, nn.Module):
-        return model
-    if not isinstance(model, (str, os.PathLike)):
-        raise TypeError(
-            f"{argument}: wanted a model, or the name or folder of one, got {type(model).__name__}"
-        )
-    name = os.fspath(model)
-    if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
-        raise FileNotFoundError(f"{argument}: there is no folder {name!r}")
-    placed = {} if device is None else {"device_map": {"": device}}
-    kwargs = placed | (init_kwargs or {})
-    try:
-        if holds_adapter(name):
-            loaded = load_adapted(name, **{k: v for k, v in kwargs.items() if k != "revision"})
-        else:
-            loaded = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except UNREADABLE as error:
-        raise FileNotFoundError(
-            f"{argument}: {name!r} is not a folder with a causal language model, nor the name of one that could be "
-            f"loaded: {error}"
-        ) from error
-    if not hasattr(loaded, "peft_config"):
-        return loaded
-    whole: Any = _one_model(loaded, argument, name, earlier, name)
-    whole.name_or_path = whole.config._name_or_path = name  # where its tokenizer is
-    return whole
-
-
-def without_attached_adapter(model: Any, argument: str, earlier: Earlier = "merge") -> nn.Module:
-    """`model`, with adapters that transformers attached (it loads a folder with an adapter so) merged or kept; PEFT models stay."""
-    if not has_adapter(model) or hasattr(model, "get_base_model"):
-        return model
-    return _one_model(model, argument, getattr(model, "name_or_path", ""), earlier)
-
-
-def without_frozen_adapter(model: Any, argument: str, adds: bool, earlier: Earlier = "merge") -> nn.Module:
-    """`model`, with adapters merged or kept where they could not be trained: from transformers, or frozen in peft.
-
-    Args:
-        model: that a user gave, to be trained.
-        argument: how errors call it.
-        adds: whether a new adapter will be put on top.
-        earlier: what becomes of the adapters (`DuetConfig.earlier_adapter`).
-
-    Raises:
-        ValueError: an adapter of peft that is frozen, and no new one: nothing would be trained.
-    """
-    model = without_attached_adapter(model, argument, earlier)
-    if not has_adapter(model) or any(p.requires_grad for p in model.parameters()):
-        return model
-    if not adds:
-        raise ValueError(
-            f"{argument}: wanted weights that can be trained, got a PEFT model whose adapter is frozen; load it with "
-            "is_trainable=True, or pass peft_config: its adapter is then merged and a new one trained on top"
-        )
-    return _one_model(model, argument, getattr(model, "name_or_path", ""), earlier)
-
-
-def _one_model(
-    model: nn.Module, argument: str, name: str, earlier: Earlier, folder: str | None = None
-) -> nn.Module:
-    """The transformers model that does what `model` with its adapter does, and says which model that was."""
-    whole: Any = merge_adapters(model, argument) if earlier == "merge" else keep_adapter(model, folder)
-    whole.earlier_model = name
-    return whole
-
-
-def loading_device(args: TrainingArguments) -> torch.device | None:
-    """Where a model that `args` will train is best loaded: the GPU, if there is one and the whole model will be on it.
-
-    FSDP and DeepSpeed take it apart first, from the CPU.
-    """
-    return None if args.device.type == "cpu" or is_sharded(args) else args.device
-
-
-def is_sharded(args: TrainingArguments) -> bool:
-    """Whether FSDP or DeepSpeed will take the parameters apart: asked for in the options or by `accelerate launch`."""
-    launched = (os.environ.get(f"ACCELERATE_USE_{each}", "") == "true" for each in ("FSDP", "DEEPSPEED"))
-    return bool(args.fsdp or args.deepspeed) or any(launched)
-
-
-def choose_attention(wanted: str, device: torch.device, half: bool) -> tuple[str | None, str]:
-    """(transformers' `attn_implementation`, why): flash-attn where it can run, else None: transformers' default.
-
-    The default is torch's `scaled_dot_product_attention`, or plain products for models that cannot use it (Gemma 2).
-
-    Args:
-        wanted: a name that transformers knows, or `auto`.
-        device: where the model will run.
-        half: whether it runs in bf16 or fp16, which flash-attn needs.
-    """
-    if wanted != "auto":
-        return wanted, "asked for"
-    if device.type != "cuda":
-        return None, f"flash-attn needs a GPU, this is {device.type}"
-    if not half:
-        return None, "flash-attn needs bf16 or fp16"
-    for name, installed in (
-        ("flash_attention_3", is_flash_attn_3_available),
-        ("flash_attention_2", is_flash_attn_2_available),
-    ):
-        if installed():
-            return name, "installed"
-    return None, "flash-attn is not installed"
-
-
-def can_pack(model: nn.Module) -> tuple[bool, str]:
-    """(whether several sequences can be packed into one without attending to each other, why).
-
-    flash-attn reads their starts from `position_ids`, and does no work for padding. Other implementations separate them by
-    a `[T, T]` mask: correct, but slower than padding.
-    """
-    model = base_language_model(model)
-    name = getattr(model.config, "_attn_implementation", None) or "eager"
-    if "position_ids" not in inspect.signature(find_backbone(model).forward).parameters:
-        return False, f"{type(model).__name__} takes no position_ids"
-    return name.startswith("flash"), f"attn_implementation is {name}"
-
-
-def load_tokenizer(model: nn.Module) -> Any:
-    """The tokenizer that was saved with the model."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not name:
-        raise ValueError(
-            "processing_class: wanted a tokenizer (the model does not say where it was loaded from), got None"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"processing_class: no tokenizer could be loaded from {name!r}: {error}"
-        ) from error
-
-
-def keep_differentiable(model: nn.Module) -> None:
-    """Stops 4-bit layers of bitsandbytes from repacking their weights on a CPU.
-
-    On a CPU with AVX512-BF16 they repack in the first forward without gradients (a teacher's, an evaluation's). autograd
-    does not know the repacked product: no gradient would pass through the layer, and adapters below it would silently
-    learn nothing.
-    """
-    layers: list[Any] = list(model.modules())
-    for layer in layers:
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-
-
-def warn_of_half_precision(model: nn.Module) -> None:
-    """Warns when weights are trained in half precision: without an fp32 copy most updates round to 0.
-
-    bf16 has 8 significant bits: an update below 1/512 of a weight leaves it as it is. PEFT keeps adapters in fp32.
-    """
-    kinds = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
-    if kinds and not hasattr(model, "peft_config"):
-        names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
-        logger.warning_once(
-            f"weights are trained in {names}, in which most updates are too small to change them; load the model in "
-            "float32 and let autocast compute in bf16 (model.dtype: float32 with bf16: true), or train an adapter"
-        )
-
-
-def rounding_of_a_fresh_adapter(model: nn.Module) -> float:
-    """How far a new adapter may move the hidden states, as a share of their root mean square: 0, except for DoRA in bf16.
-
-    DoRA multiplies each row of a weight by m / |W + BA|, which is 1 before training, but not after it was rounded to
-    half precision; a few percent over many layers. LoRA adds an exact 0.
-    """
-    configs = getattr(model, "peft_config", {}).values()
-    half = base_language_model(model).dtype in (torch.bfloat16, torch.float16)
-    return 0.1 if half and any(getattr(config, "use_dora", False) for config in configs) else 0.0
 
 
 def embedded_ids(model: Any) -> int:
@@ -233,18 +26,6 @@ def embedded_ids(model: Any) -> int:
             f"model: {type(model).__name__} has no output and no input embeddings; wanted a causal language model of transformers"
         )
     return model.get_input_embeddings().weight.shape[0]
-
-
-def check_tokenizer(tokenizer: Any, argument: str = "processing_class") -> None:
-    """Refuses what is no tokenizer, such as a processor of texts and images.
-
-    Raises:
-        TypeError: naming the argument, what came and the way out.
-    """
-    kind = type(tokenizer).__name__
-    if isinstance(tokenizer, ProcessorMixin) or not hasattr(tokenizer, "eos_token_id"):
-        way = f"; its .tokenizer is one: pass {argument}.tokenizer" if hasattr(tokenizer, "tokenizer") else ""
-        raise TypeError(f"{argument}: wanted a tokenizer, got a {kind}{way}")
 
 
 def check_whole(model: nn.Module) -> None:
@@ -266,110 +47,6 @@ def check_whole(model: nn.Module) -> None:
             f"model: {away[0] or 'all of it'} is offloaded (device_map) and not where the model computes, so that it cannot be "
             "trained or compared; load the model onto one device, smaller if it does not fit (model.quantization: nf4)"
         )
-
-
-def padding_id(tokenizer: Any, num_ids: int | None = None) -> int:
-    """The pad token, else the end token: the attention mask hides padding, so any token of the model will do.
-
-    Args:
-        num_ids: how many ids the model embeds; None: not checked.
-
-    Raises:
-        ValueError: there is neither, or the model does not have it.
-    """
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is None:
-            continue
-        if num_ids is not None and token >= num_ids:
-            raise ValueError(
-                f"processing_class: its token {tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, but the model "
-                f"embeds the ids 0 to {num_ids - 1}; call model.resize_token_embeddings(len(tokenizer)), or set "
-                "tokenizer.pad_token = tokenizer.eos_token"
-            )
-        return token
-    raise ValueError("processing_class: wanted a tokenizer with a pad or end token, got one with neither")
-
-
-def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: the model's (a chat model has several), the tokenizer's and the chat template's."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(dict.fromkeys([*ends, *end, *answer_ending(tokenizer)[-1:]]))
-
-
-@torch.no_grad()
-def generate_answers(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    tokenizer: Any,
-    pad_id: int,
-    max_new_tokens: int | None,
-    seed: int | None = None,
-    **how: Any,
-) -> list[list[int]]:
-    """Answers of `model` to one batch of prompts, padded on the left whatever the tokenizer prefers.
-
-    Args:
-        prompts: token ids, at least one each.
-        seed: None: greedy answers. Else each token is drawn from the model's own distribution (temperature 1, the whole
-            vocabulary); the seed leaves the generators of others as they were.
-        how: further arguments of `generate`.
-
-    Returns:
-        the new ids of each prompt, up to and with the end token where there is one.
-    """
-    device = next(model.parameters()).device
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    for b, prompt in enumerate(prompts):
-        ids[b, longest - len(prompt) :] = torch.tensor(list(prompt))
-        mask[b, longest - len(prompt) :] = 1
-    ends = end_tokens(model, tokenizer)
-    drawn = (
-        {"do_sample": False}
-        if seed is None
-        else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    )
-    config = GenerationConfig(
-        **drawn, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=ends or None, use_cache=True
-    )
-    aside = (
-        nullcontext() if seed is None else torch.random.fork_rng([device] if device.type == "cuda" else [])
-    )
-    with _generation_config_of_our_own(model), aside:
-        if seed is not None:
-            torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, **how
-        )
-    return [_through_end(answer, ends) for answer in out[:, longest:].tolist()]
-
-
-@contextmanager
-def _generation_config_of_our_own(model: Any) -> Iterator[None]:
-    """Within the context `generate` finds no options but those that it is given.
-
-    transformers fills what a given configuration leaves open from the checkpoint's: penalties, suppressed or forced tokens,
-    stop texts, time limits, assistants and whatever comes next would make greedy answers something else.
-    """
-    holders = [part for part in (model, base_language_model(model)) if hasattr(part, "generation_config")]
-    before = [part.generation_config for part in holders]
-    for part in holders:
-        part.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for part, own in zip(holders, before, strict=True):
-            part.generation_config = own
-
-
-def _through_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-    for i, token in enumerate(ids):
-        if token in ends:
-            return ids[: i + 1]
-    return ids
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -21,7 +21,8 @@ from transformers.utils import logging
 from duet_kernels import LMHead
 
 from ..data.dataset import UnlearnDataset
-from .lm import base_language_model, call_through, check_head, evaluating, load_model
+from .lm import base_language_model, call_through, check_head, evaluating
+from .loading import load_model
 from .switches import Switches
 
 logger = logging.get_logger(__name__)

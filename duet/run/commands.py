@@ -27,7 +27,8 @@ from ..model.adapters import (
     logits_of,
     merge_adapters,
 )
-from ..model.lm import base_language_model, choose_attention, load_model, loading_device
+from ..model.lm import base_language_model
+from ..model.loading import choose_attention, load_model, loading_device
 from ..output.checkpoints import last_finished_checkpoint
 from ..store.build import Cached, cache_teacher
 from ..trainer import DuetTrainer

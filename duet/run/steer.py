@@ -32,7 +32,8 @@ from ..evaluation.steering import (
 )
 from ..methods.objectives import objective_of
 from ..methods.views import is_steered
-from ..model.lm import evaluating, is_sharded
+from ..model.lm import evaluating
+from ..model.loading import is_sharded
 from ..names import check_one_of
 from ..store.teacher import CachedTeacher
 from ..trainer import DuetTrainer

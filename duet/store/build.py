@@ -27,20 +27,9 @@ from ..data.rows import read_rows
 from ..methods.objectives import objective_of, teacher_topk
 from ..methods.steering import look_at_teacher
 from ..methods.views import build_dataset, eval_datasets, renderer_of, scored_positions
-from ..model.lm import (
-    check_head,
-    check_tokenizer,
-    context_length,
-    embedded_ids,
-    evaluating,
-    generate_answers,
-    hidden_states_at,
-    load_model,
-    load_tokenizer,
-    loading_device,
-    padding_id,
-    without_attached_adapter,
-)
+from ..model.answers import check_tokenizer, generate_answers, load_tokenizer, padding_id
+from ..model.lm import check_head, context_length, embedded_ids, evaluating, hidden_states_at
+from ..model.loading import load_model, loading_device, without_attached_adapter
 from ..model.prefix_cache import PrefixCache, common_length
 from .columns import read_columns
 from .provenance import check_cacheable, provenance_of

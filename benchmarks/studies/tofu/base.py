@@ -28,7 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from duet.data.prompts import PromptRenderer
 from duet.evaluation import models
 from duet.evaluation.journal import write_json
-from duet.model.lm import embedded_ids, padding_id
+from duet.model.answers import padding_id
+from duet.model.lm import embedded_ids
 
 from .pretrain import Encoded, losses_of, trainer_of
 from .rows import Row

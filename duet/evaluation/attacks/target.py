@@ -18,7 +18,8 @@ from typing import Any
 from torch import nn
 
 from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer
-from ...model.lm import check_tokenizer, context_length, embedded_ids, padding_id
+from ...model.answers import check_tokenizer, padding_id
+from ...model.lm import context_length, embedded_ids
 from ...options import Count, UpperShare, check_options
 from ..generation import Continuation, answers_to
 from ..scoring import Forced

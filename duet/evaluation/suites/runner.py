@@ -20,8 +20,9 @@ from torch import nn
 
 from ...data.prompts import Prompting, check_placeholders
 from ...extras import version_of
+from ...model.answers import check_tokenizer, padding_id
 from ...model.hashes import fingerprints
-from ...model.lm import check_head, check_tokenizer, context_length, embedded_ids, padding_id
+from ...model.lm import check_head, context_length, embedded_ids
 from ...names import check_one_of
 from ..generation import continuations
 from ..journal import Journal, read_run, write_json
