@@ -20,6 +20,7 @@ from duet.evaluation.commands import (
     Model,
     lines_of,
     literal_console,
+    names_in,
     progress,
     resumable,
     run_attack,
@@ -242,10 +243,7 @@ def elicit(
         raise ValueError("questions: wanted --questions, --source or both, got neither")
     if questions is not None and not questions.is_file():
         raise FileNotFoundError(f"questions: there is no file {str(questions)!r}")
-    wanted, others, sources = (
-        [name.strip() for name in (text or "").split(",") if name.strip()]
-        for text in (subject, neighbours, source)
-    )
+    wanted, others, sources = (names_in(text or "") for text in (subject, neighbours, source))
     rows = [] if questions is None else read_table(questions, "questions")[:limit]
     asked = facts.facts_of([*rows, *source_rows(sources, wanted, others)], wanted, others)
     base, tokenizer = models.load(model, dtype, device)
@@ -416,19 +414,8 @@ def env() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     console.print(f"python {platform.python_version()} on {platform.platform()}")
     console.print(f"device {device}: {name}, {torch.get_num_threads()} threads")
-    packages = (
-        "duet-kernels",
-        "torch",
-        "triton",
-        "transformers",
-        "peft",
-        "accelerate",
-        "datasets",
-        "flash-attn",
-    )
-    console.print(
-        "  ".join(f"{package} {version_of(package) or 'absent'}" for package in (*packages, "bitsandbytes"))
-    )
+    packages = "duet-kernels torch triton transformers peft accelerate datasets flash-attn bitsandbytes"
+    console.print("  ".join(f"{package} {version_of(package) or 'absent'}" for package in packages.split()))
     rows, workspace = duet_kernels.dispatch.described(device)
     title = f"duet_kernels on {device}, impl='auto', bf16"
     table = Table("operation", "implementation", "because", title=title)

@@ -188,7 +188,7 @@ def run_attack(
         raise ValueError("elicit: wanted --base, the model whose answers are taken, got none")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: wanted an integer >= 1, got {limit}")
-    chosen = None if attacks is None else [attack.strip() for attack in attacks.split(",") if attack.strip()]
+    chosen = None if attacks is None else names_in(attacks)
     if chosen == []:
         raise ValueError(f"attacks: wanted some of {', '.join(ATTACKS)}, got none")
     for attack in chosen or ():
@@ -324,9 +324,19 @@ def lines_of(path: Path, argument: str) -> tuple[str, ...]:
     return wordings
 
 
+def names_in(text: str) -> list[str]:
+    """What stands between the commas of a text, without what is empty.
+
+    Example:
+        >>> names_in("prefill, relearning,")
+        ['prefill', 'relearning']
+    """
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _numbers(text: str, kind: Callable[[str], Any], argument: str) -> tuple[Any, ...]:
     try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
+        return tuple(kind(part) for part in names_in(text))
     except ValueError:
         raise ValueError(f"{argument}: wanted numbers such as 1e-4,1e-3, got {text!r}") from None
 
@@ -344,7 +354,7 @@ def lm_eval_tasks(text: str) -> list[str]:
         raise ValueError(
             "lm_eval: wanted lm-evaluation-harness to be installed (pip install lm_eval), got no such package"
         )
-    tasks = [task.strip() for task in text.split(",") if task.strip()]
+    tasks = names_in(text)
     unknown = [task for task in tasks if task not in _task_manager().all_tasks]
     if not tasks or unknown:
         raise ValueError(

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..extras import MissingExtra, missing
+from ..names import check_one_of
 from . import words
 
 try:
@@ -139,8 +140,7 @@ def rouge_l(prediction: str, reference: str, *, measure: str, stemmer: bool) -> 
         >>> rouge_l("the cat sat", "the cat sat down", measure="recall", stemmer=False)
         0.75
     """
-    if measure not in MEASURES:
-        raise ValueError(f"measure: wanted one of {', '.join(MEASURES)}, got {measure!r}")
+    check_one_of("measure", measure, MEASURES)
     as_published = words.all_latin(reference) and re.search(r"[a-z0-9]", reference.lower()) is not None
     if not as_published and not words.words_of(reference):
         raise ValueError(f"reference: wanted a text with at least one word, got {reference!r}")

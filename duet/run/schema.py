@@ -6,7 +6,6 @@ Types, choices and bounds are those of the fields, descriptions those of the doc
 import dataclasses
 import enum
 import re
-import types
 import typing
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import TrainingArguments
 from ..config import DuetConfig
 from ..data.sources import COLUMNS, DataSource
 from ..methods.objectives import OBJECTIVES
-from ..options import ListOf, Wanted
+from ..options import ListOf, Wanted, choices_of, parts_of
 from .config_file import DEFAULT_ADAPTER, ModelSection
 from .keys import arguments_in
 
@@ -128,15 +127,8 @@ def of_hint(hint: Any) -> dict[str, Any]:
             text = _TEXT if kind.blank else _TEXT | {"minLength": 1}
             return {"anyOf": [text, {"type": "array", "items": text, "minItems": kind.least}]}
     plain = typing.get_args(hint)[0] if kinds else hint
-    union = typing.get_origin(plain) in (typing.Union, types.UnionType)
-    members = typing.get_args(plain) if union else (plain,)
-    choices = [
-        text
-        for each in members
-        if typing.get_origin(each) is typing.Literal
-        for text in typing.get_args(each)
-    ]
-    if choices and {str, bool}.isdisjoint(members):
+    members = parts_of(plain)
+    if choices := choices_of(plain):
         return {"enum": [*choices, None] if type(None) in members else choices}
     parts = [typing.get_origin(each) or each for each in members]
     named = [member.value for part in parts if _is_enum(part) for member in part]

@@ -7,7 +7,7 @@ stopped; of several processes each takes its part.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -25,6 +25,7 @@ from ..config import DuetConfig
 from ..data.dataset import Asked, Collator, UnlearnDataset, plain_item
 from ..data.rows import read_rows
 from ..methods.objectives import objective_of, teacher_topk
+from ..methods.reuse import SHORTEST
 from ..methods.steering import look_at_teacher
 from ..methods.views import build_dataset, eval_datasets, renderer_of, scored_positions
 from ..model.answers import check_tokenizer, generate_answers, load_tokenizer, padding_id
@@ -37,8 +38,6 @@ from .read import LOG_PROBABILITIES, Entry, Provenance, TopKStore, fingerprint
 from .write import StoreWriter
 
 logger = logging.get_logger(__name__)
-
-_SHORTEST_PREFIX = 8  # tokens; copying the keys and values of fewer costs more than recomputing them
 
 
 @dataclass
@@ -299,25 +298,23 @@ def _fill(writer: StoreWriter, asker: "_Asker", questions: dict[bytes, Asked], r
     rest: list[bytes] = []
     hidden = asker.args.disable_tqdm or not questions or not PartialState().is_main_process
     progress = logging.tqdm(total=len(questions), desc="the teacher is asked", disable=hidden)
+
+    def ask(entry_ids: Sequence[bytes], prefix: PrefixCache | None) -> None:
+        for start in range(0, len(entry_ids), asker.args.eval_batch_size):
+            batch = entry_ids[start : start + asker.args.eval_batch_size]
+            for entry_id, entry in zip(batch, asker.ask([questions[p] for p in batch], prefix), strict=True):
+                writer.add(entry_id, entry)
+            progress.update(len(batch))
+
     try:
         for _, group in groupby(questions, key=lambda entry_id: questions[entry_id].instruction):
             entry_ids = list(group)
             shared = common_length([questions[p].steered for p in entry_ids]) if reuse_prefix else 0
-            if len(entry_ids) == 1 or shared < _SHORTEST_PREFIX:
+            if len(entry_ids) == 1 or shared < SHORTEST:
                 rest += entry_ids  # batched without a common prefix
                 continue
-            prefix = asker.read_prefix(questions[entry_ids[0]].steered[:shared])
-            for batch in _batches(entry_ids, asker.args.eval_batch_size):
-                for entry_id, entry in zip(
-                    batch, asker.ask([questions[p] for p in batch], prefix), strict=True
-                ):
-                    writer.add(entry_id, entry)
-                progress.update(len(batch))
-        rest.sort(key=lambda p: len(questions[p].steered))
-        for batch in _batches(rest, asker.args.eval_batch_size):
-            for entry_id, entry in zip(batch, asker.ask([questions[p] for p in batch], None), strict=True):
-                writer.add(entry_id, entry)
-            progress.update(len(batch))
+            ask(entry_ids, asker.read_prefix(questions[entry_ids[0]].steered[:shared]))
+        ask(sorted(rest, key=lambda p: len(questions[p].steered)), None)
     except OSError:
         raise  # the folder cannot be written
     except BaseException:
@@ -325,11 +322,6 @@ def _fill(writer: StoreWriter, asker: "_Asker", questions: dict[bytes, Asked], r
         raise
     writer.flush()
     progress.close()
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 class _Asker:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from duet_kernels import TopK
 
+from ..names import check_one_of
 from .read import Entry, Provenance, TopKStore
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def write_columns(
     """
     from datasets import Dataset
 
-    names = _style(style)
+    check_one_of("style", style, STYLES)
+    names = STYLES[style]
 
     def rows() -> Iterator[dict[str, Any]]:
         for entry_id in store:
@@ -152,9 +154,3 @@ def _sorted(ids: Tensor, logprobs: Tensor, provenance: Provenance, where: str) -
     tail = torch.logaddexp(torch.log(-torch.expm1(total.clamp(max=0))), dropped)
     values = (provenance.temperature * logprobs[:, :k]).float()
     return TopK(values, ids[:, :k], tail.float(), provenance.temperature)
-
-
-def _style(style: str) -> Style:
-    if style not in STYLES:
-        raise ValueError(f"style: wanted one of {', '.join(STYLES)}, got {style!r}")
-    return STYLES[style]

@@ -178,7 +178,7 @@ def _read(text: str, argument: str, role: str | None) -> list[_Run]:
     for run in runs:
         run.label = label
     if not runs:
-        wanted = ", ".join((SUMMARY, ATTACKS, LM_EVAL, TRAINED, DEMO, TOPK))
+        wanted = ", ".join(name for name, _ in _FILES.values())
         raise FileNotFoundError(
             f"{argument}: {folder} is no finished run: wanted one of {wanted} in it "
             "(the --out of duet eval, duet attack or duet demo, or the output_dir of duet train)"
@@ -188,14 +188,12 @@ def _read(text: str, argument: str, role: str | None) -> list[_Run]:
 
 def _kinds(folder: Path, argument: str, label: str | None, role: str | None) -> list[_Run]:
     runs = []
-    for kind, name in (
-        ("eval", SUMMARY), ("attack", ATTACKS), ("lm_eval", LM_EVAL), ("train", TRAINED), ("demo", DEMO), ("topk", TOPK),
-    ):  # fmt: skip
+    for kind, (name, needed) in _FILES.items():
         if (folder / name).is_file():
             run = _Run(kind, folder, label, role, read_object(folder / name, argument), all_rows=role is None)
             if kind in ("eval", "attack"):
                 run.manifest, run.rows = read_run(folder, argument)
-            for key in _NEEDED[kind]:
+            for key in needed:
                 if key not in run.content:
                     raise ValueError(
                         f"{argument}: {folder / name} has no {key!r}; wanted what this version of duet writes"
@@ -208,13 +206,14 @@ def _kinds(folder: Path, argument: str, label: str | None, role: str | None) -> 
     return runs
 
 
-_NEEDED = {
-    "eval": ("suite", "tasks", "numbers"),
-    "attack": ("attacks", "direct", "skipped"),
-    "lm_eval": ("manifest", "results"),
-    "train": ("log_history", "global_step"),
-    "demo": ("rows", "examples", "columns"),
-    "topk": ("before", "after", "queries", "measure"),
+# Kind of results -> its file, and what this must hold.
+_FILES = {
+    "eval": (SUMMARY, ("suite", "tasks", "numbers")),
+    "attack": (ATTACKS, ("attacks", "direct", "skipped")),
+    "lm_eval": (LM_EVAL, ("manifest", "results")),
+    "train": (TRAINED, ("log_history", "global_step")),
+    "demo": (DEMO, ("rows", "examples", "columns")),
+    "topk": (TOPK, ("before", "after", "queries", "measure")),
 }
 
 
