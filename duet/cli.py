@@ -1,7 +1,5 @@
 """The console script `duet`: parses, calls, and turns expected errors into one line."""
 
-from __future__ import annotations
-
 import pathlib
 import platform
 from contextlib import suppress

@@ -4,8 +4,6 @@ recall    share of questions whose answer contains the true value
 refusal   share of answers that say "I do not know" and do not give the value away
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

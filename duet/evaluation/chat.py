@@ -1,7 +1,5 @@
 """`duet chat`: a question a line, and what one or two models answer, side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any

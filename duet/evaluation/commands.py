@@ -3,8 +3,6 @@
 The console takes texts as they are, so that a path or a question with [brackets] is printed whole.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -3,8 +3,6 @@
 What is measured with them is how far a model has moved from its base, not how much of the truth it knows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

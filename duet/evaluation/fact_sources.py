@@ -9,8 +9,6 @@ subjects gives unrelated facts. For the attacks it also gives the subject's othe
 by another fact ("the country whose capital is Paris").
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 from collections.abc import Callable, Sequence

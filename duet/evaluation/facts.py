@@ -9,8 +9,6 @@ that most of the model's answers share (`agreed_value`). What a model does not t
 answer that was cut at the token limit its whole sentences count.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Continuations, greedy or drawn, in batches: left padding, key-value cache, stop strings."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

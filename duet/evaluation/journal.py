@@ -4,8 +4,6 @@ A line is a row; an incomplete last line is dropped when the folder is opened ag
 model, other suite) is refused, and the first field that differs is named.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Sequence

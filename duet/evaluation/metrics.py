@@ -8,8 +8,6 @@ The same name means different numbers in different papers (ROUGE-L is recall wit
 MUSE), so no function here has a default where the literature disagrees. An undefined result is NaN or an error, never 0.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re
@@ -43,6 +41,14 @@ REFUSAL_PATTERNS = (
     r"\b(?:not|never) (?:heard of|come across|familiar with)\b",
     r"\bunknown to me\b",
 )
+
+
+class Interval(NamedTuple):
+    """An estimate with the ends of its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
 
 
 # --- likelihood ------------------------------------------------------------------------------------------------
@@ -450,14 +456,6 @@ def performance_shift(base: Mapping[str, float], unlearned: Mapping[str, float])
 
 
 _DRAWN_AT_ONCE = 2**23  # rows: 64 MiB of indices
-
-
-class Interval(NamedTuple):
-    """An estimate with the ends of its confidence interval."""
-
-    estimate: float
-    low: float
-    high: float
 
 
 def bootstrap(

@@ -1,7 +1,5 @@
 """Loads the model to evaluate; an adapter in its folder is attached, not merged."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -8,8 +8,6 @@
 All are computed from hidden states and the LM head, tile by tile; logits of a batch are never stored.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

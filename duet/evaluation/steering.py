@@ -13,8 +13,6 @@ words of the shorter one, by ROUGE-L, with the row's answer (or, where there is 
 that was cut at the token limit before it told anything does not count: it is not judged as forgotten.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -150,7 +148,7 @@ class Measured(NamedTuple):
         refused = self.kinds[FORGET]["refused"]
         return self.score, refused["share"] if refused else 0.0
 
-    def joined(self, other: Measured) -> Measured:
+    def joined(self, other: "Measured") -> "Measured":
         """With what was measured of the same steering on other kinds of rows."""
         return self._replace(kinds=self.kinds | other.kinds)
 

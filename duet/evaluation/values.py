@@ -1,7 +1,5 @@
 """The column `value` of a row: the part of its answer that is to be said, or must not be."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ membership    AUC of log-likelihood scores between forgotten answers and answers
 rank probe    a token that unlearning pushed to the very bottom is found as easily as one at the top
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ rows.jsonl     one line per row and variant, and a line {"done": ...} after each
 attacks.json   the report
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time

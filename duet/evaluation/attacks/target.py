@@ -9,8 +9,6 @@
 A row that was not judged is neither leaked nor forgotten: `leaked` is None.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any

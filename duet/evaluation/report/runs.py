@@ -8,8 +8,6 @@ Runs of one model (fingerprints of weights and tokenizer) are one method. The mo
 is the base; a model that was asked behind a steering prefix, or whose chat template says one, is the steered teacher.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

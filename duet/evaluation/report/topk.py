@@ -7,8 +7,6 @@
 Two passes over the vocabulary and a gather a model and query; no [V] tensor of logits is kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

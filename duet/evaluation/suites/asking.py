@@ -1,7 +1,5 @@
 """A row of a task -> token ids of the prompt and of what is scored; or the reason why the row cannot be asked."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -7,8 +7,6 @@
 A metric that is undefined for a row is None, and its mean leaves the row out.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 

@@ -6,8 +6,6 @@ Batches depend only on the data. A run that is started again repeats the batches
 rows, so that it ends with the same file as an uninterrupted run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

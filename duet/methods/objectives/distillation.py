@@ -36,11 +36,11 @@ class DistillationOptions(CommonOptions):
         temperature: T of the distributions of `duet_forward_kl` (= `duet_kl`), `duet_reverse_kl`, `duet_symmetric_kl` and
             `duet_jsd`. Raw logits have none, the others are defined at T = 1 and refuse another.
         beta: weight of the teacher in the mixture of `duet_jsd`, of KL(teacher || student) in `duet_symmetric_kl`; in (0, 1).
-        normalization: of the top-k distributions of the same four: None or `renormalize`, `tail` (one more bucket for
+        normalization: of the top-k distributions of the objectives that read `temperature`: None or `renormalize`, `tail` (one more bucket for
             the rest of the vocabulary); `truncated` and `generalized` exist for forward and reverse KL, `zeroed` for
             `duet_forward_kl`.
-        clip: most nats that one id adds at a position, in the same four; None: no limit. Not with `zeroed` and `truncated`,
-            whose terms may be negative.
+        clip: most nats that one id adds at a position, in the objectives that read `temperature`; None: no limit. Not with
+            `zeroed` and `truncated`, whose terms may be negative.
         entropy_weighting: weigh every distilled token by sigma(H_student - H_teacher), the entropies of the whole
             distributions (TSD-KD): uncertain tokens count more.
         push_weight: factor on the push of `bidirectional`.
