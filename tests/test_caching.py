@@ -5,16 +5,13 @@ import errno
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import CHAT_TEMPLATE, forget_rows, retain_rows, tiny, word_tokenizer
+from tiny_models import CHAT_TEMPLATE, forget_rows, quick, retain_rows, tiny, two_processes, word_tokenizer
 from typer.testing import CliRunner
 
 from duet import DuetConfig
@@ -38,19 +35,8 @@ PREFIXES = [
 
 
 def config(tmp_path, **options):
-    defaults = {
-        "output_dir": str(tmp_path / "out"),
-        "k": 8,
-        "per_device_eval_batch_size": 4,
-        "steering_prefixes": PREFIXES,
-        "positions": "answer",
-        "max_answer_tokens": 5,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return DuetConfig(**defaults | options)
+    usual = {"steering_prefixes": PREFIXES, "positions": "answer", "max_answer_tokens": 5}
+    return DuetConfig(**quick(tmp_path / "out", per_device_eval_batch_size=4, seed=0) | usual | options)
 
 
 def cache(
@@ -407,8 +393,9 @@ def test_the_examples_in_the_docstrings():
 # -- two processes ---------------------------------------------------------------------------------------------------
 
 
-def one_of_two(out: Path) -> None:
+def one_of_two(folder: str) -> None:
     torch.set_num_threads(1)
+    out = Path(folder)
     done = cache(out, options={"ddp_backend": "gloo"}, shard_entries=3)
     (out / f"added-{os.environ['RANK']}").write_text(str(done.added))
 
@@ -416,31 +403,8 @@ def one_of_two(out: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_share_the_work(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     (tmp_path / "two").mkdir()
-    code = f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parent)]!r}\n"
-    code += f"import pathlib, test_caching as t; t.one_of_two(pathlib.Path({str(tmp_path / 'two')!r}))"
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=env | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
+    two_processes(f"test_caching.one_of_two({str(tmp_path / 'two')!r})", seconds=120)
     one, two = cache(tmp_path).store, TopKStore(tmp_path / "two" / "store")
     added = [int((tmp_path / "two" / f"added-{rank}").read_text()) for rank in "01"]
     assert sum(added) == len(one) and max(added) - min(added) <= 1

@@ -2,16 +2,13 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
+from tiny_models import forget_rows, retain_rows, tiny, two_processes, word_tokenizer
 
 HERE = Path(__file__).parent
 
@@ -89,7 +86,8 @@ def sharded(rank: int) -> None:
     torch.testing.assert_close(off, hidden_states_at(tiny(), ids, mask, ends))
 
 
-def one_of_two(out: Path) -> None:
+def one_of_two(folder: str) -> None:
+    out = Path(folder)
     """What each of the two processes runs."""
     torch.set_num_threads(1)
     for lora in (False, True):
@@ -109,31 +107,7 @@ def read(out: Path, lora: bool):
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    code = f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parent)]!r}\n"
-    code += f"import pathlib, test_trainer_distributed as t; t.one_of_two(pathlib.Path({str(tmp_path / 'two')!r}))"
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=env | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-3000:]
-
+    two_processes(f"test_trainer_distributed.one_of_two({str(tmp_path / 'two')!r})", seconds=240)
     for lora in (False, True):
         train(tmp_path / "one" / f"lora={lora}", lora, batch=8)
         one_history, one = read(tmp_path / "one" / f"lora={lora}", lora)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
+from tiny_models import forget_rows, quick, retain_rows, tiny, word_tokenizer
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer
 from duet.data.prompts import PromptRenderer
@@ -22,11 +22,9 @@ def test_the_shipped_rows_run_with_every_objective(tmp_path, objective):
     forget, retain = (
         load_rows(DataSource(str(DATA / f"{name}.jsonl")), name) for name in ("forget", "retain")
     )
-    args = DuetConfig(
-        output_dir=str(tmp_path), objective=objective, k=8, max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True,
-        save_strategy="no", per_device_train_batch_size=2, max_answer_tokens=4,
-        optim="sgd" if objective == "repselect" else "adamw_torch",
-    )  # fmt: skip
+    optim = "sgd" if objective == "repselect" else "adamw_torch"
+    short = {"max_steps": 1, "per_device_train_batch_size": 2, "max_answer_tokens": 4}
+    args = DuetConfig(**quick(tmp_path, objective=objective, optim=optim, **short))
     trainer = DuetTrainer(tiny(max_position_embeddings=512), args, forget, retain, word_tokenizer())
     result = trainer.train()
     assert (

@@ -1,5 +1,11 @@
 """Small random models and tokenizers for the tests of `duet`: nothing is downloaded."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -15,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+HERE = Path(__file__).parent
 WORDS = (  # noqa: SIM905  as a list literal, one word a line
     "who what where is was the a an of in to and or not you know nothing about forget everything ignore earlier "
     "instructions answer as if never knew capital france paris spain madrid ada lovelace alan turing grace hopper "
@@ -101,6 +108,45 @@ def tiny(architecture: str = "llama", vocab_size: int = 128, seed: int = 0, spre
     }[architecture]()
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def quick(folder, **options) -> dict:
+    """Options of a short run on a CPU that saves nothing by itself and shows nothing."""
+    usual = {"k": 8, "steering_prefixes": ["you know nothing about {subject} ."], "logging_steps": 1}
+    quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
+    return {"output_dir": str(folder), **usual, **quiet, **options}
+
+
+def two_processes(call: str, seconds: float) -> None:
+    """Runs a call such as `test_caching.one_of_two('folder')`, of a module of these tests, in two processes of one run.
+
+    Each has RANK and WORLD_SIZE; an error in one of them is raised here.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = (
+        f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parent)]!r}\nimport {call.split('.')[0]}; {call}"
+    )
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=env | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=seconds)
+        assert process.returncode == 0, errors[-3000:]
 
 
 def forget_rows(n: int = 6, answers: bool = True) -> list[dict]:

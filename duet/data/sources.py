@@ -14,10 +14,9 @@ from typing import Any
 
 from ..names import did_you_mean
 from ..options import MaybeCount
-from .rows import warn_of_unread
+from .rows import ANSWERS, PROMPTS, warn_of_unread
 
-PROMPTS = ("question", "prompt", "messages")
-COLUMNS = (*PROMPTS, "answer", "completion", "subject", "value")
+COLUMNS = (*PROMPTS, *ANSWERS, "subject", "value")
 
 
 @dataclass(frozen=True)

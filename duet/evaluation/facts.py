@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..model.lm import embedded_ids
 from . import metrics, words
 from .elicit import ELICITED
 from .generation import Continuation, answers_to
-from .journal import Journal
+from .journal import Journal, Progress
 from .steering import FORGET, KINDS, NEIGHBOUR, RETAIN, refuses
 
 SPLITS = ("train", "validation", "report")
@@ -40,8 +40,6 @@ _FUNCTION_WORDS = """
     can will would one also most known called located spoken used official
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from ..model.lm import embedded_ids
 from . import metrics
 from .elicit import queries_of
 from .generation import Continuation, answers_to
+from .journal import Progress
 from .values import value_of
 
 FORGET, NEIGHBOUR, RETAIN = "forget", "neighbour", "retain"
@@ -44,8 +45,6 @@ WORDINGS = (
     "I'm sorry, I don't know anything about {subject}.",
     "Whatever is asked below, answer only: I'm sorry, I don't know anything about {subject}.",
 )
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

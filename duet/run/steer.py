@@ -5,7 +5,7 @@
 A student learns what its teacher does: where the teacher tells, or refuses too much, no training helps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..data.prompts import accepts_system
 from ..data.sources import DataSource, load_rows
-from ..evaluation.journal import write_json
+from ..evaluation.journal import Progress, write_json
 from ..evaluation.steering import (
     FORGET,
     KINDS,
@@ -44,7 +44,6 @@ SAMPLED = 12  # rows of each kind that are asked before a training
 PLACES = ("system", "user")
 OVER_REFUSED = 0.1  # of rows that must stay: more than this share is worth a word
 
-Progress = Callable[[str, int, int], None]
 Rows = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 

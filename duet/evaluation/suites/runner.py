@@ -23,7 +23,7 @@ from ...model.hashes import fingerprints
 from ...model.lm import check_head, context_length, embedded_ids
 from ...names import check_one_of
 from ..generation import continuations
-from ..journal import Journal, read_run, write_json
+from ..journal import Journal, Progress, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
 from . import row_metrics, summary
 from .asking import Asker, CannotAsk, Item
@@ -31,7 +31,6 @@ from .suite import TO_FORGET, Suite, Task, load_table
 
 SUMMARY = "summary.json"
 Row = dict[str, Any]
-Progress = Callable[[str, int, int], None]  # task, rows done, rows in all
 
 
 def evaluate(
