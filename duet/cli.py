@@ -27,6 +27,9 @@ from duet.evaluation.commands import (
 )
 from duet.extras import MissingExtra, missing, silence_what_no_user_can_change, version_of
 
+Run = Annotated[pathlib.Path, typer.Option(help="YAML file of the run that `duet train` will get")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="of an answer")]
+_KEYS = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of the YAML file follow as options
 _shown = {"traceback": False}
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = literal_console()
@@ -104,7 +107,7 @@ def demo(
     run_demo(out_dir=out, quick=quick, seed=seed, checkpoint=checkpoint or CHECKPOINT)
 
 
-@app.command(cls=WithKeys, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(cls=WithKeys, context_settings=_KEYS)
 def train(
     overrides: typer.Context,
     config: Annotated[pathlib.Path, typer.Option(help="YAML file of the run; examples are in configs/")],
@@ -144,10 +147,10 @@ def train(
         )
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=_KEYS)
 def steer(
     overrides: typer.Context,
-    config: Annotated[pathlib.Path, typer.Option(help="YAML file of the run that `duet train` will get")],
+    config: Run,
     data: Annotated[
         pathlib.Path | None,
         typer.Option(
@@ -164,7 +167,7 @@ def steer(
     limit: Annotated[
         int, typer.Option(min=1, help="rows of each kind to choose by, and as many to measure")
     ] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 48,
+    max_new_tokens: MaxNewTokens = 48,
     write: Annotated[
         pathlib.Path | None, typer.Option(help="new YAML file: the run with the chosen wording and place")
     ] = None,
@@ -178,13 +181,11 @@ def steer(
     tree = apply_overrides(read_run(config), overrides.args)
     run = RunConfig.of(tree)
     chosen_places = list(dict.fromkeys(place.strip() for place in places.split(",")))
-    if write is not None and write.exists():
-        raise FileExistsError(
-            f"write: {write} is there already, and its comments would be lost; wanted a new file"
-        )
     texts = () if wordings is None else lines_of(wordings, "wordings")
     from duet.run import steer as steering
 
+    if write is not None:
+        steering.check_new(write)
     with progress(console) as shown:
         how: dict[str, Any] = {"folder": data, "limit": limit, "max_new_tokens": max_new_tokens}
         chosen = steering.steer(run, texts, chosen_places, progress=shown, **how)
@@ -224,7 +225,7 @@ def elicit(
     samples: Annotated[
         int, typer.Option(min=0, help="drawn answers to each wording, beside the greedy one")
     ] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     seed: Annotated[int, typer.Option(help="of the drawn answers")] = 0,
     limit: Limit = None,
     batch_size: BatchSize = 16,
@@ -297,7 +298,7 @@ def chat(
     beside: Annotated[
         str | None, typer.Option(help="a second model, such as the one before unlearning")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -318,10 +319,10 @@ def chat(
         talk(sys.stdin, speakers, console)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=_KEYS)
 def cache(
     overrides: typer.Context,
-    config: Annotated[pathlib.Path, typer.Option(help="YAML file of the run that `duet train` will get")],
+    config: Run,
     out: Annotated[
         pathlib.Path | None, typer.Option(help="folder of the store; default: training.teacher_store")
     ] = None,
@@ -338,7 +339,7 @@ def cache(
     console.print(f"{done.store.folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=_KEYS)
 def plan(
     overrides: typer.Context,
     model: Annotated[

@@ -236,6 +236,18 @@ def verdict(chosen: Chosen) -> str:
     return said
 
 
+def check_new(path: Path) -> None:
+    """Refuses to replace a run's file.
+
+    Raises:
+        FileExistsError: there is such a file.
+    """
+    if path.exists():
+        raise FileExistsError(
+            f"write: {path} is there already, and its comments would be lost; wanted a new file"
+        )
+
+
 def write_choice(path: Path, tree: dict[str, Any], chosen: Chosen, anyway: bool = False) -> None:
     """Writes a run's YAML file with the chosen wording and place.
 
@@ -248,10 +260,7 @@ def write_choice(path: Path, tree: dict[str, Any], chosen: Chosen, anyway: bool 
         FileExistsError: there is such a file.
         ValueError: the steering does not forget.
     """
-    if path.exists():
-        raise FileExistsError(
-            f"write: {path} is there already, and its comments would be lost; wanted a new file"
-        )
+    check_new(path)
     if chosen.report.forgets is False and not anyway:
         raise ValueError(
             f"write: {sentence(chosen.report.kinds)}, so that nothing was written; --anyway writes it"
