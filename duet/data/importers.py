@@ -93,16 +93,8 @@ def _rwku(path: Path, role: str) -> Imported:
         for i, row in enumerate(read_table(file, "path")):
             query, answer = (_text(row, name, f"{file}, row {i}") for name in ("query", "answer"))
             about = {"subject": row["subject"]} if kind == "forget" and row.get("subject") else {}
-            tables[table].append(
-                {
-                    "question": wording.format(query),
-                    **about,
-                    "answer": answer,
-                    "value": answer,
-                    "level": level,
-                }
-                | {"type": row.get("type")}
-            )
+            told = {"question": wording.format(query), **about, "answer": answer, "value": answer}
+            tables[table].append(told | {"level": level, "type": row.get("type")})
     return Imported(tables, None, {})
 
 

@@ -221,11 +221,9 @@ class PromptRenderer:
         self.plain_template = plain_template
         self.steering_place = steering_place
         self.template_kwargs = dict(chat_template_kwargs or {})
-        self.has_template = bool(getattr(tokenizer, "chat_template", None))
-        if (
-            "strftime_now" in str(getattr(tokenizer, "chat_template", ""))
-            and "date_string" not in self.template_kwargs
-        ):
+        template = getattr(tokenizer, "chat_template", None)
+        self.has_template = bool(template)
+        if "strftime_now" in str(template) and "date_string" not in self.template_kwargs:
             logger.warning_once(
                 "the chat template writes today's date into every prompt (Llama 3.2's does): a cached teacher or a resumed "
                 "run meets other prompts tomorrow; chat_template_kwargs={'date_string': '26 Jul 2024'} fixes it"
@@ -300,9 +298,7 @@ class PromptRenderer:
             override_role: `user` or `system`.
         """
         key = (conversation, instruction, override, override_role)
-        if (
-            key not in self._cache
-        ):  # a run uses the same few prompts again and again; rendering one takes 0.1 ms
+        if key not in self._cache:  # a run uses the same prompts again and again; rendering one takes 0.1 ms
             if len(self._cache) >= _CACHED_PROMPTS:
                 self._cache.clear()
             self._cache[key] = self._known(self._encode(*key))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +70,7 @@ class Speaker:
         """What the model says, greedily; a forced opening (`prefill`) is part of the returned answer."""
         openings = [prefill(question) if prefill else "" for question in questions]
         prompts = [self.prompt(q, override, o) for q, o in zip(questions, openings, strict=True)]
-        how = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": BATCH, "room": 1}
+        how: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": BATCH, "room": 1}
         said = answers_to(self.model, self.tokenizer, prompts, **how)
         texts = [answer.text if answer else "" for answer in said]
         return [f"{opening} {text}".strip() for opening, text in zip(openings, texts, strict=True)]

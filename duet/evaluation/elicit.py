@@ -46,7 +46,7 @@ def elicit_answers(
         renderer.encode_or_none(query.conversation) if query.answer is None else None
         for query in queries_of(rows, argument)
     ]
-    how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     filled = [dict(row) for row in rows]
     for row, answer in zip(filled, answers_to(model, tokenizer, prompts, **how), strict=True):
         if answer and answer.text and answer.finite and not answer.cut:

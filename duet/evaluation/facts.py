@@ -229,14 +229,9 @@ class _Asker:
         for at, (i, text) in enumerate(flat):
             answer = greedy[at]
             others = [each[at] for each in drawn]
-            rows[i].append(
-                {
-                    "question": text,
-                    "status": self._status(prompts[at], answer),
-                    "said": answer.text if answer else None,
-                }
-                | {"drawn": [other.text for other in others if other and other.finite]}
-            )
+            row = {"question": text, "status": self._status(prompts[at], answer)}
+            row |= {"said": answer.text if answer else None}
+            rows[i].append(row | {"drawn": [other.text for other in others if other and other.finite]})
         return rows
 
     def _status(self, prompt: list[int] | None, answer: Continuation | None) -> str:

@@ -139,19 +139,18 @@ def answers_to(
     """
     context, room = context_length(model), max_new_tokens if room is None else room
     fits = {i: p for i, p in enumerate(prompts) if p and (context is None or len(p) + room <= context)}
-    able, done = list(fits), 0
     said: list[Continuation | None] = [None] * len(prompts)
-    progress(0, len(able))
-    for number, batch in enumerate(batches_by_length([len(fits[i]) for i in able], batch_size)):
-        chosen = [able[i] for i in batch]
-        asked = [fits[i] for i in chosen]
+    done = 0
+    progress(done, len(fits))
+    for number, batch in enumerate(batches_by_length({i: len(p) for i, p in fits.items()}, batch_size)):
+        asked = [fits[i] for i in batch]
         limit = max_new_tokens if context is None else min(max_new_tokens, context - max(map(len, asked)))
         own = None if seed is None else seed + number
         answers = continuations(model, tokenizer, asked, max_new_tokens=limit, stop=stop, seed=own)
-        for i, answer in zip(chosen, answers, strict=True):
+        for i, answer in zip(batch, answers, strict=True):
             said[i] = answer
-        done += len(chosen)
-        progress(done, len(able))
+        done += len(batch)
+        progress(done, len(fits))
     return said
 
 

@@ -103,10 +103,8 @@ def read_columns(
     for i in range(len(columns)):
         row = columns[i]
         entry_id = bytes.fromhex(row["fingerprint"]) if "fingerprint" in row else entry_ids[i]
-        yield (
-            entry_id,
-            Entry(_topk(row, styles[0], provenance, f"columns[{i}]"), list(row.get("answer_ids") or [])),
-        )
+        targets = _topk(row, styles[0], provenance, f"columns[{i}]")
+        yield entry_id, Entry(targets, list(row.get("answer_ids") or []))
 
 
 def _topk(row: Mapping[str, Any], names: Style, provenance: Provenance, where: str) -> TopK:

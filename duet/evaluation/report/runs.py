@@ -273,9 +273,8 @@ def _label(run: _Run) -> str:
         return run.label
     if run.role in (BASE, TEACHER):
         return LABELS[run.role]
-    return (
-        run.folder.resolve().name if run.kind == "train" else Path(run.name).name or run.folder.resolve().name
-    )
+    own = "" if run.kind == "train" else Path(run.name).name
+    return own or run.folder.resolve().name
 
 
 def _add(method: Method, run: _Run) -> None:

@@ -115,9 +115,8 @@ def evaluate(
     prepared, left_out = {}, _left_out(suite, tables)
     for task, rows in tables.items():
         others = () if task.name.startswith(TO_FORGET) else subjects
-        shots = (
-            load_table(data, task.few_shot.data, task.hub, f"{task.name}.few_shot") if task.few_shot else ()
-        )
+        few = task.few_shot
+        shots = load_table(data, few.data, task.hub, f"{task.name}.few_shot") if few else ()
         asker = Asker(
             tokenizer, task, shots, context, prompting, steering, others, embedded_ids(model), steering_place
         )
@@ -183,7 +182,8 @@ class _Run:
         yield from ([item] for item, alone in zip(items, tight, strict=True) if alone)
         rest = [item for item, alone in zip(items, tight, strict=True) if not alone]
         per_row = max((item.sequences for item in rest), default=1)
-        for indices in batches_by_length([item.length for item in rest], max(1, self.batch_size // per_row)):
+        lengths = {i: item.length for i, item in enumerate(rest)}
+        for indices in batches_by_length(lengths, max(1, self.batch_size // per_row)):
             yield [rest[i] for i in indices]
 
     def _room(self, item: Item) -> float:
@@ -259,10 +259,7 @@ class _Run:
         """Log-likelihoods of the choices; letters, one token each, share the reading of the question."""
         candidates = [[f.answer for f in item.texts["choices"]] for item in batch]
         if all(len(answer) == 1 for answers in candidates for answer in answers):
-            prompts, ids = (
-                [item.prompt for item in batch],
-                [[a[0] for a in answers] for answers in candidates],
-            )
+            prompts, ids = [item.prompt for item in batch], [[a[0] for a in each] for each in candidates]
             return [row.tolist() for row in next_token_logprobs(self.model, prompts, ids, self.pad_id)]
         return [[float(s.logprobs.sum()) for s in x["choices"]] for _, x in self._token_scores(batch)]
 
