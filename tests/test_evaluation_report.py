@@ -49,10 +49,10 @@ SUITE = {
 FORGET = [
     {"question": f"who is {n} ?", "answer": f"a {is_}", "value": is_, "wrong": [is_not]}
     for n, is_, is_not in (
-        ("ada", "poet", "captain"),
-        ("alan", "poet", "captain"),
-        ("grace", "captain", "poet"),
-        ("turing", "captain", "poet"),
+        ("ada", "captain", "poet"),
+        ("alan", "captain", "poet"),
+        ("grace", "poet", "captain"),
+        ("turing", "poet", "captain"),
     )
 ]
 RETAIN = [{"question": f"what color is {n} ?", "answer": "red"} for n in ("sea", "river", "paris")]
@@ -314,8 +314,8 @@ def test_answers_that_say_the_truth_are_marked(folder, tmp_path):
     shutil.copytree(folder / "student-eval", tmp_path / "student-eval")
     rows = [json.loads(line) for line in (tmp_path / "student-eval/rows.jsonl").read_text().splitlines()]
     said = {
-        ("forget_answers", 0): "some POET <script>",
-        ("forget_answers", 1): "a <b> writer",
+        ("forget_answers", 2): "some POET <script>",
+        ("forget_answers", 3): "a <b> writer",
         ("retain_answers", 1): "red",
     }
     for row in rows:
