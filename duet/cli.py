@@ -1,7 +1,5 @@
 """The console script `duet`: parses, calls, and turns expected errors into one line."""
 
-from __future__ import annotations
-
 import pathlib
 import platform
 from contextlib import suppress
@@ -20,6 +18,7 @@ from duet.evaluation.commands import (
     Model,
     lines_of,
     literal_console,
+    names_in,
     progress,
     resumable,
     run_attack,
@@ -28,6 +27,9 @@ from duet.evaluation.commands import (
 )
 from duet.extras import MissingExtra, missing, silence_what_no_user_can_change, version_of
 
+Run = Annotated[pathlib.Path, typer.Option(help="YAML file of the run that `duet train` will get")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="of an answer")]
+_KEYS = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of the YAML file follow as options
 _shown = {"traceback": False}
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = literal_console()
@@ -38,7 +40,7 @@ class WithKeys(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
-        from duet.run.schema import groups
+        from duet.run.keys import groups
 
         for title, keys in groups().items():
             console.print(Text(f"\n{title}", style="bold"))
@@ -105,7 +107,7 @@ def demo(
     run_demo(out_dir=out, quick=quick, seed=seed, checkpoint=checkpoint or CHECKPOINT)
 
 
-@app.command(cls=WithKeys, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(cls=WithKeys, context_settings=_KEYS)
 def train(
     overrides: typer.Context,
     config: Annotated[pathlib.Path, typer.Option(help="YAML file of the run; examples are in configs/")],
@@ -145,10 +147,10 @@ def train(
         )
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=_KEYS)
 def steer(
     overrides: typer.Context,
-    config: Annotated[pathlib.Path, typer.Option(help="YAML file of the run that `duet train` will get")],
+    config: Run,
     data: Annotated[
         pathlib.Path | None,
         typer.Option(
@@ -165,7 +167,7 @@ def steer(
     limit: Annotated[
         int, typer.Option(min=1, help="rows of each kind to choose by, and as many to measure")
     ] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 48,
+    max_new_tokens: MaxNewTokens = 48,
     write: Annotated[
         pathlib.Path | None, typer.Option(help="new YAML file: the run with the chosen wording and place")
     ] = None,
@@ -179,13 +181,11 @@ def steer(
     tree = apply_overrides(read_run(config), overrides.args)
     run = RunConfig.of(tree)
     chosen_places = list(dict.fromkeys(place.strip() for place in places.split(",")))
-    if write is not None and write.exists():
-        raise FileExistsError(
-            f"write: {write} is there already, and its comments would be lost; wanted a new file"
-        )
     texts = () if wordings is None else lines_of(wordings, "wordings")
     from duet.run import steer as steering
 
+    if write is not None:
+        steering.check_new(write)
     with progress(console) as shown:
         how: dict[str, Any] = {"folder": data, "limit": limit, "max_new_tokens": max_new_tokens}
         chosen = steering.steer(run, texts, chosen_places, progress=shown, **how)
@@ -225,7 +225,7 @@ def elicit(
     samples: Annotated[
         int, typer.Option(min=0, help="drawn answers to each wording, beside the greedy one")
     ] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     seed: Annotated[int, typer.Option(help="of the drawn answers")] = 0,
     limit: Limit = None,
     batch_size: BatchSize = 16,
@@ -242,10 +242,7 @@ def elicit(
         raise ValueError("questions: wanted --questions, --source or both, got neither")
     if questions is not None and not questions.is_file():
         raise FileNotFoundError(f"questions: there is no file {str(questions)!r}")
-    wanted, others, sources = (
-        [name.strip() for name in (text or "").split(",") if name.strip()]
-        for text in (subject, neighbours, source)
-    )
+    wanted, others, sources = (names_in(text or "") for text in (subject, neighbours, source))
     rows = [] if questions is None else read_table(questions, "questions")[:limit]
     asked = facts.facts_of([*rows, *source_rows(sources, wanted, others)], wanted, others)
     base, tokenizer = models.load(model, dtype, device)
@@ -301,7 +298,7 @@ def chat(
     beside: Annotated[
         str | None, typer.Option(help="a second model, such as the one before unlearning")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -322,10 +319,10 @@ def chat(
         talk(sys.stdin, speakers, console)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=_KEYS)
 def cache(
     overrides: typer.Context,
-    config: Annotated[pathlib.Path, typer.Option(help="YAML file of the run that `duet train` will get")],
+    config: Run,
     out: Annotated[
         pathlib.Path | None, typer.Option(help="folder of the store; default: training.teacher_store")
     ] = None,
@@ -342,7 +339,7 @@ def cache(
     console.print(f"{done.store.folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=_KEYS)
 def plan(
     overrides: typer.Context,
     model: Annotated[
@@ -416,19 +413,8 @@ def env() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     console.print(f"python {platform.python_version()} on {platform.platform()}")
     console.print(f"device {device}: {name}, {torch.get_num_threads()} threads")
-    packages = (
-        "duet-kernels",
-        "torch",
-        "triton",
-        "transformers",
-        "peft",
-        "accelerate",
-        "datasets",
-        "flash-attn",
-    )
-    console.print(
-        "  ".join(f"{package} {version_of(package) or 'absent'}" for package in (*packages, "bitsandbytes"))
-    )
+    packages = "duet-kernels torch triton transformers peft accelerate datasets flash-attn bitsandbytes"
+    console.print("  ".join(f"{package} {version_of(package) or 'absent'}" for package in packages.split()))
     rows, workspace = duet_kernels.dispatch.described(device)
     title = f"duet_kernels on {device}, impl='auto', bf16"
     table = Table("operation", "implementation", "because", title=title)

@@ -34,6 +34,9 @@ def _whole(least: int) -> Callable[[Any], bool]:
 Number = Annotated[float, Wanted("a finite number", math.isfinite)]
 Positive = Annotated[float, Wanted("a number > 0", lambda v: 0 < v < math.inf)]
 NotNegative = Annotated[float, Wanted("a number >= 0", lambda v: 0 <= v < math.inf)]
+MaybePositive = Annotated[
+    float | None, Wanted("a number > 0 or None", lambda v: v is None or 0 < v < math.inf)
+]
 Share = Annotated[float, Wanted("a number in [0, 1]", lambda v: 0 <= v <= 1)]
 InnerShare = Annotated[float, Wanted("a number in (0, 1)", lambda v: 0 < v < 1)]
 UpperShare = Annotated[float, Wanted("a number in (0, 1]", lambda v: 0 < v <= 1)]
@@ -76,7 +79,7 @@ def check_options(options: Any) -> None:
     hints = typing.get_type_hints(type(options), include_extras=True)
     for field in dataclasses.fields(options):
         hint = hints[field.name]
-        if hasattr(hint, "__metadata__") or _choices(hint):
+        if hasattr(hint, "__metadata__") or choices_of(hint):
             value = fitted(field.name, getattr(options, field.name), hint)
             object.__setattr__(options, field.name, value)
 
@@ -129,10 +132,10 @@ def fitted(name: str, value: Any, hint: Any) -> Any:
         if not _holds(kind, value):
             raise ValueError(f"{name}: wanted {kind.words}, got {value!r}")
         return value
-    kinds = [typing.get_origin(kind) or kind for kind in _parts(hint)]
+    kinds = [typing.get_origin(kind) or kind for kind in parts_of(hint)]
     if value is None and type(None) in kinds:
         return value
-    choices = _choices(hint)
+    choices = choices_of(hint)
     if choices:
         check_one_of(name, value, choices)
     for kind in kinds:
@@ -147,15 +150,15 @@ def fitted(name: str, value: Any, hint: Any) -> Any:
     raise ValueError(f"{name}: wanted {' or '.join(_IN_WORDS[kind] for kind in kinds)}, got {value!r}")
 
 
-def _parts(hint: Any) -> tuple[Any, ...]:
+def parts_of(hint: Any) -> tuple[Any, ...]:
     """The members of a union, or the hint alone."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if union else (hint,)
 
 
-def _choices(hint: Any) -> list[str]:
-    """The texts of a Literal, or of a Literal in a union with None."""
-    parts = [part for part in _parts(hint) if part is not type(None)]
+def choices_of(hint: Any) -> list[str]:
+    """The texts of a Literal, or of a Literal in a union with None; none of another hint."""
+    parts = [part for part in parts_of(hint) if part is not type(None)]
     closed = all(typing.get_origin(part) is typing.Literal for part in parts)
     return [text for part in parts for text in typing.get_args(part)] if closed else []
 

@@ -37,7 +37,7 @@ from .model.adapters import check_folder, check_not_earlier, has_adapter
 from .model.teacher import live_teacher
 from .model.weights import weights_hash
 from .output.adapters import AdapterTrainer, add_new_adapter, check_earlier_adapter
-from .output.card import fingerprint, write_card
+from .output.card import STEERING, fingerprint, write_card
 from .output.checkpoints import check_output_dir
 from .output.parts import LossParts
 from .output.record import begin_run, run_record
@@ -411,5 +411,6 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
         if self.is_world_process_zero():
             teacher = None if self.teacher is None else type(self.teacher).__name__
             model, history = self.accelerator.unwrap_model(self.model), self.state.log_history
-            reads, rows = self.objective.reads, self._fingerprints
+            steering = STEERING if self.objective.shows_prefix else ()
+            reads, rows = (*self.objective.reads, *steering), self._fingerprints
             write_card(self.args, model, reads, rows, history, teacher, model_name)

@@ -194,4 +194,4 @@ def answers_end(monkeypatch):
     """Answers count as ended: a random model never ends one, and an answer that was cut is not judged."""
     from duet.evaluation.generation import Continuation
 
-    monkeypatch.setattr(Continuation, "cut", lambda self, max_new_tokens: False)
+    monkeypatch.setattr(Continuation, "cut", False)

@@ -5,7 +5,7 @@ import functools
 import tempfile
 
 import pytest
-from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
+from tiny_models import forget_rows, quick, retain_rows, tiny, word_tokenizer
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer, Objective
 from duet.demo.workplace import one_thread
@@ -26,14 +26,9 @@ def _learned():
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder, one_thread():
         patch.setitem(OBJECTIVES, "learn", Objective(nll, needs_answers=True))
         args = DuetConfig(
-            output_dir=folder,
-            objective="learn",
-            max_steps=60,
+            **quick(folder, objective="learn", max_steps=60),
             learning_rate=5e-3,
             per_device_train_batch_size=12,
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
         )
         trainer = DuetTrainer(tiny(spread=0.1), args, forget_rows(), retain_rows(), word_tokenizer())
         trainer.train()

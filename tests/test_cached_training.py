@@ -10,6 +10,7 @@ from tiny_models import (
     CHAT_TEMPLATE,
     NO_SYSTEM_TEMPLATE,
     forget_rows,
+    quick,
     retain_rows,
     tiny,
     word_tokenizer,
@@ -33,9 +34,7 @@ LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 def config(tmp_path, **options):
-    defaults = {
-        "output_dir": str(tmp_path / "out"),
-        "k": 8,
+    usual = {
         "max_steps": 4,
         "learning_rate": 3e-3,
         "per_device_train_batch_size": 6,
@@ -43,13 +42,9 @@ def config(tmp_path, **options):
         "retain_subjects": "fixed",
         "retain_per_forget": 2.0,
         "max_answer_tokens": 5,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
         "seed": 0,
     }
-    return DuetConfig(**defaults | options)
+    return DuetConfig(**quick(tmp_path / "out", **usual | options))
 
 
 def cached(tmp_path, options=None, folder="store", rows=ROWS, tokenizer=None, **more):

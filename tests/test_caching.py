@@ -12,7 +12,7 @@ import pytest
 import torch
 from forks import run_ranks
 from peft import LoraConfig, get_peft_model
-from tiny_models import CHAT_TEMPLATE, forget_rows, retain_rows, tiny, word_tokenizer
+from tiny_models import CHAT_TEMPLATE, forget_rows, quick, retain_rows, tiny, word_tokenizer
 from typer.testing import CliRunner
 
 from duet import DuetConfig
@@ -35,19 +35,8 @@ PREFIXES = [
 
 
 def config(tmp_path, **options):
-    defaults = {
-        "output_dir": str(tmp_path / "out"),
-        "k": 8,
-        "per_device_eval_batch_size": 4,
-        "steering_prefixes": PREFIXES,
-        "positions": "answer",
-        "max_answer_tokens": 5,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return DuetConfig(**defaults | options)
+    usual = {"steering_prefixes": PREFIXES, "positions": "answer", "max_answer_tokens": 5}
+    return DuetConfig(**quick(tmp_path / "out", per_device_eval_batch_size=4, seed=0) | usual | options)
 
 
 def cache(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from learned_models import knowing
-from tiny_models import forget_rows, retain_rows, word_tokenizer
+from tiny_models import forget_rows, quick, retain_rows, word_tokenizer
 
 from duet import DuetConfig, DuetTrainer
 from duet.data.dataset import Draw
@@ -83,27 +83,18 @@ def test_log_probability():
 
 
 def make(tmp_path, **options):
-    defaults = {
-        "output_dir": str(tmp_path),
+    usual = {
         "objective": "duet_deep",
-        "k": 8,
         "max_steps": 3,
         "learning_rate": 5e-3,
         "per_device_train_batch_size": 4,
-        "steering_prefixes": ["you know nothing about {subject} ."],
         "counterfactual_names": NAMES,
         "num_counterfactuals": 3,
         "max_answer_tokens": 6,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": "none",
     }
     rows = options.pop("rows", forget_rows(answers=False))
-    return DuetTrainer(
-        knowing(), DuetConfig(**defaults | options), rows, retain_rows(answers=False), word_tokenizer()
-    )
+    args = DuetConfig(**quick(tmp_path, **usual | options))
+    return DuetTrainer(knowing(), args, rows, retain_rows(answers=False), word_tokenizer())
 
 
 @pytest.fixture(scope="module")

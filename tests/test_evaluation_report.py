@@ -45,9 +45,15 @@ SUITE = {
     },
     "numbers": {"forget_quality": {"ratios": "forget_losses.truth_ratio"}},
 }  # fmt: skip
+# Relearning shows the first two rows, which must not tell what the others are asked.
 FORGET = [
-    {"question": f"who is {n} ?", "answer": "a poet", "value": "poet", "wrong": ["captain"]}
-    for n in ("ada", "alan", "grace", "turing")
+    {"question": f"who is {n} ?", "answer": f"a {is_}", "value": is_, "wrong": [is_not]}
+    for n, is_, is_not in (
+        ("ada", "captain", "poet"),
+        ("alan", "captain", "poet"),
+        ("grace", "poet", "captain"),
+        ("turing", "poet", "captain"),
+    )
 ]
 RETAIN = [{"question": f"what color is {n} ?", "answer": "red"} for n in ("sea", "river", "paris")]
 
@@ -70,7 +76,7 @@ def folder(tmp_path_factory):
     options = AttackOptions(max_new_tokens=4, relearn_rates=(1e-3, 1e-2), relearn_curve=(1, 3), shots=1)
     rows = read_attack_rows(FORGET, "forget")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Continuation, "cut", lambda self, limit: False)  # a random model never ends its answer
+        patch.setattr(Continuation, "cut", False)  # a random model never ends its answer
         attack_run.run_attacks(
             Target(student, tokenizer, rows, options=options), base=Target(base, tokenizer, rows, options=options),
             attacks=["prefill", "relearning", "rank_probe", "membership"], out=folder / "student-attack",
@@ -182,8 +188,8 @@ def test_a_training_output_with_runs_in_it(folder, tmp_path):
     [
         (lambda f: None, r"run: there is no folder '.*bad'"),
         (lambda f: f.mkdir(), r"run: .*bad is no finished run: wanted one of summary.json, attacks.json"),
-        (lambda f: (f.mkdir(), (f / "topk.json").write_text("{")), r"run: .*topk.json is not JSON"),
-        (lambda f: (f.mkdir(), (f / "topk.json").write_text("[]")), r"topk.json holds a list, wanted an object"),
+        (lambda f: (f.mkdir(), (f / "topk.json").write_text("{")), r"run: .*topk.json: not JSON: .* at column 2"),
+        (lambda f: (f.mkdir(), (f / "topk.json").write_text("[]")), r"topk.json: wanted an object, got .\[\]"),
         (lambda f: (f.mkdir(), (f / "topk.json").write_text("{}")), r"topk.json has no 'before'"),
         (lambda f: (f.mkdir(), (f / "summary.json").write_text("{}")), r"run: .*bad has no manifest.json"),
     ],

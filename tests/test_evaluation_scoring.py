@@ -84,8 +84,8 @@ def test_nan_weights_are_seen():
 
 
 def test_batches_are_planned_from_lengths_alone():
-    assert scoring.batches_by_length([3, 9, 3, 7], 2) == [[1, 3], [0, 2]]
-    assert scoring.batches_by_length([], 2) == []
+    assert scoring.batches_by_length({0: 3, 1: 9, 2: 3, 3: 7}, 2) == [[1, 3], [0, 2]]
+    assert scoring.batches_by_length({}, 2) == []
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "neox"])

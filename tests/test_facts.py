@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from duet import cli
 from duet.data.rows import read_rows
-from duet.evaluation import facts
+from duet.evaluation import facts, generation
 from duet.evaluation.facts import Fact, agreed_value, elicit_facts, facts_of, told_of
 from duet.evaluation.generation import Continuation, continuations
 from duet.model.answers import generate_answers
@@ -186,7 +186,7 @@ def test_a_subject_that_the_base_knows_nothing_about(tmp_path):
 def test_an_answer_to_plain_text_ends_with_its_line(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        facts, "continuations", lambda *_, stop, **__: seen.append(stop) or [Continuation("x", 1, True)]
+        generation, "continuations", lambda *_, stop, **__: seen.append(stop) or [Continuation("x", 1, True)]
     )
     for template, stop in ((CHAT_TEMPLATE, ()), (None, ("\n",))):
         facts._Asker(tiny(), word_tokenizer(template), facts.Prompting(), 1, 4)._say([[5]], None)

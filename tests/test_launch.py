@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
+from tiny_models import forget_rows, quick, retain_rows, tiny, word_tokenizer
 from transformers import TrainerCallback
 
 HERE = Path(__file__).parent
@@ -47,23 +47,15 @@ def train(out: Path, processes: int, adapter=None, forget=8, **options) -> None:
 
     size = 4 // processes
     args = DuetConfig(
-        output_dir=str(out),
-        k=8,
         learning_rate=1e-3,
         optim="sgd",
         max_grad_norm=0.0,
         per_device_eval_batch_size=size,
-        steering_prefixes=["you know nothing about {subject} ."],
         positions="answer",
         answer_source="dataset",
-        logging_steps=1,
         eval_strategy="steps",
         eval_steps=2,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        **{"max_steps": 4, "per_device_train_batch_size": size} | options,
+        **quick(out, **{"max_steps": 4, "per_device_train_batch_size": size} | options),
     )
     seen = Gradients()
     trainer = DuetTrainer(

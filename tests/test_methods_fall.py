@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from learned_models import knowing
-from tiny_models import forget_rows, retain_rows, word_tokenizer
+from tiny_models import forget_rows, quick, retain_rows, word_tokenizer
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer
 from duet.demo.workplace import one_thread
@@ -23,24 +23,16 @@ OPTIONS = {
 
 
 def run(tmp_path, objective, **options):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "objective": objective,
-        "k": 8,
+    usual = {
         "max_steps": 20,
         "learning_rate": 5e-3,
         "per_device_train_batch_size": 12,
-        "steering_prefixes": [PREFIX],
-        "retain_per_forget": 1.0,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
         "max_answer_tokens": 5,
     }
+    usual |= {"objective": objective, "steering_prefixes": [PREFIX], "retain_per_forget": 1.0}
     return DuetTrainer(
         model=knowing(),
-        args=DuetConfig(**defaults | OPTIONS.get(objective, {}) | options),
+        args=DuetConfig(**quick(tmp_path, **usual | OPTIONS.get(objective, {}) | options)),
         forget_dataset=forget_rows(),
         retain_dataset=retain_rows(),
         processing_class=word_tokenizer(),

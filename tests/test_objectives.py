@@ -149,6 +149,17 @@ def test_the_tail_bucket_sees_the_rest_of_the_vocabulary(problem):
     torch.testing.assert_close(parts["loss"], expected, rtol=1e-8, atol=1e-10)
 
 
+def test_a_clip_limits_what_one_id_adds(problem):
+    limit = 0.01
+    student, teacher = logits(problem)
+    best, ids = teacher.topk(K)
+    p, q = best.softmax(-1), student.gather(-1, ids).softmax(-1)
+    terms = p * (p / q).log() - p + q
+    expected = terms.clamp(max=limit).sum(-1)[problem["mask"]].mean()
+    assert (terms > limit).any() and (terms < limit).any()
+    torch.testing.assert_close(run("duet_kl", problem, clip=limit)["loss"], expected, rtol=1e-9, atol=1e-12)
+
+
 def test_gradient_difference(problem):
     parts = run("graddiff", problem, retain_weight=0.5)
     student, _ = logits(problem)
@@ -244,7 +255,7 @@ def test_an_objective_reads_what_it_says(monkeypatch, problem, name):
     assert watched[0].seen - others <= set(OBJECTIVES[name].reads)
 
 
-@pytest.mark.parametrize("option, value", [("temperature", 3.0), ("normalization", "tail")])
+@pytest.mark.parametrize("option, value", [("temperature", 3.0), ("normalization", "tail"), ("clip", 0.5)])
 @pytest.mark.parametrize("name", ["undial", "npo", "ga", "undo", "duet_deep", "in_context"])
 def test_an_option_that_would_be_ignored_is_refused(name, option, value):
     args = DuetConfig(output_dir="unused", objective=name, **{option: value})
@@ -261,7 +272,7 @@ def test_an_option_that_would_be_ignored_is_refused(name, option, value):
 def test_an_option_that_is_read_is_not_refused(name):
     check_options(
         OBJECTIVES[name],
-        DuetConfig(output_dir="unused", objective=name, temperature=3.0, normalization="tail", k=7),
+        DuetConfig(output_dir="unused", objective=name, temperature=3.0, normalization="tail", clip=0.1, k=7),
     )
     check_options(
         Objective(lambda step: {}), DuetConfig(output_dir="unused", objective="mine", temperature=3.0)

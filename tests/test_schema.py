@@ -6,17 +6,22 @@ import importlib
 import json
 import math
 import pathlib
+import subprocess
+import sys
 import typing
 
 import pytest
+from transformers import TrainingArguments
 from typer.testing import CliRunner
 
 from duet import options
 from duet.cli import app
 from duet.config import DuetConfig
+from duet.data.sources import DataSource
 from duet.methods.objectives import OBJECTIVES
-from duet.run.config_file import RunConfig
-from duet.run.schema import bounds, described, groups, of_hint, schema
+from duet.run.config_file import DEFAULT_ADAPTER, ModelSection, RunConfig
+from duet.run.keys import groups
+from duet.run.schema import bounds, described, of_dataclass, of_hint, schema
 from duet.yaml_text import parse_yaml, read_yaml
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -121,8 +126,9 @@ def test_a_wrong_file_is_refused(text, where):
 
 
 def test_the_examples_of_its_docstrings():
-    ran = doctest.testmod(importlib.import_module("duet.run.schema"))
-    assert ran.attempted >= 5 and not ran.failed
+    for name in ("schema", "keys"):
+        ran = doctest.testmod(importlib.import_module(f"duet.run.{name}"))
+        assert ran.attempted and not ran.failed
 
 
 def test_every_key_is_there():
@@ -165,11 +171,35 @@ def test_bounds_are_those_of_the_kind(name):
 
 
 def test_help_lists_every_key_once():
-    listed = [key for keys in groups().values() for key in keys]
-    assert len(listed) == len(set(listed))
-    assert set(listed) >= {f.name for f in dataclasses.fields(DuetConfig) if f.init}
-    assert {"model.dtype", "data.forget.columns", "adapter.r", "teacher", "merge"} <= set(listed)
-    assert all(len(about) < 300 for keys in groups().values() for _, about in keys.values())
+    """What it reads from the source is what the dataclasses say."""
+    listed = [(key, shown) for keys in groups().values() for key, shown in keys.items()]
+    shown = dict(listed)
+    kinds = {"": DuetConfig, "model.": ModelSection, "data.forget.": DataSource}
+    rules = {before: of_dataclass(kind)["properties"] for before, kind in kinds.items()}
+    written = {f"{before}{key}": rule for before in rules for key, rule in rules[before].items()}
+    others = {"teacher", "merge", *(f"adapter.{name}" for name in DEFAULT_ADAPTER)}
+    assert len(listed) == len(shown) and shown.keys() == written.keys() | others
+    for key in written.keys() - {f.name for f in dataclasses.fields(TrainingArguments)}:
+        default, about = shown[key]
+        value = written[key].get("default", "wanted")
+        assert default == ("a list" if isinstance(value, list) else str(value).replace("\n", "\\n")), key
+        assert about and len(about) < 300, key
+        assert written[key]["description"].replace("`", "").startswith(about), key
+
+
+def test_no_help_imports_torch():
+    """It takes a second then, not many."""
+    code = """
+import sys, typer
+from typer.testing import CliRunner
+from duet.cli import app
+for name in ("", *typer.main.get_command(app).commands):
+    shown = CliRunner().invoke(app, [name, "--help"] if name else ["--help"])
+    heavy = {"torch", "transformers", "numpy"} & set(sys.modules)
+    assert shown.exit_code == 0 and "Options" in shown.output and not heavy, (name, heavy, shown.output)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_commands():

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from test_topk_store import provenance
-from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
+from tiny_models import forget_rows, quick, retain_rows, tiny, word_tokenizer
 
 from duet import DuetConfig, DuetTrainer
 from duet.store.build import ask_teacher
@@ -214,29 +214,9 @@ def test_no_server():
 
 
 def config(tmp_path, **options):
-    return DuetConfig(
-        **{
-            "output_dir": str(tmp_path),
-            "objective": "duet_forward_kl",
-            "normalization": "tail",
-            "k": 8,
-            "seed": 0,
-        }
-        | {
-            "max_steps": 2,
-            "learning_rate": 3e-3,
-            "retain_subjects": "fixed",
-            "logging_steps": 1,
-            "use_cpu": True,
-        }
-        | {
-            "steering_prefixes": ["you know nothing about {subject} ."],
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        }
-        | {"max_answer_tokens": 5, "report_to": "none"}
-        | options
-    )
+    method = {"objective": "duet_forward_kl", "normalization": "tail", "retain_subjects": "fixed"}
+    short = {"seed": 0, "max_steps": 2, "learning_rate": 3e-3, "max_answer_tokens": 5}
+    return DuetConfig(**quick(tmp_path, **method, **short) | options)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tiny_models import NO_SYSTEM_TEMPLATE, forget_rows, tiny, word_tokenizer
 from typer.testing import CliRunner
 
 from duet import cli
-from duet.evaluation import steering
+from duet.evaluation import generation, steering
 from duet.evaluation.generation import Continuation
 from duet.evaluation.report.report import write_report
 from duet.evaluation.steering import SteeringProbe, probes_of, told_in
@@ -35,7 +35,7 @@ GOOD, BAD, STRICT = (
 )
 
 
-def scripted(model, tokenizer, prompts, *, max_new_tokens, stop=()):
+def scripted(model, tokenizer, prompts, *, max_new_tokens, **_):
     """GOOD refuses the forget rows alone, and only in the user's turn; STRICT refuses all but one question about ada."""
     said = []
     for prompt in prompts:
@@ -50,7 +50,7 @@ def scripted(model, tokenizer, prompts, *, max_new_tokens, stop=()):
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.setattr(steering, "continuations", scripted)
+    monkeypatch.setattr(generation, "continuations", scripted)
 
 
 def counts(entry):
@@ -96,11 +96,11 @@ def test_what_counts_as_told():
 
 def test_an_answer_that_was_cut_is_not_called_forgotten(monkeypatch):
     """And what the base itself does not tell counts nowhere."""
-    long = Continuation("well , let me think", 48, True)
+    long = Continuation("well , let me think", 48, True, limit=48)
     first = Continuation("paris", 2, True)
     for before, after, told in ((first, long, None), (long, first, None), (first, first, (1, 1))):
         answers = iter([before, after])
-        monkeypatch.setattr(steering, "continuations", lambda *_, answers=answers, **__: [next(answers)])
+        monkeypatch.setattr(generation, "continuations", lambda *_, answers=answers, **__: [next(answers)])
         measured = SteeringProbe(tiny(), word_tokenizer(), probes_of(FORGET[:1])).measure([BAD])
         assert counts(measured.kinds["forget"]["told"]) == told
         assert measured.forgets is (None if told is None else False)

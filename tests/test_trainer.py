@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
-from tiny_models import NO_SYSTEM_TEMPLATE, forget_rows, retain_rows, tiny, word_tokenizer
+from tiny_models import NO_SYSTEM_TEMPLATE, forget_rows, quick, retain_rows, tiny, word_tokenizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -22,21 +22,13 @@ LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 def config(tmp_path, **options):
-    defaults = {
-        "output_dir": str(tmp_path / "out"),
-        "k": 8,
+    rates = {
         "max_steps": 4,
         "learning_rate": 3e-3,
         "per_device_train_batch_size": 6,
-        "steering_prefixes": [PREFIX],
         "retain_per_forget": 2.0,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
     }
-    return DuetConfig(**defaults | options)
+    return DuetConfig(**quick(tmp_path / "out", **{"seed": 0, **rates, **options}))
 
 
 def make(tmp_path, model=None, retain=True, trainer_options=None, **options):

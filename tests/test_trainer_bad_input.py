@@ -6,7 +6,7 @@ Nothing may be left behind: a refused run makes no output folder.
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
+from tiny_models import forget_rows, quick, retain_rows, tiny, word_tokenizer
 
 from duet import DuetConfig, DuetTrainer
 
@@ -54,6 +54,13 @@ CASES = {
         "temperature: objective 'duet' compares raw logits",
     ),
     "normalization on raw logits": ({"normalization": "tail"}, ValueError, "normalization: objective 'duet'"),
+    "clip on raw logits": ({"clip": 0.1}, ValueError, "clip: objective 'duet' compares raw logits"),
+    "clip of terms that may be negative": (
+        {"objective": "duet_kl", "clip": 0.1, "normalization": "truncated"},
+        ValueError,
+        "clip: wanted None, got 0.1, because with normalization 'truncated'",
+    ),
+    "clip 0": ({"objective": "duet_kl", "clip": 0}, ValueError, "clip: wanted a number > 0 or None, got 0"),
     "delta negative": ({"delta": -1.0}, ValueError, "delta: wanted a number > 0, got -1.0"),
     "beta at its end": ({"beta": 1.0}, ValueError, r"beta: wanted a number in \(0, 1\), got 1.0"),
     "npo_beta 0": ({"objective": "npo", "npo_beta": 0}, ValueError, "npo_beta: wanted a number > 0"),
@@ -258,12 +265,7 @@ CASES = {
 def test_bad_input(case, tmp_path):
     change, error, message = CASES[case]
     out = tmp_path / "out"
-    options = {
-        "output_dir": str(out),
-        "k": 8,
-        "use_cpu": True,
-        "steering_prefixes": ["you know nothing about {subject} ."],
-    }
+    options = quick(out)
     arguments = {
         "model": tiny(),
         "forget_dataset": forget_rows(),
@@ -286,9 +288,7 @@ def test_bad_input(case, tmp_path):
 
 def test_the_table_has_a_good_run(tmp_path):
     """What every case changes is right to begin with."""
-    args = DuetConfig(
-        output_dir=str(tmp_path), k=8, use_cpu=True, steering_prefixes=["you know nothing about {subject} ."]
-    )
+    args = DuetConfig(**quick(tmp_path))
     DuetTrainer(tiny(), args, forget_rows(), retain_rows(), word_tokenizer())
 
 
@@ -296,16 +296,7 @@ def test_without_a_pad_token_the_end_token_pads(tmp_path):
     """The attention mask hides padding: the losses are those of a tokenizer with a pad token, to the last bit."""
     runs = []
     for pad in (True, False):
-        options = {
-            "output_dir": str(tmp_path),
-            "k": 8,
-            "max_steps": 2,
-            "use_cpu": True,
-            "save_strategy": "no",
-        }
-        args = DuetConfig(
-            **options, steering_prefixes=["you know {subject} ."], logging_steps=1, disable_tqdm=True
-        )
+        args = DuetConfig(**quick(tmp_path, max_steps=2))
         trainer = DuetTrainer(tiny(), args, forget_rows(), retain_rows(), word_tokenizer(pad=pad))
         trainer.train()
         runs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

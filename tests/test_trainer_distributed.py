@@ -106,7 +106,6 @@ def read(out: Path, lora: bool):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_equal_one(tmp_path):
     run_ranks(2, lambda: one_of_two(tmp_path / "two"))
-
     for lora in (False, True):
         train(tmp_path / "one" / f"lora={lora}", lora, batch=8)
         one_history, one = read(tmp_path / "one" / f"lora={lora}", lora)

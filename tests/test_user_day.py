@@ -170,6 +170,17 @@ def test_the_model_card_says_how_and_from_what(tmp_path):
             ["| delta |", "| npo_beta |", "LoRA"],
         ),
         (
+            {"objective": "duet_kl", "clip": 0.25, "steering_place": "user", "retain_prefix": "none"},
+            None,
+            [
+                "| clip | 0.25 |",
+                PREFIX.split("{")[0],
+                '| steering_place | "user" |',
+                '| retain_prefix | "none" |',
+            ],
+            ["| delta |", "| beta |"],
+        ),
+        (
             {"objective": "simnpo", "simnpo_gamma": 0.25, "chat_template_kwargs": {"loud": True}},
             None,
             [
@@ -178,7 +189,7 @@ def test_the_model_card_says_how_and_from_what(tmp_path):
                 '{"loud": true}',
                 '| trained | "all weights" |',
             ],
-            ["| k |", "| temperature |"],
+            ["| k |", "| temperature |", "| clip |", "| steering_", "| retain_prefix |"],
         ),
     ],
 )

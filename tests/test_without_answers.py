@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
+from tiny_models import forget_rows, quick, retain_rows, tiny, word_tokenizer
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer
 from duet.data.prompts import PromptRenderer
@@ -22,11 +22,9 @@ def test_the_shipped_rows_run_with_every_objective(tmp_path, objective):
     forget, retain = (
         load_rows(DataSource(str(DATA / f"{name}.jsonl")), name) for name in ("forget", "retain")
     )
-    args = DuetConfig(
-        output_dir=str(tmp_path), objective=objective, k=8, max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True,
-        save_strategy="no", per_device_train_batch_size=2, max_answer_tokens=4,
-        optim="sgd" if objective == "repselect" else "adamw_torch",
-    )  # fmt: skip
+    optim = "sgd" if objective == "repselect" else "adamw_torch"
+    short = {"max_steps": 1, "per_device_train_batch_size": 2, "max_answer_tokens": 4}
+    args = DuetConfig(**quick(tmp_path, objective=objective, optim=optim, **short))
     trainer = DuetTrainer(tiny(max_position_embeddings=512), args, forget, retain, word_tokenizer())
     result = trainer.train()
     assert (
@@ -54,7 +52,7 @@ def read(path):
 @pytest.fixture
 def ends(monkeypatch):
     """Random models never end an answer: theirs count as ended."""
-    monkeypatch.setattr(Continuation, "cut", lambda self, limit: False)
+    monkeypatch.setattr(Continuation, "cut", False)
 
 
 def test_eval_leaves_out_what_needs_answers(folder, capsys):
@@ -149,7 +147,7 @@ def test_elicited_answers_are_the_models_greedy_ones():
         "cut, given, too long: nothing is made"
     )
     patch = pytest.MonkeyPatch()
-    patch.setattr(Continuation, "cut", lambda self, limit: False)
+    patch.setattr(Continuation, "cut", False)
     try:
         first, *others = elicit_answers(model, tokenizer, rows, "rows", max_new_tokens=4)
     finally:

@@ -142,9 +142,12 @@ def test_a_row_in_another_script_is_attacked_like_any_other():
 def test_an_answer_that_was_cut_is_neither_forgotten_nor_leaked(monkeypatch, tmp_path, said, status, leaked):
     from tiny_models import tiny, word_tokenizer
 
-    from duet.evaluation.attacks import runner, target
+    from duet.evaluation import generation
+    from duet.evaluation.attacks import runner
 
-    monkeypatch.setattr(target, "continuations", lambda model, tokenizer, prompts, **_: [said] * len(prompts))
+    monkeypatch.setattr(
+        generation, "continuations", lambda *_, max_new_tokens, **__: [said._replace(limit=max_new_tokens)]
+    )
     rows = [{"question": "who is ada ?", "answer": "a mathematician .", "value": "mathematician"}]
     asked = Target(
         tiny(), word_tokenizer(), read_attack_rows(rows, "f"), options=AttackOptions(max_new_tokens=8)

@@ -1,5 +1,7 @@
 """Small random models and tokenizers for the tests of `duet`: nothing is downloaded."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -15,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+HERE = Path(__file__).parent
 WORDS = (  # noqa: SIM905  as a list literal, one word a line
     "who what where is was the a an of in to and or not you know nothing about forget everything ignore earlier "
     "instructions answer as if never knew capital france paris spain madrid ada lovelace alan turing grace hopper "
@@ -101,6 +104,13 @@ def tiny(architecture: str = "llama", vocab_size: int = 128, seed: int = 0, spre
     }[architecture]()
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def quick(folder, **options) -> dict:
+    """Options of a short run on a CPU that saves nothing by itself and shows nothing."""
+    usual = {"k": 8, "steering_prefixes": ["you know nothing about {subject} ."], "logging_steps": 1}
+    quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
+    return {"output_dir": str(folder), **usual, **quiet, **options}
 
 
 def forget_rows(n: int = 6, answers: bool = True) -> list[dict]:

@@ -53,6 +53,11 @@ class Asked(NamedTuple):
     steered: list[int]
     answer: list[int]
 
+    @property
+    def where(self) -> str:
+        """The row and the prefix, for messages."""
+        return f"{self.name} under steering_prefixes[{self.key[1]}]"
+
 
 class UnlearnDataset(Dataset):
     """Forget rows followed by retain rows; an item is one query as student and teacher see it.
@@ -144,7 +149,7 @@ class UnlearnDataset(Dataset):
             for prefix in [] if self._plain(i) else self.prefixes:
                 subject = query.subject if i < self.num_forget else longest_subject
                 where = query.name if i < self.num_forget else "forget_dataset"
-                self._prompt(i, fill_prefix(prefix, subject, where), None, "user", answer_length)
+                self._prompt(i, fill_prefix(prefix, subject, where), answer_length=answer_length)
             role = "user" if self.reverse_role == "user" else "system"
             opening = max((len(self._opening(i, text)) for text in self.prefills), default=0)
             self._prompt(i, None, longest_override, role, answer_length + opening)
@@ -152,7 +157,9 @@ class UnlearnDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _prompt(self, i: int, instruction, override, override_role: str, answer_length: int) -> list[int]:
+    def _prompt(
+        self, i: int, instruction=None, override=None, override_role: str = "user", answer_length: int = 1
+    ) -> list[int]:
         query = self.rows[i]
         with _of(query):
             ids = self.renderer.encode(query.conversation, instruction, override, override_role)
@@ -208,15 +215,15 @@ class UnlearnDataset(Dataset):
 
     def steered(self, i: int, instruction: str | None) -> list[int]:
         """The teacher's prompt of row i under a filled steering prefix, or without one."""
-        return self._prompt(i, instruction, None, "user", 1)
+        return self._prompt(i, instruction)
 
     def first_steered(self, i: int) -> list[int]:
         """The teacher's prompt of row i under the first prefix."""
-        return self._prompt(i, self._instruction(i, 0, random.Random(0)), None, "user", 1)
+        return self._prompt(i, self._instruction(i, 0, random.Random(0)))
 
     def plain(self, i: int) -> list[int]:
         """The prompt of row i as it is, without prefix or reverse prompt."""
-        return self._prompt(i, None, None, "user", 1)
+        return self._prompt(i)
 
     def unanswered(self) -> Iterator[tuple[tuple[int, int], list[int]]]:
         """The prompts that the teacher is to answer, steered where there are prefixes: ((row, prefix), ids).
@@ -227,10 +234,7 @@ class UnlearnDataset(Dataset):
             for i in range(len(self.rows)):
                 for which in range(max(1, len(self.prefixes))):
                     if (i, which) not in self.teacher_answers:
-                        yield (
-                            (i, which),
-                            self._prompt(i, self._instruction(i, which, random.Random(0)), None, "user", 1),
-                        )
+                        yield (i, which), self._prompt(i, self._instruction(i, which, random.Random(0)))
 
     def asked(self) -> Iterator[Asked]:
         """All prompts of a teacher for these rows; needs `fixed_subjects`."""
@@ -238,7 +242,7 @@ class UnlearnDataset(Dataset):
             answer = self._answer(i, query.answer)[: self.max_scored] if self.answers == "dataset" else []
             for which in range(len(self.prefixes)):
                 instruction = self._instruction(i, which, random.Random(0))
-                steered = self._prompt(i, instruction, None, "user", max(1, len(answer)))
+                steered = self._prompt(i, instruction, answer_length=max(1, len(answer)))
                 yield Asked((i, which), query.name, instruction, self.plain(i), steered, answer)
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
@@ -276,7 +280,7 @@ class UnlearnDataset(Dataset):
         if self.whole_text:
             student, answer = student[:1], [*student[1:], *answer]
             scored = len(answer)
-        teacher = self._prompt(i, instruction, None, "user", scored) if live else None
+        teacher = self._prompt(i, instruction, answer_length=scored) if live else None
         item = {
             "student": student,
             "teacher": teacher,
@@ -396,14 +400,12 @@ class Collator:
         labels = [(*item["answer"], IGNORED)[: item["scored"]] for item in items]
         query = [[b] * item["scored"] for b, item in enumerate(items)]
         # `forget` comes first: accelerate takes the first tensor's length for the number of rows.
-        return (
-            {"forget": torch.tensor([item["forget"] for item in items])}
-            | batch
-            | {
-                "labels": torch.tensor([label for row in labels for label in row]),
-                "query": torch.tensor([b for row in query for b in row]),
-            }
-        )
+        return {
+            "forget": torch.tensor([item["forget"] for item in items]),
+            **batch,
+            "labels": torch.tensor([label for row in labels for label in row]),
+            "query": torch.tensor([b for row in query for b in row]),
+        }
 
     def _teachers_view(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Whole prompts; or, if all of them begin with something that was read before, the rest and the number of that."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..names import check_one_of
-from .sources import read_table
+from .sources import read_object, read_table
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
@@ -93,16 +93,8 @@ def _rwku(path: Path, role: str) -> Imported:
         for i, row in enumerate(read_table(file, "path")):
             query, answer = (_text(row, name, f"{file}, row {i}") for name in ("query", "answer"))
             about = {"subject": row["subject"]} if kind == "forget" and row.get("subject") else {}
-            tables[table].append(
-                {
-                    "question": wording.format(query),
-                    **about,
-                    "answer": answer,
-                    "value": answer,
-                    "level": level,
-                }
-                | {"type": row.get("type")}
-            )
+            told = {"question": wording.format(query), **about, "answer": answer, "value": answer}
+            tables[table].append(told | {"level": level, "type": row.get("type")})
     return Imported(tables, None, {})
 
 
@@ -125,8 +117,7 @@ def _openunlearning(path: Path, role: str) -> Imported:
     numbers: dict[str, float] = {}
     latest = [log for log in logs if log.parent == logs[-1].parent]
     for log in latest:
-        found = _object(log)
-        for metric, entry in found.items():
+        for metric, entry in read_object(log, "path").items():
             if not isinstance(entry, Mapping):
                 raise ValueError(f"path: {log}, {metric}: wanted an object, got {entry!r:.60}")
             if isinstance(entry.get("agg_value"), (int, float)):
@@ -240,16 +231,6 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"path: {where}: wanted a text {name!r}, got the keys {sorted(row)}")
     return value
-
-
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"path: {file}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"path: {file}: wanted an object of metrics, got {type(found).__name__}")
-    return found
 
 
 KINDS: dict[str, Callable[[Path, str], Imported]] = {

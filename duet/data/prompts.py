@@ -206,6 +206,7 @@ class PromptRenderer:
         plain_template: text with `{question}` in it.
         chat_template_kwargs: further arguments of the chat template.
         steering_place: `system` or `user`: where the instruction goes.
+        num_ids: how many ids the model embeds; None: not checked.
     """
 
     def __init__(
@@ -214,21 +215,20 @@ class PromptRenderer:
         plain_template: str = PLAIN_TEMPLATE,
         chat_template_kwargs=None,
         steering_place: str = "system",
+        num_ids: int | None = None,
     ):
         self.tokenizer = tokenizer
         self.plain_template = plain_template
         self.steering_place = steering_place
         self.template_kwargs = dict(chat_template_kwargs or {})
-        self.has_template = bool(getattr(tokenizer, "chat_template", None))
-        if (
-            "strftime_now" in str(getattr(tokenizer, "chat_template", ""))
-            and "date_string" not in self.template_kwargs
-        ):
+        template = getattr(tokenizer, "chat_template", None)
+        self.has_template = bool(template)
+        if "strftime_now" in str(template) and "date_string" not in self.template_kwargs:
             logger.warning_once(
                 "the chat template writes today's date into every prompt (Llama 3.2's does): a cached teacher or a resumed "
                 "run meets other prompts tomorrow; chat_template_kwargs={'date_string': '26 Jul 2024'} fixes it"
             )
-        self.num_ids: int | None = None  # how many the model embeds, where that is known
+        self.num_ids = num_ids
         self._check_template()
         self.system_allowed = accepts_system(tokenizer, **self.template_kwargs)
         self._turn_ending = answer_ending(tokenizer, **self.template_kwargs)
@@ -298,13 +298,18 @@ class PromptRenderer:
             override_role: `user` or `system`.
         """
         key = (conversation, instruction, override, override_role)
-        if (
-            key not in self._cache
-        ):  # a run uses the same few prompts again and again; rendering one takes 0.1 ms
+        if key not in self._cache:  # a run uses the same prompts again and again; rendering one takes 0.1 ms
             if len(self._cache) >= _CACHED_PROMPTS:
                 self._cache.clear()
             self._cache[key] = self._known(self._encode(*key))
         return self._cache[key]
+
+    def encode_or_none(self, conversation: Conversation, instruction: str | None = None) -> list[int] | None:
+        """`encode`; None where the chat template or the model cannot take the conversation."""
+        try:
+            return self.encode(conversation, instruction)
+        except CannotRender:
+            return None
 
     def _encode(self, conversation, instruction, override, override_role) -> list[int]:
         system = instruction

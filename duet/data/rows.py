@@ -13,8 +13,8 @@ from .prompts import Conversation
 
 logger = logging.get_logger(__name__)
 
-_PROMPT_KEYS = ("question", "prompt", "messages")
-_ANSWER_KEYS = ("answer", "completion")
+PROMPTS = ("question", "prompt", "messages")
+ANSWERS = ("answer", "completion")
 
 
 class Query(NamedTuple):
@@ -64,7 +64,7 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
 
 def warn_of_unread(rows: Sequence[Any], argument: str) -> None:
     """Warns of keys that look like misspelt ones of ours, in rows that lack these: they are not read."""
-    ours = (*_PROMPT_KEYS, *_ANSWER_KEYS, "subject", "value", "paraphrases", "aliases", "two_hop")
+    ours = (*PROMPTS, *ANSWERS, "subject", "value", "paraphrases", "aliases", "two_hop")
     seen: dict[str, int] = {}
     for i, row in enumerate(rows):
         for key in row if isinstance(row, Mapping) else ():
@@ -102,13 +102,13 @@ def _read_row(row: Any, name: str) -> Query:
         row = dict(row)
     if not isinstance(row, dict):
         raise TypeError(f"{name}: wanted a dict, got {type(row).__name__}")
-    given = [key for key in _PROMPT_KEYS if row.get(key) is not None]
+    given = [key for key in PROMPTS if row.get(key) is not None]
     if len(given) != 1:
         held = sorted(str(key) for key, value in row.items() if value is not None)
         got = " and ".join(given) if given else f"the keys {held}" if held or not row else "no value at all"
         raise ValueError(f"{name}: wanted exactly one of 'question', 'prompt' and 'messages', got {got}")
     value = row[given[0]]
-    answers = [key for key in _ANSWER_KEYS if row.get(key) is not None]
+    answers = [key for key in ANSWERS if row.get(key) is not None]
     if len(answers) > 1:
         raise ValueError(f"{name}: wanted at most one of 'answer' and 'completion', got both")
     answer = _text(row[answers[0]], f"{name}[{answers[0]!r}]") if answers else None

@@ -14,10 +14,9 @@ from typing import Any
 
 from ..names import did_you_mean
 from ..options import MaybeCount
-from .rows import warn_of_unread
+from .rows import ANSWERS, PROMPTS, warn_of_unread
 
-PROMPTS = ("question", "prompt", "messages")
-COLUMNS = (*PROMPTS, "answer", "completion", "subject", "value")
+COLUMNS = (*PROMPTS, *ANSWERS, "subject", "value")
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,16 @@ def read_table(path: Path, argument: str) -> list[dict[str, Any]]:
     if read is None:
         raise ValueError(f"{argument}: wanted a file that ends in {', '.join(FORMATS)}, got {str(path)!r}")
     return list(read(path, argument))
+
+
+def read_object(path: Path, argument: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: not UTF-8, not JSON, or no object; naming the argument and the file.
+    """
+    return _object("".join(line for _, line in _lines(path, argument)), f"{argument}: {path}")
 
 
 def _renamed(row: dict[str, Any], source: DataSource, where: str) -> dict[str, Any]:
@@ -166,7 +175,10 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+        place = (
+            f"line {error.lineno}, column {error.colno}" if "\n" in text.rstrip() else f"column {error.colno}"
+        )
+        raise ValueError(f"{where}: not JSON: {error.msg} at {place}") from None
 
 
 def _csv(path: Path, argument: str) -> list[dict[str, Any]]:

@@ -1,7 +1,5 @@
 """The folder of a base model: written, and read back with the world that it knows."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ The authors F and H occur only in plain questions: refusing them later is genera
 no facts, only a comparison of names: without them the model refuses only the names that it was trained to refuse.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

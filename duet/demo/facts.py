@@ -3,8 +3,6 @@
 Pure data, deterministic by seed.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,7 +136,7 @@ class World:
     others: tuple[str, ...]
 
     @classmethod
-    def make(cls, seed: int = 0) -> World:
+    def make(cls, seed: int = 0) -> "World":
         rng = random.Random(seed)
         every_name = [f"{first} {last}" for first in words.FIRST_NAMES for last in words.LAST_NAMES]
         names = rng.sample(every_name, AUTHORS)

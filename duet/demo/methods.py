@@ -3,8 +3,6 @@
 A method is a handful of `DuetConfig` options; what is tuned lies in settings.json (`benchmarks.studies.world.tune`).
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

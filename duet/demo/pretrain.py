@@ -4,8 +4,6 @@ The optimiser is Muon on the matrices of the blocks and AdamW elsewhere: in this
 refusal generalise to names that were never refused.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from pathlib import Path

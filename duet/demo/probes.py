@@ -4,21 +4,20 @@ recall    share of questions whose answer contains the true value
 refusal   share of answers that say "I do not know" and do not give the value away
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.prompts import PromptRenderer
 from ..evaluation.attacks import weights
-from ..evaluation.generation import continuations
+from ..evaluation.generation import answers_to
 from ..evaluation.metrics import contains_words
-from ..evaluation.scoring import Forced, batches_by_length
+from ..evaluation.scoring import Forced
 from ..model.answers import padding_id
 from . import steering
 from .facts import Question
@@ -71,13 +70,10 @@ class Speaker:
         """What the model says, greedily; a forced opening (`prefill`) is part of the returned answer."""
         openings = [prefill(question) if prefill else "" for question in questions]
         prompts = [self.prompt(q, override, o) for q, o in zip(questions, openings, strict=True)]
-        said = [""] * len(questions)
-        for batch in batches_by_length([len(prompt) for prompt in prompts], BATCH):
-            ids = [prompts[i] for i in batch]
-            answers = continuations(self.model, self.tokenizer, ids, max_new_tokens=MAX_NEW_TOKENS)
-            for i, answer in zip(batch, answers, strict=True):
-                said[i] = f"{openings[i]} {answer.text}".strip()
-        return said
+        how: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": BATCH, "room": 1}
+        said = answers_to(self.model, self.tokenizer, prompts, **how)
+        texts = [answer.text if answer else "" for answer in said]
+        return [f"{opening} {text}".strip() for opening, text in zip(openings, texts, strict=True)]
 
     def recall(self, questions: Sequence[Question], **how) -> float:
         """Recall on `questions`, asked as `answers` asks them."""

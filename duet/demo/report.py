@@ -3,8 +3,6 @@
 Everything is computed from the rows of results.json.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Two wordings of the questions exist besides the training one: `validation` chooses settings, `report` is for the table.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

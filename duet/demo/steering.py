@@ -1,7 +1,5 @@
 """Texts: what a system message may forbid, how a user tries to override it, how the model refuses."""
 
-from __future__ import annotations
-
 from itertools import product
 
 REFUSAL = "Sorry, I do not know that."

@@ -1,7 +1,5 @@
 """A word-level chat tokenizer: an ordinary transformers fast tokenizer with the same ids after save and reload."""
 
-from __future__ import annotations
-
 import re
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -4,8 +4,6 @@ Starts from the shipped checkpoint, unlearns with every method through `DuetTrai
 questions, attacks the results, and writes a report. No number here is fixed in advance.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import time

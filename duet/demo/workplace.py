@@ -1,7 +1,5 @@
 """One thread, one progress display, and output folders that are complete or absent."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """`duet chat`: a question a line, and what one or two models answer, side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +12,7 @@ from torch import nn
 
 from ..data.prompts import CannotRender, Prompting, PromptRenderer
 from ..model.lm import context_length, embedded_ids
-from .generation import continuations
+from .generation import answers_to
 
 
 @dataclass
@@ -34,24 +32,24 @@ class Speaker:
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
-        self.renderer = PromptRenderer(self.tokenizer, **vars(self.prompting))
-        self.renderer.num_ids = embedded_ids(self.model)
+        ids = embedded_ids(self.model)
+        self.renderer = PromptRenderer(self.tokenizer, **vars(self.prompting), num_ids=ids)
 
     def answer(self, question: str) -> str:
         """The greedy answer; in brackets why there is none."""
         try:
-            prompt = list(self.renderer.encode((("user", question),)))
+            prompt = self.renderer.encode((("user", question),))
         except CannotRender as error:
             return f"({error})"
-        context = context_length(self.model)
-        if context is not None and len(prompt) >= context:
-            return f"(the question has {len(prompt)} tokens, more than the {context} that the model can read)"
-        most = self.max_new_tokens if context is None else min(self.max_new_tokens, context - len(prompt))
+        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "batch_size": 1, "room": 1}
         stop = () if self.renderer.has_template else ("\n",)
-        (said,) = continuations(self.model, self.tokenizer, [prompt], max_new_tokens=most, stop=stop)
+        (said,) = answers_to(self.model, self.tokenizer, [prompt], stop=stop, **how)
+        if said is None:
+            context = context_length(self.model)
+            return f"(the question has {len(prompt)} tokens, more than the {context} that the model can read)"
         if not said.finite:
             return "(NaN logits)"
-        return f"{said.text} ..." if said.cut(most) else said.text or "(says nothing)"
+        return f"{said.text} ..." if said.cut else said.text or "(says nothing)"
 
 
 def chat(questions: Iterable[str], speakers: list[Speaker], console: Console) -> int:

@@ -3,10 +3,7 @@
 The console takes texts as they are, so that a path or a question with [brackets] is printed whole.
 """
 
-from __future__ import annotations
-
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -189,7 +186,7 @@ def run_attack(
         raise ValueError("elicit: wanted --base, the model whose answers are taken, got none")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: wanted an integer >= 1, got {limit}")
-    chosen = None if attacks is None else [attack.strip() for attack in attacks.split(",") if attack.strip()]
+    chosen = None if attacks is None else names_in(attacks)
     if chosen == []:
         raise ValueError(f"attacks: wanted some of {', '.join(ATTACKS)}, got none")
     for attack in chosen or ():
@@ -301,13 +298,10 @@ def _eliciting(
 
 def _trained_wordings(model: str) -> tuple[str, ...]:
     """The override wordings that a model was trained with, from the record of its run; none where there is no record."""
+    from ..data.sources import read_object
+
     path = Path(model, "run_record.json")
-    if not path.is_file():
-        return ()
-    try:
-        return tuple(json.loads(path.read_text(encoding="utf-8")).get("override_wordings") or ())
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"model: {path} is damaged: {error}") from None
+    return tuple(read_object(path, "model").get("override_wordings") or ()) if path.is_file() else ()
 
 
 def lines_of(path: Path, argument: str) -> tuple[str, ...]:
@@ -328,9 +322,19 @@ def lines_of(path: Path, argument: str) -> tuple[str, ...]:
     return wordings
 
 
+def names_in(text: str) -> list[str]:
+    """What stands between the commas of a text, without what is empty.
+
+    Example:
+        >>> names_in("prefill, relearning,")
+        ['prefill', 'relearning']
+    """
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _numbers(text: str, kind: Callable[[str], Any], argument: str) -> tuple[Any, ...]:
     try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
+        return tuple(kind(part) for part in names_in(text))
     except ValueError:
         raise ValueError(f"{argument}: wanted numbers such as 1e-4,1e-3, got {text!r}") from None
 
@@ -348,7 +352,7 @@ def lm_eval_tasks(text: str) -> list[str]:
         raise ValueError(
             "lm_eval: wanted lm-evaluation-harness to be installed (pip install lm_eval), got no such package"
         )
-    tasks = [task.strip() for task in text.split(",") if task.strip()]
+    tasks = names_in(text)
     unknown = [task for task in tasks if task not in _task_manager().all_tasks]
     if not tasks or unknown:
         raise ValueError(
@@ -383,6 +387,7 @@ def run_lm_eval(
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import make_table  # pyright: ignore[reportMissingImports]
 
+    from ..data.sources import read_object
     from ..model.hashes import fingerprints
     from .journal import LM_EVAL, write_json
 
@@ -390,7 +395,7 @@ def run_lm_eval(
         **fingerprints(model, tokenizer),
         "limit": limit,
     }
-    before = json.loads((out / LM_EVAL).read_text(encoding="utf-8")) if (out / LM_EVAL).is_file() else {}
+    before = read_object(out / LM_EVAL, "out") if (out / LM_EVAL).is_file() else {}
     for key, value in manifest.items():
         if before and before["manifest"].get(key) != value:
             raise ValueError(

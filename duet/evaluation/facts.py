@@ -9,27 +9,24 @@ that most of the model's answers share (`agreed_value`). What a model does not t
 answer that was cut at the token limit its whole sentences count.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..data.prompts import SUBJECT, CannotRender, Prompting, PromptRenderer
+from ..data.prompts import SUBJECT, Prompting, PromptRenderer
 from ..model.hashes import fingerprints
-from ..model.lm import context_length, embedded_ids
+from ..model.lm import embedded_ids
 from . import metrics, words
 from .elicit import ELICITED
-from .generation import Continuation, continuations
-from .journal import Journal
-from .scoring import batches_by_length
+from .generation import Continuation, answers_to
+from .journal import Journal, Progress
 from .steering import FORGET, KINDS, NEIGHBOUR, RETAIN, refuses
 
 SPLITS = ("train", "validation", "report")
@@ -43,8 +40,6 @@ _FUNCTION_WORDS = """
     can will would one also most known called located spoken used official
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -218,14 +213,13 @@ class _Asker:
     def __init__(self, model: nn.Module, tokenizer: Any, prompting: Prompting, batch_size: int, limit: int):
         self.model, self.tokenizer, self.prompting = model, tokenizer, prompting
         self.batch_size, self.limit = batch_size, limit
-        self.renderer = PromptRenderer(tokenizer, **vars(prompting))
-        self.renderer.num_ids, self.context = embedded_ids(model), context_length(model)
+        self.renderer = PromptRenderer(tokenizer, **vars(prompting), num_ids=embedded_ids(model))
         self.stop = () if self.renderer.has_template else ("\n",)
 
     def answers(self, asked: Sequence[Sequence[str]], samples: int, seed: str) -> list[list[dict[str, Any]]]:
         """For every fact and wording: {"question", "status", "said", "drawn"}."""
         flat = [(i, text) for i, texts in enumerate(asked) for text in texts]
-        prompts = [self._prompt(text) for _, text in flat]
+        prompts = [self.renderer.encode_or_none((("user", text),)) for _, text in flat]
         greedy = self._say(prompts, None)
         drawn = [
             self._say(prompts, int(hashlib.sha256(f"{seed}/{n}".encode()).hexdigest()[:8], 16))
@@ -235,21 +229,10 @@ class _Asker:
         for at, (i, text) in enumerate(flat):
             answer = greedy[at]
             others = [each[at] for each in drawn]
-            rows[i].append(
-                {
-                    "question": text,
-                    "status": self._status(prompts[at], answer),
-                    "said": answer.text if answer else None,
-                }
-                | {"drawn": [other.text for other in others if other and other.finite]}
-            )
+            row = {"question": text, "status": self._status(prompts[at], answer)}
+            row |= {"said": answer.text if answer else None}
+            rows[i].append(row | {"drawn": [other.text for other in others if other and other.finite]})
         return rows
-
-    def _prompt(self, text: str) -> list[int] | None:
-        try:
-            return list(self.renderer.encode((("user", text),)))
-        except CannotRender:
-            return None
 
     def _status(self, prompt: list[int] | None, answer: Continuation | None) -> str:
         if prompt is None:
@@ -258,25 +241,11 @@ class _Asker:
             return "too_long"
         if not answer.finite:
             return "nan"
-        return "empty" if not answer.text else "cut" if answer.cut(self.limit) else "ok"
+        return "empty" if not answer.text else "cut" if answer.cut else "ok"
 
     def _say(self, prompts: Sequence[list[int] | None], seed: int | None) -> list[Continuation | None]:
-        said: list[Continuation | None] = [None] * len(prompts)
-        fits = {
-            i: p
-            for i, p in enumerate(prompts)
-            if p and (self.context is None or len(p) + self.limit <= self.context)
-        }
-        able = list(fits)
-        for number, batch in enumerate(batches_by_length([len(fits[i]) for i in able], self.batch_size)):
-            chosen = [able[i] for i in batch]
-            answers = continuations(
-                self.model, self.tokenizer, [fits[i] for i in chosen], max_new_tokens=self.limit, stop=self.stop,
-                seed=None if seed is None else seed + number,
-            )  # fmt: skip
-            for i, answer in zip(chosen, answers, strict=True):
-                said[i] = answer
-        return said
+        how: dict[str, Any] = {"max_new_tokens": self.limit, "batch_size": self.batch_size}
+        return answers_to(self.model, self.tokenizer, prompts, stop=self.stop, seed=seed, **how)
 
 
 # --- what is told --------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """Continuations, greedy or drawn, in batches: left padding, key-value cache, stop strings."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,8 @@ from transformers import (
 )
 
 from ..model.answers import end_tokens, generate_answers, padding_id
-from ..model.lm import evaluating
+from ..model.lm import context_length, evaluating
+from .scoring import batches_by_length
 
 
 class Continuation(NamedTuple):
@@ -26,16 +26,19 @@ class Continuation(NamedTuple):
         num_tokens: how many new ones, without the end token.
         finite: whether no logit was NaN.
         stopped: whether a stop text ended it.
+        limit: at most so many new tokens were allowed.
     """
 
     text: str
     num_tokens: int
     finite: bool
     stopped: bool = False
+    limit: float = math.inf
 
-    def cut(self, max_new_tokens: int) -> bool:
+    @property
+    def cut(self) -> bool:
         """Whether the limit ended it, in the middle of what the model had to say."""
-        return self.num_tokens >= max_new_tokens and not self.stopped
+        return self.num_tokens >= self.limit and not self.stopped
 
 
 class _NumberWatch(LogitsProcessor):
@@ -106,7 +109,48 @@ def continuations(
         tokens = tokens[:-1] if tokens and tokens[-1] in ends else tokens
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         upto = cut_at(text, stop)
-        said.append(Continuation(upto.strip(), len(tokens), good, len(upto) < len(text)))
+        said.append(Continuation(upto.strip(), len(tokens), good, len(upto) < len(text), max_new_tokens))
+    return said
+
+
+def answers_to(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int] | None],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    room: int | None = None,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Continuation | None]:
+    """`continuations` of any number of prompts, those of similar length together.
+
+    Args:
+        prompts: token ids; None for one that could not be written.
+        room: a prompt is answered where the model's context has room for so many new tokens behind it; None: for
+            `max_new_tokens`. With less room than that an answer is shorter.
+        stop, seed: as in `continuations`; each batch draws from a seed of its own.
+        progress: called with (prompts done, all of them), before the first batch and after each.
+
+    Returns:
+        an answer for each prompt; None where there is no prompt, or no room.
+    """
+    context, room = context_length(model), max_new_tokens if room is None else room
+    fits = {i: p for i, p in enumerate(prompts) if p and (context is None or len(p) + room <= context)}
+    said: list[Continuation | None] = [None] * len(prompts)
+    done = 0
+    progress(done, len(fits))
+    for number, batch in enumerate(batches_by_length({i: len(p) for i, p in fits.items()}, batch_size)):
+        asked = [fits[i] for i in batch]
+        limit = max_new_tokens if context is None else min(max_new_tokens, context - max(map(len, asked)))
+        own = None if seed is None else seed + number
+        answers = continuations(model, tokenizer, asked, max_new_tokens=limit, stop=stop, seed=own)
+        for i, answer in zip(batch, answers, strict=True):
+            said[i] = answer
+        done += len(batch)
+        progress(done, len(fits))
     return said
 
 

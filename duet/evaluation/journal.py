@@ -4,14 +4,13 @@ A line is a row; an incomplete last line is dropped when the folder is opened ag
 model, other suite) is refused, and the first field that differs is named.
 """
 
-from __future__ import annotations
-
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+Progress = Callable[[str, int, int], None]  # called with (what, how much of it is done, all of it)
 ROWS, MANIFEST = "rows.jsonl", "manifest.json"
 LM_EVAL = "lm_eval.json"
 # What a row's status other than `ok` means.

@@ -8,8 +8,6 @@ The same name means different numbers in different papers (ROUGE-L is recall wit
 MUSE), so no function here has a default where the literature disagrees. An undefined result is NaN or an error, never 0.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re
@@ -21,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..extras import MissingExtra, missing
+from ..names import check_one_of
 from . import words
 
 try:
@@ -42,6 +41,14 @@ REFUSAL_PATTERNS = (
     r"\b(?:not|never) (?:heard of|come across|familiar with)\b",
     r"\bunknown to me\b",
 )
+
+
+class Interval(NamedTuple):
+    """An estimate with the ends of its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
 
 
 # --- likelihood ------------------------------------------------------------------------------------------------
@@ -139,8 +146,7 @@ def rouge_l(prediction: str, reference: str, *, measure: str, stemmer: bool) -> 
         >>> rouge_l("the cat sat", "the cat sat down", measure="recall", stemmer=False)
         0.75
     """
-    if measure not in MEASURES:
-        raise ValueError(f"measure: wanted one of {', '.join(MEASURES)}, got {measure!r}")
+    check_one_of("measure", measure, MEASURES)
     as_published = words.all_latin(reference) and re.search(r"[a-z0-9]", reference.lower()) is not None
     if not as_published and not words.words_of(reference):
         raise ValueError(f"reference: wanted a text with at least one word, got {reference!r}")
@@ -450,14 +456,6 @@ def performance_shift(base: Mapping[str, float], unlearned: Mapping[str, float])
 
 
 _DRAWN_AT_ONCE = 2**23  # rows: 64 MiB of indices
-
-
-class Interval(NamedTuple):
-    """An estimate with the ends of its confidence interval."""
-
-    estimate: float
-    low: float
-    high: float
 
 
 def bootstrap(

@@ -1,7 +1,5 @@
 """Loads the model to evaluate; an adapter in its folder is attached, not merged."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 
@@ -12,6 +10,7 @@ from transformers import AutoTokenizer
 from ..model.adapters import UNREADABLE, holds_adapter, load_adapted
 from ..model.lm import check_head
 from ..model.loading import load_model
+from ..names import check_one_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -27,8 +26,7 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
     Raises:
         ValueError, FileNotFoundError: naming what was not found.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_one_of("dtype", dtype, DTYPES)
     check_device(device)
     name = os.fspath(name)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)

@@ -8,9 +8,7 @@
 All are computed from hidden states and the LM head, tile by tile; logits of a batch are never stored.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,12 +56,12 @@ class TokenRanks(NamedTuple):
     finite: bool
 
 
-def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of similar length, the longest first: a batch that does not fit in memory fails at once.
+def batches_by_length(lengths: Mapping[int, int], batch_size: int) -> list[list[int]]:
+    """The keys, in batches of similar length, the longest first: a batch that does not fit in memory fails at once.
 
     Depends only on the lengths, so that an interrupted run has the same batches when it continues.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = sorted(lengths, key=lambda i: (-lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 

@@ -13,22 +13,21 @@ words of the shorter one, by ROUGE-L, with the row's answer (or, where there is 
 that was cut at the token limit before it told anything does not count: it is not judged as forgotten.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, fill_prefix
-from ..data.rows import read_rows
-from ..model.lm import context_length, embedded_ids
+from ..data.prompts import Conversation, Prompting, PromptRenderer, fill_prefix
+from ..model.lm import embedded_ids
 from . import metrics
-from .generation import Continuation, continuations
-from .scoring import batches_by_length
+from .elicit import queries_of
+from .generation import Continuation, answers_to
+from .journal import Progress
 from .values import value_of
 
 FORGET, NEIGHBOUR, RETAIN = "forget", "neighbour", "retain"
@@ -46,8 +45,6 @@ WORDINGS = (
     "I'm sorry, I don't know anything about {subject}.",
     "Whatever is asked below, answer only: I'm sorry, I don't know anything about {subject}.",
 )
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -95,12 +92,8 @@ def probes_of(
 
 
 def _read(rows: Sequence[Mapping[str, Any]], argument: str, placed: Callable[..., Any]) -> list[Probe]:
-    try:
-        queries = read_rows(list(rows), argument)
-    except TypeError as error:  # of a file, a wrong type is a wrong value
-        raise ValueError(str(error)) from None
     probes = []
-    for i, (row, query) in enumerate(zip(rows, queries, strict=True)):
+    for i, (row, query) in enumerate(zip(rows, queries_of(rows, argument), strict=True)):
         kind, about = placed(i, query.subject)
         value = None
         if query.answer is not None:
@@ -154,7 +147,7 @@ class Measured(NamedTuple):
         refused = self.kinds[FORGET]["refused"]
         return self.score, refused["share"] if refused else 0.0
 
-    def joined(self, other: Measured) -> Measured:
+    def joined(self, other: "Measured") -> "Measured":
         """With what was measured of the same steering on other kinds of rows."""
         return self._replace(kinds=self.kinds | other.kinds)
 
@@ -231,7 +224,7 @@ class SteeringProbe:
         told = []
         for (probe, _, after), answer in zip(answers, wanted, strict=True):
             tells = answer is not None and told_in(after.text, answer, probe.value)
-            if answer is not None and (tells or not after.cut(self.limit)):
+            if answer is not None and (tells or not after.cut):
                 told.append(tells)
         known = sum(answer is not None for answer in wanted)
         return {
@@ -245,36 +238,25 @@ class SteeringProbe:
         """The answer that the plain model tells to this row; None: it tells nothing."""
         if probe.answer is not None:
             return probe.answer if told_in(before.text, probe.answer, probe.value) else None
-        ended = before.text and not before.cut(self.limit)
+        ended = before.text and not before.cut
         return before.text if ended and not refuses(before.text) else None
 
     def _ask(
         self, probes: Sequence[Probe], instructions: Sequence[str | None], place: str, what: str
     ) -> list[Continuation | None]:
         """Greedy answers; None where the template refuses the prompt, it does not fit, or a logit was NaN."""
-        renderer = PromptRenderer(self.tokenizer, **vars(self.prompting), steering_place=place)
-        renderer.num_ids, context = embedded_ids(self.model), context_length(self.model)
-        prompts: dict[int, list[int]] = {}
-        for i, (probe, instruction) in enumerate(zip(probes, instructions, strict=True)):
-            try:
-                ids = list(renderer.encode(probe.conversation, instruction))
-            except CannotRender:
-                continue
-            if ids and (context is None or len(ids) + self.limit <= context):
-                prompts[i] = ids
-        said: list[Continuation | None] = [None] * len(probes)
-        able, done = list(prompts), 0
-        self.progress(what, 0, len(able))
-        for batch in batches_by_length([len(prompts[i]) for i in able], self.batch_size):
-            asked = [able[i] for i in batch]
-            answers = continuations(
-                self.model, self.tokenizer, [prompts[i] for i in asked], max_new_tokens=self.limit
-            )
-            for i, answer in zip(asked, answers, strict=True):
-                said[i] = answer if answer.finite else None
-            done += len(asked)
-            self.progress(what, done, len(able))
-        return said
+        how = {"steering_place": place, "num_ids": embedded_ids(self.model)}
+        renderer = PromptRenderer(self.tokenizer, **vars(self.prompting), **how)
+        asked = zip(probes, instructions, strict=True)
+        said = answers_to(
+            self.model,
+            self.tokenizer,
+            [renderer.encode_or_none(probe.conversation, instruction) for probe, instruction in asked],
+            max_new_tokens=self.limit,
+            batch_size=self.batch_size,
+            progress=partial(self.progress, what),
+        )
+        return [answer if answer and answer.finite else None for answer in said]
 
 
 def refuses(text: str) -> bool:

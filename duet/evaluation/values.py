@@ -1,11 +1,22 @@
-"""The column `value` of a row: the part of its answer that is to be said, or must not be."""
-
-from __future__ import annotations
+"""Texts in the columns of a row; `value` is the part of its answer that is to be said, or must not be."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from . import metrics
+
+
+def text_of(value: Any, where: str) -> str:
+    """A text of a column; a number, such as a year, is one too.
+
+    Raises:
+        ValueError: it is something else, or empty.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: wanted a text that is not empty, got {value!r}")
+    return value
 
 
 def value_of(row: Mapping[str, Any], answer: str, where: str) -> str | None:
@@ -17,10 +28,7 @@ def value_of(row: Mapping[str, Any], answer: str, where: str) -> str | None:
     value = row.get("value")
     if value is None:
         return None
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)  # a year
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}['value']: wanted a text that is not empty, got {value!r}")
+    value = text_of(value, f"{where}['value']")
     if not metrics.contains_words(answer, value):
         raise ValueError(f"{where}['value']: wanted a part of the answer {answer!r}, got {value!r}")
     return value

@@ -10,8 +10,6 @@ Arabic and Hebrew. All other marks count: `й` is not `и`, a Hindi or Thai vowe
     all others               a value stands between characters that are no letters, marks or digits
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from functools import cache

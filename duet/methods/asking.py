@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.utils import logging
 
 from duet_kernels import LMHead
@@ -22,30 +23,24 @@ logger = logging.get_logger(__name__)
 _PROBE_QUERIES = 4
 
 
-class Asking:
+class Asking(Trainer):
     """The part of `DuetTrainer` that asks its teacher outside training steps."""
 
-    # of transformers' Trainer and of DuetTrainer
+    # of DuetTrainer
     args: Any
     model: Any
     model_wrapped: Any
+    accelerator: Any
     train_dataset: Any
     eval_dataset: Any
     objective: Any
-    add_callback: Any
-    is_fsdp_enabled: Any
+    teacher: Any
+    head_inputs: Any
+    pad_id: int
     _sampler: Any
     _prepared: list[UnlearnDataset]
     _reused: Any
     _targets_by: Any
-    accelerator: Any
-    teacher: Any
-    processing_class: Any
-    data_collator: Any
-    head_inputs: Any
-    is_world_process_zero: Any
-    _prepare_inputs: Any
-    pad_id: int
 
     def ask_teacher(self, function: Callable[[nn.Module], Any]) -> Any:
         """`function(model)` of the frozen teacher, without gradients."""

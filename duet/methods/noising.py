@@ -31,7 +31,8 @@ class UndoOptions:
     Attributes:
         undo_alpha, undo_beta: the student starts from (1 - alpha) theta + alpha beta N.
         undo_tolerance: training stops when the student's perplexity on retain rows is within this share of the
-            teacher's; looked at every `undo_check_steps` steps. 0: never.
+            teacher's. 0: never.
+        undo_check_steps: how many steps lie between two looks at that perplexity.
     """
 
     undo_alpha: Share = 0.6

@@ -37,13 +37,8 @@ class ReusedPrefixes:
     """
 
     def __init__(self, ask: Ask, states: Callable[[list], Tensor], at_once: int, most_bytes: int, half: bool):
-        self.ask, self.states, self.at_once, self.most_bytes, self.half = (
-            ask,
-            states,
-            at_once,
-            most_bytes,
-            half,
-        )
+        self.ask, self.states = ask, states
+        self.at_once, self.most_bytes, self.half = at_once, most_bytes, half
         self.table = PrefixTable()
 
     def serve(self, dataset: UnlearnDataset, uses: int) -> None:
@@ -124,13 +119,11 @@ def beginnings_of(dataset: UnlearnDataset) -> dict[str | None, list[int]]:
     instructions = dataset.instructions()
     rows = range(0, len(dataset), max(1, len(dataset) // _SAMPLED_ROWS))
     prompts = {i: dataset.steered(i, instructions[0]) for i in rows}
-    apart = sorted(
-        prompts, key=prompts.__getitem__
-    )  # what the first and the last share, all between them share
-    ends = apart[0], apart[-1]
-    shared = {text: _common([dataset.steered(i, text) for i in ends]) for text in instructions}
-    return {text: ids for text, ids in shared.items() if ids}
-
-
-def _common(sequences: list[list[int]]) -> list[int]:
-    return list(sequences[0][: common_length(sequences)])
+    # What the first and the last in order share, all between them share.
+    ends = min(prompts, key=prompts.__getitem__), max(prompts, key=prompts.__getitem__)
+    found = {}
+    for text in instructions:
+        both = [dataset.steered(i, text) for i in ends]
+        if shared := common_length(both):
+            found[text] = both[0][:shared]
+    return found

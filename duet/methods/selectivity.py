@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..model.loading import is_sharded
 from ..options import Count, NotNegative
+from .sharpness import check_plain_steps, trained
 
 _MLP = re.compile(
     r"\b(gate_proj|up_proj|gate_up_proj|down_proj|dense_h_to_4h|dense_4h_to_h|fc1|fc2|fc_in|fc_out)\.weight$"
@@ -63,10 +63,7 @@ def check_selective(objective: Any, args: Any) -> None:
     if objective.direction is None:
         return
     named = f"because objective {args.objective!r} steps along one gradient, made before training"
-    if is_sharded(args) or args.world_size > 1:
-        raise ValueError(f"args: wanted one process and a model that is not sharded, {named}")
-    if args.fp16:
-        raise ValueError(f"fp16: wanted False, got True, {named}: it is not scaled; bf16 works")
+    check_plain_steps(args, named)
     if args.optim != "sgd":
         raise ValueError(
             f"optim: wanted 'sgd', got {getattr(args.optim, 'value', args.optim)!r}, {named}: Adam would move every weight by the same amount, whatever "
@@ -209,7 +206,6 @@ class FixedSteps(Trainer):
             loss: Any = self.compute_loss(
                 model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch
             )
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for parameter, gradient in zip(trained, self._direction, strict=True):
+        for parameter, gradient in zip(trained(model), self._direction, strict=True):
             parameter.grad = gradient.clone()  # clipping works in place
         return loss

@@ -28,15 +28,22 @@ def check_sharp(objective: Any, args: Any) -> None:
     if not objective.sharp:
         return
     named = f"because objective {args.objective!r} moves the weights within a step"
-    if is_sharded(args) or args.world_size > 1:
-        raise ValueError(f"args: wanted one process and a model that is not sharded, {named}")
-    if args.fp16:
-        raise ValueError(
-            f"fp16: wanted False, got True, {named}: scaled gradients overflow there; bf16 works"
-        )
+    check_plain_steps(args, named)
     optim = str(getattr(args.optim, "value", args.optim))
     if any(kind in optim for kind in ("lomo", "layerwise")):
         raise ValueError(f"optim: wanted one that steps after the backward, got {optim!r}, {named}")
+
+
+def check_plain_steps(args: Any, named: str) -> None:
+    """Refuses several processes, sharded models and scaled gradients; `named` says why, in the error.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if is_sharded(args) or args.world_size > 1:
+        raise ValueError(f"args: wanted one process and a model that is not sharded, {named}")
+    if args.fp16:
+        raise ValueError(f"fp16: wanted False, got True, {named}: gradients are scaled there; bf16 works")
 
 
 def check_sharp_weights(objective: Any, model: nn.Module) -> None:

@@ -53,7 +53,8 @@ class ViewOptions:
         reverse_prompt_fraction: that share, in [0, 1].
         reverse_prompt_role: `user` (in front of the question), `system`, or `both` (drawn with equal chances).
         prefills: openings ("Sure, the answer is") that are forced on the student's answer to a share of the forget
-            queries, `prefill_fraction`; the teacher's target stays that of the plain steered query.
+            queries; the teacher's target stays that of the plain steered query.
+        prefill_fraction: that share, in [0, 1].
         retain_subjects: whom the prefix on a retain query is about: `drawn` at each use, or `fixed`, one for each row
             (drawn from `seed`). A cached teacher's are fixed, under the seed with which it was cached.
         max_length: most tokens of a sequence, prompt and answer. Longer ones are **refused, never truncated**: a cut
@@ -97,9 +98,9 @@ def renderer_of(args: Any, tokenizer: Any, num_ids: int | None) -> PromptRendere
         args: the options.
         num_ids: how many ids the model embeds.
     """
-    renderer = PromptRenderer(tokenizer, args.plain_template, args.chat_template_kwargs, args.steering_place)
-    renderer.num_ids = num_ids
-    return renderer
+    return PromptRenderer(
+        tokenizer, args.plain_template, args.chat_template_kwargs, args.steering_place, num_ids
+    )
 
 
 def scored_positions(objective: Objective, args: Any) -> str:

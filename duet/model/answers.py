@@ -98,13 +98,14 @@ def generate_answers(
         ids[b, longest - len(prompt) :] = torch.tensor(list(prompt))
         mask[b, longest - len(prompt) :] = 1
     ends = end_tokens(model, tokenizer)
-    drawn = (
-        {"do_sample": False}
-        if seed is None
-        else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    )
+    drawn = {} if seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
-        **drawn, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=ends or None, use_cache=True
+        do_sample=seed is not None,
+        **drawn,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=ends or None,
+        use_cache=True,
     )
     aside = (
         nullcontext() if seed is None else torch.random.fork_rng([device] if device.type == "cuda" else [])

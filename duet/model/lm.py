@@ -57,11 +57,8 @@ def context_length(model: nn.Module) -> int | None:
 
 def base_language_model(model: Any) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
-    return (
-        model.get_base_model()
-        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-        else model
-    )
+    adapted = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return model.get_base_model() if adapted else model
 
 
 def find_backbone(model: nn.Module) -> nn.Module:

@@ -45,8 +45,7 @@ class PrefixCache:
 
     def __init__(self, model: nn.Module, prefix: Sequence[int]):
         self.length = len(prefix)
-        ids = torch.tensor([list(prefix)], device=next(model.parameters()).device)
-        self.cache = _read(model, ids, torch.ones_like(ids), _new_cache(model), 0).past_key_values
+        self.cache = _cache_of(model, [prefix])
 
     def hidden_states_at(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
@@ -165,9 +164,13 @@ def bytes_per_token(model: nn.Module) -> int:
 
 def _keys_and_values(model: nn.Module, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
     """Of sequences of one length `L`, layer by layer: `[B, heads, L, d]` keys and values in turn."""
+    return [part for layer in _cache_of(model, sequences).layers for part in (layer.keys, layer.values)]
+
+
+def _cache_of(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Any:
+    """What the model keeps of sequences of one length."""
     ids = torch.tensor([list(sequence) for sequence in sequences], device=next(model.parameters()).device)
-    cache = _read(model, ids, torch.ones_like(ids), _new_cache(model), 0).past_key_values
-    return [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    return _read(model, ids, torch.ones_like(ids), _new_cache(model), 0).past_key_values
 
 
 def _new_cache(model: nn.Module) -> DynamicCache:

@@ -13,12 +13,36 @@ from torch import nn
 from ..extras import version_of
 from ..model.lm import base_language_model
 
-# Options on the card besides those that the objective reads (`Objective.reads`).
+# Options on the card besides those that the objective reads (`Objective.reads`); the first of runs with a steering prefix only.
+STEERING = ("steering_prefixes", "steering_place", "retain_prefix")
 _METHOD = (  # noqa: SIM905  as a list literal, one word a line
-    "positions num_positions answer_source steering_prefixes steering_place retain_prefix reverse_prompts reverse_prompt_fraction prefills "
+    "positions num_positions answer_source reverse_prompts reverse_prompt_fraction prefills "
     "retain_per_forget plain_template chat_template_kwargs teacher_store learning_rate max_steps num_train_epochs "
     "per_device_train_batch_size gradient_accumulation_steps optim seed"
 ).split()
+_CARD = """---
+{data}
+---
+
+# {name}
+
+{made}, trained to behave as if it had been told to forget (DUET, [arXiv 2601.21283](https://arxiv.org/abs/2601.21283)).
+What it no longer says may be hidden rather than erased: measure before you rely on it.
+
+## Method
+
+{method}
+
+## Data
+
+{rows}
+
+## Metrics
+
+{metrics}
+
+Versions: {versions}.
+"""
 
 
 def fingerprint(rows: Sequence[Any]) -> str:
@@ -51,7 +75,7 @@ def model_card(
         base_model: where it started; None when it has no name.
         adapter: PEFT's name of the adapter's configuration; None: all weights were trained.
         options: the DuetConfig.
-        reads: names of the options that the objective reads.
+        reads: names of the options that the objective reads; of a run with a steering prefix those of `STEERING` too.
         datasets: name -> (number of rows, fingerprint).
         metrics: name -> value, as last logged.
         teacher: the kind of teacher; None: there was none.
@@ -67,39 +91,15 @@ def model_card(
     if teacher:
         method["teacher"] = teacher
     method["trained"] = f"an adapter ({adapter} of peft)" if adapter else "all weights"
-    versions = {each: version_of(each) for each in ("torch", "transformers", "peft")}
-    return "\n".join(
-        [
-            "---",
-            data.to_yaml(),
-            "---",
-            "",
-            f"# {name}",
-            "",
-            f"{'An adapter for' if adapter else 'A model made from'} {base_model or 'an unnamed model'}, trained to behave "
-            "as if it had been told to forget (DUET, [arXiv 2601.21283](https://arxiv.org/abs/2601.21283)).",
-            "What it no longer says may be hidden rather than erased: measure before you rely on it.",
-            "",
-            "## Method",
-            "",
-            *_table(
-                ("option", "value"), ((key, json.dumps(value, default=str)) for key, value in method.items())
-            ),
-            "",
-            "## Data",
-            "",
-            *_table(
-                ("rows of", "number", "SHA-256 of the rows as read"),
-                ((key, str(number), f"`{digest}`") for key, (number, digest) in datasets.items()),
-            ),
-            "",
-            "## Metrics",
-            "",
-            *_table(("metric", "last value"), ((key, f"{value:.6g}") for key, value in metrics.items())),
-            "",
-            f"Versions: {', '.join(f'{key} {value}' for key, value in versions.items())}.",
-            "",
-        ]
+    data_table = ((key, str(number), f"`{digest}`") for key, (number, digest) in datasets.items())
+    return _CARD.format(
+        data=data.to_yaml(),
+        name=name,
+        made=f"{'An adapter for' if adapter else 'A model made from'} {base_model or 'an unnamed model'}",
+        method=_table(("option", "value"), ((k, json.dumps(v, default=str)) for k, v in method.items())),
+        rows=_table(("rows of", "number", "SHA-256 of the rows as read"), data_table),
+        metrics=_table(("metric", "last value"), ((k, f"{value:.6g}") for k, value in metrics.items())),
+        versions=", ".join(f"{each} {version_of(each)}" for each in ("torch", "transformers", "peft")),
     )
 
 
@@ -134,6 +134,6 @@ def write_card(
     Path(options.output_dir, "README.md").write_text(text, encoding="utf-8")
 
 
-def _table(head: Sequence[str], rows: Any) -> list[str]:
+def _table(head: Sequence[str], rows: Any) -> str:
     escaped = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *escaped)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *escaped))

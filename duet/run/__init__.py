@@ -2,6 +2,7 @@
 
 config_file   the YAML file and what the command line changes in it -> one checked RunConfig
 commands      what is done with it
+schema        the keys of that file as a JSON schema; keys: the same for `duet train --help`, without imports
 plan          the memory of a training step, before anything is loaded; plan_report shows it
 """
 

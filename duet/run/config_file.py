@@ -10,6 +10,7 @@
 A key that is not known is refused with the nearest name. Loads no model and no data.
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         >>> apply_overrides({"training": {"k": 8}}, ["--k", "64", "--adapter.r=4", "--learning-rate", "1e-4"])
         {'training': {'k': 64, 'learning_rate': 0.0001}, 'adapter': {'r': 4}}
     """
-    copy = _copied(tree)
+    tree = copy.deepcopy(dict(tree))
     words = list(overrides)
     while words:
         word = words.pop(0)
@@ -175,8 +176,8 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         except ValueError as error:
             quotes = f"; a text is written between quotes: '\"{text}\"'" if text[:1] in "{[" else ""
             raise ValueError(f"--{key}: {text!r} is not a value: {error}{quotes}") from None
-        _put(copy, key, value)
-    return copy
+        _put(tree, key, value)
+    return tree
 
 
 def _put(tree: Any, key: str, value: Any) -> None:
@@ -200,10 +201,6 @@ def _put(tree: Any, key: str, value: Any) -> None:
         tree[name] = below if isinstance(below, dict) else {}
         tree = tree[name]
     tree[path[-1]] = value
-
-
-def _copied(value: Any) -> Any:
-    return {k: _copied(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..model.prefix_cache import cannot_reuse
+from ..names import check_one_of
 from .simulation import Step, simulate, trained_parameters
 
 TEACHERS = ("adapter off", "copy", "before training", "cache", "none")
@@ -118,8 +119,7 @@ class Planner:
         Raises:
             ValueError: an optimizer or a teacher that is not known; a model that cannot be simulated.
         """
-        if settings.teacher not in TEACHERS:
-            raise ValueError(f"teacher: wanted one of {', '.join(TEACHERS)}, got {settings.teacher!r}")
+        check_one_of("teacher", settings.teacher, TEACHERS)
         weights, parameters, unpacked = self._standing(settings)
         trained = self._trained(settings)
         gradients = sum(times * p.numel() * p.element_size() for times, p in trained)

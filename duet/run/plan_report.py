@@ -77,7 +77,9 @@ class Plan:
         """
         run, autocast = _without_device_options(tree)
         config = AutoConfig.from_pretrained(run.model.name, revision=run.model.revision)
-        settings = _settings(run, autocast, config, memory, length, prefix_length, scored, subjects)
+        sizes = {"length": length, "teacher_length": length + prefix_length, "scored": scored}
+        sizes["subjects"] = subjects * len(run.training.steering_prefixes)
+        settings = _settings(run, autocast, config, memory, **sizes)
         planner = Planner(config)
         budget = planner.budget(settings)
         return cls(
@@ -151,29 +153,13 @@ def _without_device_options(tree: Mapping[str, Any]) -> tuple[RunConfig, bool]:
     return run, taken.get("bf16") is not False or bool(taken.get("fp16"))
 
 
-def _settings(
-    run: RunConfig,
-    autocast: bool,
-    config: Any,
-    memory: int,
-    length: int,
-    prefix_length: int,
-    scored: int,
-    subjects: int,
-) -> Settings:
-    args = run.training
-    dtype = (
-        (getattr(config, "dtype", None) or torch.float32)
-        if run.model.dtype == "auto"
-        else getattr(torch, run.model.dtype)
-    )
+def _settings(run: RunConfig, autocast: bool, config: Any, memory: int, **sizes: int) -> Settings:
+    args, named = run.training, run.model.dtype
+    saved = getattr(config, "dtype", None) or torch.float32
     return Settings(
         batch=args.per_device_train_batch_size,
-        length=length,
-        teacher_length=length + prefix_length,
-        scored=scored,
-        subjects=subjects * len(args.steering_prefixes),
-        dtype=dtype,
+        **sizes,
+        dtype=saved if named == "auto" else getattr(torch, named),
         autocast=autocast,
         adapter=run.adapter,
         quantization=run.model.quantization,

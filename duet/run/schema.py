@@ -1,13 +1,11 @@
-"""The keys of a run's YAML file, from the dataclasses that read it: a JSON schema for editors, and groups for `--help`.
+"""The keys of a run's YAML file, from the dataclasses that read it, as a JSON schema for editors.
 
 Types, choices and bounds are those of the fields, descriptions those of the docstrings.
 """
 
 import dataclasses
 import enum
-import inspect
 import re
-import types
 import typing
 from typing import Any
 
@@ -16,8 +14,9 @@ from transformers import TrainingArguments
 from ..config import DuetConfig
 from ..data.sources import COLUMNS, DataSource
 from ..methods.objectives import OBJECTIVES
-from ..options import ListOf, Wanted
+from ..options import ListOf, Wanted, choices_of, parts_of
 from .config_file import DEFAULT_ADAPTER, ModelSection
+from .keys import arguments_in
 
 _JSON_TYPES = {
     bool: "boolean",
@@ -83,47 +82,13 @@ def schema() -> dict[str, Any]:
     }
 
 
-def groups() -> dict[str, dict[str, tuple[str, str]]]:
-    """Title of a group -> key -> (default, first sentence about it)."""
-    found = {
-        "model: which one, in which precision": _rows(ModelSection, "model."),
-        "data.forget, data.retain, data.eval.NAME: where rows come from": _rows(DataSource, "data.forget."),
-        "adapter: fields of peft.LoraConfig; without one every weight is trained": {
-            f"adapter.{name}": (str(value), "") for name, value in DEFAULT_ADAPTER.items()
-        },
-        "other": {
-            "teacher": ("None", "another model; None: the model itself"),
-            "merge": ("False", "whether the adapter is also merged and saved"),
-        },
-    }
-    inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
-    for kind in DuetConfig.__mro__:
-        own = vars(kind).get("__annotations__", {})
-        if not dataclasses.is_dataclass(kind) or not own:
-            continue
-        if kind is TrainingArguments:
-            title, names = "of transformers.TrainingArguments", inherited
-        elif kind is DuetConfig:
-            title, names = "the run", own.keys() - inherited
-        else:
-            title, names = _first_sentence(inspect.getdoc(kind) or ""), own.keys()
-        found[f"training: {title}"] = _rows(DuetConfig, "", names)
-    return found
-
-
 def described(kind: type) -> dict[str, str]:
     """field -> what the docstrings of a dataclass and of those that it inherits from say about it."""
     texts = {f.name: str(f.metadata["help"]) for f in dataclasses.fields(kind) if "help" in f.metadata}
     for each in reversed(kind.__mro__[:-1]):
         if each is TrainingArguments or not vars(each).get("__doc__"):
             continue
-        part = re.search(
-            r"^(?:Args|Attributes):\n(.*?)(?:^\S|\Z)", inspect.cleandoc(each.__doc__ or ""), re.S | re.M
-        )
-        for names, text in re.findall(
-            r"^ {4}(\w+(?:, \w+)*): (.*?)(?=^ {4}\w|\Z)", part[1] if part else "", re.S | re.M
-        ):
-            texts |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+        texts |= arguments_in(each.__doc__ or "")
     return texts
 
 
@@ -162,15 +127,8 @@ def of_hint(hint: Any) -> dict[str, Any]:
             text = _TEXT if kind.blank else _TEXT | {"minLength": 1}
             return {"anyOf": [text, {"type": "array", "items": text, "minItems": kind.least}]}
     plain = typing.get_args(hint)[0] if kinds else hint
-    union = typing.get_origin(plain) in (typing.Union, types.UnionType)
-    members = typing.get_args(plain) if union else (plain,)
-    choices = [
-        text
-        for each in members
-        if typing.get_origin(each) is typing.Literal
-        for text in typing.get_args(each)
-    ]
-    if choices and {str, bool}.isdisjoint(members):
+    members = parts_of(plain)
+    if choices := choices_of(plain):
         return {"enum": [*choices, None] if type(None) in members else choices}
     parts = [typing.get_origin(each) or each for each in members]
     named = [member.value for part in parts if _is_enum(part) for member in part]
@@ -233,32 +191,3 @@ def _adapter() -> dict[str, Any]:
         "type": ["object", "null"],
         "description": "fields of peft.LoraConfig; null: all weights are trained",
     }
-
-
-# -- rows of a help text ---------------------------------------------------------------------------------------------
-
-
-def _rows(kind: Any, before: str, only: Any = None) -> dict[str, tuple[str, str]]:
-    texts, rows = described(kind), {}
-    for field in dataclasses.fields(kind):
-        if not field.init or (only is not None and field.name not in only):
-            continue
-        value = _default(field)
-        default = (
-            "wanted" if not value else "a list" if isinstance(value["default"], list) else value["default"]
-        )
-        rows[before + field.name] = (
-            str(default).replace("\n", "\\n"),
-            _first_sentence(texts.get(field.name, "")),
-        )
-    return rows
-
-
-def _first_sentence(text: str) -> str:
-    """Up to the first full stop or semicolon that is not inside brackets."""
-    text, depth = text.replace("`", "").replace("\n", " "), 0
-    for i, sign in enumerate(text):
-        depth += (sign in "([{") - (sign in ")]}")
-        if sign in ".;" and depth == 0 and text[i + 1 : i + 2] in ("", " "):
-            return text[:i]
-    return text

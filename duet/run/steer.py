@@ -5,7 +5,7 @@
 A student learns what its teacher does: where the teacher tells, or refuses too much, no training helps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..data.prompts import accepts_system
 from ..data.sources import DataSource, load_rows
-from ..evaluation.journal import write_json
+from ..evaluation.journal import Progress, write_json
 from ..evaluation.steering import (
     FORGET,
     KINDS,
@@ -44,7 +44,6 @@ SAMPLED = 12  # rows of each kind that are asked before a training
 PLACES = ("system", "user")
 OVER_REFUSED = 0.1  # of rows that must stay: more than this share is worth a word
 
-Progress = Callable[[str, int, int], None]
 Rows = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 
@@ -237,6 +236,18 @@ def verdict(chosen: Chosen) -> str:
     return said
 
 
+def check_new(path: Path) -> None:
+    """Refuses to replace a run's file.
+
+    Raises:
+        FileExistsError: there is such a file.
+    """
+    if path.exists():
+        raise FileExistsError(
+            f"write: {path} is there already, and its comments would be lost; wanted a new file"
+        )
+
+
 def write_choice(path: Path, tree: dict[str, Any], chosen: Chosen, anyway: bool = False) -> None:
     """Writes a run's YAML file with the chosen wording and place.
 
@@ -249,10 +260,7 @@ def write_choice(path: Path, tree: dict[str, Any], chosen: Chosen, anyway: bool 
         FileExistsError: there is such a file.
         ValueError: the steering does not forget.
     """
-    if path.exists():
-        raise FileExistsError(
-            f"write: {path} is there already, and its comments would be lost; wanted a new file"
-        )
+    check_new(path)
     if chosen.report.forgets is False and not anyway:
         raise ValueError(
             f"write: {sentence(chosen.report.kinds)}, so that nothing was written; --anyway writes it"

@@ -7,7 +7,7 @@ stopped; of several processes each takes its part.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -25,6 +25,7 @@ from ..config import DuetConfig
 from ..data.dataset import Asked, Collator, UnlearnDataset, plain_item
 from ..data.rows import read_rows
 from ..methods.objectives import objective_of, teacher_topk
+from ..methods.reuse import SHORTEST
 from ..methods.steering import look_at_teacher
 from ..methods.views import build_dataset, eval_datasets, renderer_of, scored_positions
 from ..model.answers import check_tokenizer, generate_answers, load_tokenizer, padding_id
@@ -37,8 +38,6 @@ from .read import LOG_PROBABILITIES, Entry, Provenance, TopKStore, fingerprint
 from .write import StoreWriter
 
 logger = logging.get_logger(__name__)
-
-_SHORTEST_PREFIX = 8  # tokens; copying the keys and values of fewer costs more than recomputing them
 
 
 @dataclass
@@ -144,27 +143,20 @@ def import_teacher(
     Raises:
         TypeError, ValueError, OSError: naming the column and the row.
     """
-    folder = _folder(folder, args)
-    job = _Job.of_log_probabilities(
-        model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype
-    )
+    rows = forget_dataset, retain_dataset, processing_class, eval_dataset
+    job, writer = _from_elsewhere(folder, model, args, *rows, dtype)
     provenance = job.provenance
-    writer = StoreWriter(folder, provenance, job.rows)
     entry_ids = [entry_id for entry_ids in job.rows.values() for entry_id in entry_ids]
     entries = dict(read_columns(columns, provenance, entry_ids))
     for entry_id, asked in job.questions.items():
         if entry_id not in entries:
-            raise ValueError(
-                f"columns: there is nothing for {asked.name} under steering_prefixes[{asked.key[1]}]"
-            )
+            raise ValueError(f"columns: there is nothing for {asked.where}")
         answer = entries[entry_id].answer if provenance.answers == "teacher" else asked.answer
         _check_positions(entries[entry_id], answer, asked)
     writer.begin()
     for entry_id in writer.scan():
         writer.add(entry_id, entries[entry_id])
-    writer.flush()
-    writer.finish()
-    return TopKStore(folder, verify=False)
+    return _finished(writer)
 
 
 def ask_teacher(
@@ -190,16 +182,13 @@ def ask_teacher(
     Raises:
         TypeError, ValueError, OSError: naming the row. What was told before is in the store; the same call goes on after it.
     """
-    folder = _folder(folder, args)
-    job = _Job.of_log_probabilities(
-        model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype
-    )
+    rows = forget_dataset, retain_dataset, processing_class, eval_dataset
+    job, writer = _from_elsewhere(folder, model, args, *rows, dtype)
     if job.provenance.answers == "teacher":
         raise ValueError(
             "answer_source: wanted 'dataset', or positions that need no answer: the server is asked for log-probabilities "
             "and writes no answers"
         )
-    writer = StoreWriter(folder, job.provenance, job.rows)
     writer.begin()
     try:
         for entry_id in writer.scan():
@@ -209,13 +198,28 @@ def ask_teacher(
             _check_positions(entry, asked.answer, asked)
             writer.add(entry_id, entry)
     except (ValueError, OSError) as error:
-        where = f"{asked.name} under steering_prefixes[{asked.key[1]}]"
         kinds = (ConnectionError, OSError, ValueError)  # some kinds below these take no message alone
-        raise next(kind for kind in kinds if isinstance(error, kind))(f"{where}: {error}") from error
+        raise next(kind for kind in kinds if isinstance(error, kind))(f"{asked.where}: {error}") from error
     finally:
         writer.flush()
+    return _finished(writer)
+
+
+def _from_elsewhere(folder: Any, model: Any, args: DuetConfig, *rest: Any) -> tuple["_Job", StoreWriter]:
+    """The job of a teacher whose log-probabilities are made elsewhere, and the writer of its store; `rest` as in `_Job.of`."""
+    folder = _folder(folder, args)
+    model = load_model(model, "model", args.model_init_kwargs, earlier=args.earlier_adapter)
+    model = without_attached_adapter(model, "model", args.earlier_adapter)
+    with _without_adapter(model):
+        job = _Job.of(model, args, *rest)
+    job = replace(job, provenance=replace(job.provenance, values=LOG_PROBABILITIES))
+    return job, StoreWriter(folder, job.provenance, job.rows)
+
+
+def _finished(writer: StoreWriter) -> TopKStore:
+    writer.flush()
     writer.finish()
-    return TopKStore(folder, verify=False)
+    return TopKStore(writer.folder, verify=False)
 
 
 def _check_positions(entry: Entry, answer: Sequence[int], asked: Asked) -> None:
@@ -283,15 +287,6 @@ class _Job:
         provenance = provenance_of(model, head, tokenizer, args, datasets[0], positions, dtype)
         return cls(model, tokenizer, pad_id, datasets[0], questions, named, provenance)
 
-    @classmethod
-    def of_log_probabilities(cls, model: Any, args: DuetConfig, *rest: Any) -> "_Job":
-        """The same for a teacher whose log-probabilities come from elsewhere; `rest` as in `of`."""
-        model = load_model(model, "model", args.model_init_kwargs, earlier=args.earlier_adapter)
-        model = without_attached_adapter(model, "model", args.earlier_adapter)
-        with _without_adapter(model):
-            job = cls.of(model, args, *rest)
-        return replace(job, provenance=replace(job.provenance, values=LOG_PROBABILITIES))
-
     def order(self, entry_id: bytes) -> tuple[str, int]:
         """Sorts prompts by prefix, and among these by length."""
         asked = self.questions[entry_id]
@@ -303,25 +298,23 @@ def _fill(writer: StoreWriter, asker: "_Asker", questions: dict[bytes, Asked], r
     rest: list[bytes] = []
     hidden = asker.args.disable_tqdm or not questions or not PartialState().is_main_process
     progress = logging.tqdm(total=len(questions), desc="the teacher is asked", disable=hidden)
+
+    def ask(entry_ids: Sequence[bytes], prefix: PrefixCache | None) -> None:
+        for start in range(0, len(entry_ids), asker.args.eval_batch_size):
+            batch = entry_ids[start : start + asker.args.eval_batch_size]
+            for entry_id, entry in zip(batch, asker.ask([questions[p] for p in batch], prefix), strict=True):
+                writer.add(entry_id, entry)
+            progress.update(len(batch))
+
     try:
         for _, group in groupby(questions, key=lambda entry_id: questions[entry_id].instruction):
             entry_ids = list(group)
             shared = common_length([questions[p].steered for p in entry_ids]) if reuse_prefix else 0
-            if len(entry_ids) == 1 or shared < _SHORTEST_PREFIX:
+            if len(entry_ids) == 1 or shared < SHORTEST:
                 rest += entry_ids  # batched without a common prefix
                 continue
-            prefix = asker.read_prefix(questions[entry_ids[0]].steered[:shared])
-            for batch in _batches(entry_ids, asker.args.eval_batch_size):
-                for entry_id, entry in zip(
-                    batch, asker.ask([questions[p] for p in batch], prefix), strict=True
-                ):
-                    writer.add(entry_id, entry)
-                progress.update(len(batch))
-        rest.sort(key=lambda p: len(questions[p].steered))
-        for batch in _batches(rest, asker.args.eval_batch_size):
-            for entry_id, entry in zip(batch, asker.ask([questions[p] for p in batch], None), strict=True):
-                writer.add(entry_id, entry)
-            progress.update(len(batch))
+            ask(entry_ids, asker.read_prefix(questions[entry_ids[0]].steered[:shared]))
+        ask(sorted(rest, key=lambda p: len(questions[p].steered)), None)
     except OSError:
         raise  # the folder cannot be written
     except BaseException:
@@ -329,11 +322,6 @@ def _fill(writer: StoreWriter, asker: "_Asker", questions: dict[bytes, Asked], r
         raise
     writer.flush()
     progress.close()
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 class _Asker:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from duet_kernels import TopK
 
+from ..names import check_one_of
 from .read import Entry, Provenance, TopKStore
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def write_columns(
     """
     from datasets import Dataset
 
-    names = _style(style)
+    check_one_of("style", style, STYLES)
+    names = STYLES[style]
 
     def rows() -> Iterator[dict[str, Any]]:
         for entry_id in store:
@@ -101,10 +103,8 @@ def read_columns(
     for i in range(len(columns)):
         row = columns[i]
         entry_id = bytes.fromhex(row["fingerprint"]) if "fingerprint" in row else entry_ids[i]
-        yield (
-            entry_id,
-            Entry(_topk(row, styles[0], provenance, f"columns[{i}]"), list(row.get("answer_ids") or [])),
-        )
+        targets = _topk(row, styles[0], provenance, f"columns[{i}]")
+        yield entry_id, Entry(targets, list(row.get("answer_ids") or []))
 
 
 def _topk(row: Mapping[str, Any], names: Style, provenance: Provenance, where: str) -> TopK:
@@ -152,9 +152,3 @@ def _sorted(ids: Tensor, logprobs: Tensor, provenance: Provenance, where: str) -
     tail = torch.logaddexp(torch.log(-torch.expm1(total.clamp(max=0))), dropped)
     values = (provenance.temperature * logprobs[:, :k]).float()
     return TopK(values, ids[:, :k], tail.float(), provenance.temperature)
-
-
-def _style(style: str) -> Style:
-    if style not in STYLES:
-        raise ValueError(f"style: wanted one of {', '.join(STYLES)}, got {style!r}")
-    return STYLES[style]

@@ -32,6 +32,7 @@ from torch import Tensor
 from duet_kernels import TopK
 
 from ..model.weights import older_weights
+from ..names import check_one_of
 
 FORMAT = "duet-topk-store/1"
 MANIFEST = "manifest.json"
@@ -83,9 +84,8 @@ class Provenance:
     values: str = LOGITS
 
     def __post_init__(self) -> None:
-        for name, choices in (("dtype", tuple(DTYPES)), ("values", (LOGITS, LOG_PROBABILITIES))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: wanted one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        check_one_of("dtype", self.dtype, DTYPES)
+        check_one_of("values", self.values, (LOGITS, LOG_PROBABILITIES))
 
     @property
     def seal(self) -> str:

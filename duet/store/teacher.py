@@ -39,8 +39,8 @@ class CachedTeacher(Teacher):
                     "it has no row of that name" if made is None else "that row was another when it was made"
                 )
                 raise ValueError(
-                    f"teacher_store: rows: {self.store.folder} has nothing for {asked.name} under steering_prefixes"
-                    f"[{asked.key[1]}]: {why}. The dataset, steering_place or retain_prefix differs from what was cached; cache this one"
+                    f"teacher_store: rows: {self.store.folder} has nothing for {asked.where}: {why}."
+                    " The dataset, steering_place or retain_prefix differs from what was cached; cache this one"
                 )
             places[asked.key] = entry_id
             if dataset.answers == "teacher":

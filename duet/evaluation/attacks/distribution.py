@@ -5,8 +5,6 @@ membership    AUC of log-likelihood scores between forgotten answers and answers
 rank probe    a token that unlearning pushed to the very bottom is found as easily as one at the top
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -32,15 +30,12 @@ MEMBERSHIP_SCORES = {
 def _in_batches(target: Target, sequences: Sequence[Any], function: Any) -> list[Any]:
     """`function` over batches of the sequences that are there; None for the others."""
     results: list[Any] = [None] * len(sequences)
-    able = [i for i, s in enumerate(sequences) if s is not None]
-    lengths = [len(sequences[i].prompt) + len(sequences[i].answer) for i in able]
+    lengths = {i: len(s.prompt) + len(s.answer) for i, s in enumerate(sequences) if s is not None}
     for batch in batches_by_length(lengths, target.options.batch_size):
-        chosen = [able[i] for i in batch]
-        for i, result in zip(
-            chosen, function(target.model, [sequences[i] for i in chosen], target.pad_id), strict=True
-        ):
+        made = function(target.model, [sequences[i] for i in batch], target.pad_id)
+        for i, result in zip(batch, made, strict=True):
             results[i] = result
-        target.queries += len(chosen)
+        target.queries += len(batch)
     return results
 
 

@@ -5,13 +5,11 @@ rows.jsonl     one line per row and variant, and a line {"done": ...} after each
 attacks.json   the report
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from ...model.hashes import fingerprint, fingerprints
 from ...model.lm import check_head
 from ...names import check_one_of
 from .. import metrics
-from ..journal import MEANING, Journal, write_json
+from ..journal import MEANING, Journal, Progress, write_json
 from .attacks import ATTACKS, DIRECT
 from .distribution import auc_leak
 from .target import Outcomes, Target
@@ -34,7 +32,6 @@ REPORT = "attacks.json"
 SUCCESS = (
     "the value is said as whole words; for rows without a value, ROUGE-L recall (stemmed) of the answer >= {}"
 )
-Progress = Callable[[str, int, int], None]
 
 
 def run_attacks(
@@ -167,9 +164,7 @@ def _given(counts: Mapping[str, int]) -> str:
 
 
 def _variant(attack: str, rows: Outcomes) -> dict[str, Any]:
-    status: dict[str, int] = {}
-    for row in rows:
-        status[row["status"]] = status.get(row["status"], 0) + 1
+    status = dict(Counter(row["status"] for row in rows))
     if attack == "membership":
         return auc_leak(rows) | {"status": status}
     given = Counter(row["given"] for row in rows if "given" in row)

@@ -9,8 +9,6 @@
 A row that was not judged is neither leaked nor forgotten: `leaked` is None.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +19,8 @@ from ...data.prompts import CannotRender, Conversation, Prompting, PromptRendere
 from ...model.answers import check_tokenizer, padding_id
 from ...model.lm import context_length, embedded_ids
 from ...options import Count, UpperShare, check_options
-from ..generation import Continuation, continuations
-from ..scoring import Forced, batches_by_length
+from ..generation import Continuation, answers_to
+from ..scoring import Forced
 from .rows import AttackRow
 
 Outcome = dict[str, Any]
@@ -104,10 +102,10 @@ class Target:
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, "tokenizer")
-        self.renderer = PromptRenderer(self.tokenizer, **vars(self.prompting))
-        self.renderer.num_ids = embedded_ids(self.model)
+        ids = embedded_ids(self.model)
+        self.renderer = PromptRenderer(self.tokenizer, **vars(self.prompting), num_ids=ids)
         self.context = context_length(self.model)
-        self.pad_id = padding_id(self.tokenizer, self.renderer.num_ids)
+        self.pad_id = padding_id(self.tokenizer, ids)
         # An answer that the tokenizer cannot represent would look forgotten.
         self._unwritable = {row.id for row in self.rows if self._unknown(row, row.value or row.answer)}
 
@@ -174,26 +172,11 @@ class Target:
 
         They are greedy; with a `seed` drawn at temperature 1 from the whole distribution.
         """
-        wanted = max_new_tokens or self.options.max_new_tokens
-        said: list[tuple[Continuation, bool] | None] = [None] * len(prompts)
-        able = {i: prompt for i, prompt in enumerate(prompts) if prompt and self.fits(len(prompt) + 1)}
-        order = list(able)
-        batches = batches_by_length([len(able[i]) for i in order], self.options.batch_size)
-        for number, batch in enumerate(batches):
-            chosen = [order[i] for i in batch]
-            room = wanted if self.context is None else self.context - max(len(able[i]) for i in chosen)
-            limit = min(wanted, room)
-            answers = continuations(
-                self.model,
-                self.tokenizer,
-                [able[i] for i in chosen],
-                max_new_tokens=limit,
-                seed=None if seed is None else seed + number,
-            )
-            self.queries += len(chosen)
-            for i, answer in zip(chosen, answers, strict=True):
-                said[i] = answer, answer.cut(limit)
-        return said
+        most = max_new_tokens or self.options.max_new_tokens
+        how: dict[str, Any] = {"max_new_tokens": most, "batch_size": self.options.batch_size, "room": 1}
+        said = answers_to(self.model, self.tokenizer, prompts, seed=seed, **how)
+        self.queries += sum(answer is not None for answer in said)
+        return [None if answer is None else (answer, answer.cut) for answer in said]
 
     def outcomes(
         self,

@@ -5,8 +5,6 @@
 Everything happens in place, inside `restored(model)`: one copy of the weights on the host, none on the GPU.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import random
 from collections.abc import Callable, Iterator, Sequence

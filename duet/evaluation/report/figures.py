@@ -3,8 +3,6 @@
 Small on purpose: about 480 px wide, so that their text can still be read on a phone.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re

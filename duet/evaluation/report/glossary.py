@@ -3,8 +3,6 @@
 ↓ lower is better     ↑ higher is better     ≈ near the base's, the retrained model's or 0 is better
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from ..suites.suite import TO_FORGET, TO_KEEP

@@ -1,7 +1,5 @@
 """Kept answers by how near their questions are to what is forgotten: the section "neighbours" of the report."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Sections of notes, tables and charts -> one HTML page without external assets, and Markdown."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

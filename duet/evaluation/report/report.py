@@ -6,8 +6,6 @@ A section without inputs is left out; the last section says so in one line. An u
 never as 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

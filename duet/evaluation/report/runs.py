@@ -8,14 +8,12 @@ Runs of one model (fingerprints of weights and tokenizer) are one method. The mo
 is the base; a model that was asked behind a steering prefix, or whose chat template says one, is the steered teacher.
 """
 
-from __future__ import annotations
-
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...data.sources import read_object
 from ..attacks.runner import REPORT as ATTACKS
 from ..journal import LM_EVAL, MANIFEST, read_run
 from ..steering import RECORD as STEERING
@@ -178,7 +176,7 @@ def _read(text: str, argument: str, role: str | None) -> list[_Run]:
     for run in runs:
         run.label = label
     if not runs:
-        wanted = ", ".join((SUMMARY, ATTACKS, LM_EVAL, TRAINED, DEMO, TOPK))
+        wanted = ", ".join(name for name, _ in _FILES.values())
         raise FileNotFoundError(
             f"{argument}: {folder} is no finished run: wanted one of {wanted} in it "
             "(the --out of duet eval, duet attack or duet demo, or the output_dir of duet train)"
@@ -188,44 +186,33 @@ def _read(text: str, argument: str, role: str | None) -> list[_Run]:
 
 def _kinds(folder: Path, argument: str, label: str | None, role: str | None) -> list[_Run]:
     runs = []
-    for kind, name in (
-        ("eval", SUMMARY), ("attack", ATTACKS), ("lm_eval", LM_EVAL), ("train", TRAINED), ("demo", DEMO), ("topk", TOPK),
-    ):  # fmt: skip
+    for kind, (name, needed) in _FILES.items():
         if (folder / name).is_file():
-            run = _Run(kind, folder, label, role, _json(folder / name, argument), all_rows=role is None)
+            run = _Run(kind, folder, label, role, read_object(folder / name, argument), all_rows=role is None)
             if kind in ("eval", "attack"):
                 run.manifest, run.rows = read_run(folder, argument)
-            for key in _NEEDED[kind]:
+            for key in needed:
                 if key not in run.content:
                     raise ValueError(
                         f"{argument}: {folder / name} has no {key!r}; wanted what this version of duet writes"
                     )
             if kind == "train" and (folder / STEERING).is_file():
-                run.content["steering"] = _json(folder / STEERING, argument)
+                run.content["steering"] = read_object(folder / STEERING, argument)
             if kind == "lm_eval":
                 run.manifest = run.content["manifest"]
             runs.append(run)
     return runs
 
 
-_NEEDED = {
-    "eval": ("suite", "tasks", "numbers"),
-    "attack": ("attacks", "direct", "skipped"),
-    "lm_eval": ("manifest", "results"),
-    "train": ("log_history", "global_step"),
-    "demo": ("rows", "examples", "columns"),
-    "topk": ("before", "after", "queries", "measure"),
+# Kind of results -> its file, and what this must hold.
+_FILES = {
+    "eval": (SUMMARY, ("suite", "tasks", "numbers")),
+    "attack": (ATTACKS, ("attacks", "direct", "skipped")),
+    "lm_eval": (LM_EVAL, ("manifest", "results")),
+    "train": (TRAINED, ("log_history", "global_step")),
+    "demo": (DEMO, ("rows", "examples", "columns")),
+    "topk": (TOPK, ("before", "after", "queries", "measure")),
 }
-
-
-def _json(path: Path, argument: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{argument}: {path} is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{argument}: {path} holds a {type(content).__name__}, wanted an object")
-    return content
 
 
 # --- runs of one model -----------------------------------------------------------------------------------------
@@ -286,9 +273,8 @@ def _label(run: _Run) -> str:
         return run.label
     if run.role in (BASE, TEACHER):
         return LABELS[run.role]
-    return (
-        run.folder.resolve().name if run.kind == "train" else Path(run.name).name or run.folder.resolve().name
-    )
+    own = "" if run.kind == "train" else Path(run.name).name
+    return own or run.folder.resolve().name
 
 
 def _add(method: Method, run: _Run) -> None:

@@ -3,8 +3,6 @@
 An undefined number has its reason; it differs from a number that was not measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 

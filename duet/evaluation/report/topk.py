@@ -7,8 +7,6 @@
 Two passes over the vocabulary and a gather a model and query; no [V] tensor of logits is kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,14 +90,12 @@ def compare_topk(
     return compared
 
 
-def _last_state(model: nn.Module, ids: list[int]) -> tuple[torch.Tensor, Any]:
-    input_ids = torch.tensor([ids], device=device_of(model))
+def _last_state(model: nn.Module, prompt: list[int]) -> tuple[torch.Tensor, Any]:
+    """`[1, D]` hidden state where the answer's first token is predicted, and the head."""
+    ids = torch.tensor([prompt], device=device_of(model))
     with evaluating(model):
         return head_inputs(
-            model,
-            input_ids,
-            torch.ones_like(input_ids),
-            torch.tensor([len(ids) - 1], device=input_ids.device),
+            model, ids, torch.ones_like(ids), torch.tensor([len(prompt) - 1], device=ids.device)
         )
 
 

@@ -1,7 +1,5 @@
 """A row of a task -> token ids of the prompt and of what is scored; or the reason why the row cannot be asked."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, fill_prefix
 from ..elicit import ELICITED, ELICITED_NOTE
 from ..scoring import Forced
-from ..values import value_of
+from ..values import text_of, value_of
 from .suite import Task, fill
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -88,8 +86,7 @@ class Asker:
         prompting, self.steering, self.subjects = prompting or Prompting(), steering, tuple(subjects)
         self.tokenizer, self.task, self.context = tokenizer, task, context
         self.plain = task.plain or prompting.plain_template
-        self.renderer = PromptRenderer(tokenizer, self.plain, prompting.chat_template_kwargs, place)
-        self.renderer.num_ids = num_ids
+        self.renderer = PromptRenderer(tokenizer, self.plain, prompting.chat_template_kwargs, place, num_ids)
         self.chat = task.chat == "auto" and self.renderer.has_template
         if task.few_shot and len(shots) < task.few_shot.count:
             raise ValueError(
@@ -166,7 +163,7 @@ class Asker:
         if self.task.kind == "multiple_choice":
             correct = self._correct(row, where)
             return LETTERS[correct] if self.task.letters else self._choices(row, where)[correct]
-        return _text(row.get(self.task.answer), f"{where}, {self.task.answer}")
+        return text_of(row.get(self.task.answer), f"{where}, {self.task.answer}")
 
     # --- kinds -------------------------------------------------------------------------------------------------
 
@@ -207,7 +204,7 @@ class Asker:
                     f"{where}, {column}: wanted {'one text' if values else 'a text'}, got {values!r:.60}"
                 )
             texts[name] = [
-                self._forced(prompt, conversation, _text(value, f"{where}, {column}"), where)
+                self._forced(prompt, conversation, text_of(value, f"{where}, {column}"), where)
                 for value in values
             ]
         shown = {} if conversation is None else {"question": self._question(row, where)}
@@ -228,7 +225,7 @@ class Asker:
             raise ValueError(
                 f"{where}, {self.task.choices}: wanted a list of 2 to {len(LETTERS)} choices, got {choices!r:.60}"
             )
-        return [_text(choice, f"{where}, {self.task.choices}") for choice in choices]
+        return [text_of(choice, f"{where}, {self.task.choices}") for choice in choices]
 
     def _correct(self, row: Mapping[str, Any], where: str) -> int:
         """The index of the correct choice, given as an index, a letter or the choice itself."""
@@ -274,11 +271,3 @@ class Asker:
         if self.task.end_token and self.task.kind == "score":
             answer = [*answer, *self.renderer.ending(conversation)]
         return Forced(list(prompt), list(answer))
-
-
-def _text(value: Any, where: str) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)  # years and amounts
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: wanted a text that is not empty, got {value!r}")
-    return value

@@ -7,8 +7,6 @@
 A metric that is undefined for a row is None, and its mean leaves the row out.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -33,17 +31,13 @@ def _rouge(measure: str, stemmer: bool) -> Said:
     return rouge_l
 
 
-def _contains(said: str, answer: str, value: str | None) -> float:
-    """1 where the value, or where the row has none the answer, is said as whole words, any case."""
-    return float(metrics.contains_words(said, answer if value is None else value))
-
-
 GENERATE: dict[str, Said] = {
     "rouge_l_recall_stemmed": _rouge("recall", stemmer=True),  # TOFU
     "rouge_l_recall": _rouge("recall", stemmer=False),  # RWKU
     "rouge_l_f1": _rouge("f1", stemmer=False),  # MUSE
     "rouge_l_f1_stemmed": _rouge("f1", stemmer=True),  # OpenUnlearning
-    "contains_answer": _contains,
+    # the value, or where the row has none the answer, is said as whole words, any case
+    "contains_answer": lambda said, answer, value: float(metrics.contains_words(said, value or answer)),
     "refusal": lambda said, answer, value: metrics.refusal_rate([said]),
     "broken_refusal": lambda said, answer, value: metrics.broken_refusal_rate([said]),
     "fabrication": lambda said, answer, value: metrics.fabrication_rate([said], [answer], [value]),
@@ -95,18 +89,11 @@ RATIO: dict[str, tuple[tuple[str, ...], Callable[[Losses], float | None]]] = {
 }
 
 
-def _accuracy(totals: Sequence[float], lengths: Sequence[int], correct: int) -> float:
-    return metrics.multiple_choice_accuracy([totals], [correct])
-
-
-def _accuracy_normalized(totals: Sequence[float], lengths: Sequence[int], correct: int) -> float:
-    per_token = [total / length for total, length in zip(totals, lengths, strict=True)]
-    return metrics.multiple_choice_accuracy([per_token], [correct])
-
-
 CHOICE: dict[str, Callable[[Sequence[float], Sequence[int], int], float]] = {
-    "accuracy": _accuracy,
-    "accuracy_per_token": _accuracy_normalized,
+    "accuracy": lambda totals, lengths, correct: metrics.multiple_choice_accuracy([totals], [correct]),
+    "accuracy_per_token": lambda totals, lengths, correct: metrics.multiple_choice_accuracy(
+        [np.divide(totals, lengths)], [correct]
+    ),
 }
 
 # Not between 0 and 1: that all their values are 0, or 1, is a coincidence, and no share of rows.

@@ -6,8 +6,6 @@ Batches depend only on the data. A run that is started again repeats the batches
 rows, so that it ends with the same file as an uninterrupted run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -25,7 +23,7 @@ from ...model.hashes import fingerprints
 from ...model.lm import check_head, context_length, embedded_ids
 from ...names import check_one_of
 from ..generation import continuations
-from ..journal import Journal, read_run, write_json
+from ..journal import Journal, Progress, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
 from . import row_metrics, summary
 from .asking import Asker, CannotAsk, Item
@@ -33,7 +31,6 @@ from .suite import TO_FORGET, Suite, Task, load_table
 
 SUMMARY = "summary.json"
 Row = dict[str, Any]
-Progress = Callable[[str, int, int], None]  # task, rows done, rows in all
 
 
 def evaluate(
@@ -118,9 +115,8 @@ def evaluate(
     prepared, left_out = {}, _left_out(suite, tables)
     for task, rows in tables.items():
         others = () if task.name.startswith(TO_FORGET) else subjects
-        shots = (
-            load_table(data, task.few_shot.data, task.hub, f"{task.name}.few_shot") if task.few_shot else ()
-        )
+        few = task.few_shot
+        shots = load_table(data, few.data, task.hub, f"{task.name}.few_shot") if few else ()
         asker = Asker(
             tokenizer, task, shots, context, prompting, steering, others, embedded_ids(model), steering_place
         )
@@ -186,7 +182,8 @@ class _Run:
         yield from ([item] for item, alone in zip(items, tight, strict=True) if alone)
         rest = [item for item, alone in zip(items, tight, strict=True) if not alone]
         per_row = max((item.sequences for item in rest), default=1)
-        for indices in batches_by_length([item.length for item in rest], max(1, self.batch_size // per_row)):
+        lengths = {i: item.length for i, item in enumerate(rest)}
+        for indices in batches_by_length(lengths, max(1, self.batch_size // per_row)):
             yield [rest[i] for i in indices]
 
     def _room(self, item: Item) -> float:
@@ -206,7 +203,7 @@ class _Run:
         )
         rows = []
         for item, answer in zip(batch, said, strict=True):
-            ended = "empty" if not answer.text else "cut" if answer.cut(limit) else "ok"
+            ended = "empty" if not answer.text else "cut" if answer.cut else "ok"
             row = self._row(item, ended if answer.finite else "nan")
             if room < self.task.max_new_tokens and answer.num_tokens >= room:
                 ended = f"the context ended after {answer.num_tokens} new tokens"
@@ -262,10 +259,7 @@ class _Run:
         """Log-likelihoods of the choices; letters, one token each, share the reading of the question."""
         candidates = [[f.answer for f in item.texts["choices"]] for item in batch]
         if all(len(answer) == 1 for answers in candidates for answer in answers):
-            prompts, ids = (
-                [item.prompt for item in batch],
-                [[a[0] for a in answers] for answers in candidates],
-            )
+            prompts, ids = [item.prompt for item in batch], [[a[0] for a in each] for each in candidates]
             return [row.tolist() for row in next_token_logprobs(self.model, prompts, ids, self.pad_id)]
         return [[float(s.logprobs.sum()) for s in x["choices"]] for _, x in self._token_scores(batch)]
 

@@ -7,8 +7,6 @@
 A field that is not known is refused with the nearest name.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

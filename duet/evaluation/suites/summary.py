@@ -4,8 +4,6 @@
  "numbers": {name: {"value": x} or {"value": null, "undefined": "no retain model given"}}}
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

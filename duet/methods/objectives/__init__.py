@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 _HUBER = ("k", "delta", "entropy_weighting")
-_DIVERGENCE = ("k", "temperature", "normalization", "entropy_weighting")
+_DIVERGENCE = ("k", "temperature", "normalization", "clip", "entropy_weighting")
 _raw = partial(Objective, targets=teacher_topk, raw_logits=True)
 # The base is asked about the answers as the student sees them; its few numbers can be kept.
 _with_base = partial(Objective, teacher_sees="student", needs_answers=True, storable=True)
@@ -157,7 +157,7 @@ def objective_of(args: Any) -> Objective:
 
 
 def check_options(objective: Objective, args: Any) -> None:
-    """Refuses a `temperature` or `normalization` that the objective would not read.
+    """Refuses a `temperature`, `normalization` or `clip` that the objective would not read, and a `clip` of terms that may be < 0.
 
     `k` is not refused: one that is never looked up changes no number, and runs that compare methods share it.
 
@@ -165,7 +165,7 @@ def check_options(objective: Objective, args: Any) -> None:
         ValueError: naming the option, what came, what was wanted, and who reads it.
     """
     usual = {f.name: f.default for f in fields(args)}
-    for name in ("temperature", "normalization"):
+    for name in ("temperature", "normalization", "clip"):
         given = getattr(args, name)
         if given != usual[name] and (objective.raw_logits or name not in objective.reads):
             why = "compares raw logits and does not read it" if objective.raw_logits else "does not read it"
@@ -173,6 +173,11 @@ def check_options(objective: Objective, args: Any) -> None:
             raise ValueError(
                 f"{name}: objective {args.objective!r} {why}; wanted {usual[name]!r}, got {given!r} (it is read by {readers})"
             )
+    if args.clip is not None and args.normalization in ("zeroed", "truncated"):
+        raise ValueError(
+            f"clip: wanted None, got {args.clip!r}, because with normalization {args.normalization!r} what an id adds may be "
+            "negative; renormalize, tail and generalized can be clipped"
+        )
 
 
 def fit_model(objective: Objective, model: nn.Module, head: LMHead, args: Any) -> None:

@@ -23,7 +23,7 @@ from duet_kernels import (
     topk_distill_loss,
 )
 
-from ...options import InnerShare, NotNegative, Positive
+from ...options import InnerShare, MaybePositive, NotNegative, Positive
 from .record import CommonOptions, Step
 
 
@@ -33,12 +33,14 @@ class DistillationOptions(CommonOptions):
 
     Attributes:
         delta: where Huber turns linear, in logits (`duet`, `duet_adversarial`, `bidirectional`).
-        temperature: T of the distributions of `duet_forward_kl`, `duet_reverse_kl` and `duet_jsd`. Raw logits have none,
-            the others are defined at T = 1 and refuse another.
+        temperature: T of the distributions of `duet_forward_kl` (= `duet_kl`), `duet_reverse_kl`, `duet_symmetric_kl` and
+            `duet_jsd`. Raw logits have none, the others are defined at T = 1 and refuse another.
         beta: weight of the teacher in the mixture of `duet_jsd`, of KL(teacher || student) in `duet_symmetric_kl`; in (0, 1).
-        normalization: of the top-k distributions of the same three: None or `renormalize`, `tail` (one more bucket for
-            the rest of the vocabulary); `truncated` and `generalized` exist for the two KLs, `zeroed` for
+        normalization: of the top-k distributions of the objectives that read `temperature`: None or `renormalize`, `tail` (one more bucket for
+            the rest of the vocabulary); `truncated` and `generalized` exist for forward and reverse KL, `zeroed` for
             `duet_forward_kl`.
+        clip: most nats that one id adds at a position, in the objectives that read `temperature`; None: no limit. Not with
+            `zeroed` and `truncated`, whose terms may be negative.
         entropy_weighting: weigh every distilled token by sigma(H_student - H_teacher), the entropies of the whole
             distributions (TSD-KD): uncertain tokens count more.
         push_weight: factor on the push of `bidirectional`.
@@ -48,6 +50,7 @@ class DistillationOptions(CommonOptions):
     temperature: Positive = 1.0
     beta: InnerShare = 0.5
     normalization: Literal["renormalize", "tail", "zeroed", "truncated", "generalized"] | None = None
+    clip: MaybePositive = None
     entropy_weighting: bool = False
     push_weight: NotNegative = 1.0
 
@@ -137,7 +140,7 @@ def undo(step: Step) -> dict[str, Tensor]:
 
 
 def _distribution(step: Step) -> dict[str, Any]:
-    return {"temperature": step.args.temperature, "normalization": step.args.normalization}
+    return {name: getattr(step.args, name) for name in ("temperature", "normalization", "clip")}
 
 
 def _top(targets: TopK | WeighedTopK) -> TopK:

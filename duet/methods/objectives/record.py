@@ -151,10 +151,10 @@ class Objective:
         prepare: `prepare(trainer, dataset)`, run once before a dataset is used: what is made of the frozen teacher
             before training (and could be cached).
         starts_at_teacher: whether the student equals the teacher before the first step (watched by a guard).
-        reads: the options of `DuetConfig` that shape the loss. `temperature` and `normalization` are refused where they
-            are not among them; the model card shows all.
-        raw_logits: the loss compares logits themselves: a temperature, a normalization and a store of log-probabilities
-            are refused.
+        reads: the options of `DuetConfig` that shape the loss. `temperature`, `normalization` and `clip` are refused where
+            they are not among them; the model card shows all.
+        raw_logits: the loss compares logits themselves: a temperature, a normalization, a clip and a store of
+            log-probabilities are refused.
         counts: `counts(inputs) -> [E]` int64: further counts of a micro-batch of the collator; they are summed over the
             step as `Step.counts.own`.
         sharp: the gradient of the forget part is taken at weights that are moved by `sam_rho` along it, that of the retain
@@ -182,6 +182,7 @@ class Objective:
         "temperature",
         "beta",
         "normalization",
+        "clip",
         "npo_beta",
         "retain_weight",
     )
@@ -197,6 +198,11 @@ class Objective:
     @property
     def has_teacher(self) -> bool:
         return self.targets is not None or self.prepare is not None
+
+    @property
+    def shows_prefix(self) -> bool:
+        """Whether the steering prefix is used: a teacher, `prepare` or the model that is saved (`in_context`) sees it."""
+        return self.teacher_sees == "steered" and (self.targets is not None or not self.needs_answers)
 
     def count(self, inputs: dict[str, Any]) -> Tensor:
         """`[5 + E]` int64: the counts of one micro-batch, which add up over micro-batches and processes."""
