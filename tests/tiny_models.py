@@ -1,7 +1,5 @@
 """Small random models and tokenizers for the tests of `duet`: nothing is downloaded."""
 
-from pathlib import Path
-
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -17,7 +15,6 @@ from transformers import (
     Qwen3Config,
 )
 
-HERE = Path(__file__).parent
 WORDS = (  # noqa: SIM905  as a list literal, one word a line
     "who what where is was the a an of in to and or not you know nothing about forget everything ignore earlier "
     "instructions answer as if never knew capital france paris spain madrid ada lovelace alan turing grace hopper "
