@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.studies.runner import origins
 
-from .arms import ARMS, LABELS, SUBJECTS, UNTRAINED, VALIDATION
+from .arms import ARMS, LABELS, SUBJECTS, VALIDATION
 from .bar import BAR, Line, measured, missing, with_ratios
 
 Row = dict[str, Any]
@@ -97,7 +97,7 @@ def settings(tried: Sequence[Row]) -> list[str]:
 
 def not_run(rows: Sequence[Row]) -> list[str]:
     """A sentence on methods without a row, and on subjects of our method without one."""
-    arms = [arm.label for name, arm in ARMS.items() if name not in {row["arm"] for row in rows}]
+    arms = [label for name, label in LABELS.items() if name not in {row["arm"] for row in rows}]
     done = {row["subject"] for row in rows if row["arm"] == OURS}
     missing_subjects = [subject for subject in SUBJECTS if subject not in done]
     said = [f"Not run yet: {'; '.join(arms)}."] if arms else []
@@ -203,8 +203,6 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = ()) -> str:
             "*invented*: lower is better. *refused*, *neighbours*, *general*: higher is better. *runs*: subjects times seeds.",
             "",
             *table(rows),
-            "",
-            f"A harmless change shows how exact these figures are: see {UNTRAINED['int8']}.",
             "",
             *not_run(rows),
             *not_shown([*rows, *tried]),
