@@ -199,7 +199,7 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = ()) -> str:
             "",
             "## All methods",
             "",
-            "Percent, means over subjects (lowest to highest subject). *told*, *leak@32*, *reverse prompt*, *prefill*, *relearned* and "
+            "Percent, means over the subjects of which a figure was measured (lowest to highest subject). *told*, *leak@32*, *reverse prompt*, *prefill*, *relearned* and "
             "*invented*: lower is better. *refused*, *neighbours*, *general*: higher is better. *runs*: subjects times seeds.",
             "",
             *table(rows),
