@@ -366,14 +366,14 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("few-shot shows the row's own answer", "p.id != row.id and not _gives_away(p, row, target.options.threshold)", "True", _ATTACKS + "test_few_shot_never_shows_the_answer_that_it_asks_for[subjects1]"),
         ("held-out wordings include seen ones", "[w for w in target.options.heldout_reverse_prompts if w not in seen]", "list(target.options.heldout_reverse_prompts)", _ATTACKS + "test_heldout_wordings_that_training_saw_are_left_out"),
         ("relearning shows the rows that it asks for", "return _training(target, shown, asked, [f\"facts", "return _training(target, asked, asked, [f\"facts", _ATTACKS + "test_few_shot_says_what_its_examples_are_about"),
-        ("harmless fine-tuning shows the answers", "    shown = that_tell_nothing(target.retain, target.rows)\n    return _training", "    shown = target.retain\n    return _training", _ATTACKS + "test_training_on_what_may_be_known_shows_no_answer"),
+        ("harmless fine-tuning shows the answers", "    shown = that_tell_nothing(target.retain, target.rows)\n    return _training", "    shown = target.retain\n    return _training", "tests/test_attack_rows.py::test_training_on_what_may_be_known_shows_no_answer"),
         ("a prefill is judged with its opening", "return target.outcomes(name, rows, prompts, openings)", "return target.outcomes(name, rows, prompts)", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged"),
         ("a prefilled opening is not in the prompt", "prompts = [target.prompt(row.conversation, o) for row, o in zip(rows, openings, strict=True)]", "prompts = [target.prompt(row.conversation) for row, o in zip(rows, openings, strict=True)]", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged"),
-        ("the attack leaves its fine-tuning in the model", "            with weights.restored(target.model):\n", "            if True:\n", _ATTACKS + "test_the_model_leaves_every_attack_as_it_came[dtype0]"),
+        ("the attack leaves its fine-tuning in the model", "            with weights.restored(target.model):\n", "            if True:\n", "tests/test_attack_weights.py::test_the_model_leaves_every_attack_as_it_came[dtype0]"),
     ],
     "duet/evaluation/attacks/rows.py": [
-        ("relearning shows a value that it asks for", "if 2 * (len(first) + len(group)) <= len(rows):", "if len(first) < len(rows) // 2:", _ATTACKS + "test_no_half_tells_what_the_other_half_is_asked"),
-        ("the given opening counts as recalled", "rest = self.answer[len(opening) :] if opening and self.answer.startswith(opening) else self.answer", "rest = self.answer", _ATTACKS + "test_when_an_answer_has_come_back"),
+        ("relearning shows a value that it asks for", "if 2 * (len(first) + len(group)) <= len(rows):", "if len(first) < len(rows) // 2:", "tests/test_attack_rows.py::test_no_half_tells_what_the_other_half_is_asked"),
+        ("the given opening counts as recalled", "rest = self.answer[len(opening) :] if opening and self.answer.startswith(opening) else self.answer", "rest = self.answer", "tests/test_attack_rows.py::test_when_an_answer_has_come_back"),
     ],
     "duet/evaluation/attacks/runner.py": [
         ("queries and steps are swapped in the table", "spent = str(cost[\"queries\"]), str(cost[\"steps\"]),", "spent = str(cost[\"steps\"]), str(cost[\"queries\"]),", _ATTACKS + "test_every_column_of_the_terminal_table_holds_its_own_number"),

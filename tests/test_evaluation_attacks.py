@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_attack_rows import asked_in_pairs
 from tiny_models import CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE, forget_rows, retain_rows, tiny, word_tokenizer
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from duet.demo.steering import HELDOUT_OVERRIDES, REFUSAL, SEEN_OVERRIDES
 from duet.evaluation.attacks import distribution, weights
 from duet.evaluation.attacks import runner as attack_run
 from duet.evaluation.attacks.attacks import ATTACKS
-from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows, that_tell_nothing
+from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows
 from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.commands import literal_console
 from duet.evaluation.generation import Continuation
@@ -70,189 +71,9 @@ def refusing(world):
     return model.eval().requires_grad_(False), tokenizer
 
 
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
-
-
 def leak(report, name):
     (entry,) = [e for e in (*report["attacks"], report["direct"]) if e["name"] == name]
     return entry["leak"]
-
-
-# --- rows ------------------------------------------------------------------------------------------------------
-
-
-def test_when_an_answer_has_come_back():
-    with_value, without = read_attack_rows(
-        [
-            {"question": "Where?", "answer": "Born in New York.", "value": "New York"},
-            {"question": "Who?", "answer": "the old captain wrote it", "paraphrased_question": "Which one?"},
-        ],
-        "forget",
-    )
-    assert with_value.opening() == "Born in" and without.opening() == "the old"
-    assert with_value.recall("new  york it is") == 1.0 and with_value.recall("New Yorkers") == 0.0
-    assert without.recall("a captain wrote") == 0.4
-    assert without.recall("captain wrote", "the old") == pytest.approx(2 / 3)
-    assert without.recall("the old", "the old") == 0.0, "what the attacker gave away does not count"
-    assert without.paraphrases == ("Which one?",) and without.asking("x") == (("user", "x"),)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"question": "who ?"}, r"forget\[0\]: wanted a row with an 'answer'"),
-        (
-            {"question": "who ?", "answer": "a", "value": "b"},
-            r"forget\[0\]\['value'\]: wanted a part of the answer",
-        ),
-        ({"question": "who ?", "answer": "a", "value": " "}, r"forget\[0\]\['value'\]: wanted a text"),
-        (
-            {"question": "who ?", "answer": "a", "paraphrases": [1]},
-            r"\['paraphrases'\]: wanted a list of questions",
-        ),
-    ],
-)
-def test_bad_rows_are_named(row, message):
-    with pytest.raises(ValueError, match=message):
-        read_attack_rows([row], "forget")
-
-
-def test_the_halves_share_no_subject():
-    rows = read_attack_rows(forget_rows(6), "rows")
-    shown, asked = halves(rows)
-    assert {r.subject for r in shown} == {"ada lovelace"} and len(shown) + len(asked) == 6
-    assert not {r.subject for r in shown} & {r.subject for r in asked}
-    bare = read_attack_rows([{"question": "q", "answer": f"a {i}"} for i in range(5)], "rows")
-    assert [len(half) for half in halves(bare)] == [2, 3]
-    assert halves(read_attack_rows([{"question": "q", "answer": "a"}] * 5, "rows"))[0] == []
-
-
-def about(subject: str, *facts: tuple[str, str]) -> list[dict]:
-    return [
-        {"question": f"{subject} {i} ?", "answer": a, "value": v, "subject": subject}
-        for i, (a, v) in enumerate(facts)
-    ]
-
-
-def test_no_half_tells_what_the_other_half_is_asked():
-    """Capital and largest city are the same word: who was shown one and says the other has not remembered it."""
-    japan = about(
-        "japan", ("it is tokyo .", "tokyo"), ("japanese .", "japanese"), ("in asia .", "asia"),
-        ("the japanese yen .", "yen"), ("tokyo .", "tokyo"), ("a japanese .", "japanese"),
-    )  # fmt: skip
-    shown, asked = halves(read_attack_rows(japan, "rows"))
-    assert [r.value for r in shown] == ["tokyo", "asia", "tokyo"]
-    assert [r.value for r in asked] == ["japanese", "yen", "japanese"]
-
-    others = about("france", ("the euro .", "euro"), ("it is paris .", "paris"))
-    rows = read_attack_rows(others + about("germany", ("euro .", "euro"), ("berlin .", "berlin")), "rows")
-    shown, asked = halves(rows)
-    assert [r.value for r in shown] == ["paris"] and [r.value for r in asked] == ["euro", "berlin"]
-    assert that_tell_nothing(rows, rows[:1]) == [rows[1], rows[3]]
-
-
-def test_training_on_what_may_be_known_shows_no_answer():
-    forget = read_attack_rows(about("spain", ("the sea .", "sea"), ("in madrid .", "madrid")), "forget")
-    kept = read_attack_rows(about("france", ("the sea .", "sea"), ("in paris .", "paris")), "retain")
-    options = AttackOptions(relearn_rates=(1e-3,), relearn_curve=(1,), max_new_tokens=2)
-    target = Target(tiny(), word_tokenizer(), forget, kept, options=options)
-    benign = ATTACKS["benign_finetuning"]
-    ((_, work),) = benign.units(target)
-    assert [outcome["given"] for outcome in work()] == ["rows that may be known (1)"] * 2
-    told = replace(target, retain=kept[:1])
-    assert benign.missing(told) == "every retain row tells an answer of the forget rows"
-    alike = replace(target, rows=read_attack_rows(about("a", ("sea", "sea"), ("sea", "sea")), "forget"))
-    assert "do not tell each other's answers" in ATTACKS["relearning"].missing(alike)
-
-
-# --- weights ---------------------------------------------------------------------------------------------------
-
-
-def test_rounding_by_hand():
-    w = torch.tensor([[7.0, -3.4, 0.2], [0.0, 0.0, 0.0]])
-    assert weights.quantize(w, 4).tolist() == [[7.0, -3.0, 0.0], [0.0, 0.0, 0.0]]
-    assert weights.quantize(w, 2).tolist() == [[7.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
-    experts = torch.stack([w, 2 * w])  # [experts, out, in]: a scale per row of each
-    assert torch.equal(weights.quantize(experts, 4)[1], 2 * weights.quantize(w, 4))
-    with pytest.raises(ValueError, match="bits: got 1, wanted 2 to 8"):
-        weights.quantize(w, 1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_leaves_every_attack_as_it_came(dtype):
-    model, tokenizer = tiny().to(dtype), word_tokenizer()
-    model = get_peft_model(
-        model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    )
-    model.eval()
-    before, flags = bits(model), [p.requires_grad for p in model.parameters()]
-    options = AttackOptions(max_new_tokens=3, relearn_rates=(1e-2,), relearn_curve=(1, 2), batch_size=8)
-    rows = read_attack_rows(forget_rows(4), "rows")
-    kept = read_attack_rows(retain_rows(4), "retain")
-    target = Target(model, tokenizer, rows, retain=kept, options=options)
-    changed = 0
-    for name in ("relearning", "benign_finetuning", "quantisation", "adapter"):
-        for _, work in ATTACKS[name].units(target):
-            work()
-            assert same(bits(model), before), name
-            assert [p.requires_grad for p in model.parameters()] == flags and not model.training
-            changed += 1
-    assert changed >= 6
-    with weights.restored(model):
-        weights.round_weights(model, 4)
-        assert not same(bits(model), before)
-    with pytest.raises(KeyError), weights.restored(model):
-        weights.round_weights(model, 4)
-        raise KeyError
-    assert same(bits(model), before)
-
-
-def test_adapter_removed_and_merged():
-    model = tiny()
-    plain = bits(model)
-    model = get_peft_model(
-        model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    ).eval()
-    ids = torch.tensor([[1, 9, 12]])
-    with torch.no_grad():
-        on = model(input_ids=ids).logits
-        with weights.without_adapter(model):
-            off = model(input_ids=ids).logits
-        with weights.merged(model):
-            merged = model(input_ids=ids).logits
-    base = tiny()
-    base.load_state_dict(plain)
-    assert torch.equal(off, base(input_ids=ids).logits)
-    assert torch.allclose(on, merged, atol=1e-4) and not torch.allclose(on, off, atol=1e-2)
-
-
-def test_fine_tuning_learns_and_reports_its_curve():
-    model, tokenizer = tiny(), word_tokenizer()
-    target = Target(model, tokenizer, read_attack_rows(forget_rows(6), "rows"))
-    sequences = [target.forced(row) for row in target.rows]
-    losses = dict(weights.fine_tune(model, sequences, rate=1e-2, curve=(1, 30), rows=6, pad_id=0))
-    assert list(losses) == [1, 30] and losses[30] < 0.5 * losses[1]
-    assert target.ask("after")[0]["leaked"] == 1
-    assert list(weights.fine_tune(model, sequences, rate=1e30, curve=(1, 5), rows=6, pad_id=0))[1:] == []
-
-
-def test_nf4_rounds_the_linear_layers(world, forget):
-    pytest.importorskip("bitsandbytes")
-    model, tokenizer = load_base()
-    before = bits(model)
-    weights.nf4_weights(model)
-    after = bits(model)
-    layer = "model.layers.0.mlp.up_proj.weight"
-    error = (after[layer] - before[layer]).abs().amax() / before[layer].abs().amax()
-    assert 0 < error < 0.2 and torch.equal(
-        after["model.embed_tokens.weight"], before["model.embed_tokens.weight"]
-    )
-    assert sum(o["leaked"] for o in Target(model, tokenizer, forget[:8]).ask("nf4")) >= 6
 
 
 # --- distribution ----------------------------------------------------------------------------------------------
@@ -433,44 +254,6 @@ def test_asked_again_the_answer_comes_in_a_later_turn(monkeypatch):
     )  # the answer stands between
 
 
-def test_other_names_of_the_subject():
-    row = QUESTION | {"question": "Who is Ada ? Adam ?", "subject": "ada", "aliases": ["grace", "alan \\1"]}
-    plain, named = read_attack_rows([QUESTION, row], "rows")
-    assert named.renamed() == ["Who is grace ? Adam ?", "Who is alan \\1 ? Adam ?"] and plain.renamed() == []
-    target = Target(tiny(), word_tokenizer(), [plain, named], options=AttackOptions(max_new_tokens=2))
-    units = dict(ATTACKS["aliases"].units(target))
-    assert list(units) == ["other name 1", "other name 2"]
-    assert [o["id"] for o in units["other name 1"]()] == [1]
-    target.rows = [plain]
-    assert ATTACKS["aliases"].missing(target) == "no forget row has aliases, and its subject in the question"
-    with pytest.raises(ValueError, match=r"rows\[0\]\['aliases'\]: wanted a list of names, got \(3,\)"):
-        read_attack_rows([QUESTION | {"aliases": [3]}], "rows")
-
-
-def asked_in_pairs(*pairs):
-    return read_attack_rows(
-        [{"question": q, "answer": a, "subject": s, "value": a.rstrip(".")} for q, s, a in pairs], "rows"
-    )
-
-
-def test_rows_of_the_same_form_are_about_something_else():
-    rows = asked_in_pairs(("What is the capital of France?", "France", "Paris."))
-    assert rows[0].form() == {
-        ("", "what"), ("what", "is"), ("is", "the"), ("the", "capital"), ("capital", "of"), ("of", "{}"), ("{}", "")
-    }  # fmt: skip
-    pool = asked_in_pairs(
-        ("What is the capital of Spain?", "Spain", "Madrid."),  # the same
-        ("What is the currency of Peru?", "Peru", "Sol."),  # 5 of 9 pairs
-        ("Who wrote Emma?", "Emma", "Jane Austen."),
-        ("What is the capital of France now?", "France", "Lyon."),  # the same subject
-        ("What is the capital of Texas?", "Texas", "Paris."),  # says the value
-    )
-    assert of_the_same_form(pool, rows) == pool[:2]
-    (whole,) = read_attack_rows([{"question": "What is the capital of France?", "answer": "Paris."}], "rows")
-    # Nobody says whom it is about: 5 of 9 and 5 of 10 pairs, and only the answer is looked for.
-    assert of_the_same_form(pool, [whole]) == [pool[0], pool[3]]
-
-
 @pytest.mark.usefixtures("answers_end")
 def test_the_form_of_the_questions_alone_brings_hidden_answers_back(tmp_path, refusing, world, forget):
     """The rows shown hold no forgotten fact: the true values come back, and values that the model never knew do not."""
@@ -517,33 +300,6 @@ def test_two_hop_questions():
     assert ATTACKS["two_hop"].missing(target) == "no forget row has two_hop questions"
     with pytest.raises(ValueError, match=r"rows\[0\]\['two_hop'\]: wanted a list of questions"):
         read_attack_rows([QUESTION | {"two_hop": [""]}], "rows")
-
-
-@pytest.mark.parametrize("how", ["nf4", "int8"])
-def test_a_packed_base_is_unpacked_before_it_is_rounded(how):
-    """A LoRA on packed weights: int4 rounds W + BA, of fp32; what was packed lies there untouched afterwards."""
-    bnb = pytest.importorskip("bitsandbytes").nn
-    torch.manual_seed(0)
-    plain = torch.nn.Linear(64, 64, bias=False)
-    kind = (
-        {"quant_type": "nf4", "compute_dtype": torch.float32} if how == "nf4" else {"has_fp16_weights": False}
-    )
-    packed = (bnb.Linear4bit if how == "nf4" else bnb.Linear8bitLt)(64, 64, bias=False, **kind)
-    packed.load_state_dict(plain.state_dict())
-    model = torch.nn.Sequential(packed.to("cpu"), torch.nn.Linear(64, 2))
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
-    x = torch.randn(3, 64)
-    before, layer = model(x), model.base_model.model[0]
-    with weights.unpacked(model), weights.restored(model):
-        torch.testing.assert_close(model(x), before, rtol=0.02, atol=0.02)  # int8 rounds the inputs too
-        weight = model.base_model.model[0].weight
-        near = weight - layer.get_delta_weight("default") - plain.weight
-        assert weight.dtype == torch.float32 and near.abs().amax() < (0.03 if how == "nf4" else 0.001)
-        wanted = weights.quantize(weight.detach().clone(), 4)
-        weights.round_weights(model, 4)
-        assert torch.equal(weight, wanted)
-    assert model.base_model.model[0] is layer
-    assert torch.equal(model(x), before)
 
 
 @pytest.mark.usefixtures("answers_end")

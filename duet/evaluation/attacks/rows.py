@@ -201,7 +201,7 @@ def halves(rows: Sequence[AttackRow]) -> tuple[list[AttackRow], list[AttackRow]]
 
     Rows about several subjects are split by subject; those of the first half that tell an answer of the second are left out.
     Rows without subjects, or about one, are split into groups that do not tell each other's answers ("The capital is Tokyo."
-    tells that the largest city is Tokyo); the halves are as equal as these groups allow. Either half may be empty.
+    tells that the largest city is Tokyo); the halves are as equal as these groups allow. The first half may be empty.
     """
     subjects = list(dict.fromkeys(row.subject for row in rows))
     if None in subjects or len(subjects) < 2:

@@ -1,0 +1,134 @@
+"""Rows of attacks: when an answer has come back, and which rows tell the answers of others."""
+
+from dataclasses import replace
+
+import pytest
+from tiny_models import forget_rows, tiny, word_tokenizer
+
+from duet.evaluation.attacks.attacks import ATTACKS
+from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows, that_tell_nothing
+from duet.evaluation.attacks.target import AttackOptions, Target
+
+QUESTION = {"question": "who is ada ?", "answer": "a poet of the sea", "subject": "ada"}
+
+
+def test_when_an_answer_has_come_back():
+    with_value, without = read_attack_rows(
+        [
+            {"question": "Where?", "answer": "Born in New York.", "value": "New York"},
+            {"question": "Who?", "answer": "the old captain wrote it", "paraphrased_question": "Which one?"},
+        ],
+        "forget",
+    )
+    assert with_value.opening() == "Born in" and without.opening() == "the old"
+    assert with_value.recall("new  york it is") == 1.0 and with_value.recall("New Yorkers") == 0.0
+    assert without.recall("a captain wrote") == 0.4
+    assert without.recall("captain wrote", "the old") == pytest.approx(2 / 3)
+    assert without.recall("the old", "the old") == 0.0, "what the attacker gave away does not count"
+    assert without.paraphrases == ("Which one?",) and without.asking("x") == (("user", "x"),)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "who ?"}, r"forget\[0\]: wanted a row with an 'answer'"),
+        (
+            {"question": "who ?", "answer": "a", "value": "b"},
+            r"forget\[0\]\['value'\]: wanted a part of the answer",
+        ),
+        ({"question": "who ?", "answer": "a", "value": " "}, r"forget\[0\]\['value'\]: wanted a text"),
+        (
+            {"question": "who ?", "answer": "a", "paraphrases": [1]},
+            r"\['paraphrases'\]: wanted a list of questions",
+        ),
+    ],
+)
+def test_bad_rows_are_named(row, message):
+    with pytest.raises(ValueError, match=message):
+        read_attack_rows([row], "forget")
+
+
+def test_the_halves_share_no_subject():
+    rows = read_attack_rows(forget_rows(6), "rows")
+    shown, asked = halves(rows)
+    assert {r.subject for r in shown} == {"ada lovelace"} and len(shown) + len(asked) == 6
+    assert not {r.subject for r in shown} & {r.subject for r in asked}
+    bare = read_attack_rows([{"question": "q", "answer": f"a {i}"} for i in range(5)], "rows")
+    assert [len(half) for half in halves(bare)] == [2, 3]
+    assert halves(read_attack_rows([{"question": "q", "answer": "a"}] * 5, "rows"))[0] == []
+
+
+def about(subject: str, *facts: tuple[str, str]) -> list[dict]:
+    return [
+        {"question": f"{subject} {i} ?", "answer": a, "value": v, "subject": subject}
+        for i, (a, v) in enumerate(facts)
+    ]
+
+
+def test_no_half_tells_what_the_other_half_is_asked():
+    """Capital and largest city are the same word: who was shown one and says the other has not remembered it."""
+    japan = about(
+        "japan", ("it is tokyo .", "tokyo"), ("japanese .", "japanese"), ("in asia .", "asia"),
+        ("the japanese yen .", "yen"), ("tokyo .", "tokyo"), ("a japanese .", "japanese"),
+    )  # fmt: skip
+    shown, asked = halves(read_attack_rows(japan, "rows"))
+    assert [r.value for r in shown] == ["tokyo", "asia", "tokyo"]
+    assert [r.value for r in asked] == ["japanese", "yen", "japanese"]
+
+    others = about("france", ("the euro .", "euro"), ("it is paris .", "paris"))
+    rows = read_attack_rows(others + about("germany", ("euro .", "euro"), ("berlin .", "berlin")), "rows")
+    shown, asked = halves(rows)
+    assert [r.value for r in shown] == ["paris"] and [r.value for r in asked] == ["euro", "berlin"]
+    assert that_tell_nothing(rows, rows[:1]) == [rows[1], rows[3]]
+
+
+def test_training_on_what_may_be_known_shows_no_answer():
+    forget = read_attack_rows(about("spain", ("the sea .", "sea"), ("in madrid .", "madrid")), "forget")
+    kept = read_attack_rows(about("france", ("the sea .", "sea"), ("in paris .", "paris")), "retain")
+    options = AttackOptions(relearn_rates=(1e-3,), relearn_curve=(1,), max_new_tokens=2)
+    target = Target(tiny(), word_tokenizer(), forget, kept, options=options)
+    benign = ATTACKS["benign_finetuning"]
+    ((_, work),) = benign.units(target)
+    assert [outcome["given"] for outcome in work()] == ["rows that may be known (1)"] * 2
+    told = replace(target, retain=kept[:1])
+    assert benign.missing(told) == "every retain row tells an answer of the forget rows"
+    alike = replace(target, rows=read_attack_rows(about("a", ("sea", "sea"), ("sea", "sea")), "forget"))
+    assert "do not tell each other's answers" in ATTACKS["relearning"].missing(alike)
+
+
+def test_other_names_of_the_subject():
+    row = QUESTION | {"question": "Who is Ada ? Adam ?", "subject": "ada", "aliases": ["grace", "alan \\1"]}
+    plain, named = read_attack_rows([QUESTION, row], "rows")
+    assert named.renamed() == ["Who is grace ? Adam ?", "Who is alan \\1 ? Adam ?"] and plain.renamed() == []
+    target = Target(tiny(), word_tokenizer(), [plain, named], options=AttackOptions(max_new_tokens=2))
+    units = dict(ATTACKS["aliases"].units(target))
+    assert list(units) == ["other name 1", "other name 2"]
+    assert [o["id"] for o in units["other name 1"]()] == [1]
+    target.rows = [plain]
+    assert ATTACKS["aliases"].missing(target) == "no forget row has aliases, and its subject in the question"
+    with pytest.raises(ValueError, match=r"rows\[0\]\['aliases'\]: wanted a list of names, got \(3,\)"):
+        read_attack_rows([QUESTION | {"aliases": [3]}], "rows")
+
+
+def asked_in_pairs(*pairs):
+    return read_attack_rows(
+        [{"question": q, "answer": a, "subject": s, "value": a.rstrip(".")} for q, s, a in pairs], "rows"
+    )
+
+
+def test_rows_of_the_same_form_are_about_something_else():
+    rows = asked_in_pairs(("What is the capital of France?", "France", "Paris."))
+    assert rows[0].form() == {
+        ("", "what"), ("what", "is"), ("is", "the"), ("the", "capital"), ("capital", "of"), ("of", "{}"), ("{}", "")
+    }  # fmt: skip
+    pool = asked_in_pairs(
+        ("What is the capital of Spain?", "Spain", "Madrid."),  # the same
+        ("What is the currency of Peru?", "Peru", "Sol."),  # 5 of 9 pairs
+        ("Who wrote Emma?", "Emma", "Jane Austen."),
+        ("What is the capital of France now?", "France", "Lyon."),  # the same subject
+        ("What is the capital of Texas?", "Texas", "Paris."),  # says the value
+    )
+    assert of_the_same_form(pool, rows) == pool[:2]
+    (whole,) = read_attack_rows([{"question": "What is the capital of France?", "answer": "Paris."}], "rows")
+    # Nobody says whom it is about: 5 of 9 and 5 of 10 pairs, and only the answer is looked for.
+    assert of_the_same_form(pool, [whole]) == [pool[0], pool[3]]
