@@ -29,7 +29,7 @@ def packages(monkeypatch):
             "languages": ["fr"],
             "population": 60,
             "capital": "Paris",
-            "altSpellings": ["FR", "French Republic", "FRA", "Gaul"],
+            "altSpellings": ["FR", "French Republic", "FRA", "Gaul", "Free France"],
             "nativeName": "France",
         },
         {"name": "Japan", "languages": ["ja"], "population": 100},
@@ -74,7 +74,9 @@ def test_facts_of_a_subject_of_neighbours_and_of_nothing(packages, monkeypatch):
     assert [row["subject"] for row in source_rows(["currencies"], ["Austria"])] == ["Austria", "Japan"]
 
 
-def test_attacks_get_other_names_and_other_ways_to_say_who_is_meant(packages):
+def test_attacks_get_other_names_and_other_ways_to_say_who_is_meant(packages, monkeypatch):
+    mexico = {"name": "Mexico", "capital": "Mexico City", "currencyname": "Peso", "population": 8}
+    monkeypatch.setitem(COUNTRIES, "MX", mexico)
     capital, currency, language = (
         source_rows([name], ["France"])[0] for name in ("capitals", "currencies", "languages")
     )
@@ -84,6 +86,8 @@ def test_attacks_get_other_names_and_other_ways_to_say_who_is_meant(packages):
         "What is the currency of the country whose capital is Paris?", f"What is the currency of {domain}"
     ]  # fmt: skip
     assert language["aliases"] == ["Gaul"], "no codes, no name twice, and none that tells the value"
+    (row,) = (row for row in source_rows(["currencies"], ["Mexico"]) if row["subject"] == "Mexico")
+    assert "two_hop" not in row, "the name of its capital is that of the subject"
     symbol, number = (row for row in source_rows(["elements"], ["gold"]) if row["subject"] == "gold")
     assert symbol["two_hop"] == ["What is the chemical symbol of the element with the atomic number 79?"]
     assert number["two_hop"] == ["What is the atomic number of the element with the symbol Au?"]

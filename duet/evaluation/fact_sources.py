@@ -88,10 +88,7 @@ def _other_spellings(package: Any) -> Texts:
     """Without codes of two and three letters."""
     known = [country.info() for country in package.all_countries()]
     spelt = {c["name"]: [*c.get("altSpellings", ()), c.get("nativeName") or ""] for c in known}
-    return {
-        name: [each for each in dict.fromkeys(of) if len(each) > 3 and each != name]
-        for name, of in spelt.items()
-    }
+    return {name: [each for each in dict.fromkeys(of) if len(each) > 3] for name, of in spelt.items()}
 
 
 def _by_symbol_and_number(package: Any) -> Texts:
@@ -213,7 +210,9 @@ def source_rows(
                 about = found | {each: each for each in wanted or others[:NEIGHBOURS]}
                 rows += [
                     _row(wordings, each, values[key], each)
-                    | _for_attacks(wordings[0], values[key], described.get(key, ()), renamed.get(key, ()))
+                    | _for_attacks(
+                        wordings[0], (values[key], key), described.get(key, ()), renamed.get(key, ())
+                    )
                     for each, key in about.items()
                 ]
             else:
@@ -235,11 +234,14 @@ def _row(wordings: Sequence[str], name: str, value: str, subject: str | None) ->
 
 
 def _for_attacks(
-    wording: str, value: str, described: Sequence[str], renamed: Sequence[str]
+    wording: str, unsaid: Sequence[str], described: Sequence[str], renamed: Sequence[str]
 ) -> dict[str, list[str]]:
-    """`two_hop` and `aliases` of a row; without those that say its value."""
-    hops = [wording.replace(SUBJECT, text) for text in described if not metrics.contains_words(text, value)]
-    names = [text for text in renamed if not metrics.contains_words(text, value)]
+    """`two_hop` and `aliases` of a row; without those that say one of `unsaid`, its value and its subject."""
+
+    def without(texts: Sequence[str]) -> list[str]:
+        return [text for text in texts if not any(metrics.contains_words(text, each) for each in unsaid)]
+
+    hops, names = [wording.replace(SUBJECT, text) for text in without(described)], without(renamed)
     return {key: of for key, of in (("two_hop", hops), ("aliases", names)) if of}
 
 
