@@ -270,6 +270,51 @@ def elicit(
     console.print(f"written to {out}: duet steer --data {out} --config FILE comes next", soft_wrap=True)
 
 
+@app.command()
+def shrink(
+    adapter: Annotated[pathlib.Path, typer.Argument(help="folder with a trained LoRA adapter")],
+    data: Annotated[
+        pathlib.Path,
+        typer.Option(
+            help="folder with forget.jsonl and retain.jsonl in other wordings than training's: validation of duet elicit"
+        ),
+    ],
+    out: Annotated[pathlib.Path, typer.Option(help="new folder for the adapter at the chosen size")],
+    sizes: Annotated[
+        str, typer.Option(help="what the adapter is multiplied by; 1 is tried in any case")
+    ] = "1,0.9,0.8,0.7,0.6,0.5",
+    most: Annotated[float, typer.Option(help="share of the forget rows that may come back")] = 0.1,
+    samples: Annotated[int, typer.Option(min=1, help="drawn answers to each forget row")] = 16,
+    max_new_tokens: MaxNewTokens = 48,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Make a trained adapter smaller, as far as the model still forgets: it then keeps more of the rest."""
+    from duet.evaluation.commands import numbers_in
+    from duet.run import shrink as shrinking
+
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "samples": samples}
+    tried = numbers_in(sizes, float, "sizes")
+    with progress(console) as shown:
+        found = shrinking.run_shrink(
+            adapter,
+            data,
+            out,
+            sizes=tried,
+            most=most,
+            limit=limit,
+            dtype=dtype,
+            device=device,
+            progress=shown,
+            **how,
+        )
+    console.print(shrinking.table(found))
+    console.print(shrinking.verdict(found), soft_wrap=True)
+    console.print(f"written to {out}", soft_wrap=True)
+
+
 @app.command("import")
 def import_(
     path: Annotated[pathlib.Path, typer.Argument(help="file or folder of the benchmark or run")],

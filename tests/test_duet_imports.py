@@ -24,7 +24,7 @@ ALLOWED = {
     "store": "names extras config data model methods",
     "output": "extras model",
     "trainer": "extras config data model methods store output",
-    "run": "names options yaml_text _moved config data model methods store output trainer evaluation",
+    "run": "names options yaml_text _moved config data model methods store output trainer evaluation evaluation.attacks",
     "evaluation": "names extras data model",
     "evaluation.suites": "names extras options yaml_text _moved data model evaluation",
     "evaluation.attacks": "names options _moved data model evaluation",

@@ -5,7 +5,9 @@ import json
 import math
 
 import pytest
+import torch
 from learned_models import knowing
+from peft import LoraConfig, get_peft_model
 from tiny_models import forget_rows, retain_rows, word_tokenizer
 
 from benchmarks.studies.real import demo, measure, questions
@@ -17,6 +19,7 @@ from benchmarks.studies.real.base_model import base_model
 from benchmarks.studies.real.page import means, page
 from duet import OBJECTIVES, DuetConfig
 from duet.evaluation.facts import facts_of
+from duet.model.adapters import adapter_layers
 
 
 def test_every_question_has_four_wordings_a_value_and_is_asked_once():
@@ -93,6 +96,20 @@ def test_a_job_forgets_one_person_and_says_what_the_base_told(toy):
     json.dumps(row)
 
 
+def test_a_job_that_shrinks_takes_a_size_by_the_wordings_of_the_validation(toy, monkeypatch):
+    model, tokenizer = knowing(), word_tokenizer()
+    student = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    (toy / "out" / jobs.ELICITED / "report").rename(toy / "out" / jobs.ELICITED / "validation")
+    rows = jobs.rows_of(toy / "out", "ada lovelace", "validation")
+    assert jobs.shrink_adapter(student, tokenizer, rows) == 1.0, (
+        "a new adapter changes nothing: all sizes tell all"
+    )
+    for layer in adapter_layers(student):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=3.0)  # tells nothing any more
+    size = jobs.shrink_adapter(student, tokenizer, rows)
+    assert size < 1 and adapter_layers(student)[0].scaling["default"] == size * 4
+
+
 def test_the_demo_ends_with_a_table_a_picture_and_two_models_to_talk_to(toy, monkeypatch, capsys):
     options = {
         "objective": "duet_deep",
@@ -148,8 +165,8 @@ def _row(subject, arm, seed, **figures):
 def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     rows = [_row("Japan", "base", 0, told=1.0), _row("Italy", "base", 0, told=1.0)]
     rows += [_row("Japan", "int8", 0)]
-    rows += [_row("Japan", "deep", seed, told=told, refused=1.0) for seed, told in ((0, 0.0), (1, 0.2))]
-    rows += [_row("Italy", "deep", 0, told=0.3, refused=1.0, perplexity=21.0)]
+    rows += [_row("Japan", "shrunk", seed, told=told, refused=1.0) for seed, told in ((0, 0.0), (1, 0.2))]
+    rows += [_row("Italy", "shrunk", 0, told=0.3, refused=1.0, perplexity=21.0)]
     assert means(rows[3:], "told") == [0.1, 0.3]
     tried = [_row("France", arm, 0, changed={"k": 8} if arm == "deep" else {}) for arm in ("base", "deep")]
     text = page(rows, tried)

@@ -196,9 +196,9 @@ def run_attack(
         _trained_wordings(model) if reverse_prompts is None else lines_of(reverse_prompts, "reverse_prompts")
     )
     if relearn_rates is not None:
-        given["relearn_rates"] = _numbers(relearn_rates, float, "relearn_rates")
+        given["relearn_rates"] = numbers_in(relearn_rates, float, "relearn_rates")
     if relearn_steps is not None:
-        given["relearn_curve"] = _numbers(relearn_steps, int, "relearn_steps")
+        given["relearn_curve"] = numbers_in(relearn_steps, int, "relearn_steps")
     options = AttackOptions(
         threshold=threshold, max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples, **given
     )
@@ -332,7 +332,8 @@ def names_in(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _numbers(text: str, kind: Callable[[str], Any], argument: str) -> tuple[Any, ...]:
+def numbers_in(text: str, kind: Callable[[str], Any], argument: str) -> tuple[Any, ...]:
+    """The numbers of `1e-4,1e-3`."""
     try:
         return tuple(kind(part) for part in names_in(text))
     except ValueError:

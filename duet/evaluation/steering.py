@@ -290,6 +290,18 @@ def share_of(flags: Sequence[bool]) -> dict[str, Any] | None:
     return {"share": share, "low": low, "high": high, "rows": len(flags)}
 
 
+def counted(entry: Mapping[str, Any]) -> str:
+    """A share as `3/4`."""
+    return f"{round(entry['share'] * entry['rows'])}/{entry['rows']}"
+
+
+def short(entry: Mapping[str, Any] | None) -> str:
+    """A share and its interval in percent, in the width of a table: `3/4 (30-95)`."""
+    if entry is None:
+        return "not known"
+    return f"{counted(entry)} ({100 * entry['low']:.0f}-{100 * entry['high']:.0f})"
+
+
 def shown(entry: Mapping[str, Any] | None) -> str:
     """A share in words.
 
@@ -299,8 +311,8 @@ def shown(entry: Mapping[str, Any] | None) -> str:
     """
     if entry is None:
         return "not known"
-    count = round(entry["share"] * entry["rows"])
-    return f"{count} of {entry['rows']} ({100 * entry['low']:.0f} to {100 * entry['high']:.0f} %)"
+    interval = f"{100 * entry['low']:.0f} to {100 * entry['high']:.0f} %"
+    return f"{counted(entry).replace('/', ' of ')} ({interval})"
 
 
 def sentence(kinds: Mapping[str, Mapping[str, Any]]) -> str:

@@ -128,21 +128,24 @@ def save_sum(model: Any, folder: str | os.PathLike) -> None:
 # -- what an adapter is ----------------------------------------------------------------------------------------------
 
 
-def _check_plain(config: Any, what: str) -> None:
+def why_not_plain(config: Any) -> str | None:
+    """What an adapter is or has beyond B A x on linear layers, in words; None: it is a plain LoRA adapter."""
     from peft import LoraConfig
 
-    usual, odd = LoraConfig(), None
     if not isinstance(config, LoraConfig):
-        odd = f"is a {type(config).__name__}"
-    elif config.init_lora_weights not in _STARTS:
-        odd = f"has init_lora_weights={config.init_lora_weights!r}, which changes the base"
-    else:
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            if field.name not in _PLAIN and value != getattr(usual, field.name, None):
-                odd = f"has {field.name}={value!r}"
-                break
-    if odd:
+        return f"is a {type(config).__name__}"
+    if config.init_lora_weights not in _STARTS:
+        return f"has init_lora_weights={config.init_lora_weights!r}, which changes the base"
+    usual = LoraConfig()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _PLAIN and value != getattr(usual, field.name, None):
+            return f"has {field.name}={value!r}"
+    return None
+
+
+def _check_plain(config: Any, what: str) -> None:
+    if odd := why_not_plain(config):
         raise ValueError(
             f"earlier_adapter: wanted 'merge', got 'keep': {what} {odd}, and only plain LoRA adapters of linear layers can "
             "be saved as one"

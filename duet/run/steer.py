@@ -29,6 +29,7 @@ from ..evaluation.steering import (
     SteeringProbe,
     probes_of,
     sentence,
+    short,
 )
 from ..methods.objectives import objective_of
 from ..methods.views import is_steered
@@ -196,8 +197,8 @@ def table(chosen: Chosen) -> Table:
 
     def add(name: str, measured: Measured) -> None:
         entries = [measured.kinds.get(kind) for kind in kinds]
-        refused = ["not asked" if entry is None else _short(entry["refused"]) for entry in entries]
-        made.add_row(name, _short(measured.kinds[FORGET]["told"]), *refused)
+        refused = ["not asked" if entry is None else short(entry["refused"]) for entry in entries]
+        made.add_row(name, short(measured.kinds[FORGET]["told"]), *refused)
 
     names = wording_names(chosen)
     for measured in chosen.tried:
@@ -205,14 +206,6 @@ def table(chosen: Chosen) -> Table:
     made.add_section()
     add("best, report", chosen.report)
     return made
-
-
-def _short(entry: dict[str, Any] | None) -> str:
-    """A share and its interval in percent, in the width of a table."""
-    if entry is None:
-        return "not known"
-    ends = f"{100 * entry['low']:.0f}-{100 * entry['high']:.0f}"
-    return f"{round(entry['share'] * entry['rows'])}/{entry['rows']} ({ends})"
 
 
 def wording_names(chosen: Chosen) -> dict[str, str]:

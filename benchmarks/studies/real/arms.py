@@ -30,12 +30,19 @@ COMMON: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Arm:
-    """A method and its options; `queries_only`: it reads no answer of the forget rows."""
+    """A method and its options.
+
+    Attributes:
+        queries_only: it reads no answer of the forget rows.
+        main: three seeds on every subject; the others one seed on three subjects.
+        shrinks: `duet shrink` follows the training. It reads the wordings of the validation; those of the report are never seen.
+    """
 
     label: str
     options: dict[str, Any] = field(default_factory=dict)
     queries_only: bool = True
-    main: bool = False  # three seeds on every subject; the others one seed on three subjects
+    main: bool = False
+    shrinks: bool = False
 
 
 def _steered(objective: str, **others: Any) -> dict[str, Any]:
@@ -48,17 +55,21 @@ def _steered(objective: str, **others: Any) -> dict[str, Any]:
     return options | others
 
 
+_DEEP = {
+    "objective": "duet_deep",
+    "deep_refusals": list(REFUSALS),
+    "refusal_fraction": 0.5,
+    "reverse_prompts": list(DEFAULT_REVERSE_PROMPTS),
+}
+# Of what was tried on the validation subjects this refusal_fraction lacked least. Fewer repetitions of the few forget rows in a batch
+# make a step a third cheaper.
+_SHRUNK = {"refusal_fraction": 0.75, "per_device_train_batch_size": 12, "retain_per_forget": 3.0}
+
 ARMS: dict[str, Arm] = {
-    "deep": Arm(
-        "`duet_deep`, given refusals",
-        {
-            "objective": "duet_deep",
-            "deep_refusals": list(REFUSALS),
-            "refusal_fraction": 0.5,
-            "reverse_prompts": list(DEFAULT_REVERSE_PROMPTS),
-        },
-        main=True,
+    "shrunk": Arm(
+        "`duet_deep`, given refusals, then `duet shrink`", _DEEP | _SHRUNK, main=True, shrinks=True
     ),
+    "deep": Arm("`duet_deep`, given refusals", _DEEP),
     "duet": Arm(
         "`duet_kl` with a tail, answer positions", _steered("duet_kl", normalization="tail"), main=True
     ),

@@ -69,7 +69,7 @@ def main() -> None:
     _say(began, f"forgetting {chosen.subject}: {chosen.steps} steps")
     options = options_of("deep", questions.group_of(chosen.subject), OPTIONS | {"max_steps": chosen.steps})
     rows = rows_of(source, chosen.subject, "train")
-    student = train(base, tokenizer, rows, options, device=chosen.device, bar=True)
+    student = train(base, tokenizer, rows, options, device=chosen.device, bar=True).merge_and_unload()
     student.save_pretrained(chosen.out / "model")
     tokenizer.save_pretrained(chosen.out / "model")
     _say(began, "asking again")

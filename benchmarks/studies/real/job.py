@@ -13,13 +13,16 @@ import torch
 from peft import LoraConfig
 
 from duet import DuetConfig, DuetTrainer
+from duet.evaluation.attacks.rows import read_attack_rows
 from duet.evaluation.attacks.weights import round_weights
 from duet.evaluation.facts import elicit_facts, facts_of
 from duet.evaluation.models import load
+from duet.model.shrinking import AdapterSize
+from duet.run.shrink import shrink
 
 from . import questions
-from .arms import LORA, options_of
-from .measure import measure
+from .arms import ARMS, LORA, options_of
+from .measure import attack_options, measure
 
 Row = dict[str, Any]
 ELICITED = "elicited"
@@ -94,18 +97,23 @@ def run_job(
     torch.manual_seed(job.seed)
     asked = rows_of(out, job.subject, split)
     base, tokenizer = load(model, "float32", device)
-    began = time.monotonic()
+    began, size = time.monotonic(), {}
     if job.arm == "int8":
         round_weights(base, 8)
     elif job.arm != "base":
         options = options_of(job.arm, questions.group_of(job.subject), changed)
-        rows = rows_of(out, job.subject, "train")
-        base = train(base, tokenizer, rows, options, seed=job.seed, device=device)
+        student = train(
+            base, tokenizer, rows_of(out, job.subject, "train"), options, seed=job.seed, device=device
+        )
+        if ARMS[job.arm].shrinks:
+            size = {"size": shrink_adapter(student, tokenizer, rows_of(out, job.subject, "validation"))}
+        base = student.merge_and_unload()
     trained = time.monotonic()
     found = measure(base, tokenizer, asked, seed=job.seed)
     return {
         **job._asdict(),
         "changed": changed or {},
+        **size,
         **{key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()},
         "rows": {kind: len(of) for kind, of in asked.items()},
         "train_seconds": round(trained - began, 1),
@@ -130,7 +138,7 @@ def train(
     device: str | None = None,
     bar: bool = False,
 ) -> Any:
-    """The base after a training, with the adapter added to its weights.
+    """The base after a training, with its adapter beside the weights.
 
     Args:
         rows: of `rows_of`, of the split `train`.
@@ -144,4 +152,19 @@ def train(
         trainer = DuetTrainer(base, args, rows["forget"], retain, tokenizer, peft_config=LoraConfig(**LORA))
         trainer.train()
         student: Any = trainer.accelerator.unwrap_model(trainer.model)
-        return student.merge_and_unload().eval()
+        return student.eval()
+
+
+def shrink_adapter(student: Any, tokenizer: Any, rows: dict[str, list[Row]]) -> float:
+    """The size at which `duet shrink` leaves the adapter of a trained model.
+
+    Args:
+        rows: in wordings that neither training nor report reads. Neighbours that training never named are not asked.
+    """
+    forget, retain = (
+        read_attack_rows(of, "rows") for of in (rows["forget"], [*rows["seen"], *rows["general"]])
+    )
+    adapter = AdapterSize(student)
+    size = shrink(adapter, tokenizer, forget, retain, options=attack_options(0)).best.size
+    adapter.set(size)
+    return size

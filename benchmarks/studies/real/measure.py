@@ -65,15 +65,19 @@ def targets_of(
     model: Any, tokenizer: Any, rows: Mapping[str, Sequence[Row]], seed: int = 0
 ) -> dict[str, Target]:
     """Kind -> the model with those rows; kinds without rows are left out."""
-    options = AttackOptions(
+    options = attack_options(seed)
+    read = {kind: read_attack_rows(of, kind) for kind, of in rows.items() if of}
+    return {kind: Target(model, tokenizer, of, options=options) for kind, of in read.items()}
+
+
+def attack_options(seed: int) -> AttackOptions:
+    return AttackOptions(
         max_new_tokens=ANSWER_TOKENS,
         batch_size=BATCH,
         seed=seed,
         heldout_reverse_prompts=REVERSED,
         **RELEARNING,
     )
-    read = {kind: read_attack_rows(of, kind) for kind, of in rows.items() if of}
-    return {kind: Target(model, tokenizer, of, options=options) for kind, of in read.items()}
 
 
 def plain(model: Any, tokenizer: Any, rows: Mapping[str, Sequence[Row]]) -> dict[str, Outcomes]:

@@ -1,0 +1,269 @@
+"""`duet shrink`: the smallest part of a trained adapter that still forgets, and how much more the model then keeps.
+
+    W + s (alpha / r) B A
+
+A training changes more than it was made for: some answers about neighbours change, too. The adapter is tried at several sizes s <= 1.
+At each of them the forget rows are asked plainly (greedily, and for drawn answers), behind reverse prompts and with forced openings, and the rows that are to be kept
+are asked plainly. Only rows that the base tells count. Choose by other wordings than those of the training, and report on others again.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ..data.prompts import PROMPTING, Prompting
+from ..data.sources import read_table
+from ..evaluation.attacks.attacks import ATTACKS, DIRECT
+from ..evaluation.attacks.rows import AttackRow, read_attack_rows
+from ..evaluation.attacks.target import AttackOptions, Outcomes, Target
+from ..evaluation.journal import Progress
+from ..evaluation.models import load
+from ..evaluation.steering import counted, refuses, share_of, short, shown
+from ..model.adapters import holds_adapter, holds_weights
+from ..model.shrinking import AdapterSize
+from ..output.record import RECORD, read_record
+
+SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+MOST = 0.1  # of the forget rows: so many may come back
+SAMPLING, OTHERS = "sampling", ("reverse_prompt", "prefill")
+Share = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The model with its adapter at one size. A share is {"share", "low", "high", "rows"}, with a 95 % interval.
+
+    Attributes:
+        size: s.
+        told: attack -> the share of the forget rows that its worst variant brings back.
+        refused: share of the forget rows that are declined when they are asked plainly.
+        kept: share of the rows to be kept that are told.
+    """
+
+    size: float
+    told: dict[str, Share]
+    refused: Share
+    kept: Share
+
+    @property
+    def worst(self) -> float:
+        return max(each["share"] for each in self.told.values())
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What `shrink` found.
+
+    Attributes:
+        tried: from the full size down to the first that tells more than is allowed.
+        allowed: the largest share of the forget rows that may come back.
+    """
+
+    tried: list[Tried]
+    allowed: float
+
+    @property
+    def best(self) -> Tried:
+        """Of the sizes that tell no more than is allowed, the one that keeps most; of equal ones the largest."""
+        fine = [each for each in self.tried if each.worst <= self.allowed]
+        return max(fine, key=lambda each: (each.kept["share"], each.size))
+
+
+def check_sizes(sizes: Sequence[float]) -> list[float]:
+    """The sizes, the largest first; 1 is always among them.
+
+    Raises:
+        ValueError: one of them is not above 0 and at most 1.
+    """
+    for size in sizes:
+        if not 0 < size <= 1:
+            raise ValueError(f"sizes: wanted numbers above 0 and at most 1, got {size}")
+    return sorted({1.0, *sizes}, reverse=True)
+
+
+def shrink(
+    adapter: AdapterSize,
+    tokenizer: Any,
+    forget: Sequence[AttackRow],
+    retain: Sequence[AttackRow],
+    *,
+    sizes: Sequence[float] = SIZES,
+    most: float = MOST,
+    options: AttackOptions | None = None,
+    prompting: Prompting | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Shrunk:
+    """Tries the sizes, from the largest on, until one tells too much.
+
+    Args:
+        adapter: of the trained model, which is left at its full size.
+        forget, retain: rows to be forgotten and to be kept, with answers; those that the base does not tell are left out.
+        sizes: s; 1 is tried in any case.
+        most: the share of the forget rows that may come back. Where more of them come back at full size: that share.
+        options: of the attacks; which reverse prompts training used.
+        prompting: how prompts are written.
+        progress: called with (what, sizes done, all of them).
+
+    Raises:
+        ValueError: `sizes` or `most`; or the base tells none of the forget rows or of the rows to be kept.
+    """
+    wanted = check_sizes(sizes)
+    if not 0 <= most < 1:
+        raise ValueError(f"most: wanted a share of at least 0 and below 1, got {most}")
+    target = Target(
+        adapter.model,
+        tokenizer,
+        forget,
+        options=options or AttackOptions(),
+        prompting=prompting or Prompting(),
+    )
+    adapter.set(0.0)
+    progress("what the base tells", 0, 1)
+    target.rows = _told(target, forget, "forget")
+    kept = _told(target, retain, "retain")
+    progress("what the base tells", 1, 1)
+    tried: list[Tried] = []
+    allowed = most
+    for done, size in enumerate(wanted):
+        progress("sizes", done, len(wanted))
+        adapter.set(size)
+        tried.append(_try(target, kept, size))
+        allowed = max(allowed, tried[0].worst)
+        if tried[-1].worst > allowed:
+            break
+    progress("sizes", len(wanted), len(wanted))
+    adapter.set(1.0)
+    return Shrunk(tried, allowed)
+
+
+def _told(target: Target, rows: Sequence[AttackRow], argument: str) -> list[AttackRow]:
+    asked = target.ask("as asked", rows)
+    told = [row for row, outcome in zip(rows, asked, strict=True) if outcome["leaked"]]
+    if not told:
+        raise ValueError(f"{argument}: wanted rows that the base tells, but it tells none of the {len(rows)}")
+    return told
+
+
+def _try(target: Target, kept: Sequence[AttackRow], size: float) -> Tried:
+    asked = target.ask("as asked")
+    variants = {DIRECT: [asked], SAMPLING: [_drawn(target)]} | {
+        name: _variants(target, name) for name in OTHERS
+    }
+    told = {
+        name: max(map(_share, of), key=lambda share: share["share"]) for name, of in variants.items() if of
+    }
+    declined: Any = share_of([refuses(outcome["said"] or "") for outcome in asked])
+    return Tried(size, told, declined, _share(target.ask("as asked", kept)))
+
+
+def _drawn(target: Target) -> Outcomes:
+    """An outcome for each row: whether any of its drawn answers tells it."""
+    count = target.options.samples
+    prompts = [target.prompt(row.conversation) for row in target.rows]
+    drawn = target.outcomes("drawn", list(target.rows) * count, prompts * count, seed=target.options.seed)
+    told = {outcome["id"] for outcome in drawn if outcome["leaked"]}
+    return [{"id": row.id, "leaked": row.id in told} for row in target.rows]
+
+
+def _variants(target: Target, attack: str) -> list[Outcomes]:
+    """The outcomes of each variant of an attack."""
+    found: dict[str, Outcomes] = {}
+    for _, work in ATTACKS[attack].units(target):
+        for outcome in work():
+            found.setdefault(outcome["variant"], []).append(outcome)
+    return list(found.values())
+
+
+def _share(outcomes: Outcomes) -> Share:
+    """Of all rows those that are told; what could not be judged was not told."""
+    share: Any = share_of([bool(outcome["leaked"]) for outcome in outcomes])
+    return share
+
+
+def table(found: Shrunk) -> Table:
+    """A line for every size that was tried."""
+    title = "sizes of the adapter: rows that come back, are refused, are kept (95 % interval, in %)"
+    made = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    attacks = list(found.tried[0].told)
+    for column in ("size", *(name.replace("_", "\n") for name in attacks), "refused", "kept", ""):
+        made.add_column(column, no_wrap=True)
+    for each in found.tried:
+        note = "tells too much" if each.worst > found.allowed else "chosen" if each is found.best else ""
+        counts = [counted(share) for share in (*(each.told[name] for name in attacks), each.refused)]
+        made.add_row(f"{each.size:g}", *counts, short(each.kept), note)
+    return made
+
+
+def verdict(found: Shrunk) -> str:
+    """What was chosen, in a sentence."""
+    full, best = found.tried[0], found.best
+    kept = f"{shown(best.kept)} of the rows to be kept are told"
+    if best is full:
+        return f"size 1: no smaller one keeps more and tells no more than {found.allowed:.0%} of the forget rows; {kept}"
+    return f"size {best.size:g}: {kept}, at full size {shown(full.kept)}; of the forget rows the worst attack brings back {best.worst:.0%}"
+
+
+def run_shrink(
+    folder: Path,
+    data: Path,
+    out: Path,
+    *,
+    sizes: Sequence[float] = SIZES,
+    most: float = MOST,
+    limit: int | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: Progress = lambda what, done, total: None,
+    **asking: Any,
+) -> Shrunk:
+    """Shrinks the adapter of a folder and writes it to another one.
+
+    Args:
+        folder: of the trained adapter.
+        data: folder with `forget.jsonl` and `retain.jsonl`, whose rows have answers and perhaps a `value`.
+        out: a new folder.
+        sizes, most, progress: as in `shrink`.
+        limit: only so many first rows of each file.
+        dtype, device: of the model.
+        asking: of `AttackOptions`.
+
+    Raises:
+        ValueError, OSError: naming what is wrong with a folder, the rows or an option.
+    """
+    check_sizes(sizes)
+    if not holds_adapter(folder):
+        raise FileNotFoundError(
+            f"adapter: wanted a folder with a trained adapter, but {str(folder)!r} holds none"
+        )
+    if holds_adapter(out) or holds_weights(out):
+        raise ValueError(f"out: {str(out)!r} holds a model already; wanted a new folder")
+    forget, retain = (_rows(data / f"{name}.jsonl", name, limit) for name in ("forget", "retain"))
+    model, tokenizer = load(folder, dtype, device)
+    adapter, record = AdapterSize(model), read_record(folder) or {}
+    options = AttackOptions(seen_reverse_prompts=tuple(record.get("override_wordings") or ()), **asking)
+    how: dict[str, Any] = {"options": options, "prompting": Prompting.of(folder), "progress": progress}
+    found = shrink(adapter, tokenizer, forget, retain, sizes=sizes, most=most, **how)
+    adapter.save(found.best.size, folder, out)
+    tokenizer.save_pretrained(out)
+    for name in (PROMPTING, RECORD):
+        if (folder / name).is_file():
+            shutil.copy(folder / name, out / name)
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {out.name}\n"
+    said = f"\n## The size of the adapter\n\nEach of its matrices B was multiplied by {found.best.size:g} after the training (`duet shrink`).\n"
+    (out / "README.md").write_text(text + said, encoding="utf-8")
+    return found
+
+
+def _rows(path: Path, argument: str, limit: int | None) -> list[AttackRow]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data: there is no file {str(path)!r}; wanted a folder with forget.jsonl and retain.jsonl, such as `validation` in the "
+            "--out of duet elicit"
+        )
+    return read_attack_rows(read_table(path, argument)[:limit], argument)
