@@ -23,14 +23,13 @@ from duet_kernels import LMHead, set_workspace_bytes
 
 from .config import DuetConfig
 from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler, first_rows
-from .data.prompts import fill_prefix, steered_tokenizer
 from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
 from .methods.asking import Asking
 from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.selectivity import FixedSteps, check_selective, check_selective_model
 from .methods.sharpness import SharpSteps, check_sharp, check_sharp_weights
-from .methods.steering import look_at_teacher
+from .methods.steering import look_at_teacher, tokenizer_that_steers
 from .methods.views import asked_before_training, build_dataset, eval_datasets, is_steered, renderer_of
 from .model import answers, lm, loading
 from .model.adapters import check_folder, check_not_earlier, has_adapter
@@ -139,10 +138,8 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
         rows = {"forget": forget, "retain": retain}
         self._fingerprints = {k: (len(v), fingerprint([row[:3] for row in v])) for k, v in rows.items() if v}
 
-        earlier = args.earlier_adapter
-        model = loading.load_model(
-            model, "model", args.model_init_kwargs, loading.loading_device(args), earlier
-        )
+        earlier, loaded = args.earlier_adapter, (args.model_init_kwargs, loading.loading_device(args))
+        model = loading.load_model(model, "model", *loaded, earlier)
         lm.check_whole(model)
         model = loading.without_frozen_adapter(model, "model", peft_config is not None, earlier)
         loading.keep_differentiable(model)
@@ -182,7 +179,6 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
             whole, placed = not loading.is_sharded(args), not (args.bf16_full_eval or args.fp16_full_eval)
             early = whole and placed and asked_before_training(self.objective, args)
             share = whole and self.objective.start is None
-            loaded = args.model_init_kwargs, loading.loading_device(args)
             self.teacher = live_teacher(model, teacher_model, head, *loaded, early=early, share=share)
         if self.objective.start is not None:  # the teacher's copy has been made
             self.objective.start(model, args)
@@ -191,9 +187,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
 
         self._parts = LossParts()
         self._prepared: list[UnlearnDataset] = []
-        packed, why = (
-            loading.can_pack(model) if args.padding_free is None else (args.padding_free, "asked for")
-        )
+        packed, why = loading.can_pack(model, args.padding_free)
         logger.info(f"batches are {'packed' if packed else 'padded'}: {why}")
         super().__init__(
             model=model,
@@ -250,7 +244,8 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
             ValueError: resumed with other options, rows, weights, ... than it began with; what changed is named.
         """
         if self.objective.loss is None:
-            return self._steer()
+            self.processing_class = tokenizer_that_steers(self.train_dataset, self.renderer, self.args)
+            return TrainOutput(0, 0.0, {})
         check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
         self._keep_record(resume_from_checkpoint)
         known = self.teacher_measured or resume_from_checkpoint or loading.is_sharded(self.args)
@@ -262,14 +257,6 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
                 self.prepare_rows(dataset)
             self.teacher.gone = True  # a checkpoint may be loaded next, and then steps are made
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _steer(self) -> TrainOutput:
-        people = ", ".join(self.train_dataset.subjects) or None
-        instruction = fill_prefix(self.args.steering_prefixes[0], people, "forget_dataset")
-        place, options = self.args.steering_place, self.renderer.template_kwargs
-        self.processing_class = steered_tokenizer(self.processing_class, instruction, place, **options)
-        logger.info("in_context: nothing is trained; the chat template now steers (save_model() writes it)")
-        return TrainOutput(0, 0.0, {})
 
     def _keep_record(self, resume_from: str | bool | None) -> None:
         if not self.is_world_process_zero():
@@ -302,9 +289,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
     def get_test_dataloader(self, test_dataset):
         """For `predict(rows)`: rows as in `eval_dataset`; their loss is a metric, and nothing else is predicted."""
         if self.objective.loss is None:
-            raise ValueError(
-                f"test_dataset: wanted none, because objective {self.args.objective!r} has no loss"
-            )
+            raise ValueError(f"test_dataset: wanted none, objective {self.args.objective!r} has no loss")
         dataset = eval_datasets(test_dataset, self._dataset, self._train_subjects)
         self.prepare_rows(dataset)
         return super().get_test_dataloader(dataset)
@@ -356,10 +341,8 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
         # accelerate puts autocast around the forward that we replace. Only the backbone wants it: the losses run in
         # the head's dtype, because logits that are rounded before they are compared spoil the gradient.
         with self.accelerator.autocast():
-            if f"{view}beginning" in inputs:
-                hidden = self._reused.table.hidden_states_at(
-                    model, inputs[f"{view}beginning"], ids, mask, places
-                )
+            if (beginning := inputs.get(f"{view}beginning")) is not None:
+                hidden = self._reused.table.hidden_states_at(model, beginning, ids, mask, places)
                 head = LMHead.of(model)
                 return hidden.to(head.weight.dtype), head
             return lm.head_inputs(model, ids, mask, places, layer=layer, position_ids=packed)

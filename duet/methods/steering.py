@@ -1,4 +1,4 @@
-"""A look at the steered teacher before training: a student cannot forget what its teacher still tells."""
+"""A look at the steered teacher before training, and what `in_context` makes in the place of one: a chat template that steers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..data.dataset import UnlearnDataset
+from ..data.prompts import PromptRenderer, fill_prefix, steered_tokenizer
 
 logger = logging.get_logger(__name__)
 LOOKED_AT, TOKENS = 8, 16  # forget queries, and tokens of each answer
@@ -44,6 +45,14 @@ def look_at_teacher(
             "steering_prefixes, another teacher, or an objective without one, such as npo"
         )
     return [query.name for query, _ in told]
+
+
+def tokenizer_that_steers(dataset: UnlearnDataset, renderer: PromptRenderer, args: Any) -> Any:
+    """The tokenizer with a chat template that puts the first prefix, about all subjects, before every conversation."""
+    people = ", ".join(dataset.subjects) or None
+    instruction = fill_prefix(args.steering_prefixes[0], people, "forget_dataset")
+    logger.info("in_context: nothing is trained; the chat template now steers (save_model() writes it)")
+    return steered_tokenizer(renderer.tokenizer, instruction, args.steering_place, **renderer.template_kwargs)
 
 
 def _holds(text: str, answer: str | None) -> bool:

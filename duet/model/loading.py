@@ -143,12 +143,14 @@ def choose_attention(wanted: str, device: torch.device, half: bool) -> tuple[str
     return None, "flash-attn is not installed"
 
 
-def can_pack(model: nn.Module) -> tuple[bool, str]:
-    """(whether several sequences can be packed into one without attending to each other, why).
+def can_pack(model: nn.Module, asked_for: bool | None = None) -> tuple[bool, str]:
+    """(whether several sequences can be packed into one without attending to each other, why). `asked_for`: then this.
 
     flash-attn reads their starts from `position_ids`, and does no work for padding. Other implementations separate them by
     a `[T, T]` mask: correct, but slower than padding.
     """
+    if asked_for is not None:
+        return asked_for, "asked for"
     model = base_language_model(model)
     name = getattr(model.config, "_attn_implementation", None) or "eager"
     if "position_ids" not in inspect.signature(find_backbone(model).forward).parameters:
