@@ -115,24 +115,19 @@ def shrink(
     wanted = check_sizes(sizes)
     if not 0 <= most < 1:
         raise ValueError(f"most: wanted a share of at least 0 and below 1, got {most}")
-    target = Target(
-        adapter.model,
-        tokenizer,
-        forget,
-        options=options or AttackOptions(),
-        prompting=prompting or Prompting(),
-    )
-    adapter.set(0.0)
+    asked = {"options": options or AttackOptions(), "prompting": prompting or Prompting()}
+    forgotten, kept = (Target(adapter.model, tokenizer, rows, **asked) for rows in (forget, retain))
     progress("what the base tells", 0, 1)
-    target.rows = _told(target, forget, "forget")
-    kept = _told(target, retain, "retain")
+    adapter.set(0.0)
+    for target, argument in ((forgotten, "forget"), (kept, "retain")):
+        target.rows = _told(target, argument)
     progress("what the base tells", 1, 1)
     tried: list[Tried] = []
     allowed = most
     for done, size in enumerate(wanted):
         progress("sizes", done, len(wanted))
         adapter.set(size)
-        tried.append(_try(target, kept, size))
+        tried.append(_try(forgotten, kept, size))
         allowed = max(allowed, tried[0].worst)
         if tried[-1].worst > allowed:
             break
@@ -141,24 +136,26 @@ def shrink(
     return Shrunk(tried, allowed)
 
 
-def _told(target: Target, rows: Sequence[AttackRow], argument: str) -> list[AttackRow]:
-    asked = target.ask("as asked", rows)
-    told = [row for row, outcome in zip(rows, asked, strict=True) if outcome["leaked"]]
+def _told(target: Target, argument: str) -> list[AttackRow]:
+    told = [
+        row for row, outcome in zip(target.rows, target.ask("as asked"), strict=True) if outcome["leaked"]
+    ]
     if not told:
-        raise ValueError(f"{argument}: wanted rows that the base tells, but it tells none of the {len(rows)}")
+        raise ValueError(
+            f"{argument}: wanted rows that the base tells, but it tells none of the {len(target.rows)}"
+        )
     return told
 
 
-def _try(target: Target, kept: Sequence[AttackRow], size: float) -> Tried:
-    asked = target.ask("as asked")
-    variants = {DIRECT: [asked], SAMPLING: [_drawn(target)]} | {
-        name: _variants(target, name) for name in OTHERS
-    }
+def _try(forgotten: Target, kept: Target, size: float) -> Tried:
+    asked = forgotten.ask("as asked")
+    variants = {DIRECT: [asked], SAMPLING: [_drawn(forgotten)]}
+    variants |= {name: _variants(forgotten, name) for name in OTHERS}
     told = {
         name: max(map(_share, of), key=lambda share: share["share"]) for name, of in variants.items() if of
     }
     declined: Any = share_of([refuses(outcome["said"] or "") for outcome in asked])
-    return Tried(size, told, declined, _share(target.ask("as asked", kept)))
+    return Tried(size, told, declined, _share(kept.ask("as asked")))
 
 
 def _drawn(target: Target) -> Outcomes:
