@@ -184,13 +184,13 @@ def _share(outcomes: Outcomes) -> Share:
 
 def table(found: Shrunk) -> Table:
     """A line for every size that was tried."""
-    title = "sizes of the adapter: rows that come back, are refused, are kept (95 % interval, in %)"
+    title = "rows that come back, are refused, are kept (95 % interval, in %)"
     made = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     attacks = list(found.tried[0].told)
     for column in ("size", *(name.replace("_", "\n") for name in attacks), "refused", "kept", ""):
         made.add_column(column, no_wrap=True)
     for each in found.tried:
-        note = "tells too much" if each.worst > found.allowed else "chosen" if each is found.best else ""
+        note = "too much" if each.worst > found.allowed else "chosen" if each is found.best else ""
         counts = [counted(share) for share in (*(each.told[name] for name in attacks), each.refused)]
         made.add_row(f"{each.size:g}", *counts, short(each.kept), note)
     return made
