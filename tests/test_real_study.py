@@ -166,7 +166,7 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     rows = [_row("Japan", "base", 0, told=1.0), _row("Italy", "base", 0, told=1.0)]
     rows += [_row("Japan", "int8", 0)]
     rows += [_row("Japan", "shrunk", seed, told=told, refused=1.0) for seed, told in ((0, 0.0), (1, 0.2))]
-    rows += [_row("Italy", "shrunk", 0, told=0.3, refused=1.0, perplexity=21.0)]
+    rows += [_row("Italy", "shrunk", 0, size=0.8, told=0.3, refused=1.0, perplexity=21.0)]
     assert means(rows[3:], "told") == [0.1, 0.3]
     tried = [_row("France", arm, 0, changed={"k": 8} if arm == "deep" else {}) for arm in ("base", "deep")]
     text = page(rows, tried)
@@ -174,6 +174,7 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     assert "| forget rows refused in a whole sentence | >= 0.90 | 1.00 | met |" in text
     assert "| perplexity of plain text, as a multiple of the base's | <= 1.05 | 1.02 | met |" in text
     assert "Of the bar's 11 lines 7 are met." in text and "`k: 8` | 1 |" in text
+    assert "multiplied the adapters by: Italy 0.8." in text
     assert (
         "| the base, rounded to int8 | 1 |" in text
         and "20 (10–30)" in text

@@ -95,6 +95,12 @@ def settings(tried: Sequence[Row]) -> list[str]:
     return lines
 
 
+def sizes(rows: Sequence[Row]) -> list[str]:
+    """A sentence on the sizes that `duet shrink` chose."""
+    chosen = [f"{row['subject']} {row['size']:g}" for row in rows if "size" in row]
+    return [f"`duet shrink` multiplied the adapters by: {', '.join(chosen)}."] if chosen else []
+
+
 def not_run(rows: Sequence[Row]) -> list[str]:
     """A sentence on methods without a row, and on subjects of our method without one."""
     arms = [label for name, label in LABELS.items() if name not in {row["arm"] for row in rows}]
@@ -204,6 +210,7 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = ()) -> str:
             "",
             *table(rows),
             "",
+            *sizes(rows),
             *not_run(rows),
             *not_shown([*rows, *tried]),
             "",
