@@ -67,7 +67,10 @@ _SHRUNK = {"refusal_fraction": 0.75, "per_device_train_batch_size": 12, "retain_
 
 ARMS: dict[str, Arm] = {
     "shrunk": Arm(
-        "`duet_deep`, given refusals, then `duet shrink`", _DEEP | _SHRUNK, main=True, shrinks=True
+        "`duet_deep`, given refusals, more of them and more retain rows, then `duet shrink`",
+        _DEEP | _SHRUNK,
+        main=True,
+        shrinks=True,
     ),
     "deep": Arm("`duet_deep`, given refusals", _DEEP),
     "duet": Arm(
