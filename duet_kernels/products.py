@@ -39,11 +39,7 @@ def pitch(columns: int) -> int:
 
 def operand(x: Tensor) -> Tensor:
     """x as a product takes it: itself, or a half that the library cannot multiply into fp32 upcast."""
-    return _cast(x, operand_dtype(x))
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
+    return x.to(operand_dtype(x))
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
@@ -61,7 +57,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     acc = acc_dtype(torch.promote_types(a.dtype, b.dtype))
     if _as_halves(a, b):
         return torch.mm(a, b, out_dtype=acc) if out is None else torch.mm(a, b, out_dtype=acc, out=out)
-    return torch.mm(_cast(a, acc), _cast(b, acc), out=out)
+    return torch.mm(a.to(acc), b.to(acc), out=out)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -70,7 +66,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     if _as_halves(a, b) and not a.is_meta:  # meta tensors have no such form in torch 2.11
         torch.addmm(out, a, b, out_dtype=acc, out=out)
     else:
-        out.addmm_(_cast(a, acc), _cast(b, acc))
+        out.addmm_(a.to(acc), b.to(acc))
 
 
 def batched_product(a: Tensor, b: Tensor) -> Tensor:

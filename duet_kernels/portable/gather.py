@@ -95,10 +95,6 @@ def mark_ids(values: Tensor, indices: Tensor, head: LMHead) -> Tensor:
     )
 
 
-def slope_at(grad: Tensor, values: Tensor, head: LMHead) -> Tensor:
-    return grad.to(head.acc) * head.slope(values)
-
-
 def sum_of_rows(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """`[N, D]` sum_k weights[n, k] table[ids[n, k]], in the dtype of `weights`."""
     if ids.numel() == 0:
@@ -137,8 +133,7 @@ def linear_gather_backward(
     No atomics, so two runs are bitwise equal.
     """
     dhidden = dweight = dbias = None
-    absent = indices < 0
-    dx = slope_at(grad, values, head).masked_fill(absent, 0)
+    dx = (grad * head.slope(values)).masked_fill(indices < 0, 0)
     ids = indices.clamp(0, head.weight.shape[0] - 1)
     if need.hidden:
         dhidden = sum_of_rows(head.weight, ids, dx).to(hidden.dtype)
@@ -193,7 +188,7 @@ def topk_loss(
     loss, dvalues, _ = divergence_and_gradient(values, teacher, None, None, factor, spec)
     dhidden = None
     if need.hidden:
-        dx = slope_at(dvalues, values, head).masked_fill(indices < 0, 0)
+        dx = (dvalues * head.slope(values)).masked_fill(indices < 0, 0)
         ids = indices.clamp(0, head.weight.shape[0] - 1)
         dhidden = sum_of_rows(head.weight, ids, dx).to(grad_dtype(hidden.dtype))
     return loss, values, dvalues, dhidden
@@ -212,7 +207,7 @@ def _topk_loss_by_pieces(
         z = head.finish_(_dots(gathered, hidden[rows]), None if bias is None else bias[rows])
         z = mark_ids(z, indices[rows], head)
         loss[rows], dz, _ = divergence_and_gradient(z, teacher[rows], None, None, factor[rows], spec)
-        dx = slope_at(dz, z, head).masked_fill(indices[rows] < 0, 0)
+        dx = (dz * head.slope(z)).masked_fill(indices[rows] < 0, 0)
         dh = dx.new_empty(len(dx), hidden.shape[1])
         _weighted_sums(dx, gathered, dh)
         values[rows], dvalues[rows], dhidden[rows] = z, dz, dh

@@ -46,7 +46,7 @@ def dense_loss(
     agree(
         head,
         "linear_distill_loss",
-        (*dataclasses.astuple(spec), tokens.reduction),
+        (*spec.options, tokens.reduction),
         **states,
         factor=tokens.factor,
     )
