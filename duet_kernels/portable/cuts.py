@@ -21,10 +21,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..dispatch import acc_dtype
+from ..dispatch import acc_dtype, workspace_bytes
 from ..head import LMHead
 from ..products import Scaled, operand, operand_dtype, pitch, product
-from ..workspace import workspace_bytes
 
 MAX_ROWS = 8192  # rows of a vocabulary tile: keeps a tile wide enough to be an efficient product
 TILE_BYTES = 8 * 2**20  # a tile that stays in the last-level cache is folded several times faster

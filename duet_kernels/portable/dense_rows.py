@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..dispatch import workspace_bytes
 from ..options import Divergence
-from ..workspace import workspace_bytes
 from . import cuts
 from .cuts import multiply_, row_chunks
 from .terms import OF_DISTRIBUTIONS, OF_LOGITS, difference, expected, infinite

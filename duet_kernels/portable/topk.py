@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import workspace_bytes
 from ..head import LMHead
 from ..products import operand
-from ..workspace import workspace_bytes
 from . import cuts
 from .cuts import (
     chunk_logits,
