@@ -170,11 +170,11 @@ class Divergence:
     needs_teacher_logsumexp: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        normalization = self.normalization
+        normalization, traits = self.normalization, DIVERGENCES[self.name]
         follows = {
             "options": (self.name, normalization, self.temperature, self.beta, self.delta, self.clip),
-            "raw": normalization == "none",
-            "noise": DIVERGENCES[self.name].noise,
+            "raw": not traits.normalizations,
+            "noise": traits.noise,
             "nonnegative": self.clip < math.inf or normalization == "generalized",
             "needs_student_logsumexp": normalization not in ("none", "renormalize"),
             "needs_teacher_logsumexp": normalization in ("tail", "truncated", "generalized"),
@@ -225,9 +225,7 @@ class Divergence:
         check_number("clip", clip, CLIPS)
         if normalization not in CLIPPED:
             got = (
-                f"the raw logits of {name!r}"
-                if not traits.normalizations
-                else f"normalization={normalization!r}"
+                f"normalization={normalization!r}" if traits.normalizations else f"the raw logits of {name!r}"
             )
             raise ValueError(
                 f"clip: limits terms that are >= 0, those of distributions with normalization {', '.join(CLIPPED)}; got {got}"
