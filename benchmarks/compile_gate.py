@@ -203,7 +203,7 @@ def dense_cases(
     wide = DENSE_WIDE if v > 16 else ()
 
     def divergence(name: str, beta: float):
-        raw = DIVERGENCES[name].raw
+        raw = not DIVERGENCES[name].normalizations
         spec = Divergence(name, "none" if raw else "renormalize", 1.0 if raw else 2.0, beta, 1.0)
         return linear_divergence(hidden, head, hidden, head, row, spec, need)
 

@@ -30,8 +30,8 @@ from benchmarks.harness import Call, Row
 from benchmarks.presets import PRESETS
 from benchmarks.providers import OURS, Provider, Run, chosen
 from duet_kernels import set_workspace_bytes
+from duet_kernels.dispatch import workspace_bytes
 from duet_kernels.testing import assert_within_budget
-from duet_kernels.workspace import workspace_bytes
 
 # Relative RMS error that a peer may have: rounding of logits to half precision is its own choice, a wrong sign is not.
 PEER_BOUND = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}

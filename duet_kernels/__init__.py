@@ -1,6 +1,6 @@
 """Losses over the vocabulary from hidden states and the LM head, without ever storing full logits."""
 
-from .dispatch import resolve_impl
+from .dispatch import resolve_impl, set_workspace_bytes
 from .functional import (
     linear_cross_entropy,
     linear_distill_loss,
@@ -13,7 +13,6 @@ from .functional import (
 )
 from .head import LMHead, TopK
 from .modules import LinearCrossEntropyLoss, LinearDistillLoss, TopKDistillLoss
-from .workspace import set_workspace_bytes
 
 __all__ = [
     "LMHead",

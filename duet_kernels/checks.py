@@ -32,9 +32,9 @@ def flatten_hidden(
     _is_tensor(name, hidden)
     if hidden.dtype not in DTYPES:
         raise TypeError(f"{name}: wanted fp32, fp16, bf16 or fp64, got {hidden.dtype}")
-    if hidden.dim() < 1 or hidden.shape[-1] != head.hidden_size:
+    if hidden.dim() < 1 or hidden.shape[-1] != head.weight.shape[1]:
         raise ValueError(
-            f"{name}: wanted shape [..., {head.hidden_size}] to match {head_name}.weight {list(head.weight.shape)}, "
+            f"{name}: wanted shape [..., {head.weight.shape[1]}] to match {head_name}.weight {list(head.weight.shape)}, "
             f"got {list(hidden.shape)}"
         )
     if hidden.device != head.weight.device:

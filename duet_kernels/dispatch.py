@@ -1,12 +1,13 @@
-"""Which implementation runs an operation, and why. Imports no triton until it is asked about it.
+"""What a device gets: an implementation of each operation, and why; dtypes and products of halves; bytes of workspace.
 
 On an NVIDIA GPU of sm_80 or newer `auto` takes the Triton kernel of every operation, but for the exceptions that were
-measured (`measured`). Everywhere else it takes `chunked`.
+measured (`measured`). Everywhere else it takes `chunked`. Imports no triton.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager
@@ -15,11 +16,11 @@ from typing import Literal, get_args
 import torch
 
 from . import measured
-from .workspace import workspace_bytes
 
 Impl = Literal["auto", "triton", "chunked", "reference"]
 Choice = Literal["triton", "chunked", "reference"]
 IMPLS: tuple[Impl, ...] = get_args(Impl)
+HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looks for it, imports nothing
 # "topk_distill_loss/lse" are its forms that need a log-sum-exp of the student: all but raw logits and `renormalize`.
@@ -35,6 +36,11 @@ OPS = (
 )
 LEAST_ARCH = 80  # Triton compiles for sm_80 and newer
 MAX_SLOTS = 8192  # of `topk_distill_loss`'s kernel: `tiles.MAX_SLOTS`, known here without triton
+
+LEAST_BYTES, MOST_BYTES = 256 * 2**20, 3 * 2**30
+_set: int | None = None
+
+# --- dtypes ------------------------------------------------------------------------------------------------------
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,6 +60,9 @@ def exact_dtypes(device: torch.device) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
+# --- what a device can do ----------------------------------------------------------------------------------------
+
+
 def architecture(device: torch.device) -> int:
     """Compute capability as one number (90 for sm_90); 0 on anything but an NVIDIA GPU that is there."""
     if device.type != "cuda" or on_rocm() or not torch.cuda.is_available():
@@ -65,6 +74,71 @@ def architecture(device: torch.device) -> int:
 def on_rocm() -> bool:
     """Whether "cuda" devices of this torch are AMD's."""
     return torch.version.hip is not None
+
+
+def half_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the library of `device` multiplies operands of `dtype`, a half, and returns the sums in fp32.
+
+    cuBLAS does, with bf16 from sm_80 on. Not every rocBLAS in use does.
+    """
+    if dtype not in HALVES or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return dtype == torch.float16 or architecture(device) >= 80
+
+
+# --- bytes beyond inputs and outputs -------------------------------------------------------------------------------
+
+
+def set_workspace_bytes(num_bytes: int | None) -> int | None:
+    """Set the bytes that a call may use beyond its inputs and outputs, for this process and every device.
+
+    Without a setting it is 256 MiB on a CPU, and on a CUDA device a 64th of its memory, at least 256 MiB and at most
+    3 GiB (1.25 GiB of an 80 GB card).
+
+    Args:
+        num_bytes: at least 1 MiB, or None for the default of each device.
+
+    Returns:
+        The previous setting, so that it can be put back: bytes, or None where nothing was set.
+
+    Raises:
+        ValueError: `num_bytes` is not an integer of at least 1 MiB.
+
+    Example:
+        >>> previous = set_workspace_bytes(64 * 2**20)
+        >>> set_workspace_bytes(previous) == 64 * 2**20
+        True
+    """
+    global _set
+    wrong = isinstance(num_bytes, bool) or not isinstance(num_bytes, int) or num_bytes < 2**20
+    if num_bytes is not None and wrong:
+        raise ValueError(
+            f"num_bytes: wanted an integer of at least {2**20} (1 MiB) or None, got {num_bytes!r}"
+        )
+    previous, _set = _set, num_bytes
+    return previous
+
+
+def workspace_bytes(device: torch.device | None = None) -> int:
+    """The bytes that a call on `device` may use; None stands for a CPU."""
+    if _set is not None:
+        return _set
+    if device is None or device.type != "cuda":
+        return LEAST_BYTES
+    return share_of(_total_memory(device.index))
+
+
+def share_of(total_memory: int) -> int:
+    """The default on a CUDA device with so many bytes of memory."""
+    return min(max(total_memory // 64, LEAST_BYTES), MOST_BYTES)
+
+
+@functools.lru_cache
+def _total_memory(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).total_memory
+
+
+# --- which implementation, and why ---------------------------------------------------------------------------------
 
 
 def _why_no_kernel(op: str, k: int | None) -> str | None:

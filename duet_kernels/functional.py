@@ -235,8 +235,8 @@ def topk_distill_loss(
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
     flat = check_topk(teacher, lead, head.num_ids, spec, hidden)
-    choice = _topk_choice(spec, hidden_nd, impl, flat[0].shape[1])
-    tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
+    choice = _resolve("topk_distill_loss", hidden_nd, impl, flat[0].shape[1], spec.needs_student_logsumexp)
+    tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
     values, indices = tokens.take(flat[0]), tokens.take(flat[1])
     tail = None if flat[2] is None else tokens.take(flat[2])
     run = ops if head.group is None else sharded
@@ -310,9 +310,9 @@ def topk_distill_stats(
     values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden)
     sampled = _sampled(token_ids, mask, lead, head, hidden)
     differentiable = spec.needs_student_logsumexp or sampled is not None  # in the log-sum-exp
-    op = "topk_distill_loss/lse" if differentiable or student_mass or entropy else "topk_distill_loss"
-    choice = _resolve(op, hidden_nd, impl, values.shape[1])
-    tokens = loss_tokens(hidden_nd, lead, mask, None, "none", None).for_impl(choice)
+    lse = differentiable or student_mass or entropy
+    choice = _resolve("topk_distill_loss", hidden_nd, impl, values.shape[1], lse)
+    tokens = loss_tokens(hidden_nd, lead, mask, None, "none", None, choice)
 
     def results(rows: Tensor | None) -> Tensor | None:
         return None if rows is None else tokens.reduce(tokens.weigh(rows.to(tokens.factor.dtype)))
@@ -421,13 +421,14 @@ def linear_distill_loss(
     op = "linear_distill_loss" if k is None else "linear_topk"
     choice = _resolve(op, hidden_nd, impl, k)
     # Masked tokens are left out before the teacher's pass over the vocabulary, the dearest step of all.
-    tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
+    tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
     hidden_nd, teacher_nd = tokens.take(hidden_nd), tokens.take(teacher_nd)
     if k is None:
         run = ops if student_head.group is None and teacher_head.group is None else sharded
         return run.dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
     teacher = _teacher_topk(hidden_nd, student_head, teacher_nd, teacher_head, k, support, spec, impl)
-    choice = _topk_choice(spec, hidden_nd, impl, teacher.indices.shape[1])
+    slots = teacher.indices.shape[1]
+    choice = _resolve("topk_distill_loss", hidden_nd, impl, slots, spec.needs_student_logsumexp)
     run = ops if student_head.group is None else sharded
     return run.topk_loss(hidden_nd, student_head, *teacher[:3], spec, tokens, choice)
 
@@ -476,7 +477,7 @@ def linear_cross_entropy(
     ids = flatten_ids("labels", labels, lead, head.num_ids, hidden.device, ignore_index=ignore_index)
     choice = _resolve("linear_cross_entropy", hidden_nd, impl)
     mask = ids.view(lead) != ignore_index
-    tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items).for_impl(choice)
+    tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
     ids, hidden_nd = tokens.take(ids.where(ids != ignore_index, 0)), tokens.take(hidden_nd)
     run = ops if head.group is None else sharded
     return run.cross_entropy(hidden_nd, head, ids, tokens, choice)
@@ -541,7 +542,9 @@ def linear_token_stats(
 # --- shared steps ----------------------------------------------------------------------------------------------
 
 
-def _resolve(op: str, hidden_nd: Tensor, impl: Impl, k: int | None = None) -> str:
+def _resolve(op: str, hidden_nd: Tensor, impl: Impl, k: int | None = None, lse: bool = False) -> str:
+    """The implementation of `op`; `lse`: of its form that needs a log-sum-exp of the student."""
+    op = f"{op}/lse" if lse else op
     return resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl, tokens=hidden_nd.shape[0], k=k)[0]
 
 
@@ -566,11 +569,6 @@ def _teacher_mass(
     if tuple(tail.shape) != lead:
         raise ValueError(f"teacher.tail_logsumexp: wanted shape {list(lead)}, got {list(tail.shape)}")
     return ops.teacher_mass(values, indices, tail.detach().reshape(len(values)), spec.temperature)
-
-
-def _topk_choice(spec: Divergence, hidden_nd: Tensor, impl: Impl, k: int) -> str:
-    op = "topk_distill_loss/lse" if spec.needs_student_logsumexp else "topk_distill_loss"
-    return _resolve(op, hidden_nd, impl, k)
 
 
 def _teacher_topk(

@@ -169,10 +169,6 @@ _LEAST, _MOST = 1e-4, 1e4  # beyond these fp32 logits are too small or too coars
 _HELD = f"from {_LEAST:g} to {_MOST:g} (the range of fp32 logits)"
 
 
-def _held(number: float) -> bool:
-    return _LEAST <= number <= _MOST
-
-
 class _Between(NamedTuple):
     """Which fields of a text configuration say what happens between the output layer and the logits."""
 
@@ -230,6 +226,10 @@ class LMHead:
         shards: how many rows each rank of the group has, in the order of the ranks. None asks them: making the head is then
             a collective call.
 
+    Attributes:
+        num_ids: how many ids count: `vocab_size`, or V. With a group: of all ranks.
+        acc: the dtype of the logits: fp64 for an fp64 weight, else fp32.
+
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
 
@@ -246,6 +246,8 @@ class LMHead:
     vocab_size: int | None = None
     group: ProcessGroup | None = None
     shards: tuple[int, ...] | None = None
+    num_ids: int = dataclasses.field(init=False)
+    acc: torch.dtype = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if "DTensor" in (type(self.weight).__name__, type(self.bias).__name__):
@@ -268,11 +270,13 @@ class LMHead:
                     f"head.bias: wanted {weight.dtype} on {weight.device} like head.weight, "
                     f"got {bias.dtype} on {bias.device}"
                 )
-        if self.softcap is not None and not (is_finite_number(self.softcap) and _held(self.softcap)):
+        if self.softcap is not None and not (
+            is_finite_number(self.softcap) and _LEAST <= self.softcap <= _MOST
+        ):
             raise ValueError(
                 f"head.softcap: wanted a finite number > 0, {_HELD}, or None, got {self.softcap!r}"
             )
-        if not is_finite_number(self.scale) or not _held(abs(self.scale)):
+        if not is_finite_number(self.scale) or not _LEAST <= abs(self.scale) <= _MOST:
             raise ValueError(
                 f"head.scale: wanted a finite number other than 0, {_HELD} or its negative, got {self.scale!r}"
             )
@@ -281,6 +285,8 @@ class LMHead:
         size, rows = self.vocab_size, sum(self.shards or weight.shape[:1])
         if size is not None and not (isinstance(size, int) and 1 <= size <= rows):
             raise ValueError(f"head.vocab_size: wanted None or an integer from 1 to {rows}, got {size!r}")
+        object.__setattr__(self, "num_ids", rows if size is None else size)
+        object.__setattr__(self, "acc", acc_dtype(weight.dtype))
 
     def _take_local_rows(self) -> None:
         """Put this rank's rows in the place of DTensors, with the group and the shards of their mesh."""
@@ -316,20 +322,8 @@ class LMHead:
         object.__setattr__(self, "shards", tuple(shards))
 
     @property
-    def num_ids(self) -> int:
-        """How many ids count: `vocab_size`, or V. With a group: of all ranks."""
-        if self.vocab_size is not None:
-            return self.vocab_size
-        return self.weight.shape[0] if self.shards is None else sum(self.shards)
-
-    @property
     def hidden_size(self) -> int:
         return self.weight.shape[1]
-
-    @property
-    def acc(self) -> torch.dtype:
-        """The dtype of the logits: fp64 for an fp64 weight, else fp32."""
-        return acc_dtype(self.weight.dtype)
 
     def finish_(self, z: Tensor, bias: Tensor | None) -> Tensor:
         """Turn the product h W^T into logits, in place; `bias` is that of its columns."""

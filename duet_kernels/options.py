@@ -75,10 +75,6 @@ class Traits:
     reads: tuple[Literal["beta", "delta"], ...]
     noise: bool
 
-    @property
-    def raw(self) -> bool:
-        return not self.normalizations
-
 
 _BUCKET: tuple[Normalization, ...] = ("renormalize", "tail")
 
@@ -117,7 +113,9 @@ def require_every(where: str, names: Collection[str], wanted: Collection[str]) -
 
 
 require_every("options.DIVERGENCES", DIVERGENCES, get_args(DivergenceName))
-RAW: tuple[DivergenceName, ...] = tuple(n for n in get_args(DivergenceName) if DIVERGENCES[n].raw)
+RAW: tuple[DivergenceName, ...] = tuple(
+    n for n in get_args(DivergenceName) if not DIVERGENCES[n].normalizations
+)
 DISTRIBUTION: tuple[DivergenceName, ...] = tuple(n for n in get_args(DivergenceName) if n not in RAW)
 
 
@@ -145,7 +143,18 @@ def lists_divergences(function: _Function) -> _Function:
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """A checked choice of divergence. `normalization` is "none" for raw logits, `clip` infinite where nothing is clipped."""
+    """A checked choice of divergence, with what follows from it.
+
+    Attributes:
+        normalization: "none" for raw logits.
+        clip: infinite where nothing is clipped.
+        options: the six of them, as the custom ops take them.
+        raw: whether it compares logits and not distributions.
+        noise: whether differences within rounding count as 0.
+        nonnegative: whether every term of the sum must be >= 0: KL(a||b) with b - a added to each.
+        needs_student_logsumexp: whether it reads more of the student than its logits at the k ids.
+        needs_teacher_logsumexp: likewise of the teacher.
+    """
 
     name: str
     normalization: str
@@ -153,6 +162,25 @@ class Divergence:
     beta: float
     delta: float
     clip: float = math.inf
+    options: tuple[str, str, float, float, float, float] = dataclasses.field(init=False)
+    raw: bool = dataclasses.field(init=False)
+    noise: bool = dataclasses.field(init=False)
+    nonnegative: bool = dataclasses.field(init=False)
+    needs_student_logsumexp: bool = dataclasses.field(init=False)
+    needs_teacher_logsumexp: bool = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        normalization, traits = self.normalization, DIVERGENCES[self.name]
+        follows = {
+            "options": (self.name, normalization, self.temperature, self.beta, self.delta, self.clip),
+            "raw": not traits.normalizations,
+            "noise": traits.noise,
+            "nonnegative": self.clip < math.inf or normalization == "generalized",
+            "needs_student_logsumexp": normalization not in ("none", "renormalize"),
+            "needs_teacher_logsumexp": normalization in ("tail", "truncated", "generalized"),
+        }
+        for name, value in follows.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(
@@ -168,7 +196,7 @@ class Divergence:
             raise unknown("divergence", name, tuple(DIVERGENCES))
         traits = DIVERGENCES[name]
         check_number("temperature", temperature, TEMPERATURES)
-        if traits.raw:
+        if not traits.normalizations:
             if normalization is not None:
                 raise ValueError(
                     f"normalization: {name!r} compares raw logits and takes none, got {normalization!r}"
@@ -196,34 +224,13 @@ class Divergence:
             return cls(name, normalization or "none", float(temperature), float(beta), float(delta))
         check_number("clip", clip, CLIPS)
         if normalization not in CLIPPED:
-            got = f"the raw logits of {name!r}" if traits.raw else f"normalization={normalization!r}"
+            got = (
+                f"normalization={normalization!r}" if traits.normalizations else f"the raw logits of {name!r}"
+            )
             raise ValueError(
                 f"clip: limits terms that are >= 0, those of distributions with normalization {', '.join(CLIPPED)}; got {got}"
             )
         return cls(name, normalization, float(temperature), float(beta), float(delta), float(clip))
-
-    @property
-    def raw(self) -> bool:
-        """Whether it compares logits and not distributions."""
-        return DIVERGENCES[self.name].raw
-
-    @property
-    def noise(self) -> bool:
-        """Whether differences within rounding count as 0."""
-        return DIVERGENCES[self.name].noise
-
-    @property
-    def nonnegative(self) -> bool:
-        """Whether every term of the sum must be >= 0: KL(a||b) with b - a added to each."""
-        return self.clip < math.inf or self.normalization == "generalized"
-
-    @property
-    def needs_student_logsumexp(self) -> bool:
-        return self.normalization not in ("none", "renormalize")
-
-    @property
-    def needs_teacher_logsumexp(self) -> bool:
-        return self.normalization in ("tail", "truncated", "generalized")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -234,23 +241,8 @@ class Tokens:
     reduction: str
     lead: tuple[int, ...]
     num_rows: int
-    rows: Tensor | None = None
+    rows: Tensor | None = None  # None: nothing was left out
     masked: bool = False
-
-    def for_impl(self, choice: str) -> Tokens:
-        """Without the rows that count nothing, where finding them needs no synchronisation (an eager CPU).
-
-        The definition keeps all rows.
-        """
-        if (
-            choice == "reference"
-            or not self.masked
-            or self.factor.device.type != "cpu"
-            or torch.compiler.is_compiling()
-        ):
-            return self
-        rows = (self.factor != 0).nonzero()[:, 0]
-        return dataclasses.replace(self, factor=self.factor[rows], rows=rows)
 
     def take(self, x: Tensor) -> Tensor:
         """The rows of `x` that count. Where masked rows stay they are set to 0, so that a NaN in them cannot spread."""
@@ -281,8 +273,13 @@ def loss_tokens(
     weights: Tensor | None,
     reduction: str,
     num_items: int | Tensor | None,
+    choice: str,
 ) -> Tokens:
-    """Check mask, weights, reduction and num_items, and fold them into one factor per row."""
+    """Check mask, weights, reduction and num_items, and fold them into one factor per row.
+
+    Rows that count nothing are left out where finding them needs no synchronisation (an eager CPU). The definition, as the
+    choice of implementation, keeps all rows.
+    """
     if reduction not in REDUCTIONS:
         raise unknown("reduction", reduction, REDUCTIONS)
     if num_items is not None and reduction != "mean":
@@ -303,7 +300,11 @@ def loss_tokens(
         factor = torch.where(factor == 0, 0.0, weights.reshape(n).to(acc))
     if reduction == "mean":
         factor = factor / (count if num_items is None else _denominator(num_items, factor)).clamp(min=1)
-    return Tokens(factor, reduction, lead, n, masked=mask is not None or weights is not None)
+    rows, masked = None, mask is not None or weights is not None
+    if masked and choice != "reference" and device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = (factor != 0).nonzero()[:, 0]
+        factor = factor[rows]
+    return Tokens(factor, reduction, lead, n, rows, masked)
 
 
 def _check_rows(name: str, value: object, lead: tuple[int, ...], device: torch.device) -> None:

@@ -6,7 +6,7 @@
     scaled         gradients, made in the dtype of the sums, as they are multiplied with a half: rounded to its dtype
     fp16_gain      the power of two that keeps them in the range of fp16
 
-What a device can do is asked of `half_products` alone. Both implementations use this room; it imports no triton.
+What a device can do is asked of `dispatch.half_products` alone. Both implementations use this room; it imports no triton.
 """
 
 from __future__ import annotations
@@ -16,20 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import acc_dtype, architecture
-from .workspace import workspace_bytes
-
-HALVES = (torch.float16, torch.bfloat16)
-
-
-def half_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the library of `device` multiplies operands of `dtype`, a half, and returns the sums in fp32.
-
-    cuBLAS does, with bf16 from sm_80 on. Not every rocBLAS in use does.
-    """
-    if dtype not in HALVES or device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return dtype == torch.float16 or architecture(device) >= 80
+from . import dispatch
+from .dispatch import HALVES, acc_dtype, workspace_bytes
 
 
 def pitch(columns: int) -> int:
@@ -39,21 +27,17 @@ def pitch(columns: int) -> int:
 
 def operand(x: Tensor) -> Tensor:
     """x as a product takes it: itself, or a half that the library cannot multiply into fp32 upcast."""
-    return _cast(x, operand_dtype(x))
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
+    return x.to(operand_dtype(x))
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
-    return x.dtype if half_products(x.device, x.dtype) else acc_dtype(x.dtype)
+    return x.dtype if dispatch.half_products(x.device, x.dtype) else acc_dtype(x.dtype)
 
 
 def _as_halves(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.dtype not in HALVES:
         return False
-    return a.is_meta or half_products(a.device, a.dtype)
+    return a.is_meta or dispatch.half_products(a.device, a.dtype)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -61,7 +45,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     acc = acc_dtype(torch.promote_types(a.dtype, b.dtype))
     if _as_halves(a, b):
         return torch.mm(a, b, out_dtype=acc) if out is None else torch.mm(a, b, out_dtype=acc, out=out)
-    return torch.mm(_cast(a, acc), _cast(b, acc), out=out)
+    return torch.mm(a.to(acc), b.to(acc), out=out)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -70,7 +54,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     if _as_halves(a, b) and not a.is_meta:  # meta tensors have no such form in torch 2.11
         torch.addmm(out, a, b, out_dtype=acc, out=out)
     else:
-        out.addmm_(_cast(a, acc), _cast(b, acc))
+        out.addmm_(a.to(acc), b.to(acc))
 
 
 def batched_product(a: Tensor, b: Tensor) -> Tensor:

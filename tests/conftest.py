@@ -166,7 +166,7 @@ def as_on_a_gpu(monkeypatch):
 
     The products stand in for the library's: their sums are those of the operands upcast.
     """
-    from duet_kernels import products
+    from duet_kernels import dispatch
     from duet_kernels.portable import cuts
 
     def product(a, b, dtype):
@@ -184,7 +184,7 @@ def as_on_a_gpu(monkeypatch):
         library.impl("bmm.dtype", product, "CPU")
         library.impl("mm.dtype_out", product_out, "CPU")
         library.impl("addmm.dtype_out", sum_out, "CPU")
-        monkeypatch.setattr(products, "half_products", lambda device, dtype: dtype in products.HALVES)
+        monkeypatch.setattr(dispatch, "half_products", lambda device, dtype: dtype in dispatch.HALVES)
         monkeypatch.setattr(cuts, "asynchronous", lambda device: True)
         yield
 

@@ -15,7 +15,7 @@ from benchmarks.gpu.suite import Sizes
 from benchmarks.harness import Floors, Row
 from benchmarks.presets import PRESETS
 from benchmarks.providers import PROVIDERS, Provider, chosen
-from duet_kernels.workspace import workspace_bytes
+from duet_kernels.dispatch import workspace_bytes
 
 CPU = torch.device("cpu")
 CASE = Case("topk_distill_loss", n=16, d=8, v=500, k=4, divergence="huber")

@@ -186,26 +186,35 @@ def _samples():
         values = torch.randn(7, 4)
         rows = torch.randn(7)
         plain = [x if x is None else x.detach() for x in linear]
-        need = True, full, full
+        need = True, True, full
         both = *linear, *shape, p.teacher_hidden, p.teacher_weight, p.teacher_bias, *shape
         options = "jsd", "renormalize", 1.5, 0.5, 1.0, 0.01 if full else float("inf")
         tail_options = "jsd" if full else "forward_kl", "tail" if full else "zeroed", *options[2:]
         given = ids, teacher.values
         samples[full] = {
             "linear_topk": (*plain, *shape, 5, 1.5, "chunked"),
-            "linear_gather": (*linear, ids, *shape, "chunked"),
-            "linear_gather_backward": (values, values, *plain, ids, *shape, *need, "chunked"),
+            "linear_gather": (*linear, *shape, ids, "chunked"),
+            "linear_gather_backward": (values, values, *plain, *shape, ids, need, "chunked"),
             # Without its gradient the op has none to give in the hidden states: then they do not ask for one.
             "linear_logsumexp": (
                 *(linear if full else (plain[0], *linear[1:])),
-                ids,
                 *shape,
+                ids,
                 1.5,
-                full,
+                (full, False, False),
                 "chunked",
             ),
-            "linear_logsumexp_backward": (rows, rows, *plain, ids, *shape, 1.5, True, full, "chunked"),
-            "topk_loss": (*linear, *shape, *given, torch.rand(7), *options, True, "chunked"),
+            "linear_logsumexp_backward": (
+                rows,
+                rows,
+                *plain,
+                *shape,
+                ids,
+                1.5,
+                (False, True, full),
+                "chunked",
+            ),
+            "topk_loss": (*linear, *shape, *given, torch.rand(7), *options, (True, False, False), "chunked"),
             "topk_loss_with_tail": (
                 *linear,
                 *shape,
@@ -213,18 +222,18 @@ def _samples():
                 teacher.tail_logsumexp if full else None,
                 torch.rand(7),
                 *tail_options,
-                *(not full, True, True, full, "chunked"),
+                *(not full, need, "chunked"),
             ),
-            "complement_and_values": (*linear, ids, *shape, 1.5, True, full, "chunked"),
+            "complement_and_values": (*linear, *shape, ids, 1.5, (True, False, False), full, "chunked"),
             "complement_and_values_backward": (
                 torch.randn(7, 5),
                 torch.randn(7, 5),
                 torch.randn(7, 9),
                 *plain,
-                ids,
                 *shape,
+                ids,
                 1.5,
-                *need,
+                need,
                 "chunked",
             ),
             "topk_divergence": (
@@ -242,7 +251,7 @@ def _samples():
                 *shape,
                 p.labels,
                 torch.rand(7),
-                *(not full, True, True, full, "chunked"),
+                *(not full, need, "chunked"),
             ),
             "linear_divergence": (
                 *both,
@@ -253,9 +262,7 @@ def _samples():
                 0.5,
                 1.0,
                 not full,
-                True,
-                True,
-                full,
+                need,
                 "chunked",
             ),
             "token_stats": (*plain, *shape, p.labels if full else None, "chunked"),

@@ -92,7 +92,7 @@ def test_labels(side, far):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_divergences(name, side, far):
     s, t, factor = logits(2), logits(3), torch.tensor(FACTOR, device=DEVICE)
-    spec = Divergence(name, "none" if DIVERGENCES[name].raw else "renormalize", 1.0, 0.5, 1.0)
+    spec = Divergence(name, "renormalize" if DIVERGENCES[name].normalizations else "none", 1.0, 0.5, 1.0)
     results = []
     for place in (far, lambda x: x):
         loss = divergence._Divergence(dense.Side(*side), dense.Side(*side), place(factor), spec, True)

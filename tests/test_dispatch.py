@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
-from duet_kernels import dispatch, products, resolve_impl, set_workspace_bytes, workspace
-from duet_kernels.workspace import workspace_bytes
+from duet_kernels import dispatch, resolve_impl, set_workspace_bytes
+from duet_kernels.dispatch import workspace_bytes
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -21,11 +21,11 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", triton)
-        workspace._total_memory.cache_clear()
+        dispatch._total_memory.cache_clear()
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     yield install
-    workspace._total_memory.cache_clear()
+    dispatch._total_memory.cache_clear()
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
@@ -64,7 +64,7 @@ def test_rocm_runs_chunked_unless_asked(gpu):
     assert choice == "chunked" and "ROCm" in reason and "impl='triton'" in reason
     assert resolve_impl("linear_topk", "cuda", impl="triton") == ("triton", "asked for")
     assert dispatch.architecture(CUDA) == 0
-    assert not any(products.half_products(CUDA, dtype) for dtype in products.HALVES)
+    assert not any(dispatch.half_products(CUDA, dtype) for dtype in dispatch.HALVES)
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
@@ -74,7 +74,7 @@ def test_other_devices(gpu, device):
     assert choice == "chunked" and device in reason
     with pytest.raises(RuntimeError, match="need a CUDA device"):
         resolve_impl("linear_topk", device, impl="triton")
-    assert not products.half_products(torch.device(device), torch.bfloat16)
+    assert not dispatch.half_products(torch.device(device), torch.bfloat16)
     assert workspace_bytes(torch.device(device)) == 256 << 20
 
 
@@ -86,10 +86,10 @@ def test_the_interpreter_is_taken_by_name_only(gpu, monkeypatch):
 
 
 def test_which_halves_the_library_multiplies(gpu):
-    for arch, wanted in ((75, {torch.float16}), (80, set(products.HALVES)), (90, set(products.HALVES))):
+    for arch, wanted in ((75, {torch.float16}), (80, set(dispatch.HALVES)), (90, set(dispatch.HALVES))):
         gpu(arch)
-        assert {dtype for dtype in dispatch.DTYPES if products.half_products(CUDA, dtype)} == wanted
-    assert not products.half_products(CPU, torch.bfloat16)
+        assert {dtype for dtype in dispatch.DTYPES if dispatch.half_products(CUDA, dtype)} == wanted
+    assert not dispatch.half_products(CPU, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_which_halves_the_library_multiplies(gpu):
 def test_the_workspace_follows_the_device(gpu, memory, wanted):
     """A 64th of a GPU's memory from 256 MiB to 3 GiB; 256 MiB elsewhere; a setting holds everywhere."""
     gpu(memory=memory)
-    assert workspace_bytes(CUDA) == workspace.share_of(memory) == wanted
+    assert workspace_bytes(CUDA) == dispatch.share_of(memory) == wanted
     assert workspace_bytes(CPU) == workspace_bytes() == 256 << 20
     assert set_workspace_bytes(5 << 20) is None
     try:

@@ -134,7 +134,7 @@ def test_options_are_checked_by_the_table(name):
         else:
             Divergence.of(name, None, **{**SPEC, option: wrong})
     with pytest.raises(ValueError, match=r"^temperature: "):
-        Divergence.of(name, None, **{**SPEC, "temperature": 2.0 if traits.raw else 0.0})
+        Divergence.of(name, None, **{**SPEC, "temperature": 2.0 if not traits.normalizations else 0.0})
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])

@@ -182,7 +182,7 @@ def test_any_teacher(n, v, k, seed, divergence, normalization, temperature):
     tail[draw[:, 0] > 0.8] = -torch.inf
     tail[(draw[:, 0] > 0.7) & (draw[:, 0] < 0.8)] -= 80
     ids = torch.stack([torch.randperm(v, generator=generator)[:k] for _ in range(n)])
-    if DIVERGENCES[divergence].raw:
+    if not DIVERGENCES[divergence].normalizations:
         normalization, temperature = None, 1.0
     elif normalization not in DIVERGENCES[divergence].normalizations:
         normalization = "tail"

@@ -7,15 +7,15 @@ import duet_kernels as dk
 
 # (files, functions) of the forward pass on a CPU.
 MOST = {
-    "linear_topk": (12, 48),
-    "linear_gather": (11, 41),
-    "linear_logsumexp": (13, 62),
-    "topk_distill_loss": (13, 65),
-    "topk_distill_loss tail": (15, 88),
-    "topk_distill_stats": (16, 85),
-    "linear_distill_loss": (13, 86),
-    "linear_cross_entropy": (14, 74),
-    "linear_token_stats": (12, 47),
+    "linear_topk": (11, 43),
+    "linear_gather": (9, 36),
+    "linear_logsumexp": (12, 55),
+    "topk_distill_loss": (11, 51),
+    "topk_distill_loss tail": (14, 72),
+    "topk_distill_stats": (15, 73),
+    "linear_distill_loss": (12, 74),
+    "linear_cross_entropy": (13, 64),
+    "linear_token_stats": (11, 42),
 }
 
 

@@ -17,7 +17,7 @@ from duet.cli import app
 from duet.run import simulation
 from duet.run.plan import Planner, Settings, optimizer_bytes
 from duet.run.plan_report import Plan, parse_size
-from duet_kernels.workspace import share_of
+from duet_kernels.dispatch import share_of
 
 COMMON = {
     "vocab_size": 2048,

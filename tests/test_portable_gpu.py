@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from duet_kernels import (
     LMHead,
     TopK,
+    dispatch,
     linear_cross_entropy,
     linear_distill_loss,
     linear_gather,
@@ -25,7 +26,6 @@ from duet_kernels import (
     products,
     set_workspace_bytes,
     topk_distill_loss,
-    workspace,
 )
 from duet_kernels.options import DIVERGENCES
 from duet_kernels.portable import cuts, gather
@@ -61,7 +61,7 @@ def test_contract(op, dtype, head):
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_in_many_pieces(op, dtype, monkeypatch):
     """A workspace of 40 KiB: rows, tiles, strips, gathered rows and slabs of dW are all cut, and add up."""
-    monkeypatch.setattr(workspace, "_set", 40 << 10)
+    monkeypatch.setattr(dispatch, "_set", 40 << 10)
     monkeypatch.setattr(cuts, "MAX_ROWS", 16)
     monkeypatch.setattr(cuts, "FEW_ROWS", 4)
     problem = make_problem(37, 203, 45, dtype=dtype, bias=True, softcap=25.0)
@@ -73,8 +73,8 @@ def test_in_many_pieces(op, dtype, monkeypatch):
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_where_the_library_upcasts(op, dtype, monkeypatch):
     """A GPU whose library does not multiply halves into fp32: pieces of W are upcast, nothing else changes."""
-    monkeypatch.setattr(products, "half_products", lambda device, dtype: False)
-    monkeypatch.setattr(workspace, "_set", 80 << 10)
+    monkeypatch.setattr(dispatch, "half_products", lambda device, dtype: False)
+    monkeypatch.setattr(dispatch, "_set", 80 << 10)
     judge(op, make_problem(37, 203, 45, dtype=dtype, **FULL), "chunked")
 
 
@@ -88,8 +88,8 @@ def test_operands_begin_where_products_are_fast():
     for n, wanted in ((600, -(-16390 // 8)), (1, 16390)):
         width = cuts.tile_width(n, head, 3)
         assert width % 16 == 0 and wanted <= width < wanted + 16
-        _, size, _, z = next(cuts.vocab_tiles(torch.randn(n, 24).bfloat16(), head))
-        assert z.stride(0) % 16 == 0 and size == min(width, 16390)
+        _, _, z = next(cuts.vocab_tiles(torch.randn(n, 24).bfloat16(), head))
+        assert z.stride(0) % 16 == 0 and z.shape[1] == min(width, 16390)
 
 
 # --- what it does on the way -----------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class Watch(TorchDispatchMode):
             a, b = args[1:3] if name == "addmm" else args[:2]
             self.flop += 2 * math.prod(a.shape) * b.shape[-1]
         # Below autograd, where the bodies run, a cast is still `to`.
-        if name in ("_to_copy", "to") and args[0].dtype in products.HALVES and out.dtype == torch.float32:
+        if name in ("_to_copy", "to") and args[0].dtype in dispatch.HALVES and out.dtype == torch.float32:
             self.largest_upcast = max(self.largest_upcast, out.numel())
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage() not in self.seen:
@@ -286,7 +286,7 @@ def test_the_watch_sees():
 
 def test_everything_is_cut_by_a_small_workspace(monkeypatch):
     """The pieces of `test_in_many_pieces` are many: else it would say nothing."""
-    monkeypatch.setattr(workspace, "_set", 40 << 10)
+    monkeypatch.setattr(dispatch, "_set", 40 << 10)
     monkeypatch.setattr(cuts, "FEW_ROWS", 4)
     problem = make_problem(37, 203, 45, dtype=torch.bfloat16)
     ids = torch.zeros(37, 8, dtype=torch.int64)

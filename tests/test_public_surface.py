@@ -171,23 +171,22 @@ def test_only_kernels_import_triton(path):
 
 # room of duet_kernels (a file, or a package): the rooms it may import
 ALLOWED = {
-    "workspace": set(),
     "measured": set(),
-    "dispatch": {"measured", "workspace"},
+    "dispatch": {"measured"},
     "options": {"dispatch"},
     "ranks": {"dispatch"},
     "head": {"dispatch", "options", "ranks"},
     "checks": {"dispatch", "head", "options"},
     "reference": {"dispatch", "head", "options"},
-    "products": {"dispatch", "workspace"},
-    "portable": {"dispatch", "head", "options", "products", "workspace"},
-    "triton": {"dispatch", "head", "measured", "options", "products", "workspace"},
+    "products": {"dispatch"},
+    "portable": {"dispatch", "head", "options", "products"},
+    "triton": {"dispatch", "head", "measured", "options", "products"},
     "ops": {"dispatch", "head", "options", "portable", "reference", "triton"},
-    "sharded": {"dispatch", "head", "ops", "options", "portable", "products", "ranks", "workspace"},
+    "sharded": {"dispatch", "head", "ops", "options", "portable", "products", "ranks"},
     "functional": {"checks", "dispatch", "head", "ops", "options", "sharded"},
     "modules": {"dispatch", "functional", "head", "options"},
     "testing": {"functional", "head", "options"},
-    "__init__": {"dispatch", "functional", "head", "modules", "workspace"},
+    "__init__": {"dispatch", "functional", "head", "modules"},
 }
 
 
@@ -228,8 +227,7 @@ def test_the_trainer_uses_public_names_only(path):
     public = {"duet_kernels", *(f"duet_kernels.{name}" for name in NAMES)}
     # A type, and what memory is planned with.
     public |= {
-        f"duet_kernels.{name}"
-        for name in ("dispatch.Impl", "workspace.workspace_bytes", "workspace.share_of")
+        f"duet_kernels.{name}" for name in ("dispatch.Impl", "dispatch.workspace_bytes", "dispatch.share_of")
     }
     assert not _within(names, "duet_kernels") - public
     if path.name not in ("cli.py", "__main__.py"):

@@ -9,7 +9,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from duet_kernels import LMHead
-from duet_kernels.workspace import workspace_bytes
+from duet_kernels.dispatch import workspace_bytes
 
 from ..data.dataset import UnlearnDataset, plain_item
 from ..model import lm, loading

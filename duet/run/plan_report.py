@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig
 
-from duet_kernels.workspace import share_of
+from duet_kernels.dispatch import share_of
 
 from ..config import CHECKPOINTING
 from ..methods.objectives import find_objective

@@ -6,7 +6,7 @@ backward pass, with those factors.
 """
 # No `from __future__ import annotations` here: torch.library reads the annotations to write the op's schema.
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,20 +42,18 @@ def _needed(tokens: Tokens, *leaves: Tensor | None) -> tuple[bool, Need]:
 
 
 def _results(
-    found: tuple[Tensor | None, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None, reduce: bool
+    loss: Tensor, *gradients: Tensor | None, hidden: Tensor, reduce: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The results of an op: the rows' losses or their sum, and the gradients."""
-    loss, *gradients = found
-    assert loss is not None
-    return loss.sum() if reduce else loss, *present(gradients, hidden, weight, bias)
+    return loss.sum() if reduce else loss, *present(gradients, hidden)
 
 
 def _results_like(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, reduce: bool, *need: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, reduce: bool, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `_results` returns, without values."""
     loss = hidden.new_empty(() if reduce else hidden.shape[:1], dtype=acc_dtype(hidden.dtype))
-    return loss, *gradients_like(hidden, weight, bias, *need, dtype=grad_dtype(hidden.dtype))
+    return loss, *gradients_like((hidden, weight, bias), need, grad_dtype(hidden.dtype))
 
 
 def _gradient(
@@ -85,19 +83,19 @@ def _gradient(
     return for_autograd([dhidden, *others], need, len(ctx.needs_input_grad))
 
 
-def _remember(ctx: Any, dtype: torch.dtype, reduce: bool, need: tuple[bool, ...], impl: str) -> None:
-    """What `_gradient` asks of an op's context."""
-    ctx.dtype, ctx.reduce, ctx.need, ctx.impl, ctx.given_away = dtype, reduce, Need(*need), impl, False
-
-
-def _save(ctx: Any, output: tuple[Tensor, ...], *inputs: Tensor | None) -> None:
-    """Keep the gradients that the forward pass made, and its inputs where `again` may have to make dW or db."""
+def _remember(
+    ctx: Any,
+    output: tuple[Tensor, ...],
+    inputs: tuple[Any, ...],
+    reduce: bool,
+    need: Sequence[bool],
+    impl: str,
+) -> None:
+    """Keep what `_gradient` asks for: the gradients that the forward pass made, and inputs where `again` may have to run."""
+    ctx.dtype, ctx.reduce, ctx.need, ctx.impl = inputs[0].dtype, reduce, Need(*need), impl
+    ctx.given_away = False
     again = any(ctx.needs_input_grad[1:3])
     save_for_backward(ctx, *output[1:], *(inputs if again else ()))
-
-
-def _options(spec: Divergence) -> tuple[str, str, float, float, float, float]:
-    return spec.name, spec.normalization, spec.temperature, spec.beta, spec.delta, spec.clip
 
 
 # --- losses of the logits at K ids alone ------------------------------------------------------------------------
@@ -124,10 +122,10 @@ def topk_loss(
     leaves, inputs = (hidden, weight, bias), (softcap, scale, ids, values_t)
     if spec.needs_student_logsumexp:
         reduce, need = _needed(tokens, *leaves)
-        loss = _topk_loss_with_tail(*leaves, *inputs, tail_t, factor, *_options(spec), reduce, *need, impl)[0]
+        loss = _topk_loss_with_tail(*leaves, *inputs, tail_t, factor, *spec.options, reduce, need, impl)[0]
         return loss if reduce else tokens.reduce(loss)
-    need = needs_gradient(*leaves)
-    return tokens.reduce(_topk_loss(*leaves, *inputs, factor, *_options(spec), need.hidden, impl)[0])
+    need = needs_gradient(hidden)
+    return tokens.reduce(_topk_loss(*leaves, *inputs, factor, *spec.options, need, impl)[0])
 
 
 @custom_op("topk_loss")
@@ -146,43 +144,41 @@ def _topk_loss(
     beta: float,
     delta: float,
     clip: float,
-    need_hidden: bool,
+    need: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(factor * loss `[N]`, the student's logits `[N, K]`, the gradient in them, dh `[N, D]` or empty)."""
-    head = LMHead(weight, bias, softcap, scale)
+    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).topk_loss
     spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
-    *rows, dhidden = implementation(impl).topk_loss(
-        hidden, head, ids, teacher, factor, spec, Need(need_hidden)
-    )
-    return *rows, present((dhidden, None, None), hidden, weight, bias)[0]
+    *rows, dhidden = run(hidden, head, ids, teacher, factor, spec, Need(*need))
+    return *rows, present((dhidden, None, None), hidden)[0]
 
 
 @_topk_loss.register_fake
 def _(hidden, weight, bias, softcap, scale, ids, teacher, factor, *rest):
-    need_hidden = rest[-2]
+    *_, need, _impl = rest
     loss = hidden.new_empty(hidden.shape[0], dtype=acc_dtype(hidden.dtype))
-    values, out = loss.new_empty(ids.shape), grad_dtype(hidden.dtype)
-    dhidden = gradients_like(hidden, weight, bias, need_hidden, False, False, dtype=out)[0]
+    values = loss.new_empty(ids.shape)
+    dhidden = gradients_like((hidden, weight, bias), need, grad_dtype(hidden.dtype))[0]
     return loss, values, torch.empty_like(values), dhidden
 
 
 def _topk_loss_context(ctx, inputs, output):
-    hidden, weight, bias, ctx.softcap, ctx.scale, ids, *_, ctx.impl = inputs
+    hidden, weight, bias, *ctx.head, ids = inputs[:6]
+    ctx.impl = inputs[-1]
     save_for_backward(ctx, *output[1:], hidden, weight, bias, ids)
 
 
 def _topk_loss_gradient(ctx, grad, *_):
     refuse_second_derivative("topk_distill_loss")
-    values, dvalues, dhidden, hidden, weight, bias, ids = ctx.saved_tensors
+    values, dvalues, dhidden, *leaves, ids = ctx.saved_tensors
     need: tuple[bool, ...] = ctx.needs_input_grad[:3]
     gradients: list[Tensor | None] = [None, None, None]
     if any(need[1:]):  # sparse: made where the upstream factor is known
-        upstream = grad[:, None] * dvalues
-        leaves = hidden, weight, bias, ids, ctx.softcap, ctx.scale
-        gradients = list(linear_gather_backward(upstream, values, *leaves, False, *need[1:], ctx.impl))
+        inputs = grad[:, None] * dvalues, values, *leaves, *ctx.head, ids
+        gradients = list(linear_gather_backward(*inputs, (False, *need[1:]), ctx.impl))
     if need[0]:
-        gradients[0] = times(dhidden, grad, hidden.dtype, ctx.impl)
+        gradients[0] = times(dhidden, grad, leaves[0].dtype, ctx.impl)
     return for_autograd(gradients, need, len(ctx.needs_input_grad))
 
 
@@ -210,31 +206,27 @@ def _topk_loss_with_tail(
     delta: float,
     clip: float,
     reduce: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    need: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed)."""
-    head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden, need_weight, need_bias)
+    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).topk_loss_with_tail
     spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
-    run = implementation(impl).topk_loss_with_tail
-    found = run(hidden, head, ids, teacher, teacher_tail, factor, spec, need)
-    return _results(found, hidden, weight, bias, reduce)
+    found = run(hidden, head, ids, teacher, teacher_tail, factor, spec, Need(*need))
+    return _results(*found, hidden=hidden, reduce=reduce)
 
 
 @_topk_loss_with_tail.register_fake
 def _(hidden, weight, bias, *rest):
-    *_, reduce, need_hidden, need_weight, need_bias, _impl = rest
-    return _results_like(hidden, weight, bias, reduce, need_hidden, need_weight, need_bias)
+    *_, reduce, need, _impl = rest
+    return _results_like(hidden, weight, bias, reduce, need)
 
 
 def _topk_loss_with_tail_context(ctx, inputs, output):
-    hidden, weight, bias, softcap, scale, ids, teacher, teacher_tail, factor = inputs[:9]
-    *ctx.options, reduce, need_hidden, need_weight, need_bias, impl = inputs[9:]
-    _remember(ctx, hidden.dtype, reduce, (need_hidden, need_weight, need_bias), impl)
-    ctx.head = softcap, scale
-    _save(ctx, output, hidden, weight, bias, ids, teacher, teacher_tail, factor)
+    hidden, weight, bias, *ctx.head, ids, teacher, teacher_tail, factor = inputs[:9]
+    *ctx.options, reduce, need, impl = inputs[9:]
+    inputs = hidden, weight, bias, ids, teacher, teacher_tail, factor
+    _remember(ctx, output, inputs, reduce, need, impl)
 
 
 def _topk_loss_with_tail_gradient(ctx, grad, *_):
@@ -242,7 +234,7 @@ def _topk_loss_with_tail_gradient(ctx, grad, *_):
         hidden, weight, bias, ids, teacher, teacher_tail, factor = ctx.saved_tensors[3:]
         factor = factor if upstream is None else factor * upstream
         inputs = hidden, weight, bias, *ctx.head, ids, teacher, teacher_tail, factor
-        return _topk_loss_with_tail(*inputs, *ctx.options, True, *need, ctx.impl)[1:]
+        return _topk_loss_with_tail(*inputs, *ctx.options, True, need, ctx.impl)[1:]
 
     return _gradient(ctx, grad, "topk_distill_loss", again)
 
@@ -293,7 +285,7 @@ def topk_stats(
     mass = (of_teacher.logsumexp(1) - x.detach().logsumexp(1)).exp()
     entropy = _entropy(x.detach(), inner) if with_entropy else None
     tails = (tail, tail_t) if spec.needs_student_logsumexp else (None, None)
-    return topk_divergence(values, values_t, *tails, *_options(spec), impl)[0], logprob, mass, entropy
+    return topk_divergence(values, values_t, *tails, *spec.options, impl)[0], logprob, mass, entropy
 
 
 def teacher_mass(values: Tensor, ids: Tensor, tail: Tensor, temperature: float) -> Tensor:
@@ -405,8 +397,8 @@ def dense_loss(
     student, teacher = flat(hidden, head), flat(teacher_hidden, teacher_head)
     reduce, need = _needed(tokens, *student[:3])
     factor = tokens.factor.to(acc_dtype(hidden.dtype))
-    options = _options(spec)[:-1]  # all but the clip, which dense losses do not have
-    loss = _linear_divergence(*student, *teacher, factor, *options, reduce, *need, impl)[0]
+    options = spec.options[:-1]  # all but the clip, which dense losses do not have
+    loss = _linear_divergence(*student, *teacher, factor, *options, reduce, need, impl)[0]
     return loss if reduce else tokens.reduce(loss)
 
 
@@ -429,45 +421,36 @@ def _linear_divergence(
     beta: float,
     delta: float,
     reduce: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    need: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed): 4 products."""
-    head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden, need_weight, need_bias)
+    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_divergence
     teacher_head = LMHead(teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
     spec = Divergence(divergence, normalization, temperature, beta, delta)
-    run = implementation(impl).linear_divergence
-    found = run(hidden, head, teacher_hidden, teacher_head, factor, spec, need)
-    return _results(found, hidden, weight, bias, reduce)
+    found = run(hidden, head, teacher_hidden, teacher_head, factor, spec, Need(*need))
+    return _results(*found, hidden=hidden, reduce=reduce)
 
 
 @_linear_divergence.register_fake
 def _(hidden, weight, bias, *rest):
-    *_, reduce, need_hidden, need_weight, need_bias, _impl = rest
-    return _results_like(hidden, weight, bias, reduce, need_hidden, need_weight, need_bias)
+    *_, reduce, need, _impl = rest
+    return _results_like(hidden, weight, bias, reduce, need)
 
 
 def _linear_divergence_context(ctx, inputs, output):
-    hidden, weight, bias, softcap, scale, t_hidden, t_weight, t_bias, t_softcap, t_scale, factor = inputs[:11]
-    *ctx.options, reduce, need_hidden, need_weight, need_bias, impl = inputs[11:]
-    _remember(ctx, hidden.dtype, reduce, (need_hidden, need_weight, need_bias), impl)
-    ctx.heads = (softcap, scale), (t_softcap, t_scale)
-    _save(ctx, output, hidden, weight, bias, t_hidden, t_weight, t_bias, factor)
+    (hidden, weight, bias, *ctx.head), (*teacher, t_softcap, t_scale) = inputs[:5], inputs[5:10]
+    factor, *ctx.options, reduce, need, impl = inputs[10:]
+    ctx.teacher_head = t_softcap, t_scale
+    _remember(ctx, output, (hidden, weight, bias, *teacher, factor), reduce, need, impl)
 
 
 def _linear_divergence_gradient(ctx, grad, *_):
     def again(need, upstream):
-        hidden, weight, bias, t_hidden, t_weight, t_bias, factor = ctx.saved_tensors[3:]
+        hidden, weight, bias, *teacher, factor = ctx.saved_tensors[3:]
         factor = factor if upstream is None else factor * upstream
-        student, teacher = (
-            (*leaves, *end)
-            for leaves, end in zip(
-                ((hidden, weight, bias), (t_hidden, t_weight, t_bias)), ctx.heads, strict=True
-            )
-        )
-        return _linear_divergence(*student, *teacher, factor, *ctx.options, True, *need, ctx.impl)[1:]
+        inputs = hidden, weight, bias, *ctx.head, *teacher, *ctx.teacher_head, factor
+        return _linear_divergence(*inputs, *ctx.options, True, need, ctx.impl)[1:]
 
     return _gradient(ctx, grad, "linear_distill_loss with k=None", again)
 
@@ -486,7 +469,7 @@ def cross_entropy(hidden: Tensor, head: LMHead, labels: Tensor, tokens: Tokens, 
     inputs = flat(hidden, head)
     reduce, need = _needed(tokens, *inputs[:3])
     factor = tokens.factor.to(acc_dtype(hidden.dtype))
-    loss = _linear_cross_entropy(*inputs, labels, factor, reduce, *need, impl)[0]
+    loss = _linear_cross_entropy(*inputs, labels, factor, reduce, need, impl)[0]
     return loss if reduce else tokens.reduce(loss)
 
 
@@ -500,35 +483,31 @@ def _linear_cross_entropy(
     labels: Tensor,
     factor: Tensor,
     reduce: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    need: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed): 3 products."""
-    head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden, need_weight, need_bias)
-    found = implementation(impl).linear_cross_entropy(hidden, head, labels, factor, need)
-    return _results(found, hidden, weight, bias, reduce)
+    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_cross_entropy
+    found = run(hidden, head, labels, factor, Need(*need))
+    return _results(*found, hidden=hidden, reduce=reduce)
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, bias, softcap, scale, labels, factor, reduce, *rest):
-    *need, _impl = rest
-    return _results_like(hidden, weight, bias, reduce, *need)
+def _(hidden, weight, bias, softcap, scale, labels, factor, reduce, need, impl):
+    return _results_like(hidden, weight, bias, reduce, need)
 
 
 def _linear_cross_entropy_context(ctx, inputs, output):
-    hidden, weight, bias, ctx.softcap, ctx.scale, labels, factor, reduce, *need, impl = inputs
-    _remember(ctx, hidden.dtype, reduce, tuple(need), impl)
-    _save(ctx, output, hidden, weight, bias, labels, factor)
+    hidden, weight, bias, *ctx.head, labels, factor, reduce, need, impl = inputs
+    _remember(ctx, output, (hidden, weight, bias, labels, factor), reduce, need, impl)
 
 
 def _linear_cross_entropy_gradient(ctx, grad, *_):
     def again(need, upstream):
         hidden, weight, bias, labels, factor = ctx.saved_tensors[3:]
         factor = factor if upstream is None else factor * upstream
-        inputs = hidden, weight, bias, ctx.softcap, ctx.scale, labels, factor
-        return _linear_cross_entropy(*inputs, True, *need, ctx.impl)[1:]
+        inputs = hidden, weight, bias, *ctx.head, labels, factor
+        return _linear_cross_entropy(*inputs, True, need, ctx.impl)[1:]
 
     return _gradient(ctx, grad, "linear_cross_entropy", again)
 

@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,10 +57,6 @@ class Op:
     def register_autograd(
         self, gradient: Callable[..., Any], setup_context: Callable[[Any, Any, Any], None]
     ) -> None:
-        def context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates: dW is one
-            setup_context(ctx, inputs, output)
-
         def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Any:
             # Nobody differentiates the first output, and no other has a derivative.
             return gradient(ctx, grad, *others) if grad is not None else (None,) * len(ctx.needs_input_grad)
@@ -69,10 +65,10 @@ class Op:
 
         def forward(ctx: Any, *args: Any) -> Any:
             output = body(*args)
-            context(ctx, args, output)
+            setup_context(ctx, args, output)
             return output
 
-        self.custom.register_autograd(backward, setup_context=context)
+        self.custom.register_autograd(backward, setup_context=setup_context)
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self.eager = type("Eager", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
@@ -110,33 +106,25 @@ def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, impl: str) -> Te
 
 def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
     """Keep tensors for the backward pass. Autograd refuses those that were made in inference mode: they are copied."""
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates: dW is one
     ctx.save_for_backward(*(x.clone() if x is not None and x.is_inference() else x for x in tensors))
 
 
-def present(gradients: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
+def present(gradients: Iterable[Tensor | None], hidden: Tensor) -> Gradients:
     """(dh, dW, db) with an empty tensor for each None."""
-    dhidden, dweight, dbias = (
-        leaf.new_empty(0) if gradient is None else gradient
-        for gradient, leaf in zip(gradients, _leaves(hidden, weight, bias), strict=True)
-    )
+    dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in gradients)
     return dhidden, dweight, dbias
 
 
 def gradients_like(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *need: bool, dtype: torch.dtype | None = None
+    leaves: Sequence[Any], need: Sequence[bool], dtype: torch.dtype | None = None
 ) -> Gradients:
-    """What `present` returns, without values, for a fake kernel."""
-    dhidden, dweight, dbias = (
-        torch.empty_like(leaf, dtype=dtype, memory_format=torch.contiguous_format)
-        if needed
-        else leaf.new_empty(0)
-        for leaf, needed in zip(_leaves(hidden, weight, bias), need, strict=True)
+    """What `present` returns, without values, for a fake kernel; `leaves` are hidden states, weight and bias."""
+    options: Any = {"dtype": dtype, "memory_format": torch.contiguous_format}
+    like = (
+        torch.empty_like(x, **options) if needed else None for x, needed in zip(leaves, need, strict=True)
     )
-    return dhidden, dweight, dbias
-
-
-def _leaves(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
-    return hidden, weight, weight.new_empty(0) if bias is None else bias
+    return present(like, leaves[0])
 
 
 def for_autograd(gradients: Any, need: tuple[bool, ...], inputs: int) -> tuple[Tensor | None, ...]:

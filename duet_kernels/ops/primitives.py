@@ -1,6 +1,8 @@
 """Selected logits, logits at ids, log-sum-exps and token statistics, as custom ops of hidden states and a head."""
 # No `from __future__ import annotations` here: torch.library reads the annotations to write the op's schema.
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,8 +60,7 @@ def linear_gather(hidden: Tensor, head: LMHead, indices: Tensor, impl: str) -> T
     """`[N, K]`; an id below 0 is an absent slot with the value -inf, except in the definition."""
     if impl == "reference":
         return reference.linear_gather(hidden, head, indices.clamp(min=0))
-    hidden, weight, bias, softcap, scale = flat(hidden, head)
-    return _linear_gather(hidden, weight, bias, indices, softcap, scale, impl)
+    return _linear_gather(*flat(hidden, head), indices, impl)
 
 
 @custom_op("linear_gather")
@@ -67,16 +68,16 @@ def _linear_gather(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    indices: Tensor,
     softcap: float | None,
     scale: float,
+    indices: Tensor,
     impl: str,
 ) -> Tensor:
     return implementation(impl).linear_gather(hidden, LMHead(weight, bias, softcap, scale), indices)
 
 
 @_linear_gather.register_fake
-def _(hidden, weight, bias, indices, softcap, scale, impl):
+def _(hidden, weight, bias, softcap, scale, indices, impl):
     return hidden.new_empty(indices.shape, dtype=acc_dtype(hidden.dtype))
 
 
@@ -87,36 +88,31 @@ def linear_gather_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    indices: Tensor,
     softcap: float | None,
     scale: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    indices: Tensor,
+    need: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden, need_weight, need_bias)
-    gradients = implementation(impl).linear_gather_backward(grad, values, hidden, head, indices, need)
-    return present(gradients, hidden, weight, bias)
+    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_gather_backward
+    return present(run(grad, values, hidden, head, indices, Need(*need)), hidden)
 
 
 @linear_gather_backward.register_fake
-def _(grad, values, hidden, weight, bias, indices, softcap, scale, need_hidden, need_weight, need_bias, impl):
-    return gradients_like(hidden, weight, bias, need_hidden, need_weight, need_bias)
+def _(grad, values, hidden, weight, bias, softcap, scale, indices, need, impl):
+    return gradients_like((hidden, weight, bias), need)
 
 
 def _linear_gather_context(ctx, inputs, output):
-    hidden, weight, bias, indices, ctx.softcap, ctx.scale, ctx.impl = inputs
+    hidden, weight, bias, *ctx.head, indices, ctx.impl = inputs
     save_for_backward(ctx, output, hidden, weight, bias, indices)
 
 
 def _linear_gather_gradient(ctx, grad):
     refuse_second_derivative("linear_gather")
-    values, hidden, weight, bias, indices = ctx.saved_tensors
+    values, *leaves, indices = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    gradients = linear_gather_backward(
-        grad, values, hidden, weight, bias, indices, ctx.softcap, ctx.scale, *need, ctx.impl
-    )
+    gradients = linear_gather_backward(grad, values, *leaves, *ctx.head, indices, need, ctx.impl)
     return for_autograd(gradients, need, len(ctx.needs_input_grad))
 
 
@@ -130,9 +126,8 @@ def linear_logsumexp(hidden: Tensor, head: LMHead, exclude: Tensor, temperature:
     """`[N]` log-sum-exp of z / T over the ids not in `exclude` `[N, K]`; an id below 0 excludes nothing."""
     if impl == "reference":
         return reference.complement_and_values(hidden, head, exclude, temperature)[0]
-    hidden, weight, bias, softcap, scale = flat(hidden, head)
     need = needs_gradient(hidden)
-    return _linear_logsumexp(hidden, weight, bias, exclude, softcap, scale, temperature, need.hidden, impl)[0]
+    return _linear_logsumexp(*flat(hidden, head), exclude, temperature, need, impl)[0]
 
 
 @custom_op("linear_logsumexp")
@@ -140,24 +135,23 @@ def _linear_logsumexp(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    exclude: Tensor,
     softcap: float | None,
     scale: float,
+    exclude: Tensor,
     temperature: float,
-    need_hidden: bool,
+    need: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """(log-sum-exp `[N]`, its gradient in h `[N, D]` if that is needed: a row's factor is all that comes later)."""
-    head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden)
-    tail, dhidden = implementation(impl).linear_logsumexp(hidden, head, exclude, temperature, need)
-    return tail, present((dhidden, None, None), hidden, weight, bias)[0]
+    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_logsumexp
+    tail, dhidden = run(hidden, head, exclude, temperature, Need(*need))
+    return tail, present((dhidden, None, None), hidden)[0]
 
 
 @_linear_logsumexp.register_fake
-def _(hidden, weight, bias, exclude, softcap, scale, temperature, need_hidden, impl):
+def _(hidden, weight, bias, softcap, scale, exclude, temperature, need, impl):
     tail = hidden.new_empty(hidden.shape[0], dtype=acc_dtype(hidden.dtype))
-    out = grad_dtype(hidden.dtype)
-    return tail, gradients_like(hidden, weight, bias, need_hidden, False, False, dtype=out)[0]
+    return tail, gradients_like((hidden, weight, bias), need, grad_dtype(hidden.dtype))[0]
 
 
 @custom_op("linear_logsumexp_backward")
@@ -167,41 +161,39 @@ def _linear_logsumexp_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    exclude: Tensor,
     softcap: float | None,
     scale: float,
+    exclude: Tensor,
     temperature: float,
-    need_weight: bool,
-    need_bias: bool,
+    need: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """(dW, db)."""
-    head, need = LMHead(weight, bias, softcap, scale), Need(False, need_weight, need_bias)
-    run = implementation(impl).linear_logsumexp_backward
-    gradients = run(grad, tail, hidden, head, exclude, temperature, need)
-    return present((None, *gradients), hidden, weight, bias)[1:]
+    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_logsumexp_backward
+    gradients = run(grad, tail, hidden, head, exclude, temperature, Need(*need))
+    return present((None, *gradients), hidden)[1:]
 
 
 @_linear_logsumexp_backward.register_fake
-def _(grad, tail, hidden, weight, bias, exclude, softcap, scale, temperature, need_weight, need_bias, impl):
-    return gradients_like(hidden, weight, bias, False, need_weight, need_bias)[1:]
+def _(grad, tail, hidden, weight, bias, softcap, scale, exclude, temperature, need, impl):
+    return gradients_like((hidden, weight, bias), need)[1:]
 
 
 def _linear_logsumexp_context(ctx, inputs, output):
-    hidden, weight, bias, exclude, ctx.softcap, ctx.scale, ctx.temperature, _, ctx.impl = inputs
+    hidden, weight, bias, *ctx.head, exclude, ctx.temperature, _, ctx.impl = inputs
     save_for_backward(ctx, *output, hidden, weight, bias, exclude)
 
 
 def _linear_logsumexp_gradient(ctx, grad, _):
     refuse_second_derivative("linear_logsumexp")
-    tail, dhidden, *leaves = ctx.saved_tensors
+    tail, dhidden, hidden, weight, bias, exclude = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     gradients: list[Tensor | None] = [None, None, None]
     if need[0]:
-        gradients[0] = times(dhidden, grad, leaves[0].dtype, ctx.impl)
+        gradients[0] = times(dhidden, grad, hidden.dtype, ctx.impl)
     if any(need[1:]):
-        options = ctx.softcap, ctx.scale, ctx.temperature, *need[1:], ctx.impl
-        gradients[1:] = _linear_logsumexp_backward(grad, tail, *leaves, *options)
+        inputs = hidden, weight, bias, *ctx.head, exclude, ctx.temperature
+        gradients[1:] = _linear_logsumexp_backward(grad, tail, *inputs, (False, *need[1:]), ctx.impl)
     return for_autograd(gradients, need, len(ctx.needs_input_grad))
 
 
@@ -219,10 +211,8 @@ def complement_and_values(
     One pass, and one backward of the first two; the entropy is empty unless asked for, and a constant. An id below 0 is an
     absent slot: its value is -inf and it excludes nothing.
     """
-    hidden, weight, bias, softcap, scale = flat(hidden, head)
-    need = needs_gradient(hidden)
-    options = softcap, scale, temperature, need.hidden, with_entropy, impl
-    both, _, entropy = _complement_and_values(hidden, weight, bias, ids, *options)
+    options = temperature, needs_gradient(hidden), with_entropy, impl
+    both, _, entropy = _complement_and_values(*flat(hidden, head), ids, *options)
     return both[:, -1], both[:, :-1], entropy.detach()
 
 
@@ -231,11 +221,11 @@ def _complement_and_values(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    ids: Tensor,
     softcap: float | None,
     scale: float,
+    ids: Tensor,
     temperature: float,
-    need_hidden: bool,
+    need: Sequence[bool],
     with_entropy: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,15 +235,15 @@ def _complement_and_values(
     """
     head = LMHead(weight, bias, softcap, scale)
     run = implementation(impl).complement_and_values
-    tail, values, dtail, entropy = run(hidden, head, ids, temperature, need_hidden, with_entropy)
+    tail, values, dtail, entropy = run(hidden, head, ids, temperature, need[0], with_entropy)
     return torch.cat([values, tail[:, None]], 1), dtail, entropy
 
 
 @_complement_and_values.register_fake
-def _(hidden, weight, bias, ids, softcap, scale, temperature, need_hidden, with_entropy, impl):
+def _(hidden, weight, bias, softcap, scale, ids, temperature, need, with_entropy, impl):
     both = hidden.new_empty(ids.shape[0], ids.shape[1] + 1, dtype=acc_dtype(hidden.dtype))
     entropy = both.new_empty(ids.shape[0] if with_entropy else 0)
-    return both, both.new_empty(hidden.shape if need_hidden else (0,)), entropy
+    return both, both.new_empty(hidden.shape if need[0] else (0,)), entropy
 
 
 @custom_op("complement_and_values_backward")
@@ -264,51 +254,34 @@ def _complement_and_values_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    ids: Tensor,
     softcap: float | None,
     scale: float,
+    ids: Tensor,
     temperature: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    need: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head, need = LMHead(weight, bias, softcap, scale), Need(need_hidden, need_weight, need_bias)
+    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).complement_and_values_backward
     parts = grad[:, -1], grad[:, :-1], both[:, -1], both[:, :-1]
-    run = implementation(impl).complement_and_values_backward
-    return present(run(*parts, dtail, hidden, head, ids, temperature, need), hidden, weight, bias)
+    return present(run(*parts, dtail, hidden, head, ids, temperature, Need(*need)), hidden)
 
 
 @_complement_and_values_backward.register_fake
-def _(
-    grad,
-    both,
-    dtail,
-    hidden,
-    weight,
-    bias,
-    ids,
-    softcap,
-    scale,
-    temperature,
-    need_hidden,
-    need_weight,
-    need_bias,
-    impl,
-):
-    return gradients_like(hidden, weight, bias, need_hidden, need_weight, need_bias)
+def _(grad, both, dtail, hidden, weight, bias, softcap, scale, ids, temperature, need, impl):
+    return gradients_like((hidden, weight, bias), need)
 
 
 def _complement_and_values_context(ctx, inputs, output):
-    hidden, weight, bias, ids, ctx.softcap, ctx.scale, ctx.temperature, *_, ctx.impl = inputs
+    hidden, weight, bias, *ctx.head, ids, ctx.temperature, _, _, ctx.impl = inputs
     save_for_backward(ctx, *output[:2], hidden, weight, bias, ids)
 
 
 def _complement_and_values_gradient(ctx, grad, *_):
     refuse_second_derivative("topk_distill_stats")
     need = ctx.needs_input_grad[:3]
-    options = ctx.softcap, ctx.scale, ctx.temperature, *need, ctx.impl
-    gradients = _complement_and_values_backward(grad, *ctx.saved_tensors, *options)
+    *saved, ids = ctx.saved_tensors
+    inputs = *saved, *ctx.head, ids, ctx.temperature
+    gradients = _complement_and_values_backward(grad, *inputs, need, ctx.impl)
     return for_autograd(gradients, need, len(ctx.needs_input_grad))
 
 

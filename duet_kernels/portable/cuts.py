@@ -21,10 +21,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..dispatch import acc_dtype
+from ..dispatch import acc_dtype, workspace_bytes
 from ..head import LMHead
 from ..products import Scaled, operand, operand_dtype, pitch, product
-from ..workspace import workspace_bytes
 
 MAX_ROWS = 8192  # rows of a vocabulary tile: keeps a tile wide enough to be an efficient product
 TILE_BYTES = 8 * 2**20  # a tile that stays in the last-level cache is folded several times faster
@@ -63,8 +62,8 @@ def tile_width(n: int, head: LMHead, copies: int, parts: int = 8) -> int:
 
 def vocab_tiles(
     hidden: Tensor, head: LMHead, copies: int = 3, parts: int = 8
-) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
-    """Yield `(columns, width, W tile as an operand, z tile [rows, C])`; z is the caller's to overwrite.
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield `(columns, W tile as an operand, z tile [rows, C])`; z is the caller's to overwrite.
 
     The z tile is a view of one reused buffer with a spare column on the right, which `with_spare_column` gives access to.
     """
@@ -74,17 +73,16 @@ def vocab_tiles(
     for start in range(0, v, width):
         columns = slice(start, min(start + width, v))
         weight = operand(head.weight[columns])
-        size = columns.stop - columns.start
-        z = buffer[:, :size]
+        z = buffer[:, : len(weight)]
         product(hidden, weight.T, out=z)
         head.finish_(z, None if head.bias is None else head.bias[columns])
-        yield columns, size, weight, z
+        yield columns, weight, z
 
 
-def locate(ids: Tensor, columns: slice, size: int) -> tuple[Tensor, Tensor]:
+def locate(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """(which ids lie in the tile, their columns; the spare column for all others)."""
     inside = (ids >= columns.start) & (ids < columns.stop)
-    return inside, torch.where(inside, ids - columns.start, size)
+    return inside, torch.where(inside, ids, columns.stop) - columns.start
 
 
 def with_spare_column(z: Tensor) -> Tensor:
@@ -173,7 +171,7 @@ def times_weight(dz: Scaled, weight: Tensor) -> Tensor:
     return out
 
 
-# --- passes that are saved -------------------------------------------------------------------------------------
+# --- elementwise -----------------------------------------------------------------------------------------------
 
 
 def multiply_(x: Tensor, factor: Tensor | float) -> Tensor:
@@ -183,3 +181,8 @@ def multiply_(x: Tensor, factor: Tensor | float) -> Tensor:
 
 def divide_(x: Tensor, divisor: float) -> Tensor:
     return x if divisor == 1.0 else x.div_(divisor)
+
+
+def origin(top: Tensor) -> Tensor:
+    """What exponentials are relative to: the largest logit, or 0 where it is infinite and inf - inf would be NaN."""
+    return top.masked_fill(top.isinf(), 0)

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..dispatch import workspace_bytes
 from ..options import Divergence
-from ..workspace import workspace_bytes
 from . import cuts
 from .cuts import multiply_, row_chunks
 from .terms import OF_DISTRIBUTIONS, OF_LOGITS, difference, expected, infinite
@@ -99,7 +99,7 @@ class RunningSums:
                 top = (z * self.inverse).logsumexp(1, keepdim=True) / self.inverse
             else:
                 top = torch.maximum(origin + total.log() / self.inverse, z.amax(1, keepdim=True))
-            after.append(top.masked_fill(top.isinf(), 0))  # inf - inf would be NaN
+            after.append(cuts.origin(top))
             before.append(torch.where(total == 0, after[-1], origin))  # without a sum nothing falls
         s_fall, t_fall = (self._scaled(x - y).exp_() for x, y in zip(before, after, strict=True))
         self.origins, self.first = (after[0], after[1]), False
@@ -237,8 +237,8 @@ class DenseRows:
         tops, sums = [], []
         for c in self._strips():
             tops.append(z[:, c].amax(1, keepdim=True))
-            sums.append(_sum(self._exponential_(z[:, c] - _origin(tops[-1]))))
-        origin = _origin(torch.cat(tops, 1).amax(1, keepdim=True))
+            sums.append(_sum(self._exponential_(z[:, c] - cuts.origin(tops[-1]))))
+        origin = cuts.origin(torch.cat(tops, 1).amax(1, keepdim=True))
         total = z.new_zeros(len(z), 1)
         for top, part in zip(tops, sums, strict=True):
             total += self._exponential_(top - origin) * part
@@ -292,8 +292,3 @@ def any_of(mask: Tensor) -> bool:
 
 def _sum(x: Tensor) -> Tensor:
     return x.sum(1, keepdim=True)
-
-
-def _origin(top: Tensor) -> Tensor:
-    """What exponentials are relative to: the largest logit, or 0 where inf - inf would be NaN."""
-    return top.masked_fill(top.isinf(), 0)

@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import products
-from ..dispatch import acc_dtype, grad_dtype
+from .. import dispatch
+from ..dispatch import acc_dtype, grad_dtype, workspace_bytes
 from ..head import LMHead, Need
 from ..options import Divergence
 from ..products import batched_product, scaled
-from ..workspace import workspace_bytes
 from . import cuts
 from .cuts import chunk_logits, row_chunks, rows_that_fit
 from .topk_divergence import divergence_and_gradient
@@ -33,7 +32,7 @@ _MANY_IDS_ON_A_GPU = {True: 64, False: 256}
 def _pieces(ids: Tensor, table: Tensor) -> list[slice]:
     """The tokens whose rows of the table are gathered together."""
     (n, k), device = ids.shape, table.device
-    halves = products.half_products(device, table.dtype)
+    halves = dispatch.half_products(device, table.dtype)
     item = table.element_size() if halves else acc_dtype(table.dtype).itemsize
     # On a GPU rows that are upcast, and those rows times hidden states, lie beside what was gathered.
     room = workspace_bytes(device) // (2 if halves else 4) if cuts.asynchronous(device) else _GATHER_BYTES
@@ -76,7 +75,7 @@ def gather_rows(hidden: Tensor, head: LMHead, ids: Tensor) -> Tensor:
 
 def _dots(gathered: Tensor, hidden: Tensor) -> Tensor:
     """`[n, K]` of rows `[n, K, D]` and hidden states `[n, D]`; overwrites what was gathered."""
-    if products.half_products(gathered.device, gathered.dtype):
+    if dispatch.half_products(gathered.device, gathered.dtype):
         # A tensor core cuts off what a sum cannot hold, always downwards: over all of D that is more than 10 eps.
         parts = [
             batched_product(gathered[:, :, d], hidden[:, d, None])
@@ -95,10 +94,6 @@ def mark_ids(values: Tensor, indices: Tensor, head: LMHead) -> Tensor:
     )
 
 
-def slope_at(grad: Tensor, values: Tensor, head: LMHead) -> Tensor:
-    return grad.to(head.acc) * head.slope(values)
-
-
 def sum_of_rows(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """`[N, D]` sum_k weights[n, k] table[ids[n, k]], in the dtype of `weights`."""
     if ids.numel() == 0:
@@ -113,7 +108,7 @@ def sum_of_rows(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
 
 def _weighted_sums(weights: Tensor, gathered: Tensor, out: Tensor) -> None:
     """out `[n, D]` = sum_k weights[n, k] gathered[n, k]"""
-    if not products.half_products(gathered.device, gathered.dtype):
+    if not dispatch.half_products(gathered.device, gathered.dtype):
         torch.bmm(weights[:, None, :], gathered.to(weights.dtype), out=out[:, None, :])
         return
     factors, gain = scaled(weights, gathered.dtype)
@@ -137,8 +132,7 @@ def linear_gather_backward(
     No atomics, so two runs are bitwise equal.
     """
     dhidden = dweight = dbias = None
-    absent = indices < 0
-    dx = slope_at(grad, values, head).masked_fill(absent, 0)
+    dx = (grad * head.slope(values)).masked_fill(indices < 0, 0)
     ids = indices.clamp(0, head.weight.shape[0] - 1)
     if need.hidden:
         dhidden = sum_of_rows(head.weight, ids, dx).to(hidden.dtype)
@@ -186,14 +180,14 @@ def topk_loss(
     need: Need,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(`[N]` factor * loss, `[N, K]` the student's logits, the gradient in them, dh) of a loss without a log-sum-exp."""
-    halves = products.half_products(hidden.device, hidden.dtype)
+    halves = dispatch.half_products(hidden.device, hidden.dtype)
     if need.hidden and halves and not _rows_of_logits(head, *indices.shape):
         return _topk_loss_by_pieces(hidden, head, indices, teacher, factor, spec)
     values = linear_gather(hidden, head, indices)
     loss, dvalues, _ = divergence_and_gradient(values, teacher, None, None, factor, spec)
     dhidden = None
     if need.hidden:
-        dx = slope_at(dvalues, values, head).masked_fill(indices < 0, 0)
+        dx = (dvalues * head.slope(values)).masked_fill(indices < 0, 0)
         ids = indices.clamp(0, head.weight.shape[0] - 1)
         dhidden = sum_of_rows(head.weight, ids, dx).to(grad_dtype(hidden.dtype))
     return loss, values, dvalues, dhidden
@@ -212,7 +206,7 @@ def _topk_loss_by_pieces(
         z = head.finish_(_dots(gathered, hidden[rows]), None if bias is None else bias[rows])
         z = mark_ids(z, indices[rows], head)
         loss[rows], dz, _ = divergence_and_gradient(z, teacher[rows], None, None, factor[rows], spec)
-        dx = slope_at(dz, z, head).masked_fill(indices[rows] < 0, 0)
+        dx = (dz * head.slope(z)).masked_fill(indices[rows] < 0, 0)
         dh = dx.new_empty(len(dx), hidden.shape[1])
         _weighted_sums(dx, gathered, dh)
         values[rows], dvalues[rows], dhidden[rows] = z, dz, dh

@@ -15,7 +15,7 @@ from ..head import LMHead, Need
 from ..options import Divergence
 from ..products import operand, scaled
 from .cuts import divide_, locate, multiply_, row_blocks, to_the_next_row, vocab_tiles, with_spare_column
-from .gather import mark_ids, slope_at, sum_of_rows
+from .gather import mark_ids, sum_of_rows
 from .running import RunningLogsumexp, RunningStats
 from .topk_divergence import divergence_and_gradient
 
@@ -42,10 +42,10 @@ def complement_and_values(
     for rows in row_blocks(n):
         h, ids = operand(hidden[rows]), indices[rows]
         running = RunningLogsumexp(h.shape[0], tail, with_entropy)
-        for columns, size, weight, z in vocab_tiles(h, head, copies=4 if with_entropy else 3):
+        for columns, weight, z in vocab_tiles(h, head, copies=4 if with_entropy else 3):
             slope = head.slope(z) if with_gradient else 1.0
             if k:
-                inside, local = locate(ids, columns, size)
+                inside, local = locate(ids, columns)
                 spare = with_spare_column(z)
                 values[rows] = torch.where(inside, spare.gather(1, local), values[rows])
                 spare.scatter_(1, local, -torch.inf)
@@ -81,7 +81,7 @@ def complement_and_values_backward(
     dh from what the forward pass summed; dW and db from recomputed tiles, each written once.
     """
     dhidden = dweight = dbias = None
-    dx = slope_at(grad_values, values, head).masked_fill(indices < 0, 0)
+    dx = (grad_values * head.slope(values)).masked_fill(indices < 0, 0)
     if need.hidden:
         sparse = sum_of_rows(head.weight, indices.clamp(0, head.weight.shape[0] - 1), dx)
         dhidden = sparse.addcmul_(grad_tail[:, None], dtail).to(dtype or hidden.dtype)
@@ -115,9 +115,9 @@ def _complement_weight_gradient(
         h, ids = operand(hidden[rows]), indices[rows]
         origin = tail[rows].masked_fill(tail[rows] == -torch.inf, 0)[:, None]
         factor = grad_tail[rows, None] / temperature
-        for columns, size, _, z in vocab_tiles(h, head, copies=4):
+        for columns, _, z in vocab_tiles(h, head, copies=4):
             slope = head.slope(z)
-            _, local = locate(ids, columns, size)
+            _, local = locate(ids, columns)
             dz = multiply_(divide_(z, temperature).sub_(origin).exp_().mul_(factor), slope)
             spare = with_spare_column(dz)
             spare.scatter_(1, local, 0).scatter_add_(1, local, dx[rows])
@@ -146,9 +146,9 @@ def token_stats(
     for rows in row_blocks(n):
         h = operand(hidden[rows])
         stats, value = RunningStats(h.shape[0], out), out.new_full((h.shape[0], 1), torch.nan)
-        for columns, size, _, z in vocab_tiles(h, head, copies=5):
+        for columns, _, z in vocab_tiles(h, head, copies=5):
             if labels is not None:
-                inside, local = locate(labels[rows, None], columns, size)
+                inside, local = locate(labels[rows, None], columns)
                 value = torch.where(inside, with_spare_column(z).gather(1, local), value)
             stats.add(to_the_next_row(z, -torch.inf))
         log_total = stats.rest.log1p().masked_fill_(

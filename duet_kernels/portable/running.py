@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from . import cuts
+
 _LOG2_E = math.log2(math.e)  # exp2 is several times faster than exp where torch leaves exp to MKL
 
 
@@ -24,7 +26,7 @@ class RunningLogsumexp:
     def add(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Take in a tile, overwriting it with exp(x - max); return (it, the factor on everything summed before)."""
         top = torch.maximum(self.max, x.amax(1))
-        origin = _origin(top)
+        origin = cuts.origin(top)
         rescale = (self.max - origin).exp()
         x.sub_(origin[:, None])
         # Where e is 0 x may be -inf, and 0 inf would be NaN.
@@ -60,7 +62,7 @@ class RunningStats:
     def add(self, x: Tensor) -> None:
         """Take in a tile, overwriting it; merged as in Chan, Golub and LeVeque 1979."""
         top, at = x.max(1, keepdim=True)
-        x.sub_(_origin(top))
+        x.sub_(cuts.origin(top))
         weights = x.exp()
         x.clamp_(min=-1e4)  # where the weight is 0: 0 inf would be NaN
         largest = weights.gather(1, at)  # 1, or 0 where everything is -inf
@@ -73,7 +75,7 @@ class RunningStats:
 
     def _merge(self, top: Tensor, rest: Tensor, mean: Tensor, variance: Tensor) -> None:
         before, self.max = self.max, torch.maximum(self.max, top)
-        origin = _origin(self.max)
+        origin = cuts.origin(self.max)
         fall, drop = (before - origin).exp(), (top - origin).exp()
         # The largest term of the side that stays below joins the rest.
         lesser = torch.where(top > before, fall, drop)
@@ -85,8 +87,3 @@ class RunningStats:
         self.mean = (before - origin).masked_fill(old == 0, 0) + self.mean
         self.variance = old * self.variance + new * variance + old * new * (shift - self.mean).square()
         self.mean = old * self.mean + new * shift
-
-
-def _origin(top: Tensor) -> Tensor:
-    """What exponentials are relative to: the maximum, or 0 where it is infinite and inf - inf would be NaN."""
-    return top.masked_fill(top.isinf(), 0)

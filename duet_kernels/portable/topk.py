@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import workspace_bytes
 from ..head import LMHead
 from ..products import operand
-from ..workspace import workspace_bytes
 from . import cuts
 from .cuts import (
     chunk_logits,
@@ -127,7 +127,7 @@ def _topk_by_tiles(
     running = RunningLogsumexp(h.shape[0], h)
     found, fresh, worst = [], 0, None
     parts = 5 if head.weight.dtype == head.acc else 8  # a tile of W that has to be cast is large itself
-    for columns, _, _, z in vocab_tiles(h, head, _KEY_COPIES, parts):
+    for columns, _, z in vocab_tiles(h, head, _KEY_COPIES, parts):
         found.append(_above_threshold(z, columns.start, k, worst))
         running.add(divide_(z, temperature))
         fresh += found[-1][0].shape[1]

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from .. import ops, ranks
-from ..dispatch import exact_dtypes
+from ..dispatch import exact_dtypes, workspace_bytes
 from ..head import LMHead, Need
 from ..ops.op import refuse_second_derivative, save_for_backward
 from ..options import Divergence, Tokens
 from ..portable.cuts import chunk_logits, multiply_, row_chunks, times_weight
 from ..portable.dense_rows import DenseRows
 from ..products import operand, operand_dtype, scaled
-from ..workspace import workspace_bytes
 from .merge import logsumexp
 from .part import WHOLE, Part, agree, collective, id_counts
 
@@ -46,7 +45,7 @@ def dense_loss(
     agree(
         head,
         "linear_distill_loss",
-        (*dataclasses.astuple(spec), tokens.reduction),
+        (*spec.options, tokens.reduction),
         **states,
         factor=tokens.factor,
     )

@@ -5,7 +5,6 @@ Legend: N tokens, D hidden size, V vocabulary, K ids of a token, R ranks, T temp
 
 from __future__ import annotations
 
-import dataclasses
 from itertools import accumulate
 
 import torch
@@ -164,7 +163,7 @@ def topk_loss(
     tokens: Tokens,
     impl: str,
 ) -> Tensor:
-    options, teacher = dataclasses.astuple(spec), {"values": values_t, "indices": ids, "tail": tail_t}
+    options, teacher = spec.options, {"values": values_t, "indices": ids, "tail": tail_t}
     teacher = {f"teacher.{name}": x for name, x in teacher.items()}
     agree(
         head,
@@ -203,7 +202,7 @@ def topk_stats(
         "teacher.tail": tail_t,
         "token_ids": token_ids,
     }
-    options = (*dataclasses.astuple(spec), with_entropy)
+    options = (*spec.options, with_entropy)
     agree(head, "topk_distill_stats", options, hidden=hidden, **tensors)
     of_teacher = values_t, ids, tail_t, token_ids
     return ops.topk_stats(hidden, head, *of_teacher, with_entropy, spec, impl, complement_and_values)

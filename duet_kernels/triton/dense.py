@@ -33,8 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import workspace_bytes
 from ..head import LMHead, Need
-from ..workspace import workspace_bytes
 from . import tiles
 from .dense_plan import Plan, Shape, Sweep, buffers, folds_alone, lent, pitch, placed, plan
 from .primitives import (

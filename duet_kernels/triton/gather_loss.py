@@ -38,10 +38,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import grad_dtype
+from ..dispatch import grad_dtype, workspace_bytes
 from ..head import LMHead, Need
 from ..options import Divergence
-from ..workspace import workspace_bytes
 from . import tiles
 from .gather import linear_gather, slot_gradient, slot_gradients, sum_rows
 from .primitives import (

@@ -54,8 +54,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import workspace_bytes
 from ..head import LMHead
-from ..workspace import workspace_bytes
 from . import tiles
 from .primitives import (
     INTERPRETED,
