@@ -11,6 +11,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorat
 import pytest
 import torch
 from divergences import FORMS, SIGNS, UNBOUNDED
+from settings import WAYS, checks_in
 
 from duet_kernels import (
     LMHead,
@@ -68,14 +69,16 @@ SAMPLED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "dtype, head", [*zip(DTYPES + DTYPES[:1], ("full", "plain") * 2, strict=True)], ids=str
-)
+SETTINGS = [*zip(DTYPES + DTYPES[:1], ("full", "plain") * 2, strict=True)]
+
+
+@pytest.mark.parametrize("setting", range(len(SETTINGS)), ids=[f"{dtype}-{head}" for dtype, head in SETTINGS])
 @pytest.mark.parametrize("op", OPS, ids=str)
 class TestChunked:
-    def test_contract(self, op, dtype, head):
+    def test_contract(self, op, setting):
+        dtype, head = SETTINGS[setting]
         problem = make_problem(dtype=dtype, **HEADS[head])
-        for check in CHECKS:
+        for check in checks_in(op, setting, len(SETTINGS)):
             check(op, problem, "chunked")
 
 
@@ -243,7 +246,8 @@ def test_several_row_blocks_and_small_workspaces(op, dtype, monkeypatch):
     monkeypatch.setattr(cuts, "TILE_BYTES", 1024)
     monkeypatch.setattr(gather, "_GATHER_BYTES", 8 * 45 * 4 * 3)
     judge(op, problem, "chunked")
-    check_masked_rows(op, problem, "chunked")
+    if op.name in WAYS or dtype == torch.float32:
+        check_masked_rows(op, problem, "chunked")
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
