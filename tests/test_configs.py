@@ -67,6 +67,7 @@ def test_a_config_trains_a_tiny_model(path, tmp_path, monkeypatch):
         "--disable_tqdm",
     ]
     words += ["--max_steps", "2", "--save_steps", "2", "--eval_steps", "1", "--logging_steps", "1"]
+    words += ["--max_answer_tokens", "4"]  # the teacher is random, and ends no answer before its limit
     run("train", "--anyway", "--config", tmp_path / "x.yaml", *words)
 
     state = json.loads((out / "trainer_state.json").read_text())
