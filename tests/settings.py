@@ -13,6 +13,7 @@ WAYS = (
     "topk-forward_kl-tail",
     "linear-huber",
     "linear-jsd",
+    "stats-reverse_kl-generalized",
 )
 _NAMES = [op.name for op in OPS]
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from duet.cli import app
+from duet.evaluation.steering import SteeringProbe
 from duet.run.config_file import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +19,12 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "gemma": "gemma3"}
 # Datasets on the Hub, whose rows are {"question", "answer"}.
 ON_THE_HUB = ("locuslab/TOFU", "muse-bench/MUSE-Books")
+
+
+@pytest.fixture(autouse=True)
+def a_short_look(monkeypatch):
+    """Before a training the steered teacher is asked for answers of 48 tokens, of which a random one says all."""
+    monkeypatch.setitem(SteeringProbe.__init__.__kwdefaults__, "max_new_tokens", 4)
 
 
 def folder_of(architecture, tmp_path):

@@ -555,13 +555,16 @@ def test_absent_slots(options):
     judge(_ragged(options, absent), make_problem(13, 61, 16, bias=True), "chunked")
 
 
+WITHOUT_SUM = [o for o in TOPK_OPTIONS if o.get("normalization") in (None, "renormalize")]
+
+
 @pytest.mark.parametrize("impl", SPARSE_IMPLS)
-@pytest.mark.parametrize(
-    "options", [o for o in TOPK_OPTIONS if o.get("normalization") in (None, "renormalize")]
-)
+@pytest.mark.parametrize("options", WITHOUT_SUM)
 @pytest.mark.parametrize("softcap", [None, 20.0])
 def test_absent_slots_are_as_if_not_there(impl, options, softcap):
     """The same as a shorter top-k; with none left the loss is 0. The slope of a softcap is infinite at -inf."""
+    if impl == "triton" and WITHOUT_SUM.index(options) % 2 == (softcap is None):
+        return  # the kernels run every loss once, every other one with a softcap
     problem = make_problem(7, 61, 16, softcap=softcap)
     top = problem.teacher_topk(8)
     short = TopK(top.values[:, :5], top.indices[:, :5], top.tail_logsumexp)
