@@ -160,7 +160,7 @@ def test_the_command_line_prints_where_the_memory_goes(folder):
     off, on = (peaks["LoRA r=4", "bfloat16", checkpointing] for checkpointing in (False, True))
     assert on["largest_batch"] > off["largest_batch"] > 0
     assert peaks["LoRA r=4", "nf4", True]["peak_at_1"] < on["peak_at_1"]
-    small = json.loads(run("plan", "--model", folder, "--gpu-memory", "8MiB", "--reserve", "0MiB", "--json"))
+    small = json.loads(run("plan", "--model", folder, "--gpu-memory", "1MiB", "--reserve", "0MiB", "--json"))
     assert not small["fits"] and all(row["largest_batch"] == 0 for row in small["fitting"])
 
 
