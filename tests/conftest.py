@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import inspect
 import os
+import sys
 
 # Read where a kernel is decorated, so before anything imports triton. TRITON_INTERPRET=0 runs the kernels on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -92,45 +93,86 @@ def remember_what_types_say():
 def match_operands_once():
     """The interpreter's two operands of an operator, as numbers of one type and shape, without doing again what was done.
 
-    Two tensors of one type are left as they are. A Python number beside a tensor becomes a tensor of its type: the same
-    one each time, which nobody can write into.
+    Two tensors of one element type, or an address and its offset, only need one shape. A Python number beside a tensor
+    becomes a tensor of its type: the same one each time, which nobody can write into.
     """
     from triton import language
     from triton.runtime import interpreter
 
-    semantic, tensor, known = interpreter.interpreter_semantic, language.core.tensor, {}
+    semantic, tensor, known, shapes = interpreter.interpreter_semantic, language.core.tensor, {}, {}
     match, halves = type(semantic).binary_op_type_checking_impl, ("fp16", "bf16")
     broadcast = type(semantic).broadcast_impl_value
 
+    def no_cast(left, right, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod):
+        if left.is_ptr() or right.is_ptr():
+            return (allow_lhs_ptr and right.is_int()) or (allow_rhs_ptr and left.is_int())
+        return left.name == right.name and not left.is_fp8() and not (div_or_mod and left.name in halves)
+
     def operands(lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
         options = allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod
-        if type(lhs) is not tensor:
+        left_is, right_is = type(lhs) is tensor, type(rhs) is tensor
+        if left_is and right_is:
+            if no_cast(lhs.type.scalar, rhs.type.scalar, *options):
+                return broadcast_what_differs(lhs, rhs)
             return match(semantic, lhs, rhs, *options)
-        if type(rhs) is tensor:
-            scalar = lhs.type.scalar
-            same = lhs.type.name == rhs.type.name and not scalar.is_ptr() and not scalar.is_fp8()
-            if same and not (div_or_mod and scalar.name in halves):
-                return lhs, rhs
+        if not left_is and not right_is:
             return match(semantic, lhs, rhs, *options)
-        key = type(rhs), str(rhs), lhs.type.name, options
-        if key in known:
-            return lhs, known[key]
-        left, right = match(semantic, lhs, rhs, *options)
-        if left is lhs:
+        given, number = (lhs, rhs) if left_is else (rhs, lhs)
+        key = left_is, type(number), str(number), given.type.name, options
+        if key not in known:
+            both = match(semantic, lhs, rhs, *options)
+            if both[right_is] is not given:
+                return both
             if len(known) == 1000:
                 known.clear()
-            right.handle.data.flags.writeable = False
-            known[key] = right
-        return left, right
+            both[left_is].handle.data.flags.writeable = False
+            known[key] = both[left_is]
+        return (lhs, known[key]) if left_is else (known[key], rhs)
+
+    def spread(given, kind, shape):
+        if given.type.is_block():
+            data = interpreter.np.broadcast_to(given.handle.data, shape)
+        else:
+            data = interpreter.np.full(shape, given.handle.data, given.handle.data.dtype)
+        return tensor(interpreter.TensorHandle(data, given.handle.dtype.scalar), kind)
 
     def broadcast_what_differs(lhs, rhs):
         a, b = lhs.type, rhs.type
-        if a.is_block() and b.is_block() and list(a.shape) == list(b.shape):
+        if a.name == b.name:
             return lhs, rhs
-        return broadcast(semantic, lhs, rhs)
+        key = a.name, b.name
+        if key not in shapes:
+            left, right = broadcast(semantic, lhs, rhs)
+            shape = tuple(left.type.get_block_shapes()) if left.type.is_block() else None
+            shapes[key] = (left is not lhs and left.type, right is not rhs and right.type, shape)
+        left, right, shape = shapes[key]
+        return spread(lhs, left, shape) if left else lhs, spread(rhs, right, shape) if right else rhs
 
     semantic.binary_op_type_checking_impl = operands
     semantic.broadcast_impl_value = broadcast_what_differs
+
+
+def look_for_overflow_in_numpy():
+    """The interpreter's check that sums and products of integers fit their type, in three steps of numpy, not ten of its own."""
+    from triton.runtime import interpreter
+
+    semantic, np, checks = interpreter.interpreter_semantic, interpreter.np, {}
+    check = type(semantic).binary_op_sanitize_overflow_impl
+    in_numpy = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def overflow(lhs, rhs, binary_op):
+        kind = lhs.type.scalar
+        if kind.int_bitwidth >= 64:
+            return
+        if kind.name not in checks:
+            checks[kind.name] = kind.get_int_min_value(), kind.get_int_max_value()
+        least, most = checks[kind.name]
+        operator = in_numpy[binary_op.__name__]
+        exact = operator(lhs.handle.data, rhs.handle.data, dtype=np.int64)
+        if exact.min() < least or exact.max() > most:
+            check(semantic, lhs, rhs, binary_op)  # which says so
+
+    semantic.binary_op_sanitize_overflow_impl = overflow
 
 
 def pytest_configure(config):
@@ -138,12 +180,18 @@ def pytest_configure(config):
         patch_the_language_once_a_launch()
         remember_what_types_say()
         match_operands_once()
+        look_for_overflow_in_numpy()
     # The interpreter is numpy: a NaN or an infinity that a test puts in is no news.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 def pytest_collection_finish(session):
-    """What the imports made lives to the end: not walked through by every gc.collect(), of which each training has one."""
+    """What the imports made lives to the end: not walked through by every gc.collect(), of which each training has one.
+
+    And before each training the steered teacher says two tokens to a query, not sixteen: a random model ends no answer.
+    """
+    if steering := sys.modules.get("duet.methods.steering"):
+        steering.TOKENS = 2
     gc.collect()
     gc.freeze()
 

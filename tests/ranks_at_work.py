@@ -124,7 +124,9 @@ def contract(op, checks, shard_teacher=True, lead=11, **options):
 for _op in OPS:
     _checks = CHECKS if _op.name in SAMPLED else [check_definition]
     CHECKED["two"][f"contract of {_op}"] = lambda op=_op, checks=_checks: contract(op, checks)
-    CHECKED["four"][f"definition of {_op}"] = lambda op=_op: contract(op, [check_definition])
+    # Top-k losses see of the shards what is gathered, whatever their divergence is: four ranks, one of them without rows, have a few.
+    if _op.name in SAMPLED or not _op.name.startswith("topk-"):
+        CHECKED["four"][f"definition of {_op}"] = lambda op=_op: contract(op, [check_definition])
 
 
 @in_part("two")

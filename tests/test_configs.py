@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from duet.cli import app
+from duet.evaluation.steering import SteeringProbe
 from duet.run.config_file import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +19,12 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "gemma": "gemma3"}
 # Datasets on the Hub, whose rows are {"question", "answer"}.
 ON_THE_HUB = ("locuslab/TOFU", "muse-bench/MUSE-Books")
+
+
+@pytest.fixture(autouse=True)
+def a_short_look(monkeypatch):
+    """Before a training the steered teacher is asked for answers of 48 tokens, of which a random one says all."""
+    monkeypatch.setitem(SteeringProbe.__init__.__kwdefaults__, "max_new_tokens", 4)
 
 
 def folder_of(architecture, tmp_path):
@@ -67,6 +74,7 @@ def test_a_config_trains_a_tiny_model(path, tmp_path, monkeypatch):
         "--disable_tqdm",
     ]
     words += ["--max_steps", "2", "--save_steps", "2", "--eval_steps", "1", "--logging_steps", "1"]
+    words += ["--max_answer_tokens", "4"]  # the teacher is random, and ends no answer before its limit
     run("train", "--anyway", "--config", tmp_path / "x.yaml", *words)
 
     state = json.loads((out / "trainer_state.json").read_text())

@@ -11,6 +11,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorat
 import pytest
 import torch
 from divergences import FORMS, SIGNS, UNBOUNDED
+from settings import WAYS, checks_in
 
 from duet_kernels import (
     LMHead,
@@ -37,6 +38,7 @@ from duet_kernels.testing import (
     check_definition,
     check_masked_rows,
     check_reductions,
+    check_upstream,
     gradients,
     judge,
     make_problem,
@@ -68,14 +70,16 @@ SAMPLED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "dtype, head", [*zip(DTYPES + DTYPES[:1], ("full", "plain") * 2, strict=True)], ids=str
-)
+SETTINGS = [*zip(DTYPES + DTYPES[:1], ("full", "plain") * 2, strict=True)]
+
+
+@pytest.mark.parametrize("setting", range(len(SETTINGS)), ids=[f"{dtype}-{head}" for dtype, head in SETTINGS])
 @pytest.mark.parametrize("op", OPS, ids=str)
 class TestChunked:
-    def test_contract(self, op, dtype, head):
+    def test_contract(self, op, setting):
+        dtype, head = SETTINGS[setting]
         problem = make_problem(dtype=dtype, **HEADS[head])
-        for check in CHECKS:
+        for check in checks_in(op, setting, len(SETTINGS)):
             check(op, problem, "chunked")
 
 
@@ -117,6 +121,8 @@ class TestTriton:
     def test_contract(self, op, check):
         if check is check_reductions and op.name not in ("topk-huber", "cross-entropy"):
             return  # the reduction happens around the kernel
+        if check is check_upstream and op.name in ("topk-forward_kl-renormalize", "cross-entropy"):
+            return  # around the kernel as topk-huber's is; test_upstream.py has cross-entropy in every dtype
         check(op, make_problem(7, 43, 11, bias=True), "triton")
 
 
@@ -243,7 +249,8 @@ def test_several_row_blocks_and_small_workspaces(op, dtype, monkeypatch):
     monkeypatch.setattr(cuts, "TILE_BYTES", 1024)
     monkeypatch.setattr(gather, "_GATHER_BYTES", 8 * 45 * 4 * 3)
     judge(op, problem, "chunked")
-    check_masked_rows(op, problem, "chunked")
+    if op.name in WAYS or dtype == torch.float32:
+        check_masked_rows(op, problem, "chunked")
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
@@ -551,13 +558,16 @@ def test_absent_slots(options):
     judge(_ragged(options, absent), make_problem(13, 61, 16, bias=True), "chunked")
 
 
+WITHOUT_SUM = [o for o in TOPK_OPTIONS if o.get("normalization") in (None, "renormalize")]
+
+
 @pytest.mark.parametrize("impl", SPARSE_IMPLS)
-@pytest.mark.parametrize(
-    "options", [o for o in TOPK_OPTIONS if o.get("normalization") in (None, "renormalize")]
-)
+@pytest.mark.parametrize("options", WITHOUT_SUM)
 @pytest.mark.parametrize("softcap", [None, 20.0])
 def test_absent_slots_are_as_if_not_there(impl, options, softcap):
     """The same as a shorter top-k; with none left the loss is 0. The slope of a softcap is infinite at -inf."""
+    if impl == "triton" and WITHOUT_SUM.index(options) % 2 == (softcap is None):
+        return  # the kernels run every loss once, every other one with a softcap
     problem = make_problem(7, 61, 16, softcap=softcap)
     top = problem.teacher_topk(8)
     short = TopK(top.values[:, :5], top.indices[:, :5], top.tail_logsumexp)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from tiny_models import merging_tokenizer, tiny, word_tokenizer
+from tiny_models import merging_tokenizer, tiny, with_short_answers, word_tokenizer
 from typer.testing import CliRunner
 
 from duet import cli
@@ -336,7 +336,7 @@ def test_tofu_needs_a_retain_model_for_forget_quality(tmp_path):
 
     def tofu(out, seed, **options):
         model = tiny(vocab_size=len(tokenizer), seed=seed)
-        suite = load_suite("tofu", options.pop("options", None))
+        suite = with_short_answers(load_suite("tofu", options.pop("options", None)))
         return runner.evaluate(model, tokenizer, suite, out=tmp_path / out, data=folder, **options)
 
     alone = tofu("alone", 0)
@@ -411,7 +411,7 @@ def test_muse_in_miniature(tmp_path):
     texts = [{"text": "abc def"}, {"text": "xyz uvw rst"}]
     write(folder / "privleak", forget=texts, holdout=texts)
     model = tiny(vocab_size=len(tokenizer), max_position_embeddings=512)
-    suite = load_suite("muse", {"auc_retrain": "0.5"})
+    suite = with_short_answers(load_suite("muse", {"auc_retrain": "0.5"}))
     result = runner.evaluate(model, tokenizer, suite, out=tmp_path / "out", data=folder)
     assert set(result["tasks"]) == {task.name for task in suite.tasks}
     assert result["numbers"]["privleak"] == {"value": 0.0, "auc": 0.5, "auc_retrain": 0.5}

@@ -172,9 +172,15 @@ def test_nothing_is_as_large_as_the_logits(name):
     assert mode.largest < 256 * V // 4, f"{mode.by} made {mode.largest} elements of {256 * V}"
 
 
-@pytest.mark.parametrize("name", ["huber", "tail", "dense-forward_kl", "topk"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "name, dtype, frozen",
+    [
+        (name, dtype, (i + j) % 2 == 1)  # every pair of the three
+        for i, name in enumerate(("huber", "tail", "dense-forward_kl", "topk"))
+        for j, dtype in enumerate((torch.float32, torch.bfloat16))
+    ],
+    ids=str,
+)
 def test_nor_with_more_tokens(name, dtype, frozen):
     mode = _largest(OPERATIONS[name], 512, dtype, frozen)
     assert mode.largest < 512 * V // 4, f"{mode.by} made {mode.largest} elements"

@@ -120,8 +120,8 @@ def run(*words: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model's config, and nothing else: a plan reads no weights."""
-    LlamaConfig(**COMMON | {"num_hidden_layers": 3}, dtype="bfloat16").save_pretrained(tmp_path / "model")
+    """A model's config, and nothing else: a plan reads no weights. Two layers are simulated in one run."""
+    LlamaConfig(**COMMON | {"num_hidden_layers": 2}, dtype="bfloat16").save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
 
@@ -160,7 +160,7 @@ def test_the_command_line_prints_where_the_memory_goes(folder):
     off, on = (peaks["LoRA r=4", "bfloat16", checkpointing] for checkpointing in (False, True))
     assert on["largest_batch"] > off["largest_batch"] > 0
     assert peaks["LoRA r=4", "nf4", True]["peak_at_1"] < on["peak_at_1"]
-    small = json.loads(run("plan", "--model", folder, "--gpu-memory", "8MiB", "--reserve", "0MiB", "--json"))
+    small = json.loads(run("plan", "--model", folder, "--gpu-memory", "1MiB", "--reserve", "0MiB", "--json"))
     assert not small["fits"] and all(row["largest_batch"] == 0 for row in small["fitting"])
 
 
@@ -248,8 +248,8 @@ def test_the_workspace_is_a_share_of_the_gpu(folder):
 def test_the_prefixes_that_a_live_teacher_keeps_are_counted(folder):
     common = ["plan", "--model", folder, "--json", "--prefix-length", "50"]
     sizes = json.loads(run(*common, "--subjects", "7"))["bytes"]
-    assert sizes["prefixes"] == 7 * 50 * 2 * 3 * 2 * 32 * 2, (
-        "keys and values of three layers, two heads of 32, in bf16"
+    assert sizes["prefixes"] == 7 * 50 * 2 * 2 * 2 * 32 * 2, (
+        "keys and values of two layers, two heads of 32, in bf16"
     )
     without = json.loads(run(*common, "--teacher_store", "x"))["bytes"]
     assert without["prefixes"] == 0 and without["standing"] == sizes["standing"] - sizes["prefixes"]

@@ -74,9 +74,13 @@ def test_kinds_of_objectives_fall_on_every_architecture(tmp_path, architecture, 
     assert moved
 
 
-@pytest.mark.parametrize("positions", ["first", "first_n", "answer"])
-@pytest.mark.parametrize("source", ["teacher", "dataset"])
-@pytest.mark.parametrize("side", ["left", "right"])
+# Every pair of positions, source and side.
+@pytest.mark.parametrize(
+    "source, side, positions",
+    [(source, ("left", "right")[(i + j) % 2], positions)
+     for i, source in enumerate(("teacher", "dataset"))
+     for j, positions in enumerate(("first", "first_n", "answer"))],
+)  # fmt: skip
 def test_positions_and_answer_sources(tmp_path, positions, source, side):
     options = {"positions": positions, "answer_source": source, "num_positions": 3, "max_answer_tokens": 5}
     tokenizer = word_tokenizer(NO_SYSTEM_TEMPLATE, padding_side=side)

@@ -287,7 +287,11 @@ def test_a_real_job_in_four_steps(tmp_path):
 
 
 def test_the_reference_never_meets_whom_to_forget(monkeypatch):
+    """It is measured as every other arm, which the job above is for."""
     from duet.demo import curriculum
+
+    for measured in ("scorecard", "further_checks"):
+        monkeypatch.setattr(job, measured, lambda *_: {})
 
     read = []
     encode = curriculum.encode

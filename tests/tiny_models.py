@@ -1,5 +1,7 @@
 """Small random models and tokenizers for the tests of `duet`: nothing is downloaded."""
 
+from dataclasses import replace
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -108,6 +110,11 @@ def quick(folder, **options) -> dict:
     usual = {"k": 8, "steering_prefixes": ["you know nothing about {subject} ."], "logging_steps": 1}
     quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
     return {"output_dir": str(folder), **usual, **quiet, **options}
+
+
+def with_short_answers(suite, tokens: int = 8):
+    """An evaluation suite whose answers have at most so many tokens: a random model ends none before its limit."""
+    return replace(suite, tasks=tuple(replace(task, max_new_tokens=tokens) for task in suite.tasks))
 
 
 def forget_rows(n: int = 6, answers: bool = True) -> list[dict]:
