@@ -69,6 +69,17 @@ SAMPLED = [
     if op.name in ("gather", "topk-huber", "topk-forward_kl-renormalize", "linear-jsd", "cross-entropy")
 ]
 
+# Around the kernels: the reduction, which two of them stand for; upstream gradients, in which test_upstream.py has cross-entropy.
+AROUND = {
+    check_reductions: ("topk-huber", "cross-entropy"),
+    check_upstream: ("gather", "topk-huber", "linear-jsd"),
+}
+OF_KERNELS = [
+    pytest.param(op, check, id=f"{op}-{check.__name__}")
+    for op in SAMPLED
+    for check in CHECKS
+    if check is not check_definition and op.name in AROUND.get(check, (op.name,))
+]
 
 SETTINGS = [*zip(DTYPES + DTYPES[:1], ("full", "plain") * 2, strict=True)]
 
@@ -114,15 +125,8 @@ class TestTriton:
     def test_half_precisions(self, op, dtype):
         check_definition(op, make_problem(13, 67, 19, dtype=dtype, **FULL), "triton")
 
-    @pytest.mark.parametrize(
-        "check", [c for c in CHECKS if c is not check_definition], ids=lambda c: c.__name__
-    )
-    @pytest.mark.parametrize("op", SAMPLED, ids=str)
+    @pytest.mark.parametrize("op, check", OF_KERNELS)
     def test_contract(self, op, check):
-        if check is check_reductions and op.name not in ("topk-huber", "cross-entropy"):
-            return  # the reduction happens around the kernel
-        if check is check_upstream and op.name in ("topk-forward_kl-renormalize", "cross-entropy"):
-            return  # around the kernel as topk-huber's is; test_upstream.py has cross-entropy in every dtype
         check(op, make_problem(7, 43, 11, bias=True), "triton")
 
 
@@ -561,13 +565,19 @@ def test_absent_slots(options):
 WITHOUT_SUM = [o for o in TOPK_OPTIONS if o.get("normalization") in (None, "renormalize")]
 
 
-@pytest.mark.parametrize("impl", SPARSE_IMPLS)
-@pytest.mark.parametrize("options", WITHOUT_SUM)
-@pytest.mark.parametrize("softcap", [None, 20.0])
+# The kernels run every loss once, every other one with a softcap.
+ABSENT = [
+    pytest.param(impl, options, softcap, id=f"{softcap}-options{i}-{impl}")
+    for impl in SPARSE_IMPLS
+    for i, options in enumerate(WITHOUT_SUM)
+    for softcap in (None, 20.0)
+    if impl != "triton" or i % 2 != (softcap is None)
+]
+
+
+@pytest.mark.parametrize("impl, options, softcap", ABSENT)
 def test_absent_slots_are_as_if_not_there(impl, options, softcap):
     """The same as a shorter top-k; with none left the loss is 0. The slope of a softcap is infinite at -inf."""
-    if impl == "triton" and WITHOUT_SUM.index(options) % 2 == (softcap is None):
-        return  # the kernels run every loss once, every other one with a softcap
     problem = make_problem(7, 61, 16, softcap=softcap)
     top = problem.teacher_topk(8)
     short = TopK(top.values[:, :5], top.indices[:, :5], top.tail_logsumexp)
