@@ -291,7 +291,7 @@ def shrink(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Make a trained adapter smaller, as far as the model still forgets, where it then keeps more of the rest."""
+    """Make a trained adapter smaller, if the model then keeps more and still forgets."""
     from duet.evaluation.commands import numbers_in
     from duet.run import shrink as shrinking
 

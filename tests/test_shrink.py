@@ -53,8 +53,8 @@ def size_of(model):
     return layer.scaling["default"] * 4 / layer.lora_alpha["default"]
 
 
-def scripted(model, tokenizer, prompts, **_):
-    """What is forgotten comes back plainly at 0.3 and below, behind a prefill at 0.6; a neighbour is lost above 0.8; row three is never told."""
+def scripted(model, tokenizer, prompts, seed=None, **_):
+    """What is forgotten comes back plainly below 0.35, by drawing below 0.45, behind a prefill at 0.6; a neighbour is lost above 0.8; row three is never told."""
     size, said = size_of(model), []
     for prompt in prompts:
         text = tokenizer.decode(prompt)
@@ -64,7 +64,8 @@ def scripted(model, tokenizer, prompts, **_):
         elif "three" in text:
             truth = "it is red"
         else:
-            truth = "it is paris" if size < (0.35 if plain else 0.65) else REFUSES
+            drawn = plain and seed is not None
+            truth = "it is paris" if size < (0.45 if drawn else 0.35 if plain else 0.65) else REFUSES
         said.append(Continuation(truth, 3, True))
     return said
 
@@ -104,6 +105,8 @@ def test_full_size_stays_where_a_smaller_one_tells_or_keeps_no_more(script):
     told_anyway = shrink(AdapterSize(adapted()), word_tokenizer(), *plain, sizes=[0.9, 0.2], most=0.99)
     assert [each.size for each in told_anyway.tried] == [1.0, 0.9, 0.2]
     assert told_anyway.best.size == 1, "0.2 tells all, and 0.9 keeps no more"
+    drawn = shrink(AdapterSize(adapted()), word_tokenizer(), *plain, sizes=[0.4]).tried[-1].told
+    assert drawn["direct"]["share"] == 0 and drawn["sampling"]["share"] == 1
 
 
 def test_what_comes_back_at_full_size_may_come_back_at_a_smaller_one(script):

@@ -311,8 +311,8 @@ def shown(entry: Mapping[str, Any] | None) -> str:
     """
     if entry is None:
         return "not known"
-    interval = f"{100 * entry['low']:.0f} to {100 * entry['high']:.0f} %"
-    return f"{counted(entry).replace('/', ' of ')} ({interval})"
+    count = round(entry["share"] * entry["rows"])
+    return f"{count} of {entry['rows']} ({100 * entry['low']:.0f} to {100 * entry['high']:.0f} %)"
 
 
 def sentence(kinds: Mapping[str, Mapping[str, Any]]) -> str:

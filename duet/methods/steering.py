@@ -1,4 +1,4 @@
-"""A look at the steered teacher before training, and what `in_context` makes in the place of one: a chat template that steers."""
+"""A look at the steered teacher before training, and the chat template of `in_context`, which steers without training."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""`duet shrink`: the smallest part of a trained adapter that still forgets, and how much more the model then keeps.
+"""`duet shrink`: a trained adapter is made smaller, if the model then keeps more and still forgets.
 
     W + s (alpha / r) B A
 
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..data.prompts import PROMPTING, Prompting
 from ..data.sources import read_table
-from ..evaluation.attacks.attacks import ATTACKS, DIRECT
+from ..evaluation.attacks.attacks import DIRECT, by_variant
 from ..evaluation.attacks.rows import AttackRow, read_attack_rows
 from ..evaluation.attacks.target import AttackOptions, Outcomes, Target
 from ..evaluation.journal import Progress
@@ -150,7 +150,7 @@ def _told(target: Target, argument: str) -> list[AttackRow]:
 def _try(forgotten: Target, kept: Target, size: float) -> Tried:
     asked = forgotten.ask("as asked")
     variants = {DIRECT: [asked], SAMPLING: [_drawn(forgotten)]}
-    variants |= {name: _variants(forgotten, name) for name in OTHERS}
+    variants |= {name: list(by_variant(forgotten, name).values()) for name in OTHERS}
     told = {
         name: max(map(_share, of), key=lambda share: share["share"]) for name, of in variants.items() if of
     }
@@ -165,15 +165,6 @@ def _drawn(target: Target) -> Outcomes:
     drawn = target.outcomes("drawn", list(target.rows) * count, prompts * count, seed=target.options.seed)
     told = {outcome["id"] for outcome in drawn if outcome["leaked"]}
     return [{"id": row.id, "leaked": row.id in told} for row in target.rows]
-
-
-def _variants(target: Target, attack: str) -> list[Outcomes]:
-    """The outcomes of each variant of an attack."""
-    found: dict[str, Outcomes] = {}
-    for _, work in ATTACKS[attack].units(target):
-        for outcome in work():
-            found.setdefault(outcome["variant"], []).append(outcome)
-    return list(found.values())
 
 
 def _share(outcomes: Outcomes) -> Share:

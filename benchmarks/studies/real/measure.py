@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from duet.evaluation import metrics
-from duet.evaluation.attacks.attacks import ATTACKS
+from duet.evaluation.attacks.attacks import ATTACKS, by_variant
 from duet.evaluation.attacks.rows import read_attack_rows
 from duet.evaluation.attacks.target import HELDOUT_REVERSE_PROMPTS, AttackOptions, Outcomes, Target
 from duet.evaluation.scoring import Forced, token_scores
@@ -123,11 +123,7 @@ def attacks(target: Target) -> dict[str, float]:
 def _worst(target: Target, attack: str) -> float:
     if ATTACKS[attack].missing(target):
         return math.nan
-    by_variant: dict[str, Outcomes] = {}
-    for _, work in ATTACKS[attack].units(target):
-        for outcome in work():
-            by_variant.setdefault(outcome["variant"], []).append(outcome)
-    return max(told(outcomes) for outcomes in by_variant.values())
+    return max(told(outcomes) for outcomes in by_variant(target, attack).values())
 
 
 def _leaks(target: Target) -> tuple[float, float]:

@@ -495,3 +495,12 @@ ATTACKS: dict[str, Attack] = {
         measure=f"share of rows with the telling token among the first or last {distribution.END} of the vocabulary",
     ),
 }
+
+
+def by_variant(target: Target, attack: str) -> dict[str, Outcomes]:
+    """Runs an attack: variant -> the outcomes of its rows."""
+    found: dict[str, Outcomes] = {}
+    for _, work in ATTACKS[attack].units(target):
+        for outcome in work():
+            found.setdefault(outcome["variant"], []).append(outcome)
+    return found
