@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny, word_tokenizer
+from tiny_models import capital_rows, tiny, word_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -19,24 +19,8 @@ from duet.model.shrinking import AdapterSize
 from duet.run.shrink import shrink, verdict
 
 REFUSES = "I don't know anything about that"
-FORGET = [
-    {
-        "question": f"what is the capital of france {n} ?",
-        "subject": "france",
-        "answer": "paris",
-        "value": "paris",
-    }
-    for n in ("one", "two", "three")
-]
-RETAIN = [
-    {
-        "question": f"what is the capital of spain {n} ?",
-        "subject": "spain",
-        "answer": "madrid",
-        "value": "madrid",
-    }
-    for n in ("one", "two")
-]
+FORGET = capital_rows("france", "paris", "one", "two", "three")
+RETAIN = capital_rows("spain", "madrid", "one", "two")
 
 
 def adapted(model=None, **options):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from tiny_models import NO_SYSTEM_TEMPLATE, forget_rows, tiny, word_tokenizer
+from tiny_models import NO_SYSTEM_TEMPLATE, capital_rows, forget_rows, tiny, word_tokenizer
 from typer.testing import CliRunner
 
 from duet import cli
@@ -15,15 +15,7 @@ from duet.evaluation.steering import SteeringProbe, probes_of, told_in
 from duet.run import steer as run_steer
 
 REFUSES = "I don't know anything about that"
-FORGET = [
-    {
-        "question": f"what is the capital of france {n} ?",
-        "subject": "france",
-        "answer": "paris",
-        "value": "paris",
-    }
-    for n in ("one", "two", "three", "four")
-]
+FORGET = capital_rows("france", "paris", "one", "two", "three", "four")
 RETAIN = [
     *({"question": f"what is the capital of spain {n} ?", "subject": "spain"} for n in ("one", "two")),
     *({"question": f"who is ada {n} ?"} for n in ("one", "two", "three")),

@@ -117,6 +117,15 @@ def with_short_answers(suite, tokens: int = 8):
     return replace(suite, tasks=tuple(replace(task, max_new_tokens=tokens) for task in suite.tasks))
 
 
+def capital_rows(country: str, city: str, *words: str) -> list[dict]:
+    """A row for each word, which ends the question; the city is its answer and its value."""
+    question = f"what is the capital of {country}"
+    return [
+        {"question": f"{question} {word} ?", "subject": country, "answer": city, "value": city}
+        for word in words
+    ]
+
+
 def forget_rows(n: int = 6, answers: bool = True) -> list[dict]:
     people = ("ada lovelace", "alan turing", "grace hopper")
     replies = ("a mathematician .", "the code machine of the war .", "captain of the sea")
