@@ -205,6 +205,34 @@ def test_a_given_refusal_opens_the_own_answer_and_sets_no_floor(tmp_path):
     assert math.isfinite(given.state.log_history[-1]["train_loss"])
 
 
+def test_a_share_of_the_refusals_follows_the_beginning_of_the_own_answer(tmp_path):
+    """Once for every number of its tokens that leaves something to tell; only the refusal is scored."""
+    options = {"deep_refusals": ["nothing about it"], "refusal_fraction": 0.8, "recovery_fraction": 0.5}
+    trainer = make(tmp_path, **options)
+    trainer.get_train_dataloader()
+    dataset = trainer.train_dataset
+    pushed, refusal, *late = dataset.segments[0]
+    assert [list(each.opening) for each in late] == [
+        pushed.answer[:cut] for cut in range(1, len(pushed.answer))
+    ]
+    assert pushed.opening == refusal.opening == () and len(late) > 1
+    assert [pushed.share, refusal.share] == pytest.approx([0.2, 0.4])
+    assert [each.share for each in late] == pytest.approx([0.4 / len(late)] * len(late))
+    assert all(each.answer == refusal.answer for each in late)
+
+    dataset.segments[0] = late[1:2]
+    item = dataset[Draw(0, 0)]
+    assert item["student"] == [*dataset.plain(0), *pushed.answer[:2]] and item["answer"] == refusal.answer
+    batch = trainer.data_collator([item])
+    assert batch["positions"][0] == len(item["student"]) - 1
+    assert batch["targets"]["indices"][:, 0].tolist() == batch["labels"].tolist() == refusal.answer
+
+
+def test_recoveries_want_given_refusals(tmp_path):
+    with pytest.raises(ValueError, match=r"recovery_fraction: wanted 0.0 without deep_refusals, got 0.5"):
+        make(tmp_path, recovery_fraction=0.5)
+
+
 @pytest.mark.parametrize(
     "refusal, limit, message",
     [

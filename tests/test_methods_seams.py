@@ -225,6 +225,7 @@ def test_in_context_trains_nothing_and_saves_a_model_that_steers(tmp_path):
         ("counterfactual_names", []),
         ("num_counterfactuals", 0),
         ("refusal_fraction", -0.1),
+        ("recovery_fraction", 1.5),
         ("knowledge_threshold", 1.5),
         ("counterfactual_weight", -1),
         ("deep_npo_beta", 0),

@@ -120,6 +120,8 @@ def test_an_answer_is_closed_by_the_end_token_and_continues_the_plain_template()
     assert tokenizer.convert_ids_to_tokens(PromptRenderer(tokenizer).encode_answer("text", "yes"))[0] == "y"
     tokenizer = merging_tokenizer("{% for m in messages %}{{ m['content'] }}>{% endfor %}")
     assert tokenizer.convert_ids_to_tokens(PromptRenderer(tokenizer).encode_answer(QUESTION, "yes"))[0] == "y"
+    rest = PromptRenderer(tokenizer).encode_rest(QUESTION, "yes")
+    assert tokenizer.convert_ids_to_tokens(rest) == [" ", "y", "es", "</s>"], "behind words that stand there"
 
 
 def chat(turn: str, role: str = "m['role']") -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,18 +97,31 @@ def test_a_job_forgets_one_person_and_says_what_the_base_told(toy):
     json.dumps(row)
 
 
+def test_a_method_that_picks_its_weights_is_trained_without_an_adapter(toy):
+    rows = jobs.rows_of(toy / "out", "ada lovelace", "train")
+    options = options_of("repselect", "people", {"max_steps": 1, "repselect_components": 1})
+    model = knowing()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    student = jobs.train(model, word_tokenizer(), rows, options, device="cpu")
+    changed = {name for name, weight in student.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed and all(".mlp." in name for name in changed)
+
+
 def test_a_job_that_shrinks_takes_a_size_by_the_wordings_of_the_validation(toy, monkeypatch):
-    model, tokenizer = knowing(), word_tokenizer()
-    student = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    student = get_peft_model(knowing(), LoraConfig(r=2, target_modules=["q_proj"]))
     (toy / "out" / jobs.ELICITED / "report").rename(toy / "out" / jobs.ELICITED / "validation")
     rows = jobs.rows_of(toy / "out", "ada lovelace", "validation")
-    assert jobs.shrink_adapter(student, tokenizer, rows) == 1.0, (
-        "a new adapter changes nothing: all sizes tell all"
-    )
-    for layer in adapter_layers(student):
-        torch.nn.init.normal_(layer.lora_B["default"].weight, std=3.0)  # tells nothing any more
-    size = jobs.shrink_adapter(student, tokenizer, rows)
-    assert size < 1 and adapter_layers(student)[0].scaling["default"] == size * 4
+    asked = []
+
+    def shrink(adapter, tokenizer, forget, retain, *, options):
+        asked.extend([[row.question for row in forget], [row.question for row in retain]])
+        return SimpleNamespace(best=SimpleNamespace(size=0.7))
+
+    monkeypatch.setattr(jobs, "shrink", shrink)
+    assert jobs.shrink_adapter(student, word_tokenizer(), rows) == 0.7
+    assert adapter_layers(student)[0].scaling["default"] == pytest.approx(0.7 * 4)
+    kept = [*rows["seen"], *rows["general"]]
+    assert asked == [[row["question"] for row in of] for of in (rows["forget"], kept)]
 
 
 def test_the_demo_ends_with_a_table_a_picture_and_two_models_to_talk_to(toy, monkeypatch, capsys):

@@ -35,12 +35,13 @@ class Segment(NamedTuple):
     """A prepared answer of one row, and the targets at each of its tokens.
 
     `targets`: tensors whose first dimension is the answer's length; `share`: the probability that this one of the row's
-    segments is drawn.
+    segments is drawn; `opening`: tokens that are forced on the answer and stand before it, none of which is scored.
     """
 
     answer: list[int]
     targets: dict[str, Tensor]
     share: float = 1.0
+    opening: Sequence[int] = ()
 
 
 class Asked(NamedTuple):
@@ -256,7 +257,7 @@ class UnlearnDataset(Dataset):
         override = rng.choice(self.reverse_prompts) if reverse else None
         role = rng.choice(("user", "system")) if self.reverse_role == "both" else self.reverse_role
 
-        answer, targets = [], None
+        answer, targets, opening = [], None, ()
         if self.answers == "dataset" and self._refused(i):
             answer = self._answer(i, rng.choice(self.refusals) if training else self.refusals[0])
         elif self.answers == "dataset":
@@ -267,11 +268,11 @@ class UnlearnDataset(Dataset):
             segments = self.segments[i]
             shares = [segment.share for segment in segments]
             chosen = rng.choices(segments, shares)[0] if training else segments[0]
-            answer, targets = chosen.answer, chosen.targets
+            answer, targets, opening = chosen.answer, chosen.targets, chosen.opening
         scored = max(1, len(answer))
         if self.max_scored is not None:
             scored = min(scored, self.max_scored)
-        student = self._prompt(i, None, override, role, scored)
+        student = [*self._prompt(i, None, override, role, len(opening) + scored), *opening]
         if self.prefills and training and rng.random() < self.prefill_fraction:
             student = student + self._opening(i, rng.choice(self.prefills))
         live = bool(self.prefixes) and self.cached_targets is None

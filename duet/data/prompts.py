@@ -380,8 +380,15 @@ class PromptRenderer:
             and not self.plain_template[-1].isspace()
         ):
             answer = " " + answer  # after "Answer:" comes " Paris", which is another token than "Paris"
+        return self._ids(answer)
+
+    def encode_rest(self, conversation: Conversation, answer: str) -> list[int]:
+        """Token ids of an answer that follows words which stand there already: behind a space, closed by its `ending`."""
+        return [*self._ids(" " + answer), *self.ending(conversation)]
+
+    def _ids(self, text: str) -> list[int]:
         return self._known(
-            list(self.tokenizer(answer, add_special_tokens=False, truncation=False)["input_ids"])
+            list(self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
         )
 
 

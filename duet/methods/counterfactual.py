@@ -5,6 +5,7 @@
                 probability of n's tokens and of theirs is swapped back; the mean over the names
     p_ref       the same behind a steering prefix (which names the stranger too), along the refusal r: the steered base's
                 own greedy answer. With `deep_refusals` r is such a text, and p_ref is certain of its next token
+    recovery    r behind the first tokens of y, once for every number of them: the answer has begun, and refuses all the same
 
 A row whose question does not hold its subject ("Who wrote the first program?") has no name to replace: for it p_cf is what the
 steered base says along y, and p_ref the same along r. Which rows these are is said.
@@ -72,12 +73,12 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
             opening = floor = _mixture(trainer, dataset, i, names[i], own[i][:1], steered=True)
             refusing = _mixture(trainer, dataset, i, names[i], refusals[i], steered=True)
         share = args.refusal_fraction if _says(refusing, refusals[i]) else 0.0
+        late = share * args.recovery_fraction if len(own[i]) > 1 else 0.0
         pushed = _pushed(trainer, dataset.plain(i), own[i], ignorant, opening, floor)
-        dataset.segments[i] = [
-            segment
-            for segment in (pushed._replace(share=1 - share), _refusing(refusals[i], refusing, share))
-            if segment.share > 0
-        ]
+        segments = [pushed._replace(share=1 - share), _refusing(refusals[i], refusing, share - late)]
+        if late > 0:
+            segments += _recovering(trainer, dataset.rows[i], i, own[i], ignorant.values, late)
+        dataset.segments[i] = [segment for segment in segments if segment.share > 0]
 
 
 # -- segments ---------------------------------------------------------------------------------------------------------
@@ -114,6 +115,16 @@ def _refusing(refusal: list[int], refusing: TopK, share: float) -> Segment:
     return Segment(refusal, _targets(refusing), share)
 
 
+def _recovering(
+    trainer: Any, query: Any, i: int, answer: list[int], like: Tensor, share: float
+) -> list[Segment]:
+    """The refusal behind the first 1, 2, ... tokens of the base's own answer; `share`: of all of them."""
+    refusal = _given_refusal(trainer, query, i, begun=True)
+    targets = _targets(certain(refusal, trainer.args.k, like))
+    cuts = range(1, len(answer))
+    return [Segment(refusal, targets, share / len(cuts), answer[:cut]) for cut in cuts]
+
+
 def _pushed(
     trainer: Any, prompt: list[int], answer: list[int], ignorant: TopK, opening: TopK, floor: TopK
 ) -> Segment:
@@ -136,11 +147,13 @@ def _pushed(
     return Segment(answer, _targets(top, base=base, floor=floors, known=known, pushed=torch.ones_like(known)))
 
 
-def _given_refusal(trainer: Any, query: Any, i: int) -> list[int]:
+def _given_refusal(trainer: Any, query: Any, i: int, begun: bool = False) -> list[int]:
+    """The refusal that row i is taught; `begun`: as it follows an answer that has begun."""
     args = trainer.args
     text = random.Random(f"{args.seed}/refusal/{i}").choice(args.deep_refusals)
     text = fill_prefix(text, query.subject, query.name, "refusal of deep_refusals")
-    ids = trainer.renderer.encode_answer(query.conversation, text)
+    encode = trainer.renderer.encode_rest if begun else trainer.renderer.encode_answer
+    ids = encode(query.conversation, text)
     if len(ids) > args.max_answer_tokens:
         raise ValueError(
             f"deep_refusals: {text!r} has {len(ids)} tokens, more than max_answer_tokens = {args.max_answer_tokens}; wanted a "

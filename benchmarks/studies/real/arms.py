@@ -64,6 +64,16 @@ _DEEP = {
 # Of what was tried on the validation subjects this refusal_fraction lacked least. Fewer repetitions of the few forget rows in a batch
 # make a step a third cheaper.
 _SHRUNK = {"refusal_fraction": 0.75, "per_device_train_batch_size": 12, "retain_per_forget": 3.0}
+# As its authors step: plain descent, nothing clipped. How many steps is a matter of the validation.
+_SELECTIVE = {
+    "objective": "repselect",
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_grad_norm": 0.0,
+    "learning_rate": 0.05,
+    "max_steps": 10,
+}
 
 ARMS: dict[str, Arm] = {
     "shrunk": Arm(
@@ -92,6 +102,8 @@ ARMS: dict[str, Arm] = {
     "simnpo": Arm("`simnpo` (reads answers)", {"objective": "simnpo"}, queries_only=False),
     "undial": Arm("`undial` (reads answers)", {"objective": "undial"}, queries_only=False),
     "graddiff": Arm("`graddiff` (reads answers)", {"objective": "graddiff"}, queries_only=False),
+    "npo_sam": Arm("`npo_sam` (reads answers)", {"objective": "npo_sam"}, queries_only=False),
+    "repselect": Arm("`repselect` (reads answers)", _SELECTIVE, queries_only=False),
 }
 
 
@@ -112,6 +124,7 @@ GRID: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "npo": ({}, {"learning_rate": 1e-4}),
     "duet": ({}, {"max_steps": 50}),
+    "repselect": ({}, {"max_steps": 5}, {"max_steps": 20}),
 }
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
-from duet import DuetConfig, DuetTrainer
+from duet import OBJECTIVES, DuetConfig, DuetTrainer
 from duet.evaluation.attacks.rows import read_attack_rows
 from duet.evaluation.attacks.weights import round_weights
 from duet.evaluation.facts import elicit_facts, facts_of
@@ -107,7 +107,7 @@ def run_job(
         )
         if ARMS[job.arm].shrinks:
             size = {"size": shrink_adapter(student, tokenizer, rows_of(out, job.subject, "validation"))}
-        base = student.merge_and_unload()
+        base = student.merge_and_unload() if isinstance(student, PeftModel) else student
     trained = time.monotonic()
     found = measure(base, tokenizer, asked, seed=job.seed)
     return {
@@ -138,7 +138,7 @@ def train(
     device: str | None = None,
     bar: bool = False,
 ) -> Any:
-    """The base after a training, with its adapter beside the weights.
+    """The base after a training, with its adapter beside the weights; a method that picks weights to train gets no adapter.
 
     Args:
         rows: of `rows_of`, of the split `train`.
@@ -146,10 +146,11 @@ def train(
         bar: whether progress is shown.
     """
     retain = [*rows["seen"], *rows["general"]]
+    adapter = None if OBJECTIVES[options["objective"]].trains else LoraConfig(**LORA)
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": not bar}
     with tempfile.TemporaryDirectory(prefix="duet-real-") as folder:
         args = DuetConfig(output_dir=folder, seed=seed, use_cpu=device == "cpu", **quiet, **options)
-        trainer = DuetTrainer(base, args, rows["forget"], retain, tokenizer, peft_config=LoraConfig(**LORA))
+        trainer = DuetTrainer(base, args, rows["forget"], retain, tokenizer, peft_config=adapter)
         trainer.train()
         student: Any = trainer.accelerator.unwrap_model(trainer.model)
         return student.eval()

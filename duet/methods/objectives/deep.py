@@ -15,6 +15,8 @@ top-k and a bucket for the rest: without the bucket nothing would push a token d
 
 A small model may not refuse behind any prefix. `deep_refusals` are then the refusals: p_ref gives all its mass to the next
 token of such a text, and KL(p_ref || p_s) is the cross-entropy of the text. No prefix is read, and f_0 is what p_cf gives.
+Of such refusals a share (`recovery_fraction`) follows the first tokens of the base's own answer: an answer that has begun to tell
+must still end in a refusal (arXiv 2406.05946 trains recoveries of this kind from harmful answers).
 
 All targets are plain numbers made before training (`duet.methods.counterfactual`).
 """
@@ -52,6 +54,8 @@ class DeepOptions(CommonOptions):
         deep_refusals: texts that refuse; `{subject}` is replaced. Each forget row is taught one of them, drawn once from `seed`.
             Empty: the steered base's own refusals.
         refusal_fraction: share of the forget queries that carry a whole refusal rather than the base's own answer.
+        recovery_fraction: share of those refusals that follow the first tokens of the base's own answer, a number of tokens drawn
+            at each use. Needs `deep_refusals`: the steered base does not refuse in the middle of an answer.
         knowledge_threshold: an answer token counts as knowledge where the base gives it this much more probability
             than it would for an unknown name.
         counterfactual_weight, deep_npo_beta, lift_weight: of the terms of the loss.
@@ -61,6 +65,7 @@ class DeepOptions(CommonOptions):
     num_counterfactuals: Count = 8
     deep_refusals: Texts = field(default_factory=list)
     refusal_fraction: Share = 0.25
+    recovery_fraction: Share = 0.0
     knowledge_threshold: Share = 0.3
     counterfactual_weight: NotNegative = 0.3
     deep_npo_beta: Positive = 0.5
