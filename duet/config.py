@@ -7,6 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from .data.prompts import SUBJECT, check_placeholders
+from .methods.directions import DirectionOptions
 from .methods.noising import UndoOptions
 from .methods.objectives.baselines import BaselineOptions
 from .methods.objectives.deep import DeepOptions
@@ -31,6 +32,7 @@ class DuetConfig(
     DeepOptions,
     UndoOptions,
     SelectivityOptions,
+    DirectionOptions,
     ViewOptions,
     TrainingArguments,
 ):
@@ -38,8 +40,8 @@ class DuetConfig(
 
     All are flat (`DuetConfig(k=8, npo_beta=0.2)`, `--npo_beta 0.2`); what each means is written beside what reads it:
     `ViewOptions` (what the models see, and where they are compared), `CommonOptions` (k, retain_weight, impl),
-    `DistillationOptions`, `BaselineOptions`, `DeepOptions`, `UndoOptions` and `SelectivityOptions` (single methods). `help(duet.DuetConfig)`
-    shows all of them. The others:
+    `DistillationOptions`, `BaselineOptions`, `DeepOptions`, `UndoOptions` and `SelectivityOptions` (single methods), `DirectionOptions`
+    (the adapter). `help(duet.DuetConfig)` shows all of them. The others:
 
     Args:
         objective: a name in `duet.OBJECTIVES`. Query-only: `duet` (Huber on the teacher's top-k raw logits, DUET equation

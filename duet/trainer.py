@@ -26,6 +26,7 @@ from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler, fir
 from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
 from .methods.asking import Asking
+from .methods.directions import FixedDirections
 from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.selectivity import FixedSteps, check_selective, check_selective_model
 from .methods.sharpness import SharpSteps, check_sharp, check_sharp_weights
@@ -47,7 +48,7 @@ logger = logging.get_logger(__name__)
 silence_what_no_user_can_change()
 
 
-class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
+class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTrainer):
     r"""Trains a model to forget, by imitating itself steered by a prompt (DUET, arXiv 2601.21283).
 
         min_theta  mean over queries x and scored positions of  D( p_theta(. | x, y_<j), p_base(. | c, x, y_<j) )
@@ -185,8 +186,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
         if self.objective.loss is not None and not args.deepspeed:  # DeepSpeed keeps fp32 copies itself
             loading.warn_of_half_precision(model)
 
-        self._parts = LossParts()
-        self._prepared: list[UnlearnDataset] = []
+        self._parts, self._prepared = LossParts(), []
         packed, why = loading.can_pack(model, args.padding_free)
         logger.info(f"batches are {'packed' if packed else 'padded'}: {why}")
         super().__init__(
@@ -200,6 +200,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, AdapterTrainer):
             optimizers=optimizers,
         )
         drawn = train_dataset.num_forget, train_dataset.num_retain, args.retain_per_forget
+        self.check_directions()
         self._sampler = UnlearnSampler(*drawn, seed=args.seed if args.data_seed is None else args.data_seed)
         self.add_callback(EpochOf(self._sampler))
         self._reused = self.reused_prefixes(packed)
