@@ -94,7 +94,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * ("adapter" in case)) for case in CASES],
+)
 def test_the_plan_is_within_15_percent_of_the_measured_peak(case, tmp_path):
     config, options = CASES[case]
     measured, trainer = trained(config, tmp_path, **options)
@@ -223,6 +226,7 @@ def test_the_plan_is_within_5_percent_of_what_an_8b_model_took_on_a_gpu(case, pl
             assert getattr(budget, name) / 2**30 == pytest.approx(above, rel=0.05), name
 
 
+@pytest.mark.slow
 def test_a_plan_of_many_layers_tries_few(tmp_path, monkeypatch):
     tried, run = [], simulation._run
     monkeypatch.setattr(simulation, "_run", lambda *args: tried.append(len(args[1])) or run(*args))

@@ -96,6 +96,7 @@ def test_a_job_forgets_one_person_and_says_what_the_base_told(toy):
     json.dumps(row)
 
 
+@pytest.mark.slow
 def test_a_job_that_shrinks_takes_a_size_by_the_wordings_of_the_validation(toy, monkeypatch):
     model, tokenizer = knowing(), word_tokenizer()
     student = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))

@@ -17,7 +17,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("part", ranks_at_work.CHECKED)
+@pytest.mark.parametrize(
+    "part",
+    [pytest.param(part, marks=[pytest.mark.slow] * (part == "two")) for part in ranks_at_work.CHECKED],
+)
 def test_ranks(part, tmp_path):
     """All checks of a part of `ranks_at_work.py`, in processes that are split off once."""
     ranks = range(ranks_at_work.RANKS[part])

@@ -58,11 +58,11 @@ def whole(model, monkeypatch, rows=simulation.ROWS, **options):
 @pytest.mark.parametrize(
     ("name", "adapter", "checkpointing"),
     [
-        ("llama", LORA, True),
+        pytest.param("llama", LORA, True, marks=pytest.mark.slow),
         ("llama", None, False),
-        ("gemma3", None, True),
+        pytest.param("gemma3", None, True, marks=pytest.mark.slow),
         ("neox", LORA, False),
-        ("two kinds", LORA, True),
+        pytest.param("two kinds", LORA, True, marks=pytest.mark.slow),
     ],
 )
 def test_a_few_layers_say_what_all_say(name, adapter, checkpointing, monkeypatch):
@@ -104,6 +104,7 @@ def test_a_teacher_keeps_nothing_from_layer_to_layer(name, monkeypatch):
         assert parts.most(batch) == pytest.approx(every.most(batch), rel=0.01)
 
 
+@pytest.mark.slow
 def test_autocast_is_counted(monkeypatch):
     options = {"length": 24, "adapter": LORA, "checkpointing": False, "trains": True}
     model = made("llama", torch.float32)
