@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig
+from sweeps import case
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
@@ -94,12 +95,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[pytest.mark.slow] * ("adapter" in case)) for case in CASES],
-)
-def test_the_plan_is_within_15_percent_of_the_measured_peak(case, tmp_path):
-    config, options = CASES[case]
+@pytest.mark.parametrize("name", [case(name, slow="adapter" in name) for name in CASES])
+def test_the_plan_is_within_15_percent_of_the_measured_peak(name, tmp_path):
+    config, options = CASES[name]
     measured, trainer = trained(config, tmp_path, **options)
     student, teacher = widths(trainer)
     settings = Settings(

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sweeps import case
 from tiny_models import tiny
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig
 
@@ -58,11 +59,11 @@ def whole(model, monkeypatch, rows=simulation.ROWS, **options):
 @pytest.mark.parametrize(
     ("name", "adapter", "checkpointing"),
     [
-        pytest.param("llama", LORA, True, marks=pytest.mark.slow),
+        case("llama", LORA, True, slow=True),
         ("llama", None, False),
-        pytest.param("gemma3", None, True, marks=pytest.mark.slow),
+        case("gemma3", None, True, slow=True),
         ("neox", LORA, False),
-        pytest.param("two kinds", LORA, True, marks=pytest.mark.slow),
+        case("two kinds", LORA, True, slow=True),
     ],
 )
 def test_a_few_layers_say_what_all_say(name, adapter, checkpointing, monkeypatch):
