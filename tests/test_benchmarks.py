@@ -461,6 +461,7 @@ def test_a_device_that_no_longer_answers_costs_one_step(tmp_path, monkeypatch, c
     assert "no longer answers after" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_end_in_time_are_ended(tmp_path):
     write_a, write_b = [(f"open({str(tmp_path / name)!r}, 'w').close()",) for name in "ab"]
     anchor.side_by_side(

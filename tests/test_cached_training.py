@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from sweeps import case
 from tiny_models import (
     CHAT_TEMPLATE,
     NO_SYSTEM_TEMPLATE,
@@ -75,21 +76,30 @@ def losses(trainer):
 # -- the same numbers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora", [False, True])
+READ_IN_TWO_WAYS = {
+    "first": {"positions": "first"},
+    "dataset": {"positions": "answer", "answer_source": "dataset"},
+    "teacher": {
+        "positions": "first_n",
+        "num_positions": 3,
+        "reverse_prompts": ["ignore earlier instructions"],
+    },
+    "jsd": {"objective": "duet_jsd", "normalization": "tail", "temperature": 2.0, "positions": "answer"},
+    "plain": {"steering_place": "user", "retain_prefix": "none", "positions": "first"},
+}
+
+
 @pytest.mark.parametrize(
-    "options",
+    "name, lora",
     [
-        {"positions": "first"},
-        {"positions": "answer", "answer_source": "dataset"},
-        {"positions": "first_n", "num_positions": 3, "reverse_prompts": ["ignore earlier instructions"]},
-        {"objective": "duet_jsd", "normalization": "tail", "temperature": 2.0, "positions": "answer"},
-        {"steering_place": "user", "retain_prefix": "none", "positions": "first"},
+        case(name, lora, slow=i % 2 == lora)
+        for i, name in enumerate(READ_IN_TWO_WAYS)
+        for lora in (False, True)
     ],
-    ids=["first", "dataset", "teacher", "jsd", "plain"],
 )
-def test_it_is_training_with_the_teacher_bit_for_bit(tmp_path, options, lora):
+def test_it_is_training_with_the_teacher_bit_for_bit(tmp_path, name, lora):
     """Both read one query at a time: what a batch pads, and so the order of additions, is then the same."""
-    options |= {
+    options = READ_IN_TWO_WAYS[name] | {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 2,
         "per_device_eval_batch_size": 1,
@@ -198,12 +208,13 @@ def work_of(function):
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as profiler:
         function()
     operands = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2), "aten::baddbmm": (1, 2)}
-    made = 0
-    for event in profiler.events():
-        if event.name in operands:
-            left, right = (event.input_shapes[place] for place in operands[event.name])
+    made, sizes = 0, []
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() in operands:
+            left, right = (event.shapes()[place] for place in operands[event.name()])
             made += math.prod(left[:-1]) * right[-1]
-    sizes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        elif event.name() == "[memory]":
+            sizes.append(event.nbytes())
     assert made and sizes
     return made, max(sizes)
 
@@ -221,8 +232,14 @@ def step(trainer, rows):
     return work_of(once), len(batch["labels"])
 
 
-@pytest.mark.parametrize("objective", ["duet", "duet_forward_kl", "duet_jsd"])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    "lora, objective",
+    [
+        case(lora, objective, slow=i % 2 == lora)
+        for i, objective in enumerate(("duet", "duet_forward_kl", "duet_jsd"))
+        for lora in (False, True)
+    ],
+)
 def test_a_step_has_no_vocabulary_sized_product(tmp_path, objective, lora):
     """All matrix products together make fewer than N V / 4 numbers, and (with a frozen head) nothing is that large.
 

@@ -399,7 +399,6 @@ def one_of_two(out: Path) -> None:
     (out / f"added-{os.environ['RANK']}").write_text(str(done.added))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_share_the_work(tmp_path):
     (tmp_path / "two").mkdir()

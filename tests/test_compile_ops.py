@@ -121,6 +121,7 @@ def test_inductor():
     _agree(*_both_ways(function, problem, backend="inductor"))
 
 
+@pytest.mark.slow
 def test_dynamic_shapes():
     """One graph for two numbers of tokens."""
     compiled = torch.compile(linear_distill_loss, fullgraph=True, backend="aot_eager", dynamic=True)

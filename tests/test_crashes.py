@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from forks import ended_by, forked
 from safetensors.torch import load_file
+from sweeps import case
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 
 from duet.output.checkpoints import last_finished_checkpoint
@@ -171,7 +172,13 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
+    [
+        case("adapter_model.safetensors", slow=True),
+        "optimizer.pt",
+        case("scheduler.pt", slow=True),
+        case("rng_state.pth", slow=True),
+        "trainer_state.json",
+    ],
 )
 def test_killed_while_saving(uninterrupted, tmp_path, name):
     from duet.run.commands import train

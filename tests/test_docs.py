@@ -162,6 +162,15 @@ def test_make_targets_exist():
             assert target in targets, (page.name, target)
 
 
+def test_what_make_test_leaves_out_is_run_by_ci():
+    """A test is marked `slow` or it is not: the two commands together run every one of them."""
+    recipes = dict(
+        re.findall(r"^(test[a-z-]*): setup\n\t\$\(PYTEST\) (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    )
+    assert recipes == {"test": '-m "not slow"', "test-long": "-m slow"}
+    assert {f"make {target}" for target in recipes} <= set((ROOT / ".ci/run").read_text().splitlines())
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,7 @@ def test_what_the_sanitizer_says():
     assert {name for groups in conduct.SANITIZED.values() for group in groups for name in group} == names
 
 
+@pytest.mark.slow
 def test_the_gate_runs_in_the_interpreter(tmp_path, capsys):
     """One check of each kind and all that is about addresses; those that need a GPU say so."""
     words = (
@@ -180,6 +181,7 @@ def test_what_a_check_says():
     assert gate.perform(Check("s", "n", lambda: Error(1e-7, 4e-7)))["budget"] == 4e-7
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_or_hangs_stops_no_other_check(monkeypatch):
     monkeypatch.setattr(gate, "START_SECONDS", 1.0)
     names = ["one", "bad", "two", "sick bad", "three", "die", "four", "hang", "five"]
@@ -223,7 +225,6 @@ def test_checks_that_run_alone_come_last_and_have_one_process():
     assert rows[0]["pid"] == rows[3]["pid"] and all(worker.process is None for worker in workers)
 
 
-@pytest.mark.slow
 def test_checks_run_in_processes_of_their_own(tmp_path):
     assert run(tmp_path, "--gate", "--jobs", "1", "--only", "ties fp32", "--only", "beyond/slots") == 0
     assert [row["status"] for row in rows_of(tmp_path)] == ["green"] * 3

@@ -28,7 +28,7 @@ from duet_kernels import (
 from duet_kernels.options import DIVERGENCES
 from duet_kernels.portable import cuts, dense, gather
 
-V, D = 32768, 4  # the weight itself, V D, stays below N V / 4
+V, D = 16384, 4  # the weight itself, V D, stays below N V / 4
 
 
 class Sizes(TorchDispatchMode):
@@ -269,12 +269,13 @@ def test_the_byte_counter_counts():
     assert 8 * 2**20 <= _peak_bytes(both) < 8 * 2**20 + 4096
 
 
-N_BYTES, V_BYTES, WORKSPACE = 128, 65536, 8 * 2**20
+N_BYTES, V_BYTES, WORKSPACE = 128, 32768, 4 * 2**20
+V_WIDE = 65536
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in ("masked", "topk-1000")])
 def test_bytes_beyond_the_results_stay_in_the_workspace(name):
-    """Forward and backward, above inputs and gradients; the logits alone would be 32 MiB."""
+    """Forward and backward, above inputs and gradients; the logits alone would be 16 MiB."""
     hidden, weight, teacher = _case(N_BYTES, v=V_BYTES)
     previous = set_workspace_bytes(WORKSPACE)
     try:
@@ -293,7 +294,7 @@ def test_bytes_beyond_the_results_stay_in_the_workspace(name):
     ids=str,
 )
 def test_bytes_of_a_dense_loss_with_a_frozen_head_stay_in_the_workspace(divergence, dtype):
-    """KLs in vocabulary tiles, with two sums of rows of W; the logits of both models would be 64 MiB."""
+    """KLs in vocabulary tiles, with two sums of rows of W; the logits of both models would be 32 MiB."""
     hidden, weight, teacher = _case(N_BYTES, dtype, v=V_BYTES, d=64)
     weight.requires_grad_(False)
     step = _dense(divergence, "mean")
@@ -310,7 +311,7 @@ def test_bytes_of_a_dense_loss_with_a_frozen_head_stay_in_the_workspace(divergen
 @pytest.mark.parametrize("softcap, workspace", [(None, 16 * 2**20), (20.0, 56 * 2**20)])
 def test_row_chunks_of_the_cross_entropy_stay_in_the_workspace(softcap, workspace, monkeypatch):
     """The chunks of logits, and what a softcap's slope adds to them; the logits alone would be 80 MiB."""
-    hidden, weight, _ = _case(320, v=V_BYTES)
+    hidden, weight, _ = _case(320, v=V_WIDE)
     labels = torch.arange(320)
     chunks = []
     by_rows = dense._cross_entropy_by_rows
@@ -334,8 +335,8 @@ def test_row_chunks_of_the_cross_entropy_stay_in_the_workspace(softcap, workspac
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_that_many_ids_are_picked_from_stay_in_the_workspace(dtype, monkeypatch):
-    hidden, weight, _ = _case(320, dtype, v=V_BYTES, d=64)
-    ids = torch.randint(0, V_BYTES, (320, V_BYTES // 10 + 1), generator=torch.Generator().manual_seed(0))
+    hidden, weight, _ = _case(320, dtype, v=V_WIDE, d=64)
+    ids = torch.randint(0, V_WIDE, (320, V_WIDE // 10 + 1), generator=torch.Generator().manual_seed(0))
     picked = []
     by_logits = gather.gather_from_logits
     monkeypatch.setattr(gather, "gather_from_logits", lambda *args: picked.append(args) or by_logits(*args))
@@ -353,7 +354,7 @@ def test_logits_that_many_ids_are_picked_from_stay_in_the_workspace(dtype, monke
 @pytest.mark.parametrize("k", [8, 64, 200])
 def test_selection_counts_its_keys_and_ids(k):
     """A tile that is sorted whole needs ten times its own bytes: int64 keys, ids, their copies."""
-    hidden, weight, _ = _case(256, v=V_BYTES)
+    hidden, weight, _ = _case(256, v=V_WIDE)
     previous = set_workspace_bytes(4 * 2**20)
     try:
         peak = _peak_bytes(lambda: linear_topk(hidden, weight, k))

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from learned_models import knowing
+from sweeps import case
 from tiny_models import forget_rows, quick, retain_rows, word_tokenizer
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer
@@ -68,7 +69,7 @@ def test_the_loss_falls_by_a_fifth_in_twenty_steps(tmp_path, name):
     assert len(losses) == 20 and fell(losses), losses
 
 
-@pytest.mark.parametrize("name", TRAINED[::3])
+@pytest.mark.parametrize("name", [case(name, slow=i > 1) for i, name in enumerate(TRAINED[::3])])
 def test_with_the_sign_flipped_it_does_not_fall(tmp_path, name):
     losses = trained(tmp_path, name, sign=-1)
     assert not fell(losses) and torch.tensor(losses).isfinite().all(), losses

@@ -88,6 +88,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_undo_starts_from_noise_and_stops_when_it_is_back(tmp_path, monkeypatch):
     unlearned = knowing()
     before = state_of(unlearned)

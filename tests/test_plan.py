@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig
+from sweeps import case
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
@@ -94,9 +95,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_plan_is_within_15_percent_of_the_measured_peak(case, tmp_path):
-    config, options = CASES[case]
+@pytest.mark.parametrize("name", [case(name, slow="adapter" in name) for name in CASES])
+def test_the_plan_is_within_15_percent_of_the_measured_peak(name, tmp_path):
+    config, options = CASES[name]
     measured, trainer = trained(config, tmp_path, **options)
     student, teacher = widths(trainer)
     settings = Settings(
@@ -223,6 +224,7 @@ def test_the_plan_is_within_5_percent_of_what_an_8b_model_took_on_a_gpu(case, pl
             assert getattr(budget, name) / 2**30 == pytest.approx(above, rel=0.05), name
 
 
+@pytest.mark.slow
 def test_a_plan_of_many_layers_tries_few(tmp_path, monkeypatch):
     tried, run = [], simulation._run
     monkeypatch.setattr(simulation, "_run", lambda *args: tried.append(len(args[1])) or run(*args))

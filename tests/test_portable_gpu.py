@@ -147,7 +147,7 @@ def watching(*known):
         yield watch
 
 
-N, V, D, K = 600, 16384, 24, 16
+N, V, D, K = 600, 8192, 24, 16
 
 
 def _case(dtype, n=N, v=V, d=D):
@@ -212,7 +212,7 @@ def test_products_bytes_and_looks(name, dtype, frozen):
     run, *units = OPERATIONS[name]
     hidden, weight, teacher, top = _case(dtype)
     weight.requires_grad_(not frozen)
-    size = 12 << 20  # the logits of one model are 37.5 MiB
+    size = 6 << 20  # the logits of one model are 18.75 MiB
     previous = set_workspace_bytes(size)
     try:
         with watching(hidden, weight, teacher, *top[:3]) as watch:

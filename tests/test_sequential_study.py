@@ -9,6 +9,7 @@ from benchmarks.studies.runner import rows_of_seeds, run_seeds
 from duet.demo.checkpoint import load_world
 
 
+@pytest.mark.slow
 def test_a_short_run_goes_on_from_folder_to_folder(tmp_path, monkeypatch):
     models = []
     forget = sequential.forget

@@ -7,6 +7,7 @@ import ranks_at_work
 import torch
 import torch.distributed as dist
 from forks import ended_by, forked
+from sweeps import case
 from tiny_models import tiny
 
 from duet.model.lm import check_head
@@ -17,7 +18,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("part", ranks_at_work.CHECKED)
+@pytest.mark.parametrize(
+    "part",
+    [case(part, slow=part == "two") for part in ranks_at_work.CHECKED],
+)
 def test_ranks(part, tmp_path):
     """All checks of a part of `ranks_at_work.py`, in processes that are split off once."""
     ranks = range(ranks_at_work.RANKS[part])

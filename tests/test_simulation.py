@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sweeps import case
 from tiny_models import tiny
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig
 
@@ -58,11 +59,11 @@ def whole(model, monkeypatch, rows=simulation.ROWS, **options):
 @pytest.mark.parametrize(
     ("name", "adapter", "checkpointing"),
     [
-        ("llama", LORA, True),
+        case("llama", LORA, True, slow=True),
         ("llama", None, False),
-        ("gemma3", None, True),
+        case("gemma3", None, True, slow=True),
         ("neox", LORA, False),
-        ("two kinds", LORA, True),
+        case("two kinds", LORA, True, slow=True),
     ],
 )
 def test_a_few_layers_say_what_all_say(name, adapter, checkpointing, monkeypatch):
@@ -104,6 +105,7 @@ def test_a_teacher_keeps_nothing_from_layer_to_layer(name, monkeypatch):
         assert parts.most(batch) == pytest.approx(every.most(batch), rel=0.01)
 
 
+@pytest.mark.slow
 def test_autocast_is_counted(monkeypatch):
     options = {"length": 24, "adapter": LORA, "checkpointing": False, "trains": True}
     model = made("llama", torch.float32)

@@ -42,6 +42,7 @@ def measured(tmp_path_factory):
     return {(row["op"].removeprefix("training_step_"), row["section"]): row for row in rows}
 
 
+@pytest.mark.slow
 def test_every_section_runs_and_is_planned(measured):
     for section in SECTIONS["8b"]:
         row = measured["phases", section.name]
@@ -63,6 +64,7 @@ def test_every_section_runs_and_is_planned(measured):
         assert goal_met(row) is None, "a CPU counts no allocations"
 
 
+@pytest.mark.slow
 def test_the_text_has_every_phase_and_section(measured):
     text = phases_text("tiny", TINY, list(measured.values()))
     for word in (*LIVE, *(section.name for section in SECTIONS["8b"]), "<= 22 GiB: not judged here"):

@@ -430,6 +430,7 @@ def arguments(data, out, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_answers", "answers_end")
 def test_from_files_to_the_page(data, tmp_path, capsys, monkeypatch):
     assert command.main(arguments(data, tmp_path)) == command.NOT_REACHED
@@ -531,6 +532,7 @@ def test_the_template_encoder_weighs_the_answer_and_its_end(tokenizer):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_answers", "answers_end")
 def test_from_a_pretrained_folder_to_the_page(data, pretrained, tmp_path, capsys, monkeypatch):
     for name, old in (

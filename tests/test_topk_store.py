@@ -240,6 +240,7 @@ def in_a_child(function) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_anywhere_nothing_that_was_finished_is_lost(tmp_path, monkeypatch):
     """One kill after every step of the disk; then the next run keeps what is whole and finishes."""

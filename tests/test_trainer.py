@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
+from sweeps import case
 from tiny_models import NO_SYSTEM_TEMPLATE, forget_rows, quick, retain_rows, tiny, word_tokenizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,9 +59,15 @@ def assert_same_weights(a, b, **tolerance):
 # -- it trains -------------------------------------------------------------------------------------------------------
 
 
-# Every method on one architecture: test_methods_fall.py
-@pytest.mark.parametrize("objective", ["duet", "duet_forward_kl", "bidirectional", "npo"])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "neox"])
+# Every method on a llama: test_methods_fall.py
+@pytest.mark.parametrize(
+    "architecture, objective",
+    [
+        case(architecture, objective, slow=i % 3 != j)
+        for i, objective in enumerate(["duet", "duet_forward_kl", "bidirectional", "npo"])
+        for j, architecture in enumerate(["gemma2", "neox", "llama"])
+    ],
+)
 def test_kinds_of_objectives_fall_on_every_architecture(tmp_path, architecture, objective):
     before = state_of(tiny(architecture))
     trainer = make(tmp_path, tiny(architecture), objective=objective, max_steps=30, learning_rate=1e-2)

@@ -102,7 +102,6 @@ def read(out: Path, lora: bool):
     return [entry for entry in history if "loss" in entry], weights
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_equal_one(tmp_path):
     run_ranks(2, lambda: one_of_two(tmp_path / "two"))

@@ -123,6 +123,7 @@ def test_a_product_may_neither_spill_nor_miss_the_tensor_cores(script):
     assert "shared memory" not in script["product"]
 
 
+@pytest.mark.slow
 def test_launchers_on_the_cpu_say_what_to_do(script):
     """Without the interpreter a CPU tensor is refused by a sentence, not by a driver's stack trace."""
     assert (

@@ -197,6 +197,7 @@ def test_shipped_checkpoint_meets_its_quality_report():
     assert max(report[name] for name in report if name.startswith("false_refusal_")) <= 0.05
 
 
+@pytest.mark.slow
 def test_rebuild_writes_a_whole_checkpoint_the_same_every_time(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "measure_quality", lambda *args: {"recall_forget": 0.0})
     found = []

@@ -277,6 +277,7 @@ def test_the_page_says_what_is_missing_and_keeps_what_was_written_by_hand(tmp_pa
 # ---------------------------------------------------------------- real runs
 
 
+@pytest.mark.slow
 def test_a_real_job_in_four_steps(tmp_path):
     short = Scale("quick", 0.02, 5)
     row = run_arm("authors_5", 0, short)
@@ -286,6 +287,7 @@ def test_a_real_job_in_four_steps(tmp_path):
     assert json.loads(json.dumps(row)) == row
 
 
+@pytest.mark.slow
 def test_the_reference_never_meets_whom_to_forget(monkeypatch):
     """It is measured as every other arm, which the job above is for."""
     from duet.demo import curriculum
