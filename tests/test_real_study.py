@@ -179,8 +179,8 @@ def _row(subject, arm, seed, **figures):
 def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     rows = [_row("Japan", "base", 0, told=1.0), _row("Italy", "base", 0, told=1.0)]
     rows += [_row("Japan", "int8", 0)]
-    rows += [_row("Japan", "shrunk", seed, told=told, refused=1.0) for seed, told in ((0, 0.0), (1, 0.2))]
-    rows += [_row("Italy", "shrunk", 0, size=0.8, told=0.3, refused=1.0, perplexity=21.0)]
+    rows += [_row("Japan", "contrast", seed, told=told, refused=1.0) for seed, told in ((0, 0.0), (1, 0.2))]
+    rows += [_row("Italy", "contrast", 0, size=0.8, told=0.3, refused=1.0, perplexity=21.0)]
     assert means(rows[3:], "told") == [0.1, 0.3]
     tried = [_row("France", arm, 0, changed={"k": 8} if arm == "deep" else {}) for arm in ("base", "deep")]
     text = page(rows, tried)

@@ -64,6 +64,8 @@ _DEEP = {
 # Of what was tried on the validation subjects this refusal_fraction lacked least. Fewer repetitions of the few forget rows in a batch
 # make a step a third cheaper.
 _SHRUNK = {"refusal_fraction": 0.75, "per_device_train_batch_size": 12, "retain_per_forget": 3.0}
+# Of the refusals half follow the beginning of an answer, and the adapter reads where forget and retain rows differ.
+_CONTRAST = {"recovery_fraction": 0.5, "adapter_directions": "contrast"}
 # As its authors step: plain descent, nothing clipped. How many steps is a matter of the validation.
 _SELECTIVE = {
     "objective": "repselect",
@@ -76,10 +78,14 @@ _SELECTIVE = {
 }
 
 ARMS: dict[str, Arm] = {
+    "contrast": Arm(
+        "`duet_deep`, refusals also behind the beginning of answers, `adapter_directions: contrast`",
+        _DEEP | _SHRUNK | _CONTRAST,
+        main=True,
+    ),
     "shrunk": Arm(
         "`duet_deep`, given refusals, more of them and more retain rows, then `duet shrink`",
         _DEEP | _SHRUNK,
-        main=True,
         shrinks=True,
     ),
     "deep": Arm("`duet_deep`, given refusals", _DEEP),

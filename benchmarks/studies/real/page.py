@@ -12,7 +12,7 @@ from .arms import ARMS, LABELS, SUBJECTS, VALIDATION
 from .bar import BAR, Line, measured, missing, with_ratios
 
 Row = dict[str, Any]
-OURS = "shrunk"
+OURS = "contrast"
 
 
 COLUMNS = (
