@@ -209,6 +209,10 @@ def test_elicit_writes_rows_that_the_other_commands_read(base, tmp_path):
     )  # killed in the second chunk
     assert duet(*words, "--out", out, "--batch-size", 4).exit_code == 0
     assert (out / "rows.jsonl").read_text() == before, "the same answers are drawn"
+    for option, value in (("--limit", -1), ("--batch-size", 0)):
+        said = f"{option[2:].replace('-', '_')}: wanted an integer >= 1, got {value}"
+        assert said in str(duet(*words, "--out", tmp_path / "none", option, value).exception)
+        assert not (tmp_path / "none").exists(), "a corrected command may take the folder"
     other = duet(*words, "--out", out, "--batch-size", 4, "--seed", 1)
     assert "seed was 0 and is 1 now" in str(other.exception)
 

@@ -204,6 +204,7 @@ def test_bad_input_is_named(trained, script, monkeypatch):
         ((full, "--data", trained, *out), "data: there is no file"),
         ((full, *data, "--out", full / "run_record.json"), "out: wanted a folder, but"),
         ((full, *data, *out, "--batch-size", 0), "batch_size: wanted"),
+        ((full, *data, *out, "--limit", -1), "limit: wanted an integer >= 1, got -1"),
     ):
         assert wanted in str(run(*words).exception), words
     unknown = rows(FORGET[2:])

@@ -211,8 +211,10 @@ def elicit_facts(
         kind -> {"facts", "told", "train", "validation", "report"}: numbers of facts and of rows.
 
     Raises:
-        ValueError: nothing about the subjects is told; or `out` holds another run.
+        ValueError: `batch_size` is below 1; nothing about the subjects is told; or `out` holds another run.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: wanted an integer >= 1, got {batch_size}")
     asker = _Asker(model, tokenizer, prompting or Prompting(), batch_size, max_new_tokens)
     digest = hashlib.sha256(repr(list(facts)).encode()).hexdigest()[:16]
     manifest = {"facts": digest, "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
