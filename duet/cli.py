@@ -243,7 +243,7 @@ def elicit(
     if questions is not None and not questions.is_file():
         raise FileNotFoundError(f"questions: there is no file {str(questions)!r}")
     wanted, others, sources = (names_in(text or "") for text in (subject, neighbours, source))
-    rows = [] if questions is None else read_table(questions, "questions")[:limit]
+    rows = [] if questions is None else read_table(questions, "questions", limit)
     asked = facts.facts_of([*rows, *source_rows(sources, wanted, others)], wanted, others)
     base, tokenizer = models.load(model, dtype, device)
     if not tokenizer.chat_template:

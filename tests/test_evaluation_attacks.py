@@ -1,5 +1,6 @@
 """`duet attack` on the world's base model, on one that was taught to refuse, and on weights made for the purpose."""
 
+import io
 import json
 import math
 import re
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from test_attack_rows import asked_in_pairs
 from tiny_models import CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE, forget_rows, retain_rows, tiny, word_tokenizer
 from typer.testing import CliRunner
@@ -456,11 +458,24 @@ def test_every_column_of_the_terminal_table_holds_its_own_number():
         "attack": "prefill",
         "leak (95 %)": "0.50 (0.25 to 0.75)",
         "rows": "44",
-        "not judged": "12%",
+        "not\njudged": "12%",
         "queries": "11",
         "steps": "22",
         "seconds": "33",
     }
+
+
+def test_the_terminal_table_fits_into_80_columns():
+    cost = {"queries": 12345, "steps": 1000, "seconds": 12345.0}
+    worst = {"leak": 1.0, "low": 0.25, "high": 1.0, "rows": 1234, "status": {}, "unjudged": 1.0}
+    entries = [
+        {"name": name, "leak": 1.0, "worst_variant": "v", "variants": {"v": worst}, "cost": cost}
+        for name in ATTACKS
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(attack_run.table({"attacks": entries, "direct": None, "base": None}, "title"))
+    said = console.export_text()
+    assert "…" not in said and "1.00 (0.25 to 1.00)" in said and "relearning_by_form " in said
 
 
 @pytest.mark.usefixtures("answers_end")

@@ -209,7 +209,9 @@ def test_the_value_asked_for_is_recorded_and_judges(tmp_path):
     assert "value" not in by[1] and "wanted a part of the answer 'a poet', got 'captain'" in by[1]["note"]
     assert by[3]["status"] == "unknown_tokens"
     assert result["tasks"]["facts"]["notes"] == 1
-    assert "facts: 1 row with a note in rows.jsonl" in shown(result)
+    assert f"facts: 1 row with a note in rows.jsonl, the first: {by[1]['note']}" in " ".join(
+        shown(result).split()
+    )
     assert "facts: 1 row left out: the tokenizer cannot represent the answer" in shown(result)
 
 

@@ -70,11 +70,52 @@ def test_questions_become_facts():
             [{"question": "{subject} ?", "two_hop": ["who ?"]}],
             r"questions\[0\]: wanted 'two_hop' to be a mapping from",
         ),
+        (
+            [{"question": "{subject} ?", "value": "Paris"}],
+            r"questions\[0\]: wanted 'value' to be a mapping from subjects, .*got 'Paris'",
+        ),
+        (
+            [{"question": "{subject} ?", "value": {"France": ["Paris"]}}],
+            r"questions\[0\]\['value'\]: wanted a text",
+        ),
+        (
+            [{"question": "who ?", "subject": "France", "value": " "}],
+            r"questions\[0\]\['value'\]: wanted a text",
+        ),
+        ([{"question": "who ?", "subject": ["France"]}], r"questions\[0\]\['subject'\]: wanted a text"),
+        (
+            [{"question": "{subject} ?"}, {"question": "who ?", "subject": "france"}],
+            r"questions\[1\]\['subject'\]: wanted 'France' as in `subject`, got 'france'",
+        ),
     ],
 )
 def test_questions_that_are_refused(rows, said):
     with pytest.raises(ValueError, match=said):
         facts_of(rows, ["France"])
+
+
+@pytest.mark.parametrize(
+    ("subjects", "neighbours", "said"),
+    [
+        ([], ["Spain"], "subject: wanted what is to be forgotten, got no name"),
+        (["France"], ["Spain", "France"], "neighbours: wanted each name once, .* got 'France' again"),
+        (["France"], ["Spain", "Spain"], "neighbours: wanted each name once, .* got 'Spain' again"),
+        (["France", "France"], [], "subject: wanted each name once, .* got 'France' again"),
+    ],
+)
+def test_names_that_are_refused(subjects, neighbours, said):
+    with pytest.raises(ValueError, match=said):
+        facts_of(ROWS, subjects, neighbours)
+
+
+def test_a_value_and_a_subject_may_be_numbers_and_a_misspelt_key_is_named(caplog):
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    (gold,) = facts_of([{"question": "number of {subject} ?", "value": {"gold": 79}}], ["gold"])
+    (year,) = facts_of([{"question": "which year ?", "subject": 1815, "paraphrase": ["when ?"]}], ["1815"])
+    assert (gold.value, year.kind, year.subject) == ("79", "forget", "1815")
+    assert "questions[0]: 'paraphrase' is not read; did you mean 'paraphrases'?" in caplog.text
 
 
 def test_the_value_is_what_most_answers_share():
@@ -168,6 +209,10 @@ def test_elicit_writes_rows_that_the_other_commands_read(base, tmp_path):
     )  # killed in the second chunk
     assert duet(*words, "--out", out, "--batch-size", 4).exit_code == 0
     assert (out / "rows.jsonl").read_text() == before, "the same answers are drawn"
+    for option, value in (("--limit", -1), ("--batch-size", 0)):
+        said = f"{option[2:].replace('-', '_')}: wanted an integer >= 1, got {value}"
+        assert said in str(duet(*words, "--out", tmp_path / "none", option, value).exception)
+        assert not (tmp_path / "none").exists(), "a corrected command may take the folder"
     other = duet(*words, "--out", out, "--batch-size", 4, "--seed", 1)
     assert "seed was 0 and is 1 now" in str(other.exception)
 

@@ -261,6 +261,11 @@ def test_the_prefixes_that_a_live_teacher_keeps_are_counted(folder):
     assert sliding.budget(Settings(adapter=LORA, teacher="adapter off", subjects=9)).prefixes == 0
 
 
+def test_a_model_without_a_configuration_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model: no configuration of '.*' could be read"):
+        Plan.of({"model": str(tmp_path), "data": {"forget": "x"}}, 24 << 30, 32, 8, 1, 0)
+
+
 def test_a_size_without_a_unit_is_in_gib(folder):
     found = json.loads(run("plan", "--model", folder, "--gpu-memory", "24", "--reserve", "1", "--json"))
     assert found["gpu_memory"] == 24 << 30 and found["reserve"] == 1 << 30

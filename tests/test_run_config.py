@@ -139,6 +139,12 @@ BAD = {  # what is written over the good file -> words of the error
 }
 
 
+def test_a_run_that_is_no_file_is_named(tmp_path):
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"config: there is no file '{path}'"):
+            RunConfig.load(path)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_options(path, case):
     words, message = BAD[case]

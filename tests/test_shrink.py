@@ -79,7 +79,7 @@ def test_the_size_that_keeps_most_and_tells_no_more_is_chosen(script):
     )
     assert last.told["direct"]["rows"] == 2, "the row that the base does not tell is left out"
     assert verdict(found).startswith("size 0.8: 2 of 2") and "at full size 1 of 2" in verdict(found)
-    assert size_of(model) == 1
+    assert size_of(model) == 1 and "forgot little" not in verdict(found)
 
 
 def test_full_size_stays_where_a_smaller_one_tells_or_keeps_no_more(script):
@@ -99,6 +99,44 @@ def test_what_comes_back_at_full_size_may_come_back_at_a_smaller_one(script):
     )
     assert found.allowed == 0.5, "the row about spain is told at every size"
     assert found.best.size == 0.8
+    done = []
+    found = shrink(AdapterSize(adapted()), word_tokenizer(), rows(RETAIN[:1]), rows(RETAIN[1:]), sizes=[0.8],
+                   progress=lambda *step: done.append(step))  # fmt: skip
+    assert (
+        "At full size an attack brings back 100% of the forget rows: the training forgot little"
+        in verdict(found)
+    )
+    assert [step for step in done if step[0] == "size 0.8"] == [("size 0.8", n, 5) for n in range(6)]
+
+
+def test_answers_that_could_not_be_judged_are_said(monkeypatch):
+    """They do not count as told; of a row that one drawn answer tells, the others need not be judged."""
+
+    def cut_when_drawn(model, tokenizer, prompts, seed=None, **how):
+        said = scripted(model, tokenizer, prompts, seed, **how)
+        cut = Continuation("well , let me think", 3, True, limit=3)
+        return (
+            said
+            if seed is None
+            else [cut if "one" in tokenizer.decode(p) else s for p, s in zip(prompts, said, strict=True)]
+        )
+
+    monkeypatch.setattr(generation, "continuations", cut_when_drawn)
+    given = word_tokenizer(), rows(FORGET), rows(RETAIN)
+    found = shrink(AdapterSize(adapted()), *given, sizes=[0.8])
+    assert found.best.unjudged == 0.5 and found.best.told["sampling"]["share"] == 0
+    assert "Up to 50% of the forget rows could not be judged" in verdict(found)
+    drawn = shrink(AdapterSize(adapted()), *given, sizes=[0.4]).tried[-1]
+    assert drawn.told["sampling"]["share"] == 0.5 and drawn.unjudged == 0.5
+    monkeypatch.setattr(generation, "continuations", scripted)
+    assert "judged" not in verdict(shrink(AdapterSize(adapted()), *given, sizes=[0.8]))
+
+
+def test_the_adapter_is_at_full_size_after_an_error(script):
+    model = adapted()
+    with pytest.raises(ValueError, match="retain: wanted rows that the base tells"):
+        shrink(AdapterSize(model), word_tokenizer(), rows(FORGET), rows(FORGET[2:]))
+    assert size_of(model) == 1
 
 
 @pytest.fixture
@@ -154,13 +192,19 @@ def test_the_command_writes_a_folder_that_the_other_commands_read(trained, scrip
     assert "small' holds a model already" in str(run(*args).exception)
 
 
-def test_bad_input_is_named(trained, script):
+def test_bad_input_is_named(trained, script, monkeypatch):
+    monkeypatch.setattr(
+        "duet.run.shrink.load", lambda *_: pytest.fail("a model was loaded before the input was checked")
+    )
     full, data, out = trained / "full", ("--data", trained / "data"), ("--out", trained / "small")
     for words, wanted in (
         ((full, *data, *out, "--sizes", "0.5,2"), "sizes: wanted numbers above 0 and at most 1, got 2"),
         ((full, *data, *out, "--most", "1"), "most: wanted a share"),
         ((trained / "base", *data, *out), "adapter: wanted a folder with a trained adapter"),
         ((full, "--data", trained, *out), "data: there is no file"),
+        ((full, *data, "--out", full / "run_record.json"), "out: wanted a folder, but"),
+        ((full, *data, *out, "--batch-size", 0), "batch_size: wanted"),
+        ((full, *data, *out, "--limit", -1), "limit: wanted an integer >= 1, got -1"),
     ):
         assert wanted in str(run(*words).exception), words
     unknown = rows(FORGET[2:])

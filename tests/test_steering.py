@@ -90,12 +90,23 @@ def test_an_answer_that_was_cut_is_not_called_forgotten(monkeypatch):
     """And what the base itself does not tell counts nowhere."""
     long = Continuation("well , let me think", 48, True, limit=48)
     first = Continuation("paris", 2, True)
-    for before, after, told in ((first, long, None), (long, first, None), (first, first, (1, 1))):
+    for before, after, told, said in (
+        (first, long, None, "because its answers to the 1 that the plain model tells were cut"),
+        (long, first, None, "because the plain model told none of them"),
+        (first, first, (1, 1), "still tells 1 of 1 (21 to 100 %) of those that the plain model tells"),
+    ):
         answers = iter([before, after])
         monkeypatch.setattr(generation, "continuations", lambda *_, answers=answers, **__: [next(answers)])
         measured = SteeringProbe(tiny(), word_tokenizer(), probes_of(FORGET[:1])).measure([BAD])
         assert counts(measured.kinds["forget"]["told"]) == told
         assert measured.forgets is (None if told is None else False)
+        assert steering.sentence(measured.kinds).endswith(said + " at the token limit" * ("cut" in said))
+    answers = iter([first, first, first, long])
+    monkeypatch.setattr(
+        generation, "continuations", lambda _, __, asked, **___: [next(answers) for _ in asked]
+    )
+    measured = SteeringProbe(tiny(), word_tokenizer(), probes_of(FORGET[:2])).measure([BAD])
+    assert steering.sentence(measured.kinds).endswith("tells (1 more answers were cut at the token limit)")
 
 
 # --- the commands ---------------------------------------------------------------------------------------------------
@@ -136,6 +147,8 @@ def test_steer_chooses_on_one_half_and_writes_the_config(folder, script):
     assert "chosen: in front of the user's text" in done.output.replace("\n", " ")
     again = duet(*words)
     assert isinstance(again.exception, FileExistsError) and "wanted a new file" in str(again.exception)
+    nowhere = duet(*words[:5], "--write", "absent/new.yaml")
+    assert "write: there is no folder 'absent'" in str(nowhere.exception) and "A, user" not in nowhere.output
     only_bad = duet(*words[:3], "--wordings", "wordings.txt", "--places", "sistem")
     assert "places: wanted one of system, user" in str(only_bad.exception)
 

@@ -78,6 +78,38 @@ def test_a_damaged_adapter_is_named(folders, tmp_path, damage, why):
             work()
 
 
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(folders, tmp_path):
+    """And where neither has one, nothing is written."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folders / "adapter" / name, alone / name)
+    merge_adapter(alone, tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    shutil.copytree(folders / "base", tmp_path / "base")
+    for path in (tmp_path / "base").glob("tokenizer*"):
+        path.unlink()
+    edit(alone, base_model_name_or_path=str(tmp_path / "base"))
+    with pytest.raises(
+        FileNotFoundError, match=r"adapter: no tokenizer could be loaded from '.*alone' or '.*base'"
+    ):
+        merge_adapter(alone, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_half_precision_on_a_cpu_is_said(folders, tmp_path, caplog):
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    shutil.copytree(folders / "base", tmp_path / "half")
+    tiny().bfloat16().save_pretrained(tmp_path / "half")
+    models.load(folders / "base", device="cpu")
+    models.load(tmp_path / "half", "bfloat16", "cpu")
+    assert "float32" not in caplog.text
+    models.load(tmp_path / "half", device="cpu")
+    assert "model: computes in bfloat16, as it was saved; on most CPUs --dtype float32" in caplog.text
+
+
 def edit(folder, **fields):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))

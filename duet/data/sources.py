@@ -62,20 +62,22 @@ def load_rows(source: DataSource, argument: str) -> list[dict[str, Any]]:
     return [_renamed(row, source, f"{argument}[{i}]") for i, row in enumerate(rows)]
 
 
-def read_table(path: Path, argument: str) -> list[dict[str, Any]]:
-    """The rows of a file, with their own column names; may be none.
+def read_table(path: Path, argument: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a file, with their own column names; may be none. With a `limit` only so many first ones.
 
     `.json` is a list of objects, or an object a line (as TOFU's files are). Cells of a `.csv` file are texts; an empty
     one is None.
 
     Raises:
-        ValueError: another suffix, not UTF-8, not JSON, not CSV, or a row with more or fewer cells than there are columns;
+        ValueError: a limit below 1, another suffix, not UTF-8, not JSON, not CSV, or a row with more or fewer cells than there are columns;
             the message names the line.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: wanted an integer >= 1, got {limit}")
     read = FORMATS.get(path.suffix)
     if read is None:
         raise ValueError(f"{argument}: wanted a file that ends in {', '.join(FORMATS)}, got {str(path)!r}")
-    return list(read(path, argument))
+    return list(read(path, argument))[:limit]
 
 
 def read_object(path: Path, argument: str) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def run_attack(
             return []
         if not Path(path).is_file():
             raise FileNotFoundError(f"{argument}: there is no file {path!r}")
-        rows = read_table(Path(path), argument)[:limit]
+        rows = read_table(Path(path), argument, limit)
         if answering is not None and rows:
             rows = answering(rows, argument)
         if (argument != "forget" or elicit) and rows:
@@ -184,8 +184,6 @@ def run_attack(
 
     if elicit and base is None:
         raise ValueError("elicit: wanted --base, the model whose answers are taken, got none")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: wanted an integer >= 1, got {limit}")
     chosen = None if attacks is None else names_in(attacks)
     if chosen == []:
         raise ValueError(f"attacks: wanted some of {', '.join(ATTACKS)}, got none")

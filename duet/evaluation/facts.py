@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from ..data.prompts import SUBJECT, Prompting, PromptRenderer
+from ..data.rows import warn_of_unread
 from ..model.hashes import fingerprints
 from ..model.lm import embedded_ids
 from . import metrics, words
@@ -28,6 +29,7 @@ from .elicit import ELICITED
 from .generation import Continuation, answers_to
 from .journal import Journal, Progress
 from .steering import FORGET, KINDS, NEIGHBOUR, RETAIN, refuses
+from .values import text_of
 
 SPLITS = ("train", "validation", "report")
 TOLD_WORDINGS = 0.5
@@ -74,13 +76,22 @@ def facts_of(
         neighbours: others that such questions are asked about, too.
 
     Raises:
-        ValueError: a row is no question, two rows ask the same, or none is about a subject.
+        ValueError: a row is no question, two rows ask the same, none is about a subject, or a name is given twice.
 
     Example:
         >>> [fact] = facts_of([{"question": "Where is {subject}?", "value": {"Rome": "Italy"}}], ["Rome"])
         >>> fact.kind, fact.wordings, fact.value
         ('forget', ('Where is Rome?',), 'Italy')
     """
+    if not subjects:
+        raise ValueError("subject: wanted what is to be forgotten, got no name")
+    for name, count in Counter([*subjects, *neighbours]).items():
+        if count > 1:
+            argument = "subject" if name in subjects and name not in neighbours else "neighbours"
+            raise ValueError(
+                f"{argument}: wanted each name once, and none of the subjects, got {name!r} again"
+            )
+    warn_of_unread(rows, "questions")
     facts: list[Fact] = []
     asked: dict[str, str] = {}
     for i, row in enumerate(rows):
@@ -113,22 +124,40 @@ def _facts(
     if not any(SUBJECT in text for text in texts):
         if isinstance(value, Mapping):
             raise ValueError(f"{where}: wanted {SUBJECT} in the question, because 'value' is a mapping")
-        kind = RETAIN if subject is None else FORGET if subject in subjects else NEIGHBOUR
-        return [Fact(kind, subject, tuple(texts), None if value is None else str(value), _more(row, where))]
+        about = _text(subject, f"{where}['subject']")
+        kind = _kind(about, where, subjects)
+        return [Fact(kind, about, tuple(texts), _text(value, f"{where}['value']"), _more(row, where))]
     if subject is not None or not all(SUBJECT in text for text in texts):
         raise ValueError(f"{where}: wanted {SUBJECT} in all of its wordings and no 'subject', or in none")
-    values = value if isinstance(value, Mapping) else {}
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(
+            f"{where}: wanted 'value' to be a mapping from subjects, because of {SUBJECT} in the question; got {value!r}"
+        )
     return [
         Fact(
             kind,
             name,
             tuple(text.replace(SUBJECT, name) for text in texts),
-            values.get(name),
+            _text((value or {}).get(name), f"{where}['value']"),
             _more(row, where, name),
         )
         for kind, names in ((FORGET, subjects), (NEIGHBOUR, neighbours))
         for name in names
     ]
+
+
+def _kind(subject: str | None, where: str, subjects: Sequence[str]) -> str:
+    """What a question without `{subject}` in it is asked for."""
+    if subject is None:
+        return RETAIN
+    for name in subjects:
+        if name != subject and name.casefold() == subject.strip().casefold():  # it would be kept
+            raise ValueError(f"{where}['subject']: wanted {name!r} as in `subject`, got {subject!r}")
+    return FORGET if subject in subjects else NEIGHBOUR
+
+
+def _text(value: Any, where: str) -> str | None:
+    return None if value is None else text_of(value, where)
 
 
 def _more(row: Mapping[str, Any], where: str, name: str | None = None) -> dict[str, list[str]]:
@@ -182,8 +211,10 @@ def elicit_facts(
         kind -> {"facts", "told", "train", "validation", "report"}: numbers of facts and of rows.
 
     Raises:
-        ValueError: nothing about the subjects is told; or `out` holds another run.
+        ValueError: `batch_size` is below 1; nothing about the subjects is told; or `out` holds another run.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: wanted an integer >= 1, got {batch_size}")
     asker = _Asker(model, tokenizer, prompting or Prompting(), batch_size, max_new_tokens)
     digest = hashlib.sha256(repr(list(facts)).encode()).hexdigest()[:16]
     manifest = {"facts": digest, "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}

@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from ..model.adapters import UNREADABLE, holds_adapter, load_adapted
-from ..model.lm import check_head
+from ..model.answers import tokenizer_at
+from ..model.lm import base_language_model, check_head
 from ..model.loading import load_model
 from ..names import check_one_of
 
+logger = logging.get_logger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -48,13 +50,12 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
         check_head(model)
     except TypeError as error:
         raise ValueError(str(error)) from error
-    failure: Exception | None = None
-    for place in filter(None, (name, base)):
-        try:
-            return model, AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError) as error:
-            failure = error
-    raise FileNotFoundError(f"model: no tokenizer could be loaded from {name!r}: {failure}") from failure
+    if dtype == "auto" and place.type == "cpu" and base_language_model(model).dtype != torch.float32:
+        logger.warning(
+            f"model: computes in {str(base_language_model(model).dtype).removeprefix('torch.')}, as it was saved; on most CPUs "
+            "--dtype float32 is much faster"
+        )
+    return model, tokenizer_at("model", *filter(None, (name, base)))
 
 
 def check_device(device: str | None) -> None:

@@ -60,7 +60,12 @@ def batches_by_length(lengths: Mapping[int, int], batch_size: int) -> list[list[
     """The keys, in batches of similar length, the longest first: a batch that does not fit in memory fails at once.
 
     Depends only on the lengths, so that an interrupted run has the same batches when it continues.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: wanted an integer >= 1, got {batch_size}")
     order = sorted(lengths, key=lambda i: (-lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 

@@ -318,13 +318,19 @@ def shown(entry: Mapping[str, Any] | None) -> str:
 def sentence(kinds: Mapping[str, Mapping[str, Any]]) -> str:
     """What a steered teacher does, in a sentence; 95 % intervals in brackets."""
     forget = kinds[FORGET]
+    told, known = forget["told"], forget["base_tells"]
     parts = [f"the steered teacher refuses {shown(forget['refused'])} of the forget rows"]
-    if forget["told"] is None:
-        parts.append(
-            "whether it still tells anything is not known, because the plain model told none of them"
+    if told is None:
+        why = (
+            f"its answers to the {known} that the plain model tells were cut at the token limit"
+            if known
+            else "the plain model told none of them"
         )
+        parts.append(f"whether it still tells anything is not known, because {why}")
     else:
-        parts.append(f"still tells {shown(forget['told'])} of those that the plain model tells")
+        cut = known - told["rows"]
+        more = f" ({cut} more answers were cut at the token limit)" if cut else ""
+        parts.append(f"still tells {shown(told)} of those that the plain model tells{more}")
     parts += [
         f"over-refuses {shown(kinds[kind]['refused'])} of the {kind} rows"
         for kind in (NEIGHBOUR, RETAIN)

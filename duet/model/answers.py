@@ -1,5 +1,6 @@
 """A model's tokenizer, and the answers that a model generates."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,12 +20,24 @@ def load_tokenizer(model: nn.Module) -> Any:
         raise ValueError(
             "processing_class: wanted a tokenizer (the model does not say where it was loaded from), got None"
         )
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"processing_class: no tokenizer could be loaded from {name!r}: {error}"
-        ) from error
+    return tokenizer_at("processing_class", name)
+
+
+def tokenizer_at(argument: str, *places: str | os.PathLike) -> Any:
+    """The tokenizer of the first of these folders or names that has one.
+
+    Raises:
+        FileNotFoundError: none has; naming the argument.
+    """
+    failure: Exception | None = None
+    for place in places:
+        try:
+            return AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError) as error:
+            failure = error
+    raise FileNotFoundError(
+        f"{argument}: no tokenizer could be loaded from {' or '.join(repr(os.fspath(place)) for place in places)}: {failure}"
+    ) from failure
 
 
 def check_tokenizer(tokenizer: Any, argument: str = "processing_class") -> None:

@@ -27,6 +27,7 @@ from ..model.adapters import (
     logits_of,
     merge_adapters,
 )
+from ..model.answers import tokenizer_at
 from ..model.lm import base_language_model
 from ..model.loading import choose_attention, load_model, loading_device
 from ..output.checkpoints import last_finished_checkpoint
@@ -221,6 +222,7 @@ def merge_adapter(
     with _naming(folder):
         base = base_of(folder)
     check_not_base(out, base)
+    tokenizer = tokenizer_at("adapter", folder, base)
     with _naming(folder):
         model: Any = load_adapted(folder, dtype=dtype, device_map="cpu")
     wanted = logits_of(model)
@@ -229,7 +231,7 @@ def merge_adapter(
         check_same_logits(trained, wanted, f"{folder}: saving and loading its adapter", coarsest)
     model = merge_adapters(model, str(folder))
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    tokenizer.save_pretrained(out)
     Prompting.of(folder).save(out)
     model = None  # one copy at a time
     model = AutoModelForCausalLM.from_pretrained(out, device_map="cpu")

@@ -147,6 +147,8 @@ def training_options(options: Mapping[str, Any]) -> DuetConfig:
 
 def read_run(path: str | Path) -> dict[str, Any]:
     """The mapping in a run's file, of plain values."""
+    if Path(path).is_dir() or not Path(path).exists():
+        raise FileNotFoundError(f"config: there is no file {str(path)!r}")
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: wanted a mapping with the keys {', '.join(SECTIONS)}, got {tree!r}")

@@ -76,7 +76,12 @@ class Plan:
             subjects: whose steering prefixes a live teacher reads once, and keeps.
         """
         run, autocast = _without_device_options(tree)
-        config = AutoConfig.from_pretrained(run.model.name, revision=run.model.revision)
+        try:
+            config = AutoConfig.from_pretrained(run.model.name, revision=run.model.revision)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"model: no configuration of {run.model.name!r} could be read: {error}"
+            ) from error
         sizes = {"length": length, "teacher_length": length + prefix_length, "scored": scored}
         sizes["subjects"] = subjects * len(run.training.steering_prefixes)
         settings = _settings(run, autocast, config, memory, **sizes)

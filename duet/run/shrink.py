@@ -3,13 +3,14 @@
     W + s (alpha / r) B A
 
 A training changes more than it was made for: some answers about neighbours change, too. The adapter is tried at several sizes s <= 1.
-At each of them the forget rows are asked plainly (greedily, and for drawn answers), behind reverse prompts and with forced openings, and the rows that are to be kept
-are asked plainly. Only rows that the base tells count. Choose by other wordings than those of the training, and report on others again.
+At each of them the forget rows are asked plainly (greedily, and for drawn answers), behind reverse prompts and with forced
+openings, and the rows that are to be kept are asked plainly. Only rows that the base tells count. Choose by other wordings than those of the training, and report on others again.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..evaluation.attacks.rows import AttackRow, read_attack_rows
 from ..evaluation.attacks.target import AttackOptions, Outcomes, Target
 from ..evaluation.journal import Progress
 from ..evaluation.models import load
-from ..evaluation.steering import counted, refuses, share_of, short, shown
+from ..evaluation.steering import STILL_TOLD, counted, refuses, share_of, short, shown
 from ..model.adapters import holds_adapter, holds_weights
 from ..model.shrinking import AdapterSize
 from ..output.record import RECORD, read_record
@@ -43,12 +44,15 @@ class Tried:
         told: attack -> the share of the forget rows that its worst variant brings back.
         refused: share of the forget rows that are declined when they are asked plainly.
         kept: share of the rows to be kept that are told.
+        unjudged: share of the forget rows that no answer tells and whose answers could not be judged (cut at the limit, empty): of
+            the attack with most of them. They count as not told.
     """
 
     size: float
     told: dict[str, Share]
     refused: Share
     kept: Share
+    unjudged: float = 0.0
 
     @property
     def worst(self) -> float:
@@ -86,6 +90,16 @@ def check_sizes(sizes: Sequence[float]) -> list[float]:
     return sorted({1.0, *sizes}, reverse=True)
 
 
+def check_most(most: float) -> None:
+    """Refuses what is no share below 1.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not 0 <= most < 1:
+        raise ValueError(f"most: wanted a share of at least 0 and below 1, got {most}")
+
+
 def shrink(
     adapter: AdapterSize,
     tokenizer: Any,
@@ -107,16 +121,29 @@ def shrink(
         most: the share of the forget rows that may come back. Where more of them come back at full size: that share.
         options: of the attacks; which reverse prompts training used.
         prompting: how prompts are written.
-        progress: called with (what, sizes done, all of them).
+        progress: called with (what, how much of it is done, all of it): the sizes, and the attacks at each of them.
 
     Raises:
         ValueError: `sizes` or `most`; or the base tells none of the forget rows or of the rows to be kept.
     """
     wanted = check_sizes(sizes)
-    if not 0 <= most < 1:
-        raise ValueError(f"most: wanted a share of at least 0 and below 1, got {most}")
+    check_most(most)
     asked = {"options": options or AttackOptions(), "prompting": prompting or Prompting()}
     forgotten, kept = (Target(adapter.model, tokenizer, rows, **asked) for rows in (forget, retain))
+    try:
+        return _shrink(adapter, forgotten, kept, wanted, most, progress)
+    finally:
+        adapter.set(1.0)
+
+
+def _shrink(
+    adapter: AdapterSize,
+    forgotten: Target,
+    kept: Target,
+    sizes: Sequence[float],
+    most: float,
+    progress: Progress,
+) -> Shrunk:
     progress("what the base tells", 0, 1)
     adapter.set(0.0)
     for target, argument in ((forgotten, "forget"), (kept, "retain")):
@@ -124,15 +151,14 @@ def shrink(
     progress("what the base tells", 1, 1)
     tried: list[Tried] = []
     allowed = most
-    for done, size in enumerate(wanted):
-        progress("sizes", done, len(wanted))
+    for done, size in enumerate(sizes):
+        progress("sizes", done, len(sizes))
         adapter.set(size)
-        tried.append(_try(forgotten, kept, size))
+        tried.append(_try(forgotten, kept, size, partial(progress, f"size {size:g}")))
         allowed = max(allowed, tried[0].worst)
         if tried[-1].worst > allowed:
             break
-    progress("sizes", len(wanted), len(wanted))
-    adapter.set(1.0)
+    progress("sizes", len(sizes), len(sizes))
     return Shrunk(tried, allowed)
 
 
@@ -147,24 +173,40 @@ def _told(target: Target, argument: str) -> list[AttackRow]:
     return told
 
 
-def _try(forgotten: Target, kept: Target, size: float) -> Tried:
-    asked = forgotten.ask("as asked")
-    variants = {DIRECT: [asked], SAMPLING: [_drawn(forgotten)]}
-    variants |= {name: list(by_variant(forgotten, name).values()) for name in OTHERS}
+def _try(forgotten: Target, kept: Target, size: float, progress: Callable[[int, int], None]) -> Tried:
+    asks: dict[str, Callable[[], list[Outcomes]]] = {
+        DIRECT: lambda: [forgotten.ask("as asked")],
+        SAMPLING: lambda: [_drawn(forgotten)],
+    }
+    asks |= {name: lambda name=name: list(by_variant(forgotten, name).values()) for name in OTHERS}
+    variants: dict[str, list[Outcomes]] = {}
+    for done, (name, ask) in enumerate(asks.items()):
+        progress(done, len(asks) + 1)
+        variants[name] = ask()
+    progress(len(asks), len(asks) + 1)
+    saved = _share(kept.ask("as asked"))
+    progress(len(asks) + 1, len(asks) + 1)
+    [asked] = variants[DIRECT]
     told = {
         name: max(map(_share, of), key=lambda share: share["share"]) for name, of in variants.items() if of
     }
     declined: Any = share_of([refuses(outcome["said"] or "") for outcome in asked])
-    return Tried(size, told, declined, _share(kept.ask("as asked")))
+    unjudged = max(
+        sum(o["leaked"] is None for o in outcomes) / len(outcomes)
+        for of in variants.values()
+        for outcomes in of
+    )
+    return Tried(size, told, declined, saved, unjudged)
 
 
 def _drawn(target: Target) -> Outcomes:
-    """An outcome for each row: whether any of its drawn answers tells it."""
+    """An outcome for each row: whether any of its drawn answers tells it; not judged where none does and one could not be."""
     count = target.options.samples
     prompts = [target.prompt(row.conversation) for row in target.rows]
     drawn = target.outcomes("drawn", list(target.rows) * count, prompts * count, seed=target.options.seed)
     told = {outcome["id"] for outcome in drawn if outcome["leaked"]}
-    return [{"id": row.id, "leaked": row.id in told} for row in target.rows]
+    unclear = {outcome["id"] for outcome in drawn if outcome["leaked"] is None} - told
+    return [{"id": row.id, "leaked": None if row.id in unclear else row.id in told} for row in target.rows]
 
 
 def _share(outcomes: Outcomes) -> Share:
@@ -192,8 +234,20 @@ def verdict(found: Shrunk) -> str:
     full, best = found.tried[0], found.best
     kept = f"{shown(best.kept)} of the rows to be kept are told"
     if best is full:
-        return f"size 1: no smaller one keeps more and tells no more than {found.allowed:.0%} of the forget rows; {kept}"
-    return f"size {best.size:g}: {kept}, at full size {shown(full.kept)}; of the forget rows the worst attack brings back {best.worst:.0%}"
+        said = f"size 1: no smaller one keeps more and tells no more than {found.allowed:.0%} of the forget rows; {kept}"
+    else:
+        said = (
+            f"size {best.size:g}: {kept}, at full size {shown(full.kept)}; of the forget rows the worst attack brings back "
+            f"{best.worst:.0%}"
+        )
+    if full.worst > STILL_TOLD:
+        said += f". At full size an attack brings back {full.worst:.0%} of the forget rows: the training forgot little"
+    if best.unjudged:
+        said += (
+            f". Up to {best.unjudged:.0%} of the forget rows could not be judged under an attack (answers cut at --max-new-tokens, or "
+            "empty), and count as not told"
+        )
+    return said
 
 
 def run_shrink(
@@ -224,16 +278,20 @@ def run_shrink(
         ValueError, OSError: naming what is wrong with a folder, the rows or an option.
     """
     check_sizes(sizes)
+    check_most(most)
     if not holds_adapter(folder):
         raise FileNotFoundError(
             f"adapter: wanted a folder with a trained adapter, but {str(folder)!r} holds none"
         )
+    if out.is_file():
+        raise NotADirectoryError(f"out: wanted a folder, but {str(out)!r} is a file")
     if holds_adapter(out) or holds_weights(out):
         raise ValueError(f"out: {str(out)!r} holds a model already; wanted a new folder")
     forget, retain = (_rows(data / f"{name}.jsonl", name, limit) for name in ("forget", "retain"))
-    model, tokenizer = load(folder, dtype, device)
-    adapter, record = AdapterSize(model), read_record(folder) or {}
+    record = read_record(folder) or {}
     options = AttackOptions(seen_reverse_prompts=tuple(record.get("override_wordings") or ()), **asking)
+    model, tokenizer = load(folder, dtype, device)
+    adapter = AdapterSize(model)
     how: dict[str, Any] = {"options": options, "prompting": Prompting.of(folder), "progress": progress}
     found = shrink(adapter, tokenizer, forget, retain, sizes=sizes, most=most, **how)
     adapter.save(found.best.size, folder, out)
@@ -254,4 +312,4 @@ def _rows(path: Path, argument: str, limit: int | None) -> list[AttackRow]:
             f"data: there is no file {str(path)!r}; wanted a folder with forget.jsonl and retain.jsonl, such as `validation` in the "
             "--out of duet elicit"
         )
-    return read_attack_rows(read_table(path, argument)[:limit], argument)
+    return read_attack_rows(read_table(path, argument, limit), argument)

@@ -230,11 +230,13 @@ def verdict(chosen: Chosen) -> str:
 
 
 def check_new(path: Path) -> None:
-    """Refuses to replace a run's file.
+    """Refuses to replace a run's file, or to write where there is no folder.
 
     Raises:
-        FileExistsError: there is such a file.
+        FileExistsError, FileNotFoundError: there is such a file, or no folder for it.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"write: there is no folder {str(path.parent)!r} for {path.name}")
     if path.exists():
         raise FileExistsError(
             f"write: {path} is there already, and its comments would be lost; wanted a new file"

@@ -202,8 +202,8 @@ def _curves(variants: Mapping[str, Outcomes], summaries: Mapping[str, dict[str, 
 
 def table(report: Mapping[str, Any], title: str) -> Table:
     """A table, the worst attack first, the plain questions last."""
-    shown = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1))
-    for column in ("attack", "leak (95 %)", "rows", "not judged", "queries", "steps", "seconds"):
+    shown = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("attack", "leak (95 %)", "rows", "not\njudged", "queries", "steps", "seconds"):
         shown.add_column(column, no_wrap=True, justify="left" if column == "attack" else "right")
     for entry in _lines(report):
         worst = entry["variants"].get(entry["worst_variant"], {})

@@ -1,6 +1,6 @@
 """Rows of a run -> means with intervals, the suite's numbers, and a table. An undefined number has its reason.
 
-{"tasks": {task: {"rows": n, "status": {...}, "notes": n, "metrics": {metric: {mean, low, high, rows}}}},
+{"tasks": {task: {"rows": n, "status": {...}, "notes": n, "note": the first, "metrics": {metric: {mean, low, high, rows}}}},
  "numbers": {name: {"value": x} or {"value": null, "undefined": "no retain model given"}}}
 """
 
@@ -45,11 +45,13 @@ def summarise(
 
 def _task_summary(rows: Rows) -> dict[str, Any]:
     names = dict.fromkeys(name for row in rows for name in row.get("metrics", {}))
+    notes = [row["note"] for row in rows if "note" in row]
     return {
         "rows": len(rows),
         "status": dict(Counter(row["status"] for row in rows)),
         "unjudged": sum(row["status"] != "ok" for row in rows) / len(rows),
-        "notes": sum("note" in row for row in rows),
+        "notes": len(notes),
+        **({"note": notes[0]} if notes else {}),
         "metrics": {name: _mean(rows, name) for name in names},
     }
 
@@ -202,7 +204,10 @@ def table(summary: Mapping[str, Any], title: str) -> Group:
                 f"{task}: {entry['unjudged']:.0%} of its {_times(entry['rows'])} could not be judged:"
             )
         notes += [f"{task}: {_times(n)} {MEANING[s]}" for s, n in entry["status"].items() if s in MEANING]
-        notes += [f"{task}: {_times(entry['notes'])} with a note in rows.jsonl"] if entry.get("notes") else []
+        if entry.get("notes"):
+            notes.append(
+                f"{task}: {_times(entry['notes'])} with a note in rows.jsonl, the first: {entry['note']}"
+            )
     return Group(shown, *map(Text, notes))
 
 
