@@ -286,6 +286,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("retain_weight is ignored", "\"loss\": forget + self.args.retain_weight * retain,", "\"loss\": forget + retain,", _VALUES + "test_graddiff"),
     ],
     "duet/methods/counterfactual.py": [
+        ("a recovery has no beginning before it", "share / len(cuts), answer[:cut])", "share / len(cuts), ())",
+         "tests/test_counterfactual.py::test_a_share_of_the_refusals_follows_the_beginning_of_the_own_answer"),
         ("the mixture is a mean of logarithms", "(values - norm.unsqueeze(-1)).logsumexp(0) - math.log(variants)", "(values - norm.unsqueeze(-1)).mean(0)",
          "tests/test_counterfactual.py::test_the_mixture_is_the_mean_of_swapped_distributions"),
     ],
@@ -435,6 +437,14 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          '        row for row, outcome in zip(target.rows, target.ask("as asked"), strict=True)', _SHRINK + "test_the_size_that_keeps_most_and_tells_no_more_is_chosen"),
         ("drawn answers that were cut count as judged", "None if row.id in unclear else row.id in told", "row.id in told",
          _SHRINK + "test_answers_that_could_not_be_judged_are_said"),
+    ],
+    "duet/methods/directions.py": [
+        ("what retain rows have too is not left out", "eye(size, dtype=middle.dtype, device=middle.device))", "eye(size, dtype=middle.dtype, device=middle.device) * 1e9)",
+         "tests/test_directions.py::test_what_both_have_in_common_is_left_out"),
+        ("A is trained", "down.weight.requires_grad_(False)", "down.weight.requires_grad_(True)",
+         "tests/test_directions.py::test_a_stays_and_answers_forget_rows_louder_than_retain_rows"),
+        ("padding counts as a token", "x = inputs[0].flatten(0, -2)[shown[-1]].float()", "x = inputs[0].flatten(0, -2).float()",
+         "tests/test_directions.py::test_padding_and_the_size_of_batches_change_no_direction"),
     ],
     "duet/model/shrinking.py": [
         ("the adapter is saved at full size", "up.mul_(size)", "up.mul_(1.0)", _SHRINK + "test_what_is_saved_is_the_adapter_at_that_size"),

@@ -266,6 +266,16 @@ def test_a_model_without_a_configuration_is_named(tmp_path):
         Plan.of({"model": str(tmp_path), "data": {"forget": "x"}}, 24 << 30, 32, 8, 1, 0)
 
 
+def test_a_folder_with_an_adapter_is_planned_as_its_base(folder, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": folder}))
+    (tmp_path / "adapter_model.safetensors").touch()
+    plans = [
+        Plan.of({"model": name, "adapter": {}, "data": {"forget": "x"}}, 24 << 30, 32, 8, 1, 0)
+        for name in (folder, str(tmp_path))
+    ]
+    assert plans[0].budget == plans[1].budget
+
+
 def test_a_size_without_a_unit_is_in_gib(folder):
     found = json.loads(run("plan", "--model", folder, "--gpu-memory", "24", "--reserve", "1", "--json"))
     assert found["gpu_memory"] == 24 << 30 and found["reserve"] == 1 << 30

@@ -86,6 +86,8 @@ def test_an_adapter_without_a_tokenizer_has_that_of_its_base(folders, tmp_path):
         shutil.copy(folders / "adapter" / name, alone / name)
     merge_adapter(alone, tmp_path / "merged")
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    with pytest.raises(ValueError, match=r"out: '.*merged' holds a model already; wanted a new folder"):
+        merge_adapter(alone, tmp_path / "merged")
     shutil.copytree(folders / "base", tmp_path / "base")
     for path in (tmp_path / "base").glob("tokenizer*"):
         path.unlink()

@@ -23,6 +23,7 @@ from ..model.adapters import (
     check_not_base,
     check_same_logits,
     holds_adapter,
+    holds_weights,
     load_adapted,
     logits_of,
     merge_adapters,
@@ -210,7 +211,7 @@ def merge_adapter(
 
     Raises:
         FileNotFoundError: there is no adapter in `folder`, or its base cannot be loaded.
-        ValueError: `out` holds an adapter; or a step changes the model.
+        ValueError: `out` holds an adapter or a model; or a step changes the model.
     """
     if not holds_adapter(folder):
         raise FileNotFoundError(f"{folder}: wanted a folder with an adapter, found no {ADAPTER}")
@@ -222,6 +223,8 @@ def merge_adapter(
     with _naming(folder):
         base = base_of(folder)
     check_not_base(out, base)
+    if holds_weights(out):
+        raise ValueError(f"out: {os.fspath(out)!r} holds a model already; wanted a new folder")
     tokenizer = tokenizer_at("adapter", folder, base)
     with _naming(folder):
         model: Any = load_adapted(folder, dtype=dtype, device_map="cpu")

@@ -14,6 +14,7 @@ from duet_kernels.dispatch import share_of
 from ..config import CHECKPOINTING
 from ..methods.objectives import find_objective
 from ..methods.views import asked_before_training
+from ..model.adapters import base_of, holds_adapter
 from .config_file import DEFAULT_ADAPTER, RunConfig
 from .plan import Budget, Planner, Settings
 
@@ -77,7 +78,11 @@ class Plan:
         """
         run, autocast = _without_device_options(tree)
         try:
-            config = AutoConfig.from_pretrained(run.model.name, revision=run.model.revision)
+            adapted = holds_adapter(run.model.name)
+            name, revision = (
+                (base_of(run.model.name), None) if adapted else (run.model.name, run.model.revision)
+            )
+            config = AutoConfig.from_pretrained(name, revision=revision)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"model: no configuration of {run.model.name!r} could be read: {error}"
