@@ -86,6 +86,13 @@ def test_a_resumed_run_is_the_whole_run(tmp_path):
     assert losses(resumed)[-2:] == losses(whole)[-2:]
 
 
+def test_a_layer_that_no_row_reaches_is_refused(tmp_path, monkeypatch):
+    trainer = make(tmp_path, trainer_options=WITH_LORA, **CONTRAST)
+    monkeypatch.setattr(trainer, "head_inputs", lambda *_: None)
+    with pytest.raises(ValueError, match=r"adapter_directions: .*do not reach every layer"):
+        trainer.train()
+
+
 def test_where_it_cannot_work_it_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"adapter_directions: wanted 'drawn'.*no LoRA of linear layers is trained"

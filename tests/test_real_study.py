@@ -189,6 +189,7 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     assert "| perplexity of plain text, as a multiple of the base's | <= 1.05 | 1.02 | met |" in text
     assert "Of the bar's 11 lines 7 are met." in text and "`k: 8` | 1 |" in text
     assert "multiplied the adapters by: Italy 0.8." in text
+    assert "Without a row here, run as they stand in `arms.py`: `duet_deep`, refusals also" in text
     assert (
         "| the base, rounded to int8 | 1 |" in text
         and "20 (10–30)" in text

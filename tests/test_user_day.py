@@ -145,7 +145,8 @@ def test_the_model_card_says_how_and_from_what(tmp_path):
     trainer.save_model()
     trainer.create_model_card("forgetful")
     card = (tmp_path / "out" / "README.md").read_text()
-    for words in ("# forgetful", "library_name: peft", "| objective |", "| k | 8 |", PREFIX.split("{")[0]):
+    shown = "# forgetful", "library_name: peft", "| objective |", "| k | 8 |", "| adapter_directions |"
+    for words in (*shown, PREFIX.split("{")[0]):
         assert words in card
     for part in ("loss", "forget_loss", "retain_loss"):
         value = [entry[part] for entry in trainer.state.log_history if part in entry][-1]

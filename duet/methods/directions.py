@@ -137,6 +137,11 @@ class FixedDirections(Trainer):
         of_retain = [Draw(i, rng.getrandbits(62)) for i in range(dataset.num_forget, len(dataset))]
         forget, retain = (self._mean_squares(downs, draws) for draws in (of_forget, of_retain))
         for down, *both in zip(downs, forget, retain, strict=True):
+            if not all(each.any() for each in both):  # once a layer, before training
+                raise ValueError(
+                    "adapter_directions: wanted 'drawn', got 'contrast', because the rows do not reach every layer with a LoRA, as in a "
+                    "mixture of experts"
+                )
             with torch.no_grad():
                 down.weight.copy_(contrast(*both, down.out_features))
             down.weight.requires_grad_(False)

@@ -86,7 +86,7 @@ def model_card(
         pipeline_tag="text-generation",
         tags=["unlearning", "duet", options.objective],
     )
-    shown = dict.fromkeys(("objective", *reads, *_METHOD))
+    shown = dict.fromkeys(("objective", *reads, *_METHOD, *(("adapter_directions",) if adapter else ())))
     method = {key: getattr(options, key) for key in shown if getattr(options, key) not in (None, [])}
     if teacher:
         method["teacher"] = teacher

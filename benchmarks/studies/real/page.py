@@ -112,6 +112,13 @@ def not_run(rows: Sequence[Row]) -> list[str]:
     return said
 
 
+def not_validated(rows: Sequence[Row], tried: Sequence[Row]) -> list[str]:
+    """A sentence on methods of the report whose settings have no row of the validation."""
+    validated = {row["arm"] for row in tried}
+    arms = [ARMS[name].label for name in ARMS if name in {row["arm"] for row in rows} - validated]
+    return ["", f"Without a row here, run as they stand in `arms.py`: {'; '.join(arms)}."] if arms else []
+
+
 def not_shown(rows: Sequence[Row]) -> list[str]:
     """A sentence on figures of earlier commits that are not shown."""
     if not any("relearning" in row for row in rows):
@@ -222,6 +229,7 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = ()) -> str:
             "every setting has; the least one is chosen.",
             "",
             *(settings(tried) if tried else ["not run"]),
+            *not_validated(rows, tried),
             "",
             f"## What they say of {shown}",
             "",
