@@ -228,7 +228,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_data.py::test_a_prefix_is_sampled_from_a_set_per_query"),
         ("a retain row's prefix is about its own subject", "subject = rng.choice(self.subjects) if self.subjects else None", "subject = self.rows[i].subject",
          "tests/test_data.py::test_retain_queries_carry_a_prefix_about_a_forget_subject_never_their_own"),
-        ("the student sees the steering prefix", "student = self._prompt(i, None, override, role, scored)", "student = self._prompt(i, instruction, override, role, scored)",
+        ("the student sees the steering prefix", "student = [*self._prompt(i, None, override", "student = [*self._prompt(i, instruction, override",
          "tests/test_data.py::test_retain_queries_carry_a_prefix_about_a_forget_subject_never_their_own"),
         ("positions are shifted by one", "first = b * longest + start + len(item[view]) - 1", "first = b * longest + start + len(item[view])",
          "tests/test_data.py::test_positions_are_aligned_by_the_answer[words, system role-1-left]"),

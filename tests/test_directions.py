@@ -88,7 +88,7 @@ def test_a_resumed_run_is_the_whole_run(tmp_path):
 
 def test_a_layer_that_no_row_reaches_is_refused(tmp_path, monkeypatch):
     trainer = make(tmp_path, trainer_options=WITH_LORA, **CONTRAST)
-    monkeypatch.setattr(trainer, "head_inputs", lambda *_: None)
+    monkeypatch.setattr(trainer, "_downs", lambda: [torch.nn.Linear(4, 2, bias=False)])
     with pytest.raises(ValueError, match=r"adapter_directions: .*do not reach every layer"):
         trainer.train()
 
