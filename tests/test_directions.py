@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from test_trainer import LORA, assert_same_weights, config, losses, make, state_of
 from tiny_models import forget_rows, tiny, word_tokenizer
 
@@ -88,7 +88,8 @@ def test_a_resumed_run_is_the_whole_run(tmp_path):
 
 def test_a_layer_that_no_row_reaches_is_refused(tmp_path, monkeypatch):
     trainer = make(tmp_path, trainer_options=WITH_LORA, **CONTRAST)
-    monkeypatch.setattr(trainer, "_downs", lambda: [torch.nn.Linear(4, 2, bias=False)])
+    alone = [torch.nn.Linear(*sizes, bias=False) for sizes in ((4, 2), (2, 4))]
+    monkeypatch.setattr(trainer, "_loras", lambda: [tuple(alone)])
     with pytest.raises(ValueError, match=r"adapter_directions: .*do not reach every layer"):
         trainer.train()
 
@@ -98,6 +99,10 @@ def test_where_it_cannot_work_it_is_refused(tmp_path):
         ValueError, match=r"adapter_directions: wanted 'drawn'.*no LoRA of linear layers is trained"
     ):
         make(tmp_path, **CONTRAST)
+    trained = get_peft_model(tiny(), WITH_LORA["peft_config"])
+    torch.nn.init.ones_(adapter_layers(trained)[0].lora_B["default"].weight)
+    with pytest.raises(ValueError, match=r"adapter_directions: .*the LoRA changes the model already"):
+        make(tmp_path, model=trained, **CONTRAST)
     with pytest.raises(ValueError, match=r"adapter_directions: .*no retain rows"):
         make(tmp_path, retain=False, trainer_options=WITH_LORA, **CONTRAST)
     with pytest.raises(ValueError, match=r"adapter_directions: wanted one of drawn, contrast, got 'null'"):

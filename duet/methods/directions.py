@@ -83,7 +83,7 @@ class FixedDirections(Trainer):
     _placed = False
 
     def check_directions(self) -> None:
-        """Refuses `contrast` where there is no LoRA of linear layers, nothing to compare, or a sharded model.
+        """Refuses `contrast` where there is no new LoRA of linear layers, nothing to compare, or a sharded model.
 
         Raises:
             ValueError: naming what was wanted.
@@ -93,8 +93,13 @@ class FixedDirections(Trainer):
         named = "adapter_directions: wanted 'drawn', got 'contrast'"
         if is_sharded(self.args):
             raise ValueError(f"{named}, because FSDP and DeepSpeed shard the model")
-        if not self._downs():
+        loras = self._loras()
+        if not loras:
             raise ValueError(f"{named}, because no LoRA of linear layers is trained; give `peft_config`")
+        if any(up.weight.any() for _, up in loras):  # once, before training
+            raise ValueError(
+                f"{named}, because the LoRA changes the model already, and another A would change it again; give a new one as `peft_config`"
+            )
         if not self.train_dataset.num_retain:
             raise ValueError(
                 f"{named}, because there are no retain rows to differ from; give `retain_dataset`"
@@ -109,20 +114,19 @@ class FixedDirections(Trainer):
                 self._place(downs)
         return super().train(*args, **kwargs)
 
-    def _downs(self) -> list[nn.Linear]:
-        """A of every layer with a trained LoRA."""
+    def _loras(self) -> list[tuple[nn.Linear, nn.Linear]]:
+        """A and B of every linear layer with a trained LoRA."""
         student = self.accelerator.unwrap_model(self.model)
         layers = [layer for layer in adapter_layers(student) if hasattr(layer, "lora_A")]
-        downs = [
-            layer.lora_A[name] for layer in layers for name in layer.active_adapters if name in layer.lora_A
-        ]
-        return [down for down in downs if isinstance(down, nn.Linear) and down.weight.requires_grad]
+        named = [(layer, name) for layer in layers for name in layer.active_adapters if name in layer.lora_A]
+        pairs = [(layer.lora_A[name], layer.lora_B[name]) for layer, name in named]
+        return [pair for pair in pairs if isinstance(pair[0], nn.Linear) and pair[0].weight.requires_grad]
 
     def _groups(self) -> Iterator[list[nn.Linear]]:
         """All A, as many at a time as their matrices fit into `_MOST_BYTES`."""
         group: list[nn.Linear] = []
         size = 0
-        for down in self._downs():
+        for down, _ in self._loras():
             more = 8 * down.in_features**2
             if group and size + more > _MOST_BYTES:
                 yield group
