@@ -17,6 +17,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -140,14 +141,14 @@ class FixedDirections(Trainer):
         of_forget = [Draw(i, rng.getrandbits(62)) for i in range(dataset.num_forget) for _ in range(_USES)]
         of_retain = [Draw(i, rng.getrandbits(62)) for i in range(dataset.num_forget, len(dataset))]
         forget, retain = (self._mean_squares(downs, draws) for draws in (of_forget, of_retain))
-        for down, *both in zip(downs, forget, retain, strict=True):
-            if not all(each.any() for each in both):  # once a layer, before training
+        for down, on_forget, on_retain in zip(downs, forget, retain, strict=True):
+            if not (on_forget.any() and on_retain.any()):  # once a layer, before training
                 raise ValueError(
                     "adapter_directions: wanted 'drawn', got 'contrast', because the rows do not reach every layer with a LoRA, as in a "
                     "mixture of experts"
                 )
             with torch.no_grad():
-                down.weight.copy_(contrast(*both, down.out_features))
+                down.weight.copy_(contrast(on_forget, on_retain, down.out_features))
             down.weight.requires_grad_(False)
 
     @torch.no_grad()
@@ -160,14 +161,13 @@ class FixedDirections(Trainer):
         student, count, size = self.accelerator.unwrap_model(self.model), 0, self.args.eval_batch_size
         shown: list[Tensor] = []  # which places of the batch are no padding
 
-        def add(which: int, inputs: tuple[Tensor, ...]) -> None:
+        def add(which: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].flatten(0, -2)[shown[-1]].float()
             sums[which].addmm_(x.T, x)
 
         with evaluating(student), ExitStack() as stack:
             for which, down in enumerate(downs):
-                hook = down.register_forward_pre_hook(lambda _, inputs, which=which: add(which, inputs))
-                stack.callback(hook.remove)
+                stack.callback(down.register_forward_pre_hook(partial(add, which)).remove)
             for start in self.progress(range(0, len(items), size), "where forget and retain rows differ"):
                 batch = self._prepare_inputs(self.data_collator(items[start : start + size]))
                 ids = batch["input_ids"]
