@@ -14,7 +14,7 @@ STAMP := $(VENV)/.duet-kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two test processes of one thread each are faster than one of two, and never fight for the cores.
 TEST_WORKERS ?= 2
-# Bytecode is kept even where the environment forbids it: else every process compiles all modules again, 12 seconds each.
+# Bytecode is kept even where the environment forbids it: else every process compiles all modules again.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 # What runs from the checkout as it is: the prepared environment where there is one, else the python3 at hand.

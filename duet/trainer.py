@@ -199,8 +199,8 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTraine
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        drawn = train_dataset.num_forget, train_dataset.num_retain, args.retain_per_forget
         self.check_directions()
+        drawn = train_dataset.num_forget, train_dataset.num_retain, args.retain_per_forget
         self._sampler = UnlearnSampler(*drawn, seed=args.seed if args.data_seed is None else args.data_seed)
         self.add_callback(EpochOf(self._sampler))
         self._reused = self.reused_prefixes(packed)

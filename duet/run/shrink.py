@@ -4,7 +4,8 @@
 
 A training changes more than it was made for: some answers about neighbours change, too. The adapter is tried at several sizes s <= 1.
 At each of them the forget rows are asked plainly (greedily, and for drawn answers), behind reverse prompts and with forced
-openings, and the rows that are to be kept are asked plainly. Only rows that the base tells count. Choose by other wordings than those of the training, and report on others again.
+openings, and the rows that are to be kept are asked plainly. Only rows that the base tells count. Choose by other wordings than
+those of the training, and report on others again.
 """
 
 import shutil
