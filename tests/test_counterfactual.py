@@ -228,6 +228,23 @@ def test_a_share_of_the_refusals_follows_the_beginning_of_the_own_answer(tmp_pat
     assert batch["targets"]["indices"][:, 0].tolist() == batch["labels"].tolist() == refusal.answer
 
 
+def test_a_row_that_is_too_long_with_a_recovery_is_refused_before_the_first_step(tmp_path):
+    options = {"deep_refusals": ["nothing about it"], "refusal_fraction": 0.8, "recovery_fraction": 0.5}
+    free = make(tmp_path / "free", **options)
+    free.prepare_rows(free.train_dataset)
+    dataset = free.train_dataset
+    most = max(
+        len(dataset.plain(i)) + len(each.opening) + len(each.answer) - 1
+        for i in range(dataset.num_forget)
+        for each in dataset.segments[i]
+    )
+    trainer = make(tmp_path / "short", max_length=most - 1, **options)
+    with pytest.raises(
+        ValueError, match=rf"forget_dataset.*have {most} tokens, more than max_length={most - 1}"
+    ):
+        trainer.prepare_rows(trainer.train_dataset)
+
+
 def test_recoveries_want_given_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"recovery_fraction: wanted 0.0 without deep_refusals, got 0.5"):
         make(tmp_path, recovery_fraction=0.5)

@@ -80,7 +80,7 @@ class UnlearnDataset(Dataset):
         reverse_prompts, reverse_fraction, reverse_role: the student's adversarial views.
         prefills, prefill_fraction: openings of an answer that end a share of the student's forget prompts.
         answers: `none` (only the first position is scored, no answer needed), `dataset` (every row must have one),
-            `teacher` (to be filled in: see `unanswered`) or `prepared` (to be filled in: `segments`).
+            `teacher` (to be filled in: see `unanswered`) or `prepared` (to be filled in: `keep`).
         max_scored: score at most so many positions of an answer; None: all (not with the teacher's answers).
         whole_text: every token of prompt and answer is scored, from the second on; needs no prefixes.
         max_length: a longer sequence is refused.
@@ -134,7 +134,6 @@ class UnlearnDataset(Dataset):
 
     def _check(self) -> None:
         """Checks every row under every prefix and view, before training."""
-        longest_override = max(self.reverse_prompts, key=len, default=None)
         longest_subject = max(self.subjects, key=len, default=None)
         for i, query in enumerate(self.rows):
             if self.answers == "dataset" and query.answer is None and not self._refused(i):
@@ -151,9 +150,23 @@ class UnlearnDataset(Dataset):
                 subject = query.subject if i < self.num_forget else longest_subject
                 where = query.name if i < self.num_forget else "forget_dataset"
                 self._prompt(i, fill_prefix(prefix, subject, where), answer_length=answer_length)
-            role = "user" if self.reverse_role == "user" else "system"
-            opening = max((len(self._opening(i, text)) for text in self.prefills), default=0)
-            self._prompt(i, None, longest_override, role, answer_length + opening)
+            self._check_student(i, answer_length)
+
+    def _check_student(self, i: int, answer_length: int) -> None:
+        """Checks the longest prompt that the student may see of row i, with an answer of so many tokens."""
+        longest_override = max(self.reverse_prompts, key=len, default=None)
+        role = "user" if self.reverse_role == "user" else "system"
+        opening = max((len(self._opening(i, text)) for text in self.prefills), default=0)
+        self._prompt(i, None, longest_override, role, answer_length + opening)
+
+    def keep(self, i: int, segments: list[Segment]) -> None:
+        """Takes the prepared segments of row i.
+
+        Raises:
+            ValueError: the row is longer than `max_length` with one of them.
+        """
+        self._check_student(i, max(len(each.opening) + len(each.answer) for each in segments))
+        self.segments[i] = segments
 
     def __len__(self) -> int:
         return len(self.rows)

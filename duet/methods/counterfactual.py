@@ -63,7 +63,8 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
     for start in trainer.progress(batches, "what is to be kept"):
         rows = retain[start : start + args.eval_batch_size]
         segments = _own_answers(trainer, [dataset.plain(i) for i in rows], [own[i] for i in rows])
-        dataset.segments.update((i, [segment]) for i, segment in zip(rows, segments, strict=True))
+        for i, segment in zip(rows, segments, strict=True):
+            dataset.keep(i, [segment])
     for i in trainer.progress(forget, "what the base knows"):
         ignorant = _mixture(trainer, dataset, i, names[i], own[i], steered=False)
         if args.deep_refusals:
@@ -78,7 +79,7 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
         segments = [pushed._replace(share=1 - share), _refusing(refusals[i], refusing, share - late)]
         if late > 0:
             segments += _recovering(trainer, dataset.rows[i], i, own[i], ignorant.values, late)
-        dataset.segments[i] = [segment for segment in segments if segment.share > 0]
+        dataset.keep(i, [segment for segment in segments if segment.share > 0])
 
 
 # -- segments ---------------------------------------------------------------------------------------------------------
