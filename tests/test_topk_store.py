@@ -11,6 +11,7 @@ import shutil
 
 import pytest
 import torch
+from forks import ended_by, forked
 from safetensors.torch import load_file, save_file
 
 from duet.store import read as topk_store
@@ -228,18 +229,6 @@ class Dies:
         monkeypatch.setattr(topk_writer.os, "replace", replace)
 
 
-def in_a_child(function) -> int:
-    """Exit status of a forked process that runs `function`."""
-    child = os.fork()
-    if child == 0:
-        try:
-            function()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_anywhere_nothing_that_was_finished_is_lost(tmp_path, monkeypatch):
@@ -251,10 +240,10 @@ def test_killed_anywhere_nothing_that_was_finished_is_lost(tmp_path, monkeypatch
         folder = tmp_path / str(at)
         with monkeypatch.context() as patch:
             Dies(at).install(patch)
-            status = in_a_child(lambda folder=folder: fill(folder))
+            status = ended_by(forked(lambda folder=folder: fill(folder)))
         if status == 0:
             break
-        assert status == 9
+        assert os.waitstatus_to_exitcode(status) == 9
         died += 1
         kept = shards(folder) if folder.exists() else []
         assert all((whole / path.name).read_bytes() == path.read_bytes() for path in kept)
@@ -310,7 +299,7 @@ def test_a_write_that_the_system_cuts_short(tmp_path):
         except OSError as error:
             report.write_text(f"{error.errno} {error}")
 
-    assert in_a_child(limited) == 0
+    assert ended_by(forked(limited)) == 0
     assert report.read_text().startswith(f"{errno.EFBIG} ") and "the 1 of 6 entries" in report.read_text()
     assert len(shards(tmp_path / "store")) == 1 and not list((tmp_path / "store").glob(".*"))
     fill(tmp_path / "store", k=200)
