@@ -128,6 +128,8 @@ GRID: dict[str, tuple[dict[str, Any], ...]] = {
         {"knowledge_threshold": 0.1},
         {"retain_weight": 2.0},
     ),
+    # In the middle of an answer the counterfactual term asks for what a stranger's answer says, the recoveries for a refusal.
+    "contrast": ({}, {"counterfactual_weight": 0.0}),
     "npo": ({}, {"learning_rate": 1e-4}),
     "duet": ({}, {"max_steps": 50}),
     "repselect": ({}, {"max_steps": 5}, {"max_steps": 20}),
