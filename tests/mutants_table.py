@@ -439,12 +439,14 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          _SHRINK + "test_answers_that_could_not_be_judged_are_said"),
     ],
     "duet/methods/directions.py": [
-        ("what retain rows have too is not left out", "eye(size, dtype=middle.dtype, device=middle.device))", "eye(size, dtype=middle.dtype, device=middle.device) * 1e9)",
+        ("what retain rows have too is not left out", "eye(size, dtype=ridge.dtype, device=ridge.device))", "eye(size, dtype=ridge.dtype, device=ridge.device) * 1e9)",
          "tests/test_directions.py::test_what_both_have_in_common_is_left_out"),
         ("A is trained", "down.weight.requires_grad_(False)", "down.weight.requires_grad_(True)",
          "tests/test_directions.py::test_a_stays_and_answers_forget_rows_louder_than_retain_rows"),
-        ("padding counts as a token", "x = inputs[0].flatten(0, -2)[shown[-1]].float()", "x = inputs[0].flatten(0, -2).float()",
+        ("padding counts as a token", "x = inputs[0].flatten(0, -2)[shown[-1]].double()", "x = inputs[0].flatten(0, -2).double()",
          "tests/test_directions.py::test_padding_and_the_size_of_batches_change_no_direction"),
+        ("rounding counts as an eigenvalue", "kept = ascending[ascending > rounding]", "kept = ascending",
+         "tests/test_directions.py::test_few_retain_tokens_leave_no_rounding_to_divide_by"),
     ],
     "duet/model/shrinking.py": [
         ("the adapter is saved at full size", "up.mul_(size)", "up.mul_(1.0)", _SHRINK + "test_what_is_saved_is_the_adapter_at_that_size"),

@@ -22,7 +22,7 @@ def downs(trainer):
 def test_what_both_have_in_common_is_left_out():
     """One direction of forget rows alone, however weak, beats a strong one that retain rows have, too."""
     torch.manual_seed(0)
-    axes = torch.linalg.qr(torch.randn(6, 6)).Q
+    axes = torch.linalg.qr(torch.randn(6, 6).double()).Q
     common, own, rest = axes[:, 0], axes[:, 1], axes[:, 2:]
     noise = 1e-3 * rest @ rest.T
     forget = 100 * torch.outer(common, common) + torch.outer(own, own) + noise
@@ -32,9 +32,23 @@ def test_what_both_have_in_common_is_left_out():
     assert found @ forget @ found == pytest.approx((forget.trace() / 18).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+def test_few_retain_tokens_leave_no_rounding_to_divide_by(tokens):
+    """Most eigenvalues of C_r are then rounding, of either sign: none of them may be lambda."""
+    torch.manual_seed(tokens)
+    sizes = torch.logspace(4, 0, 96, dtype=torch.float64)
+    x, y = sizes * torch.randn(tokens, 96), sizes * torch.randn(30, 96)
+    forget, retain = y.T @ y / 30, x.T @ x / tokens
+    values = torch.linalg.eigvalsh(retain)
+    assert values[0] < 0 and values[48].abs() < 1e-12 * values[-1]
+    found = contrast(forget, retain, 4)
+    louder = ((found @ forget) * found).sum(1) / ((found @ retain) * found).sum(1)
+    assert (louder > 2 * forget.trace() / retain.trace()).all()
+
+
 def test_directions_are_at_most_so_long():
-    forget = torch.diag(torch.tensor([1e6, 1.0, 1e-6]))
-    [found] = contrast(forget, torch.diag(torch.tensor([1e6, 1e-6, 1e-6])), 1)
+    forget, retain = (torch.tensor(each).double().diag() for each in ([1e6, 1.0, 1e-6], [1e6, 1e-6, 1e-6]))
+    [found] = contrast(forget, retain, 1)
     assert found.norm() == pytest.approx(20)
 
 

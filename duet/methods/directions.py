@@ -2,14 +2,16 @@
 
     y = W x + (alpha / r) B A x        the rows of A are chosen before the first step and stay; only B is trained
     rows of A: the r directions a with the largest   (a' C_f a) / (a' (C_r + lambda I) a)
-    C_f, C_r = mean of x x' over the tokens of forget rows, of retain rows;   lambda = the median eigenvalue of C_r
+    C_f, C_r = mean of x x' over the tokens of forget rows, of retain rows
+    lambda = the median of those eigenvalues of C_r that are not rounding (fewer tokens than D leave some that are)
 
 x is the layer's input in the untrained model. What both kinds of rows have in common (the chat template, the wording of a question)
 gives a small A x: whatever B becomes, it changes little there. Each a has the length at which a' C_f a is what PEFT's drawn A
 gives on average, tr(C_f) / 3 D; at most 20.
 
 Cost before training: the forward pass of the forget rows, six uses of each, and of the retain rows once; for every input of D numbers an
-eigendecomposition, O(D^3), and two D x D matrices in fp32, of 1 GiB at a time.
+eigendecomposition, O(D^3), and two D x D matrices, of 1 GiB at a time. In fp64: the few large activations of a model leave the other
+eigenvalues less than fp32 resolves.
 After the null spaces of what is to be kept (AlphaEdit, arXiv 2410.02355), which do not look at what is to be changed.
 """
 
@@ -50,23 +52,32 @@ def contrast(forget: Tensor, retain: Tensor, count: int) -> Tensor:
     """`[count, D]` directions that forget inputs have and retain inputs have not, the strongest last.
 
     Args:
-        forget, retain: `[D, D]` means of x x'.
+        forget, retain: `[D, D]` means of x x', fp64.
 
     Example:
-        >>> contrast(torch.diag(torch.tensor([4.0, 9.0, 1.0])), torch.diag(torch.tensor([4.0, 1.0, 1.0])), 1).abs()
-        tensor([[0.0000, 0.4157, 0.0000]])
+        >>> forget, retain = (torch.tensor(each).double().diag() for each in ([4, 9, 1], [4, 1, 1]))
+        >>> contrast(forget, retain, 1).abs()
+        tensor([[0.0000, 0.4157, 0.0000]], dtype=torch.float64)
     """
     size = len(forget)
-    forget_, retain_ = forget.double(), retain.double()
-    middle = torch.linalg.eigvalsh(retain_)[size // 2].clamp(min=torch.finfo(torch.float32).tiny)
-    root = torch.linalg.cholesky(retain_ + middle * torch.eye(size, dtype=middle.dtype, device=middle.device))
-    whitened = torch.linalg.solve_triangular(root, forget_, upper=False)
+    ridge = _median_above_rounding(torch.linalg.eigvalsh(retain))
+    root = torch.linalg.cholesky(retain + ridge * torch.eye(size, dtype=ridge.dtype, device=ridge.device))
+    whitened = torch.linalg.solve_triangular(root, forget, upper=False)
     whitened = torch.linalg.solve_triangular(root, whitened.T, upper=False)
     best = torch.linalg.eigh((whitened + whitened.T) / 2).eigenvectors[:, -count:]
     rows = nn.functional.normalize(torch.linalg.solve_triangular(root.T, best, upper=True).T)
-    mean_square = ((rows @ forget_) * rows).sum(1)
-    length = (forget_.trace() / (3 * size) / mean_square).sqrt().clamp(max=_LONGEST)
-    return (length[:, None] * rows).to(forget.dtype)
+    mean_square = ((rows @ forget) * rows).sum(1)
+    length = (forget.trace() / (3 * size) / mean_square).sqrt().clamp(max=_LONGEST)
+    return length[:, None] * rows
+
+
+def _median_above_rounding(ascending: Tensor) -> Tensor:
+    """The median of the eigenvalues of a sum of squares that are not rounding, whose size the negative ones show."""
+    rounding = torch.maximum(
+        -2 * ascending[0], torch.finfo(ascending.dtype).eps * len(ascending) * ascending[-1]
+    )
+    kept = ascending[ascending > rounding]
+    return kept[len(kept) // 2]
 
 
 class FixedDirections(Trainer):
@@ -128,7 +139,7 @@ class FixedDirections(Trainer):
         group: list[nn.Linear] = []
         size = 0
         for down, _ in self._loras():
-            more = 8 * down.in_features**2
+            more = 16 * down.in_features**2
             if group and size + more > _MOST_BYTES:
                 yield group
                 group, size = [], 0
@@ -155,14 +166,14 @@ class FixedDirections(Trainer):
     def _mean_squares(self, downs: Sequence[nn.Linear], draws: Sequence[Draw]) -> list[Tensor]:
         """The mean of x x' over the tokens of these rows, for the input x of each A."""
         sums = [
-            down.weight.new_zeros(down.in_features, down.in_features, dtype=torch.float32) for down in downs
+            down.weight.new_zeros(down.in_features, down.in_features, dtype=torch.float64) for down in downs
         ]
         items = sorted((self.train_dataset[draw] for draw in draws), key=lambda item: len(item["student"]))
         student, count, size = self.accelerator.unwrap_model(self.model), 0, self.args.eval_batch_size
         shown: list[Tensor] = []  # which places of the batch are no padding
 
         def add(which: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].flatten(0, -2)[shown[-1]].float()
+            x = inputs[0].flatten(0, -2)[shown[-1]].double()
             sums[which].addmm_(x.T, x)
 
         with evaluating(student), ExitStack() as stack:
