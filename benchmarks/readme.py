@@ -3,6 +3,7 @@
     goals           benchmarks/results/cpu/goals.md                made by `make bench`
     cpu, gpu, fast  benchmarks/results/*/{bench,gate}.jsonl        made by `make bench-cpu`, `make gpu`
     demo, tour      benchmarks/results/demo/results.json           taken over from demo_report/ with --demo DIR
+    real            benchmarks/results/real/results.jsonl          made by `make study-real`
 
 `--check` writes nothing and exits 1 when a page says something else than the results.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.harness import read_rows
+from benchmarks.studies.real.page import summary
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -72,6 +74,12 @@ def _demo() -> dict[str, Any]:
     return json.loads((RESULTS / "demo" / "results.json").read_text())
 
 
+def real_block() -> str:
+    """The main methods on a pretrained model."""
+    text = (RESULTS / "real" / "results.jsonl").read_text()
+    return "\n".join(summary([json.loads(line) for line in text.splitlines()]))
+
+
 # The rows of a short table.
 SHORT = (
     "`linear_topk`",
@@ -121,12 +129,13 @@ BLOCKS = {
     "goals": lambda: (RESULTS / "cpu" / "goals.md").read_text().strip(),
     "demo": demo_block,
     "tour": tour_block,
+    "real": real_block,
     "cpu": lambda: device_block(on_cpu=True),
     "gpu": lambda: device_block(on_cpu=False),
     "fast": lambda: device_block(on_cpu=False, short=True),
 }
 PAGES = {
-    README: ("demo", "fast"),
+    README: ("demo", "real", "fast"),
     ROOT / "docs" / "demo.md": ("tour",),
     ROOT / "docs" / "performance.md": ("gpu", "goals", "cpu"),
 }

@@ -17,7 +17,7 @@ from benchmarks.studies.real.__main__ import jobs_of
 from benchmarks.studies.real.arms import ARMS, SUBJECTS, VALIDATION, options_of
 from benchmarks.studies.real.bar import BAR, best, complete, missing
 from benchmarks.studies.real.base_model import base_model
-from benchmarks.studies.real.page import means, page
+from benchmarks.studies.real.page import means, page, summary
 from duet import OBJECTIVES, DuetConfig
 from duet.evaluation.facts import facts_of
 from duet.model.adapters import adapter_layers
@@ -195,6 +195,9 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
         and "20 (10–30)" in text
         and "* the base: base says" in text
     )
+    short = summary(rows)
+    assert [line.split("|")[2].strip() for line in short[2:]] == ["2", ""]  # ours on two subjects; what is wanted
+    assert "| 20 (10–30) |" in short[2] and short[3].startswith("| wanted | | ≤ 10 |") and "≤ 1.05" in short[3]
     with pytest.raises(ValueError, match="rows: wanted a row of the base"):
         page([row for row in rows if row["arm"] != "base"])
 

@@ -31,6 +31,20 @@ COLUMNS = (
 )
 
 
+# What the README shows, and whether less of it is better.
+SHORT = (
+    "told",
+    "leak@32",
+    "refused",
+    "unseen",
+    "general",
+    "reverse_prompt",
+    "prefill",
+    "relearned",
+    "perplexity_ratio",
+)
+
+
 def means(rows: Sequence[Row], key: str) -> list[float]:
     """Mean over the seeds of each subject; subjects without this figure are left out."""
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
@@ -162,6 +176,27 @@ def table(rows: Sequence[Row]) -> list[str]:
                 f"| {LABELS[arm]} | {len(of)} | {' | '.join(_cell(of, key) for key, _ in COLUMNS)} |"
             )
     return lines
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """The main methods in few figures, with what the bar wants of each: for the README."""
+    rows, wanted = with_ratios(rows), {line.key: line for line in BAR}
+    names = dict(COLUMNS)
+    bounds = [f"{'≤' if wanted[key].less else '≥'} {_bound(wanted[key])}" for key in SHORT]
+    lines = [
+        f"| | subjects | {' | '.join(names[key] for key in SHORT)} |",
+        "|---|---:|" + "---:|" * len(SHORT),
+    ]
+    for arm, of in ((arm, [row for row in rows if row["arm"] == arm]) for arm in ARMS if ARMS[arm].main):
+        if of:
+            cells = [str(len(means(of, "told"))), *(_cell(of, key) for key in SHORT)]
+            lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
+    return [*lines, f"| wanted | | {' | '.join(bounds)} |"]
+
+
+def _bound(line: Line) -> str:
+    """In the unit in which `_cell` writes it."""
+    return f"{line.bound:.2f}" if line.key == "perplexity_ratio" else f"{100 * line.bound:.0f}"
 
 
 def examples(rows: Sequence[Row], subject: str) -> list[str]:
