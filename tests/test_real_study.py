@@ -196,8 +196,13 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
         and "* the base: base says" in text
     )
     short = summary(rows)
-    assert [line.split("|")[2].strip() for line in short[2:]] == ["2", ""]  # ours on two subjects; what is wanted
-    assert "| 20 (10–30) |" in short[2] and short[3].startswith("| wanted | | ≤ 10 |") and "≤ 1.05" in short[3]
+    assert [line.split("|")[2].strip() for line in short[2:]] == [
+        "2",
+        "",
+    ]  # ours on two subjects; what is wanted
+    assert (
+        "| 20 (10–30) |" in short[2] and short[3].startswith("| wanted | | ≤ 10 |") and "≤ 1.05" in short[3]
+    )
     with pytest.raises(ValueError, match="rows: wanted a row of the base"):
         page([row for row in rows if row["arm"] != "base"])
 
