@@ -3,8 +3,11 @@
 import os
 import signal
 import socket
+import threading
 import traceback
 from collections.abc import Callable
+
+from tqdm import tqdm
 
 SECONDS = 240  # a child that takes longer is ended
 
@@ -15,6 +18,8 @@ def forked(work: Callable[[], object]) -> int:
     if child:
         return child
     try:
+        # Processes share the lock of progress bars: with one that is killed in the middle of a bar all would wait forever.
+        tqdm.set_lock(threading.RLock())
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends it even where it waits in C
         signal.alarm(SECONDS)
         quiet = os.open(os.devnull, os.O_WRONLY)

@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+from itertools import compress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from forks import ended_by, forked
 from safetensors.torch import load_file
 from sweeps import case
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
+from tqdm import tqdm
 
 from duet.output.checkpoints import last_finished_checkpoint
 from duet.run.config_file import RunConfig
@@ -124,6 +126,21 @@ def test_killed_at_random_moments(tmp_path):
     assert len(set(report["resumed_from"])) > 3, f"the kills must fall on different steps: {report}"
     for chain in range(report["chains"]):
         assert_same_run(tmp_path / f"chain{chain}", tmp_path / "whole")
+
+
+def test_a_killed_process_takes_no_lock_of_progress_bars_along():
+    """One that is killed while it draws a bar. The lock was made in this process, as all locks of the tests above are."""
+    locks = tqdm.get_lock().locks
+
+    def killed():
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert ended_by(forked(killed)) == signal.SIGKILL
+    free = [lock.acquire(False) for lock in locks]
+    for lock in compress(locks, free):
+        lock.release()
+    assert all(free)
 
 
 # -- in the middle of writing ------------------------------------------------------------------------------------------
