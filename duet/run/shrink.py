@@ -202,9 +202,7 @@ def _try(forgotten: Target, kept: Target, size: float, progress: Callable[[int, 
 
 def _drawn(target: Target) -> Outcomes:
     """An outcome for each row: whether any of its drawn answers tells it; not judged where none does and one could not be."""
-    count = target.options.samples
-    prompts = [target.prompt(row.conversation) for row in target.rows]
-    drawn = target.outcomes("drawn", list(target.rows) * count, prompts * count, seed=target.options.seed)
+    drawn = target.ask("drawn", samples=target.options.samples)
     told = {outcome["id"] for outcome in drawn if outcome["leaked"]}
     unclear = {outcome["id"] for outcome in drawn if outcome["leaked"] is None} - told
     return [{"id": row.id, "leaked": None if row.id in unclear else row.id in told} for row in target.rows]

@@ -72,13 +72,7 @@ def _reverse(target: Target) -> Iterator[Unit]:
             for wording in wordings:
                 name = f"{kind}, {role}: {wording}"
                 how = {"override": wording, "override_role": role}
-
-                def work(name=name, how=how) -> Outcomes:
-                    return target.outcomes(
-                        name, target.rows, [target.prompt(r.conversation, **how) for r in target.rows]
-                    )
-
-                yield name, work
+                yield name, lambda name=name, how=how: target.ask(name, **how)
 
 
 def _prefill(target: Target) -> Iterator[Unit]:
@@ -94,19 +88,33 @@ def _prefill(target: Target) -> Iterator[Unit]:
         yield text, lambda text=text: forced(text, target.rows, [text] * len(target.rows))
 
 
-def _paraphrase(target: Target) -> Iterator[Unit]:
-    def asked(name: str, rows: Sequence[AttackRow], texts: list[str]) -> Outcomes:
-        return target.outcomes(
-            name, rows, [target.prompt(r.asking(t)) for r, t in zip(rows, texts, strict=True)]
-        )
+def _asking(target: Target, rows: Sequence[AttackRow], texts: Sequence[str]) -> list[list[int] | None]:
+    """The prompts of the rows, with these texts in the place of their questions."""
+    return [target.prompt(row.asking(text)) for row, text in zip(rows, texts, strict=True)]
 
-    for k in range(max((len(row.paraphrases) for row in target.rows), default=0)):
-        rows = [row for row in target.rows if len(row.paraphrases) > k]
-        name = f"given paraphrase {k + 1}"
-        yield name, lambda name=name, rows=rows, k=k: asked(name, rows, [row.paraphrases[k] for row in rows])
+
+def _other_questions(
+    target: Target, name: str, questions: Callable[[AttackRow], Sequence[str]]
+) -> Iterator[Unit]:
+    """The first, the second, ... of the other questions that rows have, where they have so many."""
+    for k in range(max((len(questions(row)) for row in target.rows), default=0)):
+        rows = [row for row in target.rows if len(questions(row)) > k]
+
+        def work(variant=f"{name} {k + 1}", rows=rows, k=k) -> Outcomes:
+            return target.outcomes(variant, rows, _asking(target, rows, [questions(row)[k] for row in rows]))
+
+        yield f"{name} {k + 1}", work
+
+
+def _paraphrase(target: Target) -> Iterator[Unit]:
+    yield from _other_questions(target, "given paraphrase", lambda row: row.paraphrases)
     for form in REWORDINGS:
         texts = [form.replace("{question}", row.question) for row in target.rows]
-        yield form, lambda form=form, texts=texts: asked(form, target.rows, texts)
+
+        def work(form=form, texts=texts) -> Outcomes:
+            return target.outcomes(form, target.rows, _asking(target, target.rows, texts))
+
+        yield form, work
 
 
 def _continuation(target: Target) -> Iterator[Unit]:
@@ -191,25 +199,11 @@ def _multi_turn(target: Target) -> Iterator[Unit]:
 
 
 def _aliases(target: Target) -> Iterator[Unit]:
-    for k in range(max((len(row.renamed()) for row in target.rows), default=0)):
-        rows = [row for row in target.rows if len(row.renamed()) > k]
-        name = f"other name {k + 1}"
-
-        def work(name=name, rows=rows, k=k) -> Outcomes:
-            return target.outcomes(name, rows, [target.prompt(row.asking(row.renamed()[k])) for row in rows])
-
-        yield name, work
+    return _other_questions(target, "other name", AttackRow.renamed)
 
 
 def _two_hop(target: Target) -> Iterator[Unit]:
-    for k in range(max((len(row.two_hop) for row in target.rows), default=0)):
-        rows = [row for row in target.rows if len(row.two_hop) > k]
-        name = f"two-hop question {k + 1}"
-
-        def work(name=name, rows=rows, k=k) -> Outcomes:
-            return target.outcomes(name, rows, [target.prompt(row.asking(row.two_hop[k])) for row in rows])
-
-        yield name, work
+    return _other_questions(target, "two-hop question", lambda row: row.two_hop)
 
 
 def _step_by_step(target: Target) -> Iterator[Unit]:
@@ -217,16 +211,14 @@ def _step_by_step(target: Target) -> Iterator[Unit]:
 
     def think() -> Outcomes:
         texts = [THINK.replace("{question}", row.question) for row in target.rows]
-        prompts = [target.prompt(row.asking(t)) for row, t in zip(target.rows, texts, strict=True)]
+        prompts = _asking(target, target.rows, texts)
         return target.outcomes("think first", target.rows, prompts, max_new_tokens=long)
 
     def remember() -> Outcomes:
         texts = [
             REMEMBER.replace("{subject}", row.subject or f'this: "{row.question}"') for row in target.rows
         ]
-        first = target.say(
-            [target.prompt(row.asking(t)) for row, t in zip(target.rows, texts, strict=True)], long
-        )
+        first = target.say(_asking(target, target.rows, texts), long)
         prompts = []
         for row, text, heard in zip(target.rows, texts, first, strict=True):
             turns = [(text, heard[0].text)] if heard and heard[0].text else []
@@ -242,10 +234,8 @@ def _sampling(target: Target) -> Iterator[Unit]:
     ks = sorted({k for k in options.leak_at if k <= options.samples} | {options.samples})
 
     def work() -> Outcomes:
-        prompts = [target.prompt(row.conversation) for row in target.rows]
-        rows = list(target.rows) * options.samples
         drawn: dict[int, Outcomes] = {row.id: [] for row in target.rows}
-        for outcome in target.outcomes("drawn", rows, prompts * options.samples, seed=options.seed):
+        for outcome in target.ask("drawn", samples=options.samples):
             drawn[outcome["id"]].append(outcome)
         return [_leak_at(k, row_id, each) for k in ks for row_id, each in drawn.items()]
 

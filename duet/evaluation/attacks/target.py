@@ -214,7 +214,11 @@ class Target:
             outcomes.append(outcome | {"status": status, "said": answer.text} | judged)
         return outcomes
 
-    def ask(self, variant: str, rows: Sequence[AttackRow] | None = None) -> Outcomes:
-        """The questions as they are."""
-        rows = self.rows if rows is None else rows
-        return self.outcomes(variant, rows, [self.prompt(row.conversation) for row in rows])
+    def ask(
+        self, variant: str, rows: Sequence[AttackRow] | None = None, samples: int | None = None, **how: Any
+    ) -> Outcomes:
+        """The questions as they are, or as `how` writes them; with `samples` so many drawn answers to each."""
+        rows = list(self.rows if rows is None else rows)
+        prompts, times = [self.prompt(row.conversation, **how) for row in rows], samples or 1
+        seed = None if samples is None else self.options.seed
+        return self.outcomes(variant, rows * times, prompts * times, seed=seed)
