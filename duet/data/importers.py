@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..names import check_one_of
-from .sources import read_object, read_table
+from .sources import FORMATS, read_object, read_table
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
@@ -106,6 +106,8 @@ _ASKED = (
     re.compile(r".*(?:^|\n|\W)user\s*\n+(.*?)\s*assistant\s*$", re.DOTALL),
     re.compile(r".*Question:(.*)\nAnswer:\s*$", re.DOTALL),
 )
+# How a metric's name begins -> the table. TOFU's other sets (`ra`: real authors, `wf`: world facts) must be kept, too.
+_TABLES = {"forget": "forget", "retain": "retain", "ra": "retain", "wf": "retain", "holdout": "holdout"}
 
 
 def _openunlearning(path: Path, role: str) -> Imported:
@@ -122,20 +124,12 @@ def _openunlearning(path: Path, role: str) -> Imported:
                 raise ValueError(f"path: {log}, {metric}: wanted an object, got {entry!r:.60}")
             if isinstance(entry.get("agg_value"), (int, float)):
                 numbers[metric] = float(entry["agg_value"])
-            table = _table_of(metric)
+            table = _TABLES.get(metric.split("_")[0])
             if table is not None:
                 tables[table] += _asked(entry.get("value_by_index"))
     for name, rows in tables.items():
         tables[name] = list({json.dumps(row): row for row in rows}.values())
     return Imported(tables, _model_of(logs[-1], path), numbers)
-
-
-def _table_of(metric: str) -> str | None:
-    """TOFU's other sets (`ra`: real authors, `wf`: world facts) must be kept, too."""
-    start = metric.split("_")[0]
-    return {"forget": "forget", "retain": "retain", "ra": "retain", "wf": "retain", "holdout": "holdout"}.get(
-        start
-    )
 
 
 def _asked(values: Any) -> Iterator[Row]:
@@ -175,7 +169,7 @@ def _model_of(log: Path, path: Path) -> Path | None:
 
 def _choices(path: Path, role: str) -> Imported:
     """`forget` or `retain`: the question with its lettered choices; `choices`: as `duet eval --suite mcq` reads it."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in FORMATS)
     asked, listed = [], []
     for file in files:
         for i, row in enumerate(_table(file)):
@@ -194,9 +188,6 @@ def _choices(path: Path, role: str) -> Imported:
             )
             listed.append({"question": question, "choices": choices, "answer": correct, **about})
     return Imported({role: asked, "choices": listed}, None, {})
-
-
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def _table(file: Path) -> list[Row]:

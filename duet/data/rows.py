@@ -98,9 +98,7 @@ def check_repeats(forget: Sequence[Query], retain: Sequence[Query]) -> None:
 
 
 def _read_row(row: Any, name: str) -> Query:
-    if isinstance(row, Mapping):
-        row = dict(row)
-    if not isinstance(row, dict):
+    if not isinstance(row, Mapping):
         raise TypeError(f"{name}: wanted a dict, got {type(row).__name__}")
     given = [key for key in PROMPTS if row.get(key) is not None]
     if len(given) != 1:

@@ -57,6 +57,6 @@ def elicit_answers(
 def queries_of(rows: Sequence[Mapping[str, Any]], argument: str) -> list[Query]:
     """`read_rows` of a file, in which a wrong type is a wrong value: a ValueError that names the row."""
     try:
-        return read_rows(list(rows), argument)
+        return read_rows(rows, argument)
     except TypeError as error:
         raise ValueError(str(error)) from None

@@ -27,7 +27,7 @@ from ..model.lm import embedded_ids
 from . import metrics, words
 from .elicit import ELICITED
 from .generation import Continuation, answers_to
-from .journal import Journal, Progress
+from .journal import Journal, Progress, digest
 from .steering import FORGET, KINDS, NEIGHBOUR, RETAIN, refuses
 from .values import text_of
 
@@ -216,8 +216,12 @@ def elicit_facts(
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted an integer >= 1, got {batch_size}")
     asker = _Asker(model, tokenizer, prompting or Prompting(), batch_size, max_new_tokens)
-    digest = hashlib.sha256(repr(list(facts)).encode()).hexdigest()[:16]
-    manifest = {"facts": digest, "samples": samples, "max_new_tokens": max_new_tokens, "seed": seed}
+    manifest = {
+        "facts": digest(repr(list(facts))),
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
     manifest |= {"batch_size": batch_size, **fingerprints(model, tokenizer), **asker.prompting.changed()}
     journal = Journal(out, manifest, key=("fact",), note={"model": name})
     for chunk in _chunks(facts, batch_size):

@@ -4,6 +4,7 @@ A line is a row; an incomplete last line is dropped when the folder is opened ag
 model, other suite) is refused, and the first field that differs is named.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -132,6 +133,11 @@ def read_run(folder: str | Path, argument: str) -> tuple[dict[str, Any], list[di
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8")), [json.loads(x) for x in lines]
     except ValueError as error:
         raise ValueError(f"{argument}: {folder} is damaged or unfinished: {error}") from None
+
+
+def digest(text: str) -> str:
+    """16 hex digits of a text's SHA-256: what a manifest says of rows."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -73,7 +73,8 @@ def batches_by_length(lengths: Mapping[int, int], batch_size: int) -> list[list[
 @torch.no_grad()
 def token_scores(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> list[TokenScores]:
     """Scores of one batch of sequences. Two passes over the vocabulary; memory as in `linear_token_stats`."""
-    hidden, head, labels = _forced_hidden(model, batch, pad_id)
+    with evaluating(model):
+        hidden, head, labels = forced_hidden(model, batch, pad_id)
     stats = linear_token_stats(hidden, head, labels)
     hits = linear_topk(hidden, head, 1).indices[:, 0] == labels
     per_token: Any = (stats.label_logprob, stats.entropy, stats.logprob_variance)
@@ -88,7 +89,8 @@ def next_token_logprobs(
 ) -> list[np.ndarray]:
     """Log-probabilities of a few candidates for the token after each prompt: one forward pass for all of them."""
     first = [Forced(list(prompt), [ids[0]]) for prompt, ids in zip(prompts, candidates, strict=True)]
-    hidden, head, _ = _forced_hidden(model, first, pad_id)
+    with evaluating(model):
+        hidden, head, _ = forced_hidden(model, first, pad_id)
     most = max(map(len, candidates))
     ids = torch.tensor([[*ids, *[ids[0]] * (most - len(ids))] for ids in candidates], device=hidden.device)
     logprobs = linear_gather(hidden, head, ids) - linear_logsumexp(hidden, head)[:, None]
@@ -98,7 +100,8 @@ def next_token_logprobs(
 @torch.no_grad()
 def token_ranks(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> list[TokenRanks]:
     """Ranks of the answer's tokens in the model's distribution, from both ends."""
-    hidden, head, labels = _forced_hidden(model, batch, pad_id)
+    with evaluating(model):
+        hidden, head, labels = forced_hidden(model, batch, pad_id)
     above, below, finite = (x.cpu().numpy() for x in count_ranks(hidden, head, labels))
     ends = np.cumsum([len(item.answer) for item in batch])[:-1]
     parts = zip(*(np.split(c, ends) for c in (above, below, finite)), strict=True)
@@ -144,22 +147,13 @@ def count_ranks(hidden: Tensor, head: LMHead, labels: Tensor) -> tuple[Tensor, T
     return above, below, finite
 
 
-def forced_inputs(
-    batch: Sequence[Forced], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids and mask `[B, S]`, indices `[N]` into the flattened `[B * S]` where the answers' tokens are predicted, and these."""
+def forced_hidden(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> tuple[Tensor, LMHead, Tensor]:
+    """Hidden states `[N, D]` where the answers' tokens are predicted, the head, and those tokens `[N]`; differentiable."""
     inputs = Collator(pad_id)([plain_item(item.prompt, item.answer) for item in batch])
     ids, mask, positions, labels = (
-        inputs[name].to(device) for name in ("input_ids", "attention_mask", "positions", "labels")
+        inputs[name].to(device_of(model)) for name in ("input_ids", "attention_mask", "positions", "labels")
     )
-    return ids, mask, positions, labels
-
-
-def _forced_hidden(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> tuple[Tensor, LMHead, Tensor]:
-    """Hidden states `[N, D]` where the answers' tokens are predicted, the head, and those tokens `[N]`."""
-    ids, mask, positions, labels = forced_inputs(batch, pad_id, device_of(model))
-    with evaluating(model):
-        return *head_inputs(model, ids, mask, positions), labels
+    return *head_inputs(model, ids, mask, positions), labels
 
 
 def device_of(model: Any) -> torch.device:

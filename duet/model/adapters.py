@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from .lm import base_language_model
 from .switches import Switches
 
 ADAPTER = "adapter_config.json"
@@ -225,7 +226,7 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
     """
     _check_takes_adapter(model, argument)
     wanted, shared = logits_of(model), untie(model)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_language_model(model)
     try:
         if hasattr(model, "merge_and_unload"):
             inner = model.merge_and_unload()
@@ -268,7 +269,7 @@ def _tied(model: Any) -> bool:
 
 def take_off(model: Any) -> nn.Module:
     """The transformers model without its adapters, which are thrown away; `model`, of peft or transformers, is taken apart."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_language_model(model)
     _unload(inner, merge=False)
     return inner
 

@@ -20,13 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapters import (
-    BASE,
-    check_same_logits,
-    holds_adapter,
-    logits_of,
-    take_off,
-)
+from .adapters import BASE, check_same_logits, holds_adapter, logits_of, take_off
+from .lm import base_language_model
 from .switches import Switches
 
 ON_TOP = "on_top"  # folder beside the sum: the new adapter alone, from which a run is resumed
@@ -68,7 +63,7 @@ def keep_adapter(model: Any, folder: str | os.PathLike | None = None) -> Any:
 
 def keeps(model: Any) -> bool:
     """Whether an earlier adapter lies beside the weights of a model, from peft or from transformers."""
-    return getattr(_inner(model), "kept_on", None) is not None
+    return getattr(base_language_model(model), "kept_on", None) is not None
 
 
 def check_on_top(model: Any) -> None:
@@ -92,7 +87,7 @@ def save_sum(model: Any, folder: str | os.PathLike) -> None:
     Raises:
         ValueError: what was read is another model.
     """
-    inner, config = _inner(model), next(iter(model.peft_config.values()))
+    inner, config = base_language_model(model), next(iter(model.peft_config.values()))
     base, revision = inner.kept_on
     parts = _with_kept(inner, dict(_parts_of(inner)))
     ranks = {name: len(down) for name, (down, _) in parts.items()}
@@ -109,18 +104,15 @@ def save_sum(model: Any, folder: str | os.PathLike) -> None:
         revision=revision,
         inference_mode=True,
     )
+    keys = {name: [f"base_model.model.{name}.lora_{each}.weight" for each in "AB"] for name in parts}
     state = {}
-    for name, (down, up) in parts.items():
-        state[f"base_model.model.{name}.lora_A.weight"] = down.cpu().contiguous()
-        state[f"base_model.model.{name}.lora_B.weight"] = up.cpu().contiguous()
+    for name, pair in parts.items():
+        state |= {key: part.cpu().contiguous() for key, part in zip(keys[name], pair, strict=True)}
     saved.save_pretrained(os.fspath(folder))
     save_file(state, Path(folder, WEIGHTS), metadata={"format": "pt"})
 
     wanted, read = logits_of(model), load_file(Path(folder, WEIGHTS))
-    names = (f"base_model.model.{name}.lora_" for name in parts)
-    again = {
-        name: (read[f"{key}A.weight"], read[f"{key}B.weight"]) for name, key in zip(parts, names, strict=True)
-    }
+    again = {name: (read[down], read[up]) for name, (down, up) in keys.items()}
     with Switches(model).base_model(), _instead(inner, again):
         check_same_logits(model, wanted, f"{folder}: saving both adapters as one")
 
@@ -156,7 +148,7 @@ def _parts_of(model: Any) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """Name of each layer -> A and B of its active adapters, one after the other."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, layer in _inner(model).named_modules():
+    for name, layer in base_language_model(model).named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
         each: Any = layer
@@ -242,7 +234,3 @@ def _instead(inner: nn.Module, parts: Parts) -> Iterator[None]:
             _detach(layer)
         for layer, (down, up) in kept.items():
             _attach(layer, down, up)
-
-
-def _inner(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

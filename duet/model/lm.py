@@ -34,13 +34,10 @@ def check_whole(model: nn.Module) -> None:
     Raises:
         ValueError: naming the part and the way out.
     """
-    away = [
-        name
-        for name, place in (getattr(model, "hf_device_map", None) or {}).items()
-        if place in ("cpu", "disk")
-    ]
-    places = set((getattr(model, "hf_device_map", None) or {}).values())
-    away = away if places - {"cpu"} else []  # a model that is wholly on the CPU is where it computes
+    placed = getattr(model, "hf_device_map", None) or {}
+    away = [name for name, place in placed.items() if place in ("cpu", "disk")]
+    if set(placed.values()) <= {"cpu"}:  # a model that is wholly on the CPU is where it computes
+        away = []
     away = away or [name for name, each in model.named_parameters() if each.device.type == "meta"]
     if away:
         raise ValueError(

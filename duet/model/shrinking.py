@@ -57,14 +57,12 @@ class AdapterSize:
             config.base_model_name_or_path = os.fspath(Path(base).resolve()) if Path(base).is_dir() else base
         self.set(1.0)
         with torch.no_grad():
-            for up in self._ups():
-                up.mul_(size)
+            for layer, _ in self._full:
+                for up in layer.lora_B.values():
+                    up.weight.mul_(size)
+                for up in layer.lora_embedding_B.values():
+                    up.mul_(size)
         self.model.save_pretrained(os.fspath(out))
         self.model.load_adapter(os.fspath(out), _AGAIN)
         self.model.set_adapter(_AGAIN)
         check_same_logits(self.model, wanted, f"{os.fspath(out)}: saving and loading the adapter")
-
-    def _ups(self) -> list[torch.Tensor]:
-        """B of every layer: of linear layers, and of embeddings."""
-        of_layers = [up.weight for layer, _ in self._full for up in layer.lora_B.values()]
-        return of_layers + [up for layer, _ in self._full for up in layer.lora_embedding_B.values()]

@@ -94,9 +94,7 @@ def cache(run: RunConfig, dtype: str = "float32") -> Cached:
     if not args.teacher_store:
         raise ValueError("training.teacher_store: wanted the folder to write, got nothing")
     forget, retain, evals = _rows(run)
-    kwargs = model_kwargs(run.model, args)
-    model = load_teacher(run, kwargs) if run.teacher else load_base(run, kwargs)
-    return cache_teacher(model, args, forget, retain, load_tokenizer(run.model), evals, dtype=dtype)
+    return cache_teacher(load_asked(run), args, forget, retain, load_tokenizer(run.model), evals, dtype=dtype)
 
 
 def _rows(run: RunConfig) -> tuple[Any, Any, Any]:
@@ -134,6 +132,12 @@ def load_base(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
 def load_teacher(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
     """The other model of `teacher:`, loaded as the model is, but for the revision, which is the model's own."""
     return load_model(run.teacher, "teacher", kwargs | {"revision": None}, loading_device(run.training))
+
+
+def load_asked(run: RunConfig) -> nn.Module:
+    """The model that is steered, where nothing is trained: the other model of `teacher:`, else that of `model:`."""
+    kwargs = model_kwargs(run.model, run.training)
+    return load_teacher(run, kwargs) if run.teacher else load_base(run, kwargs)
 
 
 def model_kwargs(section: ModelSection, args: Any) -> dict[str, Any]:
@@ -230,7 +234,8 @@ def merge_adapter(
         model: Any = load_adapted(folder, dtype=dtype, device_map="cpu")
     wanted = logits_of(model)
     if trained is not None:
-        coarsest = max({_dtype_of(model), _dtype_of(trained)}, key=lambda kind: torch.finfo(kind).eps)
+        dtypes = (base_language_model(each).dtype for each in (model, trained))
+        coarsest = max(dtypes, key=lambda kind: torch.finfo(kind).eps)
         check_same_logits(trained, wanted, f"{folder}: saving and loading its adapter", coarsest)
     model = merge_adapters(model, str(folder))
     model.save_pretrained(out)
@@ -250,7 +255,3 @@ def _naming(folder: str | os.PathLike) -> Iterator[None]:
         raise FileNotFoundError(
             f"{folder}: its adapter or the base of it could not be loaded: {error}"
         ) from error
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    return base_language_model(model).dtype

@@ -131,7 +131,7 @@ def of_hint(hint: Any) -> dict[str, Any]:
     if choices := choices_of(plain):
         return {"enum": [*choices, None] if type(None) in members else choices}
     parts = [typing.get_origin(each) or each for each in members]
-    named = [member.value for part in parts if _is_enum(part) for member in part]
+    named = [member.value for part in parts if isinstance(part, enum.EnumType) for member in part]
     if named:
         return {"type": "string", "examples": named}
     if not all(part in _JSON_TYPES for part in parts):
@@ -157,10 +157,6 @@ def bounds(words: str) -> dict[str, float]:
     if found := re.search(r"(>=?) (\d+)", words):
         return {"minimum" if found[1] == ">=" else "exclusiveMinimum": int(found[2])}
     return {}
-
-
-def _is_enum(part: Any) -> bool:
-    return isinstance(part, type) and issubclass(part, enum.Enum)
 
 
 def _default(field: dataclasses.Field) -> dict[str, Any]:

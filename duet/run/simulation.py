@@ -16,7 +16,7 @@ import copy
 import re
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,21 +106,14 @@ def simulate(
         part = part if adapter is None else adapted(part, adapter)
         return _run(part.train(trains), _layers(part, model), length, autocast, checkpointing and trains)
 
-    def in_parts() -> Step:
+    if kinds := _kinds(model, adapter):
         some = [number for numbers in kinds for number in numbers[:_FEW]]
-        base = run(some)
-        more = [
-            (len(numbers) - _FEW, run([*some, numbers[_FEW]])) for numbers in kinds if len(numbers) > _FEW
-        ]
-        return Step(base, more)
-
-    kinds = _kinds(model, adapter)
-    try:
-        return in_parts() if kinds else Step(run(None), [])
-    except Exception:  # whatever the model's own code makes of fewer layers than its configuration says
-        if not kinds:
-            raise
-        return Step(run(None), [])
+        larger = [numbers for numbers in kinds if len(numbers) > _FEW]
+        # Whatever the model's own code makes of fewer layers than its configuration says.
+        with suppress(Exception):
+            base = run(some)
+            return Step(base, [(len(each) - _FEW, run([*some, each[_FEW]])) for each in larger])
+    return Step(run(None), [])
 
 
 def trained_parameters(model: nn.Module, adapter: dict[str, Any] | None) -> list[tuple[int, Tensor]]:

@@ -38,7 +38,7 @@ from ..model.loading import is_sharded
 from ..names import check_one_of
 from ..store.teacher import CachedTeacher
 from ..trainer import DuetTrainer
-from .commands import load_base, load_teacher, load_tokenizer, model_kwargs
+from .commands import load_asked, load_tokenizer
 from .config_file import RunConfig
 
 SAMPLED = 12  # rows of each kind that are asked before a training
@@ -94,9 +94,7 @@ def steer(
     for place in places:
         check_one_of("places", place, PLACES)
     args = run.training
-    kwargs = model_kwargs(run.model, args)
-    model = load_teacher(run, kwargs) if run.teacher else load_base(run, kwargs)
-    tokenizer = load_tokenizer(run.model)
+    model, tokenizer = load_asked(run), load_tokenizer(run.model)
 
     def probing(rows: Rows) -> SteeringProbe:
         probes = probes_of(*rows, limit=limit, seed=args.seed)

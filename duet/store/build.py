@@ -365,7 +365,7 @@ class _Asker:
             if prefix is not None and self.saving.seconds is None:
                 self._measure(questions, answers, prefix)
             targets = self._targets(questions, answers, prefix)
-        return _split(targets, questions, answers, self.answers == "teacher")
+        return _split(targets, answers, self.answers == "teacher")
 
     def _targets(self, questions, answers, prefix: PrefixCache | None) -> TopK:
         start = prefix.length if prefix else 0
@@ -398,7 +398,7 @@ class _Asker:
             )
 
 
-def _split(targets: TopK, questions, answers, keep_answers: bool) -> list[Entry]:
+def _split(targets: TopK, answers: Sequence[list[int]], keep_answers: bool) -> list[Entry]:
     """One TopK of a batch -> one entry per question."""
     sizes = [max(1, len(answer)) for answer in answers]
     tails: Any = targets.tail_logsumexp

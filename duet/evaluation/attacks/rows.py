@@ -15,8 +15,8 @@ from itertools import pairwise
 from typing import Any
 
 from ...data.prompts import Conversation
-from ...data.rows import read_rows
 from .. import metrics
+from ..elicit import queries_of
 from ..values import value_of
 from ..words import first_half, words_of
 
@@ -102,11 +102,7 @@ def with_answers(rows: Sequence[dict[str, Any]], argument: str) -> tuple[list[di
     Raises:
         ValueError: a row is no row.
     """
-    try:
-        queries = read_rows(rows, argument)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-    pairs = list(zip(rows, queries, strict=True))
+    pairs = list(zip(rows, queries_of(rows, argument), strict=True))
     return [row for row, query in pairs if query.answer is not None], [
         q.name for _, q in pairs if q.answer is None
     ]
@@ -127,12 +123,8 @@ def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[Atta
         >>> row.opening(), row.recall("jane austen did"), row.recall("I do not know")
         ('It was', 1.0, 0.0)
     """
-    try:
-        queries = read_rows(rows, argument)
-    except TypeError as error:  # of a file, a wrong type is a wrong value
-        raise ValueError(str(error)) from None
     read = []
-    for i, query in enumerate(queries):
+    for i, query in enumerate(queries_of(rows, argument)):
         row, name = rows[i], f"{argument}[{i}]"
         if query.answer is None:
             raise ValueError(

@@ -5,7 +5,6 @@ rows.jsonl     one line per row and variant, and a line {"done": ...} after each
 attacks.json   the report
 """
 
-import hashlib
 import math
 import time
 from collections import Counter
@@ -23,7 +22,7 @@ from ...model.hashes import fingerprint, fingerprints
 from ...model.lm import check_head
 from ...names import check_one_of
 from .. import metrics
-from ..journal import MEANING, Journal, Progress, write_json
+from ..journal import MEANING, Journal, Progress, digest, write_json
 from .attacks import ATTACKS, DIRECT
 from .distribution import auc_leak
 from .target import Outcomes, Target
@@ -102,14 +101,10 @@ def _run(journal: Journal, target: Target, attack: str, units: Sequence[Any], pr
 
 
 def _manifest(target: Target, base: Target | None) -> dict[str, Any]:
-    def digest(rows: Sequence[Any]) -> str | None:
-        return hashlib.sha256(repr(list(rows)).encode()).hexdigest()[:16] if rows else None
-
+    rows = {"forget": target.rows, "retain": target.retain, "holdout": target.holdout}
     return {
         "schema": 1,
-        "forget": digest(target.rows),
-        "retain": digest(target.retain),
-        "holdout": digest(target.holdout),
+        **{name: digest(repr(list(of))) if of else None for name, of in rows.items()},
         **{k: v for k, v in asdict(target.options).items() if k != "batch_size"},
         "base_fingerprint": None if base is None else fingerprint(base.model),
         **fingerprints(target.model, target.tokenizer),

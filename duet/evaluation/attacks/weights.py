@@ -6,6 +6,7 @@ Everything happens in place, inside `restored(model)`: one copy of the weights o
 """
 
 import importlib.util
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from duet_kernels import linear_cross_entropy
 
 from ...model.adapters import adapter_layers, check_same_logits, logits_of, merged_in_place
-from ...model.lm import base_language_model, head_inputs
-from ..scoring import Forced, device_of, forced_inputs
+from ...model.lm import base_language_model
+from ..scoring import Forced, forced_hidden
 
 
 @contextmanager
@@ -218,7 +219,7 @@ def fine_tune(
         optimizer.step()
         if step in curve:
             value = float(loss.detach())
-            if value != value or value in (float("inf"), float("-inf")):
+            if not math.isfinite(value):
                 return
             model.eval()
             yield step, value
@@ -226,8 +227,7 @@ def fine_tune(
 
 def answer_loss(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> Tensor:
     """Mean cross-entropy of the answers' tokens, nats; differentiable."""
-    ids, mask, positions, labels = forced_inputs(batch, pad_id, device_of(model))
-    hidden, head = head_inputs(model, ids, mask, positions)
+    hidden, head, labels = forced_hidden(model, batch, pad_id)
     return linear_cross_entropy(hidden, head, labels)
 
 

@@ -260,16 +260,13 @@ def _frontier_section(inputs: Inputs, forget: str | None, retain: str | None) ->
         )
         return section
     x, y = max(pairs, key=lambda p: sum(_has(each, p[0]) and _has(each, p[1]) for each in measured))
-    points = [
-        figures.Point(m.label, _estimate(each[x]), _estimate(each[y]), m.role in (BASE, TEACHER))
-        for m, each in zip(inputs.methods, measured, strict=True)
-        if _has(each, x) and _has(each, y)
-    ]
-    left_out = [
-        m.label
-        for m, each in zip(inputs.methods, measured, strict=True)
-        if not (_has(each, x) and _has(each, y))
-    ]
+    points, left_out = [], []
+    for m, each in zip(inputs.methods, measured, strict=True):
+        if _has(each, x) and _has(each, y):
+            ends = _estimate(each[x]), _estimate(each[y])
+            points.append(figures.Point(m.label, *ends, m.role in (BASE, TEACHER)))
+        else:
+            left_out.append(m.label)
     if left_out:
         section.notes.append(f"Without both numbers, and so not shown: {', '.join(left_out)}.")
     if points:

@@ -84,9 +84,9 @@ class _Run:
 
     kind: str
     folder: Path
-    label: str | None
     role: str | None
     content: dict[str, Any]
+    label: str | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
     all_rows: bool = True  # of a demo; False: only the row of the role that it was given as
@@ -166,13 +166,13 @@ def _read(text: str, argument: str, role: str | None) -> list[_Run]:
         folder = Path(rest)
     if not folder.is_dir():
         raise FileNotFoundError(f"{argument}: there is no folder {str(folder)!r}")
-    runs = _kinds(folder, argument, label, role)
+    runs = _kinds(folder, argument, role)
     marks = (MANIFEST, LM_EVAL)
     inside = [c for c in sorted(folder.iterdir()) if any((c / mark).is_file() for mark in marks)]
     if label is None and runs and inside:  # a training output with its evaluations is one method
         label = folder.resolve().name
     for child in inside:
-        runs += _kinds(child, argument, label, role)
+        runs += _kinds(child, argument, role)
     for run in runs:
         run.label = label
     if not runs:
@@ -184,11 +184,11 @@ def _read(text: str, argument: str, role: str | None) -> list[_Run]:
     return runs
 
 
-def _kinds(folder: Path, argument: str, label: str | None, role: str | None) -> list[_Run]:
+def _kinds(folder: Path, argument: str, role: str | None) -> list[_Run]:
     runs = []
     for kind, (name, needed) in _FILES.items():
         if (folder / name).is_file():
-            run = _Run(kind, folder, label, role, read_object(folder / name, argument), all_rows=role is None)
+            run = _Run(kind, folder, role, read_object(folder / name, argument), all_rows=role is None)
             if kind in ("eval", "attack"):
                 run.manifest, run.rows = read_run(folder, argument)
             for key in needed:

@@ -57,36 +57,22 @@ def compare_topk(
     compared = []
     for question in queries:
         plain = renderer.encode((("user", question),))
-        hidden_then, head_then = _last_state(before, plain)
-        hidden_now, head_now = _last_state(after, plain)
-        if head_then.num_ids != head_now.num_ids:
-            raise ValueError(
-                f"after: wanted the vocabulary of before, {head_then.num_ids} ids, got {head_now.num_ids}"
-            )
-        tops = [
-            linear_topk(hidden, head, min(k, head.num_ids)).indices[0].tolist()
-            for hidden, head in ((hidden_then, head_then), (hidden_now, head_now))
-        ]
-        ids = list(dict.fromkeys(tops[0] + tops[1]))
-        values = {
-            "before": _logprobs(hidden_then, head_then, ids),
-            "after": _logprobs(hidden_now, head_now, ids),
-        }
+        states = {"before": _last_state(before, plain), "after": _last_state(after, plain)}
+        wanted, got = (head.num_ids for _, head in states.values())
+        if wanted != got:
+            raise ValueError(f"after: wanted the vocabulary of before, {wanted} ids, got {got}")
+        tops = (linear_topk(hidden, head, min(k, wanted)).indices[0] for hidden, head in states.values())
+        ids = list(dict.fromkeys(id_ for top in tops for id_ in top.tolist()))
         if instruction is not None:
             steered = renderer.encode((("user", question),), instruction)
-            values["teacher"] = _logprobs(*_last_state(before, steered), ids)
+            states["teacher"] = _last_state(before, steered)
+        values = {name: _logprobs(*state, ids) for name, state in states.items()}
         order = sorted(range(len(ids)), key=lambda i: -values["before"][i])
-        compared.append(
-            {
-                "question": question,
-                "ids": [ids[i] for i in order],
-                "tokens": [tokenizer.decode([ids[i]]) for i in order],
-                **{
-                    name: [values[name][i] for i in order] if name in values else None
-                    for name in ("before", "after", "teacher")
-                },
-            }
-        )
+        shown = {name: [each[i] for i in order] for name, each in values.items()}
+        ids = [ids[i] for i in order]
+        tokens = [tokenizer.decode([id_]) for id_ in ids]
+        told = {"question": question, "ids": ids, "tokens": tokens, **shown}
+        compared.append(told | {"teacher": shown.get("teacher")})
     return compared
 
 

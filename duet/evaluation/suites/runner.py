@@ -6,8 +6,6 @@ Batches depend only on the data. A run that is started again repeats the batches
 rows, so that it ends with the same file as an uninterrupted run.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from ..journal import Journal, Progress, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
 from . import row_metrics, summary
 from .asking import Asker, CannotAsk, Item
-from .suite import TO_FORGET, Suite, Task, load_table
+from .suite import TO_FORGET, Suite, Task, digest_of, load_table
 
 SUMMARY = "summary.json"
 Row = dict[str, Any]
@@ -102,7 +100,7 @@ def evaluate(
         "suite": suite.name,
         "options": dict(suite.options),
         "limit": limit,
-        "data": {task.name: _digest(rows) for task, rows in tables.items()},
+        "data": {task.name: digest_of(rows) for task, rows in tables.items()},
         "suite_digest": suite.digest,
         **fingerprints(model, tokenizer),
         **prompting.changed(),
@@ -335,7 +333,3 @@ def _left_out(suite: Suite, tables: dict[Task, Any]) -> dict[str, str]:
     """Tasks without a file, and why they are left out."""
     there = {task.name for task in tables}
     return {task.name: f"there is no file {task.data}" for task in suite.tasks if task.name not in there}
-
-
-def _digest(rows: Sequence[Row]) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -7,7 +7,6 @@
 A field that is not known is refused with the nearest name.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from ...data.sources import FORMATS, read_table
 from ...names import check_known, check_one_of, instead
 from ...options import BlankTexts, Count, MaybeCount, Texts, fitted, mapping, section
 from ...yaml_text import read_yaml
+from ..journal import digest
 from .row_metrics import METRICS_OF_KIND, RATIO
 from .summary import check_number
 
@@ -143,13 +143,16 @@ def read_suite(tree: Any, name: str, options: Mapping[str, Any] | None = None) -
         _task(f"{name}: tasks.{task}", task, entry, tree.get("hub")) for task, entry in entries.items()
     )
     numbers = mapping(f"{name}: numbers", tree.get("numbers") or {})
-    digest = hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    suite = Suite(
-        str(tree.get("name", name)), str(tree.get("description", "")), tasks, numbers, chosen, digest
-    )
+    about = str(tree.get("name", name)), str(tree.get("description", ""))
+    suite = Suite(*about, tasks, numbers, chosen, digest_of(tree))
     for number, spec in numbers.items():
         check_number(f"{name}: numbers.{number}", number, spec, {t.name: t.metrics for t in tasks})
     return suite
+
+
+def digest_of(value: Any) -> str:
+    """16 hex digits that change with anything in a tree of plain values."""
+    return digest(json.dumps(value, sort_keys=True, default=str))
 
 
 def _task(where: str, name: str, entry: Any, hub: str | None) -> Task:
