@@ -39,10 +39,6 @@ Values = dict[str, str]  # name -> what is told of it, the best known name first
 Texts = dict[str, list[str]]
 
 
-def _nothing(package: Any) -> Texts:
-    return {}
-
-
 class Source(NamedTuple):
     """Where facts come from.
 
@@ -55,8 +51,8 @@ class Source(NamedTuple):
 
     package: str
     kinds: dict[Callable[[Any], Values], tuple[str, ...]]
-    described: Callable[[Any], Texts] = _nothing
-    renamed: Callable[[Any], Texts] = _nothing
+    described: Callable[[Any], Texts] = lambda package: {}
+    renamed: Callable[[Any], Texts] = lambda package: {}
 
 
 def _countries(column: str) -> Callable[[Any], Values]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, ProcessorMixin
 
+from ..data.dataset import Collator, plain_item
 from ..data.prompts import answer_ending
 from .lm import base_language_model
 
@@ -104,12 +105,8 @@ def generate_answers(
         the new ids of each prompt, up to and with the end token where there is one.
     """
     device = next(model.parameters()).device
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    for b, prompt in enumerate(prompts):
-        ids[b, longest - len(prompt) :] = torch.tensor(list(prompt))
-        mask[b, longest - len(prompt) :] = 1
+    batch = Collator(pad_id, "left")([plain_item(list(prompt)) for prompt in prompts])
+    ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     ends = end_tokens(model, tokenizer)
     drawn = {} if seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
@@ -126,10 +123,8 @@ def generate_answers(
     with _generation_config_of_our_own(model), aside:
         if seed is not None:
             torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, **how
-        )
-    return [_through_end(answer, ends) for answer in out[:, longest:].tolist()]
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **how)
+    return [_through_end(answer, ends) for answer in out[:, ids.shape[1] :].tolist()]
 
 
 @contextmanager

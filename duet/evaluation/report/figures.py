@@ -138,9 +138,10 @@ def _front(points: Sequence[Point], better: tuple[str, str] = ("↓", "↑")) ->
     return best if len(best) > 1 else []
 
 
-def relearning(
-    curves: Mapping[str, Sequence[tuple[int, Estimate | None]]], title: str, start: float | None = None
-) -> str:
+Curves = Mapping[str, Sequence[tuple[int, Estimate | None]]]
+
+
+def relearning(curves: Curves, title: str, start: float | None = None) -> str:
     """What comes back after so many steps of training, one line a learning rate; the worst is bold, with its intervals.
 
     curves[rate] = [(steps, estimate or None where nothing could be judged), ...]; start: recall before any step.
@@ -184,9 +185,6 @@ def relearning(
         axis.set_ylabel("share that comes back")
         axis.set_title(_plain(title), loc="left", fontsize=11)
         return _svg(figure, f"relearning {title}")
-
-
-Curves = Mapping[str, Sequence[tuple[int, Estimate | None]]]
 
 
 def relearning_caption(curves: Curves, start: float | None = None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..attacks.attacks import DIRECT
 from ..attacks.runner import worst_variant
-from .glossary import DOWN, METRICS, NUMBERS, direction
+from .glossary import DOWN, METRICS, NUMBERS, Meaning, direction
 from .page import NOT_RUN, Cell, Grid, Section
 from .runs import Inputs, Method
 
@@ -219,12 +219,12 @@ def _glossary(methods: Sequence[Method]) -> dict[str, str]:
     for metric, entry in (
         (k, e) for m in methods for task in m.tasks.values() for k, e in task["metrics"].items()
     ):
-        meaning = METRICS.get(metric)
-        what = entry.get("what") or (meaning.what if meaning else "")
+        meaning = METRICS.get(metric, Meaning(""))
+        what = entry.get("what") or meaning.what
         if not what:
             continue
-        sides = [(meaning.forget, "forget"), (meaning.keep, "keep")] if meaning else []
-        if meaning and meaning.forget == meaning.keep:
+        sides = [(meaning.forget, "forget"), (meaning.keep, "keep")]
+        if meaning.forget == meaning.keep:
             sides = [(meaning.forget, "")]
         arrows = ", ".join(f"{arrow} on rows to {side}" if side else arrow for arrow, side in sides if arrow)
         told[metric] = f"{what} ({arrows})" if arrows else what
