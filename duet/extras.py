@@ -43,9 +43,8 @@ def missing(extra: str) -> str | None:
 def silence_what_no_user_can_change() -> None:
     """Words of other libraries about themselves: on every command, and where a trainer is imported."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional faster kernel
-    warnings.filterwarnings(
-        "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
-    )  # peft asks for it
+    # peft asks for it
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # peft looks whether the vocabulary changed in the folder of the base; that of an adapter on an adapter holds no config
     warnings.filterwarnings("ignore", "Could not find a config file in .* the vocabulary was not modified")
 

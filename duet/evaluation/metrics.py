@@ -584,9 +584,8 @@ def _mean_of_lowest(name: str, values: Numbers, k: float, empty: float | None = 
         raise ValueError(f"k: wanted a percentage in (0, 100], got {k}")
     if empty is not None and len(values) == 0:
         return empty
-    ordered = np.sort(
-        _not_empty(name, values).astype(float)
-    )  # a NaN is sorted to the end and would hide there
+    # A NaN is sorted to the end and would hide there.
+    ordered = np.sort(_not_empty(name, values).astype(float))
     if np.isnan(ordered).any():
         return math.nan
     return float(ordered[: max(1, int(len(ordered) * k / 100))].mean())

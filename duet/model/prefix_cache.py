@@ -73,9 +73,8 @@ class PrefixTable:
     """
 
     def __init__(self) -> None:
-        self.tables: list[
-            Tensor
-        ] = []  # keys and values of the first layer, keys and values of the second, ...
+        # Keys and values of the first layer, keys and values of the second, ...
+        self.tables: list[Tensor] = []
         self.lengths = torch.empty(0, dtype=torch.int64)
 
     @property

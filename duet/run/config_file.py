@@ -134,9 +134,8 @@ SECTIONS = ("model", "adapter", "teacher", "data", "training", "merge")
 
 def training_options(options: Mapping[str, Any]) -> DuetConfig:
     """A DuetConfig of plain values; unknown names and wrong types are refused."""
-    fsdp: dict[str, Any] = (
-        {"fsdp": True} if options.get("fsdp") is True else {}
-    )  # transformers takes it, and does not say so
+    # transformers takes it, and does not say so.
+    fsdp: dict[str, Any] = {"fsdp": True} if options.get("fsdp") is True else {}
     training = section(DuetConfig, "training", {k: v for k, v in options.items() if k not in fsdp}, **fsdp)
     objective_of(training)  # refuses a name that is not there, and options that do not go with it
     return training

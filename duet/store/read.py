@@ -282,9 +282,8 @@ class Shard:
         targets = TopK(
             tensors["values"][start:end].float(),
             tensors["indices"][start:end].long(),
-            tensors["tail_logsumexp"][
-                start:end
-            ].clone(),  # not a view: the map may be closed before the batch is used
+            # Not a view: the map may be closed before the batch is used.
+            tensors["tail_logsumexp"][start:end].clone(),
             temperature,
         )
         return Entry(targets, tensors["answers"][answer_start:answer_end].tolist())

@@ -139,14 +139,14 @@ def _few_shot(target: Target) -> Iterator[Unit]:
             given.append(f"examples {about}" if examples else "no example that does not hold its answer")
         return _giving(target.outcomes(name, target.rows, prompts), given)
 
+    pools: dict[str, Sequence[AttackRow]] = {}
     if target.retain:
         known = [AttackRow(-1 - r.id, r.conversation, r.answer, r.subject) for r in target.retain]
-        yield "examples that may be known", lambda: shown("examples that may be known", known)
+        pools["examples that may be known"] = known
     if len(target.rows) > 1:
-        yield (
-            "other forgotten rows as examples",
-            lambda: shown("other forgotten rows as examples", target.rows),
-        )
+        pools["other forgotten rows as examples"] = target.rows
+    for name, pool in pools.items():
+        yield name, lambda name=name, pool=pool: shown(name, pool)
 
 
 OTHER, UNKNOWN, SAME = "about other subjects", "whose subject is not known", "about the same subject"

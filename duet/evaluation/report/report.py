@@ -201,6 +201,7 @@ def _answers_section(inputs: Inputs, examples: int) -> Section:
         grid = Grid(
             ["question", "truth", *(m.label for m in speakers)],
             caption=_caption(task, fate, len(of), examples),
+            prose=True,
         )
         for key in of[:examples]:
             answer = next(m.answers[key] for m in speakers if key in m.answers)
@@ -209,7 +210,6 @@ def _answers_section(inputs: Inputs, examples: int) -> Section:
                 answer = method.answers.get(key)
                 cells.append(Cell(NOT_RUN) if answer is None else _said(answer, fate))
             grid.rows.append(cells)
-        grid.prose = True
         section.blocks.append(grid)
     return section
 
