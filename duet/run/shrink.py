@@ -79,26 +79,18 @@ class Shrunk:
         return max(fine, key=lambda each: (each.kept["share"], each.size))
 
 
-def check_sizes(sizes: Sequence[float]) -> list[float]:
+def check_sizes(sizes: Sequence[float], most: float) -> list[float]:
     """The sizes, the largest first; 1 is always among them.
 
     Raises:
-        ValueError: one of them is not above 0 and at most 1.
+        ValueError: one of them is not above 0 and at most 1, or `most` is no share below 1.
     """
     for size in sizes:
         if not 0 < size <= 1:
             raise ValueError(f"sizes: wanted numbers above 0 and at most 1, got {size}")
-    return sorted({1.0, *sizes}, reverse=True)
-
-
-def check_most(most: float) -> None:
-    """Refuses what is no share below 1.
-
-    Raises:
-        ValueError: naming the argument.
-    """
     if not 0 <= most < 1:
         raise ValueError(f"most: wanted a share of at least 0 and below 1, got {most}")
+    return sorted({1.0, *sizes}, reverse=True)
 
 
 def shrink(
@@ -127,8 +119,7 @@ def shrink(
     Raises:
         ValueError: `sizes` or `most`; or the base tells none of the forget rows or of the rows to be kept.
     """
-    wanted = check_sizes(sizes)
-    check_most(most)
+    wanted = check_sizes(sizes, most)
     asked = {"options": options or AttackOptions(), "prompting": prompting or Prompting()}
     forgotten, kept = (Target(adapter.model, tokenizer, rows, **asked) for rows in (forget, retain))
     try:
@@ -276,8 +267,7 @@ def run_shrink(
     Raises:
         ValueError, OSError: naming what is wrong with a folder, the rows or an option.
     """
-    check_sizes(sizes)
-    check_most(most)
+    check_sizes(sizes, most)
     if not holds_adapter(folder):
         raise FileNotFoundError(
             f"adapter: wanted a folder with a trained adapter, but {str(folder)!r} holds none"

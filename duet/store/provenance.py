@@ -91,20 +91,6 @@ def open_store(
     return store
 
 
-def check_store(store: TopKStore, wanted: Provenance, args: DuetConfig) -> None:
-    """Refuses a store that was not made for this run.
-
-    A smaller k, another seed and any storage dtype are allowed.
-
-    Raises:
-        ValueError: naming the field that differs, what the store has and what this run has.
-    """
-    free = ["k", "seed", "dtype", "values"]
-    if not args.teacher_store_same_model:
-        free += ["architecture", "model_dtype", "weights", "softcap", "scale"]
-    store.provenance.refuse_another(wanted, free)
-
-
 def cached_teacher(
     store: TopKStore,
     model: nn.Module,
@@ -116,14 +102,18 @@ def cached_teacher(
 ) -> tuple[CachedTeacher, str]:
     """The teacher that reads a store for `model`, checked, and the hash of the model's weights.
 
-    The teacher serves the datasets, the first of which is trained on.
+    The teacher serves the datasets, the first of which is trained on. A store with a larger k, another seed or any storage dtype
+    is allowed.
 
     Raises:
-        ValueError: naming what the store lacks, or was made with.
+        ValueError: naming the field that differs, what the store has and what this run has; or what the store lacks.
     """
     positions = scored_positions(objective, args)
     wanted = provenance_of(model, head, tokenizer, args, datasets[0], positions)
-    check_store(store, wanted, args)
+    free = ["k", "seed", "dtype", "values"]
+    if not args.teacher_store_same_model:
+        free += ["architecture", "model_dtype", "weights", "softcap", "scale"]
+    store.provenance.refuse_another(wanted, free)
     teacher = CachedTeacher(store, args.k)
     for dataset in datasets:
         teacher.serve(dataset)

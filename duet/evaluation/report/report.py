@@ -148,18 +148,16 @@ def summary_sentence(inputs: Inputs) -> str:
     tried = len({e["name"] for _, e, _ in leaks})
     return (
         f"{start}Of {tried} kind{'s' if tried != 1 else ''} of attack the worst is {entry['name']}{kind} on {method.label}: "
-        f"{_percent(Estimate(leak, worst.get('low'), worst.get('high')))}, {entry['measure']}"
+        f"{_percent(leak, worst.get('low'), worst.get('high'))}, {entry['measure']}"
         f"{unjudged and '; '}{unjudged}."
     )
 
 
-def _percent(e: Estimate) -> str:
-    interval = (
-        ""
-        if e.low is None or e.high is None
-        else f" (95 % interval {100 * e.low:.0f} to {100 * e.high:.0f} %)"
-    )
-    return f"{100 * e.mean:.0f} %{interval}"
+def _percent(share: float, low: float | None, high: float | None) -> str:
+    told = f"{100 * share:.0f} %"
+    if low is None or high is None:
+        return told
+    return f"{told} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
 
 
 # --- answers ---------------------------------------------------------------------------------------------------
