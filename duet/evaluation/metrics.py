@@ -393,7 +393,7 @@ def min_k(token_logprobs: Numbers, k: float) -> float:
 
     `k` in percent (MUSE: 40). Low for text that was trained on. Source: arXiv 2310.16789.
     """
-    return -_mean_of_lowest("token_logprobs", token_logprobs, k)
+    return -_mean_of_lowest(token_logprobs, k)
 
 
 def min_k_plus_plus(token_logprobs: Numbers, entropies: Numbers, variances: Numbers, k: float) -> float:
@@ -410,9 +410,7 @@ def min_k_plus_plus(token_logprobs: Numbers, entropies: Numbers, variances: Numb
     if np.isnan([logp, entropy, variance]).any():
         return math.nan
     some = variance > 0
-    return -_mean_of_lowest(
-        "token_logprobs", (logp[some] + entropy[some]) / np.sqrt(variance[some]), k, empty=math.nan
-    )
+    return -_mean_of_lowest((logp[some] + entropy[some]) / np.sqrt(variance[some]), k, empty=math.nan)
 
 
 def auc(positive: Numbers, negative: Numbers) -> float:
@@ -579,13 +577,13 @@ def _finite(name: str, values: Numbers) -> np.ndarray:
     return values
 
 
-def _mean_of_lowest(name: str, values: Numbers, k: float, empty: float | None = None) -> float:
+def _mean_of_lowest(token_logprobs: Numbers, k: float, empty: float | None = None) -> float:
     if not 0 < k <= 100:
         raise ValueError(f"k: wanted a percentage in (0, 100], got {k}")
-    if empty is not None and len(values) == 0:
+    if empty is not None and len(token_logprobs) == 0:
         return empty
     # A NaN is sorted to the end and would hide there.
-    ordered = np.sort(_not_empty(name, values).astype(float))
+    ordered = np.sort(_not_empty("token_logprobs", token_logprobs).astype(float))
     if np.isnan(ordered).any():
         return math.nan
     return float(ordered[: max(1, int(len(ordered) * k / 100))].mean())

@@ -75,16 +75,14 @@ def nf4_missing() -> str | None:
 
 
 @torch.no_grad()
-def nf4_weights(model: Any, blocksize: int = 64) -> None:
+def nf4_weights(model: Any) -> None:
     """As QLoRA loads a model: the linear layers in NF4 (64 weights per scale), embeddings and LM head unchanged."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head and module.weight.is_floating_point():
-            packed, state = quantize_4bit(
-                module.weight.data.contiguous(), blocksize=blocksize, quant_type="nf4"
-            )
+            packed, state = quantize_4bit(module.weight.data.contiguous(), blocksize=64, quant_type="nf4")
             module.weight.copy_(dequantize_4bit(packed, state))
 
 
