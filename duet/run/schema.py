@@ -131,7 +131,8 @@ def of_hint(hint: Any) -> dict[str, Any]:
     if choices := choices_of(plain):
         return {"enum": [*choices, None] if type(None) in members else choices}
     parts = [typing.get_origin(each) or each for each in members]
-    named = [member.value for part in parts if isinstance(part, enum.EnumType) for member in part]
+    enums: list[Any] = [part for part in parts if isinstance(part, enum.EnumType)]
+    named = [member.value for each in enums for member in each]
     if named:
         return {"type": "string", "examples": named}
     if not all(part in _JSON_TYPES for part in parts):

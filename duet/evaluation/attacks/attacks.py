@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .. import metrics
 from . import distribution, weights
@@ -71,7 +72,7 @@ def _reverse(target: Target) -> Iterator[Unit]:
         for role in roles:
             for wording in wordings:
                 name = f"{kind}, {role}: {wording}"
-                how = {"override": wording, "override_role": role}
+                how: dict[str, Any] = {"override": wording, "override_role": role}
                 yield name, lambda name=name, how=how: target.ask(name, **how)
 
 
