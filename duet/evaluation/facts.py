@@ -216,13 +216,9 @@ def elicit_facts(
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted an integer >= 1, got {batch_size}")
     asker = _Asker(model, tokenizer, prompting or Prompting(), batch_size, max_new_tokens)
-    manifest = {
-        "facts": digest(repr(list(facts))),
-        "samples": samples,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
-    manifest |= {"batch_size": batch_size, **fingerprints(model, tokenizer), **asker.prompting.changed()}
+    manifest: dict[str, Any] = {"facts": digest(repr(list(facts))), "samples": samples}
+    manifest |= {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
+    manifest |= {**fingerprints(model, tokenizer), **asker.prompting.changed()}
     journal = Journal(out, manifest, key=("fact",), note={"model": name})
     for chunk in _chunks(facts, batch_size):
         progress("facts asked", chunk.start, len(facts))
