@@ -406,10 +406,8 @@ def linear_distill_loss(
         raise unknown("support", support, SUPPORTS)
     if k is None and support != "teacher":
         raise ValueError(f"support: the dense loss (k=None) compares all ids, got {support!r}")
-    student_head, teacher_head = (
-        as_head(student_head, "student_head"),
-        as_head(teacher_head, "teacher_head").detach(),
-    )
+    student_head = as_head(student_head, "student_head")
+    teacher_head = as_head(teacher_head, "teacher_head").detach()
     hidden_nd, lead = flatten_hidden(student_hidden, student_head, "student_hidden", "student_head")
     teacher_nd = check_teacher_hidden(teacher_hidden, teacher_head, lead, student_hidden)
     common = min(student_head.num_ids, teacher_head.num_ids)
