@@ -216,13 +216,9 @@ def _blocks(student: Side, teacher: Side) -> Iterator[tuple[slice, Side, Side]]:
 
 
 def _kl_by_tiles(student: Side, teacher: Side, factor: Tensor, spec: Divergence, need: Need) -> Result:
-    hidden, head = student
+    (hidden, head), out = student, grad_dtype(student[0].dtype)
     loss = factor.new_empty(len(hidden))
-    dhidden = (
-        torch.empty(hidden.shape, dtype=grad_dtype(hidden.dtype), device=hidden.device)
-        if need.hidden
-        else None
-    )
+    dhidden = torch.empty(hidden.shape, dtype=out, device=hidden.device) if need.hidden else None
     for rows, block, teacher_block in _blocks(student, teacher):
         running = RunningKL(block[0], spec)
         for _, weight, s, t in _tiles(block, teacher_block):

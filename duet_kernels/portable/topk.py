@@ -150,7 +150,7 @@ def _above_threshold(z: Tensor, first_id: int, k: int, worst: Tensor | None) -> 
     """
     n, size = z.shape
     lanes = next((w for w in (16, 8, 4, 2) if size >= 2 * k * w), 1)
-    grouped = whole_lines(z, -torch.inf).unflatten(1, (lanes, -1))
+    grouped = whole_lines(z).unflatten(1, (lanes, -1))
     groups = grouped.shape[2]
     maxima = grouped.amax(1) if lanes > 1 else grouped[:, 0]
     passes_over = torch.le
