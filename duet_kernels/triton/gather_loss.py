@@ -296,5 +296,5 @@ def _one_by_one(
             torch.zeros_like(hidden, dtype=out, memory_format=torch.contiguous_format),
         )
     with current_device(hidden):
-        dx, row = slot_gradients(dvalues, values, hidden, weight, indices, head.softcap, head.scale)
+        dx, row = slot_gradients(dvalues, values, hidden, head, indices)
         return loss, values, dvalues, sum_rows(dx, row, hidden, weight, out)
