@@ -35,16 +35,14 @@ from torch import Tensor
 
 from ..dispatch import workspace_bytes
 from ..head import LMHead, Need
-from ..products import fp16_gain, pitch
+from ..products import add_product, fp16_gain, pitch, product
 from . import tiles
 from .dense_plan import Plan, Shape, Sweep, buffers, folds_alone, lent, placed, plan
 from .primitives import (
     MAX_SIZE,
     accumulator,
-    add_product,
     current_device,
     finish,
-    product,
     require_device,
     require_grid,
     require_sizes,

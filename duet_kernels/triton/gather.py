@@ -46,6 +46,7 @@ from torch import Tensor
 
 from ..dispatch import workspace_bytes
 from ..head import LMHead, Need
+from ..products import product
 from . import tiles
 from .primitives import (
     accumulator,
@@ -53,7 +54,6 @@ from .primitives import (
     finish,
     load_rows,
     number,
-    product,
     require_device,
     require_grid,
     require_sizes,
