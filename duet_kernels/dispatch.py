@@ -80,7 +80,7 @@ def half_products(device: torch.device, dtype: torch.dtype) -> bool:
 
     cuBLAS does, with bf16 from sm_80 on. Not every rocBLAS in use does.
     """
-    if dtype not in HALVES or device.type != "cuda" or torch.version.hip is not None:
+    if dtype not in HALVES or device.type != "cuda" or on_rocm():
         return False
     return dtype == torch.float16 or architecture(device) >= 80
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ranks
-from .dispatch import acc_dtype
+from .dispatch import HALVES, acc_dtype
 from .options import is_finite_number
 
 if TYPE_CHECKING:
@@ -494,7 +494,7 @@ class LMHead:
             raise ValueError(
                 f"head: gives logits of shape {list(ours.shape)}, the model gives {list(theirs.shape)}"
             )
-        half = head.weight.dtype in (torch.bfloat16, torch.float16)
+        half = head.weight.dtype in HALVES
         allowed = (4 * torch.finfo(head.weight.dtype).eps if half else 1e-5) * theirs.abs().amax()
         worst = (ours - theirs).abs().amax()
         if not worst <= allowed:

@@ -65,14 +65,14 @@ def complement_and_values(
 
 
 def token_stats(hidden_nd: Tensor, head: LMHead, labels_n: Tensor | None) -> TokenStats:
-    logp = torch.log_softmax(logits(hidden_nd, head), -1)
+    z = logits(hidden_nd, head)
+    logp = torch.log_softmax(z, -1)
     p = logp.exp()
     finite_logp = logp.masked_fill(logp == -torch.inf, 0)  # 0 log 0 = 0
     entropy = -(p * finite_logp).sum(-1)
     variance = (p * (finite_logp + entropy[:, None]).square()).sum(-1)
-    logsumexp = torch.logsumexp(logits(hidden_nd, head), -1)
     label = None if labels_n is None else logp.gather(-1, labels_n[:, None])[:, 0]
-    return TokenStats(logsumexp, entropy, variance, label)
+    return TokenStats(torch.logsumexp(z, -1), entropy, variance, label)
 
 
 def topk_loss(

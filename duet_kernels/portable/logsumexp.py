@@ -151,9 +151,8 @@ def token_stats(
                 inside, local = locate(labels[rows, None], columns)
                 value = torch.where(inside, with_spare_column(z).gather(1, local), value)
             stats.add(to_the_next_row(z))
-        log_total = stats.rest.log1p().masked_fill_(
-            stats.max.isinf(), torch.nan
-        )  # where there is no distribution
+        # NaN where there is no distribution
+        log_total = stats.rest.log1p().masked_fill_(stats.max.isinf(), torch.nan)
         out[0, rows] = stats.max.where(stats.max.isinf(), stats.max + log_total)
         out[1, rows], out[2, rows] = log_total - stats.mean, stats.variance + 0 * log_total
         out[3, rows] = value[:, 0] - stats.max - log_total
