@@ -100,12 +100,12 @@ def _shares(logsumexps: Tensor) -> Tensor:
 @collective
 def token_stats(hidden: Tensor, head: LMHead, labels: Tensor | None, impl: str) -> TokenStats:
     agree(head, "linear_token_stats", (), hidden=hidden, labels=labels)
-    part, known = Part.of(hidden, head), labels is not None
+    part = Part.of(hidden, head)
     own = part.own(labels) if labels is not None else torch.full((len(hidden),), -1, device=hidden.device)
     rows = torch.zeros(len(hidden), 4, dtype=acc_dtype(hidden.dtype), device=hidden.device)
     rows[:, 0] = -torch.inf
     if part.size:
-        stats = ops.token_stats(hidden, part.head, own.clamp(min=0) if known else None, impl)
+        stats = ops.token_stats(hidden, part.head, None if labels is None else own.clamp(min=0), impl)
         rows[:, 0], rows[:, 1], rows[:, 2], label = stats
         if label is not None:
             rows[:, 3] = label.where(own >= 0, 0)
