@@ -62,7 +62,7 @@ def flatten_ids(
     ignore_index: int | None = None,
     per_token: bool = False,
 ) -> Tensor:
-    """int64 `[N, K]` from `[..., K]`; `[N]` from `[...]` for labels."""
+    """int64 `[N, K]` from `[..., K]`; `[N]` from `[...]` for labels. On a CPU ids outside the vocabulary are refused."""
     _is_tensor(name, ids)
     per_token = per_token or ignore_index is not None
     if ids.dtype not in (torch.int64, torch.int32):
@@ -74,26 +74,19 @@ def flatten_ids(
     if ids.device != device:
         raise ValueError(f"{name}: wanted device {device} like the hidden states, got {ids.device}")
     flat = ids.reshape(math.prod(lead), *(() if per_token else ids.shape[-1:])).long()
-    if check_id_range(name, flat, num_ids, ignore_index):
-        return flat
-    # Unchecked: below 0 means an absent slot further on, so a negative id becomes one that is too large, which is NaN.
-    known = flat >= 0 if ignore_index is None else (flat >= 0) | (flat == ignore_index)
-    return flat.where(known, num_ids)
-
-
-def check_id_range(name: str, ids: Tensor, num_ids: int, ignore_index: int | None = None) -> bool:
-    """Refuse ids outside the vocabulary on a CPU. False: nobody looked (on a GPU that would be a synchronisation)."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    if ids.numel() == 0:
-        return True
-    if ignore_index is not None:
-        ids = ids.where(ids != ignore_index, 0)
-    low, high = torch.aminmax(ids)
-    if low < 0 or high >= num_ids:
-        also = "" if ignore_index is None else f" or ignore_index={ignore_index}"
-        raise ValueError(f"{name}: wanted ids in [0, {num_ids}){also}, got {int(low if low < 0 else high)}")
-    return True
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        # Nobody looks: on a GPU that would be a synchronisation. Below 0 means an absent slot further on, so a negative id
+        # becomes one that is too large, which is NaN.
+        known = flat >= 0 if ignore_index is None else (flat >= 0) | (flat == ignore_index)
+        return flat.where(known, num_ids)
+    if flat.numel():
+        low, high = torch.aminmax(flat if ignore_index is None else flat.where(flat != ignore_index, 0))
+        if low < 0 or high >= num_ids:
+            also = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+            raise ValueError(
+                f"{name}: wanted ids in [0, {num_ids}){also}, got {int(low if low < 0 else high)}"
+            )
+    return flat
 
 
 def check_topk(
@@ -120,7 +113,7 @@ def check_topk(
             f"teacher: holds log-probabilities, which are logits minus an unknown constant, and {spec.name!r} compares raw "
             "logits; wanted a TopK of logits, or a divergence of distributions such as 'forward_kl'"
         )
-    tail = teacher.tail_logsumexp
+    tail = teacher.tail_logsumexp if spec.needs_teacher_logsumexp else None
     if spec.needs_teacher_logsumexp:
         if tail is None:
             raise ValueError(
@@ -144,13 +137,12 @@ def check_topk(
             raise ValueError(
                 f"teacher.{name}: a teacher gets no gradient; wanted a detached tensor (make it under torch.no_grad())"
             )
-    n = math.prod(lead)
-    k = values.shape[-1]
+    n, k = math.prod(lead), values.shape[-1]
     indices = indices.masked_fill(values == -torch.inf, 0)  # an absent slot may hold any id
     return (
         values.reshape(n, k),
         flatten_ids("teacher.indices", indices, lead, num_ids, hidden.device),
-        tail.reshape(n) if tail is not None and spec.needs_teacher_logsumexp else None,
+        None if tail is None else tail.reshape(n),
     )
 
 

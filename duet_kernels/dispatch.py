@@ -1,7 +1,6 @@
 """What a device gets: an implementation of each operation, and why; dtypes and products of halves; bytes of workspace.
 
-On an NVIDIA GPU of sm_80 or newer `auto` takes the Triton kernel of every operation, but for the exceptions that were
-measured (`measured`). Everywhere else it takes `chunked`. Imports no triton.
+Imports no triton.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def half_products(device: torch.device, dtype: torch.dtype) -> bool:
 
     cuBLAS does, with bf16 from sm_80 on. Not every rocBLAS in use does.
     """
-    if dtype not in HALVES or device.type != "cuda" or torch.version.hip is not None:
+    if dtype not in HALVES or device.type != "cuda" or on_rocm():
         return False
     return dtype == torch.float16 or architecture(device) >= 80
 
@@ -141,17 +140,14 @@ def _total_memory(index: int | None) -> int:
 # --- which implementation, and why ---------------------------------------------------------------------------------
 
 
-def _why_no_kernel(op: str, k: int | None) -> str | None:
-    """The sentence that says why there is no Triton kernel for a call of `op`, or None when there is one."""
+def _obstacle(op: str, device: torch.device, k: int | None, interpreted: bool) -> str | None:
+    """The sentence that says why no Triton kernel can run a call of `op` on `device`, or None when one can."""
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if op.startswith("topk_distill_loss") and k is not None and k > MAX_SLOTS:
         return f"its kernel holds the k ids of a token in registers, at most {MAX_SLOTS}, and there are {k}"
-    return None
-
-
-def _why_no_gpu(device: torch.device) -> str | None:
-    """The sentence that says why Triton cannot compile for `device`, or None when it can."""
+    if interpreted:
+        return None
     if device.type != "cuda":
         return f"Triton kernels need a CUDA device (or TRITON_INTERPRET=1 for tests), the tensors are on {device}"
     if on_rocm():
@@ -204,18 +200,16 @@ def resolve_impl(
     device = torch.device(device)
     if impl == "chunked" or impl == "reference":
         return impl, "asked for"
-    no_kernel = _why_no_kernel(op, k)
+    if impl == "auto" and device.type != "cuda":
+        return "chunked", f"portable low-memory torch is the fast way on {device.type}"
+    interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    obstacle = _obstacle(op, device, k, interpreted)
     if impl == "triton":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        obstacle = no_kernel or (None if interpreted else _why_no_gpu(device))
         if obstacle is not None:
             raise RuntimeError(
                 f"impl='triton' cannot run {op}: {obstacle}. Use impl='auto' or impl='chunked'"
             )
         return "triton", "asked for"
-    if device.type != "cuda":
-        return "chunked", f"portable low-memory torch is the fast way on {device.type}"
-    obstacle = no_kernel or _why_no_gpu(device)
     if obstacle is not None:
         return "chunked", obstacle
     if on_rocm():
@@ -228,16 +222,14 @@ def resolve_impl(
     return "triton", f"its Triton kernel is the fast way on sm_{arch}"
 
 
-def described(
-    device: torch.device | str, dtype: torch.dtype = torch.bfloat16
-) -> tuple[list[tuple[str, str, str]], int]:
-    """([(operation, what `auto` runs, why)], bytes of workspace) on a device, for a command that prints them.
+def described(device: torch.device | str) -> tuple[list[tuple[str, str, str]], int]:
+    """([(operation, what `auto` runs for bf16, why)], bytes of workspace) on a device, for a command that prints them.
 
     An operation that runs otherwise with few tokens has a second row.
     """
     rows = []
     for op in OPS:
-        many, few = (resolve_impl(op, device, dtype, tokens=tokens) for tokens in (None, 64))
+        many, few = (resolve_impl(op, device, torch.bfloat16, tokens=tokens) for tokens in (None, 64))
         rows.append((op, *many))
         if few[0] != many[0]:
             rows.append((f"{op}, 64 tokens", *few))

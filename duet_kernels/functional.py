@@ -234,11 +234,11 @@ def topk_distill_loss(
     spec = Divergence.of(divergence, normalization, temperature, beta, delta, clip)
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
-    flat = check_topk(teacher, lead, head.num_ids, spec, hidden)
-    choice = _resolve("topk_distill_loss", hidden_nd, impl, flat[0].shape[1], spec.needs_student_logsumexp)
+    values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden)
+    choice = _resolve("topk_distill_loss", hidden_nd, impl, values.shape[1], spec.needs_student_logsumexp)
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
-    values, indices = tokens.take(flat[0]), tokens.take(flat[1])
-    tail = None if flat[2] is None else tokens.take(flat[2])
+    values, indices = tokens.take(values), tokens.take(indices)
+    tail = None if tail is None else tokens.take(tail)
     run = ops if head.group is None else sharded
     return run.topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
 
@@ -406,10 +406,8 @@ def linear_distill_loss(
         raise unknown("support", support, SUPPORTS)
     if k is None and support != "teacher":
         raise ValueError(f"support: the dense loss (k=None) compares all ids, got {support!r}")
-    student_head, teacher_head = (
-        as_head(student_head, "student_head"),
-        as_head(teacher_head, "teacher_head").detach(),
-    )
+    student_head = as_head(student_head, "student_head")
+    teacher_head = as_head(teacher_head, "teacher_head").detach()
     hidden_nd, lead = flatten_hidden(student_hidden, student_head, "student_hidden", "student_head")
     teacher_nd = check_teacher_hidden(teacher_hidden, teacher_head, lead, student_hidden)
     common = min(student_head.num_ids, teacher_head.num_ids)

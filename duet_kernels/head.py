@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ranks
-from .dispatch import acc_dtype
+from .dispatch import HALVES, acc_dtype
 from .options import is_finite_number
 
 if TYPE_CHECKING:
@@ -308,9 +308,7 @@ class LMHead:
     def _check_shards(self) -> None:
         group, shards, rows = self.group, self.shards, len(self.weight)
         if group is None:
-            if shards is not None:
-                raise ValueError("head.shards: are the rows of each rank of a group, got no group")
-            return
+            raise ValueError("head.shards: are the rows of each rank of a group, got no group")
         ranks.check_group(group)
         if shards is None:
             shards = ranks.row_counts(rows, self.weight.device, group)
@@ -349,8 +347,12 @@ class LMHead:
             return self if size == self.num_ids else dataclasses.replace(self, vocab_size=size)
         if size == self.weight.shape[0]:
             return self if self.vocab_size is None else dataclasses.replace(self, vocab_size=None)
-        bias = None if self.bias is None else self.bias[:size]
-        return dataclasses.replace(self, weight=self.weight[:size], bias=bias, vocab_size=None)
+        return self.cut_to(slice(size))
+
+    def cut_to(self, rows: slice) -> LMHead:
+        """A head of some of the rows that lie here (views), which all count."""
+        weight, bias = self.weight[rows], None if self.bias is None else self.bias[rows]
+        return dataclasses.replace(self, weight=weight, bias=bias, vocab_size=None, group=None, shards=None)
 
     def detach(self) -> LMHead:
         """The same head without gradients."""
@@ -492,7 +494,7 @@ class LMHead:
             raise ValueError(
                 f"head: gives logits of shape {list(ours.shape)}, the model gives {list(theirs.shape)}"
             )
-        half = head.weight.dtype in (torch.bfloat16, torch.float16)
+        half = head.weight.dtype in HALVES
         allowed = (4 * torch.finfo(head.weight.dtype).eps if half else 1e-5) * theirs.abs().amax()
         worst = (ours - theirs).abs().amax()
         if not worst <= allowed:

@@ -235,12 +235,11 @@ class Divergence:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
-    """The rows of a loss: `factor` `[N']`, and where they stood (`rows`, `num_rows`, `lead`) before masked ones left."""
+    """The rows of a loss: `factor` `[N']`, and where they stood (`rows`, `lead`) before masked ones left."""
 
     factor: Tensor
     reduction: str
     lead: tuple[int, ...]
-    num_rows: int
     rows: Tensor | None = None  # None: nothing was left out
     masked: bool = False
 
@@ -262,7 +261,7 @@ class Tokens:
         if self.reduction != "none":
             return rows.sum()
         if self.rows is not None:
-            rows = rows.new_zeros(self.num_rows).index_copy(0, self.rows, rows)
+            rows = rows.new_zeros(math.prod(self.lead)).index_copy(0, self.rows, rows)
         return rows.view(self.lead)
 
 
@@ -304,7 +303,7 @@ def loss_tokens(
     if masked and choice != "reference" and device.type == "cpu" and not torch.compiler.is_compiling():
         rows = (factor != 0).nonzero()[:, 0]
         factor = factor[rows]
-    return Tokens(factor, reduction, lead, n, rows, masked)
+    return Tokens(factor, reduction, lead, rows, masked)
 
 
 def _check_rows(name: str, value: object, lead: tuple[int, ...], device: torch.device) -> None:

@@ -33,16 +33,20 @@ def logits(hidden_nd: Tensor, head: LMHead) -> Tensor:
 
 
 def linear_topk(hidden_nd: Tensor, head: LMHead, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    z = logits(hidden_nd, head)
-    order = torch.sort(
-        z, dim=-1, descending=True, stable=True
-    )  # stable: equal logits stay in order of their ids
+    # stable: equal logits stay in order of their ids
+    order = torch.sort(logits(hidden_nd, head), dim=-1, descending=True, stable=True)
     tail = torch.logsumexp(order.values[:, k:] / temperature, -1)
     return order.values[:, :k], order.indices[:, :k], tail
 
 
 def linear_gather(hidden_nd: Tensor, head: LMHead, indices_nk: Tensor) -> Tensor:
     return logits(hidden_nd, head).gather(-1, indices_nk)
+
+
+def _among(ids_nk: Tensor, v: int) -> Tensor:
+    """`[N, V]` whether an id is one of its row's; an id below 0 is none."""
+    marked = torch.zeros(ids_nk.shape[0], v + 1, dtype=torch.bool, device=ids_nk.device)
+    return marked.scatter_(1, ids_nk.masked_fill(ids_nk < 0, v), True)[:, :-1]  # absent slots mark the last
 
 
 def complement_and_values(
@@ -53,28 +57,22 @@ def complement_and_values(
     An index below 0 is an absent slot: its value is -inf and it excludes nothing.
     """
     z = logits(hidden_nd, head)
-    absent = indices_nk < 0
-    ids = indices_nk.clamp(min=0)
-    values = z.gather(-1, ids).masked_fill(absent, -torch.inf)
-    excluded = torch.zeros(z.shape[0], z.shape[1] + 1, dtype=torch.bool, device=z.device)
-    excluded.scatter_(
-        1, indices_nk.masked_fill(absent, z.shape[1]), True
-    )  # absent slots mark the spare column
-    rest = z.masked_fill(excluded[:, :-1], -torch.inf) / temperature
+    values = z.gather(-1, indices_nk.clamp(min=0)).masked_fill(indices_nk < 0, -torch.inf)
+    rest = z.masked_fill(_among(indices_nk, z.shape[1]), -torch.inf) / temperature
     nothing = (rest == -torch.inf).all(-1, keepdim=True)  # its log-sum-exp is -inf, without a gradient
     tail = torch.logsumexp(rest.masked_fill(nothing, 0), -1)
     return tail.masked_fill(nothing[:, 0], -torch.inf), values
 
 
 def token_stats(hidden_nd: Tensor, head: LMHead, labels_n: Tensor | None) -> TokenStats:
-    logp = torch.log_softmax(logits(hidden_nd, head), -1)
+    z = logits(hidden_nd, head)
+    logp = torch.log_softmax(z, -1)
     p = logp.exp()
     finite_logp = logp.masked_fill(logp == -torch.inf, 0)  # 0 log 0 = 0
     entropy = -(p * finite_logp).sum(-1)
     variance = (p * (finite_logp + entropy[:, None]).square()).sum(-1)
-    logsumexp = torch.logsumexp(logits(hidden_nd, head), -1)
     label = None if labels_n is None else logp.gather(-1, labels_n[:, None])[:, 0]
-    return TokenStats(logsumexp, entropy, variance, label)
+    return TokenStats(torch.logsumexp(z, -1), entropy, variance, label)
 
 
 def topk_loss(
@@ -105,10 +103,8 @@ def topk_stats(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(divergence, log q(token), the student's mass on the ids, which count once, and its entropy), each `[N]`."""
     logq = torch.log_softmax(logits(hidden_nd, head) / spec.temperature, -1)
-    among = torch.zeros(logq.shape[0], logq.shape[1] + 1, dtype=torch.bool, device=logq.device)
-    among.scatter_(1, ids.masked_fill(ids < 0, logq.shape[1]), True)  # absent slots mark the spare column
     q = logq.detach().exp()
-    mass = q.masked_fill(~among[:, :-1], 0).sum(-1)
+    mass = q.masked_fill(~_among(ids, logq.shape[1]), 0).sum(-1)
     entropy = -(q * logq.detach().masked_fill(q == 0, 0)).sum(-1)  # 0 log 0 = 0
     logprob = None if token_ids is None else logq.gather(-1, token_ids[:, None])[:, 0]
     return topk_loss(hidden_nd, head, ids, teacher_nk, teacher_tail_n, spec), logprob, mass, entropy

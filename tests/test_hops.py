@@ -7,15 +7,15 @@ import duet_kernels as dk
 
 # (files, functions) of the forward pass on a CPU.
 MOST = {
-    "linear_topk": (11, 43),
-    "linear_gather": (9, 36),
-    "linear_logsumexp": (12, 55),
-    "topk_distill_loss": (11, 51),
-    "topk_distill_loss tail": (14, 72),
-    "topk_distill_stats": (15, 73),
-    "linear_distill_loss": (12, 74),
-    "linear_cross_entropy": (13, 64),
-    "linear_token_stats": (11, 42),
+    "linear_topk": (11, 42),
+    "linear_gather": (9, 34),
+    "linear_logsumexp": (12, 52),
+    "topk_distill_loss": (11, 48),
+    "topk_distill_loss tail": (14, 68),
+    "topk_distill_stats": (15, 71),
+    "linear_distill_loss": (12, 71),
+    "linear_cross_entropy": (13, 60),
+    "linear_token_stats": (11, 40),
 }
 
 

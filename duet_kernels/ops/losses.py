@@ -18,6 +18,7 @@ from ..dispatch import acc_dtype, grad_dtype
 from ..head import LMHead, Need
 from ..options import Divergence, Tokens
 from .op import (
+    Op,
     custom_op,
     flat,
     for_autograd,
@@ -35,25 +36,48 @@ from .primitives import complement_and_values, linear_gather_backward, linear_to
 # --- what losses of the whole vocabulary share ------------------------------------------------------------------
 
 
-def _needed(tokens: Tokens, *leaves: Tensor | None) -> tuple[bool, Need]:
-    """(whether the op sums the rows, which gradients it makes along with the value)."""
-    reduce, need = tokens.reduction != "none", needs_gradient(*leaves)
-    return reduce, need if reduce else Need(need.hidden)
+def _loss(op: Op, inputs: tuple[Any, ...], tokens: Tokens, options: tuple[Any, ...], impl: str) -> Tensor:
+    """The losses of an op of `_register`, reduced as `tokens` says; dW and db are made along only with a sum."""
+    reduce, need = tokens.reduction != "none", needs_gradient(*inputs[:3])
+    need = need if reduce else Need(need.hidden)
+    factor = tokens.factor.to(acc_dtype(inputs[0].dtype))
+    loss = op(*inputs, factor, *options, reduce, need, impl)[0]
+    return loss if reduce else tokens.reduce(loss)
 
 
-def _results(
-    loss: Tensor, *gradients: Tensor | None, hidden: Tensor, reduce: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The results of an op: the rows' losses or their sum, and the gradients."""
-    return loss.sum() if reduce else loss, *present(gradients, hidden)
+def _register(op: Op, name: str) -> None:
+    """Register the shapes and the gradient of an op of a loss; errors name the public function `name`.
 
+    The op takes hidden states, weight, bias, ..., factor, ..., reduce, need, impl, with the factor of each row as its last
+    tensor. It gives the losses of the rows or their sum, and dh, dW and db of the sum, empty where nobody asked.
+    """
 
-def _results_like(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, reduce: bool, need: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `_results` returns, without values."""
-    loss = hidden.new_empty(() if reduce else hidden.shape[:1], dtype=acc_dtype(hidden.dtype))
-    return loss, *gradients_like((hidden, weight, bias), need, grad_dtype(hidden.dtype))
+    def fake(hidden, weight, bias, *rest):
+        *_, reduce, need, _impl = rest
+        loss = hidden.new_empty(() if reduce else hidden.shape[:1], dtype=acc_dtype(hidden.dtype))
+        return loss, *gradients_like((hidden, weight, bias), need, grad_dtype(hidden.dtype))
+
+    def context(ctx, inputs, output):
+        *_, ctx.reduce, need, ctx.impl = inputs
+        ctx.dtype, ctx.need, ctx.given_away = inputs[0].dtype, Need(*need), False
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+        made_again = any(ctx.needs_input_grad[1:3])
+        save_for_backward(ctx, *output[1:], *(inputs[i] for i in ctx.places if made_again))
+
+    def gradient(ctx, grad, *_):
+        def again(need, upstream):
+            inputs, tensors = list(ctx.numbers), ctx.saved_tensors[3:]
+            for i, x in zip(ctx.places, tensors, strict=True):
+                inputs[i] = x
+            if upstream is not None:
+                inputs[ctx.places[-1]] = tensors[-1] * upstream
+            return op(*inputs[:-3], True, need, ctx.impl)[1:]
+
+        return _gradient(ctx, grad, name, again)
+
+    op.register_fake(fake)
+    op.register_autograd(gradient, setup_context=context)
 
 
 def _gradient(
@@ -83,21 +107,6 @@ def _gradient(
     return for_autograd([dhidden, *others], need, len(ctx.needs_input_grad))
 
 
-def _remember(
-    ctx: Any,
-    output: tuple[Tensor, ...],
-    inputs: tuple[Any, ...],
-    reduce: bool,
-    need: Sequence[bool],
-    impl: str,
-) -> None:
-    """Keep what `_gradient` asks for: the gradients that the forward pass made, and inputs where `again` may have to run."""
-    ctx.dtype, ctx.reduce, ctx.need, ctx.impl = inputs[0].dtype, reduce, Need(*need), impl
-    ctx.given_away = False
-    again = any(ctx.needs_input_grad[1:3])
-    save_for_backward(ctx, *output[1:], *(inputs if again else ()))
-
-
 # --- losses of the logits at K ids alone ------------------------------------------------------------------------
 
 
@@ -113,19 +122,16 @@ def topk_loss(
 ) -> Tensor:
     """The divergence from a teacher's logits at `[N, K]` ids (and from its tail `[N]`, if the loss reads it)."""
     acc = acc_dtype(hidden.dtype)
-    values_t, factor = values_t.to(acc), tokens.factor.to(acc)
+    values_t = values_t.to(acc)
     tail_t = tail_t.to(acc) if tail_t is not None and spec.needs_teacher_logsumexp else None
     ids = ids.masked_fill(values_t == -torch.inf, -1)  # an absent slot: nothing gathered, nothing excluded
     if impl == "reference":
         return tokens.reduce(tokens.weigh(reference.topk_loss(hidden, head, ids, values_t, tail_t, spec)))
-    hidden, weight, bias, softcap, scale = flat(hidden, head)
-    leaves, inputs = (hidden, weight, bias), (softcap, scale, ids, values_t)
+    inputs = *flat(hidden, head), ids, values_t
     if spec.needs_student_logsumexp:
-        reduce, need = _needed(tokens, *leaves)
-        loss = _topk_loss_with_tail(*leaves, *inputs, tail_t, factor, *spec.options, reduce, need, impl)[0]
-        return loss if reduce else tokens.reduce(loss)
-    need = needs_gradient(hidden)
-    return tokens.reduce(_topk_loss(*leaves, *inputs, factor, *spec.options, need, impl)[0])
+        return _loss(_topk_loss_with_tail, (*inputs, tail_t), tokens, spec.options, impl)
+    factor, need = tokens.factor.to(acc), needs_gradient(hidden)
+    return tokens.reduce(_topk_loss(*inputs, factor, *spec.options, need, impl)[0])
 
 
 @custom_op("topk_loss")
@@ -151,7 +157,7 @@ def _topk_loss(
     head, run = LMHead(weight, bias, softcap, scale), implementation(impl).topk_loss
     spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
     *rows, dhidden = run(hidden, head, ids, teacher, factor, spec, Need(*need))
-    return *rows, present((dhidden, None, None), hidden)[0]
+    return *rows, hidden.new_empty(0) if dhidden is None else dhidden
 
 
 @_topk_loss.register_fake
@@ -212,36 +218,11 @@ def _topk_loss_with_tail(
     """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed)."""
     head, run = LMHead(weight, bias, softcap, scale), implementation(impl).topk_loss_with_tail
     spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
-    found = run(hidden, head, ids, teacher, teacher_tail, factor, spec, Need(*need))
-    return _results(*found, hidden=hidden, reduce=reduce)
+    loss, *gradients = run(hidden, head, ids, teacher, teacher_tail, factor, spec, Need(*need))
+    return loss.sum() if reduce else loss, *present(gradients, hidden)
 
 
-@_topk_loss_with_tail.register_fake
-def _(hidden, weight, bias, *rest):
-    *_, reduce, need, _impl = rest
-    return _results_like(hidden, weight, bias, reduce, need)
-
-
-def _topk_loss_with_tail_context(ctx, inputs, output):
-    hidden, weight, bias, *ctx.head, ids, teacher, teacher_tail, factor = inputs[:9]
-    *ctx.options, reduce, need, impl = inputs[9:]
-    inputs = hidden, weight, bias, ids, teacher, teacher_tail, factor
-    _remember(ctx, output, inputs, reduce, need, impl)
-
-
-def _topk_loss_with_tail_gradient(ctx, grad, *_):
-    def again(need, upstream):
-        hidden, weight, bias, ids, teacher, teacher_tail, factor = ctx.saved_tensors[3:]
-        factor = factor if upstream is None else factor * upstream
-        inputs = hidden, weight, bias, *ctx.head, ids, teacher, teacher_tail, factor
-        return _topk_loss_with_tail(*inputs, *ctx.options, True, need, ctx.impl)[1:]
-
-    return _gradient(ctx, grad, "topk_distill_loss", again)
-
-
-_topk_loss_with_tail.register_autograd(
-    _topk_loss_with_tail_gradient, setup_context=_topk_loss_with_tail_context
-)
+_register(_topk_loss_with_tail, "topk_distill_loss")
 
 
 # --- the same with what else is known of the token --------------------------------------------------------------
@@ -349,12 +330,9 @@ def topk_divergence(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss `[N]`, its gradient in the student's logits `[N, K]`, that in the student's tail `[N]` or empty)."""
-    spec, factor = (
-        Divergence(divergence, normalization, temperature, beta, delta, clip),
-        values.new_ones(len(values)),
-    )
+    spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
     run = implementation(impl).divergence_and_gradient
-    return run(values, teacher, tail, teacher_tail, factor, spec)
+    return run(values, teacher, tail, teacher_tail, values.new_ones(len(values)), spec)
 
 
 @topk_divergence.register_fake
@@ -394,12 +372,9 @@ def dense_loss(
         return tokens.reduce(
             tokens.weigh(reference.dense_loss(hidden, head, teacher_hidden, teacher_head, spec))
         )
-    student, teacher = flat(hidden, head), flat(teacher_hidden, teacher_head)
-    reduce, need = _needed(tokens, *student[:3])
-    factor = tokens.factor.to(acc_dtype(hidden.dtype))
+    inputs = *flat(hidden, head), *flat(teacher_hidden, teacher_head)
     options = spec.options[:-1]  # all but the clip, which dense losses do not have
-    loss = _linear_divergence(*student, *teacher, factor, *options, reduce, need, impl)[0]
-    return loss if reduce else tokens.reduce(loss)
+    return _loss(_linear_divergence, inputs, tokens, options, impl)
 
 
 @custom_op("linear_divergence")
@@ -428,34 +403,11 @@ def _linear_divergence(
     head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_divergence
     teacher_head = LMHead(teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
     spec = Divergence(divergence, normalization, temperature, beta, delta)
-    found = run(hidden, head, teacher_hidden, teacher_head, factor, spec, Need(*need))
-    return _results(*found, hidden=hidden, reduce=reduce)
+    loss, *gradients = run(hidden, head, teacher_hidden, teacher_head, factor, spec, Need(*need))
+    return loss.sum() if reduce else loss, *present(gradients, hidden)
 
 
-@_linear_divergence.register_fake
-def _(hidden, weight, bias, *rest):
-    *_, reduce, need, _impl = rest
-    return _results_like(hidden, weight, bias, reduce, need)
-
-
-def _linear_divergence_context(ctx, inputs, output):
-    (hidden, weight, bias, *ctx.head), (*teacher, t_softcap, t_scale) = inputs[:5], inputs[5:10]
-    factor, *ctx.options, reduce, need, impl = inputs[10:]
-    ctx.teacher_head = t_softcap, t_scale
-    _remember(ctx, output, (hidden, weight, bias, *teacher, factor), reduce, need, impl)
-
-
-def _linear_divergence_gradient(ctx, grad, *_):
-    def again(need, upstream):
-        hidden, weight, bias, *teacher, factor = ctx.saved_tensors[3:]
-        factor = factor if upstream is None else factor * upstream
-        inputs = hidden, weight, bias, *ctx.head, *teacher, *ctx.teacher_head, factor
-        return _linear_divergence(*inputs, *ctx.options, True, need, ctx.impl)[1:]
-
-    return _gradient(ctx, grad, "linear_distill_loss with k=None", again)
-
-
-_linear_divergence.register_autograd(_linear_divergence_gradient, setup_context=_linear_divergence_context)
+_register(_linear_divergence, "linear_distill_loss with k=None")
 
 
 # --- cross-entropy of labels ------------------------------------------------------------------------------------
@@ -466,11 +418,7 @@ def cross_entropy(hidden: Tensor, head: LMHead, labels: Tensor, tokens: Tokens, 
         tail, values = reference.complement_and_values(hidden, head, labels[:, None], 1.0)
         # log(1 + exp(tail - z_label)): a token that is almost certain keeps the digits of its small loss.
         return tokens.reduce(tokens.weigh(F.softplus(tail - values[:, 0], threshold=40.0)))
-    inputs = flat(hidden, head)
-    reduce, need = _needed(tokens, *inputs[:3])
-    factor = tokens.factor.to(acc_dtype(hidden.dtype))
-    loss = _linear_cross_entropy(*inputs, labels, factor, reduce, need, impl)[0]
-    return loss if reduce else tokens.reduce(loss)
+    return _loss(_linear_cross_entropy, (*flat(hidden, head), labels), tokens, (), impl)
 
 
 @custom_op("linear_cross_entropy")
@@ -488,30 +436,8 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed): 3 products."""
     head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_cross_entropy
-    found = run(hidden, head, labels, factor, Need(*need))
-    return _results(*found, hidden=hidden, reduce=reduce)
+    loss, *gradients = run(hidden, head, labels, factor, Need(*need))
+    return loss.sum() if reduce else loss, *present(gradients, hidden)
 
 
-@_linear_cross_entropy.register_fake
-def _(hidden, weight, bias, softcap, scale, labels, factor, reduce, need, impl):
-    return _results_like(hidden, weight, bias, reduce, need)
-
-
-def _linear_cross_entropy_context(ctx, inputs, output):
-    hidden, weight, bias, *ctx.head, labels, factor, reduce, need, impl = inputs
-    _remember(ctx, output, (hidden, weight, bias, labels, factor), reduce, need, impl)
-
-
-def _linear_cross_entropy_gradient(ctx, grad, *_):
-    def again(need, upstream):
-        hidden, weight, bias, labels, factor = ctx.saved_tensors[3:]
-        factor = factor if upstream is None else factor * upstream
-        inputs = hidden, weight, bias, *ctx.head, labels, factor
-        return _linear_cross_entropy(*inputs, True, need, ctx.impl)[1:]
-
-    return _gradient(ctx, grad, "linear_cross_entropy", again)
-
-
-_linear_cross_entropy.register_autograd(
-    _linear_cross_entropy_gradient, setup_context=_linear_cross_entropy_context
-)
+_register(_linear_cross_entropy, "linear_cross_entropy")

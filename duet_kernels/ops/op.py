@@ -87,14 +87,10 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], Op]:
     return functools.partial(Op, name)
 
 
-def no_second_derivative(name: str) -> str:
-    return f"{name} has no second derivative (create_graph=True); use impl='reference'"
-
-
 def refuse_second_derivative(name: str) -> None:
     """Raise in a backward pass that is itself to be differentiated: what it multiplies was made in the forward pass."""
     if torch.is_grad_enabled():
-        raise RuntimeError(no_second_derivative(name))
+        raise RuntimeError(f"{name} has no second derivative (create_graph=True); use impl='reference'")
 
 
 def times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, impl: str) -> Tensor:

@@ -145,7 +145,7 @@ def _linear_logsumexp(
     """(log-sum-exp `[N]`, its gradient in h `[N, D]` if that is needed: a row's factor is all that comes later)."""
     head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_logsumexp
     tail, dhidden = run(hidden, head, exclude, temperature, Need(*need))
-    return tail, present((dhidden, None, None), hidden)[0]
+    return tail, hidden.new_empty(0) if dhidden is None else dhidden
 
 
 @_linear_logsumexp.register_fake

@@ -90,16 +90,16 @@ def with_spare_column(z: Tensor) -> Tensor:
     return z.as_strided((z.shape[0], z.shape[1] + 1), z.stride(), z.storage_offset())
 
 
-def whole_lines(z: Tensor, value: float) -> Tensor:
-    """The tile and the columns on its right, which `vocab_tiles` keeps spare, up to a multiple of 16; they get `value`."""
+def whole_lines(z: Tensor) -> Tensor:
+    """The tile and the columns on its right, which `vocab_tiles` keeps spare, up to a multiple of 16; they get -inf."""
     size = z.shape[1]
-    wide = z.as_strided((z.shape[0], -(-size // 16) * 16), z.stride(), z.storage_offset())
-    wide[:, size:] = value
+    wide = z.as_strided((z.shape[0], pitch(size)), z.stride(), z.storage_offset())
+    wide[:, size:] = -torch.inf
     return wide
 
 
-def to_the_next_row(z: Tensor, value: float) -> Tensor:
-    """The tile and all that lies between its rows, as contiguous memory, where that is a few columns; they get `value`.
+def to_the_next_row(z: Tensor) -> Tensor:
+    """The tile and all that lies between its rows, as contiguous memory, where that is a few columns; they get -inf.
 
     Torch reads and writes contiguous memory 16 bytes at a time.
     """
@@ -107,7 +107,7 @@ def to_the_next_row(z: Tensor, value: float) -> Tensor:
     if not size < step <= size + 16:
         return z
     wide = z.as_strided((z.shape[0], step), z.stride(), z.storage_offset())
-    wide[:, size:] = value
+    wide[:, size:] = -torch.inf
     return wide
 
 

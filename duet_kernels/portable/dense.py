@@ -216,13 +216,9 @@ def _blocks(student: Side, teacher: Side) -> Iterator[tuple[slice, Side, Side]]:
 
 
 def _kl_by_tiles(student: Side, teacher: Side, factor: Tensor, spec: Divergence, need: Need) -> Result:
-    hidden, head = student
+    (hidden, head), out = student, grad_dtype(student[0].dtype)
     loss = factor.new_empty(len(hidden))
-    dhidden = (
-        torch.empty(hidden.shape, dtype=grad_dtype(hidden.dtype), device=hidden.device)
-        if need.hidden
-        else None
-    )
+    dhidden = torch.empty(hidden.shape, dtype=out, device=hidden.device) if need.hidden else None
     for rows, block, teacher_block in _blocks(student, teacher):
         running = RunningKL(block[0], spec)
         for _, weight, s, t in _tiles(block, teacher_block):
@@ -244,7 +240,7 @@ def _raw_by_tiles(
     (hidden, head), out = student, grad_dtype(student[0].dtype)
     ruled_out, quiet = _both_may_rule_out(student, teacher), factor.new_zeros(())
     # One block of rows finishes a slice of dW at once; several add up before the cast.
-    summed = out if len(list(row_blocks(len(hidden)))) <= 1 else head.acc
+    summed = out if len(hidden) <= cuts.MAX_ROWS else head.acc
     loss = factor.new_zeros(len(hidden))
     dhidden = torch.empty(hidden.shape, dtype=out, device=hidden.device) if need.hidden else None
     dweight = torch.zeros(head.weight.shape, dtype=summed, device=hidden.device) if need.weight else None

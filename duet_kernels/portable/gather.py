@@ -89,9 +89,8 @@ def _dots(gathered: Tensor, hidden: Tensor) -> Tensor:
 
 
 def mark_ids(values: Tensor, indices: Tensor, head: LMHead) -> Tensor:
-    return values.masked_fill_(indices < 0, -torch.inf).masked_fill_(
-        indices >= head.weight.shape[0], torch.nan
-    )
+    values.masked_fill_(indices < 0, -torch.inf)
+    return values.masked_fill_(indices >= head.weight.shape[0], torch.nan)
 
 
 def sum_of_rows(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

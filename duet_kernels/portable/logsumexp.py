@@ -150,10 +150,9 @@ def token_stats(
             if labels is not None:
                 inside, local = locate(labels[rows, None], columns)
                 value = torch.where(inside, with_spare_column(z).gather(1, local), value)
-            stats.add(to_the_next_row(z, -torch.inf))
-        log_total = stats.rest.log1p().masked_fill_(
-            stats.max.isinf(), torch.nan
-        )  # where there is no distribution
+            stats.add(to_the_next_row(z))
+        # NaN where there is no distribution
+        log_total = stats.rest.log1p().masked_fill_(stats.max.isinf(), torch.nan)
         out[0, rows] = stats.max.where(stats.max.isinf(), stats.max + log_total)
         out[1, rows], out[2, rows] = log_total - stats.mean, stats.variance + 0 * log_total
         out[3, rows] = value[:, 0] - stats.max - log_total
@@ -194,8 +193,7 @@ def topk_loss_with_tail(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(`[N]` factor * loss, dh, dW, db of its sum) of a loss that reads the student's log-sum-exp beside the ids."""
     tail, values, dtail, _ = complement_and_values(hidden, head, indices, spec.temperature, need.hidden)
-    loss, *upstream = divergence_and_gradient(values, teacher, tail, teacher_tail, factor, spec)
-    dvalues, grad_tail = upstream
+    loss, dvalues, grad_tail = divergence_and_gradient(values, teacher, tail, teacher_tail, factor, spec)
     gradients = complement_and_values_backward(
         grad_tail,
         dvalues,

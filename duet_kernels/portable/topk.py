@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +38,9 @@ _MANY_CANDIDATES = 16  # with more than V / this many ids a threshold hardly thi
 _NO_ID = 2**32 - 1  # of an empty slot in top-k selection: after all ids
 
 
+Selected = tuple[tuple[Tensor, Tensor], Tensor]  # (values, ids) of the k largest, the tail
+
+
 def linear_topk(hidden: Tensor, head: LMHead, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """(values `[N, K]`, indices `[N, K]`, tail log-sum-exp `[N]`), exact, equal logits by lowest id.
 
@@ -55,7 +57,7 @@ def linear_topk(hidden: Tensor, head: LMHead, k: int, temperature: float) -> tup
     return values, indices, tail
 
 
-def _pieces(n: int, head: LMHead, k: int) -> tuple[Iterator[slice], Callable[..., Any]]:
+def _pieces(n: int, head: LMHead, k: int) -> tuple[Iterator[slice], Callable[..., Selected]]:
     """(rows that are taken together, what selects their k largest)"""
     v, device = len(head.weight), head.weight.device
     if cuts.asynchronous(device):
@@ -74,10 +76,8 @@ def _pieces(n: int, head: LMHead, k: int) -> tuple[Iterator[slice], Callable[...
     return row_blocks(n), _topk_by_tiles
 
 
-def _topk_of_rows(
-    h: Tensor, head: LMHead, k: int, temperature: float
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """((values, ids), tail) of rows whose logits fit."""
+def _topk_of_rows(h: Tensor, head: LMHead, k: int, temperature: float) -> Selected:
+    """The k largest of rows whose logits fit."""
     z = chunk_logits(h, head)
     running = RunningLogsumexp(z.shape[0], z)
     best = _take_best(z, torch.arange(z.shape[1]).expand_as(z), k, last=True)
@@ -85,9 +85,7 @@ def _topk_of_rows(
     return best, running.result()
 
 
-def _topk_by_blocks(
-    h: Tensor, head: LMHead, k: int, temperature: float
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _topk_by_blocks(h: Tensor, head: LMHead, k: int, temperature: float) -> Selected:
     """The same without a look at a value: the candidates are the k best blocks of columns.
 
     An element outside of them has k elements before it: each of those blocks holds one that is larger, or equal with a
@@ -115,9 +113,7 @@ def _block(v: int, k: int) -> int:
     return min(max(2 ** round(math.log2(v / k) / 2), 8), 128)
 
 
-def _topk_by_tiles(
-    h: Tensor, head: LMHead, k: int, temperature: float
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _topk_by_tiles(h: Tensor, head: LMHead, k: int, temperature: float) -> Selected:
     """The same, by tiles of the vocabulary.
 
     A tile gives up the candidates, all of its elements that can be among the k largest; as soon as there are k new
@@ -150,16 +146,14 @@ def _above_threshold(z: Tensor, first_id: int, k: int, worst: Tensor | None) -> 
     """
     n, size = z.shape
     lanes = next((w for w in (16, 8, 4, 2) if size >= 2 * k * w), 1)
-    grouped = whole_lines(z, -torch.inf).unflatten(1, (lanes, -1))
+    grouped = whole_lines(z).unflatten(1, (lanes, -1))
     groups = grouped.shape[2]
     maxima = grouped.amax(1) if lanes > 1 else grouped[:, 0]
     passes_over = torch.le
     if worst is None and groups > k:
         worst, passes_over = torch.topk(maxima, k, sorted=False).values.amin(1, keepdim=True), torch.lt
-        if not bool(
-            (worst > -torch.inf).all()
-        ):  # fewer than k groups hold anything, or one of the best a NaN
-            worst = None
+        # Fewer than k groups may hold anything, or one of the best a NaN.
+        worst = worst if bool((worst > -torch.inf).all()) else None
     # A NaN is not passed over. Lists of most of a tile are longer than the tile.
     if worst is None or int((hit := ~passes_over(maxima, worst)).sum()) > 0.6 * maxima.numel():
         ids = torch.arange(first_id, first_id + size).expand(n, size)

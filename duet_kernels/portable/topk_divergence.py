@@ -26,8 +26,7 @@ def divergence_and_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(`[N]` factor * loss, `[N, K]` its gradient in the student's logits, `[N]` in the student's tail, or empty).
 
-    The derivatives are written out in MATH.md. A row whose factor is 0 is skipped: it gives exactly 0, whatever
-    its logits are.
+    A row whose factor is 0 is skipped: it gives exactly 0, whatever its logits are.
     """
     present = teacher != -torch.inf
     if spec.raw:

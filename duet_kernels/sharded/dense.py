@@ -26,7 +26,7 @@ from ..portable.cuts import chunk_logits, multiply_, row_chunks, times_weight
 from ..portable.dense_rows import DenseRows
 from ..products import operand, operand_dtype, scaled
 from .merge import logsumexp
-from .part import WHOLE, Part, agree, collective, id_counts
+from .part import Part, agree, collective, id_counts
 
 
 @collective
@@ -54,7 +54,7 @@ def dense_loss(
     if spec.raw and not spec.noise:
         rows = part.nothing()
         if part.size:
-            each = Tokens(torch.ones_like(tokens.factor), "none", (len(hidden),), len(hidden))
+            each = Tokens(torch.ones_like(tokens.factor), "none", (len(hidden),))
             rows = ops.dense_loss(part.hidden, part.head, teacher_hidden, own, spec, each, impl)
         return tokens.reduce(tokens.weigh(ranks.summed(rows, part.group)))
     with torch.no_grad(), exact_dtypes(hidden.device):
@@ -89,9 +89,7 @@ def _check_teacher(head: LMHead, teacher_head: LMHead) -> None:
 def _own_rows(teacher_head: LMHead, part: Part) -> LMHead:
     """The rows of the teacher's head that belong to this rank's ids; a teacher without a group is whole on every rank."""
     first = part.first if teacher_head.group is None else 0
-    rows = slice(first, first + part.size)
-    bias = None if teacher_head.bias is None else teacher_head.bias[rows]
-    return dataclasses.replace(teacher_head, weight=teacher_head.weight[rows], bias=bias, **WHOLE)
+    return teacher_head.cut_to(slice(first, first + part.size))
 
 
 @dataclasses.dataclass

@@ -100,12 +100,12 @@ def _shares(logsumexps: Tensor) -> Tensor:
 @collective
 def token_stats(hidden: Tensor, head: LMHead, labels: Tensor | None, impl: str) -> TokenStats:
     agree(head, "linear_token_stats", (), hidden=hidden, labels=labels)
-    part, known = Part.of(hidden, head), labels is not None
+    part = Part.of(hidden, head)
     own = part.own(labels) if labels is not None else torch.full((len(hidden),), -1, device=hidden.device)
     rows = torch.zeros(len(hidden), 4, dtype=acc_dtype(hidden.dtype), device=hidden.device)
     rows[:, 0] = -torch.inf
     if part.size:
-        stats = ops.token_stats(hidden, part.head, own.clamp(min=0) if known else None, impl)
+        stats = ops.token_stats(hidden, part.head, None if labels is None else own.clamp(min=0), impl)
         rows[:, 0], rows[:, 1], rows[:, 2], label = stats
         if label is not None:
             rows[:, 3] = label.where(own >= 0, 0)
@@ -163,16 +163,9 @@ def topk_loss(
     tokens: Tokens,
     impl: str,
 ) -> Tensor:
-    options, teacher = spec.options, {"values": values_t, "indices": ids, "tail": tail_t}
-    teacher = {f"teacher.{name}": x for name, x in teacher.items()}
-    agree(
-        head,
-        "topk_distill_loss",
-        (*options, tokens.reduction),
-        hidden=hidden,
-        **teacher,
-        factor=tokens.factor,
-    )
+    teacher = {"teacher.values": values_t, "teacher.indices": ids, "teacher.tail": tail_t}
+    options = (*spec.options, tokens.reduction)
+    agree(head, "topk_distill_loss", options, hidden=hidden, **teacher, factor=tokens.factor)
     acc = acc_dtype(hidden.dtype)
     values_t, ids = values_t.to(acc), ids.masked_fill(values_t == -torch.inf, -1)
     tails: tuple[Tensor | None, Tensor | None] = None, None
@@ -181,7 +174,7 @@ def topk_loss(
         tails = tail, tail_t.to(acc) if tail_t is not None and spec.needs_teacher_logsumexp else None
     else:
         values = _gather(Part.of(hidden, head), head, ids, impl)
-    return tokens.reduce(tokens.weigh(topk_divergence(values, values_t, *tails, *options, impl)[0]))
+    return tokens.reduce(tokens.weigh(topk_divergence(values, values_t, *tails, *spec.options, impl)[0]))
 
 
 @collective
@@ -196,14 +189,9 @@ def topk_stats(
     spec: Divergence,
     impl: str,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    tensors = {
-        "teacher.values": values_t,
-        "teacher.indices": ids,
-        "teacher.tail": tail_t,
-        "token_ids": token_ids,
-    }
+    teacher = {"teacher.values": values_t, "teacher.indices": ids, "teacher.tail": tail_t}
     options = (*spec.options, with_entropy)
-    agree(head, "topk_distill_stats", options, hidden=hidden, **tensors)
+    agree(head, "topk_distill_stats", options, hidden=hidden, **teacher, token_ids=token_ids)
     of_teacher = values_t, ids, tail_t, token_ids
     return ops.topk_stats(hidden, head, *of_teacher, with_entropy, spec, impl, complement_and_values)
 

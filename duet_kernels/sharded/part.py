@@ -5,7 +5,6 @@ Legend: N tokens, R ranks.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import sys
@@ -60,12 +59,7 @@ class Part(NamedTuple):
     def of(cls, hidden: Tensor, head: LMHead) -> Part:
         assert head.group is not None
         rank, counts = head.group.rank(), id_counts(head)
-        local = dataclasses.replace(
-            head,
-            weight=head.weight[: counts[rank]],
-            bias=None if head.bias is None else head.bias[: counts[rank]],
-            **WHOLE,
-        )
+        local = head.cut_to(slice(counts[rank]))
         hidden = ranks.replicated(hidden, head.group)
         return cls(hidden, local, sum(counts[:rank]), counts[rank], head.group)
 
@@ -77,9 +71,6 @@ class Part(NamedTuple):
         """`[N]` zeros that hang on all leaves, so that a rank without ids takes part in the backward pass."""
         zeros = self.hidden[:, :0].sum(1, dtype=acc_dtype(self.hidden.dtype)) + self.head.weight[:0].sum()
         return zeros if self.head.bias is None else zeros + self.head.bias[:0].sum()
-
-
-WHOLE: dict[str, Any] = {"vocab_size": None, "group": None, "shards": None}
 
 
 def id_counts(head: LMHead) -> list[int]:

@@ -29,12 +29,12 @@ def gradients(
 
 
 def _upstream(output: Tensor) -> Tensor:
-    """Another factor for every element, some negative and one of them 0."""
+    """Another factor for every element, in its dtype, some negative and one of them 0."""
     generator = torch.Generator().manual_seed(1)
     upstream = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     if upstream.dim() and upstream.shape[0] > 1:
         upstream[1] = 0
-    return upstream.to(output.device)
+    return upstream.to(output)
 
 
 def _selected_rows(op: Op, problem: Problem) -> Tensor:
@@ -55,7 +55,7 @@ def judge(op: Op, problem: Problem, impl: str, **options: Any) -> Error:
     def results(case: Problem, run: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         case = case.requiring(case.leaves)
         output = run(case, **options)
-        return output.detach(), gradients(output, case, _upstream(output).to(output.dtype))
+        return output.detach(), gradients(output, case, _upstream(output))
 
     exact = problem.to(torch.float64)
     truth, true_grads = results(exact, op.define)
@@ -95,7 +95,7 @@ def check_backward_twice(op: Op, problem: Problem, impl: str) -> None:
     """Every backward pass over a retained graph gives the same; accumulated, exactly twice the gradient."""
     case = problem.requiring(problem.leaves)
     output = op.run(case, impl)
-    upstream = _upstream(output).to(output.dtype)
+    upstream = _upstream(output)
     first = gradients(output, case, upstream, retain_graph=True)
     before = {name: gradient.clone() for name, gradient in first.items()}
     for _ in range(2):
@@ -147,7 +147,7 @@ def check_subsets(op: Op, problem: Problem, impl: str) -> None:
     """Every subset of the leaves that require grad gets the gradients that it gets among all; nobody else gets one."""
     case = problem.requiring(problem.leaves)
     output = op.run(case, impl)
-    upstream = _upstream(output).to(output.dtype)
+    upstream = _upstream(output)
     everything = gradients(output, case, upstream)
     for size in range(len(problem.leaves)):
         for names in itertools.combinations(problem.leaves, size):
@@ -167,7 +167,7 @@ def check_layouts(op: Op, problem: Problem, impl: str) -> None:
     """Strided inputs and a leading shape of several dimensions give the gradients of the flat contiguous ones."""
     flat = problem.requiring(problem.leaves)
     output = op.run(flat, impl)
-    upstream = _upstream(output).to(output.dtype)
+    upstream = _upstream(output)
     wanted = gradients(output, flat, upstream)
     n = problem.hidden.shape[0]
     odd = problem.requiring(problem.leaves)
@@ -200,10 +200,8 @@ def check_masked_rows(op: Op, problem: Problem, impl: str) -> None:
     clean = dataclasses.replace(clean, teacher_hidden=problem.teacher_hidden[mask]).requiring(problem.leaves)
     dirty = dataclasses.replace(problem, hidden=poisoned, teacher_hidden=teacher).requiring(problem.leaves)
     for reduction in ("none", "mean", "sum"):
-        wanted, got = (
-            op.define(clean, reduction=reduction),
-            op.run(dirty, impl, mask=mask, reduction=reduction),
-        )
+        wanted = op.define(clean, reduction=reduction)
+        got = op.run(dirty, impl, mask=mask, reduction=reduction)
         if reduction == "none":
             assert torch.equal(got[~mask], torch.zeros_like(got[~mask])), f"{op}: masked tokens have a loss"
             got = got[mask]

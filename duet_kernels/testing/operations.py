@@ -122,8 +122,12 @@ def _distill_op(divergence: DivergenceName, **options: Any) -> Op:
     return Op(name, call, ids, "linear_distill_loss", independent="support" in options)
 
 
+def _top_ids(problem: Problem) -> Tensor:
+    return problem.teacher_topk(_k(problem)).indices
+
+
 def _gather(problem: Problem, **options: Any) -> Tensor:
-    return linear_gather(problem.hidden, problem.head, problem.teacher_topk(_k(problem)).indices, **options)
+    return linear_gather(problem.hidden, problem.head, _top_ids(problem), **options)
 
 
 def _logsumexp(problem: Problem, **options: Any) -> Tensor:
@@ -131,8 +135,9 @@ def _logsumexp(problem: Problem, **options: Any) -> Tensor:
 
 
 def _complement(problem: Problem, **options: Any) -> Tensor:
-    ids = problem.teacher_topk(_k(problem)).indices
-    return linear_logsumexp(problem.hidden, problem.head, temperature=0.7, exclude=ids, **options)
+    return linear_logsumexp(
+        problem.hidden, problem.head, temperature=0.7, exclude=_top_ids(problem), **options
+    )
 
 
 def _cross_entropy(problem: Problem, *, mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -140,27 +145,21 @@ def _cross_entropy(problem: Problem, *, mask: Tensor | None = None, **options: A
     return linear_cross_entropy(problem.hidden, problem.head, labels, **options)
 
 
-def _stats_op() -> Op:
+def _stats(problem: Problem, **more: Any) -> Tensor:
     """The loss and log q of a token in one sum: their gradients come in one backward pass."""
-
-    def call(problem: Problem, **more: Any) -> Tensor:
-        options: dict[str, Any] = {
-            "divergence": "reverse_kl",
-            "normalization": "generalized",
-            "temperature": 1.5,
-        }
-        teacher, token_ids = problem.teacher_topk(_k(problem), 1.5), problem.labels
-        stats = topk_distill_stats(
-            problem.hidden, problem.head, teacher, token_ids=token_ids, **options, **more
-        )
-        assert stats.logprob is not None
-        return stats.loss - 0.7 * stats.logprob
-
-    return Op("stats-reverse_kl-generalized", call, _top_ids, "topk_distill_loss/lse", loss=False)
-
-
-def _top_ids(problem: Problem) -> Tensor:
-    return problem.teacher_topk(_k(problem)).indices
+    teacher = problem.teacher_topk(_k(problem), 1.5)
+    stats = topk_distill_stats(
+        problem.hidden,
+        problem.head,
+        teacher,
+        divergence="reverse_kl",
+        normalization="generalized",
+        temperature=1.5,
+        token_ids=problem.labels,
+        **more,
+    )
+    assert stats.logprob is not None
+    return stats.loss - 0.7 * stats.logprob
 
 
 OPS: tuple[Op, ...] = (
@@ -174,7 +173,7 @@ OPS: tuple[Op, ...] = (
         for name in DISTRIBUTIONS
         for normalization in DIVERGENCES[name].normalizations
     ),
-    _stats_op(),
+    Op("stats-reverse_kl-generalized", _stats, _top_ids, "topk_distill_loss/lse", loss=False),
     *(_distill_op(name, delta=0.8) for name in RAW),
     *(_distill_op(name, temperature=1.5, beta=0.3) for name in DISTRIBUTIONS),
     _distill_op("huber", k=8, support="teacher"),

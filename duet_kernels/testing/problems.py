@@ -117,10 +117,8 @@ def make_problem(
     lead = (lead,) if isinstance(lead, int) else tuple(lead)
     if ties is not None:
         pick = functools.partial(torch.randint, -1, 2, generator=generator, dtype=torch.float64)
-        hidden, weight = (
-            pick((*lead, d)),
-            pick((v, d)) if ties == "quantised" else pick((1, d)).expand(v, d).clone(),
-        )
+        hidden = pick((*lead, d))
+        weight = pick((v, d)) if ties == "quantised" else pick((1, d)).expand(v, d).clone()
         teacher_hidden, teacher_weight = pick((*lead, d)), weight.clone()
     else:
         hidden, weight = normal(*lead, d), std / scale / d**0.5 * normal(v, d)

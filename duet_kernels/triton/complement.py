@@ -292,17 +292,12 @@ class _Complement(dense.Loss):
         (n, k), self.v = ids.shape, head.weight.shape[0]
         require_sizes("a log-sum-exp without ids", ids=k)
         self.acc, self.acc_tl = accumulator(head.weight, hidden)
-        self.side, self.ids, self.factor, self.temperature = (
-            dense.Side(hidden, head),
-            ids,
-            factor,
-            temperature,
-        )
+        self.side = dense.Side(hidden, head)
+        self.ids, self.factor, self.temperature = ids, factor, temperature
         self.token_bytes = (8 + 2 * k) * self.acc.itemsize
         self.moment = moment
-        self.sums = factor.new_empty(
-            3 + moment, n, dtype=self.acc
-        )  # m, s, the tail, the sum of e (z - m) / T
+        # m, s, the tail, the sum of e (z - m) / T
+        self.sums = factor.new_empty(3 + moment, n, dtype=self.acc)
         self.values = self.sums.new_empty(n, k)
         self.dtail, self.loss = factor, self.sums[2]
         self.upstream: Tensor | None = None  # of the values
@@ -507,8 +502,7 @@ def complement_and_values_backward(
         dhidden = dtail * grad_tail[:, None]
         if ids.numel() and dhidden.numel():
             with current_device(hidden):
-                options = hidden, head.weight, ids, head.softcap, head.scale
-                dx, row = slot_gradients(grad_values, values, *options)
+                dx, row = slot_gradients(grad_values, values, hidden, head, ids)
                 dhidden += sum_rows(dx, row, hidden, head.weight, dtail.dtype)
         dhidden = dhidden.to(hidden.dtype)
     if need.weight or need.bias:

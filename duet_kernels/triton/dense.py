@@ -35,15 +35,14 @@ from torch import Tensor
 
 from ..dispatch import workspace_bytes
 from ..head import LMHead, Need
+from ..products import add_product, fp16_gain, pitch, product
 from . import tiles
-from .dense_plan import Plan, Shape, Sweep, buffers, folds_alone, lent, pitch, placed, plan
+from .dense_plan import Plan, Shape, Sweep, buffers, folds_alone, lent, placed, plan
 from .primitives import (
     MAX_SIZE,
     accumulator,
-    add_product,
     current_device,
     finish,
-    product,
     require_device,
     require_grid,
     require_sizes,
@@ -394,9 +393,7 @@ class _Walk:
         """The power of two that puts the largest possible |dz| of the rows near 2^14 where fp16 is to hold it."""
         if self.dz.dtype != torch.float16:
             return None
-        size = (self.factor[rows] * self.sides[0].head.scale * self.loss.bound(rows)).abs()
-        peak = torch.where(size.isfinite(), size, 0).amax()
-        return torch.where(peak > 0, torch.exp2(torch.floor(14 - torch.log2(peak)).clamp(-100, 100)), 1.0)
+        return fp16_gain((self.factor[rows] * self.sides[0].head.scale * self.loss.bound(rows)).abs())
 
     def _add(self, out: Tensor, a: Tensor, b: Tensor, gain: Tensor | None, *, fresh: bool) -> None:
         """out += a b / gain, or = if fresh; summed in ACC, by way of the logits' memory where `out` cannot take it."""

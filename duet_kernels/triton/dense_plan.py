@@ -27,6 +27,7 @@ from typing import NamedTuple
 from triton import cdiv
 
 from ..head import Need
+from ..products import pitch
 from . import tiles
 
 
@@ -62,11 +63,6 @@ class Plan(NamedTuple):
 
     folds: Sweep | None
     sweeps: tuple[Sweep, ...]
-
-
-def pitch(columns: int) -> int:
-    """Elements from one row of a block to the next: rows begin on 16 elements, which is 16 bytes or more."""
-    return cdiv(columns, 16) * 16
 
 
 def buffers(s: Shape, w: Sweep) -> list[int]:

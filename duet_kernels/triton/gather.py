@@ -46,6 +46,7 @@ from torch import Tensor
 
 from ..dispatch import workspace_bytes
 from ..head import LMHead, Need
+from ..products import product
 from . import tiles
 from .primitives import (
     accumulator,
@@ -53,7 +54,6 @@ from .primitives import (
     finish,
     load_rows,
     number,
-    product,
     require_device,
     require_grid,
     require_sizes,
@@ -206,7 +206,7 @@ def linear_gather(
     )
     if tokens and tile is None:
         with current_device(hidden_nd):
-            _pick(hidden_nd, weight_vd, bias_v, indices_nk, values_nk, softcap, scale, tokens)
+            _pick(hidden_nd, head, indices_nk, values_nk, tokens)
         return values_nk
     tile = tile or tiles.gather_tile(tiles.GATHER_FORWARD, arch, itemsize, k, d)
     grid = (require_grid(n * triton.cdiv(k, tile.rows), "linear_gather"),)
@@ -222,9 +222,10 @@ def linear_gather(
     return values_nk
 
 
-def _pick(hidden, weight, bias, indices, values, softcap, scale, tokens: int) -> None:
+def _pick(hidden: Tensor, head: LMHead, indices: Tensor, values: Tensor, tokens: int) -> None:
     """Write the values out of all logits of `tokens` tokens at a time."""
-    (n, k), v = indices.shape, weight.shape[0]
+    (n, k), (weight, bias) = indices.shape, (head.weight, head.bias)
+    v = weight.shape[0]
     logits = torch.empty(tokens * v, dtype=values.dtype, device=values.device)
     for start in range(0, n, tokens):
         rows = slice(start, min(start + tokens, n))
@@ -235,8 +236,8 @@ def _pick(hidden, weight, bias, indices, values, softcap, scale, tokens: int) ->
             x, bias, ids, values[rows],
             count * k, k, v,
             0 if bias is None else bias.stride(0), *ids.stride(),
-            softcap or 0.0, scale,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, ACC=accumulator(values)[1],
+            head.softcap or 0.0, head.scale,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, ACC=accumulator(values)[1],
             BLOCK=tiles.SLOTS_BLOCK, num_warps=4,
         )  # fmt: skip
 
@@ -257,7 +258,7 @@ def linear_gather_backward(
 
     `tile` (of dh), `segments` and `chunk` (of dW and db) replace the table's choices, for tests and measurements.
     """
-    weight_vd, bias_v, softcap, scale = head.weight, head.bias, head.softcap, head.scale
+    weight_vd, bias_v = head.weight, head.bias
     require_device(
         grad=grad_nk, values=values_nk, hidden=hidden_nd, weight=weight_vd, bias=bias_v, indices=indices_nk
     )
@@ -273,7 +274,7 @@ def linear_gather_backward(
     require_pairs(n, k, d)
     dweight = dbias = None
     with current_device(hidden_nd):
-        dx, row = slot_gradients(grad_nk, values_nk, hidden_nd, weight_vd, indices_nk, softcap, scale)
+        dx, row = slot_gradients(grad_nk, values_nk, hidden_nd, head, indices_nk)
         dhidden = sum_rows(dx, row, hidden_nd, weight_vd, tile=tile) if need.hidden else None
         if need.weight or need.bias:
             pairs = SortedPairs(dx, row, v)
@@ -286,19 +287,19 @@ def linear_gather_backward(
 
 
 def slot_gradients(
-    grad_nk, values_nk, hidden_nd, weight_vd, indices_nk, softcap, scale
+    grad_nk: Tensor, values_nk: Tensor, hidden_nd: Tensor, head: LMHead, indices_nk: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(dx in ACC, its row of W in int32), both `[N, K]`."""
-    torch_acc, acc = accumulator(hidden_nd, weight_vd)
+    torch_acc, acc = accumulator(hidden_nd, head.weight)
     n, k = indices_nk.shape
     dx = torch.empty(n, k, dtype=torch_acc, device=hidden_nd.device)
     row = torch.empty(n, k, dtype=torch.int32, device=hidden_nd.device)
     _slots_kernel[(triton.cdiv(n * k, tiles.SLOTS_BLOCK),)](
         grad_nk, values_nk, indices_nk, dx, row,
-        n * k, k, weight_vd.shape[0],
+        n * k, k, head.weight.shape[0],
         *grad_nk.stride(), *values_nk.stride(), *indices_nk.stride(),
-        softcap or 0.0, scale,
-        HAS_SOFTCAP=softcap is not None, ACC=acc, BLOCK=tiles.SLOTS_BLOCK, num_warps=4,
+        head.softcap or 0.0, head.scale,
+        HAS_SOFTCAP=head.softcap is not None, ACC=acc, BLOCK=tiles.SLOTS_BLOCK, num_warps=4,
     )  # fmt: skip
     return dx, row
 

@@ -289,12 +289,8 @@ def _one_by_one(
     if not need.hidden:
         return loss, values, dvalues, None
     if values.numel() == 0 or weight.numel() == 0:
-        return (
-            loss,
-            values,
-            dvalues,
-            torch.zeros_like(hidden, dtype=out, memory_format=torch.contiguous_format),
-        )
+        nothing = torch.zeros_like(hidden, dtype=out, memory_format=torch.contiguous_format)
+        return loss, values, dvalues, nothing
     with current_device(hidden):
-        dx, row = slot_gradients(dvalues, values, hidden, weight, indices, head.softcap, head.scale)
+        dx, row = slot_gradients(dvalues, values, hidden, head, indices)
         return loss, values, dvalues, sum_rows(dx, row, hidden, weight, out)

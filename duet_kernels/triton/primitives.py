@@ -12,9 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..products import add_product as add_product
-from ..products import product as product
-
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2E x), and that is one instruction
 
 

@@ -30,6 +30,7 @@ Bytes and FLOP (calculated, at N 8192, D 4096, V 128256, bf16), G = 2 N D V = 8.
 Workspace: slab and partial results of a block of tokens, in one allocation, by `plan` under `workspace_bytes()`.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ from torch import Tensor
 
 from ..dispatch import workspace_bytes
 from ..head import LMHead
+from ..products import product
 from . import tiles
 from .primitives import (
     accumulator,
@@ -46,7 +48,6 @@ from .primitives import (
     finish,
     log1p,
     origin,
-    product,
     require_device,
     require_grid,
     require_sizes,
@@ -202,10 +203,7 @@ def plan(n: int, v: int, itemsize: int, budget: int, arch: int = 0) -> Plan:
         block *= 2
     least = tiles.measured_number("TOPK_TOKENS", arch)
     room = budget - 5 * ALIGNED * itemsize
-
-    def size(columns: int) -> int:
-        return token_bytes(columns, v, block, itemsize)
-
+    size = functools.partial(token_bytes, v=v, block=block, itemsize=itemsize)
     return Plan(*cut_logits(n, v, block, v, least, size, room), block)
 
 

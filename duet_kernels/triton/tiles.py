@@ -214,10 +214,7 @@ CHOOSE_ELEMENTS = 8192  # most block maxima of a token: a program holds them in 
 SELECT_ELEMENTS = 512  # several tokens a program where all of its lists are short
 SELECT_HELD = 4096  # most candidates of a token that a program holds at a time
 SELECT_COLUMNS = 1024  # most elements of chosen blocks that a program takes at a time; 8 a thread
-SELECT_RANKED, SELECT_COMPARED = (
-    32,
-    32,
-)  # candidates that a program ranks at a time, and those it compares them with
+SELECT_RANKED, SELECT_COMPARED = 32, 32  # candidates ranked at a time, and those they are compared with
 
 
 class FoldTile(NamedTuple):

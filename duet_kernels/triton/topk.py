@@ -47,6 +47,7 @@ At N <= 64 everything but W (1.05 GB, 0.24 ms) is small: 4 N V = 33 MB written a
 block maxima and sums, and the candidates, in one allocation, by `plan` under `workspace_bytes()`.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ from torch import Tensor
 
 from ..dispatch import workspace_bytes
 from ..head import LMHead
+from ..products import product
 from . import tiles
 from .primitives import (
     INTERPRETED,
@@ -66,7 +68,6 @@ from .primitives import (
     number,
     ordered,
     origin,
-    product,
     require_device,
     require_grid,
     require_sizes,
@@ -498,10 +499,7 @@ def plan(n: int, v: int, k: int, itemsize: int, budget: int, arch: int = 0) -> P
     limit = tiles.CHOOSE_ELEMENTS * block
     least = tiles.measured_number("TOPK_TOKENS", arch)
     room = budget - len(Scratch._fields) * ALIGNED * itemsize
-
-    def size(columns: int) -> int:
-        return token_bytes(columns, k, block, itemsize)
-
+    size = functools.partial(token_bytes, k=k, block=block, itemsize=itemsize)
     tokens, columns = cut_logits(n, v, block, limit, least, size, room)
     return Plan(tokens, columns, block, n <= tiles.measured_number("TOPK_SKINNY_TOKENS", arch))
 
