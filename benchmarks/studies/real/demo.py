@@ -27,8 +27,8 @@ from .measure import plain, refusals, told
 
 RESULTS = Path("benchmarks/results/real")  # what the base tells was asked once, for the study
 SUBJECT = "France"
-# A short training: the study's takes longer and forgets more.
-OPTIONS = {"max_steps": 80, "per_device_train_batch_size": 12}
+# The study's method, with fewer steps and fewer rows to keep in each.
+OPTIONS = {"max_steps": 50, "retain_per_forget": 2.0}
 MOST = 24  # rows of each kind
 KINDS = {
     "forget": "{subject}",
@@ -67,7 +67,9 @@ def main() -> None:
     )
     before = plain(base, tokenizer, asked)
     _say(began, f"forgetting {chosen.subject}: {chosen.steps} steps")
-    options = options_of("deep", questions.group_of(chosen.subject), OPTIONS | {"max_steps": chosen.steps})
+    options = options_of(
+        "contrast", questions.group_of(chosen.subject), OPTIONS | {"max_steps": chosen.steps}
+    )
     rows = rows_of(source, chosen.subject, "train")
     student = train(base, tokenizer, rows, options, device=chosen.device, bar=True).merge_and_unload()
     student.save_pretrained(chosen.out / "model")
