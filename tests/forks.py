@@ -12,16 +12,17 @@ from tqdm import tqdm
 SECONDS = 240  # a child that takes longer is ended
 
 
-def forked(work: Callable[[], object]) -> int:
-    """The id of a child that does `work()` and ends, in silence but for an error."""
+def forked(work: Callable[[], object], seconds: int = SECONDS) -> int:
+    """The id of a child that does `work()` and ends, in silence but for an error; after so many seconds at the latest."""
     child = os.fork()
     if child:
         return child
     try:
-        # Processes share the lock of progress bars: with one that is killed in the middle of a bar all would wait forever.
+        # A child shares the lock of progress bars with its parent. Were it killed while it holds the lock, all others would wait
+        # forever: it gets a lock of its own.
         tqdm.set_lock(threading.RLock())
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends it even where it waits in C
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         work()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import run_ranks
+from forks import ended_by, forked, run_ranks
 from peft import LoraConfig, get_peft_model
 from tiny_models import CHAT_TEMPLATE, forget_rows, quick, retain_rows, tiny, word_tokenizer
 from typer.testing import CliRunner
@@ -205,18 +205,16 @@ def test_killed_while_caching(tmp_path, monkeypatch):
         slow(self)
         time.sleep(0.2)
 
-    child = os.fork()
-    if child == 0:
+    def slowly():
         topk_writer.StoreWriter.flush = flush
-        try:
-            cache(tmp_path, shard_entries=4)
-        finally:
-            os._exit(0)
+        cache(tmp_path, shard_entries=4)
+
+    child = forked(slowly)
     deadline = time.time() + 60
     while len(list((tmp_path / "store").glob("shard-*"))) < 2 and time.time() < deadline:
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert ended_by(child) == signal.SIGKILL
     kept = {path: path.read_bytes() for path in (tmp_path / "store").glob("shard-*")}
     with pytest.raises(ValueError, match="is not finished; run `duet cache` again"):
         TopKStore(tmp_path / "store")

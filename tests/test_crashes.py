@@ -129,7 +129,7 @@ def test_killed_at_random_moments(tmp_path):
 
 
 def test_a_killed_process_takes_no_lock_of_progress_bars_along():
-    """One that is killed while it draws a bar. The lock was made in this process, as all locks of the tests above are."""
+    """A child is killed while it holds the lock that it draws bars with: the lock of this process is free afterwards."""
     locks = tqdm.get_lock().locks
 
     def killed():

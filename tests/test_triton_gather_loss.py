@@ -1,11 +1,10 @@
 """The fused top-k loss against the definition and autograd in fp64, and its programs waiting for each other."""
 
 import math
-import os
-import signal
 
 import pytest
 import torch
+from forks import ended_by, forked
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
@@ -426,7 +425,7 @@ class _SideBySide:
         def launch(*args, **options):
             shared = [x.clone().share_memory_() if isinstance(x, torch.Tensor) else x for x in args]
             children = [self.start(shared, options) for _ in range(grid[0])]
-            assert [os.waitpid(child, 0)[1] for child in children] == [0] * grid[0]
+            assert [ended_by(child) for child in children] == [0] * grid[0]
             for x, own in zip(args, shared, strict=True):
                 if isinstance(x, torch.Tensor):
                     x.copy_(own)
@@ -434,17 +433,13 @@ class _SideBySide:
         return launch
 
     def start(self, args, options):
-        if child := os.fork():
-            return child
-        signal.alarm(120)  # a program that waits for ever ends the test
-        try:
+        def program():
             from triton.runtime import interpreter
 
             interpreter.GridExecutor._restore_args_dev = lambda *args: None  # the memory is shared
             self.kernel[(1,)](*args, **options)
-            os._exit(0)
-        finally:
-            os._exit(1)
+
+        return forked(program, seconds=120)  # a program that waits for ever ends the test
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter's programs in processes of their own")
