@@ -21,6 +21,8 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.harness import read_rows
+from benchmarks.studies import runner
+from benchmarks.studies.real.job import job_of
 from benchmarks.studies.real.page import summary
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -76,8 +78,8 @@ def _demo() -> dict[str, Any]:
 
 def real_block() -> str:
     """The main methods on a pretrained model."""
-    text = (RESULTS / "real" / "results.jsonl").read_text()
-    return "\n".join(summary([json.loads(line) for line in text.splitlines()]))
+    rows = runner.read_rows(RESULTS / "real" / runner.RESULTS, job_of)
+    return "\n".join(summary(list(rows.values())))
 
 
 # The rows of a short table.

@@ -3,15 +3,15 @@
     y = W x + (alpha / r) B A x        the rows of A are chosen before the first step and stay; only B is trained
     rows of A: the r directions a with the largest   (a' C_f a) / (a' (C_r + lambda I) a)
     C_f, C_r = mean of x x' over the tokens of forget rows, of retain rows
-    lambda = the median of those eigenvalues of C_r that are not rounding (fewer tokens than D leave some that are)
+    lambda = the median eigenvalue of C_r; with fewer tokens than D some eigenvalues are only rounding, and these do not count
 
 x is the layer's input in the untrained model. What both kinds of rows have in common (the chat template, the wording of a question)
 gives a small A x: whatever B becomes, it changes little there. Each a has the length at which a' C_f a is what PEFT's drawn A
 gives on average, tr(C_f) / 3 D; at most 20.
 
-Cost before training: the forward pass of the forget rows, six uses of each, and of the retain rows once; for every input of D numbers an
-eigendecomposition, O(D^3), and two D x D matrices, of 1 GiB at a time. In fp64: the few large activations of a model leave the other
-eigenvalues less than fp32 resolves.
+Cost before training: for every layer two eigendecompositions of D x D matrices, O(D^3), and two such matrices in memory. So many
+layers are taken at a time that their matrices fit into 1 GiB; each time there is a forward pass of the forget rows, six uses of each,
+and of the retain rows, once. All is fp64: beside a few very large activations fp32 sums would round small eigenvalues away.
 After the null spaces of what is to be kept (AlphaEdit, arXiv 2410.02355), which do not look at what is to be changed.
 """
 
@@ -72,7 +72,10 @@ def contrast(forget: Tensor, retain: Tensor, count: int) -> Tensor:
 
 
 def _median_above_rounding(ascending: Tensor) -> Tensor:
-    """The median of the eigenvalues of a sum of squares that are not rounding, whose size the negative ones show."""
+    """The median of the eigenvalues `[D]` of a sum of squares, without those that are only rounding.
+
+    No true eigenvalue of such a sum is negative: the lowest one shows how large the rounding is.
+    """
     rounding = torch.maximum(
         -2 * ascending[0], torch.finfo(ascending.dtype).eps * len(ascending) * ascending[-1]
     )

@@ -31,7 +31,7 @@ from benchmarks.studies.runner import (
 from .arms import ARMS, GRID, SUBJECTS, UNTRAINED, VALIDATION
 from .bar import best, complete, with_ratios
 from .base_model import base_model
-from .job import ELICITED, Job, elicit, run_tried
+from .job import ELICITED, Job, elicit, job_of, run_tried
 from .page import page
 
 OUT, PAGE = Path("benchmarks/results/real"), "real.md"
@@ -49,10 +49,6 @@ SHOWN = (
     "relearned",
     "perplexity",
 )
-
-
-def job_of(row: Row) -> Job:
-    return Job(row["subject"], row["arm"], row["seed"])
 
 
 def jobs_of(subjects: tuple[str, ...], arms: tuple[str, ...], seeds: tuple[int, ...]) -> list[Job]:

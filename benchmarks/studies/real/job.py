@@ -38,6 +38,11 @@ class Job(NamedTuple):
     seed: int = 0
 
 
+def job_of(row: Row) -> Job:
+    """The job that made a row of the results."""
+    return Job(row["subject"], row["arm"], row["seed"])
+
+
 def elicit(model: str, out: Path, device: str | None, progress: Any) -> None:
     """What the base tells of every subject, into the folder `elicited`; continued where it was interrupted."""
     loaded, tokenizer = load(model, "float32", device)

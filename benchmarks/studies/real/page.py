@@ -30,8 +30,7 @@ COLUMNS = (
     ("perplexity_ratio", "perplexity x"),
 )
 
-
-# What the README shows, and whether less of it is better.
+# What the README shows of a method.
 SHORT = (
     "told",
     "leak@32",
@@ -187,8 +186,9 @@ def summary(rows: Sequence[Row]) -> list[str]:
         f"| | subjects | {' | '.join(names[key] for key in SHORT)} |",
         "|---|---:|" + "---:|" * len(SHORT),
     ]
-    for arm, of in ((arm, [row for row in rows if row["arm"] == arm]) for arm in ARMS if ARMS[arm].main):
-        if of:
+    for arm in ARMS:
+        of = [row for row in rows if row["arm"] == arm]
+        if of and ARMS[arm].main:
             cells = [str(len(means(of, "told"))), *(_cell(of, key) for key in SHORT)]
             lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
     return [*lines, f"| wanted | | {' | '.join(bounds)} |"]

@@ -99,12 +99,12 @@ def _other_questions(
 ) -> Iterator[Unit]:
     """The first, the second, ... of the other questions that rows have, where they have so many."""
     for k in range(max((len(questions(row)) for row in target.rows), default=0)):
-        rows = [row for row in target.rows if len(questions(row)) > k]
+        variant, rows = f"{name} {k + 1}", [row for row in target.rows if len(questions(row)) > k]
 
-        def work(variant=f"{name} {k + 1}", rows=rows, k=k) -> Outcomes:
+        def work(variant=variant, rows=rows, k=k) -> Outcomes:
             return target.outcomes(variant, rows, _asking(target, rows, [questions(row)[k] for row in rows]))
 
-        yield f"{name} {k + 1}", work
+        yield variant, work
 
 
 def _paraphrase(target: Target) -> Iterator[Unit]:
