@@ -1,5 +1,6 @@
 """README.md and docs/ say what the results say. That what they show runs is `test_docs`."""
 
+import json
 import re
 
 import pytest
@@ -32,3 +33,13 @@ def test_a_missing_block_is_named(page):
     name = readme.PAGES[page][0]
     with pytest.raises(ValueError, match=f"{page.name}: wanted one block '{name}', got 0"):
         readme.filled(page, page.read_text().replace(f"<!-- {name}:end -->", ""))
+
+
+def test_of_several_rows_of_a_job_the_last_counts(tmp_path, monkeypatch):
+    lines = (readme.RESULTS / "real" / "results.jsonl").read_text().splitlines()
+    earlier = [json.dumps(json.loads(line) | {"told": 1.0, "prefill": 1.0}) for line in lines]
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "results.jsonl").write_text("\n".join([*earlier, *lines]))
+    wanted = readme.real_block()
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.real_block() == wanted
