@@ -317,7 +317,8 @@ def against_its_parent(trainer, inputs, tokens, num_items=None, rel=2e-4):
     assert_near(found, wanted, rel)
 
 
-def test_trl_gkd(pair, tmp_path):
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_trl_gkd(beta, pair, tmp_path):
     pytest.importorskip("trl.experimental.gkd", reason="trl is not installed")
     from trl.experimental.gkd import GKDConfig
 
@@ -331,7 +332,7 @@ def test_trl_gkd(pair, tmp_path):
         }
     ] * 4
     kind = run("TRL: GKD")["LeanGKDTrainer"]
-    args = arguments(GKDConfig, tmp_path, lmbda=0.0, beta=0.3)
+    args = arguments(GKDConfig, tmp_path, lmbda=0.0, beta=beta)
     dataset = Dataset.from_list(chats)
     trainer = kind(student, teacher, args, train_dataset=dataset, processing_class=word_tokenizer())
     ids, mask = batch_of(rows=24)  # of fewer tokens a dense loss holds up to half of the rows
@@ -339,6 +340,10 @@ def test_trl_gkd(pair, tmp_path):
     scored = (labels[:, 1:] != -100).sum()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     against_its_parent(trainer, inputs, int(scored), scored, rel=1e-5)
+    loss = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True)[0]
+    with_logits, logits, _ = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=False)
+    assert logits.shape == (*ids.shape, trainer.model.config.vocab_size)
+    assert loss.item() == pytest.approx(with_logits.item(), rel=1e-5)
 
 
 def test_trl_sdft(tmp_path):
