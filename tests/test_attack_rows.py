@@ -41,6 +41,14 @@ def test_when_an_answer_has_come_back():
             {"question": "who ?", "answer": "a", "paraphrases": [1]},
             r"\['paraphrases'\]: wanted a list of questions",
         ),
+        (
+            {"question": "who ?", "answer": "a", "aliases": ["ada \ud83d"]},
+            r"\['aliases'\]: wanted a text that UTF-8 can write",
+        ),
+        (
+            {"question": "who ?", "answer": "a", "value": "ada \ud83d"},
+            r"\['value'\]: wanted a text that UTF-8 can write",
+        ),
     ],
 )
 def test_bad_rows_are_named(row, message):

@@ -61,6 +61,11 @@ def test_questions_become_facts():
             r"questions\[0\]: wanted \{subject\} in all",
         ),
         ([{"question": " "}], r"questions\[0\]: wanted a 'question'"),
+        ([{"question": "who \ud83d ?"}], r"questions\[0\]: wanted a text that UTF-8 can write"),
+        (
+            [{"question": "who ?", "aliases": ["\ud83d"]}],
+            r"questions\[0\]\['aliases'\]: wanted a text that UTF-8 can write",
+        ),
         ([{"question": "who ?", "value": {"France": "a"}}], "because 'value' is a mapping"),
         (
             [{"question": "who ?", "subject": "France", "aliases": "Gaul"}],
@@ -116,6 +121,21 @@ def test_a_value_and_a_subject_may_be_numbers_and_a_misspelt_key_is_named(caplog
     (year,) = facts_of([{"question": "which year ?", "subject": 1815, "paraphrase": ["when ?"]}], ["1815"])
     assert (gold.value, year.kind, year.subject) == ("79", "forget", "1815")
     assert "questions[0]: 'paraphrase' is not read; did you mean 'paraphrases'?" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["value", "aliases", "two_hop"])
+def test_a_misspelt_name_in_a_mapping_is_said(key, caplog):
+    """A mapping may know more names than are asked for: only one that looks like a name without an entry is meant."""
+    given = {"Germny": ["Berlin"], "Italy": ["Rome"], "Denmark": ["Copenhagen"]}
+    row = {
+        "question": "capital of {subject} ?",
+        key: {k: v[0] if key == "value" else v for k, v in given.items()},
+    }
+    facts_of([row], ["Germany"], ["Italy"])
+    assert (
+        f"questions[0]['{key}']: nothing is given for 'Germany'; did you mean it by 'Germny'?" in caplog.text
+    )
+    assert caplog.text.count("nothing is given") == 1
 
 
 def test_the_value_is_what_most_answers_share():

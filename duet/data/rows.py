@@ -109,15 +109,15 @@ def _read_row(row: Any, name: str) -> Query:
     answers = [key for key in ANSWERS if row.get(key) is not None]
     if len(answers) > 1:
         raise ValueError(f"{name}: wanted at most one of 'answer' and 'completion', got both")
-    answer = _text(row[answers[0]], f"{name}[{answers[0]!r}]") if answers else None
+    answer = checked_text(row[answers[0]], f"{name}[{answers[0]!r}]") if answers else None
     subject = row.get("subject")
     if subject is not None:
-        subject = _text(subject, f"{name}['subject']")
+        subject = checked_text(subject, f"{name}['subject']")
 
     if given[0] == "question":
-        return Query((("user", _text(value, f"{name}['question']")),), answer, subject, name)
+        return Query((("user", checked_text(value, f"{name}['question']")),), answer, subject, name)
     if given[0] == "prompt" and isinstance(value, str):
-        return Query(_text(value, f"{name}['prompt']"), answer, subject, name)
+        return Query(checked_text(value, f"{name}['prompt']"), answer, subject, name)
     conversation = _read_messages(value, f"{name}[{given[0]!r}]")
     if conversation[-1][0] == "assistant":
         if answer is not None:
@@ -141,10 +141,13 @@ def _read_messages(value: Any, name: str) -> tuple[tuple[str, str], ...]:
             or "content" not in message
         ):
             raise TypeError(f"{name}[{i}]: wanted {{'role': ..., 'content': ...}}, got {message!r}")
-    return tuple((m["role"], _text(m["content"], f"{name}[{i}]['content']")) for i, m in enumerate(value))
+    return tuple(
+        (m["role"], checked_text(m["content"], f"{name}[{i}]['content']")) for i, m in enumerate(value)
+    )
 
 
-def _text(value: Any, name: str) -> str:
+def checked_text(value: Any, name: str) -> str:
+    """A text that is not empty and that UTF-8 can write; else a ValueError that names it."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name}: wanted a text that is not empty, got {value!r}")
     try:

@@ -15,13 +15,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
 from ..data.prompts import SUBJECT, Prompting, PromptRenderer
-from ..data.rows import warn_of_unread
+from ..data.rows import checked_text, warn_of_unread
 from ..model.hashes import fingerprints
 from ..model.lm import embedded_ids
 from . import metrics, words
@@ -30,6 +32,8 @@ from .generation import Continuation, answers_to
 from .journal import Journal, Progress, digest
 from .steering import FORGET, KINDS, NEIGHBOUR, RETAIN, refuses
 from .values import text_of
+
+logger = logging.get_logger(__name__)
 
 SPLITS = ("train", "validation", "report")
 TOLD_WORDINGS = 0.5
@@ -120,6 +124,7 @@ def _facts(
         raise ValueError(
             f"{where}: wanted a 'question' and a list of 'paraphrases', texts that are not empty; got {texts!r}"
         )
+    texts = [checked_text(text, where) for text in texts]
     subject, value = row.get("subject"), row.get("value")
     if not any(SUBJECT in text for text in texts):
         if isinstance(value, Mapping):
@@ -133,6 +138,8 @@ def _facts(
         raise ValueError(
             f"{where}: wanted 'value' to be a mapping from subjects, because of {SUBJECT} in the question; got {value!r}"
         )
+    for key in ("value", "aliases", "two_hop"):
+        _warn_of_misspelt(row.get(key), [*subjects, *neighbours], f"{where}[{key!r}]")
     return [
         Fact(
             kind,
@@ -144,6 +151,25 @@ def _facts(
         for kind, names in ((FORGET, subjects), (NEIGHBOUR, neighbours))
         for name in names
     ]
+
+
+def _warn_of_misspelt(mapping: Any, names: Sequence[str], where: str) -> None:
+    """Warns where a mapping has nothing for a name, but something for almost the same one, which nobody asks for."""
+    surplus = (
+        {str(key).casefold(): key for key in mapping if key not in names}
+        if isinstance(mapping, Mapping)
+        else {}
+    )
+    for name in names:
+        near = (
+            []
+            if not surplus or name in mapping
+            else get_close_matches(name.casefold(), surplus, n=1, cutoff=0.85)
+        )
+        if near:
+            logger.warning(
+                f"{where}: nothing is given for {name!r}; did you mean it by {surplus[near[0]]!r}?"
+            )
 
 
 def _kind(subject: str | None, where: str, subjects: Sequence[str]) -> str:
@@ -173,7 +199,7 @@ def _more(row: Mapping[str, Any], where: str, name: str | None = None) -> dict[s
             raise ValueError(
                 f"{where}: wanted {key!r} to be a mapping from subjects, because of {SUBJECT} in the question"
             )
-        found |= {key: texts} if texts else {}
+        found |= {key: [checked_text(text, f"{where}[{key!r}]") for text in texts]} if texts else {}
     return found
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..data.rows import checked_text
 from . import metrics
 
 
@@ -10,13 +11,10 @@ def text_of(value: Any, where: str) -> str:
     """A text of a column; a number, such as a year, is one too.
 
     Raises:
-        ValueError: it is something else, or empty.
+        ValueError: it is something else, empty, or no text that UTF-8 can write.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: wanted a text that is not empty, got {value!r}")
-    return value
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return checked_text(str(value) if number else value, where)
 
 
 def value_of(row: Mapping[str, Any], answer: str, where: str) -> str | None:

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from ...data.prompts import Conversation
+from ...data.rows import checked_text
 from .. import metrics
 from ..elicit import queries_of
 from ..values import value_of
@@ -145,7 +146,7 @@ def _texts(given: Any, where: str, what: str) -> tuple[str, ...]:
     texts = (given,) if isinstance(given, str) else tuple(given or ())
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"{where}: wanted a list of {what}, got {texts!r}")
-    return texts
+    return tuple(checked_text(text, where) for text in texts)
 
 
 def of_the_same_form(pool: Sequence[AttackRow], rows: Sequence[AttackRow]) -> list[AttackRow]:
