@@ -39,7 +39,7 @@ from .model.weights import weights_hash
 from .output.adapters import AdapterTrainer, add_new_adapter, check_earlier_adapter
 from .output.card import STEERING, fingerprint, write_card
 from .output.checkpoints import check_output_dir
-from .output.parts import LossParts
+from .output.parts import LogsLastStep, LossParts
 from .output.record import begin_run, run_record
 from .store.provenance import cached_teacher, open_store
 from .store.read import TopKStore
@@ -196,7 +196,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTraine
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or ()), LogsLastStep()],
             optimizers=optimizers,
         )
         self.check_directions()

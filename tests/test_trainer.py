@@ -361,6 +361,16 @@ def test_logged_parts_add_up_between_logs(tmp_path):
         assert logged == pytest.approx([sum(steps[:3]) / 3, sum(steps[3:]) / 3], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "steps", "at"), [("steps", 4, [4, 5]), ("steps", 10, [5]), ("steps", 5, [5]), ("no", 1, [])]
+)
+def test_the_last_step_is_logged(strategy, steps, at, tmp_path):
+    trainer = make(tmp_path, max_steps=5, logging_strategy=strategy, logging_steps=steps)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
+    assert [entry["step"] for entry in logged] == at
+
+
 @pytest.mark.parametrize("options", [{}, {"positions": "answer", "max_answer_tokens": 4}, {"lora": True}])
 def test_resume_is_bitwise(tmp_path, options):
     """Four steps against two, then two more from the checkpoint: dropout, sampling and adversarial views included."""

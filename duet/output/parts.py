@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 
 class LossParts:
@@ -33,3 +34,11 @@ class LossParts:
         means = (values / max(1, step - self.since)).tolist()
         names, self.sums = list(self.sums), {}
         return dict(zip(names, means, strict=True))
+
+
+class LogsLastStep(TrainerCallback):
+    """The last step is logged, too, where `max_steps` is no multiple of `logging_steps`: a short run has at least one log."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps and args.logging_strategy == "steps":
+            control.should_log = True
