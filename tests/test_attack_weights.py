@@ -105,8 +105,10 @@ def test_nf4_rounds_the_linear_layers():
     assert sum(o["leaked"] for o in Target(model, tokenizer, forget[:8]).ask("nf4")) >= 6
 
 
-@pytest.mark.parametrize("how", ["nf4", "int8"])
-def test_a_packed_base_is_unpacked_before_it_is_rounded(how):
+@pytest.mark.parametrize(
+    ("how", "dora"), [("nf4", False), ("int8", False), ("nf4", True)]
+)  # as test_quantised
+def test_a_packed_base_is_unpacked_before_it_is_rounded(how, dora):
     """A LoRA on packed weights: int4 rounds W + BA, of fp32; what was packed lies there untouched afterwards."""
     bnb = pytest.importorskip("bitsandbytes").nn
     torch.manual_seed(0)
@@ -117,14 +119,24 @@ def test_a_packed_base_is_unpacked_before_it_is_rounded(how):
     packed = (bnb.Linear4bit if how == "nf4" else bnb.Linear8bitLt)(64, 64, bias=False, **kind)
     packed.load_state_dict(plain.state_dict())
     model = torch.nn.Sequential(packed.to("cpu"), torch.nn.Linear(64, 2))
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, use_dora=dora)
+    model = get_peft_model(model, config)
     x = torch.randn(3, 64)
-    before, layer = model(x), model.base_model.model[0]
+    layer = model.base_model.model[0]
+    if dora:
+        layer.lora_magnitude_vector["default"].weight.data.mul_(torch.linspace(0.5, 2, 64))
+    before = model(x)
     with weights.unpacked(model), weights.restored(model):
         torch.testing.assert_close(model(x), before, rtol=0.02, atol=0.02)  # int8 rounds the inputs too
         weight = model.base_model.model[0].weight
-        near = weight - layer.get_delta_weight("default") - plain.weight
-        assert weight.dtype == torch.float32 and near.abs().amax() < (0.03 if how == "nf4" else 0.001)
+        if dora:
+            torch.testing.assert_close(
+                weight.norm(dim=1), layer.lora_magnitude_vector["default"].weight, rtol=1e-5, atol=1e-6
+            )
+        else:
+            near = weight - layer.get_delta_weight("default") - plain.weight
+            assert near.abs().amax() < (0.03 if how == "nf4" else 0.001)
+        assert weight.dtype == torch.float32
         wanted = weights.quantize(weight.detach().clone(), 4)
         weights.round_weights(model, 4)
         assert torch.equal(weight, wanted)

@@ -124,13 +124,11 @@ def merged(model: Any) -> Iterator[None]:
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
-    """Inside, layers whose weights are packed in 4 or 8 bits (bitsandbytes) are plain linear layers, with their LoRA added.
+    """Inside, layers whose weights are packed in 4 or 8 bits (bitsandbytes) are plain linear layers, with their LoRA or DoRA added.
 
     Adding a LoRA to packed weights rounds them again to the same grid, and what is packed is no floating-point matrix that
     `round_weights` would see. Unpacked weights are in the dtype of the model's other weights. Models without such layers are left alone.
-
-    Raises:
-        ValueError: the adapter on a packed layer is no plain LoRA (DoRA).
+    DoRA's rows have the lengths that it learnt: m (W + B A) / |W + B A|.
     """
     swapped: list[tuple[Any, str, nn.Module]] = []
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -165,10 +163,11 @@ def _plain(module: Any, dtype: torch.dtype) -> nn.Linear:
         scales = packed.SCB if getattr(packed, "SCB", None) is not None else inner.state.SCB
         weight = int8_vectorwise_dequant(packed.data, scales).float()
     for adapter in getattr(module, "active_adapters", ()) if module is not inner else ():
-        if getattr(module, "use_dora", {}).get(adapter):
-            raise ValueError("model: wanted a plain LoRA on its quantised weights, got DoRA: merge it first")
         if adapter in module.lora_A:
             weight = weight + module.get_delta_weight(adapter).float()
+        if getattr(module, "use_dora", {}).get(adapter):
+            wanted: Tensor = module.lora_magnitude_vector[adapter].weight.float()
+            weight = weight * (wanted / weight.norm(dim=1))[:, None]
     layer = nn.Linear(inner.in_features, inner.out_features, bias=inner.bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     if inner.bias is not None:
