@@ -67,6 +67,26 @@ def test_the_command_line_overrides(path):
     assert RunConfig.load(path, ["--adapter", "null"]).adapter is None
 
 
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("the sea #1 captain", None),
+        ("two\nlines", None),
+        ("a:{b}", None),
+        ('"3"', "3"),
+        ("'no # text'", "no # text"),
+    ],
+)
+def test_a_text_is_read_as_it_was_typed(path, typed, read):
+    """In YAML ` #` begins a comment. Between quotes a text is YAML's."""
+    assert RunConfig.load(path, ["--data.forget.subject", typed]).forget.subject == (read or typed)
+
+
+def test_an_empty_text_is_not_nothing(path):
+    with pytest.raises(ValueError, match=r"wanted a text that is not empty, got ''"):
+        RunConfig.load(path, ["--data.forget.path", ""])
+
+
 def test_an_option_that_is_a_mapping_is_entered_by_a_dot(path):
     words = [
         "--chat_template_kwargs.enable_thinking",

@@ -177,6 +177,8 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         except ValueError as error:
             quotes = f"; a text is written between quotes: '\"{text}\"'" if text[:1] in "{[" else ""
             raise ValueError(f"--{key}: {text!r} is not a value: {error}{quotes}") from None
+        if not text or (isinstance(value, str) and text.lstrip()[:1] not in "'\"|>!&"):
+            value = text  # as it was typed: in YAML ` #` would begin a comment, and nothing would be null
         _put(tree, key, value)
     return tree
 
