@@ -77,6 +77,7 @@ def test_a_job_forgets_one_person_and_says_what_the_base_told(toy):
     how = {"model": str(toy / "base"), "out": toy / "out", "device": "cpu"}
     base = jobs.run_job(jobs.Job("ada lovelace", "base"), **how)
     assert base["told"] == base["seen"] == base["unseen"] == 1.0 and base["refused"] == 0.0
+    assert base["prefill"] == 1.0 and set(base["back"]["prefill"]) == set(base["said"])
     rounded = jobs.run_job(jobs.Job("ada lovelace", "int8"), **how)
     assert 0 < abs(rounded["perplexity"] - base["perplexity"]) < 0.1 * base["perplexity"]
     changed = {
@@ -180,7 +181,8 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     rows = [_row("Japan", "base", 0, told=1.0), _row("Italy", "base", 0, told=1.0)]
     rows += [_row("Japan", "int8", 0)]
     rows += [_row("Japan", "contrast", seed, told=told, refused=1.0) for seed, told in ((0, 0.0), (1, 0.2))]
-    rows += [_row("Italy", "contrast", 0, size=0.8, told=0.3, refused=1.0, perplexity=21.0)]
+    back = {"prefill": {"Where?": "in\nEurope"}, "relearned": {}}
+    rows += [_row("Italy", "contrast", 0, size=0.8, told=0.3, refused=1.0, perplexity=21.0, back=back)]
     assert means(rows[3:], "told") == [0.1, 0.3]
     tried = [_row("France", arm, 0, changed={"k": 8} if arm == "deep" else {}) for arm in ("base", "deep")]
     text = page(rows, tried)
@@ -189,6 +191,7 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     assert "| perplexity of plain text, as a multiple of the base's | <= 1.05 | 1.02 | met |" in text
     assert "Of the bar's 11 lines 7 are met." in text and "`k: 8` | 1 |" in text
     assert "multiplied the adapters by: Italy 0.8." in text
+    assert "* Italy, behind a forced opening: *Where?* in Europe\n" in text
     assert "Without a row here, run as they stand in `arms.py`: `duet_deep`, refusals also" in text
     assert (
         "| the base, rounded to int8 | 1 |" in text

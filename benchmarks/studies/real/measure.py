@@ -24,6 +24,7 @@ Row = dict[str, Any]
 SAMPLES, SAMPLED_FROM = 32, 64
 ANSWER_TOKENS, BATCH = 40, 512
 RELEARNING = {"relearn_rates": (1e-4, 3e-4), "relearn_curve": (10,)}
+BY_VARIANT = {"reverse_prompt": "reverse_prompt", "prefill": "prefill", "relearned": "relearning"}
 REVERSED = HELDOUT_REVERSE_PROMPTS[:3]
 # Plain English that no training saw: pages of Python's own manual, in pieces of so many tokens.
 PAGES, PIECE = ("if", "while", "with", "try", "function", "class", "assignment", "import"), 256
@@ -39,7 +40,7 @@ def measure(
         rows: `forget`, `seen` and `unseen` (neighbours; whether training saw that subject), `general`.
 
     Returns:
-        name -> a share in [0, 1]; `perplexity` of plain text; `said`: question -> answer of the forget rows.
+        name -> a share in [0, 1]; `perplexity` of plain text; `said`: question -> answer of the forget rows; `back`: as `attacks` says.
     """
     targets = targets_of(model, tokenizer, rows, seed)
     asked = _ask(targets)
@@ -112,18 +113,23 @@ def refusals(outcomes: Outcomes) -> dict[str, float]:
     return {"refused": share(whole), "broken": share(broken)}
 
 
-def attacks(target: Target) -> dict[str, float]:
-    """What each attack brings back; the worst variant of each."""
-    found = {name: _worst(target, name) for name in ("reverse_prompt", "prefill")}
-    found["relearned"] = _worst(target, "relearning")
+def attacks(target: Target) -> dict[str, Any]:
+    """What each attack brings back, by its worst variant; `back`: attack -> question -> what is said where it is told."""
+    found: dict[str, Any] = {}
+    back: dict[str, dict[str, str]] = {}
+    for name, attack in BY_VARIANT.items():
+        worst = _worst(target, attack)
+        found[name] = told(worst)
+        back[name] = {target.rows[each["id"]].question: each["said"] for each in worst if each["leaked"]}
     found["leak@1"], found["leak@32"] = _leaks(target)
-    return found
+    return found | {"back": back}
 
 
-def _worst(target: Target, attack: str) -> float:
+def _worst(target: Target, attack: str) -> Outcomes:
+    """The outcomes of the variant that brings back most; none where the attack cannot be made."""
     if ATTACKS[attack].missing(target):
-        return math.nan
-    return max(told(outcomes) for outcomes in by_variant(target, attack).values())
+        return []
+    return max(by_variant(target, attack).values(), key=told)
 
 
 def _leaks(target: Target) -> tuple[float, float]:

@@ -214,6 +214,17 @@ def examples(rows: Sequence[Row], subject: str) -> list[str]:
     return lines
 
 
+def came_back(rows: Sequence[Row]) -> list[str]:
+    """What our method still says behind forced openings, and after relearning, row by row."""
+    names = {"prefill": "behind a forced opening", "relearned": "after ten steps on the other half"}
+    lines = []
+    for row in rows:
+        for attack, name in names.items():
+            for question, said in row.get("back", {}).get(attack, {}).items():
+                lines.append(f"* {row['subject']}, {name}: *{question}* {' '.join(said.split())[:100]}")
+    return ["## What comes back", "", *lines, ""] if lines else []
+
+
 def made_with(rows: Sequence[Row]) -> str:
     """Where the rows come from, and how long a training took; on a GPU other jobs ran beside it."""
     trained = [row["train_seconds"] for row in rows if row["arm"] in ARMS]
@@ -247,6 +258,7 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = ()) -> str:
             "",
             *([*verdict(ours), "", *conclusion(ours)] if ours else ["not run"]),
             "",
+            *came_back(ours),
             "## All methods",
             "",
             "Percent, means over the subjects of which a figure was measured (lowest to highest subject). *told*, *leak@32*, *reverse prompt*, *prefill*, *relearned* and "
