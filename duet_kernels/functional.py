@@ -237,7 +237,7 @@ def topk_distill_loss(
     values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden)
     choice = _resolve("topk_distill_loss", hidden_nd, impl, values.shape[1], spec.needs_student_logsumexp)
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
-    values, indices = tokens.take(values), tokens.take(indices)
+    values, indices = tokens.take(values), tokens.take(indices, head.num_ids)
     tail = None if tail is None else tokens.take(tail)
     run = ops if head.group is None else sharded
     return run.topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
@@ -267,7 +267,7 @@ def topk_distill_stats(
 
     * `loss` = the divergence, `logprob` = log q(token), both differentiable, with one backward pass for the two
     * `entropy` = -sum q log q, `student_mass` = sum of q over S, `teacher_mass` = sum of p over S
-    * `overlap` = |S and the student's own k largest| / |S|
+    * `overlap` = |S and the student's own |S| largest| / |S|
 
     Args:
         hidden: `[..., D]` student's hidden states.
@@ -320,9 +320,13 @@ def topk_distill_stats(
     run, shared = ops if head.group is None else sharded, None
     teacher_mass = _teacher_mass(teacher, values, indices, lead, spec)
     teacher_mass = None if teacher_mass is None else tokens.take(teacher_mass)
-    hidden_nd, values, indices = tokens.take(hidden_nd), tokens.take(values), tokens.take(indices)
+    hidden_nd, values, indices = (
+        tokens.take(hidden_nd),
+        tokens.take(values),
+        tokens.take(indices, head.num_ids),
+    )
     tail = None if tail is None else tokens.take(tail)
-    sampled = None if sampled is None else tokens.take(sampled)
+    sampled = None if sampled is None else tokens.take(sampled, head.num_ids)
     still, still_head = hidden_nd.detach(), head.detach()
     if overlap:
         choice_k = _resolve("linear_topk", hidden_nd, impl, values.shape[1])
@@ -476,7 +480,7 @@ def linear_cross_entropy(
     choice = _resolve("linear_cross_entropy", hidden_nd, impl)
     mask = ids.view(lead) != ignore_index
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
-    ids, hidden_nd = tokens.take(ids.where(ids != ignore_index, 0)), tokens.take(hidden_nd)
+    ids, hidden_nd = tokens.take(ids.where(ids != ignore_index, 0), head.num_ids), tokens.take(hidden_nd)
     run = ops if head.group is None else sharded
     return run.cross_entropy(hidden_nd, head, ids, tokens, choice)
 

@@ -51,7 +51,8 @@ class TopK(NamedTuple):
             raise ValueError(
                 "tail_logsumexp: is None, but the log-sum-exp over the whole vocabulary needs it"
             )
-        return torch.logaddexp(torch.logsumexp(self.values / self.temperature, -1), self.tail_logsumexp)
+        values = self.values.to(acc_dtype(self.values.dtype))
+        return torch.logaddexp(torch.logsumexp(values / self.temperature, -1), self.tail_logsumexp)
 
     @classmethod
     def from_logprobs(cls, indices: Tensor, logprobs: Tensor, *, temperature: float = 1.0) -> TopK:
@@ -283,7 +284,9 @@ class LMHead:
         if self.group is not None or self.shards is not None:
             self._check_shards()
         size, rows = self.vocab_size, sum(self.shards or weight.shape[:1])
-        if size is not None and not (isinstance(size, int) and 1 <= size <= rows):
+        if size is not None and (
+            isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= rows
+        ):
             raise ValueError(f"head.vocab_size: wanted None or an integer from 1 to {rows}, got {size!r}")
         object.__setattr__(self, "num_ids", rows if size is None else size)
         object.__setattr__(self, "acc", acc_dtype(weight.dtype))

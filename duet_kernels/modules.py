@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from .dispatch import Impl
 from .functional import linear_cross_entropy, linear_distill_loss, topk_distill_loss
 from .head import LMHead, TopK
-from .options import Divergence, DivergenceName, Normalization, Reduction, Support
+from .options import (
+    REDUCTIONS,
+    SUPPORTS,
+    Divergence,
+    DivergenceName,
+    Normalization,
+    Reduction,
+    Support,
+    unknown,
+)
 
 
 class _Loss(nn.Module):
-    """Keeps the options of a loss function and shows them in repr."""
+    """Keeps the options of a loss function and shows them in repr. Names that do not exist are refused at once."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        for name, known in (("reduction", REDUCTIONS), ("support", SUPPORTS), ("impl", get_args(Impl))):
+            if options.get(name, known[0]) not in known:
+                raise unknown(name, options[name], known)
         self.options = options
 
     def extra_repr(self) -> str:
@@ -91,6 +103,8 @@ class LinearDistillLoss(_Loss):
         impl: Impl = "auto",
     ) -> None:
         Divergence.of(divergence, normalization, temperature, beta, delta, clip)
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+            raise ValueError(f"k: wanted None or an integer >= 1, got {k!r}")
         super().__init__(
             k=k,
             support=support,

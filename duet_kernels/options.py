@@ -243,14 +243,17 @@ class Tokens:
     rows: Tensor | None = None  # None: nothing was left out
     masked: bool = False
 
-    def take(self, x: Tensor) -> Tensor:
-        """The rows of `x` that count. Where masked rows stay they are set to 0, so that a NaN in them cannot spread."""
+    def take(self, x: Tensor, num_ids: int | None = None) -> Tensor:
+        """The rows of `x` that count. Where masked rows stay they are set to 0, so that a NaN in them cannot spread.
+
+        Of ids, with `num_ids` of them, only those that do not exist become 0: the logit of such an id is NaN.
+        """
         if self.rows is not None:
             return x.index_select(0, self.rows)
-        if self.masked and x.is_floating_point():
-            skip = (self.factor == 0).view(-1, *(1,) * (x.dim() - 1))
-            return x.masked_fill(skip, 0)
-        return x
+        if not self.masked:
+            return x
+        skip = (self.factor == 0).view(-1, *(1,) * (x.dim() - 1))
+        return x.masked_fill(skip if num_ids is None else skip & (x >= num_ids), 0)
 
     def weigh(self, rows: Tensor) -> Tensor:
         """factor * loss, exactly 0 where the factor is 0."""
@@ -298,7 +301,7 @@ def loss_tokens(
             raise TypeError(f"weights: wanted floating-point constants, got {got}")
         factor = torch.where(factor == 0, 0.0, weights.reshape(n).to(acc))
     if reduction == "mean":
-        factor = factor / (count if num_items is None else _denominator(num_items, factor)).clamp(min=1)
+        factor = factor / (count.clamp(min=1) if num_items is None else _denominator(num_items, factor))
     rows, masked = None, mask is not None or weights is not None
     if masked and choice != "reference" and device.type == "cpu" and not torch.compiler.is_compiling():
         rows = (factor != 0).nonzero()[:, 0]
@@ -316,11 +319,15 @@ def _check_rows(name: str, value: object, lead: tuple[int, ...], device: torch.d
 
 
 def _denominator(num_items: int | Tensor, factor: Tensor) -> Tensor:
+    """`num_items`, which is looked at where that is no synchronisation; 0, of a batch in which nothing counts, divides by 1."""
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1 or num_items.is_complex():
             raise ValueError(f"num_items: wanted an int or a 0-d tensor, got shape {list(num_items.shape)}")
-        return num_items.detach().reshape(()).to(device=factor.device, dtype=factor.dtype)
+        if num_items.device.type == "cpu" and not torch.compiler.is_compiling() and not num_items >= 0:
+            raise ValueError(f"num_items: wanted a number >= 0, got {num_items}")
+        given = num_items.detach().reshape(()).to(device=factor.device, dtype=factor.dtype)
+        return given.masked_fill(given == 0, 1)
     if isinstance(num_items, bool) or not isinstance(num_items, int) or num_items < 0:
         raise ValueError(f"num_items: wanted an int >= 0 or a 0-d tensor, got {num_items!r}")
     # Not a copy from the host: that would be a synchronisation.
-    return torch.full((), float(num_items), dtype=factor.dtype, device=factor.device)
+    return torch.full((), float(num_items or 1), dtype=factor.dtype, device=factor.device)

@@ -162,7 +162,13 @@ def divergence(
     q = logq.exp().masked_fill(~present, 0)
     p = logp.exp().masked_fill(~present, 0)
     pair = _Pair(p, q, logp, logq, _noise(slots_s, slots_t))
-    return _OF_DISTRIBUTIONS[spec.name](pair, spec).clamp(max=spec.clip).sum(-1)
+    terms = _OF_DISTRIBUTIONS[spec.name](pair, spec)
+    if spec.clip < torch.inf:  # a clipped term has no gradient: through an infinite one it would be NaN
+        over = terms.detach().isposinf()
+        p, q, logp, logq = (x.masked_fill(over, 0) for x in (p, q, logp, logq))
+        finite = _Pair(p, q, logp, logq, pair.noise)
+        terms = _OF_DISTRIBUTIONS[spec.name](finite, spec).masked_fill(over, torch.inf)
+    return terms.clamp(max=spec.clip).sum(-1)
 
 
 def _noise(s: Tensor, t: Tensor) -> Tensor:

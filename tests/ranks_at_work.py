@@ -195,6 +195,11 @@ def ids_that_are_ruled_out():
     one, two = (linear_token_stats(problem.hidden, head, problem.labels) for head in (whole, part))
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=2e-5)
+    alone = dataclasses.replace(whole, bias=torch.full_like(bias, -torch.inf))  # no distribution at all
+    one = linear_token_stats(problem.hidden, alone, problem.labels)
+    two = linear_token_stats(problem.hidden, own_rows(alone, part.shards), problem.labels)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
     rest = torch.arange(130, 203).expand(19, -1)
     hidden = problem.hidden.clone().requires_grad_()
     nothing = linear_logsumexp(hidden, part, exclude=rest)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from duet_kernels import (
+    LinearCrossEntropyLoss,
     LinearDistillLoss,
     LMHead,
     TopK,
@@ -394,6 +395,14 @@ REFUSED = [
         ("num_items:", "'none'"),
     ),
     ("num_items negative", lambda: topk(num_items=-3), ValueError, ("num_items:", ">= 0", "-3")),
+    (
+        "num_items a negative tensor",
+        lambda: topk(num_items=torch.tensor(-3)),
+        ValueError,
+        ("num_items:", ">= 0", "-3"),
+    ),
+    ("num_items nan", lambda: topk(num_items=torch.tensor(float("nan"))), ValueError, ("num_items:", "nan")),
+    ("vocab_size a bool", lambda: LMHead(W, vocab_size=True), ValueError, ("head.vocab_size:", "True")),
     ("num_items a float", lambda: topk(num_items=2.5), ValueError, ("num_items:", "int", "2.5")),
     ("num_items a vector", lambda: topk(num_items=torch.ones(3)), ValueError, ("num_items:", "0-d", "[3]")),
     # head
@@ -434,6 +443,28 @@ REFUSED = [
         lambda: TopKDistillLoss(divergence="mes"),
         ValueError,
         ("divergence:", "did you mean 'mse'"),
+    ),
+    *(
+        (
+            f"module {name} {value}",
+            lambda options={name: value}: LinearDistillLoss(**options),
+            ValueError,
+            (f"{name}:", repr(value)),
+        )
+        for name, value in (
+            ("reduction", "avg"),
+            ("support", "all"),
+            ("impl", "cuda"),
+            ("k", 0),
+            ("k", True),
+            ("k", 2.0),
+        )
+    ),
+    (
+        "cross-entropy module",
+        lambda: LinearCrossEntropyLoss(reduction="avg"),
+        ValueError,
+        ("reduction:", "'avg'"),
     ),
     (
         "distill module options",
@@ -523,6 +554,7 @@ def test_documented_answers(name):
     # num_items as a tensor of any number type; 0 items are 1.
     for items in (torch.tensor(4), torch.tensor(4.0), torch.tensor([4]), 4):
         torch.testing.assert_close(loss(num_items=items), full.sum() / 4)
+    torch.testing.assert_close(loss(num_items=torch.tensor(0.5)), full.sum() / 0.5)
     # int32 ids, and a teacher of another float type.
     teacher = TOP._replace(values=TOP.values.double(), indices=IDS.int())
     if name in ("huber", "renormalize", "tail", "zeroed", "truncated", "generalized"):

@@ -118,6 +118,25 @@ def test_the_other_functions_take_it():
     torch.testing.assert_close(both, plain)
 
 
+@pytest.mark.parametrize("name", ["reverse_kl", "symmetric_kl"])
+def test_an_infinite_term_is_clipped_without_a_gradient(name):
+    """The teacher's two ids hold all mass, so that the student's tail has an infinite term."""
+    teacher = TopK.from_logprobs(
+        torch.tensor([[3, 5]]), torch.tensor([[0.6, 0.4]], dtype=torch.float64).log()
+    )
+    assert teacher.tail_logsumexp.item() == -math.inf
+    found = []
+    for impl in ("reference", "chunked", "triton"):
+        hidden, weight, *_ = problem()
+        options = {"divergence": name, "normalization": "tail", "clip": 10.0, "impl": impl}
+        loss = topk_distill_loss(hidden[:1], weight, teacher, **options)
+        found.append([loss.detach(), *torch.autograd.grad(loss, (hidden, weight))])
+    assert loss > 10 and found[0][1].abs().sum() > 0
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_a_nan_stays_in_its_row():
     for impl in ("reference", "chunked", "triton"):
         hidden, weight, teacher, _ = problem()

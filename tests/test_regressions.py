@@ -25,6 +25,7 @@ from duet_kernels import (
     reference,
     set_workspace_bytes,
     topk_distill_loss,
+    topk_distill_stats,
 )
 from duet_kernels.head import Need
 from duet_kernels.options import NORMALIZATIONS
@@ -386,6 +387,37 @@ def test_out_of_range_ids_where_nobody_looks(impl):
         assert torch.equal(result.isnan(), nan)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_invalid_ids_of_tokens_that_do_not_count(impl):
+    """Where nobody looks at ids: a padding token may hold any, and adds nothing to the loss and to the gradients."""
+    if impl == "triton":
+        pytest.importorskip("triton")
+    problem = make_problem(4, 61, 8)
+    ids, labels = problem.teacher_topk(3).indices, torch.tensor([1, 2, 3, -1])
+    ids[3] = -1
+    teacher = problem.teacher_topk(3)._replace(indices=ids)
+    counted = torch.tensor([True, True, True, False])
+    tail = {"divergence": "forward_kl", "normalization": "tail", "impl": impl}
+
+    def results(rows, mask):
+        hidden, weight = (getattr(problem, name).clone().requires_grad_() for name in ("hidden", "weight"))
+        call = hidden[rows], LMHead(weight), TopK(*(x[rows] for x in teacher[:3]))
+        stats = topk_distill_stats(*call, mask=mask, token_ids=labels[rows], **tail)
+        losses = [
+            topk_distill_loss(*call, mask=mask, reduction="sum", **tail),
+            linear_cross_entropy(*call[:2], labels[rows], weights=mask.float(), reduction="sum", impl=impl),
+            (stats.loss + stats.logprob).sum(),
+        ]
+        return [x for loss in losses for x in (loss, *torch.autograd.grad(loss, (hidden, weight)))]
+
+    wanted = results(slice(3), counted[:3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        found = results(slice(4), counted)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 FAR = [-math.inf, -200.0, -90.0, -61.0, -40.0]
 
 
@@ -433,6 +465,30 @@ def test_forward_mode_is_refused_and_never_zero(op):
             dual = forward_ad.make_dual(getattr(problem, leaf), torch.ones_like(getattr(problem, leaf)))
             with pytest.raises(RuntimeError, match=f"{name}: carries a forward-mode tangent .*'reference'"):
                 op.run(dataclasses.replace(problem, **{leaf: dual}), "chunked")
+
+
+@pytest.mark.parametrize("op", ONE_OF_EACH, ids=str)
+def test_a_gradient_by_torch_func_is_refused_by_name(op):
+    problem = make_problem(3, 13, 5, dtype=torch.float64, bias=True)
+    for leaf, name in (("hidden", "hidden"), ("weight", "head.weight"), ("bias", "head.bias")):
+
+        def value(x, leaf=leaf):
+            return op.run(dataclasses.replace(problem, **{leaf: x}), "chunked").sum()
+
+        with pytest.raises(RuntimeError, match=f"{name}: is differentiated by torch.func.grad .*'reference'"):
+            torch.func.grad(value)(getattr(problem, leaf))
+
+
+def test_a_selection_that_nobody_differentiates_may_stand_in_a_gradient_by_torch_func():
+    problem = make_problem(3, 13, 5, dtype=torch.float64)
+
+    def loss(hidden):
+        teacher = linear_topk(problem.teacher_hidden, problem.teacher_head, 4, impl="chunked")
+        return topk_distill_loss(hidden, problem.head, teacher, impl="reference")
+
+    hidden = problem.hidden.clone().requires_grad_()
+    loss(hidden).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(problem.hidden), hidden.grad)
 
 
 def test_the_definition_has_forward_mode():

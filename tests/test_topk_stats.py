@@ -42,12 +42,12 @@ def constants(teacher, z):
     """The student's and the teacher's mass and the overlap, row by row."""
     rows = []
     for q, own, values, ids, tail in zip(
-        (z / T).softmax(-1), z.topk(K).indices, teacher.values / T, teacher.indices, teacher.tail_logsumexp, strict=True
+        (z / T).softmax(-1), z.argsort(descending=True), teacher.values / T, teacher.indices, teacher.tail_logsumexp, strict=True
     ):  # fmt: skip
         present = values != -torch.inf
         told = dict(zip(ids[present].tolist(), values[present].tolist(), strict=True))
         selected = torch.tensor(list(told.values()), dtype=torch.float64).exp().sum()
-        shared = torch.isin(ids[present], own).double().mean()
+        shared = torch.isin(own[: len(told)], torch.tensor(list(told))).double().mean()
         rows.append(torch.stack([q[list(told)].sum(), selected / (selected + tail.exp()), shared]))
     return torch.stack(rows).unbind(1)
 
@@ -162,6 +162,44 @@ def test_a_certain_token_keeps_its_digits(impl, among):
     truth = rest.sum().log1p() * p[0] - (p[1:] * p[1:].log()).sum()
     torch.testing.assert_close(stats.logprob[0].double(), -rest.sum().log1p(), rtol=1e-5, atol=0)
     torch.testing.assert_close(stats.entropy[0].double(), truth, rtol=1e-5, atol=0)
+
+
+def test_the_overlap_is_of_as_many_ids_of_the_student():
+    """One present id of three slots, which the student ranks second; an id twice and another one."""
+    z = torch.tensor([[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0]])
+    values = torch.tensor([[1.0, -torch.inf, -torch.inf], [1.0, 1.0, 0.5]])
+    teacher = TopK(values, torch.tensor([[1, 0, 0], [0, 0, 2]]))
+    for impl in IMPLS:
+        stats = topk_distill_stats(torch.eye(2), z.T, teacher, overlap=True, impl=impl)
+        assert stats.overlap.tolist() == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_half_precision_teachers_mass_has_the_digits_of_fp32(dtype):
+    values, ids, tail = (
+        torch.tensor([[30.0, 29.0]], dtype=dtype),
+        torch.tensor([[0, 1]]),
+        torch.tensor([30.4]),
+    )
+    half, whole = TopK(values, ids, tail), TopK(values.float(), ids, tail)
+    stats = [topk_distill_stats(torch.ones(1, 2), torch.eye(2), teacher) for teacher in (half, whole)]
+    assert torch.equal(stats[0].teacher_mass, stats[1].teacher_mass)
+    assert half.logsumexp.dtype == torch.float32 and torch.equal(half.logsumexp, whole.logsumexp)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_token_and_an_id_that_a_bias_rules_out(impl):
+    problem = make_problem(2, 20, 8, dtype=torch.float64)
+    bias = torch.zeros(20, dtype=torch.float64)
+    bias[[0, 4]] = -torch.inf
+    hidden = problem.hidden.clone().requires_grad_()
+    teacher, tokens = TopK(torch.tensor([[1.0, 0.5]] * 2), torch.tensor([[4, 5]] * 2)), torch.tensor([0, 7])
+    options = {"divergence": "forward_kl", "token_ids": tokens, "impl": impl}
+    logprob = topk_distill_stats(hidden, LMHead(problem.weight, bias), teacher, **options).logprob
+    truth = (F.linear(hidden, problem.weight, bias)).log_softmax(1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprob, truth, **EXACT)
+    (gradient,) = torch.autograd.grad(logprob[1], hidden)
+    torch.testing.assert_close(gradient, torch.autograd.grad(truth[1], hidden)[0], **EXACT)
 
 
 def test_no_leading_dimension_and_several():

@@ -66,31 +66,38 @@ def _register(op: Op, name: str) -> None:
         save_for_backward(ctx, *output[1:], *(inputs[i] for i in ctx.places if made_again))
 
     def gradient(ctx, grad, *_):
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint refuses a second time
+        made, tensors = saved[:3], saved[3:]
+
         def again(need, upstream):
-            inputs, tensors = list(ctx.numbers), ctx.saved_tensors[3:]
+            inputs = list(ctx.numbers)
             for i, x in zip(ctx.places, tensors, strict=True):
                 inputs[i] = x
             if upstream is not None:
                 inputs[ctx.places[-1]] = tensors[-1] * upstream
             return op(*inputs[:-3], True, need, ctx.impl)[1:]
 
-        return _gradient(ctx, grad, name, again)
+        return _gradient(ctx, grad, name, made, again)
 
     op.register_fake(fake)
     op.register_autograd(gradient, setup_context=context)
 
 
 def _gradient(
-    ctx: Any, grad: Tensor, name: str, again: Callable[[Need, Tensor | None], tuple[Tensor, ...]]
+    ctx: Any,
+    grad: Tensor,
+    name: str,
+    made: Sequence[Tensor],
+    again: Callable[[Need, Tensor | None], tuple[Tensor, ...]],
 ) -> tuple[Tensor | None, ...]:
-    """What the forward pass made, times the upstream gradient; `again` runs the op with another factor of each row.
+    """What the forward pass `made`, times the upstream gradient; `again` runs the op with another factor of each row.
 
     dW and db of a sum are scaled in place and given away: autograd may make a leaf's `grad` of their memory. A second
     backward pass over the same graph makes them again, and does to them what the first one did.
     """
     refuse_second_derivative(name)
     need = Need(*ctx.needs_input_grad[:3])
-    dhidden, *others = ctx.saved_tensors[:3]
+    dhidden, *others = made
     if need.hidden:
         dhidden = times(dhidden, grad, ctx.dtype, ctx.impl)
     if any(need[1:]) and not ctx.reduce:
@@ -260,7 +267,9 @@ def topk_stats(
         of_teacher = torch.cat(
             [once[:, :1].masked_fill(~among[:, None], -torch.inf), once[:, 1:]], 1
         ).detach()
-        logprob = -_log_of_one_and(x[:, 1:] - token[:, None])
+        ruled_out = token == -torch.inf  # by a bias; another slot may be, too, and -inf + inf would be NaN
+        logprob = -_log_of_one_and(x[:, 1:] - token.masked_fill(ruled_out, 0)[:, None])
+        logprob = logprob.masked_fill(ruled_out, -torch.inf)
         # Of the loss's tail the token is a part, unless it is one of the ids.
         tail = torch.where(among, tail, torch.logaddexp(tail, token.masked_fill(among, 0)))
     mass = (of_teacher.logsumexp(1) - x.detach().logsumexp(1)).exp()
@@ -271,6 +280,7 @@ def topk_stats(
 
 def teacher_mass(values: Tensor, ids: Tensor, tail: Tensor, temperature: float) -> Tensor:
     """`[N]` what a teacher's softmax gives to its ids, each of which counts once."""
+    values = values.to(acc_dtype(values.dtype))
     again = _met_before(ids.masked_fill(values == -torch.inf, -1))
     return torch.sigmoid((values.masked_fill(again, -torch.inf) / temperature).logsumexp(1) - tail)
 
@@ -283,9 +293,12 @@ def overlap(
     impl: str,
     select: Callable[..., tuple[Tensor, Tensor, Tensor]] = linear_topk,
 ) -> Tensor:
-    """`[N]` share of the teacher's ids that are among the student's own K largest: a pass that selects (`select`)."""
+    """`[N]` share of a teacher's n ids that are among the student's own n largest: a pass that selects (`select`)."""
     present = values_t != -torch.inf
-    own = select(hidden, head, min(ids.shape[1], head.num_ids), 1.0, impl)[1].sort(1).values
+    present &= ~_met_before(ids.masked_fill(~present, -1))
+    own = select(hidden, head, min(ids.shape[1], head.num_ids), 1.0, impl)[1]
+    more = torch.arange(own.shape[1], device=own.device) >= present.sum(1, keepdim=True)
+    own = own.masked_fill(more, -1).sort(1).values
     at = torch.searchsorted(own, ids).clamp(max=own.shape[1] - 1)
     shared = (own.gather(1, at) == ids) & present
     return shared.sum(1, dtype=values_t.dtype) / present.sum(1).clamp(min=1)

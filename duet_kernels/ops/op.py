@@ -23,22 +23,34 @@ def implementation(impl: str) -> Any:
 def flat(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor, Tensor | None, float | None, float]:
     """What every op begins with: hidden states, weight, bias, softcap and scale.
 
-    A custom op drops forward-mode tangents without a word, and zeros would pass for a derivative.
+    A custom op drops forward-mode tangents without a word, and zeros would pass for a derivative. torch.func.grad cannot go
+    through the autograd function that torch makes of it.
     """
     head = head.narrowed()
-    if not torch.compiler.is_compiling():
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if transformed and not torch.compiler.is_compiling():
         for name, leaf in (("hidden", hidden), ("head.weight", head.weight), ("head.bias", head.bias)):
-            if leaf is not None and forward_ad.unpack_dual(leaf).tangent is not None:
-                raise RuntimeError(
-                    f"{name}: carries a forward-mode tangent (torch.func.jvp), wanted a plain tensor; use impl='reference'"
-                )
+            if leaf is not None and (got := _differentiated_by(leaf)):
+                raise RuntimeError(f"{name}: {got}, wanted a plain tensor; use impl='reference'")
     return hidden, head.weight, head.bias, head.softcap, head.scale
+
+
+def _differentiated_by(leaf: Tensor) -> str | None:
+    """Which way of torch.func differentiates by this tensor, if one does that the ops do not know."""
+    if forward_ad.unpack_dual(leaf).tangent is not None:
+        return "carries a forward-mode tangent (torch.func.jvp)"
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (not in torch's stubs)
+    while functorch.is_functorch_wrapped_tensor(leaf):
+        if functorch.is_gradtrackingtensor(leaf) and leaf.requires_grad:
+            return "is differentiated by torch.func.grad or vjp"
+        leaf = functorch.get_unwrapped(leaf)
+    return None
 
 
 class Op:
     """A pure operation on tensors and numbers, with its derivative.
 
-    torch.compile, fake tensors and function transforms get a custom op. Everything else calls the body itself, as an
+    torch.compile, fake tensors and torch.func.vmap get a custom op. Everything else calls the body itself, as an
     autograd function where there is a derivative: the machinery of a custom op takes longer than a small kernel.
     """
 

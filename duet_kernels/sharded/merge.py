@@ -124,6 +124,9 @@ def token_stats(hidden: Tensor, head: LMHead, labels: Tensor | None, impl: str) 
         share = shares.gather(0, owner[None])[0]
         logprob = (label.sum(0) + share).masked_fill(share == -torch.inf, -torch.inf)
         logprob = logprob.masked_fill(labels >= head.num_ids, torch.nan)
+    nothing = (sums == -torch.inf).all(0)  # every id is ruled out: there is no distribution
+    entropy, variance = entropy.masked_fill(nothing, torch.nan), variance.masked_fill(nothing, torch.nan)
+    logprob = None if logprob is None else logprob.masked_fill(nothing, torch.nan)
     return TokenStats(_log_of_sum(sums), entropy, variance, logprob)
 
 
