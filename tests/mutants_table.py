@@ -346,6 +346,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("another model's store is taken", "    if not args.teacher_store_same_model:\n", "    if True:\n", "tests/test_cached_training.py::test_a_store_made_for_something_else_is_refused[another model]"),
     ],
     # --- duet, evaluation ---------------------------------------------------------------------------------------------
+    "duet/evaluation/generation.py": [
+        ("a longer prompt beside it shortens an answer", "min(max_new_tokens, context - len(p))", "min(max_new_tokens, context - max(map(len, fits.values())))",
+         "tests/test_evaluation_scoring.py::test_the_room_of_an_answer_follows_from_its_own_prompt"),
+    ],
     "duet/evaluation/metrics.py": [
         ("a refusal is an invention", "and refusal_rate([answer], patterns) == 0.0", "", "tests/test_metrics.py::test_fabrication_by_hand"),
         ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),
