@@ -107,7 +107,11 @@ def _variant_lines(entry: dict[str, Any]) -> Iterator[list[Cell]]:
             Cell(entry["name"]),
             Cell(variant),
             _leak_cell(summary, summary),
-            Cell(str(summary["rows"])),
+            Cell(
+                f"{summary['rows']} ({summary['bounds']} at least)"
+                if "bounds" in summary
+                else str(summary["rows"])
+            ),
             Cell(left_out),
         ]
 
