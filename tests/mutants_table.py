@@ -350,6 +350,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a longer prompt beside it shortens an answer", "min(max_new_tokens, context - len(p))", "min(max_new_tokens, context - max(map(len, fits.values())))",
          "tests/test_evaluation_scoring.py::test_the_room_of_an_answer_follows_from_its_own_prompt"),
     ],
+    "duet/evaluation/suites/runner.py": [
+        ("rows of other worked examples are taken for this run's", "digest_of(rows) for task, rows in shots.items()}}", "task.data for task in shots}}", "tests/test_evaluation_runner.py::test_other_worked_examples_are_another_run"),
+    ],
     "duet/evaluation/metrics.py": [
         ("a refusal is an invention", "and refusal_rate([answer], patterns) == 0.0", "", "tests/test_metrics.py::test_fabrication_by_hand"),
         ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),

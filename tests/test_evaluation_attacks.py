@@ -234,7 +234,7 @@ def test_drawn_answers_leak_what_the_likeliest_one_does_not(monkeypatch, tmp_pat
     said = "1 row of leak@1, 1 row of leak@4: at least so much, since some of the answers could not be judged"
     assert said in console.file.getvalue()
     page = write_report([str(tmp_path)], tmp_path / "report")
-    assert "| 3 (1 at least) | 1 cut |" in page.with_suffix(".md").read_text()
+    assert "| 3, 1 of them a lower bound | 1 cut |" in page.with_suffix(".md").read_text()
 
 
 def test_asked_again_the_answer_comes_in_a_later_turn(monkeypatch):

@@ -160,6 +160,23 @@ def test_another_run_is_refused_by_the_field_that_differs(tmp_path, data, change
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
 
 
+def test_other_worked_examples_are_another_run(tmp_path, data):
+    few_shot = {"data": "worked", "count": 1}
+    suite = {"tasks": {"losses": {**SUITE["tasks"]["losses"], "few_shot": few_shot}}}
+    write(data, worked=[*FACTS[:1], *FACTS[2:4]])
+    first = run(tmp_path / "out", data, suite=suite)
+    write(data, worked=FACTS[:2])  # the example that is shown is the same
+    assert run(tmp_path / "out", data, suite=suite) == first
+    write(data, worked=FACTS[1:2])
+    with pytest.raises(ValueError, match='few_shot was {"losses": .* now; wanted a new folder'):
+        run(tmp_path / "out", data, suite=suite)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    del manifest["few_shot"]  # as earlier versions wrote it
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="few_shot was null and is .* now; wanted a new folder"):
+        run(tmp_path / "out", data, suite=suite)
+
+
 def test_rows_that_cannot_be_asked_are_marked_and_left_out(tmp_path):
     facts = [
         *FACTS[:2],

@@ -103,15 +103,12 @@ def _variant_lines(entry: dict[str, Any]) -> Iterator[list[Cell]]:
     )
     for variant, summary in worst_first:
         left_out = ", ".join(f"{n} {s}" for s, n in summary["status"].items() if s != "ok")
+        bounds = f", {summary['bounds']} of them a lower bound" if "bounds" in summary else ""
         yield [
             Cell(entry["name"]),
             Cell(variant),
             _leak_cell(summary, summary),
-            Cell(
-                f"{summary['rows']} ({summary['bounds']} at least)"
-                if "bounds" in summary
-                else str(summary["rows"])
-            ),
+            Cell(f"{summary['rows']}{bounds}"),
             Cell(left_out),
         ]
 

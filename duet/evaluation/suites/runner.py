@@ -90,6 +90,11 @@ def evaluate(
         )
     retain_rows = _retain_rows(retain_run, suite) if retain_run is not None else None
     tables = dict(_tables(suite, data, limit))
+    shots = {
+        task: load_table(data, task.few_shot.data, task.hub, f"{task.name}.few_shot")[: task.few_shot.count]
+        for task in tables
+        if task.few_shot
+    }
     if elicit is not None:
         tables = {
             task: elicit(rows, task.name) if _reads_answers(task) else rows for task, rows in tables.items()
@@ -104,6 +109,7 @@ def evaluate(
         "suite_digest": suite.digest,
         **fingerprints(model, tokenizer),
         **prompting.changed(),
+        **({"few_shot": {task.name: digest_of(rows) for task, rows in shots.items()}} if shots else {}),
         **({} if steering is None else {"steering": steering}),
         **({} if steering_place == "system" else {"steering_place": steering_place}),
     }
@@ -113,11 +119,8 @@ def evaluate(
     prepared, left_out = {}, _left_out(suite, tables)
     for task, rows in tables.items():
         others = () if task.name.startswith(TO_FORGET) else subjects
-        few = task.few_shot
-        shots = load_table(data, few.data, task.hub, f"{task.name}.few_shot") if few else ()
-        asker = Asker(
-            tokenizer, task, shots, context, prompting, steering, others, embedded_ids(model), steering_place
-        )
+        worked, ids = shots.get(task, ()), embedded_ids(model)
+        asker = Asker(tokenizer, task, worked, context, prompting, steering, others, ids, steering_place)
         try:
             prepared[task] = _prepare(asker, task, rows)
         except ValueError as error:
