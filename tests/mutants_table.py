@@ -352,6 +352,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/suites/runner.py": [
         ("rows of other worked examples are taken for this run's", "digest_of(rows) for task, rows in shots.items()}}", "task.data for task in shots}}", "tests/test_evaluation_runner.py::test_other_worked_examples_are_another_run"),
+        ("a retain run on other rows gives a forget quality", "given[task] != theirs[task]:", "given[task] == 0:", "tests/test_evaluation_runner.py::test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in"),
     ],
     "duet/evaluation/metrics.py": [
         ("a refusal is an invention", "and refusal_rate([answer], patterns) == 0.0", "", "tests/test_metrics.py::test_fabrication_by_hand"),
