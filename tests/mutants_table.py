@@ -354,6 +354,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("rows of other worked examples are taken for this run's", "digest_of(rows) for task, rows in shots.items()}}", "task.data for task in shots}}", "tests/test_evaluation_runner.py::test_other_worked_examples_are_another_run"),
         ("a retain run on other rows gives a forget quality", "given[task] != theirs[task]:", "given[task] == 0:", "tests/test_evaluation_runner.py::test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in"),
     ],
+    "duet/data/importers.py": [
+        ("another import overwrites the rows", "path.read_bytes() != text.encode()", "not path.name", "tests/test_importers.py::test_another_import_overwrites_nothing"),
+    ],
     "duet/evaluation/metrics.py": [
         ("a refusal is an invention", "and refusal_rate([answer], patterns) == 0.0", "", "tests/test_metrics.py::test_fabrication_by_hand"),
         ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),
