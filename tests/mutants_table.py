@@ -470,6 +470,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_facts.py::test_questions_that_are_refused"),
         ("one value for all subjects is ignored", "if value is not None and not isinstance(value, Mapping):", "if value is not None and isinstance(value, int):",
          "tests/test_facts.py::test_questions_that_are_refused"),
+        ("a misspelt placeholder is asked", "check_placeholders(where, checked_text(text, where))", "checked_text(text, where)", "tests/test_facts.py::test_questions_that_are_refused"),
     ],
     "duet/evaluation/steering.py": [
         ("a teacher whose answers were cut is said to have nothing to tell", "            if known\n            else", "            if not known\n            else",

@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from ..data.prompts import SUBJECT, Prompting, PromptRenderer
+from ..data.prompts import SUBJECT, Prompting, PromptRenderer, check_placeholders
 from ..data.rows import checked_text, warn_of_unread
 from ..model.hashes import fingerprints
 from ..model.lm import embedded_ids
@@ -80,7 +80,8 @@ def facts_of(
         neighbours: others that such questions are asked about, too.
 
     Raises:
-        ValueError: a row is no question, two rows ask the same, none is about a subject, or a name is given twice.
+        ValueError: a row is no question, two rows ask the same, none is about a subject, a name is given twice, or a placeholder is
+            another than `{subject}`.
 
     Example:
         >>> [fact] = facts_of([{"question": "Where is {subject}?", "value": {"Rome": "Italy"}}], ["Rome"])
@@ -124,7 +125,8 @@ def _facts(
         raise ValueError(
             f"{where}: wanted a 'question' and a list of 'paraphrases', texts that are not empty; got {texts!r}"
         )
-    texts = [checked_text(text, where) for text in texts]
+    for text in texts:
+        check_placeholders(where, checked_text(text, where))
     subject, value = row.get("subject"), row.get("value")
     if not any(SUBJECT in text for text in texts):
         if isinstance(value, Mapping):
@@ -199,7 +201,9 @@ def _more(row: Mapping[str, Any], where: str, name: str | None = None) -> dict[s
             raise ValueError(
                 f"{where}: wanted {key!r} to be a mapping from subjects, because of {SUBJECT} in the question"
             )
-        found |= {key: [checked_text(text, f"{where}[{key!r}]") for text in texts]} if texts else {}
+        for text in texts:
+            check_placeholders(f"{where}[{key!r}]", checked_text(text, f"{where}[{key!r}]"), known="")
+        found |= {key: texts} if texts else {}
     return found
 
 
