@@ -369,6 +369,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/words.py": [
         ("a part of a word is a leak", "return left and (stop == len(text) or _alone(last) or not _joined(text[stop]))", "return left", "tests/test_words.py::test_what_is_no_leak_is_none"),
         ("diacritics hide a leak", ".startswith((\"LATIN\", \"GREEK\")):\n            continue", ".startswith((\"LATIN\", \"GREEK\")):\n            pass", "tests/test_words.py::test_a_leak_is_seen_in_every_script[no diacritics]"),
+        ("the given half is not the text's own", "return text[: ends[len(ends) // 2 - 1]] if len(ends) > 1 else \"\"", "return \" \".join(text.split()[: len(ends) // 2])", "tests/test_attack_rows.py::test_what_is_not_given_away_is_recalled_whatever_the_spaces"),
     ],
     "duet/evaluation/attacks/target.py": [
         ("an answer that was cut is forgotten", "\"empty\" if not answer.text else \"cut\" if cut else \"ok\"", "\"empty\" if not answer.text else \"ok\"", "tests/test_words.py::test_an_answer_that_was_cut_is_neither_forgotten_nor_leaked"),
@@ -387,7 +388,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/attacks/rows.py": [
         ("relearning shows a value that it asks for", "if 2 * (len(first) + len(group)) <= len(rows):", "if len(first) < len(rows) // 2:", "tests/test_attack_rows.py::test_no_half_tells_what_the_other_half_is_asked"),
-        ("the given opening counts as recalled", "rest = self.answer[len(opening) :] if opening and self.answer.startswith(opening) else self.answer", "rest = self.answer", "tests/test_attack_rows.py::test_when_an_answer_has_come_back"),
+        ("the given opening counts as recalled", "rest = self.answer.strip().removeprefix(opening)", "rest = self.answer.strip()", "tests/test_attack_rows.py::test_when_an_answer_has_come_back"),
     ],
     "duet/evaluation/attacks/runner.py": [
         ("queries and steps are swapped in the table", "spent = str(cost[\"queries\"]), str(cost[\"steps\"]),", "spent = str(cost[\"steps\"]), str(cost[\"queries\"]),", _ATTACKS + "test_every_column_of_the_terminal_table_holds_its_own_number"),

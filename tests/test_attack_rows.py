@@ -29,6 +29,22 @@ def test_when_an_answer_has_come_back():
 
 
 @pytest.mark.parametrize(
+    ("answer", "opening", "rest"),
+    [
+        ("she was  born in Rome then", "she was  born", "in Rome then"),
+        ("\n she was born in\u00a0Rome then\n", "she was born", "in Rome then"),
+        ("she", "", "she"),
+        (" 他出生\n于北京市", "他出生", "于北京市"),
+        (" 他出生于北京市 ", "他出生", "于北京市"),
+    ],
+)
+def test_what_is_not_given_away_is_recalled_whatever_the_spaces(answer, opening, rest):
+    (row,) = read_attack_rows([{"question": "who ?", "answer": answer}], "forget")
+    assert row.opening() == opening and row.recall(rest, opening) == 1.0
+    assert not opening or row.recall(opening, opening) == 0.0
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"question": "who ?"}, r"forget\[0\]: wanted a row with an 'answer'"),

@@ -153,14 +153,15 @@ def all_latin(text: str) -> bool:
 
 
 def first_half(text: str) -> str:
-    """The first half of a text's words, or of its characters where it has no spaces.
+    """The first half of a text's words, or of its characters where it has no spaces: a beginning of the text without the space at
+    its ends.
 
     Example:
-        >>> first_half("a poet of Rome"), first_half("他出生于北京市")
-        ('a poet', '他出生')
+        >>> first_half("a  poet of Rome"), first_half("他出生于北京市")
+        ('a  poet', '他出生')
     """
-    words = text.split()
-    if len(words) < 2 and without_spaces(text):
-        parts = _clusters(text.strip())
-        return "".join(part for _, part in parts[: len(parts) // 2])
-    return " ".join(words[: len(words) // 2])
+    text = text.strip()
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    if len(ends) < 2 and without_spaces(text):
+        ends = [*(start for start, _ in _clusters(text)[1:]), len(text)]
+    return text[: ends[len(ends) // 2 - 1]] if len(ends) > 1 else ""

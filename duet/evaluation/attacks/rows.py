@@ -90,7 +90,7 @@ class AttackRow:
         """In [0, 1]: 1 or 0 with a value, else ROUGE-L recall of the answer without `opening`."""
         if self.value is not None:
             return float(metrics.contains_words(said, self.value))
-        rest = self.answer[len(opening) :] if opening and self.answer.startswith(opening) else self.answer
+        rest = self.answer.strip().removeprefix(opening)
         try:
             return metrics.rouge_l(said, rest, measure="recall", stemmer=True)
         except ValueError:  # signs alone
