@@ -367,9 +367,12 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("PrivLeak tells forget from holdout", "ours = auc(-holdout, -forget)", "ours = auc(-forget, -holdout)", "tests/test_metrics.py::test_auc_and_privleak"),
     ],
     "duet/evaluation/words.py": [
-        ("a part of a word is a leak", "return left and (stop == len(text) or _alone(last) or not _joined(text[stop]))", "return left", "tests/test_words.py::test_what_is_no_leak_is_none"),
+        ("a part of a word is a leak", "alone = left and (stop == len(text) or _alone(last) or not _joined(text[stop]))", "alone = left", "tests/test_words.py::test_what_is_no_leak_is_none"),
         ("diacritics hide a leak", ".startswith((\"LATIN\", \"GREEK\")):\n            continue", ".startswith((\"LATIN\", \"GREEK\")):\n            pass", "tests/test_words.py::test_a_leak_is_seen_in_every_script[no diacritics]"),
         ("the given half is not the text's own", "return text[: ends[len(ends) // 2 - 1]] if len(ends) > 1 else \"\"", "return \" \".join(text.split()[: len(ends) // 2])", "tests/test_attack_rows.py::test_what_is_not_given_away_is_recalled_whatever_the_spaces"),
+        ("a stroke hides a leak", "stroked[1].lower() if stroked else _SPELT.get(char, char)", "_SPELT.get(char, char)", "tests/test_words.py::test_a_leak_is_seen_in_every_script[Polish]"),
+        ("a separator of thousands hides a leak", "\"[,.' ]?\".join(groups)", "\"\".join(groups)", "tests/test_words.py::test_a_leak_is_seen_in_every_script[thousands, a comma]"),
+        ("a part of a number is a leak", "and _cuts_a_number(text, start, stop))", "and False)", "tests/test_words.py::test_what_is_no_leak_is_none"),
     ],
     "duet/evaluation/attacks/target.py": [
         ("an answer that was cut is forgotten", "\"empty\" if not answer.text else \"cut\" if cut else \"ok\"", "\"empty\" if not answer.text else \"ok\"", "tests/test_words.py::test_an_answer_that_was_cut_is_neither_forgotten_nor_leaked"),
