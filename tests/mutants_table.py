@@ -357,6 +357,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/data/importers.py": [
         ("another import overwrites the rows", "path.read_bytes() != text.encode()", "not path.name", "tests/test_importers.py::test_another_import_overwrites_nothing"),
     ],
+    "duet/evaluation/values.py": [
+        ("a list in a .csv cell is one question", "return json.loads(value)", "return value", "tests/test_attack_rows.py::test_a_csv_cell_may_hold_a_list"),
+    ],
     "duet/evaluation/metrics.py": [
         ("a refusal is an invention", "and refusal_rate([answer], patterns) == 0.0", "", "tests/test_metrics.py::test_fabrication_by_hand"),
         ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),

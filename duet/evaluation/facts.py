@@ -31,7 +31,7 @@ from .elicit import ELICITED
 from .generation import Continuation, answers_to
 from .journal import Journal, Progress, digest
 from .steering import FORGET, KINDS, NEIGHBOUR, RETAIN, refuses
-from .values import text_of
+from .values import listed, text_of
 
 logger = logging.get_logger(__name__)
 
@@ -119,7 +119,7 @@ def facts_of(
 def _facts(
     row: Mapping[str, Any], where: str, subjects: Sequence[str], neighbours: Sequence[str]
 ) -> list[Fact]:
-    others = row.get("paraphrases") or []
+    others = listed(row.get("paraphrases"), f"{where}['paraphrases']") or []
     texts = [row.get("question"), *(others if isinstance(others, list) else [others])]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(
@@ -192,7 +192,7 @@ def _more(row: Mapping[str, Any], where: str, name: str | None = None) -> dict[s
     """`aliases` and `two_hop` of a row; `name`: whose, where the question is asked about several."""
     found = {}
     for key in ("aliases", "two_hop"):
-        texts = row.get(key) or []
+        texts = listed(row.get(key), f"{where}[{key!r}]") or []
         if name is not None:
             texts = texts.get(name, []) if isinstance(texts, Mapping) else texts
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
