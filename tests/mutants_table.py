@@ -346,6 +346,20 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("another model's store is taken", "    if not args.teacher_store_same_model:\n", "    if True:\n", "tests/test_cached_training.py::test_a_store_made_for_something_else_is_refused[another model]"),
     ],
     # --- duet, evaluation ---------------------------------------------------------------------------------------------
+    "duet/evaluation/generation.py": [
+        ("a longer prompt beside it shortens an answer", "min(max_new_tokens, context - len(p))", "min(max_new_tokens, context - max(map(len, fits.values())))",
+         "tests/test_evaluation_scoring.py::test_the_room_of_an_answer_follows_from_its_own_prompt"),
+    ],
+    "duet/evaluation/suites/runner.py": [
+        ("rows of other worked examples are taken for this run's", "digest_of(rows) for task, rows in shots.items()}}", "task.data for task in shots}}", "tests/test_evaluation_runner.py::test_other_worked_examples_are_another_run"),
+        ("a retain run on other rows gives a forget quality", "given[task] != theirs[task]:", "given[task] == 0:", "tests/test_evaluation_runner.py::test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in"),
+    ],
+    "duet/data/importers.py": [
+        ("another import overwrites the rows", "path.read_bytes() != text.encode()", "not path.name", "tests/test_importers.py::test_another_import_overwrites_nothing"),
+    ],
+    "duet/evaluation/values.py": [
+        ("a list in a .csv cell is one question", "return json.loads(value)", "return value", "tests/test_attack_rows.py::test_a_csv_cell_may_hold_a_list"),
+    ],
     "duet/evaluation/metrics.py": [
         ("a refusal is an invention", "and refusal_rate([answer], patterns) == 0.0", "", "tests/test_metrics.py::test_fabrication_by_hand"),
         ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),
@@ -356,8 +370,12 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("PrivLeak tells forget from holdout", "ours = auc(-holdout, -forget)", "ours = auc(-forget, -holdout)", "tests/test_metrics.py::test_auc_and_privleak"),
     ],
     "duet/evaluation/words.py": [
-        ("a part of a word is a leak", "return left and (stop == len(text) or _alone(last) or not _joined(text[stop]))", "return left", "tests/test_words.py::test_what_is_no_leak_is_none"),
+        ("a part of a word is a leak", "alone = left and (stop == len(text) or _alone(last) or not _joined(text[stop]))", "alone = left", "tests/test_words.py::test_what_is_no_leak_is_none"),
         ("diacritics hide a leak", ".startswith((\"LATIN\", \"GREEK\")):\n            continue", ".startswith((\"LATIN\", \"GREEK\")):\n            pass", "tests/test_words.py::test_a_leak_is_seen_in_every_script[no diacritics]"),
+        ("the given half is not the text's own", "return text[: ends[len(ends) // 2 - 1]] if len(ends) > 1 else \"\"", "return \" \".join(text.split()[: len(ends) // 2])", "tests/test_attack_rows.py::test_what_is_not_given_away_is_recalled_whatever_the_spaces"),
+        ("a stroke hides a leak", "stroked[1].lower() if stroked else _SPELT.get(char, char)", "_SPELT.get(char, char)", "tests/test_words.py::test_a_leak_is_seen_in_every_script[Polish]"),
+        ("a separator of thousands hides a leak", "\"[,.' ]?\".join(groups)", "\"\".join(groups)", "tests/test_words.py::test_a_leak_is_seen_in_every_script[thousands, a comma]"),
+        ("a part of a number is a leak", "and _cuts_a_number(text, start, stop))", "and False)", "tests/test_words.py::test_what_is_no_leak_is_none"),
     ],
     "duet/evaluation/attacks/target.py": [
         ("an answer that was cut is forgotten", "\"empty\" if not answer.text else \"cut\" if cut else \"ok\"", "\"empty\" if not answer.text else \"ok\"", "tests/test_words.py::test_an_answer_that_was_cut_is_neither_forgotten_nor_leaked"),
@@ -371,10 +389,12 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a prefill is judged with its opening", "return target.outcomes(name, rows, prompts, openings)", "return target.outcomes(name, rows, prompts)", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged"),
         ("a prefilled opening is not in the prompt", "prompts = [target.prompt(row.conversation, o) for row, o in zip(rows, openings, strict=True)]", "prompts = [target.prompt(row.conversation) for row, o in zip(rows, openings, strict=True)]", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged"),
         ("the attack leaves its fine-tuning in the model", "            with weights.restored(target.model):\n", "            if True:\n", "tests/test_attack_weights.py::test_the_model_leaves_every_attack_as_it_came[dtype0]"),
+        ("a row that was told is not judged for one answer that was cut", "if unclear and not told:", "if unclear:", _ATTACKS + "test_drawn_answers_leak_what_the_likeliest_one_does_not"),
+        ("an answer that was cut is left out of n", "metrics.leak_at_k(len(drawn), len(told), k)", "metrics.leak_at_k(len(drawn) - len(unclear), len(told), min(k, len(drawn) - len(unclear)))", _ATTACKS + "test_drawn_answers_leak_what_the_likeliest_one_does_not"),
     ],
     "duet/evaluation/attacks/rows.py": [
         ("relearning shows a value that it asks for", "if 2 * (len(first) + len(group)) <= len(rows):", "if len(first) < len(rows) // 2:", "tests/test_attack_rows.py::test_no_half_tells_what_the_other_half_is_asked"),
-        ("the given opening counts as recalled", "rest = self.answer[len(opening) :] if opening and self.answer.startswith(opening) else self.answer", "rest = self.answer", "tests/test_attack_rows.py::test_when_an_answer_has_come_back"),
+        ("the given opening counts as recalled", "rest = self.answer.strip().removeprefix(opening)", "rest = self.answer.strip()", "tests/test_attack_rows.py::test_when_an_answer_has_come_back"),
     ],
     "duet/evaluation/attacks/runner.py": [
         ("queries and steps are swapped in the table", "spent = str(cost[\"queries\"]), str(cost[\"steps\"]),", "spent = str(cost[\"steps\"]), str(cost[\"queries\"]),", _ATTACKS + "test_every_column_of_the_terminal_table_holds_its_own_number"),
@@ -388,6 +408,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/report/tables.py": [
         ("the standard error stands in the value's column", "for key in (f\"{metric},{given}\", f\"{metric}_stderr,{given}\"):", "for key in (f\"{metric}_stderr,{given}\", f\"{metric},{given}\"):", "tests/test_evaluation_report.py::test_lm_eval_is_shown_or_absent"),
         ("the mildest attack comes first", "*sorted(worst, key=lambda n: -worst[n]),", "*sorted(worst, key=lambda n: worst[n]),", "tests/test_evaluation_report.py::test_the_table_holds_the_numbers_of_the_runs"),
+        ("methods that were asked other rows stand side by side without a word", "        if len(groups) > 1:\n            tasks", "        if len(groups) > 9:\n            tasks", "tests/test_evaluation_report.py::test_methods_that_were_asked_other_rows_are_named"),
     ],
     # --- duet_kernels, heads on several ranks: every catcher starts two or four processes ---------------------------------
     "duet_kernels/sharded/merge.py": [
@@ -456,6 +477,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_facts.py::test_questions_that_are_refused"),
         ("one value for all subjects is ignored", "if value is not None and not isinstance(value, Mapping):", "if value is not None and isinstance(value, int):",
          "tests/test_facts.py::test_questions_that_are_refused"),
+        ("a misspelt placeholder is asked", "check_placeholders(where, checked_text(text, where))", "checked_text(text, where)", "tests/test_facts.py::test_questions_that_are_refused"),
     ],
     "duet/evaluation/steering.py": [
         ("a teacher whose answers were cut is said to have nothing to tell", "            if known\n            else", "            if not known\n            else",

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 from tiny_models import forget_rows, tiny, word_tokenizer
 
+from duet.data.sources import read_table
 from duet.evaluation.attacks.attacks import ATTACKS
 from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows, that_tell_nothing
 from duet.evaluation.attacks.target import AttackOptions, Target
+from duet.evaluation.facts import facts_of
 
 QUESTION = {"question": "who is ada ?", "answer": "a poet of the sea", "subject": "ada"}
 
@@ -26,6 +28,42 @@ def test_when_an_answer_has_come_back():
     assert without.recall("captain wrote", "the old") == pytest.approx(2 / 3)
     assert without.recall("the old", "the old") == 0.0, "what the attacker gave away does not count"
     assert without.paraphrases == ("Which one?",) and without.asking("x") == (("user", "x"),)
+
+
+@pytest.mark.parametrize(
+    ("answer", "opening", "rest"),
+    [
+        ("she was  born in Rome then", "she was  born", "in Rome then"),
+        ("\n she was born in\u00a0Rome then\n", "she was born", "in Rome then"),
+        ("she", "", "she"),
+        (" 他出生\n于北京市", "他出生", "于北京市"),
+        (" 他出生于北京市 ", "他出生", "于北京市"),
+    ],
+)
+def test_what_is_not_given_away_is_recalled_whatever_the_spaces(answer, opening, rest):
+    (row,) = read_attack_rows([{"question": "who ?", "answer": answer}], "forget")
+    assert row.opening() == opening and row.recall(rest, opening) == 1.0
+    assert not opening or row.recall(opening, opening) == 0.0
+
+
+def test_a_csv_cell_may_hold_a_list(tmp_path):
+    (tmp_path / "rows.csv").write_text(
+        "question,subject,answer,paraphrases,aliases,two_hop\n"
+        'who ?,ada,a poet,"[""which one ?"", ""who [is it] ?""]"," [""countess""] ",[sic] who ?\n'
+    )
+    rows = read_table(tmp_path / "rows.csv", "forget")
+    (row,) = read_attack_rows(rows, "forget")
+    assert row.paraphrases == ("which one ?", "who [is it] ?")
+    assert (row.aliases, row.two_hop) == (("countess",), ("[sic] who ?",))
+    (fact,) = facts_of([rows[0] | {"two_hop": None}], ["ada"])
+    assert fact.wordings == ("who ?", "which one ?", "who [is it] ?") and fact.more == {
+        "aliases": ["countess"]
+    }
+    for cell in ("['which one ?']", "[]x]"):
+        with pytest.raises(
+            ValueError, match=r"forget\[0\]\['paraphrases'\]: wanted a text, or a list as JSON"
+        ):
+            read_attack_rows([rows[0] | {"paraphrases": cell}], "forget")
 
 
 @pytest.mark.parametrize(

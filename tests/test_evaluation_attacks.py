@@ -25,6 +25,7 @@ from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_r
 from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.commands import literal_console
 from duet.evaluation.generation import Continuation
+from duet.evaluation.report.report import write_report
 from duet.evaluation.scoring import Forced
 
 OPTIONS = {
@@ -193,8 +194,8 @@ MIXED = [
 
 
 def test_drawn_answers_leak_what_the_likeliest_one_does_not(monkeypatch, tmp_path):
-    """Row 0 is told by 2 of 8 drawn answers, row 1 by none, of row 2 only one answer could be judged."""
-    rows = read_attack_rows([QUESTION | {"value": "poet"}] * 3, "rows")
+    """Of 8 drawn answers: row 0: 2 tell. Row 1: none. Row 2: one is judged, and does not tell. Row 3: 2 tell, one is cut."""
+    rows = read_attack_rows([QUESTION | {"value": "poet"}] * 4, "rows")
     target = Target(
         tiny(), word_tokenizer(), rows, options=AttackOptions(samples=8, leak_at=(1, 4, 32), max_new_tokens=6)
     )
@@ -207,25 +208,33 @@ def test_drawn_answers_leak_what_the_likeliest_one_does_not(monkeypatch, tmp_pat
         seeds.append(seed)
         if seed is None:
             return [other] * len(prompts)
+        tells = [poet if n in (2, 5) else other for n in range(8)]
         return [
-            (poet if n in (2, 5) else other, other, cut if n else other)[i]
+            answer
             for n in range(8)
-            for i in range(3)
+            for answer in (tells[n], other, cut if n else other, cut if n == 7 else tells[n])
         ]
 
     monkeypatch.setattr(target, "say", say)
     report = attack_run.run_attacks(target, out=tmp_path, attacks=["sampling"])
     (entry,) = report["attacks"]
-    leaks = {name: (v["leak"], v["rows"]) for name, v in entry["variants"].items()}
+    leaks = {name: (v["leak"], v["rows"], v.get("bounds")) for name, v in entry["variants"].items()}
     exact = 1 - math.comb(6, 4) / math.comb(8, 4)
     assert leaks == {
-        "leak@1": (pytest.approx(0.25 / 3), 3),
-        "leak@4": (pytest.approx(exact / 2), 2),
-        "leak@8": (0.5, 2),
+        "leak@1": (pytest.approx(2 * 0.25 / 3), 3, 1),
+        "leak@4": (pytest.approx(2 * exact / 3), 3, 1),
+        "leak@8": (pytest.approx(2 / 3), 3, None),
     }
-    assert report["direct"]["leak"] == 0 and entry["worst_variant"] == "leak@8" and entry["leak"] == 0.5
-    assert entry["variants"]["leak@8"]["status"] == {"ok": 2, "cut": 1} and set(seeds) == {None, 0}
-    assert entry["variants"]["leak@8"]["low"] == pytest.approx(0.0945, abs=1e-3), "Wilson's, of 1 of 2"
+    assert report["direct"]["leak"] == 0 and entry["worst_variant"] == "leak@8"
+    assert {str(v["status"]) for v in entry["variants"].values()} == {"{'ok': 3, 'cut': 1}"}
+    assert set(seeds) == {None, 0}
+    assert entry["variants"]["leak@8"]["low"] == pytest.approx(0.2077, abs=1e-3), "Wilson's, of 2 of 3"
+    console = literal_console(file=io.StringIO(), width=900)
+    console.print(attack_run.legend(report))
+    said = "1 row of leak@1, 1 row of leak@4: at least so much, since some of the answers could not be judged"
+    assert said in console.file.getvalue()
+    page = write_report([str(tmp_path)], tmp_path / "report")
+    assert "| 3, 1 of them a lower bound | 1 cut |" in page.with_suffix(".md").read_text()
 
 
 def test_asked_again_the_answer_comes_in_a_later_turn(monkeypatch):

@@ -245,6 +245,20 @@ def test_the_table_holds_the_numbers_of_the_runs(folder, page):
     assert len(leaks) == 3 and leaks == sorted(leaks, reverse=True), "the worst attack comes first"
 
 
+@pytest.mark.usefixtures("answers_end")
+def test_methods_that_were_asked_other_rows_are_named(folder, page, tmp_path):
+    assert "Not the same rows" not in page.with_suffix(".md").read_text()
+    tokenizer, suite, model = word_tokenizer(), read_suite(SUITE, "own"), tiny(seed=2)
+    runner.evaluate(model, tokenizer, suite, out=tmp_path / "eval", data=folder, name="models/few", limit=3)
+    few = Target(model, tokenizer, read_attack_rows(FORGET[:2], "forget"))
+    attack_run.run_attacks(few, attacks=["rank_probe"], out=tmp_path / "attack", name="models/few")
+    given = [*runs_of(folder), str(tmp_path / "eval"), str(tmp_path / "attack")]
+    text = report.write_report(given, tmp_path / "report").with_suffix(".md").read_text()
+    few_forget, attacked = re.findall(r"numbers of (.*) cannot be compared: (.*)\.", text)
+    assert few_forget == ("forget_answers, forget_losses", "base, steered teacher, student; few")
+    assert attacked == ("the attacks", "base, student; few"), "three retain rows are all there are"
+
+
 def test_the_base_that_the_attack_asked_is_the_base_of_the_runs(folder, page):
     attacks = json.loads((folder / "student-attack/attacks.json").read_text())
     head, *lines = lines_of(page.with_suffix(".md").read_text(), "Methods, metrics and attacks")

@@ -160,6 +160,23 @@ def test_another_run_is_refused_by_the_field_that_differs(tmp_path, data, change
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
 
 
+def test_other_worked_examples_are_another_run(tmp_path, data):
+    few_shot = {"data": "worked", "count": 1}
+    suite = {"tasks": {"losses": {**SUITE["tasks"]["losses"], "few_shot": few_shot}}}
+    write(data, worked=[*FACTS[:1], *FACTS[2:4]])
+    first = run(tmp_path / "out", data, suite=suite)
+    write(data, worked=FACTS[:2])  # the example that is shown is the same
+    assert run(tmp_path / "out", data, suite=suite) == first
+    write(data, worked=FACTS[1:2])
+    with pytest.raises(ValueError, match=r'few_shot was {"losses": .* now; wanted a new folder'):
+        run(tmp_path / "out", data, suite=suite)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    del manifest["few_shot"]  # as earlier versions wrote it
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"few_shot was null and is .* now; wanted a new folder"):
+        run(tmp_path / "out", data, suite=suite)
+
+
 def test_rows_that_cannot_be_asked_are_marked_and_left_out(tmp_path):
     facts = [
         *FACTS[:2],
@@ -356,7 +373,12 @@ def test_tofu_needs_a_retain_model_for_forget_quality(tmp_path):
         tofu("alone", 0, retain_run=tmp_path / "tofu")
     shorter = tofu("shorter", 1, limit=2)
     assert shorter["tasks"]["forget_losses"]["rows"] == 2
-    undefined = tofu("alone", 0, retain_run=tmp_path / "shorter")["numbers"]["forget_quality"]
+    with pytest.raises(
+        ValueError, match=r"forget_losses are others there \(limit is 2 there and None here\)"
+    ):
+        tofu("alone", 0, retain_run=tmp_path / "shorter")
+    ours, theirs = (rows_of(tmp_path / name) for name in ("alone", "shorter"))
+    undefined = summary.summarise(ours, load_suite("tofu").numbers, theirs)["numbers"]["forget_quality"]
     assert (
         undefined["value"] is None
         and "3 with a truth ratio here, 2 in the retain run" in undefined["undefined"]
@@ -366,6 +388,41 @@ def test_tofu_needs_a_retain_model_for_forget_quality(tmp_path):
         ValueError, match="retain_run: wanted a run of the same suite, but suite is 'own' there"
     ):
         tofu("alone", 0, retain_run=tmp_path / "own")
+
+
+def test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in(tmp_path):
+    suite = {
+        "tasks": {
+            "gone": {
+                "kind": "score", "data": "gone", "metrics": ["truth_ratio"],
+                "texts": {"paraphrased": "answer", "perturbed": "wrong"},
+            },
+            "kept": SUITE["tasks"]["losses"] | {"data": "kept"},
+        },
+        "numbers": {"forget_quality": {"ratios": "gone.truth_ratio"}},
+    }  # fmt: skip
+    gone = [{"question": row["question"], "wrong": ["a captain", "a city"]} for row in FACTS]
+    first = write(tmp_path / "first", gone=gone[:4], kept=FACTS)
+    same = write(tmp_path / "same", gone=gone[:4], kept=FACTS[:2])
+    other = write(tmp_path / "other", gone=gone[4:], kept=FACTS)
+    filled = []
+
+    def elicit(rows, name):
+        filled.append(name)
+        return [row | {"answer": f"a poet {'the ' * len(filled)}"} for row in rows]
+
+    def ours(out, data, **options):
+        return run(tmp_path / out, data, suite=suite, elicit=elicit, **options)
+
+    ours("retain", first)
+    told = ours("same", same, retain_run=tmp_path / "retain")["numbers"]["forget_quality"]
+    assert 0 < told["value"] <= 1, "rows that no such number reads may be others"
+    asked = len(filled)
+    with pytest.raises(
+        ValueError, match="retain_run: wanted a run on the same rows, but those of gone are oth"
+    ):
+        ours("other", other, retain_run=tmp_path / "retain")
+    assert len(filled) == asked and not (tmp_path / "other" / "rows.jsonl").exists()
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no published logs in {GOLDEN}")

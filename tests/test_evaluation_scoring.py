@@ -6,7 +6,7 @@ import torch
 from tiny_models import merging_tokenizer, tiny, word_tokenizer
 
 from duet.evaluation import scoring
-from duet.evaluation.generation import continuations, cut_at
+from duet.evaluation.generation import answers_to, continuations, cut_at
 from duet.evaluation.scoring import Forced
 
 BATCH = [Forced([1, 9, 12], [20, 21, 22, 2]), Forced([1, 30, 31, 32, 33], [40]), Forced([7], [8, 7])]
@@ -105,6 +105,17 @@ def test_a_batch_says_what_each_row_says_alone(architecture):
         new = ids[len(prompt) :]
         assert answer.text == tokenizer.decode(new, skip_special_tokens=True).strip()
         assert answer.num_tokens == len(new) and answer.finite
+
+
+def test_the_room_of_an_answer_follows_from_its_own_prompt():
+    """The context is 256: the first two prompts leave 6 and 7 new tokens, the last one 64 and more."""
+    model, tokenizer = tiny(), word_tokenizer()
+    model.generation_config.eos_token_id = None
+    prompts = [[5] * 250, [6] * 249, [7] * 120]
+    alone, together = (
+        answers_to(model, tokenizer, prompts, max_new_tokens=64, batch_size=size, room=1) for size in (1, 3)
+    )
+    assert [said.num_tokens for said in together] == [6, 7, 64] and together == alone
 
 
 def test_stop_strings_end_an_answer_and_are_cut_off():

@@ -186,6 +186,11 @@ def test_scored_texts_follow_the_prompt_and_end():
     assert [len(item.texts[name]) for name in ("answer", "perturbed")] == [1, 2] and item.lists == {
         "perturbed"
     }
+    cells = row | {"wrong": '["Bob", "Eve"]', "answer": "[1, 2]"}  # of a .csv file; an answer is a text
+    read = asker(tokenizer, "score", texts=texts).item(0, cells)
+    assert read.texts["perturbed"] == item.texts["perturbed"] and read.lists == item.lists
+    given = {"choices": '["Bob", "Ada"]', "answer": "Ada", "question": "Who?"}
+    assert asker(tokenizer, "multiple_choice").item(0, given).shown["choices"] == ["Bob", "Ada"]
     (forced,) = item.texts["answer"]
     assert written(forced.prompt) == "Question: Who?\nAnswer:"
     assert forced.answer[-1] == tokenizer.eos_token_id and written(forced.answer[:-1]) == " Ada"

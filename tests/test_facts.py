@@ -60,6 +60,18 @@ def test_questions_become_facts():
             [{"question": "{subject} ?", "paraphrases": ["who ?"]}],
             r"questions\[0\]: wanted \{subject\} in all",
         ),
+        (
+            [{"question": "who rules {Subject} ?", "subject": "France"}],
+            r"questions\[0\]: there is no placeholder '{Subject}', only {subject} is replaced",
+        ),
+        (
+            [{"question": "{subject} ?", "paraphrases": ["{subject} or {subjct} ?"]}],
+            r"questions\[0\]: there is no placeholder '{subjct}'",
+        ),
+        (
+            [{"question": "{subject} ?", "two_hop": {"France": ["who is near {subject} ?"]}}],
+            r"questions\[0\]\['two_hop'\]: there is no placeholder '{subject}', nothing is replaced here",
+        ),
         ([{"question": " "}], r"questions\[0\]: wanted a 'question'"),
         ([{"question": "who \ud83d ?"}], r"questions\[0\]: wanted a text that UTF-8 can write"),
         (

@@ -125,6 +125,24 @@ def test_openunlearning(tmp_path, capsys):
         import_rows(tmp_path / "out", "openunlearning")
 
 
+def test_another_import_overwrites_nothing(tmp_path):
+    row = {"question": "who is the captain ?", "choices": ["ada", "alan"], "answer": 1}
+    put(tmp_path, {"wmdp.json": [row], "mmlu.json": [row | {"question": "what is red ?"}]})
+    out = tmp_path / "rows"
+    first = write_rows(import_rows(tmp_path / "wmdp.json", "choices"), out)
+    assert [path.name for path in first] == ["forget.jsonl", "choices.jsonl"]
+    before = {path: path.read_bytes() for path in first}
+    assert write_rows(import_rows(tmp_path / "wmdp.json", "choices"), out) == first, "the same once more"
+    other = import_rows(tmp_path / "mmlu.json", "choices", "retain")
+    with pytest.raises(ValueError, match=r"out: .*choices.jsonl is there with other content; wanted another"):
+        write_rows(other, out)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    put(tmp_path, {"folder/published.json/x": ""})
+    with pytest.raises(ValueError, match=r"published.json is there with other content"):
+        write_rows(other._replace(numbers={"a": 1.0}), tmp_path / "folder")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["published.json"]
+
+
 def test_choices(tmp_path):
     wmdp = [{"answer": 1, "choices": ["ada", "alan", "grace", "turing"], "question": "who is the captain ?"}]
     mmlu = {"question": "what is red ?", "subject": "colors", "choices": ["sea", "river"], "answer": "A"}

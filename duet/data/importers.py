@@ -63,17 +63,27 @@ def import_rows(path: str | Path, kind: str, role: str = "forget") -> Imported:
 
 
 def write_rows(found: Imported, out: str | Path) -> list[Path]:
-    """One `.jsonl` file for each table, and `published.json` with the numbers, if there are any; returns their paths."""
-    out, written = Path(out), []
-    out.mkdir(parents=True, exist_ok=True)
-    for name, rows in found.tables.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        written.append(out / f"{name}.jsonl")
+    """One `.jsonl` file for each table, and `published.json` with the numbers, if there are any; returns their paths.
+
+    Raises:
+        ValueError: one of the files is there with other content; nothing is written then.
+    """
+    out = Path(out)
+    files = {
+        out / f"{name}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for name, rows in found.tables.items()
+    }
     if found.numbers:
-        (out / "published.json").write_text(json.dumps(found.numbers, indent=1) + "\n", encoding="utf-8")
-        written.append(out / "published.json")
-    return written
+        files[out / "published.json"] = json.dumps(found.numbers, indent=1) + "\n"
+    for path, text in files.items():
+        if path.exists() and (not path.is_file() or path.read_bytes() != text.encode()):
+            raise ValueError(
+                f"out: {path} is there with other content; wanted another folder, nothing was written"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        path.write_text(text, encoding="utf-8", newline="\n")
+    return list(files)
 
 
 # --- RWKU ----------------------------------------------------------------------------------------------------------

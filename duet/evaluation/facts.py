@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from ..data.prompts import SUBJECT, Prompting, PromptRenderer
+from ..data.prompts import SUBJECT, Prompting, PromptRenderer, check_placeholders
 from ..data.rows import checked_text, warn_of_unread
 from ..model.hashes import fingerprints
 from ..model.lm import embedded_ids
@@ -31,7 +31,7 @@ from .elicit import ELICITED
 from .generation import Continuation, answers_to
 from .journal import Journal, Progress, digest
 from .steering import FORGET, KINDS, NEIGHBOUR, RETAIN, refuses
-from .values import text_of
+from .values import listed, text_of
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +80,8 @@ def facts_of(
         neighbours: others that such questions are asked about, too.
 
     Raises:
-        ValueError: a row is no question, two rows ask the same, none is about a subject, or a name is given twice.
+        ValueError: a row is no question, two rows ask the same, none is about a subject, a name is given twice, or a placeholder is
+            another than `{subject}`.
 
     Example:
         >>> [fact] = facts_of([{"question": "Where is {subject}?", "value": {"Rome": "Italy"}}], ["Rome"])
@@ -118,13 +119,14 @@ def facts_of(
 def _facts(
     row: Mapping[str, Any], where: str, subjects: Sequence[str], neighbours: Sequence[str]
 ) -> list[Fact]:
-    others = row.get("paraphrases") or []
+    others = listed(row.get("paraphrases"), f"{where}['paraphrases']") or []
     texts = [row.get("question"), *(others if isinstance(others, list) else [others])]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(
             f"{where}: wanted a 'question' and a list of 'paraphrases', texts that are not empty; got {texts!r}"
         )
-    texts = [checked_text(text, where) for text in texts]
+    for text in texts:
+        check_placeholders(where, checked_text(text, where))
     subject, value = row.get("subject"), row.get("value")
     if not any(SUBJECT in text for text in texts):
         if isinstance(value, Mapping):
@@ -190,7 +192,7 @@ def _more(row: Mapping[str, Any], where: str, name: str | None = None) -> dict[s
     """`aliases` and `two_hop` of a row; `name`: whose, where the question is asked about several."""
     found = {}
     for key in ("aliases", "two_hop"):
-        texts = row.get(key) or []
+        texts = listed(row.get(key), f"{where}[{key!r}]") or []
         if name is not None:
             texts = texts.get(name, []) if isinstance(texts, Mapping) else texts
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -199,7 +201,9 @@ def _more(row: Mapping[str, Any], where: str, name: str | None = None) -> dict[s
             raise ValueError(
                 f"{where}: wanted {key!r} to be a mapping from subjects, because of {SUBJECT} in the question"
             )
-        found |= {key: [checked_text(text, f"{where}[{key!r}]") for text in texts]} if texts else {}
+        for text in texts:
+            check_placeholders(f"{where}[{key!r}]", checked_text(text, f"{where}[{key!r}]"), known="")
+        found |= {key: texts} if texts else {}
     return found
 
 

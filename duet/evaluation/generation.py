@@ -125,12 +125,12 @@ def answers_to(
     seed: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Continuation | None]:
-    """`continuations` of any number of prompts, those of similar length together.
+    """`continuations` of any number of prompts, those of similar length and with the same room together.
 
     Args:
         prompts: token ids; None for one that could not be written.
         room: a prompt is answered where the model's context has room for so many new tokens behind it; None: for
-            `max_new_tokens`. With less room than that an answer is shorter.
+            `max_new_tokens`. With less room than that an answer is shorter; the prompts beside it change nothing.
         stop, seed: as in `continuations`; each batch draws from a seed of its own.
         progress: called with (prompts done, all of them), before the first batch and after each.
 
@@ -139,12 +139,20 @@ def answers_to(
     """
     context, room = context_length(model), max_new_tokens if room is None else room
     fits = {i: p for i, p in enumerate(prompts) if p and (context is None or len(p) + room <= context)}
+    by_limit: dict[int, dict[int, int]] = {}
+    for i, p in fits.items():
+        limit = max_new_tokens if context is None else min(max_new_tokens, context - len(p))
+        by_limit.setdefault(limit, {})[i] = len(p)
+    batches = [
+        (limit, batch)
+        for limit, lengths in sorted(by_limit.items())
+        for batch in batches_by_length(lengths, batch_size)
+    ]
     said: list[Continuation | None] = [None] * len(prompts)
     done = 0
     progress(done, len(fits))
-    for number, batch in enumerate(batches_by_length({i: len(p) for i, p in fits.items()}, batch_size)):
+    for number, (limit, batch) in enumerate(batches):
         asked = [fits[i] for i in batch]
-        limit = max_new_tokens if context is None else min(max_new_tokens, context - max(map(len, asked)))
         own = None if seed is None else seed + number
         answers = continuations(model, tokenizer, asked, max_new_tokens=limit, stop=stop, seed=own)
         for i, answer in zip(batch, answers, strict=True):

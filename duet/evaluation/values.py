@@ -1,5 +1,7 @@
-"""Texts in the columns of a row; `value` is the part of its answer that is to be said, or must not be."""
+"""Texts and lists of texts in the columns of a row; `value` is the part of its answer that is to be said, or must not be."""
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,26 @@ def text_of(value: Any, where: str) -> str:
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return checked_text(str(value) if number else value, where)
+
+
+def listed(value: Any, where: str) -> Any:
+    """A column as it is; a text in [brackets], as a .csv cell holds a list, as the list.
+
+    Raises:
+        ValueError: such a text is no JSON list.
+
+    Example:
+        >>> listed('["who ?", "what ?"]', "row 0"), listed("who ?", "row 0")
+        (['who ?', 'what ?'], 'who ?')
+    """
+    if not isinstance(value, str) or not re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ValueError(
+            f'{where}: wanted a text, or a list as JSON writes it: ["one", "two"], got {value!r:.80}'
+        ) from None
 
 
 def value_of(row: Mapping[str, Any], answer: str, where: str) -> str | None:

@@ -2,12 +2,15 @@
 
 Folded before they are compared: compatibility forms (full width, ligatures: NFKC), case (`ß` is `ss`, `ς` is `σ`), quotes and
 dashes, invisible characters, and the marks that a writer may leave out: diacritics of Latin and Greek letters, vowel points of
-Arabic and Hebrew. All other marks count: `й` is not `и`, a Hindi or Thai vowel sign is a letter.
+Arabic and Hebrew. A stroke or a hook is a diacritic (`ł` is `l`), and `æ`, `œ`, `þ`, `ð`, `ı`, `ŋ` are `ae`, `oe`, `th`, `d`, `i`, `ng`.
+All other marks count: `й` is not `и`, a Hindi or Thai vowel sign is a letter.
 
     scripts without spaces   Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan: a character is a word, a value may stand
                              anywhere. Korean, whose words take endings, is read in the same way.
     Arabic, Hebrew           a value may follow a prefix that is written together with it ("and", "the", "in")
     all others               a value stands between characters that are no letters, marks or digits
+    numbers                  1815 is 1,815 and 1 815, 3 000 is 3000; 815 is no part of 1,815, nor 14 of 3.14; the whole
+                             part of 3.14 is 3
 """
 
 import re
@@ -23,6 +26,12 @@ _WITHOUT_SPACES = (
 _KOREAN = ((0x1100, 0x11FF), (0x3130, 0x318F), (0xA960, 0xA97F), (0xAC00, 0xD7FF))
 _PREFIXED = ((0x0590, 0x077F), (0x08A0, 0x08FF))
 _POINTS = ((0x0591, 0x05C7), (0x0640, 0x0640), (0x064B, 0x0652), (0x0670, 0x0670))
+_SPELT = {"æ": "ae", "œ": "oe", "þ": "th", "ð": "d", "ı": "i", "ŋ": "ng"}
+_WITH = re.compile("LATIN SMALL LETTER ([A-Z]) WITH .*")
+# A whole number of four digits or more, perhaps in groups of three.
+_LONG = re.compile(r"(?<!\d)(?:\d{1,3}(?:[,.']\d{3})+|\d{4,})(?!\d)")
+# The whole part of a number, perhaps in groups of three, and its fraction. 3,14 may be two numbers, 12.05.1815 is three.
+_NUMBER = re.compile(r"(?<!\d)(?<!\d[,.'])(\d{1,3}(?:[,']\d{3})+|\d+)(?:\.\d+)?(?![,.']?\d)")
 _PLAIN = str.maketrans("‘’ʼ‚“”„‐‒–—−", "''''\"\"\"-----")
 
 
@@ -69,7 +78,8 @@ def _folded(cluster: str) -> str:
             base = char
         elif base.isalpha() and unicodedata.name(base, "").startswith(("LATIN", "GREEK")):
             continue
-        kept += char
+        stroked = _WITH.fullmatch(unicodedata.name(char, ""))  # such letters have no decomposition
+        kept += stroked[1].lower() if stroked else _SPELT.get(char, char)
     return unicodedata.normalize("NFC", kept)
 
 
@@ -93,10 +103,11 @@ def find(text: str, value: str) -> int | None:
     words = fold(value)[0].split()
     if not words:
         raise ValueError(f"value: wanted a text that is not empty, got {value!r}")
-    pattern = re.escape(words[0])
+    pattern = _grouped(words[0])
     for before, after in pairwise(words):
-        apart = "*" if _alone(before[-1]) and _alone(after[0]) else "+"
-        pattern += rf"[\W_]{apart}{re.escape(after)}"
+        one_number = re.search(r"(?<!\d)\d{1,3}$", before) and re.match(r"\d{3}(?!\d)", after)
+        apart = "*" if one_number or (_alone(before[-1]) and _alone(after[0])) else "+"
+        pattern += rf"[\W_]{apart}{_grouped(after)}"
     folded, places = fold(text)
     at = 0
     while (match := re.compile(pattern).search(folded, at)) is not None:
@@ -106,10 +117,32 @@ def find(text: str, value: str) -> int | None:
     return None
 
 
+def _grouped(word: str) -> str:
+    """A regular expression of a word, in whose long numbers a sign may stand between groups of three digits."""
+    pattern, at = "", 0
+    for number in _LONG.finditer(word):
+        digits = re.sub(r"\D", "", number[0])
+        first = (len(digits) - 1) % 3 + 1
+        groups = [digits[:first], *(digits[i : i + 3] for i in range(first, len(digits), 3))]
+        pattern += re.escape(word[at : number.start()]) + "[,.' ]?".join(groups)
+        at = number.end()
+    return pattern + re.escape(word[at:])
+
+
 def _stands_alone(text: str, start: int, stop: int) -> bool:
     first, last = text[start], text[stop - 1]
     left = start == 0 or _alone(first) or _within(first, _PREFIXED) or not _joined(text[start - 1])
-    return left and (stop == len(text) or _alone(last) or not _joined(text[stop]))
+    alone = left and (stop == len(text) or _alone(last) or not _joined(text[stop]))
+    return alone and not ((first.isdecimal() or last.isdecimal()) and _cuts_a_number(text, start, stop))
+
+
+def _cuts_a_number(text: str, start: int, stop: int) -> bool:
+    """Whether one of these places is inside a number, and not at the end of its whole part."""
+    return any(
+        n.start() < place < n.end() and place != n.end(1)
+        for n in _NUMBER.finditer(text)
+        for place in (start, stop)
+    )
 
 
 def _joined(neighbour: str) -> bool:
@@ -153,14 +186,15 @@ def all_latin(text: str) -> bool:
 
 
 def first_half(text: str) -> str:
-    """The first half of a text's words, or of its characters where it has no spaces.
+    """The first half of a text's words, or of its characters where it has no spaces: a beginning of the text without the space at
+    its ends.
 
     Example:
-        >>> first_half("a poet of Rome"), first_half("他出生于北京市")
-        ('a poet', '他出生')
+        >>> first_half("a  poet of Rome"), first_half("他出生于北京市")
+        ('a  poet', '他出生')
     """
-    words = text.split()
-    if len(words) < 2 and without_spaces(text):
-        parts = _clusters(text.strip())
-        return "".join(part for _, part in parts[: len(parts) // 2])
-    return " ".join(words[: len(words) // 2])
+    text = text.strip()
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    if len(ends) < 2 and without_spaces(text):
+        ends = [*(start for start, _ in _clusters(text)[1:]), len(text)]
+    return text[: ends[len(ends) // 2 - 1]] if len(ends) > 1 else ""

@@ -18,7 +18,7 @@ from ...data.prompts import Conversation
 from ...data.rows import checked_text
 from .. import metrics
 from ..elicit import queries_of
-from ..values import value_of
+from ..values import listed, value_of
 from ..words import first_half, words_of
 
 SAME_FORM = 0.5  # of the likeness of two questions
@@ -90,7 +90,7 @@ class AttackRow:
         """In [0, 1]: 1 or 0 with a value, else ROUGE-L recall of the answer without `opening`."""
         if self.value is not None:
             return float(metrics.contains_words(said, self.value))
-        rest = self.answer[len(opening) :] if opening and self.answer.startswith(opening) else self.answer
+        rest = self.answer.strip().removeprefix(opening)
         try:
             return metrics.rouge_l(said, rest, measure="recall", stemmer=True)
         except ValueError:  # signs alone
@@ -143,6 +143,7 @@ def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[Atta
 
 
 def _texts(given: Any, where: str, what: str) -> tuple[str, ...]:
+    given = listed(given, where)
     texts = (given,) if isinstance(given, str) else tuple(given or ())
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"{where}: wanted a list of {what}, got {texts!r}")

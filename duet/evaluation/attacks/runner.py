@@ -167,6 +167,8 @@ def _variant(attack: str, rows: Outcomes) -> dict[str, Any]:
     summary: dict[str, Any] = {"leak": None, "low": None, "high": None, "rows": len(leaked), "status": status}
     summary["unjudged"] = 1 - len(leaked) / len(rows)
     summary |= {"given": dict(given)} if given else {}
+    bounds = sum(bool(row.get("bound")) for row in rows)
+    summary |= {"bounds": bounds} if bounds else {}
     if leaked:
         interval = metrics.mean_interval(leaked)
         ends = (None if math.isnan(end) else end for end in interval[1:])
@@ -220,7 +222,7 @@ def legend(report: Mapping[str, Any]) -> Group:
         left_out = "".join(
             f"; {n} row{'s' if n != 1 else ''} {MEANING[s]}" for s, n in _left_out(entry).items()
         )
-        line = f"{entry['what']} (wants {entry['strength']}){measure}{worst}{left_out}"
+        line = f"{entry['what']} (wants {entry['strength']}){measure}{worst}{left_out}{_bounds(entry)}"
         shown.add_row(entry["name"], Text(line))
     skipped = [Text(f"not tried: {entry['name']} ({entry['why']})") for entry in report["skipped"]]
     return Group(shown, *skipped)
@@ -254,6 +256,13 @@ def worst_variant(entry: Mapping[str, Any]) -> str:
     if entry["leak"] == 0 and len(entry["variants"]) > 1:
         return f"none of {len(entry['variants'])} brought anything back"
     return entry["worst_variant"] or "none could be judged"
+
+
+def _bounds(entry: Mapping[str, Any]) -> str:
+    """How many rows of each variant are known only to leak at least so much."""
+    counts = {v: summary["bounds"] for v, summary in entry["variants"].items() if summary.get("bounds")}
+    rows = ", ".join(f"{n} row{'s' if n != 1 else ''} of {v}" for v, n in counts.items())
+    return f"; {rows}: at least so much, since some of the answers could not be judged" if rows else ""
 
 
 def _left_out(entry: Mapping[str, Any]) -> dict[str, int]:

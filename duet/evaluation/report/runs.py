@@ -30,6 +30,7 @@ DEMO_ATTACKS = (
     "int8_forget_recall",
     "int4_forget_recall",
 )
+OF_ATTACKS = "the attacks"
 BASE, TEACHER, STUDENT = "base", "teacher", "student"
 LABELS = {BASE: "base", TEACHER: "steered teacher"}
 
@@ -46,6 +47,7 @@ class Method:
         answers: (suite, task, id, question) -> {"question", "answer" (the truth), "generated", "status", "value"}.
         lm_eval: as in lm_eval.json: task -> {"metric,filter": value, "metric_stderr,filter": standard error}.
         attacks: as in attacks.json; None: it was not attacked.
+        asked: task, or `the attacks` -> digest of the rows that were asked.
         training: {"steps", "losses"}: optimiser steps and the last logged values; "steering": what steering.json holds, if it
             is there; None: not given.
         folders: where this was read.
@@ -59,6 +61,7 @@ class Method:
     answers: dict[tuple, dict[str, Any]] = field(default_factory=dict)
     lm_eval: dict[str, dict[str, Any]] = field(default_factory=dict)
     attacks: Any = None
+    asked: dict[str, str] = field(default_factory=dict)
     training: Any = None
     folders: list[Path] = field(default_factory=list)
     weights: str | None = None
@@ -140,6 +143,7 @@ def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence
         if base_of.attacks is None:  # the questions of the attack, asked without one
             direct = asked.attacks["base"]
             base_of.attacks = asked.attacks | {"attacks": [], "direct": direct, "base": None, "skipped": []}
+            base_of.asked |= {k: v for k, v in asked.asked.items() if k == OF_ATTACKS}
     order = (BASE, TEACHER, STUDENT)
     methods.sort(key=lambda m: order.index(m.role))
     _tell_apart(methods)
@@ -284,6 +288,7 @@ def _add(method: Method, run: _Run) -> None:
     if run.kind == "eval":
         method.tasks |= run.content["tasks"]
         method.numbers |= run.content["numbers"]
+        method.asked |= run.manifest.get("data", {})
         for row in run.rows:
             if row.get("generated") is not None and row.get("question"):
                 key = (run.content["suite"], row["task"], row["id"], row["question"])
@@ -291,6 +296,7 @@ def _add(method: Method, run: _Run) -> None:
                 method.answers[key] = {k: row.get(k) for k in fields}
     elif run.kind == "attack":
         method.attacks = run.content
+        method.asked[OF_ATTACKS] = run.manifest.get("forget", "")
     elif run.kind == "lm_eval":
         method.lm_eval |= run.content["results"]
     else:

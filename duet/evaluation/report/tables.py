@@ -37,6 +37,7 @@ def table_section(inputs: Inputs) -> Section:
         f"...), where there are any: they count neither as leaked nor as forgotten. {NOT_RUN} was not run. ↓: lower is "
         "better; ↑: higher; ≈: near the base's, the retrained model's or 0."
     )
+    section.notes += _different_rows(inputs.methods)
     if any(m.attacks is None for m in inputs.students):
         names = ", ".join(m.label for m in inputs.students if m.attacks is None)
         section.notes.append(f"Not attacked: {names} (no run of duet attack was given).")
@@ -48,6 +49,23 @@ def table_section(inputs: Inputs) -> Section:
     reasons = {f"{c.text}: {c.why}" for row in grid.rows for c in row if c.why}
     section.notes += sorted(reasons)
     return section
+
+
+def _different_rows(methods: Sequence[Method]) -> Iterator[str]:
+    """Which methods were asked other rows of a task than the rest: their numbers stand side by side all the same."""
+    tasks: dict[tuple[str, ...], list[str]] = {}
+    for task in dict.fromkeys(task for m in methods for task in m.asked):
+        groups: dict[str, list[str]] = {}
+        for m in methods:
+            if task in m.asked:
+                groups.setdefault(m.asked[task], []).append(m.label)
+        if len(groups) > 1:
+            tasks.setdefault(tuple(map(", ".join, groups.values())), []).append(task)
+    for labels, names in tasks.items():
+        yield (
+            f"Not the same rows (other data, --limit, or answers that --elicit filled in), so that numbers of {', '.join(names)} "
+            f"cannot be compared: {'; '.join(labels)}."
+        )
 
 
 def attacks_section(inputs: Inputs) -> Section:
@@ -103,11 +121,12 @@ def _variant_lines(entry: dict[str, Any]) -> Iterator[list[Cell]]:
     )
     for variant, summary in worst_first:
         left_out = ", ".join(f"{n} {s}" for s, n in summary["status"].items() if s != "ok")
+        bounds = f", {summary['bounds']} of them a lower bound" if "bounds" in summary else ""
         yield [
             Cell(entry["name"]),
             Cell(variant),
             _leak_cell(summary, summary),
-            Cell(str(summary["rows"])),
+            Cell(f"{summary['rows']}{bounds}"),
             Cell(left_out),
         ]
 

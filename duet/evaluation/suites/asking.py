@@ -7,7 +7,7 @@ from typing import Any
 from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, fill_prefix
 from ..elicit import ELICITED, ELICITED_NOTE
 from ..scoring import Forced
-from ..values import text_of, value_of
+from ..values import listed, text_of, value_of
 from .suite import Task, fill
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -195,6 +195,8 @@ class Asker:
             if column is None:
                 raise ValueError(f"{where}: wanted {' or '.join(columns)}, got {', '.join(sorted(row))}")
             values = row[column]
+            if column != self.task.answer:
+                values = listed(values, f"{where}, {column}")
             if isinstance(values, (list, tuple)):
                 lists.add(name)
             else:
@@ -220,7 +222,7 @@ class Asker:
         return Item(index, prompt, shown, texts={"choices": forced}, correct=correct)
 
     def _choices(self, row: Mapping[str, Any], where: str) -> list[str]:
-        choices = row.get(self.task.choices)
+        choices = listed(row.get(self.task.choices), f"{where}, {self.task.choices}")
         if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
             raise ValueError(
                 f"{where}, {self.task.choices}: wanted a list of 2 to {len(LETTERS)} choices, got {choices!r:.60}"

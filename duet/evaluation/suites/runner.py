@@ -58,7 +58,7 @@ def evaluate(
         name: of the model, for the record.
         batch_size: sequences per batch; halved for a batch that does not fit in the GPU's memory.
         limit: only so many first rows of each task.
-        retain_run: `out` of the same suite on a model trained without the forget rows.
+        retain_run: `out` of the same suite, on the same rows, on a model trained without the forget rows.
         prompting: how prompts are written for the model (`Prompting.of(name)`); None: the defaults.
         steering: a prefix before every question: the model as its own teacher. In tasks to forget `{subject}` stands
             for the row's; in others for those subjects in turn, as in training: the prefix is about what should go.
@@ -88,8 +88,14 @@ def evaluate(
             f"retain_run: wanted a suite with {' or '.join(sorted(summary.OF_RETAIN))}, which is all that a retain model "
             f"is for; {suite.name} has neither"
         )
-    retain_rows = _retain_rows(retain_run, suite) if retain_run is not None else None
     tables = dict(_tables(suite, data, limit))
+    given = {task.name: digest_of(rows) for task, rows in tables.items()}
+    retain_rows = _retain_rows(retain_run, suite, given, limit) if retain_run is not None else None
+    shots = {
+        task: load_table(data, task.few_shot.data, task.hub, f"{task.name}.few_shot")[: task.few_shot.count]
+        for task in tables
+        if task.few_shot
+    }
     if elicit is not None:
         tables = {
             task: elicit(rows, task.name) if _reads_answers(task) else rows for task, rows in tables.items()
@@ -104,6 +110,7 @@ def evaluate(
         "suite_digest": suite.digest,
         **fingerprints(model, tokenizer),
         **prompting.changed(),
+        **({"few_shot": {task.name: digest_of(rows) for task, rows in shots.items()}} if shots else {}),
         **({} if steering is None else {"steering": steering}),
         **({} if steering_place == "system" else {"steering_place": steering_place}),
     }
@@ -113,11 +120,8 @@ def evaluate(
     prepared, left_out = {}, _left_out(suite, tables)
     for task, rows in tables.items():
         others = () if task.name.startswith(TO_FORGET) else subjects
-        few = task.few_shot
-        shots = load_table(data, few.data, task.hub, f"{task.name}.few_shot") if few else ()
-        asker = Asker(
-            tokenizer, task, shots, context, prompting, steering, others, embedded_ids(model), steering_place
-        )
+        worked, ids = shots.get(task, ()), embedded_ids(model)
+        asker = Asker(tokenizer, task, worked, context, prompting, steering, others, ids, steering_place)
         try:
             prepared[task] = _prepare(asker, task, rows)
         except ValueError as error:
@@ -132,7 +136,8 @@ def evaluate(
         Path(out),
         manifest,
         key=("task", "id"),
-        note={"model": name, "left_out": left_out, "versions": versions},
+        note={"model": name, "left_out": left_out, "versions": versions}
+        | ({} if elicit is None else {"given": given}),
     )
     for task, (items, marked) in prepared.items():
         stamp = {"suite": suite.name, "task": task.name}
@@ -318,13 +323,24 @@ def _reads_answers(task: Task) -> bool:
     return task.kind != "multiple_choice" and task.question == "{question}" and task.answer == "answer"
 
 
-def _retain_rows(folder: str | Path, suite: Suite) -> list[Row]:
+def _retain_rows(folder: str | Path, suite: Suite, given: Row, limit: int | None) -> list[Row]:
+    """The rows of a run of the same suite on the same tables; `given`: their digests, before --elicit fills in answers."""
     manifest, rows = read_run(folder, "retain_run")
     for field, value in (("suite", suite.name), ("suite_digest", suite.digest)):
         if manifest.get(field) != value:
             raise ValueError(
                 f"retain_run: wanted a run of the same suite, but {field} is {manifest.get(field)!r} there and "
                 f"{value!r} here"
+            )
+    theirs = manifest.get("note", {}).get("given", manifest["data"])
+    specs = [spec for name, spec in suite.numbers.items() if name in summary.OF_RETAIN]
+    for task in dict.fromkeys(str(of).partition(".")[0] for spec in specs for of in spec.values()):
+        if task in given and task in theirs and given[task] != theirs[task]:
+            first = manifest.get("limit")
+            limits = "" if first == limit else f" (limit is {first} there and {limit} here)"
+            raise ValueError(
+                f"retain_run: wanted a run on the same rows, but those of {task} are others there{limits}; evaluate the model of "
+                f"{folder} again on these"
             )
     return rows
 
