@@ -168,6 +168,63 @@ def test_a_cached_teacher_is_the_model_of_the_first_request(tmp_path):
     assert cached[-1]["train_loss"] == pytest.approx(live[-1]["train_loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "names, trained",
+    [
+        (["foo"], "foo"),
+        (["default", "second"], "second"),
+        (["second", "default"], "second"),
+        (["default", "second"], "default"),
+    ],
+)
+def test_the_trained_adapter_is_what_is_saved_whatever_its_name(tmp_path, names, trained):
+    """Folder and checkpoint, read in any way, are the model that was trained; the checkpoint is resumed."""
+    base = save_base(tmp_path / "base")
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 1e-2,
+    }
+
+    def trainer(steps, **more):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model = get_peft_model(model, LoraConfig(**(LORA if names[0] == trained else OTHER)), names[0])
+        for name in names[1:]:
+            model.add_adapter(name, LoraConfig(**(LORA if name == trained else OTHER)))
+        shaken(model).set_adapter(trained)
+        for name, parameter in model.named_parameters():
+            if f"lora_B.{trained}." in name:  # it starts as it would without the other
+                parameter.data.zero_()
+        return make(tmp_path, model, max_steps=steps, **options, **more)
+
+    first = trainer(2)
+    first.train()
+    first.save_model()
+    first.create_model_card()
+    out, after = tmp_path / "out", logits(first.model)
+    for folder in (out, out / "checkpoint-2"):
+        for read in (models.load(folder, device="cpu")[0], AutoModelForCausalLM.from_pretrained(folder)):
+            assert moved(read, after) <= 1e-5 * after.abs().max()
+    assert {path.parent for path in out.rglob("adapter_*")} == {out, out / "checkpoint-2"}
+    assert json.loads((out / "run_record.json").read_text())["adapter.r"] == LORA["r"]
+    resumed, whole = trainer(4), trainer(4, output_dir=str(tmp_path / "whole"))
+    resumed.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    whole.train()
+    assert torch.equal(logits(resumed.model), logits(whole.model))
+
+
+def test_several_active_adapters_are_refused(tmp_path):
+    model = get_peft_model(tiny(), LoraConfig(**LORA))
+    model.add_adapter("second", LoraConfig(**OTHER))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(
+        ValueError, match=r"model: wanted .* one active adapter, .* \['default', 'second'\] active"
+    ):
+        make(tmp_path, model)
+
+
 # -- merges ----------------------------------------------------------------------------------------------------------
 
 

@@ -129,6 +129,21 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") or bool(adapter_layers(model))
 
 
+def trained_adapter(model: Any) -> str:
+    """The name of the one adapter that is active in a PEFT model: this is trained and saved.
+
+    Raises:
+        ValueError: none or several are active, and one folder holds one; naming `model` and its adapters.
+    """
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise ValueError(
+            f"model: wanted a PEFT model with one active adapter, which is trained and saved, got {active} active of its "
+            f"adapters {list(model.peft_config)}; model.set_adapter(name) chooses one"
+        )
+    return active[0]
+
+
 # -- the same logits -------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..model.adapters import trained_adapter
 from ..model.hashes import tokenizer_hash
 from ..model.lm import base_language_model
 from ..model.weights import older_weights
@@ -92,7 +93,8 @@ def run_record(
         "retain rows": rows.get("retain"),
         "adapter.peft_type": None,
     }
-    for config in getattr(model, "peft_config", {}).values():
+    if hasattr(model, "peft_config"):
+        config: Any = model.peft_config[trained_adapter(model)]
         options = {k: v for k, v in config.to_dict().items() if k not in _NOT_OF_THE_ADAPTER.split()}
         record |= {f"adapter.{name}": value for name, value in options.items()}
     return json.loads(json.dumps(record, default=_plain))
