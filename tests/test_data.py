@@ -1,5 +1,6 @@
 """duet.data: rows, aligned positions, the mixing of forget and retain queries."""
 
+import hashlib
 import itertools
 from collections import Counter
 
@@ -201,6 +202,36 @@ def test_too_long_is_refused_with_the_row_named_never_cut():
 
 
 # -- mixing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "forget, ratio, retain",
+    [(3, 0.3, 1), (3, 1.5, 5), (1, 0.01, 1), (10, 1.1, 11), (100, 0.29, 29), (3, 0.0, 0)],
+)
+def test_retain_rows_of_an_epoch_are_rounded_up(forget, ratio, retain):
+    """Few forget rows at a small ratio would have none at all; what floating point adds to a whole number counts for nothing."""
+    sampler = UnlearnSampler(forget, 7, ratio)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert sum(draw.row >= forget for draw in sampler) == sampler.retain_per_epoch == retain
+    assert len(list(sampler)) == len(sampler)
+
+
+@pytest.mark.parametrize(
+    "forget, ratio, rows, digest",
+    [
+        (3, 1.0, [[0, 5, 2, 4, 1, 3], [0, 6, 2, 5, 1, 6]], "c7e2c98790104bd9"),
+        (3, 2.0, [[0, 5, 4, 2, 3, 6, 1, 5, 6], [0, 4, 3, 2, 6, 3, 1, 4, 5]], "c059601a7771544b"),
+        (4, 1.5, [[1, 6, 0, 5, 4, 3, 7, 2, 6, 7], [1, 5, 0, 4, 7, 3, 4, 2, 5, 6]], "7b4d125ff764a65d"),
+    ],
+)
+def test_a_whole_number_of_retain_rows_is_drawn_as_in_earlier_versions(forget, ratio, rows, digest):
+    sampler, epochs = UnlearnSampler(forget, 4, ratio, seed=7), []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        epochs.append([tuple(draw) for draw in sampler])
+    assert [[row for row, _ in epoch] for epoch in epochs] == rows
+    assert hashlib.sha256(repr(epochs).encode()).hexdigest().startswith(digest)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0, 2.0, 2.5])

@@ -6,6 +6,7 @@ Positions are counted from where the answer starts, not from the start of the se
 by the steering prefix.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -327,9 +328,10 @@ def plain_item(prompt: list[int], answer: list[int] | None = None) -> dict[str, 
 class UnlearnSampler(Sampler[Draw]):
     """One epoch: every forget row once, in a new order, with retain rows between them at a fixed ratio.
 
-    After the i-th forget row, floor(i r) retain rows have been drawn: any stretch of the stream, so any batch and any
-    accumulation window, holds the two kinds at the ratio r within one row. Retain rows come from an endless stream of
-    shuffles that continues from epoch to epoch, so that all of them are used equally often.
+    After the i-th forget row, floor(i r) retain rows have been drawn, and ceil(n r) after the last of n: any stretch of the
+    epoch, so any batch and any accumulation window, holds the two kinds at the ratio r within one row, and a ratio above
+    0 never draws none. Retain rows come from an endless stream of shuffles that continues from epoch to epoch, so that all
+    of them are used equally often.
 
     Everything follows from (seed, epoch): a resumed run, or another process, draws the same.
 
@@ -348,7 +350,12 @@ class UnlearnSampler(Sampler[Draw]):
 
     @property
     def retain_per_epoch(self) -> int:
-        return int(self.num_forget * self.ratio)
+        return self._retain_until(self.num_forget)
+
+    def _retain_until(self, i: int) -> int:
+        """How many retain rows have been drawn after i forget rows of an epoch."""
+        # Rounding in i r must not add a row: 10 times 1.1 is 11.000000000000002.
+        return int(i * self.ratio) if i < self.num_forget else math.ceil(i * self.ratio * (1 - 1e-12))
 
     def __len__(self) -> int:
         return self.num_forget + self.retain_per_epoch
@@ -359,7 +366,7 @@ class UnlearnSampler(Sampler[Draw]):
         next_retain = self.epoch * self.retain_per_epoch
         for i, row in enumerate(order):
             yield Draw(row, rng.getrandbits(62))
-            for _ in range(int((i + 1) * self.ratio) - int(i * self.ratio)):
+            for _ in range(self._retain_until(i + 1) - self._retain_until(i)):
                 yield Draw(self.num_forget + self._retain_row(next_retain), rng.getrandbits(62))
                 next_retain += 1
 
