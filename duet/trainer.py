@@ -38,7 +38,7 @@ from .model.teacher import live_teacher
 from .model.weights import weights_hash
 from .output.adapters import AdapterTrainer, add_new_adapter, check_earlier_adapter
 from .output.card import STEERING, fingerprint, write_card
-from .output.checkpoints import check_output_dir
+from .output.checkpoints import check_output_dir, resumed_run
 from .output.parts import LogsLastStep, LossParts
 from .output.record import begin_run, run_record
 from .store.provenance import cached_teacher, open_store
@@ -248,7 +248,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTraine
             self.processing_class = tokenizer_that_steers(self.train_dataset, self.renderer, self.args)
             return TrainOutput(0, 0.0, {})
         check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
-        self._keep_record(resume_from_checkpoint)
+        self._keep_record(resumed_run(resume_from_checkpoint, str(self.args.output_dir)))
         known = self.teacher_measured or resume_from_checkpoint or loading.is_sharded(self.args)
         if is_steered(self.objective) and self.teacher.watched and not known:
             look_at_teacher(self.train_dataset, self.renderer.tokenizer, self.teacher_says)
@@ -259,7 +259,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTraine
             self.teacher.gone = True  # a checkpoint may be loaded next, and then steps are made
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _keep_record(self, resume_from: str | bool | None) -> None:
+    def _keep_record(self, begun_in: Path | None) -> None:
         if not self.is_world_process_zero():
             return
         student = self.accelerator.unwrap_model(self.model)
@@ -270,8 +270,6 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTraine
         tokenizer, rows = self.renderer.tokenizer, self._fingerprints
         record = run_record(student, self._weights, tokenizer, self.args, rows, self._taught_by)
         record["override_wordings"] = list(self.train_dataset.reverse_prompts)
-        parent = Path(str(resume_from)).parent if resume_from else None
-        begun_in = self.args.output_dir if resume_from is True else parent
         begin_run(self.args.output_dir, record, begun_in)
 
     # -- what is asked before a dataset is used ---------------------------------------------------------------------

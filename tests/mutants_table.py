@@ -322,6 +322,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_adapters.py::test_a_merge_is_the_model_that_was_examined[lora2-True]"),
         ("a merge that changes the model goes through", "    if not worst <= allowed:", "    if worst != worst:", "tests/test_adapters.py::test_the_logits_are_compared_to_five_digits"),
     ],
+    "duet/output/checkpoints.py": [
+        ("a resumed run takes a new optimizer", "    if folder.is_dir() and not whole:", "    if False:", "tests/test_run_record.py::test_weights_alone_are_not_resumed[weights alone]"),
+    ],
     "duet/output/adapters.py": [
         ("an adapter of another name stays in its own folder", "        _leave_trained(model, folder)\n", "", "tests/test_adapters.py::test_the_trained_adapter_is_what_is_saved_whatever_its_name[names1-second]"),
     ],

@@ -31,7 +31,7 @@ from ..model.adapters import (
 from ..model.answers import tokenizer_at
 from ..model.lm import base_language_model
 from ..model.loading import choose_attention, load_model, loading_device
-from ..output.checkpoints import last_finished_checkpoint
+from ..output.checkpoints import last_finished_checkpoint, resumed_run
 from ..store.build import Cached, cache_teacher
 from ..trainer import DuetTrainer
 from .config_file import ModelSection, RunConfig
@@ -59,12 +59,13 @@ def train(
             f"training.output_dir: {folder!r} holds {last!r} of an earlier run, which a later --resume "
             "could take for this one's; wanted --resume, or a folder without checkpoints"
         )
-    trainer = make_trainer(run)
     if checkpoint is None and resume:
         checkpoint = last
         logger.warning(
             f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting at step 0"
         )
+    resumed_run(checkpoint, folder)  # refuses before the model is loaded
+    trainer = make_trainer(run)
     if not checkpoint:
         before(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
