@@ -459,3 +459,20 @@ def test_the_base_of_another_run_is_not_taken(tmp_path):
             ValueError, match=r"output_dir: .*base' is the base of an adapter that an earlier run saved"
         ):
             train(run)
+
+
+def test_an_evaluation_named_base_is_no_base(tmp_path):
+    """`duet eval BASE --out out/mine/base`: the folder holds no model."""
+    first, wanted, base = adapted_folder(tmp_path)
+    for folder in (first, tmp_path / "second"):
+        (folder / "base").mkdir(parents=True)
+        (folder / "base" / "metrics.json").write_text("{}")
+    for read in (
+        models.load(first, device="cpu")[0],
+        load_model(str(first), "model", None),
+        load_model(str(first), "model", None, earlier="keep"),
+        merge_adapter(first, tmp_path / "merged"),
+    ):
+        assert moved(read, wanted) < 1e-3
+    train(request(tmp_path, base, "second", forget_rows(1)))
+    assert load_adapted(tmp_path / "second")

@@ -43,6 +43,12 @@ def holds_weights(folder: str | os.PathLike) -> bool:
     return any(not name.startswith("adapter_") for name in found)
 
 
+def base_beside(folder: str | os.PathLike) -> Path | None:
+    """The folder `base` beside an adapter, if a model is in it; what else has this name, such as an evaluation, is none."""
+    base = Path(folder, BASE)
+    return base if (base / "config.json").is_file() else None
+
+
 def check_folder(output_dir: str | os.PathLike, adapter: bool) -> None:
     """Refuses a folder in which weights and an adapter would meet: whoever loads it would apply the adapter to them.
 
@@ -103,7 +109,7 @@ def check_no_other_base(base: str | os.PathLike, model: Any) -> None:
         ValueError: naming the folder.
     """
     own = getattr(model, "name_or_path", "")
-    if Path(base).is_dir() and not (own and Path(own).resolve() == Path(base).resolve()):
+    if base_beside(Path(base).parent) and not (own and Path(own).resolve() == Path(base).resolve()):
         raise ValueError(
             f"output_dir: {os.fspath(base)!r} is the base of an adapter that an earlier run saved there, and this run's adapter "
             "has another base; wanted another folder"
@@ -347,8 +353,8 @@ def base_of(folder: str | os.PathLike) -> str:
     """
     from peft import PeftConfig
 
-    if Path(folder, BASE).is_dir():
-        return os.fspath(Path(folder, BASE))
+    if beside := base_beside(folder):
+        return os.fspath(beside)
     named = PeftConfig.from_pretrained(os.fspath(folder)).base_model_name_or_path
     if not named:
         raise ValueError(f"{ADAPTER} in {os.fspath(folder)!r} names no base_model_name_or_path")
