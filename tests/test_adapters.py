@@ -301,6 +301,23 @@ def test_an_adapter_that_is_no_change_of_weights_is_named(tmp_path):
         merge_adapters(model)
 
 
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        (
+            {"modules_to_save": ["lm_hed"]},
+            r"\(adapter.modules_to_save\): the model has no module 'lm_hed'.*'lm_head'",
+        ),
+        ({"task_type": "SEQ_CLS"}, r"\(adapter.task_type\): wanted 'CAUSAL_LM', got 'SEQ_CLS'"),
+    ],
+    ids=["options0", "options1"],
+)
+def test_an_adapter_that_would_not_be_what_was_asked_for_is_refused(tmp_path, options, why):
+    """peft takes both in silence: one is not trained, the other is saved and cannot be loaded."""
+    with pytest.raises(ValueError, match=f"^peft_config {why}"):
+        make(tmp_path, trainer_options={"peft_config": LoraConfig(**LORA | options)})
+
+
 # -- folders ---------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from ..names import instead
 from .lm import base_language_model
 from .switches import Switches
 
@@ -374,6 +375,27 @@ def save_base(model: Any, tokenizer: Any, folder: str | os.PathLike) -> None:
     check_same_logits(read, wanted, f"{folder}: saving and loading the merged model")
 
 
+def check_task_type(name: str, task_type: str | None) -> None:
+    """Refuses an adapter for another task than a causal language model's: it could be trained and saved, and not be loaded.
+
+    Raises:
+        ValueError: naming `name`.
+    """
+    if task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{name}: wanted 'CAUSAL_LM', got {getattr(task_type, 'value', task_type)!r}")
+
+
+def _check_saved(model: nn.Module, peft_config: Any) -> None:
+    """Refuses a name in `modules_to_save` that no module has: peft passes over it."""
+    names = [name for name, _ in model.named_modules()]
+    for wanted in getattr(peft_config, "modules_to_save", None) or ():
+        if not any(name.endswith(wanted) for name in names):  # as peft compares
+            known = {name.rpartition(".")[2] for name in names} - {""}
+            raise ValueError(
+                f"peft_config (adapter.modules_to_save): the model has no module {wanted!r}{instead(wanted, known)}"
+            )
+
+
 def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     """`model` wrapped in a new PEFT adapter.
 
@@ -399,6 +421,8 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         raise ValueError(
             "model: wanted one without an adapter under the new one, which would replace it; merge it first (`duet merge`)"
         )
+    check_task_type("peft_config (adapter.task_type)", peft_config.task_type)
+    _check_saved(model, peft_config)
     wanted = logits_of(model)
     try:
         adapted: Any = get_peft_model(model, peft_config)

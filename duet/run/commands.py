@@ -109,6 +109,7 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
     """The DuetTrainer of a run; rows are read before the model is loaded."""
     forget, retain, evals = _rows(run)
     args = run.training
+    lora = None if run.adapter is None else _lora({"revision": run.model.revision} | run.adapter)
     kwargs = model_kwargs(run.model, args)
     model = load_base(run, kwargs)
     live = run.teacher is not None and not args.teacher_store
@@ -120,7 +121,7 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
         eval_dataset=evals,
         processing_class=load_tokenizer(run.model),
         teacher_model=load_teacher(run, kwargs) if live else None,
-        peft_config=None if run.adapter is None else _lora({"revision": run.model.revision} | run.adapter),
+        peft_config=lora,
     )
 
 
