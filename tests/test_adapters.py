@@ -318,6 +318,36 @@ def test_an_adapter_that_would_not_be_what_was_asked_for_is_refused(tmp_path, op
         make(tmp_path, trainer_options={"peft_config": LoraConfig(**LORA | options)})
 
 
+def test_a_merged_model_of_an_earlier_run_is_met_before_the_training(tmp_path):
+    base = save_base(tmp_path / "base")
+    run = request(tmp_path, base, "first", forget_rows(1), merge=True)
+    train(run)
+    before = (tmp_path / "first" / "adapter_model.safetensors").read_bytes()
+    run.training.learning_rate = 1e-2
+    with pytest.raises(ValueError, match=r"^merge: '.*merged' holds a model of an earlier run"):
+        train(run)
+    again = replace(run, model=replace(run.model, name=str(tmp_path / "first" / "merged")))
+    with pytest.raises(ValueError, match=r"^out: '.*merged' is the base of the adapter"):
+        train(again, resume=True)
+    assert (tmp_path / "first" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_resumed_run_replaces_its_merged_model(tmp_path):
+    run = request(tmp_path, save_base(tmp_path / "base"), "first", forget_rows(2), merge=True)
+    run.training.save_strategy, run.training.save_steps = SaveStrategy.STEPS, 1
+    half, merged = logits(train(run).model), tmp_path / "first" / "merged"
+    (merged / "notes.txt").write_text("mine")
+    (merged / "model-00001-of-00002.safetensors").write_text("of a version that wrote two files")
+    (tmp_path / "first" / "merged.new").mkdir()
+    (tmp_path / "first" / "merged.new" / "model.safetensors").write_text("of a run that was killed")
+    run.training.max_steps = 6
+    after = logits(train(run, resume=True).model)
+    assert (after - half).abs().max() > 1e-2
+    assert moved(AutoModelForCausalLM.from_pretrained(merged), after) < 1e-4
+    assert (merged / "notes.txt").read_text() == "mine" and not list(merged.glob("model-*"))
+    assert not (tmp_path / "first" / "merged.new").exists()
+
+
 # -- folders ---------------------------------------------------------------------------------------------------------
 
 
