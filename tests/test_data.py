@@ -201,6 +201,23 @@ def test_too_long_is_refused_with_the_row_named_never_cut():
         dataset_of(forget=forget_rows(3), max_length=23, answers="dataset", max_scored=None)
 
 
+def test_the_longest_prompt_is_that_of_the_most_tokens():
+    """Not of the most characters: a later draw would be refused in the middle of a training."""
+    one_word, words = "unwordlikelylongsubjectofoneword", "a b c d e f"
+    forget = [{"question": "who ?", "subject": one_word}, {"question": "who ?", "subject": words}]
+    retain = [{"question": "what is the capital of france and of spain ?"}]
+    given = {"forget": forget, "retain": retain, "max_length": 30}
+    longest = max(len(dataset_of(**given)[Draw(2, seed)]["teacher"]) for seed in range(20))
+    assert longest == len(dataset_of(**given | {"subjects": [words]})[2]["teacher"])
+    dataset_of(**given | {"max_length": longest})
+    with pytest.raises(ValueError, match=r"retain_dataset\[0\]: the steered prompt and answer have"):
+        dataset_of(**given | {"max_length": longest - 1})
+    views = {"reverse_prompts": [one_word, words], "reverse_fraction": 1.0, "retain": (), "prefixes": []}
+    students = [dataset_of(**given | views)[Draw(0, seed)]["student"] for seed in range(20)]
+    with pytest.raises(ValueError, match=r"forget_dataset\[0\]: its prompt and answer have"):
+        dataset_of(**given | views | {"max_length": max(map(len, students)) - 1})
+
+
 # -- mixing ----------------------------------------------------------------------------------------------------------
 
 

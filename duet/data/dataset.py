@@ -131,11 +131,12 @@ class UnlearnDataset(Dataset):
         self.cached_targets: Callable[[tuple[int, int]], dict[str, Tensor]] | None = None
         # a filled prefix -> (its number, the ids that prompts under it begin with), where a teacher has read these before
         self.beginnings: dict[str | None, tuple[int, list[int]]] | None = None
+        self._longest_reverse = max(self.reverse_prompts, key=renderer.num_tokens, default=None)
         self._check()
 
     def _check(self) -> None:
         """Checks every row under every prefix and view, before training."""
-        longest_subject = max(self.subjects, key=len, default=None)
+        drawn: list[str] = []
         for i, query in enumerate(self.rows):
             if self.answers == "dataset" and query.answer is None and not self._refused(i):
                 raise ValueError(
@@ -147,18 +148,27 @@ class UnlearnDataset(Dataset):
                 texts = self.refusals if self._refused(i) else [query.answer]
                 lengths = [len(self._answer(i, text)) for text in texts]
                 answer_length = min(max(lengths), self.max_scored or max(lengths))
-            for prefix in [] if self._plain(i) else self.prefixes:
-                subject = query.subject if i < self.num_forget else longest_subject
-                where = query.name if i < self.num_forget else "forget_dataset"
-                self._prompt(i, fill_prefix(prefix, subject, where), answer_length=answer_length)
+            if i < self.num_forget:
+                instructions = [fill_prefix(prefix, query.subject, query.name) for prefix in self.prefixes]
+            else:
+                instructions = drawn = [] if self._plain(i) else drawn or self._longest_instructions()
+            for instruction in instructions:
+                self._prompt(i, instruction, answer_length=answer_length)
             self._check_student(i, answer_length)
+
+    def _longest_instructions(self) -> list[str]:
+        """Each prefix, about the subject that makes it longest: what a retain row may get."""
+        subjects, count = self.subjects or [None], self.renderer.num_tokens
+        filled = (
+            [fill_prefix(prefix, each, "forget_dataset") for each in subjects] for prefix in self.prefixes
+        )
+        return [max(texts, key=count) for texts in filled]
 
     def _check_student(self, i: int, answer_length: int) -> None:
         """Checks the longest prompt that the student may see of row i, with an answer of so many tokens."""
-        longest_override = max(self.reverse_prompts, key=len, default=None)
         role = "user" if self.reverse_role == "user" else "system"
         opening = max((len(self._opening(i, text)) for text in self.prefills), default=0)
-        self._prompt(i, None, longest_override, role, answer_length + opening)
+        self._prompt(i, None, self._longest_reverse, role, answer_length + opening)
 
     def keep(self, i: int, segments: list[Segment]) -> None:
         """Takes the prepared segments of row i.

@@ -386,6 +386,10 @@ class PromptRenderer:
         """Token ids of an answer that follows words which stand there already: behind a space, closed by its `ending`."""
         return [*self._ids(" " + answer), *self.ending(conversation)]
 
+    def num_tokens(self, text: str) -> int:
+        """How many tokens a text has by itself."""
+        return len(self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
+
     def _ids(self, text: str) -> list[int]:
         return self._known(
             list(self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
