@@ -245,6 +245,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_data.py::test_repeated_rows_of_a_batch_are_left_out"),
     ],
     "duet/data/prompts.py": [
+        ("a prompt without tokens is taken", "            if not ids:\n", "            if ids is None:\n", "tests/test_data.py::test_a_prompt_without_tokens_is_refused_with_the_row_named"),
         ("the prefix replaces the system message", "return ((\"system\", f\"{system}\\n\\n{conversation[0][1]}\"), *conversation[1:])", "return ((\"system\", system), *conversation[1:])",
          "tests/test_prompts.py::test_prefix_joins_a_system_message_that_is_there"),
         ("the override goes before the first user text", "conversation = _before_user(conversation, override, last=True)", "conversation = _before_user(conversation, override, last=False)",

@@ -201,6 +201,13 @@ def test_too_long_is_refused_with_the_row_named_never_cut():
         dataset_of(forget=forget_rows(3), max_length=23, answers="dataset", max_scored=None)
 
 
+def test_a_prompt_without_tokens_is_refused_with_the_row_named():
+    """A tokenizer without an unknown and a beginning token leaves nothing of it; nothing predicts the answer then."""
+    forget = [{"prompt": "who ?"}, {"prompt": "\u00e9\u00e9"}]
+    with pytest.raises(ValueError, match=r"^forget_dataset\[1\]: its prompt has no tokens"):
+        dataset_of(merging_tokenizer(), forget, prefixes=["forget ."])
+
+
 def test_the_longest_prompt_is_that_of_the_most_tokens():
     """Not of the most characters: a later draw would be refused in the middle of a training."""
     one_word, words = "unwordlikelylongsubjectofoneword", "a b c d e f"
