@@ -22,11 +22,12 @@ from transformers.utils import logging
 from duet_kernels import LMHead, set_workspace_bytes
 
 from .config import DuetConfig
-from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler, first_rows
+from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler
 from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
 from .methods.asking import Asking
 from .methods.directions import FixedDirections
+from .methods.evaluating import WholeSetLoss
 from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.selectivity import FixedSteps, check_selective, check_selective_model
 from .methods.sharpness import SharpSteps, check_sharp, check_sharp_weights
@@ -48,7 +49,7 @@ logger = logging.get_logger(__name__)
 silence_what_no_user_can_change()
 
 
-class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTrainer):
+class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, AdapterTrainer):
     r"""Trains a model to forget, by imitating itself steered by a prompt (DUET, arXiv 2601.21283).
 
         min_theta  mean over queries x and scored positions of  D( p_theta(. | x, y_<j), p_base(. | c, x, y_<j) )
@@ -84,7 +85,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTraine
 
     Logged: `loss`, the objective's value; `forget_loss` and `retain_loss`, the same over forget and over retain
     positions alone. Every mean is over the scored positions of a whole optimizer step (all accumulated micro-batches,
-    all processes), never over a micro-batch.
+    all processes), never over a micro-batch; that of `eval_*_loss` is over all rows to evaluate on.
 
     Memory: the logits tensor `[B, S, V]` never exists, in neither model, forward or backward: only scored positions
     reach the LM head, in tiles within `workspace_bytes`. With an adapter there is one copy of the weights.
@@ -354,17 +355,6 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTraine
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.gather(totals.unsqueeze(0)).sum(0)
         return Counts.of(totals)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        # accelerate repeats rows in the last batches, so that all processes have as many: those are not scored.
-        state, size = self.accelerator.gradient_state, self.args.eval_batch_size
-        if state.end_of_dataloader and state.remainder > 0:
-            inputs = first_rows(inputs, max(0, state.remainder - self.accelerator.process_index * size))
-        with torch.no_grad():
-            loss: Any = self.compute_loss(model, inputs)
-        # Every process holds its share: the Trainer, which cuts off what it takes for repeats, needs the whole.
-        return self.accelerator.gather(loss.detach().reshape(1)).mean(), None, None
 
     # -- what is logged, watched and saved -----------------------------------------------------------------------
 
