@@ -21,7 +21,7 @@ class WholeSetLoss(Trainer):
     objective: Any
     data_collator: Any
     _rows = 0  # of the set, on all processes
-    _counts: Counts
+    _counts: Any  # `Counts` of the set
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.evaluation_loop`; what the set holds is counted first."""
@@ -48,4 +48,5 @@ class WholeSetLoss(Trainer):
         with torch.no_grad():
             loss: Any = self.compute_loss(model, inputs, num_items_in_batch=self._counts)
         # Every process holds its share: the Trainer, which cuts off what it takes for repeats, needs the whole.
-        return self.accelerator.gather(loss.detach().reshape(1)).mean() * self._rows / rows, None, None
+        shares: Any = self.accelerator.gather(loss.detach().reshape(1))
+        return shares.mean() * self._rows / rows, None, None

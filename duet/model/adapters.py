@@ -151,6 +151,11 @@ def trained_adapter(model: Any) -> str:
     return active[0]
 
 
+def trained_config(model: Any) -> Any:
+    """The configuration of `trained_adapter`; None: the model is not from peft."""
+    return model.peft_config[trained_adapter(model)] if hasattr(model, "peft_config") else None
+
+
 # -- the same logits -------------------------------------------------------------------------------------------------
 
 

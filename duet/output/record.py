@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..model.adapters import trained_adapter
+from ..model.adapters import trained_config
 from ..model.hashes import tokenizer_hash
 from ..model.lm import base_language_model
 from ..model.weights import older_weights
@@ -94,8 +94,7 @@ def run_record(
         "retain rows": rows.get("retain"),
         "adapter.peft_type": None,
     }
-    if hasattr(model, "peft_config"):
-        config: Any = model.peft_config[trained_adapter(model)]
+    if config := trained_config(model):
         options = {k: v for k, v in config.to_dict().items() if k not in _NOT_OF_THE_ADAPTER.split()}
         record |= {f"adapter.{name}": value for name, value in options.items()}
     return json.loads(json.dumps(record, default=_plain))
