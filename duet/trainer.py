@@ -103,6 +103,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, WholeSetLoss,
         ...     processing_class=tokenizer,
         ... )
         >>> result = trainer.train()  # doctest: +ELLIPSIS
+        {'loss': ..., 'epoch': '2'}
         {'train_runtime': ..., 'epoch': '2'}
         >>> result.global_step
         2
