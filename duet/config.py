@@ -54,7 +54,7 @@ class DuetConfig(
             retain term is KL(base || student) instead of the answers' NLL), `npo_sam` (NPO with sharpness-aware steps),
             `simnpo`, `undial`, `shred`, `rmu`, `repselect`; `refusal` needs the answers of retain rows only.
         retain_per_forget: retain queries per forget query, in every batch. One epoch is one pass over the forget
-            rows; the retain rows are cycled through.
+            rows; the retain rows are cycled through. Their number in an epoch is rounded up: at least 1, if this is above 0.
         padding_free: whether the sequences of a batch follow each other in one instead of being padded. None: where
             flash-attn runs, which then does no work for padding.
         reuse_prefix: whether a live teacher reads what all prompts under one steering prefix begin with once, and keeps its

@@ -22,11 +22,12 @@ from transformers.utils import logging
 from duet_kernels import LMHead, set_workspace_bytes
 
 from .config import DuetConfig
-from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler, first_rows
+from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler
 from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
 from .methods.asking import Asking
 from .methods.directions import FixedDirections
+from .methods.evaluating import WholeSetLoss
 from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.selectivity import FixedSteps, check_selective, check_selective_model
 from .methods.sharpness import SharpSteps, check_sharp, check_sharp_weights
@@ -38,7 +39,7 @@ from .model.teacher import live_teacher
 from .model.weights import weights_hash
 from .output.adapters import AdapterTrainer, add_new_adapter, check_earlier_adapter
 from .output.card import STEERING, fingerprint, write_card
-from .output.checkpoints import check_output_dir
+from .output.checkpoints import check_output_dir, resumed_run
 from .output.parts import LogsLastStep, LossParts
 from .output.record import begin_run, run_record
 from .store.provenance import cached_teacher, open_store
@@ -48,7 +49,7 @@ logger = logging.get_logger(__name__)
 silence_what_no_user_can_change()
 
 
-class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTrainer):
+class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, AdapterTrainer):
     r"""Trains a model to forget, by imitating itself steered by a prompt (DUET, arXiv 2601.21283).
 
         min_theta  mean over queries x and scored positions of  D( p_theta(. | x, y_<j), p_base(. | c, x, y_<j) )
@@ -84,7 +85,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTraine
 
     Logged: `loss`, the objective's value; `forget_loss` and `retain_loss`, the same over forget and over retain
     positions alone. Every mean is over the scored positions of a whole optimizer step (all accumulated micro-batches,
-    all processes), never over a micro-batch.
+    all processes), never over a micro-batch; that of `eval_*_loss` is over all rows to evaluate on.
 
     Memory: the logits tensor `[B, S, V]` never exists, in neither model, forward or backward: only scored positions
     reach the LM head, in tiles within `workspace_bytes`. With an adapter there is one copy of the weights.
@@ -102,6 +103,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTraine
         ...     processing_class=tokenizer,
         ... )
         >>> result = trainer.train()  # doctest: +ELLIPSIS
+        {'loss': ..., 'epoch': '2'}
         {'train_runtime': ..., 'epoch': '2'}
         >>> result.global_step
         2
@@ -248,7 +250,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTraine
             self.processing_class = tokenizer_that_steers(self.train_dataset, self.renderer, self.args)
             return TrainOutput(0, 0.0, {})
         check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
-        self._keep_record(resume_from_checkpoint)
+        self._keep_record(resumed_run(resume_from_checkpoint, str(self.args.output_dir)))
         known = self.teacher_measured or resume_from_checkpoint or loading.is_sharded(self.args)
         if is_steered(self.objective) and self.teacher.watched and not known:
             look_at_teacher(self.train_dataset, self.renderer.tokenizer, self.teacher_says)
@@ -259,7 +261,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTraine
             self.teacher.gone = True  # a checkpoint may be loaded next, and then steps are made
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _keep_record(self, resume_from: str | bool | None) -> None:
+    def _keep_record(self, begun_in: Path | None) -> None:
         if not self.is_world_process_zero():
             return
         student = self.accelerator.unwrap_model(self.model)
@@ -270,8 +272,6 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTraine
         tokenizer, rows = self.renderer.tokenizer, self._fingerprints
         record = run_record(student, self._weights, tokenizer, self.args, rows, self._taught_by)
         record["override_wordings"] = list(self.train_dataset.reverse_prompts)
-        parent = Path(str(resume_from)).parent if resume_from else None
-        begun_in = self.args.output_dir if resume_from is True else parent
         begin_run(self.args.output_dir, record, begun_in)
 
     # -- what is asked before a dataset is used ---------------------------------------------------------------------
@@ -356,17 +356,6 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, AdapterTraine
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.gather(totals.unsqueeze(0)).sum(0)
         return Counts.of(totals)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        # accelerate repeats rows in the last batches, so that all processes have as many: those are not scored.
-        state, size = self.accelerator.gradient_state, self.args.eval_batch_size
-        if state.end_of_dataloader and state.remainder > 0:
-            inputs = first_rows(inputs, max(0, state.remainder - self.accelerator.process_index * size))
-        with torch.no_grad():
-            loss: Any = self.compute_loss(model, inputs)
-        # Every process holds its share: the Trainer, which cuts off what it takes for repeats, needs the whole.
-        return self.accelerator.gather(loss.detach().reshape(1)).mean(), None, None
 
     # -- what is logged, watched and saved -----------------------------------------------------------------------
 

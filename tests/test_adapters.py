@@ -168,6 +168,63 @@ def test_a_cached_teacher_is_the_model_of_the_first_request(tmp_path):
     assert cached[-1]["train_loss"] == pytest.approx(live[-1]["train_loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "names, trained",
+    [
+        (["foo"], "foo"),
+        (["default", "second"], "second"),
+        (["second", "default"], "second"),
+        (["default", "second"], "default"),
+    ],
+)
+def test_the_trained_adapter_is_what_is_saved_whatever_its_name(tmp_path, names, trained):
+    """Folder and checkpoint, read in any way, are the model that was trained; the checkpoint is resumed."""
+    base = save_base(tmp_path / "base")
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 1e-2,
+    }
+
+    def trainer(steps, **more):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model = get_peft_model(model, LoraConfig(**(LORA if names[0] == trained else OTHER)), names[0])
+        for name in names[1:]:
+            model.add_adapter(name, LoraConfig(**(LORA if name == trained else OTHER)))
+        shaken(model).set_adapter(trained)
+        for name, parameter in model.named_parameters():
+            if f"lora_B.{trained}." in name:  # it starts as it would without the other
+                parameter.data.zero_()
+        return make(tmp_path, model, max_steps=steps, **options, **more)
+
+    first = trainer(2)
+    first.train()
+    first.save_model()
+    first.create_model_card()
+    out, after = tmp_path / "out", logits(first.model)
+    for folder in (out, out / "checkpoint-2"):
+        for read in (models.load(folder, device="cpu")[0], AutoModelForCausalLM.from_pretrained(folder)):
+            assert moved(read, after) <= 1e-5 * after.abs().max()
+    assert {path.parent for path in out.rglob("adapter_*")} == {out, out / "checkpoint-2"}
+    assert json.loads((out / "run_record.json").read_text())["adapter.r"] == LORA["r"]
+    resumed, whole = trainer(4), trainer(4, output_dir=str(tmp_path / "whole"))
+    resumed.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    whole.train()
+    assert torch.equal(logits(resumed.model), logits(whole.model))
+
+
+def test_several_active_adapters_are_refused(tmp_path):
+    model = get_peft_model(tiny(), LoraConfig(**LORA))
+    model.add_adapter("second", LoraConfig(**OTHER))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(
+        ValueError, match=r"model: wanted .* one active adapter, .* \['default', 'second'\] active"
+    ):
+        make(tmp_path, model)
+
+
 # -- merges ----------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +299,53 @@ def test_an_adapter_that_is_no_change_of_weights_is_named(tmp_path):
     model = get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="model: wanted an adapter that can be merged into its base"):
         merge_adapters(model)
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        (
+            {"modules_to_save": ["lm_hed"]},
+            r"\(adapter.modules_to_save\): the model has no module 'lm_hed'.*'lm_head'",
+        ),
+        ({"task_type": "SEQ_CLS"}, r"\(adapter.task_type\): wanted 'CAUSAL_LM', got 'SEQ_CLS'"),
+    ],
+    ids=["options0", "options1"],
+)
+def test_an_adapter_that_would_not_be_what_was_asked_for_is_refused(tmp_path, options, why):
+    """peft takes both in silence: one is not trained, the other is saved and cannot be loaded."""
+    with pytest.raises(ValueError, match=f"^peft_config {why}"):
+        make(tmp_path, trainer_options={"peft_config": LoraConfig(**LORA | options)})
+
+
+def test_a_merged_model_of_an_earlier_run_is_met_before_the_training(tmp_path):
+    base = save_base(tmp_path / "base")
+    run = request(tmp_path, base, "first", forget_rows(1), merge=True)
+    train(run)
+    before = (tmp_path / "first" / "adapter_model.safetensors").read_bytes()
+    run.training.learning_rate = 1e-2
+    with pytest.raises(ValueError, match=r"^merge: '.*merged' holds a model of an earlier run"):
+        train(run)
+    again = replace(run, model=replace(run.model, name=str(tmp_path / "first" / "merged")))
+    with pytest.raises(ValueError, match=r"^out: '.*merged' is the base of the adapter"):
+        train(again, resume=True)
+    assert (tmp_path / "first" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_resumed_run_replaces_its_merged_model(tmp_path):
+    run = request(tmp_path, save_base(tmp_path / "base"), "first", forget_rows(2), merge=True)
+    run.training.save_strategy, run.training.save_steps = SaveStrategy.STEPS, 1
+    half, merged = logits(train(run).model), tmp_path / "first" / "merged"
+    (merged / "notes.txt").write_text("mine")
+    (merged / "model-00001-of-00002.safetensors").write_text("of a version that wrote two files")
+    (tmp_path / "first" / "merged.new").mkdir()
+    (tmp_path / "first" / "merged.new" / "model.safetensors").write_text("of a run that was killed")
+    run.training.max_steps = 6
+    after = logits(train(run, resume=True).model)
+    assert (after - half).abs().max() > 1e-2
+    assert moved(AutoModelForCausalLM.from_pretrained(merged), after) < 1e-4
+    assert (merged / "notes.txt").read_text() == "mine" and not list(merged.glob("model-*"))
+    assert not (tmp_path / "first" / "merged.new").exists()
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------
@@ -402,3 +506,20 @@ def test_the_base_of_another_run_is_not_taken(tmp_path):
             ValueError, match=r"output_dir: .*base' is the base of an adapter that an earlier run saved"
         ):
             train(run)
+
+
+def test_an_evaluation_named_base_is_no_base(tmp_path):
+    """`duet eval BASE --out out/mine/base`: the folder holds no model."""
+    first, wanted, base = adapted_folder(tmp_path)
+    for folder in (first, tmp_path / "second"):
+        (folder / "base").mkdir(parents=True)
+        (folder / "base" / "metrics.json").write_text("{}")
+    for read in (
+        models.load(first, device="cpu")[0],
+        load_model(str(first), "model", None),
+        load_model(str(first), "model", None, earlier="keep"),
+        merge_adapter(first, tmp_path / "merged"),
+    ):
+        assert moved(read, wanted) < 1e-3
+    train(request(tmp_path, base, "second", forget_rows(1)))
+    assert load_adapted(tmp_path / "second")

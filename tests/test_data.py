@@ -1,5 +1,6 @@
 """duet.data: rows, aligned positions, the mixing of forget and retain queries."""
 
+import hashlib
 import itertools
 from collections import Counter
 
@@ -200,7 +201,61 @@ def test_too_long_is_refused_with_the_row_named_never_cut():
         dataset_of(forget=forget_rows(3), max_length=23, answers="dataset", max_scored=None)
 
 
+def test_a_prompt_without_tokens_is_refused_with_the_row_named():
+    """A tokenizer without an unknown and a beginning token leaves nothing of it; nothing predicts the answer then."""
+    forget = [{"prompt": "who ?"}, {"prompt": "\u00e9\u00e9"}]
+    with pytest.raises(ValueError, match=r"^forget_dataset\[1\]: its prompt has no tokens"):
+        dataset_of(merging_tokenizer(), forget, prefixes=["forget ."])
+
+
+def test_the_longest_prompt_is_that_of_the_most_tokens():
+    """Not of the most characters: a later draw would be refused in the middle of a training."""
+    one_word, words = "unwordlikelylongsubjectofoneword", "a b c d e f"
+    forget = [{"question": "who ?", "subject": one_word}, {"question": "who ?", "subject": words}]
+    retain = [{"question": "what is the capital of france and of spain ?"}]
+    given = {"forget": forget, "retain": retain, "max_length": 30}
+    longest = max(len(dataset_of(**given)[Draw(2, seed)]["teacher"]) for seed in range(20))
+    assert longest == len(dataset_of(**given | {"subjects": [words]})[2]["teacher"])
+    dataset_of(**given | {"max_length": longest})
+    with pytest.raises(ValueError, match=r"retain_dataset\[0\]: the steered prompt and answer have"):
+        dataset_of(**given | {"max_length": longest - 1})
+    views = {"reverse_prompts": [one_word, words], "reverse_fraction": 1.0, "retain": (), "prefixes": []}
+    students = [dataset_of(**given | views)[Draw(0, seed)]["student"] for seed in range(20)]
+    with pytest.raises(ValueError, match=r"forget_dataset\[0\]: its prompt and answer have"):
+        dataset_of(**given | views | {"max_length": max(map(len, students)) - 1})
+
+
 # -- mixing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "forget, ratio, retain",
+    [(3, 0.3, 1), (3, 1.5, 5), (1, 0.01, 1), (10, 1.1, 11), (100, 0.29, 29), (3, 0.0, 0)],
+)
+def test_retain_rows_of_an_epoch_are_rounded_up(forget, ratio, retain):
+    """Few forget rows at a small ratio would have none at all; what floating point adds to a whole number counts for nothing."""
+    sampler = UnlearnSampler(forget, 7, ratio)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert sum(draw.row >= forget for draw in sampler) == sampler.retain_per_epoch == retain
+    assert len(list(sampler)) == len(sampler)
+
+
+@pytest.mark.parametrize(
+    "forget, ratio, rows, digest",
+    [
+        (3, 1.0, [[0, 5, 2, 4, 1, 3], [0, 6, 2, 5, 1, 6]], "c7e2c98790104bd9"),
+        (3, 2.0, [[0, 5, 4, 2, 3, 6, 1, 5, 6], [0, 4, 3, 2, 6, 3, 1, 4, 5]], "c059601a7771544b"),
+        (4, 1.5, [[1, 6, 0, 5, 4, 3, 7, 2, 6, 7], [1, 5, 0, 4, 7, 3, 4, 2, 5, 6]], "7b4d125ff764a65d"),
+    ],
+)
+def test_a_whole_number_of_retain_rows_is_drawn_as_in_earlier_versions(forget, ratio, rows, digest):
+    sampler, epochs = UnlearnSampler(forget, 4, ratio, seed=7), []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        epochs.append([tuple(draw) for draw in sampler])
+    assert [[row for row, _ in epoch] for epoch in epochs] == rows
+    assert hashlib.sha256(repr(epochs).encode()).hexdigest().startswith(digest)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0, 2.0, 2.5])

@@ -18,7 +18,7 @@ ALLOWED = {
     "options": "names",
     "_moved": "",
     "data": "names options _moved",
-    "model": "data",
+    "model": "names data",
     "methods": "names options data model",
     "config": "names options data methods",
     "store": "names extras config data model methods",

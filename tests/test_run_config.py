@@ -105,6 +105,11 @@ def test_names_of_eval_sets_keep_their_dashes(path):
     assert run.eval == {"retain-a": DataSource("a.jsonl")}
 
 
+def test_a_lone_name_of_the_adapter_is_a_list(path):
+    run = RunConfig.load(path, ["--adapter.modules_to_save", "lm_head", "--adapter.target_modules", "q_proj"])
+    assert run.adapter["modules_to_save"] == ["lm_head"] and run.adapter["target_modules"] == "q_proj"
+
+
 def test_overrides_leave_the_file_alone(path):
     tree = read_run(path)
     before = json.dumps(tree)
@@ -143,6 +148,35 @@ BAD = {  # what is written over the good file -> words of the error
         r"training.max_steps: wanted an integer, got 2.5",
     ),
     "a number for a switch": (["--bf16", "3"], r"training.bf16: wanted true or false or null, got 3"),
+    "a text for the adapter's size": (
+        ["--adapter.r", '"16"'],
+        r"^adapter.r: wanted an integer >= 1, got '16'",
+    ),
+    "a fraction for the adapter's size": (
+        ["--adapter.r", "4.5"],
+        r"^adapter.r: wanted an integer >= 1, got 4.5",
+    ),
+    "no size of the adapter": (["--adapter.r", "null"], r"^adapter.r: wanted an integer >= 1, got None"),
+    "a text for a factor": (
+        ["--adapter.lora_alpha", '"32"'],
+        r"^adapter.lora_alpha: wanted an integer, got '32'",
+    ),
+    "nothing for a factor": (
+        ["--adapter.lora_alpha", "null"],
+        r"^adapter.lora_alpha: wanted an integer, got None",
+    ),
+    "a text for a share": (
+        ["--adapter.lora_dropout", '"0.1"'],
+        r"^adapter.lora_dropout: wanted a number in \[0, 1\], got '0.1'",
+    ),
+    "a misspelt choice of the adapter": (
+        ["--adapter.bias", "al"],
+        r"^adapter.bias: wanted one of none, all, lora_only, got 'al'.*'all'",
+    ),
+    "another task": (
+        ["--adapter.task_type", "SEQ_CLS"],
+        r"^adapter.task_type: wanted 'CAUSAL_LM', got 'SEQ_CLS'",
+    ),
     "an option's own check": (["--k", "0"], r"k: wanted an integer >= 1, got 0"),
     "no forget rows": (["--data.forget", "null"], r"data.forget: wanted a path"),
     "no model": (["--model.name", "null"], r"model.name: wanted a text, got nothing"),

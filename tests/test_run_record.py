@@ -163,6 +163,32 @@ def test_the_command_line_compares_too(tmp_path):
     assert train(run_of(tmp_path, tmp_path / "out", max_steps=3), resume=True).state.global_step == 3
 
 
+@pytest.mark.parametrize("lost", ["weights alone", "optimizer.pt", "scheduler.pt"])
+def test_weights_alone_are_not_resumed(tmp_path, lost):
+    """The Trainer would begin with a new optimizer and the first learning rate, and say nothing."""
+    make(tmp_path, **SAVING, save_only_model=lost == "weights alone").train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    if lost != "weights alone":
+        (checkpoint / lost).unlink()
+        shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    for resume_from in (str(checkpoint), True):
+        trainer = make(tmp_path, **SAVING)
+        with pytest.raises(
+            ValueError, match=r"^resume_from_checkpoint: '.*checkpoint-\d' holds the weights, but not"
+        ):
+            trainer.train(resume_from_checkpoint=resume_from)
+
+
+def test_weights_alone_are_refused_before_a_model_is_loaded(tmp_path):
+    from duet.run.commands import train
+
+    prepare(tmp_path)
+    train(run_of(tmp_path, tmp_path / "out", max_steps=1, save_only_model=True))
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: '.*checkpoint-1' holds the weights"):
+        train(run_of(tmp_path, tmp_path / "out", max_steps=2), resume=True)
+
+
 def test_every_excused_option_is_one():
     """And none that shapes a loss or an update is among them."""
     names = {f.name for f in dataclasses.fields(DuetConfig)}

@@ -444,6 +444,22 @@ def test_evaluation(tmp_path):
     assert trainer.evaluate(forget_rows(3))["eval_loss"] == pytest.approx(forget[-1], rel=1e-5)
 
 
+@pytest.mark.parametrize("objective", ["graddiff", "simnpo", "duet"])
+def test_the_loss_of_an_evaluation_does_not_depend_on_its_batches(tmp_path, objective):
+    """Answers of one to eight tokens: a mean of the batches' means would weigh them by rows."""
+    answers = ["red", "a poet", "a mathematician and a captain of the sea .", "blue", "the code machine"]
+    rows = [row | {"answer": answer} for row, answer in zip(forget_rows(5), answers, strict=True)]
+    options = {"objective": objective, "positions": "answer", "answer_source": "dataset"}
+    model, found = tiny(), []
+    for size in (5, 1, 2, 3):
+        trainer = make(tmp_path, model, per_device_eval_batch_size=size, **options)
+        found += [trainer.evaluate(rows)["eval_loss"], trainer.predict(rows).metrics["test_loss"]]
+    assert found == pytest.approx([found[0]] * len(found), rel=1e-5)
+    short = make(tmp_path, model, per_device_eval_batch_size=2, dataloader_drop_last=True, **options)
+    kept = make(tmp_path, model, per_device_eval_batch_size=4, **options).evaluate(rows[:4])["eval_loss"]
+    assert short.evaluate(rows)["eval_loss"] == pytest.approx(kept, rel=1e-5) != pytest.approx(found[0])
+
+
 # -- the machinery around --------------------------------------------------------------------------------------------
 
 

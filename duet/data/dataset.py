@@ -6,6 +6,7 @@ Positions are counted from where the answer starts, not from the start of the se
 by the steering prefix.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -130,11 +131,12 @@ class UnlearnDataset(Dataset):
         self.cached_targets: Callable[[tuple[int, int]], dict[str, Tensor]] | None = None
         # a filled prefix -> (its number, the ids that prompts under it begin with), where a teacher has read these before
         self.beginnings: dict[str | None, tuple[int, list[int]]] | None = None
+        self._longest_reverse = max(self.reverse_prompts, key=renderer.num_tokens, default=None)
         self._check()
 
     def _check(self) -> None:
         """Checks every row under every prefix and view, before training."""
-        longest_subject = max(self.subjects, key=len, default=None)
+        drawn: list[str] = []
         for i, query in enumerate(self.rows):
             if self.answers == "dataset" and query.answer is None and not self._refused(i):
                 raise ValueError(
@@ -146,18 +148,27 @@ class UnlearnDataset(Dataset):
                 texts = self.refusals if self._refused(i) else [query.answer]
                 lengths = [len(self._answer(i, text)) for text in texts]
                 answer_length = min(max(lengths), self.max_scored or max(lengths))
-            for prefix in [] if self._plain(i) else self.prefixes:
-                subject = query.subject if i < self.num_forget else longest_subject
-                where = query.name if i < self.num_forget else "forget_dataset"
-                self._prompt(i, fill_prefix(prefix, subject, where), answer_length=answer_length)
+            if i < self.num_forget:
+                instructions = [fill_prefix(prefix, query.subject, query.name) for prefix in self.prefixes]
+            else:
+                instructions = drawn = [] if self._plain(i) else drawn or self._longest_instructions()
+            for instruction in instructions:
+                self._prompt(i, instruction, answer_length=answer_length)
             self._check_student(i, answer_length)
+
+    def _longest_instructions(self) -> list[str]:
+        """Each prefix, about the subject that makes it longest: what a retain row may get."""
+        subjects, count = self.subjects or [None], self.renderer.num_tokens
+        filled = (
+            [fill_prefix(prefix, each, "forget_dataset") for each in subjects] for prefix in self.prefixes
+        )
+        return [max(texts, key=count) for texts in filled]
 
     def _check_student(self, i: int, answer_length: int) -> None:
         """Checks the longest prompt that the student may see of row i, with an answer of so many tokens."""
-        longest_override = max(self.reverse_prompts, key=len, default=None)
         role = "user" if self.reverse_role == "user" else "system"
         opening = max((len(self._opening(i, text)) for text in self.prefills), default=0)
-        self._prompt(i, None, longest_override, role, answer_length + opening)
+        self._prompt(i, None, self._longest_reverse, role, answer_length + opening)
 
     def keep(self, i: int, segments: list[Segment]) -> None:
         """Takes the prepared segments of row i.
@@ -327,9 +338,10 @@ def plain_item(prompt: list[int], answer: list[int] | None = None) -> dict[str, 
 class UnlearnSampler(Sampler[Draw]):
     """One epoch: every forget row once, in a new order, with retain rows between them at a fixed ratio.
 
-    After the i-th forget row, floor(i r) retain rows have been drawn: any stretch of the stream, so any batch and any
-    accumulation window, holds the two kinds at the ratio r within one row. Retain rows come from an endless stream of
-    shuffles that continues from epoch to epoch, so that all of them are used equally often.
+    After the i-th forget row, floor(i r) retain rows have been drawn, and ceil(n r) after the last of n: any stretch of the
+    epoch, so any batch and any accumulation window, holds the two kinds at the ratio r within one row, and a ratio above
+    0 never draws none. Retain rows come from an endless stream of shuffles that continues from epoch to epoch, so that all
+    of them are used equally often.
 
     Everything follows from (seed, epoch): a resumed run, or another process, draws the same.
 
@@ -348,7 +360,12 @@ class UnlearnSampler(Sampler[Draw]):
 
     @property
     def retain_per_epoch(self) -> int:
-        return int(self.num_forget * self.ratio)
+        return self._retain_until(self.num_forget)
+
+    def _retain_until(self, i: int) -> int:
+        """How many retain rows have been drawn after i forget rows of an epoch."""
+        # Rounding in i r must not add a row: 10 times 1.1 is 11.000000000000002.
+        return int(i * self.ratio) if i < self.num_forget else math.ceil(i * self.ratio * (1 - 1e-12))
 
     def __len__(self) -> int:
         return self.num_forget + self.retain_per_epoch
@@ -359,7 +376,7 @@ class UnlearnSampler(Sampler[Draw]):
         next_retain = self.epoch * self.retain_per_epoch
         for i, row in enumerate(order):
             yield Draw(row, rng.getrandbits(62))
-            for _ in range(int((i + 1) * self.ratio) - int(i * self.ratio)):
+            for _ in range(self._retain_until(i + 1) - self._retain_until(i)):
                 yield Draw(self.num_forget + self._retain_row(next_retain), rng.getrandbits(62))
                 next_retain += 1
 

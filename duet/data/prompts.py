@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 class CannotRender(ValueError):
-    """A conversation that the chat template refuses, or whose tokens the model does not have."""
+    """A conversation that the chat template refuses, that has no tokens, or whose tokens the model does not have."""
 
 
 SUBJECT = "{subject}"
@@ -301,7 +301,10 @@ class PromptRenderer:
         if key not in self._cache:  # a run uses the same prompts again and again; rendering one takes 0.1 ms
             if len(self._cache) >= _CACHED_PROMPTS:
                 self._cache.clear()
-            self._cache[key] = self._known(self._encode(*key))
+            ids = self._known(self._encode(*key))
+            if not ids:
+                raise CannotRender("its prompt has no tokens: the tokenizer knows none of its characters")
+            self._cache[key] = ids
         return self._cache[key]
 
     def encode_or_none(self, conversation: Conversation, instruction: str | None = None) -> list[int] | None:
@@ -385,6 +388,10 @@ class PromptRenderer:
     def encode_rest(self, conversation: Conversation, answer: str) -> list[int]:
         """Token ids of an answer that follows words which stand there already: behind a space, closed by its `ending`."""
         return [*self._ids(" " + answer), *self.ending(conversation)]
+
+    def num_tokens(self, text: str) -> int:
+        """How many tokens a text has by itself."""
+        return len(self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
 
     def _ids(self, text: str) -> list[int]:
         return self._known(

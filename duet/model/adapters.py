@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from ..names import instead
 from .lm import base_language_model
 from .switches import Switches
 
@@ -41,6 +42,12 @@ def holds_weights(folder: str | os.PathLike) -> bool:
     """Whether a folder holds the weights of a whole model."""
     found = [path.name for pattern in _WEIGHTS for path in Path(folder).glob(pattern)]
     return any(not name.startswith("adapter_") for name in found)
+
+
+def base_beside(folder: str | os.PathLike) -> Path | None:
+    """The folder `base` beside an adapter, if a model is in it; what else has this name, such as an evaluation, is none."""
+    base = Path(folder, BASE)
+    return base if (base / "config.json").is_file() else None
 
 
 def check_folder(output_dir: str | os.PathLike, adapter: bool) -> None:
@@ -103,7 +110,7 @@ def check_no_other_base(base: str | os.PathLike, model: Any) -> None:
         ValueError: naming the folder.
     """
     own = getattr(model, "name_or_path", "")
-    if Path(base).is_dir() and not (own and Path(own).resolve() == Path(base).resolve()):
+    if base_beside(Path(base).parent) and not (own and Path(own).resolve() == Path(base).resolve()):
         raise ValueError(
             f"output_dir: {os.fspath(base)!r} is the base of an adapter that an earlier run saved there, and this run's adapter "
             "has another base; wanted another folder"
@@ -127,6 +134,26 @@ def _saved_copies(model: nn.Module) -> list[tuple[str, Any]]:
 def has_adapter(model: nn.Module) -> bool:
     """Whether a model, from peft or from transformers, has an adapter."""
     return hasattr(model, "peft_config") or bool(adapter_layers(model))
+
+
+def trained_adapter(model: Any) -> str:
+    """The name of the one adapter that is active in a PEFT model: this is trained and saved.
+
+    Raises:
+        ValueError: none or several are active, and one folder holds one; naming `model` and its adapters.
+    """
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise ValueError(
+            f"model: wanted a PEFT model with one active adapter, which is trained and saved, got {active} active of its "
+            f"adapters {list(model.peft_config)}; model.set_adapter(name) chooses one"
+        )
+    return active[0]
+
+
+def trained_config(model: Any) -> Any:
+    """The configuration of `trained_adapter`; None: the model is not from peft."""
+    return model.peft_config[trained_adapter(model)] if hasattr(model, "peft_config") else None
 
 
 # -- the same logits -------------------------------------------------------------------------------------------------
@@ -332,8 +359,8 @@ def base_of(folder: str | os.PathLike) -> str:
     """
     from peft import PeftConfig
 
-    if Path(folder, BASE).is_dir():
-        return os.fspath(Path(folder, BASE))
+    if beside := base_beside(folder):
+        return os.fspath(beside)
     named = PeftConfig.from_pretrained(os.fspath(folder)).base_model_name_or_path
     if not named:
         raise ValueError(f"{ADAPTER} in {os.fspath(folder)!r} names no base_model_name_or_path")
@@ -351,6 +378,27 @@ def save_base(model: Any, tokenizer: Any, folder: str | os.PathLike) -> None:
     tokenizer.save_pretrained(folder)
     read = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
     check_same_logits(read, wanted, f"{folder}: saving and loading the merged model")
+
+
+def check_task_type(name: str, task_type: str | None) -> None:
+    """Refuses an adapter for another task than a causal language model's: it could be trained and saved, and not be loaded.
+
+    Raises:
+        ValueError: naming `name`.
+    """
+    if task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{name}: wanted 'CAUSAL_LM', got {getattr(task_type, 'value', task_type)!r}")
+
+
+def _check_saved(model: nn.Module, peft_config: Any) -> None:
+    """Refuses a name in `modules_to_save` that no module has: peft passes over it."""
+    names = [name for name, _ in model.named_modules()]
+    for wanted in getattr(peft_config, "modules_to_save", None) or ():
+        if not any(name.endswith(wanted) for name in names):  # as peft compares
+            known = {name.rpartition(".")[2] for name in names} - {""}
+            raise ValueError(
+                f"peft_config (adapter.modules_to_save): the model has no module {wanted!r}{instead(wanted, known)}"
+            )
 
 
 def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
@@ -378,6 +426,8 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         raise ValueError(
             "model: wanted one without an adapter under the new one, which would replace it; merge it first (`duet merge`)"
         )
+    check_task_type("peft_config (adapter.task_type)", peft_config.task_type)
+    _check_saved(model, peft_config)
     wanted = logits_of(model)
     try:
         adapted: Any = get_peft_model(model, peft_config)

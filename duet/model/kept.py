@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapters import BASE, check_same_logits, holds_adapter, logits_of, take_off
+from .adapters import base_beside, check_same_logits, holds_adapter, logits_of, take_off
 from .lm import base_language_model
 from .switches import Switches
 
@@ -168,8 +168,8 @@ def _parts_of(model: Any) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
 
 def _base_of(config: Any, folder: str | os.PathLike | None) -> tuple[str, str | None]:
     """Where the base is that the adapter of `config` was trained on, and its revision."""
-    if folder is not None and Path(folder, BASE).is_dir():
-        return str(Path(folder, BASE).resolve()), None
+    if folder is not None and (beside := base_beside(folder)):
+        return str(beside.resolve()), None
     base = config.base_model_name_or_path
     if not base or holds_adapter(base):
         why = f"is {base!r}, which holds an adapter, too" if base else "is not named in its configuration"

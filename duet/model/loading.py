@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.utils import logging
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from .adapters import UNREADABLE, has_adapter, holds_adapter, load_adapted, merge_adapters
+from .adapters import UNREADABLE, has_adapter, holds_adapter, load_adapted, merge_adapters, trained_adapter
 from .kept import keep_adapter
 from .lm import base_language_model, find_backbone
 
@@ -82,10 +82,13 @@ def without_frozen_adapter(model: Any, argument: str, adds: bool, earlier: Earli
         earlier: what becomes of the adapters (`DuetConfig.earlier_adapter`).
 
     Raises:
-        ValueError: an adapter of peft that is frozen, and no new one: nothing would be trained.
+        ValueError: an adapter of peft that is frozen, and no new one: nothing would be trained; or several that are active.
     """
     model = without_attached_adapter(model, argument, earlier)
-    if not has_adapter(model) or any(p.requires_grad for p in model.parameters()):
+    if not has_adapter(model):
+        return model
+    if any(p.requires_grad for p in model.parameters()):
+        trained_adapter(model)
         return model
     if not adds:
         raise ValueError(

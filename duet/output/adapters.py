@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from ..model.adapters import ADAPTER, BASE, add_adapter, check_no_other_base, save_base
+from ..model.adapters import ADAPTER, BASE, add_adapter, check_no_other_base, save_base, trained_adapter
 from ..model.kept import ON_TOP, WEIGHTS, check_on_top, keeps, save_sum
 from .checkpoints import ResumableTrainer, said_clearly
 from .record import read_record
@@ -52,18 +52,29 @@ def add_new_adapter(model: Any, tokenizer: Any, peft_config: Any, output_dir: st
 
 
 class AdapterTrainer(ResumableTrainer):
-    """A trainer whose model may keep an earlier adapter: its checkpoints hold the sum, and in `on_top` what is resumed."""
+    """A trainer whose folders hold the one adapter that was trained.
+
+    Its model may keep an earlier adapter: then they hold the sum, and in `on_top` what is resumed.
+    """
 
     args: Any
     model: Any
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """`Trainer._save`; with an adapter that was kept, the sum of both, and the new one alone in the folder `on_top`."""
+        """`Trainer._save`, and of a model's adapters the trained one alone, whatever it is called.
+
+        With an adapter that was kept, the sum of both, and the new one alone in the folder `on_top`.
+        """
         super()._save(output_dir, state_dict)
-        model = self.accelerator.unwrap_model(self.model)
-        if not (keeps(model) and self.args.should_save):
+        model, folder = (
+            self.accelerator.unwrap_model(self.model),
+            Path(output_dir or str(self.args.output_dir)),
+        )
+        if not (self.args.should_save and hasattr(model, "peft_config")):
             return
-        folder = Path(output_dir or str(self.args.output_dir))
+        _leave_trained(model, folder)
+        if not keeps(model):
+            return
         (folder / ON_TOP).mkdir(exist_ok=True)
         for name in (ADAPTER, WEIGHTS):
             os.replace(folder / name, folder / ON_TOP / name)
@@ -84,3 +95,19 @@ class AdapterTrainer(ResumableTrainer):
         """Where in a checkpoint the weights are that were trained."""
         kept = keeps(self.accelerator.unwrap_model(self.model))
         return os.path.join(checkpoint, ON_TOP) if kept else checkpoint
+
+
+def _leave_trained(model: Any, folder: Path) -> None:
+    """Of what peft saved, "default" in `folder` and others in folders of their names, leaves the trained adapter, in `folder`."""
+    trained = trained_adapter(model)
+    for name in sorted(
+        model.peft_config, key=trained.__eq__
+    ):  # the trained one last: it takes the place of "default"
+        below = folder if name == "default" else folder / name
+        for file in (ADAPTER, WEIGHTS):
+            if name == trained:
+                os.replace(below / file, folder / file)
+            else:
+                (below / file).unlink()
+        if below != folder and not any(below.iterdir()):
+            below.rmdir()

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from torch import nn
 
 from ..extras import version_of
+from ..model.adapters import trained_config
 from ..model.lm import base_language_model
 
 # Options on the card besides those that the objective reads (`Objective.reads`); the first of runs with a steering prefix only.
@@ -120,7 +121,7 @@ def write_card(
         history: what was logged.
         name: of the model; None: that of the folder.
     """
-    adapter = next(iter(getattr(model, "peft_config", {}).values()), None)
+    adapter = trained_config(model)
     text = model_card(
         name=name or os.path.basename(os.path.abspath(options.output_dir)),
         base_model=getattr(base_language_model(model).config, "_name_or_path", None) or None,

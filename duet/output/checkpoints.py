@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 
 def last_finished_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -33,6 +33,30 @@ def _finished(checkpoint: Path, step: int) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(state, dict) and state.get("global_step") == step
+
+
+def resumed_run(resume_from: str | bool | None, output_dir: str) -> Path | None:
+    """The folder of the run that `Trainer.train(resume_from)` goes on with; None: it goes on with none.
+
+    Raises:
+        ValueError: its checkpoint has no optimizer and scheduler; the Trainer would begin with new ones and say nothing.
+    """
+    if not resume_from:
+        return None
+    checkpoint = get_last_checkpoint(output_dir) if resume_from is True else os.fspath(resume_from)
+    if checkpoint is None:
+        return Path(output_dir)
+    folder = Path(checkpoint)
+    whole = (any(folder.glob("optimizer*")) and (folder / SCHEDULER_NAME).is_file()) or any(
+        folder.glob("global_step*")  # DeepSpeed's
+    )
+    if folder.is_dir() and not whole:
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint!r} holds the weights, but not the optimizer and the learning rate (as "
+            "with save_only_model: true), which would start anew; wanted a whole checkpoint, or a new run whose model is "
+            "that folder"
+        )
+    return folder.parent
 
 
 def check_output_dir(path: str) -> None:

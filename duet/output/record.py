@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..model.adapters import trained_config
 from ..model.hashes import tokenizer_hash
 from ..model.lm import base_language_model
 from ..model.weights import older_weights
@@ -33,11 +34,12 @@ MAY_CHANGE = {
         logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node log_level
         log_level_replica disable_tqdm report_to debug skip_memory_metrics include_num_input_tokens_seen""",
     "says when to save or to look, which moves no weight": """
-        save_strategy save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint
+        save_strategy save_steps save_total_limit save_on_each_node enable_jit_checkpoint
         load_best_model_at_end metric_for_best_model greater_is_better eval_strategy eval_steps eval_delay eval_on_start
         eval_accumulation_steps eval_do_concat_batches eval_use_gather_object per_device_eval_batch_size
         batch_eval_metrics prediction_loss_only include_for_metrics bf16_full_eval fp16_full_eval do_train do_eval
         do_predict""",
+    "says what a checkpoint holds; from weights alone no run is resumed (`duet.output.checkpoints`)": "save_only_model",
     "says where tensors are and how they get there: the same numbers, up to rounding": """
         use_cpu local_rank fsdp fsdp_config deepspeed parallelism_config ddp_backend ddp_find_unused_parameters
         ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_timeout dataloader_num_workers
@@ -92,7 +94,7 @@ def run_record(
         "retain rows": rows.get("retain"),
         "adapter.peft_type": None,
     }
-    for config in getattr(model, "peft_config", {}).values():
+    if config := trained_config(model):
         options = {k: v for k, v in config.to_dict().items() if k not in _NOT_OF_THE_ADAPTER.split()}
         record |= {f"adapter.{name}": value for name, value in options.items()}
     return json.loads(json.dumps(record, default=_plain))

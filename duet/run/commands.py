@@ -5,8 +5,10 @@ load model and rows -> DuetTrainer -> train (or resume) -> save model, tokenizer
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,12 +33,13 @@ from ..model.adapters import (
 from ..model.answers import tokenizer_at
 from ..model.lm import base_language_model
 from ..model.loading import choose_attention, load_model, loading_device
-from ..output.checkpoints import last_finished_checkpoint
+from ..output.checkpoints import last_finished_checkpoint, resumed_run
 from ..store.build import Cached, cache_teacher
 from ..trainer import DuetTrainer
 from .config_file import ModelSection, RunConfig
 
 logger = logging.get_logger(__name__)
+MERGED = "merged"  # folder in that of a run: the model with its adapter merged
 
 
 def train(
@@ -59,12 +62,15 @@ def train(
             f"training.output_dir: {folder!r} holds {last!r} of an earlier run, which a later --resume "
             "could take for this one's; wanted --resume, or a folder without checkpoints"
         )
-    trainer = make_trainer(run)
+    if run.merge:
+        _check_merged(run, replaces=bool(resume or checkpoint))
     if checkpoint is None and resume:
         checkpoint = last
         logger.warning(
             f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting at step 0"
         )
+    resumed_run(checkpoint, folder)  # refuses before the model is loaded
+    trainer = make_trainer(run)
     if not checkpoint:
         before(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -76,8 +82,31 @@ def train(
     if run.merge and trainer.is_world_process_zero():
         quantised = run.model.quantization is not None  # its base is another one than the merged
         trained = None if quantised else trainer.accelerator.unwrap_model(trainer.model)
-        merge_adapter(folder, os.path.join(folder, "merged"), trained=trained)
+        _merge_trained(folder, trained)
     return trainer
+
+
+def _check_merged(run: RunConfig, replaces: bool) -> None:
+    """Refuses, before the training, what would stand in the way of the merged model after it."""
+    out = os.path.join(str(run.training.output_dir), MERGED)
+    check_not_base(out, run.model.name)
+    if holds_adapter(out) or (holds_weights(out) and not replaces):
+        raise ValueError(
+            f"merge: {out!r} holds {'an adapter' if holds_adapter(out) else 'a model of an earlier run'}, and the merged model "
+            "would be written there; wanted another training.output_dir"
+        )
+
+
+def _merge_trained(folder: str, trained: nn.Module | None) -> None:
+    """Writes the merged model of a run; one of an earlier part of it, from before a resume, is replaced once this is whole."""
+    out, new = Path(folder, MERGED), Path(folder, f"{MERGED}.new")
+    check_not_base(out, base_of(folder))
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+    merge_adapter(folder, new, trained=trained)
+    for path in out.glob("model*.safetensors*"):  # there may have been more files than now
+        path.unlink()
+    shutil.copytree(new, out, dirs_exist_ok=True, copy_function=os.replace)
+    shutil.rmtree(new)
 
 
 def cache(run: RunConfig, dtype: str = "float32") -> Cached:
@@ -108,6 +137,7 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
     """The DuetTrainer of a run; rows are read before the model is loaded."""
     forget, retain, evals = _rows(run)
     args = run.training
+    lora = None if run.adapter is None else _lora({"revision": run.model.revision} | run.adapter)
     kwargs = model_kwargs(run.model, args)
     model = load_base(run, kwargs)
     live = run.teacher is not None and not args.teacher_store
@@ -119,7 +149,7 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
         eval_dataset=evals,
         processing_class=load_tokenizer(run.model),
         teacher_model=load_teacher(run, kwargs) if live else None,
-        peft_config=None if run.adapter is None else _lora({"revision": run.model.revision} | run.adapter),
+        peft_config=lora,
     )
 
 

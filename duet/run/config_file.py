@@ -12,6 +12,7 @@ A key that is not known is refused with the nearest name. Loads no model and no 
 
 import copy
 import dataclasses
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Any, Literal
 from ..config import DuetConfig
 from ..data.sources import COLUMNS, DataSource
 from ..methods.objectives import objective_of
+from ..model.adapters import check_task_type
 from ..names import check_known, instead
-from ..options import fitted, mapping, section
+from ..options import Count, Share, fitted, mapping, section
 from ..yaml_text import parse_yaml, read_yaml
 
 DEFAULT_ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -225,4 +227,7 @@ def _adapter(options: dict[str, Any]) -> dict[str, Any]:
     from peft import LoraConfig
 
     check_known("adapter.", options, [f.name for f in dataclasses.fields(LoraConfig) if f.init])
+    hints = typing.get_type_hints(LoraConfig) | {"r": Count, "lora_dropout": Share}
+    options = {name: fitted(f"adapter.{name}", value, hints[name]) for name, value in options.items()}
+    check_task_type("adapter.task_type", options.get("task_type"))
     return options

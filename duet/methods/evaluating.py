@@ -1,0 +1,52 @@
+"""The loss of rows to evaluate on: its means are over the scored positions of the whole set, however it is cut into batches.
+
+The Trainer takes the mean of the batches' losses, weighted by their rows. So a batch's loss is divided by the counts of the
+whole set, as a micro-batch's is by those of its step, and returned times (rows of the set / rows of the batch).
+"""
+
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ..data.dataset import first_rows
+from .objectives import Counts
+
+
+class WholeSetLoss(Trainer):
+    """The part of `DuetTrainer` that evaluates."""
+
+    # of DuetTrainer
+    args: Any
+    objective: Any
+    data_collator: Any
+    _rows = 0  # of the set, on all processes
+    _counts: Any  # `Counts` of the set
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.evaluation_loop`; what the set holds is counted first."""
+        dataset, size = dataloader.dataset, self.args.eval_batch_size
+        # Fewer than the set has, where the last batch is dropped.
+        self._rows = min(len(dataset), len(dataloader) * size * self.accelerator.num_processes)
+        totals = [
+            self.objective.count(
+                self.data_collator([dataset[i] for i in range(n, min(n + size, self._rows))])
+            )
+            for n in range(0, self._rows, size)
+        ]
+        self._counts = Counts.of(torch.stack(totals).sum(0).to(self.args.device))
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        # accelerate repeats rows in the last batches, so that all processes have as many: those are not scored.
+        state, size = self.accelerator.gradient_state, self.args.eval_batch_size
+        rows = size * self.accelerator.num_processes
+        if state.end_of_dataloader and state.remainder > 0:
+            rows = state.remainder
+            inputs = first_rows(inputs, max(0, rows - self.accelerator.process_index * size))
+        with torch.no_grad():
+            loss: Any = self.compute_loss(model, inputs, num_items_in_batch=self._counts)
+        # Every process holds its share: the Trainer, which cuts off what it takes for repeats, needs the whole.
+        shares: Any = self.accelerator.gather(loss.detach().reshape(1))
+        return shares.mean() * self._rows / rows, None, None
