@@ -355,9 +355,13 @@ def chat(
     from duet.evaluation.chat import Speaker
     from duet.evaluation.chat import chat as talk
 
-    prompting = Prompting.of(model)
     names = [model] if beside is None else [model, beside]
-    speakers = [Speaker(name, *models.load(name, dtype, device), prompting, max_new_tokens) for name in names]
+    saved = [Prompting.saved_with(name) for name in names]
+    usual = next(filter(None, saved), Prompting())  # a base is asked as the model that was trained from it
+    speakers = [
+        Speaker(name, *models.load(name, dtype, device), own or usual, max_new_tokens)
+        for name, own in zip(names, saved, strict=True)
+    ]
     if sys.stdin.isatty():
         console.print("a question a line; Ctrl-D ends")
     with suppress(KeyboardInterrupt):
@@ -374,9 +378,9 @@ def cache(
     dtype: Annotated[str, typer.Option(help="of stored logits: float32, bfloat16 or float16")] = "float32",
 ) -> None:
     """Ask the teacher once and keep its top-k logits: `duet train` then runs without one. Started again, it continues."""
-    from duet.run.config_file import RunConfig
+    from duet.run.config_file import RunConfig, quoted
 
-    chosen = [] if out is None else ["--training.teacher_store", str(out)]
+    chosen = [] if out is None else ["--training.teacher_store", quoted(str(out))]
     run = RunConfig.load(config, [*overrides.args, *chosen])
     from duet.run.commands import cache as run_caching
 
@@ -404,12 +408,12 @@ def plan(
     """Where the memory of a training step will go, and which settings fit, before anything is loaded."""
     import json
 
-    from duet.run.config_file import apply_overrides, read_run
+    from duet.run.config_file import apply_overrides, quoted, read_run
     from duet.run.plan_report import DEFAULT_TREE, Plan, parse_size
 
     if model is None and config is None:
         raise ValueError("plan: wanted --model or --config, got neither")
-    chosen = [] if model is None else ["--model.name", model]
+    chosen = [] if model is None else ["--model.name", quoted(model)]
     tree = apply_overrides(DEFAULT_TREE if config is None else read_run(config), [*chosen, *overrides.args])
     memory, free = parse_size(gpu_memory), parse_size(reserve, "reserve")
     made = Plan.of(tree, memory, length, prefix_length, scored, free, subjects)

@@ -23,6 +23,7 @@ from duet.model.adapters import (
     merge_adapters,
 )
 from duet.model.loading import load_model
+from duet.run import commands
 from duet.run.commands import cache, merge_adapter, train
 from duet.run.config_file import RunConfig
 
@@ -283,6 +284,27 @@ def test_a_merge_that_changes_the_model_is_refused(tmp_path, monkeypatch):
             work()
 
 
+@pytest.mark.parametrize("stops_in", ["saving", "comparing"])
+def test_a_merge_that_does_not_end_leaves_no_model(tmp_path, stops_in, monkeypatch):
+    folder, _, _ = adapted_folder(tmp_path)
+    (tmp_path / "merged.new").mkdir()  # the user's own
+    with monkeypatch.context() as patch:
+        if stops_in == "saving":
+            patch.setattr(type(word_tokenizer()), "save_pretrained", lambda *_, **__: 1 / 0)
+        else:
+            compare = commands.check_same_logits
+            patch.setattr(
+                commands, "check_same_logits", lambda *a: 1 / 0 if "merged model" in a[2] else compare(*a)
+            )
+        with pytest.raises(ZeroDivisionError):
+            merge_adapter(folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".merged.*"))
+    merged = merge_adapter(folder, tmp_path / "merged")
+    assert merged.name_or_path == str(tmp_path / "merged") and (tmp_path / "merged.new").is_dir()
+    assert (tmp_path / "merged").stat().st_mode & 0o777 == (tmp_path / "merged.new").stat().st_mode & 0o777
+    assert moved(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), logits(merged)) < 1e-6
+
+
 def test_the_logits_are_compared_to_five_digits():
     model = tiny()
     wanted = logits_of(model)
@@ -338,14 +360,12 @@ def test_a_resumed_run_replaces_its_merged_model(tmp_path):
     half, merged = logits(train(run).model), tmp_path / "first" / "merged"
     (merged / "notes.txt").write_text("mine")
     (merged / "model-00001-of-00002.safetensors").write_text("of a version that wrote two files")
-    (tmp_path / "first" / "merged.new").mkdir()
-    (tmp_path / "first" / "merged.new" / "model.safetensors").write_text("of a run that was killed")
     run.training.max_steps = 6
     after = logits(train(run, resume=True).model)
     assert (after - half).abs().max() > 1e-2
     assert moved(AutoModelForCausalLM.from_pretrained(merged), after) < 1e-4
     assert (merged / "notes.txt").read_text() == "mine" and not list(merged.glob("model-*"))
-    assert not (tmp_path / "first" / "merged.new").exists()
+    assert not list((tmp_path / "first").glob(".merged.*"))
 
 
 # -- folders ---------------------------------------------------------------------------------------------------------

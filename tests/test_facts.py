@@ -9,8 +9,10 @@ from tiny_models import CHAT_TEMPLATE, tiny, word_tokenizer
 from typer.testing import CliRunner
 
 from duet import cli
+from duet.data.prompts import Prompting
 from duet.data.rows import read_rows
 from duet.evaluation import facts, generation
+from duet.evaluation.chat import Speaker
 from duet.evaluation.facts import Fact, agreed_value, elicit_facts, facts_of, told_of
 from duet.evaluation.generation import Continuation, continuations
 from duet.model.answers import generate_answers
@@ -310,3 +312,27 @@ def test_chat_shows_two_models_side_by_side(base, tmp_path, monkeypatch):
     answer = next(line for line in lines if "a mathematician ." in line)
     assert answer.index("a mathematician .") > len(answer) / 2, "the second column is the base's"
     assert "captain of the sea" in done.output and "more than the 256" in done.output
+
+
+def test_each_model_of_a_chat_is_asked_as_it_was_trained(base, tmp_path, monkeypatch):
+    """A model without a prompting.json of its own, such as the base, is asked as the other one."""
+    asked = []
+    speaker = Speaker.__post_init__
+    monkeypatch.setattr(
+        Speaker, "__post_init__", lambda self: (speaker(self), asked.append(self.prompting.plain_template))
+    )
+    trained = {}
+    for name in ("one", "two"):
+        tiny().save_pretrained(tmp_path / name)
+        word_tokenizer(chat_template=None).save_pretrained(tmp_path / name)
+        trained[name] = Prompting(plain_template=f"{name} {{question}}")
+        trained[name].save(tmp_path / name)
+    for words in (
+        [tmp_path / "one", base],
+        [base, tmp_path / "one"],
+        [tmp_path / "one", tmp_path / "two"],
+        [base, base],
+    ):
+        assert duet("chat", words[0], "--beside", words[1], "--device", "cpu", input="").exit_code == 0
+    one, two, usual = trained["one"].plain_template, trained["two"].plain_template, Prompting().plain_template
+    assert asked == [one, one, one, one, one, two, usual, usual]

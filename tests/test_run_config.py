@@ -11,7 +11,7 @@ from duet import DuetConfig, cli
 from duet.config import CHECKPOINTING
 from duet.data.sources import DataSource, load_rows
 from duet.run import commands as run
-from duet.run.config_file import RunConfig, apply_overrides, read_run, training_options
+from duet.run.config_file import RunConfig, apply_overrides, quoted, read_run, training_options
 
 GOOD = """
 model: {name: some/model, dtype: bfloat16}
@@ -80,6 +80,11 @@ def test_the_command_line_overrides(path):
 def test_a_text_is_read_as_it_was_typed(path, typed, read):
     """In YAML ` #` begins a comment. Between quotes a text is YAML's."""
     assert RunConfig.load(path, ["--data.forget.subject", typed]).forget.subject == (read or typed)
+
+
+@pytest.mark.parametrize("text", ["2024", "true", "a # b", "null", '"', "é"])
+def test_a_path_is_a_text_whatever_it_looks_like(path, text):
+    assert RunConfig.load(path, ["--training.teacher_store", quoted(text)]).training.teacher_store == text
 
 
 def test_an_empty_text_is_not_nothing(path):

@@ -11,7 +11,7 @@ from duet import cli
 from duet.evaluation import generation, steering
 from duet.evaluation.generation import Continuation
 from duet.evaluation.report.report import write_report
-from duet.evaluation.steering import SteeringProbe, probes_of, told_in
+from duet.evaluation.steering import Measured, SteeringProbe, probes_of, told_in
 from duet.run import steer as run_steer
 
 REFUSES = "I don't know anything about that"
@@ -151,6 +151,36 @@ def test_steer_chooses_on_one_half_and_writes_the_config(folder, script):
     assert "write: there is no folder 'absent'" in str(nowhere.exception) and "A, user" not in nowhere.output
     only_bad = duet(*words[:3], "--wordings", "wordings.txt", "--places", "sistem")
     assert "places: wanted one of system, user" in str(only_bad.exception)
+
+
+@pytest.mark.parametrize("numbers", [(3, 3), (1, 1), (5, 1), (1, 1, 4)])
+def test_both_halves_of_the_rows_hold_every_subject(numbers):
+    """In whatever order they stand; subjects with a single row are dealt out in turn."""
+    rows = [
+        {"subject": s, "n": n} for n in range(max(numbers)) for s, count in enumerate(numbers) if n < count
+    ]
+    halves = run_steer._halved(rows)
+    assert sorted(map(str, halves[0] + halves[1])) == sorted(map(str, rows))
+    for subject, count in enumerate(numbers):
+        assert abs(sum(1 if row["subject"] == subject else 0 for row in halves[0]) - count / 2) <= 0.5
+    assert abs(len(halves[0]) - len(halves[1])) <= 1
+
+
+def test_a_steering_that_says_nothing_of_forget_rows_is_no_reason_to_stop():
+    """The plain model declines every forget row: then each steering is asked for what it over-refuses."""
+    refused = {"A": 0.9, "B": 0.0}
+
+    class Fake:
+        def measure(self, prefixes, place, only):
+            if "forget" in only:
+                return Measured(
+                    tuple(prefixes), place, {"forget": {"base_tells": 0, "refused": None, "told": None}}
+                )
+            share = {"share": refused[prefixes[0]]}
+            return Measured(tuple(prefixes), place, {"retain": {"refused": share}})
+
+    first, second = run_steer._try_all(Fake(), [("A", "system"), ("B", "system")])
+    assert first.prefixes == ("B",) and first.score == 1.0 and second.prefixes == ("A",)
 
 
 def test_steer_measures_on_the_report_of_elicit(folder, script):

@@ -162,14 +162,19 @@ class Prompting:
         Raises:
             ValueError: its `prompting.json` is damaged.
         """
+        return cls.saved_with(name) or cls()
+
+    @classmethod
+    def saved_with(cls, name: str | os.PathLike) -> "Prompting | None":
+        """As `of`; None where there is no `prompting.json`."""
         path = Path(name, PROMPTING)
         if not Path(name).is_dir():
             try:
                 path = Path(hf_hub_download(os.fspath(name), PROMPTING))
             except EntryNotFoundError:
-                return cls()
+                return None
         if not path.is_file():
-            return cls()
+            return None
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ load model and rows -> DuetTrainer -> train (or resume) -> save model, tokenizer
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,7 +83,8 @@ def train(
     if run.merge and trainer.is_world_process_zero():
         quantised = run.model.quantization is not None  # its base is another one than the merged
         trained = None if quantised else trainer.accelerator.unwrap_model(trainer.model)
-        _merge_trained(folder, trained)
+        # One of an earlier part of the run, from before a resume, is replaced.
+        merge_adapter(folder, Path(folder, MERGED), trained=trained, replaces=True)
     return trainer
 
 
@@ -95,18 +97,6 @@ def _check_merged(run: RunConfig, replaces: bool) -> None:
             f"merge: {out!r} holds {'an adapter' if holds_adapter(out) else 'a model of an earlier run'}, and the merged model "
             "would be written there; wanted another training.output_dir"
         )
-
-
-def _merge_trained(folder: str, trained: nn.Module | None) -> None:
-    """Writes the merged model of a run; one of an earlier part of it, from before a resume, is replaced once this is whole."""
-    out, new = Path(folder, MERGED), Path(folder, f"{MERGED}.new")
-    check_not_base(out, base_of(folder))
-    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
-    merge_adapter(folder, new, trained=trained)
-    for path in out.glob("model*.safetensors*"):  # there may have been more files than now
-        path.unlink()
-    shutil.copytree(new, out, dirs_exist_ok=True, copy_function=os.replace)
-    shutil.rmtree(new)
 
 
 def cache(run: RunConfig, dtype: str = "float32") -> Cached:
@@ -225,6 +215,7 @@ def merge_adapter(
     out: str | os.PathLike,
     dtype: str = "auto",
     trained: nn.Module | None = None,
+    replaces: bool = False,
 ) -> nn.Module:
     """Adds a saved adapter to its base model and saves the sum, which then needs no peft.
 
@@ -239,6 +230,7 @@ def merge_adapter(
         out: where the model and its tokenizer go; not a folder with an adapter, which would be applied to it a second time.
         dtype: of the saved model; `auto`: the base checkpoint's.
         trained: the model whose adapter was saved in `folder`; None: not compared with it.
+        replaces: whether a model in `out` is replaced.
 
     Returns:
         the merged model, read from `out`.
@@ -257,7 +249,7 @@ def merge_adapter(
     with _naming(folder):
         base = base_of(folder)
     check_not_base(out, base)
-    if holds_weights(out):
+    if holds_weights(out) and not replaces:
         raise ValueError(f"out: {os.fspath(out)!r} holds a model already; wanted a new folder")
     tokenizer = tokenizer_at("adapter", folder, base)
     with _naming(folder):
@@ -268,13 +260,28 @@ def merge_adapter(
         coarsest = max(dtypes, key=lambda kind: torch.finfo(kind).eps)
         check_same_logits(trained, wanted, f"{folder}: saving and loading its adapter", coarsest)
     model = merge_adapters(model, str(folder))
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    Prompting.of(folder).save(out)
-    model = None  # one copy at a time
-    model = AutoModelForCausalLM.from_pretrained(out, device_map="cpu")
-    check_same_logits(model, wanted, f"{out}: saving and loading the merged model")
+    with _written_beside(Path(out)) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        Prompting.of(folder).save(new)
+        model = None  # one copy at a time
+        model = AutoModelForCausalLM.from_pretrained(new, device_map="cpu")
+        check_same_logits(model, wanted, f"{out}: saving and loading the merged model")
+    model.name_or_path = model.config._name_or_path = os.fspath(out)
     return model
+
+
+@contextmanager
+def _written_beside(out: Path) -> Iterator[Path]:
+    """A folder for a model, whose files go to `out` at the end: a model that is not whole, or was refused, never lies there."""
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+        new = Path(beside, "model")
+        yield new
+        for path in out.glob("model*.safetensors*"):  # there may have been more files than now
+            path.unlink()
+        shutil.copytree(new, out, dirs_exist_ok=True, copy_function=os.replace)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ A key that is not known is refused with the nearest name. Loads no model and no 
 
 import copy
 import dataclasses
+import json
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -183,6 +184,11 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
             value = text  # as it was typed: in YAML ` #` would begin a comment, and nothing would be null
         _put(tree, key, value)
     return tree
+
+
+def quoted(text: str) -> str:
+    """A value of `apply_overrides` that is this text, also where it looks like a number."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _put(tree: Any, key: str, value: Any) -> None:

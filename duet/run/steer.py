@@ -122,7 +122,9 @@ def _try_all(probe: SteeringProbe, steerings: Sequence[tuple[str, str]]) -> list
     forget.sort(key=Measured.order, reverse=True)
     asked: list[Measured] = []
     for measured in forget:
-        if measured.score < max((m.score for m in asked), default=0.0):
+        entry = measured.kinds[FORGET]
+        bound = measured.score if entry["base_tells"] or entry["refused"] else 1.0  # they may say nothing
+        if bound < max((m.score for m in asked), default=0.0):
             break
         rest = probe.measure(measured.prefixes, measured.place, only=(NEIGHBOUR, RETAIN))
         asked.append(measured.joined(rest))
@@ -145,13 +147,27 @@ def possible_places(tokenizer: Any, places: Sequence[str], args: Any) -> list[st
 
 
 def _halves(run: RunConfig) -> list[Rows]:
-    """The rows of a run: every second one for each half, so that both hold the same subjects and kinds of questions."""
-    forget, retain = _rows(run)
-    if len(forget) < 2:
+    """The rows of a run in two halves: of each subject every second row, so that both hold the same subjects."""
+    forget, retain = map(_halved, _rows(run))
+    if not all(forget):
         raise ValueError(
             "data.forget: wanted at least two rows, one to choose a wording and one to measure it; got one"
         )
-    return [(forget[half::2], retain[half::2]) for half in (0, 1)]
+    return list(zip(forget, retain, strict=True))
+
+
+def _halved(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Subjects with a single row are dealt out in turn."""
+    by_subject: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_subject.setdefault(row.get("subject"), []).append(row)
+    first: list[dict[str, Any]] = []
+    second: list[dict[str, Any]] = []
+    for of in by_subject.values():
+        ahead, behind = (first, second) if len(first) <= len(second) else (second, first)
+        ahead += of[::2]
+        behind += of[1::2]
+    return first, second
 
 
 def _rows(run: RunConfig) -> Rows:
