@@ -261,6 +261,26 @@ def test_the_prefixes_that_a_live_teacher_keeps_are_counted(folder):
     assert sliding.budget(Settings(adapter=LORA, teacher="adapter off", subjects=9)).prefixes == 0
 
 
+def planned(folder, **training):
+    tree = {"model": folder, "data": {"forget": "x"}, "training": training}
+    return Plan.of(tree, 24 << 30, length=32, prefix_length=8, scored=4, reserve=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"reuse_prefix": False}, {"objective": "npo", "prefills": ["yes"]}, {"objective": "rmu"}]
+)
+def test_prefixes_that_nobody_keeps_are_not_counted(folder, options):
+    assert planned(folder, steering_prefixes=["forget"]).budget.prefixes > 0
+    plan = planned(folder, steering_prefixes=["forget"], **options)
+    assert plan.budget.prefixes == 0
+    assert plan.settings.teacher_length == (40 if "reuse_prefix" in options else 32)
+
+
+def test_the_two_numbers_of_a_sharpness_aware_step_are_counted(folder):
+    sharp, plain = planned(folder, objective="npo_sam").budget, planned(folder, objective="npo").budget
+    assert sharp.optimizer == plain.optimizer + 2 * plain.gradients and sharp.peak > plain.peak
+
+
 def test_a_model_without_a_configuration_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model: no configuration of '.*' could be read"):
         Plan.of({"model": str(tmp_path), "data": {"forget": "x"}}, 24 << 30, 32, 8, 1, 0)

@@ -48,6 +48,7 @@ class Settings:
         optim: name of the optimizer, as in TrainingArguments.
         teacher: `adapter off`, `copy` (frozen), `before training` (the student itself, asked first), `cache` (on disk) or
             `none`.
+        sharp: whether steps are sharpness-aware: two more numbers for each trained weight.
         workspace: bytes that a loss may use (`duet_kernels.set_workspace_bytes`).
     """
 
@@ -64,6 +65,7 @@ class Settings:
     accumulation: int = 1
     optim: str = "adamw_torch_fused"
     teacher: str = "copy"
+    sharp: bool = False
     workspace: int = 256 << 20
 
 
@@ -132,7 +134,8 @@ class Planner:
         return Budget(
             weights=weights,
             adapter=gradients if settings.adapter is not None else 0,
-            optimizer=sum(times * optimizer_bytes(settings.optim, p) for times, p in trained),
+            optimizer=sum(times * optimizer_bytes(settings.optim, p) for times, p in trained)
+            + (2 * gradients if settings.sharp else 0),
             teacher_weights=weights if settings.teacher == "copy" else 0,
             prefixes=self._prefixes(settings),
             gradients=gradients,

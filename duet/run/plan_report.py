@@ -13,7 +13,7 @@ from duet_kernels.dispatch import share_of
 
 from ..config import CHECKPOINTING
 from ..methods.objectives import find_objective
-from ..methods.views import asked_before_training
+from ..methods.views import asked_before_training, is_steered
 from ..model.adapters import base_of, holds_adapter
 from .config_file import DEFAULT_ADAPTER, RunConfig
 from .plan import Budget, Planner, Settings
@@ -87,8 +87,13 @@ class Plan:
             raise FileNotFoundError(
                 f"model: no configuration of {run.model.name!r} could be read: {error}"
             ) from error
-        sizes = {"length": length, "teacher_length": length + prefix_length, "scored": scored}
-        sizes["subjects"] = subjects * len(run.training.steering_prefixes)
+        args, steered = run.training, is_steered(find_objective(run.training.objective))
+        sizes = {
+            "length": length,
+            "teacher_length": length + (prefix_length if steered else 0),
+            "scored": scored,
+        }
+        sizes["subjects"] = subjects * len(args.steering_prefixes) if steered and args.reuse_prefix else 0
         settings = _settings(run, autocast, config, memory, **sizes)
         planner = Planner(config)
         budget = planner.budget(settings)
@@ -177,6 +182,7 @@ def _settings(run: RunConfig, autocast: bool, config: Any, memory: int, **sizes:
         accumulation=args.gradient_accumulation_steps,
         optim=getattr(args.optim, "value", args.optim),
         teacher=_teacher(run, adapted=run.adapter is not None),
+        sharp=find_objective(args.objective).sharp,
         workspace=args.workspace_bytes or share_of(memory),
     )
 
