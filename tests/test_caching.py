@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from forks import ended_by, forked, run_ranks
 from peft import LoraConfig, get_peft_model
 from tiny_models import CHAT_TEMPLATE, forget_rows, quick, retain_rows, tiny, word_tokenizer
+from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig
 from typer.testing import CliRunner
 
 from duet import DuetConfig
@@ -162,6 +164,7 @@ def test_the_saving_is_counted_and_measured(tmp_path, monkeypatch):
     read = 0
     forward = type(tiny().model).forward
 
+    @wraps(forward)
     def counting(self, input_ids=None, attention_mask=None, **rest):
         nonlocal read
         read += int(attention_mask[:, -input_ids.shape[1] :].sum())
@@ -191,6 +194,39 @@ def test_a_model_whose_cache_is_wrong_is_found_out(tmp_path, monkeypatch):
     monkeypatch.setattr(PrefixCache, "hidden_states_at", lambda *a: right(*a) * 1.01)
     with pytest.raises(ValueError, match=r"reuse_prefix: .* wanted False for this model"):
         cache(tmp_path)
+
+
+def mamba():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
+    ).eval()
+
+
+def lfm2():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    return AutoModelForCausalLM.from_config(Lfm2Config(**shape, **heads, pad_token_id=0)).eval()
+
+
+@pytest.mark.parametrize("make", [mamba, lfm2])
+def test_a_model_with_recurrent_layers_reads_whole_prompts(tmp_path, make):
+    """Mamba's backbone takes no keys and values; LFM2's convolutions have none."""
+    options = {"answer_source": "dataset", "temperature": 1.0}
+    saving = cache(tmp_path, make(), options).saving
+    assert saving.tokens == saving.tokens_without > 0
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "mistral"])
+def test_a_model_with_sliding_windows_reads_prefixes_once(tmp_path, architecture):
+    saving = cache(tmp_path, tiny(architecture), {"answer_source": "dataset"}).saving
+    assert saving.tokens < 0.8 * saving.tokens_without
+
+
+def test_the_option_of_the_run_counts(tmp_path):
+    saving = cache(tmp_path, options={"reuse_prefix": False}).saving
+    assert saving.tokens == saving.tokens_without > 0
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------

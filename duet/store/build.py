@@ -31,7 +31,7 @@ from ..methods.views import build_dataset, eval_datasets, renderer_of, scored_po
 from ..model.answers import check_tokenizer, generate_answers, load_tokenizer, padding_id
 from ..model.lm import check_head, context_length, embedded_ids, evaluating, hidden_states_at
 from ..model.loading import load_model, loading_device, without_attached_adapter
-from ..model.prefix_cache import PrefixCache, common_length
+from ..model.prefix_cache import PrefixCache, cannot_reuse, common_length
 from .columns import read_columns
 from .provenance import check_cacheable, provenance_of
 from .read import LOG_PROBABILITIES, Entry, Provenance, TopKStore, fingerprint
@@ -88,7 +88,8 @@ def cache_teacher(
         forget_dataset, retain_dataset, processing_class, eval_dataset: as in `DuetTrainer`.
         folder: where to write; None: `args.teacher_store`. An unfinished store is continued, a finished one left as it is.
         dtype: of the stored logits: `float32` (exact), `bfloat16` or `float16`. Tails are always fp32.
-        reuse_prefix: read common prefixes once; the logits differ by rounding from those of whole prompts.
+        reuse_prefix: read common prefixes once, where `args.reuse_prefix` and the model's layers allow it; the logits differ
+            by rounding from those of whole prompts.
         shard_entries: entries per file; a kill loses at most so many.
 
     Raises:
@@ -107,11 +108,15 @@ def cache_teacher(
         missing = sorted(writer.scan(), key=job.order)
         state.wait_for_everyone()  # everybody has seen the same files before anybody adds one
         asker = _Asker(job, args)
+        reuse = reuse_prefix and args.reuse_prefix
+        if reuse and (why := cannot_reuse(model, in_order=True)) is not None:
+            logger.info(f"the teacher reads whole prompts: {why}")
+            reuse = False
         if state.is_main_process and missing:
             look_at_teacher(job.dataset, job.tokenizer, asker.says)
         with state.split_between_processes(missing) as mine:
             part: Any = mine
-            _fill(writer, asker, {entry_id: job.questions[entry_id] for entry_id in part}, reuse_prefix)
+            _fill(writer, asker, {entry_id: job.questions[entry_id] for entry_id in part}, reuse)
         state.wait_for_everyone()
         if state.is_main_process:
             writer.finish()
