@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from ..model.prefix_cache import PrefixCache, cannot_reuse, common_length
 from .columns import read_columns
 from .provenance import check_cacheable, provenance_of
 from .read import LOG_PROBABILITIES, Entry, Provenance, TopKStore, fingerprint
+from .served import ask_prompt
 from .write import StoreWriter
 
 logger = logging.get_logger(__name__)
@@ -179,14 +181,21 @@ def ask_teacher(
 
     Args:
         ask: is given the token ids of a prompt and its answer, and the place of the first scored token; returns columns of
-            log-probabilities. For vLLM: `functools.partial(duet.store.served.ask_prompt, url, name, k=args.k)`. Where no
-            answer is scored, the last token is a repeated one, of which only the place counts.
+            log-probabilities at `args.temperature`. For vLLM: `functools.partial(duet.store.served.ask_prompt, url, name,
+            k=args.k, temperature=args.temperature)`. Where no answer is scored, the last token is a repeated one, of which
+            only the place counts.
         model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype: as in `import_teacher`.
         folder: likewise; an unfinished store is continued.
 
     Raises:
         TypeError, ValueError, OSError: naming the row. What was told before is in the store; the same call goes on after it.
     """
+    if isinstance(ask, partial) and ask.func is ask_prompt:
+        asked_at = ask.keywords.get("temperature", 1.0)
+        if asked_at != args.temperature:
+            raise ValueError(
+                f"ask: wanted ask_prompt with temperature={args.temperature}, as in args.temperature, got {asked_at}"
+            )
     rows = forget_dataset, retain_dataset, processing_class, eval_dataset
     job, writer = _from_elsewhere(folder, model, args, *rows, dtype)
     if job.provenance.answers == "teacher":
