@@ -294,6 +294,7 @@ REFUSED = {
     "another model": ({"model": changed_weights}, "weights"),
     "an adapter on another model": ({"model": adapted_base}, "weights"),
     "another architecture": ({"model": lambda: tiny("neox")}, "architecture"),
+    "another configuration": ({"model": lambda: tiny(rms_norm_eps=1e-3)}, "config"),
     "another dtype": ({"model": lambda: tiny().double()}, "model_dtype"),
     "another tokenizer": (
         {"trainer": {"processing_class": tokenizer_with_another_vocabulary()}},

@@ -23,6 +23,7 @@ from duet.data.rows import read_rows
 from duet.methods.objectives import OBJECTIVES
 from duet.methods.views import build_dataset
 from duet.model import prefix_cache
+from duet.model.hashes import config_hash
 from duet.model.prefix_cache import PrefixCache, common_length
 from duet.model.weights import weights_hash
 from duet.store import write as topk_writer
@@ -128,6 +129,32 @@ def test_hashes_know_contents_and_not_names(tmp_path):
     assert known == tokenizer_hash(type(tokenizer).from_pretrained(tmp_path / "tokenizer"))
     tokenizer.add_tokens(["newcomer"])
     assert known != tokenizer_hash(tokenizer) and known != tokenizer_hash(word_tokenizer(eos_token="."))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3", "neox", "phi3"])
+def test_a_hash_of_the_configuration_knows_what_changes_the_logits(tmp_path, architecture):
+    model = tiny(architecture)
+    known = config_hash(model)
+    model(torch.tensor([[5, 6, 7]]))
+    model.save_pretrained(tmp_path / "moved")
+    moved = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "moved", dtype="bfloat16", attn_implementation="eager"
+    )
+    adapted = get_peft_model(
+        tiny(architecture), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    assert known == config_hash(model) == config_hash(moved) == config_hash(adapted)
+    model.config.use_cache, model.config.max_position_embeddings = False, 512
+    assert known == config_hash(model)
+    name = "layer_norm_eps" if architecture == "neox" else "rms_norm_eps"
+    rope = tiny(architecture).config.rope_parameters
+    rope = (
+        {k: v | {"rope_theta": 9.0} for k, v in rope.items()}
+        if "rope_theta" not in rope
+        else rope | {"rope_theta": 9.0}
+    )
+    for changed in ({name: 0.5}, {"rope_parameters": rope}):
+        assert known != config_hash(tiny(architecture, **changed))
 
 
 # -- the prefix is read once -----------------------------------------------------------------------------------------

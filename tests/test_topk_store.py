@@ -20,6 +20,7 @@ from duet.store.columns import read_columns, write_columns
 from duet.store.read import (
     LOG_PROBABILITIES,
     MANIFEST,
+    MAY_LACK,
     Entry,
     Provenance,
     TopKStore,
@@ -55,6 +56,7 @@ def provenance(**changes):
         "vocab_size": V,
         "softcap": None,
         "scale": 1.0,
+        "config": "o",
     }
     return Provenance(**defaults | changes)
 
@@ -364,6 +366,17 @@ def test_another_provenance_is_refused_by_the_name_of_its_field(tmp_path, field)
     ):
         StoreWriter(tmp_path / "store", provenance(**{field: changed}), ROWS).begin()
     StoreWriter(tmp_path / "store", provenance(model="moved/elsewhere"), ROWS).begin()
+
+
+def test_a_store_of_an_earlier_version_is_gone_on_with(tmp_path):
+    """Its manifest and the seals of its shards lack a field that nobody compared then."""
+    folder, lacking = tmp_path / "store", dict.fromkeys(MAY_LACK)
+    fill(folder, PRINTS[:2], finish=False, **lacking)
+    forge(folder, lambda body: [body["provenance"].pop(name) for name in MAY_LACK])
+    body = json.loads((folder / MANIFEST).read_text())["provenance"]
+    assert provenance(**lacking).seal == seal_of(body | {"model": ""})
+    writer = fill(folder)
+    assert len(writer.written) == 6 and TopKStore(folder).provenance == provenance(**lacking)
 
 
 def test_other_rows_are_refused_by_name(tmp_path):

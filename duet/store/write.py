@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..extras import version_of
-from .read import DTYPES, FORMAT, MANIFEST, Entry, Provenance, Shard, read_manifest, seal_of
+from .read import DTYPES, FORMAT, MANIFEST, MAY_LACK, Entry, Provenance, Shard, read_manifest, seal_of
 
 _INDEX_DTYPES = ((2**8, torch.uint8), (2**16, torch.uint16), (2**31, torch.int32), (2**63, torch.int64))
 _VERSIONED = ("duet-kernels", "torch", "transformers", "tokenizers", "safetensors")
@@ -73,6 +73,9 @@ class StoreWriter:
             return
         body = read_manifest(self.folder)
         body["provenance"].refuse_another(self.provenance)
+        # A store of an earlier version stays one: its shards are sealed without these fields.
+        lacked = {name: getattr(body["provenance"], name) for name in MAY_LACK}
+        self.provenance = dataclasses.replace(self.provenance, **lacked)
         for name in {**body["rows"], **self.rows}:
             if body["rows"].get(name) != self.rows.get(name):
                 raise ValueError(
