@@ -405,6 +405,25 @@ def test_a_folder_with_something_else_in_it(tmp_path):
         fill(tmp_path / "file")
 
 
+def test_only_what_killed_writers_left_is_cleared_up_and_only_in_a_store(tmp_path):
+    ours = [f".{name}.{'0' * 32}.tmp" for name in (MANIFEST, f"shard-{'0' * 32}.safetensors")]
+    folders = tmp_path / "thesis", tmp_path / "store", tmp_path / "new"
+    fill(folders[1])
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        for name in (".notes.tmp", *ours):
+            (folder / name).touch()
+    (folders[0] / "thesis.tex").touch()
+    with pytest.raises(FileExistsError):
+        fill(folders[0])
+    with pytest.raises(ValueError, match="weights"):
+        fill(folders[1], weights="another")
+    assert all((folder / name).exists() for folder in folders[:2] for name in ours)
+    for folder in folders[1:]:
+        fill(folder)
+        assert [path.name for path in folder.glob(".*")] == [".notes.tmp"]
+
+
 # -- damage and forgery ----------------------------------------------------------------------------------------------
 
 
