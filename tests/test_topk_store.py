@@ -590,6 +590,22 @@ def test_columns_are_the_log_probabilities_and_come_back(tmp_path, style, prompt
         )
 
 
+@pytest.mark.parametrize("style", ["axolotl", "trl"])
+def test_columns_of_prompts_take_the_answers_of_the_store(tmp_path, style):
+    """Where the answers are the dataset's, the store has positions and no tokens for them."""
+    writer = StoreWriter(tmp_path / "store", provenance(answers="dataset"), {"row": PRINTS[:1]})
+    writer.begin()
+    writer.add(PRINTS[0], entry(2)._replace(answer=[]))
+    writer.flush()
+    writer.finish()
+    store = TopKStore(tmp_path / "store")
+    with pytest.raises(
+        ValueError, match=rf"prompts: entry {PRINTS[0].hex()} has \d scored .* and 0 answer ids"
+    ):
+        write_columns(store, style, {PRINTS[0]: [1, 2]})
+    assert len(write_columns(store, style)) == 1
+
+
 def test_columns_of_others_may_be_ragged_unsorted_and_repeat_an_id():
     row = {
         "teacher_topk_ids": [[-1, -1, -1], [7, 3, 7], [4, -1, -1]],

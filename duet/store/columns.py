@@ -52,7 +52,7 @@ def write_columns(
             (prompt and the scored answer) and its columns cover all of it: place i tells how token i is predicted.
 
     Raises:
-        ValueError: an unknown style.
+        ValueError: an unknown style; or prompts, and an entry whose scored positions are not those of an answer in the store.
     """
     from datasets import Dataset
 
@@ -67,6 +67,11 @@ def write_columns(
             row: dict[str, Any] = {"fingerprint": entry_id.hex(), "answer_ids": answer}
             if prompts is not None:
                 row["input_ids"] = [*prompts[entry_id], *answer]
+                if len(answer) != len(ids):
+                    raise ValueError(
+                        f"prompts: entry {entry_id.hex()} has {len(ids)} scored position(s) and {len(answer)} answer ids, so "
+                        "its columns do not fit prompt and answer; wanted a store of the teacher's answers, or no prompts"
+                    )
                 before, k = len(prompts[entry_id]), ids.shape[-1]
                 ids = torch.cat([ids.new_full((before, k), 0 if names.mask else -1), ids])
                 mask = torch.cat([mask.new_zeros(before, k), mask])
