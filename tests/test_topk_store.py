@@ -57,6 +57,7 @@ def provenance(**changes):
         "softcap": None,
         "scale": 1.0,
         "config": "o",
+        "autocast": "none",
     }
     return Provenance(**defaults | changes)
 

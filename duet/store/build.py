@@ -226,7 +226,7 @@ def _from_elsewhere(folder: Any, model: Any, args: DuetConfig, *rest: Any) -> tu
     model = without_attached_adapter(model, "model", args.earlier_adapter)
     with _without_adapter(model):
         job = _Job.of(model, args, *rest)
-    job = replace(job, provenance=replace(job.provenance, values=LOG_PROBABILITIES))
+    job = replace(job, provenance=replace(job.provenance, values=LOG_PROBABILITIES, autocast=None))
     return job, StoreWriter(folder, job.provenance, job.rows)
 
 

@@ -51,6 +51,7 @@ def provenance_of(
         scale=head.scale,
         dtype=dtype,
         config=config_hash(model),
+        autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else "none",
     )
 
 
@@ -113,7 +114,7 @@ def cached_teacher(
     wanted = provenance_of(model, head, tokenizer, args, datasets[0], positions)
     free = ["k", "seed", "dtype", "values"]
     if not args.teacher_store_same_model:
-        free += ["architecture", "model_dtype", "weights", "softcap", "scale", "config"]
+        free += ["architecture", "model_dtype", "weights", "softcap", "scale", "config", "autocast"]
     store.provenance.refuse_another(wanted, free)
     teacher = CachedTeacher(store, args.k)
     for dataset in datasets:

@@ -38,7 +38,7 @@ FORMAT = "duet-topk-store/1"
 MANIFEST = "manifest.json"
 LOGITS, LOG_PROBABILITIES = "logits", "log-probabilities"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAY_LACK = ("config",)  # fields of Provenance that stores of earlier versions do not have: nothing to compare
+MAY_LACK = ("config", "autocast")  # fields of Provenance that a store may not have: nothing to compare
 _SHARD_NAME = re.compile(r"shard-[0-9a-f]{32}\.safetensors")
 _AGAIN = "run `duet cache` again, it makes that part anew and keeps the rest"
 
@@ -62,6 +62,7 @@ class Provenance:
         dtype: of the stored values; the tails are always fp32.
         values: `logits` or `log-probabilities`.
         config: a hash of what the teacher's configuration says of its logits; None in stores of earlier versions.
+        autocast: `bfloat16`, `float16` or `none`; None in stores of earlier versions, and of teachers elsewhere.
     """
 
     model: str
@@ -85,6 +86,7 @@ class Provenance:
     dtype: str = "float32"
     values: str = LOGITS
     config: str | None = None
+    autocast: str | None = None
 
     def __post_init__(self) -> None:
         check_one_of("dtype", self.dtype, DTYPES)
