@@ -620,7 +620,35 @@ def test_columns_of_others_may_be_ragged_unsorted_and_repeat_an_id():
     torch.testing.assert_close(read.targets.tail_logsumexp, torch.tensor([rest, -torch.inf]))
 
 
+GOOD = {
+    "teacher_topk_ids": [[1]],
+    "teacher_topk_logprobs": [[-1.0]],
+    "fingerprint": PRINTS[0].hex(),
+    "answer_ids": [1],
+}
 BAD_COLUMNS = {
+    "one mapping": (GOOD, "columns: wanted a datasets.Dataset or a list of rows"),
+    "a fingerprint of other letters": (
+        [GOOD, GOOD | {"fingerprint": "zz"}],
+        r"columns\[1\]: wanted hexadecimal digits in 'fingerprint', got 'zz'",
+    ),
+    "no fingerprint": ([GOOD | {"fingerprint": None}], r"columns\[0\]: wanted hexadecimal digits .* None"),
+    **{
+        f"a row without {name}": (
+            [GOOD, {k: v for k, v in GOOD.items() if k != name}],
+            rf"columns\[1\]: wanted '{name}', as in columns\[0\]",
+        )
+        for name in list(GOOD)[:3]
+    },
+    "an answer of texts": ([GOOD | {"answer_ids": ["a"]}], r"columns\[0\]: wanted token ids in 'answer_ids'"),
+    "an answer that is a number": ([GOOD | {"answer_ids": 3}], r"columns\[0\]: wanted token ids in"),
+    "an answer id outside": ([GOOD | {"answer_ids": [V]}], rf"columns\[0\]: wanted ids below {V} in 'answ"),
+    "an answer id below 0": ([GOOD | {"answer_ids": [-1]}], rf"columns\[0\]: wanted ids below {V} in 'answ"),
+    "a long answer": (
+        [GOOD | {"answer_ids": [1] * 5}],
+        r"columns\[0\]: wanted at most 4 ids in 'answer_ids'",
+    ),
+    "an id of 65 bits": ([GOOD | {"teacher_topk_ids": [[2**65]]}], r"columns\[0\]: wanted \[positions, k\]"),
     "no columns": ([{"text": "x"}], "wanted 'target_token_ids' and 'target_logprobs' or"),
     "no rows": ([], "at least one row"),
     "another number of rows": (
@@ -638,7 +666,7 @@ BAD_COLUMNS = {
 @pytest.mark.parametrize("case", BAD_COLUMNS)
 def test_bad_columns(case):
     columns, message = BAD_COLUMNS[case]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         list(read_columns(columns, provenance(), PRINTS[:1]))
 
 
