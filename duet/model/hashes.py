@@ -54,7 +54,7 @@ def config_hash(model: nn.Module) -> str | None:
 
     The same for a model that was saved, moved or loaded in another dtype. None: it has no configuration.
     """
-    config = getattr(base_language_model(model), "config", None)
+    config: Any = getattr(base_language_model(model), "config", None)
     if not hasattr(config, "get_text_config"):
         return None
     said = config.get_text_config().to_dict().items()
