@@ -59,7 +59,7 @@ class DuetConfig(
             flash-attn runs, which then does no work for padding.
         reuse_prefix: whether a live teacher reads what all prompts under one steering prefix begin with once, and keeps its
             keys and values, in at most `workspace_bytes`; the same up to rounding. Models with sliding windows or
-            recurrent layers cannot, and the log says so.
+            recurrent layers cannot, and the log says so. `duet cache` does likewise, with sliding windows too.
         bf16: whether the backbone computes in bf16 under autocast. None: on a GPU that is made for it (sm_80 and newer),
             unless `fp16` is set; not on a CPU. The losses run in the dtype of the LM head.
         activation_checkpointing: whether activations are recomputed in the backward instead of being kept. The older name,

@@ -294,6 +294,8 @@ REFUSED = {
     "another model": ({"model": changed_weights}, "weights"),
     "an adapter on another model": ({"model": adapted_base}, "weights"),
     "another architecture": ({"model": lambda: tiny("neox")}, "architecture"),
+    "another configuration": ({"model": lambda: tiny(rms_norm_eps=1e-3)}, "config"),
+    "another autocast": ({"bf16": True}, "autocast"),
     "another dtype": ({"model": lambda: tiny().double()}, "model_dtype"),
     "another tokenizer": (
         {"trainer": {"processing_class": tokenizer_with_another_vocabulary()}},
@@ -392,7 +394,7 @@ def test_columns_teach_a_distribution_objective_and_no_other(tmp_path, monkeypat
         imported = import_teacher(
             columns, tiny(), args, forget_rows(), retain_rows(), word_tokenizer(), folder=tmp_path / style
         )
-        expected = dataclasses.replace(store.provenance, values=LOG_PROBABILITIES)
+        expected = dataclasses.replace(store.provenance, values=LOG_PROBABILITIES, autocast=None)
         assert TopKStore(tmp_path / style).provenance == expected
         read = make(tmp_path, imported, **options)
         read.train()

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from forks import ended_by, forked, run_ranks
 from peft import LoraConfig, get_peft_model
 from tiny_models import CHAT_TEMPLATE, forget_rows, quick, retain_rows, tiny, word_tokenizer
+from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig
 from typer.testing import CliRunner
 
 from duet import DuetConfig
@@ -21,6 +23,7 @@ from duet.data.rows import read_rows
 from duet.methods.objectives import OBJECTIVES
 from duet.methods.views import build_dataset
 from duet.model import prefix_cache
+from duet.model.hashes import config_hash
 from duet.model.prefix_cache import PrefixCache, common_length
 from duet.model.weights import weights_hash
 from duet.store import write as topk_writer
@@ -128,6 +131,32 @@ def test_hashes_know_contents_and_not_names(tmp_path):
     assert known != tokenizer_hash(tokenizer) and known != tokenizer_hash(word_tokenizer(eos_token="."))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3", "neox", "phi3"])
+def test_a_hash_of_the_configuration_knows_what_changes_the_logits(tmp_path, architecture):
+    model = tiny(architecture)
+    known = config_hash(model)
+    model(torch.tensor([[5, 6, 7]]))
+    model.save_pretrained(tmp_path / "moved")
+    moved = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "moved", dtype="bfloat16", attn_implementation="eager"
+    )
+    adapted = get_peft_model(
+        tiny(architecture), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    assert known == config_hash(model) == config_hash(moved) == config_hash(adapted)
+    model.config.use_cache, model.config.max_position_embeddings = False, 512
+    assert known == config_hash(model)
+    name = "layer_norm_eps" if architecture == "neox" else "rms_norm_eps"
+    rope = tiny(architecture).config.rope_parameters
+    rope = (
+        {k: v | {"rope_theta": 9.0} for k, v in rope.items()}
+        if "rope_theta" not in rope
+        else rope | {"rope_theta": 9.0}
+    )
+    for changed in ({name: 0.5}, {"rope_parameters": rope}):
+        assert known != config_hash(tiny(architecture, **changed))
+
+
 # -- the prefix is read once -----------------------------------------------------------------------------------------
 
 
@@ -162,6 +191,7 @@ def test_the_saving_is_counted_and_measured(tmp_path, monkeypatch):
     read = 0
     forward = type(tiny().model).forward
 
+    @wraps(forward)
     def counting(self, input_ids=None, attention_mask=None, **rest):
         nonlocal read
         read += int(attention_mask[:, -input_ids.shape[1] :].sum())
@@ -191,6 +221,39 @@ def test_a_model_whose_cache_is_wrong_is_found_out(tmp_path, monkeypatch):
     monkeypatch.setattr(PrefixCache, "hidden_states_at", lambda *a: right(*a) * 1.01)
     with pytest.raises(ValueError, match=r"reuse_prefix: .* wanted False for this model"):
         cache(tmp_path)
+
+
+def mamba():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
+    ).eval()
+
+
+def lfm2():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    return AutoModelForCausalLM.from_config(Lfm2Config(**shape, **heads, pad_token_id=0)).eval()
+
+
+@pytest.mark.parametrize("make", [mamba, lfm2])
+def test_a_model_with_recurrent_layers_reads_whole_prompts(tmp_path, make):
+    """Mamba's backbone takes no keys and values; LFM2's convolutions have none."""
+    options = {"answer_source": "dataset", "temperature": 1.0}
+    saving = cache(tmp_path, make(), options).saving
+    assert saving.tokens == saving.tokens_without > 0
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "mistral"])
+def test_a_model_with_sliding_windows_reads_prefixes_once(tmp_path, architecture):
+    saving = cache(tmp_path, tiny(architecture), {"answer_source": "dataset"}).saving
+    assert saving.tokens < 0.8 * saving.tokens_without
+
+
+def test_the_option_of_the_run_counts(tmp_path):
+    saving = cache(tmp_path, options={"reuse_prefix": False}).saving
+    assert saving.tokens == saving.tokens_without > 0
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------

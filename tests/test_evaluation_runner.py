@@ -160,6 +160,18 @@ def test_another_run_is_refused_by_the_field_that_differs(tmp_path, data, change
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
 
 
+def test_another_configuration_is_another_run(tmp_path, data):
+    """The weights are the same; a folder of an earlier version, which says nothing of it, is gone on with."""
+    out = tmp_path / "out"
+    run(out, data)
+    with pytest.raises(ValueError, match=r"holds results of another run: model_config was"):
+        run(out, data, model=tiny(rms_norm_eps=1e-3))
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest.pop("model_config")
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    run(out, data)
+
+
 def test_other_worked_examples_are_another_run(tmp_path, data):
     few_shot = {"data": "worked", "count": 1}
     suite = {"tasks": {"losses": {**SUITE["tasks"]["losses"], "few_shot": few_shot}}}

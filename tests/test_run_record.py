@@ -58,6 +58,7 @@ CHANGED = {  # what another is -> (how it is resumed, the error)
     "a row less": ({"rows": (forget_rows(), retain_rows()[1:])}, r"^retain rows: .*\[8, .*\[7, "),
     "no retain rows": ({"rows": (forget_rows(), None)}, r"^retain rows: .*\[8, .* this one has None"),
     "another model": ({"model": tiny(seed=1)}, r"^weights: the run in"),
+    "another configuration": ({"model": tiny(rms_norm_eps=1e-3)}, r"^model_config: the run in"),
     "another template": (
         {"trainer_options": {"processing_class": word_tokenizer("{{ messages[0]['content'] }}")}},
         r"^tokenizer: ",

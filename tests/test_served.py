@@ -239,6 +239,16 @@ def test_training_with_a_served_teacher(server, tmp_path, options):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 2
 
 
+@pytest.mark.parametrize("asked, said", [({}, "1.0"), ({"temperature": 3.0}, "3.0")])
+def test_a_server_that_would_be_asked_at_another_temperature(server, tmp_path, asked, said):
+    ask = partial(ask_prompt, server.url, "tiny", k=8, **asked)
+    wanted = rf"^ask: wanted ask_prompt with temperature=2.0, as in args.temperature, got {said}"
+    with pytest.raises(ValueError, match=wanted):
+        args = config(tmp_path, positions="first", temperature=2.0)
+        ask_teacher(ask, tiny(), args, forget_rows(), None, word_tokenizer(), folder=tmp_path / "store")
+    assert not (tmp_path / "store").exists() and not server.asked
+
+
 def test_asking_goes_on_where_it_stopped(server, tmp_path):
     args, rows = config(tmp_path, positions="first"), (forget_rows(), retain_rows(), word_tokenizer())
     whole = ask_teacher(

@@ -20,6 +20,7 @@ from duet.store.columns import read_columns, write_columns
 from duet.store.read import (
     LOG_PROBABILITIES,
     MANIFEST,
+    MAY_LACK,
     Entry,
     Provenance,
     TopKStore,
@@ -55,6 +56,8 @@ def provenance(**changes):
         "vocab_size": V,
         "softcap": None,
         "scale": 1.0,
+        "config": "o",
+        "autocast": "none",
     }
     return Provenance(**defaults | changes)
 
@@ -366,6 +369,17 @@ def test_another_provenance_is_refused_by_the_name_of_its_field(tmp_path, field)
     StoreWriter(tmp_path / "store", provenance(model="moved/elsewhere"), ROWS).begin()
 
 
+def test_a_store_of_an_earlier_version_is_gone_on_with(tmp_path):
+    """Its manifest and the seals of its shards lack a field that nobody compared then."""
+    folder, lacking = tmp_path / "store", dict.fromkeys(MAY_LACK)
+    fill(folder, PRINTS[:2], finish=False, **lacking)
+    forge(folder, lambda body: [body["provenance"].pop(name) for name in MAY_LACK])
+    body = json.loads((folder / MANIFEST).read_text())["provenance"]
+    assert provenance(**lacking).seal == seal_of(body | {"model": ""})
+    writer = fill(folder)
+    assert len(writer.written) == 6 and TopKStore(folder).provenance == provenance(**lacking)
+
+
 def test_other_rows_are_refused_by_name(tmp_path):
     fill(tmp_path / "store", PRINTS[:2], finish=False)
     for rows in (ROWS | {"forget_dataset[1]": PRINTS[:2]}, ROWS | {"forget_dataset[3]": PRINTS[:2]}):
@@ -390,6 +404,25 @@ def test_a_folder_with_something_else_in_it(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"teacher_store: .* is a file, wanted a folder"):
         fill(tmp_path / "file")
+
+
+def test_only_what_killed_writers_left_is_cleared_up_and_only_in_a_store(tmp_path):
+    ours = [f".{name}.{'0' * 32}.tmp" for name in (MANIFEST, f"shard-{'0' * 32}.safetensors")]
+    folders = tmp_path / "thesis", tmp_path / "store", tmp_path / "new"
+    fill(folders[1])
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        for name in (".notes.tmp", *ours):
+            (folder / name).touch()
+    (folders[0] / "thesis.tex").touch()
+    with pytest.raises(FileExistsError):
+        fill(folders[0])
+    with pytest.raises(ValueError, match="weights"):
+        fill(folders[1], weights="another")
+    assert all((folder / name).exists() for folder in folders[:2] for name in ours)
+    for folder in folders[1:]:
+        fill(folder)
+        assert [path.name for path in folder.glob(".*")] == [".notes.tmp"]
 
 
 # -- damage and forgery ----------------------------------------------------------------------------------------------
@@ -558,6 +591,22 @@ def test_columns_are_the_log_probabilities_and_come_back(tmp_path, style, prompt
         )
 
 
+@pytest.mark.parametrize("style", ["axolotl", "trl"])
+def test_columns_of_prompts_take_the_answers_of_the_store(tmp_path, style):
+    """Where the answers are the dataset's, the store has positions and no tokens for them."""
+    writer = StoreWriter(tmp_path / "store", provenance(answers="dataset"), {"row": PRINTS[:1]})
+    writer.begin()
+    writer.add(PRINTS[0], entry(2)._replace(answer=[]))
+    writer.flush()
+    writer.finish()
+    store = TopKStore(tmp_path / "store")
+    with pytest.raises(
+        ValueError, match=rf"prompts: entry {PRINTS[0].hex()} has \d scored .* and 0 answer ids"
+    ):
+        write_columns(store, style, {PRINTS[0]: [1, 2]})
+    assert len(write_columns(store, style)) == 1
+
+
 def test_columns_of_others_may_be_ragged_unsorted_and_repeat_an_id():
     row = {
         "teacher_topk_ids": [[-1, -1, -1], [7, 3, 7], [4, -1, -1]],
@@ -571,7 +620,35 @@ def test_columns_of_others_may_be_ragged_unsorted_and_repeat_an_id():
     torch.testing.assert_close(read.targets.tail_logsumexp, torch.tensor([rest, -torch.inf]))
 
 
+GOOD = {
+    "teacher_topk_ids": [[1]],
+    "teacher_topk_logprobs": [[-1.0]],
+    "fingerprint": PRINTS[0].hex(),
+    "answer_ids": [1],
+}
 BAD_COLUMNS = {
+    "one mapping": (GOOD, "columns: wanted a datasets.Dataset or a list of rows"),
+    "a fingerprint of other letters": (
+        [GOOD, GOOD | {"fingerprint": "zz"}],
+        r"columns\[1\]: wanted hexadecimal digits in 'fingerprint', got 'zz'",
+    ),
+    "no fingerprint": ([GOOD | {"fingerprint": None}], r"columns\[0\]: wanted hexadecimal digits .* None"),
+    **{
+        f"a row without {name}": (
+            [GOOD, {k: v for k, v in GOOD.items() if k != name}],
+            rf"columns\[1\]: wanted '{name}', as in columns\[0\]",
+        )
+        for name in list(GOOD)[:3]
+    },
+    "an answer of texts": ([GOOD | {"answer_ids": ["a"]}], r"columns\[0\]: wanted token ids in 'answer_ids'"),
+    "an answer that is a number": ([GOOD | {"answer_ids": 3}], r"columns\[0\]: wanted token ids in"),
+    "an answer id outside": ([GOOD | {"answer_ids": [V]}], rf"columns\[0\]: wanted ids below {V} in 'answ"),
+    "an answer id below 0": ([GOOD | {"answer_ids": [-1]}], rf"columns\[0\]: wanted ids below {V} in 'answ"),
+    "a long answer": (
+        [GOOD | {"answer_ids": [1] * 5}],
+        r"columns\[0\]: wanted at most 4 ids in 'answer_ids'",
+    ),
+    "an id of 65 bits": ([GOOD | {"teacher_topk_ids": [[2**65]]}], r"columns\[0\]: wanted \[positions, k\]"),
     "no columns": ([{"text": "x"}], "wanted 'target_token_ids' and 'target_logprobs' or"),
     "no rows": ([], "at least one row"),
     "another number of rows": (
@@ -589,7 +666,7 @@ BAD_COLUMNS = {
 @pytest.mark.parametrize("case", BAD_COLUMNS)
 def test_bad_columns(case):
     columns, message = BAD_COLUMNS[case]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         list(read_columns(columns, provenance(), PRINTS[:1]))
 
 

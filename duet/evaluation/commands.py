@@ -388,7 +388,7 @@ def run_lm_eval(
 
     from ..data.sources import read_object
     from ..model.hashes import fingerprints
-    from .journal import LM_EVAL, write_json
+    from .journal import LM_EVAL, MAY_LACK, write_json
 
     manifest = {
         **fingerprints(model, tokenizer),
@@ -396,7 +396,7 @@ def run_lm_eval(
     }
     before = read_object(out / LM_EVAL, "out") if (out / LM_EVAL).is_file() else {}
     for key, value in manifest.items():
-        if before and before["manifest"].get(key) != value:
+        if before and before["manifest"].get(key, value if key in MAY_LACK else None) != value:
             raise ValueError(
                 f"out: {out / LM_EVAL} holds results of another run: {key} was {before['manifest'].get(key)!r} and is "
                 f"{value!r} now; wanted a new folder"

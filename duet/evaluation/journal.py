@@ -14,6 +14,7 @@ from typing import Any
 Progress = Callable[[str, int, int], None]  # called with (what, how much of it is done, all of it)
 ROWS, MANIFEST = "rows.jsonl", "manifest.json"
 LM_EVAL = "lm_eval.json"
+MAY_LACK = ("model_config",)  # which manifests of earlier versions do not have
 # What a row's status other than `ok` means.
 MEANING = {
     "empty": "answered with nothing: could not be judged",
@@ -68,6 +69,8 @@ class Journal:
             except ValueError as error:
                 raise ValueError(f"out: {path} is not JSON ({error}); wanted a new folder") from None
             for name in (*manifest, *(n for n in before if n not in manifest and n != "note")):
+                if name in MAY_LACK and name not in before:
+                    continue
                 if before.get(name) != manifest.get(name):
                     raise ValueError(
                         f"out: {self.folder} holds results of another run: {name} was {_short(before.get(name))} and "

@@ -2,10 +2,21 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from .lm import base_language_model
+
+# Names in a configuration of what changes the logits and is in no weight. A short list: names that a later version of
+# transformers adds must not change the hash of a model that stayed what it was.
+_CHANGES_LOGITS = re.compile(
+    r"rope|rotary|eps(ilon)?$|(act|activation)(_function)?$|soft_?cap|scal|multiplier|sliding_window$"
+    r"|^n(um)?_(attention_|key_value_|hidden_)?(heads?|layers?)$|per_tok$"
+)
 
 
 def _hex(data: bytes | memoryview) -> str:
@@ -38,6 +49,28 @@ def template_hash(tokenizer: Any) -> str | None:
     return _hex(json.dumps(text, sort_keys=True).encode()) if text else None
 
 
+def config_hash(model: nn.Module) -> str | None:
+    """A hash of what a model's configuration says of its logits: rotations, epsilons, activations, scales, windows, numbers.
+
+    The same for a model that was saved, moved or loaded in another dtype. None: it has no configuration.
+    """
+    config: Any = getattr(base_language_model(model), "config", None)
+    if not hasattr(config, "get_text_config"):
+        return None
+    said = config.get_text_config().to_dict().items()
+    kept = {name: _plain(value) for name, value in said if _CHANGES_LOGITS.search(name) and value is not None}
+    return _hex(json.dumps(kept, sort_keys=True, default=str).encode())
+
+
+def _plain(value: Any) -> Any:
+    """Without names that have no value; 10000 and 10000.0 are one number."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items() if each is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
     """16 hex digits that change with any training of the weights: names, shapes, dtypes and exact sums of bit patterns.
@@ -58,9 +91,10 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprints(model: nn.Module, tokenizer: Any) -> dict[str, str]:
-    """What results of one model share: `model_fingerprint` and `tokenizer_fingerprint`, the chat template included."""
+def fingerprints(model: nn.Module, tokenizer: Any) -> dict[str, str | None]:
+    """What results of one model share: `model_fingerprint`, `model_config` and `tokenizer_fingerprint`, with the template."""
     return {
         "model_fingerprint": fingerprint(model),
+        "model_config": config_hash(model),
         "tokenizer_fingerprint": tokenizer_hash(tokenizer, template=True),
     }

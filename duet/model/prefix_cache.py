@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .lm import base_language_model, find_backbone
 
@@ -144,15 +144,20 @@ class _InFront(DynamicLayer):
         return self.tables[0].shape[2]
 
 
-def cannot_reuse(model: nn.Module) -> str | None:
+def cannot_reuse(model: nn.Module, in_order: bool = False) -> str | None:
     """Why keys and values of a prefix cannot be read once for this model; None: they can.
 
     A layer that attends to a window forgets the prefix as it goes, and a recurrent one has no keys and values.
+
+    Args:
+        model: a causal language model.
+        in_order: whether a copy of one prefix's cache is gone on with (`PrefixCache`), which windows allow.
     """
     name = type(base_language_model(model)).__name__
     if "past_key_values" not in inspect.signature(find_backbone(model).forward).parameters:
         return f"{name} takes no past_key_values"
-    kinds = {type(layer).__name__ for layer in _new_cache(model).layers} - {DynamicLayer.__name__}
+    usable = {DynamicLayer, DynamicSlidingWindowLayer} if in_order else {DynamicLayer}
+    kinds = {kind.__name__ for kind in {type(layer) for layer in _new_cache(model).layers} - usable}
     return f"{name} has layers whose cache is a {', '.join(sorted(kinds))}" if kinds else None
 
 

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..model.adapters import trained_config
-from ..model.hashes import tokenizer_hash
+from ..model.hashes import config_hash, tokenizer_hash
 from ..model.lm import base_language_model
 from ..model.weights import older_weights
 
@@ -88,6 +88,7 @@ def run_record(
         "architecture": type(inner).__name__,
         "model_dtype": str(inner.dtype).removeprefix("torch."),
         "weights": weights,
+        "model_config": config_hash(model),
         "tokenizer": tokenizer_hash(tokenizer, template=True),
         "teacher": teacher,
         "forget rows": rows.get("forget"),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +32,11 @@ from ..methods.views import build_dataset, eval_datasets, renderer_of, scored_po
 from ..model.answers import check_tokenizer, generate_answers, load_tokenizer, padding_id
 from ..model.lm import check_head, context_length, embedded_ids, evaluating, hidden_states_at
 from ..model.loading import load_model, loading_device, without_attached_adapter
-from ..model.prefix_cache import PrefixCache, common_length
+from ..model.prefix_cache import PrefixCache, cannot_reuse, common_length
 from .columns import read_columns
 from .provenance import check_cacheable, provenance_of
 from .read import LOG_PROBABILITIES, Entry, Provenance, TopKStore, fingerprint
+from .served import ask_prompt
 from .write import StoreWriter
 
 logger = logging.get_logger(__name__)
@@ -88,7 +90,8 @@ def cache_teacher(
         forget_dataset, retain_dataset, processing_class, eval_dataset: as in `DuetTrainer`.
         folder: where to write; None: `args.teacher_store`. An unfinished store is continued, a finished one left as it is.
         dtype: of the stored logits: `float32` (exact), `bfloat16` or `float16`. Tails are always fp32.
-        reuse_prefix: read common prefixes once; the logits differ by rounding from those of whole prompts.
+        reuse_prefix: read common prefixes once, where `args.reuse_prefix` and the model's layers allow it; the logits differ
+            by rounding from those of whole prompts.
         shard_entries: entries per file; a kill loses at most so many.
 
     Raises:
@@ -107,11 +110,15 @@ def cache_teacher(
         missing = sorted(writer.scan(), key=job.order)
         state.wait_for_everyone()  # everybody has seen the same files before anybody adds one
         asker = _Asker(job, args)
+        reuse = reuse_prefix and args.reuse_prefix
+        if reuse and (why := cannot_reuse(model, in_order=True)) is not None:
+            logger.info(f"the teacher reads whole prompts: {why}")
+            reuse = False
         if state.is_main_process and missing:
             look_at_teacher(job.dataset, job.tokenizer, asker.says)
         with state.split_between_processes(missing) as mine:
             part: Any = mine
-            _fill(writer, asker, {entry_id: job.questions[entry_id] for entry_id in part}, reuse_prefix)
+            _fill(writer, asker, {entry_id: job.questions[entry_id] for entry_id in part}, reuse)
         state.wait_for_everyone()
         if state.is_main_process:
             writer.finish()
@@ -174,14 +181,21 @@ def ask_teacher(
 
     Args:
         ask: is given the token ids of a prompt and its answer, and the place of the first scored token; returns columns of
-            log-probabilities. For vLLM: `functools.partial(duet.store.served.ask_prompt, url, name, k=args.k)`. Where no
-            answer is scored, the last token is a repeated one, of which only the place counts.
+            log-probabilities at `args.temperature`. For vLLM: `functools.partial(duet.store.served.ask_prompt, url, name,
+            k=args.k, temperature=args.temperature)`. Where no answer is scored, the last token is a repeated one, of which
+            only the place counts.
         model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype: as in `import_teacher`.
         folder: likewise; an unfinished store is continued.
 
     Raises:
         TypeError, ValueError, OSError: naming the row. What was told before is in the store; the same call goes on after it.
     """
+    if isinstance(ask, partial) and ask.func is ask_prompt:
+        asked_at = ask.keywords.get("temperature", 1.0)
+        if asked_at != args.temperature:
+            raise ValueError(
+                f"ask: wanted ask_prompt with temperature={args.temperature}, as in args.temperature, got {asked_at}"
+            )
     rows = forget_dataset, retain_dataset, processing_class, eval_dataset
     job, writer = _from_elsewhere(folder, model, args, *rows, dtype)
     if job.provenance.answers == "teacher":
@@ -212,7 +226,7 @@ def _from_elsewhere(folder: Any, model: Any, args: DuetConfig, *rest: Any) -> tu
     model = without_attached_adapter(model, "model", args.earlier_adapter)
     with _without_adapter(model):
         job = _Job.of(model, args, *rest)
-    job = replace(job, provenance=replace(job.provenance, values=LOG_PROBABILITIES))
+    job = replace(job, provenance=replace(job.provenance, values=LOG_PROBABILITIES, autocast=None))
     return job, StoreWriter(folder, job.provenance, job.rows)
 
 

@@ -10,6 +10,7 @@ Imported stores are therefore marked as log-probabilities.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ def write_columns(
             (prompt and the scored answer) and its columns cover all of it: place i tells how token i is predicted.
 
     Raises:
-        ValueError: an unknown style.
+        ValueError: an unknown style; or prompts, and an entry whose scored positions are not those of an answer in the store.
     """
     from datasets import Dataset
 
@@ -67,6 +68,11 @@ def write_columns(
             row: dict[str, Any] = {"fingerprint": entry_id.hex(), "answer_ids": answer}
             if prompts is not None:
                 row["input_ids"] = [*prompts[entry_id], *answer]
+                if len(answer) != len(ids):
+                    raise ValueError(
+                        f"prompts: entry {entry_id.hex()} has {len(ids)} scored position(s) and {len(answer)} answer ids, so "
+                        "its columns do not fit prompt and answer; wanted a store of the teacher's answers, or no prompts"
+                    )
                 before, k = len(prompts[entry_id]), ids.shape[-1]
                 ids = torch.cat([ids.new_full((before, k), 0 if names.mask else -1), ids])
                 mask = torch.cat([mask.new_zeros(before, k), mask])
@@ -88,8 +94,10 @@ def read_columns(
         entry_ids: the fingerprints of the rows, in order; not used where there is a column `fingerprint`.
 
     Raises:
-        ValueError: naming column and row.
+        TypeError, ValueError: naming column and row.
     """
+    if isinstance(columns, Mapping):
+        raise TypeError("columns: wanted a datasets.Dataset or a list of rows, got one mapping")
     if len(columns) == 0:
         raise ValueError("columns: wanted at least one row, got none")
     styles = [names for names in STYLES.values() if names.ids in columns[0] and names.logprobs in columns[0]]
@@ -101,17 +109,44 @@ def read_columns(
             f"columns: wanted {len(entry_ids)} rows, one per prefix of every dataset row, got {len(columns)}"
         )
     for i in range(len(columns)):
-        row = columns[i]
-        entry_id = bytes.fromhex(row["fingerprint"]) if "fingerprint" in row else entry_ids[i]
-        targets = _topk(row, styles[0], provenance, f"columns[{i}]")
-        yield entry_id, Entry(targets, list(row.get("answer_ids") or []))
+        row, where = columns[i], f"columns[{i}]"
+        for name in (styles[0].ids, styles[0].logprobs, "fingerprint"):
+            if name in columns[0] and name not in row:
+                raise ValueError(f"{where}: wanted {name!r}, as in columns[0], got {sorted(row)}")
+        entry_id = _entry_id(row["fingerprint"], where) if "fingerprint" in row else entry_ids[i]
+        targets = _topk(row, styles[0], provenance, where)
+        yield entry_id, Entry(targets, _answer(row.get("answer_ids"), provenance, where))
+
+
+def _entry_id(text: Any, where: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: wanted hexadecimal digits in 'fingerprint', got {text!r}") from None
+
+
+def _answer(ids: Any, provenance: Provenance, where: str) -> list[int]:
+    try:
+        answer = [index(token) for token in ids or ()]
+    except TypeError:
+        raise ValueError(f"{where}: wanted token ids in 'answer_ids', got {ids!r:.60}") from None
+    if not all(0 <= token < provenance.vocab_size for token in answer):
+        raise ValueError(
+            f"{where}: wanted ids below {provenance.vocab_size} in 'answer_ids', got {ids!r:.60}"
+        )
+    most = provenance.max_scored if provenance.answers == "teacher" else None
+    if most is not None and len(answer) > most:
+        raise ValueError(
+            f"{where}: wanted at most {most} ids in 'answer_ids', as many as are scored, got {len(answer)}"
+        )
+    return answer
 
 
 def _topk(row: Mapping[str, Any], names: Style, provenance: Provenance, where: str) -> TopK:
     try:
         ids, logprobs = torch.tensor(row[names.ids]), torch.tensor(row[names.logprobs], dtype=torch.float64)
         mask = torch.tensor(row[names.mask]).bool() if names.mask in row else torch.ones_like(logprobs).bool()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # of ids beyond 64 bits
         raise ValueError(
             f"{where}: wanted [positions, k] in {names.ids!r} and {names.logprobs!r}: {error}"
         ) from None

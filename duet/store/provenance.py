@@ -12,7 +12,7 @@ from ..config import DuetConfig
 from ..data.dataset import UnlearnDataset
 from ..methods.objectives import Objective, teacher_topk
 from ..methods.views import scored_positions
-from ..model.hashes import template_hash, tokenizer_hash
+from ..model.hashes import config_hash, template_hash, tokenizer_hash
 from ..model.lm import base_language_model
 from ..model.weights import weights_hash
 from .read import LOGITS, Provenance, TopKStore
@@ -50,6 +50,8 @@ def provenance_of(
         softcap=head.softcap,
         scale=head.scale,
         dtype=dtype,
+        config=config_hash(model),
+        autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else "none",
     )
 
 
@@ -112,7 +114,7 @@ def cached_teacher(
     wanted = provenance_of(model, head, tokenizer, args, datasets[0], positions)
     free = ["k", "seed", "dtype", "values"]
     if not args.teacher_store_same_model:
-        free += ["architecture", "model_dtype", "weights", "softcap", "scale"]
+        free += ["architecture", "model_dtype", "weights", "softcap", "scale", "config", "autocast"]
     store.provenance.refuse_another(wanted, free)
     teacher = CachedTeacher(store, args.k)
     for dataset in datasets:

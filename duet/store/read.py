@@ -38,6 +38,7 @@ FORMAT = "duet-topk-store/1"
 MANIFEST = "manifest.json"
 LOGITS, LOG_PROBABILITIES = "logits", "log-probabilities"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAY_LACK = ("config", "autocast")  # fields of Provenance that a store may not have: nothing to compare
 _SHARD_NAME = re.compile(r"shard-[0-9a-f]{32}\.safetensors")
 _AGAIN = "run `duet cache` again, it makes that part anew and keeps the rest"
 
@@ -60,6 +61,8 @@ class Provenance:
         vocab_size, softcap, scale: of the teacher's LM head.
         dtype: of the stored values; the tails are always fp32.
         values: `logits` or `log-probabilities`.
+        config: a hash of what the teacher's configuration says of its logits; None in stores of earlier versions.
+        autocast: `bfloat16`, `float16` or `none`; None in stores of earlier versions, and of teachers elsewhere.
     """
 
     model: str
@@ -82,6 +85,8 @@ class Provenance:
     scale: float
     dtype: str = "float32"
     values: str = LOGITS
+    config: str | None = None
+    autocast: str | None = None
 
     def __post_init__(self) -> None:
         check_one_of("dtype", self.dtype, DTYPES)
@@ -90,7 +95,8 @@ class Provenance:
     @property
     def seal(self) -> str:
         """A hash of everything that is compared; it is written into every shard."""
-        return seal_of(dataclasses.asdict(dataclasses.replace(self, model="")))
+        body = dataclasses.asdict(dataclasses.replace(self, model=""))
+        return seal_of({k: v for k, v in body.items() if v is not None or k not in MAY_LACK})
 
     def refuse_another(self, wanted: "Provenance", ignoring: Sequence[str] = ()) -> None:
         """Compares field by field with the provenance that is wanted now.
@@ -106,6 +112,8 @@ class Provenance:
                     "weights cannot be compared with today's. Cache the teacher anew into another folder; or, if you "
                     "know that it was this model, set teacher_store_same_model to false"
                 )
+            if stored is None and field.name in MAY_LACK:
+                continue
             if stored != now and field.name not in ("model", *ignoring):
                 raise ValueError(
                     f"teacher_store: {field.name}: the store was made with {stored!r}, this run has {now!r}. "

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..extras import version_of
-from .read import DTYPES, FORMAT, MANIFEST, Entry, Provenance, Shard, read_manifest, seal_of
+from .read import DTYPES, FORMAT, MANIFEST, MAY_LACK, Entry, Provenance, Shard, read_manifest, seal_of
 
 _INDEX_DTYPES = ((2**8, torch.uint8), (2**16, torch.uint16), (2**31, torch.int32), (2**63, torch.int64))
+_TEMPORARY = re.compile(r"\.(manifest\.json|shard-[0-9a-f]{32}\.safetensors)\.[0-9a-f]{32}\.tmp")
 _VERSIONED = ("duet-kernels", "torch", "transformers", "tokenizers", "safetensors")
 
 
@@ -64,15 +66,22 @@ class StoreWriter:
         if self.folder.is_file():
             raise NotADirectoryError(f"teacher_store: {str(self.folder)!r} is a file, wanted a folder")
         self._safely("making the folder", lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        for left in self.folder.glob(".*.tmp"):  # of a process that was killed
-            self._safely("clearing up", left.unlink)
-        if not (self.folder / MANIFEST).exists():
-            if any(self.folder.glob("[!.]*")) and not any(self.folder.glob("shard-*")):
-                raise FileExistsError(f"teacher_store: {self.folder} is neither empty nor a store")
+        begun = (self.folder / MANIFEST).exists()
+        if begun:
+            self._agree(read_manifest(self.folder))
+        elif any(self.folder.glob("[!.]*")) and not any(self.folder.glob("shard-*")):
+            raise FileExistsError(f"teacher_store: {self.folder} is neither empty nor a store")
+        for left in self.folder.glob(".*.tmp"):
+            if _TEMPORARY.fullmatch(left.name):  # of a process that was killed
+                self._safely("clearing up", left.unlink)
+        if not begun:
             self._write_manifest(complete=False, shards=[])
-            return
-        body = read_manifest(self.folder)
+
+    def _agree(self, body: dict[str, Any]) -> None:
         body["provenance"].refuse_another(self.provenance)
+        # A store of an earlier version stays one: its shards are sealed without these fields.
+        lacked = {name: getattr(body["provenance"], name) for name in MAY_LACK}
+        self.provenance = dataclasses.replace(self.provenance, **lacked)
         for name in {**body["rows"], **self.rows}:
             if body["rows"].get(name) != self.rows.get(name):
                 raise ValueError(
