@@ -93,7 +93,7 @@ class Plan:
             "teacher_length": length + (prefix_length if steered else 0),
             "scored": scored,
         }
-        sizes["subjects"] = subjects * len(args.steering_prefixes) if steered and args.reuse_prefix else 0
+        sizes["subjects"] = subjects * len(args.steering_prefixes) if args.reuse_prefix else 0
         settings = _settings(run, autocast, config, memory, **sizes)
         planner = Planner(config)
         budget = planner.budget(settings)
