@@ -66,10 +66,8 @@ class AdapterTrainer(ResumableTrainer):
         With an adapter that was kept, the sum of both, and the new one alone in the folder `on_top`.
         """
         super()._save(output_dir, state_dict)
-        model, folder = (
-            self.accelerator.unwrap_model(self.model),
-            Path(output_dir or str(self.args.output_dir)),
-        )
+        model = self.accelerator.unwrap_model(self.model)
+        folder = Path(output_dir or str(self.args.output_dir))
         if not (self.args.should_save and hasattr(model, "peft_config")):
             return
         _leave_trained(model, folder)
@@ -98,11 +96,10 @@ class AdapterTrainer(ResumableTrainer):
 
 
 def _leave_trained(model: Any, folder: Path) -> None:
-    """Of what peft saved, "default" in `folder` and others in folders of their names, leaves the trained adapter, in `folder`."""
+    """Leaves the trained adapter, in `folder`. Peft saves "default" there, and every other one in a folder of its name."""
     trained = trained_adapter(model)
-    for name in sorted(
-        model.peft_config, key=trained.__eq__
-    ):  # the trained one last: it takes the place of "default"
+    others = [name for name in model.peft_config if name != trained]
+    for name in (*others, trained):  # the trained one last: it takes the place of "default"
         below = folder if name == "default" else folder / name
         for file in (ADAPTER, WEIGHTS):
             if name == trained:
