@@ -214,6 +214,19 @@ def examples(rows: Sequence[Row], subject: str) -> list[str]:
     return lines
 
 
+def of_the_steered(rows: Sequence[Row]) -> list[str]:
+    """A sentence on the methods that imitate the base behind the prompt, if some were run."""
+    arms = [name for name in ("duet", "bidirectional", "duet_plain") if name in {row["arm"] for row in rows}]
+    if not arms:
+        return []
+    return [
+        f"Some methods imitate the base behind a prompt: {'; '.join(ARMS[name].label for name in arms)}. Such a student forgets what the "
+        "base forgets behind the prompt, and refuses what the base refuses there, neighbours too. `duet steer` measures both before a "
+        "training.",
+        "",
+    ]
+
+
 def came_back(rows: Sequence[Row]) -> list[str]:
     """What our method still says behind forced openings, and after relearning, row by row."""
     names = {"prefill": "behind a forced opening", "relearned": "after ten steps on the other half"}
@@ -266,6 +279,7 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = ()) -> str:
             "",
             *table(rows),
             "",
+            *of_the_steered(rows),
             *sizes(rows),
             *not_run(rows),
             *not_shown([*rows, *tried]),
