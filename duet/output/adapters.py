@@ -99,6 +99,8 @@ def _leave_trained(model: Any, folder: Path) -> None:
     """Leaves the trained adapter, in `folder`. Peft saves "default" there, and every other one in a folder of its name."""
     trained = trained_adapter(model)
     others = [name for name in model.peft_config if name != trained]
+    if not others and trained == "default":  # it lies there already
+        return
     for name in (*others, trained):  # the trained one last: it takes the place of "default"
         below = folder if name == "default" else folder / name
         for file in (ADAPTER, WEIGHTS):
