@@ -290,13 +290,13 @@ def auto_choices(device: torch.device, dtype: torch.dtype) -> str:
 def machine(rows: Sequence[Row]) -> str:
     """What the floors are made of, over the run."""
     products = [row.floor_ms for row in rows if row.op == "linear_token_stats" and row.floor_ms]
-    copies = {row.copy_gb_s for row in rows if row.copy_gb_s}
+    copies = sorted({f"copy {report.number(row.copy_gb_s / 1e3)} TB/s" for row in rows if row.copy_gb_s})
     said = (
         [f"bare product G {report.number(min(products))} to {report.number(max(products))} ms"]
         if products
         else []
     )
-    return ", ".join(said + [f"copy {report.number(copy / 1e3)} TB/s" for copy in sorted(copies)])
+    return ", ".join(said + copies)
 
 
 def print_figures(out: pathlib.Path, figures: Sequence[Figure], gate: str) -> None:

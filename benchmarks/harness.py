@@ -273,7 +273,8 @@ def _ms(call: Call, device: torch.device) -> float:
         call()
         return 1e3 * (time.perf_counter() - start)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(2_000_000)  # cycles, about 1 ms: launches of small kernels queue up behind it
+    # Cycles, about 4 ms: Python and its launches are ahead of the device, as in a training step.
+    torch.cuda._sleep(8_000_000)
     start.record()
     call()
     end.record()

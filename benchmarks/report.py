@@ -55,11 +55,17 @@ def line(row: Row) -> str:
 def where(rows: Sequence[Row]) -> str:
     """Device and versions, once for all rows; with a commit where rows of a provider were measured at another one."""
     first = rows[0]
-    peers = sorted({(r.provider, r.provider_version, r.commit) for r in rows if r.ms is not None})
+    # Torch's own version stands there already.
+    peers = sorted(
+        {
+            (r.provider, r.impl if r.provider == "torch" else r.provider_version, r.commit)
+            for r in rows
+            if r.ms is not None and (r.provider != "torch" or r.commit != first.commit)
+        }
+    )
     versions = [
         f"{name} {version}" + ("" if commit == first.commit else f" (measured at {commit})")
         for name, version, commit in peers
-        if name != "torch"
     ]
     driver = [f"driver {first.driver}", f"clocks {first.clocks}"] if first.driver else []
     return ", ".join(

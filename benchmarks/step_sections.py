@@ -210,6 +210,7 @@ class Bench:
 
     def measured(self, section: Section, model: PreTrainedModel) -> tuple[dict[str, Any], PreTrainedModel]:
         """(fields of a row, the model without its adapter)."""
+        model.gradient_checkpointing_disable()  # an earlier section may have turned it on; a trainer turns it on only
         weights = bytes_of(model.state_dict().values())
         store = self.stored(section, model) if section.cached else None
         start = time.perf_counter()

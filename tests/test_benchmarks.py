@@ -217,6 +217,10 @@ def test_comparison_finds_the_faster():
 def test_a_peer_that_was_measured_at_another_commit_says_so():
     peer = dataclasses.replace(fake("liger", "JSD", 9.0, 1.0), provider_version="0.8", commit="old")
     assert "liger 0.8 (measured at old), commit c" in report.where([fake("torch", "eager", 9.0, 1.0), peer])
+    compiled = dataclasses.replace(fake("torch", "compile", 9.0, 1.0), commit="old")
+    assert "torch compile (measured at old), commit c" in report.where(
+        [fake("torch", "eager", 9.0, 1.0), compiled]
+    )
 
 
 def test_the_table_sets_everyone_against_ours():

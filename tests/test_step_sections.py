@@ -113,6 +113,18 @@ def test_an_error_ends_one_section(monkeypatch):
     assert found == {"cached": "error: ZeroDivisionError: division by zero", "live": "ok"}
 
 
+def test_checkpointing_of_an_earlier_section_is_over(monkeypatch):
+    found, recomputed = Bench.found, []
+
+    def spy(self, trainer, *rest):
+        recomputed.append(trainer.model.get_base_model().is_gradient_checkpointing)
+        return found(self, trainer, *rest)
+
+    monkeypatch.setattr(Bench, "found", spy)
+    bench().run((Section("with", "first", True), Section("without", "first", False)))
+    assert recomputed == [True, False]
+
+
 def test_within_rings_once_and_puts_the_clock_back():
     with pytest.raises(OutOfTime), within(0.05):
         time.sleep(5)
