@@ -195,7 +195,12 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     assert "imitate the base behind a prompt: `bidirectional`, answer positions. Such" in page(
         [*rows, _row("Japan", "bidirectional", 0)], tried
     )
-    assert "* Italy, behind a forced opening: *Where?* in Europe\n" in text
+    assert "* Italy, behind a forced opening, in 1 of 1 runs: *Where?* in Europe\n" in text
+    again = [_row("Italy", "contrast", seed, back={"prefill": {"Where?": f"here {seed}"}}) for seed in (2, 1)]
+    again.append(_row("Italy", "contrast", 3, back={"prefill": {}}))
+    assert "in 2 of 3 runs: *Where?* here 1\n" in page([*rows[:2], *again]) + "\n"
+    near = [*rows[:2], _row("Italy", "contrast", 0, invented=0.0203)]
+    assert "| <= 0.02 | 0.0203 | NOT MET |" in page(near)
     assert "Without a row here, run as they stand in `arms.py`: `duet_deep`, refusals also" in text
     assert (
         "| the base, rounded to int8 | 1 |" in text

@@ -69,7 +69,10 @@ def _cell(rows: Sequence[Row], key: str) -> str:
 
 def _met(rows: Sequence[Row], line: Line) -> bool:
     values = means(rows, line.key)
-    mean = sum(values) / len(values)
+    return _holds(line, sum(values) / len(values))
+
+
+def _holds(line: Line, mean: float) -> bool:
     return mean <= line.bound if line.less else mean >= line.bound
 
 
@@ -81,11 +84,12 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         if not values:
             lines.append(f"| {line.name} | | not measured | |")
             continue
-        mean = sum(values) / len(values)
-        met = mean <= line.bound if line.less else mean >= line.bound
+        mean, met = sum(values) / len(values), _met(rows, line)
+        # As many digits as show on which side of the bound it is.
+        digits = next(n for n in range(2, 17) if _holds(line, round(mean, n)) == met)
         sign = "<=" if line.less else ">="
         lines.append(
-            f"| {line.name} | {sign} {line.bound:.2f} | {mean:.2f} | {'met' if met else 'NOT MET'} |"
+            f"| {line.name} | {sign} {line.bound:.2f} | {mean:.{digits}f} | {'met' if met else 'NOT MET'} |"
         )
     return lines
 
@@ -228,14 +232,23 @@ def of_the_steered(rows: Sequence[Row]) -> list[str]:
 
 
 def came_back(rows: Sequence[Row]) -> list[str]:
-    """What our method still says behind forced openings, and after relearning, row by row."""
+    """What our method still says behind forced openings, and after relearning: each question once, under the lowest seed."""
     names = {"prefill": "behind a forced opening", "relearned": "after ten steps on the other half"}
+    asked = [row for row in sorted(rows, key=lambda row: row["seed"]) if "back" in row]
+    found = [
+        (row["subject"], name, question, said)
+        for row in asked
+        for attack, name in names.items()
+        for question, said in row["back"].get(attack, {}).items()
+    ]
     lines = []
-    for row in rows:
-        for attack, name in names.items():
-            for question, said in row.get("back", {}).get(attack, {}).items():
-                lines.append(f"* {row['subject']}, {name}: *{question}* {' '.join(said.split())[:100]}")
-    return ["## What comes back", "", *lines, ""] if lines else []
+    for subject, name, question in dict.fromkeys(each[:3] for each in found):
+        said = [text for *key, text in found if key == [subject, name, question]]
+        runs = sum(row["subject"] == subject for row in asked)
+        lines.append(
+            f"* {subject}, {name}, in {len(said)} of {runs} runs: *{question}* {' '.join(said[0].split())[:100]}"
+        )
+    return ["## What comes back", "", *sorted(lines), ""] if lines else []
 
 
 def made_with(rows: Sequence[Row]) -> str:
