@@ -103,10 +103,10 @@ def main() -> int:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        gather, logits, sparse, dense = row["ms"].values()
+        gathered, logits, sparse, dense = row["ms"].values()
         lines.append(
-            f"| {row['dtype'].removeprefix('torch.')} | {row['k']} | {V / row['k']:.0f} | {gather:.0f} | {logits:.0f} | "
-            f"{gather / logits:.2f} | {sparse:.0f} | {dense:.0f} | {sparse / dense:.2f} |"
+            f"| {row['dtype'].removeprefix('torch.')} | {row['k']} | {V / row['k']:.0f} | {gathered:.0f} | {logits:.0f} | "
+            f"{gathered / logits:.2f} | {sparse:.0f} | {dense:.0f} | {sparse / dense:.2f} |"
         )
     table = "\n".join(lines)
     print(table)

@@ -324,15 +324,23 @@ def _run(options: argparse.Namespace) -> int:
     name = options.preset or ("cpu" if options.device == "cpu" else "anchor")
     cases = override(PRESETS[name](torch.device(options.device)), options)
     providers = chosen(options.providers)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("")
+    if not cases:
+        raise SystemExit(f"--ops: the preset {name!r} has no case of them")
+    if options.out and options.out.suffix == ".md":
+        raise SystemExit(
+            f"--out: wanted a file for rows of JSON, got {options.out}; the tables are written beside it, as .md"
+        )
+    # An earlier result stays until this one is whole.
+    unfinished = options.out and options.out.with_name(f"{options.out.name}.unfinished")
+    if unfinished:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text("")
     start = time.perf_counter()
     absent: set[str] = set()  # said once, however many cases
 
     def emit(row: Row) -> None:
-        if options.out:
-            with options.out.open("a") as file:
+        if unfinished:
+            with unfinished.open("a") as file:
                 file.write(row.to_json() + "\n")
         said = report.line(row)
         if row.status.startswith("absent"):
@@ -350,7 +358,8 @@ def _run(options: argparse.Namespace) -> int:
         passes=options.passes,
         emit=emit,
     )
-    if options.out:
+    if unfinished:
+        unfinished.rename(options.out)
         options.out.with_suffix(".md").write_text(report.tables(rows) + "\n")
         _draw(rows, options.out.parent)
     return int(any(row.gate == "red" and row.provider == OURS for row in rows))

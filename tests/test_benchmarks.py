@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import anchor, cpu_goals, harness, plots, readme, report, run, targets
+from benchmarks import anchor, cpu_goals, gather_crossover, harness, plots, readme, report, run, targets
 from benchmarks.cases import DIVERGENCES, LOSSES, OPS, Case, floor_ms, make_inputs, zipf_ids
 from benchmarks.gpu.suite import Sizes
 from benchmarks.harness import Floors, Row
@@ -519,3 +519,23 @@ def test_a_call_that_takes_long_is_timed_once():
     )
     assert calls.count("slow") == 2 and len(measured["slow"].ms) == 1 and measured["slow"].ms[0] >= 50
     assert calls.count("fast") >= 2
+
+
+def test_an_earlier_result_stays_until_the_new_one_is_whole(tmp_path):
+    (out := tmp_path / "rows.jsonl").write_text("earlier")
+    with pytest.raises(SystemExit, match="--ops: the preset 'cpu' has no case"):
+        run.main(["--device", "cpu", "--ops", "linear_logsumexp", "--out", str(out)])
+    with pytest.raises(SystemExit, match="--out: wanted a file for rows of JSON"):
+        run.main(["--device", "cpu", "--out", str(tmp_path / "rows.md")])
+    assert out.read_text() == "earlier"
+
+
+def test_the_crossover_of_gathering_is_measured(tmp_path, monkeypatch, capsys):
+    for name, size in (("N", 8), ("D", 16), ("V", 64), ("STEP", 4), ("RESULTS", tmp_path)):
+        monkeypatch.setattr(gather_crossover, name, size)
+    monkeypatch.setattr("sys.argv", ["gather_crossover", "--counts", "2", "--rounds", "1"])
+    assert gather_crossover.main() == 0
+    assert [
+        json.loads(line)["k"] for line in (tmp_path / "gather_crossover.jsonl").read_text().splitlines()
+    ] == [2, 2]
+    assert "| float32 | 2 | 32 |" in capsys.readouterr().out

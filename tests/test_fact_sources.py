@@ -58,7 +58,7 @@ def test_facts_of_a_subject_of_neighbours_and_of_nothing(packages, monkeypatch):
         (capital("Japan"), "Japan", "Tokyo"),
         (capital("Austria"), "Austria", "Vienna"),
     ]
-    rows = source_rows(["languages", "elements"], ["France"], ["Japan", "Austria"])
+    rows = source_rows(["languages", "elements"], ["France"], ["japan"])
     assert told(rows[:2]) == [
         ("What is the official language of France?", "France", "French"),
         ("What is the official language of Japan?", "Japan", "Japanese"),
@@ -102,6 +102,8 @@ def test_what_is_refused(packages, monkeypatch, tmp_path):
         ValueError, match=r"subject: .*got 'Farnce'; did you mean 'france'\? Give its questions"
     ):
         source_rows(["capitals"], ["France", "Farnce"])
+    with pytest.raises(ValueError, match=r"neighbours: .*got 'Jpan'; did you mean 'Japan'"):
+        facts_of(source_rows(["capitals"], ["France"], ["Jpan"]), ["France"], ["Jpan"])
     for source in SOURCES.values():
         monkeypatch.setitem(sys.modules, source.package, None)
     with pytest.raises(

@@ -127,6 +127,30 @@ def test_names_that_are_refused(subjects, neighbours, said):
         facts_of(ROWS, subjects, neighbours)
 
 
+def test_a_name_that_no_question_is_about_is_refused():
+    rows = [
+        {"question": "Who wrote Emma ?", "subject": "Jane Austen"},
+        {"question": "Who is Jos\u00e9 ?", "subject": "Jos\u00e9"},
+    ]
+    with pytest.raises(ValueError, match=r"subject: .* got 'Jane Asten'; did you mean 'Jane Austen'"):
+        facts_of(rows, ["Jos\u00e9", "Jane Asten"])
+    with pytest.raises(ValueError, match=r"neighbours: .* got 'Japan'"):
+        facts_of(rows, ["Jane Austen"], ["Japan"])
+    assert len(facts_of(rows, ["Jane Austen"], ["jos\u00e9"])) == 2
+    with pytest.raises(
+        ValueError, match=r"questions\[1\]\['subject'\]: wanted 'Jose\u0301' as in"
+    ):  # it would be kept
+        facts_of(rows, ["Jane Austen", "Jose\u0301"])
+
+
+def test_rows_that_somebody_else_wrote_are_neither_written_over_nor_deleted(tmp_path):
+    (tmp_path / "validation").mkdir()
+    (mine := tmp_path / "validation" / "retain.jsonl").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out: .*retain.jsonl is there already"):
+        elicit_facts(None, None, facts_of(ROWS, ["France"]), tmp_path)
+    assert mine.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["validation"]
+
+
 def test_a_value_and_a_subject_may_be_numbers_and_a_misspelt_key_is_named(caplog):
     import transformers
 

@@ -14,9 +14,10 @@ from duet.evaluation import generation
 from duet.evaluation.attacks.rows import read_attack_rows
 from duet.evaluation.generation import Continuation
 from duet.evaluation.models import load
+from duet.evaluation.steering import share_of
 from duet.model.adapters import adapter_layers, logits_of
 from duet.model.shrinking import AdapterSize
-from duet.run.shrink import shrink, verdict
+from duet.run.shrink import Shrunk, Tried, shrink, verdict
 
 REFUSES = "I don't know anything about that"
 FORGET = capital_rows("france", "paris", "one", "two", "three")
@@ -97,16 +98,26 @@ def test_what_comes_back_at_full_size_may_come_back_at_a_smaller_one(script):
     found = shrink(
         AdapterSize(adapted()), word_tokenizer(), rows(FORGET[:1], RETAIN[:1]), rows(RETAIN[1:]), sizes=[0.8]
     )
-    assert found.allowed == 0.5, "the row about spain is told at every size"
+    assert found.best.told["direct"]["share"] == 0.5, "the row about spain is told at every size"
     assert found.best.size == 0.8
     done = []
     found = shrink(AdapterSize(adapted()), word_tokenizer(), rows(RETAIN[:1]), rows(RETAIN[1:]), sizes=[0.8],
                    progress=lambda *step: done.append(step))  # fmt: skip
     assert (
-        "At full size an attack brings back 100% of the forget rows: the training forgot little"
+        "At full size an attack brings back 1 of 1 (21 to 100 %) of its rows: the training forgot little"
         in verdict(found)
     )
     assert [step for step in done if step[0] == "size 0.8"] == [("size 0.8", n, 5) for n in range(6)]
+
+
+def test_an_attack_that_succeeds_at_full_size_allows_no_other_one():
+    def tried(size, direct, prefill, kept):
+        told = {"direct": share_of(direct), "prefill": share_of(prefill)}
+        return Tried(size, told, share_of([True]), share_of(kept))
+
+    full = tried(1.0, [False, False], [True, True], [True, False])
+    found = Shrunk([full, tried(0.5, [True, True], [True, True], [True, True])], most=0.1)
+    assert found.allows(full) and not found.allows(found.tried[1]) and found.best is full
 
 
 def test_answers_that_could_not_be_judged_are_said(monkeypatch):
@@ -125,7 +136,7 @@ def test_answers_that_could_not_be_judged_are_said(monkeypatch):
     given = word_tokenizer(), rows(FORGET), rows(RETAIN)
     found = shrink(AdapterSize(adapted()), *given, sizes=[0.8])
     assert found.best.unjudged == 0.5 and found.best.told["sampling"]["share"] == 0
-    assert "Up to 50% of the forget rows could not be judged" in verdict(found)
+    assert "Up to 50% of an attack's rows could not be judged" in verdict(found)
     drawn = shrink(AdapterSize(adapted()), *given, sizes=[0.4]).tried[-1]
     assert drawn.told["sampling"]["share"] == 0.5 and drawn.unjudged == 0.5
     monkeypatch.setattr(generation, "continuations", scripted)

@@ -161,6 +161,15 @@ def test_the_model_card_says_how_and_from_what(tmp_path):
     assert again._fingerprints["forget"][1] != digests[0] and again._fingerprints["retain"][1] == digests[1]
 
 
+def test_the_card_names_a_base_of_the_hub_and_no_folder(tmp_path):
+    trainer = make(tmp_path, trainer_options={"peft_config": LORA})
+    (tmp_path / "out").mkdir(exist_ok=True)
+    for name, shown in ((str(tmp_path), False), ("somebody/model", True)):
+        trainer.model.get_base_model().config._name_or_path = name
+        trainer.create_model_card()
+        assert ((tmp_path / "out" / "README.md").read_text().count(f"base_model: {name}") > 0) == shown
+
+
 @pytest.mark.parametrize(
     "options, adapter, there, absent",
     [

@@ -256,15 +256,26 @@ def test_copies_of_cities_are_no_news(world, base, caplog):
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "result"
-    with pytest.raises(RuntimeError), replaced_folder(out, "out_dir", "mark") as fresh:
+    names = ("mark", "model")
+    with pytest.raises(RuntimeError), replaced_folder(out, "out_dir", names) as fresh:
         (fresh / "mark").write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
     for text in ("first", "second"):
-        with replaced_folder(out, "out_dir", "mark") as fresh:
+        with replaced_folder(out, "out_dir", names) as fresh:
             (fresh / "mark").write_text(text)
+            (fresh / "model").mkdir()
         assert (out / "mark").read_text() == text
         assert list(tmp_path.iterdir()) == [out]
+    for mine in (out / "thesis.txt", tmp_path / "own" / "mark"):
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        with (
+            pytest.raises(FileExistsError, match=rf"out_dir: .*{mine.name}"),
+            replaced_folder(mine.parent, "out_dir", names),
+        ):
+            pass
+        assert mine.read_text() == "mine"
 
 
 def test_run_demo_refuses_a_bad_folder_before_any_work(tmp_path):

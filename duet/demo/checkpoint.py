@@ -11,6 +11,9 @@ from .workplace import quiet
 
 CHECKPOINT = Path(__file__).parent / "base_model"
 QUALITY = "quality.json"
+# All that a checkpoint has; which of the tokenizer's files, is a matter of the version of transformers.
+WRITTEN = (QUALITY, "config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", "tokenizer.json",
+           "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
 
 
 def save_checkpoint(

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from . import probes, steering
-from .checkpoint import CHECKPOINT, QUALITY, save_checkpoint
+from .checkpoint import CHECKPOINT, WRITTEN, save_checkpoint
 from .curriculum import Curriculum, encode
 from .facts import Question, World
 from .tokenizer import build_tokenizer
@@ -134,7 +134,7 @@ def rebuild(
     console = console or Console()
     if steps < 1:
         raise ValueError(f"steps: wanted at least 1, got {steps}")
-    with replaced_folder(Path(out), "out", QUALITY) as folder, one_thread():
+    with replaced_folder(Path(out), "out", WRITTEN) as folder, one_thread():
         world, tokenizer = World.make(seed), build_tokenizer()
         torch.manual_seed(seed)
         model = build_model(tokenizer)

@@ -28,6 +28,7 @@ from .scorecard import COLUMNS, scorecard
 from .workplace import one_thread, replaced_folder
 
 RESULTS = "results.json"
+WRITTEN = RESULTS, "report.md", "overview.png", "first_words.png", "model"
 SAVED_MODEL = "duet_adversarial"
 SHOWN = (*METHODS, "duet_deep")
 QUICK_QUESTIONS, QUICK_SHOWN = 40, ("duet", SAVED_MODEL)
@@ -55,7 +56,7 @@ def run_demo(
         OSError: `out_dir` cannot be written, is a file, or holds something else (the message names it).
     """
     console = console or Console()
-    with replaced_folder(Path(out_dir), "out_dir", RESULTS) as unfinished, one_thread():
+    with replaced_folder(Path(out_dir), "out_dir", WRITTEN) as unfinished, one_thread():
         results = _Demo(console, quick, seed, checkpoint).run(unfinished)
     console.print(
         f"Wrote [bold]{escape(str(out_dir))}[/bold]: report.md, overview.png, {RESULTS}, model/ ({SAVED_MODEL})."

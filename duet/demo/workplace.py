@@ -1,7 +1,7 @@
 """One thread, one progress display, and output folders that are complete or absent."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,20 +36,21 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def replaced_folder(out: Path, argument: str, mark: str) -> Iterator[Path]:
+def replaced_folder(out: Path, argument: str, names: Collection[str]) -> Iterator[Path]:
     """An empty folder that replaces `out` if the block succeeds, and is removed if it fails.
 
-    An existing `out` is replaced only if it is empty or holds the file `mark`, as an earlier result does; any other folder
-    is refused.
+    An existing `out` is replaced only if it is empty or holds an earlier result: several of `names`, which are all that a result
+    has, and nothing else. Any other folder is refused.
     """
     out = Path(out).absolute()
     if out.exists():
         if not out.is_dir():
             raise NotADirectoryError(f"{argument}: {out} is a file, wanted a folder")
-        if any(out.iterdir()) and not (out / mark).is_file():
+        held = {path.name for path in out.iterdir()}
+        if held and (len(held) == 1 or not held <= set(names)):
             raise FileExistsError(
-                f"{argument}: {out} holds other files (and no {mark}), wanted a new folder, an empty one or an earlier "
-                "result"
+                f"{argument}: {out} holds {', '.join(sorted(held - set(names)) or held)}, which is no earlier result; wanted a new folder, "
+                "an empty one or an earlier result"
             )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

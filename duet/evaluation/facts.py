@@ -10,8 +10,10 @@ answer that was cut at the token limit its whole sentences count.
 """
 
 import hashlib
+import itertools
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +31,7 @@ from ..model.lm import embedded_ids
 from . import metrics, words
 from .elicit import ELICITED
 from .generation import Continuation, answers_to
-from .journal import Journal, Progress, digest
+from .journal import MANIFEST, Journal, Progress, digest
 from .steering import FORGET, KINDS, NEIGHBOUR, RETAIN, refuses
 from .values import listed, text_of
 
@@ -80,7 +82,7 @@ def facts_of(
         neighbours: others that such questions are asked about, too.
 
     Raises:
-        ValueError: a row is no question, two rows ask the same, none is about a subject, a name is given twice, or a placeholder is
+        ValueError: a row is no question, two rows ask the same, none is about a subject, or about another name, a name is given twice, or a placeholder is
             another than `{subject}`.
 
     Example:
@@ -113,6 +115,13 @@ def facts_of(
             f"subject: wanted a question about {', '.join(subjects)}, got none: give rows that `subject`, or write "
             f"{SUBJECT} into the questions"
         )
+    for argument, names, kind in (("subject", subjects, FORGET), ("neighbours", neighbours, NEIGHBOUR)):
+        met = {_folded(fact.subject): fact.subject for fact in facts if fact.subject and fact.kind == kind}
+        for name in names:
+            if _folded(name) not in met:
+                near = get_close_matches(name, [fact.subject for fact in facts if fact.subject], n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{argument}: wanted names that questions are about, got {name!r}{hint}")
     return facts
 
 
@@ -179,9 +188,14 @@ def _kind(subject: str | None, where: str, subjects: Sequence[str]) -> str:
     if subject is None:
         return RETAIN
     for name in subjects:
-        if name != subject and name.casefold() == subject.strip().casefold():  # it would be kept
+        if name != subject and _folded(name) == _folded(subject):  # it would be kept
             raise ValueError(f"{where}['subject']: wanted {name!r} as in `subject`, got {subject!r}")
     return FORGET if subject in subjects else NEIGHBOUR
+
+
+def _folded(name: str) -> str:
+    """A name as it is compared: case, and how accents are written, do not count."""
+    return unicodedata.normalize("NFC", name).strip().casefold()
 
 
 def _text(value: Any, where: str) -> str | None:
@@ -242,9 +256,11 @@ def elicit_facts(
 
     Raises:
         ValueError: `batch_size` is below 1; nothing about the subjects is told; or `out` holds another run.
+        FileExistsError: `out` holds rows that no such run wrote.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted an integer >= 1, got {batch_size}")
+    _check_not_given(Path(out))
     asker = _Asker(model, tokenizer, prompting or Prompting(), batch_size, max_new_tokens)
     manifest: dict[str, Any] = {"facts": digest(repr(list(facts))), "samples": samples}
     manifest |= {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
@@ -258,6 +274,21 @@ def elicit_facts(
     progress("facts asked", len(facts), len(facts))
     by_fact = {row["fact"]: row["asked"] for row in journal.rows}
     return _write(Path(out), facts, [by_fact[i] for i in range(len(facts))])
+
+
+def _check_not_given(out: Path) -> None:
+    """Refuses a folder with rows that no run of `elicit_facts` wrote: they would be written over, or deleted."""
+    if (out / MANIFEST).is_file():
+        return
+    for split, kind in itertools.product(SPLITS, KINDS):
+        if (path := _file_of(out, split, kind)).exists():
+            raise FileExistsError(
+                f"out: {path} is there already and no result of duet elicit; wanted a new folder"
+            )
+
+
+def _file_of(out: Path, split: str, kind: str) -> Path:
+    return out / f"{kind}.jsonl" if split == "train" else out / split / f"{kind}.jsonl"
 
 
 def _chunks(facts: Sequence[Fact], batch_size: int) -> Iterator[range]:
@@ -425,7 +456,7 @@ def _write(
     if not counts[FORGET]["told"]:
         raise ValueError(f"subject: {_nothing(facts, asked)}")
     for (split, kind), of in rows.items():
-        path = out / f"{kind}.jsonl" if split == "train" else out / split / f"{kind}.jsonl"
+        path = _file_of(out, split, kind)
         path.parent.mkdir(exist_ok=True)
         if of:
             path.write_text(

@@ -124,7 +124,7 @@ def write_card(
     adapter = trained_config(model)
     text = model_card(
         name=name or os.path.basename(os.path.abspath(options.output_dir)),
-        base_model=getattr(base_language_model(model).config, "_name_or_path", None) or None,
+        base_model=_published_name(getattr(base_language_model(model).config, "_name_or_path", None)),
         adapter=adapter and type(adapter).__name__,
         options=options,
         reads=reads,
@@ -133,6 +133,11 @@ def write_card(
         teacher=teacher,
     )
     Path(options.output_dir, "README.md").write_text(text, encoding="utf-8")
+
+
+def _published_name(base: str | None) -> str | None:
+    """A repository of the Hub; None for a folder, whose path is nobody's business and no name of a model."""
+    return None if not base or os.path.isdir(base) else base
 
 
 def _table(head: Sequence[str], rows: Any) -> str:

@@ -56,8 +56,9 @@ class Tried:
     unjudged: float = 0.0
 
     @property
-    def worst(self) -> float:
-        return max(each["share"] for each in self.told.values())
+    def worst(self) -> Share:
+        """Of the attack that brings back the largest share of its rows."""
+        return max(self.told.values(), key=lambda share: share["share"])
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,21 @@ class Shrunk:
 
     Attributes:
         tried: from the full size down to the first that tells more than is allowed.
-        allowed: the largest share of the forget rows that may come back.
+        most: the share of the forget rows that an attack may bring back; more, if it does at full size.
     """
 
     tried: list[Tried]
-    allowed: float
+    most: float
+
+    def allows(self, size: Tried) -> bool:
+        """Whether no attack brings back more than `most`, or more than the same attack does at full size."""
+        full = self.tried[0].told
+        return all(told["share"] <= max(self.most, full[name]["share"]) for name, told in size.told.items())
 
     @property
     def best(self) -> Tried:
         """Of the sizes that tell no more than is allowed, the one that keeps most; of equal ones the largest."""
-        fine = [each for each in self.tried if each.worst <= self.allowed]
+        fine = [each for each in self.tried if self.allows(each)]
         return max(fine, key=lambda each: (each.kept["share"], each.size))
 
 
@@ -111,7 +117,7 @@ def shrink(
         adapter: of the trained model, which is left at its full size.
         forget, retain: rows to be forgotten and to be kept, with answers; those that the base does not tell are left out.
         sizes: s; 1 is tried in any case.
-        most: the share of the forget rows that may come back. Where more of them come back at full size: that share.
+        most: the share of the forget rows that an attack may bring back. One that brings back more at full size may do so at others.
         options: of the attacks; which reverse prompts training used.
         prompting: how prompts are written.
         progress: called with (what, how much of it is done, all of it): the sizes, and the attacks at each of them.
@@ -141,17 +147,15 @@ def _shrink(
     for target, argument in ((forgotten, "forget"), (kept, "retain")):
         target.rows = _told(target, argument)
     progress("what the base tells", 1, 1)
-    tried: list[Tried] = []
-    allowed = most
+    found = Shrunk([], most)
     for done, size in enumerate(sizes):
         progress("sizes", done, len(sizes))
         adapter.set(size)
-        tried.append(_try(forgotten, kept, size, partial(progress, f"size {size:g}")))
-        allowed = max(allowed, tried[0].worst)
-        if tried[-1].worst > allowed:
+        found.tried.append(_try(forgotten, kept, size, partial(progress, f"size {size:g}")))
+        if not found.allows(found.tried[-1]):
             break
     progress("sizes", len(sizes), len(sizes))
-    return Shrunk(tried, allowed)
+    return found
 
 
 def _told(target: Target, argument: str) -> list[AttackRow]:
@@ -213,7 +217,7 @@ def table(found: Shrunk) -> Table:
     for column in ("size", *(name.replace("_", "\n") for name in attacks), "refused", "kept", ""):
         made.add_column(column, no_wrap=True)
     for each in found.tried:
-        note = "too much" if each.worst > found.allowed else "chosen" if each is found.best else ""
+        note = "chosen" if each is found.best else "" if found.allows(each) else "too much"
         counts = [counted(share) for share in (*(each.told[name] for name in attacks), each.refused)]
         made.add_row(f"{each.size:g}", *counts, short(each.kept), note)
     return made
@@ -224,18 +228,18 @@ def verdict(found: Shrunk) -> str:
     full, best = found.tried[0], found.best
     kept = f"{shown(best.kept)} of the rows to be kept are told"
     if best is full:
-        said = f"size 1: no smaller one keeps more and tells no more than {found.allowed:.0%} of the forget rows; {kept}"
-    else:
         said = (
-            f"size {best.size:g}: {kept}, at full size {shown(full.kept)}; of the forget rows the worst attack brings back "
-            f"{best.worst:.0%}"
+            f"size 1: no smaller one keeps more while each attack brings back at most {found.most:.0%} of its rows, or no more than at "
+            f"full size; {kept}"
         )
-    if full.worst > STILL_TOLD:
-        said += f". At full size an attack brings back {full.worst:.0%} of the forget rows: the training forgot little"
+    else:
+        said = f"size {best.size:g}: {kept}, at full size {shown(full.kept)}; the worst attack brings back {shown(best.worst)} of its rows"
+    if full.worst["share"] > STILL_TOLD:
+        said += f". At full size an attack brings back {shown(full.worst)} of its rows: the training forgot little"
     if best.unjudged:
         said += (
-            f". Up to {best.unjudged:.0%} of the forget rows could not be judged under an attack (answers cut at --max-new-tokens, or "
-            "empty), and count as not told"
+            f". Up to {best.unjudged:.0%} of an attack's rows could not be judged (answers cut at --max-new-tokens, or empty), and count "
+            "as not told"
         )
     return said
 
