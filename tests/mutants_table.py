@@ -318,6 +318,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     # --- duet, training -----------------------------------------------------------------------------------------------
     "duet/methods/evaluating.py": [
+        ("an evaluation drops its last rows", "self.args.dataloader_drop_last = asked and is_training", "self.args.dataloader_drop_last = asked",
+         "tests/test_trainer.py::test_the_loss_of_an_evaluation_does_not_depend_on_its_batches[duet]"),
         ("each evaluation batch has its own denominator", "inputs, num_items_in_batch=self._counts)", "inputs)",
          "tests/test_trainer.py::test_the_loss_of_an_evaluation_does_not_depend_on_its_batches[graddiff]"),
     ],
@@ -562,6 +564,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("both models of a chat are asked as the first", "own or usual, max_new_tokens", "usual, max_new_tokens", "tests/test_facts.py::test_each_model_of_a_chat_is_asked_as_it_was_trained"),
     ],
     "duet/run/commands.py": [
+        ("an evaluation that fails loses the model", "    trainer.save_model()\n    try:", "    try:",
+         "tests/test_user_mistakes.py::test_an_evaluation_that_fails_after_the_training_loses_nothing"),
         ("a merge that was refused stays", '        new = Path(beside, "model")\n        yield new\n', "        new = out\n        yield new\n        return\n",
          "tests/test_adapters.py::test_a_merge_that_does_not_end_leaves_no_model[comparing]"),
         ("a run that cannot be merged is trained first", "holds_weights(out) and not replaces)", "holds_weights(out) and replaces)",

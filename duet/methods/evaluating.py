@@ -23,11 +23,19 @@ class WholeSetLoss(Trainer):
     _rows = 0  # of the set, on all processes
     _counts: Any  # `Counts` of the set
 
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """`Trainer._get_dataloader`; `dataloader_drop_last` drops rows of training alone."""
+        asked = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = asked and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = asked
+
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.evaluation_loop`; what the set holds is counted first."""
         dataset, size = dataloader.dataset, self.args.eval_batch_size
-        # Fewer than the set has, where the last batch is dropped.
-        self._rows = min(len(dataset), len(dataloader) * size * self.accelerator.num_processes)
+        self._rows = len(dataset)
         totals = [
             self.objective.count(
                 self.data_collator([dataset[i] for i in range(n, min(n + size, self._rows))])
