@@ -539,6 +539,16 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a comment cuts a text of the command line", "value = text  # as", "pass  # as",
          "tests/test_run_config.py::test_a_text_is_read_as_it_was_typed[the sea #1 captain-None]"),
     ],
+    "duet/evaluation/journal.py": [
+        ("a row that is there twice counts twice", "if first.setdefault(key, number) != number:", "if False:",
+         "tests/test_evaluation_runner.py::test_the_journal_refuses_what_is_not_its_own"),
+        ("two processes write to one folder", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+         "tests/test_evaluation_runner.py::test_two_processes_do_not_write_to_one_folder"),
+    ],
+    "duet/evaluation/commands.py": [
+        ("each process of a launcher does the whole command", 'os.environ.get("WORLD_SIZE", "1")) != "1":', 'os.environ.get("WORLD_SIZE", "1")) == "0":',
+         "tests/test_evaluation_runner.py::test_a_launcher_of_several_processes_is_refused[elicit ./m --subject s --out o]"),
+    ],
     "duet/evaluation/facts.py": [
         ("a misspelt name in a mapping is passed over", "cutoff=0.85", "cutoff=1.0",
          "tests/test_facts.py::test_a_misspelt_name_in_a_mapping_is_said[value]"),
