@@ -208,6 +208,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_contract.py::TestTriton::test_contract[topk-huber-check_reductions]"),
     ],
     "duet_kernels/functional.py": [
+        ("a fraction is an ignore_index", "if not isinstance(ignore_index, Integral):", "if ignore_index is None:",
+         "tests/test_bad_input_kernels.py::test_refused[ignore_index-1.5]"),
         ("ignore_index is the constant -100", "mask = ids.view(lead) != ignore_index", "mask = ids.view(lead) != -100",
          "tests/test_regressions.py::test_the_ignored_label_is_any_that_is_asked_for[chunked]"),
         ("the union is the student's choice", "ids = torch.cat([chosen, ids], -1).sort(-1).values", "ids = torch.cat([ids, ids], -1).sort(-1).values",
@@ -218,6 +220,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_clip.py::test_an_infinite_term_is_clipped_without_a_gradient[reverse_kl]"),
     ],
     "duet_kernels/head.py": [
+        ("shards beside a DTensor are ignored", '(("group", self.group), ("shards", self.shards))', '(("group", self.group),)', _RANKS + "[two]"),
+        ("shards may be fractions", "any(type(n) is not int for n in shards)", "not shards", _RANKS + "[two]"),
         ("Granite's divisor is a factor", "/ (1.0 if divisor is None else divisor)", "* (1.0 if divisor is None else divisor)",
          "tests/test_closed_sets.py::test_the_head_is_the_models_own[granite divides]"),
         ("vocab_size is ignored", "size = self.num_ids if num_ids is None else min(num_ids, self.num_ids)", "size = self.weight.shape[0]",
@@ -486,12 +490,17 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          _RANKS + "[two]"),
     ],
     "duet_kernels/sharded/part.py": [
+        ("ranks disagree on whose ids are whose", "of_head, ids, torch.is_grad_enabled()", "of_head, torch.is_grad_enabled()",
+         _RANKS + "[two]"),
+        ("another num_items is called other tokens", 'if name == "factor":', "if not name:", _RANKS + "[two]"),
         ("other tokens on another rank go unseen", "if bool(((values[:, :-1] - values[0, :-1]).abs() > allowed).any()):", "if False:",
          _RANKS + "[two]"),
     ],
     "duet_kernels/ranks.py": [
         ("the gradient of the hidden states is that of one rank", "return all_reduce(grad.to(acc_dtype(grad.dtype)), ctx.group).to(grad.dtype), None",
          "return grad, None", _RANKS + "[two]"),
+        ("ranks gather what cannot be put together", "if len(kinds) > 1 or not all(", "if not all(", _RANKS + "[two]"),
+        ("int16 ends in the words of gloo", "if not x.is_floating_point() and x.dtype not in _SENT:", "if False:", _RANKS + "[two]"),
         ("gradients of gathered tokens are not multiplied", "return grad[ctx.rank] * ctx.factor, None, None", "return grad[ctx.rank], None, None",
          _RANKS + "[two]"),
     ],
