@@ -387,7 +387,10 @@ def cache(
     from duet.run.commands import cache as run_caching
 
     done = run_caching(run, dtype)
-    console.print(f"{done.store.folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}")
+    if run.training.process_index == 0:
+        console.print(
+            f"{done.store.folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}"
+        )
 
 
 @app.command(context_settings=_KEYS)

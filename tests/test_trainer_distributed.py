@@ -98,6 +98,9 @@ def one_of_two(out: Path) -> None:
         out / "resumed", False, batch=4, ddp_backend="gloo", resume=str(out / "lora=False" / "checkpoint-3")
     )
     sharded(int(os.environ["RANK"]))
+    with pytest.raises(ValueError, match=r"weight_decay"):  # on both, or one of them would wait for the other
+        last = str(out / "lora=False" / "checkpoint-3")
+        train(out / "refused", False, batch=4, ddp_backend="gloo", resume=last, weight_decay=0.5)
 
 
 def read(out: Path, lora: bool):
