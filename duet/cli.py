@@ -16,6 +16,7 @@ from duet.evaluation.commands import (
     Dtype,
     Limit,
     Model,
+    check_one_process,
     lines_of,
     literal_console,
     names_in,
@@ -238,6 +239,7 @@ def elicit(
     from duet.evaluation import facts, models
     from duet.evaluation.fact_sources import source_rows
 
+    check_one_process("elicit")
     if questions is None and source is None:
         raise ValueError("questions: wanted --questions, --source or both, got neither")
     if questions is not None and not questions.is_file():
@@ -385,7 +387,10 @@ def cache(
     from duet.run.commands import cache as run_caching
 
     done = run_caching(run, dtype)
-    console.print(f"{done.store.folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}")
+    if run.training.process_index == 0:
+        console.print(
+            f"{done.store.folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}"
+        )
 
 
 @app.command(context_settings=_KEYS)

@@ -1,6 +1,7 @@
 """DuetConfig: every option of an unlearning run, on top of transformers' TrainingArguments."""
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -119,9 +120,10 @@ class DuetConfig(
             for i, text in enumerate(getattr(self, name)):
                 check_placeholders(f"{name}[{i}]", text, known)
         _check_trackers(self.report_to)
-        for name, allowed, why in _UNSUPPORTED:
-            if getattr(self, name) != allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {allowed!r}: {why}")
+        for name, *allowed, why in _UNSUPPORTED:
+            value = attrgetter(name)(self)
+            if value not in allowed:
+                raise ValueError(f"{name}: got {value!r}, wanted {' or '.join(map(repr, allowed))}: {why}")
 
 
 # Options of texts, and what is replaced in them.
@@ -133,7 +135,7 @@ _PLACEHOLDERS = {
     "deep_refusals": SUBJECT,
 }
 
-# Options of TrainingArguments that this trainer would otherwise ignore in silence.
+# Options of TrainingArguments that this trainer cannot follow: name, what it may be, why.
 _UNSUPPORTED = (
     ("remove_unused_columns", False, "the rows' columns are read when queries are turned into tokens"),
     ("label_smoothing_factor", 0.0, "the losses here have no label smoothing"),
@@ -142,6 +144,14 @@ _UNSUPPORTED = (
         "train_sampling_strategy",
         "random",
         "forget and retain queries are interleaved by a sampler of our own",
+    ),
+    ("accelerator_config.split_batches", False, "losses count the rows of whole batches of each process"),
+    ("accelerator_config.even_batches", True, "a process without a batch would leave the others waiting"),
+    (
+        "accelerator_config.dispatch_batches",
+        None,
+        False,
+        "accelerate cannot cut a batch with fewer rows than positions",
     ),
 )
 

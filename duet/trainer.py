@@ -41,7 +41,7 @@ from .output.adapters import AdapterTrainer, add_new_adapter, check_earlier_adap
 from .output.card import STEERING, fingerprint, write_card
 from .output.checkpoints import check_output_dir, resumed_run
 from .output.parts import LogsLastStep, LossParts
-from .output.record import begin_run, run_record
+from .output.record import begin_run, refused_by_all, run_record
 from .store.provenance import cached_teacher, open_store
 from .store.read import TopKStore
 
@@ -250,7 +250,8 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, WholeSetLoss,
             self.processing_class = tokenizer_that_steers(self.train_dataset, self.renderer, self.args)
             return TrainOutput(0, 0.0, {})
         check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
-        self._keep_record(resumed_run(resume_from_checkpoint, str(self.args.output_dir)))
+        with refused_by_all():
+            self._keep_record(resumed_run(resume_from_checkpoint, str(self.args.output_dir)))
         known = self.teacher_measured or resume_from_checkpoint or loading.is_sharded(self.args)
         if is_steered(self.objective) and self.teacher.watched and not known:
             look_at_teacher(self.train_dataset, self.renderer.tokenizer, self.teacher_says)

@@ -8,6 +8,7 @@ T temperature. All losses are in nats per token (the raw-logit ones in logits, s
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .options import (
     Normalization,
     Reduction,
     Support,
+    bad_ignore_index,
     check_number,
     lists_divergences,
     loss_tokens,
@@ -476,6 +478,8 @@ def linear_cross_entropy(
     """
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
+    if not isinstance(ignore_index, Integral):
+        raise bad_ignore_index(ignore_index)
     ids = flatten_ids("labels", labels, lead, head.num_ids, hidden.device, ignore_index=ignore_index)
     choice = _resolve("linear_cross_entropy", hidden_nd, impl)
     mask = ids.view(lead) != ignore_index
@@ -526,6 +530,8 @@ def linear_token_stats(
     hidden_nd = hidden_nd.detach()
     ids = ignored = None
     if labels is not None:
+        if not isinstance(ignore_index, (Integral, type(None))):
+            raise bad_ignore_index(ignore_index)
         size, options = head.num_ids, {"ignore_index": ignore_index, "per_token": True}
         ids = flatten_ids("labels", labels, lead, size, hidden.device, **options)
         if ignore_index is not None:

@@ -293,8 +293,11 @@ class LMHead:
 
     def _take_local_rows(self) -> None:
         """Put this rank's rows in the place of DTensors, with the group and the shards of their mesh."""
-        if self.group is not None:
-            raise ValueError("head.group: the DTensor has a group of its own, its mesh; wanted None")
+        for name, given in (("group", self.group), ("shards", self.shards)):
+            if given is not None:
+                raise ValueError(
+                    f"head.{name}: the DTensor has {name} of its own, those of its mesh; wanted None, got {given!r}"
+                )
         if not ranks.is_dtensor(self.weight) or not (self.bias is None or ranks.is_dtensor(self.bias)):
             raise TypeError(
                 "head.bias: wanted a DTensor where head.weight is one, and a plain tensor where it is not"
@@ -315,6 +318,8 @@ class LMHead:
         ranks.check_group(group)
         if shards is None:
             shards = ranks.row_counts(rows, self.weight.device, group)
+        if not isinstance(shards, (tuple, list)) or any(type(n) is not int for n in shards):
+            raise TypeError(f"head.shards: wanted an integer for each rank, got {shards!r}")
         if len(shards) != group.size() or shards[group.rank()] != rows or min(shards) < 0:
             raise ValueError(
                 f"head.shards: wanted the number of rows of each of {group.size()} ranks, {rows} for rank {group.rank()}, "
@@ -377,19 +382,20 @@ class LMHead:
         Returns:
             `[sum of n, ...]`, or a `TopK` of such.
 
-        Memory: x of all ranks. Sent: x, filled up to the largest n, from each rank; nothing backward.
+        Memory: x of all ranks. Sent: x, filled up to the largest n, and 512 bytes from each rank; nothing backward.
 
         Raises:
-            ValueError: the head has no group.
+            TypeError: a dtype that is not sent (int16).
+            ValueError: the head has no group; or, on every rank, x differs between ranks in more than the number of tokens.
         """
         if self.group is None:
             raise ValueError("head.group: is None, there are no other ranks to gather tokens from")
         if isinstance(x, TopK):
             tensors = {name: y for name, y in x._asdict().items() if isinstance(y, Tensor)}
-            return x._replace(
-                **{name: self.gather_tokens(y, averaged=averaged) for name, y in tensors.items()}
-            )
-        return ranks.gather_tokens(x, self.group, averaged)
+            kind = "log-probabilities" if x.log_probabilities else "logits"
+            kind = f"a TopK of {kind} at temperature {x.temperature}"
+            return x._replace(**ranks.gather_tokens(tensors, self.group, averaged, kind))
+        return ranks.gather_tokens({"x": x}, self.group, averaged)["x"]
 
     @classmethod
     def of(cls, model: Any) -> LMHead:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from .options import (
     Normalization,
     Reduction,
     Support,
+    bad_ignore_index,
     unknown,
 )
 
@@ -29,6 +31,8 @@ class _Loss(nn.Module):
         for name, known in (("reduction", REDUCTIONS), ("support", SUPPORTS), ("impl", get_args(Impl))):
             if options.get(name, known[0]) not in known:
                 raise unknown(name, options[name], known)
+        if not isinstance(options.get("ignore_index", 0), Integral):
+            raise bad_ignore_index(options["ignore_index"])
         self.options = options
 
     def extra_repr(self) -> str:

@@ -39,6 +39,10 @@ def unknown(argument: str, value: object, known: tuple[str, ...]) -> ValueError:
     return ValueError(f"{argument}: wanted one of {', '.join(known)}, got {value!r}{hint}")
 
 
+def bad_ignore_index(value: object) -> TypeError:
+    return TypeError(f"ignore_index: wanted an integer such as -100, got {value!r}")
+
+
 def is_finite_number(value: object) -> bool:
     # Comparisons rather than math.isfinite: torch.compile with dynamic shapes traces through them.
     number: Any = value

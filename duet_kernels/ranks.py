@@ -14,6 +14,7 @@ Legend: R ranks.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,11 +73,36 @@ def gathered(x: Tensor, group: ProcessGroup) -> Tensor:
     return _Gathered.apply(x, group, 1.0)
 
 
-def gather_tokens(x: Tensor, group: ProcessGroup, averaged: bool) -> Tensor:
-    """The tokens (the first dimension) of all ranks, one rank's after the other's; each may have another number of them."""
-    if x.dim() == 0:
-        raise ValueError("x: wanted tokens in the first dimension, got a 0-d tensor")
-    counts = row_counts(len(x), x.device, group)
+_SENT = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)  # and what is floating point
+
+
+def gather_tokens(
+    tensors: dict[str, Tensor], group: ProcessGroup, averaged: bool, kind: str = ""
+) -> dict[str, Tensor]:
+    """The tokens (the first dimension) of all ranks, one rank's after the other's; each may have another number of them.
+
+    First each says what it gives: only the numbers of tokens may differ.
+    """
+    shapes = {name: (str(x.dtype).removeprefix("torch."), list(x.shape)) for name, x in tensors.items()}
+    device = next(iter(tensors.values())).device
+    said = _texts(json.dumps([kind, shapes]), device, group)
+    kinds = {repr((k, {name: (dtype, size[1:]) for name, (dtype, size) in each.items()})) for k, each in said}
+    if len(kinds) > 1 or not all(size for _, each in said for _, size in each.values()):
+        told = (", ".join([k] * bool(k) + [f"{n} {t} {size}" for n, (t, size) in d.items()]) for k, d in said)
+        raise ValueError(
+            "x: wanted tokens in the first dimension, and on every rank the same but for their number, got "
+            + "; ".join(f"{each} on rank {rank}" for rank, each in enumerate(told))
+        )
+    for name, x in tensors.items():
+        if not x.is_floating_point() and x.dtype not in _SENT:
+            raise TypeError(
+                f"{name}: wanted floating point, bool, uint8, int8, int32 or int64, got {x.dtype}"
+            )
+    counts = {name: [each[name][1][0] for _, each in said] for name in tensors}
+    return {name: _gather_rows(x, counts[name], group, averaged) for name, x in tensors.items()}
+
+
+def _gather_rows(x: Tensor, counts: list[int], group: ProcessGroup, averaged: bool) -> Tensor:
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: len(x)] = x
     if x.is_floating_point():
@@ -84,6 +110,12 @@ def gather_tokens(x: Tensor, group: ProcessGroup, averaged: bool) -> Tensor:
     else:
         everything = all_gather(padded, group)
     return torch.cat([everything[rank, :count] for rank, count in enumerate(counts)])
+
+
+def _texts(text: str, device: torch.device, group: ProcessGroup) -> list[Any]:
+    """What each rank says in JSON, in at most 512 characters."""
+    row = torch.tensor(list(text.encode().ljust(512)), dtype=torch.uint8, device=device)
+    return [json.loads(bytes(said)) for said in all_gather(row, group).tolist()]
 
 
 class _Replicated(torch.autograd.Function):

@@ -208,6 +208,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_contract.py::TestTriton::test_contract[topk-huber-check_reductions]"),
     ],
     "duet_kernels/functional.py": [
+        ("a fraction is an ignore_index", "if not isinstance(ignore_index, Integral):", "if ignore_index is None:",
+         "tests/test_bad_input_kernels.py::test_refused[ignore_index-1.5]"),
         ("ignore_index is the constant -100", "mask = ids.view(lead) != ignore_index", "mask = ids.view(lead) != -100",
          "tests/test_regressions.py::test_the_ignored_label_is_any_that_is_asked_for[chunked]"),
         ("the union is the student's choice", "ids = torch.cat([chosen, ids], -1).sort(-1).values", "ids = torch.cat([ids, ids], -1).sort(-1).values",
@@ -218,6 +220,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_clip.py::test_an_infinite_term_is_clipped_without_a_gradient[reverse_kl]"),
     ],
     "duet_kernels/head.py": [
+        ("shards beside a DTensor are ignored", '(("group", self.group), ("shards", self.shards))', '(("group", self.group),)', _RANKS + "[two]"),
+        ("shards may be fractions", "any(type(n) is not int for n in shards)", "not shards", _RANKS + "[two]"),
         ("Granite's divisor is a factor", "/ (1.0 if divisor is None else divisor)", "* (1.0 if divisor is None else divisor)",
          "tests/test_closed_sets.py::test_the_head_is_the_models_own[granite divides]"),
         ("vocab_size is ignored", "size = self.num_ids if num_ids is None else min(num_ids, self.num_ids)", "size = self.weight.shape[0]",
@@ -317,7 +321,15 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_noising.py::test_the_stop_rule_is_five_percent_of_the_teachers_perplexity"),
     ],
     # --- duet, training -----------------------------------------------------------------------------------------------
+    "duet/config.py": [
+        ("options of accelerate that end in aborts are taken", "if value not in allowed:", "if value not in allowed and \".\" not in name:",
+         "tests/test_trainer_bad_input.py::test_bad_input[dispatched batches]"),
+    ],
     "duet/methods/evaluating.py": [
+        ("the first rows of an epoch are repeated at its end", "own = (self._unrepeated(batch, rows, self._train_batch_size)[0] for", "own = (batch for",
+         "tests/test_trainer_distributed.py::test_two_processes_equal_one"),
+        ("an evaluation drops its last rows", "self.args.dataloader_drop_last = asked and is_training", "self.args.dataloader_drop_last = asked",
+         "tests/test_trainer.py::test_the_loss_of_an_evaluation_does_not_depend_on_its_batches[duet]"),
         ("each evaluation batch has its own denominator", "inputs, num_items_in_batch=self._counts)", "inputs)",
          "tests/test_trainer.py::test_the_loss_of_an_evaluation_does_not_depend_on_its_batches[graddiff]"),
     ],
@@ -480,12 +492,17 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          _RANKS + "[two]"),
     ],
     "duet_kernels/sharded/part.py": [
+        ("ranks disagree on whose ids are whose", "of_head, ids, torch.is_grad_enabled()", "of_head, torch.is_grad_enabled()",
+         _RANKS + "[two]"),
+        ("another num_items is called other tokens", 'if name == "factor":', "if not name:", _RANKS + "[two]"),
         ("other tokens on another rank go unseen", "if bool(((values[:, :-1] - values[0, :-1]).abs() > allowed).any()):", "if False:",
          _RANKS + "[two]"),
     ],
     "duet_kernels/ranks.py": [
         ("the gradient of the hidden states is that of one rank", "return all_reduce(grad.to(acc_dtype(grad.dtype)), ctx.group).to(grad.dtype), None",
          "return grad, None", _RANKS + "[two]"),
+        ("ranks gather what cannot be put together", "if len(kinds) > 1 or not all(", "if not all(", _RANKS + "[two]"),
+        ("int16 ends in the words of gloo", "if not x.is_floating_point() and x.dtype not in _SENT:", "if False:", _RANKS + "[two]"),
         ("gradients of gathered tokens are not multiplied", "return grad[ctx.rank] * ctx.factor, None, None", "return grad[ctx.rank], None, None",
          _RANKS + "[two]"),
     ],
@@ -499,6 +516,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_objectives.py::test_an_option_that_would_be_ignored_is_refused[undial-temperature-3.0]"),
     ],
     "duet/output/record.py": [
+        ("only process 0 refuses a resume", "(said,) = broadcast_object_list([None if refusal is None else str(refusal)])", "said = None if refusal is None else str(refusal)",
+         "tests/test_trainer_distributed.py::test_two_processes_equal_one"),
         ("a resumed run may have other options", "    if differences:\n        raise", "    if len(differences) > 99:\n        raise", "tests/test_run_record.py::test_what_changed_is_named[another model]"),
     ],
     "duet/output/parts.py": [
@@ -533,6 +552,16 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a comment cuts a text of the command line", "value = text  # as", "pass  # as",
          "tests/test_run_config.py::test_a_text_is_read_as_it_was_typed[the sea #1 captain-None]"),
     ],
+    "duet/evaluation/journal.py": [
+        ("a row that is there twice counts twice", "if first.setdefault(key, number) != number:", "if False:",
+         "tests/test_evaluation_runner.py::test_the_journal_refuses_what_is_not_its_own"),
+        ("two processes write to one folder", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+         "tests/test_evaluation_runner.py::test_two_processes_do_not_write_to_one_folder"),
+    ],
+    "duet/evaluation/commands.py": [
+        ("each process of a launcher does the whole command", 'os.environ.get("WORLD_SIZE", "1")) != "1":', 'os.environ.get("WORLD_SIZE", "1")) == "0":',
+         "tests/test_evaluation_runner.py::test_a_launcher_of_several_processes_is_refused[elicit ./m --subject s --out o]"),
+    ],
     "duet/evaluation/facts.py": [
         ("a misspelt name in a mapping is passed over", "cutoff=0.85", "cutoff=1.0",
          "tests/test_facts.py::test_a_misspelt_name_in_a_mapping_is_said[value]"),
@@ -559,9 +588,13 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a teacher without a prefix reads one", "length + (prefix_length if steered else 0)", "length + prefix_length", "tests/test_plan.py::test_prefixes_that_nobody_keeps_are_not_counted[options1]"),
     ],
     "duet/cli.py": [
+        ("every process says what was cached", "if run.training.process_index == 0:", "if True:",
+         "tests/test_cli.py::test_one_process_says_what_was_cached"),
         ("both models of a chat are asked as the first", "own or usual, max_new_tokens", "usual, max_new_tokens", "tests/test_facts.py::test_each_model_of_a_chat_is_asked_as_it_was_trained"),
     ],
     "duet/run/commands.py": [
+        ("an evaluation that fails loses the model", "    trainer.save_model()\n    try:", "    try:",
+         "tests/test_user_mistakes.py::test_an_evaluation_that_fails_after_the_training_loses_nothing"),
         ("a merge that was refused stays", '        new = Path(beside, "model")\n        yield new\n', "        new = out\n        yield new\n        return\n",
          "tests/test_adapters.py::test_a_merge_that_does_not_end_leaves_no_model[comparing]"),
         ("a run that cannot be merged is trained first", "holds_weights(out) and not replaces)", "holds_weights(out) and replaces)",

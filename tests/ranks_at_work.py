@@ -432,6 +432,14 @@ def what_is_refused():
     teacher = problem.teacher_topk(4)
     shifted = teacher._replace(values=teacher.values + rank)
     refused(ValueError, r"^teacher\.values: ", lambda: topk_distill_loss(hidden, part, shifted))
+    for counted in (
+        lambda: linear_cross_entropy(hidden, part, labels, num_items=9 + rank),
+        lambda: topk_distill_loss(hidden, part, teacher, weights=torch.ones(19) + rank),
+        lambda: topk_distill_loss(hidden, part, teacher, mask=torch.arange(19) != 9 * rank),
+    ):
+        words = r"^num_items, weights, mask: .*num_items is the count over all ranks"
+        # A CPU leaves masked tokens out: the hidden states differ first.
+        refused(ValueError, rf"{words}|^hidden: ", counted)
     leaf = hidden.clone().requires_grad_(rank == 0)
     refused(ValueError, r"^head.group: ", lambda: linear_logsumexp(leaf, part))
     refused(ValueError, r"^impl: ", lambda: linear_topk(hidden, part, 3, impl="reference"))
@@ -451,6 +459,15 @@ def what_is_refused():
     refused(TypeError, r"^head.group: ", lambda: LMHead(weight, group=dist.GroupMember.NON_GROUP_MEMBER))
     refused(ValueError, r"^head.shards: ", lambda: LMHead(weight, group=world, shards=(1, 2)))
     refused(ValueError, r"^head.shards: ", lambda: LMHead(weight, shards=(1, 2)))
+    for shards in ((130.0, 78.0), ("130", 78), 208):
+        refused(
+            TypeError,
+            r"^head.shards: wanted an integer",
+            lambda s=shards: LMHead(weight, group=world, shards=s),
+        )
+    told = (len(weight), 70) if rank == 0 else (120, len(weight))  # each is right about its own
+    other = dataclasses.replace(part, shards=told, vocab_size=198)
+    refused(ValueError, r"^head.group: .*ids of each rank: \[", lambda: linear_topk(hidden, other, 3))
     refused(ValueError, r"^head.vocab_size: .*208", lambda: LMHead(weight, group=world, vocab_size=209))
     refused(ValueError, r"^head.group: ", lambda: whole.gather_tokens(hidden))
 
@@ -508,6 +525,7 @@ def rows_of_a_dtensor():
     parts = distribute_tensor(problem.hidden, mesh, [Shard(0)])
     refused(TypeError, r"^hidden: .*full_tensor", lambda: linear_topk(parts, head, 3))
     refused(ValueError, r"^head.group: ", lambda: LMHead(weight, group=dist.group.WORLD))
+    refused(ValueError, r"^head.shards: the DTensor", lambda: LMHead(weight, shards=(104, 103)))
 
 
 class Model(nn.Module):
@@ -573,6 +591,38 @@ def tokens_are_gathered_with_their_own_gradient():
         values = torch.zeros(n, 2, requires_grad=True)
         head.gather_tokens(top._replace(values=values), averaged=averaged).values.sum().backward()
         assert torch.equal(values.grad, torch.full((n, 2), factor))
+
+
+@in_part("two")
+def tokens_that_cannot_be_gathered_are_refused_on_every_rank():
+    """Before anything is exchanged that would have another size, or other bytes: all ranks go on together."""
+    head, rank = LMHead(torch.zeros(2, 3), group=dist.group.WORLD), dist.get_rank()
+    top = TopK(torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4), temperature=2.0)
+    pairs = {
+        r"x float64 \[4, 2\] on rank 0; x int64 \[4, 2\] on rank 1": (
+            torch.zeros(4, 2).double(),
+            top.indices,
+        ),
+        r"x float32 \[2, 6\] on rank 0; x float32 \[2, 3, 2\] on rank 1": (
+            torch.zeros(2, 6),
+            torch.zeros(2, 3, 2),
+        ),
+        r"x bfloat16 .* x float16 ": (torch.zeros(4).bfloat16(), torch.zeros(4).half()),
+        r"tail_logsumexp float32 \[4\] on rank 0; a TopK [^;]*indices int64 \[4, 2\] on rank 1": (
+            top,
+            top._replace(tail_logsumexp=None),
+        ),
+        r"of logits at temperature 2.0.* of logits at temperature 1.0": (top, top._replace(temperature=1.0)),
+        r"of log-probabilities at": (top._replace(log_probabilities=True), top),
+        r"on rank 0; x float32 \[4\] on rank 1": (top, torch.zeros(4)),
+        r"x float32 \[\] on rank 0; ": (torch.zeros(()), torch.zeros(4)),
+    }
+    for words, given in pairs.items():
+        refused(ValueError, rf"^x: .*{words}", lambda given=given: head.gather_tokens(given[rank]))
+        assert head.gather_tokens(torch.full((1,), rank)).tolist() == [0, 1]  # nobody is a call behind
+    refused(
+        TypeError, r"^x: .*got torch.int16", lambda: head.gather_tokens(torch.zeros(4, dtype=torch.int16))
+    )
 
 
 # --- a rank that dies: the last check of its part ------------------------------------------------------------------

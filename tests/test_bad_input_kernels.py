@@ -241,6 +241,15 @@ REFUSED = [
         ValueError,
         ("labels:", "ignore_index", "-2"),
     ),
+    *(
+        (f"ignore_index {name}", call, TypeError, ("ignore_index:", "integer", repr(value)))
+        for name, value, call in (
+            ("None", None, lambda: linear_cross_entropy(H, W, LABELS, ignore_index=None)),
+            ("1.5", 1.5, lambda: linear_cross_entropy(H, W, LABELS, ignore_index=1.5)),
+            ("of stats", 1.5, lambda: linear_token_stats(H, W, LABELS, ignore_index=1.5)),
+            ("of the module", "x", lambda: LinearCrossEntropyLoss(ignore_index="x")),
+        )
+    ),
     ("stats of label -100", lambda: linear_token_stats(H, W, LABELS - 100), ValueError, ("labels:", "-100")),
     (
         "stats of label -2 beside ignored ones",

@@ -2,11 +2,13 @@
 
 import logging
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from test_crashes import prepare, run_of
 
-from duet import cli
+from duet import DuetConfig, cli
+from duet.run import commands
 from duet.run.commands import train
 
 
@@ -45,6 +47,23 @@ def test_a_store_cannot_be_a_file(monkeypatch, capsys, tmp_path):
     config = tmp_path / "run.yaml"
     code, printed = said(monkeypatch, capsys, "cache", "--config", config, "--out", config)
     assert code == 2 and "is a file, wanted a folder" in printed.err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_process_says_what_was_cached(monkeypatch, capsys, tmp_path, process):
+    prepare(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        f"model: {tmp_path / 'base'}\ndata: {{forget: {tmp_path / 'forget.jsonl'}}}\n"
+        f"training: {{output_dir: {tmp_path / 'out'}, k: 4, use_cpu: true, steering_prefixes: ['forget {{subject}}']}}\n"
+    )
+    store = type("Store", (), {"folder": "store", "__len__": lambda self: 3})()
+    done = SimpleNamespace(store=store, added=3, saving="")
+    monkeypatch.setattr(commands, "cache", lambda run, dtype: done)
+    monkeypatch.setattr(DuetConfig, "process_index", process)
+    code, printed = said(
+        monkeypatch, capsys, "cache", "--config", tmp_path / "run.yaml", "--out", tmp_path / "s"
+    )
+    assert code == 0 and bool(printed.out) == (process == 0)
 
 
 def test_a_finished_run_that_is_resumed_is_not_suspected(tmp_path, caplog):

@@ -1,5 +1,6 @@
 """`duet eval`: rows, resumption, marked rows, summaries; TOFU's published numbers from TOFU's published rows."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forks import ended_by, forked
 from rich.console import Console
 from tiny_models import merging_tokenizer, tiny, with_short_answers, word_tokenizer
 from typer.testing import CliRunner
@@ -341,6 +343,37 @@ def test_the_journal_refuses_what_is_not_its_own(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"id": 1}\nnot json\n{"id": 2}\n')
     with pytest.raises(ValueError, match=r"rows.jsonl, line 2: not JSON"):
         Journal(tmp_path, {}, ["id"])
+    (tmp_path / "rows.jsonl").write_text('{"id": 1}\n{"id": 2}\n{"id": 1}\n')
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl, line 3: says again what line 1 says, \[1\].*two processes"
+    ):
+        Journal(tmp_path, {}, ["id"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fcntl") is None, reason="nothing is locked on Windows")
+def test_two_processes_do_not_write_to_one_folder(tmp_path):
+    def second():
+        with pytest.raises(ValueError, match=r"^out: another process is writing to .*; wanted its end"):
+            Journal(tmp_path, {}, ["id"])
+
+    with Journal(tmp_path, {}, ["id"]) as journal:
+        journal.append([{"id": 1}])
+        second()
+        assert ended_by(forked(second)) == 0
+    with Journal(tmp_path, {}, ["id"]) as again:
+        assert again.done == {(1,)}
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["attack ./m --forget f --out o", "eval ./m --suite probes --out o", "elicit ./m --subject s --out o"],
+)
+def test_a_launcher_of_several_processes_is_refused(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match=rf"^{command.split()[0]}: runs in one process.* started 2 .*torchrun"
+    ):
+        cli.app(command.split(), standalone_mode=False)
 
 
 # --- TOFU ------------------------------------------------------------------------------------------------------

@@ -100,6 +100,21 @@ CASES = {
         ValueError,
         "train_sampling_strategy: got",
     ),
+    "split batches": (
+        {"accelerator_config": {"split_batches": True}},
+        ValueError,
+        r"accelerator_config\.split_batches: got True, wanted False",
+    ),
+    "uneven batches": (
+        {"accelerator_config": {"even_batches": False}},
+        ValueError,
+        r"accelerator_config\.even_batches: got False, wanted True",
+    ),
+    "dispatched batches": (
+        {"accelerator_config": {"dispatch_batches": True}},
+        ValueError,
+        r"accelerator_config\.dispatch_batches: got True, wanted None or False",
+    ),
     "an output folder that is a file": (
         {"output_dir": "FILE"},
         NotADirectoryError,

@@ -14,7 +14,7 @@ from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 from duet import DuetConfig, DuetTrainer
 
 
-def train(out, lora: bool, batch: int, resume: str | None = None, **options) -> None:
+def train(out, lora: bool, batch: int, resume: str | None = None, forget: int = 8, **options) -> None:
     """Five steps, a checkpoint at 3 (in the middle of the second epoch) and at 5."""
     args = DuetConfig(
         output_dir=str(out),
@@ -38,7 +38,8 @@ def train(out, lora: bool, batch: int, resume: str | None = None, **options) -> 
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     model = tiny()
     torch.manual_seed(4)  # the adapter's initial weights
-    trainer = DuetTrainer(model, args, forget_rows(8), retain_rows(), word_tokenizer(), peft_config=adapter)
+    rows = forget_rows(forget), retain_rows()
+    trainer = DuetTrainer(model, args, *rows, word_tokenizer(), peft_config=adapter)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(out / "last"))
     trainer.state.save_to_json(str(out / "state.json"))
@@ -91,9 +92,15 @@ def one_of_two(out: Path) -> None:
     for lora in (False, True):
         train(out / f"lora={lora}", lora, batch=4, ddp_backend="gloo")
     train(
+        out / "uneven", True, batch=4, forget=5, ddp_backend="gloo"
+    )  # in the last batch one has 2 rows, the other none
+    train(
         out / "resumed", False, batch=4, ddp_backend="gloo", resume=str(out / "lora=False" / "checkpoint-3")
     )
     sharded(int(os.environ["RANK"]))
+    with pytest.raises(ValueError, match=r"weight_decay"):  # on both, or one of them would wait for the other
+        last = str(out / "lora=False" / "checkpoint-3")
+        train(out / "refused", False, batch=4, ddp_backend="gloo", resume=last, weight_decay=0.5)
 
 
 def read(out: Path, lora: bool):
@@ -105,10 +112,10 @@ def read(out: Path, lora: bool):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_equal_one(tmp_path):
     run_ranks(2, lambda: one_of_two(tmp_path / "two"))
-    for lora in (False, True):
-        train(tmp_path / "one" / f"lora={lora}", lora, batch=8)
-        one_history, one = read(tmp_path / "one" / f"lora={lora}", lora)
-        two_history, two = read(tmp_path / "two" / f"lora={lora}", lora)
+    for run, lora, forget in (("lora=False", False, 8), ("lora=True", True, 8), ("uneven", True, 5)):
+        train(tmp_path / "one" / run, lora, batch=8, forget=forget)
+        one_history, one = read(tmp_path / "one" / run, lora)
+        two_history, two = read(tmp_path / "two" / run, lora)
         for name in ("loss", "forget_loss", "retain_loss"):
             assert [e[name] for e in two_history] == pytest.approx([e[name] for e in one_history], rel=1e-4)
         assert one.keys() == two.keys()

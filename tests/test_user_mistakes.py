@@ -1,21 +1,24 @@
 """Mistakes of a user's day, by kind: each ends in one sentence with the name and the way out, and none is silent."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from test_crashes import prepare, run_of
 from test_trainer import make
 from tiny_models import CHAT_TEMPLATE, forget_rows, tiny, word_tokenizer
 
-from duet import cli
+from duet import DuetTrainer, cli
 from duet.data.prompts import PromptRenderer
 from duet.data.rows import read_rows
 from duet.data.sources import DataSource, load_rows
 from duet.evaluation import models
 from duet.evaluation.commands import run_attack
 from duet.model.loading import load_model
-from duet.run.commands import merge_adapter
+from duet.run.commands import merge_adapter, train
 from duet.run.config_file import RunConfig
 from duet.run.plan_report import parse_size
 
@@ -255,3 +258,17 @@ def test_an_absent_package_is_a_sentence(monkeypatch, capsys, error, code):
 def test_a_peft_config_that_fits_nothing_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"peft_config \(adapter\): .*nope"):
         make(tmp_path, trainer_options={"peft_config": LoraConfig(target_modules=["nope"])})
+
+
+def test_an_evaluation_that_fails_after_the_training_loses_nothing(tmp_path, monkeypatch):
+    def fails(trainer):
+        raise RuntimeError("no memory left")
+
+    prepare(tmp_path)
+    monkeypatch.setattr(DuetTrainer, "evaluate", fails)
+    run = run_of(tmp_path, tmp_path / "out", max_steps=1, save_strategy="no")
+    with pytest.raises(RuntimeError, match="no memory left"):
+        train(replace(run, eval={"forget": run.forget}))
+    assert {"adapter_model.safetensors", "prompting.json", "trainer_state.json", "README.md"} <= set(
+        os.listdir(tmp_path / "out")
+    )

@@ -5,6 +5,7 @@ The console takes texts as they are, so that a path or a question with [brackets
 
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,7 @@ def run_eval(
     from .suites import runner, summary
     from .suites.suite import load_suite
 
+    check_one_process("eval")
     console = literal_console()
     if suite is None and lm_eval is None:
         raise ValueError("suite: wanted --suite, --lm-eval or both, got neither")
@@ -159,6 +161,7 @@ def run_attack(
     from .attacks.rows import read_attack_rows, with_answers
     from .attacks.target import AttackOptions, Target
 
+    check_one_process("attack")
     console = literal_console()
 
     def rows_of(path: str | None, argument: str) -> list[Any]:
@@ -424,6 +427,15 @@ def _plain(value: Any) -> bool:
 
 
 # --- console ---------------------------------------------------------------------------------------------------
+
+
+def check_one_process(command: str) -> None:
+    """Refuses a launcher of several processes: each of them would do the whole command and write to its folder."""
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(
+            f"{command}: runs in one process, and a launcher started {processes} (WORLD_SIZE); wanted `duet {command}` alone, "
+            "without accelerate launch or torchrun"
+        )
 
 
 def options_of(settings: Sequence[str]) -> dict[str, str]:

@@ -265,15 +265,15 @@ def elicit_facts(
     manifest: dict[str, Any] = {"facts": digest(repr(list(facts))), "samples": samples}
     manifest |= {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
     manifest |= {**fingerprints(model, tokenizer), **asker.prompting.changed()}
-    journal = Journal(out, manifest, key=("fact",), note={"model": name})
-    for chunk in _chunks(facts, batch_size):
-        progress("facts asked", chunk.start, len(facts))
-        if not all((i,) in journal.done for i in chunk):
-            said = asker.answers([facts[i].wordings for i in chunk], samples, f"{seed}/{chunk.start}")
-            journal.append({"fact": i, "asked": each} for i, each in zip(chunk, said, strict=True))
-    progress("facts asked", len(facts), len(facts))
-    by_fact = {row["fact"]: row["asked"] for row in journal.rows}
-    return _write(Path(out), facts, [by_fact[i] for i in range(len(facts))])
+    with Journal(out, manifest, key=("fact",), note={"model": name}) as journal:
+        for chunk in _chunks(facts, batch_size):
+            progress("facts asked", chunk.start, len(facts))
+            if not all((i,) in journal.done for i in chunk):
+                said = asker.answers([facts[i].wordings for i in chunk], samples, f"{seed}/{chunk.start}")
+                journal.append({"fact": i, "asked": each} for i, each in zip(chunk, said, strict=True))
+        progress("facts asked", len(facts), len(facts))
+        by_fact = {row["fact"]: row["asked"] for row in journal.rows}
+        return _write(Path(out), facts, [by_fact[i] for i in range(len(facts))])
 
 
 def _check_not_given(out: Path) -> None:

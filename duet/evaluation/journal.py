@@ -11,6 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None
+
 Progress = Callable[[str, int, int], None]  # called with (what, how much of it is done, all of it)
 ROWS, MANIFEST = "rows.jsonl", "manifest.json"
 LM_EVAL = "lm_eval.json"
@@ -30,7 +35,7 @@ MEANING = {
 
 
 class Journal:
-    """Opens or continues the results in `folder`.
+    """Opens or continues the results in `folder`, which no other process can do until it is closed: `with Journal(...) as journal`.
 
     Args:
         folder: made when it is not there.
@@ -39,7 +44,8 @@ class Journal:
         note: values for the manifest that are not compared (versions).
 
     Raises:
-        ValueError: the folder holds another run's results; a line before the last is not JSON.
+        ValueError: the folder holds another run's results; a line before the last is not JSON, or repeats the key of an
+            earlier one; or another process has the folder open.
     """
 
     def __init__(
@@ -53,9 +59,26 @@ class Journal:
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"out: {self.folder} is a file, wanted a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._agree(manifest, note or {})
-        self.rows: list[dict[str, Any]] = self._read_and_mend()
+        self._lock = _locked(self.folder)
+        try:
+            self._agree(manifest, note or {})
+            self.rows: list[dict[str, Any]] = self._read_and_mend()
+        except BaseException:
+            self.close()
+            raise
         self.done: set[tuple[Any, ...]] = {self._key(row) for row in self.rows}
+
+    def close(self) -> None:
+        """Lets other processes have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _key(self, row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in self.key)
@@ -90,12 +113,18 @@ class Journal:
         if whole < len(data):  # the run was killed while writing this line
             with path.open("r+b") as file:
                 file.truncate(whole)
-        rows = []
+        rows, first = [], {}
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(f"out: {path}, line {number}: not JSON ({error})") from None
+            key = self._key(rows[-1])
+            if first.setdefault(key, number) != number:
+                raise ValueError(
+                    f"out: {path}, line {number}: says again what line {first[key]} says, {_short(key)}, as where two processes "
+                    "wrote to one folder; wanted a new folder"
+                )
         return rows
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
@@ -118,6 +147,24 @@ class Journal:
             file.truncate(sum(map(len, lines[:count])))
         self.rows = self.rows[:count]
         self.done = {self._key(row) for row in self.rows}
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that keeps other processes from locking the folder until it is closed; None where nothing can be locked."""
+    if fcntl is None:
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(
+            f"out: another process is writing to {folder}; wanted its end, or another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(lock)
+        return None
+    return lock
 
 
 def read_run(folder: str | Path, argument: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -1,5 +1,6 @@
-"""The loss of rows to evaluate on: its means are over the scored positions of the whole set, however it is cut into batches.
+"""Each row counts once: the loss of rows to evaluate on, and the last batch of an epoch on several processes.
 
+The means of an evaluation are over the scored positions of the whole set, however it is cut into batches.
 The Trainer takes the mean of the batches' losses, weighted by their rows. So a batch's loss is divided by the counts of the
 whole set, as a micro-batch's is by those of its step, and returned times (rows of the set / rows of the batch).
 """
@@ -14,20 +15,43 @@ from .objectives import Counts
 
 
 class WholeSetLoss(Trainer):
-    """The part of `DuetTrainer` that evaluates."""
+    """The part of `DuetTrainer` that evaluates, and that leaves out rows which accelerate repeats."""
 
     # of DuetTrainer
     args: Any
     objective: Any
     data_collator: Any
+    _sampler: Any
     _rows = 0  # of the set, on all processes
     _counts: Any  # `Counts` of the set
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """`Trainer._get_dataloader`; `dataloader_drop_last` drops rows of training alone."""
+        asked = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = asked and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = asked
+
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any) -> Any:
+        """`Trainer.get_batch_samples`; rows that are repeated at the end of an epoch are in no loss and no count."""
+        rows = 0 if self.args.dataloader_drop_last else len(self._sampler)
+        own = (self._unrepeated(batch, rows, self._train_batch_size)[0] for batch in epoch_iterator)
+        return super().get_batch_samples(own, *args)
+
+    def _unrepeated(self, batch: dict[str, Any], total: int, size: int) -> tuple[dict[str, Any], int]:
+        """(this process's batch without the rows that accelerate repeats in the last ones, how many rows all processes have)"""
+        of_all = size * self.accelerator.num_processes
+        rest = total % of_all
+        if not rest or not self.accelerator.gradient_state.end_of_dataloader:
+            return batch, of_all
+        return first_rows(batch, max(0, rest - self.accelerator.process_index * size)), rest
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.evaluation_loop`; what the set holds is counted first."""
         dataset, size = dataloader.dataset, self.args.eval_batch_size
-        # Fewer than the set has, where the last batch is dropped.
-        self._rows = min(len(dataset), len(dataloader) * size * self.accelerator.num_processes)
+        self._rows = len(dataset)
         totals = [
             self.objective.count(
                 self.data_collator([dataset[i] for i in range(n, min(n + size, self._rows))])
@@ -39,12 +63,7 @@ class WholeSetLoss(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        # accelerate repeats rows in the last batches, so that all processes have as many: those are not scored.
-        state, size = self.accelerator.gradient_state, self.args.eval_batch_size
-        rows = size * self.accelerator.num_processes
-        if state.end_of_dataloader and state.remainder > 0:
-            rows = state.remainder
-            inputs = first_rows(inputs, max(0, rows - self.accelerator.process_index * size))
+        inputs, rows = self._unrepeated(inputs, self._rows, self.args.eval_batch_size)
         with torch.no_grad():
             loss: Any = self.compute_loss(model, inputs, num_items_in_batch=self._counts)
         # Every process holds its share: the Trainer, which cuts off what it takes for repeats, needs the whole.

@@ -8,10 +8,12 @@ Every option is compared except those of MAY_CHANGE.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -124,6 +126,19 @@ def begin_run(
         else:
             refuse_another(began, record, begun_in)
     write_record(folder, record)
+
+
+@contextmanager
+def refused_by_all() -> Iterator[None]:
+    """Around what process 0 alone does: what it refuses all refuse, who would otherwise wait for it until a timeout."""
+    refusal = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        refusal = error
+    (said,) = broadcast_object_list([None if refusal is None else str(refusal)])
+    if said is not None:
+        raise refusal or ValueError(said)
 
 
 def write_record(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:

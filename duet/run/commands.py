@@ -75,11 +75,13 @@ def train(
     if not checkpoint:
         before(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if run.eval:
-        trainer.save_metrics("eval", trainer.evaluate())
-    trainer.save_state()
     trainer.save_model()
-    trainer.create_model_card()
+    try:  # whatever ends the last evaluation, the trained model and what is known of it are there
+        if run.eval:
+            trainer.save_metrics("eval", trainer.evaluate())
+    finally:
+        trainer.save_state()
+        trainer.create_model_card()
     if run.merge and trainer.is_world_process_zero():
         quantised = run.model.quantization is not None  # its base is another one than the merged
         trained = None if quantised else trainer.accelerator.unwrap_model(trainer.model)

@@ -95,8 +95,9 @@ def agree(head: LMHead, call: str, options: tuple[Any, ...], **tensors: Tensor |
     """
     given = {name: x for name, x in tensors.items() if x is not None}
     described = [(name, tuple(x.shape), str(x.dtype), x.requires_grad) for name, x in given.items()]
-    of_head = (head.num_ids, head.hidden_size, head.bias is None, head.softcap, head.scale)
-    signature = repr((call, options, described, of_head, torch.is_grad_enabled()))
+    of_head = (head.hidden_size, head.bias is None, head.softcap, head.scale)
+    ids = f"ids of each rank: {id_counts(head)}"
+    signature = repr((call, options, described, of_head, ids, torch.is_grad_enabled()))
     (hidden_name, hidden), *_ = given.items()
     row = torch.zeros(2 + _MOST * (_DIRECTIONS + 1), dtype=torch.float64, device=hidden.device)
     row[0], row[1] = len(hidden), zlib.crc32(signature.encode())
@@ -116,6 +117,12 @@ def agree(head: LMHead, call: str, options: tuple[Any, ...], **tensors: Tensor |
         tolerance = 1e-12 if not x.is_floating_point() else 1e-2 if "hidden" in name else 1e-6
         allowed = tolerance * values[:, -1].amax()
         if bool(((values[:, :-1] - values[0, :-1]).abs() > allowed).any()):
+            if name == "factor":
+                raise ValueError(
+                    "num_items, weights, mask: wanted the same on every rank of head.group, got other values on other ranks. "
+                    "num_items is the count over all ranks; weights and mask belong to tokens, gather them with "
+                    "head.gather_tokens"
+                )
             raise ValueError(_other_tokens(name, "other values on other ranks"))
 
 
@@ -123,7 +130,7 @@ def _other_tokens(name: str, what: str) -> str:
     return (
         f"{name}: wanted the same tokens on every rank of head.group, got {what}. Each rank has some ids of the vocabulary and "
         "needs all tokens: where each has tokens of its own (FSDP, data parallel), gather them first, "
-        f"head.gather_tokens({name.split('.')[0]}), and so everything else that belongs to tokens"
+        f"head.gather_tokens({name.split('.')[0]}), and so everything else that belongs to tokens (labels, mask, weights)"
     )
 
 

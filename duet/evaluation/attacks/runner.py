@@ -62,25 +62,28 @@ def run_attacks(
     for attack in names:
         check_one_of("attacks", attack, ATTACKS)
     check_head(target.model)
-    journal = Journal(
-        Path(out), _manifest(target, base), key=("attack", "unit", "variant", "id"), note={"model": name}
-    )
-    finished = [i for i, row in enumerate(journal.rows) if row.get("done")]
-    journal.drop_after(finished[-1] + 1 if finished else 0)
-    skipped = []
-    if base is not None:
-        _run(journal, base, "base", list(ATTACKS[DIRECT].units(base)), progress)
-    for attack in names:
-        why = ATTACKS[attack].missing(target)
-        if why is not None:
-            skipped.append({"name": attack, "why": why})
-            continue
-        skipped += [{"name": f"{attack}: {v}", "why": w} for v, w in ATTACKS[attack].left_out(target).items()]
-        _run(journal, target, attack, list(ATTACKS[attack].units(target)), progress)
-    report = {"model": name, "rows": len(target.rows), "success": SUCCESS.format(target.options.threshold)}
-    report |= _report(journal.rows, skipped)
-    report["headline"] = headline(report)
-    write_json(journal.folder / REPORT, report)
+    key, skipped = ("attack", "unit", "variant", "id"), []
+    with Journal(Path(out), _manifest(target, base), key=key, note={"model": name}) as journal:
+        finished = [i for i, row in enumerate(journal.rows) if row.get("done")]
+        journal.drop_after(finished[-1] + 1 if finished else 0)
+        if base is not None:
+            _run(journal, base, "base", list(ATTACKS[DIRECT].units(base)), progress)
+        for attack in names:
+            why = ATTACKS[attack].missing(target)
+            if why is not None:
+                skipped.append({"name": attack, "why": why})
+                continue
+            left_out = ATTACKS[attack].left_out(target)
+            skipped += [{"name": f"{attack}: {v}", "why": w} for v, w in left_out.items()]
+            _run(journal, target, attack, list(ATTACKS[attack].units(target)), progress)
+        report = {
+            "model": name,
+            "rows": len(target.rows),
+            "success": SUCCESS.format(target.options.threshold),
+        }
+        report |= _report(journal.rows, skipped)
+        report["headline"] = headline(report)
+        write_json(journal.folder / REPORT, report)
     return report
 
 

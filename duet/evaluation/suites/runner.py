@@ -132,21 +132,17 @@ def evaluate(
     versions = {
         name: version_of(name) or "absent" for name in ("duet-kernels", "torch", "transformers", "peft")
     }
-    journal = Journal(
-        Path(out),
-        manifest,
-        key=("task", "id"),
-        note={"model": name, "left_out": left_out, "versions": versions}
-        | ({} if elicit is None else {"given": given}),
-    )
-    for task, (items, marked) in prepared.items():
-        stamp = {"suite": suite.name, "task": task.name}
-        _Run(model, tokenizer, task, context, batch_size).into(
-            journal, items, marked, stamp, manifest["model_fingerprint"], progress
-        )
-    result = summary.summarise(journal.rows, suite.numbers, retain_rows)
-    result = {"suite": suite.name, "model": name, "left_out": left_out, **result}
-    write_json(journal.folder / SUMMARY, result)
+    note = {"model": name, "left_out": left_out, "versions": versions}
+    note |= {} if elicit is None else {"given": given}
+    with Journal(Path(out), manifest, key=("task", "id"), note=note) as journal:
+        for task, (items, marked) in prepared.items():
+            stamp = {"suite": suite.name, "task": task.name}
+            _Run(model, tokenizer, task, context, batch_size).into(
+                journal, items, marked, stamp, manifest["model_fingerprint"], progress
+            )
+        result = summary.summarise(journal.rows, suite.numbers, retain_rows)
+        result = {"suite": suite.name, "model": name, "left_out": left_out, **result}
+        write_json(journal.folder / SUMMARY, result)
     return result
 
 
