@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from duet import DuetConfig, cli
 from duet.config import CHECKPOINTING
@@ -380,7 +381,11 @@ def test_a_gpu_that_is_made_for_bf16_trains_in_it(capability, options, half, mon
     monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
     seen = {}
-    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: seen.update(bf16=self.bf16))
+
+    def post_init(self):
+        seen["bf16"], self.accelerator_config = self.bf16, AcceleratorConfig()
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", post_init)
     DuetConfig("out", **options)
     assert seen == {"bf16": half}
 
