@@ -325,7 +325,7 @@ def _run(options: argparse.Namespace) -> int:
     cases = override(PRESETS[name](torch.device(options.device)), options)
     providers = chosen(options.providers)
     if not cases:
-        raise SystemExit(f"--ops: the preset {name!r} has no case of them")
+        raise SystemExit(f"--ops: the preset {name!r} has no case of {' or '.join(options.ops)}")
     if options.out and options.out.suffix == ".md":
         raise SystemExit(
             f"--out: wanted a file for rows of JSON, got {options.out}; the tables are written beside it, as .md"

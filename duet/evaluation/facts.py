@@ -82,8 +82,8 @@ def facts_of(
         neighbours: others that such questions are asked about, too.
 
     Raises:
-        ValueError: a row is no question, two rows ask the same, none is about a subject, or about another name, a name is given twice, or a placeholder is
-            another than `{subject}`.
+        ValueError: a row is no question, two rows ask the same, no question is about a subject or a neighbour, a name is given twice,
+            or a placeholder is another than `{subject}`.
 
     Example:
         >>> [fact] = facts_of([{"question": "Where is {subject}?", "value": {"Rome": "Italy"}}], ["Rome"])
@@ -116,7 +116,7 @@ def facts_of(
             f"{SUBJECT} into the questions"
         )
     for argument, names, kind in (("subject", subjects, FORGET), ("neighbours", neighbours, NEIGHBOUR)):
-        met = {_folded(fact.subject): fact.subject for fact in facts if fact.subject and fact.kind == kind}
+        met = {_folded(fact.subject) for fact in facts if fact.subject and fact.kind == kind}
         for name in names:
             if _folded(name) not in met:
                 near = get_close_matches(name, [fact.subject for fact in facts if fact.subject], n=1)
