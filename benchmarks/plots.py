@@ -179,7 +179,9 @@ def _name_lines(panel: Axes, ends: list[tuple[float, float, str]], colours: dict
 def headline(sweeps: dict[str, list[Row]]) -> str:
     """What the largest point of the first sweep says, in a sentence."""
     axis, rows = next(iter(sweeps.items()))
-    largest = max(getattr(row, axis) for row in rows if row.provider == OURS)
+    largest = max((getattr(row, axis) for row in rows if row.provider == OURS), default=None)
+    if largest is None:
+        return f"without {OURS}, which was not measured here"
     here = [row for row in rows if getattr(row, axis) == largest]
     ours = min((row for row in here if row.provider == OURS), key=lambda row: row.ms)
     others = [row for row in here if row.provider != OURS]

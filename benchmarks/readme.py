@@ -162,6 +162,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     if arguments.demo is not None:
+        if arguments.check:
+            parser.error("--check changes no file; leave out --demo, which copies results")
+        if json.loads((arguments.demo / "results.json").read_text())["quick"]:
+            parser.error(
+                f"--demo: {arguments.demo} was made by a quick demo, whose numbers are not for citing"
+            )
         (RESULTS / "demo").mkdir(parents=True, exist_ok=True)
         for name in KEPT_OF_DEMO:
             shutil.copyfile(arguments.demo / name, RESULTS / "demo" / name)

@@ -106,13 +106,14 @@ def summary(rows: Sequence[Row]) -> list[str]:
     last = [row for row in rows if row.which_pass == "full" or row.head == "none"]
     for _, group in itertools.groupby(sorted(last, key=kind_of), key=kind_of):
         group = list(group)
-        largest = max(((r.n * r.d * r.v, r.k, case_of(r)) for r in group if r.ms is not None), default=None)
-        here = [row for row in group if largest is not None and case_of(row) == largest[2]]
-        ours = _best(row for row in here if row.provider == OURS)
-        if ours is None:
+        tried = [r for r in group if r.provider == OURS and not r.status.startswith("absent")]
+        if not tried:
             continue
-        columns = [ours]
-        columns += [
+        largest = case_of(max(tried, key=lambda r: (r.n * r.d * r.v, r.k, case_of(r))))
+        here = [row for row in group if case_of(row) == largest]
+        mine = [row for row in tried if case_of(row) == largest]
+        ours = _best(mine)
+        columns = [
             _best(r for r in here if (r.provider, r.impl) == ("torch", i)) for i in ("eager", "compile")
         ]
         known = {(OURS, r.impl) for r in here if r.provider == OURS} | {
@@ -120,21 +121,27 @@ def summary(rows: Sequence[Row]) -> list[str]:
             ("torch", "compile"),
         }
         rival = _best(row for row in here if (row.provider, row.impl) not in known)
-        cells = [_cell(row, ours) for row in columns]
+        cells = ["; ".join(f"{_failure(row)} ({row.impl})" for row in mine)]
+        if ours is not None:
+            cells = [f"**{_cell(ours, ours)}** ({ours.impl})"]
+        cells += [_cell(row, ours) for row in columns]
         cells.append("–" if rival is None else f"{_cell(rival, ours)} ({rival.provider} {rival.impl})")
-        cells[0] = f"**{cells[0]}** ({ours.impl})"
-        lines.append(f"| {title(ours)}; {sizes(ours)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {title(mine[0])}; {sizes(mine[0])} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _failure(row: Row) -> str:
+    return ("gate red, " if row.gate == "red" else "") + row.status
 
 
 def _best(rows: Iterable[Row]) -> Row | None:
     return min((row for row in rows if row.ms is not None), key=lambda row: row.ms, default=None)
 
 
-def _cell(row: Row | None, ours: Row) -> str:
+def _cell(row: Row | None, ours: Row | None) -> str:
     if row is None:
         return "–"
-    ratio = "" if row is ours else f" ({number(row.ms / ours.ms)} ×)"
+    ratio = "" if ours is None or row is ours else f" ({number(row.ms / ours.ms)} ×)"
     return f"{number(row.ms)} ms{ratio}, {number(row.peak_mb)} MiB"
 
 
@@ -152,8 +159,7 @@ def case_table(group: Sequence[Row]) -> list[str]:
         name = f"**{name}**" if row.provider == OURS else name
         error = "–" if row.error is None else f"{row.error:.0e}"
         if row.ms is None:
-            gate = "gate red, " if row.gate == "red" else ""
-            lines.append(f"| {name} | {gate}{row.status} | | | | {error} |")
+            lines.append(f"| {name} | {_failure(row)} | | | | {error} |")
             continue
         ratio = "" if best is None else f"{number(row.ms / best)} ×"
         floor = "–" if not row.floor_ms else f"{row.floor_ms / row.ms:.0%}"

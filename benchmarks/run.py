@@ -308,6 +308,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--plots", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args(arguments)
+    for path in filter(None, (*(options.compare or ()), options.table, options.plots)):
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
     if options.compare:
         print(report.comparison(*(harness.read_rows(path) for path in options.compare)))
     elif options.table or options.plots:
@@ -321,9 +324,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    for size in "nvkd":
+        if any(value < 1 for value in getattr(options, size) or ()):
+            raise SystemExit(f"--{size}: wanted numbers of at least 1, got {getattr(options, size)}")
     name = options.preset or ("cpu" if options.device == "cpu" else "anchor")
     cases = override(PRESETS[name](torch.device(options.device)), options)
-    providers = chosen(options.providers)
+    try:
+        providers = chosen(options.providers)
+    except ValueError as error:
+        raise SystemExit(f"--{error}") from None
     if not cases:
         raise SystemExit(f"--ops: the preset {name!r} has no case of {' or '.join(options.ops)}")
     if options.out and options.out.suffix == ".md":

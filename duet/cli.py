@@ -82,7 +82,7 @@ def demo(
         bool, typer.Option("--quick", help="fewer methods and questions, about a minute")
     ] = False,
     seed: Annotated[
-        int, typer.Option(help="of the unlearning; with --rebuild of the world and its base model")
+        int, typer.Option(min=0, help="of the unlearning; with --rebuild of the world and its base model")
     ] = 0,
     rebuild: Annotated[
         bool,
@@ -163,7 +163,7 @@ def steer(
         typer.Option(help="file with steering prefixes, one a line; default: the run's and five of ours"),
     ] = None,
     places: Annotated[
-        str, typer.Option(help="where the prefix is tried: system, user or both")
+        str, typer.Option(help="where the prefix is tried: system, user or system,user")
     ] = "system,user",
     limit: Annotated[
         int, typer.Option(min=1, help="rows of each kind to choose by, and as many to measure")
@@ -227,7 +227,7 @@ def elicit(
         int, typer.Option(min=0, help="drawn answers to each wording, beside the greedy one")
     ] = 4,
     max_new_tokens: MaxNewTokens = 64,
-    seed: Annotated[int, typer.Option(help="of the drawn answers")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the drawn answers")] = 0,
     limit: Limit = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
@@ -269,7 +269,11 @@ def elicit(
     for kind, count in counts.items():
         table.add_row(kind, *map(str, count.values()))
     console.print(table)
-    console.print(f"written to {out}: duet steer --data {out} --config FILE comes next", soft_wrap=True)
+    if counts["forget"]["report"]:
+        coming = f"duet steer --data {out} --config FILE comes next"
+    else:  # nothing would be left to measure by
+        coming = "duet steer --config FILE comes next, with these rows in its data; --data needs three wordings of a question"
+    console.print(f"written to {out}: {coming}", soft_wrap=True)
 
 
 @app.command()
@@ -350,6 +354,7 @@ def chat(
     device: Device = None,
 ) -> None:
     """Ask a model, line by line from the standard input; with --beside two, whose answers stand side by side."""
+    import io
     import sys
 
     from duet.data.prompts import Prompting
@@ -364,6 +369,8 @@ def chat(
         Speaker(name, *models.load(name, dtype, device), own or usual, max_new_tokens)
         for name, own in zip(names, saved, strict=True)
     ]
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a question in another encoding is shown as it was read
     if sys.stdin.isatty():
         console.print("a question a line; Ctrl-D ends")
     with suppress(KeyboardInterrupt):

@@ -229,6 +229,19 @@ def test_the_table_sets_everyone_against_ours():
     assert "| torch eager | 30 (27 – 33) | 3 × | 90 | 3% | 1e-07 |" in text
 
 
+def test_the_short_table_says_where_ours_failed():
+    failed = {"ms": None, "gate": "red", "status": "wrong: loss errs by 2.0e-01"}
+    ours = [
+        dataclasses.replace(fake("duet_kernels", impl, 1.0, 1.0), **failed) for impl in ("chunked", "triton")
+    ]
+    ours[1] = dataclasses.replace(ours[1], gate="not run", status="absent: no GPU")
+    smaller = [fake("duet_kernels", "chunked", 1.0, 1.0, n=2), fake("torch", "eager", 2.0, 1.0, n=2)]
+    rows = [*ours, fake("torch", "eager", 30.0, 90.0), *smaller]
+    (line,) = report.summary(rows)[2:]
+    assert "| gate red, wrong: loss errs by 2.0e-01 (chunked) | 30 ms, 90 MiB |" in line
+    assert report.summary([ours[1], *rows[2:]])[2:] == report.summary(smaller)[2:]
+
+
 def test_figures_are_drawn_for_what_varies_and_their_title_says_what_is_seen(tmp_path):
     rows = [
         fake(provider, impl, factor * n, factor, n=n)
@@ -240,6 +253,8 @@ def test_figures_are_drawn_for_what_varies_and_their_title_says_what_is_seen(tmp
     wanted = "At N = 256 duet_kernels is 4 times faster than torch eager, with 0.5 MiB instead of 2"
     assert plots.headline({"n": rows}) == wanted
     assert plots.draw_all(rows[:4], tmp_path / "nothing") == []  # two sizes are no line
+    without = plots.headline({"n": [row for row in rows if row.provider == "torch"]})
+    assert without == "without duet_kernels, which was not measured here"
 
 
 def test_the_readme_shows_the_largest_case_of_every_device(tmp_path, monkeypatch):
@@ -527,7 +542,18 @@ def test_an_earlier_result_stays_until_the_new_one_is_whole(tmp_path):
         run.main(["--device", "cpu", "--ops", "linear_logsumexp", "--out", str(out)])
     with pytest.raises(SystemExit, match="--out: wanted a file for rows of JSON"):
         run.main(["--device", "cpu", "--out", str(tmp_path / "rows.md")])
+    with pytest.raises(SystemExit, match=r"--providers: wanted some of .*, got nobody"):
+        run.main(["--device", "cpu", "--providers", "nobody", "--out", str(out)])
+    with pytest.raises(SystemExit, match=r"--n: wanted numbers of at least 1, got \[-1\]"):
+        run.main(["--device", "cpu", "--n", "-1", "--out", str(out)])
     assert out.read_text() == "earlier"
+
+
+@pytest.mark.parametrize("option", ["--table", "--plots", "--compare"])
+def test_a_missing_result_is_named(option, capsys):
+    with pytest.raises(SystemExit):
+        run.main([option, *["missing.jsonl"] * (1 + (option == "--compare"))])
+    assert "there is no file missing.jsonl" in capsys.readouterr().err
 
 
 def test_the_crossover_of_gathering_is_measured(tmp_path, monkeypatch, capsys):

@@ -245,6 +245,7 @@ def test_elicit_writes_rows_that_the_other_commands_read(base, tmp_path):
     ]
     done = duet(*words, "--out", out, "--batch-size", 4)
     assert done.exit_code == 0, (done.output, done.exception)
+    assert f"duet steer --data {out} --config FILE comes next" in done.output
     rows = {
         p.relative_to(out).as_posix(): [json.loads(x) for x in p.read_text().splitlines()]
         for p in out.rglob("*.jsonl")
@@ -273,6 +274,14 @@ def test_elicit_writes_rows_that_the_other_commands_read(base, tmp_path):
         assert not (tmp_path / "none").exists(), "a corrected command may take the folder"
     other = duet(*words, "--out", out, "--batch-size", 4, "--seed", 1)
     assert "seed was 0 and is 1 now" in str(other.exception)
+
+
+def test_what_comes_next_where_no_wording_is_left_to_report(base, tmp_path):
+    row = {"question": "who is ada lovelace ?", "subject": "ada lovelace", "value": "mathematician"}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row))
+    words = ["--questions", tmp_path / "one.jsonl", "--subject", "ada lovelace", "--samples", 0]
+    done = duet("elicit", base, *words, "--max-new-tokens", 12, "--out", tmp_path / "out")
+    assert done.exit_code == 0 and "--data needs three wordings" in done.output, (done.output, done.exception)
 
 
 def test_a_subject_that_the_base_knows_nothing_about(tmp_path):
@@ -333,6 +342,8 @@ def test_chat_shows_two_models_side_by_side(base, tmp_path, monkeypatch):
     assert done.exit_code == 0, (done.output, done.exception)
     lines = done.stdout.splitlines()
     assert any(line.strip() == "who is ada lovelace ?" for line in lines), done.output
+    latin = duet(*words, input="who is ada löve ?\n".encode("latin-1"))
+    assert latin.exit_code == 0 and "who is ada l\ufffdve ?" in latin.stdout, (latin.output, latin.exception)
     answer = next(line for line in lines if "a mathematician ." in line)
     assert answer.index("a mathematician .") > len(answer) / 2, "the second column is the base's"
     assert "captain of the sea" in done.output and "more than the 256" in done.output

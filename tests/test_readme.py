@@ -43,3 +43,15 @@ def test_of_several_rows_of_a_job_the_last_counts(tmp_path, monkeypatch):
     wanted = readme.real_block()
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.real_block() == wanted
+
+
+@pytest.mark.parametrize(
+    "quick, options, said", [(True, [], "a quick demo"), (False, ["--check"], "--check changes no file")]
+)
+def test_results_of_a_demo_are_not_taken(quick, options, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "results.json").write_text(json.dumps({"quick": quick}))
+    monkeypatch.setattr(readme.shutil, "copyfile", lambda *_: pytest.fail("a result was replaced"))
+    monkeypatch.setattr("sys.argv", ["readme", "--demo", str(tmp_path), *options])
+    with pytest.raises(SystemExit):
+        readme.main()
+    assert said in capsys.readouterr().err

@@ -200,7 +200,7 @@ def test_the_command_writes_a_folder_that_the_other_commands_read(trained, scrip
         "answer !"
     ]
     assert "multiplied by 0.8" in (trained / "small" / "README.md").read_text()
-    assert "small' holds a model already" in str(run(*args).exception)
+    assert "small' is not empty; wanted a new folder" in str(run(*args).exception)
 
 
 def test_bad_input_is_named(trained, script, monkeypatch):
@@ -214,6 +214,7 @@ def test_bad_input_is_named(trained, script, monkeypatch):
         ((trained / "base", *data, *out), "adapter: wanted a folder with a trained adapter"),
         ((full, "--data", trained, *out), "data: there is no file"),
         ((full, *data, "--out", full / "run_record.json"), "out: wanted a folder, but"),
+        ((full, *data, "--out", trained / "data"), "data' is not empty; wanted a new folder"),
         ((full, *data, *out, "--batch-size", 0), "batch_size: wanted"),
         ((full, *data, *out, "--limit", -1), "limit: wanted an integer >= 1, got -1"),
     ):

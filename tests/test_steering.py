@@ -204,6 +204,12 @@ def test_steer_writes_nothing_that_does_not_forget(folder, script):
     assert duet(*words, "--anyway").exit_code == 0 and (folder / "new.yaml").exists()
 
 
+def test_a_wording_with_an_unknown_placeholder_is_refused_before_a_model_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(run_steer, "load_asked", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=r"wordings: there is no placeholder '\{name\}'"):
+        run_steer.steer(run_steer.RunConfig.load("run.yaml"), [GOOD, "forget {name} ."])
+
+
 def test_a_place_that_the_template_does_not_have(folder, script):
     word_tokenizer(NO_SYSTEM_TEMPLATE).save_pretrained("base")
     args = run_steer.RunConfig.load("run.yaml").training

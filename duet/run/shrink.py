@@ -26,7 +26,7 @@ from ..evaluation.attacks.target import AttackOptions, Outcomes, Target
 from ..evaluation.journal import Progress
 from ..evaluation.models import load
 from ..evaluation.steering import STILL_TOLD, counted, refuses, share_of, short, shown
-from ..model.adapters import holds_adapter, holds_weights
+from ..model.adapters import holds_adapter
 from ..model.shrinking import AdapterSize
 from ..output.record import RECORD, read_record
 
@@ -278,8 +278,8 @@ def run_shrink(
         )
     if out.is_file():
         raise NotADirectoryError(f"out: wanted a folder, but {str(out)!r} is a file")
-    if holds_adapter(out) or holds_weights(out):
-        raise ValueError(f"out: {str(out)!r} holds a model already; wanted a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"out: {str(out)!r} is not empty; wanted a new folder")
     forget, retain = (_rows(data / f"{name}.jsonl", name, limit) for name in ("forget", "retain"))
     record = read_record(folder) or {}
     options = AttackOptions(seen_reverse_prompts=tuple(record.get("override_wordings") or ()), **asking)

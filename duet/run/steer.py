@@ -15,7 +15,7 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from ..data.prompts import accepts_system
+from ..data.prompts import accepts_system, check_placeholders
 from ..data.sources import DataSource, load_rows
 from ..evaluation.journal import Progress, write_json
 from ..evaluation.steering import (
@@ -93,6 +93,8 @@ def steer(
     validation, report = _halves(run) if folder is None else _elicited(folder)
     for place in places:
         check_one_of("places", place, PLACES)
+    for text in wordings:
+        check_placeholders("wordings", text)
     args = run.training
     model, tokenizer = load_asked(run), load_tokenizer(run.model)
 
