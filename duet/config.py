@@ -16,7 +16,7 @@ from .methods.objectives.distillation import DistillationOptions
 from .methods.selectivity import SelectivityOptions
 from .methods.views import ViewOptions
 from .names import check_one_of
-from .options import NotNegative, check_options
+from .options import Count, NotNegative, Positive, check_options
 
 # What the installed transformers calls it: 5.17 knows the older name alone, version 6 will know the newer alone.
 CHECKPOINTING = next(
@@ -102,6 +102,15 @@ class DuetConfig(
     earlier_adapter: Literal["merge", "keep"] = "merge"
     model_init_kwargs: dict[str, Any] | str | None = None
     workspace_bytes: int | None = None
+
+    # Of TrainingArguments, whose own checks come late or not at all.
+    learning_rate: NotNegative = 5e-5
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
+    num_train_epochs: Positive = 3.0
+    per_device_train_batch_size: Count = 8
+    per_device_eval_batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
 
     # Rows are turned into tokens by our own dataset, which needs their columns.
     remove_unused_columns: bool = False

@@ -1,4 +1,4 @@
-"""YAML text -> plain values: `1e-4` is a number, `no` is a text, and a repeated key is an error.
+"""YAML text <-> plain values: `1e-4` is a number, `no` is a text, and a repeated key is an error.
 
 Only texts, numbers, booleans, nulls, lists and mappings are made; no object is ever constructed.
 """
@@ -9,15 +9,25 @@ from typing import Any
 
 import yaml
 
+_PLAIN = tuple(f"tag:yaml.org,2002:{name}" for name in ("str", "null", "bool", "int", "float", "seq", "map"))
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe subset with the numbers and booleans of YAML 1.2."""
+    """YAML's safe subset with the numbers and booleans of YAML 1.2: a date, `1:30` and `1_000` are texts."""
 
 
+_Loader.yaml_constructors = {
+    tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in (*_PLAIN, None)
+}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"),
+    list("-+0123456789"),
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF")
 )
@@ -42,7 +52,36 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict:
     }
 
 
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    try:
+        return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+    except ValueError:
+        raise ValueError(f"line {node.start_mark.line + 1}: wanted an integer, got {text!r}") from None
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes between quotes each text that a reader of YAML 1.1 or 1.2 would take for something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*_Loader.yaml_implicit_resolvers.get(first, ()), *resolvers]
+    for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+}
+
+
+def write_yaml(value: Any) -> str:
+    """The YAML text of plain values; keys keep their order.
+
+    Example:
+        >>> write_yaml({"rate": 0.5, "chat": "no", "name": "1e5"}).splitlines()
+        ['rate: 0.5', "chat: 'no'", "name: '1e5'"]
+    """
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def parse_yaml(text: str) -> Any:

@@ -551,6 +551,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("DoRA's rows keep their lengths", "weight = weight * (wanted / weight.norm(dim=1))[:, None]", "pass",
          "tests/test_attack_weights.py::test_a_packed_base_is_unpacked_before_it_is_rounded[nf4-True]"),
     ],
+    "duet/yaml_text.py": [
+        ("a leading 0 makes an integer octal", "int(text, 0 if text[:2] in (\"0o\", \"0x\") else 10)", "int(text, 8 if text[0] == \"0\" else 10)",
+         "tests/test_run_config.py::test_numbers_are_those_of_yaml_1_2[010-10]"),
+    ],
     "duet/run/config_file.py": [
         ("a comment cuts a text of the command line", "value = text  # as", "pass  # as",
          "tests/test_run_config.py::test_a_text_is_read_as_it_was_typed[the sea #1 captain-None]"),
@@ -604,6 +608,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("both models of a chat are asked as the first", "own or usual, max_new_tokens", "usual, max_new_tokens", "tests/test_facts.py::test_each_model_of_a_chat_is_asked_as_it_was_trained"),
     ],
     "duet/run/commands.py": [
+        ("weights that are not finite are saved", "not x.isfinite().all()", "x.isnan().all() and False",
+         "tests/test_cli.py::test_weights_that_are_not_finite_are_not_saved"),
         ("an evaluation that fails loses the model", "    trainer.save_model()\n    try:", "    try:",
          "tests/test_user_mistakes.py::test_an_evaluation_that_fails_after_the_training_loses_nothing"),
         ("a merge that was refused stays", '        new = Path(beside, "model")\n        yield new\n', "        new = out\n        yield new\n        return\n",

@@ -75,6 +75,15 @@ def test_a_finished_run_that_is_resumed_is_not_suspected(tmp_path, caplog):
     assert "did not change" in caplog.text
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    prepare(tmp_path)
+    with pytest.raises(
+        ValueError, match="learning_rate: the training ended with weights that are not finite"
+    ):
+        train(run_of(tmp_path, tmp_path / "out", max_steps=2, learning_rate=1e38, save_strategy="no"))
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 def test_other_libraries_words_about_themselves_are_left_out():
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

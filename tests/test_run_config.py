@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from typing import get_type_hints
 
 import pytest
 from transformers import TrainingArguments
@@ -13,6 +14,7 @@ from duet.config import CHECKPOINTING
 from duet.data.sources import DataSource, load_rows
 from duet.run import commands as run
 from duet.run.config_file import RunConfig, apply_overrides, quoted, read_run, training_options
+from duet.yaml_text import parse_yaml, write_yaml
 
 GOOD = """
 model: {name: some/model, dtype: bfloat16}
@@ -132,6 +134,39 @@ def test_every_option_can_be_said(path, option):
     assert getattr(run.training, option) == value
 
 
+def test_what_transformers_checks_late_has_its_defaults():
+    for name in DuetConfig.__annotations__.keys() & TrainingArguments.__dataclass_fields__.keys():
+        if hasattr(get_type_hints(DuetConfig, include_extras=True)[name], "__metadata__"):
+            default = TrainingArguments.__dataclass_fields__[name].default
+            assert DuetConfig.__dataclass_fields__[name].default == default, name
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("010", 10), ("-7", -7), ("0o17", 15), ("0x1F", 31), ("1_000", "1_000"), ("1:30", "1:30"), ("=", "="),
+     ("2024-05-01", "2024-05-01"), ("{a: 2024-05-01}", {"a": "2024-05-01"}), ("~", None), ("1e3", 1000.0)],
+)  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2(text, value):
+    read = parse_yaml(text)
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    "value", ["010", "0o17", "1e5", "1:30", "2024-05-01", "no", "~", "=", 1e-5, 1e20, float("inf"), 7, None]
+)
+def test_what_is_written_is_read_again(value):
+    read = parse_yaml(write_yaml([value]))[0]
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["!!set {a}", "!!binary aGk=", "!!timestamp 2024-05-01", "!!int x", "!!pairs []"]
+)
+def test_no_other_object_is_made(text):
+    with pytest.raises(ValueError):
+        parse_yaml(text)
+
+
 BAD = {  # what is written over the good file -> words of the error
     "a misspelt option": (["--lerning_rate", "1"], r"--lerning_rate: .*did you mean 'learning_rate'"),
     "a misspelt section": (["--modl", "x"], r"--modl: .*did you mean 'model'"),
@@ -147,8 +182,19 @@ BAD = {  # what is written over the good file -> words of the error
     "a dtype that is none": (["--model.dtype", "bf16"], r"model.dtype: wanted one of auto, .*got 'bf16'"),
     "a text for a number": (
         ["--learning_rate", "fast"],
-        r"training.learning_rate: wanted a number, got 'fast'",
+        r"training.learning_rate: wanted a number >= 0, got 'fast'",
     ),
+    "a rate that is no number": (
+        ["--learning_rate", ".inf"],
+        r"learning_rate: wanted a number >= 0, got inf",
+    ),
+    "a negative rate": (["--weight_decay", "-1"], r"weight_decay: wanted a number >= 0, got -1"),
+    "no epochs": (["--num_train_epochs", "-1"], r"num_train_epochs: wanted a number > 0, got -1"),
+    "no batch": (
+        ["--gradient_accumulation_steps", "0"],
+        r"accumulation_steps: wanted an integer >= 1, got 0",
+    ),
+    "a date for a number": (["--k", "2024-05-01"], r"k: wanted an integer >= 1, got '2024-05-01'"),
     "a fraction for a whole number": (
         ["--max_steps", "2.5"],
         r"training.max_steps: wanted an integer, got 2.5",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich import box
 from rich.table import Table
 
@@ -38,6 +37,7 @@ from ..model.loading import is_sharded
 from ..names import check_one_of
 from ..store.teacher import CachedTeacher
 from ..trainer import DuetTrainer
+from ..yaml_text import write_yaml
 from .commands import load_asked, load_tokenizer
 from .config_file import RunConfig
 
@@ -279,9 +279,7 @@ def write_choice(path: Path, tree: dict[str, Any], chosen: Chosen, anyway: bool 
     options = {"steering_prefixes": list(chosen.best.prefixes), "steering_place": chosen.best.place}
     tree = tree | {"training": (tree.get("training") or {}) | options}
     said = f"# Chosen by duet steer of {len(chosen.tried)} steerings; on other rows {sentence(chosen.report.kinds)}.\n"
-    path.write_text(
-        said + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8"
-    )
+    path.write_text(said + write_yaml(tree), encoding="utf-8")
 
 
 # --- before a training ---------------------------------------------------------------------------------------------
