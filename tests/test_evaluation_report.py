@@ -259,6 +259,23 @@ def test_methods_that_were_asked_other_rows_are_named(folder, page, tmp_path):
     assert attacked == ("the attacks", "base, student; few"), "three retain rows are all there are"
 
 
+def test_suites_that_name_their_tasks_alike_keep_their_numbers(folder, tmp_path):
+    tree = {"tasks": {"forget_answers": SUITE["tasks"]["forget_answers"] | {"metrics": ["refusal"]}}}
+    runner.evaluate(
+        tiny(seed=1), word_tokenizer(), read_suite(tree, "v1.2"), out=tmp_path, data=folder, name="models/student", limit=2,
+    )  # fmt: skip
+    given = runs_of(folder, "student-eval")
+    for runs in ([*given, str(tmp_path)], [str(tmp_path), *given]):
+        (student,) = read_inputs(runs).methods
+        assert student.tasks["forget_answers (own)"]["metrics"].keys() == {"rouge_l_recall", "refusal"}
+        assert student.tasks["forget_answers (v1.2)"]["metrics"].keys() == {"refusal"}
+        assert student.tasks["retain_answers"] and "forget_answers" not in student.tasks
+        text = report.write_report(runs, tmp_path / "report").with_suffix(".md").read_text()
+        assert "| **forget_answers (own)** |" in text and "| **forget_answers (v1.2)** |" in text
+        assert "against retain_answers" in text, "the frontier knows what is to be forgotten"
+    assert set(student.asked) == {"forget_answers (own)", "forget_answers (v1.2)", "forget_losses", "retain_answers"}
+
+
 def test_the_base_that_the_attack_asked_is_the_base_of_the_runs(folder, page):
     attacks = json.loads((folder / "student-attack/attacks.json").read_text())
     head, *lines = lines_of(page.with_suffix(".md").read_text(), "Methods, metrics and attacks")

@@ -31,6 +31,7 @@ DEMO_ATTACKS = (
     "int4_forget_recall",
 )
 OF_ATTACKS = "the attacks"
+DEMO_PARTS = "forget", "retain", "other"
 BASE, TEACHER, STUDENT = "base", "teacher", "student"
 LABELS = {BASE: "base", TEACHER: "steered teacher"}
 
@@ -42,7 +43,8 @@ class Method:
     Attributes:
         label: in tables and figures.
         role: `base`, `teacher` (steered in context) or `student`.
-        tasks: as in summary.json: task -> {"metrics": {metric: {"mean", "low", "high", "rows"}}, ...}.
+        tasks: as in summary.json: task -> {"metrics": {metric: {"mean", "low", "high", "rows"}}, ...}. A name that two suites
+            of the runs give is `task (suite)`; so are numbers.
         numbers: as in summary.json: name -> {"value"} or {"value": None, "undefined": why}.
         answers: (suite, task, id, question) -> {"question", "answer" (the truth), "generated", "status", "value"}.
         lm_eval: as in lm_eval.json: task -> {"metric,filter": value, "metric_stderr,filter": standard error}.
@@ -93,6 +95,20 @@ class _Run:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
     all_rows: bool = True  # of a demo; False: only the row of the role that it was given as
+    full: Mapping[str, str] = field(default_factory=dict)  # of tasks and numbers that another suite names alike
+
+    @property
+    def suite(self) -> str:
+        return self.content["suite"] if self.kind == "eval" else self.kind
+
+    @property
+    def named(self) -> Sequence[str]:
+        if self.kind == "eval":
+            return [*self.content["tasks"], *self.content["numbers"]]
+        return DEMO_PARTS if self.kind == "demo" else ()
+
+    def told(self, by_name: Mapping[str, Any]) -> dict[str, Any]:
+        return {self.full.get(name, name): value for name, value in by_name.items()}
 
     @property
     def model(self) -> tuple[Any, ...]:
@@ -127,6 +143,7 @@ def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence
         for text in texts:
             for run in _read(text, argument, role):
                 _add_once(folders, run)
+    _tell_suites_apart(folders)
     methods = _join([run for run in folders if run.kind in ("eval", "lm_eval", "attack", "train")])
     given = [role for role, texts in ((BASE, base), (TEACHER, teacher)) if texts]
     for run in folders:
@@ -158,6 +175,15 @@ def _add_once(folders: list[_Run], run: _Run) -> None:
             known.all_rows |= run.role is None
             return
     folders.append(run)
+
+
+def _tell_suites_apart(runs: Sequence[_Run]) -> None:
+    suites: dict[str, set[str]] = {}
+    for run in runs:
+        for name in run.named:
+            suites.setdefault(name, set()).add(run.suite)
+    for run in runs:
+        run.full = {name: f"{name} ({run.suite})" for name in run.named if len(suites[name]) > 1}
 
 
 # --- one folder ------------------------------------------------------------------------------------------------
@@ -286,9 +312,9 @@ def _add(method: Method, run: _Run) -> None:
     method.weights = run.manifest.get("model_fingerprint", method.weights)
     method.base_weights = run.manifest.get("base_fingerprint", method.base_weights)
     if run.kind == "eval":
-        method.tasks |= run.content["tasks"]
-        method.numbers |= run.content["numbers"]
-        method.asked |= run.manifest.get("data", {})
+        method.tasks |= run.told(run.content["tasks"])
+        method.numbers |= run.told(run.content["numbers"])
+        method.asked |= run.told(run.manifest.get("data", {}))
         for row in run.rows:
             if row.get("generated") is not None and row.get("question"):
                 key = (run.content["suite"], row["task"], row["id"], row["question"])
@@ -346,7 +372,7 @@ def _demo_methods(run: _Run) -> list[Method]:
         forget = {c.removeprefix("forget_"): v for c, v in means.items() if c.startswith("forget_")}
         retain = {c.removeprefix("retain_"): v for c, v in means.items() if c.startswith("retain_")}
         rest = {c: v for c, v in means.items() if not c.startswith(("forget_", "retain_"))}
-        parts = {"forget": forget, "retain": retain, "other": rest}
+        parts = run.told(dict(zip(DEMO_PARTS, (forget, retain, rest), strict=True)))
         entries = [_demo_attack(c, row[c], columns[c]) for c in DEMO_ATTACKS]
         entries.sort(key=lambda entry: entry["leak"], reverse=True)
         direct = _demo_attack("direct", row["forget_recall"], columns["forget_recall"])
