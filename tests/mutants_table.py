@@ -438,6 +438,12 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a stroke hides a leak", "stroked[1].lower() if stroked else _SPELT.get(char, char)", "_SPELT.get(char, char)", "tests/test_words.py::test_a_leak_is_seen_in_every_script[Polish]"),
         ("a separator of thousands hides a leak", "\"[,.' ]?\".join(groups)", "\"\".join(groups)", "tests/test_words.py::test_a_leak_is_seen_in_every_script[thousands, a comma]"),
         ("a part of a number is a leak", "and _cuts_a_number(text, start, stop))", "and False)", "tests/test_words.py::test_what_is_no_leak_is_none"),
+        ("a value keeps the full stop behind it", "    while start < stop and _loose(word[stop - 1]):\n        stop -= 1\n", "",
+         "tests/test_words.py::test_a_leak_is_seen_in_every_script[a value that ends a sentence]"),
+        ("a minus is no part of a number", "(\"-\", word[start].isdecimal())", "(\"-\", False)",
+         "tests/test_words.py::test_what_is_no_leak_is_none[without its minus]"),
+        ("a half says one", "startswith(\"<fraction>\")", "startswith(\"<none>\")",
+         "tests/test_words.py::test_what_is_no_leak_is_none[a part of a fraction]"),
     ],
     "duet/evaluation/attacks/target.py": [
         ("an answer that was cut is forgotten", "\"empty\" if not answer.text else \"cut\" if cut else \"ok\"", "\"empty\" if not answer.text else \"ok\"", "tests/test_words.py::test_an_answer_that_was_cut_is_neither_forgotten_nor_leaked"),

@@ -273,7 +273,12 @@ def test_suites_that_name_their_tasks_alike_keep_their_numbers(folder, tmp_path)
         text = report.write_report(runs, tmp_path / "report").with_suffix(".md").read_text()
         assert "| **forget_answers (own)** |" in text and "| **forget_answers (v1.2)** |" in text
         assert "against retain_answers" in text, "the frontier knows what is to be forgotten"
-    assert set(student.asked) == {"forget_answers (own)", "forget_answers (v1.2)", "forget_losses", "retain_answers"}
+    assert set(student.asked) == {
+        "forget_answers (own)",
+        "forget_answers (v1.2)",
+        "forget_losses",
+        "retain_answers",
+    }
 
 
 def test_the_base_that_the_attack_asked_is_the_base_of_the_runs(folder, page):

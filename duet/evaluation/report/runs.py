@@ -95,7 +95,9 @@ class _Run:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
     all_rows: bool = True  # of a demo; False: only the row of the role that it was given as
-    full: Mapping[str, str] = field(default_factory=dict)  # of tasks and numbers that another suite names alike
+    full: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of tasks and numbers that another suite names alike
 
     @property
     def suite(self) -> str:

@@ -269,7 +269,11 @@ def _metric_cell(method: Method, task: str, metric: str) -> Cell:
 
 def _number_lines(methods: Sequence[Method]) -> Iterator[Line]:
     for name in dict.fromkeys(name for m in methods for name in m.numbers):
-        yield "of the suite", f"{name} {_meaning(name).keep}".strip(), lambda method, name=name: _number_cell(method, name)
+        yield (
+            "of the suite",
+            f"{name} {_meaning(name).keep}".strip(),
+            lambda method, name=name: _number_cell(method, name),
+        )
 
 
 def _meaning(number: str) -> Meaning:
