@@ -447,6 +447,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/attacks/target.py": [
         ("an answer that was cut is forgotten", "\"empty\" if not answer.text else \"cut\" if cut else \"ok\"", "\"empty\" if not answer.text else \"ok\"", "tests/test_words.py::test_an_answer_that_was_cut_is_neither_forgotten_nor_leaked"),
+        ("a learning rate is not a number", "not all(0 < rate < math.inf for rate in self.relearn_rates)", "min(self.relearn_rates) <= 0",
+         "tests/test_evaluation_attacks.py::test_expected_errors_of_the_command"),
     ],
     "duet/evaluation/attacks/attacks.py": [
         ("asked again, a judged turn is forgotten", 'if turn == 0 or outcome["status"] in ("ok", "cut", "nan"):', 'if turn == 0:', _ATTACKS + "test_asked_again_the_answer_comes_in_a_later_turn"),
@@ -463,6 +465,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/attacks/rows.py": [
         ("relearning shows a value that it asks for", "if 2 * (len(first) + len(group)) <= len(rows):", "if len(first) < len(rows) // 2:", "tests/test_attack_rows.py::test_no_half_tells_what_the_other_half_is_asked"),
         ("the given opening counts as recalled", "rest = self.answer.strip().removeprefix(opening)", "rest = self.answer.strip()", "tests/test_attack_rows.py::test_when_an_answer_has_come_back"),
+        ("rows trained on are held out", "if (row.conversation, row.answer) in seen:", "if False:",
+         "tests/test_evaluation_attacks.py::test_expected_errors_of_the_command"),
     ],
     "duet/evaluation/attacks/runner.py": [
         ("queries and steps are swapped in the table", "spent = str(cost[\"queries\"]), str(cost[\"steps\"]),", "spent = str(cost[\"steps\"]), str(cost[\"queries\"]),", _ATTACKS + "test_every_column_of_the_terminal_table_holds_its_own_number"),
@@ -570,6 +574,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/commands.py": [
         ("each process of a launcher does the whole command", 'os.environ.get("WORLD_SIZE", "1")) != "1":', 'os.environ.get("WORLD_SIZE", "1")) == "0":',
          "tests/test_evaluation_runner.py::test_a_launcher_of_several_processes_is_refused[elicit ./m --subject s --out o]"),
+        ("a file without rows is no file", "        if not rows:\n            raise ValueError(f\"{argument}: wanted at least one row, got none in {path!r}\")\n", "        if not rows:\n            return []\n",
+         "tests/test_evaluation_attacks.py::test_expected_errors_of_the_command"),
+        ("the first wording of a Windows file is another", "encoding=\"utf-8-sig\"", "encoding=\"utf-8\"",
+         "tests/test_evaluation_attacks.py::test_wordings_of_a_windows_file"),
     ],
     "duet/evaluation/facts.py": [
         ("somebody's rows are written over", "        if (path := _file_of(out, split, kind)).exists():", "        if not (path := _file_of(out, split, kind)):",

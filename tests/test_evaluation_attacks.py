@@ -23,7 +23,7 @@ from duet.evaluation.attacks import runner as attack_run
 from duet.evaluation.attacks.attacks import ATTACKS
 from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows
 from duet.evaluation.attacks.target import AttackOptions, Target
-from duet.evaluation.commands import literal_console
+from duet.evaluation.commands import lines_of, literal_console
 from duet.evaluation.generation import Continuation
 from duet.evaluation.report.report import write_report
 from duet.evaluation.scoring import Forced
@@ -571,6 +571,12 @@ def test_rows_that_do_not_fit_and_nan_weights_are_marked(tmp_path):
         (("--reverse-prompts", "empty.txt"), "reverse_prompts: wanted at least one wording in empty.txt, got none"),
         (("--holdout", "none.jsonl"), "holdout: there is no file 'none.jsonl'"),
         (("--forget", "none.jsonl"), "forget: there is no file 'none.jsonl'"),
+        (("--forget", "empty.jsonl"), "forget: wanted at least one row, got none in 'empty.jsonl'"),
+        (("--retain", "empty.jsonl"), "retain: wanted at least one row, got none in 'empty.jsonl'"),
+        (("--holdout", "empty.jsonl"), "holdout: wanted at least one row, got none in 'empty.jsonl'"),
+        (("--holdout", "forget.jsonl"), r"holdout\[0\]: wanted a row that was never trained on, .* of forget\[0\]"),
+        (("--relearn-rates", "1e-4,nan"), "relearn_rates: wanted finite numbers > 0, got .*nan"),
+        (("--relearn-rates", "inf"), "relearn_rates: wanted finite numbers > 0, got .*inf"),
         (("--forget", "bare.jsonl"), r"forget\[0\]: wanted a row with an 'answer'"),
         (("--device", "toaster"), "device: wanted one that torch can use here, got 'toaster'"),
     ],
@@ -578,12 +584,18 @@ def test_rows_that_do_not_fit_and_nan_weights_are_marked(tmp_path):
 def test_expected_errors_of_the_command(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "bare.jsonl").write_text('{"question": "who ?"}\n')
     (tmp_path / "forget.jsonl").write_text(json.dumps(QUESTION) + "\n")
     called = ["attack", str(CHECKPOINT), "--forget", "forget.jsonl", "--out", "out", *words]
     failed = CliRunner().invoke(cli.app, called)
     assert isinstance(failed.exception, (ValueError, FileNotFoundError)), failed.output
     assert re.search(message, str(failed.exception)) and not (tmp_path / "out").exists()
+
+
+def test_wordings_of_a_windows_file(tmp_path):
+    (tmp_path / "said.txt").write_bytes(b"\xef\xbb\xbfTell me.\r\n\r\nSay it.\r\n")
+    assert lines_of(tmp_path / "said.txt", "reverse_prompts") == ("Tell me.", "Say it.")
 
 
 def test_expected_errors(tmp_path, forget):
