@@ -560,6 +560,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/attacks/weights.py": [
         ("DoRA's rows keep their lengths", "weight = weight * (wanted / weight.norm(dim=1))[:, None]", "pass",
          "tests/test_attack_weights.py::test_a_packed_base_is_unpacked_before_it_is_rounded[nf4-True]"),
+        ("dropout is drawn without a seed", "            torch.manual_seed(dropout.getrandbits(63))\n", "",
+         "tests/test_evaluation_attacks.py::test_relearning_with_dropout_is_the_same_whatever_was_drawn_before"),
+        ("an adapter that was off is trained from then on", "            parameter.requires_grad_(flag)\n", "            pass\n",
+         "tests/test_evaluation_attacks.py::test_without_its_adapter_a_model_keeps_its_flags"),
     ],
     "duet/run/config_file.py": [
         ("a comment cuts a text of the command line", "value = text  # as", "pass  # as",

@@ -593,6 +593,39 @@ def test_expected_errors_of_the_command(tmp_path, monkeypatch, words, message):
     assert re.search(message, str(failed.exception)) and not (tmp_path / "out").exists()
 
 
+def with_dropout():
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=2, lora_alpha=8, lora_dropout=0.5, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
+    return get_peft_model(tiny(), config).eval().requires_grad_(False)
+
+
+def test_relearning_with_dropout_is_the_same_whatever_was_drawn_before():
+    model, sequences = with_dropout(), [Forced([1, 7, 9], [12, 2]), Forced([1, 8, 9], [11, 2])]
+
+    def losses(seed):
+        with weights.restored(model):
+            steps = weights.fine_tune(
+                model, sequences, rate=1e-2, curve=(1, 2, 3), rows=1, pad_id=0, seed=seed
+            )
+            return [(float(torch.rand(1)), loss)[1] for _, loss in steps]
+
+    torch.manual_seed(0)
+    first, drawn = losses(3), float(torch.rand(1))
+    assert losses(3) == first != losses(4)
+    torch.manual_seed(0)
+    torch.rand(3)
+    assert float(torch.rand(1)) == drawn, "training takes none of the numbers of others"
+
+
+def test_without_its_adapter_a_model_keeps_its_flags():
+    model = with_dropout()
+    with weights.without_adapter(model):
+        pass
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_wordings_of_a_windows_file(tmp_path):
     (tmp_path / "said.txt").write_bytes(b"\xef\xbb\xbfTell me.\r\n\r\nSay it.\r\n")
     assert lines_of(tmp_path / "said.txt", "reverse_prompts") == ("Tell me.", "Say it.")

@@ -92,15 +92,20 @@ def nf4_weights(model: Any) -> None:
 @contextmanager
 def without_adapter(model: Any) -> Iterator[None]:
     """The model without its adapter, as after deleting the adapter's file."""
-    if hasattr(model, "disable_adapter"):
-        with model.disable_adapter():
-            yield
-        return
-    model.disable_adapters()  # adapters that transformers itself attached
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        yield
-    finally:
-        model.enable_adapters()
+        if hasattr(model, "disable_adapter"):
+            with model.disable_adapter():
+                yield
+            return
+        model.disable_adapters()  # adapters that transformers itself attached
+        try:
+            yield
+        finally:
+            model.enable_adapters()
+    finally:  # both ways back make the adapter's weights trainable
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
 
 
 @contextmanager
@@ -191,13 +196,15 @@ def fine_tune(
     """AdamW (no weight decay) on the cross-entropy of the answers; every weight that can be trained is.
 
     Half-precision weights are trained in fp32: otherwise small steps would round to 0, and the attack would look weak.
-    Use inside `restored(model)`.
+    Dropout draws from `seed`, whatever was drawn before or between the steps, and leaves torch's random numbers as they were. Use
+    inside `restored(model)`.
 
     Args:
         sequences: prompts and answers.
         rate: learning rate, constant.
         curve: after which numbers of steps to yield, ascending.
         rows: sequences a step, drawn anew.
+        seed: which sequences, and what dropout drops.
 
     Yields:
         (steps done, loss of the last one in nats); after a loss that is not finite nothing more.
@@ -207,12 +214,16 @@ def fine_tune(
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    rng = random.Random(seed)
+    gpus = sorted({p.device.index for p in trained if p.device.type == "cuda"})
+    rng, dropout = random.Random(seed), random.Random(f"dropout {seed}")
     for step in range(1, max(curve) + 1):
         model.train()
-        loss = answer_loss(model, rng.sample(sequences, min(rows, len(sequences))), pad_id)
+        batch = rng.sample(sequences, min(rows, len(sequences)))
         optimizer.zero_grad()
-        loss.backward()
+        with torch.random.fork_rng(gpus):
+            torch.manual_seed(dropout.getrandbits(63))
+            loss = answer_loss(model, batch, pad_id)
+            loss.backward()
         optimizer.step()
         if step in curve:
             value = float(loss.detach())
