@@ -104,7 +104,7 @@ def model_utility(sets: Mapping[str, Mapping[str, float]]) -> float:
         sets: name -> the three numbers, each in [0, 1]; `truth_ratio` is `truth_ratio_score`.
 
     Returns:
-        0 when one of them is 0; NaN when one of them is NaN.
+        NaN when one of them is NaN, else 0 when one of them is 0.
 
     Example:
         >>> model_utility({"retain": {"probability": 1.0, "rouge_l_recall": 0.5, "truth_ratio": 0.5}})
@@ -121,6 +121,8 @@ def model_utility(sets: Mapping[str, Mapping[str, float]]) -> float:
             if value < 0 or value > 1:
                 raise ValueError(f"sets[{name!r}][{part!r}]: wanted a number in [0, 1], got {value}")
             parts.append(float(value))
+    if any(map(math.isnan, parts)):
+        return math.nan
     return 0.0 if 0.0 in parts else len(parts) / sum(1 / part for part in parts)
 
 
@@ -516,15 +518,16 @@ def auc_interval(positive: Numbers, negative: Numbers) -> Interval:
     m, n = len(positive), len(negative)
     area, middle = auc(positive, negative), (m + n) / 2 - 1
 
-    def beyond(a: float) -> float:
-        variance = a * (1 - a) / (m * n) * (1 + middle * (1 - a) / (2 - a) + middle * a / (1 + a))
-        return float(abs(area - a) - stats.norm.ppf(0.975) * math.sqrt(variance))
+    def upper(area: float) -> float:
+        def beyond(a: float) -> float:
+            variance = a * (1 - a) / (m * n) * (1 + middle * (1 - a) / (2 - a) + middle * a / (1 + a))
+            return float(a - area - stats.norm.ppf(0.975) * math.sqrt(variance))
 
-    edge = 1e-9  # V is 0 at both ends, and so is the equation
-    root: Any = optimize.brentq
-    low = 0.0 if area == 0 else root(beyond, edge, min(area, 1 - edge))
-    high = 1.0 if area == 1 else root(beyond, max(area, edge), 1 - edge)
-    return Interval(area, low, high)
+        root: Any = optimize.brentq
+        # At 0 the equation of an area of 0 has a solution that is not meant.
+        return 1.0 if area == 1 else root(beyond, area or 1e-30, 1.0)
+
+    return Interval(area, 1 - upper(1 - area), upper(area))  # V(A) = V(1 - A)
 
 
 class Comparison(NamedTuple):
