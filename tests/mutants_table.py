@@ -418,6 +418,12 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/data/importers.py": [
         ("another import overwrites the rows", "path.read_bytes() != text.encode()", "not path.name", "tests/test_importers.py::test_another_import_overwrites_nothing"),
+        ("of several runs one is taken", "if len(runs) > 1:", "if len(runs) > 9:",
+         "tests/test_importers.py::test_of_several_runs_of_openunlearning_none_is_taken"),
+        ("a truth that is no text is one", "if not isinstance(value[name], str):", "if value[name] is None:",
+         "tests/test_importers.py::test_fields_of_openunlearning_of_another_type"),
+        ("MMLU's letter may be a choice", "correct = LETTERS.index(cells[5].strip())", "correct = cells[5]",
+         "tests/test_importers.py::test_choices"),
     ],
     "duet/evaluation/values.py": [
         ("a list in a .csv cell is one question", "return json.loads(value)", "return value", "tests/test_attack_rows.py::test_a_csv_cell_may_hold_a_list"),
@@ -650,5 +656,11 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/report/runs.py": [
         ("of two tasks of one name the last is kept", "if len(suites[name]) > 1}", "if len(suites[name]) > 9}",
          "tests/test_evaluation_report.py::test_suites_that_name_their_tasks_alike_keep_their_numbers"),
+    ],
+    "duet/data/rows.py": [
+        ("of two meanings the first is taken", "if len(which) == 1:", "if which:",
+         "tests/test_evaluation_suites.py::test_a_row_that_cannot_be_asked_says_why"),
+        ("a NaN is an answer", " and math.isfinite(value)", "",
+         "tests/test_evaluation_suites.py::test_a_row_that_cannot_be_asked_says_why"),
     ],
 }  # fmt: skip
