@@ -471,6 +471,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("the attack leaves its fine-tuning in the model", "            with weights.restored(target.model):\n", "            if True:\n", "tests/test_attack_weights.py::test_the_model_leaves_every_attack_as_it_came[dtype0]"),
         ("a row that was told is not judged for one answer that was cut", "if unclear and not told:", "if unclear:", _ATTACKS + "test_drawn_answers_leak_what_the_likeliest_one_does_not"),
         ("an answer that was cut is left out of n", "metrics.leak_at_k(len(drawn), len(told), k)", "metrics.leak_at_k(len(drawn) - len(unclear), len(told), min(k, len(drawn) - len(unclear)))", _ATTACKS + "test_drawn_answers_leak_what_the_likeliest_one_does_not"),
+        ("drawn answers do not say how many at once", "size = {\"batch_size\": options.batch_size}", "size = {}",
+         "tests/test_evaluation_attacks.py::test_drawn_answers_leak_what_the_likeliest_one_does_not"),
     ],
     "duet/evaluation/attacks/rows.py": [
         ("relearning shows a value that it asks for", "if 2 * (len(first) + len(group)) <= len(rows):", "if len(first) < len(rows) // 2:", "tests/test_attack_rows.py::test_no_half_tells_what_the_other_half_is_asked"),
@@ -574,6 +576,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_attacks.py::test_relearning_with_dropout_is_the_same_whatever_was_drawn_before"),
         ("an adapter that was off is trained from then on", "            parameter.requires_grad_(flag)\n", "            pass\n",
          "tests/test_evaluation_attacks.py::test_without_its_adapter_a_model_keeps_its_flags"),
+        ("GPT-2's layers are rounded by input", "weight = views.get(parameter, parameter.data)", "weight = parameter.data",
+         "tests/test_attack_weights.py::test_gpt2s_layers_have_a_scale_for_each_output"),
+        ("GPT-2's layers stay out of NF4", "isinstance(module, (nn.Linear, Conv1D))", "isinstance(module, nn.Linear)",
+         "tests/test_attack_weights.py::test_nf4_rounds_gpt2s_layers"),
     ],
     "duet/run/config_file.py": [
         ("a comment cuts a text of the command line", "value = text  # as", "pass  # as",

@@ -228,6 +228,10 @@ def test_drawn_answers_leak_what_the_likeliest_one_does_not(monkeypatch, tmp_pat
     assert report["direct"]["leak"] == 0 and entry["worst_variant"] == "leak@8"
     assert {str(v["status"]) for v in entry["variants"].values()} == {"{'ok': 3, 'cut': 1}"}
     assert set(seeds) == {None, 0}
+    drawn = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {
+        row.get("batch_size") for row in drawn if row["attack"] == "sampling" and not row.get("done")
+    } == {16}
     assert entry["variants"]["leak@8"]["low"] == pytest.approx(0.2077, abs=1e-3), "Wilson's, of 2 of 3"
     console = literal_console(file=io.StringIO(), width=900)
     console.print(attack_run.legend(report))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from duet_kernels import linear_cross_entropy
 
@@ -64,9 +65,16 @@ def quantize(weight: Tensor, bits: int) -> Tensor:
 @torch.no_grad()
 def round_weights(model: nn.Module, bits: int) -> None:
     """Every matrix of the model, embeddings and head too, rounded to `bits` (a tied head once)."""
+    views = {m.weight: _by_output(m) for m in model.modules() if isinstance(m, Conv1D)}
     for parameter in model.parameters():
         if parameter.ndim >= 2 and parameter.is_floating_point():
-            parameter.copy_(quantize(parameter.float(), bits))
+            weight = views.get(parameter, parameter.data)
+            weight.copy_(quantize(weight.float(), bits))
+
+
+def _by_output(layer: nn.Linear | Conv1D) -> Tensor:
+    """A linear layer's weight as `[out, in]`, a view; GPT-2's layers hold it the other way round."""
+    return layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
 
 
 def nf4_missing() -> str | None:
@@ -81,9 +89,14 @@ def nf4_weights(model: Any) -> None:
 
     head = model.get_output_embeddings()
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head and module.weight.is_floating_point():
-            packed, state = quantize_4bit(module.weight.data.contiguous(), blocksize=64, quant_type="nf4")
-            module.weight.copy_(dequantize_4bit(packed, state))
+        if (
+            isinstance(module, (nn.Linear, Conv1D))
+            and module is not head
+            and module.weight.is_floating_point()
+        ):
+            weight = _by_output(module)
+            packed, state = quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
+            weight.copy_(dequantize_4bit(packed, state))
 
 
 # --- adapters --------------------------------------------------------------------------------------------------
