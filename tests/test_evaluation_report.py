@@ -183,6 +183,12 @@ def test_a_training_output_with_runs_in_it(folder, tmp_path):
     assert "| npo | 2 | 0.5 | 0.25 |" in text
 
 
+def damaged(folder, summary, rows="", manifest="{}"):
+    folder.mkdir()
+    for name, text in (("summary.json", summary), ("rows.jsonl", rows), ("manifest.json", manifest)):
+        (folder / name).write_text(text)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -192,6 +198,13 @@ def test_a_training_output_with_runs_in_it(folder, tmp_path):
         (lambda f: (f.mkdir(), (f / "topk.json").write_text("[]")), r"topk.json: wanted an object, got .\[\]"),
         (lambda f: (f.mkdir(), (f / "topk.json").write_text("{}")), r"topk.json has no 'before'"),
         (lambda f: (f.mkdir(), (f / "summary.json").write_text("{}")), r"run: .*bad has no manifest.json"),
+        (lambda f: damaged(f, '{"suite": "s", "tasks": {"a": 1}, "numbers": {}}'), r"summary.json has 'tasks': {\"a\": 1}; wanted what"),
+        (lambda f: damaged(f, '{"suite": "s", "tasks": {"a": {"metrics": {"b": {}}}}, "numbers": {}}'), r"summary.json has 'tasks': "),
+        (lambda f: damaged(f, '{"suite": "s", "tasks": [], "numbers": {"u": 0.5}}'), r"summary.json has 'tasks': \[\]; wanted"),
+        (lambda f: damaged(f, '{"suite": "s", "tasks": {}, "numbers": {"u": 0.5}}'), r"summary.json has 'numbers': "),
+        (lambda f: damaged(f, "{}", rows="[1]\n"), r"bad is damaged or unfinished: rows.jsonl, line 1: wanted a row with task, id, got \[1\]"),
+        (lambda f: damaged(f, "{}", rows="{}\n"), r"bad is damaged or unfinished: rows.jsonl, line 1: wanted a row with task, id, got {}"),
+        (lambda f: damaged(f, "{}", manifest="[]"), r"bad is damaged or unfinished: manifest.json: wanted an object, got \[\]"),
     ],
 )  # fmt: skip
 def test_a_folder_that_is_no_run_is_named(tmp_path, make, message):

@@ -8,6 +8,7 @@ Runs of one model (fingerprints of weights and tokenizer) are one method. The mo
 is the base; a model that was asked behind a steering prefix, or whose chat template says one, is the steered teacher.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,12 +223,15 @@ def _kinds(folder: Path, argument: str, role: str | None) -> list[_Run]:
         if (folder / name).is_file():
             run = _Run(kind, folder, role, read_object(folder / name, argument), all_rows=role is None)
             if kind in ("eval", "attack"):
-                run.manifest, run.rows = read_run(folder, argument)
+                key = ("task", "id") if kind == "eval" else ()
+                run.manifest, run.rows = read_run(folder, argument, key)
             for key in needed:
+                wanted = "wanted what this version of duet writes"
                 if key not in run.content:
-                    raise ValueError(
-                        f"{argument}: {folder / name} has no {key!r}; wanted what this version of duet writes"
-                    )
+                    raise ValueError(f"{argument}: {folder / name} has no {key!r}; {wanted}")
+                if key in _OF_OBJECTS and not _objects(run.content[key], *_OF_OBJECTS[key]):
+                    got = json.dumps(run.content[key])
+                    raise ValueError(f"{argument}: {folder / name} has {key!r}: {got:.80}; {wanted}")
             if kind == "train" and (folder / STEERING).is_file():
                 run.content["steering"] = read_object(folder / STEERING, argument)
             if kind == "lm_eval":
@@ -236,6 +240,22 @@ def _kinds(folder: Path, argument: str, role: str | None) -> list[_Run]:
     return runs
 
 
+def _objects(value: Any, kind: type, fields: Sequence[str]) -> bool:
+    """Whether it is a list or an object (its kind) of objects that have the fields."""
+    if not isinstance(value, kind):
+        return False
+    each = list(value.values() if isinstance(value, dict) else value)
+    return all(isinstance(e, dict) and e.keys() >= set(fields) for e in each) and all(
+        _objects(e["metrics"], dict, ("mean", "low", "high")) for e in each if "metrics" in fields
+    )
+
+
+# Fields of these files that hold several objects -> in what, and what each of them has.
+_OF_OBJECTS = {
+    "tasks": (dict, ("metrics",)), "numbers": (dict, ("value",)), "results": (dict, ()), "log_history": (list, ()),
+    "attacks": (list, ("name", "leak", "worst_variant", "variants")), "skipped": (list, ("name", "why")), "queries": (list, ()),
+    "rows": (list, ("method",)), "examples": (list, ("question", "truth", "kind", "answers")),
+}  # fmt: skip
 # Kind of results -> its file, and what this must hold.
 _FILES = {
     "eval": (SUMMARY, ("suite", "tasks", "numbers")),
