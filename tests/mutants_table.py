@@ -440,6 +440,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_metrics.py::test_the_interval_of_many_rows_near_either_end"),
         ("a NaN hides behind a 0", "    if any(map(math.isnan, parts)):\n        return math.nan\n", "",
          "tests/test_metrics.py::test_model_utility"),
+        ("of others who sold no records it is a refusal", "    _OWN + r\"(?:no|not any) (?:knowledge|idea|record)s?\\b\",", "    r\"\\b(?:no|not any) (?:knowledge|idea|record)s?\\b\",",
+         "tests/test_metrics.py::test_refusals"),
     ],
     "duet/evaluation/words.py": [
         ("a part of a word is a leak", "alone = left and (stop == len(text) or _alone(last) or not _joined(text[stop]))", "alone = left", "tests/test_words.py::test_what_is_no_leak_is_none"),
@@ -672,5 +674,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_suites.py::test_a_row_that_cannot_be_asked_says_why"),
         ("a NaN is an answer", " and math.isfinite(value)", "",
          "tests/test_evaluation_suites.py::test_a_row_that_cannot_be_asked_says_why"),
+    ],
+    "duet/evaluation/report/page.py": [
+        ("an answer is Markdown", "    text = _literal(cell.text)\n", "    text = cell.text\n",
+         "tests/test_evaluation_report.py::test_answers_are_no_markdown"),
     ],
 }  # fmt: skip

@@ -23,6 +23,7 @@ from duet.evaluation.generation import Continuation
 from duet.evaluation.report import figures, glossary, report
 from duet.evaluation.report.figures import Estimate, Point
 from duet.evaluation.report.neighbours import neighbours_section
+from duet.evaluation.report.page import Cell, Grid, Section, markdown
 from duet.evaluation.report.runs import Inputs, Method, read_inputs
 from duet.evaluation.report.topk import compare_topk
 from duet.evaluation.suites import runner
@@ -385,6 +386,17 @@ def test_answers_that_say_the_truth_are_marked(folder, tmp_path):
     assert "says the truth when ROUGE-L recall (stemmed)" in by_words
     questions = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| who is")]
     assert questions[0] == FORGET[2]["question"], "what leaks is shown first"
+
+
+def test_answers_are_no_markdown():
+    said = "**no** _x_ a_b `c` [d](e) $f$ ~~g~~ \\| &lt; <h>"
+    text = markdown(
+        "",
+        [Section("a", "A", blocks=[Grid(["", "my_model*"], [[Cell("q"), Cell(said, mark="leaks")]])])],
+        Path(),
+    )
+    shown = r"\*\*no\*\* \_x\_ a_b \`c\` \[d\](e) \$f\$ \~\~g\~\~ \\\| \&lt; &lt;h>"
+    assert f"| q | **leaks:** {shown} |" in text and r"|  | my_model\* |" in text
 
 
 def test_what_is_missing_is_one_line(folder, tmp_path):

@@ -33,12 +33,17 @@ MEASURES = ("recall", "f1")
 UTILITY_PARTS = ("probability", "rouge_l_recall", "truth_ratio")
 
 # Openings and phrases of English answers that decline to say. Whole words, any case; other languages need their own.
+# Others may have no idea, too: the speaker is named, or the sentence starts with it ("Sorry, no idea.").
+_OWN = r"(?:\b(?:I|we|my|our|there)\b[^.!?]*?|(?:^|[.!?,])\s*)\b"
 REFUSAL_PATTERNS = (
-    r"\bI (?:do not|don't|don’t|did not|didn't) (?:know|have|recall|recognise|recognize)\b",
-    r"\bI(?:'m| am|’m) (?:not sure|not aware|not familiar|unable|afraid|sorry)\b",
-    r"\bI (?:cannot|can't|can’t|could not|couldn't|am unable to) (?:say|tell|answer|help|provide|find|recall)\b",
-    r"\b(?:no|not any) (?:information|knowledge|idea|record)s?\b",
-    r"\b(?:not|never) (?:heard of|come across|familiar with)\b",
+    r"\bI (?:do not|don['’]t|did not|didn['’]t) (?:know|have|recall|recognise|recognize)\b",
+    r"\bI(?:['’]m| am) (?:not sure|not aware|not familiar|not able|unable|afraid|sorry)\b",
+    r"\bI (?:was not able|wasn['’]t able|was unable) to\b",
+    r"\bI (?:can ?not|can['’]t|could not|couldn['’]t) (?:say|tell|answer|help|provide|find|recall)\b",
+    r"\bI (?:know|remember|recall) nothing\b",
+    r"\b(?:no|not any) information\b",
+    _OWN + r"(?:no|not any) (?:knowledge|idea|record)s?\b",
+    _OWN + r"(?:not|never|haven['’]t) (?:heard of|come across|familiar with)\b",
     r"\bunknown to me\b",
 )
 
