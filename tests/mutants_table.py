@@ -418,6 +418,12 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/data/importers.py": [
         ("another import overwrites the rows", "path.read_bytes() != text.encode()", "not path.name", "tests/test_importers.py::test_another_import_overwrites_nothing"),
+        ("of several runs one is taken", "if len(runs) > 1:", "if len(runs) > 9:",
+         "tests/test_importers.py::test_of_several_runs_of_openunlearning_none_is_taken"),
+        ("a truth that is no text is one", "if not isinstance(value[name], str):", "if value[name] is None:",
+         "tests/test_importers.py::test_fields_of_openunlearning_of_another_type"),
+        ("MMLU's letter may be a choice", "correct = LETTERS.index(cells[5].strip())", "correct = cells[5]",
+         "tests/test_importers.py::test_choices"),
     ],
     "duet/evaluation/values.py": [
         ("a list in a .csv cell is one question", "return json.loads(value)", "return value", "tests/test_attack_rows.py::test_a_csv_cell_may_hold_a_list"),
@@ -430,6 +436,12 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("extraction strength counts the prefix", "1.0 - float(wrong[-1] + 1) / len(hits)", "1.0 - float(wrong[-1]) / len(hits)", "tests/test_metrics.py::test_memorisation"),
         ("Min-K% takes the highest", "ordered[: max(1, int(len(ordered) * k / 100))].mean()", "ordered[-max(1, int(len(ordered) * k / 100)) :].mean()", "tests/test_metrics.py::test_membership_scores"),
         ("PrivLeak tells forget from holdout", "ours = auc(-holdout, -forget)", "ours = auc(-forget, -holdout)", "tests/test_metrics.py::test_auc_and_privleak"),
+        ("an AUC of few pairs out of order has no interval", "root(beyond, area or 1e-30, 1.0)", "root(beyond, area or 1e-30, 1.0 - 1e-9)",
+         "tests/test_metrics.py::test_the_interval_of_many_rows_near_either_end"),
+        ("a NaN hides behind a 0", "    if any(map(math.isnan, parts)):\n        return math.nan\n", "",
+         "tests/test_metrics.py::test_model_utility"),
+        ("of others who sold no records it is a refusal", "    _OWN + r\"(?:no|not any) (?:knowledge|idea|record)s?\\b\",", "    r\"\\b(?:no|not any) (?:knowledge|idea|record)s?\\b\",",
+         "tests/test_metrics.py::test_refusals"),
     ],
     "duet/evaluation/words.py": [
         ("a part of a word is a leak", "alone = left and (stop == len(text) or _alone(last) or not _joined(text[stop]))", "alone = left", "tests/test_words.py::test_what_is_no_leak_is_none"),
@@ -438,9 +450,17 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a stroke hides a leak", "stroked[1].lower() if stroked else _SPELT.get(char, char)", "_SPELT.get(char, char)", "tests/test_words.py::test_a_leak_is_seen_in_every_script[Polish]"),
         ("a separator of thousands hides a leak", "\"[,.' ]?\".join(groups)", "\"\".join(groups)", "tests/test_words.py::test_a_leak_is_seen_in_every_script[thousands, a comma]"),
         ("a part of a number is a leak", "and _cuts_a_number(text, start, stop))", "and False)", "tests/test_words.py::test_what_is_no_leak_is_none"),
+        ("a value keeps the full stop behind it", "    while start < stop and _loose(word[stop - 1]):\n        stop -= 1\n", "",
+         "tests/test_words.py::test_a_leak_is_seen_in_every_script[a value that ends a sentence]"),
+        ("a minus is no part of a number", "(\"-\", word[start].isdecimal())", "(\"-\", False)",
+         "tests/test_words.py::test_what_is_no_leak_is_none[without its minus]"),
+        ("a half says one", "startswith(\"<fraction>\")", "startswith(\"<none>\")",
+         "tests/test_words.py::test_what_is_no_leak_is_none[a part of a fraction]"),
     ],
     "duet/evaluation/attacks/target.py": [
         ("an answer that was cut is forgotten", "\"empty\" if not answer.text else \"cut\" if cut else \"ok\"", "\"empty\" if not answer.text else \"ok\"", "tests/test_words.py::test_an_answer_that_was_cut_is_neither_forgotten_nor_leaked"),
+        ("a learning rate is not a number", "not all(0 < rate < math.inf for rate in self.relearn_rates)", "min(self.relearn_rates) <= 0",
+         "tests/test_evaluation_attacks.py::test_expected_errors_of_the_command"),
     ],
     "duet/evaluation/attacks/attacks.py": [
         ("asked again, a judged turn is forgotten", 'if turn == 0 or outcome["status"] in ("ok", "cut", "nan"):', 'if turn == 0:', _ATTACKS + "test_asked_again_the_answer_comes_in_a_later_turn"),
@@ -453,10 +473,14 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("the attack leaves its fine-tuning in the model", "            with weights.restored(target.model):\n", "            if True:\n", "tests/test_attack_weights.py::test_the_model_leaves_every_attack_as_it_came[dtype0]"),
         ("a row that was told is not judged for one answer that was cut", "if unclear and not told:", "if unclear:", _ATTACKS + "test_drawn_answers_leak_what_the_likeliest_one_does_not"),
         ("an answer that was cut is left out of n", "metrics.leak_at_k(len(drawn), len(told), k)", "metrics.leak_at_k(len(drawn) - len(unclear), len(told), min(k, len(drawn) - len(unclear)))", _ATTACKS + "test_drawn_answers_leak_what_the_likeliest_one_does_not"),
+        ("drawn answers do not say how many at once", "size = {\"batch_size\": options.batch_size}", "size = {}",
+         "tests/test_evaluation_attacks.py::test_drawn_answers_leak_what_the_likeliest_one_does_not"),
     ],
     "duet/evaluation/attacks/rows.py": [
         ("relearning shows a value that it asks for", "if 2 * (len(first) + len(group)) <= len(rows):", "if len(first) < len(rows) // 2:", "tests/test_attack_rows.py::test_no_half_tells_what_the_other_half_is_asked"),
         ("the given opening counts as recalled", "rest = self.answer.strip().removeprefix(opening)", "rest = self.answer.strip()", "tests/test_attack_rows.py::test_when_an_answer_has_come_back"),
+        ("rows trained on are held out", "if (row.conversation, row.answer) in seen:", "if False:",
+         "tests/test_evaluation_attacks.py::test_expected_errors_of_the_command"),
     ],
     "duet/evaluation/attacks/runner.py": [
         ("queries and steps are swapped in the table", "spent = str(cost[\"queries\"]), str(cost[\"steps\"]),", "spent = str(cost[\"steps\"]), str(cost[\"queries\"]),", _ATTACKS + "test_every_column_of_the_terminal_table_holds_its_own_number"),
@@ -550,6 +574,14 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/attacks/weights.py": [
         ("DoRA's rows keep their lengths", "weight = weight * (wanted / weight.norm(dim=1))[:, None]", "pass",
          "tests/test_attack_weights.py::test_a_packed_base_is_unpacked_before_it_is_rounded[nf4-True]"),
+        ("dropout is drawn without a seed", "            torch.manual_seed(dropout.getrandbits(63))\n", "",
+         "tests/test_evaluation_attacks.py::test_relearning_with_dropout_is_the_same_whatever_was_drawn_before"),
+        ("an adapter that was off is trained from then on", "            parameter.requires_grad_(flag)\n", "            pass\n",
+         "tests/test_evaluation_attacks.py::test_without_its_adapter_a_model_keeps_its_flags"),
+        ("GPT-2's layers are rounded by input", "weight = views.get(parameter, parameter.data)", "weight = parameter.data",
+         "tests/test_attack_weights.py::test_gpt2s_layers_have_a_scale_for_each_output"),
+        ("GPT-2's layers stay out of NF4", "isinstance(module, (nn.Linear, Conv1D))", "isinstance(module, nn.Linear)",
+         "tests/test_attack_weights.py::test_nf4_rounds_gpt2s_layers"),
     ],
     "duet/yaml_text.py": [
         ("a leading 0 makes an integer octal", "int(text, 0 if text[:2] in (\"0o\", \"0x\") else 10)", "int(text, 8 if text[0] == \"0\" else 10)",
@@ -564,10 +596,16 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_runner.py::test_the_journal_refuses_what_is_not_its_own"),
         ("two processes write to one folder", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
          "tests/test_evaluation_runner.py::test_two_processes_do_not_write_to_one_folder"),
+        ("a line that is no row is one", "if not isinstance(row, dict) or not row.keys() >= set(key):", "if False:",
+         "tests/test_evaluation_runner.py::test_the_journal_refuses_what_is_not_its_own"),
     ],
     "duet/evaluation/commands.py": [
         ("each process of a launcher does the whole command", 'os.environ.get("WORLD_SIZE", "1")) != "1":', 'os.environ.get("WORLD_SIZE", "1")) == "0":',
          "tests/test_evaluation_runner.py::test_a_launcher_of_several_processes_is_refused[elicit ./m --subject s --out o]"),
+        ("a file without rows is no file", "        if not rows:\n            raise ValueError(f\"{argument}: wanted at least one row, got none in {path!r}\")\n", "        if not rows:\n            return []\n",
+         "tests/test_evaluation_attacks.py::test_expected_errors_of_the_command"),
+        ("the first wording of a Windows file is another", "encoding=\"utf-8-sig\"", "encoding=\"utf-8\"",
+         "tests/test_evaluation_attacks.py::test_wordings_of_a_windows_file"),
     ],
     "duet/evaluation/facts.py": [
         ("somebody's rows are written over", "        if (path := _file_of(out, split, kind)).exists():", "        if not (path := _file_of(out, split, kind)):",
@@ -630,5 +668,21 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "benchmarks/report.py": [
         ("an operation where ours failed is left out", "        ours = _best(mine)\n", "        ours = _best(mine)\n        if ours is None:\n            continue\n",
          "tests/test_benchmarks.py::test_the_short_table_says_where_ours_failed"),
+    ],
+    "duet/evaluation/report/runs.py": [
+        ("of two tasks of one name the last is kept", "if len(suites[name]) > 1}", "if len(suites[name]) > 9}",
+         "tests/test_evaluation_report.py::test_suites_that_name_their_tasks_alike_keep_their_numbers"),
+        ("results of another form are read", "if key in _OF_OBJECTS and not _objects(run.content[key], *_OF_OBJECTS[key]):", "if False:",
+         "tests/test_evaluation_report.py::test_a_folder_that_is_no_run_is_named"),
+    ],
+    "duet/data/rows.py": [
+        ("of two meanings the first is taken", "if len(which) == 1:", "if which:",
+         "tests/test_evaluation_suites.py::test_a_row_that_cannot_be_asked_says_why"),
+        ("a NaN is an answer", " and math.isfinite(value)", "",
+         "tests/test_evaluation_suites.py::test_a_row_that_cannot_be_asked_says_why"),
+    ],
+    "duet/evaluation/report/page.py": [
+        ("an answer is Markdown", "    text = _literal(cell.text)\n", "    text = cell.text\n",
+         "tests/test_evaluation_report.py::test_answers_are_no_markdown"),
     ],
 }  # fmt: skip

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from duet.demo.checkpoint import load_base, load_world
 from duet.evaluation.attacks import weights
@@ -86,6 +87,31 @@ def test_fine_tuning_learns_and_reports_its_curve():
     assert list(losses) == [1, 30] and losses[30] < 0.5 * losses[1]
     assert target.ask("after")[0]["leaked"] == 1
     assert list(weights.fine_tune(model, sequences, rate=1e30, curve=(1, 5), rows=6, pad_id=0))[1:] == []
+
+
+def gpt2():
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, n_positions=16, initializer_range=0.3)
+    return GPT2LMHeadModel(config).eval()
+
+
+def test_gpt2s_layers_have_a_scale_for_each_output():
+    model = gpt2()
+    before = bits(model)
+    weights.round_weights(model, 4)
+    name = "transformer.h.0.mlp.c_fc.weight"  # [in, out]
+    assert torch.equal(model.state_dict()[name].T, weights.quantize(before[name].T, 4))
+    name = "transformer.wte.weight"
+    assert torch.equal(model.state_dict()[name], weights.quantize(before[name], 4))
+
+
+def test_nf4_rounds_gpt2s_layers():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    model, name = gpt2(), "transformer.h.0.mlp.c_fc.weight"
+    before = bits(model)
+    weights.nf4_weights(model)
+    packed, state = functional.quantize_4bit(before[name].T.contiguous(), blocksize=64, quant_type="nf4")
+    assert torch.equal(model.state_dict()[name].T, functional.dequantize_4bit(packed, state))
+    assert torch.equal(model.state_dict()["transformer.wte.weight"], before["transformer.wte.weight"])
 
 
 def test_nf4_rounds_the_linear_layers():

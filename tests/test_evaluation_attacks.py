@@ -23,7 +23,7 @@ from duet.evaluation.attacks import runner as attack_run
 from duet.evaluation.attacks.attacks import ATTACKS
 from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows
 from duet.evaluation.attacks.target import AttackOptions, Target
-from duet.evaluation.commands import literal_console
+from duet.evaluation.commands import lines_of, literal_console
 from duet.evaluation.generation import Continuation
 from duet.evaluation.report.report import write_report
 from duet.evaluation.scoring import Forced
@@ -228,6 +228,10 @@ def test_drawn_answers_leak_what_the_likeliest_one_does_not(monkeypatch, tmp_pat
     assert report["direct"]["leak"] == 0 and entry["worst_variant"] == "leak@8"
     assert {str(v["status"]) for v in entry["variants"].values()} == {"{'ok': 3, 'cut': 1}"}
     assert set(seeds) == {None, 0}
+    drawn = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {
+        row.get("batch_size") for row in drawn if row["attack"] == "sampling" and not row.get("done")
+    } == {16}
     assert entry["variants"]["leak@8"]["low"] == pytest.approx(0.2077, abs=1e-3), "Wilson's, of 2 of 3"
     console = literal_console(file=io.StringIO(), width=900)
     console.print(attack_run.legend(report))
@@ -571,6 +575,12 @@ def test_rows_that_do_not_fit_and_nan_weights_are_marked(tmp_path):
         (("--reverse-prompts", "empty.txt"), "reverse_prompts: wanted at least one wording in empty.txt, got none"),
         (("--holdout", "none.jsonl"), "holdout: there is no file 'none.jsonl'"),
         (("--forget", "none.jsonl"), "forget: there is no file 'none.jsonl'"),
+        (("--forget", "empty.jsonl"), "forget: wanted at least one row, got none in 'empty.jsonl'"),
+        (("--retain", "empty.jsonl"), "retain: wanted at least one row, got none in 'empty.jsonl'"),
+        (("--holdout", "empty.jsonl"), "holdout: wanted at least one row, got none in 'empty.jsonl'"),
+        (("--holdout", "forget.jsonl"), r"holdout\[0\]: wanted a row that was never trained on, .* of forget\[0\]"),
+        (("--relearn-rates", "1e-4,nan"), "relearn_rates: wanted finite numbers > 0, got .*nan"),
+        (("--relearn-rates", "inf"), "relearn_rates: wanted finite numbers > 0, got .*inf"),
         (("--forget", "bare.jsonl"), r"forget\[0\]: wanted a row with an 'answer'"),
         (("--device", "toaster"), "device: wanted one that torch can use here, got 'toaster'"),
     ],
@@ -578,12 +588,51 @@ def test_rows_that_do_not_fit_and_nan_weights_are_marked(tmp_path):
 def test_expected_errors_of_the_command(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "bare.jsonl").write_text('{"question": "who ?"}\n')
     (tmp_path / "forget.jsonl").write_text(json.dumps(QUESTION) + "\n")
     called = ["attack", str(CHECKPOINT), "--forget", "forget.jsonl", "--out", "out", *words]
     failed = CliRunner().invoke(cli.app, called)
     assert isinstance(failed.exception, (ValueError, FileNotFoundError)), failed.output
     assert re.search(message, str(failed.exception)) and not (tmp_path / "out").exists()
+
+
+def with_dropout():
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=2, lora_alpha=8, lora_dropout=0.5, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
+    return get_peft_model(tiny(), config).eval().requires_grad_(False)
+
+
+def test_relearning_with_dropout_is_the_same_whatever_was_drawn_before():
+    model, sequences = with_dropout(), [Forced([1, 7, 9], [12, 2]), Forced([1, 8, 9], [11, 2])]
+
+    def losses(seed):
+        with weights.restored(model):
+            steps = weights.fine_tune(
+                model, sequences, rate=1e-2, curve=(1, 2, 3), rows=1, pad_id=0, seed=seed
+            )
+            return [(float(torch.rand(1)), loss)[1] for _, loss in steps]
+
+    torch.manual_seed(0)
+    first, drawn = losses(3), float(torch.rand(1))
+    assert losses(3) == first != losses(4)
+    torch.manual_seed(0)
+    torch.rand(3)
+    assert float(torch.rand(1)) == drawn, "training takes none of the numbers of others"
+
+
+def test_without_its_adapter_a_model_keeps_its_flags():
+    model = with_dropout()
+    with weights.without_adapter(model):
+        pass
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_wordings_of_a_windows_file(tmp_path):
+    (tmp_path / "said.txt").write_bytes(b"\xef\xbb\xbfTell me.\r\n\r\nSay it.\r\n")
+    assert lines_of(tmp_path / "said.txt", "reverse_prompts") == ("Tell me.", "Say it.")
 
 
 def test_expected_errors(tmp_path, forget):

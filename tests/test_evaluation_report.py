@@ -23,6 +23,7 @@ from duet.evaluation.generation import Continuation
 from duet.evaluation.report import figures, glossary, report
 from duet.evaluation.report.figures import Estimate, Point
 from duet.evaluation.report.neighbours import neighbours_section
+from duet.evaluation.report.page import Cell, Grid, Section, markdown
 from duet.evaluation.report.runs import Inputs, Method, read_inputs
 from duet.evaluation.report.topk import compare_topk
 from duet.evaluation.suites import runner
@@ -183,6 +184,12 @@ def test_a_training_output_with_runs_in_it(folder, tmp_path):
     assert "| npo | 2 | 0.5 | 0.25 |" in text
 
 
+def damaged(folder, summary, rows="", manifest="{}"):
+    folder.mkdir()
+    for name, text in (("summary.json", summary), ("rows.jsonl", rows), ("manifest.json", manifest)):
+        (folder / name).write_text(text)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -192,6 +199,13 @@ def test_a_training_output_with_runs_in_it(folder, tmp_path):
         (lambda f: (f.mkdir(), (f / "topk.json").write_text("[]")), r"topk.json: wanted an object, got .\[\]"),
         (lambda f: (f.mkdir(), (f / "topk.json").write_text("{}")), r"topk.json has no 'before'"),
         (lambda f: (f.mkdir(), (f / "summary.json").write_text("{}")), r"run: .*bad has no manifest.json"),
+        (lambda f: damaged(f, '{"suite": "s", "tasks": {"a": 1}, "numbers": {}}'), r"summary.json has 'tasks': {\"a\": 1}; wanted what"),
+        (lambda f: damaged(f, '{"suite": "s", "tasks": {"a": {"metrics": {"b": {}}}}, "numbers": {}}'), r"summary.json has 'tasks': "),
+        (lambda f: damaged(f, '{"suite": "s", "tasks": [], "numbers": {"u": 0.5}}'), r"summary.json has 'tasks': \[\]; wanted"),
+        (lambda f: damaged(f, '{"suite": "s", "tasks": {}, "numbers": {"u": 0.5}}'), r"summary.json has 'numbers': "),
+        (lambda f: damaged(f, "{}", rows="[1]\n"), r"bad is damaged or unfinished: rows.jsonl, line 1: wanted a row with task, id, got \[1\]"),
+        (lambda f: damaged(f, "{}", rows="{}\n"), r"bad is damaged or unfinished: rows.jsonl, line 1: wanted a row with task, id, got {}"),
+        (lambda f: damaged(f, "{}", manifest="[]"), r"bad is damaged or unfinished: manifest.json: wanted an object, got \[\]"),
     ],
 )  # fmt: skip
 def test_a_folder_that_is_no_run_is_named(tmp_path, make, message):
@@ -257,6 +271,28 @@ def test_methods_that_were_asked_other_rows_are_named(folder, page, tmp_path):
     few_forget, attacked = re.findall(r"numbers of (.*) cannot be compared: (.*)\.", text)
     assert few_forget == ("forget_answers, forget_losses", "base, steered teacher, student; few")
     assert attacked == ("the attacks", "base, student; few"), "three retain rows are all there are"
+
+
+def test_suites_that_name_their_tasks_alike_keep_their_numbers(folder, tmp_path):
+    tree = {"tasks": {"forget_answers": SUITE["tasks"]["forget_answers"] | {"metrics": ["refusal"]}}}
+    runner.evaluate(
+        tiny(seed=1), word_tokenizer(), read_suite(tree, "v1.2"), out=tmp_path, data=folder, name="models/student", limit=2,
+    )  # fmt: skip
+    given = runs_of(folder, "student-eval")
+    for runs in ([*given, str(tmp_path)], [str(tmp_path), *given]):
+        (student,) = read_inputs(runs).methods
+        assert student.tasks["forget_answers (own)"]["metrics"].keys() == {"rouge_l_recall", "refusal"}
+        assert student.tasks["forget_answers (v1.2)"]["metrics"].keys() == {"refusal"}
+        assert student.tasks["retain_answers"] and "forget_answers" not in student.tasks
+        text = report.write_report(runs, tmp_path / "report").with_suffix(".md").read_text()
+        assert "| **forget_answers (own)** |" in text and "| **forget_answers (v1.2)** |" in text
+        assert "against retain_answers" in text, "the frontier knows what is to be forgotten"
+    assert set(student.asked) == {
+        "forget_answers (own)",
+        "forget_answers (v1.2)",
+        "forget_losses",
+        "retain_answers",
+    }
 
 
 def test_the_base_that_the_attack_asked_is_the_base_of_the_runs(folder, page):
@@ -350,6 +386,17 @@ def test_answers_that_say_the_truth_are_marked(folder, tmp_path):
     assert "says the truth when ROUGE-L recall (stemmed)" in by_words
     questions = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| who is")]
     assert questions[0] == FORGET[2]["question"], "what leaks is shown first"
+
+
+def test_answers_are_no_markdown():
+    said = "**no** _x_ a_b `c` [d](e) $f$ ~~g~~ \\| &lt; <h>"
+    text = markdown(
+        "",
+        [Section("a", "A", blocks=[Grid(["", "my_model*"], [[Cell("q"), Cell(said, mark="leaks")]])])],
+        Path(),
+    )
+    shown = r"\*\*no\*\* \_x\_ a_b \`c\` \[d\](e) \$f\$ \~\~g\~\~ \\\| \&lt; &lt;h>"
+    assert f"| q | **leaks:** {shown} |" in text and r"|  | my_model\* |" in text
 
 
 def test_what_is_missing_is_one_line(folder, tmp_path):

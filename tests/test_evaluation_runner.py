@@ -339,7 +339,14 @@ def test_the_journal_refuses_what_is_not_its_own(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest.json is not JSON"):
         Journal(tmp_path, {}, ["id"])
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"manifest.json holds \[\], wanted an object"):
+        Journal(tmp_path, {}, ["id"])
     (tmp_path / "manifest.json").write_text("{}")
+    for line, got in (("[1]", r"\[1\]"), ("{}", "{}"), ('"id"', '"id"')):
+        (tmp_path / "rows.jsonl").write_text(f'{{"id": 1}}\n{line}\n')
+        with pytest.raises(ValueError, match=rf"rows.jsonl, line 2: wanted a row with id, got {got}"):
+            Journal(tmp_path, {}, ["id"])
     (tmp_path / "rows.jsonl").write_text('{"id": 1}\nnot json\n{"id": 2}\n')
     with pytest.raises(ValueError, match=r"rows.jsonl, line 2: not JSON"):
         Journal(tmp_path, {}, ["id"])

@@ -256,6 +256,20 @@ def test_choices_by_letter_or_text():
             "bad_row",
             "answer: wanted the index, letter or text",
         ),
+        (
+            "multiple_choice",
+            ROW | {"choices": ["B", "A"], "answer": "A"},
+            "bad_row",
+            "answer: .* of 2 choices, got 'A', which means 'B' as well as 'A'",
+        ),
+        (
+            "multiple_choice",
+            ROW | {"choices": ["1", "2", "4"], "answer": "2"},
+            "bad_row",
+            "got '2', which means '2' as well as '4'",
+        ),
+        ("generate", ROW | {"answer": float("nan")}, "bad_row", "answer: wanted a text .*, got nan"),
+        ("multiple_choice", ROW | {"choices": ["a", None]}, "bad_row", "choices: wanted a text .*, got None"),
     ],
 )
 def test_a_row_that_cannot_be_asked_says_why(kind, row, status, why):

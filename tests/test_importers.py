@@ -85,7 +85,11 @@ def test_openunlearning(tmp_path, capsys):
         "forget_Q_A_ROUGE": eval_log(LLAMA, "[INST] And this? [/INST]", "Once upon a time", LLAMA),
         "forget_quality": {"agg_value": None},
         "ra_Q_A_ROUGE": eval_log("Question: Who?\nAnswer: "),
-        "retain_Q_A_ROUGE": eval_log("<|user|>\nWhere?\n<|assistant|>\n"),
+        "retain_Q_A_ROUGE": eval_log(
+            "<|system|>\nBe brief.\n<|user|>\nWhere?\n<|assistant|>\n",
+            "user\nOnce?\nmodel\nNo\nuser\nWhich model?\nmodel\n",
+        ),
+        "privleak": {"agg_value": float("nan")},
     }
     put(run, {
         "checkpoint-60/evals/TOFU_EVAL.json": {"forget_Q_A_ROUGE": eval_log("[INST] old [/INST]")},
@@ -100,7 +104,8 @@ def test_openunlearning(tmp_path, capsys):
         ],
         "retain": [
             {"question": "Who?", "answer": "Paris"},
-            {"prompt": "<|user|>\nWhere?\n<|assistant|>\n", "answer": "Paris"},
+            {"question": "Where?", "answer": "Paris"},
+            {"question": "Which model?", "answer": "Paris"},
         ],
     }
     assert found.model == run
@@ -123,6 +128,30 @@ def test_openunlearning(tmp_path, capsys):
         import_rows(tmp_path / "X_EVAL.json", "openunlearning")
     with pytest.raises(ValueError, match=r"wanted a run with \*_EVAL.json in it"):
         import_rows(tmp_path / "out", "openunlearning")
+
+
+def test_of_several_runs_of_openunlearning_none_is_taken(tmp_path):
+    for run in ("GradAscent", "NPO"):
+        put(tmp_path / "saves" / run / "evals", {"TOFU_EVAL.json": {"forget_Q_A_ROUGE": eval_log(run)}})
+    with pytest.raises(ValueError, match=r"wanted the folder of one run, got 2 in .*GradAscent, .*NPO"):
+        import_rows(tmp_path / "saves", "openunlearning")
+    assert import_rows(tmp_path / "saves" / "NPO", "openunlearning").tables["forget"][0]["prompt"] == "NPO"
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"agg_value": True}, r"forget_x, 'agg_value': wanted a number, got True"),
+        ({"agg_value": [0.5]}, r"forget_x, 'agg_value': wanted a number, got \[0.5\]"),
+        ({"value_by_index": {"7": {"input": "?", "ground_truth": ["a"]}}}, r"index 7, 'ground_truth': wanted a text, got \['a'\]"),
+        ({"value_by_index": {"7": {"input": "?", "ground_truth": 0}}}, r"index 7, 'ground_truth': wanted a text, got 0"),
+        ({"value_by_index": {"7": {"input": None, "ground_truth": "a"}}}, r"index 7, 'input': wanted a text, got None"),
+    ],
+)  # fmt: skip
+def test_fields_of_openunlearning_of_another_type(tmp_path, entry, said):
+    put(tmp_path, {"X_EVAL.json": {"forget_x": entry}})
+    with pytest.raises(ValueError, match=f"path: .*X_EVAL.json, {said}" if "forget_x" in said else said):
+        import_rows(tmp_path, "openunlearning")
 
 
 def test_another_import_overwrites_nothing(tmp_path):
@@ -174,13 +203,40 @@ def test_choices(tmp_path):
     # read and understood; this tokenizer alone has no letters
     assert result["left_out"]["mmlu"].endswith("row 0: the tokenizer cannot represent ' A'")
     for name, content, said in (
-        ("a.json", [wmdp[0] | {"answer": 4}], r"row 0, 'answer': wanted one of 4 choices, got 4"),
+        (
+            "a.json",
+            [wmdp[0] | {"answer": 4}],
+            r"row 0, 'answer': .* letter or text of one of 4 choices, got 4",
+        ),
         ("b.json", [{"question": "q", "choices": ["a"]}], r"'choices': wanted a list of 2 to 10"),
-        ("c.csv", "question,answer\n1,2\n", r"c.csv: wanted MMLU's cells"),
+        ("c.csv", "question,answer\n1,2\n", r"c.csv, line 1: wanted MMLU's cells"),
+        (
+            "d.csv",
+            "q,a,b,c,d,A\nq,a,b,c,d,E\n",
+            r"d.csv, line 2: wanted MMLU's cells .* got 6: 'q, a, b, c, d, E'",
+        ),
+        ("e.csv", "q,a,,c,d,A\n", r"row 0, 'choices': wanted a text that is not empty, got ''"),
+        ("f.csv", "", r"f.csv: wanted MMLU's rows, got none"),
+        (
+            "g.json",
+            [mmlu | {"choices": ["a", None]}],
+            r"row 0, 'choices': wanted a text that is not empty, got None",
+        ),
+        (
+            "h.json",
+            [mmlu | {"choices": ["B", "A"]}],
+            r"row 0, 'answer': .*got 'A', which means 'B' as well as 'A'",
+        ),
     ):
         put(tmp_path, {name: content})
         with pytest.raises(ValueError, match=said):
             import_rows(tmp_path / name, "choices")
+    (tmp_path / "i.csv").write_bytes("q,caf\u00e9,b,c,d,A\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"i.csv, line 1: wanted UTF-8 text"):
+        import_rows(tmp_path / "i.csv", "choices")
+    put(tmp_path, {"j.csv": f'q,"{"long " * 40_000}",b,c,d,A\nWhich blood group?,B,A,AB,O,A\n'})
+    book, blood = import_rows(tmp_path / "j.csv", "choices").tables["forget"]
+    assert len(book["value"]) == 200_000 and blood["answer"] == "A. B" and blood["value"] == "B"
     with pytest.raises(ValueError, match="kind: wanted one of rwku, openunlearning, choices"):
         import_rows(tmp_path, "tofu")
     with pytest.raises(FileNotFoundError, match="path: there is no file or folder"):

@@ -53,6 +53,8 @@ def test_model_utility():
     )
     assert metrics.model_utility({"a": {**half, "probability": 0.0}}) == 0.0
     assert math.isnan(metrics.model_utility({"a": {**half, "probability": math.nan}}))
+    both = {**half, "probability": math.nan, "truth_ratio": 0.0}
+    assert math.isnan(metrics.model_utility({"a": both}))
     with pytest.raises(ValueError, match=r"sets\['a'\].*truth_ratio"):
         metrics.model_utility({"a": {"probability": 1.0, "rouge_l_recall": 1.0}})
     with pytest.raises(ValueError, match=r"sets\['a'\]\['probability'\].*1.5"):
@@ -82,6 +84,21 @@ def test_rouge_l_variants():
         ("I'm sorry, I can't help with that.", True),
         ("I have no information about her.", True),
         ("I’m not familiar with this author.", True),
+        ("I'm not able to answer that.", True),
+        ("I was unable to find anything.", True),
+        ("I can not say.", True),
+        ("I couldn’t find her.", True),
+        ("I know nothing about it.", True),
+        ("Sorry, no idea.", True),
+        ("There is no record of such a person.", True),
+        ("As far as I can see we have no knowledge of him.", True),
+        ("I have never heard of this book.", True),
+        ("I haven't come across it.", True),
+        ("Not familiar with that one.", True),
+        ("He sold no records until 1990.", False),
+        ("She had no idea that it was Oslo.", False),
+        ("Oslo had never heard of her.", False),
+        ("I know nothings of Oslo", False),
         ("She was born in Oslo.", False),
         ("Nobody knows Oslo better than her.", False),
         ("", False),
@@ -314,6 +331,14 @@ def test_the_intervals_of_an_auc_cover_it_about_as_often_as_they_say():
         hits += interval.low <= 0.9615 <= interval.high  # Phi(2.5 / sqrt 2)
     assert 0.9 <= hits / 200 <= 0.995
     assert metrics.auc_interval([1.0] * 12, [0.0] * 12).low == pytest.approx(0.832, abs=1e-3)
+
+
+def test_the_interval_of_many_rows_near_either_end():
+    members, others = np.arange(10_000.0) + 20_000, np.append(np.arange(9_999.0), 20_000.5)
+    top, bottom = metrics.auc_interval(members, others), metrics.auc_interval(others, members)
+    assert top.estimate == 1 - 1e-8 and 0.9998 < top.low < top.estimate < top.high <= 1
+    assert bottom == pytest.approx((1 - top.estimate, 1 - top.high, 1 - top.low), abs=1e-10)
+    assert 0.9998 < metrics.auc_interval(members, others[:-1]).low < 0.9999
 
 
 def test_large_samples_are_drawn_in_blocks(monkeypatch):

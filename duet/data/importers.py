@@ -10,19 +10,20 @@
 The layouts are those of the projects' own code in 2026. Nothing is downloaded, and no model is loaded.
 """
 
-import csv
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..names import check_one_of
-from .sources import FORMATS, read_object, read_table
+from .rows import LETTERS, correct_choice, text_of
+from .sources import FORMATS, csv_cells, read_object, read_table
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
-LETTERS = "ABCDEFGHIJ"
+MOST = 10  # choices
 BLANK = "Please complete the blank in the following question.\nQuestion: {}"
 BRIEF = "Please briefly answer the following question.\nQuestion: {}"
 
@@ -114,6 +115,8 @@ def _rwku(path: Path, role: str) -> Imported:
 _ASKED = (
     re.compile(r".*\[INST\](.*)\[/INST\]\s*$", re.DOTALL),
     re.compile(r".*(?:^|\n|\W)user\s*\n+(.*?)\s*assistant\s*$", re.DOTALL),
+    re.compile(r"(?:.*\n)?user\n(.*)\nmodel\s*$", re.DOTALL),
+    re.compile(r".*<\|user\|>(.*)<\|assistant\|>\s*$", re.DOTALL),
     re.compile(r".*Question:(.*)\nAnswer:\s*$", re.DOTALL),
 )
 # How a metric's name begins -> the table. TOFU's other sets (`ra`: real authors, `wf`: world facts) must be kept, too.
@@ -125,6 +128,11 @@ def _openunlearning(path: Path, role: str) -> Imported:
     logs = [path] if path.is_file() else sorted(path.rglob("*_EVAL.json"), key=_steps)
     if not logs:
         raise ValueError(f"path: wanted a run with *_EVAL.json in it, got none in {str(path)!r}")
+    runs = sorted({str(_run_of(log)) for log in logs})
+    if len(runs) > 1:
+        raise ValueError(
+            f"path: wanted the folder of one run, got {len(runs)} in {str(path)!r}: {', '.join(runs)}"
+        )
     tables: Tables = {"forget": [], "retain": [], "holdout": []}
     numbers: dict[str, float] = {}
     latest = [log for log in logs if log.parent == logs[-1].parent]
@@ -132,20 +140,28 @@ def _openunlearning(path: Path, role: str) -> Imported:
         for metric, entry in read_object(log, "path").items():
             if not isinstance(entry, Mapping):
                 raise ValueError(f"path: {log}, {metric}: wanted an object, got {entry!r:.60}")
-            if isinstance(entry.get("agg_value"), (int, float)):
-                numbers[metric] = float(entry["agg_value"])
+            where, number = f"path: {log}, {metric}", entry.get("agg_value")
+            if number is not None and type(number) not in (int, float):
+                raise ValueError(f"{where}, 'agg_value': wanted a number, got {number!r:.60}")
+            if number is not None and math.isfinite(number):
+                numbers[metric] = float(number)
             table = _TABLES.get(metric.split("_")[0])
             if table is not None:
-                tables[table] += _asked(entry.get("value_by_index"))
+                tables[table] += _asked(entry.get("value_by_index"), where)
     for name, rows in tables.items():
         tables[name] = list({json.dumps(row): row for row in rows}.values())
     return Imported(tables, _model_of(logs[-1], path), numbers)
 
 
-def _asked(values: Any) -> Iterator[Row]:
-    for value in values.values() if isinstance(values, Mapping) else ():
-        if isinstance(value, Mapping) and isinstance(value.get("input"), str) and value.get("ground_truth"):
-            yield _prompt(value["input"]) | {"answer": str(value["ground_truth"])}
+def _asked(values: Any, where: str) -> Iterator[Row]:
+    """Of metrics that look at texts; an empty truth is none."""
+    for i, value in values.items() if isinstance(values, Mapping) else ():
+        if isinstance(value, Mapping) and {"input", "ground_truth"} <= value.keys():
+            for name in ("input", "ground_truth"):
+                if not isinstance(value[name], str):
+                    raise ValueError(f"{where}, index {i}, {name!r}: wanted a text, got {value[name]!r:.60}")
+            if value["ground_truth"].strip():
+                yield _prompt(value["input"]) | {"answer": value["ground_truth"]}
 
 
 def _prompt(text: str) -> Row:
@@ -155,6 +171,14 @@ def _prompt(text: str) -> Row:
         if match and match[1].strip():
             return {"question": match[1].strip()}
     return {"prompt": text}
+
+
+def _run_of(log: Path) -> Path:
+    """The folder above `evals` and `checkpoint-N`."""
+    folder = log.parent
+    if folder.name == "evals":
+        folder = folder.parent
+    return folder.parent if re.fullmatch(r"checkpoint-\d+", folder.name) else folder
 
 
 def _steps(log: Path) -> tuple[int, int]:
@@ -185,12 +209,13 @@ def _choices(path: Path, role: str) -> Imported:
         for i, row in enumerate(_table(file)):
             where = f"{file}, row {i}"
             question, choices = _text(row, "question", where), row.get("choices")
-            if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+            if not isinstance(choices, list) or not 2 <= len(choices) <= MOST:
                 raise ValueError(
-                    f"path: {where}, 'choices': wanted a list of 2 to {len(LETTERS)}, got {choices!r:.60}"
+                    f"path: {where}, 'choices': wanted a list of 2 to {MOST}, got {choices!r:.60}"
                 )
-            correct = _index(row.get("answer"), choices, where)
-            letter, text = LETTERS[correct], str(choices[correct])
+            choices = [text_of(choice, f"path: {where}, 'choices'") for choice in choices]
+            correct = correct_choice(row.get("answer"), choices, f"path: {where}, 'answer'")
+            letter, text = LETTERS[correct], choices[correct]
             lines = [question, *(f"{each}. {c}" for each, c in zip(LETTERS, choices, strict=False))]
             about = {"subject": row["subject"]} if isinstance(row.get("subject"), str) else {}
             asked.append(
@@ -203,25 +228,17 @@ def _choices(path: Path, role: str) -> Imported:
 def _table(file: Path) -> list[Row]:
     if file.suffix != ".csv":
         return read_table(file, "path")
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        cells = [row for row in csv.reader(lines) if row]
-    if not cells or len(cells[0]) != 6 or cells[0][5] not in LETTERS[:4]:
-        raise ValueError(
-            f"path: {file}: wanted MMLU's cells question, A, B, C, D, letter and no header, got "
-            f"{', '.join(cells[0]) if cells else 'nothing'!r:.80}"
-        )
-    for number, row in enumerate(cells, 1):
-        if len(row) != 6:
-            raise ValueError(f"path: {file}, row {number}: wanted 6 cells, got {len(row)}")
-    return [{"question": row[0], "choices": row[1:5], "answer": row[5]} for row in cells]
-
-
-def _index(given: Any, choices: list[Any], where: str) -> int:
-    if isinstance(given, str):
-        given = choices.index(given) if given in choices else LETTERS.find(given) if len(given) == 1 else None
-    if type(given) is not int or not 0 <= given < len(choices):
-        raise ValueError(f"path: {where}, 'answer': wanted one of {len(choices)} choices, got {given!r:.60}")
-    return given
+    rows = []
+    for where, cells in csv_cells(file, "path"):
+        if len(cells) != 6 or cells[5].strip() not in tuple(LETTERS[:4]):
+            raise ValueError(
+                f"{where}: wanted MMLU's cells question, A, B, C, D, letter and no header, got {len(cells)}: {', '.join(cells)!r:.80}"
+            )
+        correct = LETTERS.index(cells[5].strip())
+        rows.append({"question": cells[0], "choices": cells[1:5], "answer": correct})
+    if not rows:
+        raise ValueError(f"path: {file}: wanted MMLU's rows, got none")
+    return rows
 
 
 # --- common --------------------------------------------------------------------------------------------------------

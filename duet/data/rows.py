@@ -3,6 +3,7 @@
 {"question"} | {"prompt"} | {"messages"}   and perhaps {"answer"} | {"completion"}, {"subject"}
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ logger = logging.get_logger(__name__)
 
 PROMPTS = ("question", "prompt", "messages")
 ANSWERS = ("answer", "completion")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of choices
 
 
 class Query(NamedTuple):
@@ -143,6 +145,39 @@ def _read_messages(value: Any, name: str) -> tuple[tuple[str, str], ...]:
             raise TypeError(f"{name}[{i}]: wanted {{'role': ..., 'content': ...}}, got {message!r}")
     return tuple(
         (m["role"], checked_text(m["content"], f"{name}[{i}]['content']")) for i, m in enumerate(value)
+    )
+
+
+def text_of(value: Any, where: str) -> str:
+    """A text of a column; a number, such as a year, is one too.
+
+    Raises:
+        ValueError: it is something else, empty, no number (NaN), or no text that UTF-8 can write.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return checked_text(str(value) if number else value, where)
+
+
+def correct_choice(given: Any, choices: Sequence[str], where: str) -> int:
+    """The index of the correct choice, which is given as an index, a letter or the choice itself.
+
+    Raises:
+        ValueError: it is none of the choices, or two of them (the text of one is the letter or the index of another).
+    """
+    meant = [given] if type(given) is int else []
+    if isinstance(given, str):
+        letter = given.strip().upper()
+        meant = [choices.index(given)] if given in choices else []
+        meant += [LETTERS.index(letter)] if len(letter) == 1 and letter in LETTERS else []
+        meant += [int(letter)] if letter.isdecimal() else []
+    which = sorted({i for i in meant if 0 <= i < len(choices)})
+    if len(which) == 1:
+        return which[0]
+    told = f"{given!r:.60}"
+    if which:
+        told += f", which means {' as well as '.join(repr(choices[i]) for i in which)}"
+    raise ValueError(
+        f"{where}: wanted the index, letter or text of one of {len(choices)} choices, got {told}"
     )
 
 

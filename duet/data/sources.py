@@ -183,28 +183,38 @@ def _parsed(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON: {error.msg} at {place}") from None
 
 
-def _csv(path: Path, argument: str) -> list[dict[str, Any]]:
+def csv_cells(path: Path, argument: str) -> Iterator[tuple[str, list[str]]]:
+    """Where a row of a .csv file starts (argument, file and line), and its cells; a header is a row, empty lines are none.
+
+    Raises:
+        ValueError: not UTF-8 or not CSV; the message names the line.
+    """
     text = "".join(line for _, line in _lines(path, argument))
     csv.field_size_limit(2**30)  # a cell may hold a book
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows, names, line = [], [], 1
+    line = 1
     try:
         for cells in reader:
             start, line = line, reader.line_num + 1
-            if not cells:
-                continue
-            if not names:
-                names = _header(cells, f"{argument}: {path}")
-                continue
-            if len(cells) != len(names):
-                raise ValueError(
-                    f"{argument}: {path}, line {start}: wanted {len(names)} cells ({', '.join(names)}), got {len(cells)}; a text "
-                    'with a comma or a line break in it is written between quotes: "one, two"'
-                )
-            # An empty cell is an absent value; every other one stays a text, also where it looks like a number.
-            rows.append({name: cell or None for name, cell in zip(names, cells, strict=True)})
+            if cells:
+                yield f"{argument}: {path}, line {start}", cells
     except csv.Error as error:
         raise ValueError(f"{argument}: {path}, line {line}: not CSV: {error}") from None
+
+
+def _csv(path: Path, argument: str) -> list[dict[str, Any]]:
+    rows, names = [], []
+    for where, cells in csv_cells(path, argument):
+        if not names:
+            names = _header(cells, where)
+            continue
+        if len(cells) != len(names):
+            raise ValueError(
+                f"{where}: wanted {len(names)} cells ({', '.join(names)}), got {len(cells)}; a text "
+                'with a comma or a line break in it is written between quotes: "one, two"'
+            )
+        # An empty cell is an absent value; every other one stays a text, also where it looks like a number.
+        rows.append({name: cell or None for name, cell in zip(names, cells, strict=True)})
     return rows
 
 
@@ -212,7 +222,7 @@ def _header(cells: list[str], where: str) -> list[str]:
     names = [cell.strip() for cell in cells]
     if "" in names or len(set(names)) < len(names):
         raise ValueError(
-            f"{where}, line 1: wanted a different name for every column, got {', '.join(map(repr, names))}"
+            f"{where}: wanted a different name for every column, got {', '.join(map(repr, names))}"
         )
     return names
 

@@ -158,7 +158,7 @@ def run_attack(
     from . import models
     from .attacks import runner
     from .attacks.attacks import ATTACKS
-    from .attacks.rows import read_attack_rows, with_answers
+    from .attacks.rows import check_unseen, read_attack_rows, with_answers
     from .attacks.target import AttackOptions, Target
 
     check_one_process("attack")
@@ -170,9 +170,11 @@ def run_attack(
         if not Path(path).is_file():
             raise FileNotFoundError(f"{argument}: there is no file {path!r}")
         rows = read_table(Path(path), argument, limit)
-        if answering is not None and rows:
+        if not rows:
+            raise ValueError(f"{argument}: wanted at least one row, got none in {path!r}")
+        if answering is not None:
             rows = answering(rows, argument)
-        if (argument != "forget" or elicit) and rows:
+        if argument != "forget" or elicit:
             rows, without = with_answers(rows, argument)
             if without:
                 first = f"{without[0]} and {len(without) - 1} more" if len(without) > 1 else without[0]
@@ -209,6 +211,7 @@ def run_attack(
         before_model = models.load(str(base), dtype, device)
         answering = _eliciting(before_model, prompting, batch_size, dtype, device, console)
     rows, known, unseen = (rows_of(path, name) for name, path in files.items())
+    check_unseen(unseen, {"forget": rows, "retain": known})
     # The base, too, is asked as the model was trained: the same questions, or nothing could be compared.
     asked = {"options": options, "prompting": prompting}
     target = Target(*models.load(model, dtype, device), rows, known, unseen, **asked)
@@ -314,7 +317,7 @@ def lines_of(path: Path, argument: str) -> tuple[str, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"{argument}: there is no file {str(path)!r}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{argument}: {path} is not UTF-8 text: {error.reason}") from None
     wordings = tuple(line.strip() for line in lines if line.strip())

@@ -91,6 +91,8 @@ class Journal:
                 before = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"out: {path} is not JSON ({error}); wanted a new folder") from None
+            if not isinstance(before, dict):
+                raise ValueError(f"out: {path} holds {_short(before)}, wanted an object; take a new folder")
             for name in (*manifest, *(n for n in before if n not in manifest and n != "note")):
                 if name in MAY_LACK and name not in before:
                     continue
@@ -115,10 +117,7 @@ class Journal:
                 file.truncate(whole)
         rows, first = [], {}
         for number, line in enumerate(data[:whole].splitlines(), 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"out: {path}, line {number}: not JSON ({error})") from None
+            rows.append(_row(line, f"out: {path}, line {number}", self.key))
             key = self._key(rows[-1])
             if first.setdefault(key, number) != number:
                 raise ValueError(
@@ -167,8 +166,21 @@ def _locked(folder: Path) -> int | None:
     return lock
 
 
-def read_run(folder: str | Path, argument: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Manifest and rows of a finished run.
+def _row(line: bytes, where: str, key: Sequence[str]) -> dict[str, Any]:
+    """The row in a line, which has the fields of the key."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict) or not row.keys() >= set(key):
+        raise ValueError(f"{where}: wanted a row with {', '.join(key)}, got {_short(row)}")
+    return row
+
+
+def read_run(
+    folder: str | Path, argument: str, key: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Manifest and rows of a finished run; rows have the fields of the key.
 
     Raises:
         FileNotFoundError, ValueError: naming the argument.
@@ -180,9 +192,13 @@ def read_run(folder: str | Path, argument: str) -> tuple[dict[str, Any], list[di
         )
     try:
         lines = (folder / ROWS).read_bytes().splitlines()
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8")), [json.loads(x) for x in lines]
+        rows = [_row(line, f"{ROWS}, line {number}", key) for number, line in enumerate(lines, 1)]
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError(f"{MANIFEST}: wanted an object, got {_short(manifest)}")
     except ValueError as error:
         raise ValueError(f"{argument}: {folder} is damaged or unfinished: {error}") from None
+    return manifest, rows
 
 
 def digest(text: str) -> str:

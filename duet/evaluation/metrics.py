@@ -33,12 +33,17 @@ MEASURES = ("recall", "f1")
 UTILITY_PARTS = ("probability", "rouge_l_recall", "truth_ratio")
 
 # Openings and phrases of English answers that decline to say. Whole words, any case; other languages need their own.
+# Others may have no idea, too: the speaker is named, or the sentence starts with it ("Sorry, no idea.").
+_OWN = r"(?:\b(?:I|we|my|our|there)\b[^.!?]*?|(?:^|[.!?,])\s*)\b"
 REFUSAL_PATTERNS = (
-    r"\bI (?:do not|don't|don’t|did not|didn't) (?:know|have|recall|recognise|recognize)\b",
-    r"\bI(?:'m| am|’m) (?:not sure|not aware|not familiar|unable|afraid|sorry)\b",
-    r"\bI (?:cannot|can't|can’t|could not|couldn't|am unable to) (?:say|tell|answer|help|provide|find|recall)\b",
-    r"\b(?:no|not any) (?:information|knowledge|idea|record)s?\b",
-    r"\b(?:not|never) (?:heard of|come across|familiar with)\b",
+    r"\bI (?:do not|don['’]t|did not|didn['’]t) (?:know|have|recall|recognise|recognize)\b",
+    r"\bI(?:['’]m| am) (?:not sure|not aware|not familiar|not able|unable|afraid|sorry)\b",
+    r"\bI (?:was not able|wasn['’]t able|was unable) to\b",
+    r"\bI (?:can ?not|can['’]t|could not|couldn['’]t) (?:say|tell|answer|help|provide|find|recall)\b",
+    r"\bI (?:know|remember|recall) nothing\b",
+    r"\b(?:no|not any) information\b",
+    _OWN + r"(?:no|not any) (?:knowledge|idea|record)s?\b",
+    _OWN + r"(?:not|never|haven['’]t) (?:heard of|come across|familiar with)\b",
     r"\bunknown to me\b",
 )
 
@@ -104,7 +109,7 @@ def model_utility(sets: Mapping[str, Mapping[str, float]]) -> float:
         sets: name -> the three numbers, each in [0, 1]; `truth_ratio` is `truth_ratio_score`.
 
     Returns:
-        0 when one of them is 0; NaN when one of them is NaN.
+        NaN when one of them is NaN, else 0 when one of them is 0.
 
     Example:
         >>> model_utility({"retain": {"probability": 1.0, "rouge_l_recall": 0.5, "truth_ratio": 0.5}})
@@ -121,6 +126,8 @@ def model_utility(sets: Mapping[str, Mapping[str, float]]) -> float:
             if value < 0 or value > 1:
                 raise ValueError(f"sets[{name!r}][{part!r}]: wanted a number in [0, 1], got {value}")
             parts.append(float(value))
+    if any(map(math.isnan, parts)):
+        return math.nan
     return 0.0 if 0.0 in parts else len(parts) / sum(1 / part for part in parts)
 
 
@@ -516,15 +523,16 @@ def auc_interval(positive: Numbers, negative: Numbers) -> Interval:
     m, n = len(positive), len(negative)
     area, middle = auc(positive, negative), (m + n) / 2 - 1
 
-    def beyond(a: float) -> float:
-        variance = a * (1 - a) / (m * n) * (1 + middle * (1 - a) / (2 - a) + middle * a / (1 + a))
-        return float(abs(area - a) - stats.norm.ppf(0.975) * math.sqrt(variance))
+    def upper(area: float) -> float:
+        def beyond(a: float) -> float:
+            variance = a * (1 - a) / (m * n) * (1 + middle * (1 - a) / (2 - a) + middle * a / (1 + a))
+            return float(a - area - stats.norm.ppf(0.975) * math.sqrt(variance))
 
-    edge = 1e-9  # V is 0 at both ends, and so is the equation
-    root: Any = optimize.brentq
-    low = 0.0 if area == 0 else root(beyond, edge, min(area, 1 - edge))
-    high = 1.0 if area == 1 else root(beyond, max(area, edge), 1 - edge)
-    return Interval(area, low, high)
+        root: Any = optimize.brentq
+        # At 0 the equation of an area of 0 has a solution that is not meant.
+        return 1.0 if area == 1 else root(beyond, area or 1e-30, 1.0)
+
+    return Interval(area, 1 - upper(1 - area), upper(area))  # V(A) = V(1 - A)
 
 
 class Comparison(NamedTuple):

@@ -5,18 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..data.rows import checked_text
+from ..data.rows import text_of
 from . import metrics
-
-
-def text_of(value: Any, where: str) -> str:
-    """A text of a column; a number, such as a year, is one too.
-
-    Raises:
-        ValueError: it is something else, empty, or no text that UTF-8 can write.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return checked_text(str(value) if number else value, where)
 
 
 def listed(value: Any, where: str) -> Any:

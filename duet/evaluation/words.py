@@ -10,7 +10,9 @@ All other marks count: `й` is not `и`, a Hindi or Thai vowel sign is a letter.
     Arabic, Hebrew           a value may follow a prefix that is written together with it ("and", "the", "in")
     all others               a value stands between characters that are no letters, marks or digits
     numbers                  1815 is 1,815 and 1 815, 3 000 is 3000; 815 is no part of 1,815, nor 14 of 3.14; the whole
-                             part of 3.14 is 3
+                             part of 3.14 is 3; a fraction such as ½ is a sign of its own
+    signs                    those at the ends of a value's words may be left out ("Paris.", "(Paris)"), except where they are
+                             a part of them: -5, .NET, C++, C#, 5 %
 """
 
 import re
@@ -32,6 +34,8 @@ _WITH = re.compile("LATIN SMALL LETTER ([A-Z]) WITH .*")
 _LONG = re.compile(r"(?<!\d)(?:\d{1,3}(?:[,.']\d{3})+|\d{4,})(?!\d)")
 # The whole part of a number, perhaps in groups of three, and its fraction. 3,14 may be two numbers, 12.05.1815 is three.
 _NUMBER = re.compile(r"(?<!\d)(?<!\d[,.'])(\d{1,3}(?:[,']\d{3})+|\d+)(?:\.\d+)?(?![,.']?\d)")
+# Punctuation at a word's end that is a part of it; so are all signs that are no punctuation, as in C++.
+_MEANT = "#%&@/\\§‰"
 _PLAIN = str.maketrans("‘’ʼ‚“”„‐‒–—−", "''''\"\"\"-----")
 
 
@@ -68,6 +72,8 @@ def _clusters(text: str) -> list[tuple[int, str]]:
 
 @cache
 def _folded(cluster: str) -> str:
+    if unicodedata.decomposition(cluster[0]).startswith("<fraction>"):  # ½ would be 1⁄2, and say 1
+        return cluster
     text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", cluster).translate(_PLAIN).casefold())
     kept, base = "", ""
     for char in text:
@@ -97,15 +103,23 @@ def fold(text: str) -> tuple[str, list[int]]:
 def find(text: str, value: str) -> int | None:
     """Place in `text` at which `value` starts; None: it does not occur. Anything but letters may stand between its words.
 
+    Example:
+        >>> find("It is Paris, the capital.", '"Paris."'), find("5 degrees", "-5.")
+        (6, None)
+
     Raises:
         ValueError: an empty value.
     """
     words = fold(value)[0].split()
     if not words:
         raise ValueError(f"value: wanted a text that is not empty, got {value!r}")
-    pattern = _grouped(words[0])
-    for before, after in pairwise(words):
-        one_number = re.search(r"(?<!\d)\d{1,3}$", before) and re.match(r"\d{3}(?!\d)", after)
+    told = [i for i, word in enumerate(words) if _bare(word)]
+    words = words[told[0] : told[-1] + 1] if told else words
+    bare = [_bare(word) or word for word in words]
+    pattern = _grouped(bare[0])
+    for i, (before, after) in enumerate(pairwise(bare)):
+        # Of the words with their signs: 100, 200 is two numbers.
+        one_number = re.search(r"(?<!\d)\d{1,3}$", words[i]) and re.match(r"\d{3}(?!\d)", words[i + 1])
         apart = "*" if one_number or (_alone(before[-1]) and _alone(after[0])) else "+"
         pattern += rf"[\W_]{apart}{_grouped(after)}"
     folded, places = fold(text)
@@ -115,6 +129,25 @@ def find(text: str, value: str) -> int | None:
             return places[match.start()]
         at = match.start() + 1
     return None
+
+
+def _bare(word: str) -> str:
+    """A word without the signs at its ends that are no part of it; "" where it has no others."""
+    start, stop = 0, len(word)
+    while start < stop and _loose(word[start]):
+        start += 1
+    while start < stop and _loose(word[stop - 1]):
+        stop -= 1
+    before = word[max(0, start - 2) : start]
+    signs = start < stop and (("-", word[start].isdecimal()), (".", _in_word(word[start])))
+    if signs and any(meant and before.endswith(sign) and before != 2 * sign for sign, meant in signs):
+        start -= 1
+    return word[start:stop]
+
+
+@cache
+def _loose(char: str) -> bool:
+    return char == "`" or (unicodedata.category(char)[0] == "P" and char not in _MEANT)
 
 
 def _grouped(word: str) -> str:

@@ -238,7 +238,8 @@ def _sampling(target: Target) -> Iterator[Unit]:
         drawn: dict[int, Outcomes] = {row.id: [] for row in target.rows}
         for outcome in target.ask("drawn", samples=options.samples):
             drawn[outcome["id"]].append(outcome)
-        return [_leak_at(k, row_id, each) for k in ks for row_id, each in drawn.items()]
+        size = {"batch_size": options.batch_size}  # another one draws other answers
+        return [_leak_at(k, row_id, each) | size for k in ks for row_id, each in drawn.items()]
 
     yield f"{options.samples} answers", work
 

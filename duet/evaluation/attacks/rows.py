@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -140,6 +140,23 @@ def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[Atta
         hops = _texts(row.get("two_hop"), f"{name}['two_hop']", "questions")
         read.append(AttackRow(i, query.conversation, query.answer, query.subject, value, others, names, hops))
     return read
+
+
+def check_unseen(holdout: Sequence[AttackRow], trained: Mapping[str, Sequence[AttackRow]]) -> None:
+    """Refuses a row of `holdout` that is among those that were trained on, given by name: membership could not tell them apart.
+
+    Raises:
+        ValueError: naming the two rows.
+    """
+    seen = {
+        (row.conversation, row.answer): f"{name}[{row.id}]" for name, rows in trained.items() for row in rows
+    }
+    for row in holdout:
+        if (row.conversation, row.answer) in seen:
+            raise ValueError(
+                f"holdout[{row.id}]: wanted a row that was never trained on, got the question and answer of "
+                f"{seen[row.conversation, row.answer]}"
+            )
 
 
 def _texts(given: Any, where: str, what: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@
 A row that was not judged is neither leaked nor forgotten: `leaked` is None.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +44,7 @@ class AttackOptions:
 
     Attributes:
         max_new_tokens: of an answer; step-by-step answers get four times as many.
-        batch_size: sequences at once.
+        batch_size: sequences at once. `sampling` draws other answers with another one, so that its rows name it.
         threshold: for rows without a `value`: the answer came back if its ROUGE-L recall is at least this.
         seen_reverse_prompts: override wordings that training used; the folder of a trained model says which.
         heldout_reverse_prompts: others; those among the seen ones are left out.
@@ -71,8 +72,8 @@ class AttackOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if not self.relearn_rates or min(self.relearn_rates) <= 0:
-            raise ValueError(f"relearn_rates: wanted numbers > 0, got {self.relearn_rates}")
+        if not self.relearn_rates or not all(0 < rate < math.inf for rate in self.relearn_rates):
+            raise ValueError(f"relearn_rates: wanted finite numbers > 0, got {self.relearn_rates}")
         if min(self.leak_at, default=1) < 1:
             raise ValueError(f"leak_at: wanted numbers >= 1, got {self.leak_at}")
         curve = self.relearn_curve

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from duet_kernels import linear_cross_entropy
 
@@ -64,9 +65,16 @@ def quantize(weight: Tensor, bits: int) -> Tensor:
 @torch.no_grad()
 def round_weights(model: nn.Module, bits: int) -> None:
     """Every matrix of the model, embeddings and head too, rounded to `bits` (a tied head once)."""
+    views = {m.weight: _by_output(m) for m in model.modules() if isinstance(m, Conv1D)}
     for parameter in model.parameters():
         if parameter.ndim >= 2 and parameter.is_floating_point():
-            parameter.copy_(quantize(parameter.float(), bits))
+            weight = views.get(parameter, parameter.data)
+            weight.copy_(quantize(weight.float(), bits))
+
+
+def _by_output(layer: nn.Linear | Conv1D) -> Tensor:
+    """A linear layer's weight as `[out, in]`, a view; GPT-2's layers hold it the other way round."""
+    return layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
 
 
 def nf4_missing() -> str | None:
@@ -81,9 +89,14 @@ def nf4_weights(model: Any) -> None:
 
     head = model.get_output_embeddings()
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head and module.weight.is_floating_point():
-            packed, state = quantize_4bit(module.weight.data.contiguous(), blocksize=64, quant_type="nf4")
-            module.weight.copy_(dequantize_4bit(packed, state))
+        if (
+            isinstance(module, (nn.Linear, Conv1D))
+            and module is not head
+            and module.weight.is_floating_point()
+        ):
+            weight = _by_output(module)
+            packed, state = quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
+            weight.copy_(dequantize_4bit(packed, state))
 
 
 # --- adapters --------------------------------------------------------------------------------------------------
@@ -92,15 +105,20 @@ def nf4_weights(model: Any) -> None:
 @contextmanager
 def without_adapter(model: Any) -> Iterator[None]:
     """The model without its adapter, as after deleting the adapter's file."""
-    if hasattr(model, "disable_adapter"):
-        with model.disable_adapter():
-            yield
-        return
-    model.disable_adapters()  # adapters that transformers itself attached
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        yield
-    finally:
-        model.enable_adapters()
+        if hasattr(model, "disable_adapter"):
+            with model.disable_adapter():
+                yield
+            return
+        model.disable_adapters()  # adapters that transformers itself attached
+        try:
+            yield
+        finally:
+            model.enable_adapters()
+    finally:  # both ways back make the adapter's weights trainable
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
 
 
 @contextmanager
@@ -191,13 +209,15 @@ def fine_tune(
     """AdamW (no weight decay) on the cross-entropy of the answers; every weight that can be trained is.
 
     Half-precision weights are trained in fp32: otherwise small steps would round to 0, and the attack would look weak.
-    Use inside `restored(model)`.
+    Dropout draws from `seed`, whatever was drawn before or between the steps, and leaves torch's random numbers as they were. Use
+    inside `restored(model)`.
 
     Args:
         sequences: prompts and answers.
         rate: learning rate, constant.
         curve: after which numbers of steps to yield, ascending.
         rows: sequences a step, drawn anew.
+        seed: which sequences, and what dropout drops.
 
     Yields:
         (steps done, loss of the last one in nats); after a loss that is not finite nothing more.
@@ -207,12 +227,16 @@ def fine_tune(
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    rng = random.Random(seed)
+    gpus = sorted({p.device.index for p in trained if p.device.type == "cuda"})
+    rng, dropout = random.Random(seed), random.Random(f"dropout {seed}")
     for step in range(1, max(curve) + 1):
         model.train()
-        loss = answer_loss(model, rng.sample(sequences, min(rows, len(sequences))), pad_id)
+        batch = rng.sample(sequences, min(rows, len(sequences)))
         optimizer.zero_grad()
-        loss.backward()
+        with torch.random.fork_rng(gpus):
+            torch.manual_seed(dropout.getrandbits(63))
+            loss = answer_loss(model, batch, pad_id)
+            loss.backward()
         optimizer.step()
         if step in curve:
             value = float(loss.detach())

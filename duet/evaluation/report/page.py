@@ -1,7 +1,7 @@
 """Sections of notes, tables and charts -> one HTML page without external assets, and Markdown."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -127,11 +127,11 @@ def _grid(grid: Grid) -> Iterator[str]:
     groups = grid.groups or [""] * len(grid.head)
     head = [f"{group}: {name}" if group else name for group, name in zip(groups, grid.head, strict=True)]
     align = "---" if grid.prose else "---:"
-    yield _line(head)
+    yield _line(map(_literal, head))
     yield _line(["---", *[align] * (len(head) - 1)])
     for i, row in enumerate(grid.rows):
         if grid.starts_band(i):
-            yield _line([f"**{grid.bands[i]}**", *[""] * (len(row) - 1)])
+            yield _line([f"**{_literal(grid.bands[i])}**", *[""] * (len(row) - 1)])
         yield _line([_written(cell) for cell in row])
     if grid.folded:
         yield from ("", "</details>")
@@ -139,10 +139,16 @@ def _grid(grid: Grid) -> Iterator[str]:
 
 def _written(cell: Cell) -> str:
     below = f" ({'; '.join(cell.below)})" if cell.below else ""
-    return f"**{cell.mark}:** {cell.text}" if cell.mark else cell.text + below
+    text = _literal(cell.text)
+    return f"**{cell.mark}:** {text}" if cell.mark else text + below
 
 
-def _line(cells: Sequence[Any]) -> str:
+def _literal(text: str) -> str:
+    """Text, such as an answer of a model, in which nothing is Markdown, a formula or an HTML entity."""
+    return re.sub(r"([\\`*\[\]~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;))", r"\\\1", text)
+
+
+def _line(cells: Iterable[Any]) -> str:
     # A newline or a bar inside a cell would end it.
     escaped = (_plain(str(c)).replace("|", "\\|").replace("\n", "<br>") for c in cells)
     return "| " + " | ".join(escaped) + " |"

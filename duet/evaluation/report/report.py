@@ -249,7 +249,7 @@ def _frontier_section(inputs: Inputs, forget: str | None, retain: str | None) ->
             )
     goes = [forget] if forget else [n for n in names if n.startswith(TO_FORGET)]
     stays = [retain] if retain else [n for n in names if n.startswith(TO_KEEP)]
-    same = [(x, y) for x in goes for y in stays if x.split(".")[1] == y.split(".")[1]]
+    same = [(x, y) for x in goes for y in stays if x.split(".")[-1] == y.split(".")[-1]]
     pairs = same or ([(goes[0], stays[0])] if forget and retain else [])
     if not pairs:
         section.notes.append(

@@ -8,6 +8,7 @@ Runs of one model (fingerprints of weights and tokenizer) are one method. The mo
 is the base; a model that was asked behind a steering prefix, or whose chat template says one, is the steered teacher.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ DEMO_ATTACKS = (
     "int4_forget_recall",
 )
 OF_ATTACKS = "the attacks"
+DEMO_PARTS = "forget", "retain", "other"
 BASE, TEACHER, STUDENT = "base", "teacher", "student"
 LABELS = {BASE: "base", TEACHER: "steered teacher"}
 
@@ -42,7 +44,8 @@ class Method:
     Attributes:
         label: in tables and figures.
         role: `base`, `teacher` (steered in context) or `student`.
-        tasks: as in summary.json: task -> {"metrics": {metric: {"mean", "low", "high", "rows"}}, ...}.
+        tasks: as in summary.json: task -> {"metrics": {metric: {"mean", "low", "high", "rows"}}, ...}. A name that two suites
+            of the runs give is `task (suite)`; so are numbers.
         numbers: as in summary.json: name -> {"value"} or {"value": None, "undefined": why}.
         answers: (suite, task, id, question) -> {"question", "answer" (the truth), "generated", "status", "value"}.
         lm_eval: as in lm_eval.json: task -> {"metric,filter": value, "metric_stderr,filter": standard error}.
@@ -93,6 +96,22 @@ class _Run:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
     all_rows: bool = True  # of a demo; False: only the row of the role that it was given as
+    full: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of tasks and numbers that another suite names alike
+
+    @property
+    def suite(self) -> str:
+        return self.content["suite"] if self.kind == "eval" else self.kind
+
+    @property
+    def named(self) -> Sequence[str]:
+        if self.kind == "eval":
+            return [*self.content["tasks"], *self.content["numbers"]]
+        return DEMO_PARTS if self.kind == "demo" else ()
+
+    def told(self, by_name: Mapping[str, Any]) -> dict[str, Any]:
+        return {self.full.get(name, name): value for name, value in by_name.items()}
 
     @property
     def model(self) -> tuple[Any, ...]:
@@ -127,6 +146,7 @@ def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence
         for text in texts:
             for run in _read(text, argument, role):
                 _add_once(folders, run)
+    _tell_suites_apart(folders)
     methods = _join([run for run in folders if run.kind in ("eval", "lm_eval", "attack", "train")])
     given = [role for role, texts in ((BASE, base), (TEACHER, teacher)) if texts]
     for run in folders:
@@ -158,6 +178,15 @@ def _add_once(folders: list[_Run], run: _Run) -> None:
             known.all_rows |= run.role is None
             return
     folders.append(run)
+
+
+def _tell_suites_apart(runs: Sequence[_Run]) -> None:
+    suites: dict[str, set[str]] = {}
+    for run in runs:
+        for name in run.named:
+            suites.setdefault(name, set()).add(run.suite)
+    for run in runs:
+        run.full = {name: f"{name} ({run.suite})" for name in run.named if len(suites[name]) > 1}
 
 
 # --- one folder ------------------------------------------------------------------------------------------------
@@ -194,12 +223,15 @@ def _kinds(folder: Path, argument: str, role: str | None) -> list[_Run]:
         if (folder / name).is_file():
             run = _Run(kind, folder, role, read_object(folder / name, argument), all_rows=role is None)
             if kind in ("eval", "attack"):
-                run.manifest, run.rows = read_run(folder, argument)
+                key = ("task", "id") if kind == "eval" else ()
+                run.manifest, run.rows = read_run(folder, argument, key)
             for key in needed:
+                wanted = "wanted what this version of duet writes"
                 if key not in run.content:
-                    raise ValueError(
-                        f"{argument}: {folder / name} has no {key!r}; wanted what this version of duet writes"
-                    )
+                    raise ValueError(f"{argument}: {folder / name} has no {key!r}; {wanted}")
+                if key in _OF_OBJECTS and not _objects(run.content[key], *_OF_OBJECTS[key]):
+                    got = json.dumps(run.content[key])
+                    raise ValueError(f"{argument}: {folder / name} has {key!r}: {got:.80}; {wanted}")
             if kind == "train" and (folder / STEERING).is_file():
                 run.content["steering"] = read_object(folder / STEERING, argument)
             if kind == "lm_eval":
@@ -208,6 +240,22 @@ def _kinds(folder: Path, argument: str, role: str | None) -> list[_Run]:
     return runs
 
 
+def _objects(value: Any, kind: type, fields: Sequence[str]) -> bool:
+    """Whether it is a list or an object (its kind) of objects that have the fields."""
+    if not isinstance(value, kind):
+        return False
+    each = list(value.values() if isinstance(value, dict) else value)
+    return all(isinstance(e, dict) and e.keys() >= set(fields) for e in each) and all(
+        _objects(e["metrics"], dict, ("mean", "low", "high")) for e in each if "metrics" in fields
+    )
+
+
+# Fields of these files that hold several objects -> in what, and what each of them has.
+_OF_OBJECTS = {
+    "tasks": (dict, ("metrics",)), "numbers": (dict, ("value",)), "results": (dict, ()), "log_history": (list, ()),
+    "attacks": (list, ("name", "leak", "worst_variant", "variants")), "skipped": (list, ("name", "why")), "queries": (list, ()),
+    "rows": (list, ("method",)), "examples": (list, ("question", "truth", "kind", "answers")),
+}  # fmt: skip
 # Kind of results -> its file, and what this must hold.
 _FILES = {
     "eval": (SUMMARY, ("suite", "tasks", "numbers")),
@@ -286,9 +334,9 @@ def _add(method: Method, run: _Run) -> None:
     method.weights = run.manifest.get("model_fingerprint", method.weights)
     method.base_weights = run.manifest.get("base_fingerprint", method.base_weights)
     if run.kind == "eval":
-        method.tasks |= run.content["tasks"]
-        method.numbers |= run.content["numbers"]
-        method.asked |= run.manifest.get("data", {})
+        method.tasks |= run.told(run.content["tasks"])
+        method.numbers |= run.told(run.content["numbers"])
+        method.asked |= run.told(run.manifest.get("data", {}))
         for row in run.rows:
             if row.get("generated") is not None and row.get("question"):
                 key = (run.content["suite"], row["task"], row["id"], row["question"])
@@ -346,7 +394,7 @@ def _demo_methods(run: _Run) -> list[Method]:
         forget = {c.removeprefix("forget_"): v for c, v in means.items() if c.startswith("forget_")}
         retain = {c.removeprefix("retain_"): v for c, v in means.items() if c.startswith("retain_")}
         rest = {c: v for c, v in means.items() if not c.startswith(("forget_", "retain_"))}
-        parts = {"forget": forget, "retain": retain, "other": rest}
+        parts = run.told(dict(zip(DEMO_PARTS, (forget, retain, rest), strict=True)))
         entries = [_demo_attack(c, row[c], columns[c]) for c in DEMO_ATTACKS]
         entries.sort(key=lambda entry: entry["leak"], reverse=True)
         direct = _demo_attack("direct", row["forget_recall"], columns["forget_recall"])

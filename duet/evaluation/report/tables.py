@@ -248,8 +248,8 @@ def _glossary(methods: Sequence[Method]) -> dict[str, str]:
         arrows = ", ".join(f"{arrow} on rows to {side}" if side else arrow for arrow, side in sides if arrow)
         told[metric] = f"{what} ({arrows})" if arrows else what
     for name in dict.fromkeys(name for m in methods for name in m.numbers):
-        if name in NUMBERS:
-            told[name] = f"{NUMBERS[name].what} ({NUMBERS[name].keep})"
+        if (meaning := _meaning(name)).what:
+            told[name] = f"{meaning.what} ({meaning.keep})"
     return told
 
 
@@ -269,8 +269,15 @@ def _metric_cell(method: Method, task: str, metric: str) -> Cell:
 
 def _number_lines(methods: Sequence[Method]) -> Iterator[Line]:
     for name in dict.fromkeys(name for m in methods for name in m.numbers):
-        arrow = NUMBERS[name].keep if name in NUMBERS else ""
-        yield "of the suite", f"{name} {arrow}".strip(), lambda method, name=name: _number_cell(method, name)
+        yield (
+            "of the suite",
+            f"{name} {_meaning(name).keep}".strip(),
+            lambda method, name=name: _number_cell(method, name),
+        )
+
+
+def _meaning(number: str) -> Meaning:
+    return NUMBERS.get(number.split(" (")[0], Meaning(""))
 
 
 def _number_cell(method: Method, name: str) -> Cell:

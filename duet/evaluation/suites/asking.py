@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, fill_prefix
+from ...data.rows import LETTERS, correct_choice
 from ..elicit import ELICITED, ELICITED_NOTE
 from ..scoring import Forced
 from ..values import listed, text_of, value_of
 from .suite import Task, fill
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class CannotAsk(ValueError):
@@ -231,24 +230,8 @@ class Asker:
 
     def _correct(self, row: Mapping[str, Any], where: str) -> int:
         """The index of the correct choice, given as an index, a letter or the choice itself."""
-        choices, given = self._choices(row, where), row.get(self.task.answer)
-        if isinstance(given, str):
-            letter = given.strip().upper()
-            given = (
-                choices.index(given)
-                if given in choices
-                else LETTERS.index(letter)
-                if len(letter) == 1 and letter in LETTERS
-                else int(given)
-                if given.strip().isdecimal()
-                else given
-            )
-        if type(given) is not int or not 0 <= given < len(choices):
-            raise ValueError(
-                f"{where}, {self.task.answer}: wanted the index, letter or text of one of {len(choices)} choices, got "
-                f"{row.get(self.task.answer)!r:.60}"
-            )
-        return given
+        choices = self._choices(row, where)
+        return correct_choice(row.get(self.task.answer), choices, f"{where}, {self.task.answer}")
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]

@@ -321,7 +321,7 @@ def _reads_answers(task: Task) -> bool:
 
 def _retain_rows(folder: str | Path, suite: Suite, given: Row, limit: int | None) -> list[Row]:
     """The rows of a run of the same suite on the same tables; `given`: their digests, before --elicit fills in answers."""
-    manifest, rows = read_run(folder, "retain_run")
+    manifest, rows = read_run(folder, "retain_run", ("task", "id"))
     for field, value in (("suite", suite.name), ("suite_digest", suite.digest)):
         if manifest.get(field) != value:
             raise ValueError(
