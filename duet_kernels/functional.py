@@ -236,7 +236,7 @@ def topk_distill_loss(
     spec = Divergence.of(divergence, normalization, temperature, beta, delta, clip)
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
-    values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden)
+    values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden_nd)
     choice = _resolve("topk_distill_loss", hidden_nd, impl, values.shape[1], spec.needs_student_logsumexp)
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
     values, indices = tokens.take(values), tokens.take(indices, head.num_ids)
@@ -309,7 +309,7 @@ def topk_distill_stats(
     spec = Divergence.of(divergence, normalization, temperature, beta, delta, clip)
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
-    values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden)
+    values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden_nd, mass=True)
     sampled = _sampled(token_ids, mask, lead, head, hidden)
     differentiable = spec.needs_student_logsumexp or sampled is not None  # in the log-sum-exp
     lse = differentiable or student_mass or entropy
@@ -320,20 +320,21 @@ def topk_distill_stats(
         return None if rows is None else tokens.reduce(tokens.weigh(rows.to(tokens.factor.dtype)))
 
     run, shared = ops if head.group is None else sharded, None
-    teacher_mass = _teacher_mass(teacher, values, indices, lead, spec)
-    teacher_mass = None if teacher_mass is None else tokens.take(teacher_mass)
     hidden_nd, values, indices = (
         tokens.take(hidden_nd),
         tokens.take(values),
         tokens.take(indices, head.num_ids),
     )
-    tail = None if tail is None else tokens.take(tail)
+    tail, told = None if tail is None else tokens.take(tail), None
+    if tail is not None:  # at the temperature of the loss
+        told = ops.teacher_mass(values, indices, tail, spec.temperature)
     sampled = None if sampled is None else tokens.take(sampled, head.num_ids)
     still, still_head = hidden_nd.detach(), head.detach()
     if overlap:
         choice_k = _resolve("linear_topk", hidden_nd, impl, values.shape[1])
         shared = run.overlap(still, still_head, values, indices, choice_k)
-    of_teacher, options = (values, indices, tail), (sampled, entropy, spec, choice)
+    of_teacher = values, indices, tail if spec.needs_teacher_logsumexp else None
+    options = sampled, entropy, spec, choice
     if differentiable:
         loss, *others = run.topk_stats(hidden_nd, head, *of_teacher, *options)
         loss = tokens.reduce(tokens.weigh(loss))
@@ -343,7 +344,7 @@ def topk_distill_stats(
         if student_mass or entropy:
             others = run.topk_stats(still, still_head, *of_teacher, *options)[1:]
     logprob, mass, spread = map(results, others)
-    return DistillStats(loss, logprob, spread, mass, results(teacher_mass), results(shared))
+    return DistillStats(loss, logprob, spread, mass, results(told), results(shared))
 
 
 def linear_distill_loss(
@@ -565,18 +566,6 @@ def _sampled(
     if isinstance(mask, Tensor) and isinstance(token_ids, Tensor) and mask.shape == token_ids.shape:
         token_ids = token_ids.masked_fill(~mask.bool(), 0)
     return flatten_ids("token_ids", token_ids, lead, head.num_ids, hidden.device, per_token=True)
-
-
-def _teacher_mass(
-    teacher: TopK, values: Tensor, indices: Tensor, lead: tuple[int, ...], spec: Divergence
-) -> Tensor | None:
-    """`[N]`, or None where the teacher's tail is not known at the temperature of the loss."""
-    tail = teacher.tail_logsumexp
-    if tail is None or teacher.temperature != spec.temperature:
-        return None
-    if tuple(tail.shape) != lead:
-        raise ValueError(f"teacher.tail_logsumexp: wanted shape {list(lead)}, got {list(tail.shape)}")
-    return ops.teacher_mass(values, indices, tail.detach().reshape(len(values)), spec.temperature)
 
 
 def _teacher_topk(

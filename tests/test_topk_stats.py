@@ -202,6 +202,26 @@ def test_a_token_and_an_id_that_a_bias_rules_out(impl):
     torch.testing.assert_close(gradient, torch.autograd.grad(truth[1], hidden)[0], **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_results_are_in_the_dtype_of_the_logits_whatever_the_teachers_is(dtype):
+    """What the op returns is what torch.compile was told of it."""
+    problem = make_problem(N, 61, 16)
+    teacher = problem.teacher_topk(K)
+    whole = teacher._replace(
+        **{name: getattr(teacher, name).to(dtype).float() for name in teacher._fields[:3:2]}
+    )
+    given = teacher._replace(**{name: getattr(whole, name).to(dtype) for name in teacher._fields[:3:2]})
+
+    def run(hidden, told):
+        options = {"divergence": "reverse_kl", "normalization": "tail", "token_ids": problem.labels}
+        return topk_distill_stats(hidden, problem.head, told, **options, **EVERYTHING)
+
+    wanted = run(problem.hidden, whole)
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        for got, truth in zip(call(problem.hidden, given), wanted, strict=True):
+            torch.testing.assert_close(got, truth, rtol=0, atol=0)
+
+
 def test_no_leading_dimension_and_several():
     problem = make_problem((2, 3), 61, 16)
     teacher = problem.teacher_topk(K)

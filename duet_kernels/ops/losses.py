@@ -251,7 +251,6 @@ def topk_stats(
 
     The token is a slot of its own, the first one. Sums of probabilities count every id once. `complement` makes the pass.
     """
-    values_t = values_t.to(acc_dtype(hidden.dtype))
     ids = ids.masked_fill(values_t == -torch.inf, -1)
     if impl == "reference":
         found = reference.topk_stats(hidden, head, ids, values_t, tail_t, token_ids, spec)
@@ -280,7 +279,6 @@ def topk_stats(
 
 def teacher_mass(values: Tensor, ids: Tensor, tail: Tensor, temperature: float) -> Tensor:
     """`[N]` what a teacher's softmax gives to its ids, each of which counts once."""
-    values = values.to(acc_dtype(values.dtype))
     again = _met_before(ids.masked_fill(values == -torch.inf, -1))
     return torch.sigmoid((values.masked_fill(again, -torch.inf) / temperature).logsumexp(1) - tail)
 
