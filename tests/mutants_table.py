@@ -180,7 +180,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_regressions.py::test_a_gradient_by_torch_func_is_refused_by_name[gather]"),
     ],
     "duet_kernels/ops/losses.py": [
-        ("the sampled token is missing in the loss's tail", "tail = torch.where(among, tail, torch.logaddexp(tail, token.masked_fill(among, 0)))", "pass",
+        ("the sampled token is missing in the loss's tail", "tail = torch.where(apart, tail, torch.logaddexp(tail, token.masked_fill(apart, 0)))", "pass",
          "tests/test_topk_stats.py::test_values_and_the_joint_gradient[reverse_kl-generalized-chunked]"),
         ("an id that is met twice has its mass twice", "once = values.masked_fill(_met_before(slots) | (slots < 0), -torch.inf)", "once = values.masked_fill(slots < 0, -torch.inf)",
          "tests/test_topk_stats.py::test_values_and_the_joint_gradient[jsd-tail-chunked]"),
@@ -190,6 +190,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_contract_settings.py::test_checkpointing_recomputes_the_same[none]"),
         ("-inf + inf in a log-probability", "token.masked_fill(ruled_out, 0)[:, None]", "token[:, None]",
          "tests/test_topk_stats.py::test_a_token_and_an_id_that_a_bias_rules_out[chunked]"),
+        ("a token that is ruled out is added to an empty tail", "apart = among | ruled_out", "apart = among",
+         "tests/test_topk_stats.py::test_a_ruled_out_token_and_nothing_in_the_tail[chunked-tail]"),
         ("absent slots let the student name more ids", "own = own.masked_fill(more, -1).sort(1).values", "own = own.sort(1).values",
          "tests/test_topk_stats.py::test_the_overlap_is_of_as_many_ids_of_the_student"),
         ("dW without a reduction lacks the upstream factors", "for g in again(need._replace(hidden=False), grad)[1:]]", "for g in again(need._replace(hidden=False), None)[1:]]",

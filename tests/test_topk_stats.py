@@ -202,6 +202,25 @@ def test_a_token_and_an_id_that_a_bias_rules_out(impl):
     torch.testing.assert_close(gradient, torch.autograd.grad(truth[1], hidden)[0], **EXACT)
 
 
+@pytest.mark.parametrize("normalization", ["tail", "generalized", "truncated"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_ruled_out_token_and_nothing_in_the_tail(impl, normalization):
+    """The bias leaves nothing but the teacher's two ids: the gradient is that of the loss alone."""
+    problem = make_problem(2, 6, 8, dtype=torch.float64)
+    bias = torch.full((6,), -torch.inf, dtype=torch.float64)
+    bias[[4, 5]] = 0
+    hidden, head = problem.hidden.clone().requires_grad_(), LMHead(problem.weight, bias)
+    teacher = TopK(torch.tensor([[1.0, 0.5]] * 2), torch.tensor([[4, 5]] * 2), torch.tensor([0.2, -torch.inf]))
+    options = {"divergence": "reverse_kl", "normalization": normalization, "impl": impl}
+    stats = topk_distill_stats(hidden, head, teacher, token_ids=torch.tensor([0, 4]), **options)
+    loss = topk_distill_loss(hidden, head, teacher, reduction="none", **options)
+    assert stats.logprob[0] == -torch.inf
+    torch.testing.assert_close(stats.loss, loss, **EXACT)
+    a, b = (torch.autograd.grad(x.sum(), hidden)[0] for x in (stats.loss, loss))
+    assert bool(b.isfinite().all()) and bool((b != 0).any())
+    torch.testing.assert_close(a, b, **EXACT)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_results_are_in_the_dtype_of_the_logits_whatever_the_teachers_is(dtype):
     """What the op returns is what torch.compile was told of it."""

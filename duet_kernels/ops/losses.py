@@ -269,8 +269,9 @@ def topk_stats(
         ruled_out = token == -torch.inf  # by a bias; another slot may be, too, and -inf + inf would be NaN
         logprob = -_log_of_one_and(x[:, 1:] - token.masked_fill(ruled_out, 0)[:, None])
         logprob = logprob.masked_fill(ruled_out, -torch.inf)
-        # Of the loss's tail the token is a part, unless it is one of the ids.
-        tail = torch.where(among, tail, torch.logaddexp(tail, token.masked_fill(among, 0)))
+        # Of the loss's tail the token is a part, unless it is one of the ids; of two -inf the sum has no derivative.
+        apart = among | ruled_out
+        tail = torch.where(apart, tail, torch.logaddexp(tail, token.masked_fill(apart, 0)))
     mass = (of_teacher.logsumexp(1) - x.detach().logsumexp(1)).exp()
     entropy = _entropy(x.detach(), inner) if with_entropy else None
     tails = (tail, tail_t) if spec.needs_student_logsumexp else (None, None)
