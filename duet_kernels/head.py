@@ -68,7 +68,9 @@ class TopK(NamedTuple):
 
         Returns:
             TopK: values `[..., K]` descending, absent slots last; fp32 (fp64 for fp64). The tail is -inf where the k
-            hold all the mass. It is summed in fp64 and has as many digits as the log-probabilities allow.
+            hold all the mass, as soon as their sum rounds to 1; with `normalization="tail"` a `reverse_kl` or `symmetric_kl`
+            is then infinite where the student has mass there: clamp it, `top._replace(tail_logsumexp=...clamp(min=-16))`. It
+            is summed in fp64 and has as many digits as the log-probabilities allow.
 
         Raises:
             TypeError, ValueError: naming the argument; on a CPU also probabilities that sum to more than 1.01.
