@@ -320,11 +320,8 @@ def topk_distill_stats(
         return None if rows is None else tokens.reduce(tokens.weigh(rows.to(tokens.factor.dtype)))
 
     run, shared = ops if head.group is None else sharded, None
-    hidden_nd, values, indices = (
-        tokens.take(hidden_nd),
-        tokens.take(values),
-        tokens.take(indices, head.num_ids),
-    )
+    hidden_nd, indices = tokens.take(hidden_nd), tokens.take(indices, head.num_ids)
+    values = tokens.take(values, fill=-torch.inf)  # no slots: nothing infinite is multiplied by 0
     tail, told = None if tail is None else tokens.take(tail), None
     if tail is not None:  # at the temperature of the loss
         told = ops.teacher_mass(values, indices, tail, spec.temperature)

@@ -247,8 +247,8 @@ class Tokens:
     rows: Tensor | None = None  # None: nothing was left out
     masked: bool = False
 
-    def take(self, x: Tensor, num_ids: int | None = None) -> Tensor:
-        """The rows of `x` that count. Where masked rows stay they are set to 0, so that a NaN in them cannot spread.
+    def take(self, x: Tensor, num_ids: int | None = None, fill: float = 0) -> Tensor:
+        """The rows of `x` that count. Where masked rows stay they are set to `fill`, so that a NaN in them cannot spread.
 
         Of ids, with `num_ids` of them, only those that do not exist become 0: the logit of such an id is NaN.
         """
@@ -257,7 +257,7 @@ class Tokens:
         if not self.masked:
             return x
         skip = (self.factor == 0).view(-1, *(1,) * (x.dim() - 1))
-        return x.masked_fill(skip if num_ids is None else skip & (x >= num_ids), 0)
+        return x.masked_fill(skip if num_ids is None else skip & (x >= num_ids), fill)
 
     def weigh(self, rows: Tensor) -> Tensor:
         """factor * loss, exactly 0 where the factor is 0."""

@@ -192,6 +192,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_topk_stats.py::test_a_token_and_an_id_that_a_bias_rules_out[chunked]"),
         ("a token that is ruled out is added to an empty tail", "apart = among | ruled_out", "apart = among",
          "tests/test_topk_stats.py::test_a_ruled_out_token_and_nothing_in_the_tail[chunked-tail]"),
+        ("the definition multiplies an infinite difference by 0", "values_t.masked_fill(skip, -torch.inf)", "values_t",
+         "tests/test_regressions.py::test_a_masked_token_whose_id_the_bias_rules_out_leaves_no_nan[reference-mse-topk]"),
         ("absent slots let the student name more ids", "own = own.masked_fill(more, -1).sort(1).values", "own = own.sort(1).values",
          "tests/test_topk_stats.py::test_the_overlap_is_of_as_many_ids_of_the_student"),
         ("dW without a reduction lacks the upstream factors", "for g in again(need._replace(hidden=False), grad)[1:]]", "for g in again(need._replace(hidden=False), None)[1:]]",
@@ -214,6 +216,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_topk_stats.py::test_results_are_in_the_dtype_of_the_logits_whatever_the_teachers_is[torch.float64]"),
     ],
     "duet_kernels/functional.py": [
+        ("a masked token has slots in the statistics", "tokens.take(values, fill=-torch.inf)", "tokens.take(values)",
+         "tests/test_regressions.py::test_a_masked_token_whose_id_the_bias_rules_out_leaves_no_nan[kept-mse-stats]"),
         ("a fraction is an ignore_index", "if not isinstance(ignore_index, Integral):", "if ignore_index is None:",
          "tests/test_bad_input_kernels.py::test_refused[ignore_index-1.5]"),
         ("ignore_index is the constant -100", "mask = ids.view(lead) != ignore_index", "mask = ids.view(lead) != -100",
@@ -222,6 +226,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_contract.py::test_support_is_who_chooses_the_ids[renormalize-union]"),
     ],
     "duet_kernels/reference.py": [
+        ("a masked token has infinite logits in the definition", "    if skip_n is not None:\n", "    if False:\n",
+         "tests/test_regressions.py::test_a_masked_token_whose_id_the_bias_rules_out_leaves_no_nan[reference-mse-dense]"),
         ("a clipped infinite term has a NaN gradient", "if spec.clip < torch.inf:", "if False:",
          "tests/test_clip.py::test_an_infinite_term_is_clipped_without_a_gradient[reverse_kl]"),
     ],

@@ -210,7 +210,9 @@ def test_a_ruled_out_token_and_nothing_in_the_tail(impl, normalization):
     bias = torch.full((6,), -torch.inf, dtype=torch.float64)
     bias[[4, 5]] = 0
     hidden, head = problem.hidden.clone().requires_grad_(), LMHead(problem.weight, bias)
-    teacher = TopK(torch.tensor([[1.0, 0.5]] * 2), torch.tensor([[4, 5]] * 2), torch.tensor([0.2, -torch.inf]))
+    teacher = TopK(
+        torch.tensor([[1.0, 0.5]] * 2), torch.tensor([[4, 5]] * 2), torch.tensor([0.2, -torch.inf])
+    )
     options = {"divergence": "reverse_kl", "normalization": normalization, "impl": impl}
     stats = topk_distill_stats(hidden, head, teacher, token_ids=torch.tensor([0, 4]), **options)
     loss = topk_distill_loss(hidden, head, teacher, reduction="none", **options)

@@ -133,6 +133,8 @@ def topk_loss(
     tail_t = tail_t.to(acc) if tail_t is not None and spec.needs_teacher_logsumexp else None
     ids = ids.masked_fill(values_t == -torch.inf, -1)  # an absent slot: nothing gathered, nothing excluded
     if impl == "reference":
+        skip = (tokens.factor == 0)[:, None]  # has no slots: through an infinite difference 0 would be NaN
+        ids, values_t = ids.masked_fill(skip, -1), values_t.masked_fill(skip, -torch.inf)
         return tokens.reduce(tokens.weigh(reference.topk_loss(hidden, head, ids, values_t, tail_t, spec)))
     inputs = *flat(hidden, head), ids, values_t
     if spec.needs_student_logsumexp:
@@ -381,9 +383,8 @@ def dense_loss(
 ) -> Tensor:
     """The divergence over the whole vocabulary."""
     if impl == "reference":
-        return tokens.reduce(
-            tokens.weigh(reference.dense_loss(hidden, head, teacher_hidden, teacher_head, spec))
-        )
+        sides = hidden, head, teacher_hidden, teacher_head
+        return tokens.reduce(tokens.weigh(reference.dense_loss(*sides, spec, tokens.factor == 0)))
     inputs = *flat(hidden, head), *flat(teacher_hidden, teacher_head)
     options = spec.options[:-1]  # all but the clip, which dense losses do not have
     return _loss(_linear_divergence, inputs, tokens, options, impl)
