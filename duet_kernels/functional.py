@@ -99,7 +99,8 @@ def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, imp
         TypeError, ValueError: naming the argument; ids out of range on a CPU. On a GPU such an id gives NaN: to look
             would be a synchronisation.
 
-    Memory: gathered rows of a few tokens at a time, never `[N, K, D]` (a few MiB on a CPU); with a trainable head also
+    Memory: gathered rows of a few tokens at a time, never `[N, K, D]` (a few MiB on a CPU, but the K D of one token are not
+    cut; twice that for halves); with a trainable head also
     some 40 bytes for each of the N K pairs that are sorted, whatever the workspace is (256 MiB at 6.7 million pairs: pass
     fewer tokens at a time).
     FLOP: 2 N K D forward, 2 N K D each for dh and dW. For many ids (a CPU: K > V / 16, half precision V / 10) the
@@ -144,7 +145,8 @@ def linear_logsumexp(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
 
-    Memory: tiles within the workspace and `[N, D]` for the gradient, never `[N, V]`.
+    Memory: tiles within the workspace and `[N, D]` for the gradient, never `[N, V]`. dW of halves on a CPU casts the hidden
+    states of 8192 tokens at a time to fp32.
     FLOP: 2 N D V forward; 2 N D V for dh; 4 N D V for dW (tiles are recomputed; a frozen head skips it).
     Source: the softmax denominator; its complement is the tail bucket of a top-k divergence (MATH.md).
 
@@ -223,7 +225,8 @@ def topk_distill_loss(
         TypeError, ValueError: naming the argument, what came and what was wanted.
 
     Memory and FLOP: raw logits and `renormalize` touch K rows of W a token: 2 N K D for the loss, 2 N K D for dh, and
-    for a trainable head 2 N K D for dW; no vocabulary-sized product. The others add those of `linear_logsumexp`.
+    for a trainable head 2 N K D for dW; no vocabulary-sized product. The others add those of `linear_logsumexp`. Where a
+    mask leaves tokens out, an eager CPU copies the hidden states of those that count.
     Source: DUET (arXiv 2601.21283) equation 3 for `huber`, MOPD (arXiv 2606.30406) equation 5 for `generalized`;
     MATH.md for all.
 
@@ -465,7 +468,8 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: naming the argument; labels out of range on a CPU (on a GPU: NaN).
 
-    Memory: within the workspace, never `[N, V]`.
+    Memory: within the workspace, never `[N, V]`; labels that are ignored are left out as by a mask, and dW of halves is made
+    as in `linear_logsumexp`.
     FLOP, with G = 2 N D V: 1 G for the loss, 1 G for dh, 1 G for dW, all in the forward pass, where the factor of every
     row is known. `chunked` makes dW with 2 G where it tiles the vocabulary (a half head, few tokens, or a workspace
     that holds few rows of logits). `reduction="none"` computes the logits again in the backward pass: 1 G more.

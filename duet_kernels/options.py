@@ -310,6 +310,7 @@ def loss_tokens(
     if masked and choice != "reference" and device.type == "cpu" and not torch.compiler.is_compiling():
         rows = (factor != 0).nonzero()[:, 0]
         factor = factor[rows]
+        rows, masked = (None, False) if len(rows) == n else (rows, True)
     return Tokens(factor, reduction, lead, rows, masked)
 
 
