@@ -6,13 +6,14 @@ Flattens leading shapes on the way.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from .dispatch import DTYPES, acc_dtype
 from .head import LMHead, TopK
-from .options import Divergence, is_finite_number
+from .options import Divergence, bad_ignore_index, is_finite_number
 
 
 def _is_tensor(name: str, value: object) -> Tensor:
@@ -22,6 +23,9 @@ def _is_tensor(name: str, value: object) -> Tensor:
         raise TypeError(
             f"{name}: wanted a plain tensor, got a DTensor; pass {name}.full_tensor(), which has all tokens"
         )
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{name}: wanted a dense tensor, got {kind}")
     return value
 
 
@@ -64,7 +68,10 @@ def flatten_ids(
 ) -> Tensor:
     """int64 `[N, K]` from `[..., K]`; `[N]` from `[...]` for labels. On a CPU ids outside the vocabulary are refused."""
     _is_tensor(name, ids)
-    per_token = per_token or ignore_index is not None
+    if ignore_index is not None:
+        per_token, index = True, ignore_index
+        if isinstance(index, bool) or not isinstance(index, Integral) or not -(2**63) <= index < 2**63:
+            raise bad_ignore_index(index)
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: wanted int64 or int32 ids, got {ids.dtype}")
     given = tuple(ids.shape) if per_token else tuple(ids.shape[:-1])

@@ -8,7 +8,6 @@ T temperature. All losses are in nats per token (the raw-logit ones in logits, s
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from .checks import check_teacher_hidden, check_topk, flatten_hidden, flatten_id
 from .dispatch import Impl, resolve_impl
 from .head import DistillStats, LMHead, TokenStats, TopK, as_head
 from .options import (
-    SUPPORTS,
     TEMPERATURES,
     Divergence,
     DivergenceName,
@@ -30,7 +28,6 @@ from .options import (
     check_number,
     lists_divergences,
     loss_tokens,
-    unknown,
 )
 
 
@@ -73,11 +70,11 @@ def linear_topk(
     hidden_nd = hidden_nd.detach()
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= head.num_ids:
         raise ValueError(f"k: wanted an integer from 1 to {head.num_ids} (the vocabulary), got {k!r}")
-    check_number("temperature", temperature, TEMPERATURES)
+    temperature = check_number("temperature", temperature, TEMPERATURES)
     choice = _resolve("linear_topk", hidden_nd, impl, k)
     run = ops if head.group is None else sharded
     values, indices, tail = run.linear_topk(hidden_nd, head, k, temperature, choice)
-    return TopK(values.view(*lead, k), indices.view(*lead, k), tail.view(lead), float(temperature))
+    return TopK(values.view(*lead, k), indices.view(*lead, k), tail.view(lead), temperature)
 
 
 def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -156,7 +153,7 @@ def linear_logsumexp(
     """
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
-    check_number("temperature", temperature, TEMPERATURES)
+    temperature = check_number("temperature", temperature, TEMPERATURES)
     if exclude is None:
         ids = torch.empty(hidden_nd.shape[0], 0, dtype=torch.int64, device=hidden.device)
     else:
@@ -401,19 +398,7 @@ def linear_distill_loss(
         >>> linear_distill_loss(hidden, weight, hidden, weight).abs().item() < 1e-5
         True
     """
-    if k is None and normalization not in (None, "renormalize"):
-        raise ValueError(
-            f"normalization: the dense loss (k=None) has nothing but the whole vocabulary, got {normalization!r}"
-        )
-    spec = Divergence.of(divergence, normalization, temperature, beta, delta, clip)
-    if k is None and clip is not None:
-        raise ValueError(
-            f"clip: the dense loss (k=None) has none, got {clip!r}; pass k, with normalization='tail' say"
-        )
-    if support not in SUPPORTS:
-        raise unknown("support", support, SUPPORTS)
-    if k is None and support != "teacher":
-        raise ValueError(f"support: the dense loss (k=None) compares all ids, got {support!r}")
+    spec = Divergence.of(divergence, normalization, temperature, beta, delta, clip, support, k is None)
     student_head = as_head(student_head, "student_head")
     teacher_head = as_head(teacher_head, "teacher_head").detach()
     hidden_nd, lead = flatten_hidden(student_hidden, student_head, "student_hidden", "student_head")
@@ -481,7 +466,7 @@ def linear_cross_entropy(
     """
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
-    if not isinstance(ignore_index, Integral):
+    if ignore_index is None:
         raise bad_ignore_index(ignore_index)
     ids = flatten_ids("labels", labels, lead, head.num_ids, hidden.device, ignore_index=ignore_index)
     choice = _resolve("linear_cross_entropy", hidden_nd, impl)
@@ -533,8 +518,6 @@ def linear_token_stats(
     hidden_nd = hidden_nd.detach()
     ids = ignored = None
     if labels is not None:
-        if not isinstance(ignore_index, (Integral, type(None))):
-            raise bad_ignore_index(ignore_index)
         size, options = head.num_ids, {"ignore_index": ignore_index, "per_token": True}
         ids = flatten_ids("labels", labels, lead, size, hidden.device, **options)
         if ignore_index is not None:

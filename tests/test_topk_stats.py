@@ -174,6 +174,14 @@ def test_the_overlap_is_of_as_many_ids_of_the_student():
         assert stats.overlap.tolist() == [0.0, 0.5]
 
 
+def test_the_overlap_of_a_token_without_logits_is_nan():
+    hidden = torch.eye(2).index_fill(0, torch.tensor([1]), torch.nan)
+    teacher = TopK(torch.ones(2, 1), torch.tensor([[0], [0]]))
+    for impl in IMPLS:
+        overlap = topk_distill_stats(hidden, torch.eye(2), teacher, overlap=True, impl=impl).overlap
+        assert overlap[0] == 1 and overlap[1].isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_half_precision_teachers_mass_has_the_digits_of_fp32(dtype):
     values, ids, tail = (

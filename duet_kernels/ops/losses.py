@@ -297,12 +297,13 @@ def overlap(
     """`[N]` share of a teacher's n ids that are among the student's own n largest: a pass that selects (`select`)."""
     present = values_t != -torch.inf
     present &= ~_met_before(ids.masked_fill(~present, -1))
-    own = select(hidden, head, min(ids.shape[1], head.num_ids), 1.0, impl)[1]
+    values, own, _ = select(hidden, head, min(ids.shape[1], head.num_ids), 1.0, impl)
     more = torch.arange(own.shape[1], device=own.device) >= present.sum(1, keepdim=True)
     own = own.masked_fill(more, -1).sort(1).values
     at = torch.searchsorted(own, ids).clamp(max=own.shape[1] - 1)
     shared = (own.gather(1, at) == ids) & present
-    return shared.sum(1, dtype=values_t.dtype) / present.sum(1).clamp(min=1)
+    share = shared.sum(1, dtype=values_t.dtype) / present.sum(1).clamp(min=1)
+    return share.masked_fill(values.isnan().any(1), torch.nan)
 
 
 def _met_before(ids: Tensor) -> Tensor:
