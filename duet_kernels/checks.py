@@ -6,13 +6,14 @@ Flattens leading shapes on the way.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from .dispatch import DTYPES
+from .dispatch import DTYPES, acc_dtype
 from .head import LMHead, TopK
-from .options import Divergence
+from .options import Divergence, bad_ignore_index, is_finite_number
 
 
 def _is_tensor(name: str, value: object) -> Tensor:
@@ -22,6 +23,9 @@ def _is_tensor(name: str, value: object) -> Tensor:
         raise TypeError(
             f"{name}: wanted a plain tensor, got a DTensor; pass {name}.full_tensor(), which has all tokens"
         )
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{name}: wanted a dense tensor, got {kind}")
     return value
 
 
@@ -64,7 +68,10 @@ def flatten_ids(
 ) -> Tensor:
     """int64 `[N, K]` from `[..., K]`; `[N]` from `[...]` for labels. On a CPU ids outside the vocabulary are refused."""
     _is_tensor(name, ids)
-    per_token = per_token or ignore_index is not None
+    if ignore_index is not None:
+        per_token, index = True, ignore_index
+        if isinstance(index, bool) or not isinstance(index, Integral) or not -(2**63) <= index < 2**63:
+            raise bad_ignore_index(index)
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: wanted int64 or int32 ids, got {ids.dtype}")
     given = tuple(ids.shape) if per_token else tuple(ids.shape[:-1])
@@ -90,9 +97,13 @@ def flatten_ids(
 
 
 def check_topk(
-    teacher: TopK, lead: tuple[int, ...], num_ids: int, spec: Divergence, hidden: Tensor
+    teacher: TopK, lead: tuple[int, ...], num_ids: int, spec: Divergence, hidden: Tensor, mass: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The flattened (values `[N, K]`, indices `[N, K]`, tail `[N]`) of a teacher that fits the student."""
+    """The flattened (values `[N, K]`, indices `[N, K]`, tail `[N]`) of a teacher that fits the student.
+
+    Values and tail are in the dtype of the student's logits. The tail is None unless the loss reads it, or the teacher's
+    `mass`, which can do without.
+    """
     if not isinstance(teacher, TopK):
         raise TypeError(f"teacher: wanted a TopK, got {type(teacher).__name__}")
     values = _is_tensor("teacher.values", teacher.values)
@@ -113,21 +124,24 @@ def check_topk(
             f"teacher: holds log-probabilities, which are logits minus an unknown constant, and {spec.name!r} compares raw "
             "logits; wanted a TopK of logits, or a divergence of distributions such as 'forward_kl'"
         )
-    tail = teacher.tail_logsumexp if spec.needs_teacher_logsumexp else None
-    if spec.needs_teacher_logsumexp:
-        if tail is None:
-            raise ValueError(
-                f"teacher.tail_logsumexp: normalization={spec.normalization!r} reads it, got None"
-            )
-        _is_tensor("teacher.tail_logsumexp", tail)
+    tail, reads = teacher.tail_logsumexp, spec.needs_teacher_logsumexp
+    if reads and tail is None:
+        raise ValueError(f"teacher.tail_logsumexp: normalization={spec.normalization!r} reads it, got None")
+    if not is_finite_number(teacher.temperature):
+        raise TypeError(f"teacher.temperature: wanted a number, got {teacher.temperature!r}")
+    if reads and teacher.temperature != spec.temperature:
+        raise ValueError(
+            f"teacher.temperature: normalization={spec.normalization!r} reads the teacher's tail, which was made at "
+            f"temperature {teacher.temperature}; wanted {spec.temperature}"
+        )
+    if tail is not None and (reads or (mass and teacher.temperature == spec.temperature)):
+        tail = tensors["tail_logsumexp"] = _is_tensor("teacher.tail_logsumexp", tail)
         if tuple(tail.shape) != lead:
             raise ValueError(f"teacher.tail_logsumexp: wanted shape {list(lead)}, got {list(tail.shape)}")
-        if teacher.temperature != spec.temperature:
-            raise ValueError(
-                f"teacher.temperature: normalization={spec.normalization!r} reads the teacher's tail, which was made at "
-                f"temperature {teacher.temperature}; wanted {spec.temperature}"
-            )
-        tensors["tail_logsumexp"] = tail
+        if not tail.is_floating_point():
+            raise TypeError(f"teacher.tail_logsumexp: wanted a floating-point tail, got {tail.dtype}")
+    else:
+        tail = None
     for name, tensor in tensors.items():
         if tensor.device != hidden.device:
             raise ValueError(
@@ -137,12 +151,12 @@ def check_topk(
             raise ValueError(
                 f"teacher.{name}: a teacher gets no gradient; wanted a detached tensor (make it under torch.no_grad())"
             )
-    n, k = math.prod(lead), values.shape[-1]
+    (n, k), acc = (math.prod(lead), values.shape[-1]), acc_dtype(hidden.dtype)
     indices = indices.masked_fill(values == -torch.inf, 0)  # an absent slot may hold any id
     return (
-        values.reshape(n, k),
+        values.reshape(n, k).to(acc),
         flatten_ids("teacher.indices", indices, lead, num_ids, hidden.device),
-        None if tail is None else tail.reshape(n),
+        None if tail is None else tail.reshape(n).to(acc),
     )
 
 

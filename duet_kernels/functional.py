@@ -8,7 +8,6 @@ T temperature. All losses are in nats per token (the raw-logit ones in logits, s
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from .checks import check_teacher_hidden, check_topk, flatten_hidden, flatten_id
 from .dispatch import Impl, resolve_impl
 from .head import DistillStats, LMHead, TokenStats, TopK, as_head
 from .options import (
-    SUPPORTS,
     TEMPERATURES,
     Divergence,
     DivergenceName,
@@ -30,7 +28,6 @@ from .options import (
     check_number,
     lists_divergences,
     loss_tokens,
-    unknown,
 )
 
 
@@ -73,11 +70,11 @@ def linear_topk(
     hidden_nd = hidden_nd.detach()
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= head.num_ids:
         raise ValueError(f"k: wanted an integer from 1 to {head.num_ids} (the vocabulary), got {k!r}")
-    check_number("temperature", temperature, TEMPERATURES)
+    temperature = check_number("temperature", temperature, TEMPERATURES)
     choice = _resolve("linear_topk", hidden_nd, impl, k)
     run = ops if head.group is None else sharded
     values, indices, tail = run.linear_topk(hidden_nd, head, k, temperature, choice)
-    return TopK(values.view(*lead, k), indices.view(*lead, k), tail.view(lead), float(temperature))
+    return TopK(values.view(*lead, k), indices.view(*lead, k), tail.view(lead), temperature)
 
 
 def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -99,7 +96,8 @@ def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, imp
         TypeError, ValueError: naming the argument; ids out of range on a CPU. On a GPU such an id gives NaN: to look
             would be a synchronisation.
 
-    Memory: gathered rows of a few tokens at a time, never `[N, K, D]` (a few MiB on a CPU); with a trainable head also
+    Memory: gathered rows of a few tokens at a time, never `[N, K, D]` (a few MiB on a CPU, but the K D of one token are not
+    cut; twice that for halves); with a trainable head also
     some 40 bytes for each of the N K pairs that are sorted, whatever the workspace is (256 MiB at 6.7 million pairs: pass
     fewer tokens at a time).
     FLOP: 2 N K D forward, 2 N K D each for dh and dW. For many ids (a CPU: K > V / 16, half precision V / 10) the
@@ -144,7 +142,8 @@ def linear_logsumexp(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
 
-    Memory: tiles within the workspace and `[N, D]` for the gradient, never `[N, V]`.
+    Memory: tiles within the workspace and `[N, D]` for the gradient, never `[N, V]`. dW of halves on a CPU casts the hidden
+    states of 8192 tokens at a time to fp32.
     FLOP: 2 N D V forward; 2 N D V for dh; 4 N D V for dW (tiles are recomputed; a frozen head skips it).
     Source: the softmax denominator; its complement is the tail bucket of a top-k divergence (MATH.md).
 
@@ -154,7 +153,7 @@ def linear_logsumexp(
     """
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
-    check_number("temperature", temperature, TEMPERATURES)
+    temperature = check_number("temperature", temperature, TEMPERATURES)
     if exclude is None:
         ids = torch.empty(hidden_nd.shape[0], 0, dtype=torch.int64, device=hidden.device)
     else:
@@ -223,7 +222,8 @@ def topk_distill_loss(
         TypeError, ValueError: naming the argument, what came and what was wanted.
 
     Memory and FLOP: raw logits and `renormalize` touch K rows of W a token: 2 N K D for the loss, 2 N K D for dh, and
-    for a trainable head 2 N K D for dW; no vocabulary-sized product. The others add those of `linear_logsumexp`.
+    for a trainable head 2 N K D for dW; no vocabulary-sized product. The others add those of `linear_logsumexp`. Where a
+    mask leaves tokens out, an eager CPU copies the hidden states of those that count.
     Source: DUET (arXiv 2601.21283) equation 3 for `huber`, MOPD (arXiv 2606.30406) equation 5 for `generalized`;
     MATH.md for all.
 
@@ -236,7 +236,7 @@ def topk_distill_loss(
     spec = Divergence.of(divergence, normalization, temperature, beta, delta, clip)
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
-    values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden)
+    values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden_nd)
     choice = _resolve("topk_distill_loss", hidden_nd, impl, values.shape[1], spec.needs_student_logsumexp)
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
     values, indices = tokens.take(values), tokens.take(indices, head.num_ids)
@@ -309,7 +309,7 @@ def topk_distill_stats(
     spec = Divergence.of(divergence, normalization, temperature, beta, delta, clip)
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
-    values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden)
+    values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden_nd, mass=True)
     sampled = _sampled(token_ids, mask, lead, head, hidden)
     differentiable = spec.needs_student_logsumexp or sampled is not None  # in the log-sum-exp
     lse = differentiable or student_mass or entropy
@@ -320,20 +320,18 @@ def topk_distill_stats(
         return None if rows is None else tokens.reduce(tokens.weigh(rows.to(tokens.factor.dtype)))
 
     run, shared = ops if head.group is None else sharded, None
-    teacher_mass = _teacher_mass(teacher, values, indices, lead, spec)
-    teacher_mass = None if teacher_mass is None else tokens.take(teacher_mass)
-    hidden_nd, values, indices = (
-        tokens.take(hidden_nd),
-        tokens.take(values),
-        tokens.take(indices, head.num_ids),
-    )
-    tail = None if tail is None else tokens.take(tail)
+    hidden_nd, indices = tokens.take(hidden_nd), tokens.take(indices, head.num_ids)
+    values = tokens.take(values, fill=-torch.inf)  # no slots: nothing infinite is multiplied by 0
+    tail, told = None if tail is None else tokens.take(tail), None
+    if tail is not None:  # at the temperature of the loss
+        told = ops.teacher_mass(values, indices, tail, spec.temperature)
     sampled = None if sampled is None else tokens.take(sampled, head.num_ids)
     still, still_head = hidden_nd.detach(), head.detach()
     if overlap:
         choice_k = _resolve("linear_topk", hidden_nd, impl, values.shape[1])
         shared = run.overlap(still, still_head, values, indices, choice_k)
-    of_teacher, options = (values, indices, tail), (sampled, entropy, spec, choice)
+    of_teacher = values, indices, tail if spec.needs_teacher_logsumexp else None
+    options = sampled, entropy, spec, choice
     if differentiable:
         loss, *others = run.topk_stats(hidden_nd, head, *of_teacher, *options)
         loss = tokens.reduce(tokens.weigh(loss))
@@ -343,7 +341,7 @@ def topk_distill_stats(
         if student_mass or entropy:
             others = run.topk_stats(still, still_head, *of_teacher, *options)[1:]
     logprob, mass, spread = map(results, others)
-    return DistillStats(loss, logprob, spread, mass, results(teacher_mass), results(shared))
+    return DistillStats(loss, logprob, spread, mass, results(told), results(shared))
 
 
 def linear_distill_loss(
@@ -370,8 +368,9 @@ def linear_distill_loss(
 
     `k=None`: the divergences of `topk_distill_loss` summed over all ids. With k: the ids are the k largest logits of
     the `teacher`, of the `student`, or their `union` (`support`), and the loss is that of `topk_distill_loss` there.
-    Student and teacher may differ in hidden size, and in vocabulary size: then the common ids count. So do ids that not
-    both models rule out with a bias of -inf.
+    Student and teacher may differ in hidden size, and in vocabulary size: then the common ids count. An id that the
+    teacher rules out with a bias of -inf counts with `k=None` unless the student does so, too; with k it is an absent slot,
+    and what the student gives it is seen by `normalization="tail"`, as a part of the tail.
     For the other arguments see `topk_distill_loss`.
 
     Args:
@@ -399,19 +398,7 @@ def linear_distill_loss(
         >>> linear_distill_loss(hidden, weight, hidden, weight).abs().item() < 1e-5
         True
     """
-    if k is None and normalization not in (None, "renormalize"):
-        raise ValueError(
-            f"normalization: the dense loss (k=None) has nothing but the whole vocabulary, got {normalization!r}"
-        )
-    spec = Divergence.of(divergence, normalization, temperature, beta, delta, clip)
-    if k is None and clip is not None:
-        raise ValueError(
-            f"clip: the dense loss (k=None) has none, got {clip!r}; pass k, with normalization='tail' say"
-        )
-    if support not in SUPPORTS:
-        raise unknown("support", support, SUPPORTS)
-    if k is None and support != "teacher":
-        raise ValueError(f"support: the dense loss (k=None) compares all ids, got {support!r}")
+    spec = Divergence.of(divergence, normalization, temperature, beta, delta, clip, support, k is None)
     student_head = as_head(student_head, "student_head")
     teacher_head = as_head(teacher_head, "teacher_head").detach()
     hidden_nd, lead = flatten_hidden(student_hidden, student_head, "student_hidden", "student_head")
@@ -466,7 +453,8 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: naming the argument; labels out of range on a CPU (on a GPU: NaN).
 
-    Memory: within the workspace, never `[N, V]`.
+    Memory: within the workspace, never `[N, V]`; labels that are ignored are left out as by a mask, and dW of halves is made
+    as in `linear_logsumexp`.
     FLOP, with G = 2 N D V: 1 G for the loss, 1 G for dh, 1 G for dW, all in the forward pass, where the factor of every
     row is known. `chunked` makes dW with 2 G where it tiles the vocabulary (a half head, few tokens, or a workspace
     that holds few rows of logits). `reduction="none"` computes the logits again in the backward pass: 1 G more.
@@ -478,7 +466,7 @@ def linear_cross_entropy(
     """
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
-    if not isinstance(ignore_index, Integral):
+    if ignore_index is None:
         raise bad_ignore_index(ignore_index)
     ids = flatten_ids("labels", labels, lead, head.num_ids, hidden.device, ignore_index=ignore_index)
     choice = _resolve("linear_cross_entropy", hidden_nd, impl)
@@ -530,8 +518,6 @@ def linear_token_stats(
     hidden_nd = hidden_nd.detach()
     ids = ignored = None
     if labels is not None:
-        if not isinstance(ignore_index, (Integral, type(None))):
-            raise bad_ignore_index(ignore_index)
         size, options = head.num_ids, {"ignore_index": ignore_index, "per_token": True}
         ids = flatten_ids("labels", labels, lead, size, hidden.device, **options)
         if ignore_index is not None:
@@ -565,18 +551,6 @@ def _sampled(
     if isinstance(mask, Tensor) and isinstance(token_ids, Tensor) and mask.shape == token_ids.shape:
         token_ids = token_ids.masked_fill(~mask.bool(), 0)
     return flatten_ids("token_ids", token_ids, lead, head.num_ids, hidden.device, per_token=True)
-
-
-def _teacher_mass(
-    teacher: TopK, values: Tensor, indices: Tensor, lead: tuple[int, ...], spec: Divergence
-) -> Tensor | None:
-    """`[N]`, or None where the teacher's tail is not known at the temperature of the loss."""
-    tail = teacher.tail_logsumexp
-    if tail is None or teacher.temperature != spec.temperature:
-        return None
-    if tuple(tail.shape) != lead:
-        raise ValueError(f"teacher.tail_logsumexp: wanted shape {list(lead)}, got {list(tail.shape)}")
-    return ops.teacher_mass(values, indices, tail.detach().reshape(len(values)), spec.temperature)
 
 
 def _teacher_topk(

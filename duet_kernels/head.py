@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import ranks
 from .dispatch import HALVES, acc_dtype
-from .options import is_finite_number
+from .options import is_finite_number, shown
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -68,7 +68,9 @@ class TopK(NamedTuple):
 
         Returns:
             TopK: values `[..., K]` descending, absent slots last; fp32 (fp64 for fp64). The tail is -inf where the k
-            hold all the mass. It is summed in fp64 and has as many digits as the log-probabilities allow.
+            hold all the mass, as soon as their sum rounds to 1; with `normalization="tail"` a `reverse_kl` or `symmetric_kl`
+            is then infinite where the student has mass there: clamp it, `top._replace(tail_logsumexp=...clamp(min=-16))`. It
+            is summed in fp64 and has as many digits as the log-probabilities allow.
 
         Raises:
             TypeError, ValueError: naming the argument; on a CPU also probabilities that sum to more than 1.01.
@@ -96,7 +98,7 @@ class TopK(NamedTuple):
         if indices.device != logprobs.device:
             raise ValueError(f"logprobs: wanted device {indices.device} like indices, got {logprobs.device}")
         if not is_finite_number(temperature) or temperature <= 0:
-            raise ValueError(f"temperature: wanted a finite number > 0, got {temperature!r}")
+            raise ValueError(f"temperature: wanted a finite number > 0, got {shown(temperature)}")
         # In the order of the ids equal ones stand side by side; a stable sort keeps the first of them first.
         ids, order = torch.where(logprobs == -torch.inf, -1, indices.long()).sort(dim=-1, stable=True)
         log_p = logprobs.detach().double().gather(-1, order)
@@ -107,7 +109,7 @@ class TopK(NamedTuple):
         total = log_p.logsumexp(-1)
         if total.device.type == "cpu" and not torch.compiler.is_compiling() and bool((total > 0.01).any()):
             raise ValueError(
-                f"logprobs: wanted log-probabilities, whose exponentials sum to 1 at most, got a sum of {total.max().exp():.3g}"
+                f"logprobs: wanted log-probabilities, whose exponentials sum to 1 at most, got a sum of {total[total > 0.01].max().exp():.3g}"
             )
         # log(1 - exp(total)): each form is exact where the other one loses digits.
         inside = total.clamp(max=0)
@@ -256,6 +258,9 @@ class LMHead:
         weight, bias = self.weight, self.bias
         if not isinstance(weight, Tensor):
             raise TypeError(f"head.weight: wanted a tensor [V, D], got {type(weight).__name__}")
+        if weight.is_nested or weight.layout != torch.strided:
+            kind = "a nested tensor" if weight.is_nested else f"one of layout {weight.layout}"
+            raise TypeError(f"head.weight: wanted a dense tensor, got {kind}")
         if weight.dim() != 2:
             raise ValueError(f"head.weight: wanted shape [V, D], got {list(weight.shape)}")
         if not weight.is_floating_point():
@@ -275,12 +280,14 @@ class LMHead:
             is_finite_number(self.softcap) and _LEAST <= self.softcap <= _MOST
         ):
             raise ValueError(
-                f"head.softcap: wanted a finite number > 0, {_HELD}, or None, got {self.softcap!r}"
+                f"head.softcap: wanted a finite number > 0, {_HELD}, or None, got {shown(self.softcap)}"
             )
         if not is_finite_number(self.scale) or not _LEAST <= abs(self.scale) <= _MOST:
             raise ValueError(
-                f"head.scale: wanted a finite number other than 0, {_HELD} or its negative, got {self.scale!r}"
+                f"head.scale: wanted a finite number other than 0, {_HELD} or its negative, got {shown(self.scale)}"
             )
+        object.__setattr__(self, "softcap", None if self.softcap is None else float(self.softcap))
+        object.__setattr__(self, "scale", float(self.scale))
         if self.group is not None or self.shards is not None:
             self._check_shards()
         size, rows = self.vocab_size, sum(self.shards or weight.shape[:1])
@@ -458,13 +465,13 @@ class LMHead:
 
     @classmethod
     @torch.no_grad()
-    def verify(cls, model: Any, input_ids: Tensor, head: LMHead | None = None) -> LMHead:
+    def verify(cls, model: Any, input_ids: Tensor, head: LMHead | Tensor | None = None) -> LMHead:
         """Compare a head with the logits that the model itself gives, from the very states that its output layer reads.
 
         Args:
             model: with `get_output_embeddings()`; called as `model(input_ids)`, and as it is: put it in evaluation mode.
             input_ids: `[B, S]` int64 token ids.
-            head: made by hand; None: `LMHead.of(model)`.
+            head: made by hand, or its weight; None: `LMHead.of(model)`.
 
         Returns:
             the head.
@@ -482,7 +489,7 @@ class LMHead:
             >>> LMHead.verify(model, torch.tensor([[5, 6, 7]])).num_ids
             10
         """
-        head, seen = cls.of(model) if head is None else head, []
+        head, seen = cls.of(model) if head is None else as_head(head), []
         if head.group is not None:
             raise ValueError(
                 "head.group: wanted a whole head to compare with the model's logits, got a sharded one"
@@ -499,9 +506,10 @@ class LMHead:
         bias = None if cut.bias is None else cut.bias.to(head.acc)
         ours = cut.finish_(seen[0].to(head.acc) @ cut.weight.to(head.acc).t(), bias)
         theirs = logits[..., : head.num_ids].to(ours)
-        if ours.shape != theirs.shape:
+        size = logits.shape[-1]  # a head may leave out ids that the model has, if its weight has them
+        if ours.shape != theirs.shape or size not in (len(head.weight), head.num_ids):
             raise ValueError(
-                f"head: gives logits of shape {list(ours.shape)}, the model gives {list(theirs.shape)}"
+                f"head: gives logits of shape {list(ours.shape)}, the model gives {list(logits.shape)}"
             )
         half = head.weight.dtype in HALVES
         allowed = (4 * torch.finfo(head.weight.dtype).eps if half else 1e-5) * theirs.abs().amax()
@@ -516,8 +524,10 @@ class LMHead:
 
 def as_head(head: LMHead | Tensor, name: str = "head") -> LMHead:
     """`head` itself, or an LMHead around a bare weight tensor."""
-    if isinstance(head, LMHead):
-        return head
     if isinstance(head, Tensor):
-        return LMHead(head)
+        head = LMHead(head)
+    if isinstance(head, LMHead):
+        if head.num_ids < 1:
+            raise ValueError(f"{name}.weight: wanted shape [V, D] with V >= 1, got {list(head.weight.shape)}")
+        return head
     raise TypeError(f"{name}: wanted an LMHead or its weight tensor [V, D], got {type(head).__name__}")

@@ -12,7 +12,6 @@ from .functional import linear_cross_entropy, linear_distill_loss, topk_distill_
 from .head import LMHead, TopK
 from .options import (
     REDUCTIONS,
-    SUPPORTS,
     Divergence,
     DivergenceName,
     Normalization,
@@ -28,11 +27,12 @@ class _Loss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        for name, known in (("reduction", REDUCTIONS), ("support", SUPPORTS), ("impl", get_args(Impl))):
+        for name, known in (("reduction", REDUCTIONS), ("impl", get_args(Impl))):
             if options.get(name, known[0]) not in known:
                 raise unknown(name, options[name], known)
-        if not isinstance(options.get("ignore_index", 0), Integral):
-            raise bad_ignore_index(options["ignore_index"])
+        index = options.get("ignore_index", 0)
+        if isinstance(index, bool) or not isinstance(index, Integral) or not -(2**63) <= int(index) < 2**63:
+            raise bad_ignore_index(index)
         self.options = options
 
     def extra_repr(self) -> str:
@@ -106,7 +106,7 @@ class LinearDistillLoss(_Loss):
         reduction: Reduction = "mean",
         impl: Impl = "auto",
     ) -> None:
-        Divergence.of(divergence, normalization, temperature, beta, delta, clip)
+        Divergence.of(divergence, normalization, temperature, beta, delta, clip, support, k is None)
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise ValueError(f"k: wanted None or an integer >= 1, got {k!r}")
         super().__init__(

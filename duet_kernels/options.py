@@ -11,6 +11,7 @@ import difflib
 import math
 import numbers
 import re
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, Literal, TypeVar, get_args
 
@@ -29,6 +30,7 @@ NORMALIZATIONS, REDUCTIONS, SUPPORTS = get_args(Normalization), get_args(Reducti
 
 # Beyond these fp32 logits, which are exact to 7 digits, no longer say what a softmax or a gradient is.
 TEMPERATURES, DELTAS, BETAS, CLIPS = (1e-3, 1e3), (1e-10, 1e10), (1e-3, 1 - 1e-3), (1e-6, 1e6)
+_LARGEST = sys.float_info.max
 CLIPPED: tuple[Normalization, ...] = ("renormalize", "tail", "generalized")  # whose terms are >= 0
 
 
@@ -39,24 +41,34 @@ def unknown(argument: str, value: object, known: tuple[str, ...]) -> ValueError:
     return ValueError(f"{argument}: wanted one of {', '.join(known)}, got {value!r}{hint}")
 
 
+def shown(value: object) -> str:
+    """A value in an error, cut where it is long."""
+    text = (
+        repr(value) if not isinstance(value, int) or abs(value) < 10**100 else f"about 2^{value.bit_length()}"
+    )
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def bad_ignore_index(value: object) -> TypeError:
-    return TypeError(f"ignore_index: wanted an integer such as -100, got {value!r}")
+    return TypeError(f"ignore_index: wanted an integer of 64 bits such as -100, got {shown(value)}")
 
 
 def is_finite_number(value: object) -> bool:
+    """Whether it is a number that a float can hold."""
     # Comparisons rather than math.isfinite: torch.compile with dynamic shapes traces through them.
     number: Any = value
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -math.inf < number < math.inf
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -_LARGEST <= number <= _LARGEST
 
 
-def check_number(name: str, value: object, limits: tuple[float, float]) -> None:
-    """Refuse what is no finite number > 0 within the limits."""
+def check_number(name: str, value: object, limits: tuple[float, float]) -> float:
+    """The value as a float; what is no finite number > 0 within the limits is refused."""
     number: Any = value
     if not is_finite_number(value) or not limits[0] <= number <= limits[1]:
         raise ValueError(
             f"{name}: wanted a finite number > 0, from {limits[0]:g} to {limits[1]:g} (the range of fp32 logits), "
-            f"got {value!r}"
+            f"got {shown(value)}"
         )
+    return float(number)
 
 
 # --- the table of divergences ------------------------------------------------------------------------------------
@@ -195,11 +207,23 @@ class Divergence:
         beta: float,
         delta: float,
         clip: float | None = None,
+        support: str = "teacher",
+        dense: bool = False,
     ) -> Divergence:
-        if name not in DIVERGENCES:
+        """Check them all; `dense`: of a loss of the whole vocabulary."""
+        if not isinstance(name, str) or name not in DIVERGENCES:
             raise unknown("divergence", name, tuple(DIVERGENCES))
+        if support not in SUPPORTS:
+            raise unknown("support", support, SUPPORTS)
+        for option, value, why in (
+            ("normalization", normalization, "has nothing but the whole vocabulary"),
+            ("clip", clip, "has none; pass k, with normalization='tail' say"),
+            ("support", support, "compares all ids"),
+        ):
+            if dense and value not in (None, "renormalize", "teacher"):
+                raise ValueError(f"{option}: the dense loss (k=None) {why}, got {value!r}")
         traits = DIVERGENCES[name]
-        check_number("temperature", temperature, TEMPERATURES)
+        temperature = check_number("temperature", temperature, TEMPERATURES)
         if not traits.normalizations:
             if normalization is not None:
                 raise ValueError(
@@ -219,14 +243,14 @@ class Divergence:
             raise ValueError(f"normalization: {normalization!r} exists for {able} only, got {name!r}")
         if not is_finite_number(beta) or ("beta" in traits.reads and not BETAS[0] <= beta <= BETAS[1]):
             raise ValueError(
-                f"beta: wanted a number in (0, 1), from {BETAS[0]:g} to 1 - {BETAS[0]:g}, got {beta!r}; for the ends use "
+                f"beta: wanted a number in (0, 1), from {BETAS[0]:g} to 1 - {BETAS[0]:g}, got {shown(beta)}; for the ends use "
                 "divergence='forward_kl' or 'reverse_kl'"
             )
         if not is_finite_number(delta) or "delta" in traits.reads:
             check_number("delta", delta, DELTAS)
         if clip is None:
-            return cls(name, normalization or "none", float(temperature), float(beta), float(delta))
-        check_number("clip", clip, CLIPS)
+            return cls(name, normalization or "none", temperature, float(beta), float(delta))
+        clip = check_number("clip", clip, CLIPS)
         if normalization not in CLIPPED:
             got = (
                 f"normalization={normalization!r}" if traits.normalizations else f"the raw logits of {name!r}"
@@ -234,7 +258,7 @@ class Divergence:
             raise ValueError(
                 f"clip: limits terms that are >= 0, those of distributions with normalization {', '.join(CLIPPED)}; got {got}"
             )
-        return cls(name, normalization, float(temperature), float(beta), float(delta), float(clip))
+        return cls(name, normalization, temperature, float(beta), float(delta), clip)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -247,8 +271,8 @@ class Tokens:
     rows: Tensor | None = None  # None: nothing was left out
     masked: bool = False
 
-    def take(self, x: Tensor, num_ids: int | None = None) -> Tensor:
-        """The rows of `x` that count. Where masked rows stay they are set to 0, so that a NaN in them cannot spread.
+    def take(self, x: Tensor, num_ids: int | None = None, fill: float = 0) -> Tensor:
+        """The rows of `x` that count. Where masked rows stay they are set to `fill`, so that a NaN in them cannot spread.
 
         Of ids, with `num_ids` of them, only those that do not exist become 0: the logit of such an id is NaN.
         """
@@ -257,7 +281,7 @@ class Tokens:
         if not self.masked:
             return x
         skip = (self.factor == 0).view(-1, *(1,) * (x.dim() - 1))
-        return x.masked_fill(skip if num_ids is None else skip & (x >= num_ids), 0)
+        return x.masked_fill(skip if num_ids is None else skip & (x >= num_ids), fill)
 
     def weigh(self, rows: Tensor) -> Tensor:
         """factor * loss, exactly 0 where the factor is 0."""
@@ -310,6 +334,7 @@ def loss_tokens(
     if masked and choice != "reference" and device.type == "cpu" and not torch.compiler.is_compiling():
         rows = (factor != 0).nonzero()[:, 0]
         factor = factor[rows]
+        rows, masked = (None, False) if len(rows) == n else (rows, True)
     return Tokens(factor, reduction, lead, rows, masked)
 
 
@@ -325,13 +350,15 @@ def _check_rows(name: str, value: object, lead: tuple[int, ...], device: torch.d
 def _denominator(num_items: int | Tensor, factor: Tensor) -> Tensor:
     """`num_items`, which is looked at where that is no synchronisation; 0, of a batch in which nothing counts, divides by 1."""
     if isinstance(num_items, Tensor):
-        if num_items.numel() != 1 or num_items.is_complex():
-            raise ValueError(f"num_items: wanted an int or a 0-d tensor, got shape {list(num_items.shape)}")
-        if num_items.device.type == "cpu" and not torch.compiler.is_compiling() and not num_items >= 0:
-            raise ValueError(f"num_items: wanted a number >= 0, got {num_items}")
+        if num_items.numel() != 1 or num_items.is_complex() or num_items.dtype == torch.bool:
+            got = f"{num_items.dtype} of shape {list(num_items.shape)}"
+            raise ValueError(f"num_items: wanted an int or a 0-d tensor of a number, got {got}")
+        seen = num_items.device.type == "cpu" and not torch.compiler.is_compiling()
+        if seen and not 0 <= num_items < math.inf:
+            raise ValueError(f"num_items: wanted a finite number >= 0, got {num_items}")
         given = num_items.detach().reshape(()).to(device=factor.device, dtype=factor.dtype)
         return given.masked_fill(given == 0, 1)
-    if isinstance(num_items, bool) or not isinstance(num_items, int) or num_items < 0:
-        raise ValueError(f"num_items: wanted an int >= 0 or a 0-d tensor, got {num_items!r}")
+    if isinstance(num_items, bool) or not isinstance(num_items, int) or not 0 <= num_items < 2**63:
+        raise ValueError(f"num_items: wanted an int >= 0 of 64 bits or a 0-d tensor, got {shown(num_items)}")
     # Not a copy from the host: that would be a synchronisation.
     return torch.full((), float(num_items or 1), dtype=factor.dtype, device=factor.device)

@@ -111,10 +111,17 @@ def topk_stats(
 
 
 def dense_loss(
-    hidden_nd: Tensor, head: LMHead, teacher_nd: Tensor, teacher_head: LMHead, spec: Divergence
+    hidden_nd: Tensor,
+    head: LMHead,
+    teacher_nd: Tensor,
+    teacher_head: LMHead,
+    spec: Divergence,
+    skip_n: Tensor | None = None,
 ) -> Tensor:
-    """`[N]` divergence over the whole vocabulary."""
+    """`[N]` divergence over the whole vocabulary; that of two flat distributions in rows to `skip`."""
     z_s, z_t = logits(hidden_nd, head), logits(teacher_nd, teacher_head)
+    if skip_n is not None:
+        z_s, z_t = (z.masked_fill(skip_n[:, None], 0) for z in (z_s, z_t))
     return divergence(z_s, z_t.to(z_s.dtype), None, None, spec, absent_slots=False)
 
 

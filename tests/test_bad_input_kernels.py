@@ -4,6 +4,7 @@ Every refusal names the argument, what came and what was wanted.
 """
 
 import os
+from fractions import Fraction
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorated
 
@@ -25,6 +26,7 @@ from duet_kernels import (
     resolve_impl,
     set_workspace_bytes,
     topk_distill_loss,
+    topk_distill_stats,
 )
 
 N, V, D, K = 5, 23, 8, 4
@@ -41,6 +43,7 @@ TOP = linear_topk(T, W, K)
 WARM = linear_topk(T, W, K, temperature=2.0)
 LABELS = torch.arange(N)
 IDS = TOP.indices
+NESTED = torch.nested.nested_tensor([H, H[:2]])
 GRAD = torch.randn(N, D, requires_grad=True)
 
 
@@ -469,6 +472,91 @@ REFUSED = [
             ("k", 2.0),
         )
     ),
+    *(
+        (
+            f"dense module {name}",
+            lambda options={name: value}: LinearDistillLoss(**options),
+            ValueError,
+            (f"{name}:", "k=None"),
+        )
+        for name, value in (("normalization", "tail"), ("clip", 1.0), ("support", "union"))
+    ),
+    # numbers that no tensor holds, and what only looks like a number
+    (
+        "num_items inf",
+        lambda: topk(num_items=torch.tensor(torch.inf)),
+        ValueError,
+        ("num_items:", "finite", "inf"),
+    ),
+    (
+        "num_items a bool tensor",
+        lambda: topk(num_items=torch.tensor(True)),
+        ValueError,
+        ("num_items:", "torch.bool"),
+    ),
+    ("num_items 10**39", lambda: topk(num_items=10**39), ValueError, ("num_items:", "64 bits", "1000000000")),
+    ("delta 10**400", lambda: topk(delta=10**400), ValueError, ("delta:", "finite", "2^1329")),
+    ("delta 10**5000 where it is not read", lambda: kl(delta=10**5000), ValueError, ("delta:", "2^16610")),
+    ("beta 10**400", lambda: kl("jsd", beta=10**400), ValueError, ("beta:", "2^1329")),
+    ("scale 10**400", lambda: LMHead(W, scale=10**400), ValueError, ("head.scale:", "2^1329")),
+    *(
+        (f"ignore_index {name}", call, TypeError, ("ignore_index:", "integer"))
+        for name, call in (
+            ("True", lambda: linear_cross_entropy(H, W, LABELS, ignore_index=True)),
+            ("True of stats", lambda: linear_token_stats(H, W, LABELS, ignore_index=True)),
+            ("True of the module", lambda: LinearCrossEntropyLoss(ignore_index=True)),
+            ("2**70", lambda: linear_cross_entropy(H, W, LABELS, ignore_index=2**70)),
+            ("2**70 of the module", lambda: LinearCrossEntropyLoss(ignore_index=2**70)),
+        )
+    ),
+    ("divergence a list", lambda: topk(divergence=["mse"]), ValueError, ("divergence:", "huber", "['mse']")),
+    # tails and layouts
+    *(
+        (
+            f"tail of {dtype}",
+            lambda dtype=dtype: kl(
+                normalization="tail", teacher=TOP._replace(tail_logsumexp=torch.ones(N, dtype=dtype))
+            ),
+            TypeError,
+            ("teacher.tail_logsumexp:", "floating-point", str(dtype)),
+        )
+        for dtype in (torch.bool, torch.int64, torch.complex64)
+    ),
+    (
+        "tail of stats a string",
+        lambda: topk_distill_stats(H, W, TOP._replace(tail_logsumexp="x")),
+        TypeError,
+        ("teacher.tail_logsumexp:", "str"),
+    ),
+    (
+        "tail of stats int64",
+        lambda: topk_distill_stats(H, W, TOP._replace(tail_logsumexp=LABELS)),
+        TypeError,
+        ("teacher.tail_logsumexp:", "int64"),
+    ),
+    (
+        "teacher.temperature a tensor",
+        lambda: topk(teacher=TOP._replace(temperature=torch.ones(2))),
+        TypeError,
+        ("teacher.temperature:", "tensor"),
+    ),
+    ("hidden is sparse", lambda: topk(H.to_sparse()), TypeError, ("hidden:", "dense", "sparse_coo")),
+    ("hidden is nested", lambda: topk(NESTED), TypeError, ("hidden:", "dense", "nested")),
+    ("weight is sparse", lambda: LMHead(W.to_sparse()), TypeError, ("head.weight:", "dense", "sparse_coo")),
+    ("weight is nested", lambda: LMHead(NESTED), TypeError, ("head.weight:", "dense", "nested")),
+    ("no ids at all", lambda: linear_logsumexp(H, W[:0]), ValueError, ("head.weight:", "V >= 1", "[0, 8]")),
+    (
+        "no ids of the student",
+        lambda: distill(head=LMHead(W[:0])),
+        ValueError,
+        ("student_head.weight:", "V >= 1", "[0, 8]"),
+    ),
+    (
+        "log-probabilities beside a NaN",
+        lambda: TopK.from_logprobs(IDS[:2, :1], torch.tensor([[torch.nan], [0.7]])),
+        ValueError,
+        ("logprobs:", "a sum of 2.01"),
+    ),
     (
         "cross-entropy module",
         lambda: LinearCrossEntropyLoss(reduction="avg"),
@@ -571,6 +659,20 @@ def test_documented_answers(name):
     # Weights of 0 are a mask that still counts in the denominator.
     weights = torch.tensor([1.0, 0.0, 2.0, 0.0, -1.0])
     torch.testing.assert_close(loss(weights=weights), (full * weights).sum() / N)
+
+
+def test_any_number_that_a_float_can_hold_is_an_option():
+    """Fractions and numpy's numbers, though no op takes them."""
+    half = Fraction(1, 2)
+    top = linear_topk(H, LMHead(W, softcap=Fraction(30), scale=half), 2, temperature=half)
+    wanted = linear_topk(H, LMHead(W, softcap=30.0, scale=0.5), 2, temperature=0.5)
+    assert (
+        all(torch.equal(a, b) for a, b in zip(top[:3], wanted[:3], strict=True))
+        and type(top.temperature) is float
+    )
+    assert torch.equal(linear_logsumexp(H, W, temperature=half), linear_logsumexp(H, W, temperature=0.5))
+    options = {"divergence": "jsd", "temperature": half, "beta": half, "clip": Fraction(3)}
+    assert torch.equal(topk(**options), topk(divergence="jsd", temperature=0.5, beta=0.5, clip=3.0))
 
 
 def test_teacher_hidden_with_grad_under_no_grad_is_fine():

@@ -130,6 +130,18 @@ def test_a_head_made_by_hand_is_compared(wrong):
         LMHead.verify(model, IDS, LMHead(model.get_output_embeddings().weight, **wrong))
 
 
+def test_a_head_without_some_of_the_models_rows_is_refused():
+    """`vocab_size` may leave out ids; a weight that lacks them is another model's."""
+    model = tiny()
+    weight = model.get_output_embeddings().weight
+    with pytest.raises(
+        ValueError, match=r"^head: gives logits of shape \[.*, 5\], the model gives \[.*, \d+\]"
+    ):
+        LMHead.verify(model, IDS, LMHead(weight[:5]))
+    assert LMHead.verify(model, IDS, weight).weight is weight  # a bare weight is a head
+    assert LMHead.verify(model, IDS, LMHead(weight, vocab_size=5)).num_ids == 5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_head_is_verified_in_its_dtype(dtype):
     LMHead.verify(tiny("gemma2").to(dtype), IDS)

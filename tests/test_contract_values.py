@@ -230,3 +230,24 @@ def test_the_ends_of_what_is_allowed(extreme, k, impl):
         size = truth.norm()
         allowed = 2 * (baseline - truth).norm() + 1e-4 * size + 1e-12
         assert (got - truth).norm() <= allowed, f"{got.norm():.3e} for {size:.3e}"
+
+
+@pytest.mark.parametrize("support", ["student", "union"])
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_an_id_that_only_the_teacher_rules_out(impl, support):
+    """Dense it counts; with k it is an absent slot, whose mass the tail has."""
+    z, bias = torch.tensor([[3.0, 1.0, 0.5, 0.0]]), torch.tensor([-torch.inf, 0.0, 0.0, 0.0])
+    hidden, teacher = (
+        torch.ones(1, 1),
+        (torch.ones(1, 1), LMHead(torch.tensor([[0.0], [2.0], [0.0], [0.0]]), bias)),
+    )
+    options = {"divergence": "reverse_kl", "impl": impl}
+    assert linear_distill_loss(hidden, z.T, *teacher, **options) == torch.inf
+    q, p = z[0].softmax(0), torch.tensor([0.0, 2.0, 0.0, 0.0]).add(bias).softmax(0)
+    ids = [1] if support == "student" else [1, 2]  # but for id 0, which the student chooses
+    alone = linear_distill_loss(hidden, z.T, *teacher, k=2, support=support, **options)
+    q_s, p_s = q[ids] / q[ids].sum(), p[ids] / p[ids].sum()
+    torch.testing.assert_close(alone, (q_s * (q_s / p_s).log()).sum())
+    q, p = (torch.cat([x[ids], 1 - x[ids].sum(0, True)]) for x in (q, p))
+    bucket = linear_distill_loss(hidden, z.T, *teacher, k=2, support=support, normalization="tail", **options)
+    torch.testing.assert_close(bucket, (q * (q / p).log()).sum())

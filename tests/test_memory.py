@@ -308,6 +308,43 @@ def test_bytes_of_a_dense_loss_with_a_frozen_head_stay_in_the_workspace(divergen
     assert peak <= WORKSPACE + 8 * N_BYTES * 64 * 4  # hidden states, their gradient, the two sums
 
 
+N_WIDE, D_WIDE = 2048, 512  # hidden states of 4 MiB in fp32
+
+
+def _stats_of_all(h, w, top, mask):
+    options = {"divergence": "forward_kl", "normalization": "tail", "token_ids": top.indices[:, 0]}
+    return topk_distill_stats(h, w, top, mask=mask, **options, entropy=True, overlap=True)
+
+
+WITHOUT_GRADIENT = {
+    "topk": lambda h, w, top, mask: linear_topk(h, w, 8),
+    "token-stats": lambda h, w, top, mask: linear_token_stats(h, w, top.indices[:, 0]),
+    "complement": lambda h, w, top, mask: linear_logsumexp(h, w, exclude=top.indices),
+    "cross-entropy": lambda h, w, top, mask: linear_cross_entropy(h, w, top.indices[:, 0]),
+    "dense-kl": lambda h, w, top, mask: linear_distill_loss(h, w, h, w, mask=mask),
+    "dense-mse": lambda h, w, top, mask: linear_distill_loss(h, w, h, w, divergence="mse", mask=mask),
+    "tail": lambda h, w, top, mask: linear_distill_loss(h, w, h, w, k=8, normalization="tail", mask=mask),
+    "topk-stats": _stats_of_all,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_hidden_states_are_neither_copied_nor_cast_whole(name, dtype):
+    """Under no_grad, with a mask that leaves nothing out and no label that is ignored."""
+    hidden, weight, _ = _case(N_WIDE, dtype, v=2048, d=D_WIDE)
+    ids = torch.arange(N_WIDE * 8).view(N_WIDE, 8) % 2048
+    top, mask = TopK(torch.randn(N_WIDE, 8), ids, torch.randn(N_WIDE)), torch.ones(N_WIDE, dtype=torch.bool)
+    previous = set_workspace_bytes(2**21)
+    try:
+        with torch.no_grad():
+            peak = _peak_bytes(lambda: WITHOUT_GRADIENT[name](hidden, weight, top, mask))
+    finally:
+        set_workspace_bytes(previous)
+    results = N_WIDE * 8 * 48  # values, ids, and what is made of them
+    assert peak <= 2**21 + results < N_WIDE * D_WIDE * 4, f"{peak / 2**20:.1f} MiB"
+
+
 @pytest.mark.parametrize("softcap, workspace", [(None, 16 * 2**20), (20.0, 56 * 2**20)])
 def test_row_chunks_of_the_cross_entropy_stay_in_the_workspace(softcap, workspace, monkeypatch):
     """The chunks of logits, and what a softcap's slope adds to them; the logits alone would be 80 MiB."""

@@ -173,7 +173,10 @@ def test_a_teacher_that_spoke_once(pair):
 
 
 class Row:
-    """What TRL hands to `_chunked_jsd_loss`: 40 tokens, 5 slots each, of which the last are absent on some rows."""
+    """What TRL hands to `_chunked_jsd_loss`: 40 tokens, 5 slots each, of which the last are absent on some rows.
+
+    Of the first token the teacher is sure: log p = 0, and nothing is left for the tail.
+    """
 
     def __init__(self, beta, tail, temperature=2.0, teachers=2, dtype=torch.float64, size=300):
         self.hidden = torch.randn(40, 16, dtype=dtype, requires_grad=True)
@@ -182,6 +185,7 @@ class Row:
         self.ids = torch.rand(40, size).topk(5).indices
         self.logp = torch.randn(40, size).log_softmax(-1).gather(-1, self.ids)
         self.present = torch.arange(5) < torch.randint(1, 6, (40, 1))
+        self.logp[0, 0], self.present[0, 1:] = 0, False
         self.beta, self.tail, self.temperature, self.teachers = beta, tail, temperature, teachers
         self.teacher = torch.randint(teachers, (40,)) if teachers > 1 else None
 
@@ -203,7 +207,7 @@ class Row:
         for row, (ids, logp, present) in enumerate(zip(self.ids, self.logp, self.present, strict=True)):
             p, q = logp[present].to(z.dtype).exp(), log_q[row, ids[present]].exp()
             if self.tail:
-                p, q = (torch.cat([x, 1 - x.sum(0, True)]) for x in (p, q))
+                p, q = (torch.cat([x, (1 - x.sum(0, True)).clamp(min=1e-7)]) for x in (p, q))
             p, q = p / p.sum(), q / q.sum()
             m = self.beta * p + (1 - self.beta) * q
             of_teacher, of_student = (p * (p / m).log()).sum(), (q * (q / m).log()).sum()

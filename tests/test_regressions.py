@@ -285,6 +285,38 @@ def test_ignored_labels_and_masks_are_not_ignored(impl):
     torch.testing.assert_close(mean, full[1::2].mean())
 
 
+def _masked_calls(divergence, problem, mask):
+    """Losses of a mask, from (hidden, head) and an implementation."""
+    options = {"divergence": divergence, "mask": mask}
+    teacher = TopK(torch.zeros(3, 2), torch.tensor([[1, 2], [0, 3], [0, 1]]), torch.zeros(3))
+    live = problem.teacher_hidden, problem.teacher_head
+    return {
+        "topk": lambda *leaves, **how: topk_distill_loss(*leaves, teacher, **options, **how),
+        "k": lambda *leaves, **how: linear_distill_loss(*leaves, *live, k=5, **options, **how),
+        "dense": lambda *leaves, **how: linear_distill_loss(*leaves, *live, **options, **how),
+        "stats": lambda *leaves, **how: topk_distill_stats(
+            *leaves, teacher, **options, token_ids=problem.labels, **how
+        ).loss.sum(),
+    }
+
+
+@pytest.mark.parametrize("name", ["topk", "k", "dense", "stats"])
+@pytest.mark.parametrize("divergence", ["huber", "mse", "l1", "reverse_kl"])
+@pytest.mark.parametrize("impl", [*IMPLS, "kept"])
+def test_a_masked_token_whose_id_the_bias_rules_out_leaves_no_nan(impl, divergence, name, monkeypatch):
+    """Its difference is infinite, and 0 times that is NaN. `kept`: chunked where masked rows are not left out."""
+    problem = make_problem(3, 7, 4).requiring(["hidden", "weight"])
+    bias = torch.zeros(7).index_fill_(0, torch.tensor([0]), -torch.inf).requires_grad_()
+    mask = torch.tensor([name not in ("k", "dense"), False, False])
+    if impl == "kept":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    call = _masked_calls(divergence, problem, mask)[name]
+    loss = call(problem.hidden, LMHead(problem.weight, bias), impl="chunked" if impl == "kept" else impl)
+    leaves = problem.hidden, problem.weight, bias
+    for gradient in torch.autograd.grad(loss, leaves):
+        assert bool(gradient.isfinite().all()) and bool((gradient != 0).any()) == bool(mask.any())
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_ignored_label_is_any_that_is_asked_for(impl):
     """Some pad with an id of the vocabulary, or with -1."""

@@ -174,6 +174,14 @@ def test_the_overlap_is_of_as_many_ids_of_the_student():
         assert stats.overlap.tolist() == [0.0, 0.5]
 
 
+def test_the_overlap_of_a_token_without_logits_is_nan():
+    hidden = torch.eye(2).index_fill(0, torch.tensor([1]), torch.nan)
+    teacher = TopK(torch.ones(2, 1), torch.tensor([[0], [0]]))
+    for impl in IMPLS:
+        overlap = topk_distill_stats(hidden, torch.eye(2), teacher, overlap=True, impl=impl).overlap
+        assert overlap[0] == 1 and overlap[1].isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_half_precision_teachers_mass_has_the_digits_of_fp32(dtype):
     values, ids, tail = (
@@ -200,6 +208,47 @@ def test_a_token_and_an_id_that_a_bias_rules_out(impl):
     torch.testing.assert_close(logprob, truth, **EXACT)
     (gradient,) = torch.autograd.grad(logprob[1], hidden)
     torch.testing.assert_close(gradient, torch.autograd.grad(truth[1], hidden)[0], **EXACT)
+
+
+@pytest.mark.parametrize("normalization", ["tail", "generalized", "truncated"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_ruled_out_token_and_nothing_in_the_tail(impl, normalization):
+    """The bias leaves nothing but the teacher's two ids: the gradient is that of the loss alone."""
+    problem = make_problem(2, 6, 8, dtype=torch.float64)
+    bias = torch.full((6,), -torch.inf, dtype=torch.float64)
+    bias[[4, 5]] = 0
+    hidden, head = problem.hidden.clone().requires_grad_(), LMHead(problem.weight, bias)
+    teacher = TopK(
+        torch.tensor([[1.0, 0.5]] * 2), torch.tensor([[4, 5]] * 2), torch.tensor([0.2, -torch.inf])
+    )
+    options = {"divergence": "reverse_kl", "normalization": normalization, "impl": impl}
+    stats = topk_distill_stats(hidden, head, teacher, token_ids=torch.tensor([0, 4]), **options)
+    loss = topk_distill_loss(hidden, head, teacher, reduction="none", **options)
+    assert stats.logprob[0] == -torch.inf
+    torch.testing.assert_close(stats.loss, loss, **EXACT)
+    a, b = (torch.autograd.grad(x.sum(), hidden)[0] for x in (stats.loss, loss))
+    assert bool(b.isfinite().all()) and bool((b != 0).any())
+    torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_results_are_in_the_dtype_of_the_logits_whatever_the_teachers_is(dtype):
+    """What the op returns is what torch.compile was told of it."""
+    problem = make_problem(N, 61, 16)
+    teacher = problem.teacher_topk(K)
+    whole = teacher._replace(
+        **{name: getattr(teacher, name).to(dtype).float() for name in teacher._fields[:3:2]}
+    )
+    given = teacher._replace(**{name: getattr(whole, name).to(dtype) for name in teacher._fields[:3:2]})
+
+    def run(hidden, told):
+        options = {"divergence": "reverse_kl", "normalization": "tail", "token_ids": problem.labels}
+        return topk_distill_stats(hidden, problem.head, told, **options, **EVERYTHING)
+
+    wanted = run(problem.hidden, whole)
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        for got, truth in zip(call(problem.hidden, given), wanted, strict=True):
+            torch.testing.assert_close(got, truth, rtol=0, atol=0)
 
 
 def test_no_leading_dimension_and_several():

@@ -133,6 +133,8 @@ def topk_loss(
     tail_t = tail_t.to(acc) if tail_t is not None and spec.needs_teacher_logsumexp else None
     ids = ids.masked_fill(values_t == -torch.inf, -1)  # an absent slot: nothing gathered, nothing excluded
     if impl == "reference":
+        skip = (tokens.factor == 0)[:, None]  # has no slots: through an infinite difference 0 would be NaN
+        ids, values_t = ids.masked_fill(skip, -1), values_t.masked_fill(skip, -torch.inf)
         return tokens.reduce(tokens.weigh(reference.topk_loss(hidden, head, ids, values_t, tail_t, spec)))
     inputs = *flat(hidden, head), ids, values_t
     if spec.needs_student_logsumexp:
@@ -251,7 +253,6 @@ def topk_stats(
 
     The token is a slot of its own, the first one. Sums of probabilities count every id once. `complement` makes the pass.
     """
-    values_t = values_t.to(acc_dtype(hidden.dtype))
     ids = ids.masked_fill(values_t == -torch.inf, -1)
     if impl == "reference":
         found = reference.topk_stats(hidden, head, ids, values_t, tail_t, token_ids, spec)
@@ -270,8 +271,9 @@ def topk_stats(
         ruled_out = token == -torch.inf  # by a bias; another slot may be, too, and -inf + inf would be NaN
         logprob = -_log_of_one_and(x[:, 1:] - token.masked_fill(ruled_out, 0)[:, None])
         logprob = logprob.masked_fill(ruled_out, -torch.inf)
-        # Of the loss's tail the token is a part, unless it is one of the ids.
-        tail = torch.where(among, tail, torch.logaddexp(tail, token.masked_fill(among, 0)))
+        # Of the loss's tail the token is a part, unless it is one of the ids; of two -inf the sum has no derivative.
+        apart = among | ruled_out
+        tail = torch.where(apart, tail, torch.logaddexp(tail, token.masked_fill(apart, 0)))
     mass = (of_teacher.logsumexp(1) - x.detach().logsumexp(1)).exp()
     entropy = _entropy(x.detach(), inner) if with_entropy else None
     tails = (tail, tail_t) if spec.needs_student_logsumexp else (None, None)
@@ -280,7 +282,6 @@ def topk_stats(
 
 def teacher_mass(values: Tensor, ids: Tensor, tail: Tensor, temperature: float) -> Tensor:
     """`[N]` what a teacher's softmax gives to its ids, each of which counts once."""
-    values = values.to(acc_dtype(values.dtype))
     again = _met_before(ids.masked_fill(values == -torch.inf, -1))
     return torch.sigmoid((values.masked_fill(again, -torch.inf) / temperature).logsumexp(1) - tail)
 
@@ -296,12 +297,13 @@ def overlap(
     """`[N]` share of a teacher's n ids that are among the student's own n largest: a pass that selects (`select`)."""
     present = values_t != -torch.inf
     present &= ~_met_before(ids.masked_fill(~present, -1))
-    own = select(hidden, head, min(ids.shape[1], head.num_ids), 1.0, impl)[1]
+    values, own, _ = select(hidden, head, min(ids.shape[1], head.num_ids), 1.0, impl)
     more = torch.arange(own.shape[1], device=own.device) >= present.sum(1, keepdim=True)
     own = own.masked_fill(more, -1).sort(1).values
     at = torch.searchsorted(own, ids).clamp(max=own.shape[1] - 1)
     shared = (own.gather(1, at) == ids) & present
-    return shared.sum(1, dtype=values_t.dtype) / present.sum(1).clamp(min=1)
+    share = shared.sum(1, dtype=values_t.dtype) / present.sum(1).clamp(min=1)
+    return share.masked_fill(values.isnan().any(1), torch.nan)
 
 
 def _met_before(ids: Tensor) -> Tensor:
@@ -382,9 +384,8 @@ def dense_loss(
 ) -> Tensor:
     """The divergence over the whole vocabulary."""
     if impl == "reference":
-        return tokens.reduce(
-            tokens.weigh(reference.dense_loss(hidden, head, teacher_hidden, teacher_head, spec))
-        )
+        sides = hidden, head, teacher_hidden, teacher_head
+        return tokens.reduce(tokens.weigh(reference.dense_loss(*sides, spec, tokens.factor == 0)))
     inputs = *flat(hidden, head), *flat(teacher_hidden, teacher_head)
     options = spec.options[:-1]  # all but the clip, which dense losses do not have
     return _loss(_linear_divergence, inputs, tokens, options, impl)

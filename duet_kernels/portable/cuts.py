@@ -29,6 +29,7 @@ MAX_ROWS = 8192  # rows of a vocabulary tile: keeps a tile wide enough to be an 
 TILE_BYTES = 8 * 2**20  # a tile that stays in the last-level cache is folded several times faster
 # One part in so many of the workspace holds a slab of W that had to be cast, the others row chunks.
 WEIGHT_SHARE = 8
+HIDDEN_SHARE = 4  # likewise for hidden states that are cast, beside vocabulary tiles
 ENOUGH_ROWS = 48  # rows of a chunk that are worth reading W for: three products of them beat four by tiles
 FEW_ROWS = 256  # so few rows are not cut on a GPU: they may have all their logits at once
 
@@ -41,9 +42,14 @@ def asynchronous(device: torch.device) -> bool:
 # --- vocabulary tiles ------------------------------------------------------------------------------------------
 
 
-def row_blocks(n: int) -> Iterator[slice]:
-    for start in range(0, n, MAX_ROWS):
-        yield slice(start, min(start + MAX_ROWS, n))
+def row_blocks(n: int, head: LMHead | None = None, share: int = HIDDEN_SHARE) -> Iterator[slice]:
+    """Rows that are tiled together; with a head only as many as lie in a `share` of the workspace where they are cast."""
+    step = MAX_ROWS
+    if head is not None and operand_dtype(head.weight) != head.weight.dtype:
+        room = workspace_bytes(head.weight.device) // share
+        step = min(step, max(room // (head.weight.shape[1] * head.acc.itemsize), 1))
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
 
 
 def tile_width(n: int, head: LMHead, copies: int, parts: int = 8) -> int:
@@ -52,7 +58,9 @@ def tile_width(n: int, head: LMHead, copies: int, parts: int = 8) -> int:
     item = head.acc.itemsize
     upcast = d * item if operand_dtype(head.weight) != head.weight.dtype else 0
     rows = max(min(n, MAX_ROWS), 1)
-    width = workspace_bytes(device) // (copies * rows * item + upcast)
+    workspace = workspace_bytes(device)
+    workspace -= min(rows * upcast, workspace // HIDDEN_SHARE)
+    width = workspace // (copies * rows * item + upcast)
     if asynchronous(device):
         width = min(width, pitch(-(-v // (1 if n <= FEW_ROWS else parts))))
         return width // 16 * 16 or max(width, 1)

@@ -208,10 +208,10 @@ def _tile(hidden: Tensor, head: LMHead, columns: slice) -> tuple[Tensor, Tensor]
     return weight, head.finish_(product(hidden, weight.T), bias)
 
 
-def _blocks(student: Side, teacher: Side) -> Iterator[tuple[slice, Side, Side]]:
-    """Rows that are tiled together, as operands."""
+def _blocks(student: Side, teacher: Side, with_weight: bool = False) -> Iterator[tuple[slice, Side, Side]]:
+    """Rows that are tiled together, as operands; as many as can be where dW is made."""
     (hidden, head), (teacher_hidden, teacher_head) = student, teacher
-    for rows in row_blocks(len(hidden)):
+    for rows in row_blocks(len(hidden), None if with_weight else head, 2 * cuts.HIDDEN_SHARE):
         yield rows, (operand(hidden[rows]), head), (operand(teacher_hidden[rows]), teacher_head)
 
 
@@ -220,7 +220,7 @@ def _kl_by_tiles(student: Side, teacher: Side, factor: Tensor, spec: Divergence,
     loss = factor.new_empty(len(hidden))
     dhidden = torch.empty(hidden.shape, dtype=out, device=hidden.device) if need.hidden else None
     for rows, block, teacher_block in _blocks(student, teacher):
-        running = RunningKL(block[0], spec)
+        running = RunningKL(block[0], spec, need.hidden)
         for _, weight, s, t in _tiles(block, teacher_block):
             running.add(s, t, weight if need.hidden else None, head.slope(s) if need.hidden else 1.0)
         skip = factor[rows] == 0
@@ -245,9 +245,9 @@ def _raw_by_tiles(
     dhidden = torch.empty(hidden.shape, dtype=out, device=hidden.device) if need.hidden else None
     dweight = torch.zeros(head.weight.shape, dtype=summed, device=hidden.device) if need.weight else None
     dbias = factor.new_zeros(len(head.weight)) if need.bias else None
-    for rows, block, teacher_block in _blocks(student, teacher):
+    for rows, block, teacher_block in _blocks(student, teacher, need.weight):
         f, skip = factor[rows, None], (factor[rows] == 0)[:, None]
-        dh = torch.zeros(block[0].shape, dtype=head.acc, device=hidden.device)
+        dh = torch.zeros(block[0].shape if need.hidden else (0,), dtype=head.acc, device=hidden.device)
         for columns, weight, s, t in _tiles(block, teacher_block):
             slope = head.slope(s)
             terms, dz = OF_LOGITS[spec.name](subtract_(s, t, ruled_out), quiet, spec)

@@ -39,7 +39,7 @@ def complement_and_values(
     values = torch.full((n, k), -torch.inf, dtype=head.acc, device=device)
     dtail = torch.zeros((n, hidden.shape[1]) if with_gradient else (0,), dtype=head.acc, device=device)
     entropy = tail.new_empty(n if with_entropy else 0)
-    for rows in row_blocks(n):
+    for rows in row_blocks(n, head):
         h, ids = operand(hidden[rows]), indices[rows]
         running = RunningLogsumexp(h.shape[0], tail, with_entropy)
         for columns, weight, z in vocab_tiles(h, head, copies=4 if with_entropy else 3):
@@ -106,7 +106,8 @@ def _complement_weight_gradient(
 ) -> tuple[Tensor | None, Tensor | None]:
     v, d = head.weight.shape
     blocks = list(row_blocks(hidden.shape[0]))
-    # One block of rows finishes a slice of dW at once; several add up in fp32 before the cast.
+    # One block of rows finishes a slice of dW at once; several add up in fp32 before the cast, which is more memory than
+    # hidden states that are cast.
     direct = len(blocks) <= 1
     dtype = out if direct else head.acc
     dweight = torch.zeros(v, d, dtype=dtype, device=hidden.device) if need.weight else None
@@ -143,7 +144,7 @@ def token_stats(
     """
     n = hidden.shape[0]
     out = torch.empty(4, n, dtype=head.acc, device=hidden.device)
-    for rows in row_blocks(n):
+    for rows in row_blocks(n, head):
         h = operand(hidden[rows])
         stats, value = RunningStats(h.shape[0], out), out.new_full((h.shape[0], 1), torch.nan)
         for columns, _, z in vocab_tiles(h, head, copies=5):

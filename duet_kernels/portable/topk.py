@@ -73,7 +73,7 @@ def _pieces(n: int, head: LMHead, k: int) -> tuple[Iterator[slice], Callable[...
         return iter([slice(n)]), _topk_of_rows
     if many:
         return row_chunks(n, step), _topk_of_rows
-    return row_blocks(n), _topk_by_tiles
+    return row_blocks(n, head), _topk_by_tiles
 
 
 def _topk_of_rows(h: Tensor, head: LMHead, k: int, temperature: float) -> Selected:
