@@ -199,6 +199,9 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     again = [_row("Italy", "contrast", seed, back={"prefill": {"Where?": f"here {seed}"}}) for seed in (2, 1)]
     again.append(_row("Italy", "contrast", 3, back={"prefill": {}}))
     assert "in 2 of 3 runs: *Where?* here 1\n" in page([*rows[:2], *again]) + "\n"
+    dropped = [_row("France", "deep", 0, changed={}, code="another way", told=0.4)]
+    text = page(rows, [*tried, _row("France", "deep", 1, changed={}, told=0.5)], dropped)
+    assert "| as it stands | France | 50 |" in text and "| another way | France | 40 |" in text
     near = [*rows[:2], _row("Italy", "contrast", 0, invented=0.0203)]
     assert "| <= 0.02 | 0.0203 | NOT MET |" in page(near)
     assert "Without a row here, run as they stand in `arms.py`: `duet_deep`, refusals also" in text

@@ -346,7 +346,7 @@ def test_a_gate_that_does_not_hold_stops_the_study(data, tmp_path):
     assert ended.why.startswith("not reached") and said[-1].kind == "gate"
     assert any("forget_recall is 0.300, wanted at least 0.8" in text for text in told)
     text = page.write_page(study).read_text()
-    assert "Not reached" in text and "**no**" in text
+    assert "Not reached" in text and "| forget_recall | 0.300 | at least 0.8 |" in text and "| no |" in text
     assert jobs.run(study, do=recorded(ignorant, said), anyway=True, say=told.append).why is None
     assert "Not reached" in page.write_page(study).read_text()
 

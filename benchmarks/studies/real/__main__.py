@@ -36,7 +36,7 @@ from .page import page
 
 OUT, PAGE = Path("benchmarks/results/real"), "real.md"
 QUICK_SUBJECTS, FEW = ("Japan",), 3
-TRIED, CHOSEN = "validation.jsonl", "chosen.json"
+TRIED, CHOSEN, DROPPED = "validation.jsonl", "chosen.json", "dropped.jsonl"
 SHOWN = (
     "told",
     "leak@32",
@@ -93,7 +93,8 @@ def main() -> None:
     rows = list(read_rows(chosen.out / RESULTS, job_of).values())
     if rows:
         tried = list(read_rows(chosen.out / TRIED, tried_of).values())
-        (chosen.out / PAGE).write_text(page(rows, tried))
+        dropped = list(read_rows(chosen.out / DROPPED, lambda row: row["code"]).values())
+        (chosen.out / PAGE).write_text(page(rows, tried, dropped))
     print(chosen.out / PAGE if rows else "no row yet")
 
 

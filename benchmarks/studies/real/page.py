@@ -112,6 +112,25 @@ def settings(tried: Sequence[Row]) -> list[str]:
     return lines
 
 
+def left_out(dropped: Sequence[Row], tried: Sequence[Row]) -> list[str]:
+    """What was tried by a change of the code that was not kept (`code`), below the same job as it stands."""
+    if not dropped:
+        return []
+    jobs = [(row["arm"], row["subject"]) for row in dropped]
+    same = [row for row in tried if not row["changed"] and (row["arm"], row["subject"]) in jobs]
+    return [
+        "",
+        "By changes of the code that were not kept (`dropped.jsonl`):",
+        "",
+        f"| {ARMS[OURS].label} | subject | {' | '.join(name for _, name in COLUMNS)} |",
+        "|---|---|" + "---:|" * len(COLUMNS),
+        *(
+            f"| {row.get('code', 'as it stands')} | {row['subject']} | {' | '.join(_cell([row], key) for key, _ in COLUMNS)} |"
+            for row in [*same, *dropped]
+        ),
+    ]
+
+
 def sizes(rows: Sequence[Row]) -> list[str]:
     """A sentence on the sizes that `duet shrink` chose."""
     chosen = [f"{row['subject']} {row['size']:g}" for row in rows if "size" in row]
@@ -259,9 +278,10 @@ def made_with(rows: Sequence[Row]) -> str:
     return f"{origins(rows)}, {devices}{times}"
 
 
-def page(rows: Sequence[Row], tried: Sequence[Row] = ()) -> str:
-    """The page of the rows of the report, and of those of the validation."""
-    rows, tried = with_ratios(rows), with_ratios(tried) if tried else []
+def page(rows: Sequence[Row], tried: Sequence[Row] = (), dropped: Sequence[Row] = ()) -> str:
+    """The page of the rows of the report, of those of the validation, and of what was tried there and not kept."""
+    rows, validation = with_ratios(rows), with_ratios([*tried, *dropped]) if tried else []
+    tried, dropped = validation[: len(tried)], validation[len(tried) :]
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     shown = max(subjects, key=lambda subject: len({row["arm"] for row in rows if row["subject"] == subject}))
     asked = next(row["rows"] for row in rows if row["subject"] == shown)
@@ -304,6 +324,7 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = ()) -> str:
             "",
             *(settings(tried) if tried else ["not run"]),
             *not_validated(rows, tried),
+            *left_out(dropped, tried),
             "",
             f"## What they say of {shown}",
             "",

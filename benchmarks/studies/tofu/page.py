@@ -222,9 +222,9 @@ def _gates(done: dict[Job, Row]) -> Section:
             Cell(f"{value:.3f}"),
             Cell(gate.wanted),
             Cell(gate.why),
-            Cell("yes" if gate.holds(value) else "**no**"),
+            Cell("yes" if gate.holds(value) else "no"),
         )
-        grid.rows.append([Cell(f"`{gate.number}`"), *found])
+        grid.rows.append([Cell(gate.number), *found])
     section.blocks.append(grid)
     for kind, said in (
         ("teacher_on_validation", "other authors that no system message ever named"),
