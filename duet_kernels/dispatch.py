@@ -201,7 +201,7 @@ def resolve_impl(
     if impl == "chunked" or impl == "reference":
         return impl, "asked for"
     if impl == "auto" and device.type != "cuda":
-        return "chunked", f"portable low-memory torch is the fast way on {device.type}"
+        return "chunked", f"portable low-memory torch runs on {device.type}"
     interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     obstacle = _obstacle(op, device, k, interpreted)
     if impl == "triton":

@@ -144,7 +144,7 @@ def test_what_transformers_checks_late_has_its_defaults():
 @pytest.mark.parametrize(
     "text, value",
     [("010", 10), ("-7", -7), ("0o17", 15), ("0x1F", 31), ("1_000", "1_000"), ("1:30", "1:30"), ("=", "="),
-     ("2024-05-01", "2024-05-01"), ("{a: 2024-05-01}", {"a": "2024-05-01"}), ("~", None), ("1e3", 1000.0)],
+     ("2024-05-01", "2024-05-01"), ("{a: 2024-05-01}", {"a": "2024-05-01"}), ("~", None), ("1e3", 1000.0), (".INF", float("inf"))],
 )  # fmt: skip
 def test_numbers_are_those_of_yaml_1_2(text, value):
     read = parse_yaml(text)
@@ -160,7 +160,16 @@ def test_what_is_written_is_read_again(value):
 
 
 @pytest.mark.parametrize(
-    "text", ["!!set {a}", "!!binary aGk=", "!!timestamp 2024-05-01", "!!int x", "!!pairs []"]
+    "text",
+    [
+        "? [1, 2]\n: 3",
+        "!!bool x",
+        "!!set {a}",
+        "!!binary aGk=",
+        "!!timestamp 2024-05-01",
+        "!!int x",
+        "!!pairs []",
+    ],
 )
 def test_no_other_object_is_made(text):
     with pytest.raises(ValueError):
