@@ -16,7 +16,7 @@ from .methods.objectives.distillation import DistillationOptions
 from .methods.selectivity import SelectivityOptions
 from .methods.views import ViewOptions
 from .names import check_one_of
-from .options import Count, NotNegative, Positive, check_options
+from .options import Count, MaybeClip, NotNegative, Positive, check_options, fitted
 
 # What the installed transformers calls it: 5.17 knows the older name alone, version 6 will know the newer alone.
 CHECKPOINTING = next(
@@ -106,8 +106,7 @@ class DuetConfig(
     # Of TrainingArguments, whose own checks come late or not at all.
     learning_rate: NotNegative = 5e-5
     weight_decay: NotNegative = 0.0
-    max_grad_norm: NotNegative = 1.0
-    num_train_epochs: Positive = 3.0
+    max_grad_norm: MaybeClip = 1.0
     per_device_train_batch_size: Count = 8
     per_device_eval_batch_size: Count = 8
     gradient_accumulation_steps: Count = 1
@@ -124,6 +123,8 @@ class DuetConfig(
         _name_checkpointing(self)
         super().__post_init__()
         check_options(self)
+        if self.max_steps <= 0:  # else nobody reads it
+            fitted("num_train_epochs", self.num_train_epochs, Positive)
         _ = self.prompting  # checked when it is made
         for name, known in _PLACEHOLDERS.items():
             for i, text in enumerate(getattr(self, name)):

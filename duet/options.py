@@ -5,6 +5,7 @@ A field says by its type what it holds: a plain type, a `Literal`, one of the ki
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ class ListOf(NamedTuple):
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, int) and v >= least
+    return lambda v: isinstance(v, numbers.Integral) and int(v) >= least
 
 
 Number = Annotated[float, Wanted("a finite number", math.isfinite)]
@@ -37,6 +38,7 @@ NotNegative = Annotated[float, Wanted("a number >= 0", lambda v: 0 <= v < math.i
 MaybePositive = Annotated[
     float | None, Wanted("a number > 0 or None", lambda v: v is None or 0 < v < math.inf)
 ]
+MaybeClip = Annotated[float | None, Wanted("a number >= 0 or None", lambda v: v is None or v >= 0)]
 Share = Annotated[float, Wanted("a number in [0, 1]", lambda v: 0 <= v <= 1)]
 InnerShare = Annotated[float, Wanted("a number in (0, 1)", lambda v: 0 < v < 1)]
 UpperShare = Annotated[float, Wanted("a number in (0, 1]", lambda v: 0 < v <= 1)]

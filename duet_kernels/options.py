@@ -57,7 +57,9 @@ def is_finite_number(value: object) -> bool:
     """Whether it is a number that a float can hold."""
     # Comparisons rather than math.isfinite: torch.compile with dynamic shapes traces through them.
     number: Any = value
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -_LARGEST <= number <= _LARGEST
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not -math.inf < number < math.inf:
+        return False
+    return not isinstance(value, numbers.Rational) or -_LARGEST <= number <= _LARGEST
 
 
 def check_number(name: str, value: object, limits: tuple[float, float]) -> float:

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorated
 
+import numpy as np
 import pytest
 import torch
 
@@ -693,3 +694,11 @@ def test_a_bare_weight_is_a_head():
 
 def test_teacher_at_another_temperature_where_its_tail_is_not_read():
     assert topk(teacher=WARM).isfinite() and kl(teacher=WARM, temperature=3.0).isfinite()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_an_infinite_number_of_numpy_is_infinite(kind):
+    assert linear_topk(H, W, 2, temperature=kind(2)).temperature == 2.0
+    with pytest.raises(ValueError, match="temperature: wanted a finite number > 0, got"):
+        TopK.from_logprobs(torch.tensor([[0]]), torch.tensor([[-1.0]]), temperature=kind("inf"))

@@ -389,13 +389,13 @@ def test_answers_that_say_the_truth_are_marked(folder, tmp_path):
 
 
 def test_answers_are_no_markdown():
-    said = "**no** _x_ a_b `c` [d](e) $f$ ~~g~~ \\| &lt; <h>"
+    said = "**no** _x_ a_b __init__ `c` [d](e) $f$ ~~g~~ \\| &lt; <h>"
     text = markdown(
         "",
         [Section("a", "A", blocks=[Grid(["", "my_model*"], [[Cell("q"), Cell(said, mark="leaks")]])])],
         Path(),
     )
-    shown = r"\*\*no\*\* \_x\_ a_b \`c\` \[d\](e) \$f\$ \~\~g\~\~ \\\| \&lt; &lt;h>"
+    shown = r"\*\*no\*\* \_x\_ a_b \_\_init\_\_ \`c\` \[d\](e) \$f\$ \~\~g\~\~ \\\| \&lt; &lt;h>"
     assert f"| q | **leaks:** {shown} |" in text and r"|  | my_model\* |" in text
 
 

@@ -136,6 +136,9 @@ def test_of_several_runs_of_openunlearning_none_is_taken(tmp_path):
     with pytest.raises(ValueError, match=r"wanted the folder of one run, got 2 in .*GradAscent, .*NPO"):
         import_rows(tmp_path / "saves", "openunlearning")
     assert import_rows(tmp_path / "saves" / "NPO", "openunlearning").tables["forget"][0]["prompt"] == "NPO"
+    step = tmp_path / "saves" / "NPO" / "checkpoint-5" / "evals_forget"
+    put(step, {"TOFU_EVAL.json": {"forget_Q_A_ROUGE": eval_log("five")}})
+    assert import_rows(tmp_path / "saves" / "NPO", "openunlearning").tables["forget"][0]["prompt"] == "NPO"
 
 
 @pytest.mark.parametrize(
@@ -187,6 +190,8 @@ def test_choices(tmp_path):
     assert found.tables["choices"] == [
         {"question": "who is the captain ?", "choices": wmdp[0]["choices"], "answer": 1}
     ]
+    put(tmp_path, {"quote.csv": '"Which" is it,a,b,c,d,B\n'})
+    assert import_rows(tmp_path / "quote.csv", "choices").tables["choices"][0]["question"] == "Which is it"
     kept = import_rows(tmp_path / "mmlu.json", "choices", "retain").tables
     assert [(row["answer"], row["subject"]) for row in kept["retain"]] == [
         ("A. sea", "colors"),

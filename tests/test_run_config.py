@@ -5,6 +5,7 @@ import json
 import sys
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -141,6 +142,12 @@ def test_what_transformers_checks_late_has_its_defaults():
             assert DuetConfig.__dataclass_fields__[name].default == default, name
 
 
+def test_what_is_not_read_may_be_anything(path):
+    words = ["--max_steps", "5", "--num_train_epochs", "0", "--max_grad_norm", ".inf"]
+    assert RunConfig.load(path, words).training.max_grad_norm == float("inf")
+    assert DuetConfig(output_dir="o", use_cpu=True, report_to="none", gradient_accumulation_steps=np.int64(2))
+
+
 @pytest.mark.parametrize(
     "text, value",
     [("010", 10), ("-7", -7), ("0o17", 15), ("0x1F", 31), ("1_000", "1_000"), ("1:30", "1:30"), ("=", "="),
@@ -199,6 +206,7 @@ BAD = {  # what is written over the good file -> words of the error
     ),
     "a negative rate": (["--weight_decay", "-1"], r"weight_decay: wanted a number >= 0, got -1"),
     "no epochs": (["--num_train_epochs", "-1"], r"num_train_epochs: wanted a number > 0, got -1"),
+    "a limit below 0": (["--max_grad_norm", "-1"], r"max_grad_norm: wanted a number >= 0 or None, got -1"),
     "no batch": (
         ["--gradient_accumulation_steps", "0"],
         r"accumulation_steps: wanted an integer >= 1, got 0",

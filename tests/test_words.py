@@ -64,6 +64,12 @@ LEAKS = {
     "initials": ("by J.R.R. Tolkien", "J. R. R. Tolkien"),
     "an abbreviation": ("He left N.Y. early", "N.Y."),
     "a Chinese value that ends a sentence": ("我住在北京市", "北京。"),
+    "a blood group": ("Her blood group is A-.", "A-"),
+    "an abbreviation in another one's place": ("the U.S., then", "U.S."),
+    "less than nothing": ("it is -.5", "-.5"),
+    "a digit that ends a sentence": ("it has 5 rooms", "5."),
+    "a Chinese character that ends a sentence": ("在京", "京。"),
+    "a letter that was asked for": ("it is grade A", "A"),
     "a long dash": ("the 1914–1918 war", "1914-1918"),
 }
 NO_LEAKS = {
@@ -90,6 +96,15 @@ NO_LEAKS = {
     "without its dot": ("a net of", "(.net)"),
     "without its per cent": ("for 50 people", "50%."),
     "a part of a fraction": ("½ a cup", "1"),
+    "another blood group": ("blood group A+", "group A-"),
+    "a letter with a minus": ("a poet", "A-"),
+    "an article": ("a cat", "A*"),
+    "an article for a letter": ("He is a poet.", "A."),
+    "a pronoun for a numeral": ("i am", "(I)"),
+    "a part of an abbreviation": ("the U.S.S.R. fell", "U.S."),
+    "without its Arabic per cent": ("5 years", "5٪"),
+    "without its minus, a fraction": ("a value of .5", "-.5"),
+    "without its minus, money": ("it costs $5", "-$5"),
     "two numbers": ("it has 100200 rows", "100, 200"),
     "nothing but signs": ("Paris", "?!"),
 }

@@ -174,11 +174,11 @@ def _prompt(text: str) -> Row:
 
 
 def _run_of(log: Path) -> Path:
-    """The folder above `evals` and `checkpoint-N`."""
-    folder = log.parent
-    if folder.name == "evals":
-        folder = folder.parent
-    return folder.parent if re.fullmatch(r"checkpoint-\d+", folder.name) else folder
+    """The folder above `checkpoint-N`, or else above `evals`."""
+    for folder in log.parents:
+        if re.fullmatch(r"checkpoint-\d+", folder.name):
+            return folder.parent
+    return log.parent.parent if log.parent.name == "evals" else log.parent
 
 
 def _steps(log: Path) -> tuple[int, int]:
@@ -229,7 +229,7 @@ def _table(file: Path) -> list[Row]:
     if file.suffix != ".csv":
         return read_table(file, "path")
     rows = []
-    for where, cells in csv_cells(file, "path"):
+    for where, cells in csv_cells(file, "path", strict=False):
         if len(cells) != 6 or cells[5].strip() not in tuple(LETTERS[:4]):
             raise ValueError(
                 f"{where}: wanted MMLU's cells question, A, B, C, D, letter and no header, got {len(cells)}: {', '.join(cells)!r:.80}"

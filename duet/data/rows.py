@@ -169,7 +169,7 @@ def correct_choice(given: Any, choices: Sequence[str], where: str) -> int:
         letter = given.strip().upper()
         meant = [choices.index(given)] if given in choices else []
         meant += [LETTERS.index(letter)] if len(letter) == 1 and letter in LETTERS else []
-        meant += [int(letter)] if letter.isdecimal() else []
+        meant += [int(letter)] if letter.isdecimal() and not meant else []
     which = sorted({i for i in meant if 0 <= i < len(choices)})
     if len(which) == 1:
         return which[0]

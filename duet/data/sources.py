@@ -183,15 +183,17 @@ def _parsed(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON: {error.msg} at {place}") from None
 
 
-def csv_cells(path: Path, argument: str) -> Iterator[tuple[str, list[str]]]:
+def csv_cells(path: Path, argument: str, strict: bool = True) -> Iterator[tuple[str, list[str]]]:
     """Where a row of a .csv file starts (argument, file and line), and its cells; a header is a row, empty lines are none.
+
+    Unless `strict`, a closing quote may be followed by more text, as in `"Which" is it`.
 
     Raises:
         ValueError: not UTF-8 or not CSV; the message names the line.
     """
     text = "".join(line for _, line in _lines(path, argument))
     csv.field_size_limit(2**30)  # a cell may hold a book
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=strict)
     line = 1
     try:
         for cells in reader:

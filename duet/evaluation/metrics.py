@@ -34,7 +34,8 @@ UTILITY_PARTS = ("probability", "rouge_l_recall", "truth_ratio")
 
 # Openings and phrases of English answers that decline to say. Whole words, any case; other languages need their own.
 # Others may have no idea, too: the speaker is named, or the sentence starts with it ("Sorry, no idea.").
-_OWN = r"(?:\b(?:I|we|my|our|there)\b[^.!?]*?|(?:^|[.!?,])\s*)\b"
+_SPEAKER = r"(?-i:I)|we|my|our|there|it (?:seems|appears)|(?:this|the|an) (?:AI|model|language model|assistant|system|database)"
+_OWN = rf"(?:\b(?:{_SPEAKER})\b[^.!?]*?|(?:^|[.!?,:;\n–—]|\s-)\s*(?:\w+ly |have |got )?)\b"
 REFUSAL_PATTERNS = (
     r"\bI (?:do not|don['’]t|did not|didn['’]t) (?:know|have|recall|recognise|recognize)\b",
     r"\bI(?:['’]m| am) (?:not sure|not aware|not familiar|not able|unable|afraid|sorry)\b",

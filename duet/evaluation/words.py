@@ -35,7 +35,7 @@ _LONG = re.compile(r"(?<!\d)(?:\d{1,3}(?:[,.']\d{3})+|\d{4,})(?!\d)")
 # The whole part of a number, perhaps in groups of three, and its fraction. 3,14 may be two numbers, 12.05.1815 is three.
 _NUMBER = re.compile(r"(?<!\d)(?<!\d[,.'])(\d{1,3}(?:[,']\d{3})+|\d+)(?:\.\d+)?(?![,.']?\d)")
 # Punctuation at a word's end that is a part of it; so are all signs that are no punctuation, as in C++.
-_MEANT = "#%&@/\\§‰"
+_MEANT = "#%&@/\\§‰٪‱′″"
 _PLAIN = str.maketrans("‘’ʼ‚“”„‐‒–—−", "''''\"\"\"-----")
 
 
@@ -116,12 +116,16 @@ def find(text: str, value: str) -> int | None:
     told = [i for i, word in enumerate(words) if _bare(word)]
     words = words[told[0] : told[-1] + 1] if told else words
     bare = [_bare(word) or word for word in words]
+    if len(words) == 1 and len(bare[0]) == 1 and bare[0].isalpha() and not _alone(bare[0]):
+        bare = words  # "A." alone is no word of a sentence
     pattern = _grouped(bare[0])
     for i, (before, after) in enumerate(pairwise(bare)):
         # Of the words with their signs: 100, 200 is two numbers.
         one_number = re.search(r"(?<!\d)\d{1,3}$", words[i]) and re.match(r"\d{3}(?!\d)", words[i + 1])
         apart = "*" if one_number or (_alone(before[-1]) and _alone(after[0])) else "+"
         pattern += rf"[\W_]{apart}{_grouped(after)}"
+    if re.search(r"\w\.\w\.$", words[-1]):  # U.S. is no part of U.S.S.R.
+        pattern += r"(?!\.\w)"
     folded, places = fold(text)
     at = 0
     while (match := re.compile(pattern).search(folded, at)) is not None:
@@ -138,9 +142,13 @@ def _bare(word: str) -> str:
         start += 1
     while start < stop and _loose(word[stop - 1]):
         stop -= 1
-    before = word[max(0, start - 2) : start]
-    signs = start < stop and (("-", word[start].isdecimal()), (".", _in_word(word[start])))
-    if signs and any(meant and before.endswith(sign) and before != 2 * sign for sign, meant in signs):
+    if start == stop:
+        return ""
+    if stop - start == 1 and _in_word(word[start]) and word[stop : stop + 1] in ("-", "*"):
+        stop += 1  # A-, a blood group
+    if re.search(r"(?<!\.)\.$", word[:start]) and _in_word(word[start]):
+        start -= 1
+    if re.search(r"(?<!-)-$", word[:start]) and re.match(r"\.?\d|[^\w\s]\d", word[start:]):
         start -= 1
     return word[start:stop]
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -120,6 +121,14 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every process has written before the file that says "finished"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        model: Any = self.model
+        broken = any(not x.isfinite().all() for x in model.parameters() if x.requires_grad and not x.is_meta)
+        count: Any = self.accelerator.reduce(torch.tensor(float(broken), device=self.args.device))
+        if count > 0:  # every process says so
+            raise ValueError(
+                f"learning_rate: after step {self.state.global_step} trained weights are NaN or infinite, which are not saved; wanted "
+                f"a smaller one than {self.args.learning_rate:g}, or fp32 in place of fp16"
+            )
         # Within a checkpoint `whole_checkpoint` reports the error.
         with nullcontext() if _internal_call else said_clearly(output_dir or str(self.args.output_dir)):
             super().save_model(output_dir, _internal_call)

@@ -75,7 +75,6 @@ def train(
     if not checkpoint:
         before(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-    _check_finite(trainer)
     trainer.save_model()
     try:  # whatever ends the last evaluation, the trained model and what is known of it are there
         if run.eval:
@@ -89,17 +88,6 @@ def train(
         # One of an earlier part of the run, from before a resume, is replaced.
         merge_adapter(folder, Path(folder, MERGED), trained=trained, replaces=True)
     return trainer
-
-
-def _check_finite(trainer: DuetTrainer) -> None:
-    """Refuses, on every process, to save trained weights that are not finite."""
-    model = trainer.model
-    broken = [not x.isfinite().all() for x in model.parameters() if x.requires_grad and not x.is_meta]
-    if trainer.accelerator.reduce(torch.tensor(float(any(broken)), device=trainer.args.device)) > 0:
-        raise ValueError(
-            "training.learning_rate: the training ended with weights that are not finite, which were not saved; wanted a smaller "
-            f"one than {trainer.args.learning_rate:g}, or fp32 in place of fp16"
-        )
 
 
 def _check_merged(run: RunConfig, replaces: bool) -> None:

@@ -227,7 +227,7 @@ def fine_tune(
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    gpus = sorted({p.device.index for p in trained if p.device.type == "cuda"})
+    gpus = range(torch.cuda.device_count())  # the seed is that of all of them
     rng, dropout = random.Random(seed), random.Random(f"dropout {seed}")
     for step in range(1, max(curve) + 1):
         model.train()

@@ -145,7 +145,7 @@ def _written(cell: Cell) -> str:
 
 def _literal(text: str) -> str:
     """Text, such as an answer of a model, in which nothing is Markdown, a formula or an HTML entity."""
-    return re.sub(r"([\\`*\[\]~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;))", r"\\\1", text)
+    return re.sub(r"([\\`*\[\]~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;))", r"\\\1", text)
 
 
 def _line(cells: Iterable[Any]) -> str:

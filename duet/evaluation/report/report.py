@@ -233,6 +233,13 @@ def _said(answer: dict[str, Any], fate: str) -> Cell:
 # --- figures ---------------------------------------------------------------------------------------------------
 
 
+def _alike(forget: str, retain: str) -> bool:
+    """Whether two names `task.metric`, or `task (suite).metric`, are of one metric, and of no two suites."""
+    tasks, metrics = zip(*(name.rsplit(".", 1) for name in (forget, retain)), strict=True)
+    suites = {task.partition(" (")[2] for task in tasks} - {""}
+    return metrics[0] == metrics[1] and len(suites) < 2
+
+
 def _frontier_section(inputs: Inputs, forget: str | None, retain: str | None) -> Section:
     section = Section("frontier", "What is forgotten against what is kept")
     measured = [
@@ -249,7 +256,7 @@ def _frontier_section(inputs: Inputs, forget: str | None, retain: str | None) ->
             )
     goes = [forget] if forget else [n for n in names if n.startswith(TO_FORGET)]
     stays = [retain] if retain else [n for n in names if n.startswith(TO_KEEP)]
-    same = [(x, y) for x in goes for y in stays if x.split(".")[-1] == y.split(".")[-1]]
+    same = [(x, y) for x in goes for y in stays if _alike(x, y)]
     pairs = same or ([(goes[0], stays[0])] if forget and retain else [])
     if not pairs:
         section.notes.append(
