@@ -6,34 +6,20 @@ Flattens leading shapes on the way.
 from __future__ import annotations
 
 import math
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from .dispatch import DTYPES, acc_dtype
 from .head import LMHead, TopK
-from .options import Divergence, bad_ignore_index, is_finite_number
-
-
-def _is_tensor(name: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: wanted a tensor, got {type(value).__name__}")
-    if type(value).__name__ == "DTensor":
-        raise TypeError(
-            f"{name}: wanted a plain tensor, got a DTensor; pass {name}.full_tensor(), which has all tokens"
-        )
-    if value.layout != torch.strided or value.is_nested:
-        kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
-        raise TypeError(f"{name}: wanted a dense tensor, got {kind}")
-    return value
+from .options import Divergence, check_ignore_index, check_tensor, is_finite_number
 
 
 def flatten_hidden(
     hidden: Tensor, head: LMHead, name: str = "hidden", head_name: str = "head"
 ) -> tuple[Tensor, tuple[int, ...]]:
     """(`[N, D]`, the leading shape). Under autocast hidden states are cast to the dtype of the head."""
-    _is_tensor(name, hidden)
+    check_tensor(name, hidden)
     if hidden.dtype not in DTYPES:
         raise TypeError(f"{name}: wanted fp32, fp16, bf16 or fp64, got {hidden.dtype}")
     if hidden.dim() < 1 or hidden.shape[-1] != head.weight.shape[1]:
@@ -67,11 +53,10 @@ def flatten_ids(
     per_token: bool = False,
 ) -> Tensor:
     """int64 `[N, K]` from `[..., K]`; `[N]` from `[...]` for labels. On a CPU ids outside the vocabulary are refused."""
-    _is_tensor(name, ids)
+    check_tensor(name, ids)
     if ignore_index is not None:
-        per_token, index = True, ignore_index
-        if isinstance(index, bool) or not isinstance(index, Integral) or not -(2**63) <= index < 2**63:
-            raise bad_ignore_index(index)
+        check_ignore_index(ignore_index)
+        per_token = True
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: wanted int64 or int32 ids, got {ids.dtype}")
     given = tuple(ids.shape) if per_token else tuple(ids.shape[:-1])
@@ -106,8 +91,8 @@ def check_topk(
     """
     if not isinstance(teacher, TopK):
         raise TypeError(f"teacher: wanted a TopK, got {type(teacher).__name__}")
-    values = _is_tensor("teacher.values", teacher.values)
-    indices = _is_tensor("teacher.indices", teacher.indices)
+    values = check_tensor("teacher.values", teacher.values)
+    indices = check_tensor("teacher.indices", teacher.indices)
     if not values.is_floating_point():
         raise TypeError(f"teacher.values: wanted floating-point logits, got {values.dtype}")
     if values.dim() == 0 or tuple(values.shape[:-1]) != lead or values.shape[-1] < 1:
@@ -135,7 +120,7 @@ def check_topk(
             f"temperature {teacher.temperature}; wanted {spec.temperature}"
         )
     if tail is not None and (reads or (mass and teacher.temperature == spec.temperature)):
-        tail = tensors["tail_logsumexp"] = _is_tensor("teacher.tail_logsumexp", tail)
+        tail = tensors["tail_logsumexp"] = check_tensor("teacher.tail_logsumexp", tail)
         if tuple(tail.shape) != lead:
             raise ValueError(f"teacher.tail_logsumexp: wanted shape {list(lead)}, got {list(tail.shape)}")
         if not tail.is_floating_point():

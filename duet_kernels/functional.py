@@ -24,7 +24,7 @@ from .options import (
     Normalization,
     Reduction,
     Support,
-    bad_ignore_index,
+    check_ignore_index,
     check_number,
     lists_divergences,
     loss_tokens,
@@ -466,8 +466,7 @@ def linear_cross_entropy(
     """
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
-    if ignore_index is None:
-        raise bad_ignore_index(ignore_index)
+    check_ignore_index(ignore_index)
     ids = flatten_ids("labels", labels, lead, head.num_ids, hidden.device, ignore_index=ignore_index)
     choice = _resolve("linear_cross_entropy", hidden_nd, impl)
     mask = ids.view(lead) != ignore_index

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import ranks
 from .dispatch import HALVES, acc_dtype
-from .options import is_finite_number, shown
+from .options import check_tensor, is_finite_number, shown
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -255,12 +255,7 @@ class LMHead:
     def __post_init__(self) -> None:
         if "DTensor" in (type(self.weight).__name__, type(self.bias).__name__):
             self._take_local_rows()
-        weight, bias = self.weight, self.bias
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"head.weight: wanted a tensor [V, D], got {type(weight).__name__}")
-        if weight.is_nested or weight.layout != torch.strided:
-            kind = "a nested tensor" if weight.is_nested else f"one of layout {weight.layout}"
-            raise TypeError(f"head.weight: wanted a dense tensor, got {kind}")
+        weight, bias = check_tensor("head.weight", self.weight), self.bias
         if weight.dim() != 2:
             raise ValueError(f"head.weight: wanted shape [V, D], got {list(weight.shape)}")
         if not weight.is_floating_point():

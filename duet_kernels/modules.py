@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from .options import (
     Normalization,
     Reduction,
     Support,
-    bad_ignore_index,
+    check_ignore_index,
     unknown,
 )
 
@@ -30,9 +29,7 @@ class _Loss(nn.Module):
         for name, known in (("reduction", REDUCTIONS), ("impl", get_args(Impl))):
             if options.get(name, known[0]) not in known:
                 raise unknown(name, options[name], known)
-        index = options.get("ignore_index", 0)
-        if isinstance(index, bool) or not isinstance(index, Integral) or not -(2**63) <= int(index) < 2**63:
-            raise bad_ignore_index(index)
+        check_ignore_index(options.get("ignore_index", 0))
         self.options = options
 
     def extra_repr(self) -> str:

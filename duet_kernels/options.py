@@ -49,8 +49,24 @@ def shown(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def bad_ignore_index(value: object) -> TypeError:
-    return TypeError(f"ignore_index: wanted an integer of 64 bits such as -100, got {shown(value)}")
+def check_ignore_index(value: object) -> None:
+    index: Any = value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not -(2**63) <= index < 2**63:
+        raise TypeError(f"ignore_index: wanted an integer of 64 bits such as -100, got {shown(value)}")
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    """The value, which is refused where it is no dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: wanted a tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: wanted a plain tensor, got a DTensor; pass {name}.full_tensor(), which has all tokens"
+        )
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{name}: wanted a dense tensor, got {kind}")
+    return value
 
 
 def is_finite_number(value: object) -> bool:
@@ -317,15 +333,21 @@ def loss_tokens(
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: is the denominator of reduction='mean', got reduction={reduction!r}")
     n, device, acc = math.prod(lead), hidden_nd.device, acc_dtype(hidden_nd.dtype)
+    for name, given in (("mask", mask), ("weights", weights)):
+        if given is None:
+            continue
+        value = check_tensor(name, given)
+        if tuple(value.shape) != lead:
+            raise ValueError(f"{name}: wanted shape {list(lead)} like the tokens, got {list(value.shape)}")
+        if value.device != device:
+            raise ValueError(f"{name}: wanted device {device} like the hidden states, got {value.device}")
     factor = torch.ones(n, dtype=acc, device=device)
     if mask is not None:
-        _check_rows("mask", mask, lead, device)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: wanted bool with True = counted (labels != -100), got {mask.dtype}")
         factor = mask.reshape(n).to(acc)
     count = factor.sum()
     if weights is not None:
-        _check_rows("weights", weights, lead, device)
         if not weights.is_floating_point() or weights.requires_grad:
             got = "a tensor that requires grad" if weights.requires_grad else weights.dtype
             raise TypeError(f"weights: wanted floating-point constants, got {got}")
@@ -338,15 +360,6 @@ def loss_tokens(
         factor = factor[rows]
         rows, masked = (None, False) if len(rows) == n else (rows, True)
     return Tokens(factor, reduction, lead, rows, masked)
-
-
-def _check_rows(name: str, value: object, lead: tuple[int, ...], device: torch.device) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: wanted a tensor, got {type(value).__name__}")
-    if tuple(value.shape) != lead:
-        raise ValueError(f"{name}: wanted shape {list(lead)} like the tokens, got {list(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"{name}: wanted device {device} like the hidden states, got {value.device}")
 
 
 def _denominator(num_items: int | Tensor, factor: Tensor) -> Tensor:

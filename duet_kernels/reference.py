@@ -118,7 +118,7 @@ def dense_loss(
     spec: Divergence,
     skip_n: Tensor | None = None,
 ) -> Tensor:
-    """`[N]` divergence over the whole vocabulary; that of two flat distributions in rows to `skip`."""
+    """`[N]` divergence over the whole vocabulary; 0 in the rows of `skip_n`, whose logits are not read."""
     z_s, z_t = logits(hidden_nd, head), logits(teacher_nd, teacher_head)
     if skip_n is not None:
         z_s, z_t = (z.masked_fill(skip_n[:, None], 0) for z in (z_s, z_t))

@@ -155,9 +155,8 @@ class RunningKL:
     def __init__(self, hidden: Tensor, spec: Divergence, with_gradient: bool = True) -> None:
         self.sums = RunningSums(len(hidden), hidden, spec)
         self.forward = spec.name == "forward_kl"
-        self.vectors = hidden.new_zeros(
-            2 * len(hidden) * with_gradient, hidden.shape[1]
-        )  # the first sum over the second
+        rows = 2 * len(hidden) if with_gradient else 0  # the first sum over the second
+        self.vectors = hidden.new_zeros(rows, hidden.shape[1])
 
     def add(self, s: Tensor, t: Tensor, weight: Tensor | None = None, slope: Tensor | float = 1.0) -> None:
         """Take in a strip of logits, for the gradient with its rows of W `[C, D]` and with dz / d(h W^T)."""

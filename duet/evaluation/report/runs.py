@@ -223,8 +223,8 @@ def _kinds(folder: Path, argument: str, role: str | None) -> list[_Run]:
         if (folder / name).is_file():
             run = _Run(kind, folder, role, read_object(folder / name, argument), all_rows=role is None)
             if kind in ("eval", "attack"):
-                key = ("task", "id") if kind == "eval" else ()
-                run.manifest, run.rows = read_run(folder, argument, key)
+                of_row = ("task", "id") if kind == "eval" else ()
+                run.manifest, run.rows = read_run(folder, argument, of_row)
             for key in needed:
                 wanted = "wanted what this version of duet writes"
                 if key not in run.content:
