@@ -370,7 +370,7 @@ def chat(
         for name, own in zip(names, saved, strict=True)
     ]
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a question in another encoding is shown as it was read
+        sys.stdin.reconfigure(errors="replace")  # bytes of another encoding become the replacement character
     if sys.stdin.isatty():
         console.print("a question a line; Ctrl-D ends")
     with suppress(KeyboardInterrupt):
