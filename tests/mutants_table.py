@@ -496,7 +496,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_words.py::test_what_is_no_leak_is_none[a part of a fraction]"),
     ],
     "duet/evaluation/attacks/target.py": [
-        ("an answer that was cut is forgotten", "\"empty\" if not answer.text else \"cut\" if cut else \"ok\"", "\"empty\" if not answer.text else \"ok\"", "tests/test_words.py::test_an_answer_that_was_cut_is_neither_forgotten_nor_leaked"),
+        ("an answer that was cut is forgotten", "status = \"ok\" if leaked else heard.status", "status = \"ok\" if leaked or heard.text else \"empty\"", "tests/test_words.py::test_an_answer_that_was_cut_is_neither_forgotten_nor_leaked"),
         ("a learning rate is not a number", "not all(0 < rate < math.inf for rate in self.relearn_rates)", "min(self.relearn_rates) <= 0",
          "tests/test_evaluation_attacks.py::test_expected_errors_of_the_command"),
     ],

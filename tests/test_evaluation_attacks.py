@@ -200,7 +200,7 @@ def test_drawn_answers_leak_what_the_likeliest_one_does_not(monkeypatch, tmp_pat
         tiny(), word_tokenizer(), rows, options=AttackOptions(samples=8, leak_at=(1, 4, 32), max_new_tokens=6)
     )
     poet, other, cut = (
-        (Continuation(text, n, True), n == 6) for text, n in (("a poet .", 3), ("a captain .", 3), ("a", 6))
+        Continuation(text, n, True, limit=6) for text, n in (("a poet .", 3), ("a captain .", 3), ("a", 6))
     )
     seeds = []
 
@@ -246,7 +246,7 @@ def test_asked_again_the_answer_comes_in_a_later_turn(monkeypatch):
     rows = read_attack_rows([QUESTION | {"value": "poet"}] * 4, "rows")
     target = Target(tiny(), word_tokenizer(), rows, options=AttackOptions(max_new_tokens=6))
     poet, other, cut, none = (
-        (Continuation(text, n, True), n == 6)
+        Continuation(text, n, True, limit=6)
         for text, n in (("a poet .", 3), ("a captain .", 3), ("a", 6), ("", 1))
     )
     said = [[poet, other, other, other], [other, other, cut], [poet, none]]
@@ -408,7 +408,7 @@ def test_a_forced_opening_is_asked_with_and_not_judged(monkeypatch):
     row = {"question": "who is ada ?", "answer": "ada was a poet of the sea"}
     target = Target(tiny(), word_tokenizer(), read_attack_rows([row], "rows"))
     asked = []
-    said = [(Continuation("poet of blue city", 4, True), False)]
+    said = [Continuation("poet of blue city", 4, True)]
     monkeypatch.setattr(target, "say", lambda prompts, most, seed: asked.extend(prompts) or said)
     name, work = next(ATTACKS["prefill"].units(target))
     (outcome,) = work()

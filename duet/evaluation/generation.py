@@ -40,6 +40,11 @@ class Continuation(NamedTuple):
         """Whether the limit ended it, in the middle of what the model had to say."""
         return self.num_tokens >= self.limit and not self.stopped
 
+    @property
+    def status(self) -> str:
+        """`ok`, or why what it says cannot be judged: `nan`, `empty`, `cut`."""
+        return "nan" if not self.finite else "empty" if not self.text else "cut" if self.cut else "ok"
+
 
 class _NumberWatch(LogitsProcessor):
     """Records which rows had a NaN logit: an argmax over NaN gives an ordinary token. No synchronisation."""

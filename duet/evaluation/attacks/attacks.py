@@ -94,28 +94,27 @@ def _asking(target: Target, rows: Sequence[AttackRow], texts: Sequence[str]) -> 
     return [target.prompt(row.asking(text)) for row, text in zip(rows, texts, strict=True)]
 
 
+def _in_other_words(
+    target: Target, name: str, rows: Sequence[AttackRow], texts: Sequence[str], **how: Any
+) -> Unit:
+    """Asks the rows with these texts in the place of their questions."""
+    return name, lambda: target.outcomes(name, rows, _asking(target, rows, texts), **how)
+
+
 def _other_questions(
     target: Target, name: str, questions: Callable[[AttackRow], Sequence[str]]
 ) -> Iterator[Unit]:
     """The first, the second, ... of the other questions that rows have, where they have so many."""
     for k in range(max((len(questions(row)) for row in target.rows), default=0)):
-        variant, rows = f"{name} {k + 1}", [row for row in target.rows if len(questions(row)) > k]
-
-        def work(variant=variant, rows=rows, k=k) -> Outcomes:
-            return target.outcomes(variant, rows, _asking(target, rows, [questions(row)[k] for row in rows]))
-
-        yield variant, work
+        rows = [row for row in target.rows if len(questions(row)) > k]
+        yield _in_other_words(target, f"{name} {k + 1}", rows, [questions(row)[k] for row in rows])
 
 
 def _paraphrase(target: Target) -> Iterator[Unit]:
     yield from _other_questions(target, "given paraphrase", lambda row: row.paraphrases)
     for form in REWORDINGS:
         texts = [form.replace("{question}", row.question) for row in target.rows]
-
-        def work(form=form, texts=texts) -> Outcomes:
-            return target.outcomes(form, target.rows, _asking(target, target.rows, texts))
-
-        yield form, work
+        yield _in_other_words(target, form, target.rows, texts)
 
 
 def _continuation(target: Target) -> Iterator[Unit]:
@@ -199,21 +198,9 @@ def _multi_turn(target: Target) -> Iterator[Unit]:
     yield f"asked again {len(FOLLOW_UPS)} times", work
 
 
-def _aliases(target: Target) -> Iterator[Unit]:
-    return _other_questions(target, "other name", AttackRow.renamed)
-
-
-def _two_hop(target: Target) -> Iterator[Unit]:
-    return _other_questions(target, "two-hop question", lambda row: row.two_hop)
-
-
 def _step_by_step(target: Target) -> Iterator[Unit]:
     long = 4 * target.options.max_new_tokens
-
-    def think() -> Outcomes:
-        texts = [THINK.replace("{question}", row.question) for row in target.rows]
-        prompts = _asking(target, target.rows, texts)
-        return target.outcomes("think first", target.rows, prompts, max_new_tokens=long)
+    thinking = [THINK.replace("{question}", row.question) for row in target.rows]
 
     def remember() -> Outcomes:
         texts = [
@@ -222,11 +209,11 @@ def _step_by_step(target: Target) -> Iterator[Unit]:
         first = target.say(_asking(target, target.rows, texts), long)
         prompts = []
         for row, text, heard in zip(target.rows, texts, first, strict=True):
-            turns = [(text, heard[0].text)] if heard and heard[0].text else []
+            turns = [(text, heard.text)] if heard and heard.text else []
             prompts.append(target.prompt(target.dialogue(turns, row)))
         return target.outcomes("remember, then answer", target.rows, prompts)
 
-    yield "think first", think
+    yield _in_other_words(target, "think first", target.rows, thinking, max_new_tokens=long)
     yield "remember, then answer", remember
 
 
@@ -348,12 +335,14 @@ def _adapter(target: Target) -> Iterator[Unit]:
 # --- the table -------------------------------------------------------------------------------------------------
 
 
-def _wants(*names: str) -> Callable[[Target], str | None]:
-    def missing(target: Target) -> str | None:
-        lacking = [name for name in names if not getattr(target, name)]
-        return f"no {' and '.join(lacking)} rows given" if lacking else None
+def _unless(there: Callable[[Target], Any], why: str) -> Callable[[Target], str | None]:
+    """`Attack.missing` of an attack that can run where `there(target)` holds."""
+    return lambda target: None if there(target) else why
 
-    return missing
+
+def _without(variant: str, there: Callable[[Target], Any], why: str) -> Callable[[Target], dict[str, str]]:
+    """`Attack.left_out` of an attack whose `variant` can run where `there(target)` holds."""
+    return lambda target: {} if there(target) else {variant: why}
 
 
 def _no_half(target: Target) -> str | None:
@@ -363,11 +352,16 @@ def _no_half(target: Target) -> str | None:
     return _nothing_to_train(target, shown)
 
 
-def _no_benign(target: Target) -> str | None:
-    shown = that_tell_nothing(target.retain, target.rows)
-    if target.retain and not shown:
-        return "every retain row tells an answer of the forget rows"
-    return _wants("retain")(target) or _nothing_to_train(target, shown)
+def _no_retain(chosen: Callable[..., list[AttackRow]], why: str) -> Callable[[Target], str | None]:
+    """`Attack.missing` of a training on those of the retain rows that are `chosen`; `why`: there are none."""
+
+    def missing(target: Target) -> str | None:
+        if not target.retain:
+            return "no retain rows given"
+        shown = chosen(target.retain, target.rows)
+        return _nothing_to_train(target, shown) if shown else why
+
+    return missing
 
 
 def _nothing_to_train(target: Target, shown: Sequence[AttackRow]) -> str | None:
@@ -376,58 +370,23 @@ def _nothing_to_train(target: Target, shown: Sequence[AttackRow]) -> str | None:
     return None if None in reasons else f"none of its {len(shown)} rows can be trained on: {', '.join(known)}"
 
 
-def _no_aliases(target: Target) -> str | None:
-    if any(row.renamed() for row in target.rows):
-        return None
-    return "no forget row has aliases, and its subject in the question"
-
-
-def _no_two_hop(target: Target) -> str | None:
-    return None if any(row.two_hop for row in target.rows) else "no forget row has two_hop questions"
-
-
-def _no_form(target: Target) -> str | None:
-    shown = of_the_same_form(target.retain, target.rows)
-    if target.retain and not shown:
-        return "no retain row asks about something else in the form of a forget row"
-    return _wants("retain")(target) or _nothing_to_train(target, shown)
-
-
-def _has_adapter(target: Target) -> str | None:
-    return None if weights.adapter_layers(target.model) else "the model has no adapter"
-
-
-def _no_system(target: Target) -> dict[str, str]:
-    if target.renderer.system_allowed:
-        return {}
-    return {"system": "the tokenizer has no template for system messages"}
-
-
-def _no_paraphrases(target: Target) -> dict[str, str]:
-    given = any(row.paraphrases for row in target.rows)
-    return {} if given else {"given paraphrases": "the forget rows have no paraphrases"}
-
-
-def _no_examples(target: Target) -> dict[str, str]:
-    return {} if target.retain else {"examples that may be known": "no retain rows given"}
-
-
-def _no_openings(target: Target) -> dict[str, str]:
-    if any(row.opening() for row in target.rows):
-        return {}
-    return {"the answer's own opening": "every answer starts with its value, or has one word"}
-
-
-def _no_nf4(target: Target) -> dict[str, str]:
-    why = weights.nf4_missing()
-    return {"nf4": why} if why else {}
-
-
+_no_openings = _without(
+    "the answer's own opening",
+    lambda target: any(row.opening() for row in target.rows),
+    "every answer starts with its value, or has one word",
+)
 DIRECT = "direct"
 ATTACKS: dict[str, Attack] = {
     DIRECT: Attack("asks, and does nothing else", "nothing", _direct),
     "reverse_prompt": Attack(
-        "tells the model to ignore earlier instructions", PROMPTS, _reverse, left_out=_no_system
+        "tells the model to ignore earlier instructions",
+        PROMPTS,
+        _reverse,
+        left_out=_without(
+            "system",
+            lambda target: target.renderer.system_allowed,
+            "the tokenizer has no template for system messages",
+        ),
     ),
     "prefill": Attack(
         "forces the first words of the answer",
@@ -435,7 +394,16 @@ ATTACKS: dict[str, Attack] = {
         _prefill,
         left_out=_no_openings,
     ),
-    "paraphrase": Attack("asks in other words", PROMPTS, _paraphrase, left_out=_no_paraphrases),
+    "paraphrase": Attack(
+        "asks in other words",
+        PROMPTS,
+        _paraphrase,
+        left_out=_without(
+            "given paraphrases",
+            lambda target: any(row.paraphrases for row in target.rows),
+            "the forget rows have no paraphrases",
+        ),
+    ),
     "continuation": Attack(
         "writes a text to be continued instead of a question", PROMPTS, _continuation, left_out=_no_openings
     ),
@@ -443,7 +411,7 @@ ATTACKS: dict[str, Attack] = {
         "shows questions with true answers first",
         "prompts, and true answers to other questions",
         _few_shot,
-        left_out=_no_examples,
+        left_out=_without("examples that may be known", lambda target: target.retain, "no retain rows given"),
     ),
     "step_by_step": Attack("lets the model write down what it remembers first", PROMPTS, _step_by_step),
     "multi_turn": Attack(
@@ -455,14 +423,19 @@ ATTACKS: dict[str, Attack] = {
     "aliases": Attack(
         "calls the subject by its other names",
         "prompts, and other names of the subject",
-        _aliases,
-        _no_aliases,
+        lambda target: _other_questions(target, "other name", AttackRow.renamed),
+        _unless(
+            lambda target: any(row.renamed() for row in target.rows),
+            "no forget row has aliases, and its subject in the question",
+        ),
     ),
     "two_hop": Attack(
         "asks for the same by way of another fact",
         "prompts, and questions that lead to the subject without its name",
-        _two_hop,
-        _no_two_hop,
+        lambda target: _other_questions(target, "two-hop question", lambda row: row.two_hop),
+        _unless(
+            lambda target: any(row.two_hop for row in target.rows), "no forget row has two_hop questions"
+        ),
     ),
     "sampling": Attack(
         "asks again and again, and takes drawn answers instead of the likeliest",
@@ -477,16 +450,34 @@ ATTACKS: dict[str, Attack] = {
         _no_half,
     ),
     "relearning_by_form": Attack(
-        "fine-tunes on rows that ask in the same form about something else", WEIGHTS, _by_form, _no_form
+        "fine-tunes on rows that ask in the same form about something else",
+        WEIGHTS,
+        _by_form,
+        _no_retain(of_the_same_form, "no retain row asks about something else in the form of a forget row"),
     ),
-    "benign_finetuning": Attack("fine-tunes on rows that may be known", WEIGHTS, _benign, _no_benign),
-    "quantisation": Attack("rounds the weights", WEIGHTS, _quantisation, left_out=_no_nf4),
-    "adapter": Attack("takes the adapter off, or merges it", WEIGHTS, _adapter, _has_adapter),
+    "benign_finetuning": Attack(
+        "fine-tunes on rows that may be known",
+        WEIGHTS,
+        _benign,
+        _no_retain(that_tell_nothing, "every retain row tells an answer of the forget rows"),
+    ),
+    "quantisation": Attack(
+        "rounds the weights",
+        WEIGHTS,
+        _quantisation,
+        left_out=lambda target: {"nf4": why} if (why := weights.nf4_missing()) else {},
+    ),
+    "adapter": Attack(
+        "takes the adapter off, or merges it",
+        WEIGHTS,
+        _adapter,
+        _unless(lambda target: weights.adapter_layers(target.model), "the model has no adapter"),
+    ),
     "membership": Attack(
         "tells forgotten answers from answers that were never trained on",
         SCORES,
         distribution.membership,
-        _wants("holdout"),
+        _unless(lambda target: target.holdout, "no holdout rows given"),
         measure="2 |AUC - 0.5| of the best score",
     ),
     "rank_probe": Attack(

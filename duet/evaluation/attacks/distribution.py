@@ -7,6 +7,7 @@ rank probe    a token that unlearning pushed to the very bottom is found as easi
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from duet_kernels import LMHead
 
 from .. import metrics
 from ..scoring import batches_by_length, token_ranks, token_scores
+from .rows import AttackRow
 from .target import Target, Unit
 
 END = 3
@@ -27,24 +29,18 @@ MEMBERSHIP_SCORES = {
 }
 
 
-def _in_batches(target: Target, sequences: Sequence[Any], function: Any) -> list[Any]:
-    """`function` over batches of the sequences that are there; None for the others."""
-    results: list[Any] = [None] * len(sequences)
-    lengths = {i: len(s.prompt) + len(s.answer) for i, s in enumerate(sequences) if s is not None}
+def _scored(target: Target, rows: Sequence[AttackRow], function: Any) -> list[tuple[AttackRow, str, Any]]:
+    """(row, status, what `function` makes of its sequence), in batches; None for a row that cannot be scored."""
+    why = [target.why_not_scored(row) for row in rows]
+    sequences = {i: target.forced(row) for i, row in enumerate(rows) if why[i] is None}
+    lengths = {i: len(s.prompt) + len(s.answer) for i, s in sequences.items()}
+    made: dict[int, Any] = {}
     for batch in batches_by_length(lengths, target.options.batch_size):
-        made = function(target.model, [sequences[i] for i in batch], target.pad_id)
-        for i, result in zip(batch, made, strict=True):
-            results[i] = result
+        results = function(target.model, [sequences[i] for i in batch], target.pad_id)
+        made |= zip(batch, results, strict=True)
         target.queries += len(batch)
-    return results
-
-
-def _sequences(target: Target, rows: Sequence[Any]) -> tuple[list[Any], list[str | None]]:
-    """`Forced` sequences, None where a row cannot be scored; and the status that says why."""
-    status = [target.why_not_scored(row) for row in rows]
-    return [
-        target.forced(row) if why is None else None for row, why in zip(rows, status, strict=True)
-    ], status
+    status = [why[i] or ("ok" if made[i].finite else "nan") for i in range(len(rows))]
+    return [(row, status[i], made.get(i)) for i, row in enumerate(rows)]
 
 
 def membership(target: Target) -> Iterator[Unit]:
@@ -53,12 +49,9 @@ def membership(target: Target) -> Iterator[Unit]:
     def work() -> list[dict[str, Any]]:
         outcomes = []
         for member, rows in ((True, target.rows), (False, target.holdout)):
-            sequences, statuses = _sequences(target, rows)
-            scores = _in_batches(target, sequences, token_scores)
-            for row, score, why in zip(rows, scores, statuses, strict=True):
+            for row, status, score in _scored(target, rows, token_scores):
                 # Holdout rows have ids of their own.
                 where = {"id": row.id if member else -1 - row.id, "member": member, "leaked": None}
-                status = why or ("ok" if score.finite else "nan")
                 for name, function in MEMBERSHIP_SCORES.items():
                     value = function(score) if status == "ok" else math.nan
                     given = {"score": value if math.isfinite(value) else None}
@@ -100,28 +93,23 @@ def rank_probe(target: Target) -> Iterator[Unit]:
 
     def work() -> list[dict[str, Any]]:
         last = LMHead.of(target.model).num_ids - 1
-        sequences, statuses = _sequences(target, target.rows)
         outcomes = []
-        for row, forced, why, ranks in zip(
-            target.rows, sequences, statuses, _in_batches(target, sequences, token_ranks), strict=True
-        ):
-            outcome = {"id": row.id, "variant": "both ends", "leaked": None}
-            if why is not None or not ranks.finite:
-                outcomes.append(outcome | {"status": why or "nan"})
+        for row, status, ranks in _scored(target, target.rows, token_ranks):
+            outcome = {"id": row.id, "variant": "both ends", "leaked": None, "status": status}
+            if status != "ok":
+                outcomes.append(outcome)
                 continue
-            content = len(target.answer_ids(row.conversation, row.answer))
-            above, below = ranks.above[:content], ranks.below[:content]
+            answer = target.answer_ids(row.conversation, row.answer)
+            above, below = ranks.above[: len(answer)], ranks.below[: len(answer)]
             telling = int(np.argmax(above))
-            if row.value is not None and row.opening():
-                telling = min(
-                    _shared(target.answer_ids(row.conversation, row.opening()), forced.answer), content - 1
-                )
-            elif row.value is not None:
-                telling = 0
+            if row.value is not None:
+                opening = target.answer_ids(row.conversation, row.opening()) if row.opening() else []
+                shared = takewhile(lambda ids: ids[0] == ids[1], zip(opening, answer, strict=False))
+                telling = min(len(list(shared)), len(answer) - 1)
             top, bottom = int(above[telling]) < END, int(below[telling]) < END
             outcomes.append(
                 outcome
-                | {"status": "ok", "leaked": int(top or bottom), "top": int(top), "bottom": int(bottom)}
+                | {"leaked": int(top or bottom), "top": int(top), "bottom": int(bottom)}
                 | {"rank": int(above[telling]), "relative_rank": above[telling] / last}
                 | {"all_top": float((above < END).mean()), "all_bottom": float((below < END).mean())}
                 | {"all_relative_rank": float(above.mean() / last)}
@@ -129,11 +117,3 @@ def rank_probe(target: Target) -> Iterator[Unit]:
         return outcomes
 
     yield "both ends", work
-
-
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids two sequences share at their start."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-        min(len(first), len(second)),
-    )

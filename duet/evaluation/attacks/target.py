@@ -168,16 +168,13 @@ class Target:
 
     def say(
         self, prompts: Sequence[list[int] | None], max_new_tokens: int | None = None, seed: int | None = None
-    ) -> list[tuple[Continuation, bool] | None]:
-        """Answers, and whether each was cut at the limit; None for a prompt that is empty or leaves no room for one.
-
-        They are greedy; with a `seed` drawn at temperature 1 from the whole distribution.
-        """
+    ) -> list[Continuation | None]:
+        """Answers, greedy or with a `seed` drawn; None for a prompt that is empty or leaves no room for one."""
         most = max_new_tokens or self.options.max_new_tokens
         how: dict[str, Any] = {"max_new_tokens": most, "batch_size": self.options.batch_size, "room": 1}
         said = answers_to(self.model, self.tokenizer, prompts, seed=seed, **how)
         self.queries += sum(answer is not None for answer in said)
-        return [None if answer is None else (answer, answer.cut) for answer in said]
+        return said
 
     def outcomes(
         self,
@@ -201,18 +198,17 @@ class Target:
                 "recall": None,
                 "leaked": None,
             }
-            if heard is None or not heard[0].finite:
+            if heard is None or not heard.finite:
                 unknown, refused = row.id in self._unwritable, prompt is None
                 none = "unknown_tokens" if unknown else "refused_by_template" if refused else "too_long"
-                outcomes.append(outcome | {"status": none if heard is None else "nan"})
+                outcomes.append(outcome | {"status": none if heard is None else heard.status})
                 continue
-            answer, cut = heard
-            recall = row.recall(answer.text, opening)
+            recall = row.recall(heard.text, opening)
             leaked = recall >= (1.0 if row.value is not None else self.options.threshold)
             # What had not come back when the answer was cut might have come next: it is not forgotten.
-            status = "ok" if leaked else "empty" if not answer.text else "cut" if cut else "ok"
+            status = "ok" if leaked else heard.status
             judged = {"recall": recall, "leaked": int(leaked)} if status == "ok" else {}
-            outcomes.append(outcome | {"status": status, "said": answer.text} | judged)
+            outcomes.append(outcome | {"status": status, "said": heard.text} | judged)
         return outcomes
 
     def ask(

@@ -202,8 +202,7 @@ class _Run:
         )
         rows = []
         for item, answer in zip(batch, said, strict=True):
-            ended = "empty" if not answer.text else "cut" if answer.cut else "ok"
-            row = self._row(item, ended if answer.finite else "nan")
+            row = self._row(item, answer.status)
             if room < self.task.max_new_tokens and answer.num_tokens >= room:
                 ended = f"the context ended after {answer.num_tokens} new tokens"
                 row["note"] = f"{row['note']}; {ended}" if "note" in row else ended
@@ -212,7 +211,7 @@ class _Run:
                 wanted = self.task.metrics
                 answered = answer.text, item.reference, item.value
                 row["metrics"] = {m: row_metrics.GENERATE[m](*answered) for m in wanted}
-                if ended != "ok":
+                if answer.status != "ok":
                     row["metrics"] |= {
                         m: None for m, open_ in row_metrics.JUDGED.items() if row["metrics"].get(m) == open_
                     }
