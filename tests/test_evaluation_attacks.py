@@ -26,7 +26,8 @@ from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.commands import lines_of, literal_console
 from duet.evaluation.generation import Continuation
 from duet.evaluation.report.report import write_report
-from duet.evaluation.scoring import Forced
+from duet.evaluation.scoring import Forced, forced_hidden
+from duet_kernels import linear_cross_entropy
 
 OPTIONS = {
     "max_new_tokens": 14,
@@ -659,7 +660,7 @@ def test_the_command_on_an_adapter(tmp_path, monkeypatch, capsys, refusing, worl
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     for _ in range(12):
         optimizer.zero_grad()
-        weights.answer_loss(model, sequences, target.pad_id).backward()
+        linear_cross_entropy(*forced_hidden(model, sequences, target.pad_id)).backward()
         optimizer.step()
     model.peft_config["default"].base_model_name_or_path = str(CHECKPOINT)
     model.save_pretrained(tmp_path / "adapter")

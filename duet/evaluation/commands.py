@@ -357,8 +357,8 @@ def lm_eval_tasks(text: str) -> list[str]:
         raise ValueError(
             "lm_eval: wanted lm-evaluation-harness to be installed (pip install lm_eval), got no such package"
         )
-    tasks = names_in(text)
-    unknown = [task for task in tasks if task not in _task_manager().all_tasks]
+    tasks, known = names_in(text), _task_manager().all_tasks
+    unknown = [task for task in tasks if task not in known]
     if not tasks or unknown:
         raise ValueError(
             f"lm_eval: wanted tasks of lm-evaluation-harness, got {', '.join(unknown) or 'none'}"
@@ -394,19 +394,12 @@ def run_lm_eval(
 
     from ..data.sources import read_object
     from ..model.hashes import fingerprints
-    from .journal import LM_EVAL, MAY_LACK, write_json
+    from .journal import LM_EVAL, check_same_run, write_json
 
-    manifest = {
-        **fingerprints(model, tokenizer),
-        "limit": limit,
-    }
+    manifest = {**fingerprints(model, tokenizer), "limit": limit}
     before = read_object(out / LM_EVAL, "out") if (out / LM_EVAL).is_file() else {}
-    for key, value in manifest.items():
-        if before and before["manifest"].get(key, value if key in MAY_LACK else None) != value:
-            raise ValueError(
-                f"out: {out / LM_EVAL} holds results of another run: {key} was {before['manifest'].get(key)!r} and is "
-                f"{value!r} now; wanted a new folder"
-            )
+    if before:
+        check_same_run(out / LM_EVAL, before["manifest"], manifest)
     measured = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),

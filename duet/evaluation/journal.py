@@ -7,9 +7,11 @@ model, other suite) is refused, and the first field that differs is named.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..data.sources import read_object
 
 try:
     import fcntl
@@ -87,20 +89,9 @@ class Journal:
         path = self.folder / MANIFEST
         manifest = json.loads(json.dumps(manifest))
         if path.is_file():
-            try:
-                before = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"out: {path} is not JSON ({error}); wanted a new folder") from None
-            if not isinstance(before, dict):
-                raise ValueError(f"out: {path} holds {_short(before)}, wanted an object; take a new folder")
-            for name in (*manifest, *(n for n in before if n not in manifest and n != "note")):
-                if name in MAY_LACK and name not in before:
-                    continue
-                if before.get(name) != manifest.get(name):
-                    raise ValueError(
-                        f"out: {self.folder} holds results of another run: {name} was {_short(before.get(name))} and "
-                        f"is {_short(manifest.get(name))} now; wanted a new folder, or the same run again"
-                    )
+            before = read_object(path, "out")
+            before.pop("note", None)
+            check_same_run(self.folder, before, manifest)
             return
         if (self.folder / ROWS).exists():
             raise ValueError(f"out: {self.folder} holds {ROWS} but no {MANIFEST}; wanted a new folder")
@@ -148,6 +139,21 @@ class Journal:
         self.done = {self._key(row) for row in self.rows}
 
 
+def check_same_run(where: Path, before: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    """Refuses results that are there already, and are of another run than `manifest` says.
+
+    Raises:
+        ValueError: naming the first field that differs.
+    """
+    for name in dict.fromkeys((*manifest, *before)):
+        old, new = before.get(name), manifest.get(name)
+        if old != new and (name in before or name not in MAY_LACK):
+            raise ValueError(
+                f"out: {where} holds results of another run: {name} was {_short(old)} and is {_short(new)} now; wanted a "
+                "new folder, or the same run again"
+            )
+
+
 def _locked(folder: Path) -> int | None:
     """A descriptor that keeps other processes from locking the folder until it is closed; None where nothing can be locked."""
     if fcntl is None:
@@ -193,12 +199,14 @@ def read_run(
     try:
         lines = (folder / ROWS).read_bytes().splitlines()
         rows = [_row(line, f"{ROWS}, line {number}", key) for number, line in enumerate(lines, 1)]
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict):
-            raise ValueError(f"{MANIFEST}: wanted an object, got {_short(manifest)}")
     except ValueError as error:
         raise ValueError(f"{argument}: {folder} is damaged or unfinished: {error}") from None
-    return manifest, rows
+    return read_object(folder / MANIFEST, argument), rows
+
+
+def num_rows(count: int) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count} row{'s' if count != 1 else ''}"
 
 
 def digest(text: str) -> str:

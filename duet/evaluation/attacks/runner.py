@@ -22,7 +22,7 @@ from ...model.hashes import fingerprint, fingerprints
 from ...model.lm import check_head
 from ...names import check_one_of
 from .. import metrics
-from ..journal import MEANING, Journal, Progress, digest, write_json
+from ..journal import MEANING, Journal, Progress, digest, num_rows, write_json
 from .attacks import ATTACKS, DIRECT
 from .distribution import auc_leak
 from .target import Outcomes, Target
@@ -206,7 +206,7 @@ def table(report: Mapping[str, Any], title: str) -> Table:
     for column in ("attack", "leak (95 %)", "rows", "not\njudged", "queries", "steps", "seconds"):
         shown.add_column(column, no_wrap=True, justify="left" if column == "attack" else "right")
     for entry in _lines(report):
-        worst = entry["variants"].get(entry["worst_variant"], {})
+        worst = worst_of(entry)
         leak = "undefined" if entry["leak"] is None else f"{entry['leak']:.2f}"
         if worst.get("low") is not None:
             leak += f" ({worst['low']:.2f} to {worst['high']:.2f})"
@@ -222,13 +222,16 @@ def legend(report: Mapping[str, Any]) -> Group:
     for entry in _lines(report):
         measure = "" if entry["measure"] == ATTACKS[DIRECT].measure else f"; leak: {entry['measure']}"
         worst = f"; worst: {worst_variant(entry)}" if len(entry["variants"]) > 1 else ""
-        left_out = "".join(
-            f"; {n} row{'s' if n != 1 else ''} {MEANING[s]}" for s, n in _left_out(entry).items()
-        )
+        left_out = "".join(f"; {num_rows(n)} {MEANING[s]}" for s, n in _left_out(entry).items())
         line = f"{entry['what']} (wants {entry['strength']}){measure}{worst}{left_out}{_bounds(entry)}"
         shown.add_row(entry["name"], Text(line))
     skipped = [Text(f"not tried: {entry['name']} ({entry['why']})") for entry in report["skipped"]]
     return Group(shown, *skipped)
+
+
+def worst_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary of the worst variant; empty where none could be judged."""
+    return entry["variants"].get(entry["worst_variant"], {})
 
 
 def unjudged(entry: Mapping[str, Any]) -> float:
@@ -236,9 +239,7 @@ def unjudged(entry: Mapping[str, Any]) -> float:
 
     Of an attack whose variants all have none that could: 1.
     """
-    variants = entry["variants"]
-    worst = variants.get(entry["worst_variant"])
-    return 1.0 if worst is None else worst.get("unjudged", 0.0)
+    return 1.0 if entry["worst_variant"] is None else worst_of(entry).get("unjudged", 0.0)
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -264,14 +265,14 @@ def worst_variant(entry: Mapping[str, Any]) -> str:
 def _bounds(entry: Mapping[str, Any]) -> str:
     """How many rows of each variant are known only to leak at least so much."""
     counts = {v: summary["bounds"] for v, summary in entry["variants"].items() if summary.get("bounds")}
-    rows = ", ".join(f"{n} row{'s' if n != 1 else ''} of {v}" for v, n in counts.items())
+    rows = ", ".join(f"{num_rows(n)} of {v}" for v, n in counts.items())
     return f"; {rows}: at least so much, since some of the answers could not be judged" if rows else ""
 
 
 def _left_out(entry: Mapping[str, Any]) -> dict[str, int]:
     """Rows of the worst variant that could not be judged, by status."""
-    variants = entry["variants"]
-    status = variants.get(entry["worst_variant"], next(iter(variants.values()), {})).get("status", {})
+    summary = worst_of(entry) or next(iter(entry["variants"].values()), {})
+    status = summary.get("status", {})
     return {s: n for s, n in status.items() if s != "ok"}
 
 

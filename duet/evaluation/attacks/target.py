@@ -153,8 +153,8 @@ class Target:
             return "unknown_tokens"
         if self.prompt(row.conversation) is None:
             return "refused_by_template"
-        forced = self.forced(row)
-        return None if self.fits(len(forced.prompt) + len(forced.answer) - 1) else "too_long"
+        needed = sum(map(len, self.forced(row))) - 1  # the last token is predicted, not read
+        return "too_long" if self.context is not None and needed > self.context else None
 
     def _unknown(self, row: AttackRow, text: str) -> bool:
         unknown = self.tokenizer.unk_token_id
@@ -162,9 +162,6 @@ class Target:
             return unknown in self.answer_ids(row.conversation, text)
         except CannotRender:
             return True
-
-    def fits(self, num_tokens: int) -> bool:
-        return self.context is None or num_tokens <= self.context
 
     def say(
         self, prompts: Sequence[list[int] | None], max_new_tokens: int | None = None, seed: int | None = None

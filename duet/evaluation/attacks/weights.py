@@ -235,7 +235,7 @@ def fine_tune(
         optimizer.zero_grad()
         with torch.random.fork_rng(gpus):
             torch.manual_seed(dropout.getrandbits(63))
-            loss = answer_loss(model, batch, pad_id)
+            loss = linear_cross_entropy(*forced_hidden(model, batch, pad_id))
             loss.backward()
         optimizer.step()
         if step in curve:
@@ -244,12 +244,6 @@ def fine_tune(
                 return
             model.eval()
             yield step, value
-
-
-def answer_loss(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> Tensor:
-    """Mean cross-entropy of the answers' tokens, nats; differentiable."""
-    hidden, head, labels = forced_hidden(model, batch, pad_id)
-    return linear_cross_entropy(hidden, head, labels)
 
 
 ROUNDINGS: dict[str, Callable[[nn.Module], None]] = {

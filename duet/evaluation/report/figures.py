@@ -68,7 +68,8 @@ def frontier(points: Sequence[Point], forget: str, retain: str, better: tuple[st
             ends = [(p.forget.mean, p.retain.mean) for p in best]
             axis.plot(*zip(*ends, strict=True), color=GREY, linewidth=1, linestyle=":", zorder=1)
         axis.margins(0.12)
-        _unit_limits(axis, [e for p in points for e in (p.forget, p.retain)])
+        if all(0 <= e.mean <= 1 for p in points for e in (p.forget, p.retain)):
+            axis.set(xlim=(-0.06, 1.06), ylim=(-0.06, 1.06))  # so that a small difference looks small
         axis.set_xlabel(
             _plain(forget) + {"↓": "\n← forgets more", "↑": "\nforgets more →"}.get(better[0], "")
         )
@@ -125,7 +126,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return abs(a[0] - b[0]) < (a[2] + b[2]) / 2 and abs(a[1] - b[1]) < (a[3] + b[3]) / 2
 
 
-def _front(points: Sequence[Point], better: tuple[str, str] = ("↓", "↑")) -> list[Point]:
+def _front(points: Sequence[Point], better: tuple[str, str]) -> list[Point]:
     """The students that no other beats in both directions, from the most to the least forgetting; fewer than 2: none."""
     if not set(better) <= {"↓", "↑"}:
         return []
@@ -253,13 +254,6 @@ def _arms(e: Estimate) -> list[list[float]] | None:
     if e.low is None or e.high is None:
         return None
     return [[max(0.0, e.mean - e.low)], [max(0.0, e.high - e.mean)]]
-
-
-def _unit_limits(axis: Axes, estimates: Sequence[Estimate]) -> None:
-    """Shares are shown from 0 to 1, so that a small difference looks small."""
-    if all(0 <= e.mean <= 1 for e in estimates):
-        axis.set_xlim(-0.06, 1.06)
-        axis.set_ylim(-0.06, 1.06)
 
 
 def _spread(places: Sequence[float], gap: float) -> list[float]:

@@ -6,6 +6,7 @@ from typing import Any
 from .. import metrics
 from ..attacks.rows import AttackRow
 from ..attacks.target import AttackOptions
+from ..journal import num_rows
 from ..suites.suite import TO_FORGET, TO_KEEP
 from .page import NOT_RUN, Cell, Grid, Section
 from .runs import BASE, Inputs, Method
@@ -68,7 +69,7 @@ def _curve(method: Method, keys: list[tuple], near: Mapping[str, float]) -> list
         if share is None
         else Cell(
             f"{share.estimate:.2f}",
-            f"{share.low:.2f} to {share.high:.2f}, {rows} row{'s' if rows != 1 else ''}",
+            f"{share.low:.2f} to {share.high:.2f}, {num_rows(rows)}",
         )
         for _, rows, share in bins
     ]

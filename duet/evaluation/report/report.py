@@ -8,9 +8,10 @@ never as 0.
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...data.prompts import Prompting
+from ..attacks.runner import worst_of
 from ..journal import write_json
 from ..steering import shown as shares_in_words
 from ..suites.suite import TO_FORGET, TO_KEEP
@@ -142,7 +143,7 @@ def summary_sentence(inputs: Inputs) -> str:
             + "No attack was run: what is forgotten here has not been tested against anybody who insists."
         )
     leak, entry, method = max(leaks, key=lambda f: f[0])
-    worst = entry["variants"].get(entry["worst_variant"], {})
+    worst = worst_of(entry)
     kind = f" ({entry['worst_variant']})" if entry["worst_variant"] else ""
     unjudged = not_judged(worst, "of its rows could not be judged")
     tried = len({e["name"] for _, e, _ in leaks})
@@ -173,6 +174,19 @@ def _rule(answers: Iterable[Mapping[str, Any]]) -> str:
     return value if by_value == {True} else f"{value}; for questions without one, {words}"
 
 
+class Fate(NamedTuple):
+    """What should become of a task's rows: in words; which questions come first; their order; the mark of a true answer."""
+
+    what: str = ""
+    first: str = ""
+    sign: int = 0  # of the number of students that say the truth
+    mark: str = ""
+
+
+TO_GO = Fate("to be forgotten", "those that students leak first", -1, "leaks")
+TO_STAY = Fate("to be kept", "those that students lost first", 1, "true")
+
+
 def _answers_section(inputs: Inputs, examples: int) -> Section:
     section = Section("answers", "Asked side by side")
     keys = dict.fromkeys(key for m in inputs.methods for key in m.answers)
@@ -188,17 +202,15 @@ def _answers_section(inputs: Inputs, examples: int) -> Section:
             section.notes.append(f"No answers of the {name}: {how}.")
     rule = _rule(answer for m in speakers for answer in m.answers.values())
     section.notes.append(f"An answer says the truth when {rule}.")
-    for task in dict.fromkeys((suite, task) for suite, task, _, _ in keys):
-        of = [key for key in keys if key[:2] == task]
+    for suite, task in dict.fromkeys((suite, task) for suite, task, _, _ in keys):
+        of = [key for key in keys if key[:2] == (suite, task)]
         by_students = {k: sum(k in m.answers and says_truth(m.answers[k]) for m in students) for k in of}
-        fate = "forget" if task[1].startswith(TO_FORGET) else "keep" if task[1].startswith(TO_KEEP) else ""
-        # First the questions that should be forgotten and are answered, or should be known and are not.
-        of.sort(
-            key=lambda k: -by_students[k] if fate == "forget" else by_students[k] if fate == "keep" else 0
-        )
+        fate = TO_GO if task.startswith(TO_FORGET) else TO_STAY if task.startswith(TO_KEEP) else Fate()
+        of.sort(key=lambda k, sign=fate.sign: sign * by_students[k])
+        count = f"{min(len(of), examples)} of {len(of)} questions"
         grid = Grid(
             ["question", "truth", *(m.label for m in speakers)],
-            caption=_caption(task, fate, len(of), examples),
+            caption=", ".join(filter(None, (f"{suite}: {task}", fate.what, count, fate.first))),
             prose=True,
         )
         for key in of[:examples]:
@@ -206,28 +218,17 @@ def _answers_section(inputs: Inputs, examples: int) -> Section:
             cells = [Cell(answer["question"]), Cell(str(answer["answer"]))]
             for method in speakers:
                 answer = method.answers.get(key)
-                cells.append(Cell(NOT_RUN) if answer is None else _said(answer, fate))
+                cells.append(Cell(NOT_RUN) if answer is None else _said(answer, fate.mark))
             grid.rows.append(cells)
         section.blocks.append(grid)
     return section
 
 
-def _caption(task: tuple[str, str], fate: str, count: int, examples: int) -> str:
-    meaning = {"forget": "to be forgotten", "keep": "to be kept"}.get(fate, "")
-    order = {"forget": ", those that students leak first", "keep": ", those that students lost first"}.get(
-        fate, ""
-    )
-    shown = f"{min(count, examples)} of {count} questions{order}"
-    return ", ".join(part for part in (f"{task[0]}: {task[1]}", meaning, shown) if part)
-
-
-def _said(answer: dict[str, Any], fate: str) -> Cell:
+def _said(answer: dict[str, Any], mark: str) -> Cell:
     if answer.get("status") == "nan":
         return Cell("undefined", why="NaN logits")
     text = answer["generated"].strip() or "(says nothing)"
-    if not fate or not says_truth(answer):
-        return Cell(text)
-    return Cell(text, mark="leaks" if fate == "forget" else "true")
+    return Cell(text, mark=mark if says_truth(answer) else "")
 
 
 # --- figures ---------------------------------------------------------------------------------------------------

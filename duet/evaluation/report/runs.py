@@ -125,9 +125,9 @@ class _Run:
         return str(self.content.get("model") or "")
 
     @property
-    def identity(self) -> tuple:
+    def identity(self) -> tuple[str, str]:
         """Runs with equal identity measure the same thing: they cannot belong to one method."""
-        return self.kind, *((self.content["suite"],) if self.kind == "eval" else ())
+        return self.kind, self.suite
 
 
 def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence[str] = ()) -> Inputs:
@@ -339,7 +339,7 @@ def _add(method: Method, run: _Run) -> None:
         method.asked |= run.told(run.manifest.get("data", {}))
         for row in run.rows:
             if row.get("generated") is not None and row.get("question"):
-                key = (run.content["suite"], row["task"], row["id"], row["question"])
+                key = (run.suite, row["task"], row["id"], row["question"])
                 fields = ("question", "answer", "generated", "status", "value")
                 method.answers[key] = {k: row.get(k) for k in fields}
     elif run.kind == "attack":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..attacks.attacks import DIRECT
-from ..attacks.runner import worst_variant
+from ..attacks.runner import worst_of, worst_variant
 from .glossary import DOWN, METRICS, NUMBERS, Meaning, direction
 from .page import NOT_RUN, Cell, Grid, Section
 from .runs import Inputs, Method
@@ -108,7 +108,7 @@ def _attack_line(entry: dict[str, Any]) -> list[Cell]:
     spent = [f"{cost['queries']} queries", f"{cost['steps']} steps", f"{cost['seconds']:.0f} s"]
     return [
         Cell(entry["name"]),
-        _leak_cell(entry, entry["variants"].get(entry["worst_variant"], {})),
+        _leak_cell(entry, worst_of(entry)),
         Cell(worst_variant(entry)),
         Cell(entry["strength"]),
         Cell(", ".join(spent if cost["steps"] else [spent[0], spent[2]])),
@@ -208,7 +208,7 @@ def _attack_cell(method: Method, name: str) -> Cell:
     entries = {e["name"]: e for e in method.attacks["attacks"]} | ({DIRECT: direct} if direct else {})
     if name in entries:
         entry = entries[name]
-        cell = _leak_cell(entry, entry["variants"].get(entry["worst_variant"], {}))
+        cell = _leak_cell(entry, worst_of(entry))
         if entry["leak"] is None:
             cell.why = f"{method.label}, {name}: {entry.get('undefined', 'no row could be judged')}"
         return cell

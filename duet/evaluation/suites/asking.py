@@ -12,7 +12,7 @@ from ..values import listed, text_of, value_of
 from .suite import Task, fill
 
 
-class CannotAsk(ValueError):
+class CannotAsk(Exception):
     """A row that is left out: `status` says why in a word, the message in a sentence."""
 
     def __init__(self, status: str, why: str):
@@ -106,8 +106,6 @@ class Asker:
             conversation = None if self.task.question is None else self._conversation(row, where)
             make = {"generate": self._generate, "score": self._score, "multiple_choice": self._choice}
             item = make[self.task.kind](index, row, conversation, where)
-        except CannotAsk:
-            raise
         except CannotRender as error:
             raise CannotAsk("refused_by_template", f"{where}: {error}") from None
         except (ValueError, TypeError) as error:
@@ -139,8 +137,7 @@ class Asker:
     def _conversation(self, row: Mapping[str, Any], where: str) -> Conversation:
         if not self.chat:
             worked = [
-                self._plain(shot, where)
-                + self._answer_text(self._plain(shot, where), self._reference(shot, where))
+                self._plain(shot, where) + self._answer_text("", self._reference(shot, where))
                 for shot in self.shots
             ]
             between = self.task.few_shot.separator if self.task.few_shot else ""
@@ -153,9 +150,9 @@ class Asker:
     def _plain(self, row: Mapping[str, Any], where: str) -> str:
         return self.plain.replace("{question}", self._question(row, where))
 
-    def _answer_text(self, prompt: Conversation | None, text: str) -> str:
+    def _answer_text(self, conversation: Conversation | None, text: str) -> str:
         """ "Answer:" is continued by " Paris", which is another token than "Paris"; a running text as it stands."""
-        written = isinstance(prompt, str) and not self.plain.endswith("{question}")
+        written = isinstance(conversation, str) and not self.plain.endswith("{question}")
         return f" {text}" if written and not self.plain[-1].isspace() else text
 
     def _reference(self, row: Mapping[str, Any], where: str) -> str:

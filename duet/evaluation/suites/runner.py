@@ -88,7 +88,7 @@ def evaluate(
             f"retain_run: wanted a suite with {' or '.join(sorted(summary.OF_RETAIN))}, which is all that a retain model "
             f"is for; {suite.name} has neither"
         )
-    tables = dict(_tables(suite, data, limit))
+    tables = _tables(suite, data, limit)
     given = {task.name: digest_of(rows) for task, rows in tables.items()}
     retain_rows = _retain_rows(retain_run, suite, given, limit) if retain_run is not None else None
     shots = {
@@ -117,7 +117,8 @@ def evaluate(
     context = context_length(model)
     gone = [rows for task, rows in tables.items() if task.name.startswith(TO_FORGET)]
     subjects = list(dict.fromkeys(row["subject"] for rows in gone for row in rows if row.get("subject")))
-    prepared, left_out = {}, _left_out(suite, tables)
+    prepared = {}
+    left_out = {task.name: f"there is no file {task.data}" for task in suite.tasks if task not in tables}
     for task, rows in tables.items():
         others = () if task.name.startswith(TO_FORGET) else subjects
         worked, ids = shots.get(task, ()), embedded_ids(model)
@@ -286,18 +287,18 @@ def _halving(make: Callable[[Sequence[Item]], list[Row]], batch: Sequence[Item])
     yield from _halving(make, batch[len(batch) // 2 :])
 
 
-def _tables(suite: Suite, data: str | Path | None, limit: int | None) -> Iterator[tuple[Task, list[Row]]]:
-    any_file = False
+def _tables(suite: Suite, data: str | Path | None, limit: int | None) -> dict[Task, list[Row]]:
+    tables = {}
     for task in suite.tasks:
         try:
-            yield task, load_table(data, task.data, task.hub, f"{suite.name}: {task.name}")[:limit]
-            any_file = True
+            tables[task] = load_table(data, task.data, task.hub, f"{suite.name}: {task.name}")[:limit]
         except FileNotFoundError:
             if not task.optional:
                 raise
-    if not any_file:
+    if not tables:
         wanted = ", ".join(task.data for task in suite.tasks)
         raise FileNotFoundError(f"data: {data} has none of the files of {suite.name}: {wanted}")
+    return tables
 
 
 def _prepare(asker: Asker, task: Task, rows: Sequence[Row]) -> tuple[list[Item], list[Row]]:
@@ -338,9 +339,3 @@ def _retain_rows(folder: str | Path, suite: Suite, given: Row, limit: int | None
                 f"{folder} again on these"
             )
     return rows
-
-
-def _left_out(suite: Suite, tables: dict[Task, Any]) -> dict[str, str]:
-    """Tasks without a file, and why they are left out."""
-    there = {task.name for task in tables}
-    return {task.name: f"there is no file {task.data}" for task in suite.tasks if task.name not in there}

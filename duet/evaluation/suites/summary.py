@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import metrics
-from ..journal import MEANING
+from ..journal import MEANING, num_rows
 from .row_metrics import UNBOUNDED
 
 Rows = Sequence[Mapping[str, Any]]
@@ -112,19 +112,19 @@ def _model_utility(spec: Mapping, rows: Rows, retain_rows: Rows | None) -> dict[
 
 
 def _privleak(spec: Mapping, rows: Rows, retain_rows: Rows | None) -> dict[str, Any]:
-    def scores(of: Rows, side: str) -> list[float]:
-        return [v for _, v in _of(of, spec[side])]
+    def scores(of: Rows) -> list[list[float]]:
+        return [[v for _, v in _of(of, spec[side])] for side in ("forget", "holdout")]
 
-    forget, holdout = scores(rows, "forget"), scores(rows, "holdout")
+    forget, holdout = scores(rows)
     if not forget or not holdout:
         return _undefined(f"{spec['forget'] if not forget else spec['holdout']} has no row")
-    auc = metrics.auc([-s for s in holdout], [-s for s in forget])
+    auc = metrics.auc(forget, holdout)
     auc_retrain = spec.get("auc_retrain")
     if retain_rows is not None:
-        theirs = scores(retain_rows, "forget"), scores(retain_rows, "holdout")
+        theirs = scores(retain_rows)
         if not all(theirs):
             return _undefined("the retain run has no such scores") | {"auc": auc}
-        auc_retrain = metrics.auc([-s for s in theirs[1]], [-s for s in theirs[0]])
+        auc_retrain = metrics.auc(*theirs)
     if auc_retrain is None:
         return _undefined(NO_RETAIN) | {"auc": auc}
     value = metrics.privleak(forget, holdout, float(auc_retrain))
@@ -201,15 +201,11 @@ def table(summary: Mapping[str, Any], title: str) -> Group:
     for task, entry in summary["tasks"].items():
         if entry.get("unjudged"):
             notes.append(
-                f"{task}: {entry['unjudged']:.0%} of its {_times(entry['rows'])} could not be judged:"
+                f"{task}: {entry['unjudged']:.0%} of its {num_rows(entry['rows'])} could not be judged:"
             )
-        notes += [f"{task}: {_times(n)} {MEANING[s]}" for s, n in entry["status"].items() if s in MEANING]
+        notes += [f"{task}: {num_rows(n)} {MEANING[s]}" for s, n in entry["status"].items() if s in MEANING]
         if entry.get("notes"):
             notes.append(
-                f"{task}: {_times(entry['notes'])} with a note in rows.jsonl, the first: {entry['note']}"
+                f"{task}: {num_rows(entry['notes'])} with a note in rows.jsonl, the first: {entry['note']}"
             )
     return Group(shown, *map(Text, notes))
-
-
-def _times(count: int) -> str:
-    return f"{count} row{'s' if count != 1 else ''}"
