@@ -21,7 +21,6 @@ class Speaker:
 
     Attributes:
         label: above its answers.
-        prompting: how prompts are written.
         max_new_tokens: of an answer.
     """
 

@@ -84,7 +84,9 @@ def run_eval(
     chosen = None if suite is None else load_suite(suite, options_of(settings or ()))
     loaded, tokenizer = models.load(model, dtype, device)
     prompting = Prompting.of(model)
-    answering = None if elicit is None else _eliciting(elicit, prompting, batch_size, dtype, device, console)
+    answering = None
+    if elicit is not None:
+        answering = _eliciting(models.load(elicit, dtype, device), prompting, batch_size, console)
     if chosen is not None:
         with resumable(out, console), progress(console) as shown:
             results = runner.evaluate(
@@ -158,8 +160,9 @@ def run_attack(
     from . import models
     from .attacks import runner
     from .attacks.attacks import ATTACKS
-    from .attacks.rows import check_unseen, read_attack_rows, with_answers
+    from .attacks.rows import check_unseen, read_attack_rows
     from .attacks.target import AttackOptions, Target
+    from .elicit import queries_of
 
     check_one_process("attack")
     console = literal_console()
@@ -175,7 +178,9 @@ def run_attack(
         if answering is not None:
             rows = answering(rows, argument)
         if argument != "forget" or elicit:
-            rows, without = with_answers(rows, argument)
+            queries = queries_of(rows, argument)
+            without = [query.name for query in queries if query.answer is None]
+            rows = [row for row, query in zip(rows, queries, strict=True) if query.answer is not None]
             if without:
                 first = f"{without[0]} and {len(without) - 1} more" if len(without) > 1 else without[0]
                 why = "the base's was empty, cut or refused" if elicit else "--elicit takes the base's"
@@ -209,7 +214,7 @@ def run_attack(
     prompting, answering, before_model = Prompting.of(model), None, None
     if elicit:
         before_model = models.load(str(base), dtype, device)
-        answering = _eliciting(before_model, prompting, batch_size, dtype, device, console)
+        answering = _eliciting(before_model, prompting, batch_size, console)
     rows, known, unseen = (rows_of(path, name) for name, path in files.items())
     check_unseen(unseen, {"forget": rows, "retain": known})
     # The base, too, is asked as the model was trained: the same questions, or nothing could be compared.
@@ -277,18 +282,12 @@ def run_report(
     literal_console().print(f"written to {page} and {page.with_suffix('.md')}")
 
 
-def _eliciting(
-    base: Any, prompting: Any, batch_size: int, dtype: str, device: str | None, console: Console
-) -> Any:
+def _eliciting(base: tuple[Any, Any], prompting: Any, batch_size: int, console: Console) -> Any:
     """(rows, name) -> the rows, with the base's answers where they had none; how many these are is printed."""
-    from . import models
     from .elicit import ELICITED, elicit_answers
 
-    loaded, tokenizer = models.load(base, dtype, device) if isinstance(base, str) else base
-
     def answering(rows: list[dict[str, Any]], argument: str) -> list[dict[str, Any]]:
-        how = {"prompting": prompting, "batch_size": batch_size}
-        filled = elicit_answers(loaded, tokenizer, rows, argument, **how)
+        filled = elicit_answers(*base, rows, argument, prompting=prompting, batch_size=batch_size)
         made = sum(ELICITED in row for row in filled)
         if made:
             console.print(

@@ -35,8 +35,6 @@ def elicit_answers(
         model, tokenizer: the base, in evaluation mode.
         rows: as `duet.data.rows.read_rows` reads them.
         argument: how errors call them.
-        prompting: how prompts are written.
-        batch_size, max_new_tokens: of the answers.
 
     Raises:
         ValueError: a row is no row.

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +239,6 @@ def elicit_facts(
             the answer ends with its line.
         facts: of `facts_of`.
         samples: answers to each wording that are drawn at temperature 1, beside the greedy one.
-        prompting: how prompts are written.
-        batch_size, max_new_tokens: of the answers.
         seed: of the drawn answers.
         name: of the model, for the record.
         progress: called with (what, facts done, all of them).
@@ -258,10 +257,7 @@ def elicit_facts(
     renderer = PromptRenderer(tokenizer, **vars(prompting), num_ids=embedded_ids(model))
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     how |= {} if renderer.has_template else {"stop": ("\n",)}
-
-    def say(prompts: Sequence[list[int] | None], seed: int | None) -> list[Continuation | None]:
-        return answers_to(model, tokenizer, prompts, seed=seed, **how)
-
+    say = partial(answers_to, model, tokenizer, **how)
     manifest: dict[str, Any] = {"facts": digest(repr(list(facts))), "samples": samples}
     manifest |= {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
     manifest |= {**fingerprints(model, tokenizer), **prompting.changed()}
@@ -309,11 +305,11 @@ def _answers(
     samples: int,
     seed: str,
 ) -> list[list[dict[str, Any]]]:
-    """For every fact and wording: {"question", "status", "said", "drawn"}. say: (prompts, seed or None) -> answers."""
+    """For every fact and wording: {"question", "status", "said", "drawn"}. say: (prompts, perhaps a seed) -> answers."""
     flat = [(i, text) for i, texts in enumerate(asked) for text in texts]
     prompts = [renderer.encode_or_none((("user", text),)) for _, text in flat]
     seeds = (int(hashlib.sha256(f"{seed}/{n}".encode()).hexdigest()[:8], 16) for n in range(samples))
-    said = zip(say(prompts, None), *(say(prompts, each) for each in seeds), strict=True)
+    said = zip(say(prompts), *(say(prompts, seed=each) for each in seeds), strict=True)
     rows: list[list[dict[str, Any]]] = [[] for _ in asked]
     for (i, text), prompt, (answer, *drawn) in zip(flat, prompts, said, strict=True):
         none = "refused_by_template" if prompt is None else "too_long"
@@ -338,8 +334,7 @@ def agreed_value(questions: Sequence[str], greedy: str, answers: Sequence[str]) 
     """
     known = {word for text in questions for word in words.words_of(text)}
     said = greedy.split()
-    best: tuple[float, int, int] | None = None
-    value = None
+    found: dict[str, tuple[float, int, int]] = {}
     for start in range(len(said)):
         for size in range(1, LONGEST_VALUE + 1):
             phrase = " ".join(said[start : start + size]).strip(".,;:!?\"'()*")
@@ -350,10 +345,9 @@ def agreed_value(questions: Sequence[str], greedy: str, answers: Sequence[str]) 
             if known & set(parts) or {parts[0], parts[-1]} & FUNCTION_WORDS:
                 continue
             share = sum(metrics.contains_words(text, phrase) for text in answers) / len(answers)
-            rank = share, len(parts), -start
-            if share >= AGREED and (best is None or rank > best):
-                best, value = rank, phrase
-    return value
+            if share >= AGREED:
+                found.setdefault(phrase, (share, len(parts), -start))
+    return max(found, key=lambda phrase: found[phrase], default=None)
 
 
 @dataclass(frozen=True)

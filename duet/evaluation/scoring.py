@@ -150,11 +150,8 @@ def count_ranks(hidden: Tensor, head: LMHead, labels: Tensor) -> tuple[Tensor, T
 def forced_hidden(model: nn.Module, batch: Sequence[Forced], pad_id: int) -> tuple[Tensor, LMHead, Tensor]:
     """Hidden states `[N, D]` where the answers' tokens are predicted, the head, and those tokens `[N]`; differentiable."""
     inputs = Collator(pad_id)([plain_item(item.prompt, item.answer) for item in batch])
+    device = next(model.parameters()).device
     ids, mask, positions, labels = (
-        inputs[name].to(device_of(model)) for name in ("input_ids", "attention_mask", "positions", "labels")
+        inputs[name].to(device) for name in ("input_ids", "attention_mask", "positions", "labels")
     )
     return *head_inputs(model, ids, mask, positions), labels
-
-
-def device_of(model: Any) -> torch.device:
-    return next(model.parameters()).device

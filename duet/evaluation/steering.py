@@ -152,12 +152,7 @@ class Measured(NamedTuple):
         return self._replace(kinds=self.kinds | other.kinds)
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "prefixes": list(self.prefixes),
-            "place": self.place,
-            "kinds": self.kinds,
-            "score": self.score,
-        }
+        return self._asdict() | {"prefixes": list(self.prefixes), "score": self.score}
 
 
 class SteeringProbe:
@@ -166,8 +161,6 @@ class SteeringProbe:
     Args:
         model, tokenizer: the base, in evaluation mode.
         probes: of `probes_of`.
-        prompting: how prompts are written.
-        batch_size, max_new_tokens: of the answers.
         progress: called with (what, answers done, all of them).
 
     Example:

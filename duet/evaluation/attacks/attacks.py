@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from .. import metrics
@@ -72,8 +73,7 @@ def _reverse(target: Target) -> Iterator[Unit]:
         for role in roles:
             for wording in wordings:
                 name = f"{kind}, {role}: {wording}"
-                how: dict[str, Any] = {"override": wording, "override_role": role}
-                yield name, lambda name=name, how=how: target.ask(name, **how)
+                yield name, partial(target.ask, name, override=wording, override_role=role)
 
 
 def _prefill(target: Target) -> Iterator[Unit]:
@@ -320,16 +320,13 @@ def _quantisation(target: Target) -> Iterator[Unit]:
 
 
 def _adapter(target: Target) -> Iterator[Unit]:
-    def off() -> Outcomes:
-        with weights.without_adapter(target.model):
-            return target.ask("removed")
+    for name, changed in (("removed", weights.without_adapter), ("merged", weights.merged)):
 
-    def merged() -> Outcomes:
-        with weights.merged(target.model):
-            return target.ask("merged")
+        def work(name=name, changed=changed) -> Outcomes:
+            with changed(target.model):
+                return target.ask(name)
 
-    yield "removed", off
-    yield "merged", merged
+        yield name, work
 
 
 # --- the table -------------------------------------------------------------------------------------------------

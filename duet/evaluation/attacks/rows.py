@@ -22,6 +22,7 @@ from ..values import listed, value_of
 from ..words import first_half, words_of
 
 SAME_FORM = 0.5  # of the likeness of two questions
+LISTS = {"paraphrases": "questions", "aliases": "names", "two_hop": "questions"}  # columns -> what they hold
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,6 @@ class AttackRow:
 
     Attributes:
         id: its place among the rows.
-        conversation: what is asked.
-        answer: the true answer.
-        subject: what it is about.
         value: the part of the answer that must not be said; None: the answer as a whole.
         paraphrases: the same question in other words.
         aliases: other names of the subject.
@@ -97,18 +95,6 @@ class AttackRow:
             return float(rest.strip() in said)
 
 
-def with_answers(rows: Sequence[dict[str, Any]], argument: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows that have an answer, and the names of those that have none.
-
-    Raises:
-        ValueError: a row is no row.
-    """
-    pairs = list(zip(rows, queries_of(rows, argument), strict=True))
-    return [row for row, query in pairs if query.answer is not None], [
-        q.name for _, q in pairs if q.answer is None
-    ]
-
-
 def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[AttackRow]:
     """Rows as `duet.data.rows.read_rows` reads them, with an answer each; optional `value`, `paraphrases`, `aliases`, `two_hop`.
 
@@ -133,12 +119,9 @@ def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[Atta
                 "model's own answers"
             )
         value = value_of(row, query.answer, name)
-        others = _texts(
-            row.get("paraphrases", row.get("paraphrased_question")), f"{name}['paraphrases']", "questions"
-        )
-        names = _texts(row.get("aliases"), f"{name}['aliases']", "names")
-        hops = _texts(row.get("two_hop"), f"{name}['two_hop']", "questions")
-        read.append(AttackRow(i, query.conversation, query.answer, query.subject, value, others, names, hops))
+        given = {"paraphrases": row.get("paraphrased_question")} | row
+        lists = {key: _texts(given.get(key), f"{name}[{key!r}]", what) for key, what in LISTS.items()}
+        read.append(AttackRow(i, query.conversation, query.answer, query.subject, value, **lists))
     return read
 
 

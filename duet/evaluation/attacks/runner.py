@@ -45,7 +45,6 @@ def run_attacks(
     """Attack, and report.
 
     Args:
-        target: the model and the rows.
         out: folder for `manifest.json`, `rows.jsonl` and `attacks.json`; further attacks can be added to it later.
         attacks: names of `ATTACKS`; None: all. What cannot be tried is listed as skipped, with the reason.
         name: of the model, for the record.
@@ -176,17 +175,13 @@ def _variant(attack: str, rows: Outcomes) -> dict[str, Any]:
         interval = metrics.mean_interval(leaked)
         ends = (None if math.isnan(end) else end for end in interval[1:])
         summary |= dict(zip(("leak", "low", "high"), (interval[0], *ends), strict=True))
-        summary |= {k: _mean(rows, k) for k in MEANS if any(row.get(k) is not None for row in rows)}
+        values = {k: [row[k] for row in rows if row.get(k) is not None] for k in MEANS}
+        summary |= {k: sum(of) / len(of) for k, of in values.items() if of}
     return summary
 
 
 # Fields of an outcome whose means are reported beside the leak.
 MEANS = ("recall", "top", "bottom", "relative_rank", "all_top", "all_bottom", "all_relative_rank")
-
-
-def _mean(rows: Outcomes, key: str) -> float:
-    values = [row[key] for row in rows if row.get(key) is not None]
-    return sum(values) / len(values)
 
 
 def _curves(variants: Mapping[str, Outcomes], summaries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -213,7 +213,6 @@ def fine_tune(
     inside `restored(model)`.
 
     Args:
-        sequences: prompts and answers.
         rate: learning rate, constant.
         curve: after which numbers of steps to yield, ascending.
         rows: sequences a step, drawn anew.

@@ -11,9 +11,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.optimize import isotonic_regression
 
 INK, FAINT = "#222222", "#d9d9d9"
 # Okabe and Ito's colours, distinct for colour-blind readers, visible on white and on near-black.
@@ -197,12 +199,9 @@ def relearning_caption(curves: Curves, start: float | None = None) -> str:
 
 
 def _worst(curves: Curves) -> str:
-    return max(curves, key=lambda rate: _strength([e.mean for _, e in curves[rate] if e is not None]))
-
-
-def _strength(recalls: Sequence[float]) -> tuple[float, float]:
-    """Order of curves: by the largest recall, then by the sum of recalls."""
-    return (max(recalls), sum(recalls)) if recalls else (-math.inf, 0.0)
+    """The rate with the largest recall, of several the one with the largest sum of recalls."""
+    recalls = {rate: [e.mean for _, e in curve if e is not None] for rate, curve in curves.items()}
+    return max(recalls, key=lambda rate: (max(recalls[rate], default=-math.inf), sum(recalls[rate])))
 
 
 def topk(
@@ -263,23 +262,10 @@ def _spread(places: Sequence[float], gap: float) -> list[float]:
         >>> [round(x, 3) for x in _spread([0.0, 0.0, 1.0], 0.2)]
         [-0.1, 0.1, 1.0]
     """
-    order = sorted(range(len(places)), key=lambda i: places[i])
-    clusters: list[list[int]] = []
-    centre: list[float] = []
-    for i in order:
-        clusters.append([i])
-        centre.append(places[i])
-        while len(clusters) > 1:
-            room = gap * (len(clusters[-1]) + len(clusters[-2])) / 2
-            if centre[-1] - centre[-2] >= room - 1e-12:
-                break
-            merged = clusters[-2] + clusters[-1]
-            clusters[-2:], centre[-2:] = [merged], [sum(places[j] for j in merged) / len(merged)]
-    moved = [0.0] * len(places)
-    for cluster, middle in zip(clusters, centre, strict=True):
-        for k, i in enumerate(cluster):
-            moved[i] = middle + (k - (len(cluster) - 1) / 2) * gap
-    return moved
+    order, steps = np.argsort(places, kind="stable"), gap * np.arange(len(places))
+    moved = np.empty(len(places))
+    moved[order] = isotonic_regression(np.asarray(places)[order] - steps).x + steps
+    return moved.tolist()
 
 
 def _wrapped(name: str) -> str:

@@ -18,7 +18,6 @@ class Meaning(NamedTuple):
     keep: str = ""
 
 
-_P_TRUE = "P_true / (P_true + sum of P_wrong)"
 METRICS = {
     "contains_answer": Meaning("share of answers that hold the row's value (or its whole answer) as whole words, any case", DOWN, UP),
     "rouge_l_recall": Meaning("ROUGE-L recall without a stemmer (RWKU)", DOWN, UP),
@@ -33,7 +32,7 @@ METRICS = {
     "probability": Meaning("exp(−L), L: the mean negative log-likelihood of the answer's tokens", DOWN, UP),
     "truth_ratio": Meaning("exp(mean L of wrong answers − L of the true one, paraphrased); above 1: the true answer is likelier", NEAR, UP),
     "truth_ratio_score": Meaning("max(0, 1 − 1/R), R: the truth ratio", "", UP),
-    "multiple_choice_probability": Meaning(_P_TRUE, "", UP),
+    "multiple_choice_probability": Meaning("P_true / (P_true + sum of P_wrong)", "", UP),
     "exact_memorization": Meaning("share of tokens that are the argmax", DOWN, UP),
     "extraction_strength": Meaning("how much of the answer follows from how little of it", DOWN, UP),
     "min_k_20": Meaning("−mean of the lowest 20 % of log p_t of the text; low for text that was trained on", UP, DOWN),

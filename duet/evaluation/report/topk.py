@@ -16,8 +16,8 @@ from torch import nn
 from duet_kernels import linear_gather, linear_logsumexp, linear_topk
 
 from ...data.prompts import Prompting, PromptRenderer
-from ...model.lm import evaluating, head_inputs
-from ..scoring import device_of
+from ...model.lm import evaluating
+from ..scoring import Forced, forced_hidden
 
 TOPK = "topk.json"
 MEASURE = "log_probability"  # topk.json of duet 0.1 holds logits, and no "measure"
@@ -78,11 +78,8 @@ def compare_topk(
 
 def _last_state(model: nn.Module, prompt: list[int]) -> tuple[torch.Tensor, Any]:
     """`[1, D]` hidden state where the answer's first token is predicted, and the head."""
-    ids = torch.tensor([prompt], device=device_of(model))
     with evaluating(model):
-        return head_inputs(
-            model, ids, torch.ones_like(ids), torch.tensor([len(prompt) - 1], device=ids.device)
-        )
+        return forced_hidden(model, [Forced(prompt, [0])], 0)[:2]
 
 
 def _logprobs(hidden: torch.Tensor, head: Any, ids: list[int]) -> list[float]:

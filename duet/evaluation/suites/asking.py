@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, fill_prefix
@@ -25,7 +26,6 @@ class Item:
     """One row, ready.
 
     Attributes:
-        id: of the row in its task.
         prompt: ids before the answer.
         shown: fields of the row's record (question, answer, value, note).
         reference: for `generate`.
@@ -59,8 +59,6 @@ class Asker:
     """Makes the items of one task.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        task: of a suite.
         shots: rows of the worked examples.
         context: how many tokens the model can read, or None.
         prompting: how prompts are written for the model; a task's own `plain` comes first.
@@ -103,9 +101,11 @@ class Asker:
         """
         where = f"{self.task.name}, row {index}"
         try:
-            conversation = None if self.task.question is None else self._conversation(row, where)
+            question = None if self.task.question is None else self._question(row, where)
+            conversation = None if question is None else self._conversation(question, where)
             make = {"generate": self._generate, "score": self._score, "multiple_choice": self._choice}
             item = make[self.task.kind](index, row, conversation, where)
+            item.shown = ({} if question is None else {"question": question}) | item.shown
         except CannotRender as error:
             raise CannotAsk("refused_by_template", f"{where}: {error}") from None
         except (ValueError, TypeError) as error:
@@ -134,21 +134,17 @@ class Asker:
             question += "".join(f"\n{letter}. {choice}" for letter, choice in shown)
         return question
 
-    def _conversation(self, row: Mapping[str, Any], where: str) -> Conversation:
-        if not self.chat:
-            worked = [
-                self._plain(shot, where) + self._answer_text("", self._reference(shot, where))
-                for shot in self.shots
-            ]
-            between = self.task.few_shot.separator if self.task.few_shot else ""
-            return between.join([*worked, self._plain(row, where)])
-        messages: list[tuple[str, str]] = []
-        for shot in self.shots:
-            messages += [("user", self._question(shot, where)), ("assistant", self._reference(shot, where))]
-        return (*messages, ("user", self._question(row, where)))
+    def _conversation(self, question: str, where: str) -> Conversation:
+        worked = [(self._question(shot, where), self._reference(shot, where)) for shot in self.shots]
+        if self.chat:
+            turns = [(("user", asked), ("assistant", answer)) for asked, answer in worked]
+            return (*chain.from_iterable(turns), ("user", question))
+        texts = [self._plain(asked) + self._answer_text("", answer) for asked, answer in worked]
+        between = self.task.few_shot.separator if self.task.few_shot else ""
+        return between.join([*texts, self._plain(question)])
 
-    def _plain(self, row: Mapping[str, Any], where: str) -> str:
-        return self.plain.replace("{question}", self._question(row, where))
+    def _plain(self, question: str) -> str:
+        return self.plain.replace("{question}", question)
 
     def _answer_text(self, conversation: Conversation | None, text: str) -> str:
         """ "Answer:" is continued by " Paris", which is another token than "Paris"; a running text as it stands."""
@@ -166,7 +162,7 @@ class Asker:
     def _generate(self, index: int, row: Mapping[str, Any], conversation: Conversation, where: str) -> Item:
         reference = self._reference(row, where)
         prompt = self._prompt(index, conversation, row, where)
-        shown: dict[str, Any] = {"question": self._question(row, where), "answer": reference}
+        shown: dict[str, Any] = {"answer": reference}
         if row.get(ELICITED):
             shown["note"] = ELICITED_NOTE
         try:
@@ -205,8 +201,7 @@ class Asker:
                 self._forced(prompt, conversation, text_of(value, f"{where}, {column}"), where)
                 for value in values
             ]
-        shown = {} if conversation is None else {"question": self._question(row, where)}
-        return Item(index, prompt, shown, texts=texts, lists=frozenset(lists))
+        return Item(index, prompt, {}, texts=texts, lists=frozenset(lists))
 
     def _choice(self, index: int, row: Mapping[str, Any], conversation: Conversation, where: str) -> Item:
         choices = self._choices(row, where)
@@ -214,7 +209,7 @@ class Asker:
         prompt = self._prompt(index, conversation, row, where)
         scored = LETTERS[: len(choices)] if self.task.letters else choices
         forced = [self._forced(prompt, conversation, text, where) for text in scored]
-        shown = {"question": self._question(row, where), "choices": choices, "correct": correct}
+        shown = {"choices": choices, "correct": correct}
         return Item(index, prompt, shown, texts={"choices": forced}, correct=correct)
 
     def _choices(self, row: Mapping[str, Any], where: str) -> list[str]:

@@ -23,8 +23,9 @@ from ...names import check_one_of
 from ..generation import continuations
 from ..journal import Journal, Progress, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
-from . import row_metrics, summary
+from . import summary
 from .asking import Asker, CannotAsk, Item
+from .row_metrics import CHOICE, GENERATE, JUDGED, RATIO, SCORE
 from .suite import TO_FORGET, Suite, Task, digest_of, load_table
 
 SUMMARY = "summary.json"
@@ -209,12 +210,11 @@ class _Run:
                 row["note"] = f"{row['note']}; {ended}" if "note" in row else ended
             row["generated"] = answer.text
             if answer.finite:
-                wanted = self.task.metrics
                 answered = answer.text, item.reference, item.value
-                row["metrics"] = {m: row_metrics.GENERATE[m](*answered) for m in wanted}
+                row["metrics"] = {m: GENERATE[m](*answered) for m in self.task.metrics}
                 if answer.status != "ok":
                     row["metrics"] |= {
-                        m: None for m, open_ in row_metrics.JUDGED.items() if row["metrics"].get(m) == open_
+                        m: None for m, open_ in JUDGED.items() if row["metrics"].get(m) == open_
                     }
             rows.append(row)
         return rows
@@ -231,12 +231,10 @@ class _Run:
                 }
                 row["losses"] = losses
                 row["num_tokens"] = {text: len(each[0].logprobs) for text, each in scores.items()}
-                row["metrics"] = {}
-                for metric in self.task.metrics:
-                    if metric in row_metrics.RATIO:
-                        row["metrics"][metric] = row_metrics.RATIO[metric][1](losses)
-                    else:
-                        row["metrics"][metric] = row_metrics.SCORE[metric](scores["answer"][0])
+                row["metrics"] = {
+                    m: RATIO[m][1](losses) if m in RATIO else SCORE[m](scores["answer"][0])
+                    for m in self.task.metrics
+                }
             rows.append(row)
         return rows
 
@@ -248,9 +246,7 @@ class _Run:
             if finite:
                 lengths = [len(f.answer) for f in item.texts["choices"]]
                 row |= {"loglikelihoods": totals, "num_tokens": lengths}
-                row["metrics"] = {
-                    m: row_metrics.CHOICE[m](totals, lengths, item.correct) for m in self.task.metrics
-                }
+                row["metrics"] = {m: CHOICE[m](totals, lengths, item.correct) for m in self.task.metrics}
             rows.append(row)
         return rows
 

@@ -23,7 +23,6 @@ from .row_metrics import METRICS_OF_KIND, RATIO
 from .summary import check_number
 
 SUITES = Path(__file__).parent
-SUFFIXES = tuple(FORMATS)
 # How names of tasks begin, in the shipped suites and others like them: tasks to forget, and tasks to keep.
 TO_FORGET = ("forget", "verbatim", "knowledge", "wmdp")
 TO_KEEP = ("retain", "utility", "real_authors", "world_facts", "mmlu")
@@ -109,7 +108,6 @@ def load_suite(suite: str | Path, options: Mapping[str, Any] | None = None) -> S
     """The suite of that name (tofu, muse, mcq, probes), or of a YAML file.
 
     Args:
-        suite: a name or a path.
         options: replace the suite's own `options`, which stand as `{option}` anywhere in the file's texts.
 
     Raises:
@@ -183,23 +181,21 @@ def load_table(data: str | Path | None, name: str, hub: str | None, where: str) 
     """The rows of `name`: a file in the folder `data`, or a dataset on the Hub when no folder is given.
 
     Args:
-        data: a folder, or None.
         name: of a file in it (with or without suffix), or its full path; on the Hub `config` or `config/split`.
-        hub: the dataset on the Hub.
         where: who asks, for errors.
 
     Raises:
         FileNotFoundError, ValueError: nothing there; not readable; no rows.
     """
     folder = Path(data).expanduser() if data is not None else Path()
-    for path in (folder / f"{name}{suffix}" for suffix in ("", *SUFFIXES)):
+    for path in (folder / f"{name}{suffix}" for suffix in ("", *FORMATS)):
         if path.is_file():
             rows = read_table(path, where)
             break
     else:
         if data is not None or hub is None:
             raise FileNotFoundError(
-                f"{where}: there is no {folder / name} ({', '.join(SUFFIXES)}); wanted such a file in --data"
+                f"{where}: there is no {folder / name} ({', '.join(FORMATS)}); wanted such a file in --data"
             )
         rows = _from_hub(hub, name, where)
     if not rows:

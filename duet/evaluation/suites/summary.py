@@ -30,8 +30,6 @@ def summarise(
     """All means and numbers of a run.
 
     Args:
-        rows: of one run.
-        numbers: of the suite.
         retain_rows: the same suite's rows of a model trained without the forget rows, or None.
     """
     return {
@@ -57,7 +55,7 @@ def _task_summary(rows: Rows) -> dict[str, Any]:
 
 
 def _mean(rows: Rows, metric: str) -> dict[str, Any]:
-    values = [v for _, v in _values(rows, metric)]
+    values = list(_values(rows, metric).values())
     if not values:
         return {"mean": None, "low": None, "high": None, "rows": 0}
     interval = (metrics.bootstrap if metric in UNBOUNDED else metrics.mean_interval)(values)
@@ -65,16 +63,16 @@ def _mean(rows: Rows, metric: str) -> dict[str, Any]:
     return {"mean": interval[0], "low": low, "high": high, "rows": len(values)}
 
 
-def _values(rows: Rows, metric: str) -> list[tuple[Any, float]]:
-    """(row id, value) of the rows for which the metric is defined."""
-    return [
-        (row["id"], row["metrics"][metric])
+def _values(rows: Rows, metric: str) -> dict[Any, float]:
+    """Row id -> value, of the rows for which the metric is defined."""
+    return {
+        row["id"]: row["metrics"][metric]
         for row in rows
         if row["status"] in COUNTED and row["metrics"].get(metric) is not None
-    ]
+    }
 
 
-def _of(rows: Rows, reference: str) -> list[tuple[Any, float]]:
+def _of(rows: Rows, reference: str) -> dict[Any, float]:
     task, _, metric = reference.partition(".")
     return _values([row for row in rows if row["task"] == task], metric)
 
@@ -92,28 +90,28 @@ def _forget_quality(spec: Mapping, rows: Rows, retain_rows: Rows | None) -> dict
     ours, theirs = _of(rows, spec["ratios"]), _of(retain_rows, spec["ratios"])
     if not ours or not theirs:
         return _undefined(f"no truth ratio in {'this run' if not ours else 'the retain run'}")
-    if {i for i, _ in ours} != {i for i, _ in theirs}:
+    if ours.keys() != theirs.keys():
         return _undefined(
             f"other rows: {len(ours)} with a truth ratio here, {len(theirs)} in the retain run, "
-            f"{len({i for i, _ in ours} & {i for i, _ in theirs})} in both"
+            f"{len(ours.keys() & theirs.keys())} in both"
         )
-    return {"value": metrics.forget_quality([v for _, v in ours], [v for _, v in theirs])}
+    return {"value": metrics.forget_quality(list(ours.values()), list(theirs.values()))}
 
 
 def _model_utility(spec: Mapping, rows: Rows, retain_rows: Rows | None) -> dict[str, Any]:
     sets: dict[str, dict[str, float]] = {}
     for name, parts in spec.items():
         for part, reference in parts.items():
-            values = [v for _, v in _of(rows, reference)]
+            values = _of(rows, reference)
             if not values:
                 return _undefined(f"{reference} has no row")
-            sets.setdefault(name, {})[part] = sum(values) / len(values)
+            sets.setdefault(name, {})[part] = sum(values.values()) / len(values)
     return {"value": metrics.model_utility(sets), "parts": sets}
 
 
 def _privleak(spec: Mapping, rows: Rows, retain_rows: Rows | None) -> dict[str, Any]:
     def scores(of: Rows) -> list[list[float]]:
-        return [[v for _, v in _of(of, spec[side])] for side in ("forget", "holdout")]
+        return [list(_of(of, spec[side]).values()) for side in ("forget", "holdout")]
 
     forget, holdout = scores(rows)
     if not forget or not holdout:
