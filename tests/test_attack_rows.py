@@ -80,6 +80,10 @@ def test_a_csv_cell_may_hold_a_list(tmp_path):
             r"\['paraphrases'\]: wanted a list of questions",
         ),
         (
+            {"question": "who ?", "answer": "a", "paraphrases": 3},
+            r"forget\[0\]\['paraphrases'\]: wanted a list of questions, got \(3,\)",
+        ),
+        (
             {"question": "who ?", "answer": "a", "aliases": ["ada \ud83d"]},
             r"\['aliases'\]: wanted a text that UTF-8 can write",
         ),
