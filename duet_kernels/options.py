@@ -182,7 +182,7 @@ class Divergence:
     Attributes:
         normalization: "none" for raw logits.
         clip: infinite where nothing is clipped.
-        options: the six of them, as the custom ops take them.
+        options: the names and the numbers, as the custom ops take them.
         raw: whether it compares logits and not distributions.
         noise: whether differences within rounding count as 0.
         nonnegative: whether every term of the sum must be >= 0: KL(a||b) with b - a added to each.
@@ -196,7 +196,7 @@ class Divergence:
     beta: float
     delta: float
     clip: float = math.inf
-    options: tuple[str, str, float, float, float, float] = dataclasses.field(init=False)
+    options: tuple[str, str, tuple[float, ...]] = dataclasses.field(init=False)
     raw: bool = dataclasses.field(init=False)
     noise: bool = dataclasses.field(init=False)
     nonnegative: bool = dataclasses.field(init=False)
@@ -206,7 +206,7 @@ class Divergence:
     def __post_init__(self) -> None:
         normalization, traits = self.normalization, DIVERGENCES[self.name]
         follows = {
-            "options": (self.name, normalization, self.temperature, self.beta, self.delta, self.clip),
+            "options": (self.name, normalization, (self.temperature, self.beta, self.delta, self.clip)),
             "raw": not traits.normalizations,
             "noise": traits.noise,
             "nonnegative": self.clip < math.inf or normalization == "generalized",

@@ -40,8 +40,7 @@ def _loss(op: Op, inputs: tuple[Any, ...], tokens: Tokens, options: tuple[Any, .
     """The losses of an op of `_register`, reduced as `tokens` says; dW and db are made along only with a sum."""
     reduce, need = tokens.reduction != "none", needs_gradient(*inputs[:3])
     need = need if reduce else Need(need.hidden)
-    factor = tokens.factor.to(acc_dtype(inputs[0].dtype))
-    loss = op(*inputs, factor, *options, reduce, need, impl)[0]
+    loss = op(*inputs, tokens.factor, *options, reduce, need, impl)[0]
     return loss if reduce else tokens.reduce(loss)
 
 
@@ -128,9 +127,6 @@ def topk_loss(
     impl: str,
 ) -> Tensor:
     """The divergence from a teacher's logits at `[N, K]` ids (and from its tail `[N]`, if the loss reads it)."""
-    acc = acc_dtype(hidden.dtype)
-    values_t = values_t.to(acc)
-    tail_t = tail_t.to(acc) if tail_t is not None and spec.needs_teacher_logsumexp else None
     ids = ids.masked_fill(values_t == -torch.inf, -1)  # an absent slot: nothing gathered, nothing excluded
     if impl == "reference":
         skip = (tokens.factor == 0)[:, None]  # has no slots: through an infinite difference 0 would be NaN
@@ -139,8 +135,8 @@ def topk_loss(
     inputs = *flat(hidden, head), ids, values_t
     if spec.needs_student_logsumexp:
         return _loss(_topk_loss_with_tail, (*inputs, tail_t), tokens, spec.options, impl)
-    factor, need = tokens.factor.to(acc), needs_gradient(hidden)
-    return tokens.reduce(_topk_loss(*inputs, factor, *spec.options, need, impl)[0])
+    need = needs_gradient(hidden)
+    return tokens.reduce(_topk_loss(*inputs, tokens.factor, *spec.options, need, impl)[0])
 
 
 @custom_op("topk_loss")
@@ -155,16 +151,13 @@ def _topk_loss(
     factor: Tensor,
     divergence: str,
     normalization: str,
-    temperature: float,
-    beta: float,
-    delta: float,
-    clip: float,
+    numbers: Sequence[float],
     need: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(factor * loss `[N]`, the student's logits `[N, K]`, the gradient in them, dh `[N, D]` or empty)."""
     head, run = LMHead(weight, bias, softcap, scale), implementation(impl).topk_loss
-    spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
+    spec = Divergence(divergence, normalization, *numbers)
     *rows, dhidden = run(hidden, head, ids, teacher, factor, spec, Need(*need))
     return *rows, hidden.new_empty(0) if dhidden is None else dhidden
 
@@ -216,17 +209,14 @@ def _topk_loss_with_tail(
     factor: Tensor,
     divergence: str,
     normalization: str,
-    temperature: float,
-    beta: float,
-    delta: float,
-    clip: float,
+    numbers: Sequence[float],
     reduce: bool,
     need: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed)."""
     head, run = LMHead(weight, bias, softcap, scale), implementation(impl).topk_loss_with_tail
-    spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
+    spec = Divergence(divergence, normalization, *numbers)
     loss, *gradients = run(hidden, head, ids, teacher, teacher_tail, factor, spec, Need(*need))
     return loss.sum() if reduce else loss, *present(gradients, hidden)
 
@@ -338,14 +328,11 @@ def topk_divergence(
     teacher_tail: Tensor | None,
     divergence: str,
     normalization: str,
-    temperature: float,
-    beta: float,
-    delta: float,
-    clip: float,
+    numbers: Sequence[float],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss `[N]`, its gradient in the student's logits `[N, K]`, that in the student's tail `[N]` or empty)."""
-    spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
+    spec = Divergence(divergence, normalization, *numbers)
     run = implementation(impl).divergence_and_gradient
     return run(values, teacher, tail, teacher_tail, values.new_ones(len(values)), spec)
 
@@ -387,8 +374,7 @@ def dense_loss(
         sides = hidden, head, teacher_hidden, teacher_head
         return tokens.reduce(tokens.weigh(reference.dense_loss(*sides, spec, tokens.factor == 0)))
     inputs = *flat(hidden, head), *flat(teacher_hidden, teacher_head)
-    options = spec.options[:-1]  # all but the clip, which dense losses do not have
-    return _loss(_linear_divergence, inputs, tokens, options, impl)
+    return _loss(_linear_divergence, inputs, tokens, spec.options, impl)
 
 
 @custom_op("linear_divergence")
@@ -406,9 +392,7 @@ def _linear_divergence(
     factor: Tensor,
     divergence: str,
     normalization: str,
-    temperature: float,
-    beta: float,
-    delta: float,
+    numbers: Sequence[float],
     reduce: bool,
     need: Sequence[bool],
     impl: str,
@@ -416,7 +400,7 @@ def _linear_divergence(
     """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed): 4 products."""
     head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_divergence
     teacher_head = LMHead(teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
-    spec = Divergence(divergence, normalization, temperature, beta, delta)
+    spec = Divergence(divergence, normalization, *numbers)
     loss, *gradients = run(hidden, head, teacher_hidden, teacher_head, factor, spec, Need(*need))
     return loss.sum() if reduce else loss, *present(gradients, hidden)
 

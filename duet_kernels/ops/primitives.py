@@ -154,31 +154,6 @@ def _(hidden, weight, bias, softcap, scale, exclude, temperature, need, impl):
     return tail, gradients_like((hidden, weight, bias), need, grad_dtype(hidden.dtype))[0]
 
 
-@custom_op("linear_logsumexp_backward")
-def _linear_logsumexp_backward(
-    grad: Tensor,
-    tail: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    exclude: Tensor,
-    temperature: float,
-    need: Sequence[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    """(dW, db)."""
-    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_logsumexp_backward
-    gradients = run(grad, tail, hidden, head, exclude, temperature, Need(*need))
-    return present((None, *gradients), hidden)[1:]
-
-
-@_linear_logsumexp_backward.register_fake
-def _(grad, tail, hidden, weight, bias, softcap, scale, exclude, temperature, need, impl):
-    return gradients_like((hidden, weight, bias), need)[1:]
-
-
 def _linear_logsumexp_context(ctx, inputs, output):
     hidden, weight, bias, *ctx.head, exclude, ctx.temperature, _, ctx.impl = inputs
     save_for_backward(ctx, *output, hidden, weight, bias, exclude)
@@ -189,11 +164,13 @@ def _linear_logsumexp_gradient(ctx, grad, _):
     tail, dhidden, hidden, weight, bias, exclude = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     gradients: list[Tensor | None] = [None, None, None]
+    if any(need[1:]):
+        nothing = grad.new_zeros(exclude.shape)  # of the logits at the ids
+        both = [torch.cat([nothing, x[:, None]], 1) for x in (grad, tail)]
+        inputs = *both, dhidden, hidden, weight, bias, *ctx.head, exclude, ctx.temperature
+        gradients = list(_complement_and_values_backward(*inputs, (False, *need[1:]), ctx.impl))
     if need[0]:
         gradients[0] = times(dhidden, grad, hidden.dtype, ctx.impl)
-    if any(need[1:]):
-        inputs = hidden, weight, bias, *ctx.head, exclude, ctx.temperature
-        gradients[1:] = _linear_logsumexp_backward(grad, tail, *inputs, (False, *need[1:]), ctx.impl)
     return for_autograd(gradients, need, len(ctx.needs_input_grad))
 
 
