@@ -153,11 +153,6 @@ RAW: tuple[DivergenceName, ...] = tuple(
 DISTRIBUTION: tuple[DivergenceName, ...] = tuple(n for n in get_args(DivergenceName) if n not in RAW)
 
 
-def _those(fits: Callable[[Traits], bool]) -> str:
-    """The names of the divergences whose traits fit, for an error."""
-    return ", ".join(f"'{name}'" for name, traits in DIVERGENCES.items() if fits(traits))
-
-
 _Function = TypeVar("_Function", bound=Callable)
 
 
@@ -257,8 +252,12 @@ class Divergence:
         elif normalization not in NORMALIZATIONS:
             raise unknown("normalization", normalization, NORMALIZATIONS)
         elif normalization not in traits.normalizations:
-            able = _those(lambda other: normalization in other.normalizations)
-            raise ValueError(f"normalization: {normalization!r} exists for {able} only, got {name!r}")
+            able = [
+                f"'{other}'" for other in DIVERGENCES if normalization in DIVERGENCES[other].normalizations
+            ]
+            raise ValueError(
+                f"normalization: {normalization!r} exists for {', '.join(able)} only, got {name!r}"
+            )
         if not is_finite_number(beta) or ("beta" in traits.reads and not BETAS[0] <= beta <= BETAS[1]):
             raise ValueError(
                 f"beta: wanted a number in (0, 1), from {BETAS[0]:g} to 1 - {BETAS[0]:g}, got {shown(beta)}; for the ends use "

@@ -195,7 +195,7 @@ def _samples():
         samples[full] = {
             "linear_topk": (*plain, *shape, 5, 1.5, "chunked"),
             "linear_gather": (*linear, *shape, ids, "chunked"),
-            "linear_gather_backward": (values, values, *plain, *shape, ids, need, "chunked"),
+            "linear_gather_backward": (*plain, *shape, values, values, ids, need, "chunked"),
             # Without its gradient the op has none to give in the hidden states: then they do not ask for one.
             "linear_logsumexp": (
                 *(linear if full else (plain[0], *linear[1:])),
@@ -217,11 +217,11 @@ def _samples():
             ),
             "complement_and_values": (*linear, *shape, ids, 1.5, (True, False, False), full, "chunked"),
             "complement_and_values_backward": (
+                *plain,
+                *shape,
                 torch.randn(7, 5),
                 torch.randn(7, 5),
                 torch.randn(7, 9),
-                *plain,
-                *shape,
                 ids,
                 1.5,
                 need,
