@@ -40,9 +40,9 @@ from duet_kernels.options import DIVERGENCES, RAW, Divergence
 from duet_kernels.triton import dense, tiles
 from duet_kernels.triton.complement import (
     complement_and_values,
+    complement_and_values_backward,
     linear_cross_entropy,
     linear_logsumexp,
-    linear_logsumexp_backward,
     topk_loss_with_tail,
 )
 from duet_kernels.triton.dense import times_rows, times_upstream
@@ -214,8 +214,9 @@ def dense_cases(
     yield Case(f"cross-entropy {shape}", dtype, call, True, wide)
     call = functools.partial(linear_logsumexp, hidden, head, ids, 2.0, Need(True))
     yield Case(f"logsumexp K={k} {shape}", dtype, call, True, wide)
-    call = functools.partial(linear_logsumexp_backward, row, row, hidden, head, ids, 2.0, need)
-    yield Case(f"logsumexp backward K={k} {shape}", dtype, call, True, wide)
+    saved = row, values, row, values, hidden, hidden, head, ids, 2.0
+    call = functools.partial(complement_and_values_backward, *saved, need._replace(hidden=False))
+    yield Case(f"values and tail backward K={k} {shape}", dtype, call, True, wide)
     spec = Divergence("forward_kl", "tail", 2.0, 0.5, 1.0)
     call = functools.partial(topk_loss_with_tail, hidden, head, ids, values, row, row, spec, need)
     yield Case(f"top-k loss with a tail K={k} {shape}", dtype, call, True, wide, ("_divergence_kernel",))

@@ -310,7 +310,11 @@ def topk_distill_stats(
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
     values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden_nd, mass=True)
-    sampled = _sampled(token_ids, mask, lead, head, hidden)
+    sampled = None
+    if token_ids is not None:
+        if isinstance(mask, Tensor) and isinstance(token_ids, Tensor) and mask.shape == token_ids.shape:
+            token_ids = token_ids.masked_fill(~mask.bool(), 0)  # what is masked may be anything, -100 say
+        sampled = flatten_ids("token_ids", token_ids, lead, head.num_ids, hidden.device, per_token=True)
     differentiable = spec.needs_student_logsumexp or sampled is not None  # in the log-sum-exp
     lse = differentiable or student_mass or entropy
     choice = _resolve("topk_distill_loss", hidden_nd, impl, values.shape[1], lse)
@@ -418,10 +422,12 @@ def linear_distill_loss(
         run = ops if student_head.group is None and teacher_head.group is None else sharded
         return run.dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
     teacher = _teacher_topk(hidden_nd, student_head, teacher_nd, teacher_head, k, support, spec, impl)
-    slots = teacher.indices.shape[1]
-    choice = _resolve("topk_distill_loss", hidden_nd, impl, slots, spec.needs_student_logsumexp)
+    values, ids, tail = teacher.values.to(student_head.acc), teacher.indices, None
+    if teacher.tail_logsumexp is not None and spec.needs_teacher_logsumexp:
+        tail = teacher.tail_logsumexp.to(student_head.acc)
+    choice = _resolve("topk_distill_loss", hidden_nd, impl, ids.shape[1], spec.needs_student_logsumexp)
     run = ops if student_head.group is None else sharded
-    return run.topk_loss(hidden_nd, student_head, *teacher[:3], spec, tokens, choice)
+    return run.topk_loss(hidden_nd, student_head, values, ids, tail, spec, tokens, choice)
 
 
 def linear_cross_entropy(
@@ -539,17 +545,6 @@ def _resolve(op: str, hidden_nd: Tensor, impl: Impl, k: int | None = None, lse: 
     """The implementation of `op`; `lse`: of its form that needs a log-sum-exp of the student."""
     op = f"{op}/lse" if lse else op
     return resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl, tokens=hidden_nd.shape[0], k=k)[0]
-
-
-def _sampled(
-    token_ids: Tensor | None, mask: Tensor | None, lead: tuple[int, ...], head: LMHead, hidden: Tensor
-) -> Tensor | None:
-    """`[N]` the sampled tokens; what is masked may be anything, -100 say."""
-    if token_ids is None:
-        return None
-    if isinstance(mask, Tensor) and isinstance(token_ids, Tensor) and mask.shape == token_ids.shape:
-        token_ids = token_ids.masked_fill(~mask.bool(), 0)
-    return flatten_ids("token_ids", token_ids, lead, head.num_ids, hidden.device, per_token=True)
 
 
 def _teacher_topk(

@@ -84,9 +84,8 @@ class TopK(NamedTuple):
             >>> top.indices.tolist(), top.values.exp().tolist(), top.tail_logsumexp.exp().tolist()
             ([[3, 7, 0]], [[0.5, 0.25, 0.0]], [0.25])
         """
-        for name, tensor in (("indices", indices), ("logprobs", logprobs)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: wanted a tensor, got {type(tensor).__name__}")
+        check_tensor("indices", indices)
+        check_tensor("logprobs", logprobs)
         if indices.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"indices: wanted int64 or int32 ids, got {indices.dtype}")
         if not logprobs.is_floating_point():

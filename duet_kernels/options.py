@@ -153,11 +153,6 @@ RAW: tuple[DivergenceName, ...] = tuple(
 DISTRIBUTION: tuple[DivergenceName, ...] = tuple(n for n in get_args(DivergenceName) if n not in RAW)
 
 
-def _those(fits: Callable[[Traits], bool]) -> str:
-    """The names of the divergences whose traits fit, for an error."""
-    return ", ".join(f"'{name}'" for name, traits in DIVERGENCES.items() if fits(traits))
-
-
 _Function = TypeVar("_Function", bound=Callable)
 
 
@@ -182,7 +177,7 @@ class Divergence:
     Attributes:
         normalization: "none" for raw logits.
         clip: infinite where nothing is clipped.
-        options: the six of them, as the custom ops take them.
+        options: the names and the numbers, as the custom ops take them.
         raw: whether it compares logits and not distributions.
         noise: whether differences within rounding count as 0.
         nonnegative: whether every term of the sum must be >= 0: KL(a||b) with b - a added to each.
@@ -196,7 +191,7 @@ class Divergence:
     beta: float
     delta: float
     clip: float = math.inf
-    options: tuple[str, str, float, float, float, float] = dataclasses.field(init=False)
+    options: tuple[str, str, tuple[float, ...]] = dataclasses.field(init=False)
     raw: bool = dataclasses.field(init=False)
     noise: bool = dataclasses.field(init=False)
     nonnegative: bool = dataclasses.field(init=False)
@@ -206,7 +201,7 @@ class Divergence:
     def __post_init__(self) -> None:
         normalization, traits = self.normalization, DIVERGENCES[self.name]
         follows = {
-            "options": (self.name, normalization, self.temperature, self.beta, self.delta, self.clip),
+            "options": (self.name, normalization, (self.temperature, self.beta, self.delta, self.clip)),
             "raw": not traits.normalizations,
             "noise": traits.noise,
             "nonnegative": self.clip < math.inf or normalization == "generalized",
@@ -257,8 +252,12 @@ class Divergence:
         elif normalization not in NORMALIZATIONS:
             raise unknown("normalization", normalization, NORMALIZATIONS)
         elif normalization not in traits.normalizations:
-            able = _those(lambda other: normalization in other.normalizations)
-            raise ValueError(f"normalization: {normalization!r} exists for {able} only, got {name!r}")
+            able = [
+                f"'{other}'" for other in DIVERGENCES if normalization in DIVERGENCES[other].normalizations
+            ]
+            raise ValueError(
+                f"normalization: {normalization!r} exists for {', '.join(able)} only, got {name!r}"
+            )
         if not is_finite_number(beta) or ("beta" in traits.reads and not BETAS[0] <= beta <= BETAS[1]):
             raise ValueError(
                 f"beta: wanted a number in (0, 1), from {BETAS[0]:g} to 1 - {BETAS[0]:g}, got {shown(beta)}; for the ends use "

@@ -189,13 +189,13 @@ def _samples():
         plain = [x if x is None else x.detach() for x in linear]
         need = True, True, full
         both = *linear, *shape, p.teacher_hidden, p.teacher_weight, p.teacher_bias, *shape
-        options = "jsd", "renormalize", 1.5, 0.5, 1.0, 0.01 if full else float("inf")
-        tail_options = "jsd" if full else "forward_kl", "tail" if full else "zeroed", *options[2:]
+        options = "jsd", "renormalize", (1.5, 0.5, 1.0, 0.01 if full else float("inf"))
+        tail_options = "jsd" if full else "forward_kl", "tail" if full else "zeroed", options[2]
         given = ids, teacher.values
         samples[full] = {
             "linear_topk": (*plain, *shape, 5, 1.5, "chunked"),
             "linear_gather": (*linear, *shape, ids, "chunked"),
-            "linear_gather_backward": (values, values, *plain, *shape, ids, need, "chunked"),
+            "linear_gather_backward": (*plain, *shape, values, values, ids, need, "chunked"),
             # Without its gradient the op has none to give in the hidden states: then they do not ask for one.
             "linear_logsumexp": (
                 *(linear if full else (plain[0], *linear[1:])),
@@ -203,16 +203,6 @@ def _samples():
                 ids,
                 1.5,
                 (full, False, False),
-                "chunked",
-            ),
-            "linear_logsumexp_backward": (
-                rows,
-                rows,
-                *plain,
-                *shape,
-                ids,
-                1.5,
-                (False, True, full),
                 "chunked",
             ),
             "topk_loss": (*linear, *shape, *given, torch.rand(7), *options, (True, False, False), "chunked"),
@@ -227,11 +217,11 @@ def _samples():
             ),
             "complement_and_values": (*linear, *shape, ids, 1.5, (True, False, False), full, "chunked"),
             "complement_and_values_backward": (
+                *plain,
+                *shape,
                 torch.randn(7, 5),
                 torch.randn(7, 5),
                 torch.randn(7, 9),
-                *plain,
-                *shape,
                 ids,
                 1.5,
                 need,
@@ -244,7 +234,7 @@ def _samples():
                 teacher.tail_logsumexp if full else None,
                 "jsd",
                 "tail" if full else "renormalize",
-                *options[2:],
+                options[2],
                 "chunked",
             ),
             "linear_cross_entropy": (
@@ -257,11 +247,8 @@ def _samples():
             "linear_divergence": (
                 *both,
                 torch.rand(7),
-                "jsd",
-                "renormalize",
-                1.5,
-                0.5,
-                1.0,
+                *options[:2],
+                (1.5, 0.5, 1.0, float("inf")),
                 not full,
                 need,
                 "chunked",
@@ -309,11 +296,7 @@ def test_opcheck_of_the_fused_losses_in_other_dtypes(name, dtype, reduce):
         else x
         for x in SAMPLES[True][name]
     ]
-    factor, reduce_at = {
-        "linear_divergence": (10, 16),
-        "linear_cross_entropy": (6, 7),
-        "topk_loss_with_tail": (8, 14),
-    }[name]
-    arguments[reduce_at] = reduce
+    factor = {"linear_divergence": 10, "linear_cross_entropy": 6, "topk_loss_with_tail": 8}[name]
+    arguments[-3] = reduce
     arguments[factor] = arguments[factor].to(torch.float64 if dtype == torch.float64 else torch.float32)
     torch.library.opcheck(OPERATORS[name], tuple(arguments))

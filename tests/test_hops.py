@@ -12,7 +12,7 @@ MOST = {
     "linear_logsumexp": (12, 52),
     "topk_distill_loss": (11, 48),
     "topk_distill_loss tail": (14, 68),
-    "topk_distill_stats": (15, 71),
+    "topk_distill_stats": (15, 69),
     "linear_distill_loss": (12, 71),
     "linear_cross_entropy": (13, 60),
     "linear_token_stats": (11, 40),

@@ -91,7 +91,10 @@ def run(family, case, need=ALL):
         return kernel.linear_cross_entropy(*inputs, p.labels, case.factor, need)
     if family == "logsumexp":
         tail, dhidden = kernel.linear_logsumexp(*inputs, case.ids, 1.7, Need(need.hidden))
-        gradients = kernel.linear_logsumexp_backward(case.factor, tail, *inputs, case.ids, 1.7, need)
+        zeros = torch.zeros_like(case.teacher)
+        saved = case.factor, zeros, tail, zeros, dhidden
+        backward = kernel.complement_and_values_backward
+        gradients = backward(*saved, *inputs, case.ids, 1.7, need._replace(hidden=False))[1:]
         skip = case.factor == 0
         if dhidden is not None:
             dhidden = (dhidden * case.factor[:, None]).masked_fill(skip[:, None], 0).to(dhidden.dtype)
@@ -480,6 +483,7 @@ def test_how_often_logits_are_multiplied(family, monkeypatch):
     assert seen == ["logits", "fold"] * 2 + ["logits"] * 3
     seen.clear()
     p = case.problem
-    tail = torch.zeros(N, dtype=torch.float64, device=DEVICE)
-    kernel.linear_logsumexp_backward(case.factor, tail, p.hidden, p.head, case.ids, 1.0, ALL)
+    tail, zeros = torch.zeros_like(case.factor), torch.zeros_like(case.teacher)
+    saved = case.factor, zeros, tail, zeros, tail, p.hidden, p.head, case.ids, 1.0
+    kernel.complement_and_values_backward(*saved, ALL._replace(hidden=False))
     assert seen == ["logits"] * 3

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from duet_kernels import LMHead, linear_token_stats
 from duet_kernels.triton import stats as kernel
 from duet_kernels.triton.primitives import INTERPRETED
-from duet_kernels.triton.stats import Plan, plan, token_bytes, token_stats
+from duet_kernels.triton.stats import Plan, plan, token_elements, token_stats
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 N, V, D = 13, 203, 45
@@ -261,5 +261,5 @@ def test_slabs_and_partial_results_fit_the_workspace(n, v, workspace):
     assert -(-v // block) <= kernel.tiles.STATS_MERGE and 1 <= tokens <= n
     assert columns == v or columns % block == 0
     least = tokens == 1 and columns <= block  # one token and one block are the least there is
-    assert tokens * token_bytes(columns, v, block, 4) <= workspace or least
+    assert tokens * 4 * sum(token_elements(columns, v, block)) <= workspace or least
     assert -(-v // columns) <= 3 or columns >= 4096 or tokens == 1

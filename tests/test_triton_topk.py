@@ -9,9 +9,10 @@ from far_programs import FarPrograms
 pytest.importorskip("triton")
 
 from duet_kernels import LMHead
+from duet_kernels.triton import slabs
 from duet_kernels.triton import topk as kernel
 from duet_kernels.triton.primitives import INTERPRETED
-from duet_kernels.triton.topk import Plan, linear_topk, plan, token_bytes
+from duet_kernels.triton.topk import Plan, linear_topk, plan, token_elements
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 N, V, D, K = 37, 203, 45, 7
@@ -356,7 +357,7 @@ def test_plans_keep_the_workspace(megabytes):
             for k in (1, 8, 64, 128, 512, 1000):
                 if k <= v:
                     cut = plan(n, v, k, 4, budget)
-                    assert cut.tokens * token_bytes(cut.columns, k, cut.block, 4) <= budget
+                    assert cut.tokens * 4 * sum(token_elements(cut.columns, k, cut.block)) <= budget
                     assert 1 <= cut.tokens <= n and 1 <= cut.columns <= v
                     assert cut.columns == v or cut.columns % cut.block == 0
                     assert cut.columns <= kernel.tiles.CHOOSE_ELEMENTS * cut.block
@@ -372,7 +373,7 @@ def test_products_of_many_tokens(megabytes, tokens, slabs):
     assert (cut.tokens, -(-128256 // cut.columns)) == (tokens, slabs)
 
 
-def test_one_allocation_that_token_bytes_count(monkeypatch):
+def test_one_allocation_that_token_elements_count(monkeypatch):
     """Beside the outputs there is one `torch.empty`, of what the plan counts."""
     hidden, weight, bias = problem(n=20)
     allocated = []
@@ -389,7 +390,7 @@ def test_one_allocation_that_token_bytes_count(monkeypatch):
     outputs = [20 * K * 4, 20 * K * 8, 20 * 4]
     assert allocated[:3] == outputs
     (scratch,) = allocated[3:]
-    assert 0 <= scratch - 20 * token_bytes(96, K, 16, 4) <= 9 * kernel.ALIGNED * 4
+    assert 0 <= scratch - 20 * 4 * sum(token_elements(96, K, 16)) <= 9 * slabs.ALIGNED * 4
 
 
 def test_inputs_are_not_written():

@@ -4,7 +4,8 @@ A gradient in h of row n is known up to the upstream factor of that row, so it i
 dW and db of a sum. Where every row gets an upstream factor of its own (`reduction="none"`), dW and db are made in the
 backward pass, with those factors.
 """
-# No `from __future__ import annotations` here: torch.library reads the annotations to write the op's schema.
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from ..dispatch import acc_dtype, grad_dtype
 from ..head import LMHead, Need
 from ..options import Divergence, Tokens
 from .op import (
+    HEAD,
     Op,
     custom_op,
     flat,
@@ -33,15 +35,19 @@ from .op import (
 )
 from .primitives import complement_and_values, linear_gather_backward, linear_topk
 
+_DIVERGENCE = "str divergence, str normalization, float[] numbers"  # `Divergence.options`
+
 # --- what losses of the whole vocabulary share ------------------------------------------------------------------
+
+# The end of their schemas: (factor * loss summed, or of each row; dh, dW and db of the sum where they are needed).
+_SUMMED = "bool reduce, bool[] need, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
 
 
 def _loss(op: Op, inputs: tuple[Any, ...], tokens: Tokens, options: tuple[Any, ...], impl: str) -> Tensor:
     """The losses of an op of `_register`, reduced as `tokens` says; dW and db are made along only with a sum."""
     reduce, need = tokens.reduction != "none", needs_gradient(*inputs[:3])
     need = need if reduce else Need(need.hidden)
-    factor = tokens.factor.to(acc_dtype(inputs[0].dtype))
-    loss = op(*inputs, factor, *options, reduce, need, impl)[0]
+    loss = op(*inputs, tokens.factor, *options, reduce, need, impl)[0]
     return loss if reduce else tokens.reduce(loss)
 
 
@@ -128,9 +134,6 @@ def topk_loss(
     impl: str,
 ) -> Tensor:
     """The divergence from a teacher's logits at `[N, K]` ids (and from its tail `[N]`, if the loss reads it)."""
-    acc = acc_dtype(hidden.dtype)
-    values_t = values_t.to(acc)
-    tail_t = tail_t.to(acc) if tail_t is not None and spec.needs_teacher_logsumexp else None
     ids = ids.masked_fill(values_t == -torch.inf, -1)  # an absent slot: nothing gathered, nothing excluded
     if impl == "reference":
         skip = (tokens.factor == 0)[:, None]  # has no slots: through an infinite difference 0 would be NaN
@@ -139,32 +142,18 @@ def topk_loss(
     inputs = *flat(hidden, head), ids, values_t
     if spec.needs_student_logsumexp:
         return _loss(_topk_loss_with_tail, (*inputs, tail_t), tokens, spec.options, impl)
-    factor, need = tokens.factor.to(acc), needs_gradient(hidden)
-    return tokens.reduce(_topk_loss(*inputs, factor, *spec.options, need, impl)[0])
+    need = needs_gradient(hidden)
+    return tokens.reduce(_topk_loss(*inputs, tokens.factor, *spec.options, need, impl)[0])
 
 
-@custom_op("topk_loss")
-def _topk_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    ids: Tensor,
-    teacher: Tensor,
-    factor: Tensor,
-    divergence: str,
-    normalization: str,
-    temperature: float,
-    beta: float,
-    delta: float,
-    clip: float,
-    need: Sequence[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@custom_op(
+    "topk_loss",
+    f"({HEAD}, Tensor ids, Tensor teacher, Tensor factor, {_DIVERGENCE}, bool[] need, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _topk_loss(hidden, head, ids, teacher, factor, divergence, normalization, numbers, need, impl):
     """(factor * loss `[N]`, the student's logits `[N, K]`, the gradient in them, dh `[N, D]` or empty)."""
-    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).topk_loss
-    spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
+    spec, run = Divergence(divergence, normalization, *numbers), implementation(impl).topk_loss
     *rows, dhidden = run(hidden, head, ids, teacher, factor, spec, Need(*need))
     return *rows, hidden.new_empty(0) if dhidden is None else dhidden
 
@@ -190,7 +179,7 @@ def _topk_loss_gradient(ctx, grad, *_):
     need: tuple[bool, ...] = ctx.needs_input_grad[:3]
     gradients: list[Tensor | None] = [None, None, None]
     if any(need[1:]):  # sparse: made where the upstream factor is known
-        inputs = grad[:, None] * dvalues, values, *leaves, *ctx.head, ids
+        inputs = *leaves, *ctx.head, grad[:, None] * dvalues, values, ids
         gradients = list(linear_gather_backward(*inputs, (False, *need[1:]), ctx.impl))
     if need[0]:
         gradients[0] = times(dhidden, grad, leaves[0].dtype, ctx.impl)
@@ -203,30 +192,14 @@ _topk_loss.register_autograd(_topk_loss_gradient, setup_context=_topk_loss_conte
 # --- losses of the logits at K ids and the log-sum-exp of all others --------------------------------------------
 
 
-@custom_op("topk_loss_with_tail")
+@custom_op(
+    "topk_loss_with_tail",
+    f"({HEAD}, Tensor ids, Tensor teacher, Tensor? teacher_tail, Tensor factor, {_DIVERGENCE}, {_SUMMED}",
+)
 def _topk_loss_with_tail(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    ids: Tensor,
-    teacher: Tensor,
-    teacher_tail: Tensor | None,
-    factor: Tensor,
-    divergence: str,
-    normalization: str,
-    temperature: float,
-    beta: float,
-    delta: float,
-    clip: float,
-    reduce: bool,
-    need: Sequence[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed)."""
-    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).topk_loss_with_tail
-    spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
+    hidden, head, ids, teacher, teacher_tail, factor, divergence, normalization, numbers, reduce, need, impl
+):
+    spec, run = Divergence(divergence, normalization, *numbers), implementation(impl).topk_loss_with_tail
     loss, *gradients = run(hidden, head, ids, teacher, teacher_tail, factor, spec, Need(*need))
     return loss.sum() if reduce else loss, *present(gradients, hidden)
 
@@ -330,22 +303,14 @@ def _entropy(x: Tensor, inner: Tensor) -> Tensor:
     return p[:, -1] * inner - (p * log_p.clamp(min=-1e4)).sum(1)  # where p is 0: 0 inf would be NaN
 
 
-@custom_op("topk_divergence")
-def topk_divergence(
-    values: Tensor,
-    teacher: Tensor,
-    tail: Tensor | None,
-    teacher_tail: Tensor | None,
-    divergence: str,
-    normalization: str,
-    temperature: float,
-    beta: float,
-    delta: float,
-    clip: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@custom_op(
+    "topk_divergence",
+    f"(Tensor values, Tensor teacher, Tensor? tail, Tensor? teacher_tail, {_DIVERGENCE}, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def topk_divergence(values, teacher, tail, teacher_tail, divergence, normalization, numbers, impl):
     """(loss `[N]`, its gradient in the student's logits `[N, K]`, that in the student's tail `[N]` or empty)."""
-    spec = Divergence(divergence, normalization, temperature, beta, delta, clip)
+    spec = Divergence(divergence, normalization, *numbers)
     run = implementation(impl).divergence_and_gradient
     return run(values, teacher, tail, teacher_tail, values.new_ones(len(values)), spec)
 
@@ -387,37 +352,18 @@ def dense_loss(
         sides = hidden, head, teacher_hidden, teacher_head
         return tokens.reduce(tokens.weigh(reference.dense_loss(*sides, spec, tokens.factor == 0)))
     inputs = *flat(hidden, head), *flat(teacher_hidden, teacher_head)
-    options = spec.options[:-1]  # all but the clip, which dense losses do not have
-    return _loss(_linear_divergence, inputs, tokens, options, impl)
+    return _loss(_linear_divergence, inputs, tokens, spec.options, impl)
 
 
-@custom_op("linear_divergence")
-def _linear_divergence(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    teacher_softcap: float | None,
-    teacher_scale: float,
-    factor: Tensor,
-    divergence: str,
-    normalization: str,
-    temperature: float,
-    beta: float,
-    delta: float,
-    reduce: bool,
-    need: Sequence[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed): 4 products."""
-    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_divergence
-    teacher_head = LMHead(teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
-    spec = Divergence(divergence, normalization, temperature, beta, delta)
-    loss, *gradients = run(hidden, head, teacher_hidden, teacher_head, factor, spec, Need(*need))
+@custom_op(
+    "linear_divergence",
+    f"({HEAD}, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, float? teacher_softcap, "
+    f"float teacher_scale, Tensor factor, {_DIVERGENCE}, {_SUMMED}",
+)
+def _linear_divergence(hidden, head, teacher_hidden, *rest):
+    *teacher_head, factor, divergence, normalization, numbers, reduce, need, impl = rest
+    spec, run = Divergence(divergence, normalization, *numbers), implementation(impl).linear_divergence
+    loss, *gradients = run(hidden, head, teacher_hidden, LMHead(*teacher_head), factor, spec, Need(*need))
     return loss.sum() if reduce else loss, *present(gradients, hidden)
 
 
@@ -435,21 +381,9 @@ def cross_entropy(hidden: Tensor, head: LMHead, labels: Tensor, tokens: Tokens, 
     return _loss(_linear_cross_entropy, (*flat(hidden, head), labels), tokens, (), impl)
 
 
-@custom_op("linear_cross_entropy")
-def _linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    labels: Tensor,
-    factor: Tensor,
-    reduce: bool,
-    need: Sequence[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(factor * loss summed, or of each row; dh, dW and db of the sum where they are needed): 3 products."""
-    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_cross_entropy
+@custom_op("linear_cross_entropy", f"({HEAD}, Tensor labels, Tensor factor, {_SUMMED}")
+def _linear_cross_entropy(hidden, head, labels, factor, reduce, need, impl):
+    run = implementation(impl).linear_cross_entropy
     loss, *gradients = run(hidden, head, labels, factor, Need(*need))
     return loss.sum() if reduce else loss, *present(gradients, hidden)
 

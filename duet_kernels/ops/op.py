@@ -47,20 +47,25 @@ def _differentiated_by(leaf: Tensor) -> str | None:
     return None
 
 
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, float? softcap, float scale"  # what `flat` gives
+
+
 class Op:
-    """A pure operation on tensors and numbers, with its derivative.
+    """A pure operation on tensors and numbers, with its derivative; its body takes an LMHead for what follows `hidden` in HEAD.
 
     torch.compile, fake tensors and torch.func.vmap get a custom op. Everything else calls the body itself, as an
     autograd function where there is a derivative: the machinery of a custom op takes longer than a small kernel.
     """
 
-    def __init__(self, name: str, body: Callable[..., Any]) -> None:
-        @functools.wraps(body)  # keeps the annotations that the schema is read from
+    def __init__(self, name: str, schema: str, body: Callable[..., Any]) -> None:
+        has_head = schema.startswith(f"({HEAD}")
+
         def exact(first: Tensor, *args: Any) -> Any:
             with exact_dtypes(first.device):  # autocast would turn fp32 products into bf16
-                return body(first, *args)
+                return body(first, LMHead(*args[:4]), *args[4:]) if has_head else body(first, *args)
 
-        self.custom = torch.library.custom_op(f"duet_kernels::{name}", exact, mutates_args=())
+        name = f"duet_kernels::{name}"
+        self.custom = torch.library.custom_op(name, exact, mutates_args=(), schema=schema)
         self.eager: Callable[..., Any] = exact
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,8 +100,8 @@ def plain(x: Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active()
 
 
-def custom_op(name: str) -> Callable[[Callable[..., Any]], Op]:
-    return functools.partial(Op, name)
+def custom_op(name: str, schema: str) -> Callable[[Callable[..., Any]], Op]:
+    return functools.partial(Op, name, schema)
 
 
 def refuse_second_derivative(name: str) -> None:

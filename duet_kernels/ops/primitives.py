@@ -1,7 +1,6 @@
 """Selected logits, logits at ids, log-sum-exps and token statistics, as custom ops of hidden states and a head."""
-# No `from __future__ import annotations` here: torch.library reads the annotations to write the op's schema.
 
-from collections.abc import Sequence
+from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from .. import reference
 from ..dispatch import acc_dtype, grad_dtype
 from ..head import LMHead, Need, TokenStats
 from .op import (
+    HEAD,
     custom_op,
     flat,
     for_autograd,
@@ -33,18 +33,9 @@ def linear_topk(
     return _linear_topk(*flat(hidden, head), k, temperature, impl)
 
 
-@custom_op("linear_topk")
-def _linear_topk(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    k: int,
-    temperature: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation(impl).linear_topk(hidden, LMHead(weight, bias, softcap, scale), k, temperature)
+@custom_op("linear_topk", f"({HEAD}, SymInt k, float temperature, str impl) -> (Tensor, Tensor, Tensor)")
+def _linear_topk(hidden, head, k, temperature, impl):
+    return implementation(impl).linear_topk(hidden, head, k, temperature)
 
 
 @_linear_topk.register_fake
@@ -63,17 +54,9 @@ def linear_gather(hidden: Tensor, head: LMHead, indices: Tensor, impl: str) -> T
     return _linear_gather(*flat(hidden, head), indices, impl)
 
 
-@custom_op("linear_gather")
-def _linear_gather(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    indices: Tensor,
-    impl: str,
-) -> Tensor:
-    return implementation(impl).linear_gather(hidden, LMHead(weight, bias, softcap, scale), indices)
+@custom_op("linear_gather", f"({HEAD}, Tensor indices, str impl) -> Tensor")
+def _linear_gather(hidden, head, indices, impl):
+    return implementation(impl).linear_gather(hidden, head, indices)
 
 
 @_linear_gather.register_fake
@@ -81,25 +64,17 @@ def _(hidden, weight, bias, softcap, scale, indices, impl):
     return hidden.new_empty(indices.shape, dtype=acc_dtype(hidden.dtype))
 
 
-@custom_op("linear_gather_backward")
-def linear_gather_backward(
-    grad: Tensor,
-    values: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    indices: Tensor,
-    need: Sequence[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_gather_backward
+@custom_op(
+    "linear_gather_backward",
+    f"({HEAD}, Tensor grad, Tensor values, Tensor indices, bool[] need, str impl) -> (Tensor, Tensor, Tensor)",
+)
+def linear_gather_backward(hidden, head, grad, values, indices, need, impl):
+    run = implementation(impl).linear_gather_backward
     return present(run(grad, values, hidden, head, indices, Need(*need)), hidden)
 
 
 @linear_gather_backward.register_fake
-def _(grad, values, hidden, weight, bias, softcap, scale, indices, need, impl):
+def _(hidden, weight, bias, softcap, scale, grad, values, indices, need, impl):
     return gradients_like((hidden, weight, bias), need)
 
 
@@ -112,7 +87,7 @@ def _linear_gather_gradient(ctx, grad):
     refuse_second_derivative("linear_gather")
     values, *leaves, indices = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    gradients = linear_gather_backward(grad, values, *leaves, *ctx.head, indices, need, ctx.impl)
+    gradients = linear_gather_backward(*leaves, *ctx.head, grad, values, indices, need, ctx.impl)
     return for_autograd(gradients, need, len(ctx.needs_input_grad))
 
 
@@ -130,20 +105,13 @@ def linear_logsumexp(hidden: Tensor, head: LMHead, exclude: Tensor, temperature:
     return _linear_logsumexp(*flat(hidden, head), exclude, temperature, need, impl)[0]
 
 
-@custom_op("linear_logsumexp")
-def _linear_logsumexp(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    exclude: Tensor,
-    temperature: float,
-    need: Sequence[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+@custom_op(
+    "linear_logsumexp",
+    f"({HEAD}, Tensor exclude, float temperature, bool[] need, str impl) -> (Tensor, Tensor)",
+)
+def _linear_logsumexp(hidden, head, exclude, temperature, need, impl):
     """(log-sum-exp `[N]`, its gradient in h `[N, D]` if that is needed: a row's factor is all that comes later)."""
-    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_logsumexp
+    run = implementation(impl).linear_logsumexp
     tail, dhidden = run(hidden, head, exclude, temperature, Need(*need))
     return tail, hidden.new_empty(0) if dhidden is None else dhidden
 
@@ -152,31 +120,6 @@ def _linear_logsumexp(
 def _(hidden, weight, bias, softcap, scale, exclude, temperature, need, impl):
     tail = hidden.new_empty(hidden.shape[0], dtype=acc_dtype(hidden.dtype))
     return tail, gradients_like((hidden, weight, bias), need, grad_dtype(hidden.dtype))[0]
-
-
-@custom_op("linear_logsumexp_backward")
-def _linear_logsumexp_backward(
-    grad: Tensor,
-    tail: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    exclude: Tensor,
-    temperature: float,
-    need: Sequence[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    """(dW, db)."""
-    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).linear_logsumexp_backward
-    gradients = run(grad, tail, hidden, head, exclude, temperature, Need(*need))
-    return present((None, *gradients), hidden)[1:]
-
-
-@_linear_logsumexp_backward.register_fake
-def _(grad, tail, hidden, weight, bias, softcap, scale, exclude, temperature, need, impl):
-    return gradients_like((hidden, weight, bias), need)[1:]
 
 
 def _linear_logsumexp_context(ctx, inputs, output):
@@ -189,11 +132,13 @@ def _linear_logsumexp_gradient(ctx, grad, _):
     tail, dhidden, hidden, weight, bias, exclude = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     gradients: list[Tensor | None] = [None, None, None]
+    if any(need[1:]):
+        nothing = grad.new_zeros(exclude.shape)  # of the logits at the ids
+        both = [torch.cat([nothing, x[:, None]], 1) for x in (grad, tail)]
+        inputs = hidden, weight, bias, *ctx.head, *both, dhidden, exclude, ctx.temperature
+        gradients = list(_complement_and_values_backward(*inputs, (False, *need[1:]), ctx.impl))
     if need[0]:
         gradients[0] = times(dhidden, grad, hidden.dtype, ctx.impl)
-    if any(need[1:]):
-        inputs = hidden, weight, bias, *ctx.head, exclude, ctx.temperature
-        gradients[1:] = _linear_logsumexp_backward(grad, tail, *inputs, (False, *need[1:]), ctx.impl)
     return for_autograd(gradients, need, len(ctx.needs_input_grad))
 
 
@@ -216,24 +161,15 @@ def complement_and_values(
     return both[:, -1], both[:, :-1], entropy.detach()
 
 
-@custom_op("complement_and_values")
-def _complement_and_values(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    ids: Tensor,
-    temperature: float,
-    need: Sequence[bool],
-    with_entropy: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@custom_op(
+    "complement_and_values",
+    f"({HEAD}, Tensor ids, float temperature, bool[] need, bool with_entropy, str impl) -> (Tensor, Tensor, Tensor)",
+)
+def _complement_and_values(hidden, head, ids, temperature, need, with_entropy, impl):
     """(values and tail as `[N, K + 1]`, the tail's gradient in h if that is needed, the entropy if that is wanted).
 
     One tensor holds both: whatever is differentiated, their gradients come together.
     """
-    head = LMHead(weight, bias, softcap, scale)
     run = implementation(impl).complement_and_values
     tail, values, dtail, entropy = run(hidden, head, ids, temperature, need[0], with_entropy)
     return torch.cat([values, tail[:, None]], 1), dtail, entropy
@@ -246,28 +182,19 @@ def _(hidden, weight, bias, softcap, scale, ids, temperature, need, with_entropy
     return both, both.new_empty(hidden.shape if need[0] else (0,)), entropy
 
 
-@custom_op("complement_and_values_backward")
-def _complement_and_values_backward(
-    grad: Tensor,
-    both: Tensor,
-    dtail: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    ids: Tensor,
-    temperature: float,
-    need: Sequence[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head, run = LMHead(weight, bias, softcap, scale), implementation(impl).complement_and_values_backward
+@custom_op(
+    "complement_and_values_backward",
+    f"({HEAD}, Tensor grad, Tensor both, Tensor dtail, Tensor ids, float temperature, bool[] need, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _complement_and_values_backward(hidden, head, grad, both, dtail, ids, temperature, need, impl):
+    run = implementation(impl).complement_and_values_backward
     parts = grad[:, -1], grad[:, :-1], both[:, -1], both[:, :-1]
     return present(run(*parts, dtail, hidden, head, ids, temperature, Need(*need)), hidden)
 
 
 @_complement_and_values_backward.register_fake
-def _(grad, both, dtail, hidden, weight, bias, softcap, scale, ids, temperature, need, impl):
+def _(hidden, weight, bias, softcap, scale, grad, both, dtail, ids, temperature, need, impl):
     return gradients_like((hidden, weight, bias), need)
 
 
@@ -279,9 +206,9 @@ def _complement_and_values_context(ctx, inputs, output):
 def _complement_and_values_gradient(ctx, grad, *_):
     refuse_second_derivative("topk_distill_stats")
     need = ctx.needs_input_grad[:3]
-    *saved, ids = ctx.saved_tensors
-    inputs = *saved, *ctx.head, ids, ctx.temperature
-    gradients = _complement_and_values_backward(grad, *inputs, need, ctx.impl)
+    both, dtail, *leaves, ids = ctx.saved_tensors
+    inputs = *leaves, *ctx.head, grad, both, dtail, ids, ctx.temperature
+    gradients = _complement_and_values_backward(*inputs, need, ctx.impl)
     return for_autograd(gradients, need, len(ctx.needs_input_grad))
 
 
@@ -300,18 +227,10 @@ def token_stats(hidden: Tensor, head: LMHead, labels: Tensor | None, impl: str) 
     return TokenStats(logsumexp, entropy, variance, None if labels is None else logprob)
 
 
-@custom_op("token_stats")
-def _token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    labels: Tensor | None,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@custom_op("token_stats", f"({HEAD}, Tensor? labels, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
+def _token_stats(hidden, head, labels, impl):
     """(log-sum-exp, entropy, variance of the log-probability, log p of the labels), each `[N]`."""
-    *stats, logprob = implementation(impl).token_stats(hidden, LMHead(weight, bias, softcap, scale), labels)
+    *stats, logprob = implementation(impl).token_stats(hidden, head, labels)
     return *stats, stats[0].new_empty(0) if logprob is None else logprob
 
 

@@ -10,7 +10,6 @@ from .logsumexp import (
     complement_and_values,
     complement_and_values_backward,
     linear_logsumexp,
-    linear_logsumexp_backward,
     token_stats,
     topk_loss_with_tail,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "linear_gather",
     "linear_gather_backward",
     "linear_logsumexp",
-    "linear_logsumexp_backward",
     "linear_topk",
     "times_rows",
     "times_upstream",

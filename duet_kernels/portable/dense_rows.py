@@ -18,7 +18,6 @@ Legend: R rows, C columns of a strip, V vocabulary, D hidden size, T temperature
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,106 +41,14 @@ def strip_bytes(device: torch.device) -> int:
 # --- strips that are seen once ----------------------------------------------------------------------------------
 
 
-class Strip(NamedTuple):
-    """Student and teacher over some columns `[R, C]`, and `[R, 1]` by how much all that came before falls."""
-
-    student: Tensor  # e_s
-    teacher: Tensor  # e_t
-    change: Tensor  # e_s - e_t
-    moment: Tensor  # e_t u (reverse KL: e_s u)
-    student_fall: Tensor  # f_s = exp((O_s - O_s') / T)
-    teacher_fall: Tensor  # f_t
-    fall_change: Tensor  # f_s - f_t
-    shift: Tensor  # (O_s - O_t - O_s' + O_t') / T, by which u rises
-
-
-class RunningSums:
-    """S, B and A of rows whose strips come one after the other, all `[R, 1]`.
-
-    An origin is the log-sum-exp so far (at first, of the strip itself) or the strip's maximum, whichever is larger:
-    nothing overflows, S_s and S_t are of one size, and u is nearly w. When origins rise from O to O',
-
-        S' = f S        B' = f_s B + (f_s - f_t) S_t        A' = f_t (A + shift S_t)        (reverse KL: f_s and S_s)
-    """
-
-    def __init__(self, rows: int, like: Tensor, spec: Divergence) -> None:
-        self.inverse = 1.0 / spec.temperature
-        self.side = int(spec.name != "reverse_kl")  # whose mean of u is A: 0 the student's, 1 the teacher's
-        self.first, zero = True, like.new_zeros(rows, 1)
-        self.origins, self.sums, self.change, self.moment = (zero, zero), (zero, zero), zero, zero
-
-    def add(self, s: Tensor, t: Tensor) -> Strip:
-        """Take in a strip of logits."""
-        s_fall, t_fall, shift = self._move_origins(s, t)
-        e_s, e_t, u = self.exponential(0, s), self.exponential(1, t), self.ratio(s, t)
-        moment = expected((e_s, e_t)[self.side], u)
-        strip = Strip(
-            e_s,
-            e_t,
-            difference(e_s, e_t, u),
-            moment,
-            s_fall,
-            t_fall,
-            difference(s_fall, t_fall, shift),
-            shift,
-        )
-        fall, (s_sum, t_sum) = (s_fall, t_fall)[self.side], self.sums
-        self.moment = expected(fall, self.moment + shift * self.sums[self.side]) + _sum(moment)
-        self.change = s_fall * self.change + strip.fall_change * t_sum + _sum(strip.change)
-        self.sums = s_fall * s_sum + _sum(e_s), t_fall * t_sum + _sum(e_t)
-        return strip
-
-    def _move_origins(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Let the origins rise to what the strip needs; (f_s, f_t, shift)."""
-        before, after = [], []
-        for z, origin, total in zip((s, t), self.origins, self.sums, strict=True):
-            if self.first:
-                top = (z * self.inverse).logsumexp(1, keepdim=True) / self.inverse
-            else:
-                top = torch.maximum(origin + total.log() / self.inverse, z.amax(1, keepdim=True))
-            after.append(cuts.origin(top))
-            before.append(torch.where(total == 0, after[-1], origin))  # without a sum nothing falls
-        s_fall, t_fall = (self._scaled(x - y).exp_() for x, y in zip(before, after, strict=True))
-        self.origins, self.first = (after[0], after[1]), False
-        return s_fall, t_fall, self._scaled(before[0] - before[1]) - self._gap()
-
-    def exponential(self, side: int, z: Tensor) -> Tensor:
-        """e of a strip of the student's (0) or the teacher's (1) logits."""
-        return self._scaled(z - self.origins[side]).exp_()
-
-    def ratio(self, s: Tensor, t: Tensor) -> Tensor:
-        """u of a strip; where both logits are -inf it is of no account, but not NaN."""
-        u = s - t
-        if infinite(s) and infinite(t):
-            u.masked_fill_((s == -torch.inf) & (t == -torch.inf), 0)
-        return self._scaled(u).sub_(self._gap())
-
-    def _gap(self) -> Tensor:
-        return self._scaled(self.origins[0] - self.origins[1])
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        """x / T, in place."""
-        return x if self.inverse == 1.0 else x.mul_(self.inverse)
-
-    @property
-    def r(self) -> Tensor:
-        student, teacher = self.sums
-        relative = self.change / teacher
-        return torch.where(relative.abs() <= 0.5, relative.log1p(), (student / teacher).log())
-
-    @property
-    def mean(self) -> Tensor:
-        """A / S: the mean of u."""
-        return self.moment / self.sums[self.side]
-
-    @property
-    def kl(self) -> Tensor:
-        """`[R]` forward KL = r - A / S_t, or reverse KL = A / S_s - r."""
-        return (self.r - self.mean if self.side else self.mean - self.r)[:, 0]
-
-
 class RunningKL:
     """A KL and its gradient in h, where logits are h W^T, from strips that are seen once and the rows of W behind them.
+
+    S, B and A are `[R, 1]`. An origin is the log-sum-exp so far (at first, of the strip itself) or the strip's maximum,
+    whichever is larger: nothing overflows, S_s and S_t are of one size, and u is nearly w. When origins rise from O to O',
+    f = exp((O - O') / T), and u rises by shift = (O_s - O_t - O_s' + O_t') / T:
+
+        S' = f S        B' = f_s B + (f_s - f_t) S_t        A' = f_t (A + shift S_t)        (reverse KL: f_s and S_s)
 
         forward    dh = (sum (e_s - e_t) W - (B / S_t) sum e_t W) / (T S_s)
         reverse    dh = (sum e_s u W       - (A / S_s) sum e_s W) / (T S_s)
@@ -153,39 +60,69 @@ class RunningKL:
     NAMES = ("forward_kl", "reverse_kl")
 
     def __init__(self, hidden: Tensor, spec: Divergence, with_gradient: bool = True) -> None:
-        self.sums = RunningSums(len(hidden), hidden, spec)
-        self.forward = spec.name == "forward_kl"
+        self.inverse = 1.0 / spec.temperature
+        self.side = int(spec.name == "forward_kl")  # whose mean of u is A: 0 the student's, 1 the teacher's
+        self.first, zero = True, hidden.new_zeros(len(hidden), 1)
+        self.origins, self.sums, self.change, self.moment = (zero, zero), (zero, zero), zero, zero
         rows = 2 * len(hidden) if with_gradient else 0  # the first sum over the second
         self.vectors = hidden.new_zeros(rows, hidden.shape[1])
 
     def add(self, s: Tensor, t: Tensor, weight: Tensor | None = None, slope: Tensor | float = 1.0) -> None:
         """Take in a strip of logits, for the gradient with its rows of W `[C, D]` and with dz / d(h W^T)."""
-        strip = self.sums.add(s, t)
+        s_fall, t_fall, shift = self._move_origins(s, t)
+        e_s, e_t = (
+            multiply_(z - origin, self.inverse).exp_() for z, origin in zip((s, t), self.origins, strict=True)
+        )
+        u = s - t
+        if infinite(s) and infinite(t):  # where both are -inf u is of no account, but not NaN
+            u.masked_fill_((s == -torch.inf) & (t == -torch.inf), 0)
+        u = multiply_(u, self.inverse).sub_(self._gap())
+        change, moment = difference(e_s, e_t, u), expected((e_s, e_t)[self.side], u)
+        fall, fall_change = (s_fall, t_fall)[self.side], difference(s_fall, t_fall, shift)
+        s_sum, t_sum = self.sums
+        self.moment = expected(fall, self.moment + shift * self.sums[self.side]) + _sum(moment)
+        self.change = s_fall * self.change + fall_change * t_sum + _sum(change)
+        self.sums = s_fall * s_sum + _sum(e_s), t_fall * t_sum + _sum(e_t)
         if weight is None:
             return
-        if self.forward:
-            pair = [strip.change, strip.teacher]
-            fall, mixed = strip.teacher_fall, strip.fall_change
-        else:
-            pair = [strip.moment, strip.student]
-            fall, mixed = strip.student_fall, strip.student_fall * strip.shift
+        pair, mixed = ([change, e_t], fall_change) if self.side else ([moment, e_s], s_fall * shift)
         first, second = self.vectors.chunk(2)
-        first.mul_(strip.student_fall).addcmul_(second, mixed)
+        first.mul_(s_fall).addcmul_(second, mixed)
         second.mul_(fall)
         if isinstance(slope, Tensor):
             pair, slope = [x.mul_(slope) for x in pair], 1.0
         self.vectors.addmm_(torch.cat(pair), weight, alpha=slope)  # faster than two products of half the rows
 
+    def _move_origins(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Let the origins rise to what the strip needs; (f_s, f_t, shift)."""
+        before, after = [], []
+        for z, origin, total in zip((s, t), self.origins, self.sums, strict=True):
+            if self.first:
+                top = (z * self.inverse).logsumexp(1, keepdim=True) / self.inverse
+            else:
+                top = torch.maximum(origin + total.log() / self.inverse, z.amax(1, keepdim=True))
+            after.append(cuts.origin(top))
+            before.append(torch.where(total == 0, after[-1], origin))  # without a sum nothing falls
+        s_fall, t_fall = (multiply_(x - y, self.inverse).exp_() for x, y in zip(before, after, strict=True))
+        self.origins, self.first = (after[0], after[1]), False
+        return s_fall, t_fall, multiply_(before[0] - before[1], self.inverse) - self._gap()
+
+    def _gap(self) -> Tensor:
+        return multiply_(self.origins[0] - self.origins[1], self.inverse)
+
     @property
     def loss(self) -> Tensor:
-        """`[R]`"""
-        return self.sums.kl
+        """`[R]` forward KL = r - A / S_t, or reverse KL = A / S_s - r."""
+        (s_sum, t_sum), mean = self.sums, self.moment / self.sums[self.side]
+        relative = self.change / t_sum
+        r = torch.where(relative.abs() <= 0.5, relative.log1p(), (s_sum / t_sum).log())
+        return (r - mean if self.side else mean - r)[:, 0]
 
     def gradient(self) -> Tensor:
         """`[R, D]`"""
-        sums, (first, second) = self.sums, self.vectors.chunk(2)
-        part = sums.change / sums.sums[1] if self.forward else sums.mean
-        return first.addcmul(second, part, value=-1).mul_(sums.inverse / sums.sums[0])
+        first, second = self.vectors.chunk(2)
+        part = (self.change if self.side else self.moment) / self.sums[self.side]
+        return first.addcmul(second, part, value=-1).mul_(self.inverse / self.sums[0])
 
 
 # --- whole rows -------------------------------------------------------------------------------------------------

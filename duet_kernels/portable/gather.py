@@ -140,20 +140,17 @@ def linear_gather_backward(
         order = torch.sort(ids.flatten(), stable=True)
         pair_dx = dx.flatten()[order.indices]
         starts = torch.searchsorted(order.values, torch.arange(v, device=ids.device))
+        tokens = order.indices // max(ids.shape[1], 1)
         if need.weight:
-            tokens = order.indices // max(ids.shape[1], 1)
             dweight = _sums_of_pairs(hidden, tokens, starts, pair_dx)
         if need.bias:
-            ones = pair_dx.new_ones(1, 1)
-            dbias = F.embedding_bag(
-                torch.zeros_like(order.indices), ones, starts, per_sample_weights=pair_dx, mode="sum"
-            )
-            dbias = dbias[:, 0].to((hidden if head.bias is None else head.bias).dtype)
+            ones = pair_dx.new_ones(len(hidden), 1)
+            dbias = _sums_of_pairs(ones, tokens, starts, pair_dx)[:, 0].to(hidden.dtype)
     return dhidden, dweight, dbias
 
 
 def _sums_of_pairs(hidden: Tensor, tokens: Tensor, starts: Tensor, pair_dx: Tensor) -> Tensor:
-    """dW `[V, D]`, summed in the dtype of `pair_dx`; on a GPU a slab of features at a time where that is not dW's."""
+    """`[V, D]` in the dtype of `hidden`, summed in that of `pair_dx`; on a GPU where they differ a slab of features at a time."""
     v, d, acc = len(starts), hidden.shape[1], pair_dx.dtype
     slab = d
     if hidden.dtype != acc and cuts.asynchronous(hidden.device):

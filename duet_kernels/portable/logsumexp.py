@@ -80,37 +80,20 @@ def complement_and_values_backward(
 
     dh from what the forward pass summed; dW and db from recomputed tiles, each written once.
     """
-    dhidden = dweight = dbias = None
+    dhidden, out = None, dtype or hidden.dtype
     dx = (grad_values * head.slope(values)).masked_fill(indices < 0, 0)
     if need.hidden:
         sparse = sum_of_rows(head.weight, indices.clamp(0, head.weight.shape[0] - 1), dx)
-        dhidden = sparse.addcmul_(grad_tail[:, None], dtail).to(dtype or hidden.dtype)
-    if need.weight or need.bias:
-        out = dtype or head.weight.dtype
-        dweight, dbias = _complement_weight_gradient(
-            grad_tail, dx, tail, hidden, head, indices, temperature, need, out
-        )
-    return dhidden, dweight, dbias
-
-
-def _complement_weight_gradient(
-    grad_tail: Tensor,
-    dx: Tensor,
-    tail: Tensor,
-    hidden: Tensor,
-    head: LMHead,
-    indices: Tensor,
-    temperature: float,
-    need: Need,
-    out: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None]:
+        dhidden = sparse.addcmul_(grad_tail[:, None], dtail).to(out)
+    if not (need.weight or need.bias):
+        return dhidden, None, None
     v, d = head.weight.shape
     blocks = list(row_blocks(hidden.shape[0]))
     # One block of rows finishes a slice of dW at once; several add up in fp32 before the cast, which is more memory than
     # hidden states that are cast.
     direct = len(blocks) <= 1
-    dtype = out if direct else head.acc
-    dweight = torch.zeros(v, d, dtype=dtype, device=hidden.device) if need.weight else None
+    summed = out if direct else head.acc
+    dweight = torch.zeros(v, d, dtype=summed, device=hidden.device) if need.weight else None
     dbias = torch.zeros(v, dtype=head.acc, device=hidden.device) if need.bias else None
     for rows in blocks:
         h, ids = operand(hidden[rows]), indices[rows]
@@ -130,7 +113,8 @@ def _complement_weight_gradient(
                     operand_dz.add_to(dweight[columns], h)
             if dbias is not None:
                 dbias[columns] += dz.sum(0)
-    return None if dweight is None else dweight.to(out), None if dbias is None else dbias.to(out)
+    dweight, dbias = (None if x is None else x.to(out) for x in (dweight, dbias))
+    return dhidden, dweight, dbias
 
 
 def token_stats(
@@ -170,16 +154,6 @@ def linear_logsumexp(
     """(`[N]` log-sum-exp of z / T over the ids not in `exclude`, its gradient `[N, D]` in h if that is needed)."""
     tail, _, dtail, _ = complement_and_values(hidden, head, exclude, temperature, need.hidden)
     return tail, dtail.to(grad_dtype(hidden.dtype)) if need.hidden else None
-
-
-def linear_logsumexp_backward(
-    grad: Tensor, tail: Tensor, hidden: Tensor, head: LMHead, exclude: Tensor, temperature: float, need: Need
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dW, db); dh is the forward pass's."""
-    dx = grad.new_zeros(exclude.shape)
-    return _complement_weight_gradient(
-        grad, dx, tail, hidden, head, exclude, temperature, need, head.weight.dtype
-    )
 
 
 def topk_loss_with_tail(

@@ -22,7 +22,6 @@ dense    dense divergences
 Legend: N tokens, D hidden size, V vocabulary, K ids of a token, R ranks, T temperature.
 """
 
-from ..ops import teacher_mass
 from .dense import dense_loss
 from .merge import (
     cross_entropy,
@@ -42,7 +41,6 @@ __all__ = [
     "linear_logsumexp",
     "linear_topk",
     "overlap",
-    "teacher_mass",
     "token_stats",
     "topk_loss",
     "topk_stats",

@@ -42,15 +42,11 @@ def dense_loss(
     """`huber` and `mse` run the local kernels. The others need normalisers of all ranks, and run portable torch: 8 products."""
     _check_teacher(head, teacher_head)
     states = {"student_hidden": hidden, "teacher_hidden": teacher_hidden}
-    agree(
-        head,
-        "linear_distill_loss",
-        (*spec.options, tokens.reduction),
-        **states,
-        factor=tokens.factor,
-    )
+    agree(head, "linear_distill_loss", (*spec.options, tokens.reduction), **states, factor=tokens.factor)
     part = Part.of(hidden, head)
-    own = _own_rows(teacher_head, part)
+    # A teacher without a group is whole on every rank.
+    first = part.first if teacher_head.group is None else 0
+    own = teacher_head.cut_to(slice(first, first + part.size))
     if spec.raw and not spec.noise:
         rows = part.nothing()
         if part.size:
@@ -84,12 +80,6 @@ def _check_teacher(head: LMHead, teacher_head: LMHead) -> None:
             f"teacher_head: wanted the ids of student_head on each rank, {id_counts(head)} of them, got {id_counts(teacher_head)}; "
             "shard both vocabularies at the same ids, or pass the teacher's whole weight"
         )
-
-
-def _own_rows(teacher_head: LMHead, part: Part) -> LMHead:
-    """The rows of the teacher's head that belong to this rank's ids; a teacher without a group is whole on every rank."""
-    first = part.first if teacher_head.group is None else 0
-    return teacher_head.cut_to(slice(first, first + part.size))
 
 
 @dataclasses.dataclass

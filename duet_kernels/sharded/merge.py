@@ -169,15 +169,14 @@ def topk_loss(
     teacher = {"teacher.values": values_t, "teacher.indices": ids, "teacher.tail": tail_t}
     options = (*spec.options, tokens.reduction)
     agree(head, "topk_distill_loss", options, hidden=hidden, **teacher, factor=tokens.factor)
-    acc = acc_dtype(hidden.dtype)
-    values_t, ids = values_t.to(acc), ids.masked_fill(values_t == -torch.inf, -1)
-    tails: tuple[Tensor | None, Tensor | None] = None, None
+    ids, tail = ids.masked_fill(values_t == -torch.inf, -1), None
     if spec.needs_student_logsumexp:
         tail, values, _ = complement_and_values(hidden, head, ids, spec.temperature, False, impl)
-        tails = tail, tail_t.to(acc) if tail_t is not None and spec.needs_teacher_logsumexp else None
     else:
         values = _gather(Part.of(hidden, head), head, ids, impl)
-    return tokens.reduce(tokens.weigh(topk_divergence(values, values_t, *tails, *spec.options, impl)[0]))
+    return tokens.reduce(
+        tokens.weigh(topk_divergence(values, values_t, tail, tail_t, *spec.options, impl)[0])
+    )
 
 
 @collective

@@ -111,9 +111,7 @@ def _distill_op(divergence: DivergenceName, **options: Any) -> Op:
             "student": (problem.hidden, problem.head),
         }
         chosen = [
-            linear_topk(
-                hidden, dataclasses.replace(head, vocab_size=common), _k(problem), impl="reference"
-            ).indices
+            linear_topk(hidden, head.narrowed(common), _k(problem), impl="reference").indices
             for side, (hidden, head) in sides.items()
             if support in (side, "union")
         ]

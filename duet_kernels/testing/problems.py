@@ -64,21 +64,11 @@ class Problem:
 
     def teacher_topk(self, k: int = 8, temperature: float = 1.0) -> TopK:
         """The teacher's top-k as data: the same fp32 numbers whatever dtype the problem has been cast to."""
-        top = linear_topk(
-            self.teacher_hidden.double(),
-            _double(self.teacher_head),
-            k,
-            temperature=temperature,
-            impl="reference",
-        )
+        exact, options = self.to(torch.float64), {"temperature": temperature, "impl": "reference"}
+        top = linear_topk(exact.teacher_hidden, exact.teacher_head, k, **options)
         acc = torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
         tail: Any = top.tail_logsumexp  # a head's own top-k has one
         return top._replace(values=top.values.float().to(acc), tail_logsumexp=tail.float().to(acc))
-
-
-def _double(head: LMHead) -> LMHead:
-    bias = None if head.bias is None else head.bias.detach().double()
-    return dataclasses.replace(head, weight=head.weight.detach().double(), bias=bias)
 
 
 def make_problem(

@@ -9,7 +9,6 @@ from .complement import (
     complement_and_values_backward,
     linear_cross_entropy,
     linear_logsumexp,
-    linear_logsumexp_backward,
     topk_loss_with_tail,
 )
 from .dense import times_rows, times_upstream
@@ -29,7 +28,6 @@ __all__ = [
     "linear_gather",
     "linear_gather_backward",
     "linear_logsumexp",
-    "linear_logsumexp_backward",
     "linear_topk",
     "times_rows",
     "times_upstream",

@@ -374,22 +374,14 @@ class _Complement(dense.Loss):
         return 1.0 / self.temperature
 
 
-class _SavedTail(_Complement):
-    """The gradient of a log-sum-exp that is known: no fold."""
+class _Saved(_Complement):
+    """The gradient of a log-sum-exp and of the values that are known: no fold."""
 
     partials, folds = 0, ()
 
-    def __init__(self, tail: Tensor, *inputs) -> None:
-        super().__init__(*inputs)
-        self.sums[0] = tail * self.temperature
-        self.sums[1] = 1.0
-
-
-class _SavedPair(_SavedTail):
-    """The gradient of a log-sum-exp and of the values that are known."""
-
     def __init__(self, grad_tail: Tensor, grad_values: Tensor, tail: Tensor, values: Tensor, *inputs) -> None:
-        super().__init__(tail, *inputs)
+        super().__init__(*inputs)
+        self.sums[0], self.sums[1] = tail * self.temperature, 1.0
         self.dtail = grad_tail.to(self.acc).contiguous()
         self.values, self.upstream = values.contiguous(), grad_values.to(self.acc).contiguous()
 
@@ -462,13 +454,6 @@ def linear_logsumexp(
     return tail, dhidden
 
 
-def linear_logsumexp_backward(
-    grad: Tensor, tail: Tensor, hidden: Tensor, head: LMHead, exclude: Tensor, temperature: float, need: Need
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dW, db); dh is the forward pass's."""
-    return _SavedTail(tail, hidden, head, exclude, grad, temperature).run(need._replace(hidden=False))[1:]
-
-
 def complement_and_values(
     hidden: Tensor, head: LMHead, ids: Tensor, temperature: float, with_gradient: bool, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -506,8 +491,8 @@ def complement_and_values_backward(
                 dhidden += sum_rows(dx, row, hidden, head.weight, dtail.dtype)
         dhidden = dhidden.to(hidden.dtype)
     if need.weight or need.bias:
-        inputs = hidden, head, ids, torch.ones_like(grad_tail), temperature
-        saved = _SavedPair(grad_tail, grad_values, tail, values, *inputs)
+        counts = ((grad_tail != 0) | (grad_values != 0).any(1)).to(grad_tail.dtype)
+        saved = _Saved(grad_tail, grad_values, tail, values, hidden, head, ids, counts, temperature)
         _, dweight, dbias = saved.run(need._replace(hidden=False))
     return dhidden, dweight, dbias
 

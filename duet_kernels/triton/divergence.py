@@ -119,11 +119,12 @@ def _normalisers(moments_ptr, stride, n, live, inverse, ACC: tl.constexpr):
 
 
 @triton.jit
-def _compared(s, t, s_zero, t_zero, s_share, t_share, shift, inverse):
-    """(p, q, log q - log p) of logits; of two that are -inf the last is NaN."""
-    q = tl.exp2((s - s_zero) * (inverse * LOG2E)) * s_share
-    p = tl.exp2((t - t_zero) * (inverse * LOG2E)) * t_share
-    return p, q, (s - t) * inverse - shift
+def _compared(s, t, norms, inverse):
+    """(p, q, log q - log p) of logits, given `_normalisers`; of two that are -inf the last is NaN."""
+    s_zero, t_zero, s_share, t_share, shift = norms
+    q = tl.exp2((s - s_zero[:, None]) * (inverse * LOG2E)) * s_share[:, None]
+    p = tl.exp2((t - t_zero[:, None]) * (inverse * LOG2E)) * t_share[:, None]
+    return p, q, (s - t) * inverse - shift[:, None]
 
 
 # --- statistics of a row -----------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def _terms_kernel(
     s_times = number(s_by, ACC)
     t_times = number(t_by, ACC)
     inverse = number(inverse_temperature, ACC)
-    s_zero, t_zero, s_share, t_share, shift = _normalisers(moments_ptr, stride_m, n, live, inverse, ACC)
+    norms = _normalisers(moments_ptr, stride_m, n, live, inverse, ACC)
     noise = _row(moments_ptr, 5, stride_m, n, live, ACC) * inverse * (8 * EPS)
     # Summed by column, and over the columns once at the end.
     one = tl.full([ROWS, COLUMNS], 0.0, ACC)
@@ -254,16 +255,7 @@ def _terms_kernel(
         c = start + tl.arange(0, COLUMNS)
         whole = start + COLUMNS <= C
         s, t = load_pair(s_ptr, t_ptr, n, c, s_pitch, t_pitch, live, whole, C, s_times, t_times, ACC)
-        p, q, w = _compared(
-            s,
-            t,
-            s_zero[:, None],
-            t_zero[:, None],
-            s_share[:, None],
-            t_share[:, None],
-            shift[:, None],
-            inverse,
-        )
+        p, q, w = _compared(s, t, norms, inverse)
         terms, a = of_distributions(p, q, w, noise[:, None], beta, DIVERGENCE, HALF)
         one += terms
         other += a
@@ -301,7 +293,7 @@ def _gradient_kernel(
     noise = _row(moments_ptr, 5, stride_m, n, live, ACC) * inverse * (8 * EPS)
     if not RAW:
         upstream = upstream * inverse
-        s_zero, t_zero, s_share, t_share, shift = _normalisers(moments_ptr, stride_m, n, live, inverse, ACC)
+        norms = _normalisers(moments_ptr, stride_m, n, live, inverse, ACC)
         if DIVERGENCE == "reverse_kl":
             s_sum = _row(moments_ptr, 2, stride_m, n, live, ACC)
             t_sum = _row(moments_ptr, 3, stride_m, n, live, ACC)
@@ -320,16 +312,7 @@ def _gradient_kernel(
         terms, dx = of_logits(d, noise[:, None], delta, DIVERGENCE)
         tl.store(partial_ptr + n * SPLITS + split, tl.sum(terms, 1), mask=n < R)
     else:
-        p, q, w = _compared(
-            s,
-            t,
-            s_zero[:, None],
-            t_zero[:, None],
-            s_share[:, None],
-            t_share[:, None],
-            shift[:, None],
-            inverse,
-        )
+        p, q, w = _compared(s, t, norms, inverse)
         _, dx = of_distributions(p, q, w, noise[:, None], beta, DIVERGENCE, HALF)
         if DIVERGENCE != "forward_kl":  # there a = q - p, of which the sum is 0
             dx = gradient(dx, q, total[:, None])
@@ -408,13 +391,10 @@ class _Divergence(dense.Loss):
         self.terms[:, block.rows] += partial.sum(2)
 
     def _fold_values(self, block: dense.Block) -> None:
-        self._gradient(block, None, None, add=True)
+        self.gradient(block, None, None, first=True)
 
-    def gradient(self, block: dense.Block, dz: Tensor, gain: Tensor | None, first: bool) -> None:
-        """Write gain dz of the block; a raw divergence's values come with it."""
-        self._gradient(block, dz, gain, add=first and self.bounded)
-
-    def _gradient(self, block: dense.Block, dz: Tensor | None, gain: Tensor | None, *, add: bool) -> None:
+    def gradient(self, block: dense.Block, dz: Tensor | None, gain: Tensor | None, first: bool) -> None:
+        """Write gain dz of the block, if that is there; a raw divergence's values come with it, unless they were folded."""
         grid, shape = dense.fold_grid(block)
         rows, head = block.shape[0], self.student.head
         partial = self.terms.new_empty(rows, shape["SPLITS"]) if self.raw else None
@@ -427,7 +407,7 @@ class _Divergence(dense.Loss):
             DIVERGENCE=self.divergence, RAW=self.raw, HALF=self.spec.beta == 0.5, HAS_SOFTCAP=head.softcap is not None,
             HAS_GAIN=gain is not None, WRITE=dz is not None, EPS=torch.finfo(self.acc).eps,
         )  # fmt: skip
-        if partial is not None and add:
+        if partial is not None and (dz is None or (first and self.bounded)):
             self.terms[0, block.rows] += partial.sum(1)
 
     def _inputs(self, block: dense.Block) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """Logits that are written, read once and forgotten: tokens of a product x columns of the vocabulary, and their memory.
 
-The bytes that a token needs come as a function of the columns.
+What a token needs comes as a function of the columns.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,13 +21,24 @@ def allocate(sizes: Iterable[int], dtype: torch.dtype, device: torch.device) -> 
 
 
 def cut_logits(
-    n: int, v: int, block: int, limit: int, least: int, token_bytes: Callable[[int], int], room: int
+    n: int,
+    v: int,
+    block: int,
+    limit: int,
+    elements: Callable[[int], list[int]],
+    itemsize: int,
+    budget: int,
+    arch: int,
 ) -> tuple[int, int]:
-    """(tokens, columns): the most tokens for which a few slabs of the vocabulary fit into `room` bytes.
+    """(tokens, columns): the most tokens for which a few slabs of the vocabulary fit into `budget` bytes.
 
-    Slabs are whole blocks of at most `limit` columns, of one size. Fewer than `least` tokens are taken only where these
-    have no room for a narrow slab: W would be read too often.
+    Slabs are whole blocks of at most `limit` columns, of one size; with so many columns a token has `elements` of each
+    field. Fewer than TOPK_TOKENS tokens are taken only where these have no room for a narrow slab: W would be read too often.
     """
+    least, room = tiles.measured_number("TOPK_TOKENS", arch), budget - len(elements(v)) * ALIGNED * itemsize
+
+    def token_bytes(columns: int) -> int:
+        return itemsize * sum(elements(columns))
 
     def width(slabs: int) -> int:
         return min(v, cdiv(cdiv(v, slabs), block) * block)

@@ -52,19 +52,10 @@ from .primitives import (
     require_grid,
     require_sizes,
 )
-from .slabs import ALIGNED, allocate, cut_logits
+from .slabs import allocate, cut_logits
 from .tiles import cdiv, next_power_of_2
 
 # --- kernels ---------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _without_one_maximum(x, top, counted, terms):
-    """Sum of the terms of each row but one of those where x is the row's maximum; 0 for a maximum of -inf."""
-    largest = counted & (x == top[:, None])
-    others = tl.sum(tl.where(counted & (x != top[:, None]), terms, 0.0), 1)
-    ties = tl.sum(largest.to(terms.dtype), 1) - 1.0
-    return others + tl.where(top == float("-inf"), 0.0, ties)
 
 
 @triton.jit
@@ -154,8 +145,11 @@ def _merge_kernel(
     shift = tops - origin(top)[:, None]
     scales = tl.exp(shift)
     weights = scales * (rests + tl.where(tops == float("-inf"), 0.0, 1.0))
-    # A block's own largest term joins the rest, unless it is the largest of all.
-    rest = _without_one_maximum(tops, top, keep, scales)
+    # A block's own largest term joins the rest, unless it is the largest of all; of several, one is left out.
+    largest = keep & (tops == top[:, None])
+    rest = tl.sum(tl.where(keep & (tops != top[:, None]), scales, 0.0), 1)
+    ties = tl.sum(largest.to(scales.dtype), 1) - 1.0
+    rest += tl.where(top == float("-inf"), 0.0, ties)
     rest += tl.sum(tl.where(rests == 0, 0.0, scales * rests), 1)
     total = rest + 1.0
     shift = tl.where(weights == 0, 0.0, shift) + tl.load(mean_ptr + at, mask=keep, other=0.0)
@@ -191,20 +185,13 @@ def token_elements(columns: int, v: int, block: int) -> list[int]:
     return [cdiv(columns, block) * block, *[cdiv(v, block)] * 4]
 
 
-def token_bytes(columns: int, v: int, block: int, itemsize: int) -> int:
-    """Bytes of workspace a token needs."""
-    return itemsize * sum(token_elements(columns, v, block))
-
-
 def plan(n: int, v: int, itemsize: int, budget: int, arch: int = 0) -> Plan:
     """Products of many tokens over as few slabs of the vocabulary as fit into `budget` bytes."""
     block = tiles.STATS_COLUMNS
     while cdiv(v, block) > tiles.STATS_MERGE:
         block *= 2
-    least = tiles.measured_number("TOPK_TOKENS", arch)
-    room = budget - 5 * ALIGNED * itemsize
-    size = functools.partial(token_bytes, v=v, block=block, itemsize=itemsize)
-    return Plan(*cut_logits(n, v, block, v, least, size, room), block)
+    elements = functools.partial(token_elements, v=v, block=block)
+    return Plan(*cut_logits(n, v, block, v, elements, itemsize, budget, arch), block)
 
 
 def token_stats(

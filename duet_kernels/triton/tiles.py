@@ -64,21 +64,10 @@ class DivergenceTile(NamedTuple):
 
 
 # (architecture, bytes of an element) -> tile for long rows. Architecture 0 is every chip that has no row of its own.
-GATHER_FORWARD = {
-    (0, 2): GatherTile(16, 512, 4),
-    (0, 4): GatherTile(16, 256, 4),
-    (0, 8): GatherTile(16, 128, 4),
-}
-GATHER_DHIDDEN = {
-    (0, 2): GatherTile(16, 512, 4),
-    (0, 4): GatherTile(16, 256, 4),
-    (0, 8): GatherTile(16, 128, 4),
-}
-DWEIGHT_CHUNK_SUMS = {
-    (0, 2): GatherTile(16, 512, 4),
-    (0, 4): GatherTile(16, 256, 4),
-    (0, 8): GatherTile(16, 128, 4),
-}
+GATHER_FORWARD, GATHER_DHIDDEN, DWEIGHT_CHUNK_SUMS = (
+    {(0, 2): GatherTile(16, 512, 4), (0, 4): GatherTile(16, 256, 4), (0, 8): GatherTile(16, 128, 4)}
+    for _ in range(3)
+)
 # A warp a program: a segment's end is a branch, and other warps would wait at it.
 DWEIGHT_SEGMENTS = {
     (0, 2): SegmentsTile(16, 512, 4, 1),

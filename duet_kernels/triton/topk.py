@@ -73,7 +73,7 @@ from .primitives import (
     require_sizes,
     unordered,
 )
-from .slabs import ALIGNED, allocate, cut_logits
+from .slabs import allocate, cut_logits
 from .tiles import cdiv, next_power_of_2
 
 # --- product and fold ------------------------------------------------------------------------------------------
@@ -488,19 +488,11 @@ def token_elements(columns: int, k: int, block: int) -> list[int]:
     return [blocks * block, blocks, blocks, min(k, blocks), room, room, 1, 1, 1]
 
 
-def token_bytes(columns: int, k: int, block: int, itemsize: int) -> int:
-    """Bytes of workspace a token needs."""
-    return itemsize * sum(token_elements(columns, k, block))
-
-
 def plan(n: int, v: int, k: int, itemsize: int, budget: int, arch: int = 0) -> Plan:
     """Products of many tokens over as few slabs of the vocabulary as fit into `budget` bytes."""
     block = tiles.topk_block(k, v)
-    limit = tiles.CHOOSE_ELEMENTS * block
-    least = tiles.measured_number("TOPK_TOKENS", arch)
-    room = budget - len(Scratch._fields) * ALIGNED * itemsize
-    size = functools.partial(token_bytes, k=k, block=block, itemsize=itemsize)
-    tokens, columns = cut_logits(n, v, block, limit, least, size, room)
+    limit, elements = tiles.CHOOSE_ELEMENTS * block, functools.partial(token_elements, k=k, block=block)
+    tokens, columns = cut_logits(n, v, block, limit, elements, itemsize, budget, arch)
     return Plan(tokens, columns, block, n <= tiles.measured_number("TOPK_SKINNY_TOKENS", arch))
 
 
