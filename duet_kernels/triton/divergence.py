@@ -391,10 +391,13 @@ class _Divergence(dense.Loss):
         self.terms[:, block.rows] += partial.sum(2)
 
     def _fold_values(self, block: dense.Block) -> None:
-        self.gradient(block, None, None, first=True)
+        self._gradient(block, None, None, add=True)
 
-    def gradient(self, block: dense.Block, dz: Tensor | None, gain: Tensor | None, first: bool) -> None:
-        """Write gain dz of the block, if that is there; a raw divergence's values come with it, unless they were folded."""
+    def gradient(self, block: dense.Block, dz: Tensor, gain: Tensor | None, first: bool) -> None:
+        """Write gain dz of the block; a raw divergence's values come with it."""
+        self._gradient(block, dz, gain, add=first and self.bounded)
+
+    def _gradient(self, block: dense.Block, dz: Tensor | None, gain: Tensor | None, *, add: bool) -> None:
         grid, shape = dense.fold_grid(block)
         rows, head = block.shape[0], self.student.head
         partial = self.terms.new_empty(rows, shape["SPLITS"]) if self.raw else None
@@ -407,7 +410,7 @@ class _Divergence(dense.Loss):
             DIVERGENCE=self.divergence, RAW=self.raw, HALF=self.spec.beta == 0.5, HAS_SOFTCAP=head.softcap is not None,
             HAS_GAIN=gain is not None, WRITE=dz is not None, EPS=torch.finfo(self.acc).eps,
         )  # fmt: skip
-        if partial is not None and (dz is None or (first and self.bounded)):
+        if partial is not None and add:
             self.terms[0, block.rows] += partial.sum(1)
 
     def _inputs(self, block: dense.Block) -> dict[str, object]:
