@@ -144,7 +144,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, WholeSetLoss,
         earlier, loaded = args.earlier_adapter, (args.model_init_kwargs, loading.loading_device(args))
         model = loading.load_model(model, "model", *loaded, earlier)
         lm.check_whole(model)
-        model = loading.without_frozen_adapter(model, "model", peft_config is not None, earlier)
+        model = loading.without_frozen_adapter(model, peft_config is not None, earlier)
         loading.keep_differentiable(model)
         tokenizer = answers.load_tokenizer(model) if processing_class is None else processing_class
         answers.check_tokenizer(tokenizer)

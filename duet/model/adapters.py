@@ -124,13 +124,6 @@ def adapter_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _saved_copies(model: nn.Module) -> list[tuple[str, Any]]:
-    """PEFT's full copies of layers (`modules_to_save`), with their names."""
-    from peft.utils.other import ModulesToSaveWrapper
-
-    return [(name, each) for name, each in model.named_modules() if isinstance(each, ModulesToSaveWrapper)]
-
-
 def has_adapter(model: nn.Module) -> bool:
     """Whether a model, from peft or from transformers, has an adapter."""
     return hasattr(model, "peft_config") or bool(adapter_layers(model))
@@ -160,12 +153,12 @@ def trained_config(model: Any) -> Any:
 
 
 @torch.no_grad()
-def logits_of(model: Any, num_tokens: int = 8) -> Tensor:
-    """`[num_tokens, V]` fp32 logits of the model for tokens from all over its vocabulary, dropout off; on its device."""
+def logits_of(model: Any) -> Tensor:
+    """`[8, V]` fp32 logits of the model for tokens from all over its vocabulary, dropout off; on its device."""
     embedding = model.get_input_embeddings()
     device, count = embedding.weight.device, embedding.weight.shape[0]
     count = min(count, getattr(model.config.get_text_config(), "vocab_size", None) or count)
-    ids = torch.linspace(0, count - 1, num_tokens, device=device).long().unsqueeze(0)
+    ids = torch.linspace(0, count - 1, 8, device=device).long().unsqueeze(0)
     with Switches(model).evaluating():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return logits[0].float()
@@ -176,7 +169,7 @@ def check_same_logits(model: nn.Module, wanted: Tensor, what: str, dtype: torch.
 
     Args:
         model: as it is now.
-        wanted: `[T, V]` logits of before.
+        wanted: `[8, V]` logits of before.
         what: was done to it, in words, for the error.
         dtype: the coarsest one on the way; None: the model's. fp32 and fp64: 1e-5 of the largest logit. Half precision
             rounds every weight anew: 16 units of its last place.
@@ -186,7 +179,7 @@ def check_same_logits(model: nn.Module, wanted: Tensor, what: str, dtype: torch.
     """
     dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
     tolerance = 1e-5 if dtype in _PRECISE else 16 * torch.finfo(dtype).eps
-    now = logits_of(model, len(wanted)).to(wanted.device)
+    now = logits_of(model).to(wanted.device)
     if now.shape != wanted.shape:
         raise ValueError(f"{what}: gave logits of shape {list(now.shape)}, wanted {list(wanted.shape)}")
     worst, allowed = (now - wanted).abs().amax(), tolerance * wanted.abs().amax()
@@ -303,12 +296,15 @@ def take_off(model: Any) -> nn.Module:
 
 def _unload(model: Any, merge: bool) -> None:
     """Each layer with an adapter is replaced by its base layer, into which the adapter was merged before or not."""
+    from peft.utils.other import ModulesToSaveWrapper
+
     for name, module in list(model.named_modules()):
         if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
             if merge:
                 module.merge()
             _replace(model, name, module.get_base_layer())
-    for name, wrapper in _saved_copies(model):
+    wrappers = [each for each in model.named_modules() if isinstance(each[1], ModulesToSaveWrapper)]
+    for name, wrapper in wrappers:  # full copies of layers: `modules_to_save`
         active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.modules_to_save]
         _replace(model, name, wrapper.modules_to_save[active[0]] if active else wrapper.original_module)
     # The names that transformers gave the adapter's weights when it read them; it would write the model's under them.

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..model.lm import find_backbone, layers_path, set_checkpointing
+from ..model.lm import find_backbone, layers_path
 
 ROWS = 1_000_003
 # Options of peft.LoraConfig that tell layers apart by their number.
@@ -233,8 +233,9 @@ class LiveBytes(TorchDispatchMode):
 def _run(model: Any, layers: Sequence[nn.Module], length: int, autocast: bool, checkpointing: bool) -> Run:
     """One step; a model that does not train makes none but the forward."""
     with FakeTensorMode(allow_non_fake_inputs=True), _materialised(model):
-        if checkpointing:
-            set_checkpointing(model, True)
+        if checkpointing:  # under the name that this version of transformers has for it
+            newer = hasattr(model, "activation_checkpointing_enable")
+            getattr(model, f"{'activation' if newer else 'gradient'}_checkpointing_enable")()
         live = LiveBytes(model)
 
         def watch(module, args, kwargs):

@@ -101,7 +101,7 @@ def cache_teacher(
     folder = _folder(folder, args)
     state = PartialState(cpu=args.use_cpu)
     model = load_model(model, "model", args.model_init_kwargs, loading_device(args), args.earlier_adapter)
-    model = without_attached_adapter(model, "model", args.earlier_adapter)
+    model = without_attached_adapter(model, args.earlier_adapter)
     with _without_adapter(model):
         job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
         writer = StoreWriter(folder, job.provenance, job.rows, shard_entries)
@@ -223,7 +223,7 @@ def _from_elsewhere(folder: Any, model: Any, args: DuetConfig, *rest: Any) -> tu
     """The job of a teacher whose log-probabilities are made elsewhere, and the writer of its store; `rest` as in `_Job.of`."""
     folder = _folder(folder, args)
     model = load_model(model, "model", args.model_init_kwargs, earlier=args.earlier_adapter)
-    model = without_attached_adapter(model, "model", args.earlier_adapter)
+    model = without_attached_adapter(model, args.earlier_adapter)
     with _without_adapter(model):
         job = _Job.of(model, args, *rest)
     job = replace(job, provenance=replace(job.provenance, values=LOG_PROBABILITIES, autocast=None))
