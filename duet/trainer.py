@@ -25,7 +25,6 @@ from .config import DuetConfig
 from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler
 from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
-from .methods.asking import Asking
 from .methods.directions import FixedDirections
 from .methods.evaluating import WholeSetLoss
 from .methods.objectives import Counts, Step, fit_model, objective_of
@@ -49,7 +48,7 @@ logger = logging.get_logger(__name__)
 silence_what_no_user_can_change()
 
 
-class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, AdapterTrainer):
+class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, AdapterTrainer):
     r"""Trains a model to forget, by imitating itself steered by a prompt (DUET, arXiv 2601.21283).
 
         min_theta  mean over queries x and scored positions of  D( p_theta(. | x, y_<j), p_base(. | c, x, y_<j) )

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from ..options import Count, NotNegative
+from .asking import Asking
 from .sharpness import check_plain_steps, trained
 
 _MLP = re.compile(
@@ -183,12 +183,9 @@ def adversary(model: nn.Module, weights: Sequence[str] | dict[str, Any], rank: i
             hook.remove()
 
 
-class FixedSteps(Trainer):
+class FixedSteps(Asking):
     """The part of `DuetTrainer` that steps along one gradient, for objectives that make one; the others pass through."""
 
-    # of DuetTrainer
-    args: Any
-    objective: Any
     _direction: Sequence[Tensor] = ()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from ..model.loading import is_sharded
+from .asking import Asking
 
 
 def check_sharp(objective: Any, args: Any) -> None:
@@ -89,13 +89,9 @@ def moved(weights: Sequence[Tensor], by: Sequence[Tensor | None]) -> Iterator[No
                 weight.copy_(before)
 
 
-class SharpSteps(Trainer):
+class SharpSteps(Asking):
     """The part of `DuetTrainer` that makes sharpness-aware steps for objectives that want them; the others pass through."""
 
-    # of DuetTrainer
-    args: Any
-    objective: Any
-    parts_of: Any
     _upcoming: Sequence[Any] = ()  # the micro-batches of a step that has not begun
     _change: Sequence[Tensor | None] = ()  # of the weights, in this step
     _at_theta: list[dict[str, Tensor]]  # the parts of each of its micro-batches, before the weights are moved
