@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -449,34 +450,22 @@ class Collator:
     def _sequences(self, items: list[dict[str, Any]], view: str) -> dict[str, Tensor]:
         # The last scored token is only predicted: it need not be read.
         sequences = [[*item[view], *item["answer"][: item["scored"] - 1]] for item in items]
+        lengths = [len(sequence) for sequence in sequences]
         if self.packed:
-            return self._one_sequence(items, sequences, view)
-        longest = max(map(len, sequences))
-        ids = torch.full((len(items), longest), self.pad_id)
-        attention = torch.zeros(len(items), longest, dtype=torch.int64)
+            shape, starts = (1, sum(lengths)), accumulate(lengths[:-1], initial=0)
+        else:
+            shape, left = (len(items), max(lengths)), self.padding_side == "left"
+            starts = (b * shape[1] + left * (shape[1] - length) for b, length in enumerate(lengths))
+        ids, beside = torch.full(shape, self.pad_id), torch.zeros(shape, dtype=torch.int64)
         positions: list[int] = []
-        for b, (item, sequence) in enumerate(zip(items, sequences, strict=True)):
-            start = longest - len(sequence) if self.padding_side == "left" else 0
-            ids[b, start : start + len(sequence)] = torch.tensor(sequence)
-            attention[b, start : start + len(sequence)] = 1
-            first = b * longest + start + len(item[view]) - 1
-            positions += range(first, first + item["scored"])
-        return {"input_ids": ids, "attention_mask": attention, "positions": torch.tensor(positions)}
-
-    def _one_sequence(self, items, sequences: list[list[int]], view: str) -> dict[str, Tensor]:
-        positions: list[int] = []
-        start = 0
-        for item, sequence in zip(items, sequences, strict=True):
+        for start, item, sequence in zip(starts, items, sequences, strict=True):
+            here = slice(start, start + len(sequence))
+            ids.view(-1)[here] = torch.tensor(sequence)
+            beside.view(-1)[here] = torch.arange(len(sequence)) if self.packed else 1
             first = start + len(item[view]) - 1
             positions += range(first, first + item["scored"])
-            start += len(sequence)
-        return {
-            "input_ids": torch.tensor([[token for sequence in sequences for token in sequence]]),
-            "position_ids": torch.tensor(
-                [[place for sequence in sequences for place in range(len(sequence))]]
-            ),
-            "positions": torch.tensor(positions),
-        }
+        name = "position_ids" if self.packed else "attention_mask"
+        return {"input_ids": ids, name: beside, "positions": torch.tensor(positions)}
 
 
 def first_rows(batch: dict[str, Any], rows: int) -> dict[str, Any]:

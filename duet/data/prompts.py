@@ -110,16 +110,17 @@ def answer_ending(tokenizer: Any, **template_kwargs: Any) -> list[int]:
     if not shown:
         return end
 
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
-
     # Tokenised after a word, as in use: at the start of a text some tokenizers add a space.
-    word, together = ids(_MARK), ids(_MARK + behind)
-    tail = together[len(word) :] if together[: len(word)] == word else ids(behind)
+    word, together = _ids(tokenizer, _MARK), _ids(tokenizer, _MARK + behind)
+    tail = together[len(word) :] if together[: len(word)] == word else _ids(tokenizer, behind)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
     first = next((n for n, token in enumerate(tail) if token in special), None)
     return end if first is None else tail[: first + 1]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
 
 
 @dataclass(frozen=True)
@@ -335,9 +336,8 @@ class PromptRenderer:
             return self._tokenize_plain(text)
         if system is not None:
             conversation = self._with_system(conversation, system)
-        text = self._rendered(conversation)
         # The template has written the special tokens already.
-        return self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+        return _ids(self.tokenizer, self._rendered(conversation))
 
     def _with_system(self, conversation, system: str):
         if not self.system_allowed:
@@ -388,20 +388,15 @@ class PromptRenderer:
             and not self.plain_template[-1].isspace()
         ):
             answer = " " + answer  # after "Answer:" comes " Paris", which is another token than "Paris"
-        return self._ids(answer)
+        return self._known(_ids(self.tokenizer, answer))
 
     def encode_rest(self, conversation: Conversation, answer: str) -> list[int]:
         """Token ids of an answer that follows words which stand there already: behind a space, closed by its `ending`."""
-        return [*self._ids(" " + answer), *self.ending(conversation)]
+        return [*self._known(_ids(self.tokenizer, " " + answer)), *self.ending(conversation)]
 
     def num_tokens(self, text: str) -> int:
         """How many tokens a text has by itself."""
-        return len(self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
-
-    def _ids(self, text: str) -> list[int]:
-        return self._known(
-            list(self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
-        )
+        return len(_ids(self.tokenizer, text))
 
 
 def steered_tokenizer(
