@@ -24,7 +24,7 @@ def load_tokenizer(model: nn.Module) -> Any:
     return tokenizer_at("processing_class", name)
 
 
-def tokenizer_at(argument: str, *places: str | os.PathLike) -> Any:
+def tokenizer_at(argument: str, *places: str | os.PathLike, revision: str | None = None) -> Any:
     """The tokenizer of the first of these folders or names that has one.
 
     Raises:
@@ -33,7 +33,7 @@ def tokenizer_at(argument: str, *places: str | os.PathLike) -> Any:
     failure: Exception | None = None
     for place in places:
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, revision=revision)
         except (OSError, ValueError) as error:
             failure = error
     raise FileNotFoundError(

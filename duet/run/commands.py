@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..data.prompts import Prompting
@@ -118,11 +118,16 @@ def cache(run: RunConfig, dtype: str = "float32") -> Cached:
     return cache_teacher(load_asked(run), args, forget, retain, load_tokenizer(run.model), evals, dtype=dtype)
 
 
+def training_rows(run: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows to forget and those to retain, which may be none."""
+    retain = [] if run.retain is None else load_rows(run.retain, "data.retain")
+    return load_rows(run.forget, "data.forget"), retain
+
+
 def _rows(run: RunConfig) -> tuple[Any, Any, Any]:
-    forget = load_rows(run.forget, "data.forget")
-    retain = None if run.retain is None else load_rows(run.retain, "data.retain")
+    forget, retain = training_rows(run)
     evals = {name: load_rows(source, f"data.eval.{name}") for name, source in run.eval.items()}
-    return forget, retain, evals or None
+    return forget, retain or None, evals or None
 
 
 def make_trainer(run: RunConfig) -> DuetTrainer:
@@ -205,11 +210,8 @@ def _lora(options: dict[str, Any]) -> Any:
 
 
 def load_tokenizer(section: ModelSection) -> Any:
-    name = section.tokenizer or section.name
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=None if section.tokenizer else section.revision)
-    except (OSError, ValueError) as error:
-        raise OSError(f"model.tokenizer: no tokenizer could be loaded from {name!r}: {error}") from error
+    revision = None if section.tokenizer else section.revision
+    return tokenizer_at("model.tokenizer", section.tokenizer or section.name, revision=revision)
 
 
 def merge_adapter(

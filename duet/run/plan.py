@@ -68,6 +68,11 @@ class Settings:
     sharp: bool = False
     workspace: int = 256 << 20
 
+    @property
+    def stored(self) -> str:
+        """As what the base's weights are stored, in words."""
+        return self.quantization or str(self.dtype).removeprefix("torch.")
+
 
 @dataclass(frozen=True)
 class Budget:
