@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -62,6 +62,7 @@ class Asked(NamedTuple):
         return f"{self.name} under steering_prefixes[{self.key[1]}]"
 
 
+@dataclass(eq=False, repr=False)
 class UnlearnDataset(Dataset):
     """Forget rows followed by retain rows; an item is one query as student and teacher see it.
 
@@ -86,53 +87,45 @@ class UnlearnDataset(Dataset):
         max_scored: score at most so many positions of an answer; None: all (not with the teacher's answers).
         whole_text: every token of prompt and answer is scored, from the second on; needs no prefixes.
         max_length: a longer sequence is refused.
-        subjects: what prefixes on retain rows are about; None: the subjects of the forget rows.
+        subjects: what prefixes on retain rows are about; none: the subjects of the forget rows.
         seed: for what is drawn once and for all.
         plain_retain: retain queries are shown to the teacher without a prefix.
         fixed_subjects: a retain row keeps one subject, drawn from `seed`, rather than a new one at each use. Always so
             where its targets or its answer were made beforehand.
     """
 
-    def __init__(
-        self,
-        forget: Sequence[Query],
-        retain: Sequence[Query],
-        renderer: PromptRenderer,
-        prefixes: Sequence[str],
-        *,
-        reverse_prompts: Sequence[str] = (),
-        reverse_fraction: float = 0.0,
-        reverse_role: str = "user",
-        answers: str = "none",
-        max_scored: int | None = 1,
-        max_length: int | None = None,
-        subjects: Sequence[str] | None = None,
-        seed: int = 0,
-        refusals: Sequence[str] = (),
-        whole_text: bool = False,
-        prefills: Sequence[str] = (),
-        prefill_fraction: float = 0.0,
-        plain_retain: bool = False,
-        fixed_subjects: bool = False,
-    ):
-        self.rows = [*forget, *retain]
-        self.num_forget, self.num_retain = len(forget), len(retain)
-        self.renderer, self.prefixes = renderer, list(prefixes)
-        self.reverse_prompts, self.reverse_fraction = list(reverse_prompts), reverse_fraction
-        self.reverse_role = reverse_role
-        self.answers, self.max_scored, self.max_length, self.seed = answers, max_scored, max_length, seed
-        self.subjects = list(subjects or dict.fromkeys(q.subject for q in forget if q.subject))
-        self.refusals, self.whole_text = list(refusals), whole_text
-        self.prefills, self.prefill_fraction = list(prefills), prefill_fraction
+    forget: Sequence[Query]
+    retain: Sequence[Query]
+    renderer: PromptRenderer
+    prefixes: Sequence[str]
+    _: KW_ONLY
+    reverse_prompts: Sequence[str] = ()
+    reverse_fraction: float = 0.0
+    reverse_role: str = "user"
+    answers: str = "none"
+    max_scored: int | None = 1
+    max_length: int | None = None
+    subjects: Sequence[str] = ()
+    seed: int = 0
+    refusals: Sequence[str] = ()
+    whole_text: bool = False
+    prefills: Sequence[str] = ()
+    prefill_fraction: float = 0.0
+    plain_retain: bool = False
+    fixed_subjects: bool = False
+
+    def __post_init__(self) -> None:
+        self.rows = [*self.forget, *self.retain]
+        self.num_forget, self.num_retain = len(self.forget), len(self.retain)
+        self.subjects = self.subjects or list(dict.fromkeys(q.subject for q in self.forget if q.subject))
+        self.fixed_subjects = self.fixed_subjects or self.answers == "teacher"
         self.teacher_answers: dict[tuple[int, int], list[int]] = {}
         self.segments: dict[int, list[Segment]] = {}
-        self.plain_retain = plain_retain
-        self.fixed_subjects = fixed_subjects or answers == "teacher"
         # (row, prefix) -> the targets of all its positions, where no teacher will be asked during training
         self.cached_targets: Callable[[tuple[int, int]], dict[str, Tensor]] | None = None
         # a filled prefix -> (its number, the ids that prompts under it begin with), where a teacher has read these before
         self.beginnings: dict[str | None, tuple[int, list[int]]] | None = None
-        self._longest_reverse = max(self.reverse_prompts, key=renderer.num_tokens, default=None)
+        self._longest_reverse = max(self.reverse_prompts, key=self.renderer.num_tokens, default=None)
         self._check()
 
     def _check(self) -> None:

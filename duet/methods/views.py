@@ -165,7 +165,7 @@ def build_dataset(
         answers=answers,
         max_scored=max_scored,
         max_length=max_length,
-        subjects=subjects,
+        subjects=subjects or (),
         seed=args.seed if cache_seed is None else cache_seed,
         refusals=args.refusals if objective.refuses else (),
         whole_text=positions == "text",
