@@ -329,11 +329,14 @@ class PromptRenderer:
             conversation, system = _before_user(conversation, instruction, last=False), None
         if override is not None and override_role == "system":
             system = override if system is None else f"{system}\n\n{override}"
-        if not self.has_template and not isinstance(conversation, str):
-            conversation = self._written_out(conversation)
-        if isinstance(conversation, str):
-            text = conversation if system is None else f"{system}\n\n{conversation}"
-            return self._tokenize_plain(text)
+        if not chat:
+            text = conversation if isinstance(conversation, str) else self._written_out(conversation)
+            text = text if system is None else f"{system}\n\n{text}"
+            ids = self.tokenizer(text, truncation=False)["input_ids"]
+            # Some tokenizers close every text with an end token; the answer would then never be continued.
+            while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+                ids = ids[:-1]
+            return ids
         if system is not None:
             conversation = self._with_system(conversation, system)
         # The template has written the special tokens already.
@@ -354,13 +357,6 @@ class PromptRenderer:
                 "give rows with 'question' or 'prompt', or set tokenizer.chat_template"
             )
         return self.plain_template.replace("{question}", conversation[0][1])
-
-    def _tokenize_plain(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, truncation=False)["input_ids"]
-        # Some tokenizers close every text with an end token; the answer would then never be continued.
-        while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-            ids = ids[:-1]
-        return ids
 
     def encode_answer(self, conversation: Conversation, answer: str) -> list[int]:
         """Token ids of an answer, closed by its `ending`.
