@@ -89,11 +89,7 @@ class FixedDirections(Asking):
     _placed = False
 
     def check_directions(self) -> None:
-        """Refuses `contrast` where there is no new LoRA of linear layers, nothing to compare, or a sharded model.
-
-        Raises:
-            ValueError: naming what was wanted.
-        """
+        """Refuses `contrast` where there is no new LoRA of linear layers, nothing to compare, or a sharded model."""
         if self.args.adapter_directions == "drawn":
             return
         named = "adapter_directions: wanted 'drawn', got 'contrast'"

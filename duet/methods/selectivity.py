@@ -55,11 +55,7 @@ def mlp_matrices(name: str, args: Any) -> bool:
 
 
 def check_selective(objective: Any, args: Any) -> None:
-    """Refuses options under which the fixed gradient would not be what is stepped along; other objectives are not looked at.
-
-    Raises:
-        ValueError: naming the option, what came and what was wanted.
-    """
+    """Refuses options under which the fixed gradient would not be what is stepped along; other objectives are not looked at."""
     if objective.direction is None:
         return
     named = f"because objective {args.objective!r} steps along one gradient, made before training"
@@ -72,11 +68,7 @@ def check_selective(objective: Any, args: Any) -> None:
 
 
 def check_selective_model(objective: Any, model: nn.Module) -> None:
-    """Refuses adapters and mixtures of experts.
-
-    Raises:
-        ValueError: naming what was wanted.
-    """
+    """Refuses adapters and mixtures of experts."""
     if objective.direction is None:
         return
     if hasattr(model, "peft_config"):

@@ -20,11 +20,7 @@ from .asking import Asking
 
 
 def check_sharp(objective: Any, args: Any) -> None:
-    """Refuses options under which a sharpness-aware step cannot be made; other objectives are not looked at.
-
-    Raises:
-        ValueError: naming the option, what came and what was wanted.
-    """
+    """Refuses options under which a sharpness-aware step cannot be made; other objectives are not looked at."""
     if not objective.sharp:
         return
     named = f"because objective {args.objective!r} moves the weights within a step"
@@ -35,11 +31,7 @@ def check_sharp(objective: Any, args: Any) -> None:
 
 
 def check_plain_steps(args: Any, named: str) -> None:
-    """Refuses several processes, sharded models and scaled gradients; `named` says why, in the error.
-
-    Raises:
-        ValueError: naming the option.
-    """
+    """Refuses several processes, sharded models and scaled gradients; `named` says why, in the error."""
     if is_sharded(args) or args.world_size > 1:
         raise ValueError(f"args: wanted one process and a model that is not sharded, {named}")
     if args.fp16:

@@ -56,9 +56,6 @@ def check_folder(output_dir: str | os.PathLike, adapter: bool) -> None:
     Args:
         output_dir: where a model will be saved.
         adapter: whether an adapter is saved there, and not a whole model.
-
-    Raises:
-        ValueError: naming what is there.
     """
     if holds_weights(output_dir) if adapter else holds_adapter(output_dir):
         there, new = (
@@ -70,11 +67,7 @@ def check_folder(output_dir: str | os.PathLike, adapter: bool) -> None:
 
 
 def check_not_earlier(output_dir: str | os.PathLike, model: Any) -> None:
-    """Refuses to write into the folder of the model that is trained: what is there, and what others trained on it, would be lost.
-
-    Raises:
-        ValueError: naming the folder.
-    """
+    """Refuses to write into the folder of the model that is trained: what is there, and what others trained on it, would be lost."""
     own = getattr(model, "earlier_model", None) or getattr(model, "name_or_path", "")
     there = holds_weights(output_dir) or holds_adapter(output_dir)
     if own and there and Path(own).resolve() == Path(output_dir).resolve():
@@ -105,9 +98,6 @@ def check_no_other_base(base: str | os.PathLike, model: Any) -> None:
     Args:
         base: the folder beside the adapter that will be saved.
         model: on which the adapter is trained; it may be there.
-
-    Raises:
-        ValueError: naming the folder.
     """
     own = getattr(model, "name_or_path", "")
     if base_beside(Path(base).parent) and not (own and Path(own).resolve() == Path(base).resolve()):
@@ -173,9 +163,6 @@ def check_same_logits(model: nn.Module, wanted: Tensor, what: str, dtype: torch.
         what: was done to it, in words, for the error.
         dtype: the coarsest one on the way; None: the model's. fp32 and fp64: 1e-5 of the largest logit. Half precision
             rounds every weight anew: 16 units of its last place.
-
-    Raises:
-        ValueError: they differ.
     """
     dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
     tolerance = 1e-5 if dtype in _PRECISE else 16 * torch.finfo(dtype).eps
@@ -377,11 +364,7 @@ def save_base(model: Any, tokenizer: Any, folder: str | os.PathLike) -> None:
 
 
 def check_task_type(name: str, task_type: str | None) -> None:
-    """Refuses an adapter for another task than a causal language model's: it could be trained and saved, and not be loaded.
-
-    Raises:
-        ValueError: naming `name`.
-    """
+    """Refuses an adapter for another task than a causal language model's: it could be trained and saved, and not be loaded."""
     if task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"{name}: wanted 'CAUSAL_LM', got {getattr(task_type, 'value', task_type)!r}")
 

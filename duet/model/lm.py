@@ -29,11 +29,7 @@ def embedded_ids(model: Any) -> int:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Refuses a model of which a part is not where it computes: offloaded by a `device_map`, or never loaded.
-
-    Raises:
-        ValueError: naming the part and the way out.
-    """
+    """Refuses a model of which a part is not where it computes: offloaded by a `device_map`, or never loaded."""
     placed = getattr(model, "hf_device_map", None) or {}
     away = [name for name, place in placed.items() if place in ("cpu", "disk")]
     if set(placed.values()) <= {"cpu"}:  # a model that is wholly on the CPU is where it computes

@@ -342,11 +342,10 @@ class _Asker:
     """Runs one teacher in batches."""
 
     def __init__(self, job: _Job, args: DuetConfig):
-        self.model, self.args = job.model, args
+        self.job, self.model, self.args = job, job.model, args
         if next(job.model.parameters()).device != args.device:
             job.model.to(args.device)
-        self.tokenizer, self.pad_id = job.tokenizer, job.pad_id
-        self.answers, self.max_scored = job.dataset.answers, job.dataset.max_scored
+        self.answered = job.dataset.answers == "teacher"
         self.collate = Collator(job.pad_id, "right")
         self.saving = Saving()
 
@@ -360,26 +359,25 @@ class _Asker:
         with evaluating(self.model), self._autocast():
             return PrefixCache(self.model, ids)
 
-    def says(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def says(self, prompts: list[list[int]], max_new_tokens: int | None) -> list[list[int]]:
         """The teacher's greedy answers to one batch of prompts."""
         with evaluating(self.model):
-            return generate_answers(self.model, prompts, self.tokenizer, self.pad_id, max_new_tokens)
+            return generate_answers(self.model, prompts, self.job.tokenizer, self.job.pad_id, max_new_tokens)
 
     @torch.no_grad()
     def ask(self, questions: Sequence[Asked], prefix: PrefixCache | None) -> list[Entry]:
         """The entries of one batch, on the CPU."""
         with evaluating(self.model):
             answers = [question.answer for question in questions]
-            if self.answers == "teacher":
-                prompts = [question.steered for question in questions]
-                answers = generate_answers(self.model, prompts, self.tokenizer, self.pad_id, self.max_scored)
+            if self.answered:
+                answers = self.says([question.steered for question in questions], self.job.dataset.max_scored)
             read = sum(len(q.steered) + max(0, len(a) - 1) for q, a in zip(questions, answers, strict=True))
             self.saving.tokens_without += read
             self.saving.tokens += read - (prefix.length * len(questions) if prefix else 0)
             if prefix is not None and self.saving.seconds is None:
                 self._measure(questions, answers, prefix)
             targets = self._targets(questions, answers, prefix)
-        return _split(targets, answers, self.answers == "teacher")
+        return _split(targets, answers, self.answered)
 
     def _targets(self, questions, answers, prefix: PrefixCache | None) -> TopK:
         start = prefix.length if prefix else 0

@@ -56,11 +56,7 @@ def provenance_of(
 
 
 def check_cacheable(objective: Objective, args: DuetConfig) -> None:
-    """Refuses objectives that need more of a teacher than its top-k logits under a steering prefix.
-
-    Raises:
-        ValueError: naming the option.
-    """
+    """Refuses objectives that need more of a teacher than its top-k logits under a steering prefix."""
     if objective.targets is not teacher_topk or objective.teacher_sees != "steered":
         raise ValueError(
             f"teacher_store: objective {args.objective!r} needs something else than a steered teacher's top-k logits, "
