@@ -289,20 +289,15 @@ def _unload(model: Any, merge: bool) -> None:
         if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
             if merge:
                 module.merge()
-            _replace(model, name, module.get_base_layer())
+            model.set_submodule(name, module.get_base_layer())
     wrappers = [each for each in model.named_modules() if isinstance(each[1], ModulesToSaveWrapper)]
     for name, wrapper in wrappers:  # full copies of layers: `modules_to_save`
         active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.modules_to_save]
-        _replace(model, name, wrapper.modules_to_save[active[0]] if active else wrapper.original_module)
+        model.set_submodule(name, wrapper.modules_to_save[active[0]] if active else wrapper.original_module)
     # The names that transformers gave the adapter's weights when it read them; it would write the model's under them.
     for name in ("peft_config", "_weight_conversions"):
         model.__dict__.pop(name, None)
     model._hf_peft_config_loaded = False
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    above, _, last = name.rpartition(".")
-    setattr(model.get_submodule(above), last, module)
 
 
 # -- loading and adding ----------------------------------------------------------------------------------------------

@@ -137,19 +137,18 @@ def _first_layers(backbone: nn.Module, count: int) -> Iterator[list[Tensor]]:
 
     Not from `output_hidden_states`, whose last entry is what comes after the norm.
     """
-    above, _, name = layers_path(backbone).rpartition(".")
-    owner = backbone.get_submodule(above)
-    layers, seen = getattr(owner, name), []
+    path, seen = layers_path(backbone), []
+    layers: Any = backbone.get_submodule(path)
 
     def see(module, args, output):
         seen.append(output[0] if isinstance(output, tuple) else output)
 
     handle = layers[count - 1].register_forward_hook(see)
-    setattr(owner, name, layers[:count])
+    backbone.set_submodule(path, layers[:count])
     try:
         yield seen
     finally:
-        setattr(owner, name, layers)
+        backbone.set_submodule(path, layers)
         handle.remove()
 
 
