@@ -22,7 +22,7 @@ from transformers.utils import logging
 from duet_kernels import LMHead, set_workspace_bytes
 
 from .config import DuetConfig
-from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler
+from .data.dataset import Collator, EpochOf, UnlearnSampler
 from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
 from .methods.directions import FixedDirections
@@ -31,7 +31,7 @@ from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.selectivity import FixedSteps, check_selective, check_selective_model
 from .methods.sharpness import SharpSteps, check_sharp, check_sharp_weights
 from .methods.steering import look_at_teacher, tokenizer_that_steers
-from .methods.views import asked_before_training, build_dataset, eval_datasets, is_steered, renderer_of
+from .methods.views import Views, asked_before_training, is_steered
 from .model import answers, lm, loading
 from .model.adapters import check_folder, check_not_earlier, has_adapter
 from .model.teacher import live_teacher
@@ -157,12 +157,12 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         fit_model(self.objective, model, head, args)
         check_sharp_weights(self.objective, model)
 
-        self._options = args  # `self.args` once the Trainer is made
-        self.renderer = renderer_of(args, tokenizer, lm.embedded_ids(model))
-        self._length = args.max_length or lm.context_length(model)
-        train_dataset = self._dataset(forget, retain)
+        seed = None if self._store is None else self._store.provenance.seed
+        self._views = Views.of(self.objective, args, tokenizer, model, seed)
+        self.renderer = self._views.renderer
+        train_dataset = self._views.dataset(forget, retain)
         self._train_subjects = train_dataset.subjects
-        eval_dataset = eval_datasets(eval_dataset, self._dataset, self._train_subjects)
+        eval_dataset = self._views.evaluated(eval_dataset, self._train_subjects)
         self._other_teacher = teacher_model is not None
         self.teacher = None
         # Hashes of the student and of its teacher, made once: for a store, else when training begins.
@@ -228,11 +228,6 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         if self.objective.loss is None and eval_dataset is not None:
             raise ValueError(f"eval_dataset: wanted None, {named} has no loss")
 
-    def _dataset(self, forget, retain, subjects=None) -> UnlearnDataset:
-        seed = None if self._store is None else self._store.provenance.seed
-        options, renderer, length = self._options, self.renderer, self._length
-        return build_dataset(forget, retain, self.objective, options, renderer, length, subjects, seed)
-
     # -- training ------------------------------------------------------------------------------------------------
 
     def train(
@@ -282,7 +277,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
 
     def get_eval_dataloader(self, eval_dataset=None):
         if not isinstance(eval_dataset, str):
-            eval_dataset = eval_datasets(eval_dataset, self._dataset, self._train_subjects)
+            eval_dataset = self._views.evaluated(eval_dataset, self._train_subjects)
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         self.prepare_rows(self.eval_dataset[chosen] if isinstance(chosen, str) else chosen)
         return super().get_eval_dataloader(eval_dataset)
@@ -291,7 +286,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         """For `predict(rows)`: rows as in `eval_dataset`; their loss is a metric, and nothing else is predicted."""
         if self.objective.loss is None:
             raise ValueError(f"test_dataset: wanted none, objective {self.args.objective!r} has no loss")
-        dataset = eval_datasets(test_dataset, self._dataset, self._train_subjects)
+        dataset = self._views.evaluated(test_dataset, self._train_subjects)
         self.prepare_rows(dataset)
         return super().get_test_dataloader(dataset)
 

@@ -28,9 +28,9 @@ from ..data.rows import read_rows
 from ..methods.objectives import objective_of, teacher_topk
 from ..methods.reuse import SHORTEST
 from ..methods.steering import look_at_teacher
-from ..methods.views import build_dataset, eval_datasets, renderer_of, scored_positions
+from ..methods.views import Views, scored_positions
 from ..model.answers import check_tokenizer, generate_answers, load_tokenizer, padding_id
-from ..model.lm import check_head, context_length, embedded_ids, evaluating, hidden_states_at
+from ..model.lm import check_head, embedded_ids, evaluating, hidden_states_at
 from ..model.loading import load_model, loading_device, without_attached_adapter
 from ..model.prefix_cache import PrefixCache, cannot_reuse, common_length
 from .columns import read_columns
@@ -279,16 +279,9 @@ class _Job:
         head = check_head(model)
         if args.k > head.num_ids:
             raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
-        renderer = renderer_of(args, tokenizer, embedded_ids(model))
-        length = args.max_length or context_length(model)
-
-        def dataset(forget, retain, subjects=None) -> UnlearnDataset:
-            return build_dataset(
-                forget, retain, objective, args, renderer, length, subjects, cache_seed=args.seed
-            )
-
-        datasets = [dataset(forget, retain)]
-        evals = eval_datasets(eval_dataset, dataset, datasets[0].subjects)
+        views = Views.of(objective, args, tokenizer, model, args.seed)
+        datasets = [views.dataset(forget, retain)]
+        evals = views.evaluated(eval_dataset, datasets[0].subjects)
         datasets += evals.values() if isinstance(evals, dict) else filter(None, [evals])
         questions: dict[bytes, Asked] = {}
         named: dict[str, list[bytes]] = {}
