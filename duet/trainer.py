@@ -32,8 +32,9 @@ from .methods.selectivity import FixedSteps, check_selective, check_selective_mo
 from .methods.sharpness import SharpSteps, check_sharp, check_sharp_weights
 from .methods.steering import look_at_teacher, tokenizer_that_steers
 from .methods.views import Views, asked_before_training, is_steered
-from .model import answers, lm, loading
+from .model import lm, loading
 from .model.adapters import check_folder, check_not_earlier, has_adapter
+from .model.answers import tokenizer_of
 from .model.teacher import live_teacher
 from .model.weights import weights_hash
 from .output.adapters import AdapterTrainer, add_new_adapter, check_earlier_adapter
@@ -145,9 +146,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         lm.check_whole(model)
         model = loading.without_frozen_adapter(model, peft_config is not None, earlier)
         loading.keep_differentiable(model)
-        tokenizer = answers.load_tokenizer(model) if processing_class is None else processing_class
-        answers.check_tokenizer(tokenizer)
-        self.pad_id = answers.padding_id(tokenizer, lm.embedded_ids(model))
+        tokenizer, self.pad_id = tokenizer_of(model, processing_class)
         check_not_earlier(str(args.output_dir), model)
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed

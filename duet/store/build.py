@@ -29,8 +29,8 @@ from ..methods.objectives import objective_of, teacher_topk
 from ..methods.reuse import SHORTEST
 from ..methods.steering import look_at_teacher
 from ..methods.views import Views, scored_positions
-from ..model.answers import check_tokenizer, generate_answers, load_tokenizer, padding_id
-from ..model.lm import check_head, embedded_ids, evaluating, hidden_states_at
+from ..model.answers import generate_answers, tokenizer_of
+from ..model.lm import check_head, evaluating, hidden_states_at
 from ..model.loading import load_model, loading_device, without_attached_adapter
 from ..model.prefix_cache import PrefixCache, cannot_reuse, common_length
 from .columns import read_columns
@@ -273,9 +273,7 @@ class _Job:
             set_workspace_bytes(args.workspace_bytes)
         forget = read_rows(forget_dataset, "forget_dataset")
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
-        tokenizer = load_tokenizer(model) if processing_class is None else processing_class
-        check_tokenizer(tokenizer)
-        pad_id = padding_id(tokenizer, embedded_ids(model))
+        tokenizer, pad_id = tokenizer_of(model, processing_class)
         head = check_head(model)
         if args.k > head.num_ids:
             raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
