@@ -209,8 +209,7 @@ class PromptRenderer:
 
     Args:
         tokenizer: a transformers tokenizer.
-        plain_template: text with `{question}` in it.
-        chat_template_kwargs: further arguments of the chat template.
+        plain_template, chat_template_kwargs: as in `Prompting`.
         steering_place: `system` or `user`: where the instruction goes.
         num_ids: how many ids the model embeds; None: not checked.
     """

@@ -85,11 +85,7 @@ class ViewOptions:
 
     @property
     def prompting(self) -> Prompting:
-        """How prompts are written.
-
-        Raises:
-            ValueError: `plain_template` or `chat_template_kwargs` is something else.
-        """
+        """How prompts are written, checked."""
         options: Any = self.chat_template_kwargs or {}  # a dict: TrainingArguments parses texts
         return Prompting(self.plain_template, options)
 
