@@ -245,7 +245,9 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
         raise ValueError(
             f"{argument}: wanted an adapter that can be merged into its base, got {type(model).__name__}: {error}"
         ) from error
-    if shared is not None or not _tied(inner):
+    pair = inner.get_input_embeddings(), inner.get_output_embeddings()
+    embedding, head = (getattr(each, "weight", None) for each in pair)
+    if shared is not None or embedding is not head:
         for config in (inner.config, inner.config.get_text_config()):
             config.tie_word_embeddings = False
     for parameter in inner.parameters():
@@ -264,14 +266,6 @@ def _check_takes_adapter(model: nn.Module, argument: str) -> None:
                 "would be rounded away: leave it beside them (training.earlier_adapter: keep), or merge it into the base as it "
                 "was before it was quantised (`duet merge`)"
             )
-
-
-def _tied(model: Any) -> bool:
-    pair = [
-        getattr(each, "weight", None)
-        for each in (model.get_input_embeddings(), model.get_output_embeddings())
-    ]
-    return pair[0] is pair[1]
 
 
 def take_off(model: Any) -> nn.Module:
