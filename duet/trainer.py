@@ -28,8 +28,8 @@ from .extras import silence_what_no_user_can_change
 from .methods.directions import FixedDirections
 from .methods.evaluating import WholeSetLoss
 from .methods.objectives import Counts, Step, fit_model, objective_of
-from .methods.selectivity import FixedSteps, check_selective, check_selective_model
-from .methods.sharpness import SharpSteps, check_sharp, check_sharp_weights
+from .methods.selectivity import FixedSteps, check_selective
+from .methods.sharpness import SharpSteps, check_sharp
 from .methods.steering import look_at_teacher, tokenizer_that_steers
 from .methods.views import Views, asked_before_training, is_steered
 from .model import lm, loading
@@ -152,9 +152,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
             model = add_new_adapter(model, tokenizer, peft_config, str(args.output_dir), args.should_save)
         head = lm.check_head(model)
-        check_selective_model(self.objective, model)
         fit_model(self.objective, model, head, args)
-        check_sharp_weights(self.objective, model)
 
         seed = None if self._store is None else self._store.provenance.seed
         self._views = Views.of(self.objective, args, tokenizer, model, seed)
