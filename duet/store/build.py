@@ -28,7 +28,7 @@ from ..data.rows import read_rows
 from ..methods.objectives import objective_of, teacher_topk
 from ..methods.reuse import SHORTEST
 from ..methods.steering import look_at_teacher
-from ..methods.views import Views, scored_positions
+from ..methods.views import Views
 from ..model.answers import generate_answers, tokenizer_of
 from ..model.lm import check_head, evaluating, hidden_states_at
 from ..model.loading import load_model, loading_device, without_attached_adapter
@@ -288,8 +288,7 @@ class _Job:
                 entry_id = fingerprint(asked.plain, asked.steered, asked.answer)
                 questions[entry_id] = asked
                 named.setdefault(asked.name, []).append(entry_id)
-        positions = scored_positions(objective, args)
-        provenance = provenance_of(model, head, tokenizer, args, datasets[0], positions, dtype)
+        provenance = provenance_of(model, head, tokenizer, args, datasets[0], objective, dtype)
         return cls(model, tokenizer, pad_id, datasets[0], questions, named, provenance)
 
     def order(self, entry_id: bytes) -> tuple[str, int]:
