@@ -278,7 +278,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_data.py::test_retain_rows_of_an_epoch_are_rounded_up[3-0.3-1]"),
         ("the longest subject has the most characters", "return [max(texts, key=count) for texts in filled]", "return [max(texts, key=len) for texts in filled]",
          "tests/test_data.py::test_the_longest_prompt_is_that_of_the_most_tokens"),
-        ("every epoch takes the same retain rows", "next_retain = self.epoch * self.retain_per_epoch", "next_retain = 0",
+        ("every epoch takes the same retain rows", "self._retain_rows(self.epoch * self.retain_per_epoch)", "self._retain_rows(0)",
          "tests/test_data.py::test_retain_rows_are_used_evenly_over_epochs"),
         ("the first prefix is always taken", "which = rng.randrange(len(self.prefixes)) if training and self.prefixes else 0", "which = 0 * rng.randrange(2)",
          "tests/test_data.py::test_a_prefix_is_sampled_from_a_set_per_query"),

@@ -367,21 +367,19 @@ class UnlearnSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         rng = random.Random(f"{self.seed}/forget/{self.epoch}")
         order = rng.sample(range(self.num_forget), self.num_forget)
-        next_retain = self.epoch * self.retain_per_epoch
+        retain = self._retain_rows(self.epoch * self.retain_per_epoch)
         for i, row in enumerate(order):
             yield Draw(row, rng.getrandbits(62))
             for _ in range(self._retain_until(i + 1) - self._retain_until(i)):
-                yield Draw(self.num_forget + self._retain_row(next_retain), rng.getrandbits(62))
-                next_retain += 1
+                yield Draw(self.num_forget + next(retain), rng.getrandbits(62))
 
-    def _retain_row(self, position: int) -> int:
+    def _retain_rows(self, position: int) -> Iterator[int]:
+        """The stream of shuffles from a position on."""
         shuffle, place = divmod(position, self.num_retain)
-        if getattr(self, "_shuffle", None) != shuffle:
-            order = random.Random(f"{self.seed}/retain/{shuffle}").sample(
-                range(self.num_retain), self.num_retain
-            )
-            self._shuffle, self._order = shuffle, order
-        return self._order[place]
+        while True:
+            rng = random.Random(f"{self.seed}/retain/{shuffle}")
+            yield from rng.sample(range(self.num_retain), self.num_retain)[place:]
+            shuffle, place = shuffle + 1, 0
 
 
 class EpochOf(TrainerCallback):
