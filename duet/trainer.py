@@ -345,18 +345,15 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         if not batch_samples:
             return None
         totals = torch.stack([self.objective.count(batch).to(device) for batch in batch_samples]).sum(0)
-        if self.accelerator.num_processes > 1:
-            totals = self.accelerator.gather(totals.unsqueeze(0)).sum(0)
-        return Counts.of(totals)
+        return Counts.of(self.accelerator.gather(totals.unsqueeze(0)).sum(0))
 
     # -- what is logged, watched and saved -----------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss (`forget_loss`, `retain_loss`), averaged over the steps since the last log."""
         if "loss" in logs:
-            several = self.accelerator.num_processes > 1
-            gathered = self.accelerator.gather if several else (lambda values: values)
-            logs |= self._parts.means(self.state.global_step, lambda values: gathered(values.unsqueeze(0)))
+            gather = self.accelerator.gather
+            logs |= self._parts.means(self.state.global_step, lambda values: gather(values.unsqueeze(0)))
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
