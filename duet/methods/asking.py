@@ -31,6 +31,7 @@ class Asking(Trainer):
     model_wrapped: Any
     accelerator: Any
     train_dataset: Any
+    eval_dataset: Any
     data_collator: Any
     objective: Any
     teacher: Any

@@ -261,10 +261,9 @@ def _run(model: Any, layers: Sequence[nn.Module], length: int, autocast: bool, c
 
 def _materialise(model: nn.Module) -> None:
     """Parameters and buffers on the meta device become (fake) ones of a CPU; shared ones stay shared."""
-    made: dict[Tensor, Tensor] = {}
+    made: dict[Tensor, Any] = {}
     for module in model.modules():
-        tables: tuple[dict[str, Any], ...] = module._parameters, module._buffers
-        for table in tables:
+        for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is None or tensor.device.type != "meta":
                     continue
