@@ -1,7 +1,10 @@
 """The console script `duet`: parses, calls, and turns expected errors into one line."""
 
+import io
+import json
 import pathlib
 import platform
+import sys
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -20,6 +23,7 @@ from duet.evaluation.commands import (
     lines_of,
     literal_console,
     names_in,
+    numbers_in,
     progress,
     resumable,
     run_attack,
@@ -298,7 +302,6 @@ def shrink(
     device: Device = None,
 ) -> None:
     """Make a trained adapter smaller, if the model then keeps more and still forgets."""
-    from duet.evaluation.commands import numbers_in
     from duet.run import shrink as shrinking
 
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "samples": samples}
@@ -354,9 +357,6 @@ def chat(
     device: Device = None,
 ) -> None:
     """Ask a model, line by line from the standard input; with --beside two, whose answers stand side by side."""
-    import io
-    import sys
-
     from duet.data.prompts import Prompting
     from duet.evaluation import models
     from duet.evaluation.chat import Speaker
@@ -418,8 +418,6 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, sizes in bytes")] = False,
 ) -> None:
     """Where the memory of a training step will go, and which settings fit, before anything is loaded."""
-    import json
-
     from duet.run.config_file import apply_overrides, quoted, read_run
     from duet.run.plan_report import DEFAULT_TREE, Plan, parse_size
 
@@ -439,8 +437,6 @@ def plan(
 @app.command()
 def schema() -> None:
     """Print a JSON schema of the YAML file of a run, with which an editor checks and completes it."""
-    import json
-
     from duet.run.schema import schema as of_run
 
     print(json.dumps(of_run(), indent=2))

@@ -119,7 +119,8 @@ class DuetConfig(
 
     def __post_init__(self):
         if self.bf16 is None:
-            self.bf16 = _half_by_default(self)
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.get_device_capability() >= (8, 0)
         _name_checkpointing(self)
         super().__post_init__()
         check_options(self)
@@ -182,11 +183,6 @@ def _check_trackers(wanted: Any) -> None:
             f"report_to: {name!r} needs its package, which is not installed here (pip install {name}); wanted 'none' or one "
             f"that is: {', '.join(here) or 'there is none'}"
         )
-
-
-def _half_by_default(config: DuetConfig) -> bool:
-    on_gpu = torch.cuda.is_available() and not config.use_cpu
-    return on_gpu and not config.fp16 and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _name_checkpointing(config: DuetConfig) -> None:

@@ -22,19 +22,19 @@ from transformers.utils import logging
 from duet_kernels import LMHead, set_workspace_bytes
 
 from .config import DuetConfig
-from .data.dataset import Collator, EpochOf, UnlearnDataset, UnlearnSampler
+from .data.dataset import Collator, EpochOf, UnlearnSampler
 from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
-from .methods.asking import Asking
 from .methods.directions import FixedDirections
 from .methods.evaluating import WholeSetLoss
 from .methods.objectives import Counts, Step, fit_model, objective_of
-from .methods.selectivity import FixedSteps, check_selective, check_selective_model
-from .methods.sharpness import SharpSteps, check_sharp, check_sharp_weights
+from .methods.selectivity import FixedSteps, check_selective
+from .methods.sharpness import SharpSteps, check_sharp
 from .methods.steering import look_at_teacher, tokenizer_that_steers
-from .methods.views import asked_before_training, build_dataset, eval_datasets, is_steered, renderer_of
-from .model import answers, lm, loading
+from .methods.views import Views, asked_before_training, is_steered
+from .model import lm, loading
 from .model.adapters import check_folder, check_not_earlier, has_adapter
+from .model.answers import tokenizer_of
 from .model.teacher import live_teacher
 from .model.weights import weights_hash
 from .output.adapters import AdapterTrainer, add_new_adapter, check_earlier_adapter
@@ -49,7 +49,7 @@ logger = logging.get_logger(__name__)
 silence_what_no_user_can_change()
 
 
-class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, AdapterTrainer):
+class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, AdapterTrainer):
     r"""Trains a model to forget, by imitating itself steered by a prompt (DUET, arXiv 2601.21283).
 
         min_theta  mean over queries x and scored positions of  D( p_theta(. | x, y_<j), p_base(. | c, x, y_<j) )
@@ -144,26 +144,22 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, WholeSetLoss,
         earlier, loaded = args.earlier_adapter, (args.model_init_kwargs, loading.loading_device(args))
         model = loading.load_model(model, "model", *loaded, earlier)
         lm.check_whole(model)
-        model = loading.without_frozen_adapter(model, "model", peft_config is not None, earlier)
+        model = loading.without_frozen_adapter(model, peft_config is not None, earlier)
         loading.keep_differentiable(model)
-        tokenizer = answers.load_tokenizer(model) if processing_class is None else processing_class
-        answers.check_tokenizer(tokenizer)
-        self.pad_id = answers.padding_id(tokenizer, lm.embedded_ids(model))
+        tokenizer, self.pad_id = tokenizer_of(model, processing_class)
         check_not_earlier(str(args.output_dir), model)
         if peft_config is not None:
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
             model = add_new_adapter(model, tokenizer, peft_config, str(args.output_dir), args.should_save)
         head = lm.check_head(model)
-        check_selective_model(self.objective, model)
         fit_model(self.objective, model, head, args)
-        check_sharp_weights(self.objective, model)
 
-        self._options = args  # `self.args` once the Trainer is made
-        self.renderer = renderer_of(args, tokenizer, lm.embedded_ids(model))
-        self._length = args.max_length or lm.context_length(model)
-        train_dataset = self._dataset(forget, retain)
+        seed = None if self._store is None else self._store.provenance.seed
+        self._views = Views.of(self.objective, args, tokenizer, model, seed)
+        self.renderer = self._views.renderer
+        train_dataset = self._views.dataset(forget, retain)
         self._train_subjects = train_dataset.subjects
-        eval_dataset = eval_datasets(eval_dataset, self._dataset, self._train_subjects)
+        eval_dataset = self._views.evaluated(eval_dataset, self._train_subjects)
         self._other_teacher = teacher_model is not None
         self.teacher = None
         # Hashes of the student and of its teacher, made once: for a store, else when training begins.
@@ -229,11 +225,6 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, WholeSetLoss,
         if self.objective.loss is None and eval_dataset is not None:
             raise ValueError(f"eval_dataset: wanted None, {named} has no loss")
 
-    def _dataset(self, forget, retain, subjects=None) -> UnlearnDataset:
-        seed = None if self._store is None else self._store.provenance.seed
-        options, renderer, length = self._options, self.renderer, self._length
-        return build_dataset(forget, retain, self.objective, options, renderer, length, subjects, seed)
-
     # -- training ------------------------------------------------------------------------------------------------
 
     def train(
@@ -283,7 +274,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, WholeSetLoss,
 
     def get_eval_dataloader(self, eval_dataset=None):
         if not isinstance(eval_dataset, str):
-            eval_dataset = eval_datasets(eval_dataset, self._dataset, self._train_subjects)
+            eval_dataset = self._views.evaluated(eval_dataset, self._train_subjects)
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         self.prepare_rows(self.eval_dataset[chosen] if isinstance(chosen, str) else chosen)
         return super().get_eval_dataloader(eval_dataset)
@@ -292,7 +283,7 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, WholeSetLoss,
         """For `predict(rows)`: rows as in `eval_dataset`; their loss is a metric, and nothing else is predicted."""
         if self.objective.loss is None:
             raise ValueError(f"test_dataset: wanted none, objective {self.args.objective!r} has no loss")
-        dataset = eval_datasets(test_dataset, self._dataset, self._train_subjects)
+        dataset = self._views.evaluated(test_dataset, self._train_subjects)
         self.prepare_rows(dataset)
         return super().get_test_dataloader(dataset)
 
@@ -354,18 +345,15 @@ class DuetTrainer(Asking, SharpSteps, FixedSteps, FixedDirections, WholeSetLoss,
         if not batch_samples:
             return None
         totals = torch.stack([self.objective.count(batch).to(device) for batch in batch_samples]).sum(0)
-        if self.accelerator.num_processes > 1:
-            totals = self.accelerator.gather(totals.unsqueeze(0)).sum(0)
-        return Counts.of(totals)
+        return Counts.of(self.accelerator.gather(totals.unsqueeze(0)).sum(0))
 
     # -- what is logged, watched and saved -----------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss (`forget_loss`, `retain_loss`), averaged over the steps since the last log."""
         if "loss" in logs:
-            several = self.accelerator.num_processes > 1
-            gathered = self.accelerator.gather if several else (lambda values: values)
-            logs |= self._parts.means(self.state.global_step, lambda values: gathered(values.unsqueeze(0)))
+            gather = self.accelerator.gather
+            logs |= self._parts.means(self.state.global_step, lambda values: gather(values.unsqueeze(0)))
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

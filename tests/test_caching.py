@@ -21,7 +21,7 @@ from duet import DuetConfig
 from duet.data.prompts import PromptRenderer
 from duet.data.rows import read_rows
 from duet.methods.objectives import OBJECTIVES
-from duet.methods.views import build_dataset
+from duet.methods.views import Views
 from duet.model import prefix_cache
 from duet.model.hashes import config_hash
 from duet.model.prefix_cache import PrefixCache, common_length
@@ -60,7 +60,7 @@ def questions(tmp_path, **options):
     args = config(tmp_path, **options)
     forget, retain = read_rows(forget_rows(), "forget_dataset"), read_rows(retain_rows(), "retain_dataset")
     renderer = PromptRenderer(word_tokenizer())
-    return list(build_dataset(forget, retain, OBJECTIVES["duet"], args, renderer, None, cache_seed=0).asked())
+    return list(Views(OBJECTIVES["duet"], args, renderer, None, 0).dataset(forget, retain).asked())
 
 
 # -- what is asked ---------------------------------------------------------------------------------------------------

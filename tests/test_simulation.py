@@ -149,8 +149,7 @@ def test_an_adapter_that_knows_layers_by_number_is_tried_whole(options, kinds):
 @pytest.mark.parametrize("name", ["llama", "two kinds"])
 def test_what_is_trained_is_counted_without_all_layers(name, adapter):
     model = two_kinds() if name == "two kinds" else made("llama")
-    wrapped = copy.deepcopy(model)
-    wrapped = wrapped if adapter is None else simulation.adapted(wrapped, adapter)
+    wrapped = simulation._copy(model, None, adapter)
     wanted = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     counted = trained_parameters(model, adapter)
     assert sum(times * p.numel() for times, p in counted) == wanted > 0

@@ -10,7 +10,8 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ class Asked(NamedTuple):
         return f"{self.name} under steering_prefixes[{self.key[1]}]"
 
 
+@dataclass(eq=False, repr=False)
 class UnlearnDataset(Dataset):
     """Forget rows followed by retain rows; an item is one query as student and teacher see it.
 
@@ -85,53 +87,45 @@ class UnlearnDataset(Dataset):
         max_scored: score at most so many positions of an answer; None: all (not with the teacher's answers).
         whole_text: every token of prompt and answer is scored, from the second on; needs no prefixes.
         max_length: a longer sequence is refused.
-        subjects: what prefixes on retain rows are about; None: the subjects of the forget rows.
+        subjects: what prefixes on retain rows are about; none: the subjects of the forget rows.
         seed: for what is drawn once and for all.
         plain_retain: retain queries are shown to the teacher without a prefix.
         fixed_subjects: a retain row keeps one subject, drawn from `seed`, rather than a new one at each use. Always so
             where its targets or its answer were made beforehand.
     """
 
-    def __init__(
-        self,
-        forget: Sequence[Query],
-        retain: Sequence[Query],
-        renderer: PromptRenderer,
-        prefixes: Sequence[str],
-        *,
-        reverse_prompts: Sequence[str] = (),
-        reverse_fraction: float = 0.0,
-        reverse_role: str = "user",
-        answers: str = "none",
-        max_scored: int | None = 1,
-        max_length: int | None = None,
-        subjects: Sequence[str] | None = None,
-        seed: int = 0,
-        refusals: Sequence[str] = (),
-        whole_text: bool = False,
-        prefills: Sequence[str] = (),
-        prefill_fraction: float = 0.0,
-        plain_retain: bool = False,
-        fixed_subjects: bool = False,
-    ):
-        self.rows = [*forget, *retain]
-        self.num_forget, self.num_retain = len(forget), len(retain)
-        self.renderer, self.prefixes = renderer, list(prefixes)
-        self.reverse_prompts, self.reverse_fraction = list(reverse_prompts), reverse_fraction
-        self.reverse_role = reverse_role
-        self.answers, self.max_scored, self.max_length, self.seed = answers, max_scored, max_length, seed
-        self.subjects = list(subjects or dict.fromkeys(q.subject for q in forget if q.subject))
-        self.refusals, self.whole_text = list(refusals), whole_text
-        self.prefills, self.prefill_fraction = list(prefills), prefill_fraction
+    forget: Sequence[Query]
+    retain: Sequence[Query]
+    renderer: PromptRenderer
+    prefixes: Sequence[str]
+    _: KW_ONLY
+    reverse_prompts: Sequence[str] = ()
+    reverse_fraction: float = 0.0
+    reverse_role: str = "user"
+    answers: str = "none"
+    max_scored: int | None = 1
+    max_length: int | None = None
+    subjects: Sequence[str] = ()
+    seed: int = 0
+    refusals: Sequence[str] = ()
+    whole_text: bool = False
+    prefills: Sequence[str] = ()
+    prefill_fraction: float = 0.0
+    plain_retain: bool = False
+    fixed_subjects: bool = False
+
+    def __post_init__(self) -> None:
+        self.rows = [*self.forget, *self.retain]
+        self.num_forget, self.num_retain = len(self.forget), len(self.retain)
+        self.subjects = self.subjects or list(dict.fromkeys(q.subject for q in self.forget if q.subject))
+        self.fixed_subjects = self.fixed_subjects or self.answers == "teacher"
         self.teacher_answers: dict[tuple[int, int], list[int]] = {}
         self.segments: dict[int, list[Segment]] = {}
-        self.plain_retain = plain_retain
-        self.fixed_subjects = fixed_subjects or answers == "teacher"
         # (row, prefix) -> the targets of all its positions, where no teacher will be asked during training
         self.cached_targets: Callable[[tuple[int, int]], dict[str, Tensor]] | None = None
         # a filled prefix -> (its number, the ids that prompts under it begin with), where a teacher has read these before
         self.beginnings: dict[str | None, tuple[int, list[int]]] | None = None
-        self._longest_reverse = max(self.reverse_prompts, key=renderer.num_tokens, default=None)
+        self._longest_reverse = max(self.reverse_prompts, key=self.renderer.num_tokens, default=None)
         self._check()
 
     def _check(self) -> None:
@@ -373,21 +367,19 @@ class UnlearnSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         rng = random.Random(f"{self.seed}/forget/{self.epoch}")
         order = rng.sample(range(self.num_forget), self.num_forget)
-        next_retain = self.epoch * self.retain_per_epoch
+        retain = self._retain_rows(self.epoch * self.retain_per_epoch)
         for i, row in enumerate(order):
             yield Draw(row, rng.getrandbits(62))
             for _ in range(self._retain_until(i + 1) - self._retain_until(i)):
-                yield Draw(self.num_forget + self._retain_row(next_retain), rng.getrandbits(62))
-                next_retain += 1
+                yield Draw(self.num_forget + next(retain), rng.getrandbits(62))
 
-    def _retain_row(self, position: int) -> int:
+    def _retain_rows(self, position: int) -> Iterator[int]:
+        """The stream of shuffles from a position on."""
         shuffle, place = divmod(position, self.num_retain)
-        if getattr(self, "_shuffle", None) != shuffle:
-            order = random.Random(f"{self.seed}/retain/{shuffle}").sample(
-                range(self.num_retain), self.num_retain
-            )
-            self._shuffle, self._order = shuffle, order
-        return self._order[place]
+        while True:
+            rng = random.Random(f"{self.seed}/retain/{shuffle}")
+            yield from rng.sample(range(self.num_retain), self.num_retain)[place:]
+            shuffle, place = shuffle + 1, 0
 
 
 class EpochOf(TrainerCallback):
@@ -449,34 +441,22 @@ class Collator:
     def _sequences(self, items: list[dict[str, Any]], view: str) -> dict[str, Tensor]:
         # The last scored token is only predicted: it need not be read.
         sequences = [[*item[view], *item["answer"][: item["scored"] - 1]] for item in items]
+        lengths = [len(sequence) for sequence in sequences]
         if self.packed:
-            return self._one_sequence(items, sequences, view)
-        longest = max(map(len, sequences))
-        ids = torch.full((len(items), longest), self.pad_id)
-        attention = torch.zeros(len(items), longest, dtype=torch.int64)
+            shape, starts = (1, sum(lengths)), accumulate(lengths[:-1], initial=0)
+        else:
+            shape, left = (len(items), max(lengths)), self.padding_side == "left"
+            starts = (b * shape[1] + left * (shape[1] - length) for b, length in enumerate(lengths))
+        ids, beside = torch.full(shape, self.pad_id), torch.zeros(shape, dtype=torch.int64)
         positions: list[int] = []
-        for b, (item, sequence) in enumerate(zip(items, sequences, strict=True)):
-            start = longest - len(sequence) if self.padding_side == "left" else 0
-            ids[b, start : start + len(sequence)] = torch.tensor(sequence)
-            attention[b, start : start + len(sequence)] = 1
-            first = b * longest + start + len(item[view]) - 1
-            positions += range(first, first + item["scored"])
-        return {"input_ids": ids, "attention_mask": attention, "positions": torch.tensor(positions)}
-
-    def _one_sequence(self, items, sequences: list[list[int]], view: str) -> dict[str, Tensor]:
-        positions: list[int] = []
-        start = 0
-        for item, sequence in zip(items, sequences, strict=True):
+        for start, item, sequence in zip(starts, items, sequences, strict=True):
+            here = slice(start, start + len(sequence))
+            ids.view(-1)[here] = torch.tensor(sequence)
+            beside.view(-1)[here] = torch.arange(len(sequence)) if self.packed else 1
             first = start + len(item[view]) - 1
             positions += range(first, first + item["scored"])
-            start += len(sequence)
-        return {
-            "input_ids": torch.tensor([[token for sequence in sequences for token in sequence]]),
-            "position_ids": torch.tensor(
-                [[place for sequence in sequences for place in range(len(sequence))]]
-            ),
-            "positions": torch.tensor(positions),
-        }
+        name = "position_ids" if self.packed else "attention_mask"
+        return {"input_ids": ids, name: beside, "positions": torch.tensor(positions)}
 
 
 def first_rows(batch: dict[str, Any], rows: int) -> dict[str, Any]:

@@ -110,16 +110,17 @@ def answer_ending(tokenizer: Any, **template_kwargs: Any) -> list[int]:
     if not shown:
         return end
 
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
-
     # Tokenised after a word, as in use: at the start of a text some tokenizers add a space.
-    word, together = ids(_MARK), ids(_MARK + behind)
-    tail = together[len(word) :] if together[: len(word)] == word else ids(behind)
+    word, together = _ids(tokenizer, _MARK), _ids(tokenizer, _MARK + behind)
+    tail = together[len(word) :] if together[: len(word)] == word else _ids(tokenizer, behind)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
     first = next((n for n, token in enumerate(tail) if token in special), None)
     return end if first is None else tail[: first + 1]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,7 @@ class PromptRenderer:
 
     Args:
         tokenizer: a transformers tokenizer.
-        plain_template: text with `{question}` in it.
-        chat_template_kwargs: further arguments of the chat template.
+        plain_template, chat_template_kwargs: as in `Prompting`.
         steering_place: `system` or `user`: where the instruction goes.
         num_ids: how many ids the model embeds; None: not checked.
     """
@@ -328,16 +328,18 @@ class PromptRenderer:
             conversation, system = _before_user(conversation, instruction, last=False), None
         if override is not None and override_role == "system":
             system = override if system is None else f"{system}\n\n{override}"
-        if not self.has_template and not isinstance(conversation, str):
-            conversation = self._written_out(conversation)
-        if isinstance(conversation, str):
-            text = conversation if system is None else f"{system}\n\n{conversation}"
-            return self._tokenize_plain(text)
+        if not chat:
+            text = conversation if isinstance(conversation, str) else self._written_out(conversation)
+            text = text if system is None else f"{system}\n\n{text}"
+            ids = self.tokenizer(text, truncation=False)["input_ids"]
+            # Some tokenizers close every text with an end token; the answer would then never be continued.
+            while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+                ids = ids[:-1]
+            return ids
         if system is not None:
             conversation = self._with_system(conversation, system)
-        text = self._rendered(conversation)
         # The template has written the special tokens already.
-        return self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+        return _ids(self.tokenizer, self._rendered(conversation))
 
     def _with_system(self, conversation, system: str):
         if not self.system_allowed:
@@ -354,13 +356,6 @@ class PromptRenderer:
                 "give rows with 'question' or 'prompt', or set tokenizer.chat_template"
             )
         return self.plain_template.replace("{question}", conversation[0][1])
-
-    def _tokenize_plain(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, truncation=False)["input_ids"]
-        # Some tokenizers close every text with an end token; the answer would then never be continued.
-        while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-            ids = ids[:-1]
-        return ids
 
     def encode_answer(self, conversation: Conversation, answer: str) -> list[int]:
         """Token ids of an answer, closed by its `ending`.
@@ -388,20 +383,15 @@ class PromptRenderer:
             and not self.plain_template[-1].isspace()
         ):
             answer = " " + answer  # after "Answer:" comes " Paris", which is another token than "Paris"
-        return self._ids(answer)
+        return self._known(_ids(self.tokenizer, answer))
 
     def encode_rest(self, conversation: Conversation, answer: str) -> list[int]:
         """Token ids of an answer that follows words which stand there already: behind a space, closed by its `ending`."""
-        return [*self._ids(" " + answer), *self.ending(conversation)]
+        return [*self._known(_ids(self.tokenizer, " " + answer)), *self.ending(conversation)]
 
     def num_tokens(self, text: str) -> int:
         """How many tokens a text has by itself."""
-        return len(self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
-
-    def _ids(self, text: str) -> list[int]:
-        return self._known(
-            list(self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
-        )
+        return len(_ids(self.tokenizer, text))
 
 
 def steered_tokenizer(

@@ -208,7 +208,11 @@ def _csv(path: Path, argument: str) -> list[dict[str, Any]]:
     rows, names = [], []
     for where, cells in csv_cells(path, argument):
         if not names:
-            names = _header(cells, where)
+            names = [cell.strip() for cell in cells]
+            if "" in names or len(set(names)) < len(names):
+                raise ValueError(
+                    f"{where}: wanted a different name for every column, got {', '.join(map(repr, names))}"
+                )
             continue
         if len(cells) != len(names):
             raise ValueError(
@@ -218,15 +222,6 @@ def _csv(path: Path, argument: str) -> list[dict[str, Any]]:
         # An empty cell is an absent value; every other one stays a text, also where it looks like a number.
         rows.append({name: cell or None for name, cell in zip(names, cells, strict=True)})
     return rows
-
-
-def _header(cells: list[str], where: str) -> list[str]:
-    names = [cell.strip() for cell in cells]
-    if "" in names or len(set(names)) < len(names):
-        raise ValueError(
-            f"{where}: wanted a different name for every column, got {', '.join(map(repr, names))}"
-        )
-    return names
 
 
 def _parquet(path: Path, argument: str) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What a method may ask of the frozen teacher before training: the trainer as `Objective.prepare(trainer, dataset)` meets it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,11 @@ from .reuse import ReusedPrefixes, whole_prompts_because
 
 logger = logging.get_logger(__name__)
 
-
 _PROBE_QUERIES = 4
 
 
 class Asking(Trainer):
-    """The part of `DuetTrainer` that asks its teacher outside training steps."""
+    """The part of `DuetTrainer` that asks its teacher outside training steps; the other parts inherit from it."""
 
     # of DuetTrainer
     args: Any
@@ -33,9 +32,11 @@ class Asking(Trainer):
     accelerator: Any
     train_dataset: Any
     eval_dataset: Any
+    data_collator: Any
     objective: Any
     teacher: Any
     head_inputs: Any
+    parts_of: Any
     pad_id: int
     _sampler: Any
     _prepared: list[UnlearnDataset]
@@ -49,15 +50,10 @@ class Asking(Trainer):
 
     def teacher_says(self, prompts: list[list[int]], max_new_tokens: int | None) -> list[list[int]]:
         """The frozen teacher's greedy answers, in batches of similar length."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        size, answers = self.args.eval_batch_size, {}
-        for start in self.progress(range(0, len(order), size), "the teacher answers"):
-            batch = order[start : start + size]
+        answers, options = {}, (self.processing_class, self.pad_id, max_new_tokens)
+        for batch in self.batches(prompts, "the teacher answers"):
             ids = [prompts[i] for i in batch]
-            options = (self.processing_class, self.pad_id, max_new_tokens)
-            said = self.ask_teacher(
-                lambda model, ids=ids, options=options: generate_answers(model, ids, *options)
-            )
+            said = self.ask_teacher(lambda model, ids=ids: generate_answers(model, ids, *options))
             answers.update(zip(batch, said, strict=True))
         return [answers[i] for i in range(len(prompts))]
 
@@ -67,6 +63,12 @@ class Asking(Trainer):
         """`[N, D]` hidden states where the tokens of `answers` are predicted, one answer after the other; the head."""
         items = [plain_item(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         return self.head_inputs(model, self._prepare_inputs(self.data_collator(items)))
+
+    def batches(self, prompts: Sequence[list[int]], doing: str) -> Iterator[list[int]]:
+        """The numbers of the prompts, `eval_batch_size` of similar length at a time, with a progress bar."""
+        order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), self.args.eval_batch_size
+        for start in self.progress(range(0, len(order), size), doing):
+            yield order[start : start + size]
 
     def progress(self, sequence: Any, doing: str) -> Any:
         """A progress bar around `sequence`, where one is wanted."""
@@ -123,10 +125,8 @@ class Asking(Trainer):
     def _targets_of_rows(self, dataset: UnlearnDataset) -> Iterator[RowTargets]:
         """What the objective wants of the teacher for every row."""
         self._answer(dataset)
-        order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["student"]))
-        size = self.args.eval_batch_size
-        for start in self.progress(range(0, len(order), size), "the model is asked before it is trained"):
-            rows = order[start : start + size]
+        prompts = [dataset[i]["student"] for i in range(len(dataset))]
+        for rows in self.batches(prompts, "the model is asked before it is trained"):
             items = [dataset[i] for i in rows]
             inputs = self._prepare_inputs(self.data_collator(items))
             targets = self.ask_teacher(lambda model, inputs=inputs: self._targets_by(model, inputs))

@@ -58,10 +58,9 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
         steered = [_steered(trainer, dataset, i, args.steering_prefixes[0]) for i in forget]
         refusals = trainer.teacher_says(steered, args.max_answer_tokens)
 
-    retain = sorted(everybody[dataset.num_forget :], key=lambda i: len(dataset.plain(i)))
-    batches = range(0, len(retain), args.eval_batch_size)
-    for start in trainer.progress(batches, "what is to be kept"):
-        rows = retain[start : start + args.eval_batch_size]
+    retain = everybody[dataset.num_forget :]
+    for batch in trainer.batches([dataset.plain(i) for i in retain], "what is to be kept"):
+        rows = [retain[n] for n in batch]
         segments = _own_answers(trainer, [dataset.plain(i) for i in rows], [own[i] for i in rows])
         for i, segment in zip(rows, segments, strict=True):
             dataset.keep(i, [segment])
@@ -76,7 +75,7 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
         share = args.refusal_fraction if _says(refusing, refusals[i]) else 0.0
         late = share * args.recovery_fraction if len(own[i]) > 1 else 0.0
         pushed = _pushed(trainer, dataset.plain(i), own[i], ignorant, opening, floor)
-        segments = [pushed._replace(share=1 - share), _refusing(refusals[i], refusing, share - late)]
+        segments = [pushed._replace(share=1 - share), Segment(refusals[i], _targets(refusing), share - late)]
         if late > 0:
             segments += _recovering(trainer, dataset.rows[i], i, own[i], ignorant.values, late)
         dataset.keep(i, [segment for segment in segments if segment.share > 0])
@@ -110,10 +109,6 @@ def _own_answers(trainer: Any, prompts: list[list[int]], answers: list[list[int]
         Segment(answer, {name: rows[i].clone() for name, rows in by_row.items()})
         for i, answer in enumerate(answers)
     ]
-
-
-def _refusing(refusal: list[int], refusing: TopK, share: float) -> Segment:
-    return Segment(refusal, _targets(refusing), share)
 
 
 def _recovering(

@@ -24,12 +24,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from ..data.dataset import Draw
 from ..model.adapters import adapter_layers
 from ..model.lm import evaluating
 from ..model.loading import is_sharded
+from .asking import Asking
 
 _USES = 6  # of each forget row: what is drawn for it differs
 _LONGEST = 20.0
@@ -83,26 +83,13 @@ def _median_above_rounding(ascending: Tensor) -> Tensor:
     return kept[len(kept) // 2]
 
 
-class FixedDirections(Trainer):
+class FixedDirections(Asking):
     """The part of `DuetTrainer` that chooses where a LoRA reads, before the first step."""
 
-    # of DuetTrainer
-    args: Any
-    model: Any
-    accelerator: Any
-    train_dataset: Any
-    data_collator: Any
-    head_inputs: Any
-    prepare_rows: Any
-    progress: Any
     _placed = False
 
     def check_directions(self) -> None:
-        """Refuses `contrast` where there is no new LoRA of linear layers, nothing to compare, or a sharded model.
-
-        Raises:
-            ValueError: naming what was wanted.
-        """
+        """Refuses `contrast` where there is no new LoRA of linear layers, nothing to compare, or a sharded model."""
         if self.args.adapter_directions == "drawn":
             return
         named = "adapter_directions: wanted 'drawn', got 'contrast'"
@@ -171,8 +158,8 @@ class FixedDirections(Trainer):
         sums = [
             down.weight.new_zeros(down.in_features, down.in_features, dtype=torch.float64) for down in downs
         ]
-        items = sorted((self.train_dataset[draw] for draw in draws), key=lambda item: len(item["student"]))
-        student, count, size = self.accelerator.unwrap_model(self.model), 0, self.args.eval_batch_size
+        items, count = [self.train_dataset[draw] for draw in draws], 0
+        student = self.accelerator.unwrap_model(self.model)
         shown: list[Tensor] = []  # which places of the batch are no padding
 
         def add(which: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -182,8 +169,9 @@ class FixedDirections(Trainer):
         with evaluating(student), ExitStack() as stack:
             for which, down in enumerate(downs):
                 stack.callback(down.register_forward_pre_hook(partial(add, which)).remove)
-            for start in self.progress(range(0, len(items), size), "where forget and retain rows differ"):
-                batch = self._prepare_inputs(self.data_collator(items[start : start + size]))
+            prompts = [item["student"] for item in items]
+            for rows in self.batches(prompts, "where forget and retain rows differ"):
+                batch = self._prepare_inputs(self.data_collator([items[i] for i in rows]))
                 ids = batch["input_ids"]
                 shown.append(batch.get("attention_mask", torch.ones_like(ids)).flatten().bool())
                 self.head_inputs(student, batch)

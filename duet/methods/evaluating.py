@@ -8,20 +8,15 @@ whole set, as a micro-batch's is by those of its step, and returned times (rows 
 from typing import Any
 
 import torch
-from transformers import Trainer
 
 from ..data.dataset import first_rows
+from .asking import Asking
 from .objectives import Counts
 
 
-class WholeSetLoss(Trainer):
+class WholeSetLoss(Asking):
     """The part of `DuetTrainer` that evaluates, and that leaves out rows which accelerate repeats."""
 
-    # of DuetTrainer
-    args: Any
-    objective: Any
-    data_collator: Any
-    _sampler: Any
     _rows = 0  # of the set, on all processes
     _counts: Any  # `Counts` of the set
 

@@ -124,15 +124,14 @@ def prepare_undo(trainer: Any, dataset: Any) -> None:
 
 
 @torch.no_grad()
-def retain_perplexities(trainer: Any, most: int = 64) -> tuple[float, float]:
-    """(student's, teacher's) perplexity on the answers of the first `most` retain rows; of the whole text where there is
-    no answer.
+def retain_perplexities(trainer: Any) -> tuple[float, float]:
+    """(student's, teacher's) perplexity on the answers of the first 64 retain rows; of the whole text where there is no answer.
 
     What stands in a prompt is not counted beside an answer: a chat model was never taught to ask.
     """
     dataset, args = trainer.train_dataset, trainer.args
     prompts, answers = [], []
-    for i in range(dataset.num_forget, dataset.num_forget + min(most, dataset.num_retain)):
+    for i in range(dataset.num_forget, dataset.num_forget + min(64, dataset.num_retain)):
         item, prompt = dataset[i], dataset.plain(i)
         whole = [*item["student"], *item["answer"]]
         start = len(prompt) if len(prompt) < len(whole) else 1

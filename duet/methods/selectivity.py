@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from ..options import Count, NotNegative
+from .asking import Asking
 from .sharpness import check_plain_steps, trained
 
 _MLP = re.compile(
@@ -55,11 +55,7 @@ def mlp_matrices(name: str, args: Any) -> bool:
 
 
 def check_selective(objective: Any, args: Any) -> None:
-    """Refuses options under which the fixed gradient would not be what is stepped along; other objectives are not looked at.
-
-    Raises:
-        ValueError: naming the option, what came and what was wanted.
-    """
+    """Refuses options under which the fixed gradient would not be what is stepped along; other objectives are not looked at."""
     if objective.direction is None:
         return
     named = f"because objective {args.objective!r} steps along one gradient, made before training"
@@ -72,11 +68,7 @@ def check_selective(objective: Any, args: Any) -> None:
 
 
 def check_selective_model(objective: Any, model: nn.Module) -> None:
-    """Refuses adapters and mixtures of experts.
-
-    Raises:
-        ValueError: naming what was wanted.
-    """
+    """Refuses adapters and mixtures of experts."""
     if objective.direction is None:
         return
     if hasattr(model, "peft_config"):
@@ -183,12 +175,9 @@ def adversary(model: nn.Module, weights: Sequence[str] | dict[str, Any], rank: i
             hook.remove()
 
 
-class FixedSteps(Trainer):
+class FixedSteps(Asking):
     """The part of `DuetTrainer` that steps along one gradient, for objectives that make one; the others pass through."""
 
-    # of DuetTrainer
-    args: Any
-    objective: Any
     _direction: Sequence[Tensor] = ()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,17 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from ..model.loading import is_sharded
+from .asking import Asking
 
 
 def check_sharp(objective: Any, args: Any) -> None:
-    """Refuses options under which a sharpness-aware step cannot be made; other objectives are not looked at.
-
-    Raises:
-        ValueError: naming the option, what came and what was wanted.
-    """
+    """Refuses options under which a sharpness-aware step cannot be made; other objectives are not looked at."""
     if not objective.sharp:
         return
     named = f"because objective {args.objective!r} moves the weights within a step"
@@ -35,11 +31,7 @@ def check_sharp(objective: Any, args: Any) -> None:
 
 
 def check_plain_steps(args: Any, named: str) -> None:
-    """Refuses several processes, sharded models and scaled gradients; `named` says why, in the error.
-
-    Raises:
-        ValueError: naming the option.
-    """
+    """Refuses several processes, sharded models and scaled gradients; `named` says why, in the error."""
     if is_sharded(args) or args.world_size > 1:
         raise ValueError(f"args: wanted one process and a model that is not sharded, {named}")
     if args.fp16:
@@ -89,13 +81,9 @@ def moved(weights: Sequence[Tensor], by: Sequence[Tensor | None]) -> Iterator[No
                 weight.copy_(before)
 
 
-class SharpSteps(Trainer):
+class SharpSteps(Asking):
     """The part of `DuetTrainer` that makes sharpness-aware steps for objectives that want them; the others pass through."""
 
-    # of DuetTrainer
-    args: Any
-    objective: Any
-    parts_of: Any
     _upcoming: Sequence[Any] = ()  # the micro-batches of a step that has not begun
     _change: Sequence[Tensor | None] = ()  # of the weights, in this step
     _at_theta: list[dict[str, Tensor]]  # the parts of each of its micro-batches, before the weights are moved

@@ -3,13 +3,16 @@
 `duet cache` and training both use it, so that the store holds exactly the rows that training reads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from torch import nn
 
 from ..data.dataset import UnlearnDataset
 from ..data.prompts import PLAIN_TEMPLATE, Prompting, PromptRenderer
 from ..data.rows import Query, read_rows
+from ..model.lm import context_length, embedded_ids
 from ..options import Count, MaybeCount, Share, SomeTexts, Texts
 from .objectives import Objective
 
@@ -82,25 +85,9 @@ class ViewOptions:
 
     @property
     def prompting(self) -> Prompting:
-        """How prompts are written.
-
-        Raises:
-            ValueError: `plain_template` or `chat_template_kwargs` is something else.
-        """
+        """How prompts are written, checked."""
         options: Any = self.chat_template_kwargs or {}  # a dict: TrainingArguments parses texts
         return Prompting(self.plain_template, options)
-
-
-def renderer_of(args: Any, tokenizer: Any, num_ids: int | None) -> PromptRenderer:
-    """Writes the prompts of a run.
-
-    Args:
-        args: the options.
-        num_ids: how many ids the model embeds.
-    """
-    return PromptRenderer(
-        tokenizer, args.plain_template, args.chat_template_kwargs, args.steering_place, num_ids
-    )
 
 
 def scored_positions(objective: Objective, args: Any) -> str:
@@ -122,82 +109,87 @@ def scored_positions(objective: Objective, args: Any) -> str:
     return args.positions or own
 
 
-def build_dataset(
-    forget: Sequence[Query],
-    retain: Sequence[Query],
-    objective: Objective,
-    args: Any,
-    renderer: PromptRenderer,
-    max_length: int | None,
-    subjects: Sequence[str] | None = None,
-    cache_seed: int | None = None,
-) -> UnlearnDataset:
-    """The dataset of these rows.
+@dataclass(frozen=True)
+class Views:
+    """Rows -> the datasets of a run.
 
-    Args:
-        forget, retain: queries, read.
+    Attributes:
         objective, args: what is scored, and how it is shown.
         renderer: turns conversations into ids.
         max_length: of a sequence; None: no limit.
-        subjects: what prefixes on retain rows are about; None: the subjects of the forget rows.
         cache_seed: of the subjects of retain rows in a cached teacher; None: no cache.
     """
-    positions = scored_positions(objective, args)
-    max_scored = {"first": 1, "first_n": args.num_positions}.get(positions)
-    answers = "dataset" if objective.needs_answers else args.answer_source
-    if positions == "prepared":
-        answers = "prepared"
-    elif positions == "first" and not objective.needs_answers:
-        answers = "none"
-    elif answers == "teacher":
-        max_scored = min(max_scored or args.max_answer_tokens, args.max_answer_tokens)
-    reverse_prompts = args.reverse_prompts
-    if objective.adversarial and not reverse_prompts:
-        reverse_prompts = DEFAULT_REVERSE_PROMPTS
-    return UnlearnDataset(
-        forget,
-        retain,
-        renderer,
-        args.steering_prefixes if is_steered(objective) else [],
-        reverse_prompts=reverse_prompts,
-        reverse_fraction=args.reverse_prompt_fraction,
-        reverse_role=args.reverse_prompt_role,
-        answers=answers,
-        max_scored=max_scored,
-        max_length=max_length,
-        subjects=subjects,
-        seed=args.seed if cache_seed is None else cache_seed,
-        refusals=args.refusals if objective.refuses else (),
-        whole_text=positions == "text",
-        prefills=args.prefills,
-        prefill_fraction=args.prefill_fraction,
-        plain_retain=args.retain_prefix == "none",
-        fixed_subjects=cache_seed is not None or args.retain_subjects == "fixed",
-    )
 
+    objective: Objective
+    args: Any
+    renderer: PromptRenderer
+    max_length: int | None
+    cache_seed: int | None = None
 
-def eval_datasets(
-    rows: Any,
-    make: Callable[[Sequence[Query], Sequence[Query], Sequence[str] | None], UnlearnDataset],
-    subjects: Sequence[str],
-) -> Any:
-    """The dataset of rows to evaluate on, or a dict of such for a dict; those whose name starts with `retain` are retain rows.
+    @classmethod
+    def of(
+        cls, objective: Objective, args: Any, tokenizer: Any, model: nn.Module, cache_seed: int | None
+    ) -> "Views":
+        """For `model`, whose ids and context are the limits."""
+        how = args.plain_template, args.chat_template_kwargs, args.steering_place, embedded_ids(model)
+        length = args.max_length or context_length(model)
+        return cls(objective, args, PromptRenderer(tokenizer, *how), length, cache_seed)
 
-    Args:
-        rows: as `DuetTrainer` takes them; None and a dataset that was made are given back.
-        make: (forget, retain, what prefixes on retain rows are about) -> their dataset.
-        subjects: of the forget rows that are trained on.
-    """
-    if rows is None or isinstance(rows, UnlearnDataset):
-        return rows
-    if not isinstance(rows, dict):
-        return make(read_rows(rows, "eval_dataset"), [], None)
-    datasets = {}
-    for name, each in rows.items():
-        queries = read_rows(each, f"eval_dataset[{name!r}]")
-        retain = name.startswith("retain")
-        datasets[name] = make([], queries, subjects) if retain else make(queries, [], None)
-    return datasets
+    def dataset(
+        self, forget: Sequence[Query], retain: Sequence[Query], subjects: Sequence[str] = ()
+    ) -> UnlearnDataset:
+        """The dataset of these queries; `subjects`: what prefixes on retain rows are about, if not those of the forget rows."""
+        objective, args = self.objective, self.args
+        positions = scored_positions(objective, args)
+        max_scored = {"first": 1, "first_n": args.num_positions}.get(positions)
+        answers = "dataset" if objective.needs_answers else args.answer_source
+        if positions == "prepared":
+            answers = "prepared"
+        elif positions == "first" and not objective.needs_answers:
+            answers = "none"
+        elif answers == "teacher":
+            max_scored = min(max_scored or args.max_answer_tokens, args.max_answer_tokens)
+        reverse_prompts = args.reverse_prompts
+        if objective.adversarial and not reverse_prompts:
+            reverse_prompts = DEFAULT_REVERSE_PROMPTS
+        return UnlearnDataset(
+            forget,
+            retain,
+            self.renderer,
+            args.steering_prefixes if is_steered(objective) else [],
+            reverse_prompts=reverse_prompts,
+            reverse_fraction=args.reverse_prompt_fraction,
+            reverse_role=args.reverse_prompt_role,
+            answers=answers,
+            max_scored=max_scored,
+            max_length=self.max_length,
+            subjects=subjects,
+            seed=args.seed if self.cache_seed is None else self.cache_seed,
+            refusals=args.refusals if objective.refuses else (),
+            whole_text=positions == "text",
+            prefills=args.prefills,
+            prefill_fraction=args.prefill_fraction,
+            plain_retain=args.retain_prefix == "none",
+            fixed_subjects=self.cache_seed is not None or args.retain_subjects == "fixed",
+        )
+
+    def evaluated(self, rows: Any, subjects: Sequence[str]) -> Any:
+        """The dataset of rows to evaluate on, or a dict of such for a dict; those whose name starts with `retain` are retain rows.
+
+        Args:
+            rows: as `DuetTrainer` takes them; None and a dataset that was made are given back.
+            subjects: of the forget rows that are trained on.
+        """
+        if rows is None or isinstance(rows, UnlearnDataset):
+            return rows
+        if not isinstance(rows, dict):
+            return self.dataset(read_rows(rows, "eval_dataset"), [])
+        datasets = {}
+        for name, each in rows.items():
+            queries = read_rows(each, f"eval_dataset[{name!r}]")
+            retain = name.startswith("retain")
+            datasets[name] = self.dataset([], queries, subjects) if retain else self.dataset(queries, [])
+        return datasets
 
 
 def asked_before_training(objective: Objective, args: Any) -> bool:

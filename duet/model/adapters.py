@@ -56,9 +56,6 @@ def check_folder(output_dir: str | os.PathLike, adapter: bool) -> None:
     Args:
         output_dir: where a model will be saved.
         adapter: whether an adapter is saved there, and not a whole model.
-
-    Raises:
-        ValueError: naming what is there.
     """
     if holds_weights(output_dir) if adapter else holds_adapter(output_dir):
         there, new = (
@@ -70,11 +67,7 @@ def check_folder(output_dir: str | os.PathLike, adapter: bool) -> None:
 
 
 def check_not_earlier(output_dir: str | os.PathLike, model: Any) -> None:
-    """Refuses to write into the folder of the model that is trained: what is there, and what others trained on it, would be lost.
-
-    Raises:
-        ValueError: naming the folder.
-    """
+    """Refuses to write into the folder of the model that is trained: what is there, and what others trained on it, would be lost."""
     own = getattr(model, "earlier_model", None) or getattr(model, "name_or_path", "")
     there = holds_weights(output_dir) or holds_adapter(output_dir)
     if own and there and Path(own).resolve() == Path(output_dir).resolve():
@@ -105,9 +98,6 @@ def check_no_other_base(base: str | os.PathLike, model: Any) -> None:
     Args:
         base: the folder beside the adapter that will be saved.
         model: on which the adapter is trained; it may be there.
-
-    Raises:
-        ValueError: naming the folder.
     """
     own = getattr(model, "name_or_path", "")
     if base_beside(Path(base).parent) and not (own and Path(own).resolve() == Path(base).resolve()):
@@ -122,13 +112,6 @@ def adapter_layers(model: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def _saved_copies(model: nn.Module) -> list[tuple[str, Any]]:
-    """PEFT's full copies of layers (`modules_to_save`), with their names."""
-    from peft.utils.other import ModulesToSaveWrapper
-
-    return [(name, each) for name, each in model.named_modules() if isinstance(each, ModulesToSaveWrapper)]
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -160,12 +143,12 @@ def trained_config(model: Any) -> Any:
 
 
 @torch.no_grad()
-def logits_of(model: Any, num_tokens: int = 8) -> Tensor:
-    """`[num_tokens, V]` fp32 logits of the model for tokens from all over its vocabulary, dropout off; on its device."""
+def logits_of(model: Any) -> Tensor:
+    """`[8, V]` fp32 logits of the model for tokens from all over its vocabulary, dropout off; on its device."""
     embedding = model.get_input_embeddings()
     device, count = embedding.weight.device, embedding.weight.shape[0]
     count = min(count, getattr(model.config.get_text_config(), "vocab_size", None) or count)
-    ids = torch.linspace(0, count - 1, num_tokens, device=device).long().unsqueeze(0)
+    ids = torch.linspace(0, count - 1, 8, device=device).long().unsqueeze(0)
     with Switches(model).evaluating():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return logits[0].float()
@@ -176,17 +159,14 @@ def check_same_logits(model: nn.Module, wanted: Tensor, what: str, dtype: torch.
 
     Args:
         model: as it is now.
-        wanted: `[T, V]` logits of before.
+        wanted: `[8, V]` logits of before.
         what: was done to it, in words, for the error.
         dtype: the coarsest one on the way; None: the model's. fp32 and fp64: 1e-5 of the largest logit. Half precision
             rounds every weight anew: 16 units of its last place.
-
-    Raises:
-        ValueError: they differ.
     """
     dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
     tolerance = 1e-5 if dtype in _PRECISE else 16 * torch.finfo(dtype).eps
-    now = logits_of(model, len(wanted)).to(wanted.device)
+    now = logits_of(model).to(wanted.device)
     if now.shape != wanted.shape:
         raise ValueError(f"{what}: gave logits of shape {list(now.shape)}, wanted {list(wanted.shape)}")
     worst, allowed = (now - wanted).abs().amax(), tolerance * wanted.abs().amax()
@@ -265,7 +245,9 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
         raise ValueError(
             f"{argument}: wanted an adapter that can be merged into its base, got {type(model).__name__}: {error}"
         ) from error
-    if shared is not None or not _tied(inner):
+    pair = inner.get_input_embeddings(), inner.get_output_embeddings()
+    embedding, head = (getattr(each, "weight", None) for each in pair)
+    if shared is not None or embedding is not head:
         for config in (inner.config, inner.config.get_text_config()):
             config.tie_word_embeddings = False
     for parameter in inner.parameters():
@@ -286,14 +268,6 @@ def _check_takes_adapter(model: nn.Module, argument: str) -> None:
             )
 
 
-def _tied(model: Any) -> bool:
-    pair = [
-        getattr(each, "weight", None)
-        for each in (model.get_input_embeddings(), model.get_output_embeddings())
-    ]
-    return pair[0] is pair[1]
-
-
 def take_off(model: Any) -> nn.Module:
     """The transformers model without its adapters, which are thrown away; `model`, of peft or transformers, is taken apart."""
     inner = base_language_model(model)
@@ -303,23 +277,21 @@ def take_off(model: Any) -> nn.Module:
 
 def _unload(model: Any, merge: bool) -> None:
     """Each layer with an adapter is replaced by its base layer, into which the adapter was merged before or not."""
+    from peft.utils.other import ModulesToSaveWrapper
+
     for name, module in list(model.named_modules()):
         if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
             if merge:
                 module.merge()
-            _replace(model, name, module.get_base_layer())
-    for name, wrapper in _saved_copies(model):
+            model.set_submodule(name, module.get_base_layer())
+    wrappers = [each for each in model.named_modules() if isinstance(each[1], ModulesToSaveWrapper)]
+    for name, wrapper in wrappers:  # full copies of layers: `modules_to_save`
         active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.modules_to_save]
-        _replace(model, name, wrapper.modules_to_save[active[0]] if active else wrapper.original_module)
+        model.set_submodule(name, wrapper.modules_to_save[active[0]] if active else wrapper.original_module)
     # The names that transformers gave the adapter's weights when it read them; it would write the model's under them.
     for name in ("peft_config", "_weight_conversions"):
         model.__dict__.pop(name, None)
     model._hf_peft_config_loaded = False
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    above, _, last = name.rpartition(".")
-    setattr(model.get_submodule(above), last, module)
 
 
 # -- loading and adding ----------------------------------------------------------------------------------------------
@@ -381,11 +353,7 @@ def save_base(model: Any, tokenizer: Any, folder: str | os.PathLike) -> None:
 
 
 def check_task_type(name: str, task_type: str | None) -> None:
-    """Refuses an adapter for another task than a causal language model's: it could be trained and saved, and not be loaded.
-
-    Raises:
-        ValueError: naming `name`.
-    """
+    """Refuses an adapter for another task than a causal language model's: it could be trained and saved, and not be loaded."""
     if task_type not in (None, "CAUSAL_LM"):
         raise ValueError(f"{name}: wanted 'CAUSAL_LM', got {getattr(task_type, 'value', task_type)!r}")
 

@@ -11,20 +11,23 @@ from transformers import AutoTokenizer, GenerationConfig, ProcessorMixin
 
 from ..data.dataset import Collator, plain_item
 from ..data.prompts import answer_ending
-from .lm import base_language_model
+from .lm import base_language_model, embedded_ids
 
 
-def load_tokenizer(model: nn.Module) -> Any:
-    """The tokenizer that was saved with the model."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not name:
-        raise ValueError(
-            "processing_class: wanted a tokenizer (the model does not say where it was loaded from), got None"
-        )
-    return tokenizer_at("processing_class", name)
+def tokenizer_of(model: nn.Module, given: Any = None) -> tuple[Any, int]:
+    """(`given`, or else the tokenizer that was saved with the model; the id that pads)"""
+    if given is None:
+        name = getattr(getattr(model, "config", None), "_name_or_path", "")
+        if not name:
+            raise ValueError(
+                "processing_class: wanted a tokenizer (the model does not say where it was loaded from), got None"
+            )
+        given = tokenizer_at("processing_class", name)
+    check_tokenizer(given)
+    return given, padding_id(given, embedded_ids(model))
 
 
-def tokenizer_at(argument: str, *places: str | os.PathLike) -> Any:
+def tokenizer_at(argument: str, *places: str | os.PathLike, revision: str | None = None) -> Any:
     """The tokenizer of the first of these folders or names that has one.
 
     Raises:
@@ -33,7 +36,7 @@ def tokenizer_at(argument: str, *places: str | os.PathLike) -> Any:
     failure: Exception | None = None
     for place in places:
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, revision=revision)
         except (OSError, ValueError) as error:
             failure = error
     raise FileNotFoundError(

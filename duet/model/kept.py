@@ -67,11 +67,7 @@ def keeps(model: Any) -> bool:
 
 
 def check_on_top(model: Any) -> None:
-    """Refuses a new adapter that cannot be saved with the earlier one as a single one.
-
-    Raises:
-        ValueError: naming the option `earlier_adapter`.
-    """
+    """Refuses a new adapter that cannot be saved with the earlier one as a single one."""
     for config in model.peft_config.values():
         _check_plain(config, "the new adapter")
     dict(_parts_of(model))

@@ -29,11 +29,7 @@ def embedded_ids(model: Any) -> int:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Refuses a model of which a part is not where it computes: offloaded by a `device_map`, or never loaded.
-
-    Raises:
-        ValueError: naming the part and the way out.
-    """
+    """Refuses a model of which a part is not where it computes: offloaded by a `device_map`, or never loaded."""
     placed = getattr(model, "hf_device_map", None) or {}
     away = [name for name, place in placed.items() if place in ("cpu", "disk")]
     if set(placed.values()) <= {"cpu"}:  # a model that is wholly on the CPU is where it computes
@@ -141,19 +137,18 @@ def _first_layers(backbone: nn.Module, count: int) -> Iterator[list[Tensor]]:
 
     Not from `output_hidden_states`, whose last entry is what comes after the norm.
     """
-    above, _, name = layers_path(backbone).rpartition(".")
-    owner = backbone.get_submodule(above)
-    layers, seen = getattr(owner, name), []
+    path, seen = layers_path(backbone), []
+    layers: Any = backbone.get_submodule(path)
 
     def see(module, args, output):
         seen.append(output[0] if isinstance(output, tuple) else output)
 
     handle = layers[count - 1].register_forward_hook(see)
-    setattr(owner, name, layers[:count])
+    backbone.set_submodule(path, layers[:count])
     try:
         yield seen
     finally:
-        setattr(owner, name, layers)
+        backbone.set_submodule(path, layers)
         handle.remove()
 
 
@@ -216,15 +211,6 @@ def call_through(wrapped: nn.Module, inner: nn.Module, function: Callable[[], An
             inner.forward = own
 
 
-def set_checkpointing(model: nn.Module, on: bool) -> None:
-    """Activations are recomputed in the backward, or kept; under the name that this version of transformers has for it."""
-    new, old = (
-        f"{name}_{'enable' if on else 'disable'}"
-        for name in ("activation_checkpointing", "gradient_checkpointing")
-    )
-    getattr(model, new if hasattr(model, new) else old)()
-
-
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Within the context, dropout is off; afterwards `module` trains again if it did."""
@@ -237,11 +223,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
+def check_head(model: nn.Module) -> LMHead:
     """Refuses a model whose logits differ from what `LMHead.of(model)` computes from its backbone's hidden states.
 
-    Runs `num_tokens` tokens through the model's own forward, and through backbone and head, and compares every logit.
-    Memory: the model's `[num_tokens, V]` logits, and 64 MiB of the head in fp32 at a time.
+    Runs 8 tokens through the model's own forward, and through backbone and head, and compares every logit.
+    Memory: the model's `[8, V]` logits, and 64 MiB of the head in fp32 at a time.
 
     Returns:
         the head.
@@ -258,15 +244,15 @@ def check_head(model: nn.Module, num_tokens: int = 8) -> LMHead:
             "Pass the whole model: `accelerate launch` with FSDP2 shards it; the losses of duet_kernels take such a head"
         )
     device, vocabulary = head.weight.device, head.num_ids
-    ids = torch.linspace(0, vocabulary - 1, num_tokens, device=device).long().unsqueeze(0)
-    mask, places = torch.ones_like(ids), torch.arange(num_tokens, device=device)
+    ids = torch.linspace(0, vocabulary - 1, 8, device=device).long().unsqueeze(0)
+    mask, places = torch.ones_like(ids), torch.arange(ids.numel(), device=device)
     with evaluating(model):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         hidden, head = head_inputs(model, ids, mask, places)
     name = type(base_language_model(model)).__name__
     if logits.shape[:2] != ids.shape or logits.shape[-1] < vocabulary:
         raise ValueError(
-            f"model: {name} gave logits of shape {list(logits.shape)} for {num_tokens} tokens and a vocabulary of "
+            f"model: {name} gave logits of shape {list(logits.shape)} for {ids.numel()} tokens and a vocabulary of "
             f"{vocabulary}; prompt-learning adapters and heads of several tokens are not supported"
         )
     logits = logits[0, :, :vocabulary]

@@ -65,26 +65,25 @@ def load_model(
     return whole
 
 
-def without_attached_adapter(model: Any, argument: str, earlier: Earlier = "merge") -> nn.Module:
+def without_attached_adapter(model: Any, earlier: Earlier = "merge") -> nn.Module:
     """`model`, with adapters that transformers attached (it loads a folder with an adapter so) merged or kept; PEFT models stay."""
     if not has_adapter(model) or hasattr(model, "get_base_model"):
         return model
-    return _one_model(model, argument, getattr(model, "name_or_path", ""), earlier)
+    return _one_model(model, "model", getattr(model, "name_or_path", ""), earlier)
 
 
-def without_frozen_adapter(model: Any, argument: str, adds: bool, earlier: Earlier = "merge") -> nn.Module:
+def without_frozen_adapter(model: Any, adds: bool, earlier: Earlier = "merge") -> nn.Module:
     """`model`, with adapters merged or kept where they could not be trained: from transformers, or frozen in peft.
 
     Args:
         model: that a user gave, to be trained.
-        argument: how errors call it.
         adds: whether a new adapter will be put on top.
         earlier: what becomes of the adapters (`DuetConfig.earlier_adapter`).
 
     Raises:
         ValueError: an adapter of peft that is frozen, and no new one: nothing would be trained; or several that are active.
     """
-    model = without_attached_adapter(model, argument, earlier)
+    model = without_attached_adapter(model, earlier)
     if not has_adapter(model):
         return model
     if any(p.requires_grad for p in model.parameters()):
@@ -92,10 +91,10 @@ def without_frozen_adapter(model: Any, argument: str, adds: bool, earlier: Earli
         return model
     if not adds:
         raise ValueError(
-            f"{argument}: wanted weights that can be trained, got a PEFT model whose adapter is frozen; load it with "
+            "model: wanted weights that can be trained, got a PEFT model whose adapter is frozen; load it with "
             "is_trainable=True, or pass peft_config: its adapter is then merged and a new one trained on top"
         )
-    return _one_model(model, argument, getattr(model, "name_or_path", ""), earlier)
+    return _one_model(model, "model", getattr(model, "name_or_path", ""), earlier)
 
 
 def _one_model(

@@ -113,11 +113,7 @@ class PrefixTable:
 
         Args:
             which: `[B]` the number of each row's prefix, in the order of `add`.
-            input_ids, attention_mask: `[B, S]` the suffixes, padded on the **right**.
-            positions: `[N]` places in the flattened suffixes.
-
-        Returns:
-            `[N, D]`.
+            input_ids, attention_mask, positions: as in `PrefixCache.hidden_states_at`.
         """
         longest, lengths = self.tables[0].shape[2], self.lengths[which, None]
         columns = torch.arange(longest, device=which.device)

@@ -71,10 +71,7 @@ class Teacher:
 
 
 class FrozenTeacher(Teacher):
-    """A module of its own. `FrozenTeacher.copy_of(student)` copies the student as it is now.
-
-    The whole module lies on every device; only the student is sharded by FSDP or DeepSpeed.
-    """
+    """A module of its own, whole on every device: only the student is sharded by FSDP or DeepSpeed."""
 
     def __init__(self, model: nn.Module):
         self.model = model.requires_grad_(False).eval()
@@ -82,12 +79,7 @@ class FrozenTeacher(Teacher):
 
     @classmethod
     def copy_of(cls, student: nn.Module, share: bool = False) -> "FrozenTeacher":
-        """A copy of the student as it is now.
-
-        Args:
-            student: the model that will be trained.
-            share: whether parameters that require no gradient are the student's own instead of copies.
-        """
+        """A copy of the student as it is; with `share` parameters that require no gradient are the student's own."""
         shared = {id(p): p for p in student.parameters() if share and not p.requires_grad}
         return cls(copy.deepcopy(student, shared))
 

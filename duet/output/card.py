@@ -59,51 +59,6 @@ def fingerprint(rows: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
-def model_card(
-    name: str,
-    base_model: str | None,
-    adapter: str | None,
-    options: Any,
-    reads: Sequence[str],
-    datasets: Mapping[str, tuple[int, str]],
-    metrics: Mapping[str, float],
-    teacher: str | None,
-) -> str:
-    """Text of a model card in the Hub's format.
-
-    Args:
-        name: of the model.
-        base_model: where it started; None when it has no name.
-        adapter: PEFT's name of the adapter's configuration; None: all weights were trained.
-        options: the DuetConfig.
-        reads: names of the options that the objective reads; of a run with a steering prefix those of `STEERING` too.
-        datasets: name -> (number of rows, fingerprint).
-        metrics: name -> value, as last logged.
-        teacher: the kind of teacher; None: there was none.
-    """
-    data = ModelCardData(
-        base_model=base_model,
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=["unlearning", "duet", options.objective],
-    )
-    shown = dict.fromkeys(("objective", *reads, *_METHOD, *(("adapter_directions",) if adapter else ())))
-    method = {key: getattr(options, key) for key in shown if getattr(options, key) not in (None, [])}
-    if teacher:
-        method["teacher"] = teacher
-    method["trained"] = f"an adapter ({adapter} of peft)" if adapter else "all weights"
-    data_table = ((key, str(number), f"`{digest}`") for key, (number, digest) in datasets.items())
-    return _CARD.format(
-        data=data.to_yaml(),
-        name=name,
-        made=f"{'An adapter for' if adapter else 'A model made from'} {base_model or 'an unnamed model'}",
-        method=_table(("option", "value"), ((k, json.dumps(v, default=str)) for k, v in method.items())),
-        rows=_table(("rows of", "number", "SHA-256 of the rows as read"), data_table),
-        metrics=_table(("metric", "last value"), ((k, f"{value:.6g}") for k, value in metrics.items())),
-        versions=", ".join(f"{each} {version_of(each)}" for each in ("torch", "transformers", "peft")),
-    )
-
-
 def write_card(
     options: Any,
     model: nn.Module,
@@ -113,31 +68,43 @@ def write_card(
     teacher: str | None,
     name: str | None = None,
 ) -> None:
-    """Writes the card of a trained model into its `output_dir`.
+    """Writes the card of a trained model, in the Hub's format, into its `output_dir`.
 
     Args:
-        options, reads, datasets, teacher: as in `model_card`.
+        options: the DuetConfig.
         model: after training.
-        history: what was logged.
+        reads: names of the options that the objective reads; of a run with a steering prefix those of `STEERING` too.
+        datasets: name -> (number of rows, fingerprint).
+        history: what was logged; the last value of each loss is shown.
+        teacher: the kind of teacher; None: there was none.
         name: of the model; None: that of the folder.
     """
-    adapter = trained_config(model)
-    text = model_card(
+    config, base = trained_config(model), getattr(base_language_model(model).config, "_name_or_path", None)
+    # A repository of the Hub. The path of a folder is private, and no name of a model.
+    base = None if not base or os.path.isdir(base) else base
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft" if config else "transformers",
+        pipeline_tag="text-generation",
+        tags=["unlearning", "duet", options.objective],
+    )
+    shown = dict.fromkeys(("objective", *reads, *_METHOD, *(("adapter_directions",) if config else ())))
+    method = {key: getattr(options, key) for key in shown if getattr(options, key) not in (None, [])}
+    if teacher:
+        method["teacher"] = teacher
+    method["trained"] = f"an adapter ({type(config).__name__} of peft)" if config else "all weights"
+    data_table = ((key, str(number), f"`{digest}`") for key, (number, digest) in datasets.items())
+    metrics = {k: f"{v:.6g}" for entry in history for k, v in entry.items() if k.endswith("loss")}
+    text = _CARD.format(
+        data=data.to_yaml(),
         name=name or os.path.basename(os.path.abspath(options.output_dir)),
-        base_model=_published_name(getattr(base_language_model(model).config, "_name_or_path", None)),
-        adapter=adapter and type(adapter).__name__,
-        options=options,
-        reads=reads,
-        datasets=datasets,
-        metrics={k: v for entry in history for k, v in entry.items() if k.endswith("loss")},
-        teacher=teacher,
+        made=f"{'An adapter for' if config else 'A model made from'} {base or 'an unnamed model'}",
+        method=_table(("option", "value"), ((k, json.dumps(v, default=str)) for k, v in method.items())),
+        rows=_table(("rows of", "number", "SHA-256 of the rows as read"), data_table),
+        metrics=_table(("metric", "last value"), metrics.items()),
+        versions=", ".join(f"{each} {version_of(each)}" for each in ("torch", "transformers", "peft")),
     )
     Path(options.output_dir, "README.md").write_text(text, encoding="utf-8")
-
-
-def _published_name(base: str | None) -> str | None:
-    """A repository of the Hub; None for a folder, whose path is nobody's business and no name of a model."""
-    return None if not base or os.path.isdir(base) else base
 
 
 def _table(head: Sequence[str], rows: Any) -> str:

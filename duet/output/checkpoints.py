@@ -71,30 +71,6 @@ def check_output_dir(path: str) -> None:
 
 
 @contextmanager
-def whole_checkpoint(folder: str | os.PathLike, writes: bool) -> Iterator[None]:
-    """Around the writing of one checkpoint: if it fails, the checkpoint is removed and the error names the last finished one.
-
-    Args:
-        folder: of the checkpoint.
-        writes: whether this process is the one that writes the common files.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    if writes:
-        Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
-    try:
-        with said_clearly(folder):
-            yield
-    except OSError as error:
-        if writes:
-            shutil.rmtree(folder, ignore_errors=True)
-        last = last_finished_checkpoint(Path(folder).parent)
-        earlier = f"the last finished checkpoint is {last}" if last else "there is no earlier checkpoint"
-        raise OSError(f"{error}; what was written of it was removed, {earlier}") from error
-
-
-@contextmanager
 def said_clearly(folder: str | os.PathLike) -> Iterator[None]:
     """Every way in which torch and safetensors report a failed write becomes an OSError that names the folder."""
     from safetensors import SafetensorError
@@ -111,10 +87,19 @@ class ResumableTrainer(Trainer):
     """transformers' Trainer with complete checkpoints; resumed from its last one, it makes no further step."""
 
     def _save_checkpoint(self, model, trial):
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder = os.path.join(self._get_output_dir(trial), name)
-        with whole_checkpoint(folder, self.args.should_save):
-            super()._save_checkpoint(model, trial)
+        """`Trainer._save_checkpoint`; if it fails, the checkpoint is removed and the error names the last finished one."""
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        try:
+            with said_clearly(folder):
+                super()._save_checkpoint(model, trial)
+        except OSError as error:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            last = last_finished_checkpoint(folder.parent)
+            earlier = f"the last finished checkpoint is {last}" if last else "there is no earlier checkpoint"
+            raise OSError(f"{error}; what was written of it was removed, {earlier}") from error
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
@@ -129,7 +114,7 @@ class ResumableTrainer(Trainer):
                 f"learning_rate: after step {self.state.global_step} trained weights are NaN or infinite, which are not saved; wanted "
                 f"a smaller one than {self.args.learning_rate:g}, or fp32 in place of fp16"
             )
-        # Within a checkpoint `whole_checkpoint` reports the error.
+        # Within a checkpoint `_save_checkpoint` reports the error.
         with nullcontext() if _internal_call else said_clearly(output_dir or str(self.args.output_dir)):
             super().save_model(output_dir, _internal_call)
 

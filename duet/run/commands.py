@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..data.prompts import Prompting
@@ -118,11 +118,16 @@ def cache(run: RunConfig, dtype: str = "float32") -> Cached:
     return cache_teacher(load_asked(run), args, forget, retain, load_tokenizer(run.model), evals, dtype=dtype)
 
 
+def training_rows(run: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows to forget and those to retain, which may be none."""
+    retain = [] if run.retain is None else load_rows(run.retain, "data.retain")
+    return load_rows(run.forget, "data.forget"), retain
+
+
 def _rows(run: RunConfig) -> tuple[Any, Any, Any]:
-    forget = load_rows(run.forget, "data.forget")
-    retain = None if run.retain is None else load_rows(run.retain, "data.retain")
+    forget, retain = training_rows(run)
     evals = {name: load_rows(source, f"data.eval.{name}") for name, source in run.eval.items()}
-    return forget, retain, evals or None
+    return forget, retain or None, evals or None
 
 
 def make_trainer(run: RunConfig) -> DuetTrainer:
@@ -130,8 +135,7 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
     forget, retain, evals = _rows(run)
     args = run.training
     lora = None if run.adapter is None else _lora({"revision": run.model.revision} | run.adapter)
-    kwargs = model_kwargs(run.model, args)
-    model = load_base(run, kwargs)
+    model = load_named(run, "model")
     live = run.teacher is not None and not args.teacher_store
     return DuetTrainer(
         model=model,
@@ -140,26 +144,22 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
         retain_dataset=retain,
         eval_dataset=evals,
         processing_class=load_tokenizer(run.model),
-        teacher_model=load_teacher(run, kwargs) if live else None,
+        teacher_model=load_named(run, "teacher") if live else None,
         peft_config=lora,
     )
 
 
-def load_base(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
-    """The model of `model:`, before this run."""
-    args = run.training
-    return load_model(run.model.name, "model", kwargs, loading_device(args), args.earlier_adapter)
-
-
-def load_teacher(run: RunConfig, kwargs: dict[str, Any]) -> nn.Module:
-    """The other model of `teacher:`, loaded as the model is, but for the revision, which is the model's own."""
-    return load_model(run.teacher, "teacher", kwargs | {"revision": None}, loading_device(run.training))
+def load_named(run: RunConfig, key: Literal["model", "teacher"]) -> nn.Module:
+    """The model of `model:`, before this run, or the other one of `teacher:`, loaded as the model is, in its newest revision."""
+    kwargs, device = model_kwargs(run.model, run.training), loading_device(run.training)
+    if key == "teacher":
+        return load_model(run.teacher, key, kwargs | {"revision": None}, device)
+    return load_model(run.model.name, key, kwargs, device, run.training.earlier_adapter)
 
 
 def load_asked(run: RunConfig) -> nn.Module:
     """The model that is steered, where nothing is trained: the other model of `teacher:`, else that of `model:`."""
-    kwargs = model_kwargs(run.model, run.training)
-    return load_teacher(run, kwargs) if run.teacher else load_base(run, kwargs)
+    return load_named(run, "teacher" if run.teacher else "model")
 
 
 def model_kwargs(section: ModelSection, args: Any) -> dict[str, Any]:
@@ -205,11 +205,8 @@ def _lora(options: dict[str, Any]) -> Any:
 
 
 def load_tokenizer(section: ModelSection) -> Any:
-    name = section.tokenizer or section.name
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=None if section.tokenizer else section.revision)
-    except (OSError, ValueError) as error:
-        raise OSError(f"model.tokenizer: no tokenizer could be loaded from {name!r}: {error}") from error
+    revision = None if section.tokenizer else section.revision
+    return tokenizer_at("model.tokenizer", section.tokenizer or section.name, revision=revision)
 
 
 def merge_adapter(

@@ -68,6 +68,11 @@ class Settings:
     sharp: bool = False
     workspace: int = 256 << 20
 
+    @property
+    def stored(self) -> str:
+        """As what the base's weights are stored, in words."""
+        return self.quantization or str(self.dtype).removeprefix("torch.")
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -123,7 +128,8 @@ class Planner:
         """
         check_one_of("teacher", settings.teacher, TEACHERS)
         weights, parameters, unpacked = self._standing(settings)
-        trained = self._trained(settings)
+        key = "trained", settings.dtype, repr(settings.adapter)
+        trained = self._once(key, lambda: trained_parameters(self._model(settings.dtype), settings.adapter))
         gradients = sum(times * p.numel() * p.element_size() for times, p in trained)
         student = self._step(settings, settings.length, trains=True)
         held = gradients if settings.accumulation > 1 else 0
@@ -183,11 +189,6 @@ class Planner:
             return weights, sum(p.numel() for p in model.parameters()), _unpacked(model, settings)
 
         return self._once(("standing", settings.dtype, settings.quantization), count)
-
-    def _trained(self, settings: Settings) -> list[tuple[int, Tensor]]:
-        """The parameters that are trained, each with how many like it there are."""
-        key = ("trained", settings.dtype, repr(settings.adapter))
-        return self._once(key, lambda: trained_parameters(self._model(settings.dtype), settings.adapter))
 
     def _step(self, settings: Settings, length: int, trains: bool) -> Step:
         adapter, checkpointing = (settings.adapter, settings.checkpointing) if trains else (None, False)

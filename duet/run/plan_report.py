@@ -124,7 +124,7 @@ class Plan:
         where = Table("GiB", "for", title=title, caption=_described(s))
         leading = max(b.phases, key=b.phases.__getitem__)
         rows = [
-            (b.weights, f"weights ({s.quantization or str(s.dtype).removeprefix('torch.')})"),
+            (b.weights, f"weights ({s.stored})"),
             (b.adapter, "adapter"),
             (b.optimizer, f"optimizer states ({s.optim})"),
             (b.teacher_weights, f"the teacher's weights ({s.teacher})"),
@@ -149,14 +149,8 @@ class Plan:
             title=f"What fits into {_gib(self.memory)} GiB",
         )
         for row in self.fitting:
-            batch = str(row["largest_batch"]) if row["largest_batch"] else "-"
-            fit.add_row(
-                row["trained"],
-                row["base"],
-                "on" if row["checkpointing"] else "off",
-                batch,
-                _gib(row["peak_at_1"] + self.reserve),
-            )
+            checkpointing, peak = ("off", "on")[row["checkpointing"]], _gib(row["peak_at_1"] + self.reserve)
+            fit.add_row(row["trained"], row["base"], checkpointing, str(row["largest_batch"] or "-"), peak)
         return [where, fit]
 
 
@@ -206,23 +200,21 @@ def _fitting(planner: Planner, settings: Settings, whole_teacher: str, memory: i
     adapter = settings.adapter or dict(DEFAULT_ADAPTER)
     lora = replace(settings, adapter=adapter, teacher="none" if settings.teacher == "none" else "adapter off")
     whole = replace(settings, adapter=None, quantization=None, teacher=whole_teacher)
-    ways = [
-        *(
-            (f"LoRA r={adapter['r']}", base or str(settings.dtype)[6:], replace(lora, quantization=base))
-            for base in (None, "int8", "nf4")
-        ),
-        ("all weights, teacher a copy", str(settings.dtype)[6:], replace(whole, teacher="copy")),
-        ("all weights, teacher from a cache", str(settings.dtype)[6:], replace(whole, teacher="cache")),
-    ]
-    if whole_teacher in ("none", "before training"):
-        named = "all weights" if whole_teacher == "none" else "all weights, teacher asked before training"
-        ways = [*ways[:3], (named, str(settings.dtype)[6:], whole)]
-    for trained, base, way in ways:
+    named = {
+        "none": "all weights",
+        "before training": "all weights, teacher asked before training",
+        "copy": "all weights, teacher a copy",
+        "cache": "all weights, teacher from a cache",
+    }
+    teachers = (whole_teacher,) if whole_teacher in ("none", "before training") else ("copy", "cache")
+    ways = [(f"LoRA r={adapter['r']}", replace(lora, quantization=base)) for base in (None, "int8", "nf4")]
+    ways += [(named[teacher], replace(whole, teacher=teacher)) for teacher in teachers]
+    for trained, way in ways:
         for checkpointing in (False, True):
             way = replace(way, checkpointing=checkpointing)
             yield {
                 "trained": trained,
-                "base": base,
+                "base": way.stored,
                 "checkpointing": checkpointing,
                 "largest_batch": planner.largest_batch(way, memory),
                 "peak_at_1": planner.budget(replace(way, batch=1)).peak,

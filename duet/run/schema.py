@@ -86,9 +86,8 @@ def described(kind: type) -> dict[str, str]:
     """field -> what the docstrings of a dataclass and of those that it inherits from say about it."""
     texts = {f.name: str(f.metadata["help"]) for f in dataclasses.fields(kind) if "help" in f.metadata}
     for each in reversed(kind.__mro__[:-1]):
-        if each is TrainingArguments or not vars(each).get("__doc__"):
-            continue
-        texts |= arguments_in(each.__doc__ or "")
+        if each is not TrainingArguments:
+            texts |= arguments_in(vars(each).get("__doc__") or "")
     return texts
 
 

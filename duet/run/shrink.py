@@ -125,36 +125,24 @@ def shrink(
     Raises:
         ValueError: `sizes` or `most`; or the base tells none of the forget rows or of the rows to be kept.
     """
-    wanted = check_sizes(sizes, most)
+    wanted, found = check_sizes(sizes, most), Shrunk([], most)
     asked = {"options": options or AttackOptions(), "prompting": prompting or Prompting()}
     forgotten, kept = (Target(adapter.model, tokenizer, rows, **asked) for rows in (forget, retain))
     try:
-        return _shrink(adapter, forgotten, kept, wanted, most, progress)
+        progress("what the base tells", 0, 1)
+        adapter.set(0.0)
+        for target, argument in ((forgotten, "forget"), (kept, "retain")):
+            target.rows = _told(target, argument)
+        progress("what the base tells", 1, 1)
+        for done, size in enumerate(wanted):
+            progress("sizes", done, len(wanted))
+            adapter.set(size)
+            found.tried.append(_try(forgotten, kept, size, partial(progress, f"size {size:g}")))
+            if not found.allows(found.tried[-1]):
+                break
+        progress("sizes", len(wanted), len(wanted))
     finally:
         adapter.set(1.0)
-
-
-def _shrink(
-    adapter: AdapterSize,
-    forgotten: Target,
-    kept: Target,
-    sizes: Sequence[float],
-    most: float,
-    progress: Progress,
-) -> Shrunk:
-    progress("what the base tells", 0, 1)
-    adapter.set(0.0)
-    for target, argument in ((forgotten, "forget"), (kept, "retain")):
-        target.rows = _told(target, argument)
-    progress("what the base tells", 1, 1)
-    found = Shrunk([], most)
-    for done, size in enumerate(sizes):
-        progress("sizes", done, len(sizes))
-        adapter.set(size)
-        found.tried.append(_try(forgotten, kept, size, partial(progress, f"size {size:g}")))
-        if not found.allows(found.tried[-1]):
-            break
-    progress("sizes", len(sizes), len(sizes))
     return found
 
 

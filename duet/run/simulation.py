@@ -15,8 +15,8 @@ than of a formula for it. Two things keep this fast:
 import copy
 import re
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..model.lm import find_backbone, layers_path, set_checkpointing
+from ..model.lm import find_backbone, layers_path
 
 ROWS = 1_000_003
 # Options of peft.LoraConfig that tell layers apart by their number.
@@ -102,8 +102,7 @@ def simulate(
     """
 
     def run(numbers: Sequence[int] | None) -> Run:
-        part = _copy(model, numbers)
-        part = part if adapter is None else adapted(part, adapter)
+        part = _copy(model, numbers, adapter)
         return _run(part.train(trains), _layers(part, model), length, autocast, checkpointing and trains)
 
     if kinds := _kinds(model, adapter):
@@ -119,21 +118,12 @@ def simulate(
 def trained_parameters(model: nn.Module, adapter: dict[str, Any] | None) -> list[tuple[int, Tensor]]:
     """The parameters that are trained, each with how many like it the model has: of equal layers, one is there."""
     kinds = [] if adapter is None else _kinds(model, adapter)
-    part = _copy(model, [numbers[0] for numbers in kinds] if kinds else None)
-    part = part if adapter is None else adapted(part, adapter)
+    part = _copy(model, [numbers[0] for numbers in kinds] if kinds else None, adapter)
     times: dict[int, int] = {}
     if kinds:
         for numbers, layer in zip(kinds, _layers(part, model), strict=True):
             times |= {id(parameter): len(numbers) for parameter in layer.parameters()}
     return [(times.get(id(p), 1), p) for p in part.parameters() if p.requires_grad]
-
-
-def adapted(model: nn.Module, adapter: dict[str, Any]) -> nn.Module:
-    """`model` with an adapter that has no weights either."""
-    from peft import LoraConfig, get_peft_model
-
-    with torch.device("meta"):
-        return get_peft_model(model, LoraConfig(**adapter))
 
 
 def _kinds(model: nn.Module, adapter: dict[str, Any] | None) -> list[list[int]]:
@@ -163,22 +153,28 @@ def _layers(part: nn.Module, model: nn.Module) -> Any:
     return find_backbone(part).get_submodule(path)
 
 
-def _copy(model: Any, numbers: Sequence[int] | None) -> Any:
-    """A copy of `model`, with these of its decoder layers (None: all)."""
+def _copy(model: Any, numbers: Sequence[int] | None, adapter: dict[str, Any] | None) -> Any:
+    """A copy of `model`, with these of its decoder layers (None: all), and with an adapter that has no weights either."""
     if numbers is None:
-        return copy.deepcopy(model)
-    numbers, layers = sorted(numbers), _layers(model, model)
-    every = list(layers)
-    del layers[:]
-    layers.extend(every[number] for number in numbers)
-    try:
         part = copy.deepcopy(model)
-    finally:
+    else:
+        numbers, layers = sorted(numbers), _layers(model, model)
+        every = list(layers)
         del layers[:]
-        layers.extend(every)
-    for name, each in _listed(model).items():
-        setattr(part.config.get_text_config(), name, [each[number] for number in numbers])
-    return part
+        layers.extend(every[number] for number in numbers)
+        try:
+            part = copy.deepcopy(model)
+        finally:
+            del layers[:]
+            layers.extend(every)
+        for name, each in _listed(model).items():
+            setattr(part.config.get_text_config(), name, [each[number] for number in numbers])
+    if adapter is None:
+        return part
+    from peft import LoraConfig, get_peft_model
+
+    with torch.device("meta"):
+        return get_peft_model(part, LoraConfig(**adapter))
 
 
 def _listed(model: Any) -> dict[str, Sequence[Any]]:
@@ -231,10 +227,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _run(model: Any, layers: Sequence[nn.Module], length: int, autocast: bool, checkpointing: bool) -> Run:
-    """One step; a model that does not train makes none but the forward."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _materialised(model):
-        if checkpointing:
-            set_checkpointing(model, True)
+    """One step of a model of its own; one that does not train makes none but the forward."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _materialise(model)
+        if checkpointing:  # under the name that this version of transformers has for it
+            newer = hasattr(model, "activation_checkpointing_enable")
+            getattr(model, f"{'activation' if newer else 'gradient'}_checkpointing_enable")()
         live = LiveBytes(model)
 
         def watch(module, args, kwargs):
@@ -261,28 +259,16 @@ def _run(model: Any, layers: Sequence[nn.Module], length: int, autocast: bool, c
     return Run(kept, live.most)
 
 
-@contextmanager
-def _materialised(model: nn.Module) -> Iterator[None]:
-    """Within the context, parameters and buffers on the meta device are (fake) ones of a CPU; shared ones stay shared."""
-    places: list[Any] = [
-        (table, name)
-        for module in model.modules()
-        for table in (module._parameters, module._buffers)
-        for name in table
-    ]
-    before = [table[name] for table, name in places]
-    made: dict[int, Tensor] = {}
-    for (table, name), tensor in zip(places, before, strict=True):
-        if tensor is None or tensor.device.type != "meta":
-            continue
-        if id(tensor) not in made:
-            fake = torch.empty_like(tensor, device="cpu")
-            made[id(tensor)] = (
-                nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-            )
-        table[name] = made[id(tensor)]
-    try:
-        yield
-    finally:
-        for (table, name), tensor in zip(places, before, strict=True):
-            table[name] = tensor  # and with the fake ones go their gradients
+def _materialise(model: nn.Module) -> None:
+    """Parameters and buffers on the meta device become (fake) ones of a CPU; shared ones stay shared."""
+    made: dict[Tensor, Any] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None or tensor.device.type != "meta":
+                    continue
+                if tensor not in made:
+                    fake = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[tensor] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                table[name] = made[tensor]

@@ -38,7 +38,7 @@ from ..names import check_one_of
 from ..store.teacher import CachedTeacher
 from ..trainer import DuetTrainer
 from ..yaml_text import write_yaml
-from .commands import load_asked, load_tokenizer
+from .commands import load_asked, load_tokenizer, training_rows
 from .config_file import RunConfig
 
 SAMPLED = 12  # rows of each kind that are asked before a training
@@ -150,7 +150,7 @@ def possible_places(tokenizer: Any, places: Sequence[str], args: Any) -> list[st
 
 def _halves(run: RunConfig) -> list[Rows]:
     """The rows of a run in two halves: of each subject every second row, so that both hold the same subjects."""
-    forget, retain = map(_halved, _rows(run))
+    forget, retain = map(_halved, training_rows(run))
     if not all(forget):
         raise ValueError(
             "data.forget: wanted at least two rows, one to choose a wording and one to measure it; got one"
@@ -170,11 +170,6 @@ def _halved(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
         ahead += of[::2]
         behind += of[1::2]
     return first, second
-
-
-def _rows(run: RunConfig) -> Rows:
-    retain = [] if run.retain is None else load_rows(run.retain, "data.retain")
-    return load_rows(run.forget, "data.forget"), retain
 
 
 def _elicited(folder: Path) -> list[Rows]:
@@ -339,7 +334,7 @@ def _cannot_ask(run: RunConfig, trainer: DuetTrainer) -> str | None:
 
 def _ask_teacher(run: RunConfig, trainer: DuetTrainer) -> Measured:
     args = run.training
-    probes = probes_of(*_rows(run), limit=SAMPLED, seed=args.seed)
+    probes = probes_of(*training_rows(run), limit=SAMPLED, seed=args.seed)
     kinds = (FORGET,) if args.retain_prefix == "none" else KINDS
 
     def ask(model: Any) -> Measured:

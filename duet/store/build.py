@@ -28,9 +28,9 @@ from ..data.rows import read_rows
 from ..methods.objectives import objective_of, teacher_topk
 from ..methods.reuse import SHORTEST
 from ..methods.steering import look_at_teacher
-from ..methods.views import build_dataset, eval_datasets, renderer_of, scored_positions
-from ..model.answers import check_tokenizer, generate_answers, load_tokenizer, padding_id
-from ..model.lm import check_head, context_length, embedded_ids, evaluating, hidden_states_at
+from ..methods.views import Views
+from ..model.answers import generate_answers, tokenizer_of
+from ..model.lm import check_head, evaluating, hidden_states_at
 from ..model.loading import load_model, loading_device, without_attached_adapter
 from ..model.prefix_cache import PrefixCache, cannot_reuse, common_length
 from .columns import read_columns
@@ -101,7 +101,7 @@ def cache_teacher(
     folder = _folder(folder, args)
     state = PartialState(cpu=args.use_cpu)
     model = load_model(model, "model", args.model_init_kwargs, loading_device(args), args.earlier_adapter)
-    model = without_attached_adapter(model, "model", args.earlier_adapter)
+    model = without_attached_adapter(model, args.earlier_adapter)
     with _without_adapter(model):
         job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
         writer = StoreWriter(folder, job.provenance, job.rows, shard_entries)
@@ -223,7 +223,7 @@ def _from_elsewhere(folder: Any, model: Any, args: DuetConfig, *rest: Any) -> tu
     """The job of a teacher whose log-probabilities are made elsewhere, and the writer of its store; `rest` as in `_Job.of`."""
     folder = _folder(folder, args)
     model = load_model(model, "model", args.model_init_kwargs, earlier=args.earlier_adapter)
-    model = without_attached_adapter(model, "model", args.earlier_adapter)
+    model = without_attached_adapter(model, args.earlier_adapter)
     with _without_adapter(model):
         job = _Job.of(model, args, *rest)
     job = replace(job, provenance=replace(job.provenance, values=LOG_PROBABILITIES, autocast=None))
@@ -273,22 +273,13 @@ class _Job:
             set_workspace_bytes(args.workspace_bytes)
         forget = read_rows(forget_dataset, "forget_dataset")
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
-        tokenizer = load_tokenizer(model) if processing_class is None else processing_class
-        check_tokenizer(tokenizer)
-        pad_id = padding_id(tokenizer, embedded_ids(model))
+        tokenizer, pad_id = tokenizer_of(model, processing_class)
         head = check_head(model)
         if args.k > head.num_ids:
             raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
-        renderer = renderer_of(args, tokenizer, embedded_ids(model))
-        length = args.max_length or context_length(model)
-
-        def dataset(forget, retain, subjects=None) -> UnlearnDataset:
-            return build_dataset(
-                forget, retain, objective, args, renderer, length, subjects, cache_seed=args.seed
-            )
-
-        datasets = [dataset(forget, retain)]
-        evals = eval_datasets(eval_dataset, dataset, datasets[0].subjects)
+        views = Views.of(objective, args, tokenizer, model, args.seed)
+        datasets = [views.dataset(forget, retain)]
+        evals = views.evaluated(eval_dataset, datasets[0].subjects)
         datasets += evals.values() if isinstance(evals, dict) else filter(None, [evals])
         questions: dict[bytes, Asked] = {}
         named: dict[str, list[bytes]] = {}
@@ -297,8 +288,7 @@ class _Job:
                 entry_id = fingerprint(asked.plain, asked.steered, asked.answer)
                 questions[entry_id] = asked
                 named.setdefault(asked.name, []).append(entry_id)
-        positions = scored_positions(objective, args)
-        provenance = provenance_of(model, head, tokenizer, args, datasets[0], positions, dtype)
+        provenance = provenance_of(model, head, tokenizer, args, datasets[0], objective, dtype)
         return cls(model, tokenizer, pad_id, datasets[0], questions, named, provenance)
 
     def order(self, entry_id: bytes) -> tuple[str, int]:
@@ -342,11 +332,10 @@ class _Asker:
     """Runs one teacher in batches."""
 
     def __init__(self, job: _Job, args: DuetConfig):
-        self.model, self.args = job.model, args
+        self.job, self.model, self.args = job, job.model, args
         if next(job.model.parameters()).device != args.device:
             job.model.to(args.device)
-        self.tokenizer, self.pad_id = job.tokenizer, job.pad_id
-        self.answers, self.max_scored = job.dataset.answers, job.dataset.max_scored
+        self.answered = job.dataset.answers == "teacher"
         self.collate = Collator(job.pad_id, "right")
         self.saving = Saving()
 
@@ -360,26 +349,25 @@ class _Asker:
         with evaluating(self.model), self._autocast():
             return PrefixCache(self.model, ids)
 
-    def says(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def says(self, prompts: list[list[int]], max_new_tokens: int | None) -> list[list[int]]:
         """The teacher's greedy answers to one batch of prompts."""
         with evaluating(self.model):
-            return generate_answers(self.model, prompts, self.tokenizer, self.pad_id, max_new_tokens)
+            return generate_answers(self.model, prompts, self.job.tokenizer, self.job.pad_id, max_new_tokens)
 
     @torch.no_grad()
     def ask(self, questions: Sequence[Asked], prefix: PrefixCache | None) -> list[Entry]:
         """The entries of one batch, on the CPU."""
         with evaluating(self.model):
             answers = [question.answer for question in questions]
-            if self.answers == "teacher":
-                prompts = [question.steered for question in questions]
-                answers = generate_answers(self.model, prompts, self.tokenizer, self.pad_id, self.max_scored)
+            if self.answered:
+                answers = self.says([question.steered for question in questions], self.job.dataset.max_scored)
             read = sum(len(q.steered) + max(0, len(a) - 1) for q, a in zip(questions, answers, strict=True))
             self.saving.tokens_without += read
             self.saving.tokens += read - (prefix.length * len(questions) if prefix else 0)
             if prefix is not None and self.saving.seconds is None:
                 self._measure(questions, answers, prefix)
             targets = self._targets(questions, answers, prefix)
-        return _split(targets, answers, self.answers == "teacher")
+        return _split(targets, answers, self.answered)
 
     def _targets(self, questions, answers, prefix: PrefixCache | None) -> TopK:
         start = prefix.length if prefix else 0

@@ -25,7 +25,7 @@ def provenance_of(
     tokenizer: Any,
     args: DuetConfig,
     dataset: UnlearnDataset,
-    positions: str,
+    objective: Objective,
     dtype: str = "float32",
 ) -> Provenance:
     """The provenance of targets that `model` makes for `dataset` under the options `args`."""
@@ -41,7 +41,7 @@ def provenance_of(
         plain_template=args.plain_template,
         prefixes=list(args.steering_prefixes),
         seed=dataset.seed,
-        positions=positions,
+        positions=scored_positions(objective, args),
         max_scored=dataset.max_scored,
         answers=dataset.answers,
         k=args.k,
@@ -56,11 +56,7 @@ def provenance_of(
 
 
 def check_cacheable(objective: Objective, args: DuetConfig) -> None:
-    """Refuses objectives that need more of a teacher than its top-k logits under a steering prefix.
-
-    Raises:
-        ValueError: naming the option.
-    """
+    """Refuses objectives that need more of a teacher than its top-k logits under a steering prefix."""
     if objective.targets is not teacher_topk or objective.teacher_sees != "steered":
         raise ValueError(
             f"teacher_store: objective {args.objective!r} needs something else than a steered teacher's top-k logits, "
@@ -110,8 +106,7 @@ def cached_teacher(
     Raises:
         ValueError: naming the field that differs, what the store has and what this run has; or what the store lacks.
     """
-    positions = scored_positions(objective, args)
-    wanted = provenance_of(model, head, tokenizer, args, datasets[0], positions)
+    wanted = provenance_of(model, head, tokenizer, args, datasets[0], objective)
     free = ["k", "seed", "dtype", "values"]
     if not args.teacher_store_same_model:
         free += ["architecture", "model_dtype", "weights", "softcap", "scale", "config", "autocast"]

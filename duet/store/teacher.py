@@ -1,8 +1,9 @@
 """CachedTeacher: a TopKStore in the place of a teacher, for training without one."""
 
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from duet_kernels import TopK
 
@@ -45,7 +46,8 @@ class CachedTeacher(Teacher):
             places[asked.key] = entry_id
             if dataset.answers == "teacher":
                 dataset.teacher_answers[asked.key] = self.store.read(entry_id).answer
-        dataset.cached_targets = _Stored(self.store, self.k, places)
+        # Small enough to be sent to the data loader's processes.
+        dataset.cached_targets = partial(_stored, self.store, self.k, places)
 
     def targets(self, stored: Any, function: Function, student: nn.Module, wrapped: nn.Module) -> TopK:
         return TopK(**stored, temperature=self.store.provenance.temperature)
@@ -57,12 +59,9 @@ class CachedTeacher(Teacher):
         )
 
 
-class _Stored:
-    """(row, prefix) -> its targets as plain tensors; small enough to be sent to the data loader's processes."""
-
-    def __init__(self, store: TopKStore, k: int, places: dict[tuple[int, int], bytes]):
-        self.store, self.k, self.places = store, k, places
-
-    def __call__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        targets = self.store.read(self.places[key], self.k).targets._asdict()
-        return {name: targets[name] for name in ("values", "indices", "tail_logsumexp")}
+def _stored(
+    store: TopKStore, k: int, places: dict[tuple[int, int], bytes], key: tuple[int, int]
+) -> dict[str, Any]:
+    """The targets of a row under a prefix, as plain tensors."""
+    targets = store.read(places[key], k).targets._asdict()
+    return {name: targets[name] for name in ("values", "indices", "tail_logsumexp")}

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..extras import version_of
 from .read import DTYPES, FORMAT, MANIFEST, MAY_LACK, Entry, Provenance, Shard, read_manifest, seal_of
 
+_SHARD_BYTES = 1 << 26
 _INDEX_DTYPES = ((2**8, torch.uint8), (2**16, torch.uint16), (2**31, torch.int32), (2**63, torch.int64))
 _TEMPORARY = re.compile(r"\.(manifest\.json|shard-[0-9a-f]{32}\.safetensors)\.[0-9a-f]{32}\.tmp")
 _VERSIONED = ("duet-kernels", "torch", "transformers", "tokenizers", "safetensors")
@@ -37,7 +38,7 @@ class StoreWriter:
         folder: created if it does not exist.
         provenance: of everything that will be added.
         rows: for each row's name the fingerprints of its entries, one per prefix. `finish` wants all of them.
-        shard_entries, shard_bytes: a shard is written when either is reached; a kill loses at most one shard.
+        shard_entries: a shard is written when it has so many, or 64 MiB; a kill loses at most one shard.
     """
 
     def __init__(
@@ -46,11 +47,10 @@ class StoreWriter:
         provenance: Provenance,
         rows: Mapping[str, Sequence[bytes]],
         shard_entries: int = 1024,
-        shard_bytes: int = 1 << 26,
     ):
         self.folder, self.provenance = Path(folder), provenance
         self.rows = {name: list(entry_ids) for name, entry_ids in rows.items()}
-        self.shard_entries, self.shard_bytes = shard_entries, shard_bytes
+        self.shard_entries = shard_entries
         self.wanted = dict.fromkeys(entry_id for entry_ids in self.rows.values() for entry_id in entry_ids)
         self.written: set[bytes] = set()
         self._pending: dict[bytes, Entry] = {}
@@ -124,7 +124,7 @@ class StoreWriter:
             )
         self._pending[entry_id] = Entry(entry.targets._replace(values=stored), entry.answer)
         self._pending_bytes += values.numel() * 8
-        if len(self._pending) >= self.shard_entries or self._pending_bytes >= self.shard_bytes:
+        if len(self._pending) >= self.shard_entries or self._pending_bytes >= _SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:

@@ -22,7 +22,8 @@ from ...model.lm import check_layer, select_parameters
 from ...names import check_one_of
 from ..counterfactual import prepare_deep
 from ..noising import UndoOptions, prepare_undo, start_undo
-from ..selectivity import SelectivityOptions, mlp_matrices, selective_direction
+from ..selectivity import SelectivityOptions, check_selective_model, mlp_matrices, selective_direction
+from ..sharpness import check_sharp_weights
 from .baselines import (
     answer_nll,
     answer_topk,
@@ -186,11 +187,12 @@ def check_options(objective: Objective, args: Any) -> None:
 
 
 def fit_model(objective: Objective, model: nn.Module, head: LMHead, args: Any) -> None:
-    """What an objective wants of a model: a vocabulary of k ids, its layer, and which parameters are trained.
+    """What an objective wants of a model: its kind, a vocabulary of k ids, its layer, and which parameters are trained.
 
     Raises:
         ValueError: naming what the model lacks.
     """
+    check_selective_model(objective, model)
     if objective.targets in (teacher_topk, answer_topk) and args.k > head.num_ids:
         raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
     if objective.layer:
@@ -198,3 +200,4 @@ def fit_model(objective: Objective, model: nn.Module, head: LMHead, args: Any) -
     trains = objective.trains
     if trains is not None:
         select_parameters(model, lambda name: trains(name, args), args.objective)
+    check_sharp_weights(objective, model)
