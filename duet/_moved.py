@@ -1,5 +1,7 @@
 """Import paths of version 0.1.0: they work in 0.2 and say once where their contents are now. In 0.3 this file goes.
 
+What was not public may be gone: such a name is an AttributeError.
+
 from duet.caching import cache_teacher      # DeprecationWarning: duet.caching is now duet.store.build
 """
 

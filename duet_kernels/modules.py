@@ -1,8 +1,7 @@
-"""The losses as torch.nn.Modules: options are fields, one call in forward. Thin; the functions are the API."""
+"""The losses as torch.nn.Modules: options in __init__, one call in forward. Thin; the functions are the API."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -22,25 +21,21 @@ from .options import (
 )
 
 
-@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
 class _Loss(nn.Module):
-    """Has the options of a loss function as fields and shows them in repr. Names that do not exist are refused at once."""
+    """Keeps the options of a loss function and shows them in repr. Names that do not exist are refused at once."""
 
-    def __post_init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         for name, known in (("reduction", REDUCTIONS), ("impl", get_args(Impl))):
-            if self.options[name] not in known:
-                raise unknown(name, self.options[name], known)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+            if options.get(name, known[0]) not in known:
+                raise unknown(name, options[name], known)
+        check_ignore_index(options.get("ignore_index", 0))
+        self.options = options
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
 class TopKDistillLoss(_Loss):
     """`topk_distill_loss` with its options fixed; see there for equations, shapes and errors.
 
@@ -52,18 +47,29 @@ class TopKDistillLoss(_Loss):
         4.0
     """
 
-    divergence: DivergenceName = "huber"
-    normalization: Normalization | None = None
-    temperature: float = 1.0
-    beta: float = 0.5
-    delta: float = 1.0
-    clip: float | None = None
-    reduction: Reduction = "mean"
-    impl: Impl = "auto"
-
-    def __post_init__(self) -> None:
-        Divergence.of(self.divergence, self.normalization, self.temperature, self.beta, self.delta, self.clip)
-        super().__post_init__()
+    def __init__(
+        self,
+        *,
+        divergence: DivergenceName = "huber",
+        normalization: Normalization | None = None,
+        temperature: float = 1.0,
+        beta: float = 0.5,
+        delta: float = 1.0,
+        clip: float | None = None,
+        reduction: Reduction = "mean",
+        impl: Impl = "auto",
+    ) -> None:
+        Divergence.of(divergence, normalization, temperature, beta, delta, clip)
+        super().__init__(
+            divergence=divergence,
+            normalization=normalization,
+            temperature=temperature,
+            beta=beta,
+            delta=delta,
+            clip=clip,
+            reduction=reduction,
+            impl=impl,
+        )
 
     def forward(
         self,
@@ -80,28 +86,38 @@ class TopKDistillLoss(_Loss):
         )
 
 
-@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
 class LinearDistillLoss(_Loss):
     """`linear_distill_loss` with its options fixed; see there for equations, shapes and errors."""
 
-    k: int | None = None
-    support: Support = "teacher"
-    divergence: DivergenceName = "forward_kl"
-    normalization: Normalization | None = None
-    temperature: float = 1.0
-    beta: float = 0.5
-    delta: float = 1.0
-    clip: float | None = None
-    reduction: Reduction = "mean"
-    impl: Impl = "auto"
-
-    def __post_init__(self) -> None:
-        numbers = self.temperature, self.beta, self.delta, self.clip
-        k = self.k
-        Divergence.of(self.divergence, self.normalization, *numbers, self.support, k is None)
+    def __init__(
+        self,
+        *,
+        k: int | None = None,
+        support: Support = "teacher",
+        divergence: DivergenceName = "forward_kl",
+        normalization: Normalization | None = None,
+        temperature: float = 1.0,
+        beta: float = 0.5,
+        delta: float = 1.0,
+        clip: float | None = None,
+        reduction: Reduction = "mean",
+        impl: Impl = "auto",
+    ) -> None:
+        Divergence.of(divergence, normalization, temperature, beta, delta, clip, support, k is None)
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise ValueError(f"k: wanted None or an integer >= 1, got {k!r}")
-        super().__post_init__()
+        super().__init__(
+            k=k,
+            support=support,
+            divergence=divergence,
+            normalization=normalization,
+            temperature=temperature,
+            beta=beta,
+            delta=delta,
+            clip=clip,
+            reduction=reduction,
+            impl=impl,
+        )
 
     def forward(
         self,
@@ -114,21 +130,25 @@ class LinearDistillLoss(_Loss):
         weights: Tensor | None = None,
         num_items: int | Tensor | None = None,
     ) -> Tensor:
-        sides = student_hidden, student_head, teacher_hidden, teacher_head
-        return linear_distill_loss(*sides, mask=mask, weights=weights, num_items=num_items, **self.options)
+        return linear_distill_loss(
+            student_hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            mask=mask,
+            weights=weights,
+            num_items=num_items,
+            **self.options,
+        )
 
 
-@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
 class LinearCrossEntropyLoss(_Loss):
     """`linear_cross_entropy` with its options fixed; see there for equations, shapes and errors."""
 
-    ignore_index: int = -100
-    reduction: Reduction = "mean"
-    impl: Impl = "auto"
-
-    def __post_init__(self) -> None:
-        check_ignore_index(self.ignore_index)
-        super().__post_init__()
+    def __init__(
+        self, *, ignore_index: int = -100, reduction: Reduction = "mean", impl: Impl = "auto"
+    ) -> None:
+        super().__init__(ignore_index=ignore_index, reduction=reduction, impl=impl)
 
     def forward(
         self,

@@ -205,7 +205,7 @@ def damaged(folder, summary, rows="", manifest="{}"):
         (lambda f: damaged(f, '{"suite": "s", "tasks": {}, "numbers": {"u": 0.5}}'), r"summary.json has 'numbers': "),
         (lambda f: damaged(f, "{}", rows="[1]\n"), r"bad is damaged or unfinished: rows.jsonl, line 1: wanted a row with task, id, got \[1\]"),
         (lambda f: damaged(f, "{}", rows="{}\n"), r"bad is damaged or unfinished: rows.jsonl, line 1: wanted a row with task, id, got {}"),
-        (lambda f: damaged(f, "{}", manifest="[]"), r"run: .*bad.manifest.json: wanted an object, got '\[\]'"),
+        (lambda f: damaged(f, "{}", manifest="[]"), r"^run: .*bad is damaged or unfinished: .*manifest.json: wanted an object, got '\[\]'"),
     ],
 )  # fmt: skip
 def test_a_folder_that_is_no_run_is_named(tmp_path, make, message):

@@ -337,10 +337,12 @@ def test_the_journal_refuses_what_is_not_its_own(tmp_path):
     with pytest.raises(ValueError, match=r"holds rows.jsonl but no manifest.json"):
         Journal(tmp_path, {}, ["id"])
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"^out: .*manifest.json: not JSON"):
+    with pytest.raises(ValueError, match=r"^out: .*manifest.json: not JSON.*; wanted a new folder"):
         Journal(tmp_path, {}, ["id"])
     (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"^out: .*manifest.json: wanted an object, got '\[\]'"):
+    with pytest.raises(
+        ValueError, match=r"^out: .*manifest.json: wanted an object, got '\[\]'; wanted a new folder"
+    ):
         Journal(tmp_path, {}, ["id"])
     (tmp_path / "manifest.json").write_text("{}")
     for line, got in (("[1]", r"\[1\]"), ("{}", "{}"), ('"id"', '"id"')):

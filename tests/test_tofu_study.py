@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import with_short_answers
+from learned_models import knowing
+from tiny_models import forget_rows, with_short_answers, word_tokenizer
 
 from benchmarks.studies.tofu import __main__ as command
-from benchmarks.studies.tofu import base, jobs, page, reckoning, work
+from benchmarks.studies.tofu import base, gates, jobs, page, reckoning, work
 from benchmarks.studies.tofu.curriculum import KINDS, Curriculum, every_text
 from benchmarks.studies.tofu.jobs import Job, Study
 from benchmarks.studies.tofu.pretrain import Encoded, build_model, collate, pretrain
@@ -407,6 +408,13 @@ def test_settings_are_checked():
             changed(TINY, [wrong])
     assert METHODS["duet"].tried(1) == METHODS["duet"].rates[1:2]
     assert METHODS["duet"].tried(3) == METHODS["duet"].rates
+
+
+def test_gates_ask_plainly_and_behind_a_prefix():
+    asked, rows = gates.Asked(knowing(), word_tokenizer(), TINY), forget_rows()
+    plain, forbidden = asked(rows), asked(rows, ["ada"] * len(rows))
+    assert plain["recall"] > 0.5 and plain["refusal"] == 0
+    assert forbidden["recall"] < plain["recall"]
 
 
 def test_the_reckoning_counts_the_parameters_that_the_model_has(data, tokenizer):

@@ -89,7 +89,10 @@ class Journal:
         path = self.folder / MANIFEST
         manifest = json.loads(json.dumps(manifest))
         if path.is_file():
-            before = read_object(path, "out")
+            try:
+                before = read_object(path, "out")
+            except ValueError as error:
+                raise ValueError(f"{error}; wanted a new folder") from None
             before.pop("note", None)
             check_same_run(self.folder, before, manifest)
             return
@@ -199,9 +202,10 @@ def read_run(
     try:
         lines = (folder / ROWS).read_bytes().splitlines()
         rows = [_row(line, f"{ROWS}, line {number}", key) for number, line in enumerate(lines, 1)]
+        return read_object(folder / MANIFEST, argument), rows
     except ValueError as error:
-        raise ValueError(f"{argument}: {folder} is damaged or unfinished: {error}") from None
-    return read_object(folder / MANIFEST, argument), rows
+        why = str(error).removeprefix(f"{argument}: ")
+        raise ValueError(f"{argument}: {folder} is damaged or unfinished: {why}") from None
 
 
 def num_rows(count: int) -> str:

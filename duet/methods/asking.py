@@ -1,6 +1,6 @@
 """What a method may ask of the frozen teacher before training: the trainer as `Objective.prepare(trainer, dataset)` meets it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class Asking(Trainer):
     def teacher_says(self, prompts: list[list[int]], max_new_tokens: int | None) -> list[list[int]]:
         """The frozen teacher's greedy answers, in batches of similar length."""
         answers, options = {}, (self.processing_class, self.pad_id, max_new_tokens)
-        for batch in self.batches(prompts, "the teacher answers"):
+        for batch in self.batches(map(len, prompts), "the teacher answers"):
             ids = [prompts[i] for i in batch]
             said = self.ask_teacher(lambda model, ids=ids: generate_answers(model, ids, *options))
             answers.update(zip(batch, said, strict=True))
@@ -64,9 +64,10 @@ class Asking(Trainer):
         items = [plain_item(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         return self.head_inputs(model, self._prepare_inputs(self.data_collator(items)))
 
-    def batches(self, prompts: Sequence[list[int]], doing: str) -> Iterator[list[int]]:
-        """The numbers of the prompts, `eval_batch_size` of similar length at a time, with a progress bar."""
-        order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), self.args.eval_batch_size
+    def batches(self, lengths: Iterable[int], doing: str) -> Iterator[list[int]]:
+        """The numbers of the prompts of these lengths, `eval_batch_size` of similar length at a time, with a progress bar."""
+        lengths, size = list(lengths), self.args.eval_batch_size
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
         for start in self.progress(range(0, len(order), size), doing):
             yield order[start : start + size]
 
@@ -125,8 +126,8 @@ class Asking(Trainer):
     def _targets_of_rows(self, dataset: UnlearnDataset) -> Iterator[RowTargets]:
         """What the objective wants of the teacher for every row."""
         self._answer(dataset)
-        prompts = [dataset[i]["student"] for i in range(len(dataset))]
-        for rows in self.batches(prompts, "the model is asked before it is trained"):
+        lengths = (len(dataset[i]["student"]) for i in range(len(dataset)))
+        for rows in self.batches(lengths, "the model is asked before it is trained"):
             items = [dataset[i] for i in rows]
             inputs = self._prepare_inputs(self.data_collator(items))
             targets = self.ask_teacher(lambda model, inputs=inputs: self._targets_by(model, inputs))

@@ -59,7 +59,7 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
         refusals = trainer.teacher_says(steered, args.max_answer_tokens)
 
     retain = everybody[dataset.num_forget :]
-    for batch in trainer.batches([dataset.plain(i) for i in retain], "what is to be kept"):
+    for batch in trainer.batches((len(dataset.plain(i)) for i in retain), "what is to be kept"):
         rows = [retain[n] for n in batch]
         segments = _own_answers(trainer, [dataset.plain(i) for i in rows], [own[i] for i in rows])
         for i, segment in zip(rows, segments, strict=True):

@@ -169,8 +169,8 @@ class FixedDirections(Asking):
         with evaluating(student), ExitStack() as stack:
             for which, down in enumerate(downs):
                 stack.callback(down.register_forward_pre_hook(partial(add, which)).remove)
-            prompts = [item["student"] for item in items]
-            for rows in self.batches(prompts, "where forget and retain rows differ"):
+            lengths = (len(item["student"]) for item in items)
+            for rows in self.batches(lengths, "where forget and retain rows differ"):
                 batch = self._prepare_inputs(self.data_collator([items[i] for i in rows]))
                 ids = batch["input_ids"]
                 shown.append(batch.get("attention_mask", torch.ones_like(ids)).flatten().bool())

@@ -120,8 +120,8 @@ def cache(run: RunConfig, dtype: str = "float32") -> Cached:
 
 def training_rows(run: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows to forget and those to retain, which may be none."""
-    retain = [] if run.retain is None else load_rows(run.retain, "data.retain")
-    return load_rows(run.forget, "data.forget"), retain
+    forget = load_rows(run.forget, "data.forget")
+    return forget, [] if run.retain is None else load_rows(run.retain, "data.retain")
 
 
 def _rows(run: RunConfig) -> tuple[Any, Any, Any]:

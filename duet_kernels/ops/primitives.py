@@ -133,9 +133,18 @@ def _linear_logsumexp_gradient(ctx, grad, _):
     need = ctx.needs_input_grad[:3]
     gradients: list[Tensor | None] = [None, None, None]
     if any(need[1:]):
-        nothing = grad.new_zeros(exclude.shape)  # of the logits at the ids
-        both = [torch.cat([nothing, x[:, None]], 1) for x in (grad, tail)]
-        inputs = hidden, weight, bias, *ctx.head, *both, dhidden, exclude, ctx.temperature
+        # No logits at the ids stand beside the tail: they have no gradient.
+        inputs = (
+            hidden,
+            weight,
+            bias,
+            *ctx.head,
+            grad[:, None],
+            tail[:, None],
+            dhidden,
+            exclude,
+            ctx.temperature,
+        )
         gradients = list(_complement_and_values_backward(*inputs, (False, *need[1:]), ctx.impl))
     if need[0]:
         gradients[0] = times(dhidden, grad, hidden.dtype, ctx.impl)

@@ -78,6 +78,7 @@ class RunningKL:
             u.masked_fill_((s == -torch.inf) & (t == -torch.inf), 0)
         u = multiply_(u, self.inverse).sub_(self._gap())
         change, moment = difference(e_s, e_t, u), expected((e_s, e_t)[self.side], u)
+        del u  # a strip's memory
         fall, fall_change = (s_fall, t_fall)[self.side], difference(s_fall, t_fall, shift)
         s_sum, t_sum = self.sums
         self.moment = expected(fall, self.moment + shift * self.sums[self.side]) + _sum(moment)

@@ -78,10 +78,14 @@ def complement_and_values_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dh, dW, db) in `dtype`, that of the inputs unless given.
 
-    dh from what the forward pass summed; dW and db from recomputed tiles, each written once.
+    dh from what the forward pass summed; dW and db from recomputed tiles, each written once. `grad_values` and `values` of no
+    columns: the ids are excluded from the log-sum-exp, and their logits have no gradient.
     """
     dhidden, out = None, dtype or hidden.dtype
-    dx = (grad_values * head.slope(values)).masked_fill(indices < 0, 0)
+    if grad_values.shape[1]:
+        dx = (grad_values * head.slope(values)).masked_fill(indices < 0, 0)
+    else:
+        dx = grad_tail.new_zeros(indices.shape)
     if need.hidden:
         sparse = sum_of_rows(head.weight, indices.clamp(0, head.weight.shape[0] - 1), dx)
         dhidden = sparse.addcmul_(grad_tail[:, None], dtail).to(out)

@@ -375,7 +375,7 @@ class _Complement(dense.Loss):
 
 
 class _Saved(_Complement):
-    """The gradient of a log-sum-exp and of the values that are known: no fold."""
+    """The gradient of a log-sum-exp that is known, and of the values where they have one: no fold."""
 
     partials, folds = 0, ()
 
@@ -383,10 +383,12 @@ class _Saved(_Complement):
         super().__init__(*inputs)
         self.sums[0], self.sums[1] = tail * self.temperature, 1.0
         self.dtail = grad_tail.to(self.acc).contiguous()
-        self.values, self.upstream = values.contiguous(), grad_values.to(self.acc).contiguous()
+        if grad_values.shape[1]:
+            self.values, self.upstream = values.contiguous(), grad_values.to(self.acc).contiguous()
 
     def bound(self, rows: slice) -> Tensor | float:
-        return self.dtail[rows].abs() / self.temperature + self.upstream[rows].abs().sum(1)
+        of_tail = self.dtail[rows].abs() / self.temperature
+        return of_tail if self.upstream is None else of_tail + self.upstream[rows].abs().sum(1)
 
 
 class _WithValues(_Complement):
@@ -481,11 +483,14 @@ def complement_and_values_backward(
     temperature: float,
     need: Need,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dh, dW, db). dh from what the forward pass multiplied; dW and db of logits that are computed again."""
+    """(dh, dW, db). dh from what the forward pass multiplied; dW and db of logits that are computed again.
+
+    `grad_values` and `values` of no columns: the ids are excluded from the log-sum-exp, and their logits have no gradient.
+    """
     dhidden = dweight = dbias = None
     if need.hidden:
         dhidden = dtail * grad_tail[:, None]
-        if ids.numel() and dhidden.numel():
+        if grad_values.numel() and dhidden.numel():
             with current_device(hidden):
                 dx, row = slot_gradients(grad_values, values, hidden, head, ids)
                 dhidden += sum_rows(dx, row, hidden, head.weight, dtail.dtype)

@@ -39,7 +39,7 @@ class Asked:
             )
             for row, name in zip(read, names, strict=True)
         ]
-        said = [answer[0].text if answer else "" for answer in self.target.say(prompts)]
+        said = [answer.text if answer else "" for answer in self.target.say(prompts)]
         recalls = [row.recall(text) for row, text in zip(read, said, strict=True)]
         return {"recall": sum(recalls) / len(recalls), "refusal": metrics.refusal_rate(said)}
 

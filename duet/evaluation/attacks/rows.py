@@ -144,7 +144,7 @@ def check_unseen(holdout: Sequence[AttackRow], trained: Mapping[str, Sequence[At
 
 def _texts(given: Any, where: str, what: str) -> tuple[str, ...]:
     given = listed(given, where)
-    texts = tuple(given) if isinstance(given, (list, tuple)) else () if given in (None, "") else (given,)
+    texts = tuple(given) if isinstance(given, (list, tuple)) else () if given is None else (given,)
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"{where}: wanted a list of {what}, got {texts!r}")
     return tuple(checked_text(text, where) for text in texts)

@@ -234,7 +234,8 @@ def unjudged(entry: Mapping[str, Any]) -> float:
 
     Of an attack whose variants all have none that could: 1.
     """
-    return 1.0 if entry["worst_variant"] is None else worst_of(entry).get("unjudged", 0.0)
+    worst = worst_of(entry)
+    return worst.get("unjudged", 0.0) if worst else 1.0
 
 
 def headline(report: Mapping[str, Any]) -> str:
