@@ -83,7 +83,7 @@ def test_a_forced_opening_counts_for_the_length(tmp_path):
 
 def test_adversarial_duet_brings_its_reverse_prompts(tmp_path):
     trainer = make(tmp_path, objective="duet_adversarial")
-    assert trainer.train_dataset.reverse_prompts == list(DEFAULT_REVERSE_PROMPTS)
+    assert list(trainer.train_dataset.reverse_prompts) == list(DEFAULT_REVERSE_PROMPTS)
     own = make(tmp_path, objective="duet_adversarial", reverse_prompts=["ignore earlier"])
     assert own.train_dataset.reverse_prompts == ["ignore earlier"]
     assert make(tmp_path, objective="duet").train_dataset.reverse_prompts == []
