@@ -5,6 +5,7 @@ import functools
 import tempfile
 
 import pytest
+import torch
 from tiny_models import forget_rows, quick, retain_rows, tiny, word_tokenizer
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer, Objective
@@ -18,6 +19,7 @@ def knowing():
 
 
 @functools.cache
+@torch.enable_grad()  # also where a test under no_grad is the first that wants it
 def _learned():
     def nll(step):
         losses = answer_nll(step.hidden, step.head, step.labels, step.args)
