@@ -15,6 +15,8 @@ import pytest
 import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# Until all tests are collected nothing is garbage: the imports make a million objects that stay.
+gc.disable()
 
 
 def patch_the_language_once_a_launch():
@@ -194,6 +196,7 @@ def pytest_collection_finish(session):
         steering.TOKENS = 2
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
