@@ -195,6 +195,9 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     assert "imitate the base behind a prompt: `bidirectional`, answer positions. Such" in page(
         [*rows, _row("Japan", "bidirectional", 0)], tried
     )
+    plain = "imitates the base without the prompt on retain rows"
+    assert plain not in page([*rows, _row("Japan", "bidirectional", 0)], tried)
+    assert plain in page([*rows, _row("Japan", "duet_plain", 0)], tried)
     assert "* Italy, behind a forced opening, in 1 of 1 runs: *Where?* in Europe\n" in text
     again = [_row("Italy", "contrast", seed, back={"prefill": {"Where?": f"here {seed}"}}) for seed in (2, 1)]
     again.append(_row("Italy", "contrast", 3, back={"prefill": {}}))

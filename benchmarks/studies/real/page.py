@@ -239,13 +239,19 @@ def examples(rows: Sequence[Row], subject: str) -> list[str]:
 
 def of_the_steered(rows: Sequence[Row]) -> list[str]:
     """A sentence on the methods that imitate the base behind the prompt, if some were run."""
-    arms = [name for name in ("duet", "bidirectional", "duet_plain") if name in {row["arm"] for row in rows}]
+    run = {row["arm"] for row in rows}
+    arms = [name for name in ("duet", "bidirectional", "duet_plain") if name in run]
     if not arms:
         return []
+    plain = (
+        f" {ARMS['duet_plain'].label} imitates the base without the prompt on retain rows, so that neighbours need not be refused."
+        if "duet_plain" in run
+        else ""
+    )
     return [
         f"Some methods imitate the base behind a prompt: {'; '.join(ARMS[name].label for name in arms)}. Such a student forgets what the "
-        "base forgets behind the prompt, and refuses what the base refuses there, neighbours too. `duet steer` measures both before a "
-        "training.",
+        "base forgets behind the prompt, and refuses what the base refuses there, neighbours too."
+        f"{plain} `duet steer` measures both before a training.",
         "",
     ]
 
