@@ -448,7 +448,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/suites/runner.py": [
         ("rows of other worked examples are taken for this run's", "digest_of(rows) for task, rows in shots.items()}}", "task.data for task in shots}}", "tests/test_evaluation_runner.py::test_other_worked_examples_are_another_run"),
-        ("a retain run on other rows gives a forget quality", "given[task] != theirs[task]:", "given[task] == 0:", "tests/test_evaluation_runner.py::test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in"),
+        ("a retain run on other rows gives a forget quality", "given[task] != theirs[task]:", "given[task] == 0:", "tests/test_evaluation_shipped.py::test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in"),
     ],
     "duet/data/importers.py": [
         ("another import overwrites the rows", "path.read_bytes() != text.encode()", "not path.name", "tests/test_importers.py::test_another_import_overwrites_nothing"),
@@ -719,6 +719,6 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/report/page.py": [
         ("an answer is Markdown", "    text = _literal(cell.text)\n", "    text = cell.text\n",
-         "tests/test_evaluation_report.py::test_answers_are_no_markdown"),
+         "tests/test_report_figures.py::test_answers_are_no_markdown"),
     ],
 }  # fmt: skip

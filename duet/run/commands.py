@@ -135,7 +135,8 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
     forget, retain, evals = _rows(run)
     args = run.training
     lora = None if run.adapter is None else _lora({"revision": run.model.revision} | run.adapter)
-    model = load_named(run, "model")
+    kwargs = model_kwargs(run.model, args)
+    model = load_named(run, "model", kwargs)
     live = run.teacher is not None and not args.teacher_store
     return DuetTrainer(
         model=model,
@@ -144,14 +145,14 @@ def make_trainer(run: RunConfig) -> DuetTrainer:
         retain_dataset=retain,
         eval_dataset=evals,
         processing_class=load_tokenizer(run.model),
-        teacher_model=load_named(run, "teacher") if live else None,
+        teacher_model=load_named(run, "teacher", kwargs) if live else None,
         peft_config=lora,
     )
 
 
-def load_named(run: RunConfig, key: Literal["model", "teacher"]) -> nn.Module:
+def load_named(run: RunConfig, key: Literal["model", "teacher"], kwargs: dict[str, Any]) -> nn.Module:
     """The model of `model:`, before this run, or the other one of `teacher:`, loaded as the model is, in its newest revision."""
-    kwargs, device = model_kwargs(run.model, run.training), loading_device(run.training)
+    device = loading_device(run.training)
     if key == "teacher":
         return load_model(run.teacher, key, kwargs | {"revision": None}, device)
     return load_model(run.model.name, key, kwargs, device, run.training.earlier_adapter)
@@ -159,7 +160,8 @@ def load_named(run: RunConfig, key: Literal["model", "teacher"]) -> nn.Module:
 
 def load_asked(run: RunConfig) -> nn.Module:
     """The model that is steered, where nothing is trained: the other model of `teacher:`, else that of `model:`."""
-    return load_named(run, "teacher" if run.teacher else "model")
+    kwargs = model_kwargs(run.model, run.training)
+    return load_named(run, "teacher" if run.teacher else "model", kwargs)
 
 
 def model_kwargs(section: ModelSection, args: Any) -> dict[str, Any]:
