@@ -25,8 +25,9 @@ from duet_kernels import (
     topk_distill_loss,
     topk_distill_stats,
 )
-from duet_kernels.options import DIVERGENCES
+from duet_kernels.options import DIVERGENCES, Divergence
 from duet_kernels.portable import cuts, dense, gather
+from duet_kernels.portable.dense_rows import RunningKL
 
 V, D = 16384, 4  # the weight itself, V D, stays below N V / 4
 
@@ -309,6 +310,34 @@ def test_bytes_of_a_dense_loss_with_a_frozen_head_stay_in_the_workspace(divergen
 
 
 N_WIDE, D_WIDE = 2048, 512  # hidden states of 4 MiB in fp32
+
+
+@pytest.mark.parametrize("divergence", RunningKL.NAMES)
+def test_a_strip_of_a_kl_holds_six_of_its_size(divergence):
+    """Beside the logits of both: `strip_bytes` cuts a workspace, or a CPU's cache, by that."""
+    rows, columns = 64, 4096
+    s, t, weight = torch.randn(rows, columns), torch.randn(rows, columns), torch.randn(columns, 4)
+    sums = RunningKL(torch.zeros(rows, 4), Divergence(divergence, "renormalize", 1.0, 0.5, 1.0))
+    sums.add(s[:, :8], t[:, :8], weight[:8])  # lazy initialisations
+    assert _peak_bytes(lambda: sums.add(s, t, weight)) <= 6.1 * s.nbytes
+
+
+def test_excluded_ids_have_no_gradient_to_be_held():
+    """For dW beside the workspace: where the ids are, and one tensor of zeros; gradients of their logits would be two more."""
+    n, k = 256, 512
+    hidden, weight, _ = _case(n, v=1024, d=8)
+    ids = torch.arange(k).repeat(n, 1)
+
+    def backward():
+        tail = linear_logsumexp(hidden.detach(), LMHead(weight), exclude=ids)
+        return _peak_bytes(lambda: tail.sum().backward())
+
+    previous = set_workspace_bytes(2**20)
+    try:
+        backward()
+        assert backward() <= 2**20 + 6 * n * k * 4
+    finally:
+        set_workspace_bytes(previous)
 
 
 def _stats_of_all(h, w, top, mask):

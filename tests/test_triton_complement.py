@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from dense_walks import WALKS, columns, few_programs, force
 from divergences import FORMS
 
-from duet_kernels import reference
+from duet_kernels import portable, reference
 from duet_kernels.head import Need
 from duet_kernels.options import Divergence
 from duet_kernels.testing import assert_within_budget, make_problem
@@ -202,6 +202,20 @@ def test_the_pair_its_entropy_and_its_gradient(way, monkeypatch):
     got = kernel.complement_and_values_backward(*grads, tail, values, dtail, *plain, ids, 1.7, ALL)
     leaves = [getattr(p, name) for name in p.leaves]
     check(got, torch.autograd.grad([wanted[0], wanted[1].where(ids >= 0, 0)], leaves, grads))
+
+
+@pytest.mark.parametrize("backward", [kernel, portable], ids=["triton", "chunked"])
+def test_values_that_are_not_there_have_no_gradient(backward):
+    """Without columns the ids are excluded and nothing more: as with gradients of 0 in their logits."""
+    case = make_case(**FULL)
+    head, hidden = case.problem.head.narrowed().detach(), case.problem.hidden.detach()
+    tail, values, dtail, _ = kernel.complement_and_values(hidden, head, case.ids, 1.7, True, False)
+    rest, grad = (dtail, hidden, head, case.ids, 1.7, ALL), torch.randn_like(tail)
+    wanted = backward.complement_and_values_backward(grad, torch.zeros_like(values), tail, values, *rest)
+    none = values[:, :0]
+    got = backward.complement_and_values_backward(grad, none, tail, none, *rest)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b) and bool(a.any())
 
 
 @pytest.mark.parametrize("family", ["cross-entropy", "logsumexp", *WITH_TAIL])

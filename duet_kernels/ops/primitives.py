@@ -133,18 +133,8 @@ def _linear_logsumexp_gradient(ctx, grad, _):
     need = ctx.needs_input_grad[:3]
     gradients: list[Tensor | None] = [None, None, None]
     if any(need[1:]):
-        # No logits at the ids stand beside the tail: they have no gradient.
-        inputs = (
-            hidden,
-            weight,
-            bias,
-            *ctx.head,
-            grad[:, None],
-            tail[:, None],
-            dhidden,
-            exclude,
-            ctx.temperature,
-        )
+        tails = grad[:, None], tail[:, None]  # without logits at the ids, which have no gradient
+        inputs = hidden, weight, bias, *ctx.head, *tails, dhidden, exclude, ctx.temperature
         gradients = list(_complement_and_values_backward(*inputs, (False, *need[1:]), ctx.impl))
     if need[0]:
         gradients[0] = times(dhidden, grad, hidden.dtype, ctx.impl)
