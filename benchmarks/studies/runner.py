@@ -8,6 +8,7 @@ import platform
 import subprocess
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -154,9 +155,11 @@ def made_with(rows: Sequence[Row]) -> str:
 
 
 def origins(rows: Sequence[Row]) -> str:
-    """The commits and versions of rows, each once."""
-    how = {f"commit {r['commit']}, torch {r['torch']}, transformers {r['transformers']}" for r in rows}
-    return "; ".join(sorted(how))
+    """The versions that made rows, each with its commits."""
+    commits: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        commits[f"torch {row['torch']}, transformers {row['transformers']}"].add(row["commit"])
+    return "; ".join(f"{how}, commit {', '.join(sorted(of))}" for how, of in sorted(commits.items()))
 
 
 def minutes_since(began: float) -> str:

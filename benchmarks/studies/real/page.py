@@ -276,12 +276,19 @@ def came_back(rows: Sequence[Row]) -> list[str]:
     return ["## What comes back", "", *sorted(lines), ""] if lines else []
 
 
-def made_with(rows: Sequence[Row]) -> str:
-    """Where the rows come from, and how long a training took; on a GPU other jobs ran beside it."""
-    trained = [row["train_seconds"] for row in rows if row["arm"] in ARMS]
-    devices = ", ".join(sorted({row["device"] for row in rows}))
-    times = f"; a training took {min(trained):.0f} to {max(trained):.0f} s" if trained else ""
-    return f"{origins(rows)}, {devices}{times}"
+def made_with(rows: Sequence[Row]) -> list[str]:
+    """Where the rows come from, and how long a training took there."""
+    lines = []
+    for device in sorted({row["device"] for row in rows}):
+        of = [row for row in rows if row["device"] == device]
+        trained = [row["train_seconds"] for row in of if row["arm"] in ARMS]
+        times = (
+            f"; a training took {min(trained):.0f} to {max(trained):.0f} s, other jobs beside it"
+            if trained
+            else ""
+        )
+        lines.append(f"* {device}: {origins(of)}{times}.")
+    return ["## Made with", "", *lines, "", "Each row of `results.jsonl` names its own.", ""]
 
 
 def page(rows: Sequence[Row], tried: Sequence[Row] = (), dropped: Sequence[Row] = ()) -> str:
@@ -298,7 +305,7 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = (), dropped: Sequence[Row] 
             "",
             "Written by `python -m benchmarks.studies.real --report` from `results.jsonl`; without `--report` it runs what is missing.",
             f"SmolLM2-135M-Instruct (4-bit weights, unpacked), LoRA of rank 16. Subjects: {', '.join(subjects)}; settings were chosen on "
-            f"{' and '.join(VALIDATION)}. {made_with(rows)}.",
+            f"{' and '.join(VALIDATION)}. [Devices, versions and commits](#made-with).",
             "",
             "Only facts that the base tells count, and all questions are worded as no training saw them. Shares are of what the base "
             f"tells (for {shown}: {asked['forget']} forget rows, {asked['seen']} of neighbours that training names, {asked['unseen']} of "
@@ -335,5 +342,6 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = (), dropped: Sequence[Row] 
             f"## What they say of {shown}",
             "",
             *examples(rows, shown),
+            *made_with(rows),
         ]
     )
