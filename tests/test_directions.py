@@ -79,11 +79,11 @@ def test_a_stays_and_answers_forget_rows_louder_than_retain_rows(tmp_path):
 
 
 def test_padding_and_the_size_of_batches_change_no_direction(tmp_path, monkeypatch):
-    found, lora = [], LoraConfig(**LORA | {"target_modules": ["q_proj", "down_proj"]})
+    found = []
     for size, most in ((8, 1 << 30), (1, 1)):
         monkeypatch.setattr(directions, "_MOST_BYTES", most)
         options = {"max_steps": 1, "per_device_eval_batch_size": size, "learning_rate": 0.0}
-        trainer = make(tmp_path / str(size), trainer_options={"peft_config": lora}, **CONTRAST, **options)
+        trainer = make(tmp_path / str(size), trainer_options=WITH_LORA, **CONTRAST, **options)
         trainer.train()
         found.append([down.weight.T @ down.weight for down in downs(trainer)])  # a sign says nothing
     for one, other in zip(*found, strict=True):
