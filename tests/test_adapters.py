@@ -74,7 +74,7 @@ def request(tmp_path, model, name, rows, **more):
     path = tmp_path / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     training = {
-        "output_dir": str(tmp_path / name), "k": 8, "max_steps": 3, "learning_rate": 5e-2, "use_cpu": True,
+        "output_dir": str(tmp_path / name), "k": 8, "max_steps": 2, "learning_rate": 5e-2, "use_cpu": True,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
     }  # fmt: skip
     tree = {"model": str(model), "data": {"forget": str(path)}, "adapter": LORA, "training": training}
@@ -129,8 +129,7 @@ def test_an_adapter_on_an_adapter_is_read_as_it_was_trained(tmp_path):
     assert moved(load_adapted(tmp_path / "second"), both) < 1e-4
 
 
-@pytest.mark.parametrize("objective", ["duet", "npo", "ga"])
-@pytest.mark.parametrize("given", ["folder", "attached", "frozen"])
+@pytest.mark.parametrize("given, objective", [("folder", "duet"), ("attached", "npo"), ("frozen", "ga")])
 def test_a_run_starts_from_the_adapter_that_is_there(tmp_path, given, objective):
     first, wanted, base = adapted_folder(tmp_path)
     model = {
@@ -183,7 +182,7 @@ def test_the_trained_adapter_is_what_is_saved_whatever_its_name(tmp_path, names,
     base = save_base(tmp_path / "base")
     options = {
         "save_strategy": "steps",
-        "save_steps": 2,
+        "save_steps": 1,
         "lr_scheduler_type": "constant",
         "learning_rate": 1e-2,
     }
@@ -200,18 +199,18 @@ def test_the_trained_adapter_is_what_is_saved_whatever_its_name(tmp_path, names,
                 parameter.data.zero_()
         return make(tmp_path, model, max_steps=steps, **options, **more)
 
-    first = trainer(2)
+    first = trainer(1)
     first.train()
     first.save_model()
     first.create_model_card()
     out, after = tmp_path / "out", logits(first.model)
-    for folder in (out, out / "checkpoint-2"):
+    for folder in (out, out / "checkpoint-1"):
         for read in (models.load(folder, device="cpu")[0], AutoModelForCausalLM.from_pretrained(folder)):
             assert moved(read, after) <= 1e-5 * after.abs().max()
-    assert {path.parent for path in out.rglob("adapter_*")} == {out, out / "checkpoint-2"}
+    assert {path.parent for path in out.rglob("adapter_*")} == {out, out / "checkpoint-1"}
     assert json.loads((out / "run_record.json").read_text())["adapter.r"] == LORA["r"]
-    resumed, whole = trainer(4), trainer(4, output_dir=str(tmp_path / "whole"))
-    resumed.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    resumed, whole = trainer(2), trainer(2, output_dir=str(tmp_path / "whole"))
+    resumed.train(resume_from_checkpoint=str(out / "checkpoint-1"))
     whole.train()
     assert torch.equal(logits(resumed.model), logits(whole.model))
 
@@ -360,7 +359,7 @@ def test_a_resumed_run_replaces_its_merged_model(tmp_path):
     half, merged = logits(train(run).model), tmp_path / "first" / "merged"
     (merged / "notes.txt").write_text("mine")
     (merged / "model-00001-of-00002.safetensors").write_text("of a version that wrote two files")
-    run.training.max_steps = 6
+    run.training.max_steps = 4
     after = logits(train(run, resume=True).model)
     assert (after - half).abs().max() > 1e-2
     assert moved(AutoModelForCausalLM.from_pretrained(merged), after) < 1e-4
@@ -452,13 +451,13 @@ def test_a_run_that_keeps_is_resumed_and_cached(tmp_path):
         return run
 
     whole, run = train(steady("whole")), steady("parts")
-    run.training.save_strategy, run.training.max_steps, run.training.save_steps = SaveStrategy.STEPS, 2, 1
+    run.training.save_strategy, run.training.max_steps, run.training.save_steps = SaveStrategy.STEPS, 1, 1
     half = logits(train(run).model)
     assert (
-        moved(models.load(tmp_path / "parts" / "checkpoint-2", device="cpu")[0], half)
+        moved(models.load(tmp_path / "parts" / "checkpoint-1", device="cpu")[0], half)
         <= 1e-5 * half.abs().max()
     )
-    run.training.max_steps = 3
+    run.training.max_steps = 2
     assert torch.equal(logits(train(run, resume=True).model), logits(whole.model))
 
     run = steady("second")

@@ -66,9 +66,12 @@ def questions(tmp_path, **options):
 # -- what is asked ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "neox"])
-@pytest.mark.parametrize("source", ["dataset", "teacher"])
-@pytest.mark.parametrize("reuse", [False, True])
+# Every pair of architecture, source and reuse.
+@pytest.mark.parametrize(
+    "architecture, source, reuse",
+    [(name, source, i % 2 == j) for i, name in enumerate(("llama", "gemma2", "neox"))
+     for j, source in enumerate(("teacher", "dataset"))],
+)  # fmt: skip
 def test_entries_are_the_models_own_logits_under_the_prefix(tmp_path, architecture, source, reuse):
     """Each against the model's own forward of prefix + question + answer, alone and unpadded."""
     model = tiny(architecture)

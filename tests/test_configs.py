@@ -73,7 +73,7 @@ def test_a_config_trains_a_tiny_model(path, tmp_path, monkeypatch):
         "--use_cpu",
         "--disable_tqdm",
     ]
-    words += ["--max_steps", "2", "--save_steps", "2", "--eval_steps", "1", "--logging_steps", "1"]
+    words += ["--max_steps", "2", "--save_steps", "2", "--eval_steps", "2", "--logging_steps", "1"]
     words += ["--max_answer_tokens", "4"]  # the teacher is random, and ends no answer before its limit
     run("train", "--anyway", "--config", tmp_path / "x.yaml", *words)
 
@@ -97,7 +97,7 @@ def test_a_config_trains_a_tiny_model(path, tmp_path, monkeypatch):
 
 def test_a_second_run_does_not_mix_its_checkpoints_with_the_firsts(tmp_path):
     """A later --resume would take the newer step for its own."""
-    (tmp_path / "x.yaml").write_text("training: {use_cpu: true, report_to: none, save_steps: 2}\n")
+    (tmp_path / "x.yaml").write_text("training: {use_cpu: true, report_to: none, save_steps: 1}\n")
     words = [
         "--config",
         tmp_path / "x.yaml",
@@ -107,11 +107,11 @@ def test_a_second_run_does_not_mix_its_checkpoints_with_the_firsts(tmp_path):
         tmp_path / "out",
     ]
     words += ["--data.forget", ROOT / "configs/data/forget.jsonl", "--disable_tqdm"]
-    run("train", "--anyway", *words, "--max_steps", "4")
-    with pytest.raises(FileExistsError, match=r"training.output_dir: .*checkpoint-4' of an earlier run"):
-        run("train", "--anyway", *words, "--max_steps", "2")
-    run("train", "--anyway", *words, "--max_steps", "6", "--resume")
-    assert (tmp_path / "out" / "checkpoint-6").is_dir()
+    run("train", "--anyway", *words, "--max_steps", "2")
+    with pytest.raises(FileExistsError, match=r"training.output_dir: .*checkpoint-2' of an earlier run"):
+        run("train", "--anyway", *words, "--max_steps", "1")
+    run("train", "--anyway", *words, "--max_steps", "3", "--resume")
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -130,7 +130,7 @@ def test_a_merged_model_says_what_the_adapter_says(tmp_path):
     base = folder_of("llama", tmp_path)
     words = ["--model", base, "--data.forget", str(ROOT / "configs/data/forget.jsonl"), "--merge"]
     (tmp_path / "x.yaml").write_text(
-        "adapter: {r: 4}\ntraining: {use_cpu: true, report_to: none, max_steps: 4}\n"
+        "adapter: {r: 4}\ntraining: {use_cpu: true, report_to: none, max_steps: 2}\n"
     )
     run(
         "train",

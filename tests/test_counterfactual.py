@@ -85,7 +85,7 @@ def test_log_probability():
 def make(tmp_path, **options):
     usual = {
         "objective": "duet_deep",
-        "max_steps": 3,
+        "max_steps": 1,
         "learning_rate": 5e-3,
         "per_device_train_batch_size": 4,
         "counterfactual_names": NAMES,
@@ -306,7 +306,6 @@ def test_two_micro_batches_equal_one(tmp_path):
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             optim="sgd",
-            max_steps=2,
             refusal_fraction=0.5,
         )
         trainer.train()

@@ -178,12 +178,12 @@ def die_while_writing(name: str, at: int) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """A folder with model and data, and a run of four steps in `whole`."""
+    """A folder with model and data, and a run of three steps in `whole`."""
     from duet.run.commands import train
 
     folder = tmp_path_factory.mktemp("uninterrupted")
     prepare(folder)
-    train(run_of(folder, folder / "whole", max_steps=4))
+    train(run_of(folder, folder / "whole", max_steps=3))
     return folder
 
 
@@ -201,13 +201,13 @@ def test_killed_while_saving(uninterrupted, tmp_path, name):
     from duet.run.commands import train
 
     def killed():
-        die_while_writing(name, at=3)
-        train(run_of(uninterrupted, tmp_path / "out", max_steps=4))
+        die_while_writing(name, at=2)
+        train(run_of(uninterrupted, tmp_path / "out", max_steps=3))
 
     assert ended_by(forked(killed)) == signal.SIGKILL
-    assert (tmp_path / "out" / "checkpoint-3" / name).is_file(), "it died where it was meant to"
-    assert last_finished_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
-    resumed = forked(lambda: train(run_of(uninterrupted, tmp_path / "out", max_steps=4), resume=True))
+    assert (tmp_path / "out" / "checkpoint-2" / name).is_file(), "it died where it was meant to"
+    assert last_finished_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")
+    resumed = forked(lambda: train(run_of(uninterrupted, tmp_path / "out", max_steps=3), resume=True))
     assert ended_by(resumed) == 0
     assert_same_run(tmp_path / "out", uninterrupted / "whole")
 
@@ -257,16 +257,16 @@ def test_a_full_disk(uninterrupted, tmp_path, monkeypatch, where):
     write = getattr(module, name)
 
     def full(value, path, *args, **kwargs):
-        if "checkpoint-3" in str(path):
+        if "checkpoint-2" in str(path):
             raise error
         return write(value, path, *args, **kwargs)
 
     monkeypatch.setattr(module, name, full)
-    with pytest.raises(OSError, match=r"output_dir: .*checkpoint-3.* could not be written: .*checkpoint-2$"):
-        train(run_of(uninterrupted, tmp_path / "out", max_steps=4))
-    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    with pytest.raises(OSError, match=r"output_dir: .*checkpoint-2.* could not be written: .*checkpoint-1$"):
+        train(run_of(uninterrupted, tmp_path / "out", max_steps=3))
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-1"}
     monkeypatch.undo()
-    train(run_of(uninterrupted, tmp_path / "out", max_steps=4), resume=True)
+    train(run_of(uninterrupted, tmp_path / "out", max_steps=3), resume=True)
     assert_same_run(tmp_path / "out", uninterrupted / "whole")
 
 

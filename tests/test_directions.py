@@ -91,13 +91,13 @@ def test_padding_and_the_size_of_batches_change_no_direction(tmp_path, monkeypat
 
 
 def test_a_resumed_run_is_the_whole_run(tmp_path):
-    options = CONTRAST | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    options = CONTRAST | {"save_strategy": "steps", "save_steps": 1}
     whole = make(tmp_path, trainer_options=WITH_LORA, **options)
     whole.train()
     resumed = make(tmp_path, trainer_options=WITH_LORA, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
     assert_same_weights(state_of(resumed.model), state_of(whole.model))
-    assert losses(resumed)[-2:] == losses(whole)[-2:]
+    assert losses(resumed)[-1] == losses(whole)[-1]
 
 
 def test_a_layer_that_no_row_reaches_is_refused(tmp_path, monkeypatch):

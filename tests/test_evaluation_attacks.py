@@ -36,7 +36,7 @@ OPTIONS = {
     "heldout_reverse_prompts": HELDOUT_OVERRIDES[:1],
     "shots": 2,
     "relearn_rates": (1e-4, 1e-3),
-    "relearn_curve": (2, 6),
+    "relearn_curve": (1, 3),
 }
 
 
@@ -173,8 +173,8 @@ def test_what_is_hidden_comes_back_and_the_worst_attack_is_first(tmp_path, refus
     by = {entry["name"]: entry for entry in report["attacks"]}
     assert {v.split(",")[0] for v in by["reverse_prompt"]["variants"]} == {"seen", "held-out"}
     assert set(by["relearning"]["curves"]) == {"0.0001", "0.001"}
-    assert [step for step, _ in by["relearning"]["curves"]["0.001"]] == [2, 6]
-    assert by["relearning"]["cost"]["steps"] == 12 and by["prefill"]["cost"]["queries"] == 3 * len(forget)
+    assert [step for step, _ in by["relearning"]["curves"]["0.001"]] == [1, 3]
+    assert by["relearning"]["cost"]["steps"] == 6 and by["prefill"]["cost"]["queries"] == 3 * len(forget)
     for entry in report["attacks"]:
         assert entry["leak"] == max(v["leak"] for v in entry["variants"].values() if v["leak"] is not None)
         assert entry["strength"] and entry["what"]
@@ -274,7 +274,7 @@ def test_asked_again_the_answer_comes_in_a_later_turn(monkeypatch):
 def test_the_form_of_the_questions_alone_brings_hidden_answers_back(tmp_path, refusing, world, forget):
     """The rows shown hold no forgotten fact: the true values come back, and values that the model never knew do not."""
     kept = read(world.questions(world.retain[:20], "report"))
-    options = AttackOptions(**OPTIONS | {"relearn_rates": (1e-3,), "relearn_curve": (1, 12)})
+    options = AttackOptions(**OPTIONS | {"relearn_rates": (1e-3,), "relearn_curve": (12,)})
     shown = of_the_same_form(kept, forget)
     assert shown and not {row.subject for row in shown} & {row.subject for row in forget}
     target = Target(*refusing, forget, kept, options=options)
@@ -647,11 +647,11 @@ def test_expected_errors(tmp_path, forget):
             AttackOptions(**wrong)
 
 
-def test_the_command_on_an_adapter(tmp_path, monkeypatch, capsys, refusing, world):
+def test_the_command_on_an_adapter(tmp_path, monkeypatch, capsys, world):
     """The refusing weights as an adapter's folder: what is removed with it is the forgetting."""
     base, tokenizer = load_base()
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", lora_alpha=8))
-    target = Target(model, tokenizer, read(world.questions(world.forget[:2], "train")))
+    target = Target(model, tokenizer, read(world.questions(world.forget[:1], "train")))
     sequences = [
         Forced(target.prompt(r.conversation), target.answer_ids(r.conversation, REFUSAL, end=True))
         for r in target.rows
@@ -664,7 +664,7 @@ def test_the_command_on_an_adapter(tmp_path, monkeypatch, capsys, refusing, worl
         optimizer.step()
     model.peft_config["default"].base_model_name_or_path = str(CHECKPOINT)
     model.save_pretrained(tmp_path / "adapter")
-    questions = world.questions(world.forget[:2], "report")
+    questions = world.questions(world.forget[:1], "report")
     forget = tmp_path / "forget.jsonl"
     forget.write_text("".join(json.dumps(q.row() | {"value": q.value}) + "\n" for q in questions))
     words = [

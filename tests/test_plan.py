@@ -121,8 +121,8 @@ def run(*words: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model's config, and nothing else: a plan reads no weights. Two layers are simulated in one run."""
-    LlamaConfig(**COMMON | {"num_hidden_layers": 2}, dtype="bfloat16").save_pretrained(tmp_path / "model")
+    """A model's config, and nothing else: a plan reads no weights. One layer is simulated in one run."""
+    LlamaConfig(**COMMON | {"num_hidden_layers": 1}, dtype="bfloat16").save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
 
@@ -142,7 +142,9 @@ def simulations_are_kept(simulated, monkeypatch):
 
 
 def test_the_command_line_prints_where_the_memory_goes(folder):
-    words = ["plan", "--model", folder, "--gpu-memory", "256MiB", "--reserve", "16MiB"]
+    # Of one layer checkpointing saves nothing.
+    LlamaConfig(**COMMON | {"num_hidden_layers": 2}, dtype="bfloat16").save_pretrained(folder)
+    words = ["plan", "--model", folder, "--adapter.r", "4", "--gpu-memory", "256MiB", "--reserve", "16MiB"]
     text = run(*words)
     for part in (
         "weights (bfloat16)",
@@ -152,7 +154,7 @@ def test_the_command_line_prints_where_the_memory_goes(folder):
         "the peak",
     ):
         assert part in text
-    found = json.loads(run(*words, "--json", "--per_device_train_batch_size", "3", "--adapter.r", "4"))
+    found = json.loads(run(*words, "--json", "--per_device_train_batch_size", "3"))
     assert found["settings"]["batch"] == 3 and found["settings"]["autocast"] and found["fits"]
     sizes = found["bytes"]
     above = max(sizes["teacher_forward"], sizes["activations"] + sizes["loss"], sizes["backward"])
@@ -161,7 +163,7 @@ def test_the_command_line_prints_where_the_memory_goes(folder):
     off, on = (peaks["LoRA r=4", "bfloat16", checkpointing] for checkpointing in (False, True))
     assert on["largest_batch"] > off["largest_batch"] > 0
     assert peaks["LoRA r=4", "nf4", True]["peak_at_1"] < on["peak_at_1"]
-    small = json.loads(run("plan", "--model", folder, "--gpu-memory", "1MiB", "--reserve", "0MiB", "--json"))
+    small = json.loads(run(*words[:5], "--gpu-memory", "1MiB", "--reserve", "0MiB", "--json"))
     assert not small["fits"] and all(row["largest_batch"] == 0 for row in small["fitting"])
 
 
@@ -250,9 +252,7 @@ def test_the_workspace_is_a_share_of_the_gpu(folder):
 def test_the_prefixes_that_a_live_teacher_keeps_are_counted(folder):
     common = ["plan", "--model", folder, "--json", "--prefix-length", "50"]
     sizes = json.loads(run(*common, "--subjects", "7"))["bytes"]
-    assert sizes["prefixes"] == 7 * 50 * 2 * 2 * 2 * 32 * 2, (
-        "keys and values of two layers, two heads of 32, in bf16"
-    )
+    assert sizes["prefixes"] == 7 * 50 * 2 * 2 * 32 * 2, "keys and values, two heads of 32, in bf16"
     without = json.loads(run(*common, "--teacher_store", "x"))["bytes"]
     assert without["prefixes"] == 0 and without["standing"] == sizes["standing"] - sizes["prefixes"]
     many = json.loads(run(*common, "--subjects", "1000000"))["bytes"]
@@ -374,11 +374,10 @@ def test_bad_plans(folder, words, message):
         run("plan")
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "neox", "mistral", "phi", "phi3"])
+@pytest.mark.parametrize("architecture", ["gemma2", "neox", "phi", "phi3"])
 def test_other_architectures_can_be_planned(architecture):
     settings = Settings(adapter=LORA, teacher="adapter off", length=32, teacher_length=48, batch=3)
-    config = tiny(architecture).config
-    budget = Planner(config).budget(settings)
-    bare = tiny(architecture).bfloat16()
+    bare = tiny(architecture, num_hidden_layers=1).bfloat16()
+    budget = Planner(bare.config).budget(settings)
     assert budget.parameters == sum(p.numel() for p in bare.parameters())
     assert budget.peak > budget.standing > budget.weights > 2 * budget.parameters - 1

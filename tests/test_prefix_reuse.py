@@ -83,7 +83,7 @@ def test_training_is_the_same_up_to_rounding(tmp_path, case, adapter, side):
     for reuse_prefix in (True, False):
         given = {"processing_class": word_tokenizer(CHAT_TEMPLATE, padding_side=side)}
         given |= ADAPTER if adapter else {}
-        options = OPTIONS[case] | {"max_steps": 3, "reuse_prefix": reuse_prefix}
+        options = OPTIONS[case] | {"reuse_prefix": reuse_prefix}
         runs.append(make(tmp_path / str(reuse_prefix), trainer_options=given, **options))
         runs[-1].train()
     assert len(runs[0]._reused.table.lengths) == 3 * len(runs[0].args.steering_prefixes)
@@ -98,7 +98,6 @@ def test_plain_retain_queries_are_read_in_parts_too(tmp_path):
         options = {
             "retain_prefix": "none",
             "steering_place": "user",
-            "max_steps": 4,
             "reuse_prefix": reuse_prefix,
         }
         runs.append(make(tmp_path / str(reuse_prefix), trainer_options=ADAPTER, **options))
@@ -132,10 +131,10 @@ def tokens_of_the_teacher(trainer, steps):
 
 
 def test_a_step_reads_only_what_is_new(tmp_path):
-    options = {"max_steps": 5, "trainer_options": ADAPTER}
+    options = {"trainer_options": ADAPTER}
     reused = make(tmp_path / "reused", **options)
     whole = make(tmp_path / "whole", reuse_prefix=False, **options)
-    fewer, all_of_them = tokens_of_the_teacher(reused, 5), tokens_of_the_teacher(whole, 5)
+    fewer, all_of_them = tokens_of_the_teacher(reused, 2), tokens_of_the_teacher(whole, 2)
     assert all(len(step) == 1 for step in (*fewer, *all_of_them)), "one forward a step, and no other"
     shortest = min(len(ids) for _, ids in reused.train_dataset.beginnings.values())
     assert shortest >= reuse.SHORTEST
@@ -176,7 +175,7 @@ def test_evaluation_reads_the_same_prefixes(tmp_path):
     rows = {"eval_dataset": {"forget": forget_rows(6), "retain": [{"question": "who is paris ?"}] * 6}}
     found = []
     for reuse_prefix in (True, False):
-        options = {"trainer_options": ADAPTER | rows, "reuse_prefix": reuse_prefix, "max_steps": 2}
+        options = {"trainer_options": ADAPTER | rows, "reuse_prefix": reuse_prefix}
         trainer = make(tmp_path / str(reuse_prefix), **options)
         trainer.train()
         found.append({k: v for k, v in trainer.evaluate().items() if k.endswith("loss")})
@@ -192,7 +191,10 @@ REASONS = {
     ),
     "few uses": ({"max_steps": 1, "per_device_train_batch_size": 3}, "3 prefixes for 3 prompts"),
     "a short prefix": ({"steering_prefixes": ["{subject}"], "template": None}, "tokens, less than 8"),
-    "no room": ({"workspace_bytes": 1 << 20, "long": True}, "more than the workspace of 1 MiB"),
+    "no room": (
+        {"workspace_bytes": 1 << 20, "long": True, "max_steps": 1},
+        "more than the workspace of 1 MiB",
+    ),
     "asked for": ({"reuse_prefix": False}, "reuse_prefix is off"),
     "packed": ({"padding_free": True}, "batches are packed"),
     "another dtype": ({"bf16_full_eval": True}, "evaluation runs in another dtype"),
@@ -208,7 +210,7 @@ def test_where_it_cannot_be_whole_prompts_are_read_and_the_log_says_why(tmp_path
     if options.pop("long", False):
         options["steering_prefixes"] = ["you know nothing about {subject} ." + " forget the war ." * 400]
     with caplog.at_level("INFO"):
-        trainer = make(tmp_path, model, trainer_options=given, **{"max_steps": 2} | options)
+        trainer = make(tmp_path, model, trainer_options=given, **options)
         trainer.train()
     assert re.search(f"the teacher reads whole prompts: .*{re.escape(why)}", caplog.text)
     assert not trainer.train_dataset.beginnings and losses(trainer)

@@ -13,12 +13,12 @@ from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 from duet import DuetConfig, DuetTrainer
 from duet.output.record import MAY_CHANGE, MAY_GROW, RECORD, read_record, refuse_another, write_record
 
-SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
 
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """The folder of a run of 4 steps with checkpoints at 2 and 4."""
+    """The folder of a run of 2 steps with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("begun")
     make(folder, **SAVING).train()
     return folder
@@ -34,7 +34,7 @@ def resume(folder, model=None, rows=None, trainer_options=None, **options):
     given = {"processing_class": word_tokenizer()} | (trainer_options or {})
     args = config(folder, **SAVING | options)
     trainer = DuetTrainer(model or tiny(), args, *rows, **given)
-    trainer.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-2"))
+    trainer.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-1"))
     return trainer
 
 
@@ -49,7 +49,7 @@ CHANGED = {  # what another is -> (how it is resumed, the error)
         {"steering_prefixes": ["forget {subject}"]},
         r"^steering_prefixes: .*nothing about.*\['forget",
     ),
-    "a shorter run": ({"max_steps": 3}, r"^max_steps: .*began with 4, this one has 3 \(it may only grow\)"),
+    "a shorter run": ({"max_steps": 1}, r"^max_steps: .*began with 2, this one has 1 \(it may only grow\)"),
     "larger steps": ({"gradient_accumulation_steps": 2}, r"^queries_per_step: .*began with 6, .* has 12"),
     "a forget row": (
         {"rows": ([*forget_rows()[:-1], forget_rows()[0] | {"answer": "no"}], retain_rows())},
@@ -91,15 +91,15 @@ def test_an_adapter_of_another_rank_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_steps": 6},
-        {"logging_steps": 2, "run_name": "x", "save_steps": 1, "report_to": "none"},
+        {"max_steps": 3},
+        {"logging_steps": 2, "run_name": "x", "save_steps": 2, "report_to": "none"},
         {"impl": "reference", "workspace_bytes": 1 << 20, "activation_checkpointing": True},
     ],
 )
 def test_what_may_change(copy, options):
     trainer = resume(copy, **options)
-    assert trainer.state.global_step == options.get("max_steps", 4)
-    assert read_record(copy / "out")["max_steps"] == options.get("max_steps", 4), (
+    assert trainer.state.global_step == options.get("max_steps", 2)
+    assert read_record(copy / "out")["max_steps"] == options.get("max_steps", 2), (
         "the next resume compares with this one"
     )
 
@@ -108,16 +108,16 @@ def test_smaller_micro_batches_of_the_same_step(copy):
     """After an out-of-memory error, say: 2 x 3 queries are the 6 that they were, and so are the weights."""
     whole = resume(copy)
     parts = resume(copy, per_device_train_batch_size=3, gradient_accumulation_steps=2)
-    assert parts.state.global_step == 4
-    assert losses(parts)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-4)
+    assert parts.state.global_step == 2
+    assert losses(parts)[-1] == pytest.approx(losses(whole)[-1], rel=1e-4)
     assert_same_weights(state_of(parts.model), state_of(whole.model), rtol=1e-3, atol=1e-4)
 
 
 def test_a_checkpoint_as_the_model_is_refused(copy):
-    """Its own frozen copy would be the teacher: the student as it was at step 2, not the base."""
+    """Its own frozen copy would be the teacher: the student as it was at step 1, not the base."""
     from transformers import AutoModelForCausalLM
 
-    student = AutoModelForCausalLM.from_pretrained(copy / "out" / "checkpoint-2")
+    student = AutoModelForCausalLM.from_pretrained(copy / "out" / "checkpoint-1")
     with pytest.raises(ValueError, match=r"^weights: "):
         resume(copy, model=student)
 
@@ -125,9 +125,9 @@ def test_a_checkpoint_as_the_model_is_refused(copy):
 def test_a_trained_trainer_still_knows_what_it_began_with(tmp_path):
     trainer = make(tmp_path, **SAVING)
     trainer.train()
-    trainer.args.max_steps = 6
+    trainer.args.max_steps = 3
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 6 and read_record(tmp_path / "out")["max_steps"] == 6
+    assert trainer.state.global_step == 3 and read_record(tmp_path / "out")["max_steps"] == 3
     trainer.args.k = 9
     with pytest.raises(ValueError, match=r"^k: .*began with 8, this one has 9"):
         trainer.train(resume_from_checkpoint=True)
@@ -153,25 +153,25 @@ def test_the_command_line_compares_too(tmp_path):
     from duet.run.commands import train
 
     prepare(tmp_path)
-    train(run_of(tmp_path, tmp_path / "out", max_steps=2))
+    train(run_of(tmp_path, tmp_path / "out", max_steps=1))
     with pytest.raises(ValueError, match=r"^learning_rate: .*began with 0\.003, this one has 0\.01"):
-        train(run_of(tmp_path, tmp_path / "out", max_steps=3, learning_rate=1e-2), resume=True)
+        train(run_of(tmp_path, tmp_path / "out", max_steps=2, learning_rate=1e-2), resume=True)
     rows = (tmp_path / "forget.jsonl").read_text().splitlines()
     (tmp_path / "forget.jsonl").write_text("\n".join(rows[1:]))
     with pytest.raises(ValueError, match=r"^forget rows: .*began with \[6, .*this one has \[5, "):
-        train(run_of(tmp_path, tmp_path / "out", max_steps=3), resume=True)
+        train(run_of(tmp_path, tmp_path / "out", max_steps=2), resume=True)
     (tmp_path / "forget.jsonl").write_text("\n".join(rows))
-    assert train(run_of(tmp_path, tmp_path / "out", max_steps=3), resume=True).state.global_step == 3
+    assert train(run_of(tmp_path, tmp_path / "out", max_steps=2), resume=True).state.global_step == 2
 
 
 @pytest.mark.parametrize("lost", ["weights alone", "optimizer.pt", "scheduler.pt"])
 def test_weights_alone_are_not_resumed(tmp_path, lost):
     """The Trainer would begin with a new optimizer and the first learning rate, and say nothing."""
     make(tmp_path, **SAVING, save_only_model=lost == "weights alone").train()
-    checkpoint = tmp_path / "out" / "checkpoint-2"
+    checkpoint = tmp_path / "out" / "checkpoint-1"
     if lost != "weights alone":
         (checkpoint / lost).unlink()
-        shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+        shutil.rmtree(tmp_path / "out" / "checkpoint-2")
     for resume_from in (str(checkpoint), True):
         trainer = make(tmp_path, **SAVING)
         with pytest.raises(

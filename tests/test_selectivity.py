@@ -65,14 +65,14 @@ def test_the_attacker_is_there_and_leaves_nothing():
 
 
 def test_a_resumed_run_takes_the_gradient_of_the_untrained_model(tmp_path):
-    options = FIXED | {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 0.5}
+    options = FIXED | {"save_strategy": "steps", "save_steps": 1, "learning_rate": 0.5}
     options |= {"repselect_components": 3, "repselect_lora_rate": 0.1, "gradient_accumulation_steps": 2}
     whole = make(tmp_path, **options)
     whole.train()
     resumed = make(tmp_path, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
     assert_same_weights(state_of(resumed.model), state_of(whole.model))
-    assert losses(resumed)[-2:] == losses(whole)[-2:]
+    assert losses(resumed)[-1] == losses(whole)[-1]
 
 
 def test_where_it_cannot_work_it_is_refused(tmp_path):

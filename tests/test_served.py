@@ -227,7 +227,7 @@ def config(tmp_path, **options):
 def test_training_with_a_served_teacher(server, tmp_path, options):
     """Server -> store -> trainer: the losses are those of training with the live teacher."""
     args = config(tmp_path, **options)
-    rows = forget_rows(), retain_rows(), word_tokenizer()
+    rows = forget_rows(3), retain_rows(3), word_tokenizer()
     ask = partial(ask_prompt, server.url, "tiny", k=8, temperature=args.temperature)
     store = ask_teacher(ask, tiny(), args, *rows, folder=tmp_path / "store")
     assert store.provenance.values == LOG_PROBABILITIES and len(server.asked) == len(store)

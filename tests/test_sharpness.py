@@ -93,15 +93,15 @@ def test_an_accumulated_step_is_the_step_of_the_whole_batch(tmp_path):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_resumed_run_is_the_same_run(tmp_path, lora):
-    options = {"objective": "npo_sam", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    options = {"objective": "npo_sam", "save_strategy": "steps", "save_steps": 1}
     options |= {"gradient_accumulation_steps": 2, "learning_rate": 1e-3, "sam_rho": 0.1}
     given = {"peft_config": LoraConfig(**LORA, lora_dropout=0.1)} if lora else {}
     whole = make(tmp_path, trainer_options=given, **options)
     before = state_of(whole.model)
     whole.train()
     resumed = make(tmp_path, trainer_options=given, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    assert losses(resumed)[-2:] == losses(whole)[-2:]
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert losses(resumed)[-1] == losses(whole)[-1]
     assert_same_weights(state_of(resumed.model), state_of(whole.model))
     after = state_of(whole.model)
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -89,14 +89,14 @@ def test_a_few_layers_say_what_all_say(name, adapter, checkpointing, monkeypatch
 def test_one_run_says_what_every_batch_says(adapter, monkeypatch):
     """With the very number of rows nothing depends on what is divisible by it."""
     options = {"length": 24, "autocast": False, "adapter": adapter, "checkpointing": False, "trains": True}
-    model = made("llama", layers=2)
+    model = made("llama", layers=1)
     every = whole(model, monkeypatch, **options)
     for batch in (1, 50):
         real = whole(model, monkeypatch, batch, **options)
         assert (every.kept(batch), every.most(batch)) == (real.kept(batch), real.most(batch))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "two kinds"])
+@pytest.mark.parametrize("name", ["gemma3", "two kinds"])
 def test_a_teacher_keeps_nothing_from_layer_to_layer(name, monkeypatch):
     model = two_kinds() if name == "two kinds" else made(name, torch.float32)
     options = {"length": 24, "autocast": False, "adapter": None, "checkpointing": False, "trains": False}

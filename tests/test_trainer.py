@@ -24,7 +24,7 @@ LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 def config(tmp_path, **options):
     rates = {
-        "max_steps": 4,
+        "max_steps": 2,
         "learning_rate": 3e-3,
         "per_device_train_batch_size": 6,
         "retain_per_forget": 2.0,
@@ -70,11 +70,11 @@ def assert_same_weights(a, b, **tolerance):
 )
 def test_kinds_of_objectives_fall_on_every_architecture(tmp_path, architecture, objective):
     before = state_of(tiny(architecture))
-    trainer = make(tmp_path, tiny(architecture), objective=objective, max_steps=30, learning_rate=1e-2)
+    trainer = make(tmp_path, tiny(architecture), objective=objective, max_steps=12, learning_rate=1e-2)
     trainer.train()
     first, last = sum(losses(trainer)[:3]), sum(losses(trainer)[-3:])
     assert last < first if first < 0 or last < 0 else last < 0.8 * first
-    assert len(losses(trainer, "forget_loss")) == len(losses(trainer, "retain_loss")) == 30
+    assert len(losses(trainer, "forget_loss")) == len(losses(trainer, "retain_loss")) == 12
     moved = [
         name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])
     ]
@@ -91,7 +91,7 @@ def test_kinds_of_objectives_fall_on_every_architecture(tmp_path, architecture, 
 def test_positions_and_answer_sources(tmp_path, positions, source, side):
     options = {"positions": positions, "answer_source": source, "num_positions": 3, "max_answer_tokens": 5}
     tokenizer = word_tokenizer(NO_SYSTEM_TEMPLATE, padding_side=side)
-    trainer = make(tmp_path, trainer_options={"processing_class": tokenizer}, max_steps=12, **options)
+    trainer = make(tmp_path, trainer_options={"processing_class": tokenizer}, max_steps=4, **options)
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
     widths = {
@@ -162,7 +162,7 @@ def test_an_objective_of_the_users_own(tmp_path, monkeypatch):
 def test_with_an_adapter_the_teacher_is_the_same_weights(tmp_path):
     base = tiny()
     before = state_of(base)
-    trainer = make(tmp_path, base, trainer_options={"peft_config": LoraConfig(**LORA)}, max_steps=8)
+    trainer = make(tmp_path, base, trainer_options={"peft_config": LoraConfig(**LORA)}, max_steps=4)
     assert isinstance(trainer.model, PeftModel) and isinstance(trainer.teacher, AdapterOffTeacher)
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
@@ -199,7 +199,7 @@ def test_the_frozen_copy_shares_nothing_with_the_student(tmp_path):
 
 def test_another_model_as_teacher(tmp_path):
     teacher = tiny(seed=5)
-    trainer = make(tmp_path, trainer_options={"teacher_model": teacher}, max_steps=8)
+    trainer = make(tmp_path, trainer_options={"teacher_model": teacher}, max_steps=4)
     assert trainer.teacher.model is teacher
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
@@ -315,7 +315,7 @@ def test_two_batches_of_four_equal_one_of_eight(tmp_path, objective):
         options = {
             "per_device_train_batch_size": batch,
             "gradient_accumulation_steps": accumulation,
-            "max_steps": 2,
+            "max_steps": 1,
         }
         options |= {"positions": "answer", "answer_source": "dataset", "optim": "sgd", "learning_rate": 1e-2}
         trainer = make(tmp_path, objective=objective, **options)
@@ -353,19 +353,19 @@ def test_uneven_micro_batches_would_be_wrong_with_a_mean_per_micro_batch(tmp_pat
 
 
 def test_logged_parts_add_up_between_logs(tmp_path):
-    every, third = make(tmp_path, max_steps=6, logging_steps=1), make(tmp_path, max_steps=6, logging_steps=3)
+    every, second = make(tmp_path, max_steps=4, logging_steps=1), make(tmp_path, max_steps=4, logging_steps=2)
     every.train()
-    third.train()
+    second.train()
     for name in ("loss", "forget_loss", "retain_loss"):
-        steps, logged = losses(every, name), losses(third, name)
-        assert logged == pytest.approx([sum(steps[:3]) / 3, sum(steps[3:]) / 3], rel=1e-4)
+        steps, logged = losses(every, name), losses(second, name)
+        assert logged == pytest.approx([sum(steps[:2]) / 2, sum(steps[2:]) / 2], rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "steps", "at"), [("steps", 4, [4, 5]), ("steps", 10, [5]), ("steps", 5, [5]), ("no", 1, [])]
+    ("strategy", "steps", "at"), [("steps", 2, [2, 3]), ("steps", 10, [3]), ("steps", 3, [3]), ("no", 1, [])]
 )
 def test_the_last_step_is_logged(strategy, steps, at, tmp_path):
-    trainer = make(tmp_path, max_steps=5, logging_strategy=strategy, logging_steps=steps)
+    trainer = make(tmp_path, max_steps=3, logging_strategy=strategy, logging_steps=steps)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
     assert [entry["step"] for entry in logged] == at
@@ -373,13 +373,13 @@ def test_the_last_step_is_logged(strategy, steps, at, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"positions": "answer", "max_answer_tokens": 4}, {"lora": True}])
 def test_resume_is_bitwise(tmp_path, options):
-    """Four steps against two, then two more from the checkpoint: dropout, sampling and adversarial views included."""
+    """Four steps against two, and two more from the checkpoint: dropout, sampling and adversarial views included."""
     options = dict(options)
     trainer_options = (
         {"peft_config": LoraConfig(**LORA, lora_dropout=0.1)} if options.pop("lora", False) else {}
     )
     options |= {
-        "max_steps": 5,
+        "max_steps": 4,
         "save_strategy": "steps",
         "save_steps": 2,
         "reverse_prompts": ["ignore earlier"],
@@ -396,8 +396,8 @@ def test_resume_is_bitwise(tmp_path, options):
     assert whole.state.epoch > 1, "the resumed run must also pass an epoch"
     resumed = trainer("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
-    assert resumed.state.global_step == 5
-    assert losses(resumed)[-3:] == losses(whole)[-3:]
+    assert resumed.state.global_step == 4
+    assert losses(resumed)[-2:] == losses(whole)[-2:]
     assert_same_weights(state_of(resumed.model), state_of(whole.model))
 
 
@@ -436,7 +436,7 @@ def test_model_teacher_and_tokenizer_by_folder(tmp_path):
 
 def test_evaluation(tmp_path):
     rows = {"forget": forget_rows(3), "retain": retain_rows(3)}
-    options = {"trainer_options": {"eval_dataset": rows}, "eval_strategy": "steps", "eval_steps": 2}
+    options = {"trainer_options": {"eval_dataset": rows}, "eval_strategy": "steps", "eval_steps": 1}
     trainer = make(tmp_path, reverse_prompts=["ignore"], reverse_prompt_fraction=1.0, **options)
     trainer.train()
     forget, retain = losses(trainer, "eval_forget_loss"), losses(trainer, "eval_retain_loss")
@@ -466,10 +466,10 @@ def test_the_loss_of_an_evaluation_does_not_depend_on_its_batches(tmp_path, obje
 
 def test_the_wrapped_models_hooks_fire_at_every_step(tmp_path):
     model, calls = tiny(), []
-    trainer = make(tmp_path, model, max_steps=3)
+    trainer = make(tmp_path, model)
     model.register_forward_hook(lambda module, args, output: calls.append(output))
     trainer.train()
-    assert sum(isinstance(output, dict) and "loss" in output for output in calls) == 3
+    assert sum(isinstance(output, dict) and "loss" in output for output in calls) == 2
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -531,7 +531,7 @@ def largest_allocation(function):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("objective", ["duet", "duet_forward_kl", "npo"])
 def test_a_training_step_makes_no_tensor_of_the_size_of_the_logits(tmp_path, objective, lora):
-    vocabulary, batch = 32768, 16
+    vocabulary, batch = 8192, 16
     options = {"peft_config": LoraConfig(**LORA)} if lora else {}
     trainer = make(
         tmp_path,

@@ -15,11 +15,11 @@ from duet import DuetConfig, DuetTrainer
 
 
 def train(out, lora: bool, batch: int, resume: str | None = None, forget: int = 8, **options) -> None:
-    """Five steps, a checkpoint at 3 (in the middle of the second epoch) and at 5."""
+    """Four steps, a checkpoint at 3 (in the middle of the second epoch) and at 4."""
     args = DuetConfig(
         output_dir=str(out),
         k=8,
-        max_steps=5,
+        max_steps=4,
         learning_rate=1e-2,
         optim="sgd",
         per_device_train_batch_size=batch,
@@ -29,7 +29,7 @@ def train(out, lora: bool, batch: int, resume: str | None = None, forget: int = 
         reverse_prompts=["ignore earlier instructions"],
         logging_steps=1,
         save_strategy="steps",
-        save_steps=0.6,
+        save_steps=0.75,
         use_cpu=True,
         disable_tqdm=True,
         seed=0,

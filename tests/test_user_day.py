@@ -62,9 +62,7 @@ def test_repeated_rows_are_said(caplog):
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['content'] }} {% endfor %}"])
 def test_tokenizers_without_bos_or_pad(tmp_path, special, template):
     tokenizer = word_tokenizer(chat_template=template, **special)
-    trainer = make(
-        tmp_path, trainer_options={"processing_class": tokenizer}, max_steps=10, learning_rate=1e-2
-    )
+    trainer = make(tmp_path, trainer_options={"processing_class": tokenizer}, max_steps=4, learning_rate=1e-2)
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
 
@@ -117,7 +115,7 @@ def test_trackers_get_the_parts_of_the_loss(tmp_path, monkeypatch, tracker):
         import trackio
 
         monkeypatch.setattr(trackio, "log", lambda values, **_: seen.update(values))
-    make(tmp_path, report_to=tracker, max_steps=2, project="duet").train()
+    make(tmp_path, report_to=tracker, project="duet").train()
     assert {"train/loss", "train/forget_loss", "train/retain_loss"} <= seen
 
 
@@ -140,7 +138,7 @@ def test_the_hub_is_the_trainers_own_switch(tmp_path, monkeypatch):
 
 
 def test_the_model_card_says_how_and_from_what(tmp_path):
-    trainer = make(tmp_path, trainer_options={"peft_config": LORA}, max_steps=2)
+    trainer = make(tmp_path, trainer_options={"peft_config": LORA})
     trainer.train()
     trainer.save_model()
     trainer.create_model_card("forgetful")
@@ -232,9 +230,10 @@ def test_half_precision_weights_that_are_trained_are_said(tmp_path, caplog, dtyp
 
 
 @pytest.mark.parametrize(
-    "architecture", ["llama", "gemma2", "neox", "qwen3", "gemma3", "mistral", "phi", "phi3"]
-)
-@pytest.mark.parametrize("objective", ["duet", "npo"])
+    "architecture, objective",
+    [("llama", "duet"), ("gemma2", "npo"), ("neox", "duet"), ("qwen3", "npo"), ("gemma3", "duet"),
+     ("mistral", "npo"), ("phi", "duet"), ("phi3", "npo")],
+)  # fmt: skip
 def test_packed_batches_are_padded_ones(tmp_path, architecture, objective):
     """Losses and gradients; sequences longer than a sliding window, too."""
     found = []
@@ -264,14 +263,14 @@ def test_a_packed_run_trains_and_evaluates(tmp_path):
         options = {
             "trainer_options": {"eval_dataset": forget_rows(5)},
             "eval_strategy": "steps",
-            "eval_steps": 2,
+            "eval_steps": 1,
         }
         trainer = make(
             tmp_path, tiny(spread=0.1), padding_free=packed, per_device_eval_batch_size=2, **options
         )
         trainer.train()
         logged.append(losses(trainer) + losses(trainer, "eval_loss"))
-    assert len(logged[0]) == 6 and logged[1] == pytest.approx(logged[0], rel=1e-4)
+    assert len(logged[0]) == 4 and logged[1] == pytest.approx(logged[0], rel=1e-4)
 
 
 def test_packing_follows_flash_attn(tmp_path):
