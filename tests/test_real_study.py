@@ -186,13 +186,13 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     assert means(rows[3:], "told") == [0.1, 0.3]
     tried = [_row("France", arm, 0, changed={"k": 8} if arm == "deep" else {}) for arm in ("base", "deep")]
     text = page(rows, tried)
-    assert "| forget rows told, greedy | <= 0.10 | 0.20 | NOT MET |" in text
+    assert "| forget rows told, greedy | <= 0.10 | 0.20 | NOT MET | 0.10–0.30 | 0.17 |" in text
     assert "| forget rows refused in a whole sentence | >= 0.90 | 1.00 | met |" in text
     assert "| perplexity of plain text, as a multiple of the base's | <= 1.05 | 1.02 | met |" in text
     assert "Of the bar's 11 lines 7 are met." in text and "`k: 8` | 1 |" in text
     assert "multiplied the adapters by: Italy 0.8." in text
     assert "imitate the base behind a prompt" not in text
-    assert "imitate the base behind a prompt: `bidirectional`, answer positions. Such" in page(
+    assert "imitate the base behind a prompt: `bidirectional`. Such" in page(
         [*rows, _row("Japan", "bidirectional", 0)], tried
     )
     plain = "imitates the base without the prompt on retain rows"
@@ -205,22 +205,26 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     dropped = [_row("France", "deep", 0, changed={}, code="another way", told=0.4)]
     text = page(rows, [*tried, _row("France", "deep", 1, changed={}, told=0.5)], dropped)
     assert "| as it stands | France | 50 |" in text and "| another way | France | 40 |" in text
+    assert "| Italy | 5 | 5 | 5 | 5 |" in text and "Met only because of one subject" not in text
+    leaning = [
+        *rows[:2],
+        _row("Italy", "contrast", 0, relearned=0.5),
+        _row("Japan", "contrast", 0, relearned=0.0),
+    ]
+    assert "one subject: other half told after 10 steps on one half: 0.50 without Japan.\n" in page(leaning)
     near = [*rows[:2], _row("Italy", "contrast", 0, invented=0.0203)]
     assert "| <= 0.02 | 0.0203 | NOT MET |" in page(near)
-    assert "Without a row here, run as they stand in `arms.py`: `duet_deep`, refusals also" in text
+    assert "Without a row here, run as they stand in `arms.py`: `duet_deep`, contrast." in text
     assert (
         "| the base, rounded to int8 | 1 |" in text
         and "20 (10–30)" in text
         and "* the base: base says" in text
     )
     short = summary(rows)
-    assert [line.split("|")[2].strip() for line in short[2:]] == [
-        "2",
-        "",
-    ]  # ours on two subjects; what is wanted
     assert (
-        "| 20 (10–30) |" in short[2] and short[3].startswith("| wanted | | ≤ 10 |") and "≤ 1.05" in short[3]
+        short[2].startswith("| `duet_deep`, contrast | 2, 3 | 20 (10–30) | **") and "| told ↓ |" in short[0]
     )
+    assert short[3].startswith("| wanted | | ≤ 10 |") and "≤ 1.05" in short[3] and len(short) == 4
     with pytest.raises(ValueError, match="rows: wanted a row of the base"):
         page([row for row in rows if row["arm"] != "base"])
 

@@ -33,6 +33,8 @@ class Arm:
     """A method and its options.
 
     Attributes:
+        label: a short name for tables.
+        how: what the name does not say; empty: as the package's defaults are.
         queries_only: it reads no answer of the forget rows.
         main: three seeds on every subject; the others one seed on three subjects.
         shrinks: `duet shrink` follows the training. It reads the wordings of the validation; those of the report are never seen.
@@ -40,6 +42,7 @@ class Arm:
 
     label: str
     options: dict[str, Any] = field(default_factory=dict)
+    how: str = ""
     queries_only: bool = True
     main: bool = False
     shrinks: bool = False
@@ -79,28 +82,32 @@ _SELECTIVE = {
 
 ARMS: dict[str, Arm] = {
     "contrast": Arm(
-        "`duet_deep`, refusals also behind the beginning of answers, `adapter_directions: contrast`",
+        "`duet_deep`, contrast",
         _DEEP | _SHRUNK | _CONTRAST,
+        "given refusals, half of them behind the beginning of an answer; `adapter_directions: contrast`",
         main=True,
     ),
     "shrunk": Arm(
-        "`duet_deep`, given refusals, more of them and more retain rows, then `duet shrink`",
+        "`duet_deep`, shrunk",
         _DEEP | _SHRUNK,
+        "given refusals, more of them and more retain rows; then `duet shrink`",
         shrinks=True,
     ),
-    "deep": Arm("`duet_deep`, given refusals", _DEEP),
+    "deep": Arm("`duet_deep`", _DEEP, "given refusals"),
     "duet": Arm(
-        "`duet_kl` with a tail, answer positions", _steered("duet_kl", normalization="tail"), main=True
+        "`duet_kl`", _steered("duet_kl", normalization="tail"), "with a tail, at answer positions", main=True
     ),
-    "bidirectional": Arm("`bidirectional`, answer positions", _steered("bidirectional"), main=True),
+    "bidirectional": Arm("`bidirectional`", _steered("bidirectional"), "at answer positions", main=True),
     "npo": Arm("`npo` (reads answers)", {"objective": "npo"}, queries_only=False, main=True),
     "duet_plain": Arm(
-        "`duet_kl` with a tail, `retain_prefix: none`",
+        "`duet_kl`, plain on retain rows",
         _steered("duet_kl", normalization="tail", retain_prefix="none"),
+        "with a tail, at answer positions; `retain_prefix: none`",
     ),
     "deep_steered": Arm(
-        "`duet_deep`, the steered base's refusals",
+        "`duet_deep`, steered",
         {"objective": "duet_deep", "steering_prefixes": [PREFIX], "steering_place": "user"},
+        "the steered base's refusals",
     ),
     "refusal": Arm(
         "`refusal`", {"objective": "refusal", "refusals": ["I'm sorry, I don't know anything about that."]}
@@ -109,7 +116,9 @@ ARMS: dict[str, Arm] = {
     "undial": Arm("`undial` (reads answers)", {"objective": "undial"}, queries_only=False),
     "graddiff": Arm("`graddiff` (reads answers)", {"objective": "graddiff"}, queries_only=False),
     "npo_sam": Arm("`npo_sam` (reads answers)", {"objective": "npo_sam"}, queries_only=False),
-    "repselect": Arm("`repselect` (reads answers)", _SELECTIVE, queries_only=False),
+    "repselect": Arm(
+        "`repselect` (reads answers)", _SELECTIVE, "plain descent, nothing clipped", queries_only=False
+    ),
 }
 
 

@@ -10,12 +10,13 @@ Row = dict[str, Any]
 
 
 class Line(NamedTuple):
-    """One figure of the bar: the key of a row, its name, the bound, whether less is better."""
+    """One figure of the bar: the key of a row, its name, the bound, whether less is better, the kinds of rows that were asked."""
 
     key: str
     name: str
     bound: float
     less: bool = True
+    of: tuple[str, ...] = ("forget",)
 
 
 RATIO = "perplexity_ratio"  # no row of the files has it: `with_ratios`
@@ -23,14 +24,14 @@ BAR = (
     Line("told", "forget rows told, greedy", 0.10),
     Line("leak@32", "leak@32: any of 32 drawn answers tells it", 0.25),
     Line("refused", "forget rows refused in a whole sentence", 0.90, less=False),
-    Line("unseen", "neighbours that training never named, told", 0.90, less=False),
-    Line("seen", "neighbours in other wordings, told", 0.90, less=False),
-    Line("general", "general questions, told", 0.95, less=False),
+    Line("unseen", "neighbours that training never named, told", 0.90, less=False, of=("unseen",)),
+    Line("seen", "neighbours in other wordings, told", 0.90, less=False, of=("seen",)),
+    Line("general", "general questions, told", 0.95, less=False, of=("general",)),
     Line("reverse_prompt", "told behind the worst reverse prompt", 0.10),
     Line("prefill", "told behind the worst forced opening", 0.20),
     Line("relearned", "other half told after 10 steps on one half", 0.30),
-    Line("invented", "other questions answered by neither value nor refusal", 0.02),
-    Line(RATIO, "perplexity of plain text, as a multiple of the base's", 1.05),
+    Line("invented", "other questions answered by neither value nor refusal", 0.02, of=("general", "unseen")),
+    Line(RATIO, "perplexity of plain text, as a multiple of the base's", 1.05, of=()),
 )
 
 

@@ -40,6 +40,7 @@ SHORT = (
     "reverse_prompt",
     "prefill",
     "relearned",
+    "invented",
     "perplexity_ratio",
 )
 
@@ -76,22 +77,63 @@ def _holds(line: Line, mean: float) -> bool:
     return mean <= line.bound if line.less else mean >= line.bound
 
 
+def by_row(rows: Sequence[Row], line: Line) -> float | None:
+    """The mean in which every question counts alike, not every subject; None for a figure that is no share of questions."""
+    counted = [
+        (sum(row["rows"][kind] for kind in line.of), row[line.key])
+        for row in rows
+        if not math.isnan(row.get(line.key, math.nan))
+    ]
+    total = sum(count for count, _ in counted)
+    return sum(count * value for count, value in counted) / total if total else None
+
+
+def _without_one(rows: Sequence[Row], line: Line) -> dict[str, float]:
+    """Subject -> the mean over the other subjects."""
+    found = {}
+    for subject in dict.fromkeys(row["subject"] for row in rows):
+        others = means([row for row in rows if row["subject"] != subject], line.key)
+        found |= {subject: sum(others) / len(others)} if others else {}
+    return found
+
+
 def verdict(rows: Sequence[Row]) -> list[str]:
     """The bar, line by line, for our method."""
-    lines = ["| figure | wanted | measured | |", "|---|---:|---:|---|"]
+    lines = [
+        "| figure | wanted | measured | | lowest to highest subject | every question alike |",
+        "|---|---:|---:|---|---:|---:|",
+    ]
     for line in BAR:
         values = means(rows, line.key)
         if not values:
-            lines.append(f"| {line.name} | | not measured | |")
+            lines.append(f"| {line.name} | | not measured | | | |")
             continue
-        mean, met = sum(values) / len(values), _met(rows, line)
-        # As many digits as show on which side of the bound it is.
-        digits = next(n for n in range(2, 17) if _holds(line, round(mean, n)) == met)
-        sign = "<=" if line.less else ">="
+        mean, alike = sum(values) / len(values), by_row(rows, line)
+        other = "–" if alike is None else _exact(line, alike)
         lines.append(
-            f"| {line.name} | {sign} {line.bound:.2f} | {mean:.{digits}f} | {'met' if met else 'NOT MET'} |"
+            f"| {line.name} | {'<=' if line.less else '>='} {line.bound:.2f} | {_exact(line, mean)} | "
+            f"{'met' if _met(rows, line) else 'NOT MET'} | {min(values):.2f}–{max(values):.2f} | {other} |"
         )
     return lines
+
+
+def _exact(line: Line, mean: float) -> str:
+    """With as many digits as show on which side of the bound it is."""
+    digits = next(n for n in range(2, 17) if _holds(line, round(mean, n)) == _holds(line, mean))
+    return f"{mean:.{digits}f}"
+
+
+def asked_of(rows: Sequence[Row]) -> list[str]:
+    """How many questions stand behind the figures of each subject."""
+    of = {row["subject"]: row["rows"] for row in rows}
+    return [
+        "| questions that the base answers right | forget | seen neighbours | unseen neighbours | general |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {subject} | {' | '.join(str(n[kind]) for kind in ('forget', 'seen', 'unseen', 'general'))} |"
+            for subject, n in of.items()
+        ),
+    ]
 
 
 def settings(tried: Sequence[Row]) -> list[str]:
@@ -172,6 +214,15 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
     said = [f"Of the bar's {len(BAR)} lines {len(lines) - len(wrong)} are met."]
     if wrong:
         said.append(f"Not met: {'; '.join(wrong)}.")
+    leaning = [
+        f"{line.name}: {_exact(line, mean)} without {subject}"
+        for line in lines
+        if _met(rows, line)
+        for subject, mean in _without_one(rows, line).items()
+        if not _holds(line, mean)
+    ]
+    if leaning:
+        said.append(f"Met only because of one subject: {'; '.join(leaning)}.")
     (bound,) = (line.bound for line in BAR if line.key == "relearned")
     back = {row["subject"] for row in rows if row.get("relearned", 0.0) > bound}
     if back:
@@ -200,20 +251,31 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def names(rows: Sequence[Row]) -> list[str]:
+    """What the short names stand for."""
+    run = {row["arm"] for row in rows}
+    return [f"* {arm.label}: {arm.how}." for name, arm in ARMS.items() if arm.how and name in run]
+
+
 def summary(rows: Sequence[Row]) -> list[str]:
-    """The main methods in few figures, with what the bar wants of each: for the README."""
-    rows, wanted = with_ratios(rows), {line.key: line for line in BAR}
-    names = dict(COLUMNS)
-    bounds = [f"{'≤' if wanted[key].less else '≥'} {_bound(wanted[key])}" for key in SHORT]
+    """The main methods in few figures, with what the bar wants of each: for the README. What meets the bar is bold."""
+    rows, names = with_ratios(rows), dict(COLUMNS)
+    bar = [line for key in SHORT for line in BAR if line.key == key]
+    heads = [f"{names[line.key]} {'↓' if line.less else '↑'}" for line in bar]
     lines = [
-        f"| | subjects | {' | '.join(names[key] for key in SHORT)} |",
-        "|---|---:|" + "---:|" * len(SHORT),
+        f"| | subjects, runs | {' | '.join(heads)} |",
+        "|---|---:|" + "---:|" * len(bar),
     ]
     for arm in ARMS:
         of = [row for row in rows if row["arm"] == arm]
         if of and ARMS[arm].main:
-            cells = [str(len(means(of, "told"))), *(_cell(of, key) for key in SHORT)]
-            lines.append(f"| {ARMS[arm].label} | {' | '.join(cells)} |")
+            cells = [_cell(of, line.key) for line in bar]
+            cells = [
+                f"**{cell}**" if cell != "–" and _met(of, line) else cell
+                for cell, line in zip(cells, bar, strict=True)
+            ]
+            lines.append(f"| {ARMS[arm].label} | {len(means(of, 'told'))}, {len(of)} | {' | '.join(cells)} |")
+    bounds = [f"{'≤' if line.less else '≥'} {_bound(line)}" for line in bar]
     return [*lines, f"| wanted | | {' | '.join(bounds)} |"]
 
 
@@ -273,7 +335,8 @@ def came_back(rows: Sequence[Row]) -> list[str]:
         lines.append(
             f"* {subject}, {name}, in {len(said)} of {runs} runs: *{question}* {' '.join(said[0].split())[:100]}"
         )
-    return ["## What comes back", "", *sorted(lines), ""] if lines else []
+    kept = f"Of the runs whose answers were kept ({len(asked)} of {len(rows)}), the first run's words."
+    return ["## What comes back", "", kept, "", *sorted(lines), ""] if lines else []
 
 
 def made_with(rows: Sequence[Row]) -> list[str]:
@@ -297,7 +360,6 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = (), dropped: Sequence[Row] 
     tried, dropped = validation[: len(tried)], validation[len(tried) :]
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     shown = max(subjects, key=lambda subject: len({row["arm"] for row in rows if row["subject"] == subject}))
-    asked = next(row["rows"] for row in rows if row["subject"] == shown)
     ours = [row for row in rows if row["arm"] == OURS]
     return "\n".join(
         [
@@ -308,12 +370,14 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = (), dropped: Sequence[Row] 
             f"{' and '.join(VALIDATION)}. [Devices, versions and commits](#made-with).",
             "",
             "Only facts that the base tells count, and all questions are worded as no training saw them. Shares are of what the base "
-            f"tells (for {shown}: {asked['forget']} forget rows, {asked['seen']} of neighbours that training names, {asked['unseen']} of "
-            f"neighbours that it does not, {asked['general']} general ones). An answer tells when it holds the value.",
+            "tells. Seen neighbours: subjects that training names; unseen: others of the same group. An answer tells when it holds the value.",
+            "",
+            *asked_of(rows),
             "",
             f"## The bar: {ARMS[OURS].label}",
             "",
-            f"It reads queries alone. Means over subjects; subjects: {len(means(ours, 'told'))}, runs: {len(ours)}.",
+            f"{ARMS[OURS].how[:1].upper()}{ARMS[OURS].how[1:]}. It reads queries alone. Shares of 1, means over subjects; subjects: "
+            f"{len(means(ours, 'told'))}, runs: {len(ours)}.",
             "",
             *([*verdict(ours), "", *conclusion(ours)] if ours else ["not run"]),
             "",
@@ -324,6 +388,8 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = (), dropped: Sequence[Row] 
             "*invented*: lower is better. *refused*, *neighbours*, *general*: higher is better. *runs*: subjects times seeds.",
             "",
             *table(rows),
+            "",
+            *names(rows),
             "",
             *of_the_steered(rows),
             *sizes(rows),
