@@ -197,7 +197,7 @@ def test_ids_as_a_vocabulary_has_them(law):
 
 
 def test_one_id_in_every_slot():
-    hidden, weight, bias, indices, grad = problem(n=24, v=5, d=20, k=6)
+    hidden, weight, bias, indices, grad = problem(n=50, v=5, d=20, k=6)
     indices.fill_(3)
     wanted = expected(hidden, weight, bias, indices, grad)
     for a, b in zip(run(hidden, weight, bias, indices, grad), wanted, strict=True):

@@ -54,7 +54,7 @@ def expected(hidden, weight, bias, labels, *, softcap=None, scale=1.0, acc=torch
     [
         (*head, CUTS[(i + j) % 4])
         for i, head in enumerate(
-            [(None, -0.7, True), (None, 1.0, False), (2.5, 1.0, False), (2.5, 0.7, True)]
+            [(None, -0.7, True), (2.5, 1.0, False), (None, 1.0, False), (2.5, 0.7, True)]
         )
         for j in range(2)
     ],
