@@ -31,9 +31,10 @@ class Watch(TrainerCallback):
 @pytest.mark.parametrize(
     "architecture, trained",
     [
-        case(architecture, trained, slow=trained == "dora" and architecture != "llama")
-        for architecture in ARCHITECTURES
-        for trained in ("lora", "dora", "all weights")
+        *((architecture, "lora") for architecture in ARCHITECTURES),
+        *((architecture, "all weights") for architecture in ("llama", "gemma2", "neox", "qwen3")),
+        ("llama", "dora"),
+        case("gemma2", "dora", slow=True),
     ],
 )
 def test_the_teacher_is_the_base_and_the_student_leaves_it(tmp_path, architecture, trained):
@@ -50,7 +51,7 @@ def test_the_teacher_is_the_base_and_the_student_leaves_it(tmp_path, architectur
         tmp_path,
         tiny(architecture),
         trainer_options={"callbacks": [watch], **options},
-        max_steps=8,
+        max_steps=6,
         learning_rate=5e-3,
         activation_checkpointing=True,
         steering_prefixes=[PREFIX],
@@ -66,7 +67,7 @@ def test_the_teacher_is_the_base_and_the_student_leaves_it(tmp_path, architectur
     with torch.no_grad(), contextlib.nullcontext() if trained == "all weights" else model.disable_adapter():
         said = (trainer.teacher.model if trained == "all weights" else model)(input_ids=IDS).logits
     assert torch.equal(said, logits), "the teacher is the model that was given, logits and all"
-    assert sum(losses(trainer)[-3:]) < 0.9 * sum(losses(trainer)[:3])
+    assert sum(losses(trainer)[-2:]) < 0.9 * sum(losses(trainer)[:2])
 
 
 def test_dora_in_half_precision_starts_within_rounding(tmp_path):

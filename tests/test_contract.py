@@ -79,20 +79,19 @@ class TestTriton:
 
     @pytest.mark.parametrize("op", ON_TRITON, ids=str)
     def test_definition(self, op):
-        check_definition(op, make_problem(13, 67, 19, bias=True, softcap=20.0, scale=1.3, pad=5), "triton")
+        check_definition(op, make_problem(13, 67, 19, **FULL), "triton")
 
     @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
     @pytest.mark.parametrize("op", SAMPLED, ids=str)
     def test_half_precisions(self, op, dtype):
-        check_definition(op, make_problem(13, 67, 19, dtype=dtype, **FULL), "triton")
+        check_definition(op, make_problem(7, 67, 19, dtype=dtype, **FULL), "triton")
 
     @pytest.mark.parametrize("op, check", OF_KERNELS)
     def test_contract(self, op, check):
-        check(op, make_problem(7, 43, 11, bias=True), "triton")
+        check(op, make_problem(5, 43, 11, bias=True), "triton")
 
 
-@pytest.mark.parametrize("k", [1, 8, 150, 203])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("k, temperature", [(1, 3.0), (8, 0.5), (150, 1.0), (203, 3.0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_topk_against_the_definition(k, temperature, dtype):
     problem = make_problem(dtype=dtype, **FULL)
@@ -138,8 +137,9 @@ def test_distribution_losses_do_not_see_a_shift(op):
         assert abs(dbias.sum()) <= 1e-12 * dbias.abs().sum()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [45, 768])
+@pytest.mark.parametrize(
+    "d, dtype", [(45, torch.float32), (768, torch.bfloat16), (768, torch.float16)], ids=str
+)
 @pytest.mark.parametrize("options", TOPK_OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_a_student_that_is_the_teacher_has_no_loss(options, dtype, d):
     """0 within 8 eps of the logits' scale; l1 and tvd do not turn rounding into gradients of +-1."""

@@ -21,8 +21,14 @@ from duet_kernels.testing import OPS, check_masked_rows, gradients, judge, make_
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
-@pytest.mark.parametrize("lead, v, d", [(16, 2, 3), (24, 7, 2), (16, 129, 16), (16, 512, 8), (19, 1025, 5)])
+ODD = [(16, 2, 3), (24, 7, 2), (16, 129, 16), (16, 512, 8), (19, 1025, 5)]
+
+
+@pytest.mark.parametrize(
+    "op, lead, v, d",
+    [(op, *odd) for i, op in enumerate(OPS) for j, odd in enumerate(ODD) if op.name in WAYS or i % 5 == j],
+    ids=str,
+)
 def test_odd_shapes(op, lead, v, d):
     """Two ids, few features, vocabularies beside and on the edges of tiles."""
     judge(op, make_problem(lead, v, d, bias=True, std=2.0), "chunked")
@@ -41,8 +47,8 @@ def test_a_vocabulary_of_one_id(op):
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_one_token_at_a_time(op):
-    """N = 1, sixteen times over: the rows of one call, and the sum of their gradients for the head."""
-    problem = make_problem(16, 203, 45, bias=True)
+    """N = 1, five times over: the rows of one call, and the sum of their gradients for the head."""
+    problem = make_problem(5, 203, 45, bias=True)
 
     def one_by_one(case, impl, **options):
         if impl == "reference":
@@ -50,7 +56,7 @@ def test_one_token_at_a_time(op):
         per_token = ("hidden", "teacher_hidden", "labels")
         rows = [
             dataclasses.replace(case, **{name: getattr(case, name)[i : i + 1] for name in per_token})
-            for i in range(16)
+            for i in range(5)
         ]
         return torch.cat([op.run(row, impl) for row in rows])
 
@@ -58,8 +64,7 @@ def test_one_token_at_a_time(op):
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
-@pytest.mark.parametrize("impl", ["chunked", "reference"])
-@pytest.mark.parametrize("lead", [(0,), (3, 0)])
+@pytest.mark.parametrize("impl, lead", [("chunked", (3, 0)), ("reference", (0,))], ids=str)
 def test_no_tokens(op, impl, lead):
     """Zero tokens: an empty result, a zero loss, zero (not missing) gradients."""
     problem = make_problem(lead, bias=True)
@@ -86,7 +91,7 @@ def test_selections_of_no_tokens():
     assert all(x.shape == (0,) for x in linear_token_stats(problem.hidden, problem.head, problem.labels))
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op.loss], ids=str)
+@pytest.mark.parametrize("op", [op for op in OPS if op.loss and op.name in WAYS], ids=str)
 def test_masked_rows_that_stay(op, monkeypatch):
     """Where leaving masked rows out would be a synchronisation they are computed, and count exactly nothing."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -114,8 +119,11 @@ def test_leading_shapes(impl):
     assert one.shape == ()
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype, op",
+    [(torch.float32, op) for op in OPS] + [(torch.bfloat16, op) for op in OPS if op.name in WAYS],
+    ids=str,
+)
 def test_several_row_blocks_and_small_workspaces(op, dtype, monkeypatch):
     """Row blocks add up, and a hundred times smaller tiles give the same numbers."""
     problem = make_problem(37, 203, 45, dtype=dtype, bias=True, softcap=25.0)
@@ -123,14 +131,14 @@ def test_several_row_blocks_and_small_workspaces(op, dtype, monkeypatch):
     monkeypatch.setattr(cuts, "TILE_BYTES", 1024)
     monkeypatch.setattr(gather, "_GATHER_BYTES", 8 * 45 * 4 * 3)
     judge(op, problem, "chunked")
-    if op.name in WAYS or dtype == torch.float32:
+    if op.name in WAYS:
         check_masked_rows(op, problem, "chunked")
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_the_workspace_setting_changes_no_result(op):
-    # With seed 0 one of the 900,000 differences lies on the edge of tvd's noise, where rounding decides.
-    problem = make_problem(600, 1500, 8, seed=1).requiring(("hidden", "weight"))
+    # With seed 0 one of the differences lies on the edge of tvd's noise, where rounding decides.
+    problem = make_problem(300, 1200, 8, seed=1).requiring(("hidden", "weight"))
     results = []
     for size in (2**20, 2**30):
         previous = set_workspace_bytes(size)
@@ -149,8 +157,9 @@ def test_the_workspace_setting_changes_no_result(op):
 @pytest.mark.parametrize("op", [op for op in OPS if op.resolve == "linear_distill_loss"], ids=str)
 def test_other_models_as_teachers(op, teacher):
     """Another hidden size; another vocabulary, of which the common ids count."""
-    for dtype in (torch.float32, torch.bfloat16):
-        judge(op, make_problem(dtype=dtype, bias=True, **teacher), "chunked")
+    narrower = teacher in ({"teacher_d": 31}, {"teacher_v": 150})
+    dtype = torch.float32 if narrower == op.independent else torch.bfloat16
+    judge(op, make_problem(dtype=dtype, bias=True, **teacher), "chunked")
 
 
 @pytest.mark.parametrize("student", (torch.float32, torch.float64, torch.bfloat16), ids=str)

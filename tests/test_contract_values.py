@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @pytest.mark.parametrize("ties", ["quantised", "equal"])
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
-@pytest.mark.parametrize("v, k", [(203, 1), (203, 8), (203, 203), (5000, 8), (5000, 40), (4097, 3)])
+@pytest.mark.parametrize("v, k", [(203, 1), (203, 203), (5000, 40), (4097, 3)])
 def test_ties_go_to_the_lowest_id(ties, dtype, v, k):
     problem = make_problem(11, v, 6, dtype=dtype, ties=ties)
     got = linear_topk(problem.hidden, problem.head, k, impl="chunked")
@@ -214,7 +214,7 @@ EXTREMES = {
 def test_the_ends_of_what_is_allowed(extreme, k, impl):
     """No overflow, no division by a rounded 0: values and gradients as near to fp64 as fp32 logits let them be."""
     head, options = EXTREMES[extreme]
-    problem = make_problem(7, 43, 11)
+    problem = make_problem(3, 43, 11)
     results = []
     for dtype, which in ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, impl)):
         case = problem.to(dtype).requiring(problem.leaves)

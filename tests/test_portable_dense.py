@@ -52,8 +52,10 @@ def _loss_and_gradient(problem, name, impl, **options):
 
 
 @pytest.mark.parametrize("name", KLS)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("temperature", [1.0, 0.4, 3.0])
+@pytest.mark.parametrize(
+    "temperature, case",
+    [*zip((0.4, 1.0, 3.0) * 3, CASES, strict=False), (1.0, "plain"), (3.0, "full"), (0.4, "close")],
+)
 def test_a_frozen_head_in_either_cut(name, case, temperature, cut):
     problem = make_problem(dtype=torch.float64, **CASES[case])
     options = {"temperature": temperature, "weights": torch.arange(37.0) % 5, "reduction": "sum"}
@@ -63,11 +65,18 @@ def test_a_frozen_head_in_either_cut(name, case, temperature, cut):
 
 
 @pytest.mark.parametrize("name", KLS)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype, case",
+    [
+        *((torch.float32, case) for case in CASES),
+        *((torch.bfloat16, case) for case in ("full", "close", "far")),
+        *((torch.float16, case) for case in ("negative scale", "close", "far")),
+    ],
+    ids=str,
+)
 def test_digits_of_a_frozen_head(name, case, dtype, cut):
-    problem = make_problem(64, 1500, dtype=dtype, **CASES[case])
-    options = {"divergence": name, "reduction": "none", "weights": torch.linspace(0.1, 2, 64)}
+    problem = make_problem(40, 1000, dtype=dtype, **CASES[case])
+    options = {"divergence": name, "reduction": "none", "weights": torch.linspace(0.1, 2, 40)}
 
     def define(problem):
         case = problem.requiring(["hidden"])

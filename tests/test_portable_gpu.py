@@ -55,8 +55,9 @@ def test_contract(op, setting):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize(
+    "op, dtype", [(op, dtype) for op in OPS for dtype in DTYPES[: 3 if op.name in WAYS else 2]], ids=str
+)
 def test_in_many_pieces(op, dtype, monkeypatch):
     """A workspace of 40 KiB: rows, tiles, strips, gathered rows and slabs of dW are all cut, and add up."""
     monkeypatch.setattr(dispatch, "_set", 40 << 10)
@@ -68,8 +69,9 @@ def test_in_many_pieces(op, dtype, monkeypatch):
         check_masked_rows(op, problem, "chunked")
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize(
+    "op, dtype", [(op, dtype) for op in OPS for dtype in DTYPES[1 : 3 if op.name in WAYS else 2]], ids=str
+)
 def test_where_the_library_upcasts(op, dtype, monkeypatch):
     """A GPU whose library does not multiply halves into fp32: pieces of W are upcast, nothing else changes."""
     monkeypatch.setattr(dispatch, "half_products", lambda device, dtype: False)
@@ -147,7 +149,7 @@ def watching(*known):
         yield watch
 
 
-N, V, D, K = 600, 8192, 24, 16
+N, V, D, K = 300, 4096, 24, 8
 
 
 def _case(dtype, n=N, v=V, d=D):
@@ -178,7 +180,7 @@ def _capped(h, w, t, top):
 # Operation: (what runs, products with a frozen head, with a trainable one), in units of 2 N D V.
 OPERATIONS = {
     "topk": (lambda h, w, t, top: linear_topk(t, w, K).values.sum() + h.sum() + w.sum(), 1, 1),
-    "topk-4000": (lambda h, w, t, top: linear_topk(t, w, 4000).values.sum() + h.sum() + w.sum(), 1, 1),
+    "topk-2000": (lambda h, w, t, top: linear_topk(t, w, 2000).values.sum() + h.sum() + w.sum(), 1, 1),
     "token-stats": (
         lambda h, w, t, top: linear_token_stats(t, w, top.indices[:, 0]).entropy.sum() + h.sum() + w.sum(),
         1,
@@ -212,7 +214,7 @@ def test_products_bytes_and_looks(name, dtype, frozen):
     run, *units = OPERATIONS[name]
     hidden, weight, teacher, top = _case(dtype)
     weight.requires_grad_(not frozen)
-    size = 6 << 20  # the logits of one model are 18.75 MiB
+    size = 3 << 19  # the logits of one model are 4.7 MiB
     previous = set_workspace_bytes(size)
     try:
         with watching(hidden, weight, teacher, *top[:3]) as watch:
@@ -237,7 +239,8 @@ def test_products_bytes_and_looks(name, dtype, frozen):
 @pytest.mark.parametrize("name", ["gather", "huber"])
 def test_gathered_rows_and_sums_of_pairs_stay_in_the_workspace(name, dtype, frozen):
     """All gathered rows would be 9.4 MiB, dW in fp32 32 MiB beside the 16 of dW."""
-    hidden, weight, teacher, top = _case(dtype, v=16384, d=512)
+    n = 1200
+    hidden, weight, teacher, top = _case(dtype, n=n, v=16384, d=512)
     weight.requires_grad_(not frozen)
     size = 2 << 20
     previous = set_workspace_bytes(size)
@@ -246,7 +249,7 @@ def test_gathered_rows_and_sums_of_pairs_stay_in_the_workspace(name, dtype, froz
             OPERATIONS[name][0](hidden, weight, teacher, top).backward()
     finally:
         set_workspace_bytes(previous)
-    results = 8 * hidden.numel() + 160 * N * K + (0 if frozen else weight.nbytes + 8 * 16384)
+    results = 8 * hidden.numel() + 160 * n * K + (0 if frozen else weight.nbytes + 8 * 16384)
     assert watch.peak <= size + results, f"{watch.peak / 2**20:.1f} MiB for {(size + results) / 2**20:.1f}"
 
 

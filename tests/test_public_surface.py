@@ -1,6 +1,7 @@
 """What the package promises: its names, its docstrings, and who may import whom."""
 
 import ast
+import functools
 import inspect
 import os
 import re
@@ -89,11 +90,15 @@ def test_every_argument_is_documented(name):
     assert not missing, f"{name}: {missing}"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("duet*/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_rooms_say_what_they_are_for(path):
-    source = path.read_text()
-    if source.strip():
-        assert ast.get_docstring(ast.parse(source)), "the first lines of a room say what it is for"
+@functools.cache
+def _parsed(path):
+    return ast.parse(path.read_text())
+
+
+def test_rooms_say_what_they_are_for():
+    """In their first lines."""
+    trees = {path: _parsed(path) for path in ROOT.glob("duet*/**/*.py")}
+    assert trees and not [path for path, tree in trees.items() if tree.body and not ast.get_docstring(tree)]
 
 
 # --- who may import whom ---------------------------------------------------------------------------------------
@@ -102,10 +107,10 @@ def test_rooms_say_what_they_are_for(path):
 class Imports(ast.NodeVisitor):
     """Absolute names of what a file imports; those inside functions apart (they are lazy)."""
 
-    def __init__(self, package, source):
+    def __init__(self, package, tree):
         self.package, self.depth = package, 0
         self.at_once, self.lazy = set(), set()
-        self.visit(ast.parse(source))
+        self.visit(tree)
 
     def _add(self, name):
         (self.lazy if self.depth else self.at_once).add(name)
@@ -137,10 +142,11 @@ class Imports(ast.NodeVisitor):
         return self.at_once | self.lazy
 
 
+@functools.cache
 def _imports(path, root=ROOT):
     parts = path.relative_to(root).with_suffix("").parts
     package = ".".join(parts[:-1])
-    return Imports(package, path.read_text())
+    return Imports(package, _parsed(path))
 
 
 def _within(names, room):
@@ -154,19 +160,18 @@ OUTSIDE = [path for path in KERNEL_FILES if path not in IN_KERNELS]
 
 def test_the_import_visitor_sees():
     """It tells lazy from immediate, follows relative names, and skips type checking."""
-    seen = Imports(
-        "a.b",
+    source = (
         "import x.y\nfrom . import c\nfrom ..d import e\nfrom .f.g import h as i\n"
         "if TYPE_CHECKING:\n    import hidden\n"
-        "def late():\n    from .triton import k\n    import triton\n",
+        "def late():\n    from .triton import k\n    import triton\n"
     )
+    seen = Imports("a.b", ast.parse(source))
     assert seen.at_once == {"x.y", "a.b.c", "a.d.e", "a.b.f.g.h"}
     assert seen.lazy == {"a.b.triton.k", "triton"}
 
 
-@pytest.mark.parametrize("path", OUTSIDE, ids=lambda p: p.name)
-def test_only_kernels_import_triton(path):
-    assert not _within(_imports(path).all, "triton")
+def test_only_kernels_import_triton():
+    assert not [path for path in OUTSIDE if _within(_imports(path).all, "triton")]
 
 
 # room of duet_kernels (a file, or a package): the rooms it may import
@@ -194,13 +199,13 @@ def _rooms(names):
     return {name.split(".")[1] for name in _within(names, "duet_kernels") if "." in name}
 
 
-@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda p: str(p.relative_to(ROOT)).replace("/", "-"))
-def test_rooms_import_only_what_they_may(path):
+def test_rooms_import_only_what_they_may():
     """A new room, or a new arrow between rooms, is a decision: write it down here."""
-    room = path.relative_to(ROOT / "duet_kernels").parts[0].removesuffix(".py")
-    assert room in ALLOWED, "a room that nobody has placed"
-    used = _rooms(_imports(path).all) - ({room} if path.stem != room else set())
-    assert used <= ALLOWED[room], used - ALLOWED[room]
+    for path in KERNEL_FILES:
+        room = path.relative_to(ROOT / "duet_kernels").parts[0].removesuffix(".py")
+        assert room in ALLOWED, f"{path}: a room that nobody has placed"
+        used = _rooms(_imports(path).all) - ({room} if path.stem != room else set())
+        assert used <= ALLOWED[room], (path, used - ALLOWED[room])
 
 
 def test_no_room_imports_in_a_circle():
@@ -218,21 +223,19 @@ def test_the_kernels_are_imported_when_they_are_wanted():
         assert not _within(_imports(path).at_once, "duet_kernels.triton"), path
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("duet/**/*.py")), ids=lambda p: str(p.relative_to(ROOT)).replace("/", "-")
-)
-def test_the_trainer_uses_public_names_only(path):
+def test_the_trainer_uses_public_names_only():
     """And nobody imports the command line."""
-    names = _imports(path).all
     public = {"duet_kernels", *(f"duet_kernels.{name}" for name in NAMES)}
     # A type, and what memory is planned with.
     public |= {
         f"duet_kernels.{name}" for name in ("dispatch.Impl", "dispatch.workspace_bytes", "dispatch.share_of")
     }
-    assert not _within(names, "duet_kernels") - public
-    if path.name not in ("cli.py", "__main__.py"):
-        assert not _within(names, "duet.cli")
-    assert not _within(names, "benchmarks") and not _within(names, "tests")
+    for path in ROOT.glob("duet/**/*.py"):
+        names = _imports(path).all
+        assert not _within(names, "duet_kernels") - public, path
+        if path.name not in ("cli.py", "__main__.py"):
+            assert not _within(names, "duet.cli"), path
+        assert not _within(names, "benchmarks") and not _within(names, "tests"), path
 
 
 # Studies train models: they are users of the trainer.
@@ -288,15 +291,10 @@ else:
     assert done.returncode == 0, done.stderr
 
 
-def test_import_and_use_with_a_triton_that_raises(tmp_path):
-    """Installed, but made for another platform: nobody on a CPU imports it."""
+def test_importing_is_light_and_use_needs_no_triton_that_raises(tmp_path):
+    """No global state is changed; a triton that is installed but made for another platform is not imported on a CPU."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('this triton cannot be imported')")
-    done = _python(USE, PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert done.returncode == 0, done.stderr
-
-
-def test_importing_is_light_and_changes_no_global_state():
     code = """
 import sys, torch
 def state():
@@ -307,5 +305,5 @@ assert state() == before
 heavy = [m for m in sys.modules if m.split(".")[0] in ("triton", "transformers", "duet")]
 assert not heavy, heavy
 """
-    done = _python(code)
+    done = _python(code + USE, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 0, done.stderr

@@ -137,7 +137,7 @@ def test_within_rings_once_and_puts_the_clock_back():
 def test_the_command_writes_its_rows(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(training_step.SHAPES, name, TINY)
     monkeypatch.setitem(training_step.SECTIONS, name, (Section("one", "answer", True, goal_gib=22),))
-    words = ["--shape", name, "--out", str(tmp_path), "--rounds", "2", "--steps", "1", "--seconds", "600"]
+    words = ["--shape", name, "--out", str(tmp_path), "--rounds", "1", "--steps", "1", "--seconds", "600"]
     training_step.main(words)
     rows = [json.loads(line) for line in (tmp_path / f"training_step_{name}.jsonl").read_text().splitlines()]
     assert [row["op"] for row in rows] == ["training_step_phases", "training_step_plan"]

@@ -21,7 +21,7 @@ from duet_kernels.triton import dense
 from duet_kernels.triton.primitives import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-N, V, D, K = 19, 103, 23, 6
+N, V, D, K = 19, 70, 23, 6
 ALL = Need(True, True, True)
 HEADS = (
     {},
@@ -218,9 +218,9 @@ def test_values_that_are_not_there_have_no_gradient(backward):
         assert torch.equal(a, b) and bool(a.any())
 
 
-@pytest.mark.parametrize("family", ["cross-entropy", "logsumexp", *WITH_TAIL])
+@pytest.mark.parametrize("family", FAMILIES[:3])
 def test_gradcheck_of_the_kernels(family):
-    """With a softcap; without one every family is in `test_fp64_equals_torch`."""
+    """With a softcap; every family and head is in `test_fp64_equals_torch`."""
     case = make_case(n=4, v=11, d=5, k=3, bias=True, softcap=4.0)
     case.ids[1, 2] = case.ids[1, 1]
     p = case.problem.requiring(("hidden", "weight", "bias"))
@@ -484,7 +484,7 @@ def test_each_gradient_alone(family, only):
 @pytest.mark.parametrize("family", ["cross-entropy", "forward_kl-tail"])
 def test_how_often_logits_are_multiplied(family, monkeypatch):
     """At hand nothing is multiplied twice; a tail that is known needs no fold."""
-    case, seen = make_case(bias=True), []
+    case, seen = make_case(v=103, bias=True), []
     logits, fold = dense._Walk._logits, kernel._Complement._fold
     monkeypatch.setattr(dense._Walk, "_logits", lambda *args: seen.append("logits") or logits(*args))
     monkeypatch.setattr(kernel._Complement, "_fold", lambda *args: seen.append("fold") or fold(*args))

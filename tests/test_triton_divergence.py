@@ -20,7 +20,7 @@ from duet_kernels.triton import divergence as kernel
 from duet_kernels.triton.primitives import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-N, V, D = 19, 103, 23
+N, V, D = 19, 70, 23
 EVERYTHING = Need(True, True, True)
 FULL = {"bias": True, "softcap": 9.0, "scale": 1.3}
 HEADS = ({}, {"softcap": 9.0}, FULL, {"scale": -0.7}, {"bias": True, "scale": -0.7, "teacher_d": 31})
@@ -151,8 +151,9 @@ class _Loss(torch.autograd.Function):
         return *run(ctx.case, ctx.divergence, grad.contiguous())[1:], None, None
 
 
-@pytest.mark.parametrize("divergence", ALL)
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "huber"])
 def test_gradcheck_of_the_kernels(divergence):
+    """With a softcap; every loss and head is in `test_fp64_equals_the_definition`."""
     case = problem(n=4, v=9, d=5, **FULL).requiring(("hidden", "weight", "bias"))
     leaves = case.hidden, case.weight, case.bias
     assert torch.autograd.gradcheck(_Loss.apply, (*leaves, case, divergence), fast_mode=True)
@@ -206,8 +207,15 @@ def test_the_noise_is_that_of_the_largest_logit_of_all_slabs(way, monkeypatch):
     assert all((x == 0).all() for x in run(case, "l1"))
 
 
-@pytest.mark.parametrize("way", WALKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "way, dtype",
+    [
+        *((way, torch.bfloat16) for way in WALKS),
+        *((way, torch.float16) for way in ("at hand, dW in steps", "recomputed in blocks")),
+        *((way, torch.float32) for way in ("at hand, dW at once", "recomputed")),
+    ],
+    ids=str,
+)
 def test_every_way_adds_up_in_fp32(way, dtype, monkeypatch):
     force(monkeypatch, way)
     case = problem(dtype, **FULL)
@@ -291,7 +299,7 @@ def test_banned_ids(divergence, width, monkeypatch):
 
 def test_distant_logits_overflow_nothing():
     """Logits of a thousand, student and teacher at opposite ends."""
-    case = problem(std=300.0, gap=2.0)
+    case = problem(v=103, std=300.0, gap=2.0)
     for divergence in DISTRIBUTION:
         for a, b in zip(run(case, divergence), expected(case, divergence), strict=False):
             # A certain row's gradient is rounding; the others' are right to the digits that logits of 1000 leave.

@@ -16,7 +16,7 @@ from duet_kernels.triton.primitives import INTERPRETED
 from duet_kernels.triton.tiles import GatherTile, SegmentsTile, gather_product_tokens
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-N, V, D, K = 19, 61, 45, 6
+N, V, D, K = 11, 61, 45, 6
 ALL = Need(True, True, True)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -412,10 +412,12 @@ def test_rows_nobody_chose_are_exactly_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_two_runs_are_bitwise_equal(dtype):
-    inputs = problem(dtype, n=40)
+def test_two_runs_are_bitwise_equal_and_write_no_input(dtype):
+    inputs = problem(dtype, n=16)
+    before = [x.clone() for x in inputs]
     first, second = (run(*inputs, softcap=2.5, scale=0.7, chunk=16) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
 def test_a_frozen_head_pays_nothing(monkeypatch):
@@ -444,14 +446,6 @@ def test_each_gradient_alone(only):
         assert torch.equal(a, b) if needed else a is None
 
 
-def test_saved_tensors_are_not_written():
-    inputs = problem()
-    before = [x.clone() for x in inputs]
-    first, second = (run(*inputs, softcap=2.5, scale=0.7) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def test_softcap_near_saturation_keeps_its_gradient():
     """1 - (z / c)^2 of a logit within 1e-4 of the cap, in fp32, to the digits that z itself carries."""
     hidden = torch.full((1, 1), 4.9, device=DEVICE)
@@ -472,7 +466,7 @@ def test_which_way_runs(rows_or_logits, monkeypatch):
     monkeypatch.setattr(kernel, "product", lambda a, b, out: seen.append(len(a)) or torch.mm(a, b, out=out))
     hidden, weight, bias, indices, _ = problem()
     gather(hidden, weight, bias, indices)
-    assert seen == ([8, 8, 3] if rows_or_logits == "logits" else [])
+    assert seen == ([8, 3] if rows_or_logits == "logits" else [])
 
 
 BIG = 256 << 20

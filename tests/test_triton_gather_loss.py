@@ -129,8 +129,9 @@ class _Loss(torch.autograd.Function):
         return grad[:, None] * ctx.saved_tensors[0], None
 
 
-@every_loss
+@two_losses
 def test_gradcheck_of_the_kernel(spec):
+    """Every loss is in `test_fp64_equals_the_definition`."""
     hidden, *rest = problem(n=4, v=9, d=20, k=5, end=(2.5, 0.7))
 
     def loss(hidden):
@@ -170,7 +171,7 @@ def test_shapes(n, v, d, k, dtype):
 @pytest.mark.parametrize("odd", ["hidden", "weight", "width", "columns", "the rest"])
 def test_any_strides(dtype, odd):
     """Words of two halves where rows allow them, single numbers where they do not."""
-    hidden, head, ids, teacher, factor = problem(dtype, d=42)
+    hidden, head, ids, teacher, factor = problem(dtype, n=3, d=42)
     if odd == "width":
         hidden, head = hidden[:, :41], LMHead(head.weight[:, :41], head.bias)
     flat = [hidden.contiguous(), LMHead(head.weight.contiguous(), head.bias), ids, teacher, factor]
@@ -446,7 +447,7 @@ class _SideBySide:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_programs_wait_for_each_other(dtype, monkeypatch):
     """All programs of a launch at the same time: what two launches give, bit by bit."""
-    inputs = problem(dtype)
+    inputs = problem(dtype, n=3)
     wanted = run(inputs, SPECS["jsd"], tile=SPLIT, phases=True)
     monkeypatch.setattr(kernel, "_topk_loss_kernel", _SideBySide(kernel._topk_loss_kernel))
     for a, b in zip(run(inputs, SPECS["jsd"], tile=SPLIT, phases=False), wanted, strict=True):

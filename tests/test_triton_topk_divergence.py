@@ -16,7 +16,7 @@ from duet_kernels.triton.tiles import MAX_SLOTS, DivergenceTile
 from duet_kernels.triton.topk_divergence import topk_divergence as kernel
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-N, K = 37, 7
+N, K = 12, 7
 DISTRIBUTIONS = [form for form in FORMS if form[1] != "none"]
 every_loss = pytest.mark.parametrize(("divergence", "normalization"), FORMS)
 every_distribution = pytest.mark.parametrize(("divergence", "normalization"), DISTRIBUTIONS)
@@ -193,7 +193,7 @@ def test_error_budget(divergence, normalization, dtype, gap):
 @pytest.mark.parametrize(("divergence", "normalization"), DISTRIBUTIONS)
 def test_a_near_student_keeps_its_digits(divergence, normalization):
     """Logits of std 4 around 20, a gap of 0.02: the gradient in fp32 within 1e-6 (log q - log p: 1e-5)."""
-    student, teacher, *rest = problem(torch.float32, n=64, k=33, std=4.0, gap=0.02)
+    student, teacher, *rest = problem(torch.float32, n=16, k=33, std=4.0, gap=0.02)
     inputs = [(student.double() + 20).float(), (teacher.double() + 20).float(), *rest]
     inputs[2], inputs[3] = inputs[2] + 10, inputs[2] + 10.01
     named = options(divergence, normalization, temperature=1.0)
@@ -379,7 +379,7 @@ def test_nan_tail_stays_in_its_row(normalization, where):
 @every_loss
 def test_factor_zero_skips_rows_of_nan(divergence, normalization):
     inputs, named = problem(), options(divergence, normalization)
-    inputs[4][[5, 9, 36]] = 0
+    inputs[4][[5, 9, 11]] = 0
     clean = topk_divergence(*inputs, **named)
     broken = [x.clone() for x in inputs]
     for x in broken[:4]:
@@ -387,7 +387,7 @@ def test_factor_zero_skips_rows_of_nan(divergence, normalization):
     results = topk_divergence(*broken, **named)
     for a, b in zip(results, clean, strict=True):
         assert torch.equal(a, b)
-        assert a.numel() == 0 or (a[[5, 9, 36]] == 0).all()
+        assert a.numel() == 0 or (a[[5, 9, 11]] == 0).all()
 
 
 @every_loss
