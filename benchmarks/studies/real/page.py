@@ -214,15 +214,13 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
     said = [f"Of the bar's {len(BAR)} lines {len(lines) - len(wrong)} are met."]
     if wrong:
         said.append(f"Not met: {'; '.join(wrong)}.")
-    leaning = [
-        f"{line.name}: {_exact(line, mean)} without {subject}"
-        for line in lines
-        if _met(rows, line)
-        for subject, mean in _without_one(rows, line).items()
-        if not _holds(line, mean)
-    ]
-    if leaning:
-        said.append(f"Met only because of one subject: {'; '.join(leaning)}.")
+    for line in lines:
+        fails = {
+            subject: mean for subject, mean in _without_one(rows, line).items() if not _holds(line, mean)
+        }
+        if fails and _met(rows, line):
+            each = ", ".join(f"{_exact(line, mean)} without {subject}" for subject, mean in fails.items())
+            said.append(f"It hangs on a single subject whether this line is met: {line.name}: {each}.")
     (bound,) = (line.bound for line in BAR if line.key == "relearned")
     back = {row["subject"] for row in rows if row.get("relearned", 0.0) > bound}
     if back:
