@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dispatch import DTYPES, acc_dtype
 from .head import LMHead, TopK
-from .options import Divergence, check_ignore_index, check_tensor, is_finite_number
+from .options import FINITE, Divergence, check_ignore_index, check_number, check_tensor
 
 
 def flatten_hidden(
@@ -112,8 +112,7 @@ def check_topk(
     tail, reads = teacher.tail_logsumexp, spec.needs_teacher_logsumexp
     if reads and tail is None:
         raise ValueError(f"teacher.tail_logsumexp: normalization={spec.normalization!r} reads it, got None")
-    if not is_finite_number(teacher.temperature):
-        raise TypeError(f"teacher.temperature: wanted a number, got {teacher.temperature!r}")
+    check_number("teacher.temperature", teacher.temperature, FINITE, "a number")
     if reads and teacher.temperature != spec.temperature:
         raise ValueError(
             f"teacher.temperature: normalization={spec.normalization!r} reads the teacher's tail, which was made at "

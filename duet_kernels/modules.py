@@ -17,6 +17,7 @@ from .options import (
     Reduction,
     Support,
     check_ignore_index,
+    check_number,
     unknown,
 )
 
@@ -97,8 +98,8 @@ class LinearDistillLoss(_Loss):
         impl: Impl = "auto",
     ) -> None:
         Divergence.of(divergence, normalization, temperature, beta, delta, clip, support, k is None)
-        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-            raise ValueError(f"k: wanted None or an integer >= 1, got {k!r}")
+        if k is not None:
+            check_number("k", k, (1, 2**63 - 1), "None or an integer >= 1 of 64 bits", int)
         super().__init__(locals())
 
     def forward(

@@ -30,7 +30,12 @@ NORMALIZATIONS, REDUCTIONS, SUPPORTS = get_args(Normalization), get_args(Reducti
 
 # Beyond these fp32 logits, which are exact to 7 digits, no longer say what a softmax or a gradient is.
 TEMPERATURES, DELTAS, BETAS, CLIPS = (1e-3, 1e3), (1e-10, 1e10), (1e-3, 1 - 1e-3), (1e-6, 1e6)
-_LARGEST = sys.float_info.max
+FINITE = -sys.float_info.max, sys.float_info.max
+RANGE = "a finite number > 0, from {:g} to {:g} (the range of fp32 logits)"
+_OF_DELTA = RANGE.format(*DELTAS)  # also where it is not read and may be any finite number
+_OF_BETA = (
+    f"a number in (0, 1), from {BETAS[0]:g} to 1 - {BETAS[0]:g} (for the ends: 'forward_kl' or 'reverse_kl')"
+)
 CLIPPED: tuple[Normalization, ...] = ("renormalize", "tail", "generalized")  # whose terms are >= 0
 
 
@@ -69,24 +74,25 @@ def check_tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def is_finite_number(value: object) -> bool:
-    """Whether it is a number that a float can hold."""
+def check_number(
+    name: str,
+    value: Any,
+    limits: tuple[float, float],
+    wanted: str = RANGE,
+    kind: type[Any] = numbers.Real,
+    signed: bool = False,
+) -> float:
+    """The value as a float; what is no `kind` of number within the limits is refused.
+
+    `wanted` names the limits as {}; `signed`: they are those of the absolute value.
+    """
     # Comparisons rather than math.isfinite: torch.compile with dynamic shapes traces through them.
-    number: Any = value
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not -math.inf < number < math.inf:
-        return False
-    return not isinstance(value, numbers.Rational) or -_LARGEST <= number <= _LARGEST
-
-
-def check_number(name: str, value: object, limits: tuple[float, float]) -> float:
-    """The value as a float; what is no finite number > 0 within the limits is refused."""
-    number: Any = value
-    if not is_finite_number(value) or not limits[0] <= number <= limits[1]:
-        raise ValueError(
-            f"{name}: wanted a finite number > 0, from {limits[0]:g} to {limits[1]:g} (the range of fp32 logits), "
-            f"got {shown(value)}"
-        )
-    return float(number)
+    right = isinstance(value, kind) and not isinstance(value, bool)
+    if right and not isinstance(value, numbers.Rational):  # no float may hold an integer, and no half a limit
+        value = float(value)
+    if not right or not limits[0] <= (abs(value) if signed else value) <= limits[1]:
+        raise ValueError(f"{name}: wanted {wanted.format(*limits)}, got {shown(value)}")
+    return float(value)
 
 
 # --- the table of divergences ------------------------------------------------------------------------------------
@@ -258,15 +264,10 @@ class Divergence:
             raise ValueError(
                 f"normalization: {normalization!r} exists for {', '.join(able)} only, got {name!r}"
             )
-        if not is_finite_number(beta) or ("beta" in traits.reads and not BETAS[0] <= beta <= BETAS[1]):
-            raise ValueError(
-                f"beta: wanted a number in (0, 1), from {BETAS[0]:g} to 1 - {BETAS[0]:g}, got {shown(beta)}; for the ends use "
-                "divergence='forward_kl' or 'reverse_kl'"
-            )
-        if not is_finite_number(delta) or "delta" in traits.reads:
-            check_number("delta", delta, DELTAS)
+        beta = check_number("beta", beta, BETAS if "beta" in traits.reads else FINITE, _OF_BETA)
+        delta = check_number("delta", delta, DELTAS if "delta" in traits.reads else FINITE, _OF_DELTA)
         if clip is None:
-            return cls(name, normalization or "none", temperature, float(beta), float(delta))
+            return cls(name, normalization or "none", temperature, beta, delta)
         clip = check_number("clip", clip, CLIPS)
         if normalization not in CLIPPED:
             got = (
@@ -275,7 +276,7 @@ class Divergence:
             raise ValueError(
                 f"clip: limits terms that are >= 0, those of distributions with normalization {', '.join(CLIPPED)}; got {got}"
             )
-        return cls(name, normalization, temperature, float(beta), float(delta), clip)
+        return cls(name, normalization, temperature, beta, delta, clip)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
