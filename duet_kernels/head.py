@@ -86,7 +86,7 @@ class TopK(NamedTuple):
             ([[3, 7, 0]], [[0.5, 0.25, 0.0]], [0.25])
         """
         check_tensor("indices", indices)
-        check_tensor("logprobs", logprobs)
+        check_tensor("logprobs", logprobs, indices.device, "indices")
         if indices.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"indices: wanted int64 or int32 ids, got {indices.dtype}")
         if not logprobs.is_floating_point():
@@ -95,8 +95,6 @@ class TopK(NamedTuple):
             raise ValueError(
                 f"logprobs: wanted shape [..., K] with K >= 1 like indices {list(indices.shape)}, got {list(logprobs.shape)}"
             )
-        if indices.device != logprobs.device:
-            raise ValueError(f"logprobs: wanted device {indices.device} like indices, got {logprobs.device}")
         positive = math.ulp(0.0), FINITE[1]
         temperature = check_number("temperature", temperature, positive, "a finite number > 0")
         # In the order of the ids equal ones stand side by side; a stable sort keeps the first of them first.

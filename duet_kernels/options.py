@@ -60,8 +60,10 @@ def check_ignore_index(value: object) -> None:
         raise TypeError(f"ignore_index: wanted an integer of 64 bits such as -100, got {shown(value)}")
 
 
-def check_tensor(name: str, value: object) -> Tensor:
-    """The value, which is refused where it is no dense tensor."""
+def check_tensor(
+    name: str, value: object, device: torch.device | None = None, like: str = "the hidden states"
+) -> Tensor:
+    """The value, which is refused where it is no dense tensor, or not on the device that it has to be on (that of `like`)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: wanted a tensor, got {type(value).__name__}")
     if type(value).__name__ == "DTensor":
@@ -71,6 +73,8 @@ def check_tensor(name: str, value: object) -> Tensor:
     if value.layout != torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
         raise TypeError(f"{name}: wanted a dense tensor, got {kind}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: wanted device {device} like {like}, got {value.device}")
     return value
 
 
@@ -336,11 +340,9 @@ def loss_tokens(
     for name, given in (("mask", mask), ("weights", weights)):
         if given is None:
             continue
-        value = check_tensor(name, given)
+        value = check_tensor(name, given, device)
         if tuple(value.shape) != lead:
             raise ValueError(f"{name}: wanted shape {list(lead)} like the tokens, got {list(value.shape)}")
-        if value.device != device:
-            raise ValueError(f"{name}: wanted device {device} like the hidden states, got {value.device}")
     factor = torch.ones(n, dtype=acc, device=device)
     if mask is not None:
         if mask.dtype != torch.bool:
