@@ -375,7 +375,6 @@ def _denominator(num_items: int | Tensor, factor: Tensor) -> Tensor:
             raise ValueError(f"num_items: wanted a finite number >= 0, got {num_items}")
         given = num_items.detach().reshape(()).to(device=factor.device, dtype=factor.dtype)
         return given.masked_fill(given == 0, 1)
-    if isinstance(num_items, bool) or not isinstance(num_items, int) or not 0 <= num_items < 2**63:
-        raise ValueError(f"num_items: wanted an int >= 0 of 64 bits or a 0-d tensor, got {shown(num_items)}")
+    check_number("num_items", num_items, (0, 2**63 - 1), "an int >= 0 of 64 bits or a 0-d tensor", int)
     # Not a copy from the host: that would be a synchronisation.
     return torch.full((), float(num_items or 1), dtype=factor.dtype, device=factor.device)
