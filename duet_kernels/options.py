@@ -91,12 +91,12 @@ def check_number(
     `wanted` names the limits as {}; `signed`: they are those of the absolute value.
     """
     # Comparisons rather than math.isfinite: torch.compile with dynamic shapes traces through them.
-    right = isinstance(value, kind) and not isinstance(value, bool)
+    number, right = value, isinstance(value, kind) and not isinstance(value, bool)
     if right and not isinstance(value, numbers.Rational):  # no float may hold an integer, and no half a limit
-        value = float(value)
-    if not right or not limits[0] <= (abs(value) if signed else value) <= limits[1]:
+        number = float(value)
+    if not right or not limits[0] <= (abs(number) if signed else number) <= limits[1]:
         raise ValueError(f"{name}: wanted {wanted.format(*limits)}, got {shown(value)}")
-    return float(value)
+    return float(number)
 
 
 # --- the table of divergences ------------------------------------------------------------------------------------
