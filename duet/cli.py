@@ -2,15 +2,15 @@
 
 import io
 import json
-import pathlib
 import platform
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Context, Exit, Option, Typer
 from typer.core import TyperCommand
 
 from duet.evaluation.commands import (
@@ -32,11 +32,11 @@ from duet.evaluation.commands import (
 )
 from duet.extras import MissingExtra, missing, silence_what_no_user_can_change, version_of
 
-Run = Annotated[pathlib.Path, typer.Option(help="YAML file of the run that `duet train` will get")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="of an answer")]
+Run = Annotated[Path, Option(help="YAML file of the run that `duet train` will get")]
+MaxNewTokens = Annotated[int, Option(min=1, help="of an answer")]
 _KEYS = {"allow_extra_args": True, "ignore_unknown_options": True}  # keys of the YAML file follow as options
 _shown = {"traceback": False}
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = literal_console()
 
 
@@ -61,16 +61,16 @@ class WithKeys(TyperCommand):
 def _say_version(wanted: bool) -> None:
     if wanted:
         console.print(f"duet-kernels {version_of('duet-kernels') or 'not installed'}")
-        raise typer.Exit
+        raise Exit
 
 
 @app.callback()
 def _describe(
     version: Annotated[
-        bool, typer.Option("--version", help="print the version", callback=_say_version, is_eager=True)
+        bool, Option("--version", help="print the version", callback=_say_version, is_eager=True)
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="before the command: show where in the code an error arose")
+        bool, Option("--debug", help="before the command: show where in the code an error arose")
     ] = False,
 ) -> None:
     """Distilled LLM unlearning: a model learns to behave as if it had been told to forget."""
@@ -79,24 +79,22 @@ def _describe(
 
 @app.command()
 def demo(
-    out: Annotated[
-        pathlib.Path, typer.Option(help="folder for results.json, report.md, plots and the model")
-    ] = (pathlib.Path("demo_report")),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="fewer methods and questions, about a minute")
-    ] = False,
+    out: Annotated[Path, Option(help="folder for results.json, report.md, plots and the model")] = Path(
+        "demo_report"
+    ),
+    quick: Annotated[bool, Option("--quick", help="fewer methods and questions, about a minute")] = False,
     seed: Annotated[
-        int, typer.Option(min=0, help="of the unlearning; with --rebuild of the world and its base model")
+        int, Option(min=0, help="of the unlearning; with --rebuild of the world and its base model")
     ] = 0,
     rebuild: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--rebuild", help="train the tiny base model anew, report its quality and stop (several minutes)"
         ),
     ] = False,
     checkpoint: Annotated[
-        pathlib.Path | None,
-        typer.Option(help="another base model: where --rebuild writes it, else which one forgets"),
+        Path | None,
+        Option(help="another base model: where --rebuild writes it, else which one forgets"),
     ] = None,
 ) -> None:
     """Make a tiny language model forget ten people, and see what it still gives away."""
@@ -114,16 +112,14 @@ def demo(
 
 @app.command(cls=WithKeys, context_settings=_KEYS)
 def train(
-    overrides: typer.Context,
-    config: Annotated[pathlib.Path, typer.Option(help="YAML file of the run; examples are in configs/")],
+    overrides: Context,
+    config: Annotated[Path, Option(help="YAML file of the run; examples are in configs/")],
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume", help="go on from the last finished checkpoint in output_dir, if there is one"
-        ),
+        Option("--resume", help="go on from the last finished checkpoint in output_dir, if there is one"),
     ] = False,
     anyway: Annotated[
-        bool, typer.Option("--anyway", help="train even where the steered teacher does not forget")
+        bool, Option("--anyway", help="train even where the steered teacher does not forget")
     ] = False,
 ) -> None:
     """Make a language model forget what a YAML file says. Any key of it can follow: --learning_rate 1e-4 --adapter.r 8."""
@@ -145,7 +141,7 @@ def train(
     trainer = run_training(run, resume, check)
     if trainer.is_world_process_zero():
         out = str(run.training.output_dir)
-        merged = f", merged with its base: {pathlib.Path(out, 'merged')}" if run.merge else ""
+        merged = f", merged with its base: {Path(out, 'merged')}" if run.merge else ""
         console.print(f"{out}: the model after {trainer.state.global_step} steps{merged}", soft_wrap=True)
         console.print(
             f"what it still says: duet eval {out} --suite probes --data DIR --out DIR", soft_wrap=True
@@ -154,31 +150,27 @@ def train(
 
 @app.command(context_settings=_KEYS)
 def steer(
-    overrides: typer.Context,
+    overrides: Context,
     config: Run,
     data: Annotated[
-        pathlib.Path | None,
-        typer.Option(
+        Path | None,
+        Option(
             help="the --out of duet elicit: its training and validation rows choose, its report rows measure"
         ),
     ] = None,
     wordings: Annotated[
-        pathlib.Path | None,
-        typer.Option(help="file with steering prefixes, one a line; default: the run's and five of ours"),
+        Path | None,
+        Option(help="file with steering prefixes, one a line; default: the run's and five of ours"),
     ] = None,
     places: Annotated[
-        str, typer.Option(help="where the prefix is tried: system, user or system,user")
+        str, Option(help="where the prefix is tried: system, user or system,user")
     ] = "system,user",
-    limit: Annotated[
-        int, typer.Option(min=1, help="rows of each kind to choose by, and as many to measure")
-    ] = 16,
+    limit: Annotated[int, Option(min=1, help="rows of each kind to choose by, and as many to measure")] = 16,
     max_new_tokens: MaxNewTokens = 48,
     write: Annotated[
-        pathlib.Path | None, typer.Option(help="new YAML file: the run with the chosen wording and place")
+        Path | None, Option(help="new YAML file: the run with the chosen wording and place")
     ] = None,
-    anyway: Annotated[
-        bool, typer.Option("--anyway", help="write even a steering that does not forget")
-    ] = False,
+    anyway: Annotated[bool, Option("--anyway", help="write even a steering that does not forget")] = False,
 ) -> None:
     """Which steering prefix makes the model forget, and little else, before anything is trained."""
     from duet.run.config_file import RunConfig, apply_overrides, read_run
@@ -206,32 +198,28 @@ def steer(
 @app.command()
 def elicit(
     model: Model,
-    subject: Annotated[str, typer.Option(help="what is to be forgotten; several with commas between them")],
+    subject: Annotated[str, Option(help="what is to be forgotten; several with commas between them")],
     out: Annotated[
-        pathlib.Path,
-        typer.Option(help="folder for forget.jsonl, neighbour.jsonl, retain.jsonl; continued if it is there"),
+        Path,
+        Option(help="folder for forget.jsonl, neighbour.jsonl, retain.jsonl; continued if it is there"),
     ],
     questions: Annotated[
-        pathlib.Path | None,
-        typer.Option(help="file of questions: question, and perhaps paraphrases, subject, value"),
+        Path | None,
+        Option(help="file of questions: question, and perhaps paraphrases, subject, value"),
     ] = None,
     source: Annotated[
         str | None,
-        typer.Option(
-            help="facts of packages: capitals, currencies, languages, elements; commas between them"
-        ),
+        Option(help="facts of packages: capitals, currencies, languages, elements; commas between them"),
     ] = None,
     neighbours: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="others that questions with {subject} are asked about, such as Spain,Italy; a source has its own"
         ),
     ] = None,
-    samples: Annotated[
-        int, typer.Option(min=0, help="drawn answers to each wording, beside the greedy one")
-    ] = 4,
+    samples: Annotated[int, Option(min=0, help="drawn answers to each wording, beside the greedy one")] = 4,
     max_new_tokens: MaxNewTokens = 64,
-    seed: Annotated[int, typer.Option(min=0, help="of the drawn answers")] = 0,
+    seed: Annotated[int, Option(min=0, help="of the drawn answers")] = 0,
     limit: Limit = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
@@ -282,19 +270,19 @@ def elicit(
 
 @app.command()
 def shrink(
-    adapter: Annotated[pathlib.Path, typer.Argument(help="folder with a trained LoRA adapter")],
+    adapter: Annotated[Path, Argument(help="folder with a trained LoRA adapter")],
     data: Annotated[
-        pathlib.Path,
-        typer.Option(
+        Path,
+        Option(
             help="folder with forget.jsonl and retain.jsonl in other wordings than training's: validation of duet elicit"
         ),
     ],
-    out: Annotated[pathlib.Path, typer.Option(help="new folder for the adapter at the chosen size")],
+    out: Annotated[Path, Option(help="new folder for the adapter at the chosen size")],
     sizes: Annotated[
-        str, typer.Option(help="what the adapter is multiplied by; 1 is tried in any case")
+        str, Option(help="what the adapter is multiplied by; 1 is tried in any case")
     ] = "1,0.9,0.8,0.7,0.6,0.5",
-    most: Annotated[float, typer.Option(help="share of the forget rows that may come back")] = 0.1,
-    samples: Annotated[int, typer.Option(min=1, help="drawn answers to each forget row")] = 16,
+    most: Annotated[float, Option(help="share of the forget rows that may come back")] = 0.1,
+    samples: Annotated[int, Option(min=1, help="drawn answers to each forget row")] = 16,
     max_new_tokens: MaxNewTokens = 48,
     limit: Limit = None,
     batch_size: BatchSize = 16,
@@ -326,11 +314,11 @@ def shrink(
 
 @app.command("import")
 def import_(
-    path: Annotated[pathlib.Path, typer.Argument(help="file or folder of the benchmark or run")],
-    kind: Annotated[str, typer.Option(help="rwku, openunlearning (a run's folder) or choices (WMDP, MMLU)")],
-    out: Annotated[pathlib.Path, typer.Option(help="folder for forget.jsonl, retain.jsonl and others")],
+    path: Annotated[Path, Argument(help="file or folder of the benchmark or run")],
+    kind: Annotated[str, Option(help="rwku, openunlearning (a run's folder) or choices (WMDP, MMLU)")],
+    out: Annotated[Path, Option(help="folder for forget.jsonl, retain.jsonl and others")],
     role: Annotated[
-        str, typer.Option(help="of the questions of choices: forget (WMDP) or retain (MMLU)")
+        str, Option(help="of the questions of choices: forget (WMDP) or retain (MMLU)")
     ] = "forget",
 ) -> None:
     """Turn files of other benchmarks and frameworks into rows that duet eval and duet attack read."""
@@ -349,9 +337,7 @@ def import_(
 @app.command()
 def chat(
     model: Model,
-    beside: Annotated[
-        str | None, typer.Option(help="a second model, such as the one before unlearning")
-    ] = None,
+    beside: Annotated[str | None, Option(help="a second model, such as the one before unlearning")] = None,
     max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -379,12 +365,10 @@ def chat(
 
 @app.command(context_settings=_KEYS)
 def cache(
-    overrides: typer.Context,
+    overrides: Context,
     config: Run,
-    out: Annotated[
-        pathlib.Path | None, typer.Option(help="folder of the store; default: training.teacher_store")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="of stored logits: float32, bfloat16 or float16")] = "float32",
+    out: Annotated[Path | None, Option(help="folder of the store; default: training.teacher_store")] = None,
+    dtype: Annotated[str, Option(help="of stored logits: float32, bfloat16 or float16")] = "float32",
 ) -> None:
     """Ask the teacher once and keep its top-k logits: `duet train` then runs without one. Started again, it continues."""
     from duet.run.config_file import RunConfig, quoted
@@ -402,20 +386,16 @@ def cache(
 
 @app.command(context_settings=_KEYS)
 def plan(
-    overrides: typer.Context,
-    model: Annotated[
-        str | None, typer.Option(help="name or folder of the model; only its config is read")
-    ] = None,
-    config: Annotated[
-        pathlib.Path | None, typer.Option(help="YAML file of a run; default: LoRA on bf16")
-    ] = None,
-    gpu_memory: Annotated[str, typer.Option(help="such as 24GiB; a number alone is GiB")] = "24GiB",
-    length: Annotated[int, typer.Option(min=1, help="tokens of the longest query with its answer")] = 256,
-    prefix_length: Annotated[int, typer.Option(min=0, help="tokens that the steering prefix adds")] = 128,
-    scored: Annotated[int, typer.Option(min=1, help="scored positions a query")] = 1,
-    subjects: Annotated[int, typer.Option(min=1, help="how many people or things are to be forgotten")] = 1,
-    reserve: Annotated[str, typer.Option(help="kept free for the CUDA context and fragmentation")] = "1GiB",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, sizes in bytes")] = False,
+    overrides: Context,
+    model: Annotated[str | None, Option(help="name or folder of the model; only its config is read")] = None,
+    config: Annotated[Path | None, Option(help="YAML file of a run; default: LoRA on bf16")] = None,
+    gpu_memory: Annotated[str, Option(help="such as 24GiB; a number alone is GiB")] = "24GiB",
+    length: Annotated[int, Option(min=1, help="tokens of the longest query with its answer")] = 256,
+    prefix_length: Annotated[int, Option(min=0, help="tokens that the steering prefix adds")] = 128,
+    scored: Annotated[int, Option(min=1, help="scored positions a query")] = 1,
+    subjects: Annotated[int, Option(min=1, help="how many people or things are to be forgotten")] = 1,
+    reserve: Annotated[str, Option(help="kept free for the CUDA context and fragmentation")] = "1GiB",
+    as_json: Annotated[bool, Option("--json", help="print JSON, sizes in bytes")] = False,
 ) -> None:
     """Where the memory of a training step will go, and which settings fit, before anything is loaded."""
     from duet.run.config_file import apply_overrides, quoted, read_run
@@ -444,8 +424,8 @@ def schema() -> None:
 
 @app.command()
 def merge(
-    adapter: Annotated[pathlib.Path, typer.Argument(help="folder with a trained adapter")],
-    out: Annotated[pathlib.Path, typer.Option(help="folder for the merged model and its tokenizer")],
+    adapter: Annotated[Path, Argument(help="folder with a trained adapter")],
+    out: Annotated[Path, Option(help="folder for the merged model and its tokenizer")],
 ) -> None:
     """Add a trained adapter to its base model and save a model that needs no peft."""
     from duet.run.commands import merge_adapter

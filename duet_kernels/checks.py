@@ -12,24 +12,20 @@ from torch import Tensor
 
 from .dispatch import DTYPES, acc_dtype
 from .head import LMHead, TopK
-from .options import Divergence, check_ignore_index, check_tensor, is_finite_number
+from .options import FINITE, Divergence, check_ignore_index, check_number, check_tensor
 
 
 def flatten_hidden(
     hidden: Tensor, head: LMHead, name: str = "hidden", head_name: str = "head"
 ) -> tuple[Tensor, tuple[int, ...]]:
     """(`[N, D]`, the leading shape). Under autocast hidden states are cast to the dtype of the head."""
-    check_tensor(name, hidden)
+    check_tensor(name, hidden, head.weight.device, f"{head_name}.weight")
     if hidden.dtype not in DTYPES:
         raise TypeError(f"{name}: wanted fp32, fp16, bf16 or fp64, got {hidden.dtype}")
     if hidden.dim() < 1 or hidden.shape[-1] != head.weight.shape[1]:
         raise ValueError(
             f"{name}: wanted shape [..., {head.weight.shape[1]}] to match {head_name}.weight {list(head.weight.shape)}, "
             f"got {list(hidden.shape)}"
-        )
-    if hidden.device != head.weight.device:
-        raise ValueError(
-            f"{name}: wanted device {head.weight.device} like {head_name}.weight, got {hidden.device}"
         )
     if hidden.dtype != head.weight.dtype:
         if not torch.is_autocast_enabled(hidden.device.type):
@@ -53,7 +49,7 @@ def flatten_ids(
     per_token: bool = False,
 ) -> Tensor:
     """int64 `[N, K]` from `[..., K]`; `[N]` from `[...]` for labels. On a CPU ids outside the vocabulary are refused."""
-    check_tensor(name, ids)
+    check_tensor(name, ids, device)
     if ignore_index is not None:
         check_ignore_index(ignore_index)
         per_token = True
@@ -63,8 +59,6 @@ def flatten_ids(
     if given != lead or (not per_token and ids.dim() == 0):
         wanted = list(lead) if per_token else [*lead, "K"]
         raise ValueError(f"{name}: wanted shape {wanted} to match the hidden states, got {list(ids.shape)}")
-    if ids.device != device:
-        raise ValueError(f"{name}: wanted device {device} like the hidden states, got {ids.device}")
     flat = ids.reshape(math.prod(lead), *(() if per_token else ids.shape[-1:])).long()
     if device.type != "cpu" or torch.compiler.is_compiling():
         # Nobody looks: on a GPU that would be a synchronisation. Below 0 means an absent slot further on, so a negative id
@@ -91,8 +85,8 @@ def check_topk(
     """
     if not isinstance(teacher, TopK):
         raise TypeError(f"teacher: wanted a TopK, got {type(teacher).__name__}")
-    values = check_tensor("teacher.values", teacher.values)
-    indices = check_tensor("teacher.indices", teacher.indices)
+    values = check_tensor("teacher.values", teacher.values, hidden.device)
+    indices = check_tensor("teacher.indices", teacher.indices, hidden.device)
     if not values.is_floating_point():
         raise TypeError(f"teacher.values: wanted floating-point logits, got {values.dtype}")
     if values.dim() == 0 or tuple(values.shape[:-1]) != lead or values.shape[-1] < 1:
@@ -112,15 +106,14 @@ def check_topk(
     tail, reads = teacher.tail_logsumexp, spec.needs_teacher_logsumexp
     if reads and tail is None:
         raise ValueError(f"teacher.tail_logsumexp: normalization={spec.normalization!r} reads it, got None")
-    if not is_finite_number(teacher.temperature):
-        raise TypeError(f"teacher.temperature: wanted a number, got {teacher.temperature!r}")
+    check_number("teacher.temperature", teacher.temperature, FINITE, "a number")
     if reads and teacher.temperature != spec.temperature:
         raise ValueError(
             f"teacher.temperature: normalization={spec.normalization!r} reads the teacher's tail, which was made at "
             f"temperature {teacher.temperature}; wanted {spec.temperature}"
         )
     if tail is not None and (reads or (mass and teacher.temperature == spec.temperature)):
-        tail = tensors["tail_logsumexp"] = check_tensor("teacher.tail_logsumexp", tail)
+        tail = tensors["tail_logsumexp"] = check_tensor("teacher.tail_logsumexp", tail, hidden.device)
         if tuple(tail.shape) != lead:
             raise ValueError(f"teacher.tail_logsumexp: wanted shape {list(lead)}, got {list(tail.shape)}")
         if not tail.is_floating_point():
@@ -128,10 +121,6 @@ def check_topk(
     else:
         tail = None
     for name, tensor in tensors.items():
-        if tensor.device != hidden.device:
-            raise ValueError(
-                f"teacher.{name}: wanted device {hidden.device} like the hidden states, got {tensor.device}"
-            )
         if tensor.requires_grad:
             raise ValueError(
                 f"teacher.{name}: a teacher gets no gradient; wanted a detached tensor (make it under torch.no_grad())"
@@ -154,10 +143,7 @@ def check_teacher_hidden(
         raise ValueError(
             f"teacher_hidden: wanted leading shape {list(lead)} like student_hidden, got {list(teacher_lead)}"
         )
-    if teacher_hidden.device != student_hidden.device:
-        raise ValueError(
-            f"teacher_hidden: wanted device {student_hidden.device} like student_hidden, got {teacher_hidden.device}"
-        )
+    check_tensor("teacher_hidden", teacher_hidden, student_hidden.device, "student_hidden")
     if teacher_hidden.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "teacher_hidden: requires grad, but a teacher gets no gradient; compute it under torch.no_grad() or pass "

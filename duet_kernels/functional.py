@@ -68,8 +68,7 @@ def linear_topk(
     head = as_head(head).detach()
     hidden_nd, lead = flatten_hidden(hidden, head)
     hidden_nd = hidden_nd.detach()
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= head.num_ids:
-        raise ValueError(f"k: wanted an integer from 1 to {head.num_ids} (the vocabulary), got {k!r}")
+    check_number("k", k, (1, head.num_ids), "an integer from {} to {} (the vocabulary)", int)
     temperature = check_number("temperature", temperature, TEMPERATURES)
     choice = _resolve("linear_topk", hidden_nd, impl, k)
     run = ops if head.group is None else sharded
@@ -409,10 +408,8 @@ def linear_distill_loss(
     teacher_nd = check_teacher_hidden(teacher_hidden, teacher_head, lead, student_hidden)
     common = min(student_head.num_ids, teacher_head.num_ids)
     student_head, teacher_head = student_head.narrowed(common), teacher_head.narrowed(common)
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= common):
-        raise ValueError(
-            f"k: wanted None or an integer from 1 to {common} (the common vocabulary), got {k!r}"
-        )
+    if k is not None:
+        check_number("k", k, (1, common), "None or an integer from {} to {} (the common vocabulary)", int)
     op = "linear_distill_loss" if k is None else "linear_topk"
     choice = _resolve(op, hidden_nd, impl, k)
     # Masked tokens are left out before the teacher's pass over the vocabulary, the dearest step of all.

@@ -6,6 +6,7 @@ Reads transformers and PEFT models by their attribute names; neither is imported
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from . import ranks
 from .dispatch import HALVES, acc_dtype
-from .options import check_tensor, is_finite_number, shown
+from .options import FINITE, RANGE, check_number, check_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -85,7 +86,7 @@ class TopK(NamedTuple):
             ([[3, 7, 0]], [[0.5, 0.25, 0.0]], [0.25])
         """
         check_tensor("indices", indices)
-        check_tensor("logprobs", logprobs)
+        check_tensor("logprobs", logprobs, indices.device, "indices")
         if indices.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"indices: wanted int64 or int32 ids, got {indices.dtype}")
         if not logprobs.is_floating_point():
@@ -94,10 +95,8 @@ class TopK(NamedTuple):
             raise ValueError(
                 f"logprobs: wanted shape [..., K] with K >= 1 like indices {list(indices.shape)}, got {list(logprobs.shape)}"
             )
-        if indices.device != logprobs.device:
-            raise ValueError(f"logprobs: wanted device {indices.device} like indices, got {logprobs.device}")
-        if not is_finite_number(temperature) or temperature <= 0:
-            raise ValueError(f"temperature: wanted a finite number > 0, got {shown(temperature)}")
+        positive = math.ulp(0.0), FINITE[1]
+        temperature = check_number("temperature", temperature, positive, "a finite number > 0")
         # In the order of the ids equal ones stand side by side; a stable sort keeps the first of them first.
         ids, order = torch.where(logprobs == -torch.inf, -1, indices.long()).sort(dim=-1, stable=True)
         log_p = logprobs.detach().double().gather(-1, order)
@@ -114,9 +113,7 @@ class TopK(NamedTuple):
         inside = total.clamp(max=0)
         tail = torch.where(inside > -0.693, (-inside.expm1()).log(), (-inside.exp()).log1p())
         acc = acc_dtype(logprobs.dtype)
-        return cls(
-            (log_p * temperature).to(acc), ids, tail.to(acc), float(temperature), log_probabilities=True
-        )
+        return cls((log_p * temperature).to(acc), ids, tail.to(acc), temperature, log_probabilities=True)
 
 
 _OfTokens = TypeVar("_OfTokens", Tensor, TopK)
@@ -167,8 +164,8 @@ class Need(NamedTuple):
     bias: bool = False
 
 
-_LEAST, _MOST = 1e-4, 1e4  # beyond these fp32 logits are too small or too coarse for a softmax
-_HELD = f"from {_LEAST:g} to {_MOST:g} (the range of fp32 logits)"
+_SCALES = 1e-4, 1e4  # beyond these fp32 logits are too small or too coarse for a softmax
+_OF_SCALE = f"{RANGE.replace('> 0', 'other than 0')} or its negative"
 
 
 class _Between(NamedTuple):
@@ -270,25 +267,16 @@ class LMHead:
                     f"head.bias: wanted {weight.dtype} on {weight.device} like head.weight, "
                     f"got {bias.dtype} on {bias.device}"
                 )
-        if self.softcap is not None and not (
-            is_finite_number(self.softcap) and _LEAST <= self.softcap <= _MOST
-        ):
-            raise ValueError(
-                f"head.softcap: wanted a finite number > 0, {_HELD}, or None, got {shown(self.softcap)}"
-            )
-        if not is_finite_number(self.scale) or not _LEAST <= abs(self.scale) <= _MOST:
-            raise ValueError(
-                f"head.scale: wanted a finite number other than 0, {_HELD} or its negative, got {shown(self.scale)}"
-            )
-        object.__setattr__(self, "softcap", None if self.softcap is None else float(self.softcap))
-        object.__setattr__(self, "scale", float(self.scale))
+        if self.softcap is not None:
+            softcap = check_number("head.softcap", self.softcap, _SCALES, f"{RANGE}, or None")
+            object.__setattr__(self, "softcap", softcap)
+        scale = check_number("head.scale", self.scale, _SCALES, _OF_SCALE, signed=True)
+        object.__setattr__(self, "scale", scale)
         if self.group is not None or self.shards is not None:
             self._check_shards()
         size, rows = self.vocab_size, sum(self.shards or weight.shape[:1])
-        if size is not None and (
-            isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= rows
-        ):
-            raise ValueError(f"head.vocab_size: wanted None or an integer from 1 to {rows}, got {size!r}")
+        if size is not None:
+            check_number("head.vocab_size", size, (1, rows), "None or an integer from {} to {}", int)
         object.__setattr__(self, "num_ids", rows if size is None else size)
         object.__setattr__(self, "acc", acc_dtype(weight.dtype))
 

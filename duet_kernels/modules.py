@@ -17,6 +17,7 @@ from .options import (
     Reduction,
     Support,
     check_ignore_index,
+    check_number,
     unknown,
 )
 
@@ -24,8 +25,10 @@ from .options import (
 class _Loss(nn.Module):
     """Keeps the options of a loss function and shows them in repr. Names that do not exist are refused at once."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        """`arguments`: the local variables of an `__init__` whose other arguments are the options."""
         super().__init__()
+        options = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
         for name, known in (("reduction", REDUCTIONS), ("impl", get_args(Impl))):
             if options.get(name, known[0]) not in known:
                 raise unknown(name, options[name], known)
@@ -60,16 +63,7 @@ class TopKDistillLoss(_Loss):
         impl: Impl = "auto",
     ) -> None:
         Divergence.of(divergence, normalization, temperature, beta, delta, clip)
-        super().__init__(
-            divergence=divergence,
-            normalization=normalization,
-            temperature=temperature,
-            beta=beta,
-            delta=delta,
-            clip=clip,
-            reduction=reduction,
-            impl=impl,
-        )
+        super().__init__(locals())
 
     def forward(
         self,
@@ -104,20 +98,9 @@ class LinearDistillLoss(_Loss):
         impl: Impl = "auto",
     ) -> None:
         Divergence.of(divergence, normalization, temperature, beta, delta, clip, support, k is None)
-        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-            raise ValueError(f"k: wanted None or an integer >= 1, got {k!r}")
-        super().__init__(
-            k=k,
-            support=support,
-            divergence=divergence,
-            normalization=normalization,
-            temperature=temperature,
-            beta=beta,
-            delta=delta,
-            clip=clip,
-            reduction=reduction,
-            impl=impl,
-        )
+        if k is not None:
+            check_number("k", k, (1, 2**63 - 1), "None or an integer >= 1 of 64 bits", int)
+        super().__init__(locals())
 
     def forward(
         self,
@@ -130,16 +113,8 @@ class LinearDistillLoss(_Loss):
         weights: Tensor | None = None,
         num_items: int | Tensor | None = None,
     ) -> Tensor:
-        return linear_distill_loss(
-            student_hidden,
-            student_head,
-            teacher_hidden,
-            teacher_head,
-            mask=mask,
-            weights=weights,
-            num_items=num_items,
-            **self.options,
-        )
+        sides = student_hidden, student_head, teacher_hidden, teacher_head
+        return linear_distill_loss(*sides, mask=mask, weights=weights, num_items=num_items, **self.options)
 
 
 class LinearCrossEntropyLoss(_Loss):
@@ -148,7 +123,7 @@ class LinearCrossEntropyLoss(_Loss):
     def __init__(
         self, *, ignore_index: int = -100, reduction: Reduction = "mean", impl: Impl = "auto"
     ) -> None:
-        super().__init__(ignore_index=ignore_index, reduction=reduction, impl=impl)
+        super().__init__(locals())
 
     def forward(
         self,

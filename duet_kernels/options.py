@@ -30,7 +30,12 @@ NORMALIZATIONS, REDUCTIONS, SUPPORTS = get_args(Normalization), get_args(Reducti
 
 # Beyond these fp32 logits, which are exact to 7 digits, no longer say what a softmax or a gradient is.
 TEMPERATURES, DELTAS, BETAS, CLIPS = (1e-3, 1e3), (1e-10, 1e10), (1e-3, 1 - 1e-3), (1e-6, 1e6)
-_LARGEST = sys.float_info.max
+FINITE = -sys.float_info.max, sys.float_info.max
+RANGE = "a finite number > 0, from {:g} to {:g} (the range of fp32 logits)"
+_OF_DELTA = RANGE.format(*DELTAS)  # also where it is not read and may be any finite number
+_OF_BETA = (
+    f"a number in (0, 1), from {BETAS[0]:g} to 1 - {BETAS[0]:g} (for the ends: 'forward_kl' or 'reverse_kl')"
+)
 CLIPPED: tuple[Normalization, ...] = ("renormalize", "tail", "generalized")  # whose terms are >= 0
 
 
@@ -55,8 +60,10 @@ def check_ignore_index(value: object) -> None:
         raise TypeError(f"ignore_index: wanted an integer of 64 bits such as -100, got {shown(value)}")
 
 
-def check_tensor(name: str, value: object) -> Tensor:
-    """The value, which is refused where it is no dense tensor."""
+def check_tensor(
+    name: str, value: object, device: torch.device | None = None, like: str = "the hidden states"
+) -> Tensor:
+    """The value, which is refused where it is no dense tensor, or not on the device that it has to be on (that of `like`)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: wanted a tensor, got {type(value).__name__}")
     if type(value).__name__ == "DTensor":
@@ -66,26 +73,29 @@ def check_tensor(name: str, value: object) -> Tensor:
     if value.layout != torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
         raise TypeError(f"{name}: wanted a dense tensor, got {kind}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: wanted device {device} like {like}, got {value.device}")
     return value
 
 
-def is_finite_number(value: object) -> bool:
-    """Whether it is a number that a float can hold."""
+def check_number(
+    name: str,
+    value: Any,
+    limits: tuple[float, float],
+    wanted: str = RANGE,
+    kind: type[Any] = numbers.Real,
+    signed: bool = False,
+) -> float:
+    """The value as a float; what is no `kind` of number within the limits is refused.
+
+    `wanted` names the limits as {}; `signed`: they are those of the absolute value.
+    """
     # Comparisons rather than math.isfinite: torch.compile with dynamic shapes traces through them.
-    number: Any = value
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not -math.inf < number < math.inf:
-        return False
-    return not isinstance(value, numbers.Rational) or -_LARGEST <= number <= _LARGEST
-
-
-def check_number(name: str, value: object, limits: tuple[float, float]) -> float:
-    """The value as a float; what is no finite number > 0 within the limits is refused."""
-    number: Any = value
-    if not is_finite_number(value) or not limits[0] <= number <= limits[1]:
-        raise ValueError(
-            f"{name}: wanted a finite number > 0, from {limits[0]:g} to {limits[1]:g} (the range of fp32 logits), "
-            f"got {shown(value)}"
-        )
+    number, right = value, isinstance(value, kind) and not isinstance(value, bool)
+    if right and not isinstance(value, numbers.Rational):  # no float may hold an integer, and no half a limit
+        number = float(value)
+    if not right or not limits[0] <= (abs(number) if signed else number) <= limits[1]:
+        raise ValueError(f"{name}: wanted {wanted.format(*limits)}, got {shown(value)}")
     return float(number)
 
 
@@ -258,15 +268,10 @@ class Divergence:
             raise ValueError(
                 f"normalization: {normalization!r} exists for {', '.join(able)} only, got {name!r}"
             )
-        if not is_finite_number(beta) or ("beta" in traits.reads and not BETAS[0] <= beta <= BETAS[1]):
-            raise ValueError(
-                f"beta: wanted a number in (0, 1), from {BETAS[0]:g} to 1 - {BETAS[0]:g}, got {shown(beta)}; for the ends use "
-                "divergence='forward_kl' or 'reverse_kl'"
-            )
-        if not is_finite_number(delta) or "delta" in traits.reads:
-            check_number("delta", delta, DELTAS)
+        beta = check_number("beta", beta, BETAS if "beta" in traits.reads else FINITE, _OF_BETA)
+        delta = check_number("delta", delta, DELTAS if "delta" in traits.reads else FINITE, _OF_DELTA)
         if clip is None:
-            return cls(name, normalization or "none", temperature, float(beta), float(delta))
+            return cls(name, normalization or "none", temperature, beta, delta)
         clip = check_number("clip", clip, CLIPS)
         if normalization not in CLIPPED:
             got = (
@@ -275,7 +280,7 @@ class Divergence:
             raise ValueError(
                 f"clip: limits terms that are >= 0, those of distributions with normalization {', '.join(CLIPPED)}; got {got}"
             )
-        return cls(name, normalization, temperature, float(beta), float(delta), clip)
+        return cls(name, normalization, temperature, beta, delta, clip)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -335,11 +340,9 @@ def loss_tokens(
     for name, given in (("mask", mask), ("weights", weights)):
         if given is None:
             continue
-        value = check_tensor(name, given)
+        value = check_tensor(name, given, device)
         if tuple(value.shape) != lead:
             raise ValueError(f"{name}: wanted shape {list(lead)} like the tokens, got {list(value.shape)}")
-        if value.device != device:
-            raise ValueError(f"{name}: wanted device {device} like the hidden states, got {value.device}")
     factor = torch.ones(n, dtype=acc, device=device)
     if mask is not None:
         if mask.dtype != torch.bool:
@@ -372,7 +375,6 @@ def _denominator(num_items: int | Tensor, factor: Tensor) -> Tensor:
             raise ValueError(f"num_items: wanted a finite number >= 0, got {num_items}")
         given = num_items.detach().reshape(()).to(device=factor.device, dtype=factor.dtype)
         return given.masked_fill(given == 0, 1)
-    if isinstance(num_items, bool) or not isinstance(num_items, int) or not 0 <= num_items < 2**63:
-        raise ValueError(f"num_items: wanted an int >= 0 of 64 bits or a 0-d tensor, got {shown(num_items)}")
+    check_number("num_items", num_items, (0, 2**63 - 1), "an int >= 0 of 64 bits or a 0-d tensor", int)
     # Not a copy from the host: that would be a synchronisation.
     return torch.full((), float(num_items or 1), dtype=factor.dtype, device=factor.device)

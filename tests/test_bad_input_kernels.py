@@ -538,7 +538,7 @@ REFUSED = [
     (
         "teacher.temperature a tensor",
         lambda: topk(teacher=TOP._replace(temperature=torch.ones(2))),
-        TypeError,
+        ValueError,
         ("teacher.temperature:", "tensor"),
     ),
     ("hidden is sparse", lambda: topk(H.to_sparse()), TypeError, ("hidden:", "dense", "sparse_coo")),

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import duet_kernels
 
@@ -38,6 +39,18 @@ def test_names_are_pinned():
     assert sorted(duet_kernels.__all__) == NAMES
     assert len(NAMES) <= 15
     assert all(hasattr(duet_kernels, name) for name in NAMES)
+
+
+@pytest.mark.parametrize("name", ["TopKDistillLoss", "LinearDistillLoss", "LinearCrossEntropyLoss"])
+def test_a_module_has_its_options_and_one_that_an_earlier_version_saved_whole_has_them_too(name):
+    kind = getattr(duet_kernels, name)
+    module = kind(reduction="sum")
+    defaults = {option: given.default for option, given in inspect.signature(kind).parameters.items()}
+    assert module.options == defaults | {"reduction": "sum"} and list(module.options) == list(defaults)
+    assert "reduction='sum'" in repr(module)
+    loaded = kind.__new__(kind)
+    loaded.__setstate__(vars(torch.nn.Module()) | {"options": module.options})  # what torch.save wrote
+    assert vars(loaded).keys() == vars(module).keys() and repr(loaded) == repr(module)
 
 
 # --- docstrings (house rule 10) --------------------------------------------------------------------------------

@@ -11,17 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer import Argument, Option
 
 LM_EVAL_TASKS = Path(__file__).parent / "suites" / "lm_eval_tasks"
 
-Model = Annotated[str, typer.Argument(help="folder or name of a model, or folder of an adapter")]
-Limit = Annotated[int | None, typer.Option(help="only so many first rows of each task or file")]
-BatchSize = Annotated[int, typer.Option(help="sequences at once")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
-Device = Annotated[str | None, typer.Option(help="such as cuda:1; the GPU if there is one")]
+Model = Annotated[str, Argument(help="folder or name of a model, or folder of an adapter")]
+Limit = Annotated[int | None, Option(help="only so many first rows of each task or file")]
+BatchSize = Annotated[int, Option(help="sequences at once")]
+Dtype = Annotated[str, Option(help="auto, float32, bfloat16 or float16")]
+Device = Annotated[str | None, Option(help="such as cuda:1; the GPU if there is one")]
 
 
 def literal_console(**options: Any) -> Console:
@@ -31,37 +31,31 @@ def literal_console(**options: Any) -> Console:
 
 def run_eval(
     model: Model,
-    out: Annotated[
-        Path, typer.Option(help="folder for rows.jsonl and summary.json; continued if it is there")
-    ],
-    suite: Annotated[
-        str | None, typer.Option(help="tofu, muse, mcq, probes, or a .yaml file of your own")
-    ] = None,
+    out: Annotated[Path, Option(help="folder for rows.jsonl and summary.json; continued if it is there")],
+    suite: Annotated[str | None, Option(help="tofu, muse, mcq, probes, or a .yaml file of your own")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="folder with the suite's files; without it they come from the Hub")
+        Path | None, Option(help="folder with the suite's files; without it they come from the Hub")
     ] = None,
     retain_run: Annotated[
         Path | None,
-        typer.Option(help="the --out of a model trained without the forget rows: forget quality needs it"),
+        Option(help="the --out of a model trained without the forget rows: forget quality needs it"),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="an option of the suite, such as split=forget05")
+        list[str] | None, Option("--set", help="an option of the suite, such as split=forget05")
     ] = None,
     steering: Annotated[
         str | None,
-        typer.Option(help="said before every question, {subject} for what should go: the steered teacher"),
+        Option(help="said before every question, {subject} for what should go: the steered teacher"),
     ] = None,
     steering_place: Annotated[
-        str, typer.Option(help="where: system (a system message), or user (before the text)")
+        str, Option(help="where: system (a system message), or user (before the text)")
     ] = "system",
     elicit: Annotated[
         str | None,
-        typer.Option(
-            help="the model before unlearning: rows without an answer are compared with its own answers"
-        ),
+        Option(help="the model before unlearning: rows without an answer are compared with its own answers"),
     ] = None,
     lm_eval: Annotated[
-        str | None, typer.Option(help="tasks of lm-evaluation-harness, such as mmlu,wmdp_bio")
+        str | None, Option(help="tasks of lm-evaluation-harness, such as mmlu,wmdp_bio")
     ] = None,
     limit: Limit = None,
     batch_size: BatchSize = 16,
@@ -115,39 +109,33 @@ def run_eval(
 
 def run_attack(
     model: Model,
-    forget: Annotated[str, typer.Option(help="file with question and answer; value and paraphrases help")],
-    out: Annotated[
-        Path, typer.Option(help="folder for attacks.json and rows.jsonl; continued if it is there")
-    ],
-    retain: Annotated[
-        str | None, typer.Option(help="rows that may be known: examples and benign training")
-    ] = None,
-    holdout: Annotated[str | None, typer.Option(help="rows never trained on: membership inference")] = None,
+    forget: Annotated[str, Option(help="file with question and answer; value and paraphrases help")],
+    out: Annotated[Path, Option(help="folder for attacks.json and rows.jsonl; continued if it is there")],
+    retain: Annotated[str | None, Option(help="rows that may be known: examples and benign training")] = None,
+    holdout: Annotated[str | None, Option(help="rows never trained on: membership inference")] = None,
     base: Annotated[
-        str | None, typer.Option(help="the model before unlearning, for comparison (both are in memory)")
+        str | None, Option(help="the model before unlearning, for comparison (both are in memory)")
     ] = None,
     elicit: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--elicit", help="rows without an answer get that of --base: compared with it, not with the truth"
         ),
     ] = False,
-    attacks: Annotated[str | None, typer.Option(help="only these, such as prefill,relearning")] = None,
+    attacks: Annotated[str | None, Option(help="only these, such as prefill,relearning")] = None,
     reverse_prompts: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="file with the override wordings used in training, one a line; default: what the folder says"
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="answers to each row that the attack `sampling` draws")] = 32,
-    relearn_rates: Annotated[str | None, typer.Option(help="learning rates, such as 1e-5,1e-4,1e-3")] = None,
+    samples: Annotated[int, Option(help="answers to each row that the attack `sampling` draws")] = 32,
+    relearn_rates: Annotated[str | None, Option(help="learning rates, such as 1e-5,1e-4,1e-3")] = None,
     relearn_steps: Annotated[
-        str | None, typer.Option(help="recall is measured after these, such as 10,100,500")
+        str | None, Option(help="recall is measured after these, such as 10,100,500")
     ] = None,
-    threshold: Annotated[
-        float, typer.Option(help="ROUGE-L recall that counts, for rows without a value")
-    ] = 0.5,
-    max_new_tokens: Annotated[int, typer.Option(help="of an answer")] = 64,
+    threshold: Annotated[float, Option(help="ROUGE-L recall that counts, for rows without a value")] = 0.5,
+    max_new_tokens: Annotated[int, Option(help="of an answer")] = 64,
     limit: Limit = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
@@ -235,29 +223,27 @@ def run_attack(
 def run_report(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             help="folders that eval, attack, train or demo wrote, or folders of such; label=folder names the method"
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="folder for report.html, report.md and figures")] = Path("report"),
+    out: Annotated[Path, Option(help="folder for report.html, report.md and figures")] = Path("report"),
     base: Annotated[
         list[str] | None,
-        typer.Option(help="run of the model before unlearning; a demo among the runs takes it for its base"),
+        Option(help="run of the model before unlearning; a demo among the runs takes it for its base"),
     ] = None,
-    teacher: Annotated[list[str] | None, typer.Option(help="run of the base steered in context")] = None,
-    forget_metric: Annotated[
-        str | None, typer.Option(help="task.metric, the frontier's horizontal axis")
-    ] = None,
-    retain_metric: Annotated[str | None, typer.Option(help="task.metric, its vertical axis")] = None,
-    examples: Annotated[int, typer.Option(help="questions shown per task")] = 6,
+    teacher: Annotated[list[str] | None, Option(help="run of the base steered in context")] = None,
+    forget_metric: Annotated[str | None, Option(help="task.metric, the frontier's horizontal axis")] = None,
+    retain_metric: Annotated[str | None, Option(help="task.metric, its vertical axis")] = None,
+    examples: Annotated[int, Option(help="questions shown per task")] = 6,
     model_before: Annotated[
-        str | None, typer.Option(help="model whose first tokens are compared, before unlearning")
+        str | None, Option(help="model whose first tokens are compared, before unlearning")
     ] = None,
-    model_after: Annotated[str | None, typer.Option(help="the same model after it")] = None,
-    query: Annotated[list[str] | None, typer.Option(help="a question for both")] = None,
-    top_k: Annotated[int, typer.Option(help="likeliest first tokens of each of them")] = 8,
+    model_after: Annotated[str | None, Option(help="the same model after it")] = None,
+    query: Annotated[list[str] | None, Option(help="a question for both")] = None,
+    top_k: Annotated[int, Option(help="likeliest first tokens of each of them")] = 8,
     steering: Annotated[
-        str | None, typer.Option(help="prefix behind which the model before is the teacher")
+        str | None, Option(help="prefix behind which the model before is the teacher")
     ] = None,
     dtype: Dtype = "auto",
     device: Device = None,

@@ -11,16 +11,3 @@ are empty tensors, because an op cannot return None.
 
 from .losses import cross_entropy, dense_loss, overlap, teacher_mass, topk_loss, topk_stats
 from .primitives import linear_gather, linear_logsumexp, linear_topk, token_stats
-
-__all__ = [
-    "cross_entropy",
-    "dense_loss",
-    "linear_gather",
-    "linear_logsumexp",
-    "linear_topk",
-    "overlap",
-    "teacher_mass",
-    "token_stats",
-    "topk_loss",
-    "topk_stats",
-]

@@ -69,14 +69,14 @@ def tile_width(n: int, head: LMHead, copies: int, parts: int = 8) -> int:
 
 
 def vocab_tiles(
-    hidden: Tensor, head: LMHead, copies: int = 3, parts: int = 8
+    hidden: Tensor, head: LMHead, copies: int = 3, parts: int = 8, width: int | None = None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield `(columns, W tile as an operand, z tile [rows, C])`; z is the caller's to overwrite.
+    """Yield `(columns, W tile as an operand, z tile [rows, C])`; z is the caller's to overwrite. `width` is that of `tile_width`.
 
     The z tile is a view of one reused buffer with a spare column on the right, which `with_spare_column` gives access to.
     """
     v = head.weight.shape[0]
-    width = tile_width(hidden.shape[0], head, copies, parts)
+    width = width or tile_width(hidden.shape[0], head, copies, parts)
     buffer = torch.empty(hidden.shape[0], pitch(width + 1), dtype=head.acc, device=hidden.device)
     for start in range(0, v, width):
         columns = slice(start, min(start + width, v))

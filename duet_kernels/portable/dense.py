@@ -32,7 +32,7 @@ from torch import Tensor
 from ..dispatch import grad_dtype
 from ..head import LMHead, Need
 from ..options import Divergence
-from ..products import operand, operand_dtype, product, scaled
+from ..products import operand, operand_dtype, scaled
 from . import cuts
 from .cuts import (
     chunk_logits,
@@ -43,6 +43,7 @@ from .cuts import (
     rows_that_fit,
     tile_width,
     times_weight,
+    vocab_tiles,
 )
 from .dense_rows import DenseRows, RunningKL, any_of, strip_bytes, subtract_
 from .logsumexp import complement_and_values, complement_and_values_backward
@@ -190,22 +191,15 @@ def _tiles_are_cheaper(n: int, step: int, weight: Tensor) -> bool:
 
 def _tiles(student: Side, teacher: Side) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Yield `(columns, their rows of the student's W as an operand, its logits, the teacher's in the same dtype)`."""
-    (hidden, head), (n, d), v = student, student[0].shape, len(student[1].weight)
+    (hidden, head), (n, d) = student, student[0].shape
     width = min(tile_width(n, side, _TILE_COPIES) for _, side in (student, teacher))
     if head.weight.dtype != operand_dtype(head.weight):
         width = -(-width // 2)  # W of both models is cast
     if not cuts.asynchronous(hidden.device):
         width = min(width, max(_TILE_BYTES // (max(n, d // 4) * head.acc.itemsize), 512))
-    for start in range(0, v, width):
-        columns = slice(start, min(start + width, v))
-        weight, s = _tile(hidden, head, columns)
-        yield columns, weight, s, _tile(*teacher, columns)[1].to(s.dtype)
-
-
-def _tile(hidden: Tensor, head: LMHead, columns: slice) -> tuple[Tensor, Tensor]:
-    weight = operand(head.weight[columns])
-    bias = None if head.bias is None else head.bias[columns]
-    return weight, head.finish_(product(hidden, weight.T), bias)
+    tiles = (vocab_tiles(*side, width=width) for side in (student, teacher))
+    for (columns, weight, s), (_, _, t) in zip(*tiles, strict=True):
+        yield columns, weight, s, t.to(s.dtype)
 
 
 def _blocks(student: Side, teacher: Side, with_weight: bool = False) -> Iterator[tuple[slice, Side, Side]]:

@@ -33,15 +33,3 @@ from .merge import (
     topk_loss,
     topk_stats,
 )
-
-__all__ = [
-    "cross_entropy",
-    "dense_loss",
-    "linear_gather",
-    "linear_logsumexp",
-    "linear_topk",
-    "overlap",
-    "token_stats",
-    "topk_loss",
-    "topk_stats",
-]

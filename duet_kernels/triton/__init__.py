@@ -18,20 +18,3 @@ from .gather_loss import topk_loss
 from .stats import token_stats
 from .topk import linear_topk
 from .topk_divergence import topk_divergence as divergence_and_gradient
-
-__all__ = [
-    "complement_and_values",
-    "complement_and_values_backward",
-    "divergence_and_gradient",
-    "linear_cross_entropy",
-    "linear_divergence",
-    "linear_gather",
-    "linear_gather_backward",
-    "linear_logsumexp",
-    "linear_topk",
-    "times_rows",
-    "times_upstream",
-    "token_stats",
-    "topk_loss",
-    "topk_loss_with_tail",
-]
