@@ -191,6 +191,7 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     assert "| perplexity of plain text, as a multiple of the base's | <= 1.05 | 1.02 | met |" in text
     assert "Of the bar's 11 lines 7 are met." in text and "`k: 8` | 1 |" in text
     assert "multiplied the adapters by: Italy 0.8." in text
+    assert "Fewer runs than planned: `duet_deep`, contrast 3 of 15; `duet_deep`, shrunk 0 of 3;" in text
     assert "imitate the base behind a prompt" not in text
     assert "imitate the base behind a prompt: `bidirectional`. Such" in page(
         [*rows, _row("Japan", "bidirectional", 0)], tried

@@ -159,7 +159,7 @@ def origins(rows: Sequence[Row]) -> str:
     commits: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         commits[f"torch {row['torch']}, transformers {row['transformers']}"].add(row["commit"])
-    return "; ".join(f"{how}, commit {', '.join(sorted(of))}" for how, of in sorted(commits.items()))
+    return "; ".join(f"commit {', '.join(sorted(of))}, {how}" for how, of in sorted(commits.items()))
 
 
 def minutes_since(began: float) -> str:

@@ -28,14 +28,14 @@ from benchmarks.studies.runner import (
     run_jobs,
 )
 
-from .arms import ARMS, GRID, SUBJECTS, UNTRAINED, VALIDATION
+from .arms import ARMS, FEW, GRID, SEEDS, SUBJECTS, UNTRAINED, VALIDATION
 from .bar import best, complete, with_ratios
 from .base_model import base_model
 from .job import ELICITED, Job, elicit, job_of, run_tried
 from .page import page
 
 OUT, PAGE = Path("benchmarks/results/real"), "real.md"
-QUICK_SUBJECTS, FEW = ("Japan",), 3
+QUICK_SUBJECTS = ("Japan",)
 TRIED, CHOSEN, DROPPED = "validation.jsonl", "chosen.json", "dropped.jsonl"
 SHOWN = (
     "told",
@@ -75,7 +75,7 @@ def main() -> None:
     )
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--device", help="none: the GPU if there is one")
     parser.add_argument(
         "--workers", type=int, default=0, help="jobs side by side, for a GPU; 0: one after the other"

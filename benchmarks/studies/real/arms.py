@@ -9,6 +9,8 @@ from .questions import INVENTED
 
 VALIDATION = ("France", "Albert Einstein")
 SUBJECTS = ("Japan", "Germany", "Egypt", "India", "Charles Darwin")
+# The main methods run on all subjects under every seed, the others on the first few under one.
+SEEDS, FEW = (0, 1, 2), 3
 
 REFUSALS = ("I'm sorry, I don't know anything about {subject}.",)
 # In front of the user's text: as a system message this model does not heed it.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.studies.runner import origins
 
-from .arms import ARMS, LABELS, SUBJECTS, VALIDATION
+from .arms import ARMS, FEW, LABELS, SEEDS, SUBJECTS, VALIDATION
 from .bar import BAR, Line, measured, missing, with_ratios
 
 Row = dict[str, Any]
@@ -180,14 +181,11 @@ def sizes(rows: Sequence[Row]) -> list[str]:
 
 
 def not_run(rows: Sequence[Row]) -> list[str]:
-    """A sentence on methods without a row, and on subjects of our method without one."""
-    arms = [label for name, label in LABELS.items() if name not in {row["arm"] for row in rows}]
-    done = {row["subject"] for row in rows if row["arm"] == OURS}
-    missing_subjects = [subject for subject in SUBJECTS if subject not in done]
-    said = [f"Not run yet: {'; '.join(arms)}."] if arms else []
-    if missing_subjects:
-        said.append(f"{ARMS[OURS].label} was not run yet on {', '.join(missing_subjects)}.")
-    return said
+    """A sentence on methods with fewer runs than are planned."""
+    runs = Counter(row["arm"] for row in rows)
+    planned = {name: len(SUBJECTS) * len(SEEDS) if arm.main else FEW for name, arm in ARMS.items()}
+    fewer = [f"{ARMS[name].label} {runs[name]} of {of}" for name, of in planned.items() if runs[name] < of]
+    return [f"Fewer runs than planned: {'; '.join(fewer)}."] if fewer else []
 
 
 def not_validated(rows: Sequence[Row], tried: Sequence[Row]) -> list[str]:
