@@ -132,7 +132,14 @@ def run_attack(
             "--elicit", help="rows without an answer get that of --base: compared with it, not with the truth"
         ),
     ] = False,
-    attacks: Annotated[str | None, typer.Option(help="only these, such as prefill,relearning")] = None,
+    attacks: Annotated[
+        str | None,
+        typer.Option(
+            help="only some, commas between them: direct, reverse_prompt, prefill, paraphrase, continuation, few_shot, "
+            "step_by_step, multi_turn, aliases, two_hop, sampling, relearning, relearning_by_form, benign_finetuning, "
+            "quantisation, adapter, membership, rank_probe"
+        ),
+    ] = None,
     reverse_prompts: Annotated[
         Path | None,
         typer.Option(
