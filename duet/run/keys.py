@@ -146,7 +146,7 @@ def _summary(text: str, wanted: Collection[str] = ()) -> str:
     text, depth = re.sub(r"`|\*\*", "", text).replace("\n", " "), 0
     for i, sign in enumerate(text):
         depth += (sign in "([{") - (sign in ")]}")
-        if sign in ".;" and depth == 0 and text[i + 1 : i + 2] in ("", " "):
-            if all(re.search(rf"\b{word}\b", text[:i]) for word in wanted):
-                return text[:i]
+        ends = sign in ".;" and depth == 0 and text[i + 1 : i + 2] in ("", " ")
+        if ends and all(re.search(rf"\b{word}\b", text[:i]) for word in wanted):
+            return text[:i]
     return text
