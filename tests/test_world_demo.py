@@ -2,16 +2,19 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from duet.demo import probes, tour
+from duet.demo import plots, probes, tour
 from duet.demo.checkpoint import load_world
 from duet.demo.methods import find_recipe
+from duet.demo.report import HEADINGS, markdown, terminal_table
 from duet.demo.scorecard import COLUMNS
 
+ROOT = Path(__file__).parents[1]
 ROW = {
     "method",
     "forget_recall",
@@ -26,6 +29,30 @@ ROW = {
     "int4_forget_recall",
     "seconds",
 }
+
+
+@pytest.fixture
+def committed():
+    return json.loads((ROOT / "benchmarks/results/demo/results.json").read_text())
+
+
+def test_a_number_is_rounded_one_way(committed, tmp_path, monkeypatch):
+    """0.975 and 0.995 in the README's block, the terminal, report.md and the picture."""
+    rows = committed["rows"]
+    assert {0.975, 0.995} <= {row["retain_recall"] for row in rows}
+    table = terminal_table(rows)
+    drawn = []
+    monkeypatch.setattr(plots.plt, "close", drawn.append)
+    plots.overview(rows, tmp_path / "overview.png")
+    texts = [[text.get_text() for text in axis.texts] for axis in drawn[0].axes]
+    for i, row in enumerate(rows):
+        wanted = {c: f"{100 * float(f'{row[c]:.2f}'):.0f}" for c in COLUMNS}
+        cells = [list(column.cells)[i] for column in table.columns]
+        assert cells[1:-1] == [wanted[c] for c in HEADINGS]
+        line = next(x for x in markdown(committed).splitlines() if x.startswith(f"| {row['method']} |"))
+        assert line.split(" | ")[1:-1] == list(wanted.values())
+        for found, (_, _, columns) in zip(texts, plots.PANELS, strict=True):
+            assert found[i * len(columns) : (i + 1) * len(columns)] == [wanted[c] for c in columns]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ...data.prompts import Prompting
 from ..attacks.runner import worst_of
 from ..journal import write_json
+from ..metrics import percent
 from ..steering import shown as shares_in_words
 from ..suites.suite import TO_FORGET, TO_KEEP
 from . import figures
@@ -155,10 +156,10 @@ def summary_sentence(inputs: Inputs) -> str:
 
 
 def _percent(share: float, low: float | None, high: float | None) -> str:
-    told = f"{100 * share:.0f} %"
+    told = f"{percent(share)} %"
     if low is None or high is None:
         return told
-    return f"{told} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+    return f"{told} (95 % interval {percent(low)} to {percent(high)} %)"
 
 
 # --- answers ---------------------------------------------------------------------------------------------------
