@@ -21,7 +21,7 @@ from .figures import Estimate
 from .glossary import METRICS, Meaning
 from .neighbours import THRESHOLD, neighbours_section, says_truth
 from .page import NOT_RUN, Cell, Chart, Grid, Section, html, markdown, shown
-from .runs import BASE, STUDENT, TEACHER, Inputs, Method, read_inputs
+from .runs import BASE, EXAMPLES, STUDENT, TEACHER, Inputs, Method, read_inputs
 from .tables import attacks_section, lm_eval_section, not_judged, table_section
 from .topk import MEASURE, TOPK, compare_topk
 
@@ -128,7 +128,7 @@ def summary_sentence(inputs: Inputs) -> str:
     if not inputs.methods:
         names = " and ".join(dict.fromkeys(name for t in inputs.topk for name in (t["before"], t["after"])))
         return f"The first tokens of {names} were compared; no run of duet eval or duet attack was given."
-    questions = len({key for m in inputs.methods for key in m.answers})
+    questions = len({key for m in inputs.methods for key in m.answers if key[0] != EXAMPLES})
     asked = f", {questions} question{'s' if questions != 1 else ''} answered" if questions else ""
     start = f"{len(inputs.methods)} model{'s' if len(inputs.methods) != 1 else ''} ({models}){asked}. "
     leaks: list[Any] = [
@@ -208,7 +208,7 @@ def _answers_section(inputs: Inputs, examples: int) -> Section:
         by_students = {k: sum(k in m.answers and says_truth(m.answers[k]) for m in students) for k in of}
         fate = TO_GO if task.startswith(TO_FORGET) else TO_STAY if task.startswith(TO_KEEP) else Fate()
         of.sort(key=lambda k, sign=fate.sign: sign * by_students[k])
-        count = f"{min(len(of), examples)} of {len(of)} questions"
+        count = f"{min(len(of), examples)} of {len(of)} {'examples' if suite == EXAMPLES else 'questions'}"
         grid = Grid(
             ["question", "truth", *(m.label for m in speakers)],
             caption=", ".join(filter(None, (f"{suite}: {task}", fate.what, count, fate.first))),
