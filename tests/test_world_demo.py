@@ -1,6 +1,7 @@
 """The quick demo from end to end: what it writes, and that the written model has forgotten."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +85,13 @@ def test_quick_demo(tmp_path, monkeypatch):
     }  # fmt: skip
     written = (out / "report.md").read_text()
     assert all(sentence in written for sentence in results["not_withstood"])
-    assert "duet_adversarial" in (tmp_path / "shown.txt").read_text()
+    said = (tmp_path / "shown.txt").read_text()
+    for name in rows:
+        assert re.search(rf"^{name}: (\d+) of \1, \d+ s$", said, re.MULTILINE), "no terminal: a line a method"
+    wrote = said[said.index("Wrote ") :]
+    assert all(path.name in wrote for path in out.iterdir())
+    assert results["saved_model"] == "duet_adversarial" and "model/ (duet_adversarial)" in wrote
+    assert tour.SAVED_MODEL == "duet_deep"
 
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(out / "model"),

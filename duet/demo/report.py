@@ -63,9 +63,7 @@ def terminal_table(rows: Sequence[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("\n\nsec.", justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(
-            row["method"], *(percent(row[column]) for column in HEADINGS), f"{row['seconds']:.0f}"
-        )
+        table.add_row(row["method"], *(percent(row[column]) for column in HEADINGS), f"{row['seconds']:.0f}")
     return table
 
 
