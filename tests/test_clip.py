@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from divergences import of_distributions
 
 from duet_kernels import (
     LMHead,
@@ -39,24 +40,15 @@ def outcome(impl, dtype=torch.float64, **options):
 
 def terms_by_hand(name, normalization, logits, teacher, ids):
     """`[N, slots]` of full distributions: what each slot adds."""
-    full = normalization == "generalized"
-    q, p = (x.softmax(1) if full else None for x in (logits, teacher))
-    if not full:
-        slots = [
-            (x.gather(1, ids), x.scatter(1, ids, -math.inf).logsumexp(1)[:, None]) for x in (logits, teacher)
-        ]
-        q, p = (torch.cat(x if normalization == "tail" else x[:1], 1).softmax(1) for x in slots)
-    else:
-        q, p = q.gather(1, ids), p.gather(1, ids)
-    m = 0.5 * (p + q)
-    forward, reverse = p * (p / q).log() - p + q, q * (q / p).log() - q + p
-    return {
-        "forward_kl": forward,
-        "reverse_kl": reverse,
-        "symmetric_kl": 0.5 * (forward + reverse),
-        "jsd": 0.5 * (p * (p / m).log() + q * (q / m).log()),
-        "tvd": 0.5 * (p - q).abs(),
-    }[name]
+
+    def logprobs(x):
+        slots, rest = x.gather(1, ids), x.scatter(1, ids, -math.inf).logsumexp(1)[:, None]
+        if normalization == "generalized":
+            return slots - x.logsumexp(1, keepdim=True)
+        return (torch.cat((slots, rest), 1) if normalization == "tail" else slots).log_softmax(1)
+
+    log_q, log_p = (logprobs(x)[..., None] for x in (logits, teacher))  # every slot a row of its own
+    return of_distributions(name, log_q, log_p, nonnegative=True)
 
 
 @pytest.mark.parametrize("name, normalization", PAIRS)

@@ -3,6 +3,8 @@
 import ast
 import math
 import os
+import re
+import textwrap
 from pathlib import Path
 from typing import get_args
 
@@ -10,6 +12,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorat
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from duet_kernels import LMHead, TopK, options, reference, topk_distill_loss
 from duet_kernels.head import Need
@@ -109,6 +112,44 @@ def test_a_divergence_stands_in_four_files():
         if isinstance(node, ast.Constant) and node.value == "symmetric_kl"
     }
     assert found == FILES
+
+
+def test_the_recipe_can_be_followed():
+    """CONTRIBUTING.md's example is new, and its definitions, derivatives and bound agree."""
+    pytest.importorskip("triton")
+    from duet_kernels.triton import terms as kernels
+
+    text = (ROOM.parent / "CONTRIBUTING.md").read_text().split("## Add a divergence\n")[1].split("\n## ")[0]
+    code = [textwrap.dedent(block) for block in re.findall(r"(?:^ {8}.*\n)+", text, re.MULTILINE)]
+    traits, of_reference, of_terms, branch, bound, of_tests = code
+    name, its_traits = dict(eval(f"{{{traits}}}", vars(options))).popitem()
+    assert name not in DIVERGENCES and its_traits.normalizations
+    spec = Divergence("jsd", "renormalize", **SPEC)
+    x, log_p = (torch.randn(5, 7, dtype=torch.float64, generator=torch.manual_seed(i)) for i in range(2))
+    x, log_p = x.requires_grad_(), log_p.log_softmax(1)
+    log_q = x.log_softmax(1)
+    p, q = log_p.exp(), log_q.exp()
+
+    def defined(source, module):
+        names = dict(vars(module))
+        exec(source, names)
+        return names[f"_{name}"]
+
+    noise = torch.zeros(5, 1)
+    wanted = defined(of_reference, reference)(reference._Pair(p, q, log_p, log_q, noise), spec).sum(1)
+    gradient = torch.autograd.grad(wanted.sum(), x)[0]
+    of_torch = dict(eval(f"{{{of_tests}}}", {"torch": torch, "F": F, **locals()}))[name]()
+    p, q, w = (each.detach() for each in (p, q, log_q - log_p))
+    in_torch = {"tl": torch, "minus": terms.difference, "expected": terms.expected}
+    written = in_torch | {"p": p, "q": q, "w": w, "DIVERGENCE": name}
+    exec(branch.removeprefix("el"), written)
+    found = defined(of_terms, terms)(p, q, w, noise, spec), (written["terms"].sum(1), written["a"])
+    for loss, a in ((of_torch, None), *found):
+        torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-14)
+        if a is not None:
+            torch.testing.assert_close(a - q * a.sum(1, keepdim=True), gradient, rtol=1e-12, atol=1e-14)
+    most = dict(eval(f"{{{bound}}}", vars(kernels)))[name].at(spec, wanted)
+    assert (gradient.abs() <= torch.as_tensor(most)).all()
 
 
 def test_names_and_equations_reach_the_reader():

@@ -415,6 +415,8 @@ def test_the_demo_is_read_without_intervals(tmp_path):
         "the worst is relearn on npo: 75 %" in text and " to " not in text.split("| npo |")[1].split("\n")[0]
     )
     assert "| who ? | Rome | **leaks:** in Rome . | no |" in text
+    assert "answered" not in text.split("## ")[0], "it keeps examples, not what was answered"
+    assert "examples of the demo: forget, to be forgotten, 1 of 1 examples" in text
 
 
 def test_metrics_of_the_frontier_can_be_chosen(folder, tmp_path):
@@ -519,6 +521,8 @@ def test_the_demo_is_explained_and_empty_sections_are_hidden(tmp_path):
     assert "No attacks" not in text, "the table has the demo's attacks"
     for name in ("stutter", "neighbour_recall", "refusal"):
         assert re.search(rf"<dt>{name}</dt><dd>[^<]*[↑↓]", text)
+    recall = f"forget: {COLUMNS['forget_recall']} (↓); retain: {COLUMNS['retain_recall']} (↑)"
+    assert f"<dt>recall</dt><dd>{recall}</dd>" in text, "one name, two meanings"
     sections = re.findall(r'<section id="([\w-]+)">(.*?)</section>', text, re.DOTALL)
     assert re.findall(r'<a href="#([\w-]+)"', text) == [name for name, _ in sections]
     assert [name for name, _ in sections] == ["results", "frontier", "absent"]

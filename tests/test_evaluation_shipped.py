@@ -326,6 +326,23 @@ def test_brackets_in_paths_and_texts_are_printed(tmp_path, monkeypatch, capsys):
     assert "there is no folder '/no/[bold]model'" in capsys.readouterr().err
 
 
+def test_progress_without_a_terminal_is_lines(monkeypatch):
+    """One when a task is done, and one a minute until then; on a terminal bars."""
+    now = iter([0.0, 0.0, 59.0, 61.0, 70.0, 71.0, 80.0])
+    monkeypatch.setattr(commands.time, "monotonic", lambda: next(now))
+    console = literal_console(width=100, force_terminal=False)
+    with console.capture() as captured, commands.progress(console) as update:
+        for done in (0, 1, 2, 4, 4):
+            update("[x]", done, 4)
+        update("next", 1, 1)
+    assert captured.get().splitlines() == ["[x]: 2 of 4, 61 s", "[x]: 4 of 4, 70 s", "next: 1 of 1, 0 s"]
+    monkeypatch.undo()
+    console = literal_console(width=100, force_terminal=True)
+    with console.capture() as captured, commands.progress(console) as update:
+        update("task", 1, 1)
+    assert "━" in captured.get()
+
+
 def test_lm_eval_runs_our_tofu_tasks(tmp_path, monkeypatch):
     """With the tasks' own files, but for the place of the data."""
     pytest.importorskip("lm_eval")

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -139,6 +140,8 @@ def test_the_demo_ends_with_a_table_a_picture_and_two_models_to_talk_to(toy, mon
         "max_steps": 2,
     }
     monkeypatch.setattr(demo, "options_of", lambda *_: options)
+    monkeypatch.setattr(demo, "VALIDATION", ("ada lovelace", "the moon"))
+    monkeypatch.setattr(demo, "AT_ONCE", 2)
     words = [
         "--subject",
         "ada lovelace",
@@ -153,6 +156,12 @@ def test_the_demo_ends_with_a_table_a_picture_and_two_models_to_talk_to(toy, mon
     monkeypatch.setattr("sys.stdin", io.StringIO())
     demo.main()
     said = capsys.readouterr().out
+    assert said.startswith(f"[   0 s] {toy / 'base'} is loaded\n")
+    assert "the settings were chosen on ada lovelace and the moon" in said
+    count = re.search(r"asking the base (\d+) questions", said)[1]
+    assert (
+        f"the base answers: {count} of {count}, " in said and f"it answers now: {count} of {count}, " in said
+    )
     assert "ada lovelace is forgotten?" in said and "other people" in said
     assert f"duet chat {toy / 'out' / 'model'} --beside {toy / 'base'}" in said
     assert (toy / "out" / "demo_real.png").stat().st_size > 10_000 and (

@@ -6,22 +6,32 @@ import importlib
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 import typing
+from collections import Counter
 
 import pytest
+import typer
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
 from duet import options
 from duet.cli import app
 from duet.config import DuetConfig
+from duet.data import importers
 from duet.data.sources import DataSource
+from duet.evaluation import models
+from duet.evaluation.attacks.attacks import ATTACKS
+from duet.evaluation.fact_sources import SOURCES
+from duet.evaluation.suites.suite import SUITES
 from duet.methods.objectives import OBJECTIVES
 from duet.run.config_file import DEFAULT_ADAPTER, ModelSection, RunConfig
 from duet.run.keys import groups
 from duet.run.schema import bounds, described, of_dataclass, of_hint, schema
+from duet.run.steer import PLACES
+from duet.store import read
 from duet.yaml_text import parse_yaml, read_yaml
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -183,8 +193,51 @@ def test_help_lists_every_key_once():
         default, about = shown[key]
         value = written[key].get("default", "wanted")
         assert default == ("a list" if isinstance(value, list) else str(value).replace("\n", "\\n")), key
-        assert about and len(about) < 300, key
-        assert written[key]["description"].replace("`", "").startswith(about), key
+        assert about and len(about) < 400, key
+        whole = re.sub(r"`|\*\*", "", written[key]["description"])
+        assert whole.startswith(about.partition(": duet,")[0]), key
+        closed = OBJECTIVES if key == "objective" else filter(None, written[key].get("enum", ()))
+        assert [word for word in closed if not re.search(rf"\b{word}\b", about)] == [], key
+        assert "None" in about or default != "None" or "None" not in whole, key
+
+
+def test_a_choice_is_not_lost_behind_the_first_sentence():
+    about = {key: about for keys in groups().values() for key, (_, about) in keys.items()}
+    assert "contrast" in about["adapter_directions"] and "keep" in about["earlier_adapter"]
+    assert about["rmu_layer"].endswith("None: a quarter of the way up")
+
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_two_options_have_one_text(command):
+    texts = {name: parameter.help for parameter in COMMANDS[command].params for name in parameter.opts[:1]}
+    if command == "train":
+        theirs = {f.name for f in dataclasses.fields(TrainingArguments)}
+        listed = {key: about for keys in groups().values() for key, (_, about) in keys.items()}
+        texts |= {key: about for key, about in listed.items() if key not in theirs}
+    assert all(texts.values())
+    assert [text for text, count in Counter(texts.values()).items() if count > 1] == []
+
+
+@pytest.mark.parametrize(
+    "command, option, names",
+    [
+        ("attack", "attacks", ATTACKS),
+        ("eval", "suite", [path.stem for path in SUITES.glob("*.yaml")]),
+        ("eval", "steering_place", PLACES),
+        ("eval", "dtype", models.DTYPES),
+        ("cache", "dtype", read.DTYPES),
+        ("elicit", "source", SOURCES),
+        ("import", "kind", importers.KINDS),
+        ("import", "role", ["forget", "retain"]),
+        ("steer", "places", PLACES),
+    ],
+)
+def test_closed_choices_are_named(command, option, names):
+    text = next(parameter.help for parameter in COMMANDS[command].params if parameter.name == option)
+    assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
 
 
 def test_no_help_imports_torch():

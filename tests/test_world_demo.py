@@ -1,17 +1,21 @@
 """The quick demo from end to end: what it writes, and that the written model has forgotten."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from duet.demo import probes, tour
+from duet.demo import plots, probes, tour
 from duet.demo.checkpoint import load_world
 from duet.demo.methods import find_recipe
+from duet.demo.report import HEADINGS, markdown, terminal_table
 from duet.demo.scorecard import COLUMNS
 
+ROOT = Path(__file__).parents[1]
 ROW = {
     "method",
     "forget_recall",
@@ -26,6 +30,30 @@ ROW = {
     "int4_forget_recall",
     "seconds",
 }
+
+
+@pytest.fixture
+def committed():
+    return json.loads((ROOT / "benchmarks/results/demo/results.json").read_text())
+
+
+def test_a_number_is_rounded_one_way(committed, tmp_path, monkeypatch):
+    """0.975 and 0.995 in the README's block, the terminal, report.md and the picture."""
+    rows = committed["rows"]
+    assert {0.975, 0.995} <= {row["retain_recall"] for row in rows}
+    table = terminal_table(rows)
+    drawn = []
+    monkeypatch.setattr(plots.plt, "close", drawn.append)
+    plots.overview(rows, tmp_path / "overview.png")
+    texts = [[text.get_text() for text in axis.texts] for axis in drawn[0].axes]
+    for i, row in enumerate(rows):
+        wanted = {c: f"{100 * float(f'{row[c]:.2f}'):.0f}" for c in COLUMNS}
+        cells = [list(column.cells)[i] for column in table.columns]
+        assert cells[1:-1] == [wanted[c] for c in HEADINGS]
+        line = next(x for x in markdown(committed).splitlines() if x.startswith(f"| {row['method']} |"))
+        assert line.split(" | ")[1:-1] == list(wanted.values())
+        for found, (_, _, columns) in zip(texts, plots.PANELS, strict=True):
+            assert found[i * len(columns) : (i + 1) * len(columns)] == [wanted[c] for c in columns]
 
 
 @pytest.mark.slow
@@ -57,7 +85,13 @@ def test_quick_demo(tmp_path, monkeypatch):
     }  # fmt: skip
     written = (out / "report.md").read_text()
     assert all(sentence in written for sentence in results["not_withstood"])
-    assert "duet_adversarial" in (tmp_path / "shown.txt").read_text()
+    said = (tmp_path / "shown.txt").read_text()
+    for name in rows:
+        assert re.search(rf"^{name}: (\d+) of \1, \d+ s$", said, re.MULTILINE), "no terminal: a line a method"
+    wrote = said[said.index("Wrote ") :]
+    assert all(path.name in wrote for path in out.iterdir())
+    assert results["saved_model"] == "duet_adversarial" and "model/ (duet_adversarial)" in wrote
+    assert tour.SAVED_MODEL == "duet_deep"
 
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(out / "model"),

@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from ..evaluation.metrics import percent
+
 INK, FAINT = "#222222", "#d9d9d9"
 COLOURS = {
     "base": "#8c8c8c",
@@ -72,10 +74,11 @@ def overview(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, (title, meaning, columns) in zip(panels, PANELS, strict=True):
         for index, row in enumerate(rows):
             left = [group + (index - (len(rows) - 1) / 2) * width for group in range(len(columns))]
-            shares = [100 * row[column] for column in columns]
-            axis.bar(left, shares, width * 0.92, color=COLOURS[row["method"]], label=NAMES[row["method"]])
-            for x, share in zip(left, shares, strict=True):
-                axis.text(x, share + 1.2, f"{share:.0f}", ha="center", va="bottom", fontsize=6.2, color=INK)
+            shares = [row[column] for column in columns]
+            heights = [100 * share for share in shares]
+            axis.bar(left, heights, width * 0.92, color=COLOURS[row["method"]], label=NAMES[row["method"]])
+            for x, height, share in zip(left, heights, shares, strict=True):
+                axis.text(x, height + 1.2, percent(share), ha="center", va="bottom", fontsize=6.2, color=INK)
         axis.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
         axis.set_ylabel(meaning, fontsize=9, color=INK)
         axis.set_xticks(range(len(columns)), columns.values(), fontsize=9)

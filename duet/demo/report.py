@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..evaluation.metrics import contains_words
+from ..evaluation.metrics import contains_words, percent
 from .scorecard import ATTACKS, COLUMNS, KEEP
 
 # A share of the forgotten facts that counts as "brought back", and a loss on the rest that counts as damage.
@@ -63,9 +63,7 @@ def terminal_table(rows: Sequence[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("\n\nsec.", justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(
-            row["method"], *(f"{100 * row[column]:.0f}" for column in HEADINGS), f"{row['seconds']:.0f}"
-        )
+        table.add_row(row["method"], *(percent(row[column]) for column in HEADINGS), f"{row['seconds']:.0f}")
     return table
 
 
@@ -102,18 +100,18 @@ def weaknesses(rows: Sequence[dict[str, Any]], tolerated: float = TOLERATED) -> 
         if not row["method"].startswith("duet"):
             continue
         leaks = [
-            f"{BRINGS_BACK[column]} {100 * row[column]:.0f} % of the facts"
+            f"{BRINGS_BACK[column]} {percent(row[column])} % of the facts"
             for column in ("forget_recall", *ATTACKS)
             if row[column] > tolerated
         ]
         losses = [
-            f"recall on {DAMAGES[column]} fell from {100 * base[column]:.0f} % to {100 * row[column]:.0f} %"
+            f"recall on {DAMAGES[column]} fell from {percent(base[column])} % to {percent(row[column])} %"
             for column in KEEP
             if base[column] - row[column] > tolerated
         ]
         if row["stutter"] > tolerated:
             losses.append(
-                f"{100 * row['stutter']:.0f} % of its answers about authors or cities that it kept stutter"
+                f"{percent(row['stutter'])} % of its answers about authors or cities that it kept stutter"
             )
         sentences += [f"{row['method']}: {sentence}." for sentence in leaks + losses]
     return sentences
@@ -137,7 +135,7 @@ def markdown(results: dict[str, Any]) -> str:
         "|---|" + "---:|" * (len(heads) - 1),
         *(
             f"| {row['method']} | "
-            + " | ".join(f"{100 * row[column]:.0f}" for column in COLUMNS)
+            + " | ".join(percent(row[column]) for column in COLUMNS)
             + f" | {row['seconds']:.0f} |"
             for row in rows
         ),

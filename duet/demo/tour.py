@@ -29,9 +29,9 @@ from .workplace import one_thread, replaced_folder
 
 RESULTS = "results.json"
 WRITTEN = RESULTS, "report.md", "overview.png", "first_words.png", "model"
-SAVED_MODEL = "duet_adversarial"
-SHOWN = (*METHODS, "duet_deep")
-QUICK_QUESTIONS, QUICK_SHOWN = 40, ("duet", SAVED_MODEL)
+SAVED_MODEL = "duet_deep"  # a quick demo, which leaves it out, saves its last method
+SHOWN = (*METHODS, SAVED_MODEL)
+QUICK_QUESTIONS, QUICK_SHOWN = 40, ("duet", "duet_adversarial")
 FIRST_WORDS = 12
 
 
@@ -58,8 +58,9 @@ def run_demo(
     console = console or Console()
     with replaced_folder(Path(out_dir), "out_dir", WRITTEN) as unfinished, one_thread():
         results = _Demo(console, quick, seed, checkpoint).run(unfinished)
+    *files, model = WRITTEN
     console.print(
-        f"Wrote [bold]{escape(str(out_dir))}[/bold]: report.md, overview.png, {RESULTS}, model/ ({SAVED_MODEL})."
+        f"Wrote [bold]{escape(str(out_dir))}[/bold]: {', '.join(files)}, {model}/ ({results['saved_model']})."
     )
     return results
 
@@ -70,6 +71,7 @@ class _Demo:
         self.world = load_world(checkpoint)
         self.base, self.tokenizer = load_base(checkpoint)
         self.recipes = {name: find_recipe(name) for name in (QUICK_SHOWN if quick else SHOWN)}
+        self.saved = SAVED_MODEL if SAVED_MODEL in self.recipes else QUICK_SHOWN[-1]
         self.most = QUICK_QUESTIONS if quick else None
 
     def run(self, folder: Path) -> dict[str, Any]:
@@ -118,7 +120,7 @@ class _Demo:
             "rows": rows,
             "not_withstood": report.weaknesses(rows),
             "examples": self._examples(speakers),
-            "saved_model": SAVED_MODEL,
+            "saved_model": self.saved,
             "total_seconds": round(time.perf_counter() - began, 1),
         }
         self._show(results)
@@ -153,7 +155,7 @@ class _Demo:
             (world.questions(world.neighbours[:1], "report")[8], None, "to keep"),
             (world.questions(world.other_cities[:1], "report")[0], None, "to keep"),
         ]
-        asked = [name for name in ("base", "teacher", *QUICK_SHOWN, "duet_deep") if name in speakers]
+        asked = [name for name in ("base", "teacher", *QUICK_SHOWN, SAVED_MODEL) if name in speakers]
         return [
             {
                 "question": f"{override} {question.text}" if override else question.text,
@@ -195,7 +197,7 @@ class _Demo:
         question = self.world.questions(self.world.forget[:1], "report")[0]
         tokens, logits = self._first_words(question, speakers)
         plots.first_words(question.text, tokens, logits, "duet", folder / "first_words.png")
-        save_model(folder / "model", speakers[SAVED_MODEL].model, self.tokenizer)
+        save_model(folder / "model", speakers[self.saved].model, self.tokenizer)
 
     def _first_words(
         self, question: Question, speakers: dict[str, Speaker]

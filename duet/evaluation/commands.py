@@ -6,6 +6,7 @@ The console takes texts as they are, so that a path or a question with [brackets
 import importlib.util
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Annotated, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from typer import Argument, Option
 
+_SILENCE = 60.0  # seconds
 LM_EVAL_TASKS = Path(__file__).parent / "suites" / "lm_eval_tasks"
 
 Model = Annotated[str, Argument(help="folder or name of a model, or folder of an adapter")]
@@ -122,7 +125,14 @@ def run_attack(
             "--elicit", help="rows without an answer get that of --base: compared with it, not with the truth"
         ),
     ] = False,
-    attacks: Annotated[str | None, Option(help="only these, such as prefill,relearning")] = None,
+    attacks: Annotated[
+        str | None,
+        Option(
+            help="only some, commas between them: direct, reverse_prompt, prefill, paraphrase, continuation, few_shot, "
+            "step_by_step, multi_turn, aliases, two_hop, sampling, relearning, relearning_by_form, benign_finetuning, "
+            "quantisation, adapter, membership, rank_probe"
+        ),
+    ] = None,
     reverse_prompts: Annotated[
         Path | None,
         Option(
@@ -430,9 +440,33 @@ def options_of(settings: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
+class _Lines:
+    """Progress where nothing can be written over: in a file or a pipe."""
+
+    def __init__(self, console: Console):
+        self.console, self.said = console, time.monotonic()
+        self.began: dict[str, float] = {}
+        self.finished: set[str] = set()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        began = self.began.setdefault(name, now)
+        if name not in self.finished and (done >= total or now - self.said >= _SILENCE):
+            self.said = now
+            self.console.print(Text(f"{name}: {done} of {total}, {now - began:.0f} s"), soft_wrap=True)
+        if done >= total:
+            self.finished.add(name)
+
+
 @contextmanager
 def progress(console: Console) -> Iterator[Callable[..., None]]:
-    """A line of progress for each task; the function to call is (name, done, total)."""
+    """A line of progress for each task; the function to call is (name, done, total).
+
+    Without a terminal a task's line is printed when it is done, and once a minute until then.
+    """
+    if not (console.is_terminal or console.is_jupyter):
+        yield _Lines(console)
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -57,6 +57,16 @@ class Interval(NamedTuple):
     high: float
 
 
+def percent(share: float) -> str:
+    """A share in whole percent, the digits that it has as `f"{share:.2f}"`: no share is printed as two numbers.
+
+    Example:
+        >>> percent(0.975), f"{0.975:.2f}", f"{100 * 0.975:.0f}"
+        ('97', '0.97', '98')
+    """
+    return f"{100 * round(share, 2):.0f}"
+
+
 # --- likelihood ------------------------------------------------------------------------------------------------
 
 

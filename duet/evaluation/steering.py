@@ -292,7 +292,7 @@ def short(entry: Mapping[str, Any] | None) -> str:
     """A share and its interval in percent, in the width of a table: `3/4 (30-95)`."""
     if entry is None:
         return "not known"
-    return f"{counted(entry)} ({100 * entry['low']:.0f}-{100 * entry['high']:.0f})"
+    return f"{counted(entry)} ({metrics.percent(entry['low'])}-{metrics.percent(entry['high'])})"
 
 
 def shown(entry: Mapping[str, Any] | None) -> str:
@@ -305,7 +305,8 @@ def shown(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "not known"
     count = round(entry["share"] * entry["rows"])
-    return f"{count} of {entry['rows']} ({100 * entry['low']:.0f} to {100 * entry['high']:.0f} %)"
+    low, high = metrics.percent(entry["low"]), metrics.percent(entry["high"])
+    return f"{count} of {entry['rows']} ({low} to {high} %)"
 
 
 def sentence(kinds: Mapping[str, Mapping[str, Any]]) -> str:

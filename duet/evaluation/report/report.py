@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ...data.prompts import Prompting
 from ..attacks.runner import worst_of
 from ..journal import write_json
+from ..metrics import percent
 from ..steering import shown as shares_in_words
 from ..suites.suite import TO_FORGET, TO_KEEP
 from . import figures
@@ -20,7 +21,7 @@ from .figures import Estimate
 from .glossary import METRICS, Meaning
 from .neighbours import THRESHOLD, neighbours_section, says_truth
 from .page import NOT_RUN, Cell, Chart, Grid, Section, html, markdown, shown
-from .runs import BASE, STUDENT, TEACHER, Inputs, Method, read_inputs
+from .runs import BASE, EXAMPLES, STUDENT, TEACHER, Inputs, Method, read_inputs
 from .tables import attacks_section, lm_eval_section, not_judged, table_section
 from .topk import MEASURE, TOPK, compare_topk
 
@@ -127,7 +128,7 @@ def summary_sentence(inputs: Inputs) -> str:
     if not inputs.methods:
         names = " and ".join(dict.fromkeys(name for t in inputs.topk for name in (t["before"], t["after"])))
         return f"The first tokens of {names} were compared; no run of duet eval or duet attack was given."
-    questions = len({key for m in inputs.methods for key in m.answers})
+    questions = len({key for m in inputs.methods for key in m.answers if key[0] != EXAMPLES})
     asked = f", {questions} question{'s' if questions != 1 else ''} answered" if questions else ""
     start = f"{len(inputs.methods)} model{'s' if len(inputs.methods) != 1 else ''} ({models}){asked}. "
     leaks: list[Any] = [
@@ -155,10 +156,10 @@ def summary_sentence(inputs: Inputs) -> str:
 
 
 def _percent(share: float, low: float | None, high: float | None) -> str:
-    told = f"{100 * share:.0f} %"
+    told = f"{percent(share)} %"
     if low is None or high is None:
         return told
-    return f"{told} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+    return f"{told} (95 % interval {percent(low)} to {percent(high)} %)"
 
 
 # --- answers ---------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def _answers_section(inputs: Inputs, examples: int) -> Section:
         by_students = {k: sum(k in m.answers and says_truth(m.answers[k]) for m in students) for k in of}
         fate = TO_GO if task.startswith(TO_FORGET) else TO_STAY if task.startswith(TO_KEEP) else Fate()
         of.sort(key=lambda k, sign=fate.sign: sign * by_students[k])
-        count = f"{min(len(of), examples)} of {len(of)} questions"
+        count = f"{min(len(of), examples)} of {len(of)} {'examples' if suite == EXAMPLES else 'questions'}"
         grid = Grid(
             ["question", "truth", *(m.label for m in speakers)],
             caption=", ".join(filter(None, (f"{suite}: {task}", fate.what, count, fate.first))),

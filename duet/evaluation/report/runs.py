@@ -33,6 +33,7 @@ DEMO_ATTACKS = (
 )
 OF_ATTACKS = "the attacks"
 DEMO_PARTS = "forget", "retain", "other"
+EXAMPLES = "examples of the demo"  # in the place of a suite: of the questions that its numbers are about, it keeps these
 BASE, TEACHER, STUDENT = "base", "teacher", "student"
 LABELS = {BASE: "base", TEACHER: "steered teacher"}
 
@@ -408,7 +409,7 @@ def _demo_methods(run: _Run) -> list[Method]:
         for i, example in enumerate(run.content["examples"]):
             task = {"to keep": "retain"}.get(example["kind"], "forget")
             if name in example["answers"]:
-                method.answers["demo", task, i, example["question"]] = {
+                method.answers[EXAMPLES, task, i, example["question"]] = {
                     "question": example["question"],
                     "answer": example["truth"],
                     "generated": example["answers"][name],

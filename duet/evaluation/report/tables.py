@@ -233,16 +233,23 @@ def _metric_lines(methods: Sequence[Method]) -> Iterator[Line]:
 
 
 def _glossary(methods: Sequence[Method]) -> dict[str, str]:
-    """Metric or number of the suite -> what it is, and which direction is better."""
+    """Metric or number of the suite -> what it is, and which direction is better; by task where it is not one thing."""
+    meanings: dict[str, dict[str, str]] = {}  # metric -> task -> what it is
+    for task, entry in ((task, entry) for m in methods for task, entry in m.tasks.items()):
+        for metric, numbers in entry["metrics"].items():
+            meaning = METRICS.get(metric, Meaning(""))
+            if what := numbers.get("what") or meaning.what:
+                meanings.setdefault(metric, {})[task] = what
     told = {}
-    for metric, entry in (
-        (k, e) for m in methods for task in m.tasks.values() for k, e in task["metrics"].items()
-    ):
-        meaning = METRICS.get(metric, Meaning(""))
-        what = entry.get("what") or meaning.what
-        if not what:
+    for metric, of_tasks in meanings.items():
+        meaning, whats = METRICS.get(metric, Meaning("")), set(of_tasks.values())
+        if len(whats) > 1:
+            parts = ((task, what, direction(task, metric)) for task, what in of_tasks.items())
+            told[metric] = "; ".join(
+                f"{task}: {what} ({arrow})" if arrow else f"{task}: {what}" for task, what, arrow in parts
+            )
             continue
-        sides = [(meaning.forget, "forget"), (meaning.keep, "keep")]
+        what, sides = whats.pop(), [(meaning.forget, "forget"), (meaning.keep, "keep")]
         if meaning.forget == meaning.keep:
             sides = [(meaning.forget, "")]
         arrows = ", ".join(f"{arrow} on rows to {side}" if side else arrow for arrow, side in sides if arrow)

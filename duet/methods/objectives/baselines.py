@@ -39,13 +39,15 @@ class BaselineOptions(CommonOptions):
     Attributes:
         npo_beta: beta of `npo`, `npo_kl` and `npo_sam`.
         sam_rho: length of the change of the weights at which `npo_sam` takes the gradient of its forget part.
-        simnpo_beta, simnpo_gamma: scale and margin of `simnpo`.
+        simnpo_beta: what `simnpo` multiplies an answer's mean log-probability by.
+        simnpo_gamma: margin of `simnpo`: how far below 0 that product should be.
         refusals: answers that `refusal` teaches, one drawn per use of a row.
         undial_gamma: by how much `undial` lowers the logit of the answer's token.
         shred_percent: share of a forget text's tokens, the least probable ones, that `shred` deletes, in (0, 100].
         rmu_layer: the decoder layer, counted from 0, whose output `rmu` steers; None: a quarter of the way up. The MLP
             output projections of this layer and the two below it are trained.
-        rmu_scale, rmu_alpha: length c of the control vector and weight of the retain activations of `rmu`.
+        rmu_scale: length c of the control vector of `rmu`.
+        rmu_alpha: factor on the change of the activations of retain tokens in `rmu`.
     """
 
     npo_beta: Positive = 0.1

@@ -51,14 +51,16 @@ class DeepOptions(CommonOptions):
         counterfactual_names: what is put in the place of a subject to learn how the model speaks of somebody whom it does
             not know; none of them may be known to it.
         num_counterfactuals: how many of them are drawn for each forget row.
-        deep_refusals: texts that refuse; `{subject}` is replaced. Each forget row is taught one of them, drawn once from `seed`.
-            Empty: the steered base's own refusals.
+        deep_refusals: texts that refuse (`{subject}` is replaced), of which each forget row is taught one, drawn once from `seed`,
+            or none at all: the steered base's own refusals are taught then.
         refusal_fraction: share of the forget queries that carry a whole refusal rather than the base's own answer.
         recovery_fraction: share of those refusals that follow the first tokens of the base's own answer, a number of tokens drawn
             at each use. Needs `deep_refusals`: the steered base does not refuse in the middle of an answer.
         knowledge_threshold: an answer token counts as knowledge where the base gives it this much more probability
             than it would for an unknown name.
-        counterfactual_weight, deep_npo_beta, lift_weight: of the terms of the loss.
+        counterfactual_weight: factor on the pull towards what the base would say had it never met the name.
+        deep_npo_beta: beta of the NPO that pushes known tokens down.
+        lift_weight: factor on what lifts a pushed token back up to its floor.
     """
 
     counterfactual_names: SomeTexts = field(default_factory=lambda: list(INVENTED_NAMES))
