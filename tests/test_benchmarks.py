@@ -386,6 +386,12 @@ def test_the_readme_shows_the_largest_case_of_every_device(tmp_path, monkeypatch
     plots.draw_all(rows, folder)
     text = readme.device_block(on_cpu=True)
     assert "N = 256" in text and "N = 64" not in text
+    older = dataclasses.replace(rows[-1], commit="older")
+    (folder / "bench.jsonl").write_text("".join(row.to_json() + "\n" for row in [*rows[:-1], older]))
+    at = "Measured at c: duet_kernels, torch eager, trl (`topk_distill_loss`); older: trl (`topk_distill_loss`)."
+    assert f"\n\n{at}\n" in readme.device_block(on_cpu=True)
+    assert f"(results/cpu/bench.md). {at}\n" in readme.device_block(on_cpu=True, short=True)
+    (folder / "bench.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
     (folder / "gate.md").write_text("")
     statuses = "green", "green", "red", "not run", "needs CUDA"
     lines = [{"commit": "c"}, *({"status": status} for status in statuses)]
