@@ -95,7 +95,7 @@ def compile_cases(cases: Sequence[Case], device: str, quick: bool) -> None:
     """
     torch.set_num_threads(2)
     who = providers_of(quick)
-    wanted = [p for p in (*who["ours"], *who["others"]) if p.name == OURS or p.impl == "compile"]
+    wanted = [p for p in (*who["ours"], *who["others"]) if p.name == OURS or p.impl.endswith("compile")]
     for case in cases:
         for size in (case,) if quick else (case.small(), case):
             inputs = make_inputs(size, device)
@@ -156,12 +156,11 @@ def kernel_tables(kernels: Sequence[Kernel], most: int = 12) -> str:
     groups: dict[tuple, list[Kernel]] = {}
     for kernel in kernels:
         groups.setdefault(targets.key_of(kernel), []).append(kernel)
-    for (op, divergence, ids, head, n, k, impl), group in groups.items():
+    for key, group in groups.items():
         total = sum(kernel.ms for kernel in group)
-        what = " ".join(x for x in (op, divergence, ids, head, impl) if x)
         lines += [
             "",
-            f"**{what}**, N {n}, K {k}: {report.number(total)} ms",
+            f"**{targets.what(key)}**: {report.number(total)} ms",
             "",
             "| ms | calls | kernel |",
             "|---:|---:|---|",
@@ -309,7 +308,9 @@ def print_figures(out: pathlib.Path, figures: Sequence[Figure], gate: str) -> No
     (out / "kernels.md").write_text(kernel_tables(kernels) + "\n")
     lines, counted = targets.table(figures, rows, kernels)
     last = [f"correctness gate: {gate if gate == 'green' else 'NOT GREEN: ' + gate}"] if gate else []
-    head = [report.where(rows) + ". The targets are an H200's.", machine(rows), ""] if rows else []
+    ours = [row for row in rows if row.provider == OURS]
+    head = [report.where(ours) + ". The targets are an H200's.", machine(ours)] if ours else []
+    head += ["", targets.LEGEND, ""]
     text = "\n".join([*head, *lines, "", *last, f"figures: {counted}"])
     (out / "targets.md").write_text(text + "\n")
     print(text, flush=True)

@@ -49,14 +49,26 @@ def exact_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.float() @ weight.float().T
 
 
+def gathered_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """`[N, K]` logits at the ids from their rows of W alone, `[N, K, D]`; sums in fp32."""
+    return (F.embedding(ids, weight) * hidden[:, None, :]).sum(-1, dtype=torch.float32)
+
+
 def topk_loss(case: Case, z: Tensor, teacher: TopK) -> Tensor:
     """`[N]` loss at the teacher's ids from full student logits z."""
-    s, t = z.gather(-1, teacher.indices), teacher.values.to(z.dtype)
+    s = z.gather(-1, teacher.indices)
+    if not case.has_tail:
+        return loss_at_ids(case, s, teacher.values)
+    rest = z.scatter(-1, teacher.indices, -torch.inf).logsumexp(-1, keepdim=True)
+    t = torch.cat([teacher.values, teacher.tail_logsumexp[:, None]], -1)
+    return loss_at_ids(case, torch.cat([s, rest], -1), t)
+
+
+def loss_at_ids(case: Case, s: Tensor, t: Tensor) -> Tensor:
+    """`[N]` loss of student's and teacher's logits in the same slots."""
+    t = t.to(s.dtype)
     if case.divergence == "huber":
         return F.huber_loss(s, t, reduction="none").sum(-1)
-    if case.has_tail:
-        rest = z.scatter(-1, teacher.indices, -torch.inf).logsumexp(-1, keepdim=True)
-        s, t = torch.cat([s, rest], -1), torch.cat([t, teacher.tail_logsumexp[:, None].to(z.dtype)], -1)
     return F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 

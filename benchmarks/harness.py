@@ -104,6 +104,14 @@ def environment(device: torch.device | str | None = None) -> dict[str, str]:
     return fields
 
 
+def clocks_in_words(clocks: str) -> str:
+    """What the numbers of `clocks` are, in the order of the query."""
+    told = clocks.split(", ")
+    if len(told) != 3:
+        return f"clocks {clocks}"
+    return f"clocks when the run began: SM {told[0]} (at most {told[2]}), memory {told[1]}"
+
+
 @functools.cache
 def _driver_and_clocks() -> Sequence[str]:
     query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import OPS, Case, Inputs
-from benchmarks.definitions import DEFINITIONS, fp32_logits, topk_loss
+from benchmarks.definitions import DEFINITIONS, fp32_logits, gathered_logits, loss_at_ids, topk_loss
 from benchmarks.harness import version
 from duet_kernels import (
     LMHead,
@@ -230,6 +230,63 @@ class _RowChunks(torch.autograd.Function):
 def _torch_row_chunks(case: Case) -> Run:
     rows = max(1, (64 << 20) // (4 * case.v))  # 64 MiB of fp32 logits at a time
     return lambda x: _RowChunks.apply(case, x, x.hidden, x.weight, rows)
+
+
+# What needs only the k logits, and makes no others.
+ONLY_K = {"op": "topk_distill_loss", "divergences": ("huber", "forward_kl")}
+
+
+@provider("torch", "gather", **ONLY_K)
+def _torch_gather(case: Case) -> Run:
+    def run(x: Inputs) -> Tensor:
+        logits = gathered_logits(x.hidden, x.weight, x.teacher.indices)
+        return loss_at_ids(case, logits, x.teacher.values).mean()
+
+    return run
+
+
+@provider("torch", "gather compile", **ONLY_K)
+def _torch_gather_compiled(case: Case) -> Run:
+    return torch.compile(_torch_gather(case), dynamic=False)
+
+
+class _GatherChunks(torch.autograd.Function):
+    """The gather in slices of tokens, the gradient made in the forward pass; dW is summed in one fp32 buffer."""
+
+    @staticmethod
+    def forward(ctx, case: Case, x: Inputs, hidden: Tensor, weight: Tensor, tokens: int) -> Tensor:
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[3] else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, hidden.shape[0], tokens):
+            part = slice(start, start + tokens)
+            ids = x.teacher.indices[part]
+            rows = F.embedding(ids, weight)
+            logits = (rows * hidden[part, None]).sum(-1, dtype=torch.float32).requires_grad_()
+            with torch.enable_grad():
+                loss = loss_at_ids(case, logits, x.teacher.values[part]).sum() / hidden.shape[0]
+            dlogits = torch.autograd.grad(loss, logits)[0]
+            total += loss.detach()
+            dhidden[part] = rows.mul_(dlogits[:, :, None]).sum(1)
+            if dweight is not None:
+                share = dlogits[:, :, None] * hidden[part, None]
+                dweight.index_add_(0, ids.flatten(), share.flatten(0, 1))
+        ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _RowChunks.backward(ctx, grad)
+
+
+@provider("torch", "gather chunks", **ONLY_K)
+def _torch_gather_chunks(case: Case) -> Run:
+    def run(x: Inputs) -> Tensor:
+        room = 256 << 20 if x.hidden.is_cuda else 4 << 20  # of gathered rows: on a CPU they stay in its cache
+        tokens = max(1, room // (x.weight.element_size() * case.k * case.d))
+        return _GatherChunks.apply(case, x, x.hidden, x.weight, tokens)
+
+    return run
 
 
 @provider(

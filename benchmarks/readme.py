@@ -1,7 +1,8 @@
 """Every number of README.md and docs/ comes from here: `python -m benchmarks.readme` fills their marked blocks from results.
 
     goals           benchmarks/results/cpu/goals.md                made by `make bench`
-    cpu, gpu, fast  benchmarks/results/*/{bench,gate}.jsonl        made by `make bench-cpu`, `make gpu`
+    cpu, gpu, fast, workspace, elsewhere
+                    benchmarks/results/*/{bench,gate}.jsonl        made by `make bench-cpu`, `make gpu`
     demo, tour      benchmarks/results/demo/results.json           taken over from demo_report/ with --demo DIR
     real            benchmarks/results/real/results.jsonl          made by `make study-real`
 
@@ -20,7 +21,7 @@ import sys
 from typing import Any
 
 from benchmarks import report
-from benchmarks.harness import read_rows
+from benchmarks.harness import Row, read_rows
 from benchmarks.studies import runner
 from benchmarks.studies.real.job import job_of
 from benchmarks.studies.real.page import summary
@@ -108,10 +109,31 @@ def device_block(on_cpu: bool, short: bool = False) -> str:
         said = f"{report.where(rows)}; `{command}`, {', '.join(f'[{text}]({folder}/{name})' for text, name in links)}."
         head, rule, *table = report.summary(rows)
         table = [row for row in table if not short or row.startswith(tuple(f"| {name}" for name in SHORT))]
-        lines += [said, "", head, rule, *table, ""]
+        at = report.measured_at(rows)
+        if short:  # README.md counts its lines
+            said, at = " ".join([said, *at[1:]]), []
+        lines += [said, "", head, rule, *table, *at, ""]
         lines += [f"![{figure.stem}: time and memory]({folder}/{figure.name})" for figure in _figures(path)]
         lines.append("")
     return "\n".join(lines).strip()
+
+
+def workspace_block() -> str:
+    """What a smaller workspace costs, on every device where several were measured."""
+    found = [(rows, report.workspaces(rows)) for rows in _devices()]
+    return "\n\n".join(f"{report.place(rows)}:\n\n" + "\n".join(table) for rows, table in found if table)
+
+
+def elsewhere_block() -> str:
+    """Who is the better choice, on every device."""
+    found = [(rows, report.better_elsewhere(rows)) for rows in _devices()]
+    return "\n\n".join(f"{report.place(rows)}:\n\n" + "\n".join(table) for rows, table in found if table)
+
+
+def _devices() -> list[list[Row]]:
+    """The rows of every device, CPUs last."""
+    paths = sorted(RESULTS.glob("*/bench.jsonl"), key=lambda path: (path.parent.name == "cpu", path))
+    return [read_rows(path) for path in paths]
 
 
 def _gate(folder: pathlib.Path) -> str:
@@ -134,12 +156,14 @@ BLOCKS = {
     "real": real_block,
     "cpu": lambda: device_block(on_cpu=True),
     "gpu": lambda: device_block(on_cpu=False),
+    "workspace": workspace_block,
+    "elsewhere": elsewhere_block,
     "fast": lambda: device_block(on_cpu=False, short=True),
 }
 PAGES = {
     README: ("demo", "real", "fast"),
     ROOT / "docs" / "demo.md": ("tour",),
-    ROOT / "docs" / "performance.md": ("gpu", "goals", "cpu"),
+    ROOT / "docs" / "performance.md": ("gpu", "goals", "cpu", "elsewhere", "workspace"),
 }
 
 

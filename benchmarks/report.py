@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from benchmarks.cases import OPS
-from benchmarks.harness import Row
+from benchmarks.cases import FLOOR, OPS
+from benchmarks.harness import Row, clocks_in_words
 
 OURS = "duet_kernels"
 ORDER = {name: i for i, name in enumerate((OURS, "torch", "trl", "liger", "cut_cross_entropy", "quack"))}
@@ -23,8 +23,19 @@ def kind_of(row: Row) -> tuple:
 
 
 def sizes(row: Row) -> str:
-    k = f", k = {row.k}" if row.op in ("linear_topk", "topk_distill_loss") else ""
+    k = f", k = {row.k}" if has_k(row) else ""
     return f"N = {row.n}, D = {row.d}, V = {row.v}{k}, {row.dtype}"
+
+
+def has_k(row: Row) -> bool:
+    """Whether k says something about the work."""
+    return row.op in ("linear_topk", "topk_distill_loss") or row.divergence == "exclude"
+
+
+def called(row: Row) -> str:
+    """The provider as tables name it. A generalised JSD is KL(teacher || student) at beta = 0."""
+    name = f"{row.provider} {row.impl}"
+    return f"{name} at beta 0, forward KL" if "JSD" in row.impl and row.divergence == "forward_kl" else name
 
 
 def title(row: Row) -> str:
@@ -53,21 +64,17 @@ def line(row: Row) -> str:
 
 
 def where(rows: Sequence[Row]) -> str:
-    """Device and versions, once for all rows; with a commit where rows of a provider were measured at another one."""
+    """Device and versions, once for all rows; the commit is the first row's, others stand in `measured_at`."""
     first = rows[0]
-    # Torch's own version stands there already.
     peers = sorted(
         {
-            (r.provider, r.impl if r.provider == "torch" else r.provider_version, r.commit)
+            (r.provider, r.provider_version)
             for r in rows
-            if r.ms is not None and (r.provider != "torch" or r.commit != first.commit)
+            if r.ms is not None and r.provider not in (OURS, "torch")
         }
     )
-    versions = [
-        f"{name} {version}" + ("" if commit == first.commit else f" (measured at {commit})")
-        for name, version, commit in peers
-    ]
-    driver = [f"driver {first.driver}", f"clocks {first.clocks}"] if first.driver else []
+    versions = [f"{name} {version}" for name, version in peers]
+    driver = [f"driver {first.driver}", clocks_in_words(first.clocks)] if first.driver else []
     return ", ".join(
         [
             first.device,
@@ -80,19 +87,49 @@ def where(rows: Sequence[Row]) -> str:
     )
 
 
+def place(rows: Sequence[Row]) -> str:
+    """The device, and the commit of ours."""
+    ours = sorted({row.commit for row in rows if row.provider == OURS and row.ms is not None})
+    return f"{rows[0].device}, commit {', '.join(ours)}"
+
+
+def measured_at(rows: Iterable[Row]) -> list[str]:
+    """Who was measured at which commit, where there is more than one; of who was at several, what."""
+    places: dict[str, dict[str, set[str]]] = {}
+    for row in rows:
+        if row.ms is not None:
+            name = f"torch {row.impl}" if row.provider == "torch" else row.provider
+            places.setdefault(name, {}).setdefault(row.commit, set()).add(row.op)
+    commits = dict.fromkeys(commit for where in places.values() for commit in where)
+    if len(commits) < 2:
+        return []
+    said = []
+    for commit in commits:
+        names = [
+            name
+            if len(where) == 1
+            else f"{name} ({', '.join(f'`{op}`' for op in OPS if op in where[commit])})"
+            for name, where in sorted(places.items())
+            if commit in where
+        ]
+        said.append(f"{commit}: {', '.join(names)}")
+    return ["", f"Measured at {'; '.join(said)}."]
+
+
 def tables(rows: Sequence[Row]) -> str:
     """One table for every case, best time first; then who is absent."""
     lines = [
         where(rows),
         "",
         "Median of the calls (p20 – p80). Memory: the highest point of one call beyond its inputs, outputs included. "
-        "Share of the floor: the time of the least work an exact result needs, by a product and a copy measured in "
-        "the same run, over the time taken. Error: the larger of value and gradients, relative to fp64, on a small "
-        "case of the same kind.",
+        "Error: the larger of value and gradients, relative to fp64, on a small case of the same kind.",
+        "",
+        FLOOR,
     ]
     measured = [row for row in rows if not row.status.startswith("absent")]
     for _, group in itertools.groupby(sorted(measured, key=case_of), key=case_of):
         lines += ["", *case_table(list(group))]
+    lines += measured_at(rows)
     lines += absences(rows)
     return "\n".join(lines)
 
@@ -103,15 +140,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         "| | ours | torch eager | torch.compile | best of the others |",
         "|---|---:|---:|---:|---:|",
     ]
-    last = [row for row in rows if row.which_pass == "full" or row.head == "none"]
-    for _, group in itertools.groupby(sorted(last, key=kind_of), key=kind_of):
-        group = list(group)
-        tried = [r for r in group if r.provider == OURS and not r.status.startswith("absent")]
-        if not tried:
-            continue
-        largest = case_of(max(tried, key=lambda r: (r.n * r.d * r.v, r.k, case_of(r))))
-        here = [row for row in group if case_of(row) == largest]
-        mine = [row for row in tried if case_of(row) == largest]
+    for here, mine in largest_cases(rows):
         ours = _best(mine)
         columns = [
             _best(r for r in here if (r.provider, r.impl) == ("torch", i)) for i in ("eager", "compile")
@@ -125,9 +154,62 @@ def summary(rows: Sequence[Row]) -> list[str]:
         if ours is not None:
             cells = [f"**{_cell(ours, ours)}** ({ours.impl})"]
         cells += [_cell(row, ours) for row in columns]
-        cells.append("–" if rival is None else f"{_cell(rival, ours)} ({rival.provider} {rival.impl})")
+        cells.append("–" if rival is None else f"{_cell(rival, ours)} ({called(rival)})")
         lines.append(f"| {title(mine[0])}; {sizes(mine[0])} | " + " | ".join(cells) + " |")
     return lines
+
+
+def largest_cases(rows: Iterable[Row]) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Of each kind the largest case at which ours was tried: everyone's rows, and those of ours."""
+    last = [row for row in rows if row.which_pass == "full" or row.head == "none"]
+    for _, group in itertools.groupby(sorted(last, key=kind_of), key=kind_of):
+        group = list(group)
+        tried = [r for r in group if r.provider == OURS and not r.status.startswith("absent")]
+        if tried:
+            largest = case_of(max(tried, key=lambda r: (r.n * r.d * r.v, r.k, case_of(r))))
+            yield [r for r in group if case_of(r) == largest], [r for r in tried if case_of(r) == largest]
+
+
+def workspaces(rows: Iterable[Row]) -> list[str]:
+    """Time and memory of ours by the size of the workspace, at the largest cases; nothing where only one was measured."""
+    cases = [[row for row in mine if row.ms is not None] for _, mine in largest_cases(rows)]
+    cases = [mine for mine in cases if len({row.workspace_mb for row in mine}) > 1]
+    default = {row.workspace_mb for mine in cases for row in mine if row.impl in ("triton", "chunked")}
+    columns = sorted({row.workspace_mb for mine in cases for row in mine if row.workspace_mb})
+    if not cases:
+        return []
+    heads = [f"{size} MiB{', the default' if size in default else ''}" for size in columns]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(columns)]
+    for mine in cases:
+        best = [_best(row for row in mine if row.workspace_mb == size) for size in columns]
+        lines.append(
+            f"| {title(mine[0])}; {sizes(mine[0])} | {' | '.join(_cell(row, None) for row in best)} |"
+        )
+    return lines
+
+
+def better_elsewhere(rows: Iterable[Row]) -> list[str]:
+    """At the largest cases every other that no row of ours equals in both time and memory."""
+    lines = [
+        "| | the other | time against our fastest | memory against our smallest |",
+        "|---|---|---:|---:|",
+    ]
+    for here, mine in largest_cases(rows):
+        ours = [row for row in mine if row.ms is not None and row.peak_mb is not None]
+        others = [
+            row for row in here if row.provider != OURS and row.ms is not None and row.peak_mb is not None
+        ]
+        for row in sorted(others, key=lambda r: r.ms):
+            if not ours or any(o.ms <= row.ms and o.peak_mb <= row.peak_mb for o in ours):
+                continue
+            fastest, smallest = min(ours, key=lambda o: o.ms), min(ours, key=lambda o: o.peak_mb)
+            within = "" if faster(fastest, row) in "AB" else " (within the spread)"
+            lines.append(
+                f"| {title(row)}; {sizes(row)} | {called(row)}: {_cell(row, None)} | "
+                f"{number(row.ms / fastest.ms)} × {number(fastest.ms)} ms{within} | "
+                f"{number(row.peak_mb / smallest.peak_mb)} × {number(smallest.peak_mb)} MiB |"
+            )
+    return lines if len(lines) > 2 else []
 
 
 def _failure(row: Row) -> str:
@@ -155,8 +237,7 @@ def case_table(group: Sequence[Row]) -> list[str]:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in sorted(group, key=lambda r: (r.ms is None, r.ms or 0, ORDER.get(r.provider, 99))):
-        name = f"{row.provider} {row.impl}"
-        name = f"**{name}**" if row.provider == OURS else name
+        name = f"**{called(row)}**" if row.provider == OURS else called(row)
         error = "–" if row.error is None else f"{row.error:.0e}"
         if row.ms is None:
             lines.append(f"| {name} | {_failure(row)} | | | | {error} |")
@@ -169,15 +250,20 @@ def case_table(group: Sequence[Row]) -> list[str]:
 
 
 def absences(rows: Iterable[Row]) -> list[str]:
-    absent = {
-        (row.provider, row.impl, row.op): row.status.removeprefix("absent: ")
-        for row in rows
-        if row.status.startswith("absent")
-    }
-    if not absent:
-        return []
-    found = [f"* {name} {impl} (`{op}`): {reason}" for (name, impl, op), reason in absent.items()]
-    return ["", "Not measured here:", "", *found]
+    """Who has no row of an operation, and why; who has rows of some of its cases: which ones are lacking."""
+    rows = list(rows)
+    absent = [row for row in rows if row.status.startswith("absent")]
+    measured = [row for row in rows if not row.status.startswith("absent")]
+    there = {(row.provider, row.impl, row.op, *case_of(row)) for row in measured}
+    partly = {key[:3] for key in there}
+    found: dict[str, None] = {}
+    for row in absent:
+        key = row.provider, row.impl, row.op
+        if (*key, *case_of(row)) in there:
+            continue
+        what = f"{title(row)}; {sizes(row)}" if key in partly else f"`{row.op}`"
+        found[f"* {row.provider} {row.impl} ({what}): {row.status.removeprefix('absent: ')}"] = None
+    return ["", "Not measured here:", "", *found] if found else []
 
 
 # --- comparison -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ published tolerances' size; at full size the losses have to agree with plain tor
 and time of all that passed, in turn, beside the floor measured in the same run. Absence, failure and out of memory are
 rows too.
 
+    --keep                        with --out: rows that FILE has of other operations or providers stay, with their commit
     --compare A.jsonl B.jsonl     which is faster, row by row
     --table FILE.jsonl            the markdown tables of a result
     --plots FILE.jsonl            time and memory against N, V and k, beside the file
@@ -304,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     parser.add_argument("--budget-seconds", type=float, default=1.0, help="timed per provider, case and pass")
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--keep", action="store_true", help="what --out holds and is not measured now stays")
     parser.add_argument("--compare", nargs=2, type=pathlib.Path, metavar=("A", "B"))
     parser.add_argument("--table", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--plots", type=pathlib.Path, metavar="FILE")
@@ -339,6 +341,12 @@ def _run(options: argparse.Namespace) -> int:
         raise SystemExit(
             f"--out: wanted a file for rows of JSON, got {options.out}; the tables are written beside it, as .md"
         )
+    kept = harness.read_rows(options.out) if options.keep and options.out and options.out.exists() else []
+    here = harness.environment(options.device)
+    foreign = [row for row in kept for field in ("device", "torch") if getattr(row, field) != here[field]]
+    if foreign:
+        was, now = [f"{place['device']}, torch {place['torch']}" for place in (vars(foreign[0]), here)]
+        raise SystemExit(f"--keep: the rows of {options.out} are of {was}; this is {now}")
     # An earlier result stays until this one is whole.
     unfinished = options.out and options.out.with_name(f"{options.out.name}.unfinished")
     if unfinished:
@@ -368,10 +376,22 @@ def _run(options: argparse.Namespace) -> int:
         emit=emit,
     )
     if unfinished:
+        rows = merged(kept, rows)
+        unfinished.write_text("".join(row.to_json() + "\n" for row in rows))
         unfinished.rename(options.out)
         options.out.with_suffix(".md").write_text(report.tables(rows) + "\n")
         _draw(rows, options.out.parent)
     return int(any(row.gate == "red" and row.provider == OURS for row in rows))
+
+
+def merged(kept: Iterable[Row], new: Sequence[Row]) -> list[Row]:
+    """Earlier rows that were not measured anew, then the new ones: each has the commit it was measured at."""
+
+    def key(row: Row) -> tuple:
+        return (*report.case_of(row), row.provider, row.impl)
+
+    again = {key(row) for row in new}
+    return [row for row in kept if key(row) not in again] + list(new)
 
 
 def _draw(rows: Sequence[Row], folder: pathlib.Path) -> None:

@@ -16,8 +16,13 @@ import torch
 
 from benchmarks.cases import Case, floor_ms
 from benchmarks.harness import Floors, Row
-from benchmarks.report import OURS, number, title
+from benchmarks.report import OURS, has_k, number, title
 
+LEGEND = (
+    "`1.1 x 3 G`: 1.1 times as long as 3 bare products G. `ms`: on the device, launches ahead of it. `wall ms`: one call begun on "
+    "an idle device and waited for, with Python. `kernel ms`: the named kernels of a call together. `TB/s`: what these kernels "
+    "cannot avoid moving, over their time. `x triton`: against the kernel's way."
+)
 UNITS = ("x G", "ms", "wall ms", "kernel ms", "TB/s", "x triton")
 
 
@@ -149,7 +154,7 @@ def figures(n: int, d: int, v: int, k: int, dtype: torch.dtype) -> list[Figure]:
 def table(wanted: Iterable[Figure], rows: Iterable[Row], kernels: Sequence[Kernel]) -> tuple[list[str], str]:
     """One line a figure, and the sentence that counts them."""
     measured = {key_of(row): row for row in rows if row.provider == OURS}
-    lines = ["| operation | ms | measured (target) | | commit |", "|---|---:|---:|---|---|"]
+    lines = ["| operation | measured | target | | commit |", "|---|---:|---:|---|---|"]
     counts = {"met": 0, "NOT MET": 0, "not measured": 0}
     for figure in wanted:
         row, value = measured.get(figure.key), figure.value(measured, kernels)
@@ -157,9 +162,9 @@ def table(wanted: Iterable[Figure], rows: Iterable[Row], kernels: Sequence[Kerne
         counts[verdict] += 1
         why = f" ({row.status})" if row is not None and row.status != "ok" else ""
         sign = ">=" if figure.unit == "TB/s" else "<="
-        ms, commit = (None, "") if row is None else (row.ms, row.commit)
+        commit = "" if row is None else row.commit
         lines.append(
-            f"| {name_of(figure)} | {number(ms)} | {number(value)} {figure.measure} ({sign} {figure.target:g}) | "
+            f"| {name_of(figure)} | {number(value)} {figure.measure} | {sign} {number(figure.target)} | "
             f"{verdict}{why} | {commit} |"
         )
     return lines, ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
@@ -167,14 +172,6 @@ def table(wanted: Iterable[Figure], rows: Iterable[Row], kernels: Sequence[Kerne
 
 def name_of(figure: Figure) -> str:
     """`linear_topk`, forward; N = 64, triton 3 GiB; kernels fold."""
-    case = figure.case
-    row = Row(
-        **dict.fromkeys(("commit", "device", "torch", "triton", "gate", "dtype"), ""),
-        **{"op": case.op, "divergence": case.divergence, "head": case.head, "ids": case.ids},
-        **{"n": case.n, "d": case.d, "v": case.v, "k": case.k},
-        **{"provider": OURS, "impl": figure.impl, "which_pass": case.passes[-1]},
-    )
-    sizes = f"N {case.n}" + (f", K {case.k}" if case.op in ("linear_topk", "topk_distill_loss") else "")
     of = (
         f", kernels `{figure.kernel}`"
         if figure.kernel
@@ -182,4 +179,15 @@ def name_of(figure: Figure) -> str:
         if figure.unit == "kernel ms"
         else ""
     )
-    return f"{title(row)}, {sizes}, {figure.impl}{of.replace('|', ' or ')}"
+    return what(figure.key) + of.replace("|", " or ")
+
+
+def what(key: tuple) -> str:
+    """A `key_of` in words: `linear_topk`, forward, N 64, K 64, triton."""
+    op, divergence, ids, head, n, k, impl = key
+    row = Row(
+        **dict.fromkeys(("commit", "device", "torch", "triton", "gate", "dtype", "provider"), ""),
+        **{"op": op, "divergence": divergence, "head": head, "ids": ids, "impl": impl},
+        **{"n": n, "d": 0, "v": 0, "k": k, "which_pass": "forward" if head == "none" else "full"},
+    )
+    return f"{title(row)}, N {n}{f', K {k}' if has_k(row) else ''}, {impl}"

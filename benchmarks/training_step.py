@@ -33,7 +33,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import get_peft_model
@@ -43,7 +43,7 @@ from transformers import PreTrainedModel, Trainer
 from benchmarks.gpu.__main__ import results_folder
 from benchmarks.harness import Call, Measured, environment, measure, version, why
 from benchmarks.step_model import adapter, data_of, new_model, words_of
-from benchmarks.step_report import Run, Shape, goal_met, phases_text, rows_of, table_of
+from benchmarks.step_report import Run, Shape, goal_met, phases_text, rows_of, runs_of, table_of
 from benchmarks.step_sections import SECTIONS, Bench, OutOfTime, within
 from duet import DuetConfig, DuetTrainer
 from duet.config import CHECKPOINTING
@@ -282,8 +282,25 @@ def phases(name: str, arguments: argparse.Namespace, where: dict[str, str], dead
     text = phases_text(name, SHAPES[name], rows)
     print(text, end="\n\n", flush=True)
     if not arguments.no_write:
-        (folder / f"training_step_{name}.md").write_text(_head(where, dtype) + "\n\n" + text + "\n")
+        (folder / f"training_step_{name}.md").write_text(_sections_page(where, dtype, text))
     return rows
+
+
+def redrawn(folder: pathlib.Path) -> None:
+    """The pages of the rows that lie in a folder; nothing is measured."""
+    for path in sorted(folder.glob("training_step*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        where, dtype = rows[0], getattr(torch, rows[0]["dtype"])
+        if rows[0]["op"] == "training_step":
+            trl = next((row["provider_version"] for row in rows if row["variant"] == "TRL SDFT"), None)
+            on_gpu = bool(where.get("driver"))
+            texts = [table_of(name, done, on_gpu)[0] for name, done in runs_of(rows).items()]
+            path.with_suffix(".md").write_text(_page(where, dtype, trl, texts))
+        else:
+            name = rows[0]["shape"]
+            path.with_suffix(".md").write_text(
+                _sections_page(where, dtype, phases_text(name, SHAPES[name], rows))
+            )
 
 
 def _folder(arguments: argparse.Namespace) -> pathlib.Path:
@@ -296,11 +313,35 @@ def _dtype(arguments: argparse.Namespace) -> torch.dtype:
     )
 
 
-def _head(where: dict[str, str], dtype: torch.dtype) -> str:
+# What a step is, in either kind of page: numbers of one are not to be set beside numbers of the other.
+ALTERNATING = (
+    "A step is a batch, the trainer's `training_step` and the optimizer's: objective `duet_forward_kl`, forget rows alone, no "
+    "autocast, no clipping of gradients, no schedule, no callbacks. All variants take turns in one process, 7 steps each unless "
+    "`--rounds` says otherwise. The pages `training_step_*.md` time another step, a whole one of `DuetTrainer.train()`."
+)
+WHOLE = (
+    "A step is a whole one of `DuetTrainer.train()`, from the data loader to the callbacks at its end: objective `duet` (Huber on raw "
+    "logits), forget and retain rows, on a GPU autocast to bf16, with clipping of gradients and a schedule. One section after the "
+    "other, the median of 3 steps unless `--steps` says otherwise. `training_step.md` times another step; of the 1b shape "
+    "with the same batch, tokens, positions and no checkpointing either: the bare `training_step` of `duet_forward_kl`, whose variants take turns. So their times differ, and only "
+    "numbers of one page are comparable."
+)
+
+
+def _head(where: dict[str, str], dtype: torch.dtype, trl: str | None, how: str) -> str:
     return (
-        f"{where['device']}, torch {where['torch']}, trl {version('trl')}, {str(dtype).removeprefix('torch.')}, commit "
-        f"{where['commit']}; LoRA r = 16 on all linear layers, AdamW; `make bench-step`. Answers are given: nobody generates."
+        f"{where['device']}, torch {where['torch']}, {f'trl {trl}, ' if trl else ''}{str(dtype).removeprefix('torch.')}, "
+        f"commit {where['commit']}; LoRA r = 16 on all linear layers, AdamW; `make bench-step`. Answers are given: nobody "
+        f"generates.\n\n{how}"
     )
+
+
+def _page(where: dict[str, str], dtype: torch.dtype, trl: str | None, sections: Sequence[str]) -> str:
+    return "\n\n".join([_head(where, dtype, trl, ALTERNATING), *sections]) + "\n"
+
+
+def _sections_page(where: dict[str, str], dtype: torch.dtype, text: str) -> str:
+    return f"{_head(where, dtype, None, WHOLE)}\n\n{text}\n"
 
 
 def _stop(seconds: float) -> None:
@@ -325,9 +366,15 @@ def main(argv: list[str] | None = None) -> int:
         "--seconds", type=float, default=3600, help="after so many it stops, with what it has"
     )
     parser.add_argument("--sections", action="store_true", help="time and memory by phase, for any shape")
+    parser.add_argument(
+        "--figures", action="store_true", help="only the pages, of the rows that lie in --out"
+    )
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--out", type=pathlib.Path, help="folder; default: results/<device or cpu>")
     arguments = parser.parse_args(argv)
+    if arguments.figures:
+        redrawn(_folder(arguments))
+        return 0
     deadline = time.monotonic() + arguments.seconds
     # A device that does not answer: the process ends, and the rows are in the files.
     timer = threading.Timer(arguments.seconds + 10, _stop, [arguments.seconds])
@@ -373,7 +420,7 @@ def _main(arguments: argparse.Namespace, deadline: float) -> int:
             out = _folder(arguments)
             out.mkdir(parents=True, exist_ok=True)
             (out / "training_step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            (out / "training_step.md").write_text("\n\n".join([_head(where, dtype), *sections]) + "\n")
+            (out / "training_step.md").write_text(_page(where, dtype, version("trl"), sections))
     return 0 if all_met else 1
 
 

@@ -706,7 +706,15 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("the path of a local base is published", "not base or os.path.isdir(base)", "not base",
          "tests/test_user_day.py::test_the_card_names_a_base_of_the_hub_and_no_folder"),
     ],
+    "benchmarks/cases.py": [
+        ("the floor of a sparse loss reads its rows twice", "return rows + dweight", "return 2 * rows + dweight",
+         "tests/test_benchmarks.py::test_floors_count_the_products_that_an_exact_result_needs"),
+    ],
     "benchmarks/report.py": [
+        ("who was measured is called absent", "if (*key, *case_of(row)) in there:", "if False:",
+         "tests/test_benchmarks.py::test_who_was_measured_is_not_called_absent"),
+        ("who is smaller is no better choice", "if not ours or any(o.ms <= row.ms and o.peak_mb <= row.peak_mb for o in ours):", "if not ours or any(o.ms <= row.ms for o in ours):",
+         "tests/test_benchmarks.py::test_the_better_choice_is_one_that_no_row_of_ours_equals"),
         ("an operation where ours failed is left out", "        ours = _best(mine)\n", "        ours = _best(mine)\n        if ours is None:\n            continue\n",
          "tests/test_benchmarks.py::test_the_short_table_says_where_ours_failed"),
     ],

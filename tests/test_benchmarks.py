@@ -9,8 +9,20 @@ import time
 import pytest
 import torch
 
-from benchmarks import anchor, cpu_goals, gather_crossover, harness, plots, readme, report, run, targets
+from benchmarks import (
+    anchor,
+    cpu_goals,
+    gather_crossover,
+    harness,
+    plots,
+    readme,
+    report,
+    run,
+    targets,
+    training_step,
+)
 from benchmarks.cases import DIVERGENCES, LOSSES, OPS, Case, floor_ms, make_inputs, zipf_ids
+from benchmarks.gpu import gate
 from benchmarks.gpu.suite import Sizes
 from benchmarks.harness import Floors, Row
 from benchmarks.presets import PRESETS
@@ -81,11 +93,39 @@ def test_floors_count_the_products_that_an_exact_result_needs():
     assert floor_ms(Case("linear_topk", **shape), floors, "forward") == 10
     sparse = Case("topk_distill_loss", divergence="huber", **shape)
     gathered = 512 * 10 * 100 * 4 / 1e9  # ms at 1000 GB/s
-    assert floor_ms(sparse, floors, "full") == pytest.approx(2 * gathered)
+    assert floor_ms(sparse, floors, "full") == pytest.approx(gathered)
     weight = 10_000 * 100 * 4 / 1e9
     assert floor_ms(dataclasses.replace(sparse, trainable=True), floors, "full") == pytest.approx(
-        2 * gathered + weight
+        gathered + weight
     )
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("divergence", ["huber", "forward_kl"])
+@pytest.mark.parametrize("impl", ["gather", "gather chunks"])
+def test_a_rival_that_makes_only_the_k_logits(impl, divergence, trainable):
+    case = Case("topk_distill_loss", n=300, d=512, v=600, k=16, divergence=divergence, trainable=trainable)
+    (rival,) = (p for p in chosen([f"torch/{impl}"]) if p.takes(case))
+    assert not rival.takes(dataclasses.replace(case, divergence="forward_kl/tail"))
+    verdict = run.verdict_of(rival, case, CPU)  # of 300 tokens 128 are gathered at a time
+    assert verdict.green and verdict.error < 1e-5, verdict
+    inputs = make_inputs(dataclasses.replace(case, n=8), CPU)
+    unread = torch.ones(case.v, dtype=torch.bool).index_fill(0, inputs.teacher.indices.flatten(), False)
+    assert unread.any()
+    with torch.no_grad():
+        inputs.weight[unread] = torch.nan
+    loss = rival.build(case)(inputs)
+    assert loss.isfinite() and torch.autograd.grad(loss, inputs.hidden)[0].isfinite().all()
+
+
+def test_the_anchor_measures_the_rivals_and_compiles_first_what_is_compiled(monkeypatch):
+    names = {p.label for p in anchor.providers_of(quick=False)["others"]}
+    assert {"torch gather", "torch gather compile", "torch gather chunks"} <= names
+    called = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(anchor, "call_of", lambda provider, *_: lambda: called.append(provider.label))
+    anchor.compile_cases([CASE], "cpu", quick=True)
+    assert {"torch compile", "torch gather compile"} <= set(called) and "torch gather" not in called
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -216,11 +256,82 @@ def test_comparison_finds_the_faster():
 
 def test_a_peer_that_was_measured_at_another_commit_says_so():
     peer = dataclasses.replace(fake("liger", "JSD", 9.0, 1.0), provider_version="0.8", commit="old")
-    assert "liger 0.8 (measured at old), commit c" in report.where([fake("torch", "eager", 9.0, 1.0), peer])
     compiled = dataclasses.replace(fake("torch", "compile", 9.0, 1.0), commit="old")
-    assert "torch compile (measured at old), commit c" in report.where(
-        [fake("torch", "eager", 9.0, 1.0), compiled]
+    rows = [fake("torch", "eager", 9.0, 1.0), peer, compiled]
+    assert "liger 0.8, commit c" in report.where(rows)
+    assert "Measured at c: torch eager; old: liger, torch compile." in report.tables(rows)
+    assert report.measured_at(rows[:1]) == []
+    again = dataclasses.replace(compiled, commit="c", op="linear_topk")
+    said = "c: torch compile (`linear_topk`), torch eager; old: liger, torch compile (`topk_distill_loss`)."
+    assert said in report.measured_at([*rows, again])[1]
+
+
+def test_clocks_have_names():
+    row = dataclasses.replace(
+        fake("torch", "eager", 9.0, 1.0), driver="5", clocks="345 MHz, 3201 MHz, 1980 MHz"
     )
+    said = "clocks when the run began: SM 345 MHz (at most 1980 MHz), memory 3201 MHz"
+    assert f"driver 5, {said}, torch t" in report.where([row])
+    assert said in gate.page({"device": "d", "clocks": row.clocks}, [])
+
+
+def test_who_was_measured_is_not_called_absent():
+    absent = {"ms": None, "status": "absent: liger_kernel is not installed"}
+    ran = fake("liger", "JSD", 9.0, 1.0)
+    gone = dataclasses.replace(ran, **absent)
+    assert report.absences([ran, gone]) == []
+    (line,) = report.absences([ran, dataclasses.replace(gone, head="trainable")])[3:]
+    assert "liger JSD (`topk_distill_loss` huber, trainable head" in line and line.endswith(
+        "is not installed"
+    )
+    assert report.absences([gone])[3:] == ["* liger JSD (`topk_distill_loss`): liger_kernel is not installed"]
+
+
+def test_a_generalised_jsd_says_that_it_is_forward_kl():
+    row = dataclasses.replace(fake("liger", "chunked JSD", 9.0, 1.0), divergence="forward_kl")
+    assert "| liger chunked JSD at beta 0, forward KL | 9 (" in report.tables([row])
+    assert "beta" not in report.called(dataclasses.replace(row, divergence="jsd"))
+
+
+def test_what_a_smaller_workspace_costs():
+    sizes = ("triton 256 MiB", 256, 30.1, 379.0), ("triton", 2236, 27.2, 2134.0)
+    rows = [
+        dataclasses.replace(fake("duet_kernels", impl, ms, mib), workspace_mb=mb)
+        for impl, mb, ms, mib in sizes
+    ]
+    head, _, line = report.workspaces(rows)
+    assert head == "| | 256 MiB | 2236 MiB, the default |"
+    assert line.endswith("| 30.1 ms, 379 MiB | 27.2 ms, 2134 MiB |")
+    assert report.workspaces(rows[:1]) == []
+
+
+def test_the_better_choice_is_one_that_no_row_of_ours_equals():
+    ours = [fake("duet_kernels", "triton", 27.0, 2000.0), fake("duet_kernels", "triton 256 MiB", 30.0, 400.0)]
+    smaller, faster = fake("liger", "CE", 29.0, 100.0), fake("torch", "compile", 20.0, 6000.0)
+    worse = fake("torch", "eager", 35.0, 12000.0), fake("torch", "row chunks", 31.0, 400.0)
+    lines = report.better_elsewhere([*ours, smaller, faster, *worse])[2:]
+    assert [line.split(" | ")[1].split(":")[0] for line in lines] == ["torch compile", "liger CE"]
+    assert lines[0].endswith("| 0.741 × 27 ms | 15 × 400 MiB |")
+    assert "| 1.07 × 27 ms (within the spread) | 0.25 × 400 MiB |" in lines[1]
+    assert report.better_elsewhere([*ours, *worse]) == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "nvidia-h200"])
+def test_pages_say_what_their_rows_say(device, tmp_path, capsys):
+    folder = readme.RESULTS / device
+    for path in folder.glob("*.jsonl"):
+        (tmp_path / path.name).write_text(path.read_text())
+    made = [path.with_suffix(".md").name for path in folder.glob("training_step*.jsonl")]
+    training_step.redrawn(tmp_path)
+    (tmp_path / "bench.md").write_text(report.tables(harness.read_rows(folder / "bench.jsonl")) + "\n")
+    made.append("bench.md")
+    if (folder / "gate.jsonl").exists():
+        where, *rows = map(json.loads, (folder / "gate.jsonl").read_text().splitlines())
+        (tmp_path / "gate.md").write_text(gate.page(where, rows))
+        anchor.main(["--figures", "--out", str(tmp_path), "--gate", gate.colour(rows)])
+        made += ["gate.md", "kernels.md", "targets.md"]
+    for name in made:
+        assert (tmp_path / name).read_text() == (folder / name).read_text(), name
 
 
 def test_the_table_sets_everyone_against_ours():
@@ -275,6 +386,12 @@ def test_the_readme_shows_the_largest_case_of_every_device(tmp_path, monkeypatch
     plots.draw_all(rows, folder)
     text = readme.device_block(on_cpu=True)
     assert "N = 256" in text and "N = 64" not in text
+    older = dataclasses.replace(rows[-1], commit="older")
+    (folder / "bench.jsonl").write_text("".join(row.to_json() + "\n" for row in [*rows[:-1], older]))
+    at = "Measured at c: duet_kernels, torch eager, trl (`topk_distill_loss`); older: trl (`topk_distill_loss`)."
+    assert f"\n\n{at}\n" in readme.device_block(on_cpu=True)
+    assert f"(results/cpu/bench.md). {at}\n" in readme.device_block(on_cpu=True, short=True)
+    (folder / "bench.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
     (folder / "gate.md").write_text("")
     statuses = "green", "green", "red", "not run", "needs CUDA"
     lines = [{"commit": "c"}, *({"status": status} for status in statuses)]
@@ -302,6 +419,19 @@ def test_command_line_writes_rows_and_tables_and_compares(tmp_path, capsys):
     capsys.readouterr()
     assert run.main(["--compare", str(out), str(out)]) == 0
     assert f"{len(rows)} rows in both" in capsys.readouterr().out
+    # What is measured anew replaces its earlier row; the others stay, with their commit.
+    earlier = [dataclasses.replace(row, commit="earlier") for row in rows]
+    out.write_text("".join(row.to_json() + "\n" for row in earlier))
+    command[command.index("torch/eager")] = "torch/gather"
+    assert run.main([*command, "--out", str(out), "--keep"]) == 0
+    now = harness.read_rows(out)
+    commits = {(row.impl, row.divergence): row.commit for row in now if row.ms is not None}
+    assert commits.pop(("gather", "huber")) == commits.pop(("chunked", "huber")) != "earlier"
+    assert commits["eager", "huber"] == "earlier" and len(now) == len(rows) + 2
+    assert "earlier: torch eager" in out.with_suffix(".md").read_text()
+    out.write_text(dataclasses.replace(earlier[0], device="another").to_json() + "\n")
+    with pytest.raises(SystemExit, match="are of another, torch"):
+        run.main([*command, "--out", str(out), "--keep"])
 
 
 def test_cpu_goals_fail_when_a_goal_is_missed():
@@ -323,7 +453,7 @@ def test_cpu_goals_write_their_rows_and_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["cpu_goals", "--rounds", "3"])
     assert cpu_goals.main() in (0, 1)  # at this size the goals say nothing
     rows = harness.read_rows(tmp_path / "goals.jsonl")
-    assert [row.op for row in rows] == 3 * ["topk_distill_loss"] + 2 * ["linear_topk"]
+    assert [row.op for row in rows] == 4 * ["topk_distill_loss"] + 2 * ["linear_topk"]
     assert (tmp_path / "goals.md").read_text().strip() in capsys.readouterr().out
 
 
@@ -429,7 +559,7 @@ def test_each_figure_has_its_unit_and_is_met_or_not():
     }  # fmt: skip
     assert ratio.value(by_key, kernels) == pytest.approx(13 / 12)
     lines, counted = targets.table([ratio, *(first[u] for u in values)], rows, kernels)
-    cells = {line.split(" | ")[2]: line.split(" | ")[3] for line in lines[2:]}
+    cells = {f"{cells[1]} ({cells[2]})": cells[3] for cells in (line.split(" | ") for line in lines[2:])}
     assert {f.measure for f in wanted if f.unit == "x G"} == {"x G", "x 2 G", "x 3 G", "x 4 G"}
     assert cells["1.08 x G (<= 1.12)"] == "met" and cells["4 ms (<= 3.5)"] == "NOT MET"
     assert cells["4.2 TB/s (>= 3.8)"] == "met" and counted == "5 met, 1 NOT MET, 0 not measured"

@@ -75,6 +75,29 @@ def test_the_text_has_every_phase_and_section(measured):
     assert goal_met(row) and "| 17.80 (–) | <= 22 GiB: yes |" in phases_text("8b", TINY, [row])
 
 
+def test_the_same_work_of_two_sections_is_set_side_by_side():
+    about = {"section": "live", "status": "ok", "positions": "answer", "checkpointing": False, "nf4": False}
+    about |= {
+        "op": "training_step_phases",
+        "batch": 2,
+        "cached": False,
+        "goal_gib": None,
+        "gib": {},
+        "hash_s": 0.1,
+    }
+    about |= {"student_tokens": 8, "teacher_tokens": 8, "n": 8, "loss_share": 0.1}
+    live = about | {"step_ms": 212.0, "ms": {"teacher forward": 40.0, "student forward": 100.0, "clip": 60.0}}
+    stored = {
+        "section": "cached",
+        "cached": True,
+        "step_ms": 134.0,
+        "ms": {"student forward": 90.0, "clip": 30.0},
+    }
+    said = "They took 160 and 120 ms for it: 40 of the 78 ms between their steps are not the teacher's."
+    assert said in phases_text("tiny", TINY, [live, live | stored])
+    assert said not in phases_text("tiny", TINY, [live, live | stored | {"batch": 4}])
+
+
 def test_time_is_kept_and_what_was_measured_stays(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     quick, slow = Section("quick", "first", False), Section("slow", "first", False)

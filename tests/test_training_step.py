@@ -84,6 +84,8 @@ PARTS |= {"loss_of_TRL_SDFT": 150}
 def test_the_ideal_and_the_shares():
     facts = made_up(TINY, cached_teacher=100, **PARTS).facts()
     assert facts["ideal"] == pytest.approx(1.6) and facts["ideal with head"] == pytest.approx(1.8)
+    text, _ = table_of("tiny", made_up(TINY, cached_teacher=100, **PARTS), on_gpu=False)
+    assert "112% reached" in text and "more than 100% of it is possible" in text
     assert facts["reached"] == pytest.approx(1.8) and facts["fraction with head"] == pytest.approx(1)
     assert facts["loss share"] == pytest.approx(0.04)
     assert facts["loss share by difference"] == pytest.approx(0.03)

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.gpu import conduct, correctness, limits
 from benchmarks.gpu.suite import Check, Skip, Suite
-from benchmarks.harness import answers, environment
+from benchmarks.harness import answers, clocks_in_words, environment
 from duet_kernels.testing import Error
 
 SHARED = 0.75  # of the time for checks that run side by side; the rest is for those that need the GPU alone
@@ -246,6 +246,14 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def page(where: dict[str, str], rows: list[dict[str, Any]]) -> str:
+    """gate.md: where it was, with the names that its numbers need, and the summary."""
+    named = {name: f"{name} {value}" for name, value in where.items() if name != "device"}
+    if "clocks" in where:
+        named["clocks"] = clocks_in_words(where["clocks"])
+    return f"{', '.join([where['device'], *named.values()])}\n\n{summary(rows)}\n"
+
+
 def run(arguments: argparse.Namespace, out: pathlib.Path, seconds: float) -> str:
     """The gate's colour; its rows are in gate.jsonl."""
     suite = Suite(torch.device(arguments.device), arguments.quick)
@@ -277,7 +285,7 @@ def run(arguments: argparse.Namespace, out: pathlib.Path, seconds: float) -> str
     result = colour(rows)
     text = summary(rows)
     print(text)
-    (out / "gate.md").write_text(f"{', '.join(where.values())}\n\n{text}\n")
+    (out / "gate.md").write_text(page(where, rows))
     if result == RED and noise:
         print("\nthe workers' last words:\n" + noise[-4000:])
     other = len(rows) - counts[GREEN] - counts[RED] - counts[NOT_RUN]
