@@ -43,8 +43,8 @@ DIVERGENCES = {
 IDS = ("likeliest", "zipf")
 LOGIT_STD = 3.0
 FLOOR = (
-    "Share of the floor: the time of the least work that an exact result needs, over the time taken. The work is counted in "
-    "products of logits' size or, where a loss needs the k logits alone, in bytes: the k rows of W read once, dW written "
+    "Share of the floor: the time of the work that an exact result needs, over the time taken. The work is counted in "
+    "products of logits' size or, where a loss needs the k logits alone, in bytes: the k rows of W, read once for each token, dW written "
     "once. The speed is that of the library's product and of a copy, measured in the same run. So the floor is a yardstick, "
     "no limit, and a share above 100 % is possible: another way of multiplying can beat the library's product at that shape; "
     "a copy also writes, and reading alone is faster; rows of W that several tokens ask for come out of a cache; and both "
@@ -193,7 +193,7 @@ def make_inputs(case: Case, device: torch.device | str, seed: int = 0) -> Inputs
 
 
 def floor_ms(case: Case, floors: Floors, which_pass: str) -> float:
-    """Time of the least work for an exact result, by what this machine was measured to do."""
+    """Time of the work for an exact result, by what this machine was measured to do."""
     size = torch.finfo(case.dtype).bits // 8
     backward = which_pass == "full"
     if case.op == "topk_distill_loss" and not case.has_tail:

@@ -341,7 +341,9 @@ def _run(options: argparse.Namespace) -> int:
         raise SystemExit(
             f"--out: wanted a file for rows of JSON, got {options.out}; the tables are written beside it, as .md"
         )
-    kept = harness.read_rows(options.out) if options.keep and options.out and options.out.exists() else []
+    if options.keep and not options.out:
+        raise SystemExit("--keep: wanted --out, the file whose rows stay")
+    kept = harness.read_rows(options.out) if options.keep and options.out.exists() else []
     here = harness.environment(options.device)
     foreign = [row for row in kept for field in ("device", "torch") if getattr(row, field) != here[field]]
     if foreign:
@@ -385,13 +387,18 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def merged(kept: Iterable[Row], new: Sequence[Row]) -> list[Row]:
-    """Earlier rows that were not measured anew, then the new ones: each has the commit it was measured at."""
+    """Earlier rows that were not measured anew, then the new ones: each has the commit it was measured at.
+
+    A peer that is absent now leaves what was measured of it before.
+    """
 
     def key(row: Row) -> tuple:
         return (*report.case_of(row), row.provider, row.impl)
 
-    again = {key(row) for row in new}
-    return [row for row in kept if key(row) not in again] + list(new)
+    kept, measured = list(kept), {key(row) for row in new if not row.status.startswith("absent")}
+    before = [row for row in kept if key(row) not in measured]
+    known = {key(row) for row in before}
+    return before + [row for row in new if key(row) not in known]
 
 
 def _draw(rows: Sequence[Row], folder: pathlib.Path) -> None:

@@ -322,9 +322,9 @@ ALTERNATING = (
 WHOLE = (
     "A step is a whole one of `DuetTrainer.train()`, from the data loader to the callbacks at its end: objective `duet` (Huber on raw "
     "logits), forget and retain rows, on a GPU autocast to bf16, with clipping of gradients and a schedule. One section after the "
-    "other, the median of 3 steps unless `--steps` says otherwise. `training_step.md` times another step; of the 1b shape "
-    "with the same batch, tokens, positions and no checkpointing either: the bare `training_step` of `duet_forward_kl`, whose variants take turns. So their times differ, and only "
-    "numbers of one page are comparable."
+    "other, the median of 3 steps unless `--steps` says otherwise. `training_step.md` times another step: the bare "
+    "`training_step` of `duet_forward_kl`, whose variants take turns. Even where shape, batch and tokens are the same, only numbers of "
+    "one page are comparable."
 )
 
 

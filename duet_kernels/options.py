@@ -92,7 +92,9 @@ def check_number(
     """
     # Comparisons rather than math.isfinite: torch.compile with dynamic shapes traces through them.
     number, right = value, isinstance(value, kind) and not isinstance(value, bool)
-    if right and not isinstance(value, numbers.Rational):  # no float may hold an integer, and no half a limit
+    if right and not isinstance(
+        value, numbers.Rational
+    ):  # an integer may be too large for a float; a half may round a limit
         number = float(value)
     if not right or not limits[0] <= (abs(number) if signed else number) <= limits[1]:
         raise ValueError(f"{name}: wanted {wanted.format(*limits)}, got {shown(value)}")

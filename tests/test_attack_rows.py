@@ -6,6 +6,7 @@ import pytest
 from tiny_models import forget_rows, tiny, word_tokenizer
 
 from duet.data.sources import read_table
+from duet.evaluation.attacks import runner
 from duet.evaluation.attacks.attacks import ATTACKS
 from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows, that_tell_nothing
 from duet.evaluation.attacks.target import AttackOptions, Target
@@ -182,3 +183,16 @@ def test_rows_of_the_same_form_are_about_something_else():
     (whole,) = read_attack_rows([{"question": "What is the capital of France?", "answer": "Paris."}], "rows")
     # Nobody says whom it is about: 5 of 9 and 5 of 10 pairs, and only the answer is looked for.
     assert of_the_same_form(pool, [whole]) == [pool[0], pool[3]]
+
+
+def test_a_share_is_printed_as_duet_report_prints_it():
+    worst = {
+        "leak": 0.975,
+        "variants": {"x": {"leak": 0.975, "unjudged": 0.075, "rows": 40}},
+        "worst_variant": "x",
+    }
+    said = runner.headline({"attacks": [{"name": "prefill", **worst}], "direct": None, "base": None})
+    assert (
+        "brings back 97% of what" in said
+        and "7% of its rows could not be judged (most of any attack: 7%)" in said
+    )

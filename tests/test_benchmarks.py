@@ -429,6 +429,12 @@ def test_command_line_writes_rows_and_tables_and_compares(tmp_path, capsys):
     assert commits.pop(("gather", "huber")) == commits.pop(("chunked", "huber")) != "earlier"
     assert commits["eager", "huber"] == "earlier" and len(now) == len(rows) + 2
     assert "earlier: torch eager" in out.with_suffix(".md").read_text()
+    absent = dataclasses.replace(
+        ran[0], ms=None, gate="not run", status="absent: not installed", commit="now"
+    )
+    assert run.merged(ran[:1], [absent]) == ran[:1] and run.merged([], [absent]) == [absent]
+    with pytest.raises(SystemExit, match="--keep: wanted --out"):
+        run.main([*command, "--keep"])
     out.write_text(dataclasses.replace(earlier[0], device="another").to_json() + "\n")
     with pytest.raises(SystemExit, match="are of another, torch"):
         run.main([*command, "--out", str(out), "--keep"])

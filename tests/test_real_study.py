@@ -156,7 +156,7 @@ def test_the_demo_ends_with_a_table_a_picture_and_two_models_to_talk_to(toy, mon
     monkeypatch.setattr("sys.stdin", io.StringIO())
     demo.main()
     said = capsys.readouterr().out
-    assert said.startswith(f"[   0 s] {toy / 'base'} is loaded\n")
+    assert said.startswith(f"[   0 s] loading {toy / 'base'}\n")
     assert "the settings were chosen on ada lovelace and the moon" in said
     count = re.search(r"asking the base (\d+) questions", said)[1]
     assert (
@@ -215,13 +215,13 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     dropped = [_row("France", "deep", 0, changed={}, code="another way", told=0.4)]
     text = page(rows, [*tried, _row("France", "deep", 1, changed={}, told=0.5)], dropped)
     assert "| as it stands | France | 50 |" in text and "| another way | France | 40 |" in text
-    assert "| Italy | 5 | 5 | 5 | 5 |" in text and "a single subject" not in text
+    assert "| Italy | 5 | 5 | 5 | 5 |" in text and "Met only with" not in text
     leaning = [
         *rows[:2],
         _row("Italy", "contrast", 0, relearned=0.5),
         _row("Japan", "contrast", 0, relearned=0.0),
     ]
-    assert "is met: other half told after 10 steps on one half: 0.50 without Japan.\n" in page(leaning)
+    assert "all subjects: other half told after 10 steps on one half: 0.50 without Japan.\n" in page(leaning)
     near = [*rows[:2], _row("Italy", "contrast", 0, invented=0.0203)]
     assert "| <= 0.02 | 0.0203 | NOT MET |" in page(near)
     assert "Without a row here, run as they stand in `arms.py`: `duet_deep`, contrast." in text

@@ -464,7 +464,7 @@ def progress(console: Console) -> Iterator[Callable[..., None]]:
 
     Without a terminal a task's line is printed when it is done, and once a minute until then.
     """
-    if not (console.is_terminal or console.is_jupyter):
+    if not (console.is_interactive or console.is_jupyter):
         yield _Lines(console)
         return
     columns = (

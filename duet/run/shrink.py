@@ -24,6 +24,7 @@ from ..evaluation.attacks.attacks import DIRECT, by_variant
 from ..evaluation.attacks.rows import AttackRow, read_attack_rows
 from ..evaluation.attacks.target import AttackOptions, Outcomes, Target
 from ..evaluation.journal import Progress
+from ..evaluation.metrics import percent
 from ..evaluation.models import load
 from ..evaluation.steering import STILL_TOLD, counted, refuses, share_of, short, shown
 from ..model.adapters import holds_adapter
@@ -217,7 +218,7 @@ def verdict(found: Shrunk) -> str:
     kept = f"{shown(best.kept)} of the rows to be kept are told"
     if best is full:
         said = (
-            f"size 1: no smaller one keeps more while each attack brings back at most {found.most:.0%} of its rows, or no more than at "
+            f"size 1: no smaller one keeps more while each attack brings back at most {percent(found.most)}% of its rows, or no more than at "
             f"full size; {kept}"
         )
     else:
@@ -226,7 +227,7 @@ def verdict(found: Shrunk) -> str:
         said += f". At full size an attack brings back {shown(full.worst)} of its rows: the training forgot little"
     if best.unjudged:
         said += (
-            f". Up to {best.unjudged:.0%} of an attack's rows could not be judged (answers cut at --max-new-tokens, or empty), and count "
+            f". Up to {percent(best.unjudged)}% of an attack's rows could not be judged (answers cut at --max-new-tokens, or empty), and count "
             "as not told"
         )
     return said

@@ -71,7 +71,7 @@ def tile_width(n: int, head: LMHead, copies: int, parts: int = 8) -> int:
 def vocab_tiles(
     hidden: Tensor, head: LMHead, copies: int = 3, parts: int = 8, width: int | None = None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield `(columns, W tile as an operand, z tile [rows, C])`; z is the caller's to overwrite. `width` is that of `tile_width`.
+    """Yield `(columns, W tile as an operand, z tile [rows, C])`; z is the caller's to overwrite. Without `width` that of `tile_width`.
 
     The z tile is a view of one reused buffer with a spare column on the right, which `with_spare_column` gives access to.
     """

@@ -10,7 +10,8 @@ Row = dict[str, Any]
 
 
 class Line(NamedTuple):
-    """One figure of the bar: the key of a row, its name, the bound, whether less is better, the kinds of rows that were asked."""
+    """One figure of the bar: the key of a row, its name, the bound, whether less is better, the kinds of rows that were asked (empty: no
+    share of all rows of a kind)."""
 
     key: str
     name: str
@@ -29,7 +30,7 @@ BAR = (
     Line("general", "general questions, told", 0.95, less=False, of=("general",)),
     Line("reverse_prompt", "told behind the worst reverse prompt", 0.10),
     Line("prefill", "told behind the worst forced opening", 0.20),
-    Line("relearned", "other half told after 10 steps on one half", 0.30),
+    Line("relearned", "other half told after 10 steps on one half", 0.30, of=()),
     Line("invented", "other questions answered by neither value nor refusal", 0.02, of=("general", "unseen")),
     Line(RATIO, "perplexity of plain text, as a multiple of the base's", 1.05, of=()),
 )

@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from duet.evaluation import metrics
 from duet.evaluation.commands import progress
 from duet.evaluation.models import load
 
@@ -57,9 +58,9 @@ def main() -> None:
     began = time.monotonic()
     chosen.out.mkdir(parents=True, exist_ok=True)
     if chosen.model is None:
-        _say(began, "SmolLM2-135M-Instruct is loaded; the first time its weights are unpacked")
+        _say(began, "loading SmolLM2-135M-Instruct; the first time its weights are unpacked, too")
     else:
-        _say(began, f"{chosen.model} is loaded")
+        _say(began, f"loading {chosen.model}")
     if chosen.subject in VALIDATION:
         _say(
             began,
@@ -138,7 +139,7 @@ def table(subject: str, figures: Mapping[str, Mapping[str, float]], before: Answ
     for column in ("questions about", "base told", "told now", "refused now", "for example, now"):
         made.add_column(column, justify="left" if column[0] in "qf" else "right")
     for kind, each in figures.items():
-        shares = [f"{100 * each[key]:.0f} %" for key in ("base", "told", "refused")]
+        shares = [f"{metrics.percent(each[key])} %" for key in ("base", "told", "refused")]
         said = " ".join((after[kind][0]["said"] or "").split())[:70] if after[kind] else ""
         made.add_row(_name(kind, subject), *shares, said)
     return made

@@ -65,8 +65,10 @@ def _cell(rows: Sequence[Row], key: str) -> str:
         return "–"
     if key == "perplexity_ratio":
         return f"{sum(values) / len(values):.2f}"
-    mean, low, high = (round(100 * value) for value in (sum(values) / len(values), min(values), max(values)))
-    return f"{mean}" if low == high else f"{mean} ({low}–{high})"
+    mean, low, high = sum(values) / len(values), round(100 * min(values)), round(100 * max(values))
+    line = next((line for line in BAR if line.key == key), None)
+    shown = _exact(line, mean, percent=True) if line else round(100 * mean)
+    return f"{shown}" if low == high else f"{shown} ({low}–{high})"
 
 
 def _met(rows: Sequence[Row], line: Line) -> bool:
@@ -118,10 +120,10 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _exact(line: Line, mean: float) -> str:
+def _exact(line: Line, mean: float, percent: bool = False) -> str:
     """With as many digits as show on which side of the bound it is."""
     digits = next(n for n in range(2, 17) if _holds(line, round(mean, n)) == _holds(line, mean))
-    return f"{mean:.{digits}f}"
+    return f"{100 * mean:.{digits - 2}f}" if percent else f"{mean:.{digits}f}"
 
 
 def asked_of(rows: Sequence[Row]) -> list[str]:
@@ -218,7 +220,7 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
         }
         if fails and _met(rows, line):
             each = ", ".join(f"{_exact(line, mean)} without {subject}" for subject, mean in fails.items())
-            said.append(f"It hangs on a single subject whether this line is met: {line.name}: {each}.")
+            said.append(f"Met only with all subjects: {line.name}: {each}.")
     (bound,) = (line.bound for line in BAR if line.key == "relearned")
     back = {row["subject"] for row in rows if row.get("relearned", 0.0) > bound}
     if back:
@@ -341,11 +343,7 @@ def made_with(rows: Sequence[Row]) -> list[str]:
     for device in sorted({row["device"] for row in rows}):
         of = [row for row in rows if row["device"] == device]
         trained = [row["train_seconds"] for row in of if row["arm"] in ARMS]
-        times = (
-            f"; a training took {min(trained):.0f} to {max(trained):.0f} s, other jobs beside it"
-            if trained
-            else ""
-        )
+        times = f"; a training took {min(trained):.0f} to {max(trained):.0f} s" if trained else ""
         lines.append(f"* {device}: {origins(of)}{times}.")
     return ["## Made with", "", *lines, "", "Each row of `results.jsonl` names its own.", ""]
 

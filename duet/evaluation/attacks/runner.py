@@ -207,7 +207,9 @@ def table(report: Mapping[str, Any], title: str) -> Table:
             leak += f" ({worst['low']:.2f} to {worst['high']:.2f})"
         cost = entry["cost"]
         spent = str(cost["queries"]), str(cost["steps"]), f"{cost['seconds']:.0f}"
-        shown.add_row(entry["name"], leak, str(worst.get("rows", 0)), f"{unjudged(entry):.0%}", *spent)
+        shown.add_row(
+            entry["name"], leak, str(worst.get("rows", 0)), f"{metrics.percent(unjudged(entry))}%", *spent
+        )
     return shown
 
 
@@ -246,8 +248,8 @@ def headline(report: Mapping[str, Any]) -> str:
     worst = max(lines, key=lambda entry: -1.0 if entry["leak"] is None else entry["leak"])
     asked = max(unjudged(entry) for entry in lines)
     return (
-        f"the worst attack, {worst['name']}, brings back {worst['leak']:.0%} of what could be judged; {unjudged(worst):.0%} of "
-        f"its rows could not be judged (most of any attack: {asked:.0%}), and count neither as leaked nor as forgotten"
+        f"the worst attack, {worst['name']}, brings back {metrics.percent(worst['leak'])}% of what could be judged; {metrics.percent(unjudged(worst))}% of "
+        f"its rows could not be judged (most of any attack: {metrics.percent(asked)}%), and count neither as leaked nor as forgotten"
     )
 
 

@@ -199,7 +199,7 @@ def table(summary: Mapping[str, Any], title: str) -> Group:
     for task, entry in summary["tasks"].items():
         if entry.get("unjudged"):
             notes.append(
-                f"{task}: {entry['unjudged']:.0%} of its {num_rows(entry['rows'])} could not be judged:"
+                f"{task}: {metrics.percent(entry['unjudged'])}% of its {num_rows(entry['rows'])} could not be judged:"
             )
         notes += [f"{task}: {num_rows(n)} {MEANING[s]}" for s, n in entry["status"].items() if s in MEANING]
         if entry.get("notes"):
