@@ -712,11 +712,11 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "benchmarks/report.py": [
         ("who was measured is called absent", "if (*key, *case_of(row)) in there:", "if False:",
-         "tests/test_benchmarks.py::test_who_was_measured_is_not_called_absent"),
+         "tests/test_benchmark_pages.py::test_who_was_measured_is_not_called_absent"),
         ("who is smaller is no better choice", "if not ours or any(o.ms <= row.ms and o.peak_mb <= row.peak_mb for o in ours):", "if not ours or any(o.ms <= row.ms for o in ours):",
-         "tests/test_benchmarks.py::test_the_better_choice_is_one_that_no_row_of_ours_equals"),
+         "tests/test_benchmark_pages.py::test_the_better_choice_is_one_that_no_row_of_ours_equals"),
         ("an operation where ours failed is left out", "        ours = _best(mine)\n", "        ours = _best(mine)\n        if ours is None:\n            continue\n",
-         "tests/test_benchmarks.py::test_the_short_table_says_where_ours_failed"),
+         "tests/test_benchmark_pages.py::test_the_short_table_says_where_ours_failed"),
     ],
     "duet/evaluation/report/runs.py": [
         ("of two tasks of one name the last is kept", "if len(suites[name]) > 1}", "if len(suites[name]) > 9}",
