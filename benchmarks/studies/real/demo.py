@@ -32,7 +32,7 @@ SUBJECT = "France"
 # The study's method, with fewer steps and fewer rows to keep in each.
 OPTIONS = {"max_steps": 50, "retain_per_forget": 2.0}
 MOST = 24  # rows of each kind
-AT_ONCE = 8  # questions between two looks at the progress
+AT_ONCE = 32  # questions between two looks at the progress
 KINDS = {
     "forget": "{subject}",
     "seen": "{group} named in training",
