@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.studies.runner import origins
+from duet.evaluation.metrics import percent
 
 from .arms import ARMS, FEW, LABELS, SEEDS, SUBJECTS, VALIDATION
 from .bar import BAR, Line, measured, missing, with_ratios
@@ -65,9 +66,9 @@ def _cell(rows: Sequence[Row], key: str) -> str:
         return "–"
     if key == "perplexity_ratio":
         return f"{sum(values) / len(values):.2f}"
-    mean, low, high = sum(values) / len(values), round(100 * min(values)), round(100 * max(values))
+    mean, low, high = sum(values) / len(values), percent(min(values)), percent(max(values))
     line = next((line for line in BAR if line.key == key), None)
-    shown = _exact(line, mean, percent=True) if line else round(100 * mean)
+    shown = _exact(line, mean, in_percent=True) if line else percent(mean)
     return f"{shown}" if low == high else f"{shown} ({low}–{high})"
 
 
@@ -120,10 +121,10 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _exact(line: Line, mean: float, percent: bool = False) -> str:
+def _exact(line: Line, mean: float, in_percent: bool = False) -> str:
     """With as many digits as show on which side of the bound it is."""
     digits = next(n for n in range(2, 17) if _holds(line, round(mean, n)) == _holds(line, mean))
-    return f"{100 * mean:.{digits - 2}f}" if percent else f"{mean:.{digits}f}"
+    return f"{100 * mean:.{digits - 2}f}" if in_percent else f"{mean:.{digits}f}"
 
 
 def asked_of(rows: Sequence[Row]) -> list[str]:
