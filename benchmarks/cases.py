@@ -44,8 +44,8 @@ IDS = ("likeliest", "zipf")
 LOGIT_STD = 3.0
 FLOOR = (
     "Share of the floor: the time of the work that an exact result needs, over the time taken. The work is counted in "
-    "products of logits' size or, where a loss needs the k logits alone, in bytes: the k rows of W, read once for each token, dW written "
-    "once. The speed is that of the library's product and of a copy, measured in the same run. So the floor is a yardstick, "
+    "products of logits' size or, where a loss needs the k logits alone, in bytes: the k rows of W, read once for each token, "
+    "dW written once. The speed is that of the library's product and of a copy, measured in the same run. So the floor is a yardstick, "
     "no limit, and a share above 100 % is possible: another way of multiplying can beat the library's product at that shape; "
     "a copy also writes, and reading alone is faster; rows of W that several tokens ask for come out of a cache; and both "
     "times scatter."

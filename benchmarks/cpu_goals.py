@@ -1,8 +1,9 @@
 """What the top-k losses cost on a CPU next to full logits: `python -m benchmarks.cpu_goals`.
 
 One shape of a Llama-3 vocabulary (V = 128256, D = 1024, N = 512, K = 64, fp32, frozen head), against what people write
-who have no top-k loss: the divergence of full softmaxes. Beside them what plain torch takes for the same k logits. The correctness gate of `benchmarks.run` comes first; when it
-is red no time is printed. Writes results/cpu/goals.jsonl and goals.md. Exits 1 if a goal is missed.
+who have no top-k loss: the divergence of full softmaxes. Beside them what plain torch takes for the same k logits. The
+correctness gate of `benchmarks.run` comes first; when it is red no time is printed. Writes results/cpu/goals.jsonl and
+goals.md. Exits 1 if a goal is missed.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class UndoOptions:
 
     Attributes:
         undo_alpha: share of noise in the student's first weights, (1 - alpha) theta + alpha beta N.
-        undo_beta: size beta of that noise.
+        undo_beta: size beta of the noise.
         undo_tolerance: training stops when the student's perplexity on retain rows is within this share of the
             teacher's. 0: never.
         undo_check_steps: how many steps lie between two looks at the perplexity on retain rows.

@@ -41,7 +41,7 @@ class SelectivityOptions:
     Attributes:
         repselect_components: how many singular directions of each gradient are collapsed.
         repselect_rank: of the LoRA that learns the forget answers first.
-        repselect_lora_rate: learning rate of that LoRA (0: there is none).
+        repselect_lora_rate: learning rate of the LoRA that learns the forget answers first (0: there is none).
     """
 
     repselect_components: Count = 512

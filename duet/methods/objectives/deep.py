@@ -51,8 +51,8 @@ class DeepOptions(CommonOptions):
         counterfactual_names: what is put in the place of a subject to learn how the model speaks of somebody whom it does
             not know; none of them may be known to it.
         num_counterfactuals: how many of them are drawn for each forget row.
-        deep_refusals: texts that refuse (`{subject}` is replaced), of which each forget row is taught one, drawn once from `seed`,
-            or none at all: the steered base's own refusals are taught then.
+        deep_refusals: texts that refuse (`{subject}` is replaced), of which each forget row is taught one, drawn once from `seed`;
+            without any, the steered base's own refusals are taught.
         refusal_fraction: share of the forget queries that carry a whole refusal rather than the base's own answer.
         recovery_fraction: share of those refusals that follow the first tokens of the base's own answer, a number of tokens drawn
             at each use. Needs `deep_refusals`: the steered base does not refuse in the middle of an answer.
