@@ -51,7 +51,7 @@ def patch_the_language_once_a_launch():
     asks_for_semantic = language.core.builtin(lambda: None).__code__
 
     def interpreted(member):
-        if member.__code__ is asks_for_semantic:  # and finds it
+        if getattr(member, "__code__", None) is asks_for_semantic:  # and finds it
             member = member.__wrapped__
 
         def call(*args, **kwargs):

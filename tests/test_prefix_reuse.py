@@ -1,5 +1,6 @@
 """A live teacher reads every steering prefix once: the same numbers as from whole prompts, and from fewer tokens."""
 
+import inspect
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from duet.data.dataset import Draw
 from duet.methods import reuse
 from duet.methods.reuse import beginnings_of
 from duet.model.lm import find_backbone, hidden_states_at
-from duet.model.prefix_cache import PrefixTable, bytes_per_token, cannot_reuse
+from duet.model.prefix_cache import CACHE_ARGUMENTS, PrefixCache, PrefixTable, bytes_per_token, cannot_reuse
 from duet.model.teacher import AdapterOffTeacher
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -57,7 +58,34 @@ def test_models_that_forget_their_prefix_are_known():
     model = tiny()
     backbone = find_backbone(model)
     backbone.forward = lambda input_ids, attention_mask, use_cache: None
-    assert cannot_reuse(model) == "LlamaForCausalLM takes no past_key_values"
+    assert cannot_reuse(model) == "LlamaForCausalLM takes no cache of keys and values"
+
+
+@pytest.mark.parametrize("theirs", CACHE_ARGUMENTS)
+def test_the_cache_has_another_name_in_other_versions_of_transformers(theirs):
+    model, told = tiny(), []
+    backbone = find_backbone(model)
+    forward = backbone.forward
+    (ours,) = [name for name in CACHE_ARGUMENTS if name in inspect.signature(forward).parameters]
+
+    def renamed(input_ids, attention_mask, position_ids, use_cache, **cache):
+        told.extend(cache)
+        read = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return forward(**read, use_cache=use_cache, **{ours: cache[theirs]})
+
+    known = [p for p in inspect.signature(renamed).parameters.values() if p.name != "cache"]
+    own = inspect.Parameter(theirs, inspect.Parameter.KEYWORD_ONLY)
+    renamed.__signature__ = inspect.Signature([*known, own])
+    prefix, suffix = some(9), some(4)
+    ids = torch.tensor([suffix])
+    places = torch.arange(4)
+    with torch.no_grad():
+        wanted = hidden_states_at(model, torch.tensor([prefix + suffix]), torch.ones(1, 13), 9 + places)
+        backbone.forward = renamed
+        assert cannot_reuse(model) is None
+        states = PrefixCache(model, prefix).hidden_states_at(model, ids, torch.ones_like(ids), places)
+    assert set(told) == {theirs}
+    torch.testing.assert_close(states, wanted, rtol=1e-4, atol=1e-4)
 
 
 OPTIONS = {

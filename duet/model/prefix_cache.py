@@ -22,6 +22,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .lm import base_language_model, find_backbone
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # of a backbone; before transformers 5.24 the second
+
 
 def common_length(sequences: Sequence[list[int]]) -> int:
     """Length of the common beginning of all sequences, at most one less than the shortest: something must remain to read.
@@ -150,8 +152,8 @@ def cannot_reuse(model: nn.Module, in_order: bool = False) -> str | None:
         in_order: whether a copy of one prefix's cache is gone on with (`PrefixCache`), which windows allow.
     """
     name = type(base_language_model(model)).__name__
-    if "past_key_values" not in inspect.signature(find_backbone(model).forward).parameters:
-        return f"{name} takes no past_key_values"
+    if not any(argument in _arguments(model) for argument in CACHE_ARGUMENTS):
+        return f"{name} takes no cache of keys and values"
     usable = {DynamicLayer, DynamicSlidingWindowLayer} if in_order else {DynamicLayer}
     kinds = {kind.__name__ for kind in {type(layer) for layer in _new_cache(model).layers} - usable}
     return f"{name} has layers whose cache is a {', '.join(sorted(kinds))}" if kinds else None
@@ -170,7 +172,13 @@ def _keys_and_values(model: nn.Module, sequences: Sequence[Sequence[int]]) -> li
 def _cache_of(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Any:
     """What the model keeps of sequences of one length."""
     ids = torch.tensor([list(sequence) for sequence in sequences], device=next(model.parameters()).device)
-    return _read(model, ids, torch.ones_like(ids), _new_cache(model), 0).past_key_values
+    cache = _new_cache(model)
+    _read(model, ids, torch.ones_like(ids), cache, 0)
+    return cache
+
+
+def _arguments(model: nn.Module) -> list[str]:
+    return list(inspect.signature(find_backbone(model).forward).parameters)
 
 
 def _new_cache(model: nn.Module) -> DynamicCache:
@@ -178,10 +186,10 @@ def _new_cache(model: nn.Module) -> DynamicCache:
 
 
 def _read(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, start: int | Tensor) -> Any:
-    """The backbone's output; the first token of each row stands at `start`, an int or `[B, 1]`."""
-    backbone = find_backbone(model)
-    extra = {}
-    if "position_ids" in inspect.signature(backbone.forward).parameters:
+    """The backbone's output; the first token of each row stands at `start`, an int or `[B, 1]`. Appends to `cache`."""
+    known = _arguments(model)
+    extra = {next(argument for argument in CACHE_ARGUMENTS if argument in known): cache}
+    if "position_ids" in known:
         places = start + torch.arange(ids.shape[1], device=ids.device)
         extra["position_ids"] = places.expand(len(ids), -1)
-    return backbone(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+    return find_backbone(model)(input_ids=ids, attention_mask=mask, use_cache=True, **extra)
