@@ -40,8 +40,6 @@ class Arm:
         queries_only: it reads no answer of the forget rows.
         main: three seeds on every subject; the others one seed on three subjects.
         shrinks: `duet shrink` follows the training. It reads the wordings of the validation; those of the report are never seen.
-        every_question: all training questions about the subject are forget rows, also those that the base answers wrong or not at
-            all. A method that reads no answer can be given them.
     """
 
     label: str
@@ -50,7 +48,6 @@ class Arm:
     queries_only: bool = True
     main: bool = False
     shrinks: bool = False
-    every_question: bool = False
 
 
 def _steered(objective: str, **others: Any) -> dict[str, Any]:
@@ -91,13 +88,6 @@ ARMS: dict[str, Arm] = {
         _DEEP | _SHRUNK | _CONTRAST,
         "given refusals, half of them behind the beginning of an answer; `adapter_directions: contrast`",
         main=True,
-    ),
-    "thorough": Arm(
-        "`duet_deep`, contrast, every question",
-        _DEEP | _SHRUNK | _CONTRAST,
-        "the same, given all training questions about the subject, also those that the base answers wrong",
-        main=True,
-        every_question=True,
     ),
     "shrunk": Arm(
         "`duet_deep`, shrunk",
@@ -151,7 +141,6 @@ GRID: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     # In the middle of an answer the counterfactual term asks for what a stranger's answer says, the recoveries for a refusal.
     "contrast": ({}, {"counterfactual_weight": 0.0}),
-    "thorough": ({},),
     "npo": ({}, {"learning_rate": 1e-4}),
     "duet": ({}, {"max_steps": 50}),
     "repselect": ({}, {"max_steps": 5}, {"max_steps": 20}),

@@ -107,10 +107,9 @@ def run_job(
         round_weights(base, 8)
     elif job.arm != "base":
         options = options_of(job.arm, questions.group_of(job.subject), changed)
-        rows = rows_of(out, job.subject, "train")
-        if ARMS[job.arm].every_question:
-            rows["forget"] = questions.training_questions(job.subject)
-        student = train(base, tokenizer, rows, options, seed=job.seed, device=device)
+        student = train(
+            base, tokenizer, rows_of(out, job.subject, "train"), options, seed=job.seed, device=device
+        )
         if ARMS[job.arm].shrinks:
             size = {"size": shrink_adapter(student, tokenizer, rows_of(out, job.subject, "validation"))}
         base = student.merge_and_unload() if isinstance(student, PeftModel) else student

@@ -286,12 +286,5 @@ def rows() -> list[dict[str, Any]]:
     return asked + [_row(wordings, value) for wordings, value in GENERAL.items()]
 
 
-def training_questions(subject: str) -> list[dict[str, Any]]:
-    """All questions about a subject in the wordings to train on, without answers."""
-    about = [row for row in rows() if row.get("subject") == subject]
-    texts = [text for row in about for text in (row["question"], row["paraphrases"][0])]
-    return [{"question": text, "subject": subject} for text in texts]
-
-
 def _row(wordings: Sequence[str], value: str) -> dict[str, Any]:
     return {"question": wordings[0], "paraphrases": list(wordings[1:]), "value": value}
