@@ -12,9 +12,9 @@ from learned_models import knowing
 from peft import LoraConfig, get_peft_model
 from tiny_models import forget_rows, retain_rows, word_tokenizer
 
+from benchmarks.studies.real import __main__ as study
 from benchmarks.studies.real import demo, measure, questions
 from benchmarks.studies.real import job as jobs
-from benchmarks.studies.real.__main__ import jobs_of
 from benchmarks.studies.real.arms import ARMS, SUBJECTS, VALIDATION, options_of
 from benchmarks.studies.real.bar import BAR, best, complete, missing
 from benchmarks.studies.real.base_model import base_model
@@ -35,7 +35,7 @@ def test_every_question_has_four_wordings_a_value_and_is_asked_once():
 
 
 def test_the_main_methods_come_first_and_have_every_seed():
-    planned = jobs_of(SUBJECTS, tuple(ARMS), (0, 1))
+    planned = study.jobs_of(SUBJECTS, tuple(ARMS), (0, 1))
     assert len(planned) == len(set(planned))
     main = [name for name, arm in ARMS.items() if arm.main]
     assert [j.arm for j in planned[: len(SUBJECTS)]] == ["base"] * len(SUBJECTS)
@@ -237,6 +237,16 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     assert short[3].startswith("| wanted | | ≤ 10 |") and "≤ 1.05" in short[3] and len(short) == 4
     with pytest.raises(ValueError, match="rows: wanted a row of the base"):
         page([row for row in rows if row["arm"] != "base"])
+
+
+def test_the_page_is_what_the_committed_rows_say(tmp_path, monkeypatch):
+    """Also the rows of one change of the code on several subjects."""
+    written = study.OUT / study.PAGE
+    for file in study.OUT.glob("*.jsonl"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr("sys.argv", ["real", "--report", "--out", str(tmp_path)])
+    study.main()
+    assert (tmp_path / study.PAGE).read_text() == written.read_text()
 
 
 def test_without_the_package_the_base_says_what_to_install(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def main() -> None:
     rows = list(read_rows(chosen.out / RESULTS, job_of).values())
     if rows:
         tried = list(read_rows(chosen.out / TRIED, tried_of).values())
-        dropped = list(read_rows(chosen.out / DROPPED, lambda row: row["code"]).values())
+        dropped = list(read_rows(chosen.out / DROPPED, lambda row: (row["code"], row["subject"])).values())
         (chosen.out / PAGE).write_text(page(rows, tried, dropped))
     print(chosen.out / PAGE if rows else "no row yet")
 
