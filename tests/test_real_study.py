@@ -16,7 +16,7 @@ from benchmarks.studies.real import __main__ as study
 from benchmarks.studies.real import demo, measure, questions
 from benchmarks.studies.real import job as jobs
 from benchmarks.studies.real.arms import ARMS, SUBJECTS, VALIDATION, options_of
-from benchmarks.studies.real.bar import BAR, best, complete, missing
+from benchmarks.studies.real.bar import BAR, RATIO, best, complete, missing, with_ratios
 from benchmarks.studies.real.base_model import base_model
 from benchmarks.studies.real.page import means, page, summary
 from duet import OBJECTIVES, DuetConfig
@@ -79,8 +79,10 @@ def test_a_job_forgets_one_person_and_says_what_the_base_told(toy):
     base = jobs.run_job(jobs.Job("ada lovelace", "base"), **how)
     assert base["told"] == base["seen"] == base["unseen"] == 1.0 and base["refused"] == 0.0
     assert base["prefill"] == 1.0 and set(base["back"]["prefill"]) == set(base["said"])
+    assert base["base_perplexity"] == base["perplexity"]
     rounded = jobs.run_job(jobs.Job("ada lovelace", "int8"), **how)
     assert 0 < abs(rounded["perplexity"] - base["perplexity"]) < 0.1 * base["perplexity"]
+    assert rounded["base_perplexity"] == base["perplexity"]
     changed = {
         "k": 8,
         "max_steps": 12,
@@ -180,10 +182,43 @@ def test_a_cut_answer_without_the_value_counts_as_not_told():
 
 
 def _row(subject, arm, seed, **figures):
-    made = {"commit": "abc", "torch": "2", "transformers": "5", "device": "cpu", "train_seconds": 3.0}
+    made = {
+        "commit": "abc",
+        "python": "3.11.7",
+        "torch": "2",
+        "transformers": "5",
+        "device": "cpu",
+        "train_seconds": 3.0,
+    }
     figures = {line.key: 0.0 for line in BAR} | {"perplexity": 20.0, "broken": 0.0} | figures
     return {"subject": subject, "arm": arm, "seed": seed, "rows": dict.fromkeys(("forget", "seen", "unseen", "general"), 5),
-            "said": {"Where?": f"{arm} says"}} | made | figures  # fmt: skip
+            "changed": {}, "said": {"Where?": f"{arm} says"}} | made | figures  # fmt: skip
+
+
+def test_a_perplexity_is_compared_with_the_bases_of_the_same_text():
+    old, gpu = {"python": "3.12.3", "device": "cuda"}, {"device": "cuda"}
+    bases = [_row("Japan", "base", 0, perplexity=10.0, **old), _row("Japan", "base", 0, perplexity=20.0)]
+    rows = [
+        _row("Japan", "deep", 0, perplexity=20.0, **how) for how in (old, old | {"device": "cpu"}, gpu, {})
+    ]
+    assert [row[RATIO] for row in with_ratios(rows, bases)] == [2.0, 2.0, 1.0, 1.0]
+    other = _row("Italy", "base", 0, perplexity=40.0, device="cuda")
+    assert [row[RATIO] for row in with_ratios(rows, [*bases, other])] == [2.0, 2.0, 0.5, 1.0]
+    early = {key: value for key, value in rows[0].items() if key != "python"}
+    assert with_ratios([early], bases)[0][RATIO] == 2.0
+    new = _row("Japan", "deep", 0, perplexity=20.0, python="3.14.0")
+    with pytest.raises(
+        ValueError, match=r"a row of the base under Python 3\.14\.0, .*; got 3\.11\.7, 3\.12\.3"
+    ):
+        with_ratios([new], bases)
+    assert with_ratios([new | {"base_perplexity": 16.0}], bases)[0][RATIO] == 1.25
+
+
+def test_the_page_names_each_python():
+    rows = [_row("Japan", "base", 0), _row("Japan", "base", 1, python="3.12.3")]
+    assert "* cpu: Python 3.11.7, commit abc, " in page(rows) and "* cpu: Python 3.12.3, commit " in page(
+        rows
+    )
 
 
 def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():

@@ -36,16 +36,32 @@ BAR = (
 )
 
 
-def with_ratios(rows: Sequence[Row]) -> list[Row]:
+def with_ratios(rows: Sequence[Row], others: Sequence[Row] = ()) -> list[Row]:
     """The rows, each with its perplexity as a multiple of the base's.
 
+    The text is the manual of the running Python. Rows of earlier commits do not hold the base's own figure: it is taken from a row of
+    the base under the same Python (any, where a row names none), of the same device if there is one.
+
+    Args:
+        others: further rows among which those of the base may be.
+
     Raises:
-        ValueError: there is no row of the base.
+        ValueError: there is no row of the base under that Python.
     """
-    base = [row["perplexity"] for row in rows if row["arm"] == "base"]
-    if not base:
-        raise ValueError("rows: wanted a row of the base, got none; run the study without --report")
-    return [row | {RATIO: row["perplexity"] / base[0]} for row in rows]
+    bases = [row for row in (*rows, *others) if row["arm"] == "base"]
+    return [row | {RATIO: row["perplexity"] / _of_the_base(row, bases)} for row in rows]
+
+
+def _of_the_base(row: Row, bases: Sequence[Row]) -> float:
+    if "base_perplexity" in row:
+        return row["base_perplexity"]
+    same = [base for base in bases if row.get("python", base["python"]) == base["python"]]
+    if not same:
+        raise ValueError(
+            f"rows: wanted a row of the base under Python {row.get('python')}, because the text of the perplexity is its manual; got "
+            f"{', '.join(sorted({base['python'] for base in bases})) or 'none'}"
+        )
+    return min(same, key=lambda base: base["device"] != row["device"])["perplexity"]
 
 
 def measured(rows: Sequence[Row]) -> list[Line]:

@@ -22,7 +22,7 @@ from duet.run.shrink import shrink
 
 from . import questions
 from .arms import ARMS, LORA, options_of
-from .measure import attack_options, measure
+from .measure import attack_options, measure, perplexity
 
 Row = dict[str, Any]
 ELICITED = "elicited"
@@ -108,13 +108,14 @@ def run_job(
     elif job.arm != "base":
         options = options_of(job.arm, questions.group_of(job.subject), changed)
         student = train(
+    own = {"base_perplexity": perplexity(base, tokenizer)}
             base, tokenizer, rows_of(out, job.subject, "train"), options, seed=job.seed, device=device
         )
         if ARMS[job.arm].shrinks:
             size = {"size": shrink_adapter(student, tokenizer, rows_of(out, job.subject, "validation"))}
         base = student.merge_and_unload() if isinstance(student, PeftModel) else student
     trained = time.monotonic()
-    found = measure(base, tokenizer, asked, seed=job.seed)
+    found = own | measure(base, tokenizer, asked, seed=job.seed)
     return {
         **job._asdict(),
         "changed": changed or {},

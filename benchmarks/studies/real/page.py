@@ -341,17 +341,17 @@ def came_back(rows: Sequence[Row]) -> list[str]:
 def made_with(rows: Sequence[Row]) -> list[str]:
     """Where the rows come from, and how long a training took there."""
     lines = []
-    for device in sorted({row["device"] for row in rows}):
-        of = [row for row in rows if row["device"] == device]
+    for device, python in sorted({(row["device"], row["python"]) for row in rows}):
+        of = [row for row in rows if (row["device"], row["python"]) == (device, python)]
         trained = [row["train_seconds"] for row in of if row["arm"] in ARMS]
         times = f"; a training took {min(trained):.0f} to {max(trained):.0f} s" if trained else ""
-        lines.append(f"* {device}: {origins(of)}{times}.")
+        lines.append(f"* {device}: Python {python}, {origins(of)}{times}.")
     return ["## Made with", "", *lines, "", "Each row of `results.jsonl` names its own.", ""]
 
 
 def page(rows: Sequence[Row], tried: Sequence[Row] = (), dropped: Sequence[Row] = ()) -> str:
     """The page of the rows of the report, of those of the validation, and of what was tried there and not kept."""
-    rows, validation = with_ratios(rows), with_ratios([*tried, *dropped]) if tried else []
+    rows, validation = with_ratios(rows), with_ratios([*tried, *dropped], rows) if tried else []
     tried, dropped = validation[: len(tried)], validation[len(tried) :]
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     shown = max(subjects, key=lambda subject: len({row["arm"] for row in rows if row["subject"] == subject}))
