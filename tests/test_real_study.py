@@ -221,6 +221,14 @@ def test_the_page_names_each_python():
     )
 
 
+@pytest.mark.parametrize(("value", "digits"), [(0.975, "97"), (0.165, "17")])
+def test_the_verdict_and_the_table_round_alike(value, digits):
+    rows = [_row("Japan", "base", 0), _row("Japan", "contrast", 0, general=value)]
+    assert f" | >= 0.95 | 0.{digits} | " in page(rows) and f"| {digits} |" in summary(rows)[2].replace(
+        "*", ""
+    )
+
+
 def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     rows = [_row("Japan", "base", 0, told=1.0), _row("Italy", "base", 0, told=1.0)]
     rows += [_row("Japan", "int8", 0)]

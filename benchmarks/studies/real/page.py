@@ -123,6 +123,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 
 def _exact(line: Line, mean: float, in_percent: bool = False) -> str:
     """With as many digits as show on which side of the bound it is."""
+    mean = round(mean, digits)  # in either unit the same digits, as `percent` has them
     digits = next(n for n in range(2, 17) if _holds(line, round(mean, n)) == _holds(line, mean))
     return f"{100 * mean:.{digits - 2}f}" if in_percent else f"{mean:.{digits}f}"
 
