@@ -229,6 +229,28 @@ def test_the_verdict_and_the_table_round_alike(value, digits):
     )
 
 
+@pytest.mark.parametrize("arms", [("npo", "contrast"), ("npo",)])
+def test_settings_are_chosen_when_all_of_them_were_tried(tmp_path, monkeypatch, arms):
+    """Not when each method has one row, nor of some methods alone."""
+    monkeypatch.setattr(study, "GRID", {"npo": ({}, {"max_steps": 1}), "contrast": ({},)})
+
+    def run_some(waiting, work, keep, **_):
+        for job, changed in waiting[:most]:
+            keep((job, changed), _row(*job, changed=changed, seconds=1.0, told=float(not changed)))
+        return SimpleNamespace(failed=[], late=waiting[most:])
+
+    monkeypatch.setattr(study, "run_jobs", run_some)
+    chosen = SimpleNamespace(out=tmp_path, workers=0, choose_minutes=1.0, device=None, model=None)
+    runner = study._Runner(chosen, "base", None, 0.0)
+    most = -1
+    assert set(study._settings(runner, arms)) == set(arms)
+    assert not (tmp_path / study.CHOSEN).exists()
+    most = None
+    found = study._settings(runner, arms)
+    assert found == {arm: {"max_steps": 1} if arm == "npo" else {} for arm in arms}
+    assert (tmp_path / study.CHOSEN).exists() is (len(arms) == 2)
+
+
 def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     rows = [_row("Japan", "base", 0, told=1.0), _row("Italy", "base", 0, told=1.0)]
     rows += [_row("Japan", "int8", 0)]

@@ -126,11 +126,14 @@ class _Runner:
         self.out, self.pool, self.workers, self.began = chosen.out, pool, chosen.workers, began
         self.choose_minutes = chosen.choose_minutes
         self.how = {"model": model, "out": chosen.out, "device": chosen.device}
-        self.made_with = origin()
+        self.made_with = origin() | ({"model": chosen.model} if chosen.model else {})
+
+    def done(self, file: str) -> set[str]:
+        return {key for key, row in read_rows(self.out / file, tried_of).items() if complete(row)}
 
     def run(self, jobs: list[tuple[Job, Row]], split: str, file: str, minutes: float) -> None:
         """The rows go to `file`; no job is started so many minutes after the start of all."""
-        done = {key for key, row in read_rows(self.out / file, tried_of).items() if complete(row)}
+        done = self.done(file)
         jobs = [job for job in jobs if _key(*job) not in done]
 
         def keep(job: tuple[Job, Row], row: Row) -> None:
@@ -153,20 +156,16 @@ def _settings(runner: _Runner, arms: tuple[str, ...]) -> dict[str, Row]:
     path = runner.out / CHOSEN
     if path.is_file():
         return json.loads(path.read_text())
-    tried = [
-        (Job(subject, arm), changed)
-        for arm in GRID
-        if arm in arms
-        for changed in GRID[arm]
-        for subject in VALIDATION
-    ]
+    every = [(Job(subject, arm), changed) for arm in GRID for changed in GRID[arm] for subject in VALIDATION]
+    tried = [each for each in every if each[0].arm in arms]
     if not tried:
         return {}
     bases = [(Job(subject, "base"), {}) for subject in VALIDATION]
     runner.run(bases + tried, "validation", TRIED, runner.choose_minutes)
-    rows = with_ratios(list(read_rows(runner.out / TRIED, tried_of).values()))
+    report = list(read_rows(runner.out / RESULTS, job_of).values())
+    rows = with_ratios(list(read_rows(runner.out / TRIED, tried_of).values()), report)
     found = {arm: best(of) for arm in GRID if (of := [row for row in rows if row["arm"] == arm])}
-    if len(found) == len({job.arm for job, _ in tried}):  # else the next run goes on with the validation
+    if runner.done(TRIED) >= {_key(*each) for each in every}:  # else the next run goes on with the validation
         path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"chosen: {found}", flush=True)
     return found
