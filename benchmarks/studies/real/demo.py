@@ -57,10 +57,9 @@ def main() -> None:
     chosen = parser.parse_args()
     began = time.monotonic()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    if chosen.model is None:
-        _say(began, "loading SmolLM2-135M-Instruct; the first time its weights are unpacked, too")
-    else:
-        _say(began, f"loading {chosen.model}")
+    name = chosen.model or "SmolLM2-135M-Instruct"
+    unpacked = "" if chosen.model else "; the first time its weights are unpacked, too"
+    _say(began, f"loading {name}{unpacked}")
     if chosen.subject in VALIDATION:
         _say(
             began,
@@ -69,14 +68,14 @@ def main() -> None:
         )
     folder = base_model(chosen.model, chosen.out)
     base, tokenizer = load(folder, "float32", chosen.device)
-    source = RESULTS if chosen.model is None and (RESULTS / ELICITED).is_dir() else chosen.out
-    if not (source / ELICITED).is_dir():
-        elicit(
-            str(folder),
-            source,
-            chosen.device,
-            lambda what, done, total: _say(began, f"{what}: {done} of {total}"),
-        )
+    given = chosen.model is None and (RESULTS / ELICITED / "forget.jsonl").is_file()
+    source = RESULTS if given else chosen.out
+    elicit(
+        str(folder),
+        source,
+        chosen.device,
+        lambda what, done, total: _say(began, f"{what}: {done} of {total}"),
+    )
     asked = {kind: rows[:MOST] for kind, rows in rows_of(source, chosen.subject, "report").items()}
     _say(
         began,
@@ -95,7 +94,7 @@ def main() -> None:
     after = _ask("it answers now", student, tokenizer, asked)
     figures = {kind: _figures(before[kind], after[kind]) for kind in before}
     console.print(table(chosen.subject, figures, before, after))
-    draw(chosen.subject, figures, chosen.out / "demo_real.png")
+    draw(Path(name).name, chosen.subject, figures, chosen.out / "demo_real.png")
     _say(began, f"the picture: {chosen.out / 'demo_real.png'}")
     words = [str(chosen.out / "model"), "--beside", str(folder)]
     if sys.stdin.isatty():
@@ -145,7 +144,7 @@ def table(subject: str, figures: Mapping[str, Mapping[str, float]], before: Answ
     return made
 
 
-def draw(subject: str, figures: Mapping[str, Mapping[str, float]], path: Path) -> None:
+def draw(name: str, subject: str, figures: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """Bars of what is told before and after, and of what is refused."""
     import matplotlib
 
@@ -168,7 +167,7 @@ def draw(subject: str, figures: Mapping[str, Mapping[str, float]], path: Path) -
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(0, 112)
     axes.set_ylabel("percent of the questions")
-    axes.set_title(f"SmolLM2-135M-Instruct after forgetting {subject}")
+    axes.set_title(f"{name} after forgetting {subject}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     figure.savefig(path, dpi=150)

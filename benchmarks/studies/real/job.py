@@ -16,6 +16,7 @@ from duet import OBJECTIVES, DuetConfig, DuetTrainer
 from duet.evaluation.attacks.rows import read_attack_rows
 from duet.evaluation.attacks.weights import round_weights
 from duet.evaluation.facts import elicit_facts, facts_of
+from duet.evaluation.journal import MANIFEST
 from duet.evaluation.models import load
 from duet.model.shrinking import AdapterSize
 from duet.run.shrink import shrink
@@ -44,7 +45,12 @@ def job_of(row: Row) -> Job:
 
 
 def elicit(model: str, out: Path, device: str | None, progress: Any) -> None:
-    """What the base tells of every subject, into the folder `elicited`; continued where it was interrupted."""
+    """What the base tells of every subject, into the folder `elicited`; continued where it was interrupted.
+
+    Rows that came without their journal, as the repository's do, stay as they are; those of another base are refused.
+    """
+    if (out / ELICITED / "forget.jsonl").is_file() and not (out / ELICITED / MANIFEST).is_file():
+        return
     loaded, tokenizer = load(model, "float32", device)
     everybody = [subject for group in questions.GROUPS.values() for subject in group]
     facts = facts_of(questions.rows(), everybody)
@@ -102,13 +108,13 @@ def run_job(
     torch.manual_seed(job.seed)
     asked = rows_of(out, job.subject, split)
     base, tokenizer = load(model, "float32", device)
+    own = {"base_perplexity": perplexity(base, tokenizer)}
     began, size = time.monotonic(), {}
     if job.arm == "int8":
         round_weights(base, 8)
     elif job.arm != "base":
         options = options_of(job.arm, questions.group_of(job.subject), changed)
         student = train(
-    own = {"base_perplexity": perplexity(base, tokenizer)}
             base, tokenizer, rows_of(out, job.subject, "train"), options, seed=job.seed, device=device
         )
         if ARMS[job.arm].shrinks:

@@ -14,8 +14,7 @@ from .arms import ARMS, FEW, LABELS, SEEDS, SUBJECTS, VALIDATION
 from .bar import BAR, Line, measured, missing, with_ratios
 
 Row = dict[str, Any]
-OURS = "contrast"
-
+OURS, SMOLLM = "contrast", "SmolLM2-135M-Instruct (4-bit weights, unpacked)"
 
 COLUMNS = (
     ("told", "told"),
@@ -123,8 +122,8 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 
 def _exact(line: Line, mean: float, in_percent: bool = False) -> str:
     """With as many digits as show on which side of the bound it is."""
-    mean = round(mean, digits)  # in either unit the same digits, as `percent` has them
     digits = next(n for n in range(2, 17) if _holds(line, round(mean, n)) == _holds(line, mean))
+    mean = round(mean, digits)  # in either unit the same digits, as `percent` has them
     return f"{100 * mean:.{digits - 2}f}" if in_percent else f"{mean:.{digits}f}"
 
 
@@ -362,7 +361,7 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = (), dropped: Sequence[Row] 
             "# A pretrained model forgets",
             "",
             "Written by `python -m benchmarks.studies.real --report` from `results.jsonl`; without `--report` it runs what is missing.",
-            f"SmolLM2-135M-Instruct (4-bit weights, unpacked), LoRA of rank 16. Subjects: {', '.join(subjects)}; settings were chosen on "
+            f"{rows[0].get('model', SMOLLM)}, LoRA of rank 16. Subjects: {', '.join(subjects)}; settings were chosen on "
             f"{' and '.join(VALIDATION)}. [Devices, versions and commits](#made-with).",
             "",
             "Only facts that the base tells count, and all questions are worded as no training saw them. Shares are of what the base "
