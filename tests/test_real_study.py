@@ -278,6 +278,13 @@ def test_settings_are_chosen_when_all_of_them_were_tried(tmp_path, monkeypatch, 
     assert (tmp_path / study.CHOSEN).exists() is (len(arms) == 2)
 
 
+def test_relearning_that_always_diverges_brings_nothing_back(monkeypatch):
+    monkeypatch.setattr(measure, "RELEARNING", {"relearn_rates": (1e30,), "relearn_curve": (5,)})
+    target = measure.targets_of(knowing(), word_tokenizer(), {"forget": forget_rows()})["forget"]
+    assert measure.ATTACKS["relearning"].missing(target) is None
+    assert measure._worst(target, "relearning") == []
+
+
 def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     rows = [_row("Japan", "base", 0, told=1.0), _row("Italy", "base", 0, told=1.0)]
     rows += [_row("Japan", "int8", 0)]

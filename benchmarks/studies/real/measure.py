@@ -126,18 +126,16 @@ def attacks(target: Target) -> dict[str, Any]:
 
 
 def _worst(target: Target, attack: str) -> Outcomes:
-    """The outcomes of the variant that brings back most; none where the attack cannot be made."""
+    """The outcomes of the variant that brings back most; none where the attack cannot be made, or every learning rate diverges."""
     if ATTACKS[attack].missing(target):
         return []
-    return max(by_variant(target, attack).values(), key=told)
+    return max(by_variant(target, attack).values(), key=told, default=[])
 
 
 def _leaks(target: Target) -> tuple[float, float]:
     """leak@1 and leak@32, the means over the rows, from 64 answers to each that are drawn at temperature 1."""
-    rows = list(target.rows) * SAMPLED_FROM
-    prompts = [target.prompt(row.conversation) for row in rows]
     count = dict.fromkeys((row.id for row in target.rows), 0)
-    for outcome in target.outcomes("drawn", rows, prompts, seed=target.options.seed):
+    for outcome in target.ask("drawn", samples=SAMPLED_FROM):
         count[outcome["id"]] += bool(outcome["leaked"])
     leaks = [[metrics.leak_at_k(SAMPLED_FROM, each, k) for each in count.values()] for k in (1, SAMPLES)]
     return float(np.mean(leaks[0])), float(np.mean(leaks[1]))
