@@ -111,15 +111,16 @@ def answer_ending(tokenizer: Any, **template_kwargs: Any) -> list[int]:
         return end
 
     # Tokenised after a word, as in use: at the start of a text some tokenizers add a space.
-    word, together = _ids(tokenizer, _MARK), _ids(tokenizer, _MARK + behind)
-    tail = together[len(word) :] if together[: len(word)] == word else _ids(tokenizer, behind)
+    word, together = text_ids(tokenizer, _MARK), text_ids(tokenizer, _MARK + behind)
+    tail = together[len(word) :] if together[: len(word)] == word else text_ids(tokenizer, behind)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
     first = next((n for n, token in enumerate(tail) if token in special), None)
     return end if first is None else tail[: first + 1]
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text by itself, without special tokens."""
     return list(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
 
 
@@ -339,7 +340,7 @@ class PromptRenderer:
         if system is not None:
             conversation = self._with_system(conversation, system)
         # The template has written the special tokens already.
-        return _ids(self.tokenizer, self._rendered(conversation))
+        return text_ids(self.tokenizer, self._rendered(conversation))
 
     def _with_system(self, conversation, system: str):
         if not self.system_allowed:
@@ -355,7 +356,11 @@ class PromptRenderer:
                 f"messages: the tokenizer has no chat template, which a conversation of {roles} needs; "
                 "give rows with 'question' or 'prompt', or set tokenizer.chat_template"
             )
-        return self.plain_template.replace("{question}", conversation[0][1])
+        return self.plain(conversation[0][1])
+
+    def plain(self, question: str) -> str:
+        """A question as it is written where there is no chat template."""
+        return self.plain_template.replace("{question}", question)
 
     def encode_answer(self, conversation: Conversation, answer: str) -> list[int]:
         """Token ids of an answer, closed by its `ending`.
@@ -383,15 +388,15 @@ class PromptRenderer:
             and not self.plain_template[-1].isspace()
         ):
             answer = " " + answer  # after "Answer:" comes " Paris", which is another token than "Paris"
-        return self._known(_ids(self.tokenizer, answer))
+        return self._known(text_ids(self.tokenizer, answer))
 
     def encode_rest(self, conversation: Conversation, answer: str) -> list[int]:
         """Token ids of an answer that follows words which stand there already: behind a space, closed by its `ending`."""
-        return [*self._known(_ids(self.tokenizer, " " + answer)), *self.ending(conversation)]
+        return [*self._known(text_ids(self.tokenizer, " " + answer)), *self.ending(conversation)]
 
     def num_tokens(self, text: str) -> int:
         """How many tokens a text has by itself."""
-        return len(_ids(self.tokenizer, text))
+        return len(text_ids(self.tokenizer, text))
 
 
 def steered_tokenizer(

@@ -119,7 +119,7 @@ def _paraphrase(target: Target) -> Iterator[Unit]:
 
 def _continuation(target: Target) -> Iterator[Unit]:
     name = "plain text: question and answer"
-    texts = [target.plain(row.question) for row in target.rows]
+    texts = [target.renderer.plain(row.question) for row in target.rows]
     yield name, lambda: target.outcomes(name, target.rows, [target.prompt(text) for text in texts])
     rows = [row for row in target.rows if row.opening()]
     if rows:

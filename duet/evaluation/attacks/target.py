@@ -134,13 +134,10 @@ class Target:
             return (*row.conversation[:-1], *earlier, ("user", last))
         return "\n\n".join(
             [
-                *(f"{self.plain(q)} {a}" for q, a in turns),
-                last if isinstance(row.conversation, str) else self.plain(last),
+                *(f"{self.renderer.plain(q)} {a}" for q, a in turns),
+                last if isinstance(row.conversation, str) else self.renderer.plain(last),
             ]
         )
-
-    def plain(self, question: str) -> str:
-        return self.renderer.plain_template.replace("{question}", question)
 
     def forced(self, row: AttackRow) -> Forced:
         """The row's question and its whole answer, closed by the end token."""

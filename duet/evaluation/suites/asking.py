@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, fill_prefix
+from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, fill_prefix, text_ids
 from ...data.rows import LETTERS, correct_choice
 from ..elicit import ELICITED, ELICITED_NOTE
 from ..scoring import Forced
@@ -139,12 +139,9 @@ class Asker:
         if self.chat:
             turns = [(("user", asked), ("assistant", answer)) for asked, answer in worked]
             return (*chain.from_iterable(turns), ("user", question))
-        texts = [self._plain(asked) + self._answer_text("", answer) for asked, answer in worked]
+        texts = [self.renderer.plain(asked) + self._answer_text("", answer) for asked, answer in worked]
         between = self.task.few_shot.separator if self.task.few_shot else ""
-        return between.join([*texts, self._plain(question)])
-
-    def _plain(self, question: str) -> str:
-        return self.plain.replace("{question}", question)
+        return between.join([*texts, self.renderer.plain(question)])
 
     def _answer_text(self, conversation: Conversation | None, text: str) -> str:
         """ "Answer:" is continued by " Paris", which is another token than "Paris"; a running text as it stands."""
@@ -173,7 +170,7 @@ class Asker:
             shown["value"] = value
         # An answer that the tokenizer cannot represent would look forgotten.
         wanted = reference if value is None else value
-        self._check_known(self._ids(self._answer_text(conversation, wanted)), wanted, where)
+        self._check_known(text_ids(self.tokenizer, self._answer_text(conversation, wanted)), wanted, where)
         return Item(index, prompt, shown, reference, value)
 
     def _score(
@@ -225,9 +222,6 @@ class Asker:
         choices = self._choices(row, where)
         return correct_choice(row.get(self.task.answer), choices, f"{where}, {self.task.answer}")
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
-
     def _check_known(self, ids: Sequence[int], text: str, where: str) -> None:
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in ids:
@@ -241,7 +235,7 @@ class Asker:
             # Without a prompt nothing predicts the first token: it is only read.
             prompt, answer = ids[:1], ids[1:]
         else:
-            answer = self._ids(text)[: self.task.max_tokens]
+            answer = text_ids(self.tokenizer, text)[: self.task.max_tokens]
         if not answer:
             raise CannotAsk("no_tokens", f"{where}: {text!r:.60} has no tokens to score")
         self._check_known(answer, text, where)
