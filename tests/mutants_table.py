@@ -459,6 +459,12 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_importers.py::test_fields_of_openunlearning_of_another_type"),
         ("MMLU's letter may be a choice", "correct = LETTERS.index(cells[5].strip())", "correct = cells[5]",
          "tests/test_importers.py::test_choices"),
+        ("the letter of a choice is a part of its answer", '"answer": text, "value": text})', '"answer": f"{LETTERS[correct]}. {text}", "value": text})',
+         "tests/test_importers.py::test_choices"),
+    ],
+    "duet/evaluation/suites/asking.py": [
+        ("an end token follows a text that is cut", "self.renderer.ending(conversation)][:most]", "self.renderer.ending(conversation)]",
+         "tests/test_evaluation_suites.py::test_no_end_token_follows_a_text_that_is_cut"),
     ],
     "duet/evaluation/values.py": [
         ("a list in a .csv cell is one question", "return json.loads(value)", "return value", "tests/test_attack_rows.py::test_a_csv_cell_may_hold_a_list"),

@@ -201,6 +201,18 @@ def test_scored_texts_follow_the_prompt_and_end():
     assert written(alone.prompt) == "a" and written(alone.answer) == " m"
 
 
+@pytest.mark.parametrize(("most", "text", "ends"), [(3, " Ad", False), (4, " Ada", False), (5, " Ada", True)])
+def test_no_end_token_follows_a_text_that_is_cut(most, text, ends):
+    """`max_tokens` counts it as the text's last token."""
+    tokenizer, end = merging_tokenizer(), merging_tokenizer().eos_token_id
+    row = {"question": "Who?", "answer": "Ada"}
+    (forced,) = asker(tokenizer, "score", max_tokens=most).item(0, row).texts["answer"]
+    assert written(forced.answer[: len(text)]) == text and forced.answer[len(text) :] == [end] * ends
+    (alone,) = asker(tokenizer, "score", question=None, max_tokens=most - 1).item(0, row).texts["answer"]
+    assert written(alone.prompt) == "A" and len(alone.answer) == most - 2
+    assert (alone.answer[-1:] == [end]) is ends
+
+
 def test_scored_chat_answers_end_as_the_template_ends_a_turn():
     """The same ids as those that a baseline learns: `PromptRenderer.encode_answer`."""
     tokenizer = merging_tokenizer("{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}")

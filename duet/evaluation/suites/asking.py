@@ -229,16 +229,17 @@ class Asker:
 
     def _forced(self, prompt: list[int], conversation: Conversation | None, text: str, where: str) -> Forced:
         text = self._answer_text(conversation, text)
+        most = self.task.max_tokens
         if conversation is None:
             ids = self.tokenizer(text, truncation=False)["input_ids"]
-            ids = ids[: self.task.max_tokens]
             # Without a prompt nothing predicts the first token: it is only read.
-            prompt, answer = ids[:1], ids[1:]
+            prompt, ids, most = ids[:1], ids[1:], most and most - 1
         else:
-            answer = text_ids(self.tokenizer, text)[: self.task.max_tokens]
+            ids = text_ids(self.tokenizer, text)
+        answer = ids[:most]
         if not answer:
             raise CannotAsk("no_tokens", f"{where}: {text!r:.60} has no tokens to score")
         self._check_known(answer, text, where)
         if self.task.end_token and self.task.kind == "score":
-            answer = [*answer, *self.renderer.ending(conversation)]
+            answer = [*ids, *self.renderer.ending(conversation)][:most]
         return Forced(list(prompt), list(answer))

@@ -66,7 +66,8 @@ class Task:
         choices: for `multiple_choice`: the column with the list of choices.
         letters: the choices are shown as A, B, C, ... in the question, and the letters are compared.
         max_new_tokens, stop: for `generate`.
-        max_tokens: for `score`: only so many first tokens of a text count.
+        max_tokens: for `score`: only so many first tokens of a text count, the end token among them. Where `question` is null the
+            first one (of many tokenizers the start token) is read and not scored, because nothing predicts it.
         few_shot: worked examples.
         optional: rows that are not there leave the task out, with a word about it.
     """
