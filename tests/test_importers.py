@@ -185,8 +185,10 @@ def test_choices(tmp_path):
     })  # fmt: skip
     found = import_rows(tmp_path / "wmdp-bio.jsonl", "choices")
     assert found.tables["forget"] == [{
-        "question": "who is the captain ?\nA. ada\nB. alan\nC. grace\nD. turing", "answer": "B. alan", "value": "alan"
+        "question": "who is the captain ?\nA. ada\nB. alan\nC. grace\nD. turing", "answer": "alan", "value": "alan"
     }]  # fmt: skip
+    (asked,) = read_attack_rows(found.tables["forget"], "forget")
+    assert asked.opening() == "", "its letter would be the solution"
     assert found.tables["choices"] == [
         {"question": "who is the captain ?", "choices": wmdp[0]["choices"], "answer": 1}
     ]
@@ -194,8 +196,8 @@ def test_choices(tmp_path):
     assert import_rows(tmp_path / "quote.csv", "choices").tables["choices"][0]["question"] == "Which is it"
     kept = import_rows(tmp_path / "mmlu.json", "choices", "retain").tables
     assert [(row["answer"], row["subject"]) for row in kept["retain"]] == [
-        ("A. sea", "colors"),
-        ("B. river", "colors"),
+        ("sea", "colors"),
+        ("river", "colors"),
     ]
     own = import_rows(tmp_path / "own", "choices", "retain")
     write_rows(own, tmp_path / "data")
@@ -241,7 +243,7 @@ def test_choices(tmp_path):
         import_rows(tmp_path / "i.csv", "choices")
     put(tmp_path, {"j.csv": f'q,"{"long " * 40_000}",b,c,d,A\nWhich blood group?,B,A,AB,O,A\n'})
     book, blood = import_rows(tmp_path / "j.csv", "choices").tables["forget"]
-    assert len(book["value"]) == 200_000 and blood["answer"] == "A. B" and blood["value"] == "B"
+    assert len(book["value"]) == 200_000 and blood["answer"] == blood["value"] == "B"
     with pytest.raises(ValueError, match="kind: wanted one of rwku, openunlearning, choices"):
         import_rows(tmp_path, "tofu")
     with pytest.raises(FileNotFoundError, match="path: there is no file or folder"):

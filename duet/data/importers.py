@@ -215,12 +215,11 @@ def _choices(path: Path, role: str) -> Imported:
                 )
             choices = [text_of(choice, f"path: {where}, 'choices'") for choice in choices]
             correct = correct_choice(row.get("answer"), choices, f"path: {where}, 'answer'")
-            letter, text = LETTERS[correct], choices[correct]
+            text = choices[correct]
             lines = [question, *(f"{each}. {c}" for each, c in zip(LETTERS, choices, strict=False))]
             about = {"subject": row["subject"]} if isinstance(row.get("subject"), str) else {}
-            asked.append(
-                {"question": "\n".join(lines), **about, "answer": f"{letter}. {text}", "value": text}
-            )
+            # Without its letter, which a prefilling attacker would give away as the answer's opening.
+            asked.append({"question": "\n".join(lines), **about, "answer": text, "value": text})
             listed.append({"question": question, "choices": choices, "answer": correct, **about})
     return Imported({role: asked, "choices": listed}, None, {})
 
