@@ -124,6 +124,8 @@ class DuetConfig(
         _name_checkpointing(self)
         super().__post_init__()
         check_options(self)
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0  # what the Trainer takes for no limit
         if self.max_steps <= 0:  # else nobody reads it
             fitted("num_train_epochs", self.num_train_epochs, Positive)
         _ = self.prompting  # checked when it is made

@@ -145,6 +145,7 @@ def test_what_transformers_checks_late_has_its_defaults():
 def test_what_is_not_read_may_be_anything(path):
     words = ["--max_steps", "5", "--num_train_epochs", "0", "--max_grad_norm", ".inf"]
     assert RunConfig.load(path, words).training.max_grad_norm == float("inf")
+    assert RunConfig.load(path, [*words[:-1], "null"]).training.max_grad_norm == 0, "compared with 0 later"
     assert DuetConfig(output_dir="o", use_cpu=True, report_to="none", gradient_accumulation_steps=np.int64(2))
 
 
