@@ -431,6 +431,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a server is asked at another temperature", "if asked_at != args.temperature:", "if False:", "tests/test_served.py::test_a_server_that_would_be_asked_at_another_temperature[asked0-1.0]"),
     ],
     "duet/store/write.py": [
+        ("a store is written to a folder named ~", "Path(folder).expanduser()", "Path(folder)",
+         "tests/test_topk_store.py::test_what_is_written_is_read_bit_for_bit"),
         ("other people's temporary files are cleared up", "if _TEMPORARY.fullmatch(left.name):", "if True:", "tests/test_topk_store.py::test_only_what_killed_writers_left_is_cleared_up_and_only_in_a_store"),
     ],
     "duet/store/columns.py": [
@@ -631,6 +633,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_run_config.py::test_numbers_are_those_of_yaml_1_2[010-10]"),
     ],
     "duet/run/config_file.py": [
+        ("a path from home is one below the working folder", "return path and os.path.expanduser(path)", "return path",
+         "tests/test_run_config.py::test_a_path_may_begin_at_home"),
         ("a comment cuts a text of the command line", "value = text  # as", "pass  # as",
          "tests/test_run_config.py::test_a_text_is_read_as_it_was_typed[the sea #1 captain-None]"),
     ],

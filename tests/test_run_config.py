@@ -119,6 +119,14 @@ def test_a_lone_name_of_the_adapter_is_a_list(path):
     assert run.adapter["modules_to_save"] == ["lm_head"] and run.adapter["target_modules"] == "q_proj"
 
 
+def test_a_path_may_begin_at_home(path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    keys = "model.name", "model.tokenizer", "teacher", "resume_from_checkpoint"
+    run = RunConfig.load(path, [f"--{key}=~/{key}" for key in keys])
+    paths = run.model.name, run.model.tokenizer, run.teacher, run.training.resume_from_checkpoint
+    assert paths == tuple(f"/home/ada/{key}" for key in keys)
+
+
 def test_overrides_leave_the_file_alone(path):
     tree = read_run(path)
     before = json.dumps(tree)
