@@ -403,7 +403,7 @@ def plan(
 
     if model is None and config is None:
         raise ValueError("plan: wanted --model or --config, got neither")
-    chosen = [] if model is None else ["--model.name", quoted(model)]
+    chosen = [] if model is None else ["--model", quoted(model)]
     tree = apply_overrides(DEFAULT_TREE if config is None else read_run(config), [*chosen, *overrides.args])
     memory, free = parse_size(gpu_memory), parse_size(reserve, "reserve")
     made = Plan.of(tree, memory, length, prefix_length, scored, free, subjects)

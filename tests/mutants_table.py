@@ -690,6 +690,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a teacher without a prefix reads one", "length + (prefix_length if steered else 0)", "length + prefix_length", "tests/test_plan.py::test_prefixes_that_nobody_keeps_are_not_counted[options1]"),
     ],
     "duet/cli.py": [
+        ("a plan takes the revision of another model", '["--model", quoted(model)]', '["--model.name", quoted(model)]',
+         "tests/test_plan.py::test_another_model_is_planned_as_it_would_be_trained"),
         ("wordings that are too few are no matter for the advice", 'if counts["forget"]["report"]:', "if counts:",
          "tests/test_facts.py::test_what_comes_next_where_no_wording_is_left_to_report"),
         ("every process says what was cached", "if run.training.process_index == 0:", "if True:",
