@@ -458,6 +458,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a retain run on other rows gives a forget quality", "given[task] != theirs[task]:", "given[task] == 0:", "tests/test_evaluation_shipped.py::test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in"),
     ],
     "duet/data/importers.py": [
+        ("a model above the run is taken for its model", "        if folder == top:\n", "        if folder == path:\n",
+         "tests/test_importers.py::test_openunlearning"),
         ("another import overwrites the rows", "path.read_bytes() != text.encode()", "not path.name", "tests/test_importers.py::test_another_import_overwrites_nothing"),
         ("of several runs one is taken", "if len(runs) > 1:", "if len(runs) > 9:",
          "tests/test_importers.py::test_of_several_runs_of_openunlearning_none_is_taken"),
