@@ -60,8 +60,9 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
         )
     if len(rows) == 0:
         raise ValueError(f"{argument}: wanted at least one row, got none")
-    warn_of_unread([rows[i] for i in range(len(rows))], argument)
-    return [_read_row(rows[i], f"{argument}[{i}]") for i in range(len(rows))]
+    read = [rows[i] for i in range(len(rows))]
+    warn_of_unread(read, argument)
+    return [_read_row(row, f"{argument}[{i}]") for i, row in enumerate(read)]
 
 
 def warn_of_unread(rows: Sequence[Any], argument: str) -> None:
