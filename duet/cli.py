@@ -293,20 +293,10 @@ def shrink(
     from duet.run import shrink as shrinking
 
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "samples": samples}
+    how |= {"limit": limit, "dtype": dtype, "device": device}
     tried = numbers_in(sizes, float, "sizes")
     with progress(console) as shown:
-        found = shrinking.run_shrink(
-            adapter,
-            data,
-            out,
-            sizes=tried,
-            most=most,
-            limit=limit,
-            dtype=dtype,
-            device=device,
-            progress=shown,
-            **how,
-        )
+        found = shrinking.run_shrink(adapter, data, out, sizes=tried, most=most, progress=shown, **how)
     console.print(shrinking.table(found))
     console.print(shrinking.verdict(found), soft_wrap=True)
     console.print(f"written to {out}", soft_wrap=True)
