@@ -163,7 +163,7 @@ def correct_choice(given: Any, choices: Sequence[str], where: str) -> int:
     """The index of the correct choice, which is given as an index, a letter or the choice itself.
 
     Raises:
-        ValueError: it is none of the choices, or two of them (the text of one is the letter or the index of another).
+        ValueError: it is none of the choices, or two of them (the text of one is the letter of another).
     """
     meant = [given] if type(given) is int else []
     if isinstance(given, str):
