@@ -293,20 +293,10 @@ def shrink(
     from duet.run import shrink as shrinking
 
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "samples": samples}
+    how |= {"limit": limit, "dtype": dtype, "device": device}
     tried = numbers_in(sizes, float, "sizes")
     with progress(console) as shown:
-        found = shrinking.run_shrink(
-            adapter,
-            data,
-            out,
-            sizes=tried,
-            most=most,
-            limit=limit,
-            dtype=dtype,
-            device=device,
-            progress=shown,
-            **how,
-        )
+        found = shrinking.run_shrink(adapter, data, out, sizes=tried, most=most, progress=shown, **how)
     console.print(shrinking.table(found))
     console.print(shrinking.verdict(found), soft_wrap=True)
     console.print(f"written to {out}", soft_wrap=True)
@@ -403,7 +393,7 @@ def plan(
 
     if model is None and config is None:
         raise ValueError("plan: wanted --model or --config, got neither")
-    chosen = [] if model is None else ["--model.name", quoted(model)]
+    chosen = [] if model is None else ["--model", quoted(model)]
     tree = apply_overrides(DEFAULT_TREE if config is None else read_run(config), [*chosen, *overrides.args])
     memory, free = parse_size(gpu_memory), parse_size(reserve, "reserve")
     made = Plan.of(tree, memory, length, prefix_length, scored, free, subjects)

@@ -59,10 +59,13 @@ def test_rows(row, conversation, answer):
     assert (query.conversation, query.answer, query.name) == (conversation, answer, "forget_dataset[0]")
 
 
-def test_rows_from_a_datasets_dataset():
+def test_rows_from_a_datasets_dataset(monkeypatch):
+    """Each row is decoded once."""
     datasets = pytest.importorskip("datasets")
+    read, get = [], datasets.Dataset.__getitem__
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", lambda self, i: read.append(i) or get(self, i))
     queries = read_rows(datasets.Dataset.from_list(forget_rows(4)), "forget_dataset")
-    assert queries == read_rows(forget_rows(4), "forget_dataset")
+    assert queries == read_rows(forget_rows(4), "forget_dataset") and read == [0, 1, 2, 3]
 
 
 # -- alignment ------------------------------------------------------------------------------------------------------

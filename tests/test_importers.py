@@ -109,6 +109,10 @@ def test_openunlearning(tmp_path, capsys):
         ],
     }
     assert found.model == run
+    assert import_rows(run / "evals" / "TOFU_EVAL.json", "openunlearning").model == run
+    put(tmp_path, {"config.json": {}, "a/b/TOFU_EVAL.json": log})
+    for path in (tmp_path / "a/b", tmp_path / "a/b/TOFU_EVAL.json"):
+        assert import_rows(path, "openunlearning").model is None, "a model above the run is another one"
     assert found.numbers == {
         "extraction_strength": 0.25, "forget_Q_A_Prob": 0.1, "forget_Q_A_ROUGE": 0.5, "ra_Q_A_ROUGE": 0.5, "retain_Q_A_ROUGE": 0.5
     }  # fmt: skip

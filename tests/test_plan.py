@@ -323,6 +323,15 @@ def test_a_plan_of_a_config_file(folder, tmp_path):
     assert found["bytes"]["weights"] == pytest.approx(4 * found["bytes"]["parameters"], rel=1e-3)
 
 
+def test_another_model_is_planned_as_it_would_be_trained(tmp_path, monkeypatch):
+    """The revision is the model's in the file."""
+    (tmp_path / "x.yaml").write_text("model: {name: a, dtype: float32, revision: v1}")
+    trees = []
+    monkeypatch.setattr(Plan, "of", lambda tree, *_: trees.append(tree))
+    CliRunner().invoke(app, ["plan", "--config", str(tmp_path / "x.yaml"), "--model", "b"])
+    assert trees == [{"model": {"name": "b", "dtype": "float32"}}]
+
+
 @pytest.mark.parametrize(
     ("options", "teacher", "copies"),
     [

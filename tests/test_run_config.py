@@ -119,6 +119,14 @@ def test_a_lone_name_of_the_adapter_is_a_list(path):
     assert run.adapter["modules_to_save"] == ["lm_head"] and run.adapter["target_modules"] == "q_proj"
 
 
+def test_a_path_may_begin_at_home(path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    keys = "model.name", "model.tokenizer", "teacher", "resume_from_checkpoint"
+    run = RunConfig.load(path, [f"--{key}=~/{key}" for key in keys])
+    paths = run.model.name, run.model.tokenizer, run.teacher, run.training.resume_from_checkpoint
+    assert paths == tuple(f"/home/ada/{key}" for key in keys)
+
+
 def test_overrides_leave_the_file_alone(path):
     tree = read_run(path)
     before = json.dumps(tree)
@@ -145,6 +153,7 @@ def test_what_transformers_checks_late_has_its_defaults():
 def test_what_is_not_read_may_be_anything(path):
     words = ["--max_steps", "5", "--num_train_epochs", "0", "--max_grad_norm", ".inf"]
     assert RunConfig.load(path, words).training.max_grad_norm == float("inf")
+    assert RunConfig.load(path, [*words[:-1], "null"]).training.max_grad_norm == 0, "compared with 0 later"
     assert DuetConfig(output_dir="o", use_cpu=True, report_to="none", gradient_accumulation_steps=np.int64(2))
 
 

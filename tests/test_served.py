@@ -15,7 +15,7 @@ from tiny_models import forget_rows, quick, retain_rows, tiny, word_tokenizer
 from duet import DuetConfig, DuetTrainer
 from duet.store.build import ask_teacher
 from duet.store.columns import read_columns
-from duet.store.read import LOG_PROBABILITIES
+from duet.store.read import LOG_PROBABILITIES, MANIFEST
 from duet.store.served import ask_prompt, completion_columns, prompt_columns
 from duet_kernels import TopK, topk_distill_loss
 
@@ -268,6 +268,15 @@ def test_asking_goes_on_where_it_stopped(server, tmp_path):
     assert len(calls) == len(store) + 1  # the one that failed is asked again
     for entry_id in whole:
         assert torch.equal(store.read(entry_id).targets.values, whole.read(entry_id).targets.values)
+    (tmp_path / "store" / MANIFEST).unlink()
+    with pytest.raises(ValueError, match="made for something else than the manifest beside it says"):
+        ask_teacher(
+            ask,
+            tiny(),
+            config(tmp_path, positions="first", temperature=2.0),
+            *rows,
+            folder=tmp_path / "store",
+        )
     with pytest.raises(ValueError, match="answer_source: wanted 'dataset'"):
         ask_teacher(ask, tiny(), config(tmp_path, positions="answer"), *rows, folder=tmp_path / "no")
     with pytest.raises(ValueError, match=r"wanted 1 scored position\(s\) for forget_dataset\[0\], got 2"):

@@ -97,9 +97,10 @@ def shards(folder):
 # -- writing and reading ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read_bit_for_bit(tmp_path):
-    fill(tmp_path / "store")
-    store = TopKStore(tmp_path / "store")
+def test_what_is_written_is_read_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fill("~/store")
+    store = TopKStore("~/store")
     assert set(store) == set(PRINTS) and len(store) == 6 and store.provenance == provenance()
     assert len(shards(tmp_path / "store")) == 3
     for i, print_ in enumerate(PRINTS):

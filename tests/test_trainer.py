@@ -423,11 +423,12 @@ def test_an_adapter_is_saved_as_an_adapter(tmp_path):
     assert torch.equal(loaded(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
 
 
-def test_model_teacher_and_tokenizer_by_folder(tmp_path):
+def test_model_teacher_and_tokenizer_by_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     tiny().save_pretrained(tmp_path / "base")
     word_tokenizer().save_pretrained(tmp_path / "base")
     options = {"teacher_model": tmp_path / "base", "processing_class": None}
-    by_folder = make(tmp_path, str(tmp_path / "base"), trainer_options=options)
+    by_folder = make(tmp_path, "~/base", trainer_options=options)
     by_object = make(tmp_path)
     by_folder.train()
     by_object.train()

@@ -463,9 +463,8 @@ def first_rows(batch: dict[str, Any], rows: int) -> dict[str, Any]:
     """The first rows of a collated batch, as far as anything per row or per position goes; its sequences stay whole."""
     if rows >= len(batch["forget"]):
         return batch
-    scored, chosen = len(batch["query"]), batch["query"] < rows
-    per_position = {k: v for k, v in batch.items() if k in _PER_POSITION}
-    cut = tree_map(lambda t: t[chosen] if len(t) == scored else t[:rows], per_position)
+    chosen = batch["query"] < rows
+    cut = tree_map(lambda t: t[chosen], {k: v for k, v in batch.items() if k in _PER_POSITION})
     return batch | cut | {"forget": batch["forget"][:rows]}
 
 

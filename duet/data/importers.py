@@ -188,11 +188,12 @@ def _steps(log: Path) -> tuple[int, int]:
 
 
 def _model_of(log: Path, path: Path) -> Path | None:
-    """The nearest folder above the log, not above `path`, that holds a model; else the last checkpoint in `path`."""
+    """The nearest folder above the log, in `path` (a file: in its run), that holds a model; else the last checkpoint in `path`."""
+    top = path if path.is_dir() else _run_of(path)
     for folder in log.parents:
         if any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
             return folder
-        if folder == path:
+        if folder == top:
             break
     saved = [p.parent for p in path.rglob("config.json")] if path.is_dir() else []
     return max(saved, key=lambda folder: _steps(folder / "x"), default=None)

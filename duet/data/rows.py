@@ -60,8 +60,9 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
         )
     if len(rows) == 0:
         raise ValueError(f"{argument}: wanted at least one row, got none")
-    warn_of_unread([rows[i] for i in range(len(rows))], argument)
-    return [_read_row(rows[i], f"{argument}[{i}]") for i in range(len(rows))]
+    read = [rows[i] for i in range(len(rows))]
+    warn_of_unread(read, argument)
+    return [_read_row(row, f"{argument}[{i}]") for i, row in enumerate(read)]
 
 
 def warn_of_unread(rows: Sequence[Any], argument: str) -> None:
@@ -162,7 +163,7 @@ def correct_choice(given: Any, choices: Sequence[str], where: str) -> int:
     """The index of the correct choice, which is given as an index, a letter or the choice itself.
 
     Raises:
-        ValueError: it is none of the choices, or two of them (the text of one is the letter or the index of another).
+        ValueError: it is none of the choices, or two of them (the text of one is the letter of another).
     """
     meant = [given] if type(given) is int else []
     if isinstance(given, str):

@@ -111,7 +111,7 @@ class Asking(Trainer):
             self.objective.prepare(self, dataset)
 
     def _uses(self, dataset: UnlearnDataset) -> int:
-        """How many items of a dataset this process will read."""
+        """How many items of a dataset this process will read, at most."""
         if dataset is not self.train_dataset:
             return len(dataset)
         steps = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.train_batch_size

@@ -16,6 +16,7 @@ The mean is over distributions, written as a `TopK`: the k ids with the most mas
 
 import math
 import random
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -261,9 +262,7 @@ def _mixture(trainer: Any, dataset: Any, i: int, names: list[str], answer: list[
 
     def mix(model):
         hidden, head = trainer.states_of(model, [row.prompt for row in rows], [row.answer for row in rows])
-        starts = [0]
-        for row in rows:
-            starts.append(starts[-1] + len(row.answer))
+        starts = accumulate((len(row.answer) for row in rows), initial=0)
         places = [[start + place for place in row.places] for start, row in zip(starts, rows, strict=False)]
         aligned = hidden[torch.tensor(places, device=hidden.device)]
         labels = torch.tensor(answer, device=hidden.device)

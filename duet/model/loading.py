@@ -43,7 +43,7 @@ def load_model(
         raise TypeError(
             f"{argument}: wanted a model, or the name or folder of one, got {type(model).__name__}"
         )
-    name = os.fspath(model)
+    name = os.path.expanduser(os.fspath(model))
     if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         raise FileNotFoundError(f"{argument}: there is no folder {name!r}")
     placed = {} if device is None else {"device_map": {"": device}}

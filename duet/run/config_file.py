@@ -13,9 +13,10 @@ A key that is not known is refused with the nearest name. Loads no model and no 
 import copy
 import dataclasses
 import json
+import os
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +98,7 @@ class RunConfig:
         model = section(ModelSection, "model", tree.get("model"), "name")
         for name in ("name", "revision", "attn_implementation", "tokenizer"):
             _not_blank(f"model.{name}", getattr(model, name))
+        model = replace(model, name=_expanded(model.name), tokenizer=_expanded(model.tokenizer))
         adapter = tree.get("adapter")
         if adapter is not None:
             adapter = DEFAULT_ADAPTER | _adapter(mapping("adapter", adapter))
@@ -126,7 +128,7 @@ class RunConfig:
             retain=None if data.get("retain") is None else _source("data.retain", data["retain"]),
             eval={name: _source(f"data.eval.{name}", value) for name, value in (evals or {}).items()},
             adapter=adapter,
-            teacher=teacher,
+            teacher=_expanded(teacher),
             merge=merge,
             training=training,
         )
@@ -227,6 +229,10 @@ def _source(name: str, value: Any) -> DataSource:
 def _not_blank(name: str, value: str | None) -> None:
     if value is not None and not value.strip():
         raise ValueError(f"{name}: wanted a text that is not empty, got {value!r}")
+
+
+def _expanded(path: Any) -> Any:
+    return path and os.path.expanduser(path)
 
 
 def _adapter(options: dict[str, Any]) -> dict[str, Any]:

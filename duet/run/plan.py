@@ -263,7 +263,7 @@ def optimizer_bytes(optim: str, parameter: Tensor) -> int:
         >>> [optimizer_bytes(name, weight) >> 20 for name in ("adamw_torch", "paged_adamw_8bit", "sgd")]
         [4, 2, 0]
     """
-    name = re.sub(r"^paged_|_(torch|fused|bnb|8bit|32bit|hf|xla|npu)", "", re.sub(r"^paged_", "", str(optim)))
+    name = re.sub(r"^paged_|_(torch|fused|bnb|8bit|32bit|hf|xla|npu)", "", str(optim))
     count = parameter.numel()
     if name == "adafactor":  # a row and a column of second moments
         return 4 * (sum(count // size for size in parameter.shape[-2:]) if parameter.dim() > 1 else count)

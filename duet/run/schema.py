@@ -46,7 +46,7 @@ def schema() -> dict[str, Any]:
     training["properties"]["fsdp"] = {}  # `true` and texts: transformers takes both
     source = _short_or(DataSource, "a file, a folder that `datasets` wrote, or a dataset on the Hub")
     source["anyOf"][1]["properties"]["columns"] = {
-        "type": ["object", "null"],
+        "type": "object",
         "properties": dict.fromkeys(COLUMNS, _TEXT),
         "additionalProperties": False,
     } | _said(DataSource, "columns")

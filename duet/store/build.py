@@ -204,8 +204,9 @@ def ask_teacher(
             "and writes no answers"
         )
     writer.begin()
+    missing = writer.scan()
     try:
-        for entry_id in writer.scan():
+        for entry_id in missing:
             asked = job.questions[entry_id]
             columns = ask([*asked.steered, *(asked.answer or asked.steered[-1:])], len(asked.steered))
             ((_, entry),) = read_columns([columns], job.provenance, [entry_id])

@@ -316,7 +316,7 @@ class TopKStore:
     """
 
     def __init__(self, folder: str | os.PathLike, verify: bool = True):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         body = read_manifest(self.folder)
         if not body["complete"]:
             raise ValueError(

@@ -48,7 +48,7 @@ class StoreWriter:
         rows: Mapping[str, Sequence[bytes]],
         shard_entries: int = 1024,
     ):
-        self.folder, self.provenance = Path(folder), provenance
+        self.folder, self.provenance = Path(folder).expanduser(), provenance
         self.rows = {name: list(entry_ids) for name, entry_ids in rows.items()}
         self.shard_entries = shard_entries
         self.wanted = dict.fromkeys(entry_id for entry_ids in self.rows.values() for entry_id in entry_ids)

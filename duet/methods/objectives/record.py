@@ -99,12 +99,8 @@ class Step:
 
     def tail_kl(self, teacher: TopK) -> Tensor:
         """`[N]` KL(p_teacher || p_student) on the teacher's top-k and a bucket for the rest, nats."""
-        options: dict[str, Any] = {
-            "divergence": "forward_kl",
-            "normalization": "tail",
-            "impl": self.args.impl,
-        }
-        return topk_distill_loss(self.hidden, self.head, teacher, reduction="none", **options)
+        how: Any = {"divergence": "forward_kl", "normalization": "tail", "impl": self.args.impl}
+        return topk_distill_loss(self.hidden, self.head, teacher, reduction="none", **how)
 
     def forget_mean(self, losses: Tensor) -> Tensor:
         """The mean of `losses` `[N]` over the forget positions of the whole step: this micro-batch's part of it."""
