@@ -108,6 +108,11 @@ def test_they_would_not_if_weights_were_repacked(tmp_path, folder, how_and_plain
     how, plain = how_and_plain
     if how != "nf4" or not has_avx512bf16():
         pytest.skip("only 4-bit layers, and only on a CPU with AVX512-BF16")
+    answered = quantised(folder, how)
+    with torch.no_grad():
+        answered(input_ids=IDS)
+    with pytest.raises(ValueError, match="model: it has answered on this CPU"):
+        keep_differentiable(answered)
     wanted = adapter_gradients(tmp_path, copy.deepcopy(plain))
     monkeypatch.setattr("duet.model.loading.keep_differentiable", lambda model: None)
     assert worst(adapter_gradients(tmp_path, quantised(folder, how)), wanted) > 0.1
@@ -154,10 +159,12 @@ def test_a_second_adapter_on_quantised_weights(tmp_path, folder, how):
 
     _, wanted = trained(quantised(folder, how), "first")
     first = load_adapted(tmp_path / "first", dtype=torch.float32, **quantised_how(how))
+    keep_differentiable(first)  # else it computes in bf16 on a CPU with AVX512-BF16
     check_same_logits(first, wanted, "reading the first")
     before, after = trained(first.requires_grad_(False), "second", earlier_adapter="keep")
     assert (before - wanted).abs().max() <= 1e-5 * wanted.abs().max() < (after - wanted).abs().max()
     second = load_adapted(tmp_path / "second", dtype=torch.float32, **quantised_how(how))
+    keep_differentiable(second)
     check_same_logits(second, after, "reading the second")
     first = load_adapted(tmp_path / "first", dtype=torch.float32, **quantised_how(how))
     with pytest.raises(

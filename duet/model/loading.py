@@ -166,11 +166,19 @@ def keep_differentiable(model: nn.Module) -> None:
     On a CPU with AVX512-BF16 they repack in the first forward without gradients (a teacher's, an evaluation's). autograd
     does not know the repacked product: no gradient would pass through the layer, and adapters below it would silently
     learn nothing.
+
+    Raises:
+        ValueError: they were repacked already. Unpacked again they are not quite what they were.
     """
     layers: list[Any] = list(model.modules())
     for layer in layers:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+            if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(
+                    "model: it has answered on this CPU, for which bitsandbytes repacked its 4-bit weights; no gradient passes "
+                    "through them. Load it again, and train before anything is asked"
+                )
 
 
 def warn_of_half_precision(model: nn.Module) -> None:
