@@ -248,15 +248,14 @@ def all_latin(text: str) -> bool:
 
 
 def first_half(text: str) -> str:
-    """The first half of a text's words, or of its characters where it has no spaces: a beginning of the text without the space at
-    its ends.
+    """The first half of a text's words, or of its characters where it has no spaces: a beginning of the text, with the space
+    that it starts with.
 
     Example:
-        >>> first_half("a  poet of Rome"), first_half("他出生于北京市")
-        ('a  poet', '他出生')
+        >>> first_half(" a  poet of Rome "), first_half("他出生于北京市")
+        (' a  poet', '他出生')
     """
-    text = text.strip()
     ends = [match.end() for match in re.finditer(r"\S+", text)]
     if len(ends) < 2 and without_spaces(text):
-        ends = [*(start for start, _ in _clusters(text)[1:]), len(text)]
+        ends = [i + len(cluster) for i, cluster in _clusters(text) if not cluster.isspace()]
     return text[: ends[len(ends) // 2 - 1]] if len(ends) > 1 else ""
