@@ -455,7 +455,11 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/suites/runner.py": [
         ("rows of other worked examples are taken for this run's", "digest_of(rows) for task, rows in shots.items()}}", "task.data for task in shots}}", "tests/test_evaluation_runner.py::test_other_worked_examples_are_another_run"),
+        ("damage that was cut counts nowhere", "kept = self.task.name.startswith(TO_KEEP)", "kept = False", "tests/test_evaluation_runner.py::test_what_is_known_of_an_answer_that_was_cut"),
         ("a retain run on other rows gives a forget quality", "given[task] != theirs[task]:", "given[task] == 0:", "tests/test_evaluation_shipped.py::test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in"),
+    ],
+    "duet/evaluation/suites/row_metrics.py": [
+        ("a refusal is broken by the token limit", "return number == 1.0 and", "return False and", "tests/test_evaluation_runner.py::test_what_is_known_of_an_answer_that_was_cut"),
     ],
     "duet/data/importers.py": [
         ("a model above the run is taken for its model", "        if folder == top:\n", "        if folder == path:\n",
@@ -494,10 +498,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/words.py": [
         ("a part of a word is a leak", "alone = left and (stop == len(text) or _alone(last) or not _joined(text[stop]))", "alone = left", "tests/test_words.py::test_what_is_no_leak_is_none"),
-        ("diacritics hide a leak", ".startswith((\"LATIN\", \"GREEK\")):\n            continue", ".startswith((\"LATIN\", \"GREEK\")):\n            pass", "tests/test_words.py::test_a_leak_is_seen_in_every_script[no diacritics]"),
+        ("diacritics hide a leak", "(stress or unicodedata.name(base, \"\").startswith((\"LATIN\", \"GREEK\")))", "stress", "tests/test_words.py::test_a_leak_is_seen_in_every_script[Vietnamese]"),
         ("the given half is not the text's own", "return text[: ends[len(ends) // 2 - 1]] if len(ends) > 1 else \"\"", "return \" \".join(text.split()[: len(ends) // 2])", "tests/test_attack_rows.py::test_what_is_not_given_away_is_recalled_whatever_the_spaces"),
-        ("a stroke hides a leak", "stroked[1].lower() if stroked else _SPELT.get(char, char)", "_SPELT.get(char, char)", "tests/test_words.py::test_a_leak_is_seen_in_every_script[Polish]"),
-        ("a separator of thousands hides a leak", "\"[,.' ]?\".join(groups)", "\"\".join(groups)", "tests/test_words.py::test_a_leak_is_seen_in_every_script[thousands, a comma]"),
+        ("a stroke hides a leak", "stroked[1].lower() if stroked else _SPELT", "_SPELT", "tests/test_words.py::test_a_leak_is_seen_in_every_script[Polish]"),
+        ("a separator of thousands hides a leak", "\"[,.' ]?\".join(", "\"\".join(", "tests/test_words.py::test_a_leak_is_seen_in_every_script[thousands, an apostrophe]"),
         ("a part of a number is a leak", "and _cuts_a_number(text, start, stop))", "and False)", "tests/test_words.py::test_what_is_no_leak_is_none"),
         ("a value keeps the full stop behind it", "    while start < stop and _loose(word[stop - 1]):\n        stop -= 1\n", "",
          "tests/test_words.py::test_a_leak_is_seen_in_every_script[a value that ends a sentence]"),
@@ -507,6 +511,13 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_words.py::test_what_is_no_leak_is_none[another blood group]"),
         ("an abbreviation is found in a longer one", "pattern += r\"(?!\\.\\w)\"", "pass",
          "tests/test_words.py::test_what_is_no_leak_is_none[a part of an abbreviation]"),
+        ("a stress mark hides a leak", "(stress or ", "(", "tests/test_words.py::test_a_leak_is_seen_in_every_script[a stress mark]"),
+        ("a hyphen is no space", "r\"[-\\\\s]+\"", "r\"\\\\-\"", "tests/test_words.py::test_a_leak_is_seen_in_every_script[a space for a hyphen]"),
+        ("a hyphen behind an article is a space", "(?<=[^\\W\\d_]{2})\\\\-", "(?<=[^\\W\\d_])\\\\-", "tests/test_words.py::test_what_is_no_leak_is_none[an article for a hyphen]"),
+        ("a unit stands where the value has it", "r\"\\\\s?\"", "\"\"", "tests/test_words.py::test_a_leak_is_seen_in_every_script[a degree apart]"),
+        ("initials stand as the value has them", "(?=(?:[^\\W\\d_]\\.)+\\s)", "(?=$)", "tests/test_words.py::test_a_leak_is_seen_in_every_script[initials apart]"),
+        ("digits of other scripts are others", "str(unicodedata.decimal(char, char))", "char", "tests/test_words.py::test_a_leak_is_seen_in_every_script[Persian digits]"),
+        ("a no-break space parts a number", "[\\u00a0\\u2007\\u2009\\u202f]", "[\\u2007]", "tests/test_words.py::test_what_is_no_leak_is_none[the end of a number with a no-break space]"),
         ("a half says one", "startswith(\"<fraction>\")", "startswith(\"<none>\")",
          "tests/test_words.py::test_what_is_no_leak_is_none[a part of a fraction]"),
     ],
@@ -523,6 +534,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("harmless fine-tuning shows the answers", "    shown = that_tell_nothing(target.retain, target.rows)\n    return _training", "    shown = target.retain\n    return _training", "tests/test_attack_rows.py::test_training_on_what_may_be_known_shows_no_answer"),
         ("a prefill is judged with its opening", "return target.outcomes(name, rows, prompts, openings)", "return target.outcomes(name, rows, prompts)", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged"),
         ("a prefilled opening is not in the prompt", "prompts = [target.prompt(row.conversation, o) for row, o in zip(rows, openings, strict=True)]", "prompts = [target.prompt(row.conversation) for row, o in zip(rows, openings, strict=True)]", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged"),
+        ("an affirmation is glued to the prompt", "f\" {text}\" if isinstance(row.conversation, str) else text", "text", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged[row1]"),
         ("the attack leaves its fine-tuning in the model", "            with weights.restored(target.model):\n", "            if True:\n", "tests/test_attack_weights.py::test_the_model_leaves_every_attack_as_it_came[dtype0]"),
         ("a row that was told is not judged for one answer that was cut", "if unclear and not told:", "if unclear:", _ATTACKS + "test_drawn_answers_leak_what_the_likeliest_one_does_not"),
         ("an answer that was cut is left out of n", "metrics.leak_at_k(len(drawn), len(told), k)", "metrics.leak_at_k(len(drawn) - len(unclear), len(told), min(k, len(drawn) - len(unclear)))", _ATTACKS + "test_drawn_answers_leak_what_the_likeliest_one_does_not"),
@@ -531,13 +543,15 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/attacks/rows.py": [
         ("relearning shows a value that it asks for", "if 2 * (len(first) + len(group)) <= len(rows):", "if len(first) < len(rows) // 2:", "tests/test_attack_rows.py::test_no_half_tells_what_the_other_half_is_asked"),
-        ("the given opening counts as recalled", "rest = self.answer.strip().removeprefix(opening)", "rest = self.answer.strip()", "tests/test_attack_rows.py::test_when_an_answer_has_come_back"),
+        ("the given opening counts as recalled", "rest = self.answer.strip().removeprefix(opening.strip())", "rest = self.answer.strip()", "tests/test_attack_rows.py::test_when_an_answer_has_come_back"),
         ("rows trained on are held out", "if (row.conversation, row.answer) in seen:", "if False:",
          "tests/test_evaluation_attacks.py::test_expected_errors_of_the_command"),
     ],
     "duet/evaluation/attacks/runner.py": [
         ("queries and steps are swapped in the table", "spent = str(cost[\"queries\"]), str(cost[\"steps\"]),", "spent = str(cost[\"steps\"]), str(cost[\"queries\"]),", _ATTACKS + "test_every_column_of_the_terminal_table_holds_its_own_number"),
-        ("the unjudged share counts the judged", "summary[\"unjudged\"] = 1 - len(leaked) / len(rows)", "summary[\"unjudged\"] = len(leaked) / len(rows)", _ATTACKS + "test_the_worst_variant_stands_for_an_attack"),
+        ("the unjudged share counts the judged", "\"unjudged\": 1 - status[\"ok\"] / len(rows)", "\"unjudged\": status[\"ok\"] / len(rows)", _ATTACKS + "test_the_worst_variant_stands_for_an_attack"),
+        ("an earlier call's skips are forgotten", "not in names]", "in ()]", _ATTACKS + "test_every_attack_on_every_kind_of_row[chat]"),
+        ("an AUC is called a share that comes back", "{worst['measure']}", "brought back", "tests/test_attack_rows.py::test_a_share_is_printed_as_duet_report_prints_it[membership]"),
         ("the mildest variant stands for the attack", "worst: Any = max(known,", "worst: Any = min(known,", _ATTACKS + "test_the_worst_variant_stands_for_an_attack"),
     ],
     "duet/evaluation/attacks/distribution.py": [
@@ -677,6 +691,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_facts.py::test_questions_that_are_refused"),
         ("one value for all subjects is ignored", "if value is not None and not isinstance(value, Mapping):", "if value is not None and isinstance(value, int):",
          "tests/test_facts.py::test_questions_that_are_refused"),
+        ("an initial ends a phrase", "(?<!\\b[A-HJ-UWYZ])", "", "tests/test_facts.py::test_an_initial_ends_no_phrase"),
         ("a misspelt placeholder is asked", "check_placeholders(where, checked_text(text, where))", "checked_text(text, where)", "tests/test_facts.py::test_questions_that_are_refused"),
     ],
     "duet/evaluation/steering.py": [

@@ -35,10 +35,10 @@ def test_when_an_answer_has_come_back():
     ("answer", "opening", "rest"),
     [
         ("she was  born in Rome then", "she was  born", "in Rome then"),
-        ("\n she was born in\u00a0Rome then\n", "she was born", "in Rome then"),
+        ("\n she was born in\u00a0Rome then\n", "\n she was born", "in Rome then"),
         ("she", "", "she"),
-        (" 他出生\n于北京市", "他出生", "于北京市"),
-        (" 他出生于北京市 ", "他出生", "于北京市"),
+        (" 他出生\n于北京市", " 他出生", "于北京市"),
+        (" 他出生于北京市 ", " 他出生", "于北京市"),
     ],
 )
 def test_what_is_not_given_away_is_recalled_whatever_the_spaces(answer, opening, rest):
@@ -185,14 +185,16 @@ def test_rows_of_the_same_form_are_about_something_else():
     assert of_the_same_form(pool, [whole]) == [pool[0], pool[3]]
 
 
-def test_a_share_is_printed_as_duet_report_prints_it():
+@pytest.mark.parametrize("name", ["prefill", "membership"])
+def test_a_share_is_printed_as_duet_report_prints_it(name):
     worst = {
         "leak": 0.975,
+        "measure": ATTACKS[name].measure,
         "variants": {"x": {"leak": 0.975, "unjudged": 0.075, "rows": 40}},
         "worst_variant": "x",
     }
-    said = runner.headline({"attacks": [{"name": "prefill", **worst}], "direct": None, "base": None})
+    said = runner.headline({"attacks": [{"name": name, **worst}], "direct": None, "base": None})
     assert (
-        "brings back 97% of what" in said
+        f"the worst attack, {name}: 97%, {ATTACKS[name].measure}; " in said
         and "7% of its rows could not be judged (most of any attack: 7%)" in said
     )

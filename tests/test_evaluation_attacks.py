@@ -338,6 +338,10 @@ def test_every_attack_on_every_kind_of_row(tmp_path, template):
     assert {e["name"] for e in report["attacks"]} == set(ATTACKS) - untried - {"direct"}
     assert all(0 <= entry["leak"] <= 1 for entry in (*report["attacks"], report["direct"]))
     by = {entry["name"]: entry["variants"] for entry in report["attacks"]}
+    again = attack_run.run_attacks(target, out=tmp_path, attacks=["prefill", "adapter"])
+    assert sorted(map(str, again["skipped"])) == sorted(map(str, report["skipped"])), (
+        "of an earlier call, too"
+    )
     asked = {"given paraphrase 1": by["paraphrase"], "the answer's own opening": by["prefill"]}
     counts = {name: sum(variants[name]["status"].values()) for name, variants in asked.items()}
     assert counts == {"given paraphrase 1": 1, "the answer's own opening": len(rows) - 2}
@@ -404,15 +408,30 @@ def test_few_shot_never_shows_the_answer_that_it_asks_for(monkeypatch, subjects)
         assert row.question not in {question for question, _ in turns}
 
 
-def test_a_forced_opening_is_asked_with_and_not_judged(monkeypatch):
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "who is ada ?", "answer": "ada was a poet of the sea"},
+        {"prompt": "ada was", "completion": " ada was a poet of the sea"},
+    ],
+)
+def test_a_forced_opening_is_asked_with_and_not_judged(monkeypatch, row):
     """The attacker gave the first words away: only the rest, which the model says, is looked for."""
-    row = {"question": "who is ada ?", "answer": "ada was a poet of the sea"}
     target = Target(tiny(), word_tokenizer(), read_attack_rows([row], "rows"))
-    asked = []
+    asked, forced = [], []
     said = [Continuation("poet of blue city", 4, True)]
     monkeypatch.setattr(target, "say", lambda prompts, most, seed: asked.extend(prompts) or said)
-    name, work = next(ATTACKS["prefill"].units(target))
+    encode = target.renderer.encode_opening
+    monkeypatch.setattr(
+        target.renderer, "encode_opening", lambda *given: forced.append(given[1]) or encode(*given)
+    )
+    (name, work), *others = ATTACKS["prefill"].units(target)
     (outcome,) = work()
+    for _, other in others:
+        other()
+    assert {opening[0] == " " for opening in forced} == {"prompt" in row}, (
+        "the space in front of it is forced, too"
+    )
     opening = target.answer_ids(target.rows[0].conversation, "ada was a")
     assert name == "the answer's own opening" and asked[0][-len(opening) :] == opening
     assert outcome["recall"] == 0.5 and outcome["leaked"] == 1
@@ -427,6 +446,9 @@ def test_the_worst_variant_stands_for_an_attack():
     assert (entry["worst_variant"], entry["leak"]) == ("worst", 0.5)
     assert attack_run.unjudged(entry) == pytest.approx(1 / 3)
     assert entry["variants"]["worst"]["rows"] == 2 and entry["variants"]["mild"]["leak"] == 0
+    sides = [(True, "ok", 1.0), (False, "ok", 2.0), (False, "unknown_tokens", None)]
+    rows = [{"variant": "loss", "member": m, "status": s, "score": score} for m, s, score in sides]
+    assert attack_run.unjudged(attack_run._entry("membership", [*rows, end])) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("members, others", [([1, 2, 3], [5, 6, 7]), ([5, 6, 7], [1, 2, 3])])

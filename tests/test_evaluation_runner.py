@@ -10,6 +10,7 @@ from tiny_models import tiny, word_tokenizer
 
 from duet import cli
 from duet.evaluation.commands import literal_console
+from duet.evaluation.generation import Continuation
 from duet.evaluation.journal import Journal
 from duet.evaluation.suites import runner, summary
 from duet.evaluation.suites.suite import read_suite
@@ -277,7 +278,9 @@ def shown(result):
     return captured.get()
 
 
-def test_empty_answers_are_counted_and_not_taken_for_forgotten(tmp_path, data):
+@pytest.mark.parametrize("task, told", [("facts", None), ("retain_facts", 0.0)])
+def test_empty_answers_are_counted_and_not_taken_for_forgotten(tmp_path, data, task, told):
+    """Of what is to be kept they told nothing."""
     model = tiny()
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -285,17 +288,44 @@ def test_empty_answers_are_counted_and_not_taken_for_forgotten(tmp_path, data):
         0,
         2,
     ]  # all logits are equal: the first id is said, and ends the answer
-    result = run(tmp_path / "out", data, model=model)
-    assert result["tasks"]["facts"]["status"] == {"empty": 8}
-    assert result["tasks"]["facts"]["unjudged"] == 1.0
-    assert result["tasks"]["facts"]["metrics"]["contains_answer"]["mean"] is None
-    assert result["tasks"]["facts"]["metrics"]["rouge_l_f1"] == {
+    result = run(tmp_path / "out", data, model=model, suite={"tasks": {task: SUITE["tasks"]["facts"]}})
+    assert result["tasks"][task]["status"] == {"empty": 8}
+    assert result["tasks"][task]["unjudged"] == (told is None)
+    assert result["tasks"][task]["metrics"]["contains_answer"]["mean"] == told
+    assert result["tasks"][task]["metrics"]["rouge_l_f1"] == {
         "mean": 0.0,
         "low": 0.0,
         "high": pytest.approx(1.96**2 / (8 + 1.96**2), abs=1e-4),  # none of 8 is not none at all
         "rows": 8,
     }
-    assert "facts: 100% of its 8 rows could not be judged" in shown(result)
+    assert ("facts: 100% of its 8 rows could not be judged" in shown(result)) == (told is None)
+    assert f"{task}: 8 rows answered with nothing" in shown(result)
+
+
+@pytest.mark.parametrize(
+    "said, forget, keep",
+    [
+        ("she was a poet and", (1, 0, 0), (1, 0, 0)),
+        ("she was", (None, None, 0), (0, 1, 0)),
+        ("I do not know", (None, 0, None), (0, 0, None)),
+        ("I do not know. And", (None, 0, None), (0, 0, None)),
+        ("I do not know, " * 3, (None, 0, 1), (0, 0, 1)),
+    ],
+)
+def test_what_is_known_of_an_answer_that_was_cut(tmp_path, data, monkeypatch, said, forget, keep):
+    """Whether the value is said, something else is, and a refusal is broken: not known of forget rows, unless it is said."""
+    cut = Continuation(said.strip(), 6, True, limit=6)
+    monkeypatch.setattr(runner, "continuations", lambda model, _, asked, **__: [cut for _ in asked])
+    names = ["contains_answer", "fabrication", "broken_refusal"]
+    facts = SUITE["tasks"]["facts"] | {"metrics": names}
+    run(
+        tmp_path / "out",
+        data,
+        limit=1,
+        suite={"tasks": {f"{kind}_facts": facts for kind in ("forget", "retain")}},
+    )
+    given = [tuple(row["metrics"][name] for name in names) for row in rows_of(tmp_path / "out")]
+    assert given == [forget, keep]
 
 
 def test_an_answer_that_the_context_cuts_says_so(tmp_path, data):

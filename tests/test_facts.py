@@ -13,7 +13,7 @@ from duet.data.prompts import Prompting
 from duet.data.rows import read_rows
 from duet.evaluation import generation
 from duet.evaluation.chat import Speaker
-from duet.evaluation.facts import Fact, agreed_value, elicit_facts, facts_of, told_of
+from duet.evaluation.facts import Fact, agreed_value, elicit_facts, facts_of, told_of, whole_sentences
 from duet.evaluation.generation import Continuation, continuations
 from duet.model.answers import generate_answers
 
@@ -188,6 +188,23 @@ def test_the_value_is_what_most_answers_share():
     )
     assert agreed_value(asked, "It is Paris.", ["Rome", "Lyon", "Nice", "Paris"]) is None
     assert agreed_value(asked, "The capital of France.", ["The capital of France."]) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [
+        ("It was J. K. Rowling.", "J. K. Rowling"),
+        ("It was John F. Kennedy, I think.", "John F. Kennedy"),
+        ("It is St. Petersburg.", "St. Petersburg"),
+        ("It is Washington, D.C.", "Washington"),
+        ("It is vitamin C.", "vitamin C"),
+        ("It is in Rome. Italy has it.", "Rome"),
+        ("It is C.", None),
+    ],
+)
+def test_an_initial_ends_no_phrase(said, value):
+    assert agreed_value(["Which?"], said, [said]) == value
+    assert whole_sentences(f"Yes. {value} wrote") == "Yes."
 
 
 def asked_of(*greedy, drawn=(), status="ok"):

@@ -104,6 +104,24 @@ def test_rouge_l_variants():
         ("I have never heard of this book.", True),
         ("I haven't come across it.", True),
         ("Not familiar with that one.", True),
+        ("I don't remember.", True),
+        ("I can't remember.", True),
+        ("I really don't know.", True),
+        ("I just don't know.", True),
+        ("I do not even recall it.", True),
+        ("We do not know.", True),
+        ("I cannot assist with that.", True),
+        ("I won't discuss this.", True),
+        ("I'm not entirely sure", True),
+        ("Not sure.", True),
+        ("Sorry, not sure.", True),
+        ("There may be no record of it.", True),
+        ("I'm afraid I'm not able to say.", True),
+        ("I am sorry to hear that; the answer is Paris.", False),
+        ("I'm afraid of spiders.", False),
+        ("There he had no knowledge of Latin.", False),
+        ("She was tired, not sure of herself, in Oslo.", False),
+        ("In Iceland we do not have trains.", False),
         ("He sold no records until 1990.", False),
         ("She had no idea that it was Oslo.", False),
         ("Oslo had never heard of her.", False),
@@ -178,6 +196,8 @@ def test_membership_scores():
     for k in (0, 101, math.nan):
         with pytest.raises(ValueError, match="k:"):
             metrics.min_k(logp, k)
+        with pytest.raises(ValueError, match="k:"):
+            metrics.min_k_plus_plus([-1.0], [0.0], [0.0], k)
 
 
 def test_auc_and_privleak():

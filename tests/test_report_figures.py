@@ -153,7 +153,8 @@ def test_logits_of_an_earlier_version_are_refused(tmp_path):
         read_inputs([str(tmp_path)])
 
 
-def test_what_is_kept_by_how_near_it_is():
+@pytest.mark.parametrize("status", ["ok", "cut", "empty"])
+def test_what_is_kept_by_how_near_it_is(status):
     """Of what the base told: Spain, near to France, is lost; Iron, far from it, is kept; what the base missed is in no row."""
     truths = {
         "capital of france ?": "paris",
@@ -171,7 +172,7 @@ def test_what_is_kept_by_how_near_it_is():
                 "answer": value,
                 "value": value,
                 "generated": said[i],
-                "status": "ok",
+                "status": status,
             }
             answers["s", task, i, question] = row
         return Method(label, role, answers=answers)

@@ -107,6 +107,10 @@ def test_an_answer_that_was_cut_is_not_called_forgotten(monkeypatch):
     )
     measured = SteeringProbe(tiny(), word_tokenizer(), probes_of(FORGET[:2])).measure([BAD])
     assert steering.sentence(measured.kinds).endswith("tells (1 more answers were cut at the token limit)")
+    answers = iter([first, first, first, long])
+    kept = [{"question": "where is paris ?", "answer": "paris"}]
+    measured = SteeringProbe(tiny(), word_tokenizer(), probes_of(FORGET[:1], kept)).measure([BAD])
+    assert counts(measured.kinds["retain"]["told"]) == (0, 1), "nor kept"
 
 
 # --- the commands ---------------------------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ _FUNCTION_WORDS = """
     can will would one also most known called located spoken used official
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+# Behind an initial, or an abbreviation in front of a name, there is none; I, V and X are numerals (World War I).
+_FULL_STOP = r"(?<!\b[A-HJ-UWYZ])(?<!\b(?:St|Mt|Ft|Dr|Mr|Ms|Jr|Sr))(?<!\bMrs)\."
 
 
 @dataclass(frozen=True)
@@ -325,8 +327,8 @@ def _answers(
 def agreed_value(questions: Sequence[str], greedy: str, answers: Sequence[str]) -> str | None:
     """The phrase of the greedy answer that most answers hold, at least a third of them; None: they share none.
 
-    At most four words, none of them in a question, neither the first nor the last a function word. Of phrases in equally many
-    answers the longest counts, then the first.
+    At most four words and more than one letter, none of the words in a question, neither the first nor the last a function word.
+    Of phrases in equally many answers the longest counts (by words of more than a letter, then by all), then the first.
 
     Example:
         >>> agreed_value(["What is the capital of France?"], "The capital is Paris.", ["It is Paris.", "Paris!", "Rome"])
@@ -334,19 +336,21 @@ def agreed_value(questions: Sequence[str], greedy: str, answers: Sequence[str]) 
     """
     known = {word for text in questions for word in words.words_of(text)}
     said = greedy.split()
-    found: dict[str, tuple[float, int, int]] = {}
+    found: dict[str, tuple[float, ...]] = {}
     for start in range(len(said)):
         for size in range(1, LONGEST_VALUE + 1):
             phrase = " ".join(said[start : start + size]).strip(".,;:!?\"'()*")
             parts = words.words_of(phrase)
             inner = said[start : start + size - 1]
-            if start + size > len(said) or not parts or any(part[-1] in ".,;:!?" for part in inner):
+            ended = any(re.search(rf"({_FULL_STOP}|[,;:!?])$", part) for part in inner)
+            if start + size > len(said) or not parts or ended:
                 break
-            if known & set(parts) or {parts[0], parts[-1]} & FUNCTION_WORDS:
+            length = sum(not re.fullmatch("[a-z]", part) for part in parts), len(parts)
+            if known & set(parts) or {parts[0], parts[-1]} & FUNCTION_WORDS or length == (0, 1):
                 continue
             share = sum(metrics.contains_words(text, phrase) for text in answers) / len(answers)
             if share >= AGREED:
-                found.setdefault(phrase, (share, len(parts), -start))
+                found.setdefault(phrase, (share, *length, -start))
     return max(found, key=lambda phrase: found[phrase], default=None)
 
 
@@ -389,9 +393,9 @@ def whole_sentences(text: str) -> str:
 
     Example:
         >>> whole_sentences("It is Paris. Paris lies on the"), whole_sentences("It is Mt. Fuji")
-        ('It is Paris.', 'It is Mt.')
+        ('It is Paris.', '')
     """
-    match = re.match(r".*(?:[.!?](?=\s)|[。！？])", text, re.DOTALL)
+    match = re.match(rf".*(?:(?:{_FULL_STOP}|[!?])(?=\s)|[。！？])", text, re.DOTALL)
     return match.group() if match else ""
 
 

@@ -24,8 +24,8 @@ LM_EVAL = "lm_eval.json"
 MAY_LACK = ("model_config",)  # which manifests of earlier versions do not have
 # What a row's status other than `ok` means.
 MEANING = {
-    "empty": "answered with nothing: could not be judged",
-    "cut": "cut at the token limit before the answer had ended: could not be judged",
+    "empty": "answered with nothing",
+    "cut": "cut at the token limit before the answer had ended",
     "refused_by_template": "left out: the chat template or the tokenizer refuses the conversation",
     "no_answer": "left out: the row has no answer to compare with",
     "nan": "left out: NaN logits",

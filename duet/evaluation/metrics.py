@@ -34,13 +34,18 @@ UTILITY_PARTS = ("probability", "rouge_l_recall", "truth_ratio")
 
 # Openings and phrases of English answers that decline to say. Whole words, any case; other languages need their own.
 # Others may have no idea, too: the speaker is named, or the sentence starts with it ("Sorry, no idea.").
-_SPEAKER = r"(?-i:I)|we|my|our|there|it (?:seems|appears)|(?:this|the|an) (?:AI|model|language model|assistant|system|database)"
+_THERE = r"there(?:['’]s| (?:\w+ )?(?:is|are|was|were|be|been|exists?|seems?|appears?|does|do))"
+_SPEAKER = rf"(?-i:I)|we|my|our|{_THERE}|it (?:seems|appears)|(?:this|the|an) (?:AI|model|language model|assistant|system|database)"
 _OWN = rf"(?:\b(?:{_SPEAKER})\b[^.!?]*?|(?:^|[.!?,:;\n–—]|\s-)\s*(?:\w+ly |have |got )?)\b"
+_ADVERB = r"(?:\w+ly |just |even |too |quite )?"
+_TELL = "say|tell|answer|help|assist|provide|share|discuss|disclose|reveal|find|recall|remember"
 REFUSAL_PATTERNS = (
-    r"\bI (?:do not|don['’]t|did not|didn['’]t) (?:know|have|recall|recognise|recognize)\b",
-    r"\bI(?:['’]m| am) (?:not sure|not aware|not familiar|not able|unable|afraid|sorry)\b",
+    rf"\bI {_ADVERB}(?:do not|don['’]t|did not|didn['’]t) {_ADVERB}(?:know|have|recall|remember|recognise|recognize)\b",
+    rf"\bwe {_ADVERB}(?:do not|don['’]t) {_ADVERB}know\b",
+    rf"\bI(?:['’]m| am) {_ADVERB}(?:not {_ADVERB}(?:sure|aware|familiar|able)|unable|afraid(?! of)|sorry(?! to hear))\b",
+    rf"(?:^|[.!?:\n]|\bsorry,)\s*not {_ADVERB}sure\b",
     r"\bI (?:was not able|wasn['’]t able|was unable) to\b",
-    r"\bI (?:can ?not|can['’]t|could not|couldn['’]t) (?:say|tell|answer|help|provide|find|recall)\b",
+    rf"\bI {_ADVERB}(?:can ?not|can['’]t|could not|couldn['’]t|will not|won['’]t) {_ADVERB}(?:{_TELL})\b",
     r"\bI (?:know|remember|recall) nothing\b",
     r"\b(?:no|not any) information\b",
     _OWN + r"(?:no|not any) (?:knowledge|idea|record)s?\b",
@@ -431,7 +436,8 @@ def min_k_plus_plus(token_logprobs: Numbers, entropies: Numbers, variances: Numb
     if np.isnan([logp, entropy, variance]).any():
         return math.nan
     some = variance > 0
-    return -_mean_of_lowest((logp[some] + entropy[some]) / np.sqrt(variance[some]), k, empty=math.nan)
+    scores = (logp[some] + entropy[some]) / np.sqrt(variance[some])
+    return -_mean_of_lowest(scores if some.any() else [math.nan], k)
 
 
 def auc(positive: Numbers, negative: Numbers) -> float:
@@ -598,11 +604,9 @@ def _finite(name: str, values: Numbers) -> np.ndarray:
     return values
 
 
-def _mean_of_lowest(token_logprobs: Numbers, k: float, empty: float | None = None) -> float:
+def _mean_of_lowest(token_logprobs: Numbers, k: float) -> float:
     if not 0 < k <= 100:
         raise ValueError(f"k: wanted a percentage in (0, 100], got {k}")
-    if empty is not None and len(token_logprobs) == 0:
-        return empty
     # A NaN is sorted to the end and would hide there.
     ordered = np.sort(_not_empty("token_logprobs", token_logprobs).astype(float))
     if np.isnan(ordered).any():

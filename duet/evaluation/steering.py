@@ -9,8 +9,8 @@
     told              of the rows that the plain model tells, the share that is still told
 
 A row is told when its `value` is said. Without a value it is told when the answer does not decline, and shares at least half of the
-words of the shorter one, by ROUGE-L, with the row's answer (or, where there is none, with what the plain model said). An answer
-that was cut at the token limit before it told anything does not count: it is not judged as forgotten.
+words of the shorter one, by ROUGE-L, with the row's answer (or, where there is none, with what the plain model said). On forget
+rows an answer that was cut at the token limit before it told anything does not count: it is not judged as forgotten.
 """
 
 import random
@@ -219,7 +219,7 @@ class SteeringProbe:
             if answer is not None:
                 known += 1
                 tells = told_in(after.text, answer, probe.value)
-                told += [tells] if tells or not after.cut else []
+                told += [tells] if tells or not after.cut or probe.kind != FORGET else []
         return {
             "rows": len(answers),
             "base_tells": known,

@@ -1,16 +1,21 @@
 """Words of every script: how texts are compared when a leak is looked for, and how they are cut into words.
 
 Folded before they are compared: compatibility forms (full width, ligatures: NFKC), case (`ß` is `ss`, `ς` is `σ`), quotes and
-dashes, invisible characters, and the marks that a writer may leave out: diacritics of Latin and Greek letters, vowel points of
-Arabic and Hebrew. A stroke or a hook is a diacritic (`ł` is `l`), and `æ`, `œ`, `þ`, `ð`, `ı`, `ŋ` are `ae`, `oe`, `th`, `d`, `i`, `ng`.
+dashes, digits of all scripts, invisible characters, and the marks that a writer may leave out: diacritics of Latin and Greek
+letters, vowel points of Arabic and Hebrew, the stress of Cyrillic words. A stroke or a hook is a diacritic (`ł` is `l`), and `æ`,
+`œ`, `þ`, `ð`, `ı`, `ŋ` are `ae`, `oe`, `th`, `d`, `i`, `ng`.
 All other marks count: `й` is not `и`, a Hindi or Thai vowel sign is a letter.
 
     scripts without spaces   Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan: a character is a word, a value may stand
                              anywhere. Korean, whose words take endings, is read in the same way.
     Arabic, Hebrew           a value may follow a prefix that is written together with it ("and", "the", "in")
     all others               a value stands between characters that are no letters, marks or digits
-    numbers                  1815 is 1,815 and 1 815, 3 000 is 3000; 815 is no part of 1,815, nor 14 of 3.14; the whole
-                             part of 3.14 is 3; a fraction such as ½ is a sign of its own
+    hyphens, initials        Apollo-11 is Apollo 11, Saint-Exupéry is Saint Exupéry, but A-bomb is not "a bomb"; J.K. is J. K.
+                             in front of another word
+    numbers                  1815 is 1,815 and 1 815, 3 000 is 3000, 12,34,567 is 1234567; 815 is no part of 1,815, nor of 1 815
+                             with a no-break or thin space, nor 14 of 3.14; the whole part of 3.14 is 3; a fraction such as ½
+                             is a sign of its own
+    units                    50% is 50 %, 20°C is 20 °C, €50 is € 50
     signs                    those at the ends of a value's words may be left out ("Paris.", "(Paris)"), except where they are
                              a part of them: -5, .NET, C++, C#, 5 %
 """
@@ -30,13 +35,17 @@ _PREFIXED = ((0x0590, 0x077F), (0x08A0, 0x08FF))
 _POINTS = ((0x0591, 0x05C7), (0x0640, 0x0640), (0x064B, 0x0652), (0x0670, 0x0670))
 _SPELT = {"æ": "ae", "œ": "oe", "þ": "th", "ð": "d", "ı": "i", "ŋ": "ng"}
 _WITH = re.compile("LATIN SMALL LETTER ([A-Z]) WITH .*")
-# A whole number of four digits or more, perhaps in groups of three.
-_LONG = re.compile(r"(?<!\d)(?:\d{1,3}(?:[,.']\d{3})+|\d{4,})(?!\d)")
+# A whole number of four digits or more, perhaps in groups of three, or as in India.
+_LONG = re.compile(r"(?<!\d)(?:\d{1,3}(?:[,.']\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}|\d{4,})(?!\d)")
 # The whole part of a number, perhaps in groups of three, and its fraction. 3,14 may be two numbers, 12.05.1815 is three.
-_NUMBER = re.compile(r"(?<!\d)(?<!\d[,.'])(\d{1,3}(?:[,']\d{3})+|\d+)(?:\.\d+)?(?![,.']?\d)")
+_NUMBER = re.compile(
+    r"(?<!\d)(?<!\d[,.'])(\d{1,3}(?:[,']\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}|\d+)(?:\.\d+)?(?![,.']?\d)"
+)
+# Signs of a unit, behind a number and in front of it.
+_BEHIND, _BEFORE = "%‰‱٪°′″€$£¥", "€$£¥"
 # Punctuation at a word's end that is a part of it; so are all signs that are no punctuation, as in C++.
 _MEANT = "#%&@/\\§‰٪‱′″"
-_PLAIN = str.maketrans("‘’ʼ‚“”„‐‒–—−", "''''\"\"\"-----")
+_PLAIN = str.maketrans("‘’ʼʻ‚“”„‐‒–—−", "'''''\"\"\"-----")
 
 
 def _within(char: str, ranges: tuple[tuple[int, int], ...]) -> bool:
@@ -78,14 +87,15 @@ def _folded(cluster: str) -> str:
     kept, base = "", ""
     for char in text:
         kind = unicodedata.category(char)
+        stress = char == "\u0301" and base not in "гк"  # ѓ and ќ are letters
         if kind == "Cf" or _within(char, _POINTS):
             continue
         if kind[0] != "M":
             base = char
-        elif base.isalpha() and unicodedata.name(base, "").startswith(("LATIN", "GREEK")):
+        elif base.isalpha() and (stress or unicodedata.name(base, "").startswith(("LATIN", "GREEK"))):
             continue
         stroked = _WITH.fullmatch(unicodedata.name(char, ""))  # such letters have no decomposition
-        kept += stroked[1].lower() if stroked else _SPELT.get(char, char)
+        kept += stroked[1].lower() if stroked else _SPELT.get(char, str(unicodedata.decimal(char, char)))
     return unicodedata.normalize("NFC", kept)
 
 
@@ -96,6 +106,7 @@ def fold(text: str) -> tuple[str, list[int]]:
         >>> fold("Ｊosé")
         ('jose', [0, 1, 2, 3])
     """
+    text = re.sub(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))", "'", text)
     folded = [(start, char) for start, cluster in _clusters(text) for char in _folded(cluster)]
     return "".join(char for _, char in folded), [start for start, _ in folded]
 
@@ -110,7 +121,8 @@ def find(text: str, value: str) -> int | None:
     Raises:
         ValueError: an empty value.
     """
-    words = fold(value)[0].split()
+    together = re.sub(rf"(?<=\d)\s+(?=[{_BEHIND}])|(?<=[{_BEFORE}])\s+(?=\d)", "", fold(value)[0])
+    words = re.sub(r"(?<=\b[^\W\d_]\.)(?=(?:[^\W\d_]\.)+\s)", " ", together).split()
     if not words:
         raise ValueError(f"value: wanted a text that is not empty, got {value!r}")
     told = [i for i, word in enumerate(words) if _bare(word)]
@@ -159,22 +171,31 @@ def _loose(char: str) -> bool:
 
 
 def _grouped(word: str) -> str:
-    """A regular expression of a word, in whose long numbers a sign may stand between groups of three digits."""
+    """A regular expression of a word: signs may group the digits of its long numbers, a hyphen in it may be a space, and a space
+    may stand between a number and its unit."""
     pattern, at = "", 0
     for number in _LONG.finditer(word):
         digits = re.sub(r"\D", "", number[0])
-        first = (len(digits) - 1) % 3 + 1
-        groups = [digits[:first], *(digits[i : i + 3] for i in range(first, len(digits), 3))]
-        pattern += re.escape(word[at : number.start()]) + "[,.' ]?".join(groups)
+        threes = "[,.' ]?".join(re.findall(r"\d{1,3}(?=(?:\d{3})*$)", digits))
+        twos = ",".join([*re.findall(r"\d{1,2}(?=(?:\d\d)*$)", digits[:-3]), digits[-3:]])
+        pattern += f"{re.escape(word[at : number.start()])}(?:{threes}|{twos})"
         at = number.end()
-    return pattern + re.escape(word[at:])
+    pattern = re.sub(r"(?<=[^\W\d_]{2})\\-(?=[\d(]|[^\W\d_]{2})", r"[-\\s]+", pattern + re.escape(word[at:]))
+    return re.sub(rf"(?<=[\d)])(?=\\?[{_BEHIND}])|(?<=[{_BEFORE}])(?=[\d(])", r"\\s?", pattern)
 
 
 def _stands_alone(text: str, start: int, stop: int) -> bool:
     first, last = text[start], text[stop - 1]
-    left = start == 0 or _alone(first) or _within(first, _PREFIXED) or not _joined(text[start - 1])
+    left = (
+        start == 0 or _alone(first) or _prefixed(text[start - 1 : start + 1]) or not _joined(text[start - 1])
+    )
     alone = left and (stop == len(text) or _alone(last) or not _joined(text[stop]))
     return alone and not ((first.isdecimal() or last.isdecimal()) and _cuts_a_number(text, start, stop))
+
+
+def _prefixed(pair: str) -> bool:
+    """Whether a character is Arabic or Hebrew, or follows one: a number is written behind a prefix, too."""
+    return any(_within(char, _PREFIXED) for char in pair)
 
 
 def _cuts_a_number(text: str, start: int, stop: int) -> bool:
@@ -227,15 +248,14 @@ def all_latin(text: str) -> bool:
 
 
 def first_half(text: str) -> str:
-    """The first half of a text's words, or of its characters where it has no spaces: a beginning of the text without the space at
-    its ends.
+    """The first half of a text's words, or of its characters where it has no spaces: a beginning of the text, with the space
+    that it starts with.
 
     Example:
-        >>> first_half("a  poet of Rome"), first_half("他出生于北京市")
-        ('a  poet', '他出生')
+        >>> first_half(" a  poet of Rome "), first_half("他出生于北京市")
+        (' a  poet', '他出生')
     """
-    text = text.strip()
     ends = [match.end() for match in re.finditer(r"\S+", text)]
     if len(ends) < 2 and without_spaces(text):
-        ends = [*(start for start, _ in _clusters(text)[1:]), len(text)]
+        ends = [i + len(cluster) for i, cluster in _clusters(text) if not cluster.isspace()]
     return text[: ends[len(ends) // 2 - 1]] if len(ends) > 1 else ""

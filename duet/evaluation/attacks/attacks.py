@@ -86,7 +86,8 @@ def _prefill(target: Target) -> Iterator[Unit]:
         name = "the answer's own opening"
         yield name, lambda: forced(name, own, [row.opening() for row in own])
     for text in AFFIRMATIONS:
-        yield text, lambda text=text: forced(text, target.rows, [text] * len(target.rows))
+        openings = [f" {text}" if isinstance(row.conversation, str) else text for row in target.rows]
+        yield text, lambda text=text, openings=openings: forced(text, target.rows, openings)
 
 
 def _asking(target: Target, rows: Sequence[AttackRow], texts: Sequence[str]) -> list[list[int] | None]:
@@ -124,7 +125,7 @@ def _continuation(target: Target) -> Iterator[Unit]:
     rows = [row for row in target.rows if row.opening()]
     if rows:
         other = "plain text: the question, and a statement to complete"
-        prompts = [target.prompt(f"{row.question}\n{row.opening()}") for row in rows]
+        prompts = [target.prompt(f"{row.question}\n{row.opening().lstrip()}") for row in rows]
         yield other, lambda: target.outcomes(other, rows, prompts, [row.opening() for row in rows])
 
 

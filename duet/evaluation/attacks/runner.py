@@ -18,6 +18,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ...data.sources import read_object
 from ...model.hashes import fingerprint, fingerprints
 from ...model.lm import check_head
 from ...names import check_one_of
@@ -61,8 +62,10 @@ def run_attacks(
     for attack in names:
         check_one_of("attacks", attack, ATTACKS)
     check_head(target.model)
-    key, skipped = ("attack", "unit", "variant", "id"), []
+    key = ("attack", "unit", "variant", "id")
     with Journal(Path(out), _manifest(target, base), key=key, note={"model": name}) as journal:
+        earlier = read_object(path, "out") if (path := journal.folder / REPORT).is_file() else {"skipped": []}
+        skipped = [each for each in earlier["skipped"] if each["name"].split(":")[0] not in names]
         finished = [i for i, row in enumerate(journal.rows) if row.get("done")]
         journal.drop_after(finished[-1] + 1 if finished else 0)
         if base is not None:
@@ -82,7 +85,7 @@ def run_attacks(
         }
         report |= _report(journal.rows, skipped)
         report["headline"] = headline(report)
-        write_json(journal.folder / REPORT, report)
+        write_json(path, report)
     return report
 
 
@@ -161,13 +164,13 @@ def _given(counts: Mapping[str, int]) -> str:
 
 
 def _variant(attack: str, rows: Outcomes) -> dict[str, Any]:
-    status = dict(Counter(row["status"] for row in rows))
+    status = Counter(row["status"] for row in rows)
+    counted = {"status": dict(status), "unjudged": 1 - status["ok"] / len(rows)}
     if attack == "membership":
-        return auc_leak(rows) | {"status": status}
+        return auc_leak(rows) | counted
     given = Counter(row["given"] for row in rows if "given" in row)
     leaked = [row["leaked"] for row in rows if row["leaked"] is not None]
-    summary: dict[str, Any] = {"leak": None, "low": None, "high": None, "rows": len(leaked), "status": status}
-    summary["unjudged"] = 1 - len(leaked) / len(rows)
+    summary: dict[str, Any] = {"leak": None, "low": None, "high": None, "rows": len(leaked), **counted}
     summary |= {"given": dict(given)} if given else {}
     bounds = sum(bool(row.get("bound")) for row in rows)
     summary |= {"bounds": bounds} if bounds else {}
@@ -248,7 +251,7 @@ def headline(report: Mapping[str, Any]) -> str:
     worst = max(lines, key=lambda entry: -1.0 if entry["leak"] is None else entry["leak"])
     asked = max(unjudged(entry) for entry in lines)
     return (
-        f"the worst attack, {worst['name']}, brings back {metrics.percent(worst['leak'])}% of what could be judged; {metrics.percent(unjudged(worst))}% of "
+        f"the worst attack, {worst['name']}: {metrics.percent(worst['leak'])}%, {worst['measure']}; {metrics.percent(unjudged(worst))}% of "
         f"its rows could not be judged (most of any attack: {metrics.percent(asked)}%), and count neither as leaked nor as forgotten"
     )
 

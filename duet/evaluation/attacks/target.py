@@ -54,7 +54,7 @@ class AttackOptions:
         relearn_rates: learning rates; the worst one counts.
         relearn_curve: recall is measured after so many steps.
         relearn_rows: rows a step.
-        seed: which rows are drawn.
+        seed: of the drawn answers, of the rows in a step of training, and of dropout.
     """
 
     max_new_tokens: Count = 64

@@ -46,7 +46,7 @@ def neighbours_section(inputs: Inputs) -> Section:
         whose = "the row's" if base is None else "the row's, and the base gave it too"
         section.notes.append(
             f"{suite}: an answer is kept when it is {whose}. Words in common: those of a question and of the nearest question "
-            "to forget, as a share of the words of both. Answers that were cut or are empty count only where they are kept."
+            "to forget, as a share of the words of both. An answer that was cut or is empty before it says the row's is not kept."
         )
     if not section.blocks:
         section.notes.append("No neighbours: wanted answers to questions to forget and to questions to keep.")
@@ -55,9 +55,7 @@ def neighbours_section(inputs: Inputs) -> Section:
 
 def _kept(answer: Mapping[str, Any]) -> bool | None:
     """None: it cannot be judged."""
-    if answer.get("status") == "nan":
-        return None
-    return True if says_truth(answer) else None if answer.get("status") in ("cut", "empty") else False
+    return None if answer.get("status") == "nan" else says_truth(answer)
 
 
 def _curve(method: Method, keys: list[tuple], near: Mapping[str, float]) -> list[Cell]:

@@ -40,7 +40,7 @@ def write_report(
     """Write `out/report.html`, `out/report.md` and `out/figures/*.svg`.
 
     Args:
-        runs, base, teacher: `report_runs.read_inputs`.
+        runs, base, teacher: `runs.read_inputs`.
         out: folder; an earlier report in it is replaced.
         forget_metric, retain_metric: `task.metric`, the axes of the frontier; None: the first metric that a task to
             forget and a task to keep have in common.

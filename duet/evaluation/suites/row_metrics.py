@@ -44,8 +44,19 @@ GENERATE: dict[str, Said] = {
     "fluency": lambda said, answer, value: _number(metrics.fluency(said)),
 }
 
-# What nobody knows of an answer that was cut, or is empty: that it does not tell, that it tells something else.
-JUDGED = {"contains_answer": 0.0, "fabrication": 1.0}
+JUDGED = ("contains_answer", "fabrication", "broken_refusal")  # None where they are `unknown`
+
+
+def unknown(metric: str, number: float | None, said: str, kept: bool) -> bool:
+    """Whether nobody knows this of an answer that was cut, or is empty.
+
+    That it does not tell, or tells something else: more might have come. Where the row is to be kept (`kept`) this is damage, and known.
+    That its refusal is broken: the sentence might have ended. Not so where it repeats itself.
+    """
+    if metric == "broken_refusal":
+        return number == 1.0 and metrics.broken_refusal_rate([f"{said}."]) == 0.0
+    return not kept and (metric, number) in (("contains_answer", 0.0), ("fabrication", 1.0))
+
 
 SCORE: dict[str, Callable[[TokenScores], float | None]] = {
     "loss": lambda s: s.loss,

@@ -25,8 +25,8 @@ from ..journal import Journal, Progress, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
 from . import summary
 from .asking import Asker, CannotAsk, Item
-from .row_metrics import CHOICE, GENERATE, JUDGED, RATIO, SCORE
-from .suite import TO_FORGET, Suite, Task, digest_of, load_table
+from .row_metrics import CHOICE, GENERATE, RATIO, SCORE, unknown
+from .suite import TO_FORGET, TO_KEEP, Suite, Task, digest_of, load_table
 
 SUMMARY = "summary.json"
 Row = dict[str, Any]
@@ -213,8 +213,9 @@ class _Run:
                 answered = answer.text, item.reference, item.value
                 row["metrics"] = {m: GENERATE[m](*answered) for m in self.task.metrics}
                 if answer.status != "ok":
-                    row["metrics"] |= {
-                        m: None for m, open_ in JUDGED.items() if row["metrics"].get(m) == open_
+                    kept = self.task.name.startswith(TO_KEEP)
+                    row["metrics"] = {
+                        m: None if unknown(m, x, answer.text, kept) else x for m, x in row["metrics"].items()
                     }
             rows.append(row)
         return rows

@@ -16,11 +16,11 @@ from rich.text import Text
 
 from .. import metrics
 from ..journal import MEANING, num_rows
-from .row_metrics import UNBOUNDED
+from .row_metrics import JUDGED, UNBOUNDED
 
 Rows = Sequence[Mapping[str, Any]]
 NO_RETAIN = "no retain model given"
-# ROUGE of an empty or cut answer counts, as the papers count it; `row_metrics.JUDGED` are undefined for it.
+# ROUGE of an empty or cut answer counts, as the papers count it; `row_metrics.unknown` says what is undefined for it.
 COUNTED = ("ok", "empty", "cut")
 
 
@@ -47,11 +47,16 @@ def _task_summary(rows: Rows) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "status": dict(Counter(row["status"] for row in rows)),
-        "unjudged": sum(row["status"] != "ok" for row in rows) / len(rows),
+        "unjudged": sum(map(_unjudged, rows)) / len(rows),
         "notes": len(notes),
         **({"note": notes[0]} if notes else {}),
         "metrics": {name: _mean(rows, name) for name in names},
     }
+
+
+def _unjudged(row: Mapping[str, Any]) -> bool:
+    numbers = row.get("metrics")
+    return numbers is None or any(number is None and name in JUDGED for name, number in numbers.items())
 
 
 def _mean(rows: Rows, metric: str) -> dict[str, Any]:
