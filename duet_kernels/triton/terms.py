@@ -88,9 +88,8 @@ def of_distributions(p, q, w, noise, beta, DIVERGENCE: tl.constexpr, HALF: tl.co
         b = number(beta, p.dtype)
         p_to_m, q_to_m = log_to_mixture(w, b, HALF)
         a = (1.0 - b) * expected(q, q_to_m)
-        terms = a + b * expected(
-            p, p_to_m
-        )  # in this order: triton 3.8's compiler crashes on the other for sm_90
+        # In this order of the two: for sm_90 the compiler of triton 3.8 crashes on the other.
+        terms = a + b * expected(p, p_to_m)
     elif DIVERGENCE == "tvd":
         gap = tl.where(tl.abs(w) <= noise, 0.0, minus(q, p, w))
         terms = 0.5 * tl.abs(gap)
