@@ -207,6 +207,16 @@ def test_files_of_another_kind_are_named(tmp_path, name, text, why):
         load_rows(DataSource(str(tmp_path / name)), "data.forget")
 
 
+def test_a_folder_of_several_files_is_no_set_of_rows(tmp_path):
+    """What is to be forgotten and what is to be kept would be one."""
+    for name in ("forget", "neighbour", "retain"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": f"{name} ?"}))
+    for key, name in (("data.retain", "retain"), ("data.eval.own", "forget")):
+        said = rf"{key}: wanted one file of rows, such as .*{name}.jsonl, got a folder with 3 of them"
+        with pytest.raises(ValueError, match=said):
+            load_rows(DataSource(str(tmp_path)), key)
+
+
 def test_a_row_of_empty_cells_is_said_to_be_empty():
     with pytest.raises(ValueError, match=r"forget_dataset\[1\]: .*, got no value at all"):
         read_rows([forget_rows(1)[0], {"question": None, "answer": None}], "forget_dataset")

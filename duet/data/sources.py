@@ -124,6 +124,7 @@ def _read(source: DataSource, argument: str) -> list[dict[str, Any]]:
         return read_table(path, argument)
     if not path.is_dir() and (path.suffix in FORMATS or source.path[0] in "./~"):
         raise FileNotFoundError(f"{argument}: there is no file {source.path!r}")
+    _check_one_file(path, source, argument)
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
@@ -135,6 +136,18 @@ def _read(source: DataSource, argument: str) -> list[dict[str, Any]]:
         return list(rows)
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise OSError(f"{argument}: the dataset {source.path!r} could not be loaded: {error}") from error
+
+
+def _check_one_file(path: Path, source: DataSource, argument: str) -> None:
+    """Refuses a folder of several files of rows, of which `datasets` would make one set."""
+    files = sorted(file for file in path.glob("*") if file.suffix in FORMATS)
+    named = source.name or any(file.name.startswith(source.split) for file in files)
+    if len(files) > 1 and not named and not (path / "state.json").is_file():
+        wanted = next((file for file in files if file.stem == argument.split(".")[-1]), files[0])
+        raise ValueError(
+            f"{argument}: wanted one file of rows, such as {wanted}, got a folder with {len(files)} of them: "
+            f"{', '.join(file.name for file in files[:4])}"
+        )
 
 
 def _lines(path: Path, argument: str) -> Iterator[tuple[str, str]]:
