@@ -138,7 +138,12 @@ def train(
         if said and trainer.is_world_process_zero():
             console.print(said, soft_wrap=True)
 
-    trainer = run_training(run, resume, check)
+    try:
+        trainer = run_training(run, resume, check)
+    except KeyboardInterrupt:
+        if run.training.process_index == 0:
+            console.print(_how_to_go_on(str(run.training.output_dir)), soft_wrap=True)
+        raise SystemExit(130) from None
     if trainer.is_world_process_zero():
         out = str(run.training.output_dir)
         merged = f", merged with its base: {Path(out, 'merged')}" if run.merge else ""
@@ -146,6 +151,14 @@ def train(
         console.print(
             f"what it still says: duet eval {out} --suite probes --data DIR --out DIR", soft_wrap=True
         )
+
+
+def _how_to_go_on(folder: str) -> str:
+    from duet.output.checkpoints import last_finished_checkpoint
+
+    if last := last_finished_checkpoint(folder):
+        return f"interrupted; {last} is finished, and the same command with --resume goes on from it"
+    return f"interrupted; there is no finished checkpoint in {folder} yet (save_steps says when one is written)"
 
 
 @app.command(context_settings=_KEYS)
