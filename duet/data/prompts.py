@@ -15,6 +15,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging
 
+from ..names import check_folder_is_there
+
 logger = logging.get_logger(__name__)
 
 
@@ -162,6 +164,7 @@ class Prompting:
         """Read from a model's folder or name; the defaults where there is no `prompting.json`.
 
         Raises:
+            FileNotFoundError: it is the path of a folder that is not there.
             ValueError: its `prompting.json` is damaged.
         """
         return cls.saved_with(name) or cls()
@@ -169,6 +172,7 @@ class Prompting:
     @classmethod
     def saved_with(cls, name: str | os.PathLike) -> "Prompting | None":
         """As `of`; None where there is no `prompting.json`."""
+        check_folder_is_there("model", os.fspath(name))
         path = Path(name, PROMPTING)
         if not Path(name).is_dir():
             try:

@@ -104,10 +104,6 @@ def _renamed(row: dict[str, Any], source: DataSource, where: str) -> dict[str, A
             )
             listed = [name for name, value in row.items() if isinstance(value, list)]
             ours = ours or (("messages", listed) if listed else ("question", sorted(map(str, row))))
-            if len(row) == 1 and any(sign in next(iter(row)) for sign in ";\t"):
-                raise ValueError(
-                    f"{where}: wanted cells between commas, got the one column {next(iter(row))!r}; save the file with commas"
-                )
             raise ValueError(
                 f"{where}: wanted a column {', '.join(map(repr, PROMPTS[:-1]))} or {PROMPTS[-1]!r}, got "
                 f"{', '.join(sorted(map(str, row)))}; say which it is, such as columns: {{{ours[0]}: {ours[1][0]}}}"
@@ -225,6 +221,10 @@ def _csv(path: Path, argument: str) -> list[dict[str, Any]]:
             if "" in names or len(set(names)) < len(names):
                 raise ValueError(
                     f"{where}: wanted a different name for every column, got {', '.join(map(repr, names))}"
+                )
+            if len(names) == 1 and any(sign in names[0] for sign in ";\t"):
+                raise ValueError(
+                    f"{where}: wanted cells between commas, got the one column {names[0]!r}; save the file with commas"
                 )
             continue
         if len(cells) != len(names):

@@ -63,13 +63,13 @@ def train(
             f"training.output_dir: {folder!r} holds {last!r} of an earlier run, which a later --resume "
             "could take for this one's; wanted --resume, or a folder without checkpoints"
         )
+    if run.merge:
+        _check_merged(run, replaces=bool(resume or checkpoint))
     if not (last or checkpoint) and (holds_weights(folder) or holds_adapter(folder)):
         without = ", but no finished checkpoint to resume from" if resume else ""
         raise FileExistsError(
             f"training.output_dir: {folder!r} holds the model of an earlier run{without}, which would be overwritten; wanted another folder"
         )
-    if run.merge:
-        _check_merged(run, replaces=bool(resume or checkpoint))
     if checkpoint is None and resume:
         checkpoint = last
         logger.warning(
