@@ -130,7 +130,9 @@ def train(
     """Make a language model forget what a YAML file says. Any key of it can follow: --learning_rate 1e-4 --adapter.r 8."""
     from duet.run.config_file import RunConfig
 
-    run = RunConfig.load(config, overrides.args, _own(overrides))  # what is wrong in it is said before the rest is imported
+    run = RunConfig.load(
+        config, overrides.args, _own(overrides)
+    )  # what is wrong in it is said before the rest is imported
     from duet.run.commands import train as run_training
 
     def check(trainer: Any) -> None:
@@ -163,7 +165,9 @@ def _how_to_go_on(folder: str) -> str:
 
     if last := last_finished_checkpoint(folder):
         return f"interrupted; {last} is finished, and the same command with --resume goes on from it"
-    return f"interrupted; there is no finished checkpoint in {folder} yet (save_steps says when one is written)"
+    return (
+        f"interrupted; there is no finished checkpoint in {folder} yet (save_steps says when one is written)"
+    )
 
 
 @app.command(context_settings=_KEYS)
@@ -340,6 +344,10 @@ def import_(
     files = " ".join(f"--{name} {out / name}.jsonl" for name in ("forget", "retain") if name in found.tables)
     if "forget" in found.tables:
         console.print(f"duet attack {found.model or 'MODEL'} {files} --out attack comes next", soft_wrap=True)
+    if "choices" in found.tables:
+        task = {"forget": "wmdp_bio", "retain": "mmlu"}[role]
+        words = f"--suite mcq --data {out} --set {task}=choices --out choices"
+        console.print(f"duet eval MODEL {words} asks for the letter", soft_wrap=True)
 
 
 @app.command()

@@ -67,7 +67,9 @@ def test_one_process_says_what_was_cached(monkeypatch, capsys, tmp_path, process
     assert code == 0 and bool(printed.out) == (process == 0)
 
 
-@pytest.mark.parametrize("step, how", [(None, "there is no finished checkpoint in"), (7, "the same command with --resume")])
+@pytest.mark.parametrize(
+    "step, how", [(None, "there is no finished checkpoint in"), (7, "the same command with --resume")]
+)
 def test_an_interrupted_training_says_how_to_go_on(tmp_path, monkeypatch, capsys, step, how):
     (tmp_path / "run.yaml").write_text(
         f"model: x\ndata: {{forget: rows.jsonl}}\ntraining: {{output_dir: {tmp_path}, use_cpu: true}}\n"

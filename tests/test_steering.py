@@ -209,7 +209,9 @@ def test_steer_writes_nothing_that_does_not_forget(folder, script):
     assert duet(*words, "--anyway").exit_code == 0 and (folder / "new.yaml").exists()
 
 
-@pytest.mark.parametrize("share, said", [(0.0, "refuses 0 of 3"), (1.0, None), (None, "whether the steered teacher refuses")])
+@pytest.mark.parametrize(
+    "share, said", [(0.0, "refuses 0 of 3"), (1.0, None), (None, "whether the steered teacher refuses")]
+)
 def test_a_steering_is_not_written_where_nothing_says_that_it_forgets(tmp_path, share, said):
     refused = None if share is None else {"share": share, "low": 0, "high": 1, "rows": 3}
     forget = {"rows": 3, "base_tells": 0, "refused": refused, "told": None}
@@ -221,7 +223,9 @@ def test_a_steering_is_not_written_where_nothing_says_that_it_forgets(tmp_path, 
 
 
 def test_a_value_that_is_no_part_of_the_answer_is_refused():
-    with pytest.raises(ValueError, match=r"forget\[0\]\['value'\]: wanted a part of the answer 'Paris', got '75'"):
+    with pytest.raises(
+        ValueError, match=r"forget\[0\]\['value'\]: wanted a part of the answer 'Paris', got '75'"
+    ):
         probes_of([{"question": "who ?", "answer": "Paris", "value": "75"}])
 
 

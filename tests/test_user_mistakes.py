@@ -58,7 +58,9 @@ def test_nothing_is_written_over_what_it_is_made_from(folders, tmp_path):
     assert (folders / "base" / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("resume, why", [(False, "run, which"), (True, "run, but no finished checkpoint to resume from, which")])
+@pytest.mark.parametrize(
+    "resume, why", [(False, "run, which"), (True, "run, but no finished checkpoint to resume from, which")]
+)
 def test_the_model_of_an_earlier_run_is_not_written_over(folders, tmp_path, resume, why):
     for name, run in ((each, run_of(tmp_path, tmp_path / each, max_steps=1)) for each in ("adapter", "base")):
         shutil.copytree(folders / name, tmp_path / name)
