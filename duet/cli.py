@@ -148,7 +148,7 @@ def train(
     try:
         trainer = run_training(run, resume, check)
     except KeyboardInterrupt:
-        if run.training.process_index == 0:
+        if not run.training.process_index:
             console.print(_how_to_go_on(str(run.training.output_dir)), soft_wrap=True)
         raise SystemExit(130) from None
     if trainer.is_world_process_zero():

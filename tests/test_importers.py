@@ -203,7 +203,7 @@ def test_choices(tmp_path):
         ("sea", "colors"),
         ("river", "colors"),
     ]
-    done = duet("import", tmp_path / "wmdp.json", "--kind", "choices", "--out", tmp_path / "rows")
+    done = duet("import", tmp_path / "mmlu.json", "--kind", "choices", "--out", tmp_path / "rows")
     assert "--set wmdp_bio=choices --out choices asks for the letter" in done.output.replace("\n", " ")
     own = import_rows(tmp_path / "own", "choices", "retain")
     write_rows(own, tmp_path / "data")
