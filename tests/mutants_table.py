@@ -726,7 +726,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/cli.py": [
         ("a plan takes the revision of another model", '["--model", quoted(model)]', '["--model.name", quoted(model)]',
          "tests/test_plan.py::test_another_model_is_planned_as_it_would_be_trained"),
-        ("an interrupted training says nothing", "except KeyboardInterrupt:\n        if run.training", "except ZeroDivisionError:\n        if run.training",
+        ("an interrupted training says nothing", "except KeyboardInterrupt:\n        if not run.training", "except ZeroDivisionError:\n        if not run.training",
          "tests/test_cli.py::test_an_interrupted_training_says_how_to_go_on"),
         ("wordings that are too few are no matter for the advice", 'if counts["forget"]["report"]:', "if counts:",
          "tests/test_facts.py::test_what_comes_next_where_no_wording_is_left_to_report"),

@@ -172,11 +172,12 @@ class Prompting:
     @classmethod
     def saved_with(cls, name: str | os.PathLike) -> "Prompting | None":
         """As `of`; None where there is no `prompting.json`."""
-        check_folder_is_there("model", os.fspath(name))
+        name = os.path.expanduser(os.fspath(name))
+        check_folder_is_there("model", name)
         path = Path(name, PROMPTING)
         if not Path(name).is_dir():
             try:
-                path = Path(hf_hub_download(os.fspath(name), PROMPTING))
+                path = Path(hf_hub_download(name, PROMPTING))
             except EntryNotFoundError:
                 return None
         if not path.is_file():
