@@ -58,6 +58,11 @@ class WithKeys(TyperCommand):
             console.print(table)
 
 
+def _own(context: Any) -> list[str]:
+    """Names of the command's own options, without their dashes."""
+    return [name[2:] for each in context.command.params for name in each.opts if name.startswith("--")]
+
+
 def _say_version(wanted: bool) -> None:
     if wanted:
         console.print(f"duet-kernels {version_of('duet-kernels') or 'not installed'}")
@@ -125,7 +130,9 @@ def train(
     """Make a language model forget what a YAML file says. Any key of it can follow: --learning_rate 1e-4 --adapter.r 8."""
     from duet.run.config_file import RunConfig
 
-    run = RunConfig.load(config, overrides.args)  # what is wrong in it is said before the rest is imported
+    run = RunConfig.load(
+        config, overrides.args, _own(overrides)
+    )  # what is wrong in it is said before the rest is imported
     from duet.run.commands import train as run_training
 
     def check(trainer: Any) -> None:
@@ -138,7 +145,12 @@ def train(
         if said and trainer.is_world_process_zero():
             console.print(said, soft_wrap=True)
 
-    trainer = run_training(run, resume, check)
+    try:
+        trainer = run_training(run, resume, check)
+    except KeyboardInterrupt:
+        if not run.training.process_index:
+            console.print(_how_to_go_on(str(run.training.output_dir)), soft_wrap=True)
+        raise SystemExit(130) from None
     if trainer.is_world_process_zero():
         out = str(run.training.output_dir)
         merged = f", merged with its base: {Path(out, 'merged')}" if run.merge else ""
@@ -146,6 +158,16 @@ def train(
         console.print(
             f"what it still says: duet eval {out} --suite probes --data DIR --out DIR", soft_wrap=True
         )
+
+
+def _how_to_go_on(folder: str) -> str:
+    from duet.output.checkpoints import last_finished_checkpoint
+
+    if last := last_finished_checkpoint(folder):
+        return f"interrupted; {last} is finished, and the same command with --resume goes on from it"
+    return (
+        f"interrupted; there is no finished checkpoint in {folder} yet (save_steps says when one is written)"
+    )
 
 
 @app.command(context_settings=_KEYS)
@@ -175,7 +197,7 @@ def steer(
     """Which steering prefix makes the model forget, and little else, before anything is trained."""
     from duet.run.config_file import RunConfig, apply_overrides, read_run
 
-    tree = apply_overrides(read_run(config), overrides.args)
+    tree = apply_overrides(read_run(config), overrides.args, _own(overrides))
     run = RunConfig.of(tree)
     chosen_places = list(dict.fromkeys(place.strip() for place in places.split(",")))
     texts = () if wordings is None else lines_of(wordings, "wordings")
@@ -322,6 +344,10 @@ def import_(
     files = " ".join(f"--{name} {out / name}.jsonl" for name in ("forget", "retain") if name in found.tables)
     if "forget" in found.tables:
         console.print(f"duet attack {found.model or 'MODEL'} {files} --out attack comes next", soft_wrap=True)
+    if "choices" in found.tables:
+        task = {"forget": "wmdp_bio", "retain": "mmlu"}[role]
+        words = f"--suite mcq --data {out} --set {task}=choices --out choices"
+        console.print(f"duet eval MODEL {words} asks for the letter", soft_wrap=True)
 
 
 @app.command()
@@ -364,7 +390,7 @@ def cache(
     from duet.run.config_file import RunConfig, quoted
 
     chosen = [] if out is None else ["--training.teacher_store", quoted(str(out))]
-    run = RunConfig.load(config, [*overrides.args, *chosen])
+    run = RunConfig.load(config, [*overrides.args, *chosen], _own(overrides))
     from duet.run.commands import cache as run_caching
 
     done = run_caching(run, dtype)
@@ -394,7 +420,8 @@ def plan(
     if model is None and config is None:
         raise ValueError("plan: wanted --model or --config, got neither")
     chosen = [] if model is None else ["--model", quoted(model)]
-    tree = apply_overrides(DEFAULT_TREE if config is None else read_run(config), [*chosen, *overrides.args])
+    written = DEFAULT_TREE if config is None else read_run(config)
+    tree = apply_overrides(written, [*chosen, *overrides.args], _own(overrides))
     memory, free = parse_size(gpu_memory), parse_size(reserve, "reserve")
     made = Plan.of(tree, memory, length, prefix_length, scored, free, subjects)
     if as_json:

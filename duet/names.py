@@ -1,5 +1,6 @@
 """Checks names that users wrote: an unknown one is refused, and the nearest known one suggested."""
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -43,6 +44,16 @@ def check_known(where: str, given: Iterable[Any], names: Iterable[str]) -> None:
     for key in given:
         if key not in names:
             raise ValueError(f"{where}{key}: there is no such key{instead(key, names)}")
+
+
+def check_folder_is_there(argument: str, name: str) -> None:
+    """Refuses the path of a folder that is not there, which is no name of a model on the Hub either.
+
+    Raises:
+        FileNotFoundError: naming the argument.
+    """
+    if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        raise FileNotFoundError(f"{argument}: there is no folder {name!r}")
 
 
 def check_one_of(where: str, value: Any, choices: Iterable[str]) -> None:

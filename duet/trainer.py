@@ -114,6 +114,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
     loss_is_scaled_for_ga = True
     # Whether somebody has looked at the steered teacher already: then `train` does not ask it again.
     teacher_measured = False
+    _resumed = False
 
     def __init__(
         self,
@@ -251,6 +252,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             for dataset in filter(None, (self.train_dataset, *evals.values())):
                 self.prepare_rows(dataset)
             self.teacher.gone = True  # a checkpoint may be loaded next, and then steps are made
+        self._resumed = bool(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _keep_record(self, begun_in: Path | None) -> None:
@@ -373,6 +375,8 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         if self.is_world_process_zero():
             teacher = None if self.teacher is None else type(self.teacher).__name__
             model, history = self.accelerator.unwrap_model(self.model), self.state.log_history
+            if self._resumed:  # the Trainer divides what was added up since the resume by all steps
+                history = [entry for entry in history if "train_loss" not in entry]
             steering = STEERING if self.objective.shows_prefix else ()
             reads, rows = (*self.objective.reads, *steering), self._fingerprints
             write_card(self.args, model, reads, rows, history, teacher, model_name)

@@ -24,7 +24,7 @@ from duet.model.adapters import (
 )
 from duet.model.loading import load_model
 from duet.run import commands
-from duet.run.commands import cache, merge_adapter, train
+from duet.run.commands import cache, make_trainer, merge_adapter, train
 from duet.run.config_file import RunConfig
 
 IDS = torch.tensor([[5, 9, 11, 30]])
@@ -379,7 +379,7 @@ def test_weights_and_an_adapter_never_share_a_folder(tmp_path):
         merge_adapter(folder, second)
     assert not list(folder.glob("model*.safetensors"))
     with pytest.raises(ValueError, match=r"output_dir: .* is the model that is trained"):
-        train(request(tmp_path, folder, "first", forget_rows(1)))
+        make_trainer(request(tmp_path, folder, "first", forget_rows(1)))
     with pytest.raises(ValueError, match=r"output_dir: .* holds an adapter"):
         check_folder(folder, adapter=False)
     with pytest.raises(ValueError, match=r"output_dir: .* holds the weights of a model"):
@@ -467,7 +467,7 @@ def test_a_run_that_keeps_is_resumed_and_cached(tmp_path):
     with pytest.raises(
         ValueError, match="weights"
     ):  # the store is of the first request's model, not of the base
-        train(replace(run, model=replace(run.model, name=base)))
+        make_trainer(replace(run, model=replace(run.model, name=base)))
 
 
 @pytest.mark.parametrize("given", ["attached", "frozen"])
@@ -524,7 +524,7 @@ def test_the_base_of_another_run_is_not_taken(tmp_path):
         with pytest.raises(
             ValueError, match=r"output_dir: .*base' is the base of an adapter that an earlier run saved"
         ):
-            train(run)
+            make_trainer(run)
 
 
 def test_an_evaluation_named_base_is_no_base(tmp_path):

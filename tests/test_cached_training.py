@@ -17,9 +17,13 @@ from tiny_models import (
     word_tokenizer,
 )
 from torch.profiler import ProfilerActivity, profile
+from transformers.utils import logging
 
 from duet import OBJECTIVES, DuetConfig, DuetTrainer
 from duet.data.dataset import Draw
+from duet.data.rows import read_rows
+from duet.methods.objectives import objective_of
+from duet.methods.views import Views
 from duet.model.teacher import AdapterOffTeacher, FrozenTeacher
 from duet.store.build import cache_teacher, import_teacher
 from duet.store.columns import write_columns
@@ -46,6 +50,16 @@ def config(tmp_path, **options):
         "seed": 0,
     }
     return DuetConfig(**quick(tmp_path / "out", **usual | options))
+
+
+@pytest.mark.parametrize("options, said", [({}, False), ({"retain_subjects": "drawn"}, True)])
+def test_subjects_that_a_cache_fixes_are_said(tmp_path, caplog, options, said):
+    logging.enable_propagation()
+    args = config(tmp_path, **options)
+    for seed in (None, 0):
+        views = Views.of(objective_of(args), args, word_tokenizer(), tiny(), seed)
+        views.dataset(*(read_rows(rows, "x") for rows in ROWS))
+        assert ("retain_subjects: a cached teacher's prefix" in caplog.text) == (said and seed == 0)
 
 
 def cached(tmp_path, options=None, folder="store", rows=ROWS, tokenizer=None, **more):

@@ -1,5 +1,6 @@
 """What the command line prints when all is well, and what it keeps quiet about."""
 
+import json
 import logging
 import warnings
 from types import SimpleNamespace
@@ -64,6 +65,25 @@ def test_one_process_says_what_was_cached(monkeypatch, capsys, tmp_path, process
         monkeypatch, capsys, "cache", "--config", tmp_path / "run.yaml", "--out", tmp_path / "s"
     )
     assert code == 0 and bool(printed.out) == (process == 0)
+
+
+@pytest.mark.parametrize(
+    "step, how", [(None, "there is no finished checkpoint in"), (7, "the same command with --resume")]
+)
+def test_an_interrupted_training_says_how_to_go_on(tmp_path, monkeypatch, capsys, step, how):
+    (tmp_path / "run.yaml").write_text(
+        f"model: x\ndata: {{forget: rows.jsonl}}\ntraining: {{output_dir: {tmp_path}, use_cpu: true}}\n"
+    )
+    if step:
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "train", interrupted)
+    code, printed = said(monkeypatch, capsys, "train", "--config", tmp_path / "run.yaml")
+    assert code == 130 and how in printed.out.replace("\n", " ")
 
 
 def test_a_finished_run_that_is_resumed_is_not_suspected(tmp_path, caplog):

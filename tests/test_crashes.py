@@ -281,6 +281,8 @@ def test_a_finished_run_is_not_trained_further(tmp_path):
     trainer = train(run_of(tmp_path, out, max_steps=2), resume=True)
     assert trainer.state.global_step == 2
     assert_same_run(out, tmp_path / "before")
+    cards = [(folder / "README.md").read_text() for folder in (tmp_path / "before", out)]
+    assert ["train_loss" in card for card in cards] == [True, False], "it would be 0"
 
 
 def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from tiny_models import tiny, word_tokenizer
 
 from duet import cli
 from duet.evaluation.commands import literal_console
+from duet.evaluation.elicit import ELICITED
 from duet.evaluation.generation import Continuation
 from duet.evaluation.journal import Journal
 from duet.evaluation.suites import runner, summary
@@ -218,6 +219,7 @@ def test_the_value_asked_for_is_recorded_and_judges(tmp_path):
         {**FACTS[0], "value": "captain"},
         {**FACTS[0], "answer": f"{word} zebra", "value": word},  # only the value must be writable
         {**FACTS[0], "answer": "a poet 7", "value": 7},
+        {**FACTS[0], "value": "captain", ELICITED: True},  # what the base said without it
     ]
     result = run(
         tmp_path / "out",
@@ -227,10 +229,12 @@ def test_the_value_asked_for_is_recorded_and_judges(tmp_path):
     by = {r["id"]: r for r in rows_of(tmp_path / "out")}
     assert (by[0]["value"], by[0]["metrics"]["contains_answer"]) == (word, 1.0)
     assert (by[2]["status"], by[2]["metrics"]["contains_answer"]) == ("ok", 1.0)
-    assert "value" not in by[1] and "wanted a part of the answer 'a poet', got 'captain'" in by[1]["note"]
+    assert by[1]["status"] == "bad_row"
+    assert "wanted a part of the answer 'a poet', got 'captain'" in by[1]["why"]
+    assert "value" not in by[4] and "got 'captain'; it was not used" in by[4]["note"]
     assert by[3]["status"] == "unknown_tokens"
     assert result["tasks"]["facts"]["notes"] == 1
-    assert f"facts: 1 row with a note in rows.jsonl, the first: {by[1]['note']}" in " ".join(
+    assert f"facts: 1 row with a note in rows.jsonl, the first: {by[4]['note']}" in " ".join(
         shown(result).split()
     )
     assert "facts: 1 row left out: the tokenizer cannot represent the answer" in shown(result)

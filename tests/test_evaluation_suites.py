@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import merging_tokenizer, word_tokenizer
 from tokenizers import AddedToken
+from transformers.utils import logging
 
 from duet.data.rows import correct_choice
 from duet.evaluation.suites import suite as suites
@@ -133,6 +134,19 @@ def test_tables(tmp_path):
             suites.load_table(tmp_path, name, None, "t")
     with pytest.raises(FileNotFoundError, match=r"t: there is no .*nothing .*--data"):
         suites.load_table(tmp_path, "nothing", "some/hub", "t")
+    with pytest.raises(
+        NotADirectoryError, match=r"data: wanted a folder with files of rows, got the file '.*a.jsonl'"
+    ):
+        suites.load_table(tmp_path / "a.jsonl", "forget", None, "t")
+
+
+def test_of_two_files_of_one_name_the_one_that_is_read_is_named(tmp_path, caplog):
+    logging.enable_propagation()
+    for name in ("a.csv", "b.csv", "b.jsonl"):
+        (tmp_path / name).write_text('{"question": "b"}' if "json" in name else "question\nq\n")
+    assert suites.load_table(tmp_path, "a", None, "t") and not caplog.text
+    assert suites.load_table(tmp_path, "b", None, "t") == [{"question": "b"}]
+    assert "b.jsonl is read, and not b.csv beside it" in caplog.text
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------

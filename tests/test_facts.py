@@ -53,7 +53,12 @@ def test_questions_become_facts():
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"question": "who ?"}], "subject: wanted a question about France, got none"),
+        ([{"question": "who ?"}], "subject: wanted a question about France, got none: write {subject} into"),
+        ([], "questions: wanted at least one row, got none"),
+        (
+            [{"question": "{subject} ?"}, {"question": "who ?", "paraphrases": ["who rules france ?"]}],
+            r"questions\[1\]: wanted \{subject\} in the place of 'France', .*got 'who rules france \?' without one",
+        ),
         (
             [{"question": "who ?", "subject": "France"}, {"question": "who ?"}],
             "another question than questions.0., got 'who",

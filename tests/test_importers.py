@@ -203,6 +203,8 @@ def test_choices(tmp_path):
         ("sea", "colors"),
         ("river", "colors"),
     ]
+    done = duet("import", tmp_path / "mmlu.json", "--kind", "choices", "--out", tmp_path / "rows")
+    assert "--set wmdp_bio=choices --out choices asks for the letter" in done.output.replace("\n", " ")
     own = import_rows(tmp_path / "own", "choices", "retain")
     write_rows(own, tmp_path / "data")
     (row,) = load_table(tmp_path / "data", "choices", None, "mmlu")
@@ -210,9 +212,10 @@ def test_choices(tmp_path):
         "question": 'who is "ada", then ?', "choices": ["a poet", "a captain", "an animal", "a river"], "answer": 1
     }  # fmt: skip
     suite = load_suite("mcq", {"mmlu": "choices"})
-    result = runner.evaluate(tiny(), word_tokenizer(), suite, out=tmp_path / "out", data=tmp_path / "data")
     # read and understood; this tokenizer alone has no letters
-    assert result["left_out"]["mmlu"].endswith("row 0: the tokenizer cannot represent ' A'")
+    said = r"data: no task of mcq can be asked: mmlu: none .*row 0: the tokenizer cannot represent ' A'$"
+    with pytest.raises(ValueError, match=said):
+        runner.evaluate(tiny(), word_tokenizer(), suite, out=tmp_path / "out", data=tmp_path / "data")
     for name, content, said in (
         (
             "a.json",

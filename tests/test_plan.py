@@ -374,6 +374,7 @@ def test_optimizer_states_are_those_of_torch():
         (["--gpu-memory", "24x"], "gpu-memory: wanted a size such as 24GiB"),
         (["--training.k", "0"], "k: wanted an integer >= 1"),
         (["--modle", "x"], "there is no such option .did you mean 'model'"),
+        (["--lenght", "9"], "there is no such option .did you mean 'length'"),
     ],
 )
 def test_bad_plans(folder, words, message):

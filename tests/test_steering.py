@@ -1,6 +1,7 @@
 """The steered teacher is measured before anything is trained: what it refuses, still tells and refuses too much."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import yaml
@@ -206,6 +207,26 @@ def test_steer_writes_nothing_that_does_not_forget(folder, script):
     assert "nothing was written" in str(done.exception) and not (folder / "new.yaml").exists()
     assert "It does not forget" in done.output
     assert duet(*words, "--anyway").exit_code == 0 and (folder / "new.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "share, said", [(0.0, "refuses 0 of 3"), (1.0, None), (None, "whether the steered teacher refuses")]
+)
+def test_a_steering_is_not_written_where_nothing_says_that_it_forgets(tmp_path, share, said):
+    refused = None if share is None else {"share": share, "low": 0, "high": 1, "rows": 3}
+    forget = {"rows": 3, "base_tells": 0, "refused": refused, "told": None}
+    measured = Measured((GOOD,), "user", {"forget": forget})
+    raises = pytest.raises(ValueError, match=f"write: .*{said}.* nothing was written")
+    with raises if said else nullcontext():
+        run_steer.write_choice(tmp_path / "new.yaml", {}, run_steer.Chosen([measured], measured))
+    assert (tmp_path / "new.yaml").exists() == (said is None)
+
+
+def test_a_value_that_is_no_part_of_the_answer_is_refused():
+    with pytest.raises(
+        ValueError, match=r"forget\[0\]\['value'\]: wanted a part of the answer 'Paris', got '75'"
+    ):
+        probes_of([{"question": "who ?", "answer": "Paris", "value": "75"}])
 
 
 def test_a_wording_with_an_unknown_placeholder_is_refused_before_a_model_is_loaded(folder, monkeypatch):

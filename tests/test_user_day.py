@@ -43,7 +43,7 @@ def test_odd_rows_are_named(tmp_path, row, message):
 
 
 def test_a_row_to_forget_and_to_keep_is_refused(tmp_path):
-    retain = [*retain_rows(2), {"question": forget_rows(1)[0]["question"]}]
+    retain = [*retain_rows(2), {"question": f" {forget_rows(1)[0]['question'].upper()}"}]
     with pytest.raises(ValueError, match=r"retain_dataset\[2\]: .* got the question of forget_dataset\[0\]"):
         DuetTrainer(tiny(), make(tmp_path).args, forget_rows(), retain, word_tokenizer())
 

@@ -12,9 +12,9 @@ from test_trainer import make
 from tiny_models import CHAT_TEMPLATE, forget_rows, tiny, word_tokenizer
 
 from duet import DuetTrainer, cli
-from duet.data.prompts import PromptRenderer
+from duet.data.prompts import Prompting, PromptRenderer
 from duet.data.rows import read_rows
-from duet.data.sources import DataSource, load_rows
+from duet.data.sources import DataSource, load_rows, read_table
 from duet.evaluation import models
 from duet.evaluation.commands import run_attack
 from duet.model.loading import load_model
@@ -59,6 +59,17 @@ def test_nothing_is_written_over_what_it_is_made_from(folders, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "resume, why", [(False, "run, which"), (True, "run, but no finished checkpoint to resume from, which")]
+)
+def test_the_model_of_an_earlier_run_is_not_written_over(folders, tmp_path, resume, why):
+    for name, run in ((each, run_of(tmp_path, tmp_path / each, max_steps=1)) for each in ("adapter", "base")):
+        shutil.copytree(folders / name, tmp_path / name)
+        said = f"training.output_dir: '.*{name}' holds the model of an earlier {why} would be overwritten"
+        with pytest.raises(FileExistsError, match=said):
+            train(run, resume=resume)
+
+
+@pytest.mark.parametrize(
     "damage, why",
     [
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"xx"), "an adapter on the base '.*base'"),
@@ -79,6 +90,12 @@ def test_a_damaged_adapter_is_named(folders, tmp_path, damage, why):
     ):
         with pytest.raises(FileNotFoundError, match=f"(?s)damaged.*{why}"):
             work()
+
+
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub():
+    for name in ("out/k1/merged", "./merged"):
+        with pytest.raises(FileNotFoundError, match=f"^model: there is no folder '{name}'"):
+            Prompting.saved_with(name)
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(folders, tmp_path):
@@ -205,6 +222,19 @@ def test_files_of_another_kind_are_named(tmp_path, name, text, why):
         (tmp_path / name).write_text(text)
     with pytest.raises((ValueError, OSError), match=f"data.forget.*{why}"):
         load_rows(DataSource(str(tmp_path / name)), "data.forget")
+    if "commas" in why:  # `duet elicit`, `duet attack`
+        with pytest.raises(ValueError, match=f"questions: .*a.csv, line 1: {why}"):
+            read_table(tmp_path / name, "questions")
+
+
+def test_a_folder_of_several_files_is_no_set_of_rows(tmp_path):
+    """What is to be forgotten and what is to be kept would be one."""
+    for name in ("forget", "neighbour", "retain"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": f"{name} ?"}))
+    for key, name in (("data.retain", "retain"), ("data.eval.own", "forget")):
+        said = rf"{key}: wanted one file of rows, such as .*{name}.jsonl, got a folder with 3 of them"
+        with pytest.raises(ValueError, match=said):
+            load_rows(DataSource(str(tmp_path)), key)
 
 
 def test_a_row_of_empty_cells_is_said_to_be_empty():

@@ -92,6 +92,18 @@ def test_eval_elicits_the_answers_of_the_base(folder, capsys):
     assert "retain_answers: 2 of 2 answers are the base's own" in capsys.readouterr().out
 
 
+def test_attacks_that_were_asked_for_and_cannot_run_are_refused(folder):
+    forget, words = (
+        str(folder / "data/forget.jsonl"),
+        {"attacks": "membership,benign_finetuning", "device": "cpu"},
+    )
+    with pytest.raises(
+        ValueError, match=r"attacks: none .*membership \(.*holdout.*; benign_finetuning \(no retain"
+    ):
+        run_attack(str(folder / "student"), forget, folder / "attack", **words)
+    assert not (folder / "attack").exists()
+
+
 @pytest.mark.usefixtures("ends")
 def test_attack_takes_retain_rows_without_answers(folder, capsys):
     files = {"forget": str(folder / "data/forget.jsonl"), "retain": str(folder / "data/retain.jsonl")}

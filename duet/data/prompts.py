@@ -15,6 +15,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging
 
+from ..names import check_folder_is_there
+
 logger = logging.get_logger(__name__)
 
 
@@ -162,6 +164,7 @@ class Prompting:
         """Read from a model's folder or name; the defaults where there is no `prompting.json`.
 
         Raises:
+            FileNotFoundError: it is the path of a folder that is not there.
             ValueError: its `prompting.json` is damaged.
         """
         return cls.saved_with(name) or cls()
@@ -169,10 +172,12 @@ class Prompting:
     @classmethod
     def saved_with(cls, name: str | os.PathLike) -> "Prompting | None":
         """As `of`; None where there is no `prompting.json`."""
+        name = os.path.expanduser(os.fspath(name))
+        check_folder_is_there("model", name)
         path = Path(name, PROMPTING)
         if not Path(name).is_dir():
             try:
-                path = Path(hf_hub_download(os.fspath(name), PROMPTING))
+                path = Path(hf_hub_download(name, PROMPTING))
             except EntryNotFoundError:
                 return None
         if not path.is_file():

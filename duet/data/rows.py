@@ -79,16 +79,16 @@ def warn_of_unread(rows: Sequence[Any], argument: str) -> None:
 
 
 def check_repeats(forget: Sequence[Query], retain: Sequence[Query]) -> None:
-    """Refuses a question that is both to be forgotten and to be retained; warns about repeated rows.
+    """Refuses a question that is both to be forgotten and to be retained, up to case and spaces; warns about repeated rows.
 
     Raises:
         ValueError: naming the two rows.
     """
-    first = {query.conversation: query.name for query in forget}
+    first = {_asked(query): query.name for query in forget}
     for query in retain:
-        if query.conversation in first:
+        if (same := first.get(_asked(query))) is not None:
             raise ValueError(
-                f"{query.name}: wanted a row that is not to be forgotten, got the question of {first[query.conversation]}"
+                f"{query.name}: wanted a row that is not to be forgotten, got the question of {same}"
             )
     for rows in (forget, retain):
         names: dict[tuple, str] = {}
@@ -98,6 +98,14 @@ def check_repeats(forget: Sequence[Query], retain: Sequence[Query]) -> None:
                 f"{again[0][1]}: the same row as {again[0][0]}; {len(again)} of {len(rows)} rows are repetitions, and a "
                 "repeated row counts once per repetition"
             )
+
+
+def _asked(query: Query) -> Any:
+    """What is asked, without case and spaces."""
+    turns = query.conversation
+    if isinstance(turns, str):
+        return " ".join(turns.split()).casefold()
+    return tuple((role, " ".join(text.split()).casefold()) for role, text in turns)
 
 
 def _read_row(row: Any, name: str) -> Query:

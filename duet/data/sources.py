@@ -104,10 +104,6 @@ def _renamed(row: dict[str, Any], source: DataSource, where: str) -> dict[str, A
             )
             listed = [name for name, value in row.items() if isinstance(value, list)]
             ours = ours or (("messages", listed) if listed else ("question", sorted(map(str, row))))
-            if len(row) == 1 and any(sign in next(iter(row)) for sign in ";\t"):
-                raise ValueError(
-                    f"{where}: wanted cells between commas, got the one column {next(iter(row))!r}; save the file with commas"
-                )
             raise ValueError(
                 f"{where}: wanted a column {', '.join(map(repr, PROMPTS[:-1]))} or {PROMPTS[-1]!r}, got "
                 f"{', '.join(sorted(map(str, row)))}; say which it is, such as columns: {{{ours[0]}: {ours[1][0]}}}"
@@ -124,6 +120,7 @@ def _read(source: DataSource, argument: str) -> list[dict[str, Any]]:
         return read_table(path, argument)
     if not path.is_dir() and (path.suffix in FORMATS or source.path[0] in "./~"):
         raise FileNotFoundError(f"{argument}: there is no file {source.path!r}")
+    _check_one_file(path, source, argument)
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
@@ -135,6 +132,18 @@ def _read(source: DataSource, argument: str) -> list[dict[str, Any]]:
         return list(rows)
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise OSError(f"{argument}: the dataset {source.path!r} could not be loaded: {error}") from error
+
+
+def _check_one_file(path: Path, source: DataSource, argument: str) -> None:
+    """Refuses a folder of several files of rows, of which `datasets` would make one set."""
+    files = sorted(file for file in path.glob("*") if file.suffix in FORMATS)
+    named = source.name or any(file.name.startswith(source.split) for file in files)
+    if len(files) > 1 and not named and not (path / "state.json").is_file():
+        wanted = next((file for file in files if file.stem == argument.split(".")[-1]), files[0])
+        raise ValueError(
+            f"{argument}: wanted one file of rows, such as {wanted}, got a folder with {len(files)} of them: "
+            f"{', '.join(file.name for file in files[:4])}"
+        )
 
 
 def _lines(path: Path, argument: str) -> Iterator[tuple[str, str]]:
@@ -212,6 +221,10 @@ def _csv(path: Path, argument: str) -> list[dict[str, Any]]:
             if "" in names or len(set(names)) < len(names):
                 raise ValueError(
                     f"{where}: wanted a different name for every column, got {', '.join(map(repr, names))}"
+                )
+            if len(names) == 1 and any(sign in names[0] for sign in ";\t"):
+                raise ValueError(
+                    f"{where}: wanted cells between commas, got the one column {names[0]!r}; save the file with commas"
                 )
             continue
         if len(cells) != len(names):

@@ -218,6 +218,11 @@ def run_attack(
     # The base, too, is asked as the model was trained: the same questions, or nothing could be compared.
     asked = {"options": options, "prompting": prompting}
     target = Target(*models.load(model, dtype, device), rows, known, unseen, **asked)
+    reasons = {attack: ATTACKS[attack].missing(target) for attack in chosen or ()}
+    if reasons and all(reasons.values()):
+        raise ValueError(
+            f"attacks: none of these can run: {'; '.join(f'{a} ({why})' for a, why in reasons.items())}"
+        )
     if base is not None and before_model is None:
         before_model = models.load(base, dtype, device)
     before = None if before_model is None else Target(*before_model, rows, **asked)

@@ -86,7 +86,7 @@ def facts_of(
         neighbours: others that such questions are asked about, too.
 
     Raises:
-        ValueError: a row is no question, two rows ask the same, no question is about a subject or a neighbour, a name is given twice,
+        ValueError: a row is no question or names a subject without being about one, two rows ask the same, no question is about a subject or a neighbour, a name is given twice,
             or a placeholder is another than `{subject}`.
 
     Example:
@@ -94,6 +94,8 @@ def facts_of(
         >>> fact.kind, fact.wordings, fact.value
         ('forget', ('Where is Rome?',), 'Italy')
     """
+    if not rows:
+        raise ValueError("questions: wanted at least one row, got none")
     if not subjects:
         raise ValueError("subject: wanted what is to be forgotten, got no name")
     for name, count in Counter([*subjects, *neighbours]).items():
@@ -116,8 +118,8 @@ def facts_of(
             facts.append(fact)
     if not any(fact.kind == FORGET for fact in facts):
         raise ValueError(
-            f"subject: wanted a question about {', '.join(subjects)}, got none: give rows that `subject`, or write "
-            f"{SUBJECT} into the questions"
+            f"subject: wanted a question about {', '.join(subjects)}, got none: write {SUBJECT} into the questions, or give the "
+            "rows the column 'subject'"
         )
     for argument, names, kind in (("subject", subjects, FORGET), ("neighbours", neighbours, NEIGHBOUR)):
         met = {_folded(fact.subject) for fact in facts if fact.subject and fact.kind == kind}
@@ -144,7 +146,7 @@ def _facts(
         if isinstance(value, Mapping):
             raise ValueError(f"{where}: wanted {SUBJECT} in the question, because 'value' is a mapping")
         about = _text(subject, f"{where}['subject']")
-        kind = _kind(about, where, subjects)
+        kind = _kind(about, where, subjects, texts)
         return [Fact(kind, about, tuple(texts), _text(value, f"{where}['value']"), _more(row, where))]
     if subject is not None or not all(SUBJECT in text for text in texts):
         raise ValueError(f"{where}: wanted {SUBJECT} in all of its wordings and no 'subject', or in none")
@@ -179,9 +181,15 @@ def _warn_of_misspelt(mapping: Any, names: Sequence[str], where: str) -> None:
             )
 
 
-def _kind(subject: str | None, where: str, subjects: Sequence[str]) -> str:
+def _kind(subject: str | None, where: str, subjects: Sequence[str], texts: Sequence[str]) -> str:
     """What a question without `{subject}` in it is asked for."""
     if subject is None:
+        for name, text in itertools.product(subjects, texts):
+            if metrics.contains_words(text, name):  # it would be kept
+                raise ValueError(
+                    f"{where}: wanted {SUBJECT} in the place of {name!r}, or the column 'subject' that says whom the question is "
+                    f"about, got {text!r} without one"
+                )
         return RETAIN
     for name in subjects:
         if name != subject and _folded(name) == _folded(subject):  # it would be kept

@@ -15,7 +15,6 @@ rows an answer that was cut at the token limit before it told anything does not 
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -95,10 +94,7 @@ def _read(rows: Sequence[Mapping[str, Any]], argument: str, placed: Callable[...
     probes = []
     for i, (row, query) in enumerate(zip(rows, queries_of(rows, argument), strict=True)):
         kind, about = placed(i, query.subject)
-        value = None
-        if query.answer is not None:
-            with suppress(ValueError):  # a column `value` with another meaning
-                value = value_of(row, query.answer, query.name)
+        value = None if query.answer is None else value_of(row, query.answer, query.name)
         probes.append(Probe(kind, query.conversation, about, query.answer, value, query.name))
     return probes
 
@@ -312,8 +308,12 @@ def shown(entry: Mapping[str, Any] | None) -> str:
 def sentence(kinds: Mapping[str, Mapping[str, Any]]) -> str:
     """What a steered teacher does, in a sentence; 95 % intervals in brackets."""
     forget = kinds[FORGET]
-    told, known = forget["told"], forget["base_tells"]
-    parts = [f"the steered teacher refuses {shown(forget['refused'])} of the forget rows"]
+    told, known, refused = forget["told"], forget["base_tells"], forget["refused"]
+    parts = [
+        f"the steered teacher refuses {shown(refused)} of the forget rows"
+        if refused
+        else "whether the steered teacher refuses the forget rows is not known, because the plain model refuses them all"
+    ]
     if told is None:
         why = (
             f"its answers to the {known} that the plain model tells were cut at the token limit"

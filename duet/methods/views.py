@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
+from transformers.utils import logging
 
 from ..data.dataset import UnlearnDataset
 from ..data.prompts import PLAIN_TEMPLATE, Prompting, PromptRenderer
@@ -16,6 +17,7 @@ from ..model.lm import context_length, embedded_ids
 from ..options import Count, MaybeCount, Share, SomeTexts, Texts
 from .objectives import Objective
 
+logger = logging.get_logger(__name__)
 # In our own words after RWKU's in-context unlearning instruction (arXiv 2406.10890): name the subject, ask for ignorance
 # rather than refusal, keep everything else. A starting point: trying several prefixes is worth it.
 DEFAULT_PREFIX = (
@@ -152,6 +154,16 @@ class Views:
         reverse_prompts = args.reverse_prompts
         if objective.adversarial and not reverse_prompts:
             reverse_prompts = DEFAULT_REVERSE_PROMPTS
+        cached = self.cache_seed is not None
+        shared = (
+            len({row.subject for row in forget}) > 1
+            and args.retain_prefix == "same"
+            and is_steered(objective)
+        )
+        if cached and retain and shared and args.retain_subjects == "drawn":
+            logger.warning(
+                "retain_subjects: a cached teacher's prefix on a retain row is about one subject throughout, as with 'fixed'"
+            )
         return UnlearnDataset(
             forget,
             retain,
@@ -170,7 +182,7 @@ class Views:
             prefills=args.prefills,
             prefill_fraction=args.prefill_fraction,
             plain_retain=args.retain_prefix == "none",
-            fixed_subjects=self.cache_seed is not None or args.retain_subjects == "fixed",
+            fixed_subjects=cached or args.retain_subjects == "fixed",
         )
 
     def evaluated(self, rows: Any, subjects: Sequence[str]) -> Any:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.utils import logging
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from ..names import check_folder_is_there
 from .adapters import UNREADABLE, has_adapter, holds_adapter, load_adapted, merge_adapters, trained_adapter
 from .kept import keep_adapter
 from .lm import base_language_model, find_backbone
@@ -44,8 +45,7 @@ def load_model(
             f"{argument}: wanted a model, or the name or folder of one, got {type(model).__name__}"
         )
     name = os.path.expanduser(os.fspath(model))
-    if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
-        raise FileNotFoundError(f"{argument}: there is no folder {name!r}")
+    check_folder_is_there(argument, name)
     placed = {} if device is None else {"device_map": {"": device}}
     kwargs = placed | (init_kwargs or {})
     try:

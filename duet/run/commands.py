@@ -50,7 +50,7 @@ def train(
 
     Args:
         run: what to do.
-        resume: go on from the last finished checkpoint in `output_dir`; from the start where there is none.
+        resume: go on from the last finished checkpoint in `output_dir`; from the start where there is neither one nor a model.
         before: called with the trainer before a run makes its first step; not where it is resumed.
 
     Raises:
@@ -65,6 +65,11 @@ def train(
         )
     if run.merge:
         _check_merged(run, replaces=bool(resume or checkpoint))
+    if not (last or checkpoint) and (holds_weights(folder) or holds_adapter(folder)):
+        without = ", but no finished checkpoint to resume from" if resume else ""
+        raise FileExistsError(
+            f"training.output_dir: {folder!r} holds the model of an earlier run{without}, which would be overwritten; wanted another folder"
+        )
     if checkpoint is None and resume:
         checkpoint = last
         logger.warning(

@@ -67,7 +67,7 @@ class RunConfig:
     training: DuetConfig
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "RunConfig":
+    def load(cls, path: str | Path, overrides: Sequence[str] = (), own: Sequence[str] = ()) -> "RunConfig":
         """Reads a YAML file and applies `--key value` overrides.
 
         Args:
@@ -75,11 +75,12 @@ class RunConfig:
             overrides: `["--learning_rate", "1e-4", "--adapter.r=8"]`. A name that is no
                 top-level key is an option of DuetConfig; a dot leads into one that is a mapping
                 (`--chat_template_kwargs.enable_thinking false`).
+            own: the command's own options, for the error about an unknown one.
 
         Raises:
             OSError, ValueError: naming the file or the key, what came and what was wanted.
         """
-        return cls.of(apply_overrides(read_run(path), overrides))
+        return cls.of(apply_overrides(read_run(path), overrides, own))
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> "RunConfig":
@@ -159,8 +160,12 @@ def read_run(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(
+    tree: Mapping[str, Any], overrides: Sequence[str], own: Sequence[str] = ()
+) -> dict[str, Any]:
     """`tree` with `--key value`, `--key=value` and `--switch` applied; `tree` itself is left alone.
+
+    An error about an unknown option knows the command's `own` ones, too.
 
     `--model NAME` is another model, read as the file says: dtype, quantization and tokenizer stay, the revision does not.
 
@@ -184,7 +189,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
             raise ValueError(f"--{key}: {text!r} is not a value: {error}{quotes}") from None
         if not text or (isinstance(value, str) and text.lstrip()[:1] not in "'\"|>!&"):
             value = text  # as it was typed: in YAML ` #` would begin a comment, and nothing would be null
-        _put(tree, key, value)
+        _put(tree, key, value, own)
     return tree
 
 
@@ -193,13 +198,13 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _put(tree: Any, key: str, value: Any) -> None:
+def _put(tree: Any, key: str, value: Any, own: Sequence[str]) -> None:
     written = key.split(".")
     path = [name.replace("-", "_") for name in written]
     if path[0] not in SECTIONS:
         names = [f.name for f in dataclasses.fields(DuetConfig) if f.init]
         if path[0] not in names or (len(path) > 1 and path[0] not in DuetConfig._VALID_DICT_FIELDS):
-            raise ValueError(f"--{key}: there is no such option{instead(path[0], (*names, *SECTIONS))}")
+            raise ValueError(f"--{key}: there is no such option{instead(path[0], (*own, *names, *SECTIONS))}")
         path, written = ["training", *path], ["training", *written]
     if path[:2] == ["data", "eval"] or (
         path[0] == "training" and len(path) > 2 and path[1] in DuetConfig._VALID_DICT_FIELDS

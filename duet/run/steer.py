@@ -23,6 +23,7 @@ from ..evaluation.steering import (
     NEIGHBOUR,
     RECORD,
     RETAIN,
+    STILL_TOLD,
     WORDINGS,
     Measured,
     SteeringProbe,
@@ -260,14 +261,16 @@ def write_choice(path: Path, tree: dict[str, Any], chosen: Chosen, anyway: bool 
     Args:
         path: of a new file.
         tree: the run's mapping, which stays as it is.
-        anyway: whether a steering that does not forget is written too.
+        anyway: whether a steering that does not forget is written too, or one that refuses few rows of which the plain model tells none.
 
     Raises:
         FileExistsError: there is such a file.
-        ValueError: the steering does not forget.
+        ValueError: the steering does not forget, or nothing says that it does.
     """
     check_new(path)
-    if chosen.report.forgets is False and not anyway:
+    refused = chosen.report.kinds[FORGET]["refused"]
+    declines = refused is not None and refused["share"] > STILL_TOLD
+    if not (chosen.report.forgets or (chosen.report.forgets is None and declines) or anyway):
         raise ValueError(
             f"write: {sentence(chosen.report.kinds)}, so that nothing was written; --anyway writes it"
         )

@@ -164,7 +164,9 @@ class Asker:
             shown["note"] = ELICITED_NOTE
         try:
             value = value_of(row, reference, where)
-        except ValueError as error:  # a column `value` with another meaning
+        except ValueError as error:
+            if not row.get(ELICITED):
+                raise
             value, shown["note"] = None, f"{error}; it was not used"
         if value is not None:
             shown["value"] = value

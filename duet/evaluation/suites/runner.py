@@ -130,6 +130,10 @@ def evaluate(
             if not task.optional:
                 raise
             left_out[task.name] = str(error)
+    if not prepared:
+        raise ValueError(
+            f"data: no task of {suite.name} can be asked: {'; '.join(left_out[task.name] for task in tables)}"
+        )
     check_head(model)
     versions = {
         name: version_of(name) or "absent" for name in ("duet-kernels", "torch", "transformers", "peft")

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers.utils import logging
+
 from ...data.sources import FORMATS, read_table
 from ...names import check_known, check_one_of, instead
 from ...options import BlankTexts, Count, MaybeCount, Texts, fitted, mapping, section
@@ -22,6 +24,7 @@ from ..journal import digest
 from .row_metrics import METRICS_OF_KIND, RATIO
 from .summary import check_number
 
+logger = logging.get_logger(__name__)
 SUITES = Path(__file__).parent
 # How names of tasks begin, in the shipped suites and others like them: tasks to forget, and tasks to keep.
 TO_FORGET = ("forget", "verbatim", "knowledge", "wmdp")
@@ -186,13 +189,17 @@ def load_table(data: str | Path | None, name: str, hub: str | None, where: str) 
         where: who asks, for errors.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there; not readable; no rows.
+        FileNotFoundError, NotADirectoryError, ValueError: nothing there; not readable; no rows.
     """
     folder = Path(data).expanduser() if data is not None else Path()
-    for path in (folder / f"{name}{suffix}" for suffix in ("", *FORMATS)):
-        if path.is_file():
-            rows = read_table(path, where)
-            break
+    if folder.is_file():
+        raise NotADirectoryError(f"data: wanted a folder with files of rows, got the file {str(data)!r}")
+    found = [path for suffix in ("", *FORMATS) if (path := folder / f"{name}{suffix}").is_file()]
+    if found:
+        if found[1:]:
+            others = ", ".join(path.name for path in found[1:])
+            logger.warning_once(f"data: {found[0]} is read, and not {others} beside it")
+        rows = read_table(found[0], where)
     else:
         if data is not None or hub is None:
             raise FileNotFoundError(
