@@ -695,6 +695,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_adapters.py::test_a_merge_that_does_not_end_leaves_no_model[comparing]"),
         ("a run that cannot be merged is trained first", "holds_weights(out) and not replaces)", "holds_weights(out) and replaces)",
          "tests/test_adapters.py::test_a_merged_model_of_an_earlier_run_is_met_before_the_training"),
+        ("one process asks a sharded model", "quantization is None and not is_sharded(run.training)", "quantization is None",
+         "tests/test_adapters.py::test_a_sharded_model_is_not_asked_by_the_one_process_that_merges[True]"),
         ("an adapter without a tokenizer cannot be merged", 'tokenizer_at("adapter", folder, base)', 'tokenizer_at("adapter", folder)',
          "tests/test_user_mistakes.py::test_an_adapter_without_a_tokenizer_has_that_of_its_base"),
     ],

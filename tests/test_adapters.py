@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -351,6 +352,17 @@ def test_a_merged_model_of_an_earlier_run_is_met_before_the_training(tmp_path):
     with pytest.raises(ValueError, match=r"^out: '.*merged' is the base of the adapter"):
         train(again, resume=True)
     assert (tmp_path / "first" / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_sharded_model_is_not_asked_by_the_one_process_that_merges(tmp_path, monkeypatch, fsdp):
+    """Its forward gathers weights from the others, which make none."""
+    run, trainer, compared = request(tmp_path, "base", "first", forget_rows(1), merge=True), Mock(), []
+    run.training.fsdp = fsdp
+    monkeypatch.setattr(commands, "make_trainer", lambda run: trainer)
+    monkeypatch.setattr(commands, "merge_adapter", lambda *_, trained, **__: compared.append(trained))
+    train(run)
+    assert compared == [None if fsdp else trainer.accelerator.unwrap_model()]
 
 
 def test_a_resumed_run_replaces_its_merged_model(tmp_path):

@@ -33,7 +33,7 @@ from ..model.adapters import (
 )
 from ..model.answers import tokenizer_at
 from ..model.lm import base_language_model
-from ..model.loading import choose_attention, load_model, loading_device
+from ..model.loading import choose_attention, is_sharded, load_model, loading_device
 from ..output.checkpoints import last_finished_checkpoint, resumed_run
 from ..store.build import Cached, cache_teacher
 from ..trainer import DuetTrainer
@@ -83,8 +83,9 @@ def train(
         trainer.save_state()
         trainer.create_model_card()
     if run.merge and trainer.is_world_process_zero():
-        quantised = run.model.quantization is not None  # its base is another one than the merged
-        trained = None if quantised else trainer.accelerator.unwrap_model(trainer.model)
+        # A quantised model has another base than the merged; a forward of a sharded one would wait for the other processes.
+        alone = run.model.quantization is None and not is_sharded(run.training)
+        trained = trainer.accelerator.unwrap_model(trainer.model) if alone else None
         # One of an earlier part of the run, from before a resume, is replaced.
         merge_adapter(folder, Path(folder, MERGED), trained=trained, replaces=True)
     return trainer
