@@ -346,7 +346,7 @@ def test_a_merged_model_of_an_earlier_run_is_met_before_the_training(tmp_path):
     train(run)
     before = (tmp_path / "first" / "adapter_model.safetensors").read_bytes()
     run.training.learning_rate = 1e-2
-    with pytest.raises(ValueError, match=r"^merge: '.*merged' holds a model of an earlier run"):
+    with pytest.raises(ValueError, match=r"^merge: '.*merged' holds a model already; wanted another training"):
         train(run)
     again = replace(run, model=replace(run.model, name=str(tmp_path / "first" / "merged")))
     with pytest.raises(ValueError, match=r"^out: '.*merged' is the base of the adapter"):
@@ -384,10 +384,10 @@ def test_a_resumed_run_replaces_its_merged_model(tmp_path):
 
 def test_weights_and_an_adapter_never_share_a_folder(tmp_path):
     folder, _, base = adapted_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"out: wanted a folder without an adapter, .*merged"):
+    with pytest.raises(ValueError, match=r"out: '.*first' holds an adapter, .*merged'$"):
         merge_adapter(folder, folder)
     second, _, _ = adapted_folder(tmp_path, "second")
-    with pytest.raises(ValueError, match=r"out: wanted a folder without an adapter"):
+    with pytest.raises(ValueError, match=r"out: '.*second' holds an adapter"):
         merge_adapter(folder, second)
     assert not list(folder.glob("model*.safetensors"))
     with pytest.raises(ValueError, match=r"output_dir: .* is the model that is trained"):

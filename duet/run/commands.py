@@ -63,8 +63,9 @@ def train(
             f"training.output_dir: {folder!r} holds {last!r} of an earlier run, which a later --resume "
             "could take for this one's; wanted --resume, or a folder without checkpoints"
         )
-    if run.merge:
-        _check_merged(run, replaces=bool(resume or checkpoint))
+    if run.merge:  # what would stand in the way after the training
+        wanted = "another training.output_dir"
+        _check_free(Path(folder, MERGED), run.model.name, bool(resume or checkpoint), "merge", wanted)
     if checkpoint is None and resume:
         checkpoint = last
         logger.warning(
@@ -91,15 +92,13 @@ def train(
     return trainer
 
 
-def _check_merged(run: RunConfig, replaces: bool) -> None:
-    """Refuses, before the training, what would stand in the way of the merged model after it."""
-    out = os.path.join(str(run.training.output_dir), MERGED)
-    check_not_base(out, run.model.name)
-    if holds_adapter(out) or (holds_weights(out) and not replaces):
-        raise ValueError(
-            f"merge: {out!r} holds {'an adapter' if holds_adapter(out) else 'a model of an earlier run'}, and the merged model "
-            "would be written there; wanted another training.output_dir"
-        )
+def _check_free(out: str | os.PathLike, base: str, replaces: bool, name: str, wanted: str) -> None:
+    """Refuses a folder in which a merged model would meet its base, an adapter or, unless it `replaces` that, a model."""
+    check_not_base(out, base)
+    adapter = holds_adapter(out)
+    if adapter or (holds_weights(out) and not replaces):
+        there = "an adapter, which would be applied to the merged weights once more" if adapter else "a model already"
+        raise ValueError(f"{name}: {os.fspath(out)!r} holds {there}; wanted {wanted}")
 
 
 def cache(run: RunConfig, dtype: str = "float32") -> Cached:
@@ -243,16 +242,9 @@ def merge_adapter(
     """
     if not holds_adapter(folder):
         raise FileNotFoundError(f"{folder}: wanted a folder with an adapter, found no {ADAPTER}")
-    if holds_adapter(out):
-        raise ValueError(
-            f"out: wanted a folder without an adapter, got {os.fspath(out)!r}: loading from it would apply the adapter to the "
-            f"merged weights once more; {os.path.join(out, 'merged')} is free to take"
-        )
     with _naming(folder):
         base = base_of(folder)
-    check_not_base(out, base)
-    if holds_weights(out) and not replaces:
-        raise ValueError(f"out: {os.fspath(out)!r} holds a model already; wanted a new folder")
+    _check_free(out, base, replaces, "out", f"a new folder, such as {os.path.join(out, MERGED)!r}")
     tokenizer = tokenizer_at("adapter", folder, base)
     with _naming(folder):
         model: Any = load_adapted(folder, dtype=dtype, device_map="cpu")
