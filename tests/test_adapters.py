@@ -346,7 +346,9 @@ def test_a_merged_model_of_an_earlier_run_is_met_before_the_training(tmp_path):
     train(run)
     before = (tmp_path / "first" / "adapter_model.safetensors").read_bytes()
     run.training.learning_rate = 1e-2
-    with pytest.raises(ValueError, match=r"^merge: '.*merged' holds a model already; wanted another training"):
+    with pytest.raises(
+        ValueError, match=r"^merge: '.*merged' holds a model already; wanted another training"
+    ):
         train(run)
     again = replace(run, model=replace(run.model, name=str(tmp_path / "first" / "merged")))
     with pytest.raises(ValueError, match=r"^out: '.*merged' is the base of the adapter"):

@@ -34,7 +34,7 @@ from ..model.adapters import (
 from ..model.answers import tokenizer_at
 from ..model.lm import base_language_model
 from ..model.loading import choose_attention, is_sharded, load_model, loading_device
-from ..output.checkpoints import last_finished_checkpoint, resumed_run
+from ..output.checkpoints import last_finished_checkpoint, resumed_checkpoint
 from ..store.build import Cached, cache_teacher
 from ..trainer import DuetTrainer
 from .config_file import ModelSection, RunConfig
@@ -71,7 +71,7 @@ def train(
         logger.warning(
             f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting at step 0"
         )
-    resumed_run(checkpoint, folder)  # refuses before the model is loaded
+    resumed_checkpoint(checkpoint, folder)  # refuses before the model is loaded
     trainer = make_trainer(run)
     if not checkpoint:
         before(trainer)
@@ -97,7 +97,11 @@ def _check_free(out: str | os.PathLike, base: str, replaces: bool, name: str, wa
     check_not_base(out, base)
     adapter = holds_adapter(out)
     if adapter or (holds_weights(out) and not replaces):
-        there = "an adapter, which would be applied to the merged weights once more" if adapter else "a model already"
+        there = (
+            "an adapter, which would be applied to the merged weights once more"
+            if adapter
+            else "a model already"
+        )
         raise ValueError(f"{name}: {os.fspath(out)!r} holds {there}; wanted {wanted}")
 
 
