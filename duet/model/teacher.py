@@ -57,7 +57,7 @@ class Teacher:
         raise NotImplementedError
 
     def serve(self, dataset: UnlearnDataset, ask: Callable[[UnlearnDataset], Iterable[RowTargets]]) -> None:
-        """Called once before `dataset` is used; `ask(dataset)` gives the targets of all its rows, batch by batch."""
+        """Called before `dataset` is used, each time until its rows carry targets; `ask(dataset)` gives the targets of all its rows, batch by batch."""
 
     def targets(self, stored: Any, function: Function, student: nn.Module, wrapped: nn.Module) -> Any:
         """What the objective wants of one micro-batch.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, fill_prefix
+from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, answer_ids, fill_prefix
 from ...data.rows import LETTERS, correct_choice
 from ..elicit import ELICITED, ELICITED_NOTE
 from ..scoring import Forced
@@ -226,7 +226,7 @@ class Asker:
         return correct_choice(row.get(self.task.answer), choices, f"{where}, {self.task.answer}")
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+        return answer_ids(self.tokenizer, text)
 
     def _check_known(self, ids: Sequence[int], text: str, where: str) -> None:
         unknown = self.tokenizer.unk_token_id
