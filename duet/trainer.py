@@ -243,7 +243,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
         with refused_by_all():
             resume_from_checkpoint = resumed_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
-            self._keep_record(resume_from_checkpoint and Path(resume_from_checkpoint).parent)
+            self._keep_record(resume_from_checkpoint)
         known = self.teacher_measured or resume_from_checkpoint or loading.is_sharded(self.args)
         if is_steered(self.objective) and self.teacher.watched and not known:
             look_at_teacher(self.train_dataset, self.renderer.tokenizer, self.teacher_says)
@@ -253,7 +253,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             self.teacher.gone = True  # a checkpoint may be loaded next, and then steps are made
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _keep_record(self, begun_in: Path | None) -> None:
+    def _keep_record(self, resumed: str | None) -> None:
         if not self.is_world_process_zero():
             return
         student = self.accelerator.unwrap_model(self.model)
@@ -264,7 +264,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         tokenizer, rows = self.renderer.tokenizer, self._fingerprints
         record = run_record(student, self._weights, tokenizer, self.args, rows, self._taught_by)
         record["override_wordings"] = list(self.train_dataset.reverse_prompts)
-        begin_run(self.args.output_dir, record, begun_in)
+        begin_run(self.args.output_dir, record, resumed and Path(resumed).parent)
 
     # -- what is asked before a dataset is used ---------------------------------------------------------------------
 

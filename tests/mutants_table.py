@@ -308,6 +308,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a template that drops the system message is trusted", "    return _MARK in text\n", "    return True\n", "tests/test_prompts.py::test_a_system_message_must_be_seen_to_be_accepted"),
         ("a prefix in the user's turn goes before the last text", "_before_user(conversation, instruction, last=False), None", "_before_user(conversation, instruction, last=True), None",
          "tests/test_prompts.py::test_in_the_users_turn_the_prefix_goes_before_the_first_text"),
+        ("one of several chat templates steers in vain", "named = isinstance(template, dict)", "named = False",
+         "tests/test_methods_seams.py::test_in_context_trains_nothing_and_saves_a_model_that_steers[template1]"),
         ("a steered template forgets its own system message", "duet_said + '\\\\n\\\\n' + messages[duet_at]['content']}", "duet_said}",
          "tests/test_methods_seams.py::test_a_steered_template_shows_what_the_teacher_sees"),
     ],
@@ -363,12 +365,30 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/methods/evaluating.py": [
         ("the first rows of an epoch are repeated at its end", "own = (self._unrepeated(batch, rows, self._train_batch_size)[0] for", "own = (batch for",
          "tests/test_trainer_distributed.py::test_two_processes_equal_one"),
+        ("evaluate takes retain rows for forget rows", "        if isinstance(eval_dataset, dict):\n            eval_dataset = self", "        if False:\n            eval_dataset = self",
+         "tests/test_trainer.py::test_evaluation"),
+        ("rows are evaluated without a loss", "        if self.objective.loss is None:\n            raise", "        if False:\n            raise",
+         "tests/test_closed_sets.py::test_what_cannot_be_evaluated_is_named[no loss]"),
         ("an evaluation drops its last rows", "self.args.dataloader_drop_last = asked and is_training", "self.args.dataloader_drop_last = asked",
          "tests/test_trainer.py::test_the_loss_of_an_evaluation_does_not_depend_on_its_batches[duet]"),
         ("each evaluation batch has its own denominator", "inputs, num_items_in_batch=self._counts)", "inputs)",
          "tests/test_trainer.py::test_the_loss_of_an_evaluation_does_not_depend_on_its_batches[graddiff]"),
     ],
+    "duet/methods/views.py": [
+        ("a set of rows may not be called 2020", 'retain = str(name).startswith("retain")', 'retain = name.startswith("retain")',
+         "tests/test_closed_sets.py::test_what_cannot_be_evaluated_is_named[a dict]"),
+    ],
+    "duet/methods/reuse.py": [
+        ("every evaluation reads its prefixes again", "new = [text for text in beginnings if text not in known]", "new = list(beginnings)",
+         "tests/test_prefix_reuse.py::test_an_evaluation_adds_only_prefixes_that_are_new"),
+        ("a prefix that is too long is used again", "if beginnings.get(t, [])[: len(ids)] == ids}", "if t in beginnings}",
+         "tests/test_prefix_reuse.py::test_an_evaluation_adds_only_prefixes_that_are_new"),
+        ("prompts that share nothing end the run", "max(map(len, beginnings.values()), default=0)", "max(map(len, beginnings.values()))",
+         "tests/test_prefix_reuse.py::test_prompts_that_share_nothing_are_read_whole"),
+    ],
     "duet/trainer.py": [
+        ("rows that were evaluated are kept", "LossParts(), WeakSet()", "LossParts(), set()",
+         "tests/test_trainer.py::test_rows_that_were_evaluated_are_let_go"),
         ("each micro-batch has its own denominator", "counts: Any = num_items_in_batch or self._get_num_items_in_batch([inputs], self.args.device)", "counts: Any = self._get_num_items_in_batch([inputs], self.args.device)",
          "tests/test_trainer.py::test_two_batches_of_four_equal_one_of_eight[duet]"),
         ("the teacher sees the student's prompt", "view = \"teacher_\" if self.objective.teacher_sees == \"steered\" else \"\"", "view = \"\"",
@@ -399,6 +419,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/output/checkpoints.py": [
         ("weights that are not finite are saved", "not x.isfinite().all()", "x.isnan().all() and False",
          "tests/test_cli.py::test_weights_that_are_not_finite_are_not_saved"),
+        ("the newest checkpoint is resumed, finished or not", "checkpoint = last if resume_from is True else", "checkpoint = max(map(str, Path(output_dir).glob('checkpoint-*'))) if resume_from is True else",
+         "tests/test_run_record.py::test_an_unfinished_checkpoint_is_not_resumed"),
         ("a resumed run takes a new optimizer", "    if folder.is_dir() and not whole:", "    if False:", "tests/test_run_record.py::test_weights_alone_are_not_resumed[weights alone]"),
     ],
     "duet/output/adapters.py": [

@@ -368,6 +368,7 @@ def test_predict_takes_rows(tmp_path):
         ("predict", {"forget": forget_rows(1)}, "^test_dataset: wanted a list of rows .* got dict"),
         ("in_context", forget_rows(1), "^eval_dataset: wanted none, objective 'in_context' has no loss"),
     ],
+    ids=["no rows", "no such name", "a dict", "no loss"],
 )
 def test_what_cannot_be_evaluated_is_named(tmp_path, asked, given, why):
     steers = asked == "in_context"
