@@ -97,11 +97,7 @@ def _check_free(out: str | os.PathLike, base: str, replaces: bool, name: str, wa
     check_not_base(out, base)
     adapter = holds_adapter(out)
     if adapter or (holds_weights(out) and not replaces):
-        there = (
-            "an adapter, which would be applied to the merged weights once more"
-            if adapter
-            else "a model already"
-        )
+        there = "an adapter, which would be applied once more" if adapter else "a model already"
         raise ValueError(f"{name}: {os.fspath(out)!r} holds {there}; wanted {wanted}")
 
 
