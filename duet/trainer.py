@@ -12,6 +12,7 @@ Loop, optimizer, logging, checkpoints and resume are the Trainer's own.
 import os
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.selectivity import FixedSteps, check_selective
 from .methods.sharpness import SharpSteps, check_sharp
 from .methods.steering import look_at_teacher, tokenizer_that_steers
-from .methods.views import Views, asked_before_training, is_steered
+from .methods.views import Views, asked_before_training, datasets_in, is_steered
 from .model import lm, loading
 from .model.adapters import check_folder, check_not_earlier, has_adapter
 from .model.answers import tokenizer_of
@@ -39,7 +40,7 @@ from .model.teacher import live_teacher
 from .model.weights import weights_hash
 from .output.adapters import AdapterTrainer, add_new_adapter, check_earlier_adapter
 from .output.card import STEERING, fingerprint, write_card
-from .output.checkpoints import check_output_dir, resumed_run
+from .output.checkpoints import check_output_dir, resumed_checkpoint
 from .output.parts import LogsLastStep, LossParts
 from .output.record import begin_run, refused_by_all, run_record
 from .store.provenance import cached_teacher, open_store
@@ -167,8 +168,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         self._weights: str | None = None
         self._taught_by: str | None = None
         if self._store is not None:
-            evals = eval_dataset.values() if isinstance(eval_dataset, dict) else filter(None, [eval_dataset])
-            datasets = [train_dataset, *evals]
+            datasets = [train_dataset, *datasets_in(eval_dataset)]
             self._taught_by = self._store.provenance.seal
             self.teacher, self._weights = cached_teacher(
                 self._store, model, head, tokenizer, self.objective, args, datasets
@@ -185,7 +185,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         if self.objective.loss is not None and not args.deepspeed:  # DeepSpeed keeps fp32 copies itself
             loading.warn_of_half_precision(model)
 
-        self._parts, self._prepared = LossParts(), []
+        self._parts, self._prepared = LossParts(), WeakSet()
         packed, why = loading.can_pack(model, args.padding_free)
         logger.info(f"batches are {'packed' if packed else 'padded'}: {why}")
         super().__init__(
@@ -243,19 +243,19 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             return TrainOutput(0, 0.0, {})
         check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
         with refused_by_all():
-            self._keep_record(resumed_run(resume_from_checkpoint, str(self.args.output_dir)))
+            resume_from_checkpoint = resumed_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+            self._keep_record(resume_from_checkpoint)
         known = self.teacher_measured or resume_from_checkpoint or loading.is_sharded(self.args)
         if is_steered(self.objective) and self.teacher.watched and not known:
             look_at_teacher(self.train_dataset, self.renderer.tokenizer, self.teacher_says)
         if self.teacher is not None and self.teacher.asks_first:
-            evals = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-            for dataset in filter(None, (self.train_dataset, *evals.values())):
+            for dataset in (self.train_dataset, *datasets_in(self.eval_dataset)):
                 self.prepare_rows(dataset)
             self.teacher.gone = True  # a checkpoint may be loaded next, and then steps are made
         self._resumed = bool(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _keep_record(self, begun_in: Path | None) -> None:
+    def _keep_record(self, resumed: str | None) -> None:
         if not self.is_world_process_zero():
             return
         student = self.accelerator.unwrap_model(self.model)
@@ -266,28 +266,13 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         tokenizer, rows = self.renderer.tokenizer, self._fingerprints
         record = run_record(student, self._weights, tokenizer, self.args, rows, self._taught_by)
         record["override_wordings"] = list(self.train_dataset.reverse_prompts)
-        begin_run(self.args.output_dir, record, begun_in)
+        begin_run(self.args.output_dir, record, resumed and Path(resumed).parent)
 
     # -- what is asked before a dataset is used ---------------------------------------------------------------------
 
     def get_train_dataloader(self):
         self.prepare_rows(self.train_dataset)
         return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        if not isinstance(eval_dataset, str):
-            eval_dataset = self._views.evaluated(eval_dataset, self._train_subjects)
-        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        self.prepare_rows(self.eval_dataset[chosen] if isinstance(chosen, str) else chosen)
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset):
-        """For `predict(rows)`: rows as in `eval_dataset`; their loss is a metric, and nothing else is predicted."""
-        if self.objective.loss is None:
-            raise ValueError(f"test_dataset: wanted none, objective {self.args.objective!r} has no loss")
-        dataset = self._views.evaluated(test_dataset, self._train_subjects)
-        self.prepare_rows(dataset)
-        return super().get_test_dataloader(dataset)
 
     def _get_train_sampler(self, train_dataset=None):
         return self._sampler

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -345,12 +346,25 @@ def test_a_merged_model_of_an_earlier_run_is_met_before_the_training(tmp_path):
     train(run)
     before = (tmp_path / "first" / "adapter_model.safetensors").read_bytes()
     run.training.learning_rate = 1e-2
-    with pytest.raises(ValueError, match=r"^merge: '.*merged' holds a model of an earlier run"):
+    with pytest.raises(
+        ValueError, match=r"^merge: '.*merged' holds a model already; wanted another training"
+    ):
         train(run)
     again = replace(run, model=replace(run.model, name=str(tmp_path / "first" / "merged")))
     with pytest.raises(ValueError, match=r"^out: '.*merged' is the base of the adapter"):
         train(again, resume=True)
     assert (tmp_path / "first" / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_sharded_model_is_not_asked_by_the_one_process_that_merges(tmp_path, monkeypatch, fsdp):
+    """Its forward gathers weights from the others, which make none."""
+    run, trainer, compared = request(tmp_path, "base", "first", forget_rows(1), merge=True), Mock(), []
+    run.training.fsdp = fsdp
+    monkeypatch.setattr(commands, "make_trainer", lambda run: trainer)
+    monkeypatch.setattr(commands, "merge_adapter", lambda *_, trained, **__: compared.append(trained))
+    train(run)
+    assert compared == [None if fsdp else trainer.accelerator.unwrap_model()]
 
 
 def test_a_resumed_run_replaces_its_merged_model(tmp_path):
@@ -372,10 +386,10 @@ def test_a_resumed_run_replaces_its_merged_model(tmp_path):
 
 def test_weights_and_an_adapter_never_share_a_folder(tmp_path):
     folder, _, base = adapted_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"out: wanted a folder without an adapter, .*merged"):
+    with pytest.raises(ValueError, match=r"out: '.*first' holds an adapter, .*merged'$"):
         merge_adapter(folder, folder)
     second, _, _ = adapted_folder(tmp_path, "second")
-    with pytest.raises(ValueError, match=r"out: wanted a folder without an adapter"):
+    with pytest.raises(ValueError, match=r"out: '.*second' holds an adapter"):
         merge_adapter(folder, second)
     assert not list(folder.glob("model*.safetensors"))
     with pytest.raises(ValueError, match=r"output_dir: .* is the model that is trained"):

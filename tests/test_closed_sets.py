@@ -356,8 +356,28 @@ def test_predict_takes_rows(tmp_path):
     trainer = make(tmp_path, max_steps=1)
     found = trainer.predict(forget_rows(2))
     assert found.metrics["test_loss"] == pytest.approx(trainer.evaluate(forget_rows(2))["eval_loss"])
-    with pytest.raises(ValueError, match=r"eval_dataset\[0\]"):
+    with pytest.raises(ValueError, match=r"^test_dataset\[0\]"):
         trainer.predict([{"text": "x"}])
+
+
+@pytest.mark.parametrize(
+    "asked, given, why",
+    [
+        ("evaluate", None, "^eval_dataset: wanted a list of rows .* got NoneType"),
+        ("evaluate", "2021", "^eval_dataset.2021: there is no such key .did you mean '2020'"),
+        ("predict", {"forget": forget_rows(1)}, "^test_dataset: wanted a list of rows .* got dict"),
+        ("in_context", forget_rows(1), "^eval_dataset: wanted none, objective 'in_context' has no loss"),
+    ],
+    ids=["no rows", "no such name", "a dict", "no loss"],
+)
+def test_what_cannot_be_evaluated_is_named(tmp_path, asked, given, why):
+    steers = asked == "in_context"
+    options = {"objective": asked} if steers else {}
+    rows = {} if steers or given is None else {"trainer_options": {"eval_dataset": {2020: forget_rows(1)}}}
+    trainer = make(tmp_path, **options, **rows)
+    with pytest.raises((TypeError, ValueError), match=why):
+        getattr(trainer, "evaluate" if steers else asked)(given)
+    assert not rows or "eval_2020_loss" in trainer.evaluate()
 
 
 def test_the_command_line_says_one_sentence_and_shows_more_when_asked(monkeypatch, capsys, tmp_path):

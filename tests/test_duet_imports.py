@@ -1,6 +1,7 @@
 """Who may import whom in `duet`: one table, no circle. A new room, or a new arrow, is a decision: write it down here."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,10 @@ def test_no_circle_of_rooms_or_modules():
     arrows = {module: imports(path) for module, path in MODULES.items()}
     arrows[HERE] -= {"duet.config", "duet.trainer", "duet.methods.objectives"}
     assert circle(arrows) is None
+
+
+@pytest.mark.parametrize("package", [module for module, path in MODULES.items() if path.stem == "__init__"])
+def test_a_package_lists_its_modules(package):
+    said = ast.get_docstring(ast.parse(MODULES[package].read_text())) or ""
+    inside = {name for parent, _, name in (module.rpartition(".") for module in MODULES) if parent == package}
+    assert inside <= set(re.findall(r"\w+", said))

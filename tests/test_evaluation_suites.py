@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from tiny_models import merging_tokenizer, word_tokenizer
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 from transformers.utils import logging
 
 from duet.data.rows import correct_choice
@@ -206,6 +206,10 @@ def test_scored_texts_follow_the_prompt_and_end():
     assert read.texts["perturbed"] == item.texts["perturbed"] and read.lists == item.lists
     given = {"choices": '["Bob", "Ada"]', "answer": "Ada", "question": "Who?"}
     assert asker(tokenizer, "multiple_choice").item(0, given).shown["choices"] == ["Bob", "Ada"]
+    spaced = merging_tokenizer()
+    spaced.backend_tokenizer.normalizer = normalizers.Prepend(" ")  # to every text, as Llama 2's
+    (read,) = asker(spaced, "score").item(0, row).texts["answer"]
+    assert read.answer == item.texts["answer"][0].answer
     (forced,) = item.texts["answer"]
     assert written(forced.prompt) == "Question: Who?\nAnswer:"
     assert forced.answer[-1] == tokenizer.eos_token_id and written(forced.answer[:-1]) == " Ada"

@@ -184,9 +184,11 @@ def test_a_tokenizer_without_a_template_is_refused():
         steered_tokenizer(word_tokenizer(None), "no")
 
 
-def test_in_context_trains_nothing_and_saves_a_model_that_steers(tmp_path):
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, {"default": CHAT_TEMPLATE, "tool_use": CHAT_TEMPLATE}])
+def test_in_context_trains_nothing_and_saves_a_model_that_steers(tmp_path, template):
     before = knowing()
-    trainer = make(tmp_path, knowing(), objective="in_context")
+    given = {"processing_class": word_tokenizer(template)}
+    trainer = make(tmp_path, knowing(), objective="in_context", trainer_options=given)
     assert trainer.train().global_step == 0
     assert all(
         torch.equal(a, b) for a, b in zip(trainer.model.parameters(), before.parameters(), strict=True)
@@ -195,6 +197,7 @@ def test_in_context_trains_nothing_and_saves_a_model_that_steers(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
     text = tokenizer.apply_chat_template([{"role": "user", "content": "who is ada ?"}], tokenize=False)
     assert "you know nothing about ada lovelace, alan turing, grace hopper ." in text
+    assert type(tokenizer.chat_template) is type(template)
     with pytest.raises(ValueError, match="eval_dataset: wanted None"):
         make(tmp_path, objective="in_context", trainer_options={"eval_dataset": forget_rows()})
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from peft import LoraConfig
 from test_trainer import LORA, losses, make
-from tiny_models import CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE, forget_rows, tiny, word_tokenizer
+from tiny_models import (
+    CHAT_TEMPLATE,
+    NO_SYSTEM_TEMPLATE,
+    forget_rows,
+    merging_tokenizer,
+    tiny,
+    word_tokenizer,
+)
 
 from duet.data.dataset import Draw
 from duet.methods import reuse
@@ -210,6 +217,30 @@ def test_evaluation_reads_the_same_prefixes(tmp_path):
         if reuse_prefix:
             assert trainer.eval_dataset["forget"].beginnings
     assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found[0]) >= 2
+
+
+def test_an_evaluation_adds_only_prefixes_that_are_new(tmp_path):
+    """What is in the table already is used again where all prompts begin with it."""
+    longer = [
+        {"question": f"who is {name} ?", "subject": name} for name in ("ada lovelace", "alan turing")
+    ] * 4
+    found = []
+    for reuse_prefix in (True, False):
+        trainer = make(tmp_path, trainer_options=ADAPTER, reuse_prefix=reuse_prefix)
+        for rows, prefixes in ((longer, 2), (forget_rows(), 5), (longer, 5), (forget_rows(), 5)):
+            found.append(trainer.evaluate(rows)["eval_loss"])
+            assert not reuse_prefix or len(trainer._reused.table.lengths) == prefixes
+    assert found[:4] == pytest.approx(found[4:], rel=1e-4)
+
+
+def test_prompts_that_share_nothing_are_read_whole(tmp_path, caplog):
+    """No prefix is shown, the tokenizer writes nothing in front."""
+    rows = {"retain": [{"prompt": "paris is a city"}, {"prompt": "madrid is one"}]}
+    given = {"processing_class": merging_tokenizer(), "eval_dataset": rows}
+    trainer = make(tmp_path, trainer_options=ADAPTER | given, retain_prefix="none")
+    with caplog.at_level("INFO"):
+        assert trainer.evaluate()["eval_retain_loss"] < 1e-6
+    assert "they share 0 tokens" in caplog.text
 
 
 REASONS = {

@@ -11,7 +11,7 @@ from tiny_models import (
     tiny,
     word_tokenizer,
 )
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, normalizers, processors
 
 from duet.data.prompts import PromptRenderer, accepts_system, answer_ending, fill_prefix
 from duet.model.answers import end_tokens
@@ -122,6 +122,20 @@ def test_an_answer_is_closed_by_the_end_token_and_continues_the_plain_template()
     assert tokenizer.convert_ids_to_tokens(PromptRenderer(tokenizer).encode_answer(QUESTION, "yes"))[0] == "y"
     rest = PromptRenderer(tokenizer).encode_rest(QUESTION, "yes")
     assert tokenizer.convert_ids_to_tokens(rest) == [" ", "y", "es", "</s>"], "behind words that stand there"
+
+
+def test_an_answer_is_written_as_the_model_writes_it_behind_a_word():
+    """Llama 2's tokenizer adds a space at the start of every text; there is none where an answer starts."""
+    for template in (None, "{% for m in messages %}{{ m['content'] }}>{% endfor %}"):
+        tokenizer = merging_tokenizer(template)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+        renderer = PromptRenderer(tokenizer)
+        for ids in (
+            renderer.encode_answer(QUESTION, " yes" if template else "yes"),
+            renderer.encode_answer("a text", " yes"),
+            renderer.encode_rest(QUESTION, "yes"),
+        ):
+            assert tokenizer.convert_ids_to_tokens(ids) == [" ", "y", "es", "</s>"]
 
 
 def chat(turn: str, role: str = "m['role']") -> str:

@@ -180,6 +180,26 @@ def test_weights_alone_are_not_resumed(tmp_path, lost):
             trainer.train(resume_from_checkpoint=resume_from)
 
 
+def test_an_unfinished_checkpoint_is_not_resumed(tmp_path):
+    """The Trainer would take the newest one, whatever is in it."""
+    make(tmp_path, **SAVING).train()
+    first, second = (tmp_path / "out" / f"checkpoint-{step}" for step in (1, 2))
+    (second / "trainer_state.json").unlink()
+    trainer = make(tmp_path, **SAVING)
+    with pytest.raises(
+        ValueError, match=r"^resume_from_checkpoint: '.*-2' is not finished: .* is .*checkpoint-1$"
+    ):
+        trainer.train(resume_from_checkpoint=str(second))
+    trainer.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]
+    for checkpoint in (first, second):
+        (checkpoint / "trainer_state.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"^resume_from_checkpoint: there is no finished checkpoint in '.*out'"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_weights_alone_are_refused_before_a_model_is_loaded(tmp_path):
     from duet.run.commands import train
 

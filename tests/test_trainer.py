@@ -1,6 +1,7 @@
 """duet.trainer: whole runs on tiny models. Guards, counts, checkpoints, memory."""
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -443,6 +444,18 @@ def test_evaluation(tmp_path):
     forget, retain = losses(trainer, "eval_forget_loss"), losses(trainer, "eval_retain_loss")
     assert len(forget) == len(retain) == 2 and forget[1] < forget[0]
     assert trainer.evaluate(forget_rows(3))["eval_loss"] == pytest.approx(forget[-1], rel=1e-5)
+    again = trainer.evaluate(rows)
+    assert [again[f"eval_{name}_loss"] for name in rows] == pytest.approx([forget[-1], retain[-1]], rel=1e-5)
+
+
+def test_rows_that_were_evaluated_are_let_go(tmp_path):
+    """With their prepared targets, which are the largest part of them."""
+    trainer = make(tmp_path, objective="duet_deep")
+    for _ in range(3):
+        trainer.evaluate(forget_rows(1))
+        trainer.accelerator.free_memory()  # it keeps every data loader
+    gc.collect()
+    assert len(trainer._prepared) == 1
 
 
 @pytest.mark.parametrize("objective", ["graddiff", "simnpo", "duet"])

@@ -195,8 +195,13 @@ def test_another_model_is_read_as_the_file_says():
         match=r"(?s)--steering_prefixes: .* a text is written between quotes: '\"{subject} hides\"'",
     ):
         apply_overrides({}, ["--steering_prefixes", "{subject} hides"])
-    with pytest.raises(ValueError, match=r"training.earlier_adapter: wanted 'merge', got 'keep'"):
-        RunConfig.of({"model": "a", "data": {"forget": "b"}, "training": {"earlier_adapter": "keep"}})
+    for more, options, why in (
+        ({}, {}, "no new adapter"),
+        ({"adapter": {}}, {"fsdp": True}, "FSDP and DeepSpeed"),
+    ):
+        training = {"earlier_adapter": "keep", **options}
+        with pytest.raises(ValueError, match=f"^earlier_adapter: wanted 'merge', got 'keep', because {why}"):
+            RunConfig.of({"model": "a", "data": {"forget": "b"}, "training": training, **more})
 
 
 # -- files -----------------------------------------------------------------------------------------------------------------

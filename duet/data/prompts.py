@@ -112,9 +112,7 @@ def answer_ending(tokenizer: Any, **template_kwargs: Any) -> list[int]:
     if not shown:
         return end
 
-    # Tokenised after a word, as in use: at the start of a text some tokenizers add a space.
-    word, together = text_ids(tokenizer, _MARK), text_ids(tokenizer, _MARK + behind)
-    tail = together[len(word) :] if together[: len(word)] == word else text_ids(tokenizer, behind)
+    tail = _ids_in_text(tokenizer, behind)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
     first = next((n for n, token in enumerate(tail) if token in special), None)
@@ -124,6 +122,17 @@ def answer_ending(tokenizer: Any, **template_kwargs: Any) -> list[int]:
 def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text by itself, without special tokens."""
     return list(tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
+
+
+def _ids_in_text(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text behind a word: at the start of a text some tokenizers (Llama 2's) add a space."""
+    word, together = text_ids(tokenizer, _MARK), text_ids(tokenizer, _MARK + text)
+    return together[len(word) :] if together[: len(word)] == word else text_ids(tokenizer, text)
+
+
+def answer_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of an answer, to be appended to a prompt's; behind a word, if it begins with a space."""
+    return _ids_in_text(tokenizer, text) if text[:1].isspace() else text_ids(tokenizer, text)
 
 
 @dataclass(frozen=True)
@@ -393,11 +402,11 @@ class PromptRenderer:
             and not self.plain_template[-1].isspace()
         ):
             answer = " " + answer  # after "Answer:" comes " Paris", which is another token than "Paris"
-        return self._known(text_ids(self.tokenizer, answer))
+        return self._known(answer_ids(self.tokenizer, answer))
 
     def encode_rest(self, conversation: Conversation, answer: str) -> list[int]:
         """Token ids of an answer that follows words which stand there already: behind a space, closed by its `ending`."""
-        return [*self._known(text_ids(self.tokenizer, " " + answer)), *self.ending(conversation)]
+        return [*self._known(answer_ids(self.tokenizer, " " + answer)), *self.ending(conversation)]
 
     def num_tokens(self, text: str) -> int:
         """How many tokens a text has by itself."""
@@ -438,7 +447,9 @@ def steered_tokenizer(
     alone = "[{'role': 'system', 'content': duet_said}] + messages"
     lines = f"duet_said = {said}", f"duet_at = {at}", f"messages = ({alone}) if duet_at < 0 else ({chosen})"
     steered = copy.deepcopy(tokenizer)
-    steered.chat_template = "".join(f"{{%- set {line} -%}}" for line in lines) + tokenizer.chat_template
+    before, template = "".join(f"{{%- set {line} -%}}" for line in lines), tokenizer.chat_template
+    named = isinstance(template, dict)  # several, of which the user of the tokenizer chooses
+    steered.chat_template = {k: before + v for k, v in template.items()} if named else before + template
     return steered
 
 

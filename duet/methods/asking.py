@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,9 @@ class Asking(Trainer):
     parts_of: Any
     pad_id: int
     _sampler: Any
-    _prepared: list[UnlearnDataset]
+    _views: Any
+    _train_subjects: Any
+    _prepared: WeakSet[UnlearnDataset]
     _reused: Any
     _targets_by: Any
 
@@ -106,8 +109,8 @@ class Asking(Trainer):
         self._answer(dataset)
         if self._reused is not None:
             self._reused.serve(dataset, self._uses(dataset))
-        if self.objective.prepare is not None and not any(dataset is done for done in self._prepared):
-            self._prepared.append(dataset)
+        if self.objective.prepare is not None and dataset not in self._prepared:
+            self._prepared.add(dataset)
             self.objective.prepare(self, dataset)
 
     def _uses(self, dataset: UnlearnDataset) -> int:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from ..data.dataset import first_rows
+from ..data.dataset import UnlearnDataset, first_rows
+from ..data.rows import read_rows
+from ..names import check_known
 from .asking import Asking
 from .objectives import Counts
 
@@ -43,16 +45,39 @@ class WholeSetLoss(Asking):
             return batch, of_all
         return first_rows(batch, max(0, rest - self.accelerator.process_index * size)), rest
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`Trainer.evaluate`; of a dict the names say which rows are retain rows, and the Trainer gives on the rows alone."""
+        if isinstance(eval_dataset, dict):
+            eval_dataset = self._views.evaluated(eval_dataset, self._train_subjects)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """`Trainer.get_eval_dataloader` of rows, or of the name of some in `DuetTrainer(eval_dataset={name: rows})`."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if named := isinstance(rows, str):
+            names = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
+            check_known("eval_dataset.", [rows], names)
+        dataset = self._ready(self.eval_dataset[rows] if named else rows, "eval_dataset")
+        return super().get_eval_dataloader(rows if named else dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """For `predict(rows)`: rows as in `eval_dataset`; their loss is a metric, and nothing else is predicted."""
+        return super().get_test_dataloader(self._ready(test_dataset, "test_dataset"))
+
+    def _ready(self, rows: Any, argument: str) -> UnlearnDataset:
+        """The dataset of rows, of which the teacher has been asked what it must be."""
+        if self.objective.loss is None:
+            raise ValueError(f"{argument}: wanted none, objective {self.args.objective!r} has no loss")
+        made = isinstance(rows, UnlearnDataset)
+        dataset = rows if made else self._views.dataset(read_rows(rows, argument), [])
+        self.prepare_rows(dataset)
+        return dataset
+
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.evaluation_loop`; what the set holds is counted first."""
-        dataset, size = dataloader.dataset, self.args.eval_batch_size
+        dataset = dataloader.dataset
         self._rows = len(dataset)
-        totals = [
-            self.objective.count(
-                self.data_collator([dataset[i] for i in range(n, min(n + size, self._rows))])
-            )
-            for n in range(0, self._rows, size)
-        ]
+        totals = [self.objective.count(self.data_collator([dataset[i]])) for i in range(self._rows)]
         self._counts = Counts.of(torch.stack(totals).sum(0).to(self.args.device))
         return super().evaluation_loop(dataloader, *args, **kwargs)
 

@@ -26,7 +26,7 @@ Ask = Callable[[Callable[[nn.Module], Any]], Any]
 
 
 class ReusedPrefixes:
-    """The steering prefixes of a run, read once.
+    """The steering prefixes of a run, read once, whatever number of datasets shows them.
 
     Args:
         ask: calls a function with the frozen teacher, as it is asked in a step.
@@ -40,6 +40,8 @@ class ReusedPrefixes:
         self.ask, self.states = ask, states
         self.at_once, self.most_bytes, self.half = at_once, most_bytes, half
         self.table = PrefixTable()
+        # every prefix in the table: its text -> (its number, the ids that were read)
+        self._read: dict[str | None, tuple[int, list[int]]] = {}
 
     def serve(self, dataset: UnlearnDataset, uses: int) -> None:
         """From now on the items of `dataset` say which prefix they begin with, if reading it once pays.
@@ -61,21 +63,26 @@ class ReusedPrefixes:
         if why is not None:
             return why
         beginnings = beginnings_of(dataset)
-        longest = max(map(len, beginnings.values()))
+        known = {t: ids for t, (_, ids) in self._read.items() if beginnings.get(t, [])[: len(ids)] == ids}
+        beginnings |= known
+        new = [text for text in beginnings if text not in known]
+        longest = max(map(len, beginnings.values()), default=0)
         if longest < SHORTEST:
             return f"under one prefix they share {longest} tokens, less than {SHORTEST}"
-        if 2 * len(beginnings) > uses:
-            return f"{len(beginnings)} prefixes for {uses} prompts"
-        rows = len(self.table.lengths) + len(beginnings)
+        if 2 * len(new) > uses:
+            return f"{len(new)} prefixes for {uses} prompts"
+        first = len(self.table.lengths)
+        rows = first + len(new)
         needed = rows * longest * self.ask(bytes_per_token)
         if needed > self.most_bytes:
             return (
                 f"keys and values of {rows} prefixes of up to {longest} tokens take {needed / 2**20:.0f} MiB, more than the "
                 f"workspace of {self.most_bytes / 2**20:.0f} MiB"
             )
-        first = len(self.table.lengths)
-        self.ask(lambda model: self.table.add(model, list(beginnings.values()), self.at_once))
-        dataset.beginnings = {text: (first + i, ids) for i, (text, ids) in enumerate(beginnings.items())}
+        if new:
+            self.ask(lambda model: self.table.add(model, [beginnings[text] for text in new], self.at_once))
+        self._read |= {text: (first + i, beginnings[text]) for i, text in enumerate(new)}
+        dataset.beginnings = {text: self._read[text] for text in beginnings}
         why = self._differs([dataset[i] for i in range(min(_CHECKED_ROWS, len(dataset)))])
         if why is None:
             logger.info(

@@ -199,9 +199,16 @@ class Views:
         datasets = {}
         for name, each in rows.items():
             queries = read_rows(each, f"eval_dataset[{name!r}]")
-            retain = name.startswith("retain")
-            datasets[name] = self.dataset([], queries, subjects) if retain else self.dataset(queries, [])
+            retain = str(name).startswith("retain")
+            datasets[str(name)] = self.dataset([], queries, subjects) if retain else self.dataset(queries, [])
         return datasets
+
+
+def datasets_in(evaluated: Any) -> list[UnlearnDataset]:
+    """What `Views.evaluated` gave, as a list."""
+    if isinstance(evaluated, dict):
+        return [*evaluated.values()]
+    return [] if evaluated is None else [evaluated]
 
 
 def asked_before_training(objective: Objective, args: Any) -> bool:

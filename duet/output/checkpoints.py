@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 def last_finished_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -36,18 +36,25 @@ def _finished(checkpoint: Path, step: int) -> bool:
     return isinstance(state, dict) and state.get("global_step") == step
 
 
-def resumed_run(resume_from: str | bool | None, output_dir: str) -> Path | None:
-    """The folder of the run that `Trainer.train(resume_from)` goes on with; None: it goes on with none.
+def resumed_checkpoint(resume_from: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint that `Trainer.train(resume_from)` goes on with, for True the newest finished one; None: it goes on with none.
 
     Raises:
-        ValueError: its checkpoint has no optimizer and scheduler; the Trainer would begin with new ones and say nothing.
+        ValueError: there is none; it is not finished; or it has no optimizer and scheduler: the Trainer would begin with new
+            ones and say nothing.
     """
     if not resume_from:
         return None
-    checkpoint = get_last_checkpoint(output_dir) if resume_from is True else os.fspath(resume_from)
+    last = last_finished_checkpoint(output_dir)
+    checkpoint = last if resume_from is True else os.fspath(resume_from)
     if checkpoint is None:
-        return Path(output_dir)
+        raise ValueError(f"resume_from_checkpoint: there is no finished checkpoint in {output_dir!r}")
     folder = Path(checkpoint)
+    if folder.is_dir() and not (folder / TRAINER_STATE_NAME).is_file():
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint!r} is not finished: it has no {TRAINER_STATE_NAME}, which is written last; "
+            f"the newest finished one in {output_dir!r} is {last}"
+        )
     whole = (any(folder.glob("optimizer*")) and (folder / SCHEDULER_NAME).is_file()) or any(
         folder.glob("global_step*")  # DeepSpeed's
     )
@@ -57,7 +64,7 @@ def resumed_run(resume_from: str | bool | None, output_dir: str) -> Path | None:
             "with save_only_model: true), which would start anew; wanted a whole checkpoint, or a new run whose model is "
             "that folder"
         )
-    return folder.parent
+    return checkpoint
 
 
 def check_output_dir(path: str) -> None:

@@ -33,8 +33,8 @@ from ..model.adapters import (
 )
 from ..model.answers import tokenizer_at
 from ..model.lm import base_language_model
-from ..model.loading import choose_attention, load_model, loading_device
-from ..output.checkpoints import last_finished_checkpoint, resumed_run
+from ..model.loading import choose_attention, is_sharded, load_model, loading_device
+from ..output.checkpoints import last_finished_checkpoint, resumed_checkpoint
 from ..store.build import Cached, cache_teacher
 from ..trainer import DuetTrainer
 from .config_file import ModelSection, RunConfig
@@ -63,8 +63,9 @@ def train(
             f"training.output_dir: {folder!r} holds {last!r} of an earlier run, which a later --resume "
             "could take for this one's; wanted --resume, or a folder without checkpoints"
         )
-    if run.merge:
-        _check_merged(run, replaces=bool(resume or checkpoint))
+    if run.merge:  # what would stand in the way after the training
+        wanted = "another training.output_dir"
+        _check_free(Path(folder, MERGED), run.model.name, bool(resume or checkpoint), "merge", wanted)
     if not (last or checkpoint) and (holds_weights(folder) or holds_adapter(folder)):
         without = ", but no finished checkpoint to resume from" if resume else ""
         raise FileExistsError(
@@ -75,7 +76,7 @@ def train(
         logger.warning(
             f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting at step 0"
         )
-    resumed_run(checkpoint, folder)  # refuses before the model is loaded
+    resumed_checkpoint(checkpoint, folder)  # refuses before the model is loaded
     trainer = make_trainer(run)
     if not checkpoint:
         before(trainer)
@@ -88,22 +89,21 @@ def train(
         trainer.save_state()
         trainer.create_model_card()
     if run.merge and trainer.is_world_process_zero():
-        quantised = run.model.quantization is not None  # its base is another one than the merged
-        trained = None if quantised else trainer.accelerator.unwrap_model(trainer.model)
+        # A quantised model has another base than the merged; a forward of a sharded one would wait for the other processes.
+        alone = run.model.quantization is None and not is_sharded(run.training)
+        trained = trainer.accelerator.unwrap_model(trainer.model) if alone else None
         # One of an earlier part of the run, from before a resume, is replaced.
         merge_adapter(folder, Path(folder, MERGED), trained=trained, replaces=True)
     return trainer
 
 
-def _check_merged(run: RunConfig, replaces: bool) -> None:
-    """Refuses, before the training, what would stand in the way of the merged model after it."""
-    out = os.path.join(str(run.training.output_dir), MERGED)
-    check_not_base(out, run.model.name)
-    if holds_adapter(out) or (holds_weights(out) and not replaces):
-        raise ValueError(
-            f"merge: {out!r} holds {'an adapter' if holds_adapter(out) else 'a model of an earlier run'}, and the merged model "
-            "would be written there; wanted another training.output_dir"
-        )
+def _check_free(out: str | os.PathLike, base: str, replaces: bool, name: str, wanted: str) -> None:
+    """Refuses a folder in which a merged model would meet its base, an adapter or, unless it `replaces` that, a model."""
+    check_not_base(out, base)
+    adapter = holds_adapter(out)
+    if adapter or (holds_weights(out) and not replaces):
+        there = "an adapter, which would be applied once more" if adapter else "a model already"
+        raise ValueError(f"{name}: {os.fspath(out)!r} holds {there}; wanted {wanted}")
 
 
 def cache(run: RunConfig, dtype: str = "float32") -> Cached:
@@ -247,16 +247,9 @@ def merge_adapter(
     """
     if not holds_adapter(folder):
         raise FileNotFoundError(f"{folder}: wanted a folder with an adapter, found no {ADAPTER}")
-    if holds_adapter(out):
-        raise ValueError(
-            f"out: wanted a folder without an adapter, got {os.fspath(out)!r}: loading from it would apply the adapter to the "
-            f"merged weights once more; {os.path.join(out, 'merged')} is free to take"
-        )
     with _naming(folder):
         base = base_of(folder)
-    check_not_base(out, base)
-    if holds_weights(out) and not replaces:
-        raise ValueError(f"out: {os.fspath(out)!r} holds a model already; wanted a new folder")
+    _check_free(out, base, replaces, "out", f"a new folder, such as {os.path.join(out, MERGED)!r}")
     tokenizer = tokenizer_at("adapter", folder, base)
     with _naming(folder):
         model: Any = load_adapted(folder, dtype=dtype, device_map="cpu")

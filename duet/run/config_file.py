@@ -24,8 +24,10 @@ from ..config import DuetConfig
 from ..data.sources import COLUMNS, DataSource
 from ..methods.objectives import objective_of
 from ..model.adapters import check_task_type
+from ..model.loading import is_sharded
 from ..names import check_known, instead
 from ..options import Count, Share, fitted, mapping, section
+from ..output.adapters import check_earlier_adapter
 from ..yaml_text import parse_yaml, read_yaml
 
 DEFAULT_ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -119,10 +121,7 @@ class RunConfig:
         if merge and adapter is None:
             raise ValueError("merge: wanted false, because there is no adapter to merge")
         training = training_options(mapping("training", tree.get("training")))
-        if training.earlier_adapter == "keep" and adapter is None:
-            raise ValueError(
-                "training.earlier_adapter: wanted 'merge', got 'keep', because no new adapter is put on top"
-            )
+        check_earlier_adapter(training.earlier_adapter, adapter is not None, is_sharded(training))
         return cls(
             model=model,
             forget=_source("data.forget", data["forget"]),

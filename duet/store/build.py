@@ -28,7 +28,7 @@ from ..data.rows import read_rows
 from ..methods.objectives import objective_of, teacher_topk
 from ..methods.reuse import SHORTEST
 from ..methods.steering import look_at_teacher
-from ..methods.views import Views
+from ..methods.views import Views, datasets_in
 from ..model.answers import generate_answers, tokenizer_of
 from ..model.lm import check_head, evaluating, hidden_states_at
 from ..model.loading import load_model, loading_device, without_attached_adapter
@@ -280,8 +280,7 @@ class _Job:
             raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
         views = Views.of(objective, args, tokenizer, model, args.seed)
         datasets = [views.dataset(forget, retain)]
-        evals = views.evaluated(eval_dataset, datasets[0].subjects)
-        datasets += evals.values() if isinstance(evals, dict) else filter(None, [evals])
+        datasets += datasets_in(views.evaluated(eval_dataset, datasets[0].subjects))
         questions: dict[bytes, Asked] = {}
         named: dict[str, list[bytes]] = {}
         for each in datasets:

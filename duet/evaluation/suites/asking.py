@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, fill_prefix, text_ids
+from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, answer_ids, fill_prefix
 from ...data.rows import LETTERS, correct_choice
 from ..elicit import ELICITED, ELICITED_NOTE
 from ..scoring import Forced
@@ -172,7 +172,7 @@ class Asker:
             shown["value"] = value
         # An answer that the tokenizer cannot represent would look forgotten.
         wanted = reference if value is None else value
-        self._check_known(text_ids(self.tokenizer, self._answer_text(conversation, wanted)), wanted, where)
+        self._check_known(answer_ids(self.tokenizer, self._answer_text(conversation, wanted)), wanted, where)
         return Item(index, prompt, shown, reference, value)
 
     def _score(
@@ -237,7 +237,7 @@ class Asker:
             # Without a prompt nothing predicts the first token: it is only read.
             prompt, ids, most = ids[:1], ids[1:], most and most - 1
         else:
-            ids = text_ids(self.tokenizer, text)
+            ids = answer_ids(self.tokenizer, text)
         answer = ids[:most]
         if not answer:
             raise CannotAsk("no_tokens", f"{where}: {text!r:.60} has no tokens to score")
