@@ -31,7 +31,7 @@ from ..methods.steering import look_at_teacher
 from ..methods.views import Views, datasets_in
 from ..model.answers import generate_answers, tokenizer_of
 from ..model.lm import check_head, evaluating, hidden_states_at
-from ..model.loading import load_model, loading_device, without_attached_adapter
+from ..model.loading import keep_differentiable, load_model, loading_device, without_attached_adapter
 from ..model.prefix_cache import PrefixCache, cannot_reuse, common_length
 from .columns import read_columns
 from .provenance import check_cacheable, provenance_of
@@ -275,6 +275,7 @@ class _Job:
         forget = read_rows(forget_dataset, "forget_dataset")
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
         tokenizer, pad_id = tokenizer_of(model, processing_class)
+        keep_differentiable(model)  # the same object may be trained afterwards
         head = check_head(model)
         if args.k > head.num_ids:
             raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
