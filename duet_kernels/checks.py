@@ -64,7 +64,7 @@ def flatten_ids(
         # Nobody looks: on a GPU that would be a synchronisation. Below 0 means an absent slot further on, so a negative id
         # becomes one that is too large, which is NaN.
         known = flat >= 0 if ignore_index is None else (flat >= 0) | (flat == ignore_index)
-        return flat.where(known, num_ids)
+        return flat.where(known, num_ids + (num_ids == ignore_index))
     if flat.numel():
         low, high = torch.aminmax(flat if ignore_index is None else flat.where(flat != ignore_index, 0))
         if low < 0 or high >= num_ids:

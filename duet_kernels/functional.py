@@ -221,7 +221,8 @@ def topk_distill_loss(
         TypeError, ValueError: naming the argument, what came and what was wanted.
 
     Memory and FLOP: raw logits and `renormalize` touch K rows of W a token: 2 N K D for the loss, 2 N K D for dh, and
-    for a trainable head 2 N K D for dW; no vocabulary-sized product. The others add those of `linear_logsumexp`. Where a
+    for a trainable head 2 N K D for dW; no vocabulary-sized product (with more than V / 16 ids a CPU may make all logits, which
+    is cheaper). The others add those of `linear_logsumexp`. Where a
     mask leaves tokens out, an eager CPU copies the hidden states of those that count.
     Source: DUET (arXiv 2601.21283) equation 3 for `huber`, MOPD (arXiv 2606.30406) equation 5 for `generalized`;
     MATH.md for all.
@@ -238,7 +239,7 @@ def topk_distill_loss(
     values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden_nd)
     choice = _resolve("topk_distill_loss", hidden_nd, impl, values.shape[1], spec.needs_student_logsumexp)
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
-    values, indices = tokens.take(values), tokens.take(indices, head.num_ids)
+    values, indices = tokens.take(values, fill=-torch.inf), tokens.take(indices, head.num_ids)
     tail = None if tail is None else tokens.take(tail)
     run = ops if head.group is None else sharded
     return run.topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
@@ -559,15 +560,12 @@ def _teacher_topk(
     if support == "teacher":
         return linear_topk(teacher_nd, teacher_head, k, **options)
     ids = linear_topk(hidden_nd, student_head, k, **options).indices
-    repeated = torch.zeros_like(ids, dtype=torch.bool)
     if support == "union":
-        chosen = linear_topk(teacher_nd, teacher_head, k, **options).indices
-        ids = torch.cat([chosen, ids], -1).sort(-1).values
-        repeated = torch.zeros_like(ids, dtype=torch.bool)
-        repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]  # an id that both chose is compared once
+        ids = torch.cat([linear_topk(teacher_nd, teacher_head, k, **options).indices, ids], -1)
     with torch.no_grad():
         values, tail = linear_gather(teacher_nd, teacher_head, ids, impl=impl), None
         if spec.needs_teacher_logsumexp:
             options = {"temperature": spec.temperature, "exclude": ids, "impl": impl}
             tail = linear_logsumexp(teacher_nd, teacher_head, **options)
-    return TopK(values.masked_fill(repeated, -torch.inf), ids, tail, spec.temperature)
+    # An id that both chose is compared once.
+    return TopK(values.masked_fill(ops.met_before(ids), -torch.inf), ids, tail, spec.temperature)

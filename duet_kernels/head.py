@@ -1,4 +1,4 @@
-"""The small values that travel between the caller and the kernels: LMHead, TopK, TokenStats, Need.
+"""The small values that travel between the caller and the kernels: LMHead, TopK, TokenStats, DistillStats, Need.
 
 Reads transformers and PEFT models by their attribute names; neither is imported.
 """

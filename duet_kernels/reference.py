@@ -191,8 +191,8 @@ def _noise(s: Tensor, t: Tensor) -> Tensor:
 
 
 def _huber(d: Tensor, noise: Tensor, spec: Divergence) -> Tensor:
-    size = d.abs()
-    return torch.where(size <= spec.delta, 0.5 * d.square(), spec.delta * (size - 0.5 * spec.delta))
+    clamped = d.clamp(-spec.delta, spec.delta)
+    return clamped * (d - 0.5 * clamped)
 
 
 def _mse(d: Tensor, noise: Tensor, spec: Divergence) -> Tensor:

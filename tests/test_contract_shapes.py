@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch._dynamo  # before a test says that something is being compiled
 from contract import ON_TRITON
 from settings import WAYS
 
@@ -96,6 +97,17 @@ def test_masked_rows_that_stay(op, monkeypatch):
     """Where leaving masked rows out would be a synchronisation they are computed, and count exactly nothing."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     check_masked_rows(op, make_problem(13, 61, 16, bias=True), "chunked")
+
+
+@pytest.mark.parametrize("ignored", [7, -1])
+def test_a_label_outside_the_vocabulary_is_nan_where_nobody_looks(ignored, monkeypatch):
+    """Also where the id that is ignored is the first one behind the vocabulary."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    labels = torch.tensor([1, -100, ignored])
+    loss = linear_cross_entropy(
+        torch.randn(3, 5), torch.randn(7, 5), labels, ignore_index=ignored, reduction="none"
+    )
+    assert loss.isnan().tolist() == [False, True, False] and loss[2] == 0
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])

@@ -11,10 +11,10 @@ MOST = {
     "linear_gather": (9, 34),
     "linear_logsumexp": (12, 51),
     "topk_distill_loss": (11, 47),
-    "topk_distill_loss tail": (14, 67),
+    "topk_distill_loss tail": (14, 70),
     "topk_distill_stats": (15, 68),
     "linear_distill_loss": (12, 70),
-    "linear_cross_entropy": (13, 60),
+    "linear_cross_entropy": (13, 62),
     "linear_token_stats": (11, 40),
 }
 

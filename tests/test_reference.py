@@ -272,3 +272,15 @@ def test_gradcheck(op, impl):
     leaves = problem.hidden, problem.weight, problem.bias
     # The whole Jacobian for the primitives, a random projection of it for what is built from them.
     assert torch.autograd.gradcheck(function, leaves, fast_mode=op.loss)
+
+
+def test_the_gradient_of_an_infinite_huber_loss_is_its_bound():
+    head = LMHead(torch.eye(2, dtype=torch.float64), torch.tensor([0.0, -torch.inf], dtype=torch.float64))
+    hidden = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    top = TopK(torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[0, 1]]))
+    for impl in ("reference", "chunked"):
+        hidden.grad = None
+        topk_distill_loss(
+            hidden, head, top, divergence="huber", delta=2.0, reduction="sum", impl=impl
+        ).backward()
+        assert hidden.grad.tolist() == [[0.0, -2.0]]

@@ -11,7 +11,15 @@ from sweeps import case
 from tiny_models import tiny
 
 from duet.model.lm import check_head
-from duet_kernels import LMHead, linear_cross_entropy
+from duet_kernels import (
+    LMHead,
+    TopK,
+    functional,
+    linear_cross_entropy,
+    linear_distill_loss,
+    topk_distill_loss,
+)
+from duet_kernels.options import loss_tokens
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch without torch.distributed"
@@ -48,6 +56,30 @@ def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_teacher_that_was_written_into_is_refused(alone, sharded):
+    group = alone if sharded else None
+    hidden, teacher = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+    student = LMHead(torch.randn(30, 8, requires_grad=True), group=group)
+    head = LMHead(torch.randn(30, 8), group=group)
+    losses = linear_distill_loss(hidden, student, teacher, head, divergence="forward_kl", reduction="none")
+    teacher.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.sum().backward()
+
+
+def test_a_masked_row_that_stays_has_no_ids(alone, monkeypatch):
+    """Of a sharded head, where leaving it out would be a synchronisation."""
+    monkeypatch.setattr(functional, "loss_tokens", lambda *args: loss_tokens(*args[:-1], "reference"))
+    weight, bias = torch.randn(30, 8, requires_grad=True), torch.zeros(30)
+    bias[3] = -torch.inf
+    ids = torch.tensor([[4, 5], [3, 6]])  # the second row's first id has a logit of -inf
+    top = TopK(torch.randn(2, 2), ids, torch.ones(2))
+    head, mask = LMHead(weight, bias, group=alone), torch.tensor([True, False])
+    topk_distill_loss(torch.randn(2, 8), head, top, divergence="mse", mask=mask).backward()
+    assert weight.grad.isfinite().all()
 
 
 def test_the_compiler_breaks_its_graph_around_a_sharded_head(alone):

@@ -9,5 +9,5 @@ argument names the implementation (`chunked` or `triton`); its fake kernel gives
 are empty tensors, because an op cannot return None.
 """
 
-from .losses import cross_entropy, dense_loss, overlap, teacher_mass, topk_loss, topk_stats
+from .losses import cross_entropy, dense_loss, met_before, overlap, teacher_mass, topk_loss, topk_stats
 from .primitives import linear_gather, linear_logsumexp, linear_topk, token_stats

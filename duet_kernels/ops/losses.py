@@ -114,7 +114,7 @@ def _gradient(
         else:
             if ctx.given_away:
                 others = again(ctx.need, None)[1:]
-            ctx.given_away = any(g.dtype == ctx.dtype for g in others)
+            ctx.given_away = any(g.numel() and g.dtype == ctx.dtype for g in others)
             # `.data`: autograd would refuse the saved tensors to the next pass, which does not read these.
             others = [implementation(ctx.impl).times_upstream(g.data, grad, ctx.dtype) for g in others]
     return for_autograd([dhidden, *others], need, len(ctx.needs_input_grad))
@@ -232,7 +232,7 @@ def topk_stats(
         return found if with_entropy else (*found[:3], None)
     slots = ids if token_ids is None else torch.cat([token_ids[:, None], ids], 1)
     tail, values, inner = complement(hidden, head, slots, spec.temperature, with_entropy, impl)
-    once = values.masked_fill(_met_before(slots) | (slots < 0), -torch.inf) / spec.temperature
+    once = values.masked_fill(met_before(slots) | (slots < 0), -torch.inf) / spec.temperature
     x = torch.cat([once, tail[:, None]], 1)
     logprob, of_teacher = None, once.detach()
     if token_ids is not None:
@@ -255,7 +255,7 @@ def topk_stats(
 
 def teacher_mass(values: Tensor, ids: Tensor, tail: Tensor, temperature: float) -> Tensor:
     """`[N]` what a teacher's softmax gives to its ids, each of which counts once."""
-    again = _met_before(ids.masked_fill(values == -torch.inf, -1))
+    again = met_before(ids.masked_fill(values == -torch.inf, -1))
     return torch.sigmoid((values.masked_fill(again, -torch.inf) / temperature).logsumexp(1) - tail)
 
 
@@ -269,7 +269,7 @@ def overlap(
 ) -> Tensor:
     """`[N]` share of a teacher's n ids that are among the student's own n largest: a pass that selects (`select`)."""
     present = values_t != -torch.inf
-    present &= ~_met_before(ids.masked_fill(~present, -1))
+    present &= ~met_before(ids.masked_fill(~present, -1))
     values, own, _ = select(hidden, head, min(ids.shape[1], head.num_ids), 1.0, impl)
     more = torch.arange(own.shape[1], device=own.device) >= present.sum(1, keepdim=True)
     own = own.masked_fill(more, -1).sort(1).values
@@ -279,7 +279,7 @@ def overlap(
     return share.masked_fill(values.isnan().any(1), torch.nan)
 
 
-def _met_before(ids: Tensor) -> Tensor:
+def met_before(ids: Tensor) -> Tensor:
     """Where an id `[N, K]` stands further to the left, too."""
     ordered, order = ids.sort(dim=1, stable=True)
     again = torch.zeros_like(ids, dtype=torch.bool)

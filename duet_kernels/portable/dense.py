@@ -46,8 +46,7 @@ from .cuts import (
     vocab_tiles,
 )
 from .dense_rows import DenseRows, RunningKL, any_of, strip_bytes, subtract_
-from .logsumexp import complement_and_values, complement_and_values_backward
-from .running import RunningLogsumexp
+from .logsumexp import loss_and_gradients
 from .terms import OF_LOGITS
 
 # To read W from memory takes about as long as to multiply this many rows with it: 10 FLOP for a byte of fp32.
@@ -86,23 +85,13 @@ def linear_cross_entropy(
 
     With tau the log-sum-exp without the label: L = log(1 + exp(tau - z_label)), dL/dz_label = -(1 - q_label) and
     1 - q_label = sigmoid(tau - z_label): an almost certain token keeps the digits of both.
-
-    A trainable head in the dtype of the sums takes row chunks: logits, dh and dW, 3 products, where enough rows fit
-    into the workspace. Everything else takes tiles, which need no dW in fp32 beside a half one, read W once a pass,
-    and are as fast with a frozen head: 2 products; with a trainable one 4.
     """
-    step = rows_that_fit(len(hidden), head, copies=3 if head.softcap is not None else 1)
-    if need.weight and head.weight.dtype == head.acc and step >= cuts.ENOUGH_ROWS:
-        return _cross_entropy_by_rows(hidden, head, labels, factor, step, need)
-    ids = labels[:, None]
-    tail, values, dtail, _ = complement_and_values(hidden, head, ids, 1.0, need.hidden)
-    loss, miss = _cross_entropy(tail, values[:, 0], factor)
-    if not any(need):
-        return loss, None, None, None
-    upstream = miss, -miss[:, None]
-    return loss, *complement_and_values_backward(
-        *upstream, tail, values, dtail, hidden, head, ids, 1.0, need, grad_dtype(hidden.dtype)
-    )
+
+    def settle(rows: slice, tail: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, miss = _cross_entropy(tail, values[:, 0], factor[rows])
+        return loss, -miss[:, None], miss
+
+    return loss_and_gradients(hidden, head, labels[:, None], 1.0, settle, need)
 
 
 def _cross_entropy(tail: Tensor, value: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,50 +99,6 @@ def _cross_entropy(tail: Tensor, value: Tensor, factor: Tensor) -> tuple[Tensor,
     gap, skip = tail - value, factor == 0
     loss = F.softplus(gap, threshold=40.0).mul_(factor).masked_fill_(skip, 0)
     return loss, gap.sigmoid().mul_(factor).masked_fill_(skip, 0)
-
-
-def _cross_entropy_and_gradient(
-    z: Tensor, labels: Tensor, factor: Tensor, head: LMHead
-) -> tuple[Tensor, Tensor]:
-    """(factor * loss `[rows]`, its gradient in h W^T in the memory of the logits z)."""
-    slope = head.slope(z)
-    known = labels.clamp(max=z.shape[1] - 1)
-    value = z.gather(1, known).masked_fill_(labels >= z.shape[1], torch.nan)[:, 0]
-    sums = RunningLogsumexp(z.shape[0], z)
-    dz, _ = sums.add(z.scatter_(1, known, -torch.inf))
-    loss, miss = _cross_entropy(sums.result(), value, factor)
-    # q off the label is its share of what the label leaves: (1 - q_label) exp(z - max) / sum.
-    share = miss / sums.sum.masked_fill(sums.sum == 0, 1)
-    dz.mul_(share[:, None]).scatter_(1, known, -miss[:, None])
-    if head.softcap is not None or head.scale != 1.0:
-        dz *= slope
-    return loss, dz
-
-
-def _cross_entropy_by_rows(
-    hidden: Tensor,
-    head: LMHead,
-    labels: Tensor,
-    factor: Tensor,
-    step: int,
-    need: Need,
-) -> Result:
-    n, v = hidden.shape[0], head.weight.shape[0]
-    loss = torch.empty(n, dtype=head.acc, device=hidden.device)
-    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need.hidden else None
-    dweight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format)
-    dbias = loss.new_zeros(v) if need.bias else None
-    logits = loss.new_empty(step, v)  # of all chunks, one after the other
-    for rows in row_chunks(n, step):
-        h = hidden[rows]
-        z = chunk_logits(h, head, logits[: len(h)])
-        loss[rows], dz = _cross_entropy_and_gradient(z, labels[rows, None], factor[rows], head)
-        if dhidden is not None:
-            torch.mm(dz, head.weight, out=dhidden[rows])
-        dweight.addmm_(dz.T, h)
-        if dbias is not None:
-            dbias += dz.sum(0)
-    return loss, dhidden, dweight, dbias
 
 
 def linear_divergence(

@@ -7,6 +7,8 @@ Legend: N tokens, D hidden size, V vocabulary, K ids of a token, T temperature, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,25 @@ from ..dispatch import grad_dtype
 from ..head import LMHead, Need
 from ..options import Divergence
 from ..products import operand, scaled
-from .cuts import divide_, locate, multiply_, row_blocks, to_the_next_row, vocab_tiles, with_spare_column
+from .cuts import (
+    ENOUGH_ROWS,
+    chunk_logits,
+    divide_,
+    locate,
+    multiply_,
+    row_blocks,
+    row_chunks,
+    rows_that_fit,
+    to_the_next_row,
+    vocab_tiles,
+    with_spare_column,
+)
 from .gather import mark_ids, sum_of_rows
 from .running import RunningLogsumexp, RunningStats
 from .topk_divergence import divergence_and_gradient
+
+# (rows, tail, values) -> (factor * loss, its gradient in the values, that in the tail)
+Settle = Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def complement_and_values(
@@ -171,19 +188,61 @@ def topk_loss_with_tail(
     need: Need,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(`[N]` factor * loss, dh, dW, db of its sum) of a loss that reads the student's log-sum-exp beside the ids."""
-    tail, values, dtail, _ = complement_and_values(hidden, head, indices, spec.temperature, need.hidden)
-    loss, dvalues, grad_tail = divergence_and_gradient(values, teacher, tail, teacher_tail, factor, spec)
-    gradients = complement_and_values_backward(
-        grad_tail,
-        dvalues,
-        tail,
-        values,
-        dtail,
-        hidden,
-        head,
-        indices,
-        spec.temperature,
-        need,
-        grad_dtype(hidden.dtype),
-    )
-    return loss, *gradients
+
+    def settle(rows: slice, tail: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        known = None if teacher_tail is None else teacher_tail[rows]
+        return divergence_and_gradient(values, teacher[rows], tail, known, factor[rows], spec)
+
+    return loss_and_gradients(hidden, head, indices, spec.temperature, settle, need)
+
+
+def loss_and_gradients(
+    hidden: Tensor, head: LMHead, ids: Tensor, temperature: float, settle: Settle, need: Need
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(`[N]` the losses that `settle` makes of tail and values, dh, dW, db of their sum; fp16's gradients in fp32).
+
+    A trainable head in the dtype of the sums takes row chunks: logits, dh and dW, 3 products, where enough rows fit
+    into the workspace. Everything else takes tiles, which need no dW in fp32 beside a half one, read W once a pass,
+    and are as fast with a frozen head: 2 products; with a trainable one 4.
+    """
+    step = rows_that_fit(len(hidden), head, copies=3 if head.softcap is not None else 1)
+    if need.weight and head.weight.dtype == head.acc and step >= ENOUGH_ROWS:
+        return _by_rows(hidden, head, ids, temperature, settle, step, need)
+    tail, values, dtail, _ = complement_and_values(hidden, head, ids, temperature, need.hidden)
+    loss, dvalues, grad_tail = settle(slice(None), tail, values)
+    if not any(need):
+        return loss, None, None, None
+    inputs = grad_tail, dvalues, tail, values, dtail, hidden, head, ids, temperature, need
+    return loss, *complement_and_values_backward(*inputs, grad_dtype(hidden.dtype))
+
+
+def _by_rows(
+    hidden: Tensor, head: LMHead, ids: Tensor, temperature: float, settle: Settle, step: int, need: Need
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    n, v = len(hidden), len(head.weight)
+    loss = torch.empty(n, dtype=head.acc, device=hidden.device)
+    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need.hidden else None
+    dweight = torch.zeros_like(head.weight, memory_format=torch.contiguous_format)
+    dbias = loss.new_zeros(v) if need.bias else None
+    logits = loss.new_empty(step, v + 1)  # of all chunks, one after the other, and a spare column
+    for rows in row_chunks(n, step):
+        h, at = hidden[rows], ids[rows]
+        z = chunk_logits(h, head, logits[: len(h), :v])
+        slope, spare, (_, local) = head.slope(z), with_spare_column(z), locate(at, slice(0, v))
+        values = mark_ids(spare.gather(1, local), at, head)
+        spare.scatter_(1, local, -torch.inf)
+        sums = RunningLogsumexp(len(h), z)
+        dz, _ = sums.add(divide_(z, temperature))
+        tail = sums.result().masked_fill_((at >= v).any(1), torch.nan)
+        loss[rows], dvalues, dtail = settle(rows, tail, values)
+        share = dtail / (sums.sum.masked_fill(sums.sum == 0, 1) * temperature)
+        multiply_(dz.mul_(share[:, None]), slope)
+        del slope  # before the next chunk makes its own
+        dx = (dvalues * head.slope(values)).masked_fill(at < 0, 0)
+        spare.scatter_(1, local, 0).scatter_add_(1, local, dx)
+        if dhidden is not None:
+            torch.mm(dz, head.weight, out=dhidden[rows])
+        dweight.addmm_(dz.T, h)
+        if dbias is not None:
+            dbias += dz.sum(0)
+    return loss, dhidden, dweight, dbias

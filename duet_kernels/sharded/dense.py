@@ -3,7 +3,7 @@
 `huber` and `mse` have none: the local kernels run, and their sums are added. The others are made here in portable torch, on every
 device, a few tokens at a time: first the log-sum-exps of both models, then the loss and m = sum of a (`portable.terms`), both summed over
 the ranks, and in the backward pass, with the logits made again, dL/dz = (a - m q) / T. With G = 2 N D V / R FLOP of a rank: 4 G for the
-loss, 4 G for the gradients (3 G with a frozen head); `l1` and `tvd`, whose signs need the row's largest logit, 2 G more.
+loss, 4 G for the gradients (3 G with a frozen head); 2 G more for `tvd`, whose signs need the row's largest logit.
 
 Legend: N tokens, D hidden size, V vocabulary, R ranks, T temperature.
 """
@@ -150,13 +150,15 @@ class _Compared(torch.autograd.Function):
                     sums[1, rows] += a.sum(1)
         loss, ctx.total = ranks.all_reduce(sums, pair.group)
         ctx.pair = pair
-        save_for_backward(ctx, hidden, weight, bias)
+        teacher = pair.teacher_hidden, pair.teacher_head.weight, pair.teacher_head.bias
+        # The teacher's, too: autograd sees whether somebody wrote into them.
+        save_for_backward(ctx, hidden, weight, bias, *teacher)
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         refuse_second_derivative("linear_distill_loss with k=None")
-        hidden, weight, bias = ctx.saved_tensors
+        hidden, weight, bias, *_ = ctx.saved_tensors
         pair = dataclasses.replace(
             ctx.pair, head=dataclasses.replace(ctx.pair.head, weight=weight, bias=bias)
         )

@@ -101,13 +101,13 @@ def _shares(logsumexps: Tensor) -> Tensor:
 def token_stats(hidden: Tensor, head: LMHead, labels: Tensor | None, impl: str) -> TokenStats:
     agree(head, "linear_token_stats", (), hidden=hidden, labels=labels)
     part = Part.of(hidden, head)
-    own = part.own(labels) if labels is not None else torch.full((len(hidden),), -1, device=hidden.device)
+    own = None if labels is None else part.own(labels)
     rows = torch.zeros(len(hidden), 4, dtype=acc_dtype(hidden.dtype), device=hidden.device)
     rows[:, 0] = -torch.inf
     if part.size:
-        stats = ops.token_stats(hidden, part.head, None if labels is None else own.clamp(min=0), impl)
+        stats = ops.token_stats(hidden, part.head, None if own is None else own.clamp(min=0), impl)
         rows[:, 0], rows[:, 1], rows[:, 2], label = stats
-        if label is not None:
+        if own is not None:
             rows[:, 3] = label.where(own >= 0, 0)
     sums, entropies, variances, label = ranks.all_gather(rows, part.group).unbind(2)
     shares = _shares(sums)
