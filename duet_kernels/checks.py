@@ -22,10 +22,13 @@ def flatten_hidden(
     check_tensor(name, hidden, head.weight.device, f"{head_name}.weight")
     if hidden.dtype not in DTYPES:
         raise TypeError(f"{name}: wanted fp32, fp16, bf16 or fp64, got {hidden.dtype}")
-    if hidden.dim() < 1 or hidden.shape[-1] != head.weight.shape[1]:
+    rows, width = head.weight.shape
+    if hidden.dim() < 1 or hidden.shape[-1] != width:
+        got = f"{list(hidden.shape)}"
+        if hidden.dim() and hidden.shape[-1] in (rows, head.num_ids) and rows > width:
+            got += "; these look like logits, wanted are the hidden states before the LM head"
         raise ValueError(
-            f"{name}: wanted shape [..., {head.weight.shape[1]}] to match {head_name}.weight {list(head.weight.shape)}, "
-            f"got {list(hidden.shape)}"
+            f"{name}: wanted shape [..., {width}] to match {head_name}.weight {[rows, width]}, got {got}"
         )
     if hidden.dtype != head.weight.dtype:
         if not torch.is_autocast_enabled(hidden.device.type):

@@ -68,7 +68,7 @@ def linear_topk(
     head = as_head(head).detach()
     hidden_nd, lead = flatten_hidden(hidden, head)
     hidden_nd = hidden_nd.detach()
-    check_number("k", k, (1, head.num_ids), "an integer from {} to {} (the vocabulary)", int)
+    k = check_number("k", k, (1, head.num_ids), "an integer from {} to {} (the vocabulary)", int)
     temperature = check_number("temperature", temperature, TEMPERATURES)
     choice = _resolve("linear_topk", hidden_nd, impl, k)
     run = ops if head.group is None else sharded
@@ -177,7 +177,7 @@ def topk_distill_loss(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     reduction: Reduction = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Distance of the student's logits to the teacher's at the teacher's top-k ids, from the student's hidden states.
@@ -206,11 +206,13 @@ def topk_distill_loss(
         clip: most nats that one id adds, 1e-6 to 1e6; None: no limit. An id above it adds `clip` and no gradient of its
             own. For distributions with `renormalize`, `tail` or `generalized`: it limits terms that are >= 0, a KL's
             with q - p or p - q added. The limit of p log(p/q) itself can turn a loss around (MATH.md); not offered.
-        mask: `[...]` bool, True = counted (pass `labels != -100`).
+        mask: `[...]` bool, True where the token that this position predicts counts: `labels[:, 1:] != -100` for
+            `hidden[:, :-1]`, where `labels[t]` is token t.
         weights: `[...]` factors on token losses, constants.
         reduction: `mean` = sum of weighted token losses / number of unmasked tokens (or / `num_items`), `sum`, or
             `none` (the leading shape, 0 where masked).
-        num_items: an int or a 0-d tensor, the denominator of `mean` over a whole accumulated step.
+        num_items: a number >= 0 or a 0-d tensor, the denominator of `mean` over a whole accumulated step. Where ranks call
+            this with tokens of their own and average gradients (DDP, FSDP): the count of all ranks divided by their number.
         impl: `auto`, `chunked`, `triton`, `reference`.
 
     Returns:
@@ -277,7 +279,8 @@ def topk_distill_stats(
         teacher: likewise as in `topk_distill_loss`.
         divergence: likewise; so are `normalization`, `temperature`, `beta`, `delta`, `clip`.
         mask: `[...]` bool; every result is 0 where it is False.
-        token_ids: `[...]` int64 or int32, the sampled tokens, for `logprob`; anything where masked.
+        token_ids: `[...]` int64 or int32, the sampled tokens, for `logprob` (or labels, whose cross-entropy is
+            `-logprob`); anything where masked.
         student_mass: whether it is wanted where nothing else needs the log-sum-exp that it needs.
         entropy: whether it is wanted.
         overlap: likewise.
@@ -365,7 +368,7 @@ def linear_distill_loss(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     reduction: Reduction = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Distance between two models' logits from both hidden states: over the whole vocabulary, or over k ids.
@@ -410,7 +413,7 @@ def linear_distill_loss(
     common = min(student_head.num_ids, teacher_head.num_ids)
     student_head, teacher_head = student_head.narrowed(common), teacher_head.narrowed(common)
     if k is not None:
-        check_number("k", k, (1, common), "None or an integer from {} to {} (the common vocabulary)", int)
+        k = check_number("k", k, (1, common), "None or an integer from {} to {} (the common vocabulary)", int)
     op = "linear_distill_loss" if k is None else "linear_topk"
     choice = _resolve(op, hidden_nd, impl, k)
     # Masked tokens are left out before the teacher's pass over the vocabulary, the dearest step of all.
@@ -436,7 +439,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     weights: Tensor | None = None,
     reduction: Reduction = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Cross-entropy (negative log-likelihood) of the labels, from hidden states: logsumexp(z) - z_label.

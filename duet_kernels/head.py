@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ranks
-from .dispatch import HALVES, acc_dtype
+from .dispatch import DTYPES, HALVES, acc_dtype
 from .options import FINITE, RANGE, check_number, check_tensor
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class TopK(NamedTuple):
     Attributes:
         values: `[..., K]` logits z after scale and softcap, **before** temperature, descending; fp32 (fp64 for
             fp64 inputs). A value of -inf marks an absent slot (ragged rows).
-        indices: `[..., K]` int64 ids.
+        indices: `[..., K]` int64 ids; those of a token differ from each other: one that stands there twice counts twice.
         tail_logsumexp: `[...]` log-sum-exp of z / temperature over the ids that were **not** selected; -inf when
             nothing is left. None where it is not known: only the normalizations `tail`, `truncated` and
             `generalized` read it.
@@ -254,9 +254,9 @@ class LMHead:
         weight, bias = check_tensor("head.weight", self.weight), self.bias
         if weight.dim() != 2:
             raise ValueError(f"head.weight: wanted shape [V, D], got {list(weight.shape)}")
-        if not weight.is_floating_point():
+        if weight.dtype not in DTYPES:
             raise TypeError(
-                f"head.weight: wanted a floating-point weight, got {weight.dtype} (dequantise the LM head first)"
+                f"head.weight: wanted fp32, fp16, bf16 or fp64, got {weight.dtype} (dequantise the LM head first)"
             )
         if bias is not None:
             if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
@@ -276,7 +276,7 @@ class LMHead:
             self._check_shards()
         size, rows = self.vocab_size, sum(self.shards or weight.shape[:1])
         if size is not None:
-            check_number("head.vocab_size", size, (1, rows), "None or an integer from {} to {}", int)
+            size = check_number("head.vocab_size", size, (1, rows), "None or an integer from {} to {}", int)
         object.__setattr__(self, "num_ids", rows if size is None else size)
         object.__setattr__(self, "acc", acc_dtype(weight.dtype))
 
@@ -401,7 +401,11 @@ class LMHead:
         name = type(model).__name__
         module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if module is None:
-            raise TypeError(f"model: {name} has no output embeddings; build LMHead(weight, ...) by hand")
+            wraps = hasattr(getattr(model, "module", None), "get_output_embeddings")  # as DDP does
+            wanted = "its .module" if wraps else "the causal language model, not its backbone"
+            raise TypeError(
+                f"model: {name} has no output embeddings; pass {wanted}, or build LMHead(weight, ...) by hand"
+            )
         if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
             # PEFT's full copy of a layer. It is what the forward uses, unless adapters are switched off.
             active = [a for a in module.active_adapters if a in module.modules_to_save]

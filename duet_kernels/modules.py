@@ -73,7 +73,7 @@ class TopKDistillLoss(_Loss):
         *,
         mask: Tensor | None = None,
         weights: Tensor | None = None,
-        num_items: int | Tensor | None = None,
+        num_items: float | Tensor | None = None,
     ) -> Tensor:
         return topk_distill_loss(
             hidden, head, teacher, mask=mask, weights=weights, num_items=num_items, **self.options
@@ -111,7 +111,7 @@ class LinearDistillLoss(_Loss):
         *,
         mask: Tensor | None = None,
         weights: Tensor | None = None,
-        num_items: int | Tensor | None = None,
+        num_items: float | Tensor | None = None,
     ) -> Tensor:
         sides = student_hidden, student_head, teacher_hidden, teacher_head
         return linear_distill_loss(*sides, mask=mask, weights=weights, num_items=num_items, **self.options)
@@ -132,7 +132,7 @@ class LinearCrossEntropyLoss(_Loss):
         labels: Tensor,
         *,
         weights: Tensor | None = None,
-        num_items: int | Tensor | None = None,
+        num_items: float | Tensor | None = None,
     ) -> Tensor:
         return linear_cross_entropy(
             hidden, head, labels, weights=weights, num_items=num_items, **self.options

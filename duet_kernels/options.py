@@ -31,6 +31,8 @@ NORMALIZATIONS, REDUCTIONS, SUPPORTS = get_args(Normalization), get_args(Reducti
 # Beyond these fp32 logits, which are exact to 7 digits, no longer say what a softmax or a gradient is.
 TEMPERATURES, DELTAS, BETAS, CLIPS = (1e-3, 1e3), (1e-10, 1e10), (1e-3, 1 - 1e-3), (1e-6, 1e6)
 FINITE = -sys.float_info.max, sys.float_info.max
+_KINDS: dict[type, Any] = {int: numbers.Integral, float: numbers.Real}  # numpy's numbers are among them
+_Number = TypeVar("_Number", int, float)
 RANGE = "a finite number > 0, from {:g} to {:g} (the range of fp32 logits)"
 _OF_DELTA = RANGE.format(*DELTAS)  # also where it is not read and may be any finite number
 _OF_BETA = (
@@ -83,22 +85,22 @@ def check_number(
     value: Any,
     limits: tuple[float, float],
     wanted: str = RANGE,
-    kind: type[Any] = numbers.Real,
+    kind: type[_Number] = float,
     signed: bool = False,
-) -> float:
-    """The value as a float; what is no `kind` of number within the limits is refused.
+) -> _Number:
+    """The value as a `kind`; what is no such number within the limits is refused. A bool is none, those of numpy are.
 
     `wanted` names the limits as {}; `signed`: they are those of the absolute value.
     """
     # Comparisons rather than math.isfinite: torch.compile with dynamic shapes traces through them.
-    number, right = value, isinstance(value, kind) and not isinstance(value, bool)
+    number, right = value, isinstance(value, _KINDS[kind]) and not isinstance(value, bool)
     if right and not isinstance(
         value, numbers.Rational
     ):  # an integer may be too large for a float; a half may round a limit
         number = float(value)
     if not right or not limits[0] <= (abs(number) if signed else number) <= limits[1]:
         raise ValueError(f"{name}: wanted {wanted.format(*limits)}, got {shown(value)}")
-    return float(number)
+    return kind(number)
 
 
 # --- the table of divergences ------------------------------------------------------------------------------------
@@ -326,7 +328,7 @@ def loss_tokens(
     mask: Tensor | None,
     weights: Tensor | None,
     reduction: str,
-    num_items: int | Tensor | None,
+    num_items: float | Tensor | None,
     choice: str,
 ) -> Tokens:
     """Check mask, weights, reduction and num_items, and fold them into one factor per row.
@@ -348,7 +350,9 @@ def loss_tokens(
     factor = torch.ones(n, dtype=acc, device=device)
     if mask is not None:
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask: wanted bool with True = counted (labels != -100), got {mask.dtype}")
+            raise TypeError(
+                f"mask: wanted bool, True where the token that a position predicts counts, got {mask.dtype}"
+            )
         factor = mask.reshape(n).to(acc)
     count = factor.sum()
     if weights is not None:
@@ -366,17 +370,18 @@ def loss_tokens(
     return Tokens(factor, reduction, lead, rows, masked)
 
 
-def _denominator(num_items: int | Tensor, factor: Tensor) -> Tensor:
+def _denominator(num_items: float | Tensor, factor: Tensor) -> Tensor:
     """`num_items`, which is looked at where that is no synchronisation; 0, of a batch in which nothing counts, divides by 1."""
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1 or num_items.is_complex() or num_items.dtype == torch.bool:
             got = f"{num_items.dtype} of shape {list(num_items.shape)}"
-            raise ValueError(f"num_items: wanted an int or a 0-d tensor of a number, got {got}")
+            raise ValueError(f"num_items: wanted a number, or a 0-d tensor of one, got {got}")
         seen = num_items.device.type == "cpu" and not torch.compiler.is_compiling()
         if seen and not 0 <= num_items < math.inf:
             raise ValueError(f"num_items: wanted a finite number >= 0, got {num_items}")
         given = num_items.detach().reshape(()).to(device=factor.device, dtype=factor.dtype)
         return given.masked_fill(given == 0, 1)
-    check_number("num_items", num_items, (0, 2**63 - 1), "an int >= 0 of 64 bits or a 0-d tensor", int)
+    wanted = "a finite number >= 0 of 64 bits, or a 0-d tensor"
+    number = check_number("num_items", num_items, (0, 2**63 - 1), wanted)
     # Not a copy from the host: that would be a synchronisation.
-    return torch.full((), float(num_items or 1), dtype=factor.dtype, device=factor.device)
+    return torch.full((), number or 1.0, dtype=factor.dtype, device=factor.device)

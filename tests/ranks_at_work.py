@@ -544,6 +544,33 @@ class Model(nn.Module):
         return self.lm_head
 
 
+class Distilled(nn.Module):
+    """What docs/distil.md gives to DDP: its forward pass returns the loss."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, ids, target, **options):
+        return topk_distill_loss(self.student.model(ids), LMHead.of(self.student), target, **options)
+
+
+@in_part("two")
+@in_part("four")
+def a_model_under_ddp_with_tokens_of_its_own_on_each_rank():
+    """Backbone and head have the gradient of one process; `num_items` is the mean over the ranks, here a fraction."""
+    counts = {2: (9, 5), 4: (3, 6, 1, 4)}[dist.get_world_size()]
+    ids, mask = torch.arange(14) % 21, torch.arange(14) % 5 != 1
+    target = linear_topk(torch.eye(14, 8), Model().lm_head.weight, 4)
+    one, two, options = Model(), Model(), {"divergence": "forward_kl", "normalization": "tail"}
+    topk_distill_loss(one.model(ids), LMHead.of(one), target, mask=mask, **options).backward()
+    target, options["num_items"] = TopK(*(own(x, counts) for x in target[:3])), 11 / len(counts)
+    ddp = nn.parallel.DistributedDataParallel(Distilled(two))
+    ddp(own(ids, counts), target, mask=own(mask, counts), **options).backward()
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
 @in_part("two")
 def a_model_under_fsdp2_with_tokens_of_its_own_on_each_rank():
     from torch.distributed.device_mesh import init_device_mesh

@@ -65,6 +65,18 @@ REFUSED = [
     # shapes
     ("hidden size", lambda: topk(H[:, :7]), ValueError, ("hidden:", "[..., 8]", "[5, 7]")),
     (
+        "hidden are logits",
+        lambda: topk(H @ W.T),
+        ValueError,
+        ("hidden:", "[..., 8]", "[5, 23]; these look like"),
+    ),
+    (
+        "logits beside a padded head",
+        lambda: distill(teacher_hidden=T @ W[:20].T, teacher_head=LMHead(W, vocab_size=20)),
+        ValueError,
+        ("teacher_hidden:", "[5, 20]; these look like logits"),
+    ),
+    (
         "hidden is 0-d",
         lambda: linear_topk(torch.tensor(1.0), W, 2),
         ValueError,
@@ -134,6 +146,12 @@ REFUSED = [
         TypeError,
         ("head.weight:", "int32", "dequantise"),
     ),
+    (
+        "weight of fp8",
+        lambda: LMHead(W.to(torch.float8_e4m3fn)),
+        TypeError,
+        ("head.weight:", "bf16", "float8", "dequantise"),
+    ),
     ("bias is a number", lambda: LMHead(W, 1.0), ValueError, ("head.bias:", "[23]", "float")),
     (
         "bias dtype",
@@ -167,7 +185,7 @@ REFUSED = [
         "mask of floats",
         lambda: topk(mask=torch.ones(N)),
         TypeError,
-        ("mask:", "bool", "labels != -100", "float32"),
+        ("mask:", "bool", "the token that a position predicts", "float32"),
     ),
     ("mask is a list", lambda: topk(mask=[True] * N), TypeError, ("mask:", "tensor", "list")),
     ("weights of ints", lambda: topk(weights=torch.ones(N).long()), TypeError, ("weights:", "int64")),
@@ -214,6 +232,9 @@ REFUSED = [
         ValueError,
         ("k:", "1 to 9", "10"),
     ),
+    ("k is numpy's 0", lambda: linear_topk(H, W, np.int64(0)), ValueError, ("k:", "1 to 23", "0")),
+    ("k is numpy's True", lambda: linear_topk(H, W, np.True_), ValueError, ("k:", "integer", "True")),
+    ("k is a float of numpy", lambda: linear_topk(H, W, np.float64(4)), ValueError, ("k:", "integer", "4.0")),
     ("k is a float", lambda: linear_topk(H, W, 4.0), ValueError, ("k:", "integer", "4.0")),
     ("k is True", lambda: linear_topk(H, W, True), ValueError, ("k:", "integer", "True")),
     ("k of a loss is 0", lambda: distill(k=0), ValueError, ("k:", "1 to 23", "0")),
@@ -416,7 +437,15 @@ REFUSED = [
     ),
     ("num_items nan", lambda: topk(num_items=torch.tensor(float("nan"))), ValueError, ("num_items:", "nan")),
     ("vocab_size a bool", lambda: LMHead(W, vocab_size=True), ValueError, ("head.vocab_size:", "True")),
-    ("num_items a float", lambda: topk(num_items=2.5), ValueError, ("num_items:", "int", "2.5")),
+    *(
+        (
+            f"num_items = {number!r}",
+            lambda n=number: topk(num_items=n),
+            ValueError,
+            ("num_items:", ">= 0", repr(number)),
+        )
+        for number in (-0.5, float("inf"), float("nan"), 1e300, np.float32("inf"), True, np.True_, "2.5")
+    ),
     ("num_items a vector", lambda: topk(num_items=torch.ones(3)), ValueError, ("num_items:", "0-d", "[3]")),
     # head
     ("softcap 0", lambda: LMHead(W, softcap=0.0), ValueError, ("head.softcap:", "> 0", "0.0")),
@@ -649,10 +678,13 @@ def test_documented_answers(name):
     nobody = torch.zeros(N, dtype=torch.bool)
     for options in ({}, {"num_items": 7}, {"num_items": 0}, {"reduction": "sum"}):
         assert loss(mask=nobody, **options) == 0
-    # num_items as a tensor of any number type; 0 items are 1.
-    for items in (torch.tensor(4), torch.tensor(4.0), torch.tensor([4]), 4):
+    # num_items of any number type; 0 items are 1.
+    for items in (torch.tensor(4), torch.tensor(4.0), torch.tensor([4]), 4, 4.0, np.int64(4), Fraction(4)):
         torch.testing.assert_close(loss(num_items=items), full.sum() / 4)
-    torch.testing.assert_close(loss(num_items=torch.tensor(0.5)), full.sum() / 0.5)
+    for items in (torch.tensor(0.5), 0.5, np.float32(0.5), Fraction(1, 2)):
+        torch.testing.assert_close(loss(num_items=items), full.sum() / 0.5)
+    for items in (0, 0.0, torch.tensor(0.0)):
+        torch.testing.assert_close(loss(num_items=items), full.sum())
     # int32 ids, and a teacher of another float type.
     teacher = TOP._replace(values=TOP.values.double(), indices=IDS.int())
     if name in ("huber", "renormalize", "tail", "zeroed", "truncated", "generalized"):
@@ -674,6 +706,20 @@ def test_any_number_that_a_float_can_hold_is_an_option():
     assert torch.equal(linear_logsumexp(H, W, temperature=half), linear_logsumexp(H, W, temperature=0.5))
     options = {"divergence": "jsd", "temperature": half, "beta": half, "clip": Fraction(3)}
     assert torch.equal(topk(**options), topk(divergence="jsd", temperature=0.5, beta=0.5, clip=3.0))
+
+
+def test_integers_of_numpy_are_integers():
+    k, head = np.int64(3), LMHead(W, vocab_size=np.int32(20))
+    wanted = linear_topk(H, W[:20], 3).indices
+    assert torch.equal(linear_topk(H, head, k).indices, wanted) and type(head.num_ids) is int
+    custom = torch.func.vmap(lambda h: linear_topk(h, head, k).indices)
+    assert torch.equal(custom(H[None])[0], wanted)
+    assert distill(k=k) == LinearDistillLoss(k=k)(H, W, T, W) == distill(k=3)
+
+
+def test_a_weight_that_lies_on_its_side_is_not_called_logits():
+    with pytest.raises(ValueError, match=r"^hidden: wanted shape \[\.\.\., 23\] .* got \[5, 8\]$"):
+        linear_topk(H, W.T, 2)
 
 
 def test_teacher_hidden_with_grad_under_no_grad_is_fine():

@@ -122,6 +122,17 @@ def test_an_unknown_model_type_is_refused_by_name(kind):
     assert LMHead.verify(model, IDS, by_hand) is by_hand
 
 
+def test_what_holds_a_model_or_is_held_by_one_is_no_model():
+    model = tiny()
+    with pytest.raises(TypeError, match=r"DataParallel has no output embeddings; pass its \.module,"):
+        LMHead.of(torch.nn.DataParallel(model))
+    for part, name in ((model.model, "LlamaModel"), (model.lm_head, "Linear")):
+        with pytest.raises(
+            TypeError, match=rf"{name} has no .* pass the causal language model, not its backbone"
+        ):
+            LMHead.of(part)
+
+
 @pytest.mark.parametrize("wrong", [{"scale": 1.01}, {"softcap": 30.0}, {"vocab_size": 100, "scale": 2.0}])
 def test_a_head_made_by_hand_is_compared(wrong):
     model = tiny()

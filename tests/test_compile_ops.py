@@ -106,6 +106,17 @@ def test_fullgraph_forward_and_backward(name):
     _agree(*_both_ways(_function({**LOSSES, **PRIMITIVES}[name], problem, **mask), problem))
 
 
+def test_a_number_of_items_may_be_a_fraction():
+    problem = make_problem(13, 61, 16)
+
+    def loss(hidden, num_items):
+        return linear_cross_entropy(hidden, problem.weight, problem.labels, num_items=num_items)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for num_items in (6.5, 7.25, 7, 0.0):
+        torch.testing.assert_close(compiled(problem.hidden, num_items), loss(problem.hidden, num_items))
+
+
 @pytest.mark.parametrize("name", ["huber", "dense"])
 def test_per_token_losses_and_half_precision(name):
     problem = make_problem(13, 61, 16, dtype=torch.bfloat16, bias=True)

@@ -47,12 +47,21 @@ def without_logits(tokens):
     assert V * 16 <= sizes.largest < tokens * V / 4, sizes.by
 
 
-def expected(student, teacher, ids, mask):
-    """KL of the renormalised teacher's top-k, by full logits in fp64."""
-    ours, theirs = (m.double()(ids).logits[mask] for m in (student, teacher))
-    values, indices = theirs.topk(K)
-    logp, logq = values.log_softmax(-1), ours.gather(-1, indices).log_softmax(-1)
-    return F.kl_div(logq, logp.detach(), log_target=True, reduction="none").sum(-1).mean()
+def expected(student, teacher, ids, mask, tail=False, T=1.0):
+    """KL of the teacher's top-k, renormalised or with a tail, by full logits in fp64."""
+    with torch.no_grad():
+        theirs = (teacher.double()(ids).logits[mask] / T).log_softmax(-1)
+    ours, indices = (student.double()(ids).logits[mask] / T).log_softmax(-1), theirs.topk(K).indices
+    logp, logq = (x.gather(-1, indices) for x in (theirs, ours))
+    if tail:
+        logp, logq = (torch.cat([x, torch.log1p(-x.exp().sum(-1, True))], -1) for x in (logp, logq))
+    logp, logq = logp.log_softmax(-1), logq.log_softmax(-1)
+    return F.kl_div(logq, logp, log_target=True, reduction="none").sum(-1).mean()
+
+
+def predicting(labels):
+    """The positions whose prediction counts: hidden state t predicts token t + 1."""
+    return F.pad(labels[:, 1:] != -100, (0, 1))
 
 
 def grads(of):
@@ -96,7 +105,7 @@ def batch_of(rows=8, length=20):
 
 
 def test_recipes_are_short_and_parse():
-    assert len(RECIPES) == TEXT.count("```python") == 7
+    assert len(RECIPES) == TEXT.count("```python") == 8
     for name, code in RECIPES.items():
         lines = [line for line in code.splitlines() if line.strip()]
         assert len(lines) < (30 if name == "TRL: async distillation" else 15), (name, len(lines))
@@ -124,8 +133,27 @@ def test_plain_loop(pair):
         assert_near(step, grads(student))
 
 
-def test_transformers_trainer(pair, tmp_path):
+def test_labels_and_a_teacher(pair):
+    """Half the cross-entropy and half the divergence, of the tokens that the labels count, from full logits in fp64."""
     student, teacher = pair
+    ids, counted = batch_of(rows=16)
+    labels, optimizer = torch.where(counted, ids, -100), Recorder(student)
+    batches = [{"ids": ids[rows], "labels": labels[rows]} for rows in (slice(0, 8), slice(8, 16))]
+    with without_logits(8 * 20):
+        run("Labels and a teacher", student=student, teacher=teacher, optimizer=optimizer, batches=batches)
+    assert len(optimizer.steps) == 2
+    soft = expected(student, teacher, ids[:8], predicting(labels[:8]), tail=True)
+    hard = F.cross_entropy(student(ids[:8]).logits[:, :-1].flatten(0, 1), labels[:8, 1:].flatten())
+    ((soft + hard) / 2).backward()
+    assert_near(optimizer.steps[0], grads(student))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_trainer(tied, pair, tmp_path):
+    """The head learns nothing; an input embedding that is tied to it does."""
+    student, teacher = pair
+    if tied:
+        student = tiny(vocab_size=V, hidden_size=16, seed=1, tie_word_embeddings=True)
     tokenizer = word_tokenizer()
     rows = [
         {"input_ids": torch.randint(3, V, (length,)).tolist()} for length in (21, 30, 9, 30, 12, 28, 30, 30)
@@ -150,10 +178,11 @@ def test_transformers_trainer(pair, tmp_path):
     with without_logits(4 * 30):
         trainer.train()
     batch = trainer.data_collator(rows)
-    loss = expected(student, teacher, batch["input_ids"], batch["labels"] != -100)
+    student.lm_head.forward = lambda x: F.linear(x, student.lm_head.weight.detach())
+    loss = expected(student, teacher, batch["input_ids"], predicting(batch["labels"]))
     loss.backward()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert len(optimizer.steps) == 1
+    assert len(optimizer.steps) == 1 and "model.embed_tokens.weight" in optimizer.steps[0]
     assert_near(optimizer.steps[0], grads(student))
 
 
@@ -165,7 +194,7 @@ def test_a_teacher_that_spoke_once(pair):
     with without_logits(8 * 20):
         run("A teacher that spoke once", dataset=Dataset.from_dict({"ids": ids.tolist()}), **names)
     assert len(optimizer.steps) == 2
-    expected(student, teacher, ids[8:], torch.ones(8, 20, dtype=torch.bool)).backward()
+    expected(student, teacher, ids[8:], torch.ones(8, 20, dtype=torch.bool), tail=True, T=2.0).backward()
     assert_near(optimizer.steps[1], grads(student))
 
 
@@ -344,7 +373,9 @@ def test_trl_gkd(beta, pair, tmp_path):
     scored = (labels[:, 1:] != -100).sum()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     against_its_parent(trainer, inputs, int(scored), scored, rel=1e-5)
+    trainer.teacher_model.train()
     loss = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True)[0]
+    assert not trainer.teacher_model.training
     with_logits, logits, _ = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=False)
     assert logits.shape == (*ids.shape, trainer.model.config.vocab_size)
     assert loss.item() == pytest.approx(with_logits.item(), rel=1e-5)
@@ -361,6 +392,7 @@ def test_trl_sdft(tmp_path):
         "max_completion_length": 20,
         "num_generations": 1,
         "distillation_alpha": 0.3,
+        "temperature": 0.7,
     }
     rows = [{"prompt": "who is ada", "privileged_context": "you know nothing about"}] * 4
     trainer = kind(
@@ -377,7 +409,9 @@ def test_trl_sdft(tmp_path):
     inputs = trainer._prepare_inputs(rows)
     assert inputs["completion_mask"].sum() > 40
     inputs["completion_mask"][1, 9:] = 0
-    against_its_parent(trainer, inputs, inputs["completion_ids"].numel())
+    for mode in (True, False):
+        trainer.model.train(mode)
+        against_its_parent(trainer, inputs, inputs["completion_ids"].numel())
 
 
 @pytest.mark.parametrize("tail", [True, False])
