@@ -133,6 +133,7 @@ def train(
     run = RunConfig.load(
         config, overrides.args, _own(overrides)
     )  # what is wrong in it is said before the rest is imported
+    from duet.run.commands import how_to_go_on
     from duet.run.commands import train as run_training
 
     def check(trainer: Any) -> None:
@@ -149,7 +150,7 @@ def train(
         trainer = run_training(run, resume, check)
     except KeyboardInterrupt:
         if not run.training.process_index:
-            console.print(_how_to_go_on(str(run.training.output_dir)), soft_wrap=True)
+            console.print(how_to_go_on(str(run.training.output_dir)), soft_wrap=True)
         raise SystemExit(130) from None
     if trainer.is_world_process_zero():
         out = str(run.training.output_dir)
@@ -158,16 +159,6 @@ def train(
         console.print(
             f"what it still says: duet eval {out} --suite probes --data DIR --out DIR", soft_wrap=True
         )
-
-
-def _how_to_go_on(folder: str) -> str:
-    from duet.output.checkpoints import last_finished_checkpoint
-
-    if last := last_finished_checkpoint(folder):
-        return f"interrupted; {last} is finished, and the same command with --resume goes on from it"
-    return (
-        f"interrupted; there is no finished checkpoint in {folder} yet (save_steps says when one is written)"
-    )
 
 
 @app.command(context_settings=_KEYS)

@@ -97,6 +97,15 @@ def train(
     return trainer
 
 
+def how_to_go_on(folder: str) -> str:
+    """What an interrupted training left in its `output_dir`."""
+    if last := last_finished_checkpoint(folder):
+        return f"interrupted; {last} is finished, and the same command with --resume goes on from it"
+    return (
+        f"interrupted; there is no finished checkpoint in {folder} yet (save_steps says when one is written)"
+    )
+
+
 def _check_free(out: str | os.PathLike, base: str, replaces: bool, name: str, wanted: str) -> None:
     """Refuses a folder in which a merged model would meet its base, an adapter or, unless it `replaces` that, a model."""
     check_not_base(out, base)
