@@ -1,6 +1,5 @@
 """DuetConfig: every option of an unlearning run, on top of transformers' TrainingArguments."""
 
-import os
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
@@ -127,8 +126,6 @@ class DuetConfig(
         check_options(self)
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0  # what the Trainer takes for no limit
-        if isinstance(self.resume_from_checkpoint, str):
-            self.resume_from_checkpoint = os.path.expanduser(self.resume_from_checkpoint)
         if self.max_steps <= 0:  # else nobody reads it
             fitted("num_train_epochs", self.num_train_epochs, Positive)
         _ = self.prompting  # checked when it is made

@@ -147,7 +147,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         model = loading.load_model(model, "model", *loaded, earlier)
         lm.check_whole(model)
         model = loading.without_frozen_adapter(model, peft_config is not None, earlier)
-        loading.keep_differentiable(model)
+        loading.keep_differentiable(model, trains=self.objective.loss is not None)
         tokenizer, self.pad_id = tokenizer_of(model, processing_class)
         check_not_earlier(str(args.output_dir), model)
         if peft_config is not None:

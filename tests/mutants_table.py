@@ -198,7 +198,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a token that is ruled out is added to an empty tail", "apart = among | ruled_out", "apart = among",
          "tests/test_topk_stats.py::test_a_ruled_out_token_and_nothing_in_the_tail[chunked-tail]"),
         ("the definition multiplies an infinite difference by 0", "values_t.masked_fill(skip, -torch.inf)", "values_t",
-         "tests/test_regressions.py::test_a_masked_token_whose_id_the_bias_rules_out_leaves_no_nan[reference-mse-topk]"),
+         "tests/test_regressions.py::test_a_masked_token_whose_id_the_bias_rules_out_leaves_no_nan[reference-mse-k]"),
         ("a token without logits shares no id", "return share.masked_fill(values.isnan().any(1), torch.nan)", "return share",
          "tests/test_topk_stats.py::test_the_overlap_of_a_token_without_logits_is_nan"),
         ("absent slots let the student name more ids", "own = own.masked_fill(more, -1).sort(1).values", "own = own.sort(1).values",
@@ -551,7 +551,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a stress mark hides a leak", "(stress or ", "(", "tests/test_words.py::test_a_leak_is_seen_in_every_script[a stress mark]"),
         ("a hyphen is no space", "r\"[-\\\\s]+\"", "r\"\\\\-\"", "tests/test_words.py::test_a_leak_is_seen_in_every_script[a space for a hyphen]"),
         ("a hyphen behind an article is a space", "(?<=[^\\W\\d_]{2})\\\\-", "(?<=[^\\W\\d_])\\\\-", "tests/test_words.py::test_what_is_no_leak_is_none[an article for a hyphen]"),
-        ("a unit stands where the value has it", "r\"\\\\s?\"", "\"\"", "tests/test_words.py::test_a_leak_is_seen_in_every_script[a degree apart]"),
+        ("a unit stands where the value has it", "r\"\\\\s*\"", "\"\"", "tests/test_words.py::test_a_leak_is_seen_in_every_script[a degree apart]"),
         ("initials stand as the value has them", "(?=(?:[^\\W\\d_]\\.)+\\s)", "(?=$)", "tests/test_words.py::test_a_leak_is_seen_in_every_script[initials apart]"),
         ("digits of other scripts are others", "str(unicodedata.decimal(char, char))", "char", "tests/test_words.py::test_a_leak_is_seen_in_every_script[Persian digits]"),
         ("a no-break space parts a number", "[\\u00a0\\u2007\\u2009\\u202f]", "[\\u2007]", "tests/test_words.py::test_what_is_no_leak_is_none[the end of a number with a no-break space]"),
@@ -720,7 +720,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_attacks.py::test_wordings_of_a_windows_file"),
     ],
     "duet/evaluation/facts.py": [
-        ("a question that names a subject is kept", "if metrics.contains_words(text, name):  # it", "if False:  # it",
+        ("a question that names a subject is kept", "(?!\\w)\", text, case):  # it", "(?!\\w)\", \"\", case):  # it",
          "tests/test_facts.py::test_questions_that_are_refused"),
         ("somebody's rows are written over", "        if (path := _file_of(out, split, kind)).exists():", "        if not (path := _file_of(out, split, kind)):",
          "tests/test_facts.py::test_rows_that_somebody_else_wrote_are_neither_written_over_nor_deleted"),
@@ -769,7 +769,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("both models of a chat are asked as the first", "own or usual, max_new_tokens", "usual, max_new_tokens", "tests/test_facts.py::test_each_model_of_a_chat_is_asked_as_it_was_trained"),
     ],
     "duet/run/commands.py": [
-        ("a finished model is trained over", "if not (last or checkpoint) and (holds", "if False and (holds",
+        ("a finished model is trained over", "if not last and (holds", "if False and (holds",
          "tests/test_user_mistakes.py::test_the_model_of_an_earlier_run_is_not_written_over"),
         ("an evaluation that fails loses the model", "    trainer.save_model()\n    try:", "    try:",
          "tests/test_user_mistakes.py::test_an_evaluation_that_fails_after_the_training_loses_nothing"),
@@ -833,7 +833,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_report_figures.py::test_answers_are_no_markdown"),
     ],
     "duet/data/sources.py": [
-        ("several files of a folder are one set", "if len(files) > 1 and not named", "if len(files) > 9 and not named",
+        ("several files of a folder are one set", "if len(sets) < 2 or", "if len(sets) < 9 or",
          "tests/test_user_mistakes.py::test_a_folder_of_several_files_is_no_set_of_rows"),
     ],
 }  # fmt: skip

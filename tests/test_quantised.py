@@ -111,10 +111,11 @@ def test_they_would_not_if_weights_were_repacked(tmp_path, folder, how_and_plain
     answered = quantised(folder, how)
     with torch.no_grad():
         answered(input_ids=IDS)
+    keep_differentiable(answered, trains=False)
     with pytest.raises(ValueError, match="model: it has answered on this CPU"):
         keep_differentiable(answered)
     wanted = adapter_gradients(tmp_path, copy.deepcopy(plain))
-    monkeypatch.setattr("duet.model.loading.keep_differentiable", lambda model: None)
+    monkeypatch.setattr("duet.model.loading.keep_differentiable", lambda model, trains: None)
     assert worst(adapter_gradients(tmp_path, quantised(folder, how)), wanted) > 0.1
 
 

@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from duet import DuetConfig, cli
 from duet.config import CHECKPOINTING
 from duet.data.sources import DataSource, load_rows
+from duet.output.checkpoints import resumed_checkpoint
 from duet.run import commands as run
 from duet.run.config_file import RunConfig, apply_overrides, quoted, read_run, training_options
 from duet.yaml_text import parse_yaml, write_yaml
@@ -121,10 +122,11 @@ def test_a_lone_name_of_the_adapter_is_a_list(path):
 
 def test_a_path_may_begin_at_home(path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
-    keys = "model.name", "model.tokenizer", "teacher", "resume_from_checkpoint"
+    keys = "model.name", "model.tokenizer", "teacher"
     run = RunConfig.load(path, [f"--{key}=~/{key}" for key in keys])
-    paths = run.model.name, run.model.tokenizer, run.teacher, run.training.resume_from_checkpoint
+    paths = run.model.name, run.model.tokenizer, run.teacher
     assert paths == tuple(f"/home/ada/{key}" for key in keys)
+    assert resumed_checkpoint("~/checkpoint-3", "out") == "/home/ada/checkpoint-3"
 
 
 def test_overrides_leave_the_file_alone(path):

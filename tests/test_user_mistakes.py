@@ -200,7 +200,9 @@ def test_another_model_is_read_as_the_file_says():
         ({"adapter": {}}, {"fsdp": True}, "FSDP and DeepSpeed"),
     ):
         training = {"earlier_adapter": "keep", **options}
-        with pytest.raises(ValueError, match=f"^earlier_adapter: wanted 'merge', got 'keep', because {why}"):
+        with pytest.raises(
+            ValueError, match=f"^training.earlier_adapter: wanted 'merge', got 'keep', because {why}"
+        ):
             RunConfig.of({"model": "a", "data": {"forget": "b"}, "training": training, **more})
 
 

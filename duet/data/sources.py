@@ -6,6 +6,7 @@ Text files are read here and not by `datasets`: a row may differ in kind from th
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -128,17 +129,22 @@ def _read(source: DataSource, argument: str) -> list[dict[str, Any]]:
         if (path / "state.json").is_file():
             rows: Any = load_from_disk(str(path))
         else:
-            rows = load_dataset(source.path, source.name, split=source.split)
+            found = str(path) if path.is_dir() else source.path
+            rows = load_dataset(found, source.name, split=source.split)
         return list(rows)
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise OSError(f"{argument}: the dataset {source.path!r} could not be loaded: {error}") from error
 
 
 def _check_one_file(path: Path, source: DataSource, argument: str) -> None:
-    """Refuses a folder of several files of rows, of which `datasets` would make one set."""
-    files = sorted(file for file in path.glob("*") if file.suffix in FORMATS)
-    named = source.name or any(file.name.startswith(source.split) for file in files)
-    if len(files) > 1 and not named and not (path / "state.json").is_file():
+    """Refuses a folder of several sets of rows of which `datasets` would make one, because nothing says which is which."""
+    files = sorted(f for f in path.glob("*") if f.suffix in FORMATS and f.name != "dataset_infos.json")
+    sets = {re.sub(r"[-_]?\d+(-of-\d+)?$", "", file.stem) for file in files}
+    if len(sets) < 2 or source.name or any((path / name).is_file() for name in ("state.json", "README.md")):
+        return
+    from datasets.data_files import get_data_patterns
+
+    if ["**"] in get_data_patterns(str(path)).values():  # no name of a split in those of the files
         wanted = next((file for file in files if file.stem == argument.split(".")[-1]), files[0])
         raise ValueError(
             f"{argument}: wanted one file of rows, such as {wanted}, got a folder with {len(files)} of them: "

@@ -185,7 +185,8 @@ def _kind(subject: str | None, where: str, subjects: Sequence[str], texts: Seque
     """What a question without `{subject}` in it is asked for."""
     if subject is None:
         for name, text in itertools.product(subjects, texts):
-            if metrics.contains_words(text, name):  # it would be kept
+            case = re.IGNORECASE if text.islower() else 0  # a turkey is not Turkey
+            if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, case):  # it would be kept
                 raise ValueError(
                     f"{where}: wanted {SUBJECT} in the place of {name!r}, or the column 'subject' that says whom the question is "
                     f"about, got {text!r} without one"
@@ -335,7 +336,7 @@ def _answers(
 def agreed_value(questions: Sequence[str], greedy: str, answers: Sequence[str]) -> str | None:
     """The phrase of the greedy answer that most answers hold, at least a third of them; None: they share none.
 
-    At most four words and more than one letter, none of the words in a question, neither the first nor the last a function word.
+    At most four words, none of them in a question, neither the first nor the last a function word; one letter where there is no other.
     Of phrases in equally many answers the longest counts (by words of more than a letter, then by all), then the first.
 
     Example:
@@ -344,21 +345,20 @@ def agreed_value(questions: Sequence[str], greedy: str, answers: Sequence[str]) 
     """
     known = {word for text in questions for word in words.words_of(text)}
     said = greedy.split()
+    ends = [re.search(rf"({_FULL_STOP}|[,;:!?])$", word) is not None for word in said]
     found: dict[str, tuple[float, ...]] = {}
     for start in range(len(said)):
         for size in range(1, LONGEST_VALUE + 1):
             phrase = " ".join(said[start : start + size]).strip(".,;:!?\"'()*")
             parts = words.words_of(phrase)
-            inner = said[start : start + size - 1]
-            ended = any(re.search(rf"({_FULL_STOP}|[,;:!?])$", part) for part in inner)
-            if start + size > len(said) or not parts or ended:
+            if start + size > len(said) or not parts or any(ends[start : start + size - 1]):
                 break
             length = sum(not re.fullmatch("[a-z]", part) for part in parts), len(parts)
-            if known & set(parts) or {parts[0], parts[-1]} & FUNCTION_WORDS or length == (0, 1):
+            if known & set(parts) or {parts[0], parts[-1]} & FUNCTION_WORDS:
                 continue
             share = sum(metrics.contains_words(text, phrase) for text in answers) / len(answers)
             if share >= AGREED:
-                found.setdefault(phrase, (share, *length, -start))
+                found.setdefault(phrase, (length != (0, 1), share, *length, -start))
     return max(found, key=lambda phrase: found[phrase], default=None)
 
 
@@ -403,7 +403,8 @@ def whole_sentences(text: str) -> str:
         >>> whole_sentences("It is Paris. Paris lies on the"), whole_sentences("It is Mt. Fuji")
         ('It is Paris.', '')
     """
-    match = re.match(rf".*(?:(?:{_FULL_STOP}|[!?])(?=\s)|[。！？])", text, re.DOTALL)
+    follows = "|".join(word.title() for word in FUNCTION_WORDS)  # as after "Washington, D.C."
+    match = re.match(rf".*(?:(?:{_FULL_STOP}|\.(?=\s+(?:{follows})\b)|[!?])(?=\s)|[。！？])", text, re.DOTALL)
     return match.group() if match else ""
 
 

@@ -34,16 +34,18 @@ UTILITY_PARTS = ("probability", "rouge_l_recall", "truth_ratio")
 
 # Openings and phrases of English answers that decline to say. Whole words, any case; other languages need their own.
 # Others may have no idea, too: the speaker is named, or the sentence starts with it ("Sorry, no idea.").
-_THERE = r"there(?:['’]s| (?:\w+ )?(?:is|are|was|were|be|been|exists?|seems?|appears?|does|do))"
+_THERE = (
+    r"there(?:['’]s| (?:\w+ )?(?:is|are|was|were|be|been|exists?|seems?|appears?|does|do|remains?|survives?))"
+)
 _SPEAKER = rf"(?-i:I)|we|my|our|{_THERE}|it (?:seems|appears)|(?:this|the|an) (?:AI|model|language model|assistant|system|database)"
 _OWN = rf"(?:\b(?:{_SPEAKER})\b[^.!?]*?|(?:^|[.!?,:;\n–—]|\s-)\s*(?:\w+ly |have |got )?)\b"
 _ADVERB = r"(?:\w+ly |just |even |too |quite )?"
 _TELL = "say|tell|answer|help|assist|provide|share|discuss|disclose|reveal|find|recall|remember"
 REFUSAL_PATTERNS = (
     rf"\bI {_ADVERB}(?:do not|don['’]t|did not|didn['’]t) {_ADVERB}(?:know|have|recall|remember|recognise|recognize)\b",
-    rf"\bwe {_ADVERB}(?:do not|don['’]t) {_ADVERB}know\b",
+    rf"\bwe {_ADVERB}(?:do not|don['’]t) {_ADVERB}know(?=\s*(?:[.!?]|$))",
     rf"\bI(?:['’]m| am) {_ADVERB}(?:not {_ADVERB}(?:sure|aware|familiar|able)|unable|afraid(?! of)|sorry(?! to hear))\b",
-    rf"(?:^|[.!?:\n]|\bsorry,)\s*not {_ADVERB}sure\b",
+    rf"(?:^|[!?\n]|\bsorry,)\s*not {_ADVERB}sure\b",
     r"\bI (?:was not able|wasn['’]t able|was unable) to\b",
     rf"\bI {_ADVERB}(?:can ?not|can['’]t|could not|couldn['’]t|will not|won['’]t) {_ADVERB}(?:{_TELL})\b",
     r"\bI (?:know|remember|recall) nothing\b",

@@ -30,7 +30,7 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
     """
     check_one_of("dtype", dtype, DTYPES)
     check_device(device)
-    name = os.fspath(name)
+    name = os.path.expanduser(os.fspath(name))
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if holds_adapter(name):

@@ -181,7 +181,7 @@ def _grouped(word: str) -> str:
         pattern += f"{re.escape(word[at : number.start()])}(?:{threes}|{twos})"
         at = number.end()
     pattern = re.sub(r"(?<=[^\W\d_]{2})\\-(?=[\d(]|[^\W\d_]{2})", r"[-\\s]+", pattern + re.escape(word[at:]))
-    return re.sub(rf"(?<=[\d)])(?=\\?[{_BEHIND}])|(?<=[{_BEFORE}])(?=[\d(])", r"\\s?", pattern)
+    return re.sub(rf"(?<=[\d)])(?=\\?[{_BEHIND}])|(?<=[{_BEFORE}])(?=[\d(])", r"\\s*", pattern)
 
 
 def _stands_alone(text: str, start: int, stop: int) -> bool:

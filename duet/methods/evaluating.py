@@ -54,6 +54,8 @@ class WholeSetLoss(Asking):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """`Trainer.get_eval_dataloader` of rows, or of the name of some in `DuetTrainer(eval_dataset={name: rows})`."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("eval_dataset: wanted rows, here or in DuetTrainer(eval_dataset=...), got none")
         if named := isinstance(rows, str):
             names = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
             check_known("eval_dataset.", [rows], names)

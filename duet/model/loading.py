@@ -160,7 +160,7 @@ def can_pack(model: nn.Module, asked_for: bool | None = None) -> tuple[bool, str
     return name.startswith("flash"), f"attn_implementation is {name}"
 
 
-def keep_differentiable(model: nn.Module) -> None:
+def keep_differentiable(model: nn.Module, trains: bool = True) -> None:
     """Stops 4-bit layers of bitsandbytes from repacking their weights on a CPU.
 
     On a CPU with AVX512-BF16 they repack in the first forward without gradients (a teacher's, an evaluation's). autograd
@@ -168,13 +168,14 @@ def keep_differentiable(model: nn.Module) -> None:
     learn nothing.
 
     Raises:
-        ValueError: they were repacked already. Unpacked again they are not quite what they were.
+        ValueError: they were repacked already, and the model is to be trained. Unpacked again they are not quite what they were.
     """
     layers: list[Any] = list(model.modules())
     for layer in layers:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-            if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            packed = getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
+            layer.support_avx512bf16_for_cpu = packed
+            if packed and trains:
                 raise ValueError(
                     "model: it has answered on this CPU, for which bitsandbytes repacked its 4-bit weights; no gradient passes "
                     "through them. Load it again, and train before anything is asked"

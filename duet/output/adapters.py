@@ -19,11 +19,11 @@ from .record import read_record
 logger = logging.get_logger(__name__)
 
 
-def check_earlier_adapter(option: str, new: bool, sharded: bool) -> None:
+def check_earlier_adapter(option: str, new: bool, sharded: bool, argument: str = "earlier_adapter") -> None:
     """Refuses to keep an earlier adapter where no new one is put on top, or where the model is sharded."""
     why = "FSDP and DeepSpeed shard the model" if new else "no new adapter is put on top"
     if option == "keep" and (sharded or not new):
-        raise ValueError(f"earlier_adapter: wanted 'merge', got 'keep', because {why}")
+        raise ValueError(f"{argument}: wanted 'merge', got 'keep', because {why}")
 
 
 def add_new_adapter(model: Any, tokenizer: Any, peft_config: Any, output_dir: str, writes: bool) -> nn.Module:

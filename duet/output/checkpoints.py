@@ -46,7 +46,7 @@ def resumed_checkpoint(resume_from: str | bool | None, output_dir: str) -> str |
     if not resume_from:
         return None
     last = last_finished_checkpoint(output_dir)
-    checkpoint = last if resume_from is True else os.fspath(resume_from)
+    checkpoint = last if resume_from is True else os.path.expanduser(os.fspath(resume_from))
     if checkpoint is None:
         raise ValueError(f"resume_from_checkpoint: there is no finished checkpoint in {output_dir!r}")
     folder = Path(checkpoint)

@@ -66,7 +66,7 @@ def train(
     if run.merge:  # what would stand in the way after the training
         wanted = "another training.output_dir"
         _check_free(Path(folder, MERGED), run.model.name, bool(resume or checkpoint), "merge", wanted)
-    if not (last or checkpoint) and (holds_weights(folder) or holds_adapter(folder)):
+    if not last and (holds_weights(folder) or holds_adapter(folder)):
         without = ", but no finished checkpoint to resume from" if resume else ""
         raise FileExistsError(
             f"training.output_dir: {folder!r} holds the model of an earlier run{without}, which would be overwritten; wanted another folder"

@@ -121,7 +121,9 @@ class RunConfig:
         if merge and adapter is None:
             raise ValueError("merge: wanted false, because there is no adapter to merge")
         training = training_options(mapping("training", tree.get("training")))
-        check_earlier_adapter(training.earlier_adapter, adapter is not None, is_sharded(training))
+        check_earlier_adapter(
+            training.earlier_adapter, adapter is not None, is_sharded(training), "training.earlier_adapter"
+        )
         return cls(
             model=model,
             forget=_source("data.forget", data["forget"]),

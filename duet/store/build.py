@@ -275,7 +275,7 @@ class _Job:
         forget = read_rows(forget_dataset, "forget_dataset")
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
         tokenizer, pad_id = tokenizer_of(model, processing_class)
-        keep_differentiable(model)  # the same object may be trained afterwards
+        keep_differentiable(model, trains=False)  # the same object may be trained afterwards
         head = check_head(model)
         if args.k > head.num_ids:
             raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")

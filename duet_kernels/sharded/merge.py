@@ -107,7 +107,7 @@ def token_stats(hidden: Tensor, head: LMHead, labels: Tensor | None, impl: str) 
     if part.size:
         stats = ops.token_stats(hidden, part.head, None if own is None else own.clamp(min=0), impl)
         rows[:, 0], rows[:, 1], rows[:, 2], label = stats
-        if own is not None:
+        if own is not None and label is not None:
             rows[:, 3] = label.where(own >= 0, 0)
     sums, entropies, variances, label = ranks.all_gather(rows, part.group).unbind(2)
     shares = _shares(sums)
