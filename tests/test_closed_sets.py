@@ -374,7 +374,7 @@ def test_predict_takes_rows(tmp_path):
 @pytest.mark.parametrize(
     "asked, given, why",
     [
-        ("evaluate", None, "^eval_dataset: wanted a list of rows .* got NoneType"),
+        ("evaluate", None, "^eval_dataset: wanted rows, here or in DuetTrainer"),
         ("evaluate", "2021", "^eval_dataset.2021: there is no such key .did you mean '2020'"),
         ("predict", {"forget": forget_rows(1)}, "^test_dataset: wanted a list of rows .* got dict"),
         ("in_context", forget_rows(1), "^eval_dataset: wanted none, objective 'in_context' has no loss"),
