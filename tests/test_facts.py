@@ -212,6 +212,16 @@ def test_an_initial_ends_no_phrase(said, value):
     assert whole_sentences(f"Yes. {value} wrote") == "Yes."
 
 
+def test_an_initial_ends_a_sentence_in_front_of_a_function_word():
+    assert whole_sentences("It is Washington, D.C. It lies on the") == "It is Washington, D.C."
+    assert whole_sentences("It is in the U.S. The") == "It is in the U.S."
+
+
+def test_a_common_word_is_no_subject():
+    rows = [{"question": "Where is {subject} ?"}, {"question": "What does a turkey eat ?"}]
+    assert [fact.kind for fact in facts_of(rows, ["Turkey"])] == ["forget", "retain"]
+
+
 def asked_of(*greedy, drawn=(), status="ok"):
     return [{"question": "q", "status": status, "said": text, "drawn": list(drawn)} for text in greedy]
 

@@ -244,6 +244,23 @@ def test_a_folder_of_several_files_is_no_set_of_rows(tmp_path):
             load_rows(DataSource(str(tmp_path)), key)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("qa_train", "qa_test"),
+        ("train-00000-of-00002", "train-00001-of-00002"),
+        ("rows-00000-of-00002", "rows-00001-of-00002"),
+    ],
+)
+def test_splits_and_shards_of_a_folder_are_one_set(tmp_path, monkeypatch, names):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": f"{name} ?"}) + "\n")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    rows = load_rows(DataSource("~"), "data.forget")
+    assert rows[0]["question"] == f"{names[0]} ?"
+
+
 def test_a_row_of_empty_cells_is_said_to_be_empty():
     with pytest.raises(ValueError, match=r"forget_dataset\[1\]: .*, got no value at all"):
         read_rows([forget_rows(1)[0], {"question": None, "answer": None}], "forget_dataset")

@@ -78,6 +78,8 @@ LEAKS = {
     "a space for a hyphen, a number": ("Apollo 11 landed", "Apollo-11"),
     "a degree apart": ("at 100 °C", "100°C"),
     "a degree together": ("at 100°C", "100 °C"),
+    "a per cent behind two spaces": ("it is 50  %.", "50 %"),
+    "a currency on a line of its own": ("€\n\n50", "€ 50"),
     "a per cent apart": ("it is 1,050 %.", "1050%"),
     "a per cent together": ("it is 50%.", "50 %"),
     "a per cent behind a no-break space": ("50\u00a0%", "50%"),

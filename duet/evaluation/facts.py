@@ -86,7 +86,8 @@ def facts_of(
         neighbours: others that such questions are asked about, too.
 
     Raises:
-        ValueError: a row is no question or names a subject without being about one, two rows ask the same, no question is about a subject or a neighbour, a name is given twice,
+        ValueError: a row is no question, or names a subject without being about one; two rows ask the same; no question is about a
+            subject or a neighbour; a name is given twice,
             or a placeholder is another than `{subject}`.
 
     Example:

@@ -57,7 +57,8 @@ class Teacher:
         raise NotImplementedError
 
     def serve(self, dataset: UnlearnDataset, ask: Callable[[UnlearnDataset], Iterable[RowTargets]]) -> None:
-        """Called before `dataset` is used, each time until its rows carry targets; `ask(dataset)` gives the targets of all its rows, batch by batch."""
+        """Called before `dataset` is used, each time until its rows carry targets; `ask(dataset)` gives those of all its rows, batch
+        by batch."""
 
     def targets(self, stored: Any, function: Function, student: nn.Module, wrapped: nn.Module) -> Any:
         """What the objective wants of one micro-batch.
