@@ -196,17 +196,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         complete = body["complete"] is True
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"teacher_store: {path} lacks or misnames a field: {error}") from None
-    files = [_inside(folder, name) for name in names]
+    for name in names:
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+            raise ValueError(
+                f"teacher_store: shards: {path} names {name!r}, wanted a shard in its own folder"
+            )
+    files = [folder / name for name in names]
     return {"complete": complete, "files": files, "provenance": provenance, "rows": rows}
-
-
-def _inside(folder: Path, name: Any) -> Path:
-    """The path of a shard; any other name in a manifest is refused."""
-    if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
-        raise ValueError(
-            f"teacher_store: shards: {folder / MANIFEST} names {name!r}, wanted a shard in its own folder"
-        )
-    return folder / name
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -257,31 +253,27 @@ class Shard:
                 "another folder, or delete that file"
             )
         try:
-            good = self._fits(tensors, provenance)
+            entries, (positions, k) = len(tensors["fingerprints"]), tensors["values"].shape
+            ids = tensors["indices"].numpy()
+            ends = [(tensors["offsets"], positions), (tensors["answer_offsets"], len(tensors["answers"]))]
+            good = (
+                tensors["indices"].shape == (positions, k) == (positions, provenance.k)
+                and tensors["values"].dtype == DTYPES[provenance.dtype]
+                and tensors["tail_logsumexp"].shape == (positions,)
+                and tensors["fingerprints"].shape == (entries, 16)
+                and (ids.size == 0 or bool(ids.min() >= 0 and ids.max() < provenance.vocab_size))
+                and all(
+                    end.shape == (entries + 1,)
+                    and end[0] == 0
+                    and end[-1] == total
+                    and bool((end.diff() >= 0).all())
+                    for end, total in ends
+                )
+            )
         except (KeyError, RuntimeError, ValueError, IndexError):
             good = False
         if not good:
             raise ValueError(f"teacher_store: {self.path}: its tensors are not what the manifest says")
-
-    @staticmethod
-    def _fits(tensors: dict[str, Tensor], provenance: Provenance) -> bool:
-        entries, (positions, k) = len(tensors["fingerprints"]), tensors["values"].shape
-        ids = tensors["indices"].numpy()
-        ends = [(tensors["offsets"], positions), (tensors["answer_offsets"], len(tensors["answers"]))]
-        return (
-            tensors["indices"].shape == (positions, k) == (positions, provenance.k)
-            and tensors["values"].dtype == DTYPES[provenance.dtype]
-            and tensors["tail_logsumexp"].shape == (positions,)
-            and tensors["fingerprints"].shape == (entries, 16)
-            and (ids.size == 0 or bool(ids.min() >= 0 and ids.max() < provenance.vocab_size))
-            and all(
-                end.shape == (entries + 1,)
-                and end[0] == 0
-                and end[-1] == total
-                and bool((end.diff() >= 0).all())
-                for end, total in ends
-            )
-        )
 
     def read(self, i: int, temperature: float) -> Entry:
         tensors = self.tensors
