@@ -358,7 +358,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("retain_weight is ignored", "\"loss\": forget + self.args.retain_weight * retain,", "\"loss\": forget + retain,", _VALUES + "test_graddiff"),
     ],
     "duet/methods/counterfactual.py": [
-        ("a recovery has no beginning before it", "share / len(cuts), answer[:cut])", "share / len(cuts), ())",
+        ("a recovery has no beginning before it", "late / len(cuts), own[i][:cut])", "late / len(cuts), ())",
          "tests/test_counterfactual.py::test_a_share_of_the_refusals_follows_the_beginning_of_the_own_answer"),
         ("the mixture is a mean of logarithms", "(values - norm.unsqueeze(-1)).logsumexp(0) - math.log(variants)", "(values - norm.unsqueeze(-1)).mean(0)",
          "tests/test_counterfactual.py::test_the_mixture_is_the_mean_of_swapped_distributions"),

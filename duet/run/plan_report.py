@@ -13,7 +13,7 @@ from duet_kernels.dispatch import share_of
 
 from ..config import CHECKPOINTING
 from ..methods.objectives import find_objective
-from ..methods.views import asked_before_training, is_steered
+from ..methods.views import asked_before_training
 from ..model.adapters import base_of, holds_adapter
 from .config_file import DEFAULT_ADAPTER, RunConfig
 from .plan import Budget, Planner, Settings
@@ -87,7 +87,7 @@ class Plan:
             raise FileNotFoundError(
                 f"model: no configuration of {run.model.name!r} could be read: {error}"
             ) from error
-        args, steered = run.training, is_steered(find_objective(run.training.objective))
+        args, steered = run.training, find_objective(run.training.objective).is_steered
         sizes = {
             "length": length,
             "teacher_length": length + (prefix_length if steered else 0),

@@ -32,7 +32,6 @@ from ..evaluation.steering import (
     short,
 )
 from ..methods.objectives import objective_of
-from ..methods.views import is_steered
 from ..model.lm import evaluating
 from ..model.loading import is_sharded
 from ..names import check_one_of
@@ -301,7 +300,7 @@ def preflight(run: RunConfig, trainer: DuetTrainer, anyway: bool = False) -> str
     """
     args = run.training
     path = Path(str(args.output_dir), RECORD)
-    if not is_steered(objective_of(args)):
+    if not objective_of(args).is_steered:
         path.unlink(missing_ok=True)  # of an earlier run in this folder
         return None
     why = _cannot_ask(run, trainer)

@@ -25,9 +25,9 @@ from duet_kernels import LMHead, TopK, set_workspace_bytes
 from ..config import DuetConfig
 from ..data.dataset import Asked, Collator, UnlearnDataset, plain_item
 from ..data.rows import read_rows
+from ..methods.asking import look_at_teacher
 from ..methods.objectives import objective_of, teacher_topk
 from ..methods.reuse import SHORTEST
-from ..methods.steering import look_at_teacher
 from ..methods.views import Views, datasets_in
 from ..model.answers import generate_answers, tokenizer_of
 from ..model.lm import check_head, evaluating, hidden_states_at
