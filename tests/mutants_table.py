@@ -315,7 +315,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_prompts.py::test_an_answer_is_written_as_the_model_writes_it_behind_a_word"),
         ("the override goes before the first user text", "conversation = _before_user(conversation, override, last=True)", "conversation = _before_user(conversation, override, last=False)",
          "tests/test_prompts.py::test_a_reverse_prompt_goes_before_the_last_user_text_or_into_the_system_message"),
-        ("a template that drops the system message is trusted", "    return _MARK in text\n", "    return True\n", "tests/test_prompts.py::test_a_system_message_must_be_seen_to_be_accepted"),
+        ("a template that drops the system message is trusted", "return _MARK in _rendered(", "return \"\" in _rendered(", "tests/test_prompts.py::test_a_system_message_must_be_seen_to_be_accepted"),
         ("a prefix in the user's turn goes before the last text", "_before_user(conversation, instruction, last=False), None", "_before_user(conversation, instruction, last=True), None",
          "tests/test_prompts.py::test_in_the_users_turn_the_prefix_goes_before_the_first_text"),
         ("one of several chat templates steers in vain", "named = isinstance(template, dict)", "named = False",
@@ -755,7 +755,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a sharpness-aware step takes no more", "(2 * gradients if settings.sharp else 0)", "0", "tests/test_plan.py::test_the_two_numbers_of_a_sharpness_aware_step_are_counted"),
     ],
     "duet/run/plan_report.py": [
-        ("a teacher without a prefix reads one", "length + (prefix_length if steered else 0)", "length + prefix_length", "tests/test_plan.py::test_prefixes_that_nobody_keeps_are_not_counted[options1]"),
+        ("a teacher without a prefix reads one", "length + (prefix_length if objective.is_steered else 0)", "length + prefix_length", "tests/test_plan.py::test_prefixes_that_nobody_keeps_are_not_counted[options1]"),
     ],
     "duet/cli.py": [
         ("a plan takes the revision of another model", '["--model", quoted(model)]', '["--model.name", quoted(model)]',

@@ -76,6 +76,20 @@ def check_placeholders(name: str, text: str, known: str = SUBJECT) -> None:
             raise ValueError(f"{name}: there is no placeholder {found!r}, {only}; got {text!r}")
 
 
+def _rendered(tokenizer: Any, turns: Any, template_kwargs: dict[str, Any], prompts: bool = True) -> str:
+    """The chat template's text of (role, text) turns; `prompts`: an answer follows."""
+    messages = [{"role": role, "content": text} for role, text in turns]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompts, **template_kwargs
+        )
+    except Exception as error:  # a template may raise anything through jinja's raise_exception
+        roles = ", ".join(role for role, _ in turns)
+        raise CannotRender(
+            f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}"
+        ) from error
+
+
 def accepts_system(tokenizer: Any, **template_kwargs: Any) -> bool:
     """Whether the chat template shows a system message to the model.
 
@@ -83,14 +97,10 @@ def accepts_system(tokenizer: Any, **template_kwargs: Any) -> bool:
     """
     if not getattr(tokenizer, "chat_template", None):
         return False
-    messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "x"}]
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **template_kwargs
-        )
-    except Exception:  # a template may raise anything through jinja's raise_exception
+        return _MARK in _rendered(tokenizer, (("system", _MARK), ("user", "x")), template_kwargs)
+    except CannotRender:
         return False
-    return _MARK in text
 
 
 def answer_ending(tokenizer: Any, **template_kwargs: Any) -> list[int]:
@@ -103,10 +113,9 @@ def answer_ending(tokenizer: Any, **template_kwargs: Any) -> list[int]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if not getattr(tokenizer, "chat_template", None):
         return end
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARK}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
-    except Exception:  # as above
+        text = _rendered(tokenizer, (("user", "x"), ("assistant", _MARK)), template_kwargs, prompts=False)
+    except CannotRender:
         return end
     _, shown, behind = text.rpartition(_MARK)
     if not shown:
@@ -269,7 +278,7 @@ class PromptRenderer:
         if not self.has_template:
             return
         try:
-            text = self._rendered((("user", _MARK),))
+            text = _rendered(self.tokenizer, (("user", _MARK),), self.template_kwargs)
         except CannotRender:
             return
         if _MARK not in text:
@@ -277,18 +286,6 @@ class PromptRenderer:
                 "processing_class: wanted a chat template that shows the user's message, got one that drops it: check "
                 "tokenizer.chat_template"
             )
-
-    def _rendered(self, conversation: Any) -> str:
-        messages = [{"role": role, "content": text} for role, text in conversation]
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs
-            )
-        except Exception as error:  # a template may raise anything through jinja's raise_exception
-            roles = ", ".join(role for role, _ in conversation)
-            raise CannotRender(
-                f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}"
-            ) from error
 
     def _known(self, ids: list[int]) -> list[int]:
         """`ids`, all of which the model embeds."""
@@ -354,7 +351,7 @@ class PromptRenderer:
         if system is not None:
             conversation = self._with_system(conversation, system)
         # The template has written the special tokens already.
-        return text_ids(self.tokenizer, self._rendered(conversation))
+        return text_ids(self.tokenizer, _rendered(self.tokenizer, conversation, self.template_kwargs))
 
     def _with_system(self, conversation, system: str):
         if not self.system_allowed:

@@ -298,12 +298,15 @@ def preflight(run: RunConfig, trainer: DuetTrainer, anyway: bool = False) -> str
     Raises:
         ValueError: the teacher does not forget.
     """
-    args = run.training
+    args, why = run.training, None
     path = Path(str(args.output_dir), RECORD)
     if not objective_of(args).is_steered:
         path.unlink(missing_ok=True)  # of an earlier run in this folder
         return None
-    why = _cannot_ask(run, trainer)
+    if is_sharded(args):
+        why = "its parameters are sharded"
+    elif isinstance(trainer.teacher, CachedTeacher) and not args.teacher_store_same_model:
+        why = "it was cached, perhaps from another model"
     measured = None if why else _ask_teacher(run, trainer)
     trainer.teacher_measured = measured is not None
     forgets = measured is None or measured.forgets is not False
@@ -323,15 +326,6 @@ def preflight(run: RunConfig, trainer: DuetTrainer, anyway: bool = False) -> str
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
     return said
-
-
-def _cannot_ask(run: RunConfig, trainer: DuetTrainer) -> str | None:
-    """Why a teacher cannot be asked here; None: it can."""
-    if is_sharded(run.training):
-        return "its parameters are sharded"
-    if isinstance(trainer.teacher, CachedTeacher) and not run.training.teacher_store_same_model:
-        return "it was cached, perhaps from another model"
-    return None
 
 
 def _ask_teacher(run: RunConfig, trainer: DuetTrainer) -> Measured:
