@@ -330,9 +330,10 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         with self.accelerator.autocast():
             if (beginning := inputs.get(f"{view}beginning")) is not None:
                 hidden = self._reused.table.hidden_states_at(model, beginning, ids, mask, places)
-                head = LMHead.of(model)
-                return hidden.to(head.weight.dtype), head
-            return lm.head_inputs(model, ids, mask, places, layer=layer, position_ids=packed)
+            else:
+                hidden = lm.hidden_states_at(model, ids, mask, places, layer, packed)
+        head = LMHead.of(model)
+        return hidden.to(head.weight.dtype), head
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Counts over all micro-batches of a step and all processes (the Trainer's hook for `num_items_in_batch`)."""

@@ -32,7 +32,6 @@ class Asking(Trainer):
     accelerator: Any
     train_dataset: Any
     eval_dataset: Any
-    data_collator: Any
     objective: Any
     teacher: Any
     head_inputs: Any
