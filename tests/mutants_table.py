@@ -309,7 +309,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/data/prompts.py": [
         ("a prompt without tokens is taken", "            if not ids:\n", "            if ids is None:\n", "tests/test_data.py::test_a_prompt_without_tokens_is_refused_with_the_row_named"),
-        ("the prefix replaces the system message", "return ((\"system\", f\"{system}\\n\\n{conversation[0][1]}\"), *conversation[1:])", "return ((\"system\", system), *conversation[1:])",
+        ("the prefix replaces the system message", "(\"system\", f\"{system}\\n\\n{conversation[0][1]}\"), *conversation[1:])", "(\"system\", system), *conversation[1:])",
          "tests/test_prompts.py::test_prefix_joins_a_system_message_that_is_there"),
         ("an answer starts a text of its own", "_ids_in_text(tokenizer, text) if text[:1].isspace() else", "_ids(tokenizer, text) if text[:1].isspace() else",
          "tests/test_prompts.py::test_an_answer_is_written_as_the_model_writes_it_behind_a_word"),

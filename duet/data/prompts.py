@@ -264,10 +264,7 @@ class PromptRenderer:
         self._cache: dict[tuple, list[int]] = {}
 
     def _check_template(self) -> None:
-        """Refuses a chat template that does not show the question; warns of options that it does not read.
-
-        One that refuses the question is met at the rows.
-        """
+        """Refuses a chat template that drops the question; warns of options that it does not read. A refusal is met at the rows."""
         template = str(getattr(self.tokenizer, "chat_template", None) or "")
         for name in self.template_kwargs:
             if not re.search(rf"\b{re.escape(name)}\b", template):
@@ -348,17 +345,14 @@ class PromptRenderer:
             while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
                 ids = ids[:-1]
             return ids
-        if system is not None:
-            conversation = self._with_system(conversation, system)
+        if system is not None and not self.system_allowed:
+            conversation = _before_user(conversation, system, last=False)
+        elif system is not None and conversation[0][0] == "system":
+            conversation = (("system", f"{system}\n\n{conversation[0][1]}"), *conversation[1:])
+        elif system is not None:
+            conversation = (("system", system), *conversation)
         # The template has written the special tokens already.
         return text_ids(self.tokenizer, _rendered(self.tokenizer, conversation, self.template_kwargs))
-
-    def _with_system(self, conversation, system: str):
-        if not self.system_allowed:
-            return _before_user(conversation, system, last=False)
-        if conversation[0][0] == "system":
-            return (("system", f"{system}\n\n{conversation[0][1]}"), *conversation[1:])
-        return (("system", system), *conversation)
 
     def _written_out(self, conversation) -> str:
         if len(conversation) != 1 or conversation[0][0] != "user":
