@@ -90,7 +90,11 @@ def steer(
     Raises:
         ValueError, OSError: naming what is wrong with rows, model or tokenizer.
     """
-    validation, report = _halves(run) if folder is None else _elicited(folder)
+    if folder is None:
+        validation, report = _halves(run)
+    else:
+        train, chosen_by, report = (_rows_of(folder / each) for each in ("", "validation", "report"))
+        validation = train[0] + chosen_by[0], train[1] + chosen_by[1]
     for place in places:
         check_one_of("places", place, PLACES)
     for text in wordings:
@@ -170,14 +174,6 @@ def _halved(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
         ahead += of[::2]
         behind += of[1::2]
     return first, second
-
-
-def _elicited(folder: Path) -> list[Rows]:
-    """The rows of `duet elicit`: those of training and of validation, then those of the report."""
-    train, validation, report = (
-        _rows_of(each) for each in (folder, folder / "validation", folder / "report")
-    )
-    return [(train[0] + validation[0], train[1] + validation[1]), report]
 
 
 def _rows_of(folder: Path) -> Rows:

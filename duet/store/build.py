@@ -26,7 +26,7 @@ from ..config import DuetConfig
 from ..data.dataset import Asked, Collator, UnlearnDataset, plain_item
 from ..data.rows import read_rows
 from ..methods.asking import look_at_teacher
-from ..methods.objectives import objective_of, teacher_topk
+from ..methods.objectives import fit_model, objective_of, teacher_topk
 from ..methods.reuse import SHORTEST
 from ..methods.views import Views, datasets_in
 from ..model.answers import generate_answers, tokenizer_of
@@ -270,8 +270,7 @@ class _Job:
         keep_differentiable(model, trains=False)  # the same object may be trained afterwards
         with _without_adapter(model):
             head = check_head(model)
-        if args.k > head.num_ids:
-            raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
+        fit_model(objective, model, head, args)
         views = Views.of(objective, args, tokenizer, model, args.seed)
         datasets = [views.dataset(forget, retain)]
         datasets += datasets_in(views.evaluated(eval_dataset, datasets[0].subjects))
