@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from duet_kernels import TopK
 
+from ..model.hashes import json_hash
 from ..model.weights import older_weights
 from ..names import check_one_of
 
@@ -96,7 +97,7 @@ class Provenance:
     def seal(self) -> str:
         """A hash of everything that is compared; it is written into every shard."""
         body = dataclasses.asdict(dataclasses.replace(self, model=""))
-        return seal_of({k: v for k, v in body.items() if v is not None or k not in MAY_LACK})
+        return json_hash({k: v for k, v in body.items() if v is not None or k not in MAY_LACK})
 
     def refuse_another(self, wanted: "Provenance", ignoring: Sequence[str] = ()) -> None:
         """Compares field by field with the provenance that is wanted now.
@@ -164,11 +165,6 @@ def truncated(targets: TopK, k: int) -> TopK:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def seal_of(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, ensure_ascii=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The checked manifest: undamaged, of this format, complete, and naming no file outside its folder."""
     path = folder / MANIFEST
@@ -185,7 +181,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         got = body.get("format") if isinstance(body, dict) else type(body).__name__
         raise ValueError(f"teacher_store: format: {path} has {got!r}, this version reads {FORMAT!r}")
     checksum = body.pop("checksum", None)
-    if checksum != seal_of(body):
+    if checksum != json_hash(body):
         raise ValueError(
             f"teacher_store: {path} is damaged: its checksum does not match its content; {advice}"
         )
