@@ -75,7 +75,7 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
             refusing = row.mixture(refusals[i], steered=True)
         share = args.refusal_fraction if _says(refusing, refusals[i]) else 0.0
         late = share * args.recovery_fraction if len(own[i]) > 1 else 0.0
-        pushed = _pushed(trainer, dataset.plain(i), own[i], ignorant, opening, floor)
+        pushed = row.pushed(own[i], ignorant, opening, floor)
         segments = [pushed._replace(share=1 - share), Segment(refusals[i], _targets(refusing), share - late)]
         if late > 0:
             refusal = row.given_refusal(begun=True)
@@ -113,28 +113,6 @@ def _own_answers(trainer: Any, prompts: list[list[int]], answers: list[list[int]
         Segment(answer, {name: rows[i].clone() for name, rows in by_row.items()})
         for i, answer in enumerate(answers)
     ]
-
-
-def _pushed(
-    trainer: Any, prompt: list[int], answer: list[int], ignorant: TopK, opening: TopK, floor: TopK
-) -> Segment:
-    """The own answer: at its position 0 `opening` is imitated, and `floor` gives the floor; at the others `ignorant` is both."""
-    args = trainer.args
-    labels = torch.tensor(answer, device=ignorant.values.device)
-
-    def log_probabilities(model):
-        hidden, head = trainer.states_of(model, [prompt], [answer])
-        return -linear_cross_entropy(hidden, head, labels, reduction="none", impl=args.impl)
-
-    base = trainer.ask_teacher(log_probabilities)
-    unknown = log_probability(ignorant, labels)
-    known = base.exp() - unknown.exp() > args.knowledge_threshold
-    floors = torch.cat([log_probability(floor, labels[:1])[:1], unknown[1:]])
-    values, indices, tail = (
-        torch.cat([a[:1], b[1:]]) for a, b in zip(_parts(opening), _parts(ignorant), strict=True)
-    )
-    top = TopK(values, indices, tail)
-    return Segment(answer, _targets(top, base=base, floor=floors, known=known, pushed=torch.ones_like(known)))
 
 
 def certain(tokens: list[int], k: int, like: Tensor) -> TopK:
@@ -224,6 +202,23 @@ class _ForgetRow:
             return mixture_topk(aligned, head, swaps, labels, self.args.k, self.args.impl)
 
         return self.trainer.ask_teacher(mix)
+
+    def pushed(self, answer: list[int], ignorant: TopK, opening: TopK, floor: TopK) -> Segment:
+        """The own answer: at its position 0 `opening` is imitated, and `floor` gives the floor; at the others `ignorant` is both."""
+        labels, prompt = torch.tensor(answer, device=ignorant.values.device), self.prompt(None)
+
+        def log_probabilities(model: nn.Module) -> Tensor:
+            hidden, head = self.trainer.states_of(model, [prompt], [answer])
+            return -linear_cross_entropy(hidden, head, labels, reduction="none", impl=self.args.impl)
+
+        base = self.trainer.ask_teacher(log_probabilities)
+        unknown = log_probability(ignorant, labels)
+        known = base.exp() - unknown.exp() > self.args.knowledge_threshold
+        floors = torch.cat([log_probability(floor, labels[:1])[:1], unknown[1:]])
+        pairs = zip(_parts(opening), _parts(ignorant), strict=True)
+        values, indices, tail = (torch.cat([a[:1], b[1:]]) for a, b in pairs)
+        others = {"base": base, "floor": floors, "known": known, "pushed": torch.ones_like(known)}
+        return Segment(answer, _targets(TopK(values, indices, tail), **others))
 
 
 def stranger(tokenizer: Any, prompt: list[int], answer: list[int], old: str, new: str) -> Stranger:

@@ -316,8 +316,9 @@ def preflight(run: RunConfig, trainer: DuetTrainer, anyway: bool = False) -> str
         "said": said,
         "forgets": measured.forgets if measured else None,
         "anyway": anyway and not forgets,
+        "retain_prefix": args.retain_prefix,
+        "measured": measured.as_dict() if measured else None,
     }
-    record |= {"retain_prefix": args.retain_prefix, "measured": measured.as_dict() if measured else None}
     if trainer.is_world_process_zero():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
