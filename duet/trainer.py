@@ -232,7 +232,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """`Trainer.train`; for `in_context`, whose weights stay, the first prefix, about all subjects, is put into the chat template.
+        """`Trainer.train`; for `in_context`, whose weights stay, the prefix is put into the chat template instead.
 
         What decides the run is written to `output_dir` (`duet.output.record`), and compared when it is resumed.
 
@@ -240,7 +240,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             ValueError: resumed with other options, rows, weights, ... than it began with; what changed is named.
         """
         if self.objective.loss is None:
-            subjects = ", ".join(self.train_dataset.subjects) or None
+            subjects = ", ".join(self.train_dataset.subjects) or None  # one prefix for every conversation
             said = fill_prefix(self.args.steering_prefixes[0], subjects, "forget_dataset")
             tokenizer, options = self.renderer.tokenizer, self.renderer.template_kwargs
             self.processing_class = steered_tokenizer(tokenizer, said, self.args.steering_place, **options)

@@ -98,7 +98,7 @@ def without_frozen_adapter(model: Any, adds: bool, earlier: Earlier = "merge") -
 
 
 def _one_model(model: nn.Module, argument: str, earlier: Earlier, folder: str | None = None) -> nn.Module:
-    """The transformers model that does what `model`, of a folder if it was read, with its adapter does; it says which one that was."""
+    """The transformers model that does what `model` with its adapter does, and says which model that was; `folder`: where it was read."""
     name = folder or getattr(model, "name_or_path", "")
     whole: Any = merge_adapters(model, argument) if earlier == "merge" else keep_adapter(model, folder)
     whole.earlier_model = name
