@@ -40,6 +40,11 @@ app = Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = literal_console()
 
 
+def say(text: str) -> None:
+    """Prints a line, however long: the terminal breaks it."""
+    console.print(text, soft_wrap=True)
+
+
 class WithKeys(TyperCommand):
     """A command whose `--help` lists the keys of the YAML file too."""
 
@@ -130,9 +135,8 @@ def train(
     """Make a language model forget what a YAML file says. Any key of it can follow: --learning_rate 1e-4 --adapter.r 8."""
     from duet.run.config_file import RunConfig
 
-    run = RunConfig.load(
-        config, overrides.args, _own(overrides)
-    )  # what is wrong in it is said before the rest is imported
+    # What is wrong in it is said before the rest is imported.
+    run = RunConfig.load(config, overrides.args, _own(overrides))
     from duet.run.commands import how_to_go_on
     from duet.run.commands import train as run_training
 
@@ -144,21 +148,19 @@ def train(
 
             said = preflight(run, trainer, anyway)
         if said and trainer.is_world_process_zero():
-            console.print(said, soft_wrap=True)
+            say(said)
 
     try:
         trainer = run_training(run, resume, check)
     except KeyboardInterrupt:
         if not run.training.process_index:
-            console.print(how_to_go_on(str(run.training.output_dir)), soft_wrap=True)
+            say(how_to_go_on(str(run.training.output_dir)))
         raise SystemExit(130) from None
     if trainer.is_world_process_zero():
         out = str(run.training.output_dir)
         merged = f", merged with its base: {Path(out, 'merged')}" if run.merge else ""
-        console.print(f"{out}: the model after {trainer.state.global_step} steps{merged}", soft_wrap=True)
-        console.print(
-            f"what it still says: duet eval {out} --suite probes --data DIR --out DIR", soft_wrap=True
-        )
+        say(f"{out}: the model after {trainer.state.global_step} steps{merged}")
+        say(f"what it still says: duet eval {out} --suite probes --data DIR --out DIR")
 
 
 @app.command(context_settings=_KEYS)
@@ -201,11 +203,11 @@ def steer(
         chosen = steering.steer(run, texts, chosen_places, progress=shown, **how)
     console.print(steering.table(chosen))
     for text, letter in steering.wording_names(chosen).items():
-        console.print(f"{letter}: {text}", soft_wrap=True)
-    console.print(steering.verdict(chosen), soft_wrap=True)
+        say(f"{letter}: {text}")
+    say(steering.verdict(chosen))
     if write is not None:
         steering.write_choice(write, tree, chosen, anyway)
-        console.print(f"written to {write}", soft_wrap=True)
+        say(f"written to {write}")
 
 
 @app.command()
@@ -254,9 +256,7 @@ def elicit(
     asked = facts.facts_of([*rows, *source_rows(sources, wanted, others)], wanted, others)
     base, tokenizer = models.load(model, dtype, device)
     if not tokenizer.chat_template:
-        console.print(
-            "the tokenizer has no chat template: questions are written as plain text", soft_wrap=True
-        )
+        say("the tokenizer has no chat template: questions are written as plain text")
     how: dict[str, Any] = {
         "samples": samples,
         "max_new_tokens": max_new_tokens,
@@ -278,7 +278,7 @@ def elicit(
         coming = f"duet steer --data {out} --config FILE comes next"
     else:  # nothing would be left to measure by
         coming = "duet steer --config FILE comes next, with these rows in its data; --data needs three wordings of a question"
-    console.print(f"written to {out}: {coming}", soft_wrap=True)
+    say(f"written to {out}: {coming}")
 
 
 @app.command()
@@ -311,8 +311,8 @@ def shrink(
     with progress(console) as shown:
         found = shrinking.run_shrink(adapter, data, out, sizes=tried, most=most, progress=shown, **how)
     console.print(shrinking.table(found))
-    console.print(shrinking.verdict(found), soft_wrap=True)
-    console.print(f"written to {out}", soft_wrap=True)
+    say(shrinking.verdict(found))
+    say(f"written to {out}")
 
 
 @app.command("import")
@@ -329,16 +329,16 @@ def import_(
 
     found = import_rows(path, kind, role)
     for written in write_rows(found, out):
-        console.print(f"written to {written}", soft_wrap=True)
+        say(f"written to {written}")
     for name, value in found.numbers.items():
-        console.print(f"{name}: {value:.6g} (as the run reports it)", soft_wrap=True)
+        say(f"{name}: {value:.6g} (as the run reports it)")
     files = " ".join(f"--{name} {out / name}.jsonl" for name in ("forget", "retain") if name in found.tables)
     if "forget" in found.tables:
-        console.print(f"duet attack {found.model or 'MODEL'} {files} --out attack comes next", soft_wrap=True)
+        say(f"duet attack {found.model or 'MODEL'} {files} --out attack comes next")
     if "choices" in found.tables:
         task = {"forget": "wmdp_bio", "retain": "mmlu"}[role]
         words = f"--suite mcq --data {out} --set {task}=choices --out choices"
-        console.print(f"duet eval MODEL {words} asks for the letter", soft_wrap=True)
+        say(f"duet eval MODEL {words} asks for the letter")
 
 
 @app.command()
@@ -386,9 +386,7 @@ def cache(
 
     done = run_caching(run, dtype)
     if run.training.process_index == 0:
-        console.print(
-            f"{done.store.folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}"
-        )
+        say(f"{done.store.folder}: {len(done.store)} entries, {done.added} of them new; {done.saving}")
 
 
 @app.command(context_settings=_KEYS)
@@ -439,7 +437,7 @@ def merge(
     from duet.run.commands import merge_adapter
 
     merge_adapter(adapter, out)
-    console.print(f"{out}: the merged model and its tokenizer", soft_wrap=True)
+    say(f"{out}: the merged model and its tokenizer")
 
 
 app.command(name="eval")(run_eval)

@@ -24,15 +24,17 @@ from duet_kernels import LMHead, set_workspace_bytes
 
 from .config import DuetConfig
 from .data.dataset import Collator, EpochOf, UnlearnSampler
+from .data.prompts import fill_prefix, steered_tokenizer
 from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
+from .methods.asking import look_at_teacher
 from .methods.directions import FixedDirections
 from .methods.evaluating import WholeSetLoss
 from .methods.objectives import Counts, Step, fit_model, objective_of
+from .methods.reuse import reused_prefixes
 from .methods.selectivity import FixedSteps, check_selective
 from .methods.sharpness import SharpSteps, check_sharp
-from .methods.steering import look_at_teacher, tokenizer_that_steers
-from .methods.views import Views, asked_before_training, datasets_in, is_steered
+from .methods.views import Views, asked_before_training, datasets_in
 from .model import lm, loading
 from .model.adapters import check_folder, check_not_earlier, has_adapter
 from .model.answers import tokenizer_of
@@ -160,8 +162,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         self._views = Views.of(self.objective, args, tokenizer, model, seed)
         self.renderer = self._views.renderer
         train_dataset = self._views.dataset(forget, retain)
-        self._train_subjects = train_dataset.subjects
-        eval_dataset = self._views.evaluated(eval_dataset, self._train_subjects)
+        eval_dataset = self._views.evaluated(eval_dataset, train_dataset.subjects)
         self._other_teacher = teacher_model is not None
         self.teacher = None
         # Hashes of the student and of its teacher, made once: for a store, else when training begins.
@@ -202,7 +203,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         drawn = train_dataset.num_forget, train_dataset.num_retain, args.retain_per_forget
         self._sampler = UnlearnSampler(*drawn, seed=args.seed if args.data_seed is None else args.data_seed)
         self.add_callback(EpochOf(self._sampler))
-        self._reused = self.reused_prefixes(packed)
+        self._reused = reused_prefixes(self, packed)
         if self.teacher is not None:
             self.place_teacher(self._other_teacher)
 
@@ -239,14 +240,20 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             ValueError: resumed with other options, rows, weights, ... than it began with; what changed is named.
         """
         if self.objective.loss is None:
-            self.processing_class = tokenizer_that_steers(self.train_dataset, self.renderer, self.args)
+            subjects = ", ".join(self.train_dataset.subjects) or None  # one prefix for every conversation
+            said = fill_prefix(self.args.steering_prefixes[0], subjects, "forget_dataset")
+            tokenizer, options = self.renderer.tokenizer, self.renderer.template_kwargs
+            self.processing_class = steered_tokenizer(tokenizer, said, self.args.steering_place, **options)
+            logger.info(
+                "in_context: nothing is trained; the chat template now steers (save_model() writes it)"
+            )
             return TrainOutput(0, 0.0, {})
         check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
         with refused_by_all():
             resume_from_checkpoint = resumed_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
             self._keep_record(resume_from_checkpoint)
         known = self.teacher_measured or resume_from_checkpoint or loading.is_sharded(self.args)
-        if is_steered(self.objective) and self.teacher.watched and not known:
+        if self.objective.is_steered and self.teacher.watched and not known:
             look_at_teacher(self.train_dataset, self.renderer.tokenizer, self.teacher_says)
         if self.teacher is not None and self.teacher.asks_first:
             for dataset in (self.train_dataset, *datasets_in(self.eval_dataset)):
@@ -323,9 +330,10 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         with self.accelerator.autocast():
             if (beginning := inputs.get(f"{view}beginning")) is not None:
                 hidden = self._reused.table.hidden_states_at(model, beginning, ids, mask, places)
-                head = LMHead.of(model)
-                return hidden.to(head.weight.dtype), head
-            return lm.head_inputs(model, ids, mask, places, layer=layer, position_ids=packed)
+            else:
+                hidden = lm.hidden_states_at(model, ids, mask, places, layer, packed)
+        head = LMHead.of(model)
+        return hidden.to(head.weight.dtype), head
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Counts over all micro-batches of a step and all processes (the Trainer's hook for `num_items_in_batch`)."""

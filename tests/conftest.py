@@ -243,8 +243,8 @@ def pytest_collection_finish(session):
 
     And before each training the steered teacher says two tokens to a query, not sixteen: a random model ends no answer.
     """
-    if steering := sys.modules.get("duet.methods.steering"):
-        steering.TOKENS = 2
+    if asking := sys.modules.get("duet.methods.asking"):
+        asking.TOKENS = 2
     gc.collect()
     gc.freeze()
     gc.enable()

@@ -309,13 +309,13 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/data/prompts.py": [
         ("a prompt without tokens is taken", "            if not ids:\n", "            if ids is None:\n", "tests/test_data.py::test_a_prompt_without_tokens_is_refused_with_the_row_named"),
-        ("the prefix replaces the system message", "return ((\"system\", f\"{system}\\n\\n{conversation[0][1]}\"), *conversation[1:])", "return ((\"system\", system), *conversation[1:])",
+        ("the prefix replaces the system message", "(\"system\", f\"{system}\\n\\n{conversation[0][1]}\"), *conversation[1:])", "(\"system\", system), *conversation[1:])",
          "tests/test_prompts.py::test_prefix_joins_a_system_message_that_is_there"),
         ("an answer starts a text of its own", "_ids_in_text(tokenizer, text) if text[:1].isspace() else", "_ids(tokenizer, text) if text[:1].isspace() else",
          "tests/test_prompts.py::test_an_answer_is_written_as_the_model_writes_it_behind_a_word"),
         ("the override goes before the first user text", "conversation = _before_user(conversation, override, last=True)", "conversation = _before_user(conversation, override, last=False)",
          "tests/test_prompts.py::test_a_reverse_prompt_goes_before_the_last_user_text_or_into_the_system_message"),
-        ("a template that drops the system message is trusted", "    return _MARK in text\n", "    return True\n", "tests/test_prompts.py::test_a_system_message_must_be_seen_to_be_accepted"),
+        ("a template that drops the system message is trusted", "return _MARK in _rendered(", "return \"\" in _rendered(", "tests/test_prompts.py::test_a_system_message_must_be_seen_to_be_accepted"),
         ("a prefix in the user's turn goes before the last text", "_before_user(conversation, instruction, last=False), None", "_before_user(conversation, instruction, last=True), None",
          "tests/test_prompts.py::test_in_the_users_turn_the_prefix_goes_before_the_first_text"),
         ("one of several chat templates steers in vain", "named = isinstance(template, dict)", "named = False",
@@ -358,7 +358,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("retain_weight is ignored", "\"loss\": forget + self.args.retain_weight * retain,", "\"loss\": forget + retain,", _VALUES + "test_graddiff"),
     ],
     "duet/methods/counterfactual.py": [
-        ("a recovery has no beginning before it", "share / len(cuts), answer[:cut])", "share / len(cuts), ())",
+        ("a recovery has no beginning before it", "late / len(cuts), own[i][:cut])", "late / len(cuts), ())",
          "tests/test_counterfactual.py::test_a_share_of_the_refusals_follows_the_beginning_of_the_own_answer"),
         ("the mixture is a mean of logarithms", "(values - norm.unsqueeze(-1)).logsumexp(0) - math.log(variants)", "(values - norm.unsqueeze(-1)).mean(0)",
          "tests/test_counterfactual.py::test_the_mixture_is_the_mean_of_swapped_distributions"),
@@ -658,8 +658,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("the worst attack decides what every attack may bring back", 'max(self.most, full[name]["share"])', 'max(self.most, self.tried[0].worst["share"])',
          _SHRINK + "test_an_attack_that_succeeds_at_full_size_allows_no_other_one"),
         ("of equal sizes the smallest is taken", 'each.kept["share"], each.size)', 'each.kept["share"], -each.size)', _SHRINK + "test_the_size_that_keeps_most_and_tells_no_more_is_chosen"),
-        ("rows that the base does not tell count", '        row for row, outcome in zip(target.rows, target.ask("as asked"), strict=True) if outcome["leaked"]',
-         '        row for row, outcome in zip(target.rows, target.ask("as asked"), strict=True)', _SHRINK + "test_the_size_that_keeps_most_and_tells_no_more_is_chosen"),
+        ("rows that the base does not tell count", '[row for row, outcome in rows if outcome["leaked"]]', "[row for row, _ in rows]", _SHRINK + "test_the_size_that_keeps_most_and_tells_no_more_is_chosen"),
         ("drawn answers that were cut count as judged", "None if row.id in unclear else row.id in told", "row.id in told",
          _SHRINK + "test_answers_that_could_not_be_judged_are_said"),
         ("a folder with other files is written to", "if out.is_dir() and any(out.iterdir()):", "if False:", _SHRINK + "test_bad_input_is_named"),
@@ -755,7 +754,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a sharpness-aware step takes no more", "(2 * gradients if settings.sharp else 0)", "0", "tests/test_plan.py::test_the_two_numbers_of_a_sharpness_aware_step_are_counted"),
     ],
     "duet/run/plan_report.py": [
-        ("a teacher without a prefix reads one", "length + (prefix_length if steered else 0)", "length + prefix_length", "tests/test_plan.py::test_prefixes_that_nobody_keeps_are_not_counted[options1]"),
+        ("a teacher without a prefix reads one", "length + (prefix_length if objective.is_steered else 0)", "length + prefix_length", "tests/test_plan.py::test_prefixes_that_nobody_keeps_are_not_counted[options1]"),
     ],
     "duet/cli.py": [
         ("a plan takes the revision of another model", '["--model", quoted(model)]', '["--model.name", quoted(model)]',

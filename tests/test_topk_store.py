@@ -14,6 +14,7 @@ import torch
 from forks import ended_by, forked
 from safetensors.torch import load_file, save_file
 
+from duet.model.hashes import json_hash
 from duet.store import read as topk_store
 from duet.store import write as topk_writer
 from duet.store.columns import read_columns, write_columns
@@ -25,7 +26,6 @@ from duet.store.read import (
     Provenance,
     TopKStore,
     fingerprint,
-    seal_of,
     truncated,
 )
 from duet.store.write import StoreWriter
@@ -376,7 +376,7 @@ def test_a_store_of_an_earlier_version_is_gone_on_with(tmp_path):
     fill(folder, PRINTS[:2], finish=False, **lacking)
     forge(folder, lambda body: [body["provenance"].pop(name) for name in MAY_LACK])
     body = json.loads((folder / MANIFEST).read_text())["provenance"]
-    assert provenance(**lacking).seal == seal_of(body | {"model": ""})
+    assert provenance(**lacking).seal == json_hash(body | {"model": ""})
     writer = fill(folder)
     assert len(writer.written) == 6 and TopKStore(folder).provenance == provenance(**lacking)
 
@@ -466,7 +466,7 @@ def forge(folder, change):
     body = json.loads((folder / MANIFEST).read_bytes())
     del body["checksum"]
     change(body)
-    (folder / MANIFEST).write_text(json.dumps(body | {"checksum": seal_of(body)}))
+    (folder / MANIFEST).write_text(json.dumps(body | {"checksum": json_hash(body)}))
 
 
 @pytest.mark.parametrize(

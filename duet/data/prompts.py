@@ -76,6 +76,20 @@ def check_placeholders(name: str, text: str, known: str = SUBJECT) -> None:
             raise ValueError(f"{name}: there is no placeholder {found!r}, {only}; got {text!r}")
 
 
+def _rendered(tokenizer: Any, turns: Any, template_kwargs: dict[str, Any], prompts: bool = True) -> str:
+    """The chat template's text of (role, text) turns; `prompts`: an answer follows."""
+    messages = [{"role": role, "content": text} for role, text in turns]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompts, **template_kwargs
+        )
+    except Exception as error:  # a template may raise anything through jinja's raise_exception
+        roles = ", ".join(role for role, _ in turns)
+        raise CannotRender(
+            f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}"
+        ) from error
+
+
 def accepts_system(tokenizer: Any, **template_kwargs: Any) -> bool:
     """Whether the chat template shows a system message to the model.
 
@@ -83,14 +97,10 @@ def accepts_system(tokenizer: Any, **template_kwargs: Any) -> bool:
     """
     if not getattr(tokenizer, "chat_template", None):
         return False
-    messages = [{"role": "system", "content": _MARK}, {"role": "user", "content": "x"}]
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **template_kwargs
-        )
-    except Exception:  # a template may raise anything through jinja's raise_exception
+        return _MARK in _rendered(tokenizer, (("system", _MARK), ("user", "x")), template_kwargs)
+    except CannotRender:
         return False
-    return _MARK in text
 
 
 def answer_ending(tokenizer: Any, **template_kwargs: Any) -> list[int]:
@@ -103,10 +113,9 @@ def answer_ending(tokenizer: Any, **template_kwargs: Any) -> list[int]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if not getattr(tokenizer, "chat_template", None):
         return end
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _MARK}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
-    except Exception:  # as above
+        text = _rendered(tokenizer, (("user", "x"), ("assistant", _MARK)), template_kwargs, prompts=False)
+    except CannotRender:
         return end
     _, shown, behind = text.rpartition(_MARK)
     if not shown:
@@ -255,10 +264,7 @@ class PromptRenderer:
         self._cache: dict[tuple, list[int]] = {}
 
     def _check_template(self) -> None:
-        """Refuses a chat template that does not show the question; warns of options that it does not read.
-
-        One that refuses the question is met at the rows.
-        """
+        """Refuses a chat template that drops the question; warns of options that it does not read. A refusal is met at the rows."""
         template = str(getattr(self.tokenizer, "chat_template", None) or "")
         for name in self.template_kwargs:
             if not re.search(rf"\b{re.escape(name)}\b", template):
@@ -269,7 +275,7 @@ class PromptRenderer:
         if not self.has_template:
             return
         try:
-            text = self._rendered((("user", _MARK),))
+            text = _rendered(self.tokenizer, (("user", _MARK),), self.template_kwargs)
         except CannotRender:
             return
         if _MARK not in text:
@@ -277,18 +283,6 @@ class PromptRenderer:
                 "processing_class: wanted a chat template that shows the user's message, got one that drops it: check "
                 "tokenizer.chat_template"
             )
-
-    def _rendered(self, conversation: Any) -> str:
-        messages = [{"role": role, "content": text} for role, text in conversation]
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs
-            )
-        except Exception as error:  # a template may raise anything through jinja's raise_exception
-            roles = ", ".join(role for role, _ in conversation)
-            raise CannotRender(
-                f"the tokenizer's chat template refuses a conversation of the roles {roles}: {error}"
-            ) from error
 
     def _known(self, ids: list[int]) -> list[int]:
         """`ids`, all of which the model embeds."""
@@ -351,17 +345,14 @@ class PromptRenderer:
             while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
                 ids = ids[:-1]
             return ids
-        if system is not None:
-            conversation = self._with_system(conversation, system)
+        if system is not None and not self.system_allowed:
+            conversation = _before_user(conversation, system, last=False)
+        elif system is not None and conversation[0][0] == "system":
+            conversation = (("system", f"{system}\n\n{conversation[0][1]}"), *conversation[1:])
+        elif system is not None:
+            conversation = (("system", system), *conversation)
         # The template has written the special tokens already.
-        return text_ids(self.tokenizer, self._rendered(conversation))
-
-    def _with_system(self, conversation, system: str):
-        if not self.system_allowed:
-            return _before_user(conversation, system, last=False)
-        if conversation[0][0] == "system":
-            return (("system", f"{system}\n\n{conversation[0][1]}"), *conversation[1:])
-        return (("system", system), *conversation)
+        return text_ids(self.tokenizer, _rendered(self.tokenizer, conversation, self.template_kwargs))
 
     def _written_out(self, conversation) -> str:
         if len(conversation) != 1 or conversation[0][0] != "user":

@@ -3,7 +3,6 @@
 objectives       OBJECTIVES: every method, a function and a line each
 views            an objective, its options and rows -> what student and teacher are shown
 asking           what is asked of the frozen teacher before training; reuse: steering prefixes that it reads once
-steering         a look at the steered teacher before training; the chat template of `in_context`
 counterfactual   the targets of `duet_deep`
 directions       `adapter_directions: contrast`: an adapter that reads only where forget and retain rows differ
 sharpness        sharpness-aware steps

@@ -10,17 +10,16 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from duet_kernels import LMHead
-from duet_kernels.dispatch import workspace_bytes
 
 from ..data.dataset import UnlearnDataset, plain_item
 from ..model import lm, loading
 from ..model.answers import generate_answers
 from ..model.teacher import RowTargets, TeacherGuard
-from .reuse import ReusedPrefixes, whole_prompts_because
 
 logger = logging.get_logger(__name__)
 
 _PROBE_QUERIES = 4
+LOOKED_AT, TOKENS = 8, 16  # forget queries that `look_at_teacher` asks, and tokens of each answer
 
 
 class Asking(Trainer):
@@ -33,7 +32,6 @@ class Asking(Trainer):
     accelerator: Any
     train_dataset: Any
     eval_dataset: Any
-    data_collator: Any
     objective: Any
     teacher: Any
     head_inputs: Any
@@ -41,7 +39,6 @@ class Asking(Trainer):
     pad_id: int
     _sampler: Any
     _views: Any
-    _train_subjects: Any
     _prepared: WeakSet[UnlearnDataset]
     _reused: Any
     _targets_by: Any
@@ -78,27 +75,6 @@ class Asking(Trainer):
         """A progress bar around `sequence`, where one is wanted."""
         hidden = self.args.disable_tqdm or not self.is_world_process_zero() or len(sequence) == 0
         return logging.tqdm(sequence, desc=doing, disable=hidden)
-
-    def reused_prefixes(self, packed: bool) -> ReusedPrefixes | None:
-        """What reads the steering prefixes once, if a live teacher can; else the log says why not."""
-        if self.teacher is None or not self.teacher.watched:
-            return None
-        why = whole_prompts_because(self.args, packed, loading.is_sharded(self.args))
-        if why is not None:
-            logger.info(f"the teacher reads whole prompts: {why}")
-            return None
-
-        def ask(function: Callable[[nn.Module], Any]) -> Any:
-            with self.accelerator.autocast():
-                return self.ask_teacher(function)
-
-        def states(items: list[dict[str, Any]]) -> Tensor:
-            inputs = self._prepare_inputs(self.data_collator(items))
-            return self.ask_teacher(lambda model: self.head_inputs(model, inputs, "teacher_")[0])
-
-        half = self.args.bf16 or self.args.fp16 or lm.base_language_model(self.model).dtype.itemsize < 4
-        most = workspace_bytes(self.args.device)
-        return ReusedPrefixes(ask, states, self.args.eval_batch_size, most, half)
 
     # -- what is asked before a dataset is used, and before the first step ------------------------------------------
 
@@ -162,3 +138,39 @@ class Asking(Trainer):
         with torch.no_grad(), lm.evaluating(student):
             own = lm.call_through(self.model_wrapped, student, lambda: states(student))
         return own, self.teacher.run(states, student, self.model_wrapped)
+
+
+def look_at_teacher(
+    dataset: UnlearnDataset, tokenizer: Any, says: Callable[[list[list[int]], int], list[list[int]]]
+) -> list[str]:
+    """Warns where the teacher, steered by the first prefix, answers as it does without, or with the row's answer.
+
+    Args:
+        dataset: its forget rows, at most LOOKED_AT of them, from all over, are asked; none where there is no prefix.
+        tokenizer: decodes.
+        says: prompts and the most new tokens -> the teacher's greedy answers, as ids.
+
+    Returns:
+        the names of the rows that the steered teacher still tells.
+    """
+    if not dataset.prefixes:
+        return []
+    count = min(LOOKED_AT, dataset.num_forget)
+    rows = [place * dataset.num_forget // count for place in range(count)]
+    prompts = [*map(dataset.plain, rows), *map(dataset.first_steered, rows)]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in says(prompts, TOKENS)]
+    plain, steered = texts[:count], texts[count:]
+    told = []
+    for row, before, text in zip(rows, plain, steered, strict=True):
+        query = dataset.rows[row]
+        wanted = (query.answer or "").strip(" .!?").casefold()
+        if text == before or (wanted and wanted in text.casefold()):
+            told.append((query, text))
+    if told:
+        query, text = told[0]
+        logger.warning(
+            f"the steered teacher answers {len(told)} of {count} forget queries as it does without its prefix, or with what is to "
+            f"be forgotten ({query.name}: {text[:60]!r}). The student cannot forget what its teacher tells: try other "
+            "steering_prefixes, another teacher, or an objective without one, such as npo"
+        )
+    return [query.name for query, _ in told]

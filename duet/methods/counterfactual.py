@@ -20,14 +20,14 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from duet_kernels import LMHead, TopK, linear_cross_entropy, linear_gather, linear_logsumexp, linear_topk
 from duet_kernels.dispatch import Impl
 
 from ..data.dataset import Segment
-from ..data.prompts import Conversation, fill_prefix
+from ..data.prompts import fill_prefix
 
 logger = logging.get_logger(__name__)
 
@@ -43,10 +43,10 @@ class Stranger(NamedTuple):
 
 def prepare_deep(trainer: Any, dataset: Any) -> None:
     """Fills `dataset.segments`: each forget row's own answer and refusal, each retain row's own answer."""
-    args = trainer.args
-    forget, everybody = range(dataset.num_forget), range(len(dataset.rows))
-    names = [_names(args, dataset.rows[i], i) for i in forget]
-    nameless = [dataset.rows[i].name for i in forget if not names[i]]
+    args, everybody = trainer.args, range(len(dataset.rows))
+    forget, retain = everybody[: dataset.num_forget], everybody[dataset.num_forget :]
+    rows = [_ForgetRow(trainer, dataset.rows[i], i) for i in forget]
+    nameless = [row.query.name for row in rows if not row.names]
     if nameless:
         logger.warning(
             f"{nameless[0]}: its question does not hold the subject, so that 'duet_deep' cannot ask about unknown names in its "
@@ -54,31 +54,34 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
         )
     own = trainer.teacher_says([dataset.plain(i) for i in everybody], args.max_answer_tokens)
     if args.deep_refusals:
-        refusals = [_given_refusal(trainer, dataset.rows[i], i) for i in forget]
+        refusals = [row.given_refusal() for row in rows]
     else:
-        steered = [_steered(trainer, dataset, i, args.steering_prefixes[0]) for i in forget]
+        steered = [row.prompt(args.steering_prefixes[0]) for row in rows]
         refusals = trainer.teacher_says(steered, args.max_answer_tokens)
 
-    retain = everybody[dataset.num_forget :]
     for batch in trainer.batches((len(dataset.plain(i)) for i in retain), "what is to be kept"):
-        rows = [retain[n] for n in batch]
-        segments = _own_answers(trainer, [dataset.plain(i) for i in rows], [own[i] for i in rows])
-        for i, segment in zip(rows, segments, strict=True):
+        kept = [retain[n] for n in batch]
+        segments = _own_answers(trainer, [dataset.plain(i) for i in kept], [own[i] for i in kept])
+        for i, segment in zip(kept, segments, strict=True):
             dataset.keep(i, [segment])
     for i in trainer.progress(forget, "what the base knows"):
-        ignorant = _mixture(trainer, dataset, i, names[i], own[i], steered=False)
+        row = rows[i]
+        ignorant = row.mixture(own[i], steered=False)
         if args.deep_refusals:
             opening = refusing = certain(refusals[i], args.k, ignorant.values)
             floor = ignorant
         else:
-            opening = floor = _mixture(trainer, dataset, i, names[i], own[i][:1], steered=True)
-            refusing = _mixture(trainer, dataset, i, names[i], refusals[i], steered=True)
+            opening = floor = row.mixture(own[i][:1], steered=True)
+            refusing = row.mixture(refusals[i], steered=True)
         share = args.refusal_fraction if _says(refusing, refusals[i]) else 0.0
         late = share * args.recovery_fraction if len(own[i]) > 1 else 0.0
-        pushed = _pushed(trainer, dataset.plain(i), own[i], ignorant, opening, floor)
+        pushed = row.pushed(own[i], ignorant, opening, floor)
         segments = [pushed._replace(share=1 - share), Segment(refusals[i], _targets(refusing), share - late)]
         if late > 0:
-            segments += _recovering(trainer, dataset.rows[i], i, own[i], ignorant.values, late)
+            refusal = row.given_refusal(begun=True)
+            targets = _targets(certain(refusal, args.k, ignorant.values))
+            cuts = range(1, len(own[i]))  # behind the first 1, 2, ... tokens of the base's own answer
+            segments += [Segment(refusal, targets, late / len(cuts), own[i][:cut]) for cut in cuts]
         dataset.keep(i, [segment for segment in segments if segment.share > 0])
 
 
@@ -112,53 +115,6 @@ def _own_answers(trainer: Any, prompts: list[list[int]], answers: list[list[int]
     ]
 
 
-def _recovering(
-    trainer: Any, query: Any, i: int, answer: list[int], like: Tensor, share: float
-) -> list[Segment]:
-    """The refusal behind the first 1, 2, ... tokens of the base's own answer; `share`: of all of them."""
-    refusal = _given_refusal(trainer, query, i, begun=True)
-    targets = _targets(certain(refusal, trainer.args.k, like))
-    cuts = range(1, len(answer))
-    return [Segment(refusal, targets, share / len(cuts), answer[:cut]) for cut in cuts]
-
-
-def _pushed(
-    trainer: Any, prompt: list[int], answer: list[int], ignorant: TopK, opening: TopK, floor: TopK
-) -> Segment:
-    """The own answer: at its position 0 `opening` is imitated, and `floor` gives the floor; at the others `ignorant` is both."""
-    args = trainer.args
-    labels = torch.tensor(answer, device=ignorant.values.device)
-
-    def log_probabilities(model):
-        hidden, head = trainer.states_of(model, [prompt], [answer])
-        return -linear_cross_entropy(hidden, head, labels, reduction="none", impl=args.impl)
-
-    base = trainer.ask_teacher(log_probabilities)
-    unknown = log_probability(ignorant, labels)
-    known = base.exp() - unknown.exp() > args.knowledge_threshold
-    floors = torch.cat([log_probability(floor, labels[:1])[:1], unknown[1:]])
-    values, indices, tail = (
-        torch.cat([a[:1], b[1:]]) for a, b in zip(_parts(opening), _parts(ignorant), strict=True)
-    )
-    top = TopK(values, indices, tail)
-    return Segment(answer, _targets(top, base=base, floor=floors, known=known, pushed=torch.ones_like(known)))
-
-
-def _given_refusal(trainer: Any, query: Any, i: int, begun: bool = False) -> list[int]:
-    """The refusal that row i is taught; `begun`: as it follows an answer that has begun."""
-    args = trainer.args
-    text = random.Random(f"{args.seed}/refusal/{i}").choice(args.deep_refusals)
-    text = fill_prefix(text, query.subject, query.name, "refusal of deep_refusals")
-    encode = trainer.renderer.encode_rest if begun else trainer.renderer.encode_answer
-    ids = encode(query.conversation, text)
-    if len(ids) > args.max_answer_tokens:
-        raise ValueError(
-            f"deep_refusals: {text!r} has {len(ids)} tokens, more than max_answer_tokens = {args.max_answer_tokens}; wanted a "
-            "shorter text: what is cut would be taught as a broken refusal"
-        )
-    return ids
-
-
 def certain(tokens: list[int], k: int, like: Tensor) -> TopK:
     """A distribution for each of `tokens` that gives it all its mass, as a TopK `[P, k]`; dtype and device of `like`.
 
@@ -188,30 +144,81 @@ def log_probability(top: TopK, labels: Tensor) -> Tensor:
 # -- strangers --------------------------------------------------------------------------------------------------------
 
 
-def _names(args: Any, query: Any, i: int) -> list[str]:
-    """Names that are put in the place of the subject; none where the question does not hold it."""
-    if not query.subject or query.subject not in _words(query.conversation):
-        return []
-    names = [name for name in args.counterfactual_names if name != query.subject]
-    return random.Random(f"{args.seed}/{i}").sample(names, min(args.num_counterfactuals, len(names)))
+class _ForgetRow:
+    """Row i, and what the base says when its subject is replaced by `names`: none where the question does not hold it."""
 
+    def __init__(self, trainer: Any, query: Any, i: int):
+        self.trainer, self.args, self.query, self.i = trainer, trainer.args, query, i
+        turns = query.conversation
+        words = turns if isinstance(turns, str) else "\n".join(text for _, text in turns)
+        self.names: list[str] = []
+        if query.subject and query.subject in words:
+            names = [name for name in self.args.counterfactual_names if name != query.subject]
+            count = min(self.args.num_counterfactuals, len(names))
+            self.names = random.Random(f"{self.args.seed}/{i}").sample(names, count)
 
-def _words(conversation: Conversation) -> str:
-    return conversation if isinstance(conversation, str) else "\n".join(text for _, text in conversation)
+    def prompt(self, prefix: str | None, name: str | None = None) -> list[int]:
+        """The prompt behind a steering prefix, if one is given; with another name, if one is given."""
+        turns, old = self.query.conversation, self.query.subject
+        if name and isinstance(turns, str):
+            turns = turns.replace(old, name)
+        elif name:
+            turns = tuple((role, text.replace(old, name)) for role, text in turns)
+        instruction = None if prefix is None else fill_prefix(prefix, name or old, self.query.name)
+        return self.trainer.renderer.encode(turns, instruction)
 
+    def given_refusal(self, begun: bool = False) -> list[int]:
+        """The text of `deep_refusals` that the row is taught; `begun`: as it follows an answer that has begun."""
+        text = random.Random(f"{self.args.seed}/refusal/{self.i}").choice(self.args.deep_refusals)
+        text = fill_prefix(text, self.query.subject, self.query.name, "refusal of deep_refusals")
+        renderer, most = self.trainer.renderer, self.args.max_answer_tokens
+        encode = renderer.encode_rest if begun else renderer.encode_answer
+        ids = encode(self.query.conversation, text)
+        if len(ids) > most:
+            raise ValueError(
+                f"deep_refusals: {text!r} has {len(ids)} tokens, more than max_answer_tokens = {most}; wanted a "
+                "shorter text: what is cut would be taught as a broken refusal"
+            )
+        return ids
 
-def _renamed(conversation: Conversation, old: str, new: str) -> Conversation:
-    if isinstance(conversation, str):
-        return conversation.replace(old, new)
-    return tuple((role, text.replace(old, new)) for role, text in conversation)
+    def mixture(self, answer: list[int], steered: bool) -> TopK:
+        """The mean of what the base says along `answer` of the strangers; of the subject behind the prefix, where there are none."""
+        prefixes = self.args.steering_prefixes
+        rows = []
+        for which, name in enumerate(self.names):
+            prompt = self.prompt(prefixes[which % len(prefixes)] if steered else None, name)
+            rows.append(stranger(self.trainer.processing_class, prompt, answer, self.query.subject, name))
+        if not rows:
+            rows = [Stranger(self.prompt(prefixes[0]), answer, list(range(len(answer))), {})]
 
+        def mix(model: nn.Module) -> TopK:
+            prompts, answers = [row.prompt for row in rows], [row.answer for row in rows]
+            hidden, head = self.trainer.states_of(model, prompts, answers)
+            starts = accumulate(map(len, answers), initial=0)
+            places = [[start + at for at in row.places] for start, row in zip(starts, rows, strict=False)]
+            aligned = hidden[torch.tensor(places, device=hidden.device)]
+            labels = torch.tensor(answer, device=hidden.device)
+            swaps = [row.swaps for row in rows]
+            return mixture_topk(aligned, head, swaps, labels, self.args.k, self.args.impl)
 
-def _steered(trainer: Any, dataset: Any, i: int, prefix: str, name: str | None = None) -> list[int]:
-    query = dataset.rows[i]
-    subject = name or query.subject
-    instruction = fill_prefix(prefix, subject, query.name)
-    conversation = _renamed(query.conversation, query.subject, subject) if name else query.conversation
-    return trainer.renderer.encode(conversation, instruction)
+        return self.trainer.ask_teacher(mix)
+
+    def pushed(self, answer: list[int], ignorant: TopK, opening: TopK, floor: TopK) -> Segment:
+        """The own answer: at its position 0 `opening` is imitated, and `floor` gives the floor; at the others `ignorant` is both."""
+        labels, prompt = torch.tensor(answer, device=ignorant.values.device), self.prompt(None)
+
+        def log_probabilities(model: nn.Module) -> Tensor:
+            hidden, head = self.trainer.states_of(model, [prompt], [answer])
+            return -linear_cross_entropy(hidden, head, labels, reduction="none", impl=self.args.impl)
+
+        base = self.trainer.ask_teacher(log_probabilities)
+        unknown = log_probability(ignorant, labels)
+        known = base.exp() - unknown.exp() > self.args.knowledge_threshold
+        floors = torch.cat([log_probability(floor, labels[:1])[:1], unknown[1:]])
+        pairs = zip(_parts(opening), _parts(ignorant), strict=True)
+        values, indices, tail = (torch.cat([a[:1], b[1:]]) for a, b in pairs)
+        others = {"base": base, "floor": floors, "known": known, "pushed": torch.ones_like(known)}
+        return Segment(answer, _targets(TopK(values, indices, tail), **others))
 
 
 def stranger(tokenizer: Any, prompt: list[int], answer: list[int], old: str, new: str) -> Stranger:
@@ -244,31 +251,6 @@ def stranger(tokenizer: Any, prompt: list[int], answer: list[int], old: str, new
 
 
 # -- mixtures ---------------------------------------------------------------------------------------------------------
-
-
-def _mixture(trainer: Any, dataset: Any, i: int, names: list[str], answer: list[int], steered: bool) -> TopK:
-    args, query = trainer.args, dataset.rows[i]
-    rows = []
-    for which, name in enumerate(names):
-        if steered:
-            prefix = args.steering_prefixes[which % len(args.steering_prefixes)]
-            prompt = _steered(trainer, dataset, i, prefix, name)
-        else:
-            prompt = trainer.renderer.encode(_renamed(query.conversation, query.subject, name))
-        rows.append(stranger(trainer.processing_class, prompt, answer, query.subject, name))
-    if not names:
-        prompt = _steered(trainer, dataset, i, args.steering_prefixes[0])
-        rows = [Stranger(prompt, answer, list(range(len(answer))), {})]
-
-    def mix(model):
-        hidden, head = trainer.states_of(model, [row.prompt for row in rows], [row.answer for row in rows])
-        starts = accumulate((len(row.answer) for row in rows), initial=0)
-        places = [[start + place for place in row.places] for start, row in zip(starts, rows, strict=False)]
-        aligned = hidden[torch.tensor(places, device=hidden.device)]
-        labels = torch.tensor(answer, device=hidden.device)
-        return mixture_topk(aligned, head, [row.swaps for row in rows], labels, args.k, args.impl)
-
-    return trainer.ask_teacher(mix)
 
 
 def mixture_topk(

@@ -60,7 +60,11 @@ def contrast(forget: Tensor, retain: Tensor, count: int) -> Tensor:
         tensor([[0.0000, 0.4157, 0.0000]], dtype=torch.float64)
     """
     size = len(forget)
-    ridge = _median_above_rounding(torch.linalg.eigvalsh(retain))
+    ascending = torch.linalg.eigvalsh(retain)
+    # No true eigenvalue of a sum of squares is negative: the lowest one shows how large the rounding is.
+    rounding = torch.maximum(-2 * ascending[0], torch.finfo(ascending.dtype).eps * size * ascending[-1])
+    kept = ascending[ascending > rounding]
+    ridge = kept[len(kept) // 2]  # the median
     root = torch.linalg.cholesky(retain + ridge * torch.eye(size, dtype=ridge.dtype, device=ridge.device))
     whitened = torch.linalg.solve_triangular(root, forget, upper=False)
     whitened = torch.linalg.solve_triangular(root, whitened.T, upper=False)
@@ -69,18 +73,6 @@ def contrast(forget: Tensor, retain: Tensor, count: int) -> Tensor:
     mean_square = ((rows @ forget) * rows).sum(1)
     length = (forget.trace() / (3 * size) / mean_square).sqrt().clamp(max=_LONGEST)
     return length[:, None] * rows
-
-
-def _median_above_rounding(ascending: Tensor) -> Tensor:
-    """The median of the eigenvalues `[D]` of a sum of squares, without those that are only rounding.
-
-    No true eigenvalue of such a sum is negative: the lowest one shows how large the rounding is.
-    """
-    rounding = torch.maximum(
-        -2 * ascending[0], torch.finfo(ascending.dtype).eps * len(ascending) * ascending[-1]
-    )
-    kept = ascending[ascending > rounding]
-    return kept[len(kept) // 2]
 
 
 class FixedDirections(Asking):

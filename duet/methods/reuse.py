@@ -13,7 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from duet_kernels.dispatch import workspace_bytes
+
 from ..data.dataset import UnlearnDataset
+from ..model.lm import base_language_model
+from ..model.loading import is_sharded
 from ..model.prefix_cache import PrefixTable, bytes_per_token, cannot_reuse, common_length
 
 logger = logging.get_logger(__name__)
@@ -22,23 +26,35 @@ SHORTEST = 8  # tokens; below, copying keys and values costs more than reading t
 _SAMPLED_ROWS = 32  # whose prompts say how much all prompts under a prefix have in common
 _CHECKED_ROWS = 4
 
-Ask = Callable[[Callable[[nn.Module], Any]], Any]
+
+def reused_prefixes(trainer: Any, packed: bool) -> "ReusedPrefixes | None":
+    """What reads the steering prefixes of a run once, if its teacher is a live one that can; else the log says why not."""
+    if trainer.teacher is None or not trainer.teacher.watched:
+        return None
+    args, why = trainer.args, None
+    if not args.reuse_prefix:
+        why = "reuse_prefix is off"
+    elif packed:
+        why = "batches are packed, which flash-attn reads without keys and values from elsewhere"
+    elif is_sharded(args):
+        why = "parameters are sharded, and all processes must run the same forwards"
+    elif args.bf16_full_eval or args.fp16_full_eval:
+        why = "evaluation runs in another dtype than training"
+    if why is None:
+        return ReusedPrefixes(trainer)
+    logger.info(f"the teacher reads whole prompts: {why}")
+    return None
 
 
 class ReusedPrefixes:
     """The steering prefixes of a run, read once, whatever number of datasets shows them.
 
     Args:
-        ask: calls a function with the frozen teacher, as it is asked in a step.
-        states: items of a dataset -> the teacher's hidden states at their scored positions.
-        at_once: so many prefixes are read together.
-        most_bytes: that keys and values may take.
-        half: whether the teacher computes in half precision.
+        trainer: whose teacher reads them, `eval_batch_size` together; keys and values fit into its workspace.
     """
 
-    def __init__(self, ask: Ask, states: Callable[[list], Tensor], at_once: int, most_bytes: int, half: bool):
-        self.ask, self.states = ask, states
-        self.at_once, self.most_bytes, self.half = at_once, most_bytes, half
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
         self.table = PrefixTable()
         # every prefix in the table: its text -> (its number, the ids that were read)
         self._read: dict[str | None, tuple[int, list[int]]] = {}
@@ -58,8 +74,12 @@ class ReusedPrefixes:
             dataset.beginnings = {}
             logger.info(f"the teacher reads whole prompts: {why}")
 
+    def _ask(self, function: Callable[[nn.Module], Any]) -> Any:
+        with self.trainer.accelerator.autocast():
+            return self.trainer.ask_teacher(function)
+
     def _serve(self, dataset: UnlearnDataset, uses: int) -> str | None:
-        why = self.ask(cannot_reuse)
+        why = self._ask(cannot_reuse)
         if why is not None:
             return why
         beginnings = beginnings_of(dataset)
@@ -73,14 +93,15 @@ class ReusedPrefixes:
             return f"{len(new)} prefixes for {uses} prompts"
         first = len(self.table.lengths)
         rows = first + len(new)
-        needed = rows * longest * self.ask(bytes_per_token)
-        if needed > self.most_bytes:
+        needed, most = rows * longest * self._ask(bytes_per_token), workspace_bytes(self.trainer.args.device)
+        if needed > most:
             return (
                 f"keys and values of {rows} prefixes of up to {longest} tokens take {needed / 2**20:.0f} MiB, more than the "
-                f"workspace of {self.most_bytes / 2**20:.0f} MiB"
+                f"workspace of {most / 2**20:.0f} MiB"
             )
         if new:
-            self.ask(lambda model: self.table.add(model, [beginnings[text] for text in new], self.at_once))
+            ids, at_once = [beginnings[text] for text in new], self.trainer.args.eval_batch_size
+            self._ask(lambda model: self.table.add(model, ids, at_once))
         self._read |= {text: (first + i, beginnings[text]) for i, text in enumerate(new)}
         dataset.beginnings = {text: self._read[text] for text in beginnings}
         why = self._differs([dataset[i] for i in range(min(_CHECKED_ROWS, len(dataset)))])
@@ -93,27 +114,18 @@ class ReusedPrefixes:
 
     def _differs(self, items: list[dict[str, Any]]) -> str | None:
         """Whether hidden states with reused prefixes are those of whole prompts, up to rounding."""
-        whole = self.states(
-            [{name: value for name, value in item.items() if name != "beginning"} for item in items]
-        )
-        parts = self.states(items)
-        worst, largest = (parts - whole).abs().amax().item(), whole.abs().amax().item()
-        if worst <= (5e-2 if self.half else 1e-4) * largest:
+
+        def states(items: list[dict[str, Any]]) -> Tensor:
+            inputs = trainer._prepare_inputs(trainer.data_collator(items))
+            return trainer.ask_teacher(lambda model: trainer.head_inputs(model, inputs, "teacher_")[0])
+
+        trainer, args = self.trainer, self.trainer.args
+        whole = states([{k: v for k, v in item.items() if k != "beginning"} for item in items])
+        worst, largest = (states(items) - whole).abs().amax().item(), whole.abs().amax().item()
+        half = args.bf16 or args.fp16 or base_language_model(trainer.model).dtype.itemsize < 4
+        if worst <= (5e-2 if half else 1e-4) * largest:
             return None
         return f"with reused keys and values the hidden states differ by {worst:.3g} of {largest:.3g}"
-
-
-def whole_prompts_because(args: Any, packed: bool, sharded: bool) -> str | None:
-    """Why steering prefixes are not read once in this run, whatever the model; None: there is no reason."""
-    if not args.reuse_prefix:
-        return "reuse_prefix is off"
-    if packed:
-        return "batches are packed, which flash-attn reads without keys and values from elsewhere"
-    if sharded:
-        return "parameters are sharded, and all processes must run the same forwards"
-    if args.bf16_full_eval or args.fp16_full_eval:
-        return "evaluation runs in another dtype than training"
-    return None
 
 
 def beginnings_of(dataset: UnlearnDataset) -> dict[str | None, list[int]]:

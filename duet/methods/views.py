@@ -103,7 +103,7 @@ def scored_positions(objective: Objective, args: Any) -> str:
         raise ValueError(
             f"positions: objective {args.objective!r} chooses its own, wanted None, got {args.positions!r}"
         )
-    if args.positions == "text" and is_steered(objective):
+    if args.positions == "text" and objective.is_steered:
         raise ValueError(
             f"positions: 'text' scores the prompt too, and the steered teacher of {args.objective!r} sees another "
             "prompt than the student; wanted 'first', 'first_n' or 'answer'"
@@ -156,9 +156,7 @@ class Views:
             reverse_prompts = DEFAULT_REVERSE_PROMPTS
         cached = self.cache_seed is not None
         shared = (
-            len({row.subject for row in forget}) > 1
-            and args.retain_prefix == "same"
-            and is_steered(objective)
+            len({row.subject for row in forget}) > 1 and args.retain_prefix == "same" and objective.is_steered
         )
         if cached and retain and shared and args.retain_subjects == "drawn":
             logger.warning(
@@ -168,7 +166,7 @@ class Views:
             forget,
             retain,
             self.renderer,
-            args.steering_prefixes if is_steered(objective) else [],
+            args.steering_prefixes if objective.is_steered else [],
             reverse_prompts=reverse_prompts,
             reverse_fraction=args.reverse_prompt_fraction,
             reverse_role=args.reverse_prompt_role,
@@ -221,8 +219,3 @@ def asked_before_training(objective: Objective, args: Any) -> bool:
         return objective.prepare is not None
     drawn = bool(args.reverse_prompts or objective.adversarial or args.prefills)
     return objective.storable and objective.teacher_sees == "student" and not drawn
-
-
-def is_steered(objective: Objective) -> bool:
-    """Whether the student imitates a teacher behind a steering prefix."""
-    return objective.targets is not None and objective.teacher_sees == "steered"

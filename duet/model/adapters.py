@@ -77,21 +77,6 @@ def check_not_earlier(output_dir: str | os.PathLike, model: Any) -> None:
         )
 
 
-def check_not_base(out: str | os.PathLike, base: str) -> None:
-    """Refuses to merge an adapter into the folder of its base: the adapter would be applied to the sum once more.
-
-    Raises:
-        NotADirectoryError: `out` is a file.
-        ValueError: naming the folder.
-    """
-    if Path(out).is_file():
-        raise NotADirectoryError(f"out: wanted a folder, but {os.fspath(out)!r} is a file")
-    if Path(base).resolve() == Path(out).resolve():
-        raise ValueError(
-            f"out: {os.fspath(out)!r} is the base of the adapter, on which it is loaded; wanted another folder"
-        )
-
-
 def check_no_other_base(base: str | os.PathLike, model: Any) -> None:
     """Refuses the folder `base` of another run beside an adapter: whoever loads the adapter would put it on that model.
 
@@ -238,7 +223,7 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
         if hasattr(model, "merge_and_unload"):
             inner = model.merge_and_unload()
         elif inner is model:
-            _unload(model, merge=True)
+            take_off(model, merge=True)
         else:
             raise ValueError("it is no change of the weights")
     except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
@@ -268,30 +253,29 @@ def _check_takes_adapter(model: nn.Module, argument: str) -> None:
             )
 
 
-def take_off(model: Any) -> nn.Module:
-    """The transformers model without its adapters, which are thrown away; `model`, of peft or transformers, is taken apart."""
-    inner = base_language_model(model)
-    _unload(inner, merge=False)
-    return inner
+def take_off(model: Any, merge: bool = False) -> nn.Module:
+    """The transformers model without its adapters; `model`, of peft or transformers, is taken apart.
 
-
-def _unload(model: Any, merge: bool) -> None:
-    """Each layer with an adapter is replaced by its base layer, into which the adapter was merged before or not."""
+    Args:
+        merge: whether the adapters are added to the weights before they are thrown away.
+    """
     from peft.utils.other import ModulesToSaveWrapper
 
-    for name, module in list(model.named_modules()):
+    inner = base_language_model(model)
+    for name, module in list(inner.named_modules()):
         if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
             if merge:
                 module.merge()
-            model.set_submodule(name, module.get_base_layer())
-    wrappers = [each for each in model.named_modules() if isinstance(each[1], ModulesToSaveWrapper)]
+            inner.set_submodule(name, module.get_base_layer())
+    wrappers = [each for each in inner.named_modules() if isinstance(each[1], ModulesToSaveWrapper)]
     for name, wrapper in wrappers:  # full copies of layers: `modules_to_save`
         active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.modules_to_save]
-        model.set_submodule(name, wrapper.modules_to_save[active[0]] if active else wrapper.original_module)
+        inner.set_submodule(name, wrapper.modules_to_save[active[0]] if active else wrapper.original_module)
     # The names that transformers gave the adapter's weights when it read them; it would write the model's under them.
     for name in ("peft_config", "_weight_conversions"):
-        model.__dict__.pop(name, None)
-    model._hf_peft_config_loaded = False
+        inner.__dict__.pop(name, None)
+    inner._hf_peft_config_loaded = False
+    return inner
 
 
 # -- loading and adding ----------------------------------------------------------------------------------------------

@@ -19,8 +19,10 @@ _CHANGES_LOGITS = re.compile(
 )
 
 
-def _hex(data: bytes | memoryview) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def json_hash(value: Any) -> str:
+    """32 hex digits of a plain value: the same in whatever order its mappings were made."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def tokenizer_hash(tokenizer: Any, template: bool = False) -> str:
@@ -39,14 +41,13 @@ def tokenizer_hash(tokenizer: Any, template: bool = False) -> str:
     special = {
         name: str(value) for name, value in tokenizer.special_tokens_map.items() if name != "pad_token"
     }
-    parts = [content, special, *([template_hash(tokenizer)] if template else [])]
-    return _hex(json.dumps(parts, sort_keys=True).encode())
+    return json_hash([content, special, *([template_hash(tokenizer)] if template else [])])
 
 
 def template_hash(tokenizer: Any) -> str | None:
     """A hash of the chat template's text; None: there is none."""
     text = getattr(tokenizer, "chat_template", None)
-    return _hex(json.dumps(text, sort_keys=True).encode()) if text else None
+    return json_hash(text) if text else None
 
 
 def config_hash(model: nn.Module) -> str | None:
@@ -59,7 +60,7 @@ def config_hash(model: nn.Module) -> str | None:
         return None
     said = config.get_text_config().to_dict().items()
     kept = {name: _plain(value) for name, value in said if _CHANGES_LOGITS.search(name) and value is not None}
-    return _hex(json.dumps(kept, sort_keys=True, default=str).encode())
+    return json_hash(kept)
 
 
 def _plain(value: Any) -> Any:

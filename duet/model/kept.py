@@ -10,7 +10,7 @@ of the ranks, on the base of the earlier one, which is not copied; every program
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .switches import Switches
 
 ON_TOP = "on_top"  # folder beside the sum: the new adapter alone, from which a run is resumed
 WEIGHTS = "adapter_model.safetensors"
-Parts = Mapping[str, tuple[Tensor, Tensor]]  # name of a linear layer -> A, B
+Parts = dict[str, tuple[Tensor, Tensor]]  # name of a linear layer -> A, B
 
 # Fields of a LoraConfig under which an adapter is still B A x, and where it is.
 _PLAIN = (  # noqa: SIM905  as a list literal, one word a line
@@ -50,7 +50,7 @@ def keep_adapter(model: Any, folder: str | os.PathLike | None = None) -> Any:
     for config in configs:
         _check_plain(config, "the adapter that is there")
     base, revision = _base_of(configs[0], folder)
-    wanted, parts = logits_of(model), dict(_parts_of(model))
+    wanted, parts = logits_of(model), _parts_of(model)
     inner: Any = take_off(model)
     for parameter in inner.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -70,7 +70,7 @@ def check_on_top(model: Any) -> None:
     """Refuses a new adapter that cannot be saved with the earlier one as a single one."""
     for config in model.peft_config.values():
         _check_plain(config, "the new adapter")
-    dict(_parts_of(model))
+    _parts_of(model)
 
 
 def save_sum(model: Any, folder: str | os.PathLike) -> None:
@@ -85,7 +85,10 @@ def save_sum(model: Any, folder: str | os.PathLike) -> None:
     """
     inner, config = base_language_model(model), next(iter(model.peft_config.values()))
     base, revision = inner.kept_on
-    parts = _with_kept(inner, dict(_parts_of(inner)))
+    parts = _parts_of(inner)
+    for name, layer in _kept_layers(inner).items():  # in front of the new ones
+        kept, new = (layer.kept_down, layer.kept_up), parts.get(name)
+        parts[name] = kept if new is None else (torch.cat([kept[0], new[0]]), torch.cat([kept[1], new[1]], 1))
     ranks = {name: len(down) for name, (down, _) in parts.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: rank for name, rank in ranks.items() if rank != usual}
@@ -140,10 +143,11 @@ def _check_plain(config: Any, what: str) -> None:
         )
 
 
-def _parts_of(model: Any) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Name of each layer -> A and B of its active adapters, one after the other."""
+def _parts_of(model: Any) -> Parts:
+    """A and B of the active adapters of each layer, one after the other; refuses an adapter of another than a linear layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    parts: Parts = {}
     for name, layer in base_language_model(model).named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
@@ -159,7 +163,8 @@ def _parts_of(model: Any) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
             up = torch.cat(
                 [each.lora_B[adapter].weight.detach() * each.scaling[adapter] for adapter in active], 1
             )
-            yield name, (down, up)
+            parts[name] = down, up
+    return parts
 
 
 def _base_of(config: Any, folder: str | os.PathLike | None) -> tuple[str, str | None]:
@@ -200,15 +205,6 @@ def _kept_layers(inner: nn.Module) -> dict[str, Any]:
         for name, layer in inner.named_modules()
         if hasattr(layer, "kept_hook")
     }
-
-
-def _with_kept(inner: nn.Module, parts: Parts) -> Parts:
-    """The parts with the kept ones in front."""
-    whole = dict(parts)
-    for name, layer in _kept_layers(inner).items():
-        kept, new = (layer.kept_down, layer.kept_up), parts.get(name)
-        whole[name] = kept if new is None else (torch.cat([kept[0], new[0]]), torch.cat([kept[1], new[1]], 1))
-    return whole
 
 
 @contextmanager

@@ -176,19 +176,13 @@ def select_parameters(model: nn.Module, wanted: Callable[[str], bool], objective
 
 
 def head_inputs(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    positions: Tensor,
-    layer: int | None = None,
-    position_ids: Tensor | None = None,
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor
 ) -> tuple[Tensor, LMHead]:
     """`hidden_states_at`, in the head's dtype, and the head: what every loss of `duet_kernels` takes.
 
     Under autocast the backbone gives half precision while the head's weight stays fp32: the losses then run in fp32.
-    With `layer` the states are those of `hidden_states_at(layer=...)`, which the head does not read.
     """
-    hidden = hidden_states_at(model, input_ids, attention_mask, positions, layer, position_ids)
+    hidden = hidden_states_at(model, input_ids, attention_mask, positions)
     head = LMHead.of(model)
     return hidden.to(head.weight.dtype), head
 
@@ -261,9 +255,15 @@ def check_head(model: nn.Module) -> LMHead:
     # The model rounds its logits to its dtype, which limits how closely they can agree.
     precise = head.weight.dtype in (torch.float32, torch.float64)
     tolerance = (1e-5 if precise else 4 * torch.finfo(head.weight.dtype).eps) * logits.abs().amax()
-    worst = torch.stack(
-        [(ours - theirs).abs().amax() for ours, theirs in _in_parts(hidden, head, logits)]
-    ).amax()
+    apart, step = [], max(1, _HEAD_BYTES // (4 * head.hidden_size))
+    for start in range(0, vocabulary, step):
+        stop = min(start + step, vocabulary)
+        bias = None if head.bias is None else head.bias[start:stop]
+        part = replace(head, weight=head.weight[start:stop], bias=bias, vocab_size=None)
+        every = torch.arange(stop - start, device=device).expand(len(hidden), -1)
+        ours = linear_gather(hidden, part, every, impl="reference").float()
+        apart.append((ours - logits[:, start:stop]).abs().amax())
+    worst = torch.stack(apart).amax()
     if not worst <= tolerance:
         raise ValueError(
             f"model: the logits of {name} are not what its LM head makes of its hidden states (they differ by "
@@ -271,14 +271,3 @@ def check_head(model: nn.Module) -> LMHead:
             "know; training it here would be silently wrong, so it is refused"
         )
     return head
-
-
-def _in_parts(hidden: Tensor, head: LMHead, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(what the head makes of the hidden states, `logits`), for as many ids at a time as take _HEAD_BYTES of the head in fp32."""
-    step = max(1, _HEAD_BYTES // (4 * head.hidden_size))
-    for start in range(0, head.num_ids, step):
-        stop = min(start + step, head.num_ids)
-        bias = None if head.bias is None else head.bias[start:stop]
-        part = replace(head, weight=head.weight[start:stop], bias=bias, vocab_size=None)
-        ids = torch.arange(stop - start, device=hidden.device).expand(len(hidden), -1)
-        yield linear_gather(hidden, part, ids, impl="reference").float(), logits[:, start:stop]

@@ -60,7 +60,7 @@ def load_model(
         ) from error
     if not hasattr(loaded, "peft_config"):
         return loaded
-    whole: Any = _one_model(loaded, argument, name, earlier, name)
+    whole: Any = _one_model(loaded, argument, earlier, name)
     whole.name_or_path = whole.config._name_or_path = name  # where its tokenizer is
     return whole
 
@@ -69,7 +69,7 @@ def without_attached_adapter(model: Any, earlier: Earlier = "merge") -> nn.Modul
     """`model`, with adapters that transformers attached (it loads a folder with an adapter so) merged or kept; PEFT models stay."""
     if not has_adapter(model) or hasattr(model, "get_base_model"):
         return model
-    return _one_model(model, "model", getattr(model, "name_or_path", ""), earlier)
+    return _one_model(model, "model", earlier)
 
 
 def without_frozen_adapter(model: Any, adds: bool, earlier: Earlier = "merge") -> nn.Module:
@@ -94,13 +94,12 @@ def without_frozen_adapter(model: Any, adds: bool, earlier: Earlier = "merge") -
             "model: wanted weights that can be trained, got a PEFT model whose adapter is frozen; load it with "
             "is_trainable=True, or pass peft_config: its adapter is then merged and a new one trained on top"
         )
-    return _one_model(model, "model", getattr(model, "name_or_path", ""), earlier)
+    return _one_model(model, "model", earlier)
 
 
-def _one_model(
-    model: nn.Module, argument: str, name: str, earlier: Earlier, folder: str | None = None
-) -> nn.Module:
-    """The transformers model that does what `model` with its adapter does, and says which model that was."""
+def _one_model(model: nn.Module, argument: str, earlier: Earlier, folder: str | None = None) -> nn.Module:
+    """The transformers model that does what `model` with its adapter does, and says which model that was; `folder`: where it was read."""
+    name = folder or getattr(model, "name_or_path", "")
     whole: Any = merge_adapters(model, argument) if earlier == "merge" else keep_adapter(model, folder)
     whole.earlier_model = name
     return whole

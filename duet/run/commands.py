@@ -23,7 +23,6 @@ from ..model.adapters import (
     ADAPTER,
     UNREADABLE,
     base_of,
-    check_not_base,
     check_same_logits,
     holds_adapter,
     holds_weights,
@@ -108,7 +107,12 @@ def how_to_go_on(folder: str) -> str:
 
 def _check_free(out: str | os.PathLike, base: str, replaces: bool, name: str, wanted: str) -> None:
     """Refuses a folder in which a merged model would meet its base, an adapter or, unless it `replaces` that, a model."""
-    check_not_base(out, base)
+    if Path(out).is_file():
+        raise NotADirectoryError(f"out: wanted a folder, but {os.fspath(out)!r} is a file")
+    if Path(base).resolve() == Path(out).resolve():
+        raise ValueError(
+            f"out: {os.fspath(out)!r} is the base of the adapter, on which it is loaded; wanted another folder"
+        )
     adapter = holds_adapter(out)
     if adapter or (holds_weights(out) and not replaces):
         there = "an adapter, which would be applied once more" if adapter else "a model already"

@@ -133,7 +133,10 @@ class Planner:
         gradients = sum(times * p.numel() * p.element_size() for times, p in trained)
         student = self._step(settings, settings.length, trains=True)
         held = gradients if settings.accumulation > 1 else 0
-        loss, teacher = self._loss(settings), 0
+        # What the loss, or the teacher's top-k, works in: three blocks of logits, if they are smaller than the workspace.
+        vocabulary = self.config.get_text_config().vocab_size
+        loss = min(settings.workspace, 3 * 4 * settings.batch * settings.scored * vocabulary)
+        teacher = 0
         if settings.teacher in ("adapter off", "copy"):
             forward = self._step(settings, settings.teacher_length, trains=False).most(settings.batch)
             teacher = max(forward + unpacked, loss) + held
@@ -185,8 +188,11 @@ class Planner:
 
         def count() -> tuple[int, int, int]:
             model = self._model(settings.dtype)
-            weights = sum(_weight_bytes(model, settings.quantization))
-            return weights, sum(p.numel() for p in model.parameters()), _unpacked(model, settings)
+            weights, unpacked = sum(_weight_bytes(model, settings.quantization)), 0
+            if settings.quantization is not None:
+                largest = max(layer.weight.numel() for layer in _quantised(model))
+                unpacked = largest * settings.dtype.itemsize
+            return weights, sum(p.numel() for p in model.parameters()), unpacked
 
         return self._once(("standing", settings.dtype, settings.quantization), count)
 
@@ -217,11 +223,6 @@ class Planner:
         needed = token * settings.subjects * (settings.teacher_length - settings.length)
         return needed if needed <= settings.workspace else 0
 
-    def _loss(self, settings: Settings) -> int:
-        """What the loss, or the teacher's top-k, works in: three blocks of logits, if they are smaller than the workspace."""
-        vocabulary = self.config.get_text_config().vocab_size
-        return min(settings.workspace, 3 * 4 * settings.batch * settings.scored * vocabulary)
-
 
 # -- what is counted by name ---------------------------------------------------------------------------------------
 
@@ -243,13 +244,6 @@ def _weight_bytes(model: nn.Module, quantization: str | None) -> Iterator[int]:
 def _quantised(model: Any) -> list[nn.Linear]:
     head = model.get_output_embeddings()
     return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
-
-
-def _unpacked(model: nn.Module, settings: Settings) -> int:
-    """The largest quantised layer, for the moment in which it is multiplied with."""
-    if settings.quantization is None:
-        return 0
-    return max(layer.weight.numel() for layer in _quantised(model)) * settings.dtype.itemsize
 
 
 def optimizer_bytes(optim: str, parameter: Tensor) -> int:

@@ -13,7 +13,7 @@ from duet_kernels.dispatch import share_of
 
 from ..config import CHECKPOINTING
 from ..methods.objectives import find_objective
-from ..methods.views import asked_before_training, is_steered
+from ..methods.views import asked_before_training
 from ..model.adapters import base_of, holds_adapter
 from .config_file import DEFAULT_ADAPTER, RunConfig
 from .plan import Budget, Planner, Settings
@@ -76,7 +76,10 @@ class Plan:
             reserve: bytes that are kept free: the CUDA context, and what fragmentation costs.
             subjects: whose steering prefixes a live teacher reads once, and keeps.
         """
-        run, autocast = _without_device_options(tree)
+        training = dict(tree.get("training") or {})
+        taken = {name: training.pop(name) for name in _DEVICE_OPTIONS if name in training}
+        run = RunConfig.of({**tree, "training": training | {"use_cpu": True}})
+        args, objective = run.training, find_objective(run.training.objective)
         try:
             adapted = holds_adapter(run.model.name)
             name, revision = (
@@ -87,14 +90,24 @@ class Plan:
             raise FileNotFoundError(
                 f"model: no configuration of {run.model.name!r} could be read: {error}"
             ) from error
-        args, steered = run.training, is_steered(find_objective(run.training.objective))
-        sizes = {
-            "length": length,
-            "teacher_length": length + (prefix_length if steered else 0),
-            "scored": scored,
-        }
-        sizes["subjects"] = subjects * len(args.steering_prefixes) if args.reuse_prefix else 0
-        settings = _settings(run, autocast, config, memory, **sizes)
+        named, saved = run.model.dtype, getattr(config, "dtype", None) or torch.float32
+        settings = Settings(
+            batch=args.per_device_train_batch_size,
+            length=length,
+            teacher_length=length + (prefix_length if objective.is_steered else 0),
+            scored=scored,
+            subjects=subjects * len(args.steering_prefixes) if args.reuse_prefix else 0,
+            dtype=saved if named == "auto" else getattr(torch, named),
+            autocast=taken.get("bf16") is not False or bool(taken.get("fp16")),  # as on a GPU
+            adapter=run.adapter,
+            quantization=run.model.quantization,
+            checkpointing=bool(getattr(args, CHECKPOINTING)),
+            accumulation=args.gradient_accumulation_steps,
+            optim=getattr(args.optim, "value", args.optim),
+            teacher=_teacher(run, adapted=run.adapter is not None),
+            sharp=objective.sharp,
+            workspace=args.workspace_bytes or share_of(memory),
+        )
         planner = Planner(config)
         budget = planner.budget(settings)
         return cls(
@@ -121,7 +134,12 @@ class Plan:
         """Where the memory goes, and which settings fit."""
         s, b = self.settings, self.budget
         title = f"{self.name}: {b.parameters / 1e9:.2f} G parameters, {b.trained / 1e6:.1f} M trained"
-        where = Table("GiB", "for", title=title, caption=_described(s))
+        described = (
+            f"batch {s.batch} x {s.length} tokens (teacher {s.teacher_length}), {s.scored} scored a query, "
+            f"checkpointing {'on' if s.checkpointing else 'off'}, accumulation {s.accumulation}, workspace "
+            f"{s.workspace / 2**20:.0f} MiB"
+        )
+        where = Table("GiB", "for", title=title, caption=described)
         leading = max(b.phases, key=b.phases.__getitem__)
         rows = [
             (b.weights, f"weights ({s.stored})"),
@@ -152,33 +170,6 @@ class Plan:
             checkpointing, peak = ("off", "on")[row["checkpointing"]], _gib(row["peak_at_1"] + self.reserve)
             fit.add_row(row["trained"], row["base"], checkpointing, str(row["largest_batch"] or "-"), peak)
         return [where, fit]
-
-
-def _without_device_options(tree: Mapping[str, Any]) -> tuple[RunConfig, bool]:
-    """(the run, whether a GPU will compute it in half precision: it does unless it is told not to)."""
-    training = dict(tree.get("training") or {})
-    taken = {name: training.pop(name) for name in _DEVICE_OPTIONS if name in training}
-    run = RunConfig.of({**tree, "training": training | {"use_cpu": True}})
-    return run, taken.get("bf16") is not False or bool(taken.get("fp16"))
-
-
-def _settings(run: RunConfig, autocast: bool, config: Any, memory: int, **sizes: int) -> Settings:
-    args, named = run.training, run.model.dtype
-    saved = getattr(config, "dtype", None) or torch.float32
-    return Settings(
-        batch=args.per_device_train_batch_size,
-        **sizes,
-        dtype=saved if named == "auto" else getattr(torch, named),
-        autocast=autocast,
-        adapter=run.adapter,
-        quantization=run.model.quantization,
-        checkpointing=bool(getattr(args, CHECKPOINTING)),
-        accumulation=args.gradient_accumulation_steps,
-        optim=getattr(args.optim, "value", args.optim),
-        teacher=_teacher(run, adapted=run.adapter is not None),
-        sharp=find_objective(args.objective).sharp,
-        workspace=args.workspace_bytes or share_of(memory),
-    )
 
 
 def _teacher(run: RunConfig, adapted: bool) -> str:
@@ -219,14 +210,6 @@ def _fitting(planner: Planner, settings: Settings, whole_teacher: str, memory: i
                 "largest_batch": planner.largest_batch(way, memory),
                 "peak_at_1": planner.budget(replace(way, batch=1)).peak,
             }
-
-
-def _described(s: Settings) -> str:
-    return (
-        f"batch {s.batch} x {s.length} tokens (teacher {s.teacher_length}), {s.scored} scored a query, "
-        f"checkpointing {'on' if s.checkpointing else 'off'}, accumulation {s.accumulation}, workspace "
-        f"{s.workspace / 2**20:.0f} MiB"
-    )
 
 
 def _gib(size: int) -> str:

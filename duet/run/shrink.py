@@ -133,7 +133,13 @@ def shrink(
         progress("what the base tells", 0, 1)
         adapter.set(0.0)
         for target, argument in ((forgotten, "forget"), (kept, "retain")):
-            target.rows = _told(target, argument)
+            rows = zip(target.rows, target.ask("as asked"), strict=True)
+            told = [row for row, outcome in rows if outcome["leaked"]]
+            if not told:
+                raise ValueError(
+                    f"{argument}: wanted rows that the base tells, but it tells none of the {len(target.rows)}"
+                )
+            target.rows = told
         progress("what the base tells", 1, 1)
         for done, size in enumerate(wanted):
             progress("sizes", done, len(wanted))
@@ -145,17 +151,6 @@ def shrink(
     finally:
         adapter.set(1.0)
     return found
-
-
-def _told(target: Target, argument: str) -> list[AttackRow]:
-    told = [
-        row for row, outcome in zip(target.rows, target.ask("as asked"), strict=True) if outcome["leaked"]
-    ]
-    if not told:
-        raise ValueError(
-            f"{argument}: wanted rows that the base tells, but it tells none of the {len(target.rows)}"
-        )
-    return told
 
 
 def _try(forgotten: Target, kept: Target, size: float, progress: Callable[[int, int], None]) -> Tried:

@@ -129,7 +129,7 @@ def trained_parameters(model: nn.Module, adapter: dict[str, Any] | None) -> list
 def _kinds(model: nn.Module, adapter: dict[str, Any] | None) -> list[list[int]]:
     """The numbers of the decoder layers, those of one kind together, in the order of the first of each.
 
-    None where a part of the layers cannot stand for all: they are too different, or the adapter tells them apart by number.
+    Empty where a part of the layers cannot stand for all: they are too different, or the adapter tells them apart by number.
     """
     targets = (adapter or {}).get("target_modules") or ()
     names = [targets] if isinstance(targets, str) else list(targets)

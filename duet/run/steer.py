@@ -32,7 +32,6 @@ from ..evaluation.steering import (
     short,
 )
 from ..methods.objectives import objective_of
-from ..methods.views import is_steered
 from ..model.lm import evaluating
 from ..model.loading import is_sharded
 from ..names import check_one_of
@@ -91,7 +90,11 @@ def steer(
     Raises:
         ValueError, OSError: naming what is wrong with rows, model or tokenizer.
     """
-    validation, report = _halves(run) if folder is None else _elicited(folder)
+    if folder is None:
+        validation, report = _halves(run)
+    else:
+        train, chosen_by, report = (_rows_of(folder / each) for each in ("", "validation", "report"))
+        validation = train[0] + chosen_by[0], train[1] + chosen_by[1]
     for place in places:
         check_one_of("places", place, PLACES)
     for text in wordings:
@@ -171,14 +174,6 @@ def _halved(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
         ahead += of[::2]
         behind += of[1::2]
     return first, second
-
-
-def _elicited(folder: Path) -> list[Rows]:
-    """The rows of `duet elicit`: those of training and of validation, then those of the report."""
-    train, validation, report = (
-        _rows_of(each) for each in (folder, folder / "validation", folder / "report")
-    )
-    return [(train[0] + validation[0], train[1] + validation[1]), report]
 
 
 def _rows_of(folder: Path) -> Rows:
@@ -299,12 +294,15 @@ def preflight(run: RunConfig, trainer: DuetTrainer, anyway: bool = False) -> str
     Raises:
         ValueError: the teacher does not forget.
     """
-    args = run.training
+    args, why = run.training, None
     path = Path(str(args.output_dir), RECORD)
-    if not is_steered(objective_of(args)):
+    if not objective_of(args).is_steered:
         path.unlink(missing_ok=True)  # of an earlier run in this folder
         return None
-    why = _cannot_ask(run, trainer)
+    if is_sharded(args):
+        why = "its parameters are sharded"
+    elif isinstance(trainer.teacher, CachedTeacher) and not args.teacher_store_same_model:
+        why = "it was cached, perhaps from another model"
     measured = None if why else _ask_teacher(run, trainer)
     trainer.teacher_measured = measured is not None
     forgets = measured is None or measured.forgets is not False
@@ -318,21 +316,13 @@ def preflight(run: RunConfig, trainer: DuetTrainer, anyway: bool = False) -> str
         "said": said,
         "forgets": measured.forgets if measured else None,
         "anyway": anyway and not forgets,
+        "retain_prefix": args.retain_prefix,
+        "measured": measured.as_dict() if measured else None,
     }
-    record |= {"retain_prefix": args.retain_prefix, "measured": measured.as_dict() if measured else None}
     if trainer.is_world_process_zero():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
     return said
-
-
-def _cannot_ask(run: RunConfig, trainer: DuetTrainer) -> str | None:
-    """Why a teacher cannot be asked here; None: it can."""
-    if is_sharded(run.training):
-        return "its parameters are sharded"
-    if isinstance(trainer.teacher, CachedTeacher) and not run.training.teacher_store_same_model:
-        return "it was cached, perhaps from another model"
-    return None
 
 
 def _ask_teacher(run: RunConfig, trainer: DuetTrainer) -> Measured:

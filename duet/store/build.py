@@ -25,9 +25,9 @@ from duet_kernels import LMHead, TopK, set_workspace_bytes
 from ..config import DuetConfig
 from ..data.dataset import Asked, Collator, UnlearnDataset, plain_item
 from ..data.rows import read_rows
-from ..methods.objectives import objective_of, teacher_topk
+from ..methods.asking import look_at_teacher
+from ..methods.objectives import fit_model, objective_of, teacher_topk
 from ..methods.reuse import SHORTEST
-from ..methods.steering import look_at_teacher
 from ..methods.views import Views, datasets_in
 from ..model.answers import generate_answers, tokenizer_of
 from ..model.lm import check_head, evaluating, hidden_states_at
@@ -98,32 +98,36 @@ def cache_teacher(
         TypeError, ValueError, OSError: naming the argument, what came and what was wanted. After an OSError the same
             call continues with what was written.
     """
-    folder = _folder(folder, args)
     state = PartialState(cpu=args.use_cpu)
-    model = load_model(model, "model", args.model_init_kwargs, loading_device(args), args.earlier_adapter)
-    model = without_attached_adapter(model, args.earlier_adapter)
-    with _without_adapter(model):
-        job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype)
-        writer = StoreWriter(folder, job.provenance, job.rows, shard_entries)
-        with state.main_process_first():
-            writer.begin()
-        missing = sorted(writer.scan(), key=job.order)
-        state.wait_for_everyone()  # everybody has seen the same files before anybody adds one
+    rows = forget_dataset, retain_dataset, processing_class, eval_dataset
+    job = _Job.of(folder, model, args, rows, dtype)
+    writer = StoreWriter(job.folder, job.provenance, job.rows, shard_entries)
+    with state.main_process_first():
+        writer.begin()
+
+    def order(entry_id: bytes) -> tuple[str, int]:
+        """By prefix, and among these by length."""
+        asked = job.questions[entry_id]
+        return asked.instruction or "", len(asked.steered)
+
+    missing = sorted(writer.scan(), key=order)
+    state.wait_for_everyone()  # everybody has seen the same files before anybody adds one
+    with _without_adapter(job.model):
         asker = _Asker(job, args)
         reuse = reuse_prefix and args.reuse_prefix
-        if reuse and (why := cannot_reuse(model, in_order=True)) is not None:
+        if reuse and (why := cannot_reuse(job.model, in_order=True)) is not None:
             logger.info(f"the teacher reads whole prompts: {why}")
             reuse = False
         if state.is_main_process and missing:
             look_at_teacher(job.dataset, job.tokenizer, asker.says)
         with state.split_between_processes(missing) as mine:
             part: Any = mine
-            _fill(writer, asker, {entry_id: job.questions[entry_id] for entry_id in part}, reuse)
-        state.wait_for_everyone()
-        if state.is_main_process:
-            writer.finish()
-        state.wait_for_everyone()
-    return Cached(TopKStore(folder, verify=False), len(mine), asker.saving)
+            asker.fill(writer, part, reuse)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        writer.finish()
+    state.wait_for_everyone()
+    return Cached(TopKStore(job.folder, verify=False), len(mine), asker.saving)
 
 
 def import_teacher(
@@ -151,19 +155,20 @@ def import_teacher(
         TypeError, ValueError, OSError: naming the column and the row.
     """
     rows = forget_dataset, retain_dataset, processing_class, eval_dataset
-    job, writer = _from_elsewhere(folder, model, args, *rows, dtype)
-    provenance = job.provenance
+    job = _Job.of(folder, model, args, rows, dtype, elsewhere=True)
     entry_ids = [entry_id for entry_ids in job.rows.values() for entry_id in entry_ids]
-    entries = dict(read_columns(columns, provenance, entry_ids))
+    entries = dict(read_columns(columns, job.provenance, entry_ids))
     for entry_id, asked in job.questions.items():
         if entry_id not in entries:
             raise ValueError(f"columns: there is nothing for {asked.where}")
-        answer = entries[entry_id].answer if provenance.answers == "teacher" else asked.answer
+        answer = entries[entry_id].answer if job.provenance.answers == "teacher" else asked.answer
         _check_positions(entries[entry_id], answer, asked)
+    writer = StoreWriter(job.folder, job.provenance, job.rows)
     writer.begin()
     for entry_id in writer.scan():
         writer.add(entry_id, entries[entry_id])
-    return _finished(writer)
+    writer.finish()
+    return TopKStore(job.folder, verify=False)
 
 
 def ask_teacher(
@@ -197,12 +202,13 @@ def ask_teacher(
                 f"ask: wanted ask_prompt with temperature={args.temperature}, as in args.temperature, got {asked_at}"
             )
     rows = forget_dataset, retain_dataset, processing_class, eval_dataset
-    job, writer = _from_elsewhere(folder, model, args, *rows, dtype)
+    job = _Job.of(folder, model, args, rows, dtype, elsewhere=True)
     if job.provenance.answers == "teacher":
         raise ValueError(
             "answer_source: wanted 'dataset', or positions that need no answer: the server is asked for log-probabilities "
             "and writes no answers"
         )
+    writer = StoreWriter(job.folder, job.provenance, job.rows)
     writer.begin()
     missing = writer.scan()
     try:
@@ -217,24 +223,8 @@ def ask_teacher(
         raise next(kind for kind in kinds if isinstance(error, kind))(f"{asked.where}: {error}") from error
     finally:
         writer.flush()
-    return _finished(writer)
-
-
-def _from_elsewhere(folder: Any, model: Any, args: DuetConfig, *rest: Any) -> tuple["_Job", StoreWriter]:
-    """The job of a teacher whose log-probabilities are made elsewhere, and the writer of its store; `rest` as in `_Job.of`."""
-    folder = _folder(folder, args)
-    model = load_model(model, "model", args.model_init_kwargs, earlier=args.earlier_adapter)
-    model = without_attached_adapter(model, args.earlier_adapter)
-    with _without_adapter(model):
-        job = _Job.of(model, args, *rest)
-    job = replace(job, provenance=replace(job.provenance, values=LOG_PROBABILITIES, autocast=None))
-    return job, StoreWriter(folder, job.provenance, job.rows)
-
-
-def _finished(writer: StoreWriter) -> TopKStore:
-    writer.flush()
     writer.finish()
-    return TopKStore(writer.folder, verify=False)
+    return TopKStore(job.folder, verify=False)
 
 
 def _check_positions(entry: Entry, answer: Sequence[int], asked: Asked) -> None:
@@ -243,21 +233,15 @@ def _check_positions(entry: Entry, answer: Sequence[int], asked: Asked) -> None:
         raise ValueError(f"columns: wanted {wanted} scored position(s) for {asked.name}, got {positions}")
 
 
-def _folder(folder: str | Path | None, args: DuetConfig) -> str | Path:
-    folder = folder or args.teacher_store
-    if not folder:
-        raise ValueError("folder: wanted a path here or in args.teacher_store, got neither")
-    return folder
-
-
 def _without_adapter(model: Any) -> Any:
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 @dataclass(frozen=True)
 class _Job:
-    """The teacher and all its prompts; the same in every process."""
+    """The teacher, all its prompts and the folder of its store; the same in every process."""
 
+    folder: str | Path
     model: nn.Module
     tokenizer: Any
     pad_id: int
@@ -267,7 +251,15 @@ class _Job:
     provenance: Provenance
 
     @classmethod
-    def of(cls, model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, dtype) -> "_Job":
+    def of(cls, folder, model, args, rows, dtype, elsewhere=False) -> "_Job":
+        """`rows`: as in `cache_teacher`, and the tokenizer; `elsewhere`: another program makes the log-probabilities."""
+        forget_dataset, retain_dataset, processing_class, eval_dataset = rows
+        folder = folder or args.teacher_store
+        if not folder:
+            raise ValueError("folder: wanted a path here or in args.teacher_store, got neither")
+        device = None if elsewhere else loading_device(args)
+        model = load_model(model, "model", args.model_init_kwargs, device, args.earlier_adapter)
+        model = without_attached_adapter(model, args.earlier_adapter)
         objective = objective_of(args)
         check_cacheable(objective, args)
         if args.workspace_bytes is not None:
@@ -276,9 +268,9 @@ class _Job:
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
         tokenizer, pad_id = tokenizer_of(model, processing_class)
         keep_differentiable(model, trains=False)  # the same object may be trained afterwards
-        head = check_head(model)
-        if args.k > head.num_ids:
-            raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
+        with _without_adapter(model):
+            head = check_head(model)
+        fit_model(objective, model, head, args)
         views = Views.of(objective, args, tokenizer, model, args.seed)
         datasets = [views.dataset(forget, retain)]
         datasets += datasets_in(views.evaluated(eval_dataset, datasets[0].subjects))
@@ -290,43 +282,9 @@ class _Job:
                 questions[entry_id] = asked
                 named.setdefault(asked.name, []).append(entry_id)
         provenance = provenance_of(model, head, tokenizer, args, datasets[0], objective, dtype)
-        return cls(model, tokenizer, pad_id, datasets[0], questions, named, provenance)
-
-    def order(self, entry_id: bytes) -> tuple[str, int]:
-        """Sorts prompts by prefix, and among these by length."""
-        asked = self.questions[entry_id]
-        return asked.instruction or "", len(asked.steered)
-
-
-def _fill(writer: StoreWriter, asker: "_Asker", questions: dict[bytes, Asked], reuse_prefix: bool) -> None:
-    """Runs all prompts; an error leaves the finished entries in the store."""
-    rest: list[bytes] = []
-    hidden = asker.args.disable_tqdm or not questions or not PartialState().is_main_process
-    progress = logging.tqdm(total=len(questions), desc="the teacher is asked", disable=hidden)
-
-    def ask(entry_ids: Sequence[bytes], prefix: PrefixCache | None) -> None:
-        for start in range(0, len(entry_ids), asker.args.eval_batch_size):
-            batch = entry_ids[start : start + asker.args.eval_batch_size]
-            for entry_id, entry in zip(batch, asker.ask([questions[p] for p in batch], prefix), strict=True):
-                writer.add(entry_id, entry)
-            progress.update(len(batch))
-
-    try:
-        for _, group in groupby(questions, key=lambda entry_id: questions[entry_id].instruction):
-            entry_ids = list(group)
-            shared = common_length([questions[p].steered for p in entry_ids]) if reuse_prefix else 0
-            if len(entry_ids) == 1 or shared < SHORTEST:
-                rest += entry_ids  # batched without a common prefix
-                continue
-            ask(entry_ids, asker.read_prefix(questions[entry_ids[0]].steered[:shared]))
-        ask(sorted(rest, key=lambda p: len(questions[p].steered)), None)
-    except OSError:
-        raise  # the folder cannot be written
-    except BaseException:
-        writer.flush()
-        raise
-    writer.flush()
-    progress.close()
+        if elsewhere:
+            provenance = replace(provenance, values=LOG_PROBABILITIES, autocast=None)
+        return cls(folder, model, tokenizer, pad_id, datasets[0], questions, named, provenance)
 
 
 class _Asker:
@@ -343,6 +301,38 @@ class _Asker:
     def _autocast(self) -> Any:
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         return nullcontext() if dtype is None else torch.autocast(self.args.device.type, dtype)
+
+    def fill(self, writer: StoreWriter, entry_ids: Sequence[bytes], reuse_prefix: bool) -> None:
+        """Runs these prompts, of which those of one prefix follow each other; an error leaves the finished entries in the store."""
+        questions, size = self.job.questions, self.args.eval_batch_size
+        hidden = self.args.disable_tqdm or not entry_ids or not PartialState().is_main_process
+        progress = logging.tqdm(total=len(entry_ids), desc="the teacher is asked", disable=hidden)
+
+        def ask(entry_ids: Sequence[bytes], prefix: PrefixCache | None) -> None:
+            for start in range(0, len(entry_ids), size):
+                batch = entry_ids[start : start + size]
+                entries = self.ask([questions[p] for p in batch], prefix)
+                for entry_id, entry in zip(batch, entries, strict=True):
+                    writer.add(entry_id, entry)
+                progress.update(len(batch))
+
+        rest: list[bytes] = []
+        try:
+            for _, group in groupby(entry_ids, key=lambda p: questions[p].instruction):
+                together = list(group)
+                shared = common_length([questions[p].steered for p in together]) if reuse_prefix else 0
+                if len(together) == 1 or shared < SHORTEST:
+                    rest += together  # batched without a common prefix
+                    continue
+                ask(together, self.read_prefix(questions[together[0]].steered[:shared]))
+            ask(sorted(rest, key=lambda p: len(questions[p].steered)), None)
+        except OSError:
+            raise  # the folder cannot be written
+        except BaseException:
+            writer.flush()
+            raise
+        writer.flush()
+        progress.close()
 
     @torch.no_grad()
     def read_prefix(self, ids: list[int]) -> PrefixCache:
@@ -367,8 +357,13 @@ class _Asker:
             self.saving.tokens += read - (prefix.length * len(questions) if prefix else 0)
             if prefix is not None and self.saving.seconds is None:
                 self._measure(questions, answers, prefix)
-            targets = self._targets(questions, answers, prefix)
-        return _split(targets, answers, self.answered)
+            targets: Any = self._targets(questions, answers, prefix)
+        sizes = [max(1, len(answer)) for answer in answers]
+        parts = zip(*(part.split(sizes) for part in targets[:3]), answers, strict=True)
+        return [
+            Entry(TopK(values, indices, tail, targets.temperature), answer if self.answered else [])
+            for values, indices, tail, answer in parts
+        ]
 
     def _targets(self, questions, answers, prefix: PrefixCache | None) -> TopK:
         start = prefix.length if prefix else 0
@@ -399,16 +394,3 @@ class _Asker:
                 f"reuse_prefix: with the prefix's keys and values read from a cache, {type(self.model).__name__} gives "
                 f"logits that differ by up to {worst:.3g} (allowed {tolerance:.3g}); wanted False for this model"
             )
-
-
-def _split(targets: TopK, answers: Sequence[list[int]], keep_answers: bool) -> list[Entry]:
-    """One TopK of a batch -> one entry per question."""
-    sizes = [max(1, len(answer)) for answer in answers]
-    tails: Any = targets.tail_logsumexp
-    parts = zip(
-        *(part.split(sizes) for part in (targets.values, targets.indices, tails)), answers, strict=True
-    )
-    return [
-        Entry(TopK(values, indices, tail, targets.temperature), answer if keep_answers else [])
-        for values, indices, tail, answer in parts
-    ]

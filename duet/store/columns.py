@@ -14,17 +14,15 @@ from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch.nn.functional import pad
 
 from duet_kernels import TopK
 
 from ..names import check_one_of
-from .read import Entry, Provenance, TopKStore
+from .read import Entry, Provenance, TopKStore, truncated
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_TOO_MUCH = 1e-3  # sum p above 1 by more than rounding: these are no log-probabilities
 
 
 class Style(NamedTuple):
@@ -143,6 +141,7 @@ def _answer(ids: Any, provenance: Provenance, where: str) -> list[int]:
 
 
 def _topk(row: Mapping[str, Any], names: Style, provenance: Provenance, where: str) -> TopK:
+    """The k largest at every scored position; fewer than k are filled up with absent slots."""
     try:
         ids, logprobs = torch.tensor(row[names.ids]), torch.tensor(row[names.logprobs], dtype=torch.float64)
         mask = torch.tensor(row[names.mask]).bool() if names.mask in row else torch.ones_like(logprobs).bool()
@@ -159,31 +158,13 @@ def _topk(row: Mapping[str, Any], names: Style, provenance: Provenance, where: s
     if logprobs.isnan().any() or (ids[present] >= provenance.vocab_size).any():
         raise ValueError(f"{where}: wanted ids below {provenance.vocab_size} and no NaN")
     scored = present.any(-1)
-    return _sorted(
-        ids[scored], logprobs[scored].masked_fill(~present[scored], float("-inf")), provenance, where
-    )
-
-
-def _sorted(ids: Tensor, logprobs: Tensor, provenance: Provenance, where: str) -> TopK:
-    """The k largest, descending, each id once; fewer than k are filled up with absent slots."""
-    logprobs, order = logprobs.sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, order)
-    same = ids.unsqueeze(-1) == ids.unsqueeze(-2)
-    repeated = same.tril(-1).any(-1)
-    logprobs, order = logprobs.masked_fill(repeated, float("-inf")).sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, order).masked_fill(logprobs == float("-inf"), 0)
-    total = logprobs.logsumexp(-1)
-    if (total > _TOO_MUCH).any():
-        raise ValueError(
-            f"{where}: wanted log-probabilities, got probabilities that sum to {float(total.max().exp()):.4g}"
-        )
-    k = provenance.k
-    missing = max(0, k - ids.shape[-1])
-    logprobs = torch.nn.functional.pad(logprobs, (0, missing), value=float("-inf"))
-    ids = torch.nn.functional.pad(ids, (0, missing))
-    dropped = (
-        torch.logsumexp(logprobs[:, k:], -1) if ids.shape[-1] > k else torch.full_like(total, float("-inf"))
-    )
-    tail = torch.logaddexp(torch.log(-torch.expm1(total.clamp(max=0))), dropped)
-    values = (provenance.temperature * logprobs[:, :k]).float()
-    return TopK(values, ids[:, :k], tail.float(), provenance.temperature)
+    ids, logprobs = ids.long().masked_fill(~present, -1)[scored], logprobs[scored]
+    k, temperature = provenance.k, provenance.temperature
+    try:
+        whole = TopK.from_logprobs(ids, logprobs, temperature=temperature)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    kept: Any = truncated(whole, min(k, ids.shape[-1]))
+    missing = 0, k - kept.values.shape[-1]
+    values = pad(kept.values, missing, value=float("-inf"))
+    return TopK(values.float(), pad(kept.indices, missing), kept.tail_logsumexp.float(), temperature)

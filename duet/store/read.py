@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from duet_kernels import TopK
 
+from ..model.hashes import json_hash
 from ..model.weights import older_weights
 from ..names import check_one_of
 
@@ -96,7 +97,7 @@ class Provenance:
     def seal(self) -> str:
         """A hash of everything that is compared; it is written into every shard."""
         body = dataclasses.asdict(dataclasses.replace(self, model=""))
-        return seal_of({k: v for k, v in body.items() if v is not None or k not in MAY_LACK})
+        return json_hash({k: v for k, v in body.items() if v is not None or k not in MAY_LACK})
 
     def refuse_another(self, wanted: "Provenance", ignoring: Sequence[str] = ()) -> None:
         """Compares field by field with the provenance that is wanted now.
@@ -164,11 +165,6 @@ def truncated(targets: TopK, k: int) -> TopK:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def seal_of(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, ensure_ascii=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The checked manifest: undamaged, of this format, complete, and naming no file outside its folder."""
     path = folder / MANIFEST
@@ -185,7 +181,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         got = body.get("format") if isinstance(body, dict) else type(body).__name__
         raise ValueError(f"teacher_store: format: {path} has {got!r}, this version reads {FORMAT!r}")
     checksum = body.pop("checksum", None)
-    if checksum != seal_of(body):
+    if checksum != json_hash(body):
         raise ValueError(
             f"teacher_store: {path} is damaged: its checksum does not match its content; {advice}"
         )
@@ -196,17 +192,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         complete = body["complete"] is True
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"teacher_store: {path} lacks or misnames a field: {error}") from None
-    files = [_inside(folder, name) for name in names]
+    for name in names:
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+            raise ValueError(
+                f"teacher_store: shards: {path} names {name!r}, wanted a shard in its own folder"
+            )
+    files = [folder / name for name in names]
     return {"complete": complete, "files": files, "provenance": provenance, "rows": rows}
-
-
-def _inside(folder: Path, name: Any) -> Path:
-    """The path of a shard; any other name in a manifest is refused."""
-    if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
-        raise ValueError(
-            f"teacher_store: shards: {folder / MANIFEST} names {name!r}, wanted a shard in its own folder"
-        )
-    return folder / name
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -257,31 +249,27 @@ class Shard:
                 "another folder, or delete that file"
             )
         try:
-            good = self._fits(tensors, provenance)
+            entries, (positions, k) = len(tensors["fingerprints"]), tensors["values"].shape
+            ids = tensors["indices"].numpy()
+            ends = [(tensors["offsets"], positions), (tensors["answer_offsets"], len(tensors["answers"]))]
+            good = (
+                tensors["indices"].shape == (positions, k) == (positions, provenance.k)
+                and tensors["values"].dtype == DTYPES[provenance.dtype]
+                and tensors["tail_logsumexp"].shape == (positions,)
+                and tensors["fingerprints"].shape == (entries, 16)
+                and (ids.size == 0 or bool(ids.min() >= 0 and ids.max() < provenance.vocab_size))
+                and all(
+                    end.shape == (entries + 1,)
+                    and end[0] == 0
+                    and end[-1] == total
+                    and bool((end.diff() >= 0).all())
+                    for end, total in ends
+                )
+            )
         except (KeyError, RuntimeError, ValueError, IndexError):
             good = False
         if not good:
             raise ValueError(f"teacher_store: {self.path}: its tensors are not what the manifest says")
-
-    @staticmethod
-    def _fits(tensors: dict[str, Tensor], provenance: Provenance) -> bool:
-        entries, (positions, k) = len(tensors["fingerprints"]), tensors["values"].shape
-        ids = tensors["indices"].numpy()
-        ends = [(tensors["offsets"], positions), (tensors["answer_offsets"], len(tensors["answers"]))]
-        return (
-            tensors["indices"].shape == (positions, k) == (positions, provenance.k)
-            and tensors["values"].dtype == DTYPES[provenance.dtype]
-            and tensors["tail_logsumexp"].shape == (positions,)
-            and tensors["fingerprints"].shape == (entries, 16)
-            and (ids.size == 0 or bool(ids.min() >= 0 and ids.max() < provenance.vocab_size))
-            and all(
-                end.shape == (entries + 1,)
-                and end[0] == 0
-                and end[-1] == total
-                and bool((end.diff() >= 0).all())
-                for end, total in ends
-            )
-        )
 
     def read(self, i: int, temperature: float) -> Entry:
         tensors = self.tensors

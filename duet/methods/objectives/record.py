@@ -196,6 +196,11 @@ class Objective:
         return self.targets is not None or self.prepare is not None
 
     @property
+    def is_steered(self) -> bool:
+        """Whether the student imitates a teacher behind a steering prefix."""
+        return self.targets is not None and self.teacher_sees == "steered"
+
+    @property
     def shows_prefix(self) -> bool:
         """Whether the steering prefix is used: a teacher, `prepare` or the model that is saved (`in_context`) sees it."""
         return self.teacher_sees == "steered" and (self.targets is not None or not self.needs_answers)
