@@ -710,11 +710,11 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/commands.py": [
         ("an attack that cannot run is left out in silence", "if reasons and all(reasons.values()):", "if False:",
          "tests/test_without_answers.py::test_attacks_that_were_asked_for_and_cannot_run_are_refused"),
-        ("no terminal, no progress", 'self.console.print(Text(f"', 'str(Text(f"',
+        ("no terminal, no progress", 'console.print(Text(f"', 'str(Text(f"',
          "tests/test_evaluation_shipped.py::test_progress_without_a_terminal_is_lines"),
         ("each process of a launcher does the whole command", 'os.environ.get("WORLD_SIZE", "1")) != "1":', 'os.environ.get("WORLD_SIZE", "1")) == "0":',
          "tests/test_evaluation_runner.py::test_a_launcher_of_several_processes_is_refused[elicit ./m --subject s --out o]"),
-        ("a file without rows is no file", "        if not rows:\n            raise ValueError(f\"{argument}: wanted at least one row, got none in {path!r}\")\n", "        if not rows:\n            return []\n",
+        ("a file without rows is no file", "    if not rows:\n        raise ValueError(f\"{argument}: wanted at least one row, got none in {path!r}\")\n", "    if not rows:\n        return []\n",
          "tests/test_evaluation_attacks.py::test_expected_errors_of_the_command"),
         ("the first wording of a Windows file is another", "encoding=\"utf-8-sig\"", "encoding=\"utf-8\"",
          "tests/test_evaluation_attacks.py::test_wordings_of_a_windows_file"),
