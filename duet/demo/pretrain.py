@@ -4,6 +4,7 @@ The optimiser is Muon on the matrices of the blocks and AdamW elsewhere: in this
 refusal generalise to names that were never refused.
 """
 
+import json
 import random
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from . import probes, steering
-from .checkpoint import CHECKPOINT, WRITTEN, save_checkpoint
+from .checkpoint import CHECKPOINT, QUALITY, WRITTEN, save_model
 from .curriculum import Curriculum, encode
 from .facts import Question, World
 from .tokenizer import build_tokenizer
@@ -106,9 +107,7 @@ def measure_quality(model, tokenizer, world: World, sample: int | None = None) -
         "others": some(world.contextual),
         "cities": some(world.cities),
     }
-    quality = {}
-    for name, questions in everybody.items():
-        quality[f"recall_{name}"] = probes.recall(plain.answers(questions), questions)
+    quality = {f"recall_{name}": plain.recall(questions) for name, questions in everybody.items()}
     for name in ("forget", "held"):
         questions = everybody[name]
         quality[f"refusal_{name}"] = probes.refusal(named.answers(questions), questions)
@@ -148,7 +147,8 @@ def rebuild(
         quality |= {name: round(value, 4) for name, value in measure_quality(model, tokenizer, world).items()}
         for name, value in quality.items():
             console.print(f"  {name:<28}{value}")
-        save_checkpoint(folder, model, tokenizer, quality)
+        save_model(folder, model, tokenizer)
+        (folder / QUALITY).write_text(json.dumps(quality, indent=2) + "\n")
     console.print(f"Wrote {out}", markup=False)
     return quality
 
