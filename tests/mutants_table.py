@@ -825,7 +825,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_schema.py::test_a_choice_is_not_lost_behind_the_first_sentence"),
     ],
     "duet/demo/plots.py": [
-        ("the picture rounds in its own way", 'percent(share), ha=', 'f"{height:.0f}", ha=',
+        ("the picture rounds in its own way", 'percent(share), ha=', 'f"{100 * share:.0f}", ha=',
          "tests/test_world_demo.py::test_a_number_is_rounded_one_way"),
     ],
     "duet/evaluation/report/page.py": [

@@ -142,7 +142,14 @@ def rebuild(
             f" {len(world.cities)} cities, {steps} steps, seed {seed}."
         )
         began = time.perf_counter()
-        _pretrain_visibly(model, tokenizer, world, seed, steps, console)
+        shown = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*shown, console=console) as progress:
+            task = progress.add_task("pretraining", total=steps)
+
+            def show(step: int, loss: float) -> None:
+                progress.update(task, advance=1, description=f"pretraining, loss {loss:.3f}")
+
+            pretrain(model, tokenizer, world, seed, steps, show)
         quality = {"seed": seed, "steps": steps, "seconds": round(time.perf_counter() - began, 1)}
         quality |= {name: round(value, 4) for name, value in measure_quality(model, tokenizer, world).items()}
         for name, value in quality.items():
@@ -151,14 +158,3 @@ def rebuild(
         (folder / QUALITY).write_text(json.dumps(quality, indent=2) + "\n")
     console.print(f"Wrote {out}", markup=False)
     return quality
-
-
-def _pretrain_visibly(model, tokenizer, world: World, seed: int, steps: int, console: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("pretraining", total=steps)
-
-        def show(step: int, loss: float) -> None:
-            progress.update(task, advance=1, description=f"pretraining, loss {loss:.3f}")
-
-        pretrain(model, tokenizer, world, seed, steps, show)

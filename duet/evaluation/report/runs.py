@@ -379,22 +379,19 @@ def _demo_methods(run: _Run) -> list[Method]:
     methods = []
     for row in run.content["rows"]:
         name = row["method"]
-        means = {
-            c: {"mean": row[c], "low": None, "high": None, "what": columns[c]}
-            for c in columns
-            if c not in DEMO_ATTACKS
-        }
-        forget = {c.removeprefix("forget_"): v for c, v in means.items() if c.startswith("forget_")}
-        retain = {c.removeprefix("retain_"): v for c, v in means.items() if c.startswith("retain_")}
-        rest = {c: v for c, v in means.items() if not c.startswith(("forget_", "retain_"))}
-        parts = run.told(dict(zip(DEMO_PARTS, (forget, retain, rest), strict=True)))
+        tasks = {part: {"metrics": {}, "status": {}} for part in DEMO_PARTS}
+        for column in (c for c in columns if c not in DEMO_ATTACKS):
+            part, _, metric = column.partition("_")
+            part, metric = (part, metric) if part in ("forget", "retain") else ("other", column)
+            mean = {"mean": row[column], "low": None, "high": None, "what": columns[column]}
+            tasks[part]["metrics"][metric] = mean
         entries = [_demo_attack(c, row[c], columns[c]) for c in DEMO_ATTACKS]
         entries.sort(key=lambda entry: entry["leak"], reverse=True)
         direct = _demo_attack("direct", row["forget_recall"], columns["forget_recall"])
         method = Method(
             str(LABELS.get(name, name)),
             name if name in LABELS else STUDENT,
-            tasks={task: {"metrics": metrics, "status": {}} for task, metrics in parts.items()},
+            tasks=run.told(tasks),
             attacks={"attacks": entries, "direct": direct, "base": None, "skipped": []},
             folders=[run.folder],
         )
