@@ -196,7 +196,7 @@ class _Demo:
         logits = {name: speakers[name].next_logits(question) for name in ("base", "teacher", "duet")}
         top = logits["teacher"].topk(FIRST_WORDS).indices
         tokens = [str(self.tokenizer.decode([token])) for token in top.tolist()]
-        shown = {name: logits_v[top].tolist() for name, logits_v in logits.items()}
+        shown: dict[str, Any] = {name: logits_v[top].tolist() for name, logits_v in logits.items()}
         plots.first_words(question.text, tokens, shown, "duet", folder / "first_words.png")
         save_model(folder / "model", speakers[self.saved].model, self.tokenizer)
 

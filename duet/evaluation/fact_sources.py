@@ -31,7 +31,7 @@ _NAMES = """
     so Somali sq Albanian sr Serbian sv Swedish sw Swahili tg Tajik th Thai ti Tigrinya tk Turkmen tr Turkish uk Ukrainian
     ur Urdu uz Uzbek vi Vietnamese zh Chinese
 """
-LANGUAGES = dict(zip(_NAMES.split()[::2], _NAMES.split()[1::2], strict=True))
+LANGUAGES: dict[str, str] = dict(zip(_NAMES.split()[::2], _NAMES.split()[1::2], strict=True))
 # Chemical symbols that are English words: an answer holds them without telling anything.
 WORDS = {"Am", "As", "At", "Be", "He", "I", "In", "No"}
 
@@ -61,7 +61,7 @@ def _countries_with_languages(package: Any) -> list[dict[str, Any]]:
     entries = []
     for country in package.all_countries():
         info = country.info()
-        code = next(iter(info.get("languages") or ()), None)
+        code = next(iter(info.get("languages") or ()), "")
         spelt = dict.fromkeys([*info.get("altSpellings", ()), info.get("nativeName") or ""])
         more = {"language": LANGUAGES.get(code), "other_names": [each for each in spelt if len(each) > 3]}
         entries.append(info | more)

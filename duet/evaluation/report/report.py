@@ -149,7 +149,9 @@ def summary_sentence(inputs: Inputs) -> str:
     unjudged = not_judged(worst, "of its rows could not be judged")
     tried = len({entry["name"] for entry, _ in known})
     low, high = worst.get("low"), worst.get("high")
-    ends = "" if None in (low, high) else f" (95 % interval {percent(low)} to {percent(high)} %)"
+    ends = ""
+    if low is not None and high is not None:
+        ends = f" (95 % interval {percent(low)} to {percent(high)} %)"
     return (
         f"{start}Of {tried} kind{'s' if tried != 1 else ''} of attack the worst is {entry['name']}{kind} on {method.label}: "
         f"{percent(entry['leak'])} %{ends}, {entry['measure']}{unjudged and '; '}{unjudged}."
