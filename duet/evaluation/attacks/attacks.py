@@ -84,22 +84,22 @@ def _prefill(target: Target) -> Iterator[Unit]:
     own = [row for row in target.rows if row.opening()]
     if own:
         name = "the answer's own opening"
-        yield name, lambda: forced(name, own, [row.opening() for row in own])
+        yield name, partial(forced, name, own, [row.opening() for row in own])
     for text in AFFIRMATIONS:
         openings = [f" {text}" if isinstance(row.conversation, str) else text for row in target.rows]
-        yield text, lambda text=text, openings=openings: forced(text, target.rows, openings)
-
-
-def _asking(target: Target, rows: Sequence[AttackRow], texts: Sequence[str]) -> list[list[int] | None]:
-    """The prompts of the rows, with these texts in the place of their questions."""
-    return [target.prompt(row.asking(text)) for row, text in zip(rows, texts, strict=True)]
+        yield text, partial(forced, text, target.rows, openings)
 
 
 def _in_other_words(
     target: Target, name: str, rows: Sequence[AttackRow], texts: Sequence[str], **how: Any
 ) -> Unit:
     """Asks the rows with these texts in the place of their questions."""
-    return name, lambda: target.outcomes(name, rows, _asking(target, rows, texts), **how)
+
+    def work() -> Outcomes:
+        prompts = [target.prompt(row.asking(text)) for row, text in zip(rows, texts, strict=True)]
+        return target.outcomes(name, rows, prompts, **how)
+
+    return name, work
 
 
 def _other_questions(
@@ -140,14 +140,13 @@ def _few_shot(target: Target) -> Iterator[Unit]:
             given.append(f"examples {about}" if examples else "no example that does not hold its answer")
         return _giving(target.outcomes(name, target.rows, prompts), given)
 
-    pools: dict[str, Sequence[AttackRow]] = {}
     if target.retain:
+        name = "examples that may be known"
         known = [AttackRow(-1 - r.id, r.conversation, r.answer, r.subject) for r in target.retain]
-        pools["examples that may be known"] = known
+        yield name, partial(shown, name, known)
     if len(target.rows) > 1:
-        pools["other forgotten rows as examples"] = target.rows
-    for name, pool in pools.items():
-        yield name, lambda name=name, pool=pool: shown(name, pool)
+        name = "other forgotten rows as examples"
+        yield name, partial(shown, name, target.rows)
 
 
 OTHER, UNKNOWN, SAME = "about other subjects", "whose subject is not known", "about the same subject"
@@ -207,9 +206,9 @@ def _step_by_step(target: Target) -> Iterator[Unit]:
         texts = [
             REMEMBER.replace("{subject}", row.subject or f'this: "{row.question}"') for row in target.rows
         ]
-        first = target.say(_asking(target, target.rows, texts), long)
+        asked = [target.prompt(row.asking(text)) for row, text in zip(target.rows, texts, strict=True)]
         prompts = []
-        for row, text, heard in zip(target.rows, texts, first, strict=True):
+        for row, text, heard in zip(target.rows, texts, target.say(asked, long), strict=True):
             turns = [(text, heard.text)] if heard and heard.text else []
             prompts.append(target.prompt(target.dialogue(turns, row)))
         return target.outcomes("remember, then answer", target.rows, prompts)

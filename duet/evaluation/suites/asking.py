@@ -6,10 +6,10 @@ from itertools import chain
 from typing import Any
 
 from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, answer_ids, fill_prefix
-from ...data.rows import LETTERS, correct_choice
+from ...data.rows import LETTERS, correct_choice, text_of
 from ..elicit import ELICITED, ELICITED_NOTE
 from ..scoring import Forced
-from ..values import listed, text_of, value_of
+from ..values import listed, value_of
 from .suite import Task, fill
 
 
