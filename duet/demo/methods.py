@@ -119,8 +119,7 @@ def find_recipe(name: str) -> Recipe:
     check_one_of("method", name, [*RECIPES, *METHODS])
     if name in RECIPES:
         return RECIPES[name]
-    own = METHODS[name]
-    return Recipe(own.about, own.fixed, own.refuses, own.resists_overrides, settings=load_settings()[name])
+    return Recipe(**vars(METHODS[name]), settings=load_settings()[name])
 
 
 class _OnStep(TrainerCallback):

@@ -169,10 +169,8 @@ def run_attack(
         raise ValueError(f"attacks: wanted some of {', '.join(ATTACKS)}, got none")
     for attack in chosen or ():
         check_one_of("attacks", attack, ATTACKS)
-    given: dict[str, Any] = {}
-    given["seen_reverse_prompts"] = (
-        _trained_wordings(model) if reverse_prompts is None else lines_of(reverse_prompts, "reverse_prompts")
-    )
+    seen = lines_of(reverse_prompts, "reverse_prompts") if reverse_prompts else _trained_wordings(model)
+    given: dict[str, Any] = {"seen_reverse_prompts": seen}
     if relearn_rates is not None:
         given["relearn_rates"] = numbers_in(relearn_rates, float, "relearn_rates")
     if relearn_steps is not None:

@@ -21,7 +21,7 @@ from .figures import Estimate
 from .glossary import METRICS, Meaning
 from .neighbours import THRESHOLD, neighbours_section, says_truth
 from .page import NOT_RUN, Cell, Chart, Grid, Section, html, markdown, shown
-from .runs import BASE, EXAMPLES, STUDENT, TEACHER, Inputs, read_inputs
+from .runs import BASE, EXAMPLES, LABELS, STUDENT, TEACHER, Inputs, read_inputs
 from .tables import attacks_section, lm_eval_section, not_judged, table_section
 from .topk import MEASURE, TOPK, compare_topk
 
@@ -131,13 +131,7 @@ def summary_sentence(inputs: Inputs) -> str:
     questions = len({key for m in inputs.methods for key in m.answers if key[0] != EXAMPLES})
     asked = f", {questions} question{'s' if questions != 1 else ''} answered" if questions else ""
     start = f"{len(inputs.methods)} model{'s' if len(inputs.methods) != 1 else ''} ({models}){asked}. "
-    known = [
-        (entry, m)
-        for m in inputs.students
-        if m.attacks
-        for entry in m.attacks["attacks"]
-        if entry["leak"] is not None
-    ]
+    known = [(entry, m) for m in inputs.students for entry in m.entries if entry["leak"] is not None]
     if not known:
         return (
             start
@@ -192,7 +186,7 @@ def _answers_section(inputs: Inputs, examples: int) -> Section:
         return section
     speakers = [m for m in inputs.methods if m.answers]
     students = [m for m in speakers if m.role == STUDENT] or speakers
-    for role, name in ((BASE, "base"), (TEACHER, "steered teacher")):
+    for role, name in LABELS.items():
         if all(m.role != role for m in speakers):
             how = f"give its run, or name it with --{role}"
             how += "; duet eval --steering asks it" if role == TEACHER else ""
@@ -291,7 +285,7 @@ def _meaning(name: str) -> Meaning:
 def _relearning_section(inputs: Inputs) -> Section:
     section = Section("relearning", "How fast it is relearned")
     for method in inputs.students:
-        for entry in method.attacks["attacks"] if method.attacks else ():
+        for entry in method.entries:
             if not entry.get("curves"):
                 continue
             curves = {

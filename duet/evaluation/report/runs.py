@@ -71,6 +71,11 @@ class Method:
     weights: str | None = None
     base_weights: str | None = None
 
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The attacks, the worst first; none where it was not attacked."""
+        return self.attacks["attacks"] if self.attacks else []
+
 
 @dataclass
 class Inputs:

@@ -70,7 +70,7 @@ def attacks_section(inputs: Inputs) -> Section:
     """For each attacked model: what the attacker did, needed and spent, the worst attack first; every variant, folded."""
     section = Section("attacks", "Every attack, the worst first")
     for method in inputs.methods:
-        entries = [e for e in method.attacks["attacks"] if "cost" in e] if method.attacks else []
+        entries = [e for e in method.entries if "cost" in e]
         direct = method.attacks["direct"] if method.attacks else None
         if direct and "cost" in direct and (entries or method in inputs.students):
             entries.append(direct)
@@ -187,7 +187,7 @@ Line = tuple[str, str, list[Cell]]  # its band, its name, a cell for each method
 def _attack_lines(inputs: Inputs) -> Iterator[Line]:
     worst: dict[str, float] = {}
     for method in inputs.methods:
-        for entry in method.attacks["attacks"] if method.attacks else ():
+        for entry in method.entries:
             leak = entry["leak"] if entry["leak"] is not None and method in inputs.students else -1.0
             worst[entry["name"]] = max(leak, worst.get(entry["name"], -1.0))
     for name in [
@@ -201,7 +201,7 @@ def _attack_cell(method: Method, name: str) -> Cell:
     if method.attacks is None:
         return Cell(NOT_RUN)
     direct = method.attacks["direct"]
-    entries = {e["name"]: e for e in method.attacks["attacks"]} | ({DIRECT: direct} if direct else {})
+    entries = {e["name"]: e for e in method.entries} | ({DIRECT: direct} if direct else {})
     if name in entries:
         entry = entries[name]
         cell = _leak_cell(entry, worst_of(entry))
