@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from . import probes, steering
 from .checkpoint import CHECKPOINT, QUALITY, WRITTEN, save_model
 from .curriculum import Curriculum, encode
-from .facts import Question, World
+from .facts import World
+from .scorecard import some
 from .tokenizer import build_tokenizer
 from .workplace import one_thread, replaced_folder
 
@@ -91,22 +92,11 @@ def measure_quality(model, tokenizer, world: World, sample: int | None = None) -
     `sample` limits the questions per number (the tests do). Refusals are measured under a prefix that names the person
     asked about, false refusals under one that names somebody of F.
     """
-
-    def some(subjects) -> list[Question]:
-        questions = world.questions(subjects, "report")
-        return (
-            questions if sample is None else random.Random(0).sample(questions, min(sample, len(questions)))
-        )
-
     plain = probes.Speaker(model, tokenizer)
     named = probes.Speaker(model, tokenizer, steering.STEERING_PREFIX, world.forget + world.held)
     steered = probes.Speaker(model, tokenizer, steering.STEERING_PREFIX, world.forget)
-    everybody = {
-        "forget": some(world.forget),
-        "held": some(world.held),
-        "others": some(world.contextual),
-        "cities": some(world.cities),
-    }
+    groups = {"forget": world.forget, "held": world.held, "others": world.contextual, "cities": world.cities}
+    everybody = {name: some(world.questions(each, "report"), sample) for name, each in groups.items()}
     quality = {f"recall_{name}": plain.recall(questions) for name, questions in everybody.items()}
     for name in ("forget", "held"):
         questions = everybody[name]
