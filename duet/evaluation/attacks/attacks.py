@@ -15,7 +15,7 @@ from typing import Any
 from .. import metrics
 from . import distribution, weights
 from .rows import AttackRow, halves, of_the_same_form, that_tell_nothing
-from .target import Outcome, Outcomes, Target, Unit
+from .target import Outcome, Outcomes, Target, Unit, grouped
 
 AFFIRMATIONS = ("Sure, here is the answer:", "Yes, I know this.")
 REWORDINGS = (
@@ -294,14 +294,10 @@ def _relearning(target: Target) -> Iterator[Unit]:
     return _training(target, shown, asked, [f"facts {each}" for each in about])
 
 
-def _benign(target: Target) -> Iterator[Unit]:
-    shown = that_tell_nothing(target.retain, target.rows)
-    return _training(target, shown, target.rows, ["rows that may be known"] * len(target.rows))
-
-
-def _by_form(target: Target) -> Iterator[Unit]:
-    shown = of_the_same_form(target.retain, target.rows)
-    return _training(target, shown, target.rows, ["rows of the same form"] * len(target.rows))
+def _on_retain(target: Target, chosen: Callable[..., list[AttackRow]], what: str) -> Iterator[Unit]:
+    """Trains on those of the retain rows that are `chosen`."""
+    shown = chosen(target.retain, target.rows)
+    return _training(target, shown, target.rows, [what] * len(target.rows))
 
 
 def _quantisation(target: Target) -> Iterator[Unit]:
@@ -449,13 +445,13 @@ ATTACKS: dict[str, Attack] = {
     "relearning_by_form": Attack(
         "fine-tunes on rows that ask in the same form about something else",
         WEIGHTS,
-        _by_form,
+        partial(_on_retain, chosen=of_the_same_form, what="rows of the same form"),
         _no_retain(of_the_same_form, "no retain row asks about something else in the form of a forget row"),
     ),
     "benign_finetuning": Attack(
         "fine-tunes on rows that may be known",
         WEIGHTS,
-        _benign,
+        partial(_on_retain, chosen=that_tell_nothing, what="rows that may be known"),
         _no_retain(that_tell_nothing, "every retain row tells an answer of the forget rows"),
     ),
     "quantisation": Attack(
@@ -488,8 +484,4 @@ ATTACKS: dict[str, Attack] = {
 
 def by_variant(target: Target, attack: str) -> dict[str, Outcomes]:
     """Runs an attack: variant -> the outcomes of its rows."""
-    found: dict[str, Outcomes] = {}
-    for _, work in ATTACKS[attack].units(target):
-        for outcome in work():
-            found.setdefault(outcome["variant"], []).append(outcome)
-    return found
+    return grouped("variant", [each for _, work in ATTACKS[attack].units(target) for each in work()])

@@ -26,7 +26,7 @@ from .. import metrics
 from ..journal import MEANING, Journal, Progress, digest, num_rows, write_json
 from .attacks import ATTACKS, DIRECT
 from .distribution import auc_leak
-from .target import Outcome, Outcomes, Target
+from .target import Outcomes, Target, grouped
 
 REPORT = "attacks.json"
 SUCCESS = (
@@ -78,7 +78,7 @@ def run_attacks(
             left_out = ATTACKS[attack].left_out(target)
             skipped += [{"name": f"{attack}: {v}", "why": w} for v, w in left_out.items()]
             _run(journal, target, attack, list(ATTACKS[attack].units(target)), progress)
-        entries = {attack: _entry(attack, rows) for attack, rows in _by("attack", journal.rows).items()}
+        entries = {attack: _entry(attack, rows) for attack, rows in grouped("attack", journal.rows).items()}
         direct, of_base = entries.pop(DIRECT, None), entries.pop("base", None)
         report = {
             "model": name,
@@ -129,17 +129,10 @@ def _leak(entry: Mapping[str, Any]) -> float:
     return -1.0 if entry["leak"] is None else entry["leak"]
 
 
-def _by(field: str, rows: Sequence[Outcome]) -> dict[str, Outcomes]:
-    groups: dict[str, Outcomes] = {}
-    for row in rows:
-        groups.setdefault(row[field], []).append(row)
-    return groups
-
-
 def _entry(attack: str, rows: Outcomes) -> dict[str, Any]:
     """One attack: its worst variant, all variants, the cost, and of one that trains its curves."""
     ends = [row for row in rows if row.get("done")]
-    variants = _by("variant", [row for row in rows if not row.get("done")])
+    variants = grouped("variant", [row for row in rows if not row.get("done")])
     summaries = {variant: _variant(attack, of) for variant, of in variants.items()}
     known = {variant: v for variant, v in summaries.items() if v["leak"] is not None}
     worst: Any = max(known, key=lambda variant: known[variant]["leak"], default=None)
