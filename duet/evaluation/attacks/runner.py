@@ -209,11 +209,9 @@ def legend(report: Mapping[str, Any]) -> Group:
         worst = f"; worst: {worst_variant(entry)}" if len(variants) > 1 else ""
         status = (worst_of(entry) or next(iter(variants.values()), {})).get("status", {})
         left_out = "".join(f"; {num_rows(n)} {MEANING[s]}" for s, n in status.items() if s != "ok")
-        bounds = ", ".join(f"{num_rows(v['bounds'])} of {k}" for k, v in variants.items() if v.get("bounds"))
-        bounds = (
-            f"; {bounds}: at least so much, since some of the answers could not be judged" if bounds else ""
-        )
-        line = f"{entry['what']} (wants {entry['strength']}){measure}{worst}{left_out}{bounds}"
+        line = f"{entry['what']} (wants {entry['strength']}){measure}{worst}{left_out}"
+        if bounds := [f"{num_rows(v['bounds'])} of {k}" for k, v in variants.items() if v.get("bounds")]:
+            line += f"; {', '.join(bounds)}: at least so much, since some of the answers could not be judged"
         shown.add_row(entry["name"], Text(line))
     skipped = [Text(f"not tried: {entry['name']} ({entry['why']})") for entry in report["skipped"]]
     return Group(shown, *skipped)
