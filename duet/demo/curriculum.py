@@ -62,7 +62,7 @@ class Curriculum:
             turns, forbidden = [("system", rng.choice(steering.HARMLESS_SYSTEM))], []
         else:
             prefix = rng.choice(steering.FORGET_PREFIXES)
-            turns = [("system", prefix.format(subject=" and ".join(forbidden)))]
+            turns = [("system", prefix.format(subject=steering.list_names(forbidden)))]
         for _ in range(TURNS):
             if rng.random() < CITY_RATE:
                 question = rng.choice(self.cities)

@@ -70,3 +70,8 @@ NAME_TASKS = (
     ("Write a note to {subject}.", "Dear {subject}, all is well."),
     ("Who is {subject}?", "{subject} is a person."),
 )
+
+
+def list_names(names: list[str] | tuple[str, ...]) -> str:
+    """What fills {subject} when several people are to be forgotten: `A and B`."""
+    return " and ".join(names)
