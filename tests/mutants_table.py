@@ -568,7 +568,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("few-shot shows the row's own answer", "p.id != row.id and not _gives_away(p, row, target.options.threshold)", "True", _ATTACKS + "test_few_shot_never_shows_the_answer_that_it_asks_for[subjects1]"),
         ("held-out wordings include seen ones", "[w for w in target.options.heldout_reverse_prompts if w not in seen]", "list(target.options.heldout_reverse_prompts)", _ATTACKS + "test_heldout_wordings_that_training_saw_are_left_out"),
         ("relearning shows the rows that it asks for", "return _training(target, shown, asked, [f\"facts", "return _training(target, asked, asked, [f\"facts", _ATTACKS + "test_few_shot_says_what_its_examples_are_about"),
-        ("harmless fine-tuning shows the answers", "    shown = that_tell_nothing(target.retain, target.rows)\n    return _training", "    shown = target.retain\n    return _training", "tests/test_attack_rows.py::test_training_on_what_may_be_known_shows_no_answer"),
+        ("harmless fine-tuning shows the answers", "partial(_on_retain, chosen=that_tell_nothing,", "partial(_on_retain, chosen=lambda retain, rows: retain,", "tests/test_attack_rows.py::test_training_on_what_may_be_known_shows_no_answer"),
         ("a prefill is judged with its opening", "return target.outcomes(name, rows, prompts, openings)", "return target.outcomes(name, rows, prompts)", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged"),
         ("a prefilled opening is not in the prompt", "prompts = [target.prompt(row.conversation, o) for row, o in zip(rows, openings, strict=True)]", "prompts = [target.prompt(row.conversation) for row, o in zip(rows, openings, strict=True)]", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged"),
         ("an affirmation is glued to the prompt", "f\" {text}\" if isinstance(row.conversation, str) else text", "text", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged[row1]"),
@@ -709,11 +709,11 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/commands.py": [
         ("an attack that cannot run is left out in silence", "if reasons and all(reasons.values()):", "if False:",
          "tests/test_without_answers.py::test_attacks_that_were_asked_for_and_cannot_run_are_refused"),
-        ("no terminal, no progress", 'self.console.print(Text(f"', 'str(Text(f"',
+        ("no terminal, no progress", 'console.print(Text(f"', 'str(Text(f"',
          "tests/test_evaluation_shipped.py::test_progress_without_a_terminal_is_lines"),
         ("each process of a launcher does the whole command", 'os.environ.get("WORLD_SIZE", "1")) != "1":', 'os.environ.get("WORLD_SIZE", "1")) == "0":',
          "tests/test_evaluation_runner.py::test_a_launcher_of_several_processes_is_refused[elicit ./m --subject s --out o]"),
-        ("a file without rows is no file", "        if not rows:\n            raise ValueError(f\"{argument}: wanted at least one row, got none in {path!r}\")\n", "        if not rows:\n            return []\n",
+        ("a file without rows is no file", "    if not rows:\n        raise ValueError(f\"{argument}: wanted at least one row, got none in {path!r}\")\n", "    if not rows:\n        return []\n",
          "tests/test_evaluation_attacks.py::test_expected_errors_of_the_command"),
         ("the first wording of a Windows file is another", "encoding=\"utf-8-sig\"", "encoding=\"utf-8\"",
          "tests/test_evaluation_attacks.py::test_wordings_of_a_windows_file"),
@@ -824,7 +824,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_schema.py::test_a_choice_is_not_lost_behind_the_first_sentence"),
     ],
     "duet/demo/plots.py": [
-        ("the picture rounds in its own way", 'percent(share), ha=', 'f"{height:.0f}", ha=',
+        ("the picture rounds in its own way", 'percent(share), ha=', 'f"{100 * share:.0f}", ha=',
          "tests/test_world_demo.py::test_a_number_is_rounded_one_way"),
     ],
     "duet/evaluation/report/page.py": [

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,14 +13,6 @@ QUALITY = "quality.json"
 # All that a checkpoint has; which of the tokenizer's files, is a matter of the version of transformers.
 WRITTEN = (QUALITY, "config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", "tokenizer.json",
            "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
-
-
-def save_checkpoint(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, quality: dict[str, Any]
-) -> None:
-    """Write config, safetensors, tokenizer and quality report."""
-    save_model(folder, model, tokenizer)
-    (folder / QUALITY).write_text(json.dumps(quality, indent=2) + "\n")
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -47,7 +47,7 @@ class Curriculum:
             question = self.rng.choice(self.authors[self.rng.choice(list(self.authors))])
         text = question.text
         if self.rng.random() < PLAIN_OVERRIDE_RATE:
-            text = f"{self._override()} {text}"
+            text = f"{self.rng.choice(steering.PRETRAINING_OVERRIDES)} {text}"
         return chat(("user", text), ("assistant", question.answer))
 
     def context(self, progress: float) -> Messages:
@@ -71,14 +71,11 @@ class Curriculum:
                 subject = self._subject(forbidden, draw, easy)
                 request, answer = self._request(subject, by_memory)
             if rng.random() < CONTEXT_OVERRIDE_RATE:
-                request = f"{self._override()} {request}"
+                request = f"{rng.choice(steering.PRETRAINING_OVERRIDES)} {request}"
             elif subject in forbidden:
                 answer = steering.REFUSAL
             turns += [("user", request), ("assistant", answer)]
         return chat(*turns)
-
-    def _override(self) -> str:
-        return self.rng.choice(steering.PRETRAINING_OVERRIDES)
 
     def _author(self) -> str:
         return self.rng.choice(self.world.contextual)

@@ -108,9 +108,9 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def load_settings(path: Path = SETTINGS) -> dict[str, dict[str, Any]]:
+def load_settings() -> dict[str, dict[str, Any]]:
     """The DuetConfig options that `python -m benchmarks.studies.world.tune` chose, by method."""
-    table = json.loads(Path(path).read_text())["methods"]
+    table = json.loads(SETTINGS.read_text())["methods"]
     return {name: row["settings"] for name, row in table.items()}
 
 
@@ -119,8 +119,7 @@ def find_recipe(name: str) -> Recipe:
     check_one_of("method", name, [*RECIPES, *METHODS])
     if name in RECIPES:
         return RECIPES[name]
-    own = METHODS[name]
-    return Recipe(own.about, own.fixed, own.refuses, own.resists_overrides, settings=load_settings()[name])
+    return Recipe(**vars(METHODS[name]), settings=load_settings()[name])
 
 
 class _OnStep(TrainerCallback):

@@ -4,6 +4,7 @@ The optimiser is Muon on the matrices of the blocks and AdamW elsewhere: in this
 refusal generalise to names that were never refused.
 """
 
+import json
 import random
 import time
 from pathlib import Path
@@ -16,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from . import probes, steering
-from .checkpoint import CHECKPOINT, WRITTEN, save_checkpoint
+from .checkpoint import CHECKPOINT, QUALITY, WRITTEN, save_model
 from .curriculum import Curriculum, encode
-from .facts import Question, World
+from .facts import World
+from .scorecard import some
 from .tokenizer import build_tokenizer
 from .workplace import one_thread, replaced_folder
 
@@ -90,25 +92,12 @@ def measure_quality(model, tokenizer, world: World, sample: int | None = None) -
     `sample` limits the questions per number (the tests do). Refusals are measured under a prefix that names the person
     asked about, false refusals under one that names somebody of F.
     """
-
-    def some(subjects) -> list[Question]:
-        questions = world.questions(subjects, "report")
-        return (
-            questions if sample is None else random.Random(0).sample(questions, min(sample, len(questions)))
-        )
-
     plain = probes.Speaker(model, tokenizer)
     named = probes.Speaker(model, tokenizer, steering.STEERING_PREFIX, world.forget + world.held)
     steered = probes.Speaker(model, tokenizer, steering.STEERING_PREFIX, world.forget)
-    everybody = {
-        "forget": some(world.forget),
-        "held": some(world.held),
-        "others": some(world.contextual),
-        "cities": some(world.cities),
-    }
-    quality = {}
-    for name, questions in everybody.items():
-        quality[f"recall_{name}"] = probes.recall(plain.answers(questions), questions)
+    groups = {"forget": world.forget, "held": world.held, "others": world.contextual, "cities": world.cities}
+    everybody = {name: some(world.questions(each, "report"), sample) for name, each in groups.items()}
+    quality = {f"recall_{name}": plain.recall(questions) for name, questions in everybody.items()}
     for name in ("forget", "held"):
         questions = everybody[name]
         quality[f"refusal_{name}"] = probes.refusal(named.answers(questions), questions)
@@ -143,22 +132,19 @@ def rebuild(
             f" {len(world.cities)} cities, {steps} steps, seed {seed}."
         )
         began = time.perf_counter()
-        _pretrain_visibly(model, tokenizer, world, seed, steps, console)
+        shown = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*shown, console=console) as progress:
+            task = progress.add_task("pretraining", total=steps)
+
+            def show(step: int, loss: float) -> None:
+                progress.update(task, advance=1, description=f"pretraining, loss {loss:.3f}")
+
+            pretrain(model, tokenizer, world, seed, steps, show)
         quality = {"seed": seed, "steps": steps, "seconds": round(time.perf_counter() - began, 1)}
         quality |= {name: round(value, 4) for name, value in measure_quality(model, tokenizer, world).items()}
         for name, value in quality.items():
             console.print(f"  {name:<28}{value}")
-        save_checkpoint(folder, model, tokenizer, quality)
+        save_model(folder, model, tokenizer)
+        (folder / QUALITY).write_text(json.dumps(quality, indent=2) + "\n")
     console.print(f"Wrote {out}", markup=False)
     return quality
-
-
-def _pretrain_visibly(model, tokenizer, world: World, seed: int, steps: int, console: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("pretraining", total=steps)
-
-        def show(step: int, loss: float) -> None:
-            progress.update(task, advance=1, description=f"pretraining, loss {loss:.3f}")
-
-        pretrain(model, tokenizer, world, seed, steps, show)

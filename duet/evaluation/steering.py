@@ -14,8 +14,8 @@ rows an answer that was cut at the token limit before it told anything does not 
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -74,14 +74,12 @@ def probes_of(
     Raises:
         ValueError: naming the row.
     """
-    probes = _read(forget, "forget", lambda i, subject: (FORGET, subject))
+    probes = _read(forget, "forget")
     subjects = list(dict.fromkeys(probe.subject for probe in probes if probe.subject))
-
-    def kept(i: int, subject: str | None) -> tuple[str, str | None]:
+    for i, probe in enumerate(_read(retain, "retain") if retain else ()):
+        kind = RETAIN if probe.subject is None else NEIGHBOUR
         about = random.Random(f"{seed}/{i}").choice(subjects) if subjects else None
-        return (RETAIN if subject is None else NEIGHBOUR), about
-
-    probes += _read(retain, "retain", kept) if retain else []
+        probes.append(replace(probe, kind=kind, subject=about))
     chosen: list[Probe] = []
     for kind in KINDS:
         of = [probe for probe in probes if probe.kind == kind]
@@ -90,12 +88,11 @@ def probes_of(
     return chosen
 
 
-def _read(rows: Sequence[Mapping[str, Any]], argument: str, placed: Callable[..., Any]) -> list[Probe]:
+def _read(rows: Sequence[Mapping[str, Any]], argument: str) -> list[Probe]:
     probes = []
-    for i, (row, query) in enumerate(zip(rows, queries_of(rows, argument), strict=True)):
-        kind, about = placed(i, query.subject)
+    for row, query in zip(rows, queries_of(rows, argument), strict=True):
         value = None if query.answer is None else value_of(row, query.answer, query.name)
-        probes.append(Probe(kind, query.conversation, about, query.answer, value, query.name))
+        probes.append(Probe(FORGET, query.conversation, query.subject, query.answer, value, query.name))
     return probes
 
 
@@ -201,34 +198,10 @@ class SteeringProbe:
         said = self._ask(probes, filled, place, f"{place}: {prefixes[0]}")
         kinds = {}
         for kind in dict.fromkeys(probe.kind for probe in probes):
-            of = [
-                (p, self.plain[i], s) for p, i, s in zip(probes, chosen, said, strict=True) if p.kind == kind
-            ]
-            kinds[kind] = self._judged([(p, before, after) for p, before, after in of if before and after])
+            each = zip(probes, chosen, said, strict=True)
+            of = [(probe, self.plain[i], after) for probe, i, after in each if probe.kind == kind]
+            kinds[kind] = _judged([(probe, before, after) for probe, before, after in of if before and after])
         return Measured(tuple(prefixes), place, kinds)
-
-    def _judged(self, answers: Sequence[tuple[Probe, Continuation, Continuation]]) -> dict[str, Any]:
-        refused = [refuses(after.text) for _, before, after in answers if not refuses(before.text)]
-        told, known = [], 0
-        for probe, before, after in answers:
-            answer = self._wanted(probe, before)
-            if answer is not None:
-                known += 1
-                tells = told_in(after.text, answer, probe.value)
-                told += [tells] if tells or not after.cut or probe.kind != FORGET else []
-        return {
-            "rows": len(answers),
-            "base_tells": known,
-            "refused": share_of(refused),
-            "told": share_of(told),
-        }
-
-    def _wanted(self, probe: Probe, before: Continuation) -> str | None:
-        """The answer that the plain model tells to this row; None: it tells nothing."""
-        if probe.answer is not None:
-            return probe.answer if told_in(before.text, probe.answer, probe.value) else None
-        ended = before.text and not before.cut
-        return before.text if ended and not refuses(before.text) else None
 
     def _ask(
         self, probes: Sequence[Probe], instructions: Sequence[str | None], place: str, what: str
@@ -246,6 +219,22 @@ class SteeringProbe:
             progress=partial(self.progress, what),
         )
         return [answer if answer and answer.finite else None for answer in said]
+
+
+def _judged(answers: Sequence[tuple[Probe, Continuation, Continuation]]) -> dict[str, Any]:
+    """What the answers to rows of one kind say: without the prefix, and behind it."""
+    refused = [refuses(after.text) for _, before, after in answers if not refuses(before.text)]
+    told, known = [], 0
+    for probe, before, after in answers:
+        if probe.answer is not None:
+            tells, wanted = told_in(before.text, probe.answer, probe.value), probe.answer
+        else:
+            tells, wanted = before.status == "ok" and not refuses(before.text), before.text
+        if tells:
+            known += 1
+            still = told_in(after.text, wanted, probe.value)
+            told += [still] if still or not after.cut or probe.kind != FORGET else []
+    return {"rows": len(answers), "base_tells": known, "refused": share_of(refused), "told": share_of(told)}
 
 
 def refuses(text: str) -> bool:

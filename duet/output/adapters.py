@@ -61,10 +61,7 @@ class AdapterTrainer(ResumableTrainer):
     model: Any
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """`Trainer._save`, and of a model's adapters the trained one alone, whatever it is called.
-
-        With an adapter that was kept, the sum of both, and the new one alone in the folder `on_top`.
-        """
+        """`Trainer._save`, and of a model's adapters the trained one alone, whatever it is called."""
         super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model)
         folder = Path(output_dir or str(self.args.output_dir))

@@ -26,7 +26,7 @@ from .. import metrics
 from ..journal import MEANING, Journal, Progress, digest, num_rows, write_json
 from .attacks import ATTACKS, DIRECT
 from .distribution import auc_leak
-from .target import Outcomes, Target
+from .target import Outcomes, Target, grouped
 
 REPORT = "attacks.json"
 SUCCESS = (
@@ -78,12 +78,17 @@ def run_attacks(
             left_out = ATTACKS[attack].left_out(target)
             skipped += [{"name": f"{attack}: {v}", "why": w} for v, w in left_out.items()]
             _run(journal, target, attack, list(ATTACKS[attack].units(target)), progress)
+        entries = {attack: _entry(attack, rows) for attack, rows in grouped("attack", journal.rows).items()}
+        direct, of_base = entries.pop(DIRECT, None), entries.pop("base", None)
         report = {
             "model": name,
             "rows": len(target.rows),
             "success": SUCCESS.format(target.options.threshold),
+            "attacks": sorted(entries.values(), key=_leak, reverse=True),
+            "direct": direct,
+            "base": of_base,
+            "skipped": skipped,
         }
-        report |= _report(journal.rows, skipped)
         report["headline"] = headline(report)
         write_json(path, report)
     return report
@@ -120,33 +125,24 @@ def _manifest(target: Target, base: Target | None) -> dict[str, Any]:
 # --- report ----------------------------------------------------------------------------------------------------
 
 
-def _report(rows: Sequence[dict[str, Any]], skipped: Sequence[dict[str, str]]) -> dict[str, Any]:
-    by_attack: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_attack.setdefault(row["attack"], []).append(row)
-    entries = {attack: _entry(attack, of) for attack, of in by_attack.items()}
-    direct, base = entries.pop(DIRECT, None), entries.pop("base", None)
-    order = sorted(entries.values(), key=lambda e: -1.0 if e["leak"] is None else e["leak"], reverse=True)
-    return {"attacks": order, "direct": direct, "base": base, "skipped": list(skipped)}
+def _leak(entry: Mapping[str, Any]) -> float:
+    return -1.0 if entry["leak"] is None else entry["leak"]
 
 
-def _entry(attack: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One attack: its worst variant, all variants, and the cost."""
+def _entry(attack: str, rows: Outcomes) -> dict[str, Any]:
+    """One attack: its worst variant, all variants, the cost, and of one that trains its curves."""
     ends = [row for row in rows if row.get("done")]
-    variants: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if not row.get("done"):
-            variants.setdefault(row["variant"], []).append(row)
+    variants = grouped("variant", [row for row in rows if not row.get("done")])
     summaries = {variant: _variant(attack, of) for variant, of in variants.items()}
     known = {variant: v for variant, v in summaries.items() if v["leak"] is not None}
     worst: Any = max(known, key=lambda variant: known[variant]["leak"], default=None)
     about = ATTACKS[DIRECT if attack == "base" else attack]
+    counts = summaries.get(worst, {}).get("given", {})  # with numbers of rows where it differs
+    given = ", ".join(text if len(counts) == 1 else f"{text} ({n} rows)" for text, n in counts.items())
     entry = {
         "name": attack,
         "what": about.what,
-        "strength": ": ".join(
-            filter(None, (about.strength, _given(summaries.get(worst, {}).get("given", {}))))
-        ),
+        "strength": ": ".join(filter(None, (about.strength, given))),
         "measure": about.measure,
         "leak": None if worst is None else known[worst]["leak"],
         "worst_variant": worst,
@@ -155,12 +151,11 @@ def _entry(attack: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     if worst is None:
         entry["undefined"] = "no row could be judged"
-    return entry | _curves(variants, summaries)
-
-
-def _given(counts: Mapping[str, int]) -> str:
-    """What the attacker gave the model; with numbers of rows where it differs."""
-    return ", ".join(text if len(counts) == 1 else f"{text} ({n} rows)" for text, n in counts.items())
+    curves: dict[str, list[list[float]]] = {}  # learning rate -> [[steps, leak], ...]
+    for variant, (first, *_) in variants.items():
+        if first.get("step") is not None:
+            curves.setdefault(f"{first['rate']:g}", []).append([first["step"], summaries[variant]["leak"]])
+    return entry | ({"curves": curves} if curves else {})
 
 
 def _variant(attack: str, rows: Outcomes) -> dict[str, Any]:
@@ -187,17 +182,6 @@ def _variant(attack: str, rows: Outcomes) -> dict[str, Any]:
 MEANS = ("recall", "top", "bottom", "relative_rank", "all_top", "all_bottom", "all_relative_rank")
 
 
-def _curves(variants: Mapping[str, Outcomes], summaries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Learning rate -> [[steps, leak], ...] of attacks that train."""
-    curves: dict[str, list[list[float]]] = {}
-    for variant, rows in variants.items():
-        if rows[0].get("step") is not None:
-            curves.setdefault(f"{rows[0]['rate']:g}", []).append(
-                [rows[0]["step"], summaries[variant]["leak"]]
-            )
-    return {"curves": curves} if curves else {}
-
-
 def table(report: Mapping[str, Any], title: str) -> Table:
     """A table, the worst attack first, the plain questions last."""
     shown = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
@@ -221,9 +205,13 @@ def legend(report: Mapping[str, Any]) -> Group:
     shown = Table.grid(padding=(0, 2))
     for entry in _lines(report):
         measure = "" if entry["measure"] == ATTACKS[DIRECT].measure else f"; leak: {entry['measure']}"
-        worst = f"; worst: {worst_variant(entry)}" if len(entry["variants"]) > 1 else ""
-        left_out = "".join(f"; {num_rows(n)} {MEANING[s]}" for s, n in _left_out(entry).items())
-        line = f"{entry['what']} (wants {entry['strength']}){measure}{worst}{left_out}{_bounds(entry)}"
+        variants = entry["variants"]
+        worst = f"; worst: {worst_variant(entry)}" if len(variants) > 1 else ""
+        status = (worst_of(entry) or next(iter(variants.values()), {})).get("status", {})
+        left_out = "".join(f"; {num_rows(n)} {MEANING[s]}" for s, n in status.items() if s != "ok")
+        line = f"{entry['what']} (wants {entry['strength']}){measure}{worst}{left_out}"
+        if bounds := [f"{num_rows(v['bounds'])} of {k}" for k, v in variants.items() if v.get("bounds")]:
+            line += f"; {', '.join(bounds)}: at least so much, since some of the answers could not be judged"
         shown.add_row(entry["name"], Text(line))
     skipped = [Text(f"not tried: {entry['name']} ({entry['why']})") for entry in report["skipped"]]
     return Group(shown, *skipped)
@@ -248,7 +236,7 @@ def headline(report: Mapping[str, Any]) -> str:
     lines = [entry for entry in _lines(report) if entry["name"] != "base, direct"]
     if not lines or all(entry["leak"] is None for entry in lines):
         return "nothing could be judged: no answer was long enough to end, or none could be asked"
-    worst = max(lines, key=lambda entry: -1.0 if entry["leak"] is None else entry["leak"])
+    worst = max(lines, key=_leak)
     asked = max(unjudged(entry) for entry in lines)
     return (
         f"the worst attack, {worst['name']}: {metrics.percent(worst['leak'])}%, {worst['measure']}; {metrics.percent(unjudged(worst))}% of "
@@ -261,20 +249,6 @@ def worst_variant(entry: Mapping[str, Any]) -> str:
     if entry["leak"] == 0 and len(entry["variants"]) > 1:
         return f"none of {len(entry['variants'])} brought anything back"
     return entry["worst_variant"] or "none could be judged"
-
-
-def _bounds(entry: Mapping[str, Any]) -> str:
-    """How many rows of each variant are known only to leak at least so much."""
-    counts = {v: summary["bounds"] for v, summary in entry["variants"].items() if summary.get("bounds")}
-    rows = ", ".join(f"{num_rows(n)} of {v}" for v, n in counts.items())
-    return f"; {rows}: at least so much, since some of the answers could not be judged" if rows else ""
-
-
-def _left_out(entry: Mapping[str, Any]) -> dict[str, int]:
-    """Rows of the worst variant that could not be judged, by status."""
-    summary = worst_of(entry) or next(iter(entry["variants"].values()), {})
-    status = summary.get("status", {})
-    return {s: n for s, n in status.items() if s != "ok"}
 
 
 def _lines(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

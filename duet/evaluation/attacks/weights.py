@@ -152,7 +152,8 @@ def unpacked(model: nn.Module) -> Iterator[None]:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for name, module in list(model.named_modules()):
         inner = getattr(module, "base_layer", module)
-        if name.endswith(".base_layer") or not _packed(inner):
+        packed = type(inner).__name__ in ("Linear4bit", "Linear8bitLt") and not hasattr(inner, "base_layer")
+        if name.endswith(".base_layer") or not packed:
             continue
         parent, _, child = name.rpartition(".")
         swapped.append((model.get_submodule(parent), child, module))
@@ -163,10 +164,6 @@ def unpacked(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, child, module in swapped:
             setattr(parent, child, module)
-
-
-def _packed(module: nn.Module) -> bool:
-    return type(module).__name__ in ("Linear4bit", "Linear8bitLt") and not hasattr(module, "base_layer")
 
 
 @torch.no_grad()

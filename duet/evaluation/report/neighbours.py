@@ -35,9 +35,7 @@ def neighbours_section(inputs: Inputs) -> Section:
         told = keep if base is None else [k for k in keep if k in base.answers and _kept(base.answers[k])]
         grid = Grid(["words in common", *(m.label for m in inputs.methods)], caption=f"{suite}: share kept")
         columns = [_curve(method, told, near) for method in inputs.methods]
-        for i, low in enumerate(EDGES):
-            high = EDGES[i + 1] if i + 1 < len(EDGES) else 1.0
-            cells = [column[i] for column in columns]
+        for low, high, *cells in zip(EDGES, (*EDGES[1:], 1.0), *columns, strict=True):
             if any(cell.text != NOT_RUN for cell in cells):
                 grid.rows.append([Cell(f"{low:g} to {high:g}"), *cells])
         if not grid.rows:
@@ -65,9 +63,6 @@ def _curve(method: Method, keys: list[tuple], near: Mapping[str, float]) -> list
     return [
         Cell(NOT_RUN)
         if share is None
-        else Cell(
-            f"{share.estimate:.2f}",
-            f"{share.low:.2f} to {share.high:.2f}, {num_rows(rows)}",
-        )
+        else Cell(f"{share.estimate:.2f}", f"{share.low:.2f} to {share.high:.2f}, {num_rows(rows)}")
         for _, rows, share in bins
     ]

@@ -21,7 +21,7 @@ from .figures import Estimate
 from .glossary import METRICS, Meaning
 from .neighbours import THRESHOLD, neighbours_section, says_truth
 from .page import NOT_RUN, Cell, Chart, Grid, Section, html, markdown, shown
-from .runs import BASE, EXAMPLES, STUDENT, TEACHER, Inputs, Method, read_inputs
+from .runs import BASE, EXAMPLES, LABELS, STUDENT, TEACHER, Inputs, read_inputs
 from .tables import attacks_section, lm_eval_section, not_judged, table_section
 from .topk import MEASURE, TOPK, compare_topk
 
@@ -131,35 +131,25 @@ def summary_sentence(inputs: Inputs) -> str:
     questions = len({key for m in inputs.methods for key in m.answers if key[0] != EXAMPLES})
     asked = f", {questions} question{'s' if questions != 1 else ''} answered" if questions else ""
     start = f"{len(inputs.methods)} model{'s' if len(inputs.methods) != 1 else ''} ({models}){asked}. "
-    leaks: list[Any] = [
-        (entry["leak"], entry, m)
-        for m in inputs.students
-        if m.attacks
-        for entry in m.attacks["attacks"]
-        if entry["leak"] is not None
-    ]
-    if not leaks:
+    known = [(entry, m) for m in inputs.students for entry in m.entries if entry["leak"] is not None]
+    if not known:
         return (
             start
             + "No attack was run: what is forgotten here has not been tested against anybody who insists."
         )
-    leak, entry, method = max(leaks, key=lambda f: f[0])
+    entry, method = max(known, key=lambda each: each[0]["leak"])
     worst = worst_of(entry)
     kind = f" ({entry['worst_variant']})" if entry["worst_variant"] else ""
     unjudged = not_judged(worst, "of its rows could not be judged")
-    tried = len({e["name"] for _, e, _ in leaks})
+    tried = len({entry["name"] for entry, _ in known})
+    low, high = worst.get("low"), worst.get("high")
+    ends = ""
+    if low is not None and high is not None:
+        ends = f" (95 % interval {percent(low)} to {percent(high)} %)"
     return (
         f"{start}Of {tried} kind{'s' if tried != 1 else ''} of attack the worst is {entry['name']}{kind} on {method.label}: "
-        f"{_percent(leak, worst.get('low'), worst.get('high'))}, {entry['measure']}"
-        f"{unjudged and '; '}{unjudged}."
+        f"{percent(entry['leak'])} %{ends}, {entry['measure']}{unjudged and '; '}{unjudged}."
     )
-
-
-def _percent(share: float, low: float | None, high: float | None) -> str:
-    told = f"{percent(share)} %"
-    if low is None or high is None:
-        return told
-    return f"{told} (95 % interval {percent(low)} to {percent(high)} %)"
 
 
 # --- answers ---------------------------------------------------------------------------------------------------
@@ -196,7 +186,7 @@ def _answers_section(inputs: Inputs, examples: int) -> Section:
         return section
     speakers = [m for m in inputs.methods if m.answers]
     students = [m for m in speakers if m.role == STUDENT] or speakers
-    for role, name in ((BASE, "base"), (TEACHER, "steered teacher")):
+    for role, name in LABELS.items():
         if all(m.role != role for m in speakers):
             how = f"give its run, or name it with --{role}"
             how += "; duet eval --steering asks it" if role == TEACHER else ""
@@ -245,7 +235,11 @@ def _alike(forget: str, retain: str) -> bool:
 def _frontier_section(inputs: Inputs, forget: str | None, retain: str | None) -> Section:
     section = Section("frontier", "What is forgotten against what is kept")
     measured = [
-        {f"{t}.{m}": x for t, e in method.tasks.items() for m, x in e["metrics"].items()}
+        {
+            f"{task}.{metric}": None if x["mean"] is None else Estimate(x["mean"], x["low"], x["high"])
+            for task, entry in method.tasks.items()
+            for metric, x in entry["metrics"].items()
+        }
         for method in inputs.methods
     ]
     names = dict.fromkeys(name for each in measured for name in each)
@@ -266,14 +260,14 @@ def _frontier_section(inputs: Inputs, forget: str | None, retain: str | None) ->
             "--retain-metric name others)."
         )
         return section
-    x, y = max(pairs, key=lambda p: sum(_has(each, p[0]) and _has(each, p[1]) for each in measured))
+    x, y = max(pairs, key=lambda p: sum(None not in (each.get(p[0]), each.get(p[1])) for each in measured))
     points, left_out = [], []
     for m, each in zip(inputs.methods, measured, strict=True):
-        if _has(each, x) and _has(each, y):
-            ends = _estimate(each[x]), _estimate(each[y])
-            points.append(figures.Point(m.label, *ends, m.role in (BASE, TEACHER)))
-        else:
+        gone, kept = each.get(x), each.get(y)
+        if gone is None or kept is None:
             left_out.append(m.label)
+        else:
+            points.append(figures.Point(m.label, gone, kept, m.role in (BASE, TEACHER)))
     if left_out:
         section.notes.append(f"Without both numbers, and so not shown: {', '.join(left_out)}.")
     if points:
@@ -288,18 +282,10 @@ def _meaning(name: str) -> Meaning:
     return METRICS.get(name.split(".")[-1], Meaning(""))
 
 
-def _has(measured: dict[str, Any], name: str) -> bool:
-    return name in measured and measured[name]["mean"] is not None
-
-
-def _estimate(entry: dict[str, Any]) -> Estimate:
-    return Estimate(entry["mean"], entry["low"], entry["high"])
-
-
 def _relearning_section(inputs: Inputs) -> Section:
     section = Section("relearning", "How fast it is relearned")
     for method in inputs.students:
-        for entry in method.attacks["attacks"] if method.attacks else ():
+        for entry in method.entries:
             if not entry.get("curves"):
                 continue
             curves = {
@@ -359,21 +345,17 @@ def _training_section(inputs: Inputs) -> Section:
         cells = [Cell(f"{losses[n]:.4g}") if n in losses else Cell(NOT_RUN) for n in names]
         grid.rows.append([Cell(m.label, role=m.role), Cell(str(m.training["steps"])), *cells])
     section.blocks.append(grid)
-    _add_steering(section, [m for m in trained if m.training.get("steering")])
-    return section
-
-
-def _add_steering(section: Section, methods: Sequence[Method]) -> None:
-    """What was measured of the steered teachers before the first step."""
-    grid = Grid(
+    teachers = Grid(
         ["method", "rows", "asked", "refused", "of what the base tells: still told"],
         caption="the steered teacher, measured before the first step; 95 % intervals",
     )
-    for m in methods:
-        steering = m.training["steering"]
+    for m in trained:
+        steering = m.training.get("steering")
+        if not steering:
+            continue
         for kind, entry in (steering["measured"] or {"kinds": {}})["kinds"].items():
             shares = [Cell(shares_in_words(entry[name])) for name in ("refused", "told")]
-            grid.rows.append([Cell(m.label, role=m.role), Cell(kind), Cell(str(entry["rows"])), *shares])
+            teachers.rows.append([Cell(m.label, role=m.role), Cell(kind), Cell(str(entry["rows"])), *shares])
         if steering["anyway"]:
             section.notes.append(f"{m.label}: trained with --anyway, although {steering['said']}.")
         elif steering["forgets"] is not True:
@@ -382,5 +364,5 @@ def _add_steering(section: Section, methods: Sequence[Method]) -> None:
             section.notes.append(
                 f"{m.label}: on retain rows the teacher saw no prefix (retain_prefix: none)."
             )
-    if grid.rows:
-        section.blocks.append(grid)
+    section.blocks += [teachers] if teachers.rows else []
+    return section

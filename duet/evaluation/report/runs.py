@@ -71,6 +71,11 @@ class Method:
     weights: str | None = None
     base_weights: str | None = None
 
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The attacks, the worst first; none where it was not attacked."""
+        return self.attacks["attacks"] if self.attacks else []
+
 
 @dataclass
 class Inputs:
@@ -97,9 +102,8 @@ class _Run:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
     all_rows: bool = True  # of a demo; False: only the row of the role that it was given as
-    full: Mapping[str, str] = field(
-        default_factory=dict
-    )  # of tasks and numbers that another suite names alike
+    # Of tasks and numbers that another suite names alike.
+    full: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def suite(self) -> str:
@@ -124,11 +128,6 @@ class _Run:
     @property
     def name(self) -> str:
         return str(self.content.get("model") or "")
-
-    @property
-    def identity(self) -> tuple[str, str]:
-        """Runs with equal identity measure the same thing: they cannot belong to one method."""
-        return self.kind, self.suite
 
 
 def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence[str] = ()) -> Inputs:
@@ -156,17 +155,15 @@ def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence
     asked = next((m for m in methods if m.attacks and m.attacks.get("base")), None)
     if asked is not None:
         known = (asked.base_weights, None) if base else (asked.base_weights,)  # a demo has no fingerprints
-        same = (m for m in methods if m.role == BASE and m.weights in known)
-        base_of = next(same, None)
+        base_of = next((m for m in methods if m.role == BASE and m.weights in known), None)
         if base_of is None:
             base_of = Method("base", BASE, folders=asked.folders)
             methods.append(base_of)
         if base_of.attacks is None:  # the questions of the attack, asked without one
             direct = asked.attacks["base"]
             base_of.attacks = asked.attacks | {"attacks": [], "direct": direct, "base": None, "skipped": []}
-            base_of.asked |= {k: v for k, v in asked.asked.items() if k == OF_ATTACKS}
-    order = (BASE, TEACHER, STUDENT)
-    methods.sort(key=lambda m: order.index(m.role))
+            base_of.asked[OF_ATTACKS] = asked.asked[OF_ATTACKS]
+    methods.sort(key=lambda m: (BASE, TEACHER, STUDENT).index(m.role))
     _tell_apart(methods)
     return Inputs(methods, [run.content for run in folders if run.kind == "topk"])
 
@@ -272,22 +269,20 @@ _FILES = {
 
 
 def _join(runs: Sequence[_Run]) -> list[Method]:
-    bases = {run.manifest.get("base_fingerprint") for run in runs} | {
-        run.model[0] for run in runs if run.role == BASE
-    }
+    bases = {run.manifest.get("base_fingerprint") for run in runs}
+    bases |= {run.model[0] for run in runs if run.role == BASE}
     bases.discard(None)
     own = {run.model for run in runs if run.model[0] in bases and run.kind == "attack"}
     groups: list[tuple[Method, list[_Run]]] = []
     for run in runs:
         if run.role is None:
             run.role = _role(run, bases, own, runs)
-        for method, members in groups:  # noqa: B007  read after the loop
-            if _same(run, members):
-                members.append(run)
-                break
-        else:
-            method, members = Method(_label(run), run.role), [run]
-            groups.append((method, members))
+        group = next((group for group in groups if _same(run, group[1])), None)
+        if group is None:
+            group = Method(_label(run), run.role), []
+            groups.append(group)
+        method, members = group
+        members.append(run)
         _add(method, run)
     return [method for method, _ in groups]
 
@@ -307,8 +302,9 @@ def _role(run: _Run, bases: set, own: set, runs: Sequence[_Run]) -> str:
 
 
 def _same(run: _Run, members: Sequence[_Run]) -> bool:
+    """Whether a run is of the model of `members`: two runs that measure the same thing are of two."""
     first = members[0]
-    if run.role != first.role or any(run.identity == member.identity for member in members):
+    if run.role != first.role or (run.kind, run.suite) in [(each.kind, each.suite) for each in members]:
         return False
     if run.label != first.label and None not in (run.label, first.label):
         return False
@@ -352,7 +348,8 @@ def _add(method: Method, run: _Run) -> None:
         history = [entry for entry in run.content["log_history"] if "loss" in entry]
         last = {k: v for k, v in (history[-1] if history else {}).items() if isinstance(v, float)}
         method.training = {"steps": run.content["global_step"], "losses": last}
-        method.training |= {k: run.content[k] for k in ("steering",) if k in run.content}
+        if "steering" in run.content:
+            method.training["steering"] = run.content["steering"]
 
 
 def _tell_apart(methods: Sequence[Method]) -> None:
@@ -387,22 +384,19 @@ def _demo_methods(run: _Run) -> list[Method]:
     methods = []
     for row in run.content["rows"]:
         name = row["method"]
-        means = {
-            c: {"mean": row[c], "low": None, "high": None, "what": columns[c]}
-            for c in columns
-            if c not in DEMO_ATTACKS
-        }
-        forget = {c.removeprefix("forget_"): v for c, v in means.items() if c.startswith("forget_")}
-        retain = {c.removeprefix("retain_"): v for c, v in means.items() if c.startswith("retain_")}
-        rest = {c: v for c, v in means.items() if not c.startswith(("forget_", "retain_"))}
-        parts = run.told(dict(zip(DEMO_PARTS, (forget, retain, rest), strict=True)))
+        tasks = {part: {"metrics": {}, "status": {}} for part in DEMO_PARTS}
+        for column in (c for c in columns if c not in DEMO_ATTACKS):
+            part, _, metric = column.partition("_")
+            part, metric = (part, metric) if part in ("forget", "retain") else ("other", column)
+            mean = {"mean": row[column], "low": None, "high": None, "what": columns[column]}
+            tasks[part]["metrics"][metric] = mean
         entries = [_demo_attack(c, row[c], columns[c]) for c in DEMO_ATTACKS]
         entries.sort(key=lambda entry: entry["leak"], reverse=True)
         direct = _demo_attack("direct", row["forget_recall"], columns["forget_recall"])
         method = Method(
             str(LABELS.get(name, name)),
             name if name in LABELS else STUDENT,
-            tasks={task: {"metrics": metrics, "status": {}} for task, metrics in parts.items()},
+            tasks=run.told(tasks),
             attacks={"attacks": entries, "direct": direct, "base": None, "skipped": []},
             folders=[run.folder],
         )

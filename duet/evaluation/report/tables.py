@@ -3,7 +3,7 @@
 An undefined number has its reason; it differs from a number that was not measured.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..attacks.attacks import DIRECT
@@ -24,11 +24,10 @@ def table_section(inputs: Inputs) -> Section:
         return section
     grid = Grid(
         ["", *(m.label for m in inputs.methods)],
+        [[Cell(name), *cells] for _, name, cells in lines],
         bands=[group for group, _, _ in lines],
         roles=["", *(m.role for m in inputs.methods)],
     )
-    for _, name, tell in lines:
-        grid.rows.append([Cell(name), *map(tell, inputs.methods)])
     section.blocks.append(grid)
     section.notes.append(
         "Attacks from the worst to the mildest: the share that comes back under the strongest variant of each, lower is "
@@ -46,8 +45,7 @@ def table_section(inputs: Inputs) -> Section:
     entries = {e["name"]: e for e in told}
     section.legend = {name: _about(entries[name]) for _, name, _ in lines if name in entries}
     section.legend |= _glossary(inputs.methods)
-    reasons = {f"{c.text}: {c.why}" for row in grid.rows for c in row if c.why}
-    section.notes += sorted(reasons)
+    section.notes += sorted({f"{c.text}: {c.why}" for row in grid.rows for c in row if c.why})
     return section
 
 
@@ -72,7 +70,7 @@ def attacks_section(inputs: Inputs) -> Section:
     """For each attacked model: what the attacker did, needed and spent, the worst attack first; every variant, folded."""
     section = Section("attacks", "Every attack, the worst first")
     for method in inputs.methods:
-        entries = [e for e in method.attacks["attacks"] if "cost" in e] if method.attacks else []
+        entries = [e for e in method.entries if "cost" in e]
         direct = method.attacks["direct"] if method.attacks else None
         if direct and "cost" in direct and (entries or method in inputs.students):
             entries.append(direct)
@@ -135,7 +133,7 @@ def _leak_cell(entry: dict[str, Any], interval: dict[str, Any]) -> Cell:
     """entry: an attack or a variant. interval: the variant whose interval and share of rows not judged it has."""
     if entry["leak"] is None:
         return Cell("undefined", unjudged=not_judged({"unjudged": 1.0}))
-    return _number((entry["leak"], interval.get("low"), interval.get("high")), not_judged(interval))
+    return _estimate_cell(entry["leak"], interval.get("low"), interval.get("high"), not_judged(interval))
 
 
 def not_judged(counted: Mapping[str, Any], words: str = "not judged") -> str:
@@ -154,12 +152,18 @@ def lm_eval_section(inputs: Inputs) -> Section:
             "Absent: no folder with lm_eval.json was given (duet eval --lm-eval writes one)."
         )
         return section
-    names = [name for m in methods for task in m.lm_eval.items() for name in _harness_names(*task)]
+    names = dict.fromkeys(
+        (task, *key.split(",", 1))
+        for m in methods
+        for task, results in m.lm_eval.items()
+        for key, value in results.items()
+        if isinstance(value, (int, float)) and "," in key and "_stderr," not in key
+    )
     grid = Grid(
         ["task", "metric", *(part for _ in inputs.methods for part in ("value", "stderr"))],
         groups=["", "", *(m.label for m in inputs.methods for _ in range(2))],
     )
-    for task, metric, given in dict.fromkeys(names):
+    for task, metric, given in names:
         cells = [Cell(task), Cell(f"{metric} ({given})" if given not in ("", "none") else metric)]
         for method in inputs.methods:
             results = method.lm_eval.get(task, {})
@@ -171,41 +175,33 @@ def lm_eval_section(inputs: Inputs) -> Section:
     return section
 
 
-def _harness_names(task: str, results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(task, metric, filter) of the numbers that are no standard errors."""
-    for key, value in results.items():
-        metric, _, given = key.partition(",")
-        if isinstance(value, (int, float)) and not metric.endswith("_stderr") and "," in key:
-            yield task, metric, given
-
-
 def _about(entry: dict[str, Any]) -> str:
     strength = f" (wants {entry['strength']})" if entry.get("strength") else ""
     measure = "" if entry["measure"] == entry["what"] else f"; {entry['measure']}"
     return f"{entry['what']}{strength}{measure}"
 
 
-Line = tuple[str, str, Callable[[Method], Cell]]
+Line = tuple[str, str, list[Cell]]  # its band, its name, a cell for each method
 
 
 def _attack_lines(inputs: Inputs) -> Iterator[Line]:
     worst: dict[str, float] = {}
     for method in inputs.methods:
-        for entry in method.attacks["attacks"] if method.attacks else ():
+        for entry in method.entries:
             leak = entry["leak"] if entry["leak"] is not None and method in inputs.students else -1.0
             worst[entry["name"]] = max(leak, worst.get(entry["name"], -1.0))
     for name in [
         *sorted(worst, key=lambda n: -worst[n]),
         *([DIRECT] if any(m.attacks for m in inputs.methods) else []),
     ]:
-        yield f"attacks {DOWN}", name, lambda method, name=name: _attack_cell(method, name)
+        yield f"attacks {DOWN}", name, [_attack_cell(method, name) for method in inputs.methods]
 
 
 def _attack_cell(method: Method, name: str) -> Cell:
     if method.attacks is None:
         return Cell(NOT_RUN)
     direct = method.attacks["direct"]
-    entries = {e["name"]: e for e in method.attacks["attacks"]} | ({DIRECT: direct} if direct else {})
+    entries = {e["name"]: e for e in method.entries} | ({DIRECT: direct} if direct else {})
     if name in entries:
         entry = entries[name]
         cell = _leak_cell(entry, worst_of(entry))
@@ -217,28 +213,20 @@ def _attack_cell(method: Method, name: str) -> Cell:
 
 
 def _metric_lines(methods: Sequence[Method]) -> Iterator[Line]:
-    wanted = {
-        (task, metric): None
-        for m in methods
-        for task, entry in m.tasks.items()
-        for metric in entry["metrics"]
-    }
-    empty = {(task, ""): None for m in methods for task, entry in m.tasks.items() if not entry["metrics"]}
-    for task, metric in wanted | empty:
-        yield (
-            task,
-            f"{metric} {direction(task, metric)}".strip(),
-            lambda method, at=(task, metric): _metric_cell(method, *at),
-        )
+    entries = [each for m in methods for each in m.tasks.items()]
+    measured = [(task, metric) for task, entry in entries for metric in entry["metrics"]]
+    empty = [(task, "") for task, entry in entries if not entry["metrics"]]
+    for task, metric in dict.fromkeys(measured + empty):
+        name = f"{metric} {direction(task, metric)}".strip()
+        yield task, name, [_metric_cell(method, task, metric) for method in methods]
 
 
 def _glossary(methods: Sequence[Method]) -> dict[str, str]:
     """Metric or number of the suite -> what it is, and which direction is better; by task where it is not one thing."""
     meanings: dict[str, dict[str, str]] = {}  # metric -> task -> what it is
-    for task, entry in ((task, entry) for m in methods for task, entry in m.tasks.items()):
+    for task, entry in (each for m in methods for each in m.tasks.items()):
         for metric, numbers in entry["metrics"].items():
-            meaning = METRICS.get(metric, Meaning(""))
-            if what := numbers.get("what") or meaning.what:
+            if what := numbers.get("what") or METRICS.get(metric, Meaning("")).what:
                 meanings.setdefault(metric, {})[task] = what
     told = {}
     for metric, of_tasks in meanings.items():
@@ -271,16 +259,13 @@ def _metric_cell(method: Method, task: str, metric: str) -> Cell:
         )
     rows = method.tasks[task].get("rows")
     left_out = 1 - entry["rows"] / rows if rows and "rows" in entry else 0.0
-    return _number((entry["mean"], entry["low"], entry["high"]), not_judged({"unjudged": left_out}))
+    return _estimate_cell(entry["mean"], entry["low"], entry["high"], not_judged({"unjudged": left_out}))
 
 
 def _number_lines(methods: Sequence[Method]) -> Iterator[Line]:
     for name in dict.fromkeys(name for m in methods for name in m.numbers):
-        yield (
-            "of the suite",
-            f"{name} {_meaning(name).keep}".strip(),
-            lambda method, name=name: _number_cell(method, name),
-        )
+        cells = [_number_cell(method, name) for method in methods]
+        yield "of the suite", f"{name} {_meaning(name).keep}".strip(), cells
 
 
 def _meaning(number: str) -> Meaning:
@@ -296,7 +281,6 @@ def _number_cell(method: Method, name: str) -> Cell:
     return Cell(f"{number['value']:.3g}")
 
 
-def _number(estimate: tuple[float, float | None, float | None], unjudged: str = "") -> Cell:
-    mean, low, high = estimate
+def _estimate_cell(mean: float, low: float | None, high: float | None, unjudged: str) -> Cell:
     interval = "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
     return Cell(f"{mean:.2f}", interval, unjudged=unjudged)

@@ -6,10 +6,10 @@ from itertools import chain
 from typing import Any
 
 from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, answer_ids, fill_prefix
-from ...data.rows import LETTERS, correct_choice
+from ...data.rows import LETTERS, correct_choice, text_of
 from ..elicit import ELICITED, ELICITED_NOTE
 from ..scoring import Forced
-from ..values import listed, text_of, value_of
+from ..values import listed, value_of
 from .suite import Task, fill
 
 
@@ -130,7 +130,7 @@ class Asker:
     def _question(self, row: Mapping[str, Any], where: str) -> str:
         question = fill(self.task.question or "", row, where)
         if self.task.kind == "multiple_choice" and self.task.letters:
-            shown = zip(LETTERS, self._choices(row, where), strict=False)
+            shown = zip(LETTERS, self._choices(row, where)[0], strict=False)
             question += "".join(f"\n{letter}. {choice}" for letter, choice in shown)
         return question
 
@@ -150,8 +150,8 @@ class Asker:
 
     def _reference(self, row: Mapping[str, Any], where: str) -> str:
         if self.task.kind == "multiple_choice":
-            correct = self._correct(row, where)
-            return LETTERS[correct] if self.task.letters else self._choices(row, where)[correct]
+            choices, correct = self._choices(row, where)
+            return LETTERS[correct] if self.task.letters else choices[correct]
         return text_of(row.get(self.task.answer), f"{where}, {self.task.answer}")
 
     # --- kinds -------------------------------------------------------------------------------------------------
@@ -196,33 +196,27 @@ class Asker:
                 raise ValueError(
                     f"{where}, {column}: wanted {'one text' if values else 'a text'}, got {values!r:.60}"
                 )
-            texts[name] = [
-                self._forced(prompt, conversation, text_of(value, f"{where}, {column}"), where)
-                for value in values
-            ]
+            said = [text_of(value, f"{where}, {column}") for value in values]
+            texts[name] = [self._forced(prompt, conversation, text, where) for text in said]
         return Item(index, prompt, {}, texts=texts, lists=frozenset(lists))
 
     def _choice(self, index: int, row: Mapping[str, Any], conversation: Conversation, where: str) -> Item:
-        choices = self._choices(row, where)
-        correct = self._correct(row, where)
+        choices, correct = self._choices(row, where)
         prompt = self._prompt(index, conversation, row, where)
         scored = LETTERS[: len(choices)] if self.task.letters else choices
         forced = [self._forced(prompt, conversation, text, where) for text in scored]
         shown = {"choices": choices, "correct": correct}
         return Item(index, prompt, shown, texts={"choices": forced}, correct=correct)
 
-    def _choices(self, row: Mapping[str, Any], where: str) -> list[str]:
+    def _choices(self, row: Mapping[str, Any], where: str) -> tuple[list[str], int]:
+        """The choices, and the index of the correct one, which is given as an index, a letter or the choice itself."""
         choices = listed(row.get(self.task.choices), f"{where}, {self.task.choices}")
         if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
             raise ValueError(
                 f"{where}, {self.task.choices}: wanted a list of 2 to {len(LETTERS)} choices, got {choices!r:.60}"
             )
-        return [text_of(choice, f"{where}, {self.task.choices}") for choice in choices]
-
-    def _correct(self, row: Mapping[str, Any], where: str) -> int:
-        """The index of the correct choice, given as an index, a letter or the choice itself."""
-        choices = self._choices(row, where)
-        return correct_choice(row.get(self.task.answer), choices, f"{where}, {self.task.answer}")
+        choices = [text_of(choice, f"{where}, {self.task.choices}") for choice in choices]
+        return choices, correct_choice(row.get(self.task.answer), choices, f"{where}, {self.task.answer}")
 
     def _check_known(self, ids: Sequence[int], text: str, where: str) -> None:
         unknown = self.tokenizer.unk_token_id

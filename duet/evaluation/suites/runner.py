@@ -8,6 +8,7 @@ rows, so that it ends with the same file as an uninterrupted run.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def evaluate(
         worked, ids = shots.get(task, ()), embedded_ids(model)
         asker = Asker(tokenizer, task, worked, context, prompting, steering, others, ids, steering_place)
         try:
-            prepared[task] = _prepare(asker, task, rows)
+            prepared[task] = _prepare(asker, rows)
         except ValueError as error:
             if not task.optional:
                 raise
@@ -142,10 +143,12 @@ def evaluate(
     note |= {} if elicit is None else {"given": given}
     with Journal(Path(out), manifest, key=("task", "id"), note=note) as journal:
         for task, (items, marked) in prepared.items():
-            stamp = {"suite": suite.name, "task": task.name}
-            _Run(model, tokenizer, task, context, batch_size).into(
-                journal, items, marked, stamp, manifest["model_fingerprint"], progress
-            )
+            first, last = {"suite": suite.name, "task": task.name}, {"model": manifest["model_fingerprint"]}
+            run = _Run(model, tokenizer, task, context, batch_size)
+            for rows in chain([marked], run.missing(items, journal)):
+                journal.append(first | row | last for row in rows)
+                done = sum(of == task.name for of, _ in journal.done)
+                progress(task.name, done, len(items) + len(marked))
         result = summary.summarise(journal.rows, suite.numbers, retain_rows)
         result = {"suite": suite.name, "model": name, "left_out": left_out, **result}
         write_json(journal.folder / SUMMARY, result)
@@ -160,32 +163,17 @@ class _Run:
         self.context, self.batch_size = context, batch_size
         self.pad_id = padding_id(tokenizer, embedded_ids(model))
 
-    def into(
-        self,
-        journal: Journal,
-        items: Sequence[Item],
-        marked: Sequence[Row],
-        stamp: Row,
-        fingerprint: str,
-        progress: Progress,
-    ) -> None:
-        total, name = len(items) + len(marked), self.task.name
-
-        def finished(rows: Sequence[Row]) -> None:
-            journal.append([{**stamp, **row, "model": fingerprint} for row in rows])
-            progress(name, sum(task == name for task, _ in journal.done), total)
-
-        finished(marked)
+    def missing(self, items: Sequence[Item], journal: Journal) -> Iterator[list[Row]]:
+        """The rows of each batch of which the journal does not have all."""
         make = {"generate": self._generate, "score": self._score, "multiple_choice": self._choose}
         for batch in self._batches(items):
-            if any((name, item.id) not in journal.done for item in batch):
-                finished(list(_halving(make[self.task.kind], batch)))
+            if any((self.task.name, item.id) not in journal.done for item in batch):
+                yield list(_halving(make[self.task.kind], batch))
 
     def _batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         """Batches; a row whose context leaves too little room for a whole answer is a batch of its own."""
-        tight = [self._room(item) < self.task.max_new_tokens for item in items]
-        yield from ([item] for item, alone in zip(items, tight, strict=True) if alone)
-        rest = [item for item, alone in zip(items, tight, strict=True) if not alone]
+        rest = [item for item in items if self._room(item) >= self.task.max_new_tokens]
+        yield from ([item] for item in items if self._room(item) < self.task.max_new_tokens)
         per_row = max((item.sequences for item in rest), default=1)
         lengths = {i: item.length for i, item in enumerate(rest)}
         for indices in batches_by_length(lengths, max(1, self.batch_size // per_row)):
@@ -199,13 +187,8 @@ class _Run:
     def _generate(self, batch: Sequence[Item]) -> list[Row]:
         room = min(self._room(item) for item in batch)
         limit = int(min(self.task.max_new_tokens, room))
-        said = continuations(
-            self.model,
-            self.tokenizer,
-            [item.prompt for item in batch],
-            max_new_tokens=limit,
-            stop=self.task.stop,
-        )
+        prompts = [item.prompt for item in batch]
+        said = continuations(self.model, self.tokenizer, prompts, max_new_tokens=limit, stop=self.task.stop)
         rows = []
         for item, answer in zip(batch, said, strict=True):
             row = self._row(item, answer.status)
@@ -215,12 +198,11 @@ class _Run:
             row["generated"] = answer.text
             if answer.finite:
                 answered = answer.text, item.reference, item.value
-                row["metrics"] = {m: GENERATE[m](*answered) for m in self.task.metrics}
+                numbers = {m: GENERATE[m](*answered) for m in self.task.metrics}
                 if answer.status != "ok":
                     kept = self.task.name.startswith(TO_KEEP)
-                    row["metrics"] = {
-                        m: None if unknown(m, x, answer.text, kept) else x for m, x in row["metrics"].items()
-                    }
+                    numbers |= {m: None for m, x in numbers.items() if unknown(m, x, answer.text, kept)}
+                row["metrics"] = numbers
             rows.append(row)
         return rows
 
@@ -302,7 +284,7 @@ def _tables(suite: Suite, data: str | Path | None, limit: int | None) -> dict[Ta
     return tables
 
 
-def _prepare(asker: Asker, task: Task, rows: Sequence[Row]) -> tuple[list[Item], list[Row]]:
+def _prepare(asker: Asker, rows: Sequence[Row]) -> tuple[list[Item], list[Row]]:
     items, marked = [], []
     for index, row in enumerate(rows):
         try:
@@ -311,7 +293,7 @@ def _prepare(asker: Asker, task: Task, rows: Sequence[Row]) -> tuple[list[Item],
             marked.append({"id": index, "status": error.status, "why": str(error)})
     if not items:
         raise ValueError(
-            f"{task.name}: none of its {len(rows)} rows can be asked; the first: {marked[0]['why']}"
+            f"{asker.task.name}: none of its {len(rows)} rows can be asked; the first: {marked[0]['why']}"
         )
     return items, marked
 

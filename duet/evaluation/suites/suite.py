@@ -205,21 +205,17 @@ def load_table(data: str | Path | None, name: str, hub: str | None, where: str) 
             raise FileNotFoundError(
                 f"{where}: there is no {folder / name} ({', '.join(FORMATS)}); wanted such a file in --data"
             )
-        rows = _from_hub(hub, name, where)
+        from datasets import load_dataset
+
+        config, _, split = name.partition("/")
+        try:
+            of_hub: Any = load_dataset(hub, config or None, split=split or "train")
+            rows = list(of_hub)
+        except (OSError, ValueError) as error:
+            raise OSError(f"{where}: the dataset {hub!r} ({name}) could not be loaded: {error}") from error
     if not rows:
         raise ValueError(f"{where}: wanted at least one row in {name}, got none")
     return rows
-
-
-def _from_hub(hub: str, name: str, where: str) -> list[dict[str, Any]]:
-    from datasets import load_dataset
-
-    config, _, split = name.partition("/")
-    try:
-        rows: Any = load_dataset(hub, config or None, split=split or "train")
-        return list(rows)
-    except (OSError, ValueError) as error:
-        raise OSError(f"{where}: the dataset {hub!r} ({name}) could not be loaded: {error}") from error
 
 
 def fill(template: str, row: Mapping[str, Any], where: str) -> str:
