@@ -7,6 +7,7 @@
 # An environment you already have:  make test VENV=/path/to/venv  (it is brought up to constraints.txt)
 
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV ?= .venv
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
@@ -26,14 +27,14 @@ TOFU_DATA ?= data/tofu
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	@echo 'Preparing $(VENV): torch and the packages of constraints.txt are downloaded, in minutes and without a word. Only once.'
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@echo 'Preparing $(VENV): torch and the packages of $(CONSTRAINTS) are downloaded, in minutes and without a word. Only once.'
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; v = sys.version_info; \
 		sys.exit(v < (3, 11) and f"$(PYTHON) is {v.major}.{v.minor}, wanted 3.11 or newer: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(PIP) install --quiet -c constraints.txt setuptools
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install --quiet -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) install --quiet -c $(CONSTRAINTS) setuptools
+	$(PIP) install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: setup

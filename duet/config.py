@@ -65,6 +65,7 @@ class DuetConfig(
             unless `fp16` is set; not on a CPU. The losses run in the dtype of the LM head.
         activation_checkpointing: whether activations are recomputed in the backward instead of being kept. The older name,
             `gradient_checkpointing`, means the same, with every version of transformers.
+        activation_checkpointing_kwargs: what `torch.utils.checkpoint` is given then, or None.
         teacher_store: folder written by `duet cache`: the teacher's logits are read from it and no teacher runs. Made for
             another model, tokenizer, prefix, temperature or dataset, it is refused.
         teacher_store_same_model: whether the cached teacher must be the model that is trained (False: any model with

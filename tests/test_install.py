@@ -28,6 +28,15 @@ def test_extras_are_told_as_they_are_declared(extra):
     assert imported(PROJECT["optional-dependencies"][extra]) == extras.EXTRAS[extra]
 
 
+def test_the_lowest_versions_are_those_that_are_declared():
+    """`make test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt` tests what pyproject.toml promises."""
+    declared = [*PROJECT["dependencies"]]
+    for extra in ("train", "eval", "triton", "quant"):
+        declared += PROJECT["optional-dependencies"][extra]
+    lowest = (ROOT / "constraints-lowest.txt").read_text().splitlines()[1:]
+    assert lowest == sorted(each.split(";")[0].replace(">=", "==") for each in declared)
+
+
 def test_a_missing_extra_is_one_sentence(monkeypatch):
     assert extras.missing("train") is None and extras.missing("eval") is None
     monkeypatch.setitem(extras.EXTRAS, "eval", ("scipy", "not_there", "nor_this"))
