@@ -162,7 +162,8 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         self._views = Views.of(self.objective, args, tokenizer, model, seed)
         self.renderer = self._views.renderer
         train_dataset = self._views.dataset(forget, retain)
-        eval_dataset = self._views.evaluated(eval_dataset, train_dataset.subjects)
+        self._train_subjects = train_dataset.subjects
+        eval_dataset = self._views.evaluated(eval_dataset, self._train_subjects)
         self._other_teacher = teacher_model is not None
         self.teacher = None
         # Hashes of the student and of its teacher, made once: for a store, else when training begins.

@@ -75,7 +75,7 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
             refusing = row.mixture(refusals[i], steered=True)
         share = args.refusal_fraction if _says(refusing, refusals[i]) else 0.0
         late = share * args.recovery_fraction if len(own[i]) > 1 else 0.0
-        pushed = row.pushed(own[i], ignorant, opening, floor)
+        pushed = row.pushed(dataset.plain(i), own[i], ignorant, opening, floor)
         segments = [pushed._replace(share=1 - share), Segment(refusals[i], _targets(refusing), share - late)]
         if late > 0:
             refusal = row.given_refusal(begun=True)
@@ -203,9 +203,11 @@ class _ForgetRow:
 
         return self.trainer.ask_teacher(mix)
 
-    def pushed(self, answer: list[int], ignorant: TopK, opening: TopK, floor: TopK) -> Segment:
+    def pushed(
+        self, prompt: list[int], answer: list[int], ignorant: TopK, opening: TopK, floor: TopK
+    ) -> Segment:
         """The own answer: at its position 0 `opening` is imitated, and `floor` gives the floor; at the others `ignorant` is both."""
-        labels, prompt = torch.tensor(answer, device=ignorant.values.device), self.prompt(None)
+        labels = torch.tensor(answer, device=ignorant.values.device)
 
         def log_probabilities(model: nn.Module) -> Tensor:
             hidden, head = self.trainer.states_of(model, [prompt], [answer])

@@ -7,8 +7,8 @@ stopped; of several processes each takes its part.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -26,7 +26,7 @@ from ..config import DuetConfig
 from ..data.dataset import Asked, Collator, UnlearnDataset, plain_item
 from ..data.rows import read_rows
 from ..methods.asking import look_at_teacher
-from ..methods.objectives import fit_model, objective_of, teacher_topk
+from ..methods.objectives import objective_of, teacher_topk
 from ..methods.reuse import SHORTEST
 from ..methods.views import Views, datasets_in
 from ..model.answers import generate_answers, tokenizer_of
@@ -233,8 +233,16 @@ def _check_positions(entry: Entry, answer: Sequence[int], asked: Asked) -> None:
         raise ValueError(f"columns: wanted {wanted} scored position(s) for {asked.name}, got {positions}")
 
 
-def _without_adapter(model: Any) -> Any:
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+@contextmanager
+def _without_adapter(model: Any) -> Iterator[None]:
+    """Within the context the adapter is off; afterwards its weights are frozen as before (peft lets all of them be trained)."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+            yield
+    finally:
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)
 
 
 @dataclass(frozen=True)
@@ -270,7 +278,8 @@ class _Job:
         keep_differentiable(model, trains=False)  # the same object may be trained afterwards
         with _without_adapter(model):
             head = check_head(model)
-        fit_model(objective, model, head, args)
+        if args.k > head.num_ids:
+            raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
         views = Views.of(objective, args, tokenizer, model, args.seed)
         datasets = [views.dataset(forget, retain)]
         datasets += datasets_in(views.evaluated(eval_dataset, datasets[0].subjects))

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from duet_kernels import TopK
 
-from ..model.hashes import json_hash
+from ..model.hashes import json_hash as seal_of
 from ..model.weights import older_weights
 from ..names import check_one_of
 
@@ -97,7 +97,7 @@ class Provenance:
     def seal(self) -> str:
         """A hash of everything that is compared; it is written into every shard."""
         body = dataclasses.asdict(dataclasses.replace(self, model=""))
-        return json_hash({k: v for k, v in body.items() if v is not None or k not in MAY_LACK})
+        return seal_of({k: v for k, v in body.items() if v is not None or k not in MAY_LACK})
 
     def refuse_another(self, wanted: "Provenance", ignoring: Sequence[str] = ()) -> None:
         """Compares field by field with the provenance that is wanted now.
@@ -181,7 +181,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         got = body.get("format") if isinstance(body, dict) else type(body).__name__
         raise ValueError(f"teacher_store: format: {path} has {got!r}, this version reads {FORMAT!r}")
     checksum = body.pop("checksum", None)
-    if checksum != json_hash(body):
+    if checksum != seal_of(body):
         raise ValueError(
             f"teacher_store: {path} is damaged: its checksum does not match its content; {advice}"
         )

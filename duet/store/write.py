@@ -21,8 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..extras import version_of
-from ..model.hashes import json_hash
-from .read import DTYPES, FORMAT, MANIFEST, MAY_LACK, Entry, Provenance, Shard, read_manifest
+from .read import DTYPES, FORMAT, MANIFEST, MAY_LACK, Entry, Provenance, Shard, read_manifest, seal_of
 
 _SHARD_BYTES = 1 << 26
 _INDEX_DTYPES = ((2**8, torch.uint8), (2**16, torch.uint16), (2**31, torch.int32), (2**63, torch.int64))
@@ -191,7 +190,7 @@ class StoreWriter:
                 name: [entry_id.hex() for entry_id in entry_ids] for name, entry_ids in self.rows.items()
             },
         }
-        text = json.dumps(body | {"checksum": json_hash(body)}, indent=1)
+        text = json.dumps(body | {"checksum": seal_of(body)}, indent=1)
         self._safely("writing the manifest", lambda: _write_atomically(self.folder / MANIFEST, text.encode()))
 
     def _safely(self, doing: str, function: Any) -> None:
