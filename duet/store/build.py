@@ -99,8 +99,7 @@ def cache_teacher(
             call continues with what was written.
     """
     state = PartialState(cpu=args.use_cpu)
-    rows = forget_dataset, retain_dataset, processing_class, eval_dataset
-    job = _Job.of(folder, model, args, rows, dtype)
+    job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, folder, dtype)
     writer = StoreWriter(job.folder, job.provenance, job.rows, shard_entries)
     with state.main_process_first():
         writer.begin()
@@ -154,8 +153,17 @@ def import_teacher(
     Raises:
         TypeError, ValueError, OSError: naming the column and the row.
     """
-    rows = forget_dataset, retain_dataset, processing_class, eval_dataset
-    job = _Job.of(folder, model, args, rows, dtype, elsewhere=True)
+    job = _Job.of(
+        model,
+        args,
+        forget_dataset,
+        retain_dataset,
+        processing_class,
+        eval_dataset,
+        folder,
+        dtype,
+        elsewhere=True,
+    )
     entry_ids = [entry_id for entry_ids in job.rows.values() for entry_id in entry_ids]
     entries = dict(read_columns(columns, job.provenance, entry_ids))
     for entry_id, asked in job.questions.items():
@@ -201,8 +209,17 @@ def ask_teacher(
             raise ValueError(
                 f"ask: wanted ask_prompt with temperature={args.temperature}, as in args.temperature, got {asked_at}"
             )
-    rows = forget_dataset, retain_dataset, processing_class, eval_dataset
-    job = _Job.of(folder, model, args, rows, dtype, elsewhere=True)
+    job = _Job.of(
+        model,
+        args,
+        forget_dataset,
+        retain_dataset,
+        processing_class,
+        eval_dataset,
+        folder,
+        dtype,
+        elsewhere=True,
+    )
     if job.provenance.answers == "teacher":
         raise ValueError(
             "answer_source: wanted 'dataset', or positions that need no answer: the server is asked for log-probabilities "
@@ -259,9 +276,19 @@ class _Job:
     provenance: Provenance
 
     @classmethod
-    def of(cls, folder, model, args, rows, dtype, elsewhere=False) -> "_Job":
-        """`rows`: as in `cache_teacher`, and the tokenizer; `elsewhere`: another program makes the log-probabilities."""
-        forget_dataset, retain_dataset, processing_class, eval_dataset = rows
+    def of(
+        cls,
+        model: Any,
+        args: DuetConfig,
+        forget_dataset: Any,
+        retain_dataset: Any,
+        processing_class: Any,
+        eval_dataset: Any,
+        folder: str | Path | None,
+        dtype: str,
+        elsewhere: bool = False,
+    ) -> "_Job":
+        """As in `cache_teacher`; `elsewhere`: another program makes the log-probabilities."""
         folder = folder or args.teacher_store
         if not folder:
             raise ValueError("folder: wanted a path here or in args.teacher_store, got neither")

@@ -164,7 +164,7 @@ def _topk(row: Mapping[str, Any], names: Style, provenance: Provenance, where: s
     # Equal ones stay in the order in which they came: where values were rounded, it alone tells which was the larger.
     logprobs, order = logprobs.sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(-1, order)
-    repeated = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).tril(-1).any(-1)  # a larger one of the same id is before it
+    repeated = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).tril(-1).any(-1)  # a larger one is before it
     logprobs, order = logprobs.masked_fill(repeated, float("-inf")).sort(dim=-1, descending=True, stable=True)
     ids = ids.gather(-1, order).masked_fill(logprobs == float("-inf"), 0)
     total = logprobs.logsumexp(-1)

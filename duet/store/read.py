@@ -249,27 +249,31 @@ class Shard:
                 "another folder, or delete that file"
             )
         try:
-            entries, (positions, k) = len(tensors["fingerprints"]), tensors["values"].shape
-            ids = tensors["indices"].numpy()
-            ends = [(tensors["offsets"], positions), (tensors["answer_offsets"], len(tensors["answers"]))]
-            good = (
-                tensors["indices"].shape == (positions, k) == (positions, provenance.k)
-                and tensors["values"].dtype == DTYPES[provenance.dtype]
-                and tensors["tail_logsumexp"].shape == (positions,)
-                and tensors["fingerprints"].shape == (entries, 16)
-                and (ids.size == 0 or bool(ids.min() >= 0 and ids.max() < provenance.vocab_size))
-                and all(
-                    end.shape == (entries + 1,)
-                    and end[0] == 0
-                    and end[-1] == total
-                    and bool((end.diff() >= 0).all())
-                    for end, total in ends
-                )
-            )
+            good = self._fits(tensors, provenance)
         except (KeyError, RuntimeError, ValueError, IndexError):
             good = False
         if not good:
             raise ValueError(f"teacher_store: {self.path}: its tensors are not what the manifest says")
+
+    @staticmethod
+    def _fits(tensors: dict[str, Tensor], provenance: Provenance) -> bool:
+        entries, (positions, k) = len(tensors["fingerprints"]), tensors["values"].shape
+        ids = tensors["indices"].numpy()
+        ends = [(tensors["offsets"], positions), (tensors["answer_offsets"], len(tensors["answers"]))]
+        return (
+            tensors["indices"].shape == (positions, k) == (positions, provenance.k)
+            and tensors["values"].dtype == DTYPES[provenance.dtype]
+            and tensors["tail_logsumexp"].shape == (positions,)
+            and tensors["fingerprints"].shape == (entries, 16)
+            and (ids.size == 0 or bool(ids.min() >= 0 and ids.max() < provenance.vocab_size))
+            and all(
+                end.shape == (entries + 1,)
+                and end[0] == 0
+                and end[-1] == total
+                and bool((end.diff() >= 0).all())
+                for end, total in ends
+            )
+        )
 
     def read(self, i: int, temperature: float) -> Entry:
         tensors = self.tensors
