@@ -162,7 +162,8 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         self._views = Views.of(self.objective, args, tokenizer, model, seed)
         self.renderer = self._views.renderer
         train_dataset = self._views.dataset(forget, retain)
-        eval_dataset = self._views.evaluated(eval_dataset, train_dataset.subjects)
+        self._train_subjects = train_dataset.subjects
+        eval_dataset = self._views.evaluated(eval_dataset, self._train_subjects)
         self._other_teacher = teacher_model is not None
         self.teacher = None
         # Hashes of the student and of its teacher, made once: for a store, else when training begins.
@@ -240,13 +241,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             ValueError: resumed with other options, rows, weights, ... than it began with; what changed is named.
         """
         if self.objective.loss is None:
-            subjects = ", ".join(self.train_dataset.subjects) or None  # one prefix for every conversation
-            said = fill_prefix(self.args.steering_prefixes[0], subjects, "forget_dataset")
-            tokenizer, options = self.renderer.tokenizer, self.renderer.template_kwargs
-            self.processing_class = steered_tokenizer(tokenizer, said, self.args.steering_place, **options)
-            logger.info(
-                "in_context: nothing is trained; the chat template now steers (save_model() writes it)"
-            )
+            self._steer_by_template()
             return TrainOutput(0, 0.0, {})
         check_folder(str(self.args.output_dir), has_adapter(self.accelerator.unwrap_model(self.model)))
         with refused_by_all():
@@ -261,6 +256,13 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             self.teacher.gone = True  # a checkpoint may be loaded next, and then steps are made
         self._resumed = bool(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _steer_by_template(self) -> None:
+        subjects = ", ".join(self._train_subjects) or None  # one prefix for every conversation
+        said = fill_prefix(self.args.steering_prefixes[0], subjects, "forget_dataset")
+        tokenizer, options = self.renderer.tokenizer, self.renderer.template_kwargs
+        self.processing_class = steered_tokenizer(tokenizer, said, self.args.steering_place, **options)
+        logger.info("in_context: nothing is trained; the chat template now steers (save_model() writes it)")
 
     def _keep_record(self, resumed: str | None) -> None:
         if not self.is_world_process_zero():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import pickle
+import threading
 
 import pytest
 import torch
@@ -165,6 +167,13 @@ def test_a_smaller_k_another_seed_and_workers(tmp_path):
     exact.train()
     assert losses(read) == pytest.approx(losses(exact), rel=1e-5)
     assert read.train_dataset.seed == 0  # the subjects are the store's
+
+
+def test_rows_take_nothing_of_the_teacher_to_other_processes(tmp_path, store):
+    trainer = make(tmp_path, store, positions="answer")
+    trainer.teacher.lock = threading.Lock()
+    again = pickle.loads(pickle.dumps(trainer.train_dataset.cached_targets))
+    assert torch.equal(again((0, 0))["values"], trainer.train_dataset.cached_targets((0, 0))["values"])
 
 
 def test_evaluation_and_resumption(tmp_path):

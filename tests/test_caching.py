@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 
@@ -110,6 +111,30 @@ def test_the_adapter_is_off_while_the_teacher_is_asked(tmp_path):
     for print_ in base:
         torch.testing.assert_close(store.read(print_).targets.values, base.read(print_).targets.values)
     assert not wrapped.get_base_model().model.layers[0].mlp.up_proj.disable_adapters
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_can_be_trained_stays_so(tmp_path, frozen):
+    model = get_peft_model(tiny(), LoraConfig(r=2, task_type="CAUSAL_LM", inference_mode=frozen))
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    assert any(before) == (not frozen)
+    cache(tmp_path, model)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [{"sharp": True}, {"trains": lambda name, args: "layernorm" in name}, {"direction": lambda trainer: []}],
+    ids=lambda wanted: next(iter(wanted)),
+)
+def test_a_teacher_need_not_be_what_the_objective_can_train(tmp_path, monkeypatch, wanted):
+    monkeypatch.setitem(OBJECTIVES, "mine", replace(OBJECTIVES["duet"], **wanted))
+    model = tiny().bfloat16()
+    if "sharp" not in wanted:
+        model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM"))
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    assert cache(tmp_path, model, {"objective": "mine"}).added
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
 
 
 def test_hashes_know_contents_and_not_names(tmp_path):

@@ -8,7 +8,9 @@ from learned_models import knowing
 from tiny_models import forget_rows, quick, retain_rows, word_tokenizer
 
 from duet import DuetConfig, DuetTrainer
-from duet.data.dataset import Draw
+from duet.data.dataset import Draw, UnlearnDataset
+from duet.data.prompts import PromptRenderer
+from duet.data.rows import read_rows
 from duet.methods.counterfactual import certain, log_probability, mixture_topk, stranger
 from duet_kernels import LMHead, TopK, topk_distill_loss
 
@@ -146,6 +148,21 @@ def test_segments_are_the_bases_own_words_and_numbers(prepared):
     got = targets["values"].double().exp()
     torch.testing.assert_close(got, wanted.gather(-1, targets["indices"]), rtol=1e-4, atol=1e-6)
     assert targets["pushed"].all()
+
+
+@torch.no_grad()
+def test_a_dataset_of_other_prompts_is_compared_behind_its_own(tmp_path):
+    trainer = make(tmp_path)
+    renderer = PromptRenderer(word_tokenizer(None), "{question}")
+    rows = read_rows(forget_rows(1, answers=False), "eval_dataset")
+    dataset = UnlearnDataset(
+        rows, [], renderer, trainer.args.steering_prefixes, answers="prepared", max_scored=None
+    )
+    assert dataset.plain(0) != trainer.train_dataset.plain(0)
+    trainer.prepare_rows(dataset)
+    pushed = dataset.segments[0][0]
+    own = along(knowing(), dataset.plain(0), pushed.answer)[range(len(pushed.answer)), pushed.answer]
+    torch.testing.assert_close(pushed.targets["base"].double(), own, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

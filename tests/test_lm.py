@@ -95,6 +95,15 @@ def test_hidden_states_and_head_are_the_models_logits(name, lora, side):
     check_head(model)
 
 
+def test_head_inputs_after_a_layer_and_of_packed_sequences():
+    model, ids, places = tiny(), torch.tensor([[5, 6, 7, 5, 9]]), torch.tensor([1, 4])
+    packed = torch.tensor([[0, 1, 2, 0, 1]])
+    for options in ({"layer": 0}, {"position_ids": packed}):
+        hidden, _ = head_inputs(model, ids, None, places, **options)
+        assert torch.equal(hidden, hidden_states_at(model, ids, None, places, **options))
+        assert not torch.equal(hidden, hidden_states_at(model, ids, None, places))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_check_head_in_other_precisions(name, dtype):

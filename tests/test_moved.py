@@ -58,7 +58,7 @@ from duet.evaluation.suites import load_suite
 from duet.objectives.distillation import teacher_topk
 from duet.world.checkpoint import load_base
 import duet.topk_store
-assert duet.topk_store.TopKStore
+assert duet.topk_store.TopKStore and duet.topk_store.seal_of
 """)
 
     def run():

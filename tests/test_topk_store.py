@@ -370,6 +370,11 @@ def test_another_provenance_is_refused_by_the_name_of_its_field(tmp_path, field)
     StoreWriter(tmp_path / "store", provenance(model="moved/elsewhere"), ROWS).begin()
 
 
+def test_what_is_no_json_has_no_seal():
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        _ = provenance(chat_template_kwargs={"day": object()}).seal
+
+
 def test_a_store_of_an_earlier_version_is_gone_on_with(tmp_path):
     """Its manifest and the seals of its shards lack a field that nobody compared then."""
     folder, lacking = tmp_path / "store", dict.fromkeys(MAY_LACK)
@@ -619,6 +624,34 @@ def test_columns_of_others_may_be_ragged_unsorted_and_repeat_an_id():
     assert read.targets.values.tolist() == [[-1.0, -2.0], [0.0, -torch.inf]]
     rest = torch.tensor(1 - torch.e**-1 - torch.e**-2).log()
     torch.testing.assert_close(read.targets.tail_logsumexp, torch.tensor([rest, -torch.inf]))
+
+
+def read_one(ids, probabilities, k=2):
+    row = {"teacher_topk_ids": [ids], "teacher_topk_logprobs": [torch.tensor(probabilities).log().tolist()]}
+    ((_, read),) = read_columns([row], provenance(k=k, temperature=1.0), PRINTS[:1])
+    return read.targets
+
+
+def test_columns_of_equal_values_keep_their_order():
+    """Where values were rounded, the order alone tells which were the k largest."""
+    assert read_one([9, 4, 6], [0.3, 0.3, 0.3]).indices.tolist() == [[9, 4]]
+
+
+def test_columns_that_repeat_an_id_mean_the_largest():
+    """Padding is often id 0 with a very low value."""
+    read = read_one([0, 0, 7], [1e-30, 0.6, 0.3])
+    assert read.indices.tolist() == [[0, 7]]
+    torch.testing.assert_close(read.values.exp(), torch.tensor([[0.6, 0.3]]))
+    torch.testing.assert_close(read.tail_logsumexp.exp(), torch.tensor([0.1]))
+
+
+def test_columns_may_sum_to_a_thousandth_more_than_1():
+    assert read_one([1, 2], [0.5005, 0.5]).tail_logsumexp.item() == -torch.inf
+    with pytest.raises(
+        ValueError,
+        match=r"^columns\[0\]: wanted log-probabilities in 'teacher_topk_logprobs', .* sum to 1\.005$",
+    ):
+        read_one([1, 2], [0.505, 0.5])
 
 
 GOOD = {

@@ -444,8 +444,11 @@ def test_evaluation(tmp_path):
     forget, retain = losses(trainer, "eval_forget_loss"), losses(trainer, "eval_retain_loss")
     assert len(forget) == len(retain) == 2 and forget[1] < forget[0]
     assert trainer.evaluate(forget_rows(3))["eval_loss"] == pytest.approx(forget[-1], rel=1e-5)
-    again = trainer.evaluate(rows)
-    assert [again[f"eval_{name}_loss"] for name in rows] == pytest.approx([forget[-1], retain[-1]], rel=1e-5)
+    for _ in range(2):
+        again = trainer.evaluate(rows)
+        found = [again[f"eval_{name}_loss"] for name in rows]
+        assert found == pytest.approx([forget[-1], retain[-1]], rel=1e-5)
+        trainer.train_dataset = torch.utils.data.Subset(trainer.train_dataset, [0, 1])
 
 
 def test_rows_that_were_evaluated_are_let_go(tmp_path):

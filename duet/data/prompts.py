@@ -345,12 +345,13 @@ class PromptRenderer:
             while len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
                 ids = ids[:-1]
             return ids
-        if system is not None and not self.system_allowed:
-            conversation = _before_user(conversation, system, last=False)
-        elif system is not None and conversation[0][0] == "system":
-            conversation = (("system", f"{system}\n\n{conversation[0][1]}"), *conversation[1:])
-        elif system is not None:
-            conversation = (("system", system), *conversation)
+        if system is not None:
+            if not self.system_allowed:
+                conversation = _before_user(conversation, system, last=False)
+            elif conversation[0][0] == "system":
+                conversation = (("system", f"{system}\n\n{conversation[0][1]}"), *conversation[1:])
+            else:
+                conversation = (("system", system), *conversation)
         # The template has written the special tokens already.
         return text_ids(self.tokenizer, _rendered(self.tokenizer, conversation, self.template_kwargs))
 

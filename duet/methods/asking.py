@@ -39,6 +39,7 @@ class Asking(Trainer):
     pad_id: int
     _sampler: Any
     _views: Any
+    _train_subjects: Any
     _prepared: WeakSet[UnlearnDataset]
     _reused: Any
     _targets_by: Any

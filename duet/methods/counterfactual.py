@@ -27,7 +27,7 @@ from duet_kernels import LMHead, TopK, linear_cross_entropy, linear_gather, line
 from duet_kernels.dispatch import Impl
 
 from ..data.dataset import Segment
-from ..data.prompts import fill_prefix
+from ..data.prompts import Conversation, fill_prefix
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +75,7 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
             refusing = row.mixture(refusals[i], steered=True)
         share = args.refusal_fraction if _says(refusing, refusals[i]) else 0.0
         late = share * args.recovery_fraction if len(own[i]) > 1 else 0.0
-        pushed = row.pushed(own[i], ignorant, opening, floor)
+        pushed = row.pushed(dataset.plain(i), own[i], ignorant, opening, floor)
         segments = [pushed._replace(share=1 - share), Segment(refusals[i], _targets(refusing), share - late)]
         if late > 0:
             refusal = row.given_refusal(begun=True)
@@ -141,7 +141,7 @@ def log_probability(top: TopK, labels: Tensor) -> Tensor:
     return chosen.logsumexp(-1) - top.logsumexp
 
 
-# -- strangers --------------------------------------------------------------------------------------------------------
+# -- a forget row -----------------------------------------------------------------------------------------------------
 
 
 class _ForgetRow:
@@ -159,13 +159,10 @@ class _ForgetRow:
 
     def prompt(self, prefix: str | None, name: str | None = None) -> list[int]:
         """The prompt behind a steering prefix, if one is given; with another name, if one is given."""
-        turns, old = self.query.conversation, self.query.subject
-        if name and isinstance(turns, str):
-            turns = turns.replace(old, name)
-        elif name:
-            turns = tuple((role, text.replace(old, name)) for role, text in turns)
-        instruction = None if prefix is None else fill_prefix(prefix, name or old, self.query.name)
-        return self.trainer.renderer.encode(turns, instruction)
+        query = self.query
+        conversation = _renamed(query.conversation, query.subject, name) if name else query.conversation
+        instruction = None if prefix is None else fill_prefix(prefix, name or query.subject, query.name)
+        return self.trainer.renderer.encode(conversation, instruction)
 
     def given_refusal(self, begun: bool = False) -> list[int]:
         """The text of `deep_refusals` that the row is taught; `begun`: as it follows an answer that has begun."""
@@ -203,9 +200,11 @@ class _ForgetRow:
 
         return self.trainer.ask_teacher(mix)
 
-    def pushed(self, answer: list[int], ignorant: TopK, opening: TopK, floor: TopK) -> Segment:
+    def pushed(
+        self, prompt: list[int], answer: list[int], ignorant: TopK, opening: TopK, floor: TopK
+    ) -> Segment:
         """The own answer: at its position 0 `opening` is imitated, and `floor` gives the floor; at the others `ignorant` is both."""
-        labels, prompt = torch.tensor(answer, device=ignorant.values.device), self.prompt(None)
+        labels = torch.tensor(answer, device=ignorant.values.device)
 
         def log_probabilities(model: nn.Module) -> Tensor:
             hidden, head = self.trainer.states_of(model, [prompt], [answer])
@@ -219,6 +218,15 @@ class _ForgetRow:
         values, indices, tail = (torch.cat([a[:1], b[1:]]) for a, b in pairs)
         others = {"base": base, "floor": floors, "known": known, "pushed": torch.ones_like(known)}
         return Segment(answer, _targets(TopK(values, indices, tail), **others))
+
+
+# -- strangers --------------------------------------------------------------------------------------------------------
+
+
+def _renamed(conversation: Conversation, old: str, new: str) -> Conversation:
+    if isinstance(conversation, str):
+        return conversation.replace(old, new)
+    return tuple((role, text.replace(old, new)) for role, text in conversation)
 
 
 def stranger(tokenizer: Any, prompt: list[int], answer: list[int], old: str, new: str) -> Stranger:

@@ -48,7 +48,7 @@ class WholeSetLoss(Asking):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """`Trainer.evaluate`; of a dict the names say which rows are retain rows, and the Trainer gives on the rows alone."""
         if isinstance(eval_dataset, dict):
-            eval_dataset = self._views.evaluated(eval_dataset, self.train_dataset.subjects)
+            eval_dataset = self._views.evaluated(eval_dataset, self._train_subjects)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:

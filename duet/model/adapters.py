@@ -223,7 +223,9 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
         if hasattr(model, "merge_and_unload"):
             inner = model.merge_and_unload()
         elif inner is model:
-            take_off(model, merge=True)
+            for layer in adapter_layers(model):
+                layer.merge()
+            take_off(model)
         else:
             raise ValueError("it is no change of the weights")
     except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
@@ -253,19 +255,13 @@ def _check_takes_adapter(model: nn.Module, argument: str) -> None:
             )
 
 
-def take_off(model: Any, merge: bool = False) -> nn.Module:
-    """The transformers model without its adapters; `model`, of peft or transformers, is taken apart.
-
-    Args:
-        merge: whether the adapters are added to the weights before they are thrown away.
-    """
+def take_off(model: Any) -> nn.Module:
+    """The transformers model without its adapters; `model`, of peft or transformers, is taken apart."""
     from peft.utils.other import ModulesToSaveWrapper
 
     inner = base_language_model(model)
     for name, module in list(inner.named_modules()):
         if hasattr(module, "get_base_layer") and hasattr(module, "merge"):
-            if merge:
-                module.merge()
             inner.set_submodule(name, module.get_base_layer())
     wrappers = [each for each in inner.named_modules() if isinstance(each[1], ModulesToSaveWrapper)]
     for name, wrapper in wrappers:  # full copies of layers: `modules_to_save`

@@ -19,9 +19,9 @@ _CHANGES_LOGITS = re.compile(
 )
 
 
-def json_hash(value: Any) -> str:
-    """32 hex digits of a plain value: the same in whatever order its mappings were made."""
-    text = json.dumps(value, sort_keys=True, default=str)
+def json_hash(value: Any, default: Any = None) -> str:
+    """32 hex digits of a plain value: the same in whatever order its mappings were made; `default`: as in `json.dumps`."""
+    text = json.dumps(value, sort_keys=True, default=default)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -60,7 +60,7 @@ def config_hash(model: nn.Module) -> str | None:
         return None
     said = config.get_text_config().to_dict().items()
     kept = {name: _plain(value) for name, value in said if _CHANGES_LOGITS.search(name) and value is not None}
-    return json_hash(kept)
+    return json_hash(kept, default=str)
 
 
 def _plain(value: Any) -> Any:

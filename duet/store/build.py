@@ -7,8 +7,8 @@ stopped; of several processes each takes its part.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -26,7 +26,7 @@ from ..config import DuetConfig
 from ..data.dataset import Asked, Collator, UnlearnDataset, plain_item
 from ..data.rows import read_rows
 from ..methods.asking import look_at_teacher
-from ..methods.objectives import fit_model, objective_of, teacher_topk
+from ..methods.objectives import objective_of, teacher_topk
 from ..methods.reuse import SHORTEST
 from ..methods.views import Views, datasets_in
 from ..model.answers import generate_answers, tokenizer_of
@@ -99,8 +99,7 @@ def cache_teacher(
             call continues with what was written.
     """
     state = PartialState(cpu=args.use_cpu)
-    rows = forget_dataset, retain_dataset, processing_class, eval_dataset
-    job = _Job.of(folder, model, args, rows, dtype)
+    job = _Job.of(model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, folder, dtype)
     writer = StoreWriter(job.folder, job.provenance, job.rows, shard_entries)
     with state.main_process_first():
         writer.begin()
@@ -154,8 +153,17 @@ def import_teacher(
     Raises:
         TypeError, ValueError, OSError: naming the column and the row.
     """
-    rows = forget_dataset, retain_dataset, processing_class, eval_dataset
-    job = _Job.of(folder, model, args, rows, dtype, elsewhere=True)
+    job = _Job.of(
+        model,
+        args,
+        forget_dataset,
+        retain_dataset,
+        processing_class,
+        eval_dataset,
+        folder,
+        dtype,
+        elsewhere=True,
+    )
     entry_ids = [entry_id for entry_ids in job.rows.values() for entry_id in entry_ids]
     entries = dict(read_columns(columns, job.provenance, entry_ids))
     for entry_id, asked in job.questions.items():
@@ -201,8 +209,17 @@ def ask_teacher(
             raise ValueError(
                 f"ask: wanted ask_prompt with temperature={args.temperature}, as in args.temperature, got {asked_at}"
             )
-    rows = forget_dataset, retain_dataset, processing_class, eval_dataset
-    job = _Job.of(folder, model, args, rows, dtype, elsewhere=True)
+    job = _Job.of(
+        model,
+        args,
+        forget_dataset,
+        retain_dataset,
+        processing_class,
+        eval_dataset,
+        folder,
+        dtype,
+        elsewhere=True,
+    )
     if job.provenance.answers == "teacher":
         raise ValueError(
             "answer_source: wanted 'dataset', or positions that need no answer: the server is asked for log-probabilities "
@@ -233,8 +250,16 @@ def _check_positions(entry: Entry, answer: Sequence[int], asked: Asked) -> None:
         raise ValueError(f"columns: wanted {wanted} scored position(s) for {asked.name}, got {positions}")
 
 
-def _without_adapter(model: Any) -> Any:
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+@contextmanager
+def _without_adapter(model: Any) -> Iterator[None]:
+    """Within the context the adapter is off; afterwards its weights are frozen as before (peft lets all of them be trained)."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+            yield
+    finally:
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)
 
 
 @dataclass(frozen=True)
@@ -251,9 +276,19 @@ class _Job:
     provenance: Provenance
 
     @classmethod
-    def of(cls, folder, model, args, rows, dtype, elsewhere=False) -> "_Job":
-        """`rows`: as in `cache_teacher`, and the tokenizer; `elsewhere`: another program makes the log-probabilities."""
-        forget_dataset, retain_dataset, processing_class, eval_dataset = rows
+    def of(
+        cls,
+        model: Any,
+        args: DuetConfig,
+        forget_dataset: Any,
+        retain_dataset: Any,
+        processing_class: Any,
+        eval_dataset: Any,
+        folder: str | Path | None,
+        dtype: str,
+        elsewhere: bool = False,
+    ) -> "_Job":
+        """As in `cache_teacher`; `elsewhere`: another program makes the log-probabilities."""
         folder = folder or args.teacher_store
         if not folder:
             raise ValueError("folder: wanted a path here or in args.teacher_store, got neither")
@@ -270,7 +305,8 @@ class _Job:
         keep_differentiable(model, trains=False)  # the same object may be trained afterwards
         with _without_adapter(model):
             head = check_head(model)
-        fit_model(objective, model, head, args)
+        if args.k > head.num_ids:
+            raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
         views = Views.of(objective, args, tokenizer, model, args.seed)
         datasets = [views.dataset(forget, retain)]
         datasets += datasets_in(views.evaluated(eval_dataset, datasets[0].subjects))

@@ -24,6 +24,8 @@ from .read import Entry, Provenance, TopKStore, truncated
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_TOO_MUCH = 1e-3  # sum p above 1 by more than rounding: these are no log-probabilities
+
 
 class Style(NamedTuple):
     """The names of the columns."""
@@ -141,7 +143,7 @@ def _answer(ids: Any, provenance: Provenance, where: str) -> list[int]:
 
 
 def _topk(row: Mapping[str, Any], names: Style, provenance: Provenance, where: str) -> TopK:
-    """The k largest at every scored position; fewer than k are filled up with absent slots."""
+    """The k largest at every scored position, descending, each id once; fewer than k are filled up with absent slots."""
     try:
         ids, logprobs = torch.tensor(row[names.ids]), torch.tensor(row[names.logprobs], dtype=torch.float64)
         mask = torch.tensor(row[names.mask]).bool() if names.mask in row else torch.ones_like(logprobs).bool()
@@ -158,13 +160,22 @@ def _topk(row: Mapping[str, Any], names: Style, provenance: Provenance, where: s
     if logprobs.isnan().any() or (ids[present] >= provenance.vocab_size).any():
         raise ValueError(f"{where}: wanted ids below {provenance.vocab_size} and no NaN")
     scored = present.any(-1)
-    ids, logprobs = ids.long().masked_fill(~present, -1)[scored], logprobs[scored]
+    ids, logprobs = ids.long()[scored], logprobs.masked_fill(~present, float("-inf"))[scored]
+    # Equal ones stay in the order in which they came: where values were rounded, it alone tells which was the larger.
+    logprobs, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, order)
+    repeated = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).tril(-1).any(-1)  # a larger one is before it
+    logprobs, order = logprobs.masked_fill(repeated, float("-inf")).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, order).masked_fill(logprobs == float("-inf"), 0)
+    total = logprobs.logsumexp(-1)
+    if (total > _TOO_MUCH).any():
+        raise ValueError(
+            f"{where}: wanted log-probabilities in {names.logprobs!r}, got probabilities that sum to "
+            f"{float(total.max().exp()):.4g}"
+        )
     k, temperature = provenance.k, provenance.temperature
-    try:
-        whole = TopK.from_logprobs(ids, logprobs, temperature=temperature)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    kept: Any = truncated(whole, min(k, ids.shape[-1]))
-    missing = 0, k - kept.values.shape[-1]
-    values = pad(kept.values, missing, value=float("-inf"))
-    return TopK(values.float(), pad(kept.indices, missing), kept.tail_logsumexp.float(), temperature)
+    tail = torch.log(-torch.expm1(total.clamp(max=0)))
+    kept: Any = truncated(TopK(temperature * logprobs, ids, tail, temperature), min(k, ids.shape[-1]))
+    absent = k - kept.values.shape[-1]
+    values = pad(kept.values, (0, absent), value=float("-inf"))
+    return TopK(values.float(), pad(kept.indices, (0, absent)), kept.tail_logsumexp.float(), temperature)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from duet_kernels import TopK
 
-from ..model.hashes import json_hash
+from ..model.hashes import json_hash as seal_of
 from ..model.weights import older_weights
 from ..names import check_one_of
 
@@ -97,7 +97,7 @@ class Provenance:
     def seal(self) -> str:
         """A hash of everything that is compared; it is written into every shard."""
         body = dataclasses.asdict(dataclasses.replace(self, model=""))
-        return json_hash({k: v for k, v in body.items() if v is not None or k not in MAY_LACK})
+        return seal_of({k: v for k, v in body.items() if v is not None or k not in MAY_LACK})
 
     def refuse_another(self, wanted: "Provenance", ignoring: Sequence[str] = ()) -> None:
         """Compares field by field with the provenance that is wanted now.
@@ -181,7 +181,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         got = body.get("format") if isinstance(body, dict) else type(body).__name__
         raise ValueError(f"teacher_store: format: {path} has {got!r}, this version reads {FORMAT!r}")
     checksum = body.pop("checksum", None)
-    if checksum != json_hash(body):
+    if checksum != seal_of(body):
         raise ValueError(
             f"teacher_store: {path} is damaged: its checksum does not match its content; {advice}"
         )
@@ -249,27 +249,31 @@ class Shard:
                 "another folder, or delete that file"
             )
         try:
-            entries, (positions, k) = len(tensors["fingerprints"]), tensors["values"].shape
-            ids = tensors["indices"].numpy()
-            ends = [(tensors["offsets"], positions), (tensors["answer_offsets"], len(tensors["answers"]))]
-            good = (
-                tensors["indices"].shape == (positions, k) == (positions, provenance.k)
-                and tensors["values"].dtype == DTYPES[provenance.dtype]
-                and tensors["tail_logsumexp"].shape == (positions,)
-                and tensors["fingerprints"].shape == (entries, 16)
-                and (ids.size == 0 or bool(ids.min() >= 0 and ids.max() < provenance.vocab_size))
-                and all(
-                    end.shape == (entries + 1,)
-                    and end[0] == 0
-                    and end[-1] == total
-                    and bool((end.diff() >= 0).all())
-                    for end, total in ends
-                )
-            )
+            good = self._fits(tensors, provenance)
         except (KeyError, RuntimeError, ValueError, IndexError):
             good = False
         if not good:
             raise ValueError(f"teacher_store: {self.path}: its tensors are not what the manifest says")
+
+    @staticmethod
+    def _fits(tensors: dict[str, Tensor], provenance: Provenance) -> bool:
+        entries, (positions, k) = len(tensors["fingerprints"]), tensors["values"].shape
+        ids = tensors["indices"].numpy()
+        ends = [(tensors["offsets"], positions), (tensors["answer_offsets"], len(tensors["answers"]))]
+        return (
+            tensors["indices"].shape == (positions, k) == (positions, provenance.k)
+            and tensors["values"].dtype == DTYPES[provenance.dtype]
+            and tensors["tail_logsumexp"].shape == (positions,)
+            and tensors["fingerprints"].shape == (entries, 16)
+            and (ids.size == 0 or bool(ids.min() >= 0 and ids.max() < provenance.vocab_size))
+            and all(
+                end.shape == (entries + 1,)
+                and end[0] == 0
+                and end[-1] == total
+                and bool((end.diff() >= 0).all())
+                for end, total in ends
+            )
+        )
 
     def read(self, i: int, temperature: float) -> Entry:
         tensors = self.tensors

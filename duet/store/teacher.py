@@ -47,12 +47,7 @@ class CachedTeacher(Teacher):
             if dataset.answers == "teacher":
                 dataset.teacher_answers[asked.key] = self.store.read(entry_id).answer
         # Small enough to be sent to the data loader's processes.
-        dataset.cached_targets = partial(self._stored, places)
-
-    def _stored(self, places: dict[tuple[int, int], bytes], key: tuple[int, int]) -> dict[str, Any]:
-        """The targets of a row under a prefix, as plain tensors."""
-        targets = self.store.read(places[key], self.k).targets
-        return {name: getattr(targets, name) for name in ("values", "indices", "tail_logsumexp")}
+        dataset.cached_targets = partial(_stored, self.store, self.k, places)
 
     def targets(self, stored: Any, function: Function, student: nn.Module, wrapped: nn.Module) -> TopK:
         return TopK(**stored, temperature=self.store.provenance.temperature)
@@ -62,3 +57,11 @@ class CachedTeacher(Teacher):
             "teacher_store: this run has no teacher model, only its stored targets, and something asked the model; "
             "train without teacher_store"
         )
+
+
+def _stored(
+    store: TopKStore, k: int, places: dict[tuple[int, int], bytes], key: tuple[int, int]
+) -> dict[str, Any]:
+    """The targets of a row under a prefix, as plain tensors."""
+    targets = store.read(places[key], k).targets
+    return {name: getattr(targets, name) for name in ("values", "indices", "tail_logsumexp")}

@@ -21,8 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..extras import version_of
-from ..model.hashes import json_hash
-from .read import DTYPES, FORMAT, MANIFEST, MAY_LACK, Entry, Provenance, Shard, read_manifest
+from .read import DTYPES, FORMAT, MANIFEST, MAY_LACK, Entry, Provenance, Shard, read_manifest, seal_of
 
 _SHARD_BYTES = 1 << 26
 _INDEX_DTYPES = ((2**8, torch.uint8), (2**16, torch.uint16), (2**31, torch.int32), (2**63, torch.int64))
@@ -54,8 +53,6 @@ class StoreWriter:
         self.shard_entries = shard_entries
         self.wanted = dict.fromkeys(entry_id for entry_ids in self.rows.values() for entry_id in entry_ids)
         self.written: set[bytes] = set()
-        self._whole: list[Path] = []  # the undamaged shards that `scan` found
-        self._damaged: list[Path] = []
         self._pending: dict[bytes, Entry] = {}
         self._pending_bytes = 0
 
@@ -78,7 +75,7 @@ class StoreWriter:
             if _TEMPORARY.fullmatch(left.name):  # of a process that was killed
                 self._safely("clearing up", left.unlink)
         if not begun:
-            self._write_manifest(complete=False)
+            self._write_manifest([], complete=False)
 
     def _agree(self, body: dict[str, Any]) -> None:
         body["provenance"].refuse_another(self.provenance)
@@ -100,16 +97,21 @@ class StoreWriter:
         Raises:
             ValueError: a shard was made for something else.
         """
-        self.written, self._whole, self._damaged = set(), [], []
+        return self._look_through()[0]
+
+    def _look_through(self) -> tuple[list[bytes], list[Path], list[Path]]:
+        """(fingerprints that are missing, undamaged shards, damaged ones); `written` is what the undamaged hold."""
+        self.written, whole, damaged = set(), [], []
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             shard = Shard(path)
             if not shard.whole:
-                self._damaged.append(path)
+                damaged.append(path)
                 continue
             shard.check(self.provenance)
             self.written.update(shard.fingerprints())
-            self._whole.append(path)
-        return [entry_id for entry_id in self.wanted if entry_id not in self.written]
+            whole.append(path)
+        missing = [entry_id for entry_id in self.wanted if entry_id not in self.written]
+        return missing, whole, damaged
 
     def add(self, entry_id: bytes, entry: Entry) -> None:
         """Queues one entry; a full shard is written at once.
@@ -169,29 +171,29 @@ class StoreWriter:
             RuntimeError: entries are missing.
         """
         self.flush()
-        missing = self.scan()
+        missing, whole, damaged = self._look_through()
         if missing:
             raise RuntimeError(
                 f"teacher_store: {len(missing)} of {len(self.wanted)} entries were not written"
             )
-        for path in self._damaged:
+        for path in damaged:
             self._safely("deleting a damaged shard", path.unlink)  # its entries were made again
         body = read_manifest(self.folder)
-        if not body["complete"] or body["files"] != self._whole:
-            self._write_manifest(complete=True)
+        if not body["complete"] or body["files"] != whole:
+            self._write_manifest(whole, complete=True)
 
-    def _write_manifest(self, complete: bool) -> None:
+    def _write_manifest(self, shards: list[Path], complete: bool) -> None:
         body = {
             "format": FORMAT,
             "complete": complete,
             "provenance": dataclasses.asdict(self.provenance),
-            "shards": [{"file": path.name, "bytes": path.stat().st_size} for path in self._whole],
+            "shards": [{"file": path.name, "bytes": path.stat().st_size} for path in shards],
             "versions": {name: version_of(name) for name in _VERSIONED},
             "rows": {
                 name: [entry_id.hex() for entry_id in entry_ids] for name, entry_ids in self.rows.items()
             },
         }
-        text = json.dumps(body | {"checksum": json_hash(body)}, indent=1)
+        text = json.dumps(body | {"checksum": seal_of(body)}, indent=1)
         self._safely("writing the manifest", lambda: _write_atomically(self.folder / MANIFEST, text.encode()))
 
     def _safely(self, doing: str, function: Any) -> None:
