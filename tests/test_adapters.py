@@ -250,7 +250,9 @@ def test_a_merge_is_the_model_that_was_examined(tmp_path, lora, tied):
     merged = merge_adapter(folder, tmp_path / "merged")
     assert moved(merged, wanted) < 1e-3 and not has_adapter(merged)
     assert moved(load_model(str(folder), "model", None), wanted) < 1e-3
-    loaded = AutoModelForCausalLM.from_pretrained(folder)  # transformers 5.17 loses modules_to_save of a tied model
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder
+    )  # transformers 5.17 loses modules_to_save of a tied model
     wanted = logits(loaded)
     assert moved(merge_adapters(loaded), wanted) < 1e-3
 
