@@ -530,13 +530,12 @@ def linear_token_stats(
             ignored = ids == ignore_index
             ids = ids.masked_fill(ignored, 0)
     run = ops if head.group is None else sharded
-    stats = run.token_stats(hidden_nd, head, ids, _resolve("linear_token_stats", hidden_nd, impl))
-    label = stats.label_logprob
-    if label is not None:
-        label = (label if ignored is None else label.masked_fill(ignored, 0)).view(lead)
-    return TokenStats(
-        stats.logsumexp.view(lead), stats.entropy.view(lead), stats.logprob_variance.view(lead), label
-    )
+    stats: Any = run.token_stats(hidden_nd, head, ids, _resolve("linear_token_stats", hidden_nd, impl))
+    logsumexp, entropy, variance = (x.view(lead) for x in stats[:3])
+    label = None if ids is None else stats[3].view(lead)
+    if label is not None and ignored is not None:
+        label = label.masked_fill(ignored.view(lead), 0)
+    return TokenStats(logsumexp, entropy, variance, label)
 
 
 # --- shared steps ----------------------------------------------------------------------------------------------

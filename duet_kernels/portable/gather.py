@@ -117,10 +117,10 @@ def _weighted_sums(weights: Tensor, gathered: Tensor, out: Tensor) -> None:
 
 
 def linear_gather_backward(
-    grad: Tensor,
-    values: Tensor,
     hidden: Tensor,
     head: LMHead,
+    grad: Tensor,
+    values: Tensor,
     indices: Tensor,
     need: Need,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -8,13 +8,13 @@ from .complement import (
     complement_and_values,
     complement_and_values_backward,
     linear_cross_entropy,
-    linear_logsumexp,
     topk_loss_with_tail,
 )
 from .dense import times_rows, times_upstream
 from .divergence import linear_divergence
 from .gather import linear_gather, linear_gather_backward
 from .gather_loss import topk_loss
+from .primitives import launching
 from .stats import token_stats
 from .topk import linear_topk
 from .topk_divergence import topk_divergence as divergence_and_gradient

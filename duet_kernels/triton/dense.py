@@ -41,11 +41,8 @@ from .dense_plan import Plan, Shape, Sweep, buffers, folds_alone, lent, placed, 
 from .primitives import (
     MAX_SIZE,
     accumulator,
-    current_device,
     finish,
-    require_device,
     require_grid,
-    require_sizes,
 )
 
 # A loss keeps up to eight statistics of every token one behind the other, which its kernels find in 32 bits.
@@ -193,16 +190,14 @@ def _scale_kernel(
 
 def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor * gradient (contiguous), rounded to `dtype`: in place where that is the gradient's own."""
-    require_device(gradient=gradient, factor=factor)
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     programs = min(tiles.SCALE_PROGRAMS, triton.cdiv(gradient.numel(), tiles.SCALE_BLOCK))
     if programs:
-        with current_device(gradient):
-            _scale_kernel[(programs,)](
-                gradient, out, factor,
-                gradient.numel(),
-                SKIP=out is gradient, ACC=accumulator(gradient, factor)[1], BLOCK=tiles.SCALE_BLOCK, num_warps=4,
-            )  # fmt: skip
+        _scale_kernel[(programs,)](
+            gradient, out, factor,
+            gradient.numel(),
+            SKIP=out is gradient, ACC=accumulator(gradient, factor)[1], BLOCK=tiles.SCALE_BLOCK, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -223,16 +218,14 @@ def _scale_rows_kernel(
 
 def times_rows(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor * gradient `[N, D]` (contiguous), rounded to `dtype`; a factor, or one of each row `[N]`."""
-    require_device(gradient=gradient, factor=factor)
     n, d = gradient.shape
     out = torch.empty_like(gradient, dtype=dtype)
     if out.numel():
-        with current_device(gradient):
-            _scale_rows_kernel[(require_grid(n, "a gradient"),)](
-                gradient, out, factor,
-                d, factor.stride(0) if factor.dim() else 0,
-                ACC=accumulator(gradient, factor)[1], BLOCK=min(tiles.SCALE_BLOCK, tiles.next_power_of_2(d)), num_warps=4,
-            )  # fmt: skip
+        _scale_rows_kernel[(require_grid(n, "a gradient"),)](
+            gradient, out, factor,
+            d, factor.stride(0) if factor.dim() else 0,
+            ACC=accumulator(gradient, factor)[1], BLOCK=min(tiles.SCALE_BLOCK, tiles.next_power_of_2(d)), num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -248,7 +241,6 @@ def run(
     """
     hidden, head = sides[0]
     (n, d), v = hidden.shape, head.weight.shape[0]
-    require_sizes("the dense losses", hidden=d, weight=v)
     if n > MAX_TOKENS:
         raise ValueError(f"hidden: the dense losses take at most {MAX_TOKENS} tokens at a time, got {n}")
     acc, dtype, device = head.acc, hidden.dtype, factor.device

@@ -52,14 +52,12 @@ from . import dense, tiles
 from .primitives import (
     LOG2E,
     accumulator,
-    current_device,
     expm1_near_zero,
     load_pair,
     load_rows,
     log1p,
     number,
     origin,
-    require_device,
     require_grid,
 )
 from .terms import BOUNDS, expected, gradient, minus, of_distributions, of_logits
@@ -449,13 +447,8 @@ def linear_divergence(
 
     Gradients have the dtype of the hidden states; those of fp16 are fp32, because a loss scale comes after them.
     """
-    require_device(
-        hidden=hidden, weight=head.weight, bias=head.bias,
-        teacher_hidden=teacher_hidden, teacher_weight=teacher_head.weight, teacher_bias=teacher_head.bias, factor=factor,
-    )  # fmt: skip
     student, teacher = dense.Side(hidden, head), dense.Side(teacher_hidden, teacher_head)
-    with current_device(hidden):
-        loss = _Divergence(student, teacher, factor, spec, any(need))
-        gradients = dense.run((student, teacher), factor, loss, need)
-        values = torch.where(factor == 0, 0.0, factor * loss.values()).to(loss.acc)
+    loss = _Divergence(student, teacher, factor, spec, any(need))
+    gradients = dense.run((student, teacher), factor, loss, need)
+    values = torch.where(factor == 0, 0.0, factor * loss.values()).to(loss.acc)
     return values, *gradients

@@ -50,13 +50,10 @@ from ..products import product
 from . import tiles
 from .primitives import (
     accumulator,
-    current_device,
     finish,
     load_rows,
     number,
-    require_device,
     require_grid,
-    require_sizes,
     tanh,
 )
 from .sparse_weight import SortedPairs, require_pairs
@@ -193,9 +190,7 @@ def linear_gather(
 ) -> Tensor:
     """z at the ids, `[N, K]` in ACC. `tile`, of a gather, replaces the table's choice, for tests and measurements."""
     weight_vd, bias_v, softcap, scale = head.weight, head.bias, head.softcap, head.scale
-    require_device(hidden=hidden_nd, weight=weight_vd, bias=bias_v, indices=indices_nk)
     (n, d), v, k = hidden_nd.shape, weight_vd.shape[0], indices_nk.shape[1]
-    require_sizes("linear_gather", hidden=d, weight=v, indices=k)
     torch_acc, acc = accumulator(hidden_nd, weight_vd)
     values_nk = torch.empty(n, k, dtype=torch_acc, device=hidden_nd.device)
     if values_nk.numel() == 0:
@@ -205,20 +200,18 @@ def linear_gather(
         arch, itemsize, torch_acc.itemsize, n, v, k, workspace_bytes(hidden_nd.device)
     )
     if tokens and tile is None:
-        with current_device(hidden_nd):
-            _pick(hidden_nd, head, indices_nk, values_nk, tokens)
+        _pick(hidden_nd, head, indices_nk, values_nk, tokens)
         return values_nk
     tile = tile or tiles.gather_tile(tiles.GATHER_FORWARD, arch, itemsize, k, d)
     grid = (require_grid(n * triton.cdiv(k, tile.rows), "linear_gather"),)
-    with current_device(hidden_nd):
-        _forward_kernel[grid](
-            hidden_nd, weight_vd, bias_v, indices_nk, values_nk,
-            k, v, d,
-            *hidden_nd.stride(), *weight_vd.stride(), 0 if bias_v is None else bias_v.stride(0), *indices_nk.stride(),
-            softcap or 0.0, scale,
-            HAS_BIAS=bias_v is not None, HAS_SOFTCAP=softcap is not None, ACC=acc,
-            ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
-        )  # fmt: skip
+    _forward_kernel[grid](
+        hidden_nd, weight_vd, bias_v, indices_nk, values_nk,
+        k, v, d,
+        *hidden_nd.stride(), *weight_vd.stride(), 0 if bias_v is None else bias_v.stride(0), *indices_nk.stride(),
+        softcap or 0.0, scale,
+        HAS_BIAS=bias_v is not None, HAS_SOFTCAP=softcap is not None, ACC=acc,
+        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
     return values_nk
 
 
@@ -243,10 +236,10 @@ def _pick(hidden: Tensor, head: LMHead, indices: Tensor, values: Tensor, tokens:
 
 
 def linear_gather_backward(
-    grad_nk: Tensor,
-    values_nk: Tensor,
     hidden_nd: Tensor,
     head: LMHead,
+    grad_nk: Tensor,
+    values_nk: Tensor,
     indices_nk: Tensor,
     need: Need,
     *,
@@ -259,9 +252,6 @@ def linear_gather_backward(
     `tile` (of dh), `segments` and `chunk` (of dW and db) replace the table's choices, for tests and measurements.
     """
     weight_vd, bias_v = head.weight, head.bias
-    require_device(
-        grad=grad_nk, values=values_nk, hidden=hidden_nd, weight=weight_vd, bias=bias_v, indices=indices_nk
-    )
     need = need._replace(bias=need.bias and bias_v is not None)
     (n, d), v, k = hidden_nd.shape, weight_vd.shape[0], indices_nk.shape[1]
     if n * k == 0 or d == 0 or v == 0 or not any(need):
@@ -270,19 +260,17 @@ def linear_gather_backward(
             torch.zeros_like(weight_vd, memory_format=torch.contiguous_format) if need.weight else None,
             torch.zeros_like(bias_v, memory_format=torch.contiguous_format) if need.bias else None,
         )
-    require_sizes("linear_gather", hidden=d, weight=v, indices=k)
     require_pairs(n, k, d)
     dweight = dbias = None
-    with current_device(hidden_nd):
-        dx, row = slot_gradients(grad_nk, values_nk, hidden_nd, head, indices_nk)
-        dhidden = sum_rows(dx, row, hidden_nd, weight_vd, tile=tile) if need.hidden else None
-        if need.weight or need.bias:
-            pairs = SortedPairs(dx, row, v)
-            if need.weight:
-                dweight = pairs.sum(hidden_nd, weight_vd.dtype, segments, chunk)
-            if need.bias:
-                ones = dx.new_ones(1, 1).expand(n, 1)
-                dbias = pairs.sum(ones, bias_v.dtype, chunk=chunk)[:, 0]
+    dx, row = slot_gradients(grad_nk, values_nk, hidden_nd, head, indices_nk)
+    dhidden = sum_rows(dx, row, hidden_nd, weight_vd, tile=tile) if need.hidden else None
+    if need.weight or need.bias:
+        pairs = SortedPairs(dx, row, v)
+        if need.weight:
+            dweight = pairs.sum(hidden_nd, weight_vd.dtype, segments, chunk)
+        if need.bias:
+            ones = dx.new_ones(1, 1).expand(n, 1)
+            dbias = pairs.sum(ones, bias_v.dtype, chunk=chunk)[:, 0]
     return dhidden, dweight, dbias
 
 

@@ -46,11 +46,8 @@ from .gather import linear_gather, slot_gradient, slot_gradients, sum_rows
 from .primitives import (
     INTERPRETED,
     accumulator,
-    current_device,
     finish,
-    require_device,
     require_grid,
-    require_sizes,
 )
 from .topk_divergence import compare, topk_divergence
 
@@ -218,8 +215,6 @@ def topk_loss(
     if not (together or tile) or k > tiles.LOSS_SLOTS or 0 in (*hidden.shape, k, len(head.weight)):
         return _one_by_one(hidden, head, indices, teacher, factor, spec, need)
     (n, d), v, weight, bias = hidden.shape, len(head.weight), head.weight, head.bias
-    require_device(hidden=hidden, weight=weight, bias=bias, indices=indices, teacher=teacher, factor=factor)
-    require_sizes("topk_distill_loss", hidden=max(n, d), weight=v)
     torch_acc, acc = accumulator(hidden, weight)
     device, arch = hidden.device, tiles.architecture(hidden.device)
     packed = _packs(hidden, weight)
@@ -254,14 +249,13 @@ def topk_loss(
             num_warps=tile.warps, maxnreg=registers,
         )  # fmt: skip
 
-    with current_device(hidden):
-        for start in range(0, n, tokens):
-            rows = slice(start, min(start + tokens, n))
-            if phases and splits > 1:
-                launch(rows, True, False)
-                launch(rows, False, True)
-            else:
-                launch(rows, True, True)
+    for start in range(0, n, tokens):
+        rows = slice(start, min(start + tokens, n))
+        if phases and splits > 1:
+            launch(rows, True, False)
+            launch(rows, False, True)
+        else:
+            launch(rows, True, True)
     return loss, values, dvalues, dhidden
 
 
@@ -291,6 +285,5 @@ def _one_by_one(
     if values.numel() == 0 or weight.numel() == 0:
         nothing = torch.zeros_like(hidden, dtype=out, memory_format=torch.contiguous_format)
         return loss, values, dvalues, nothing
-    with current_device(hidden):
-        dx, row = slot_gradients(dvalues, values, hidden, head, indices)
-        return loss, values, dvalues, sum_rows(dx, row, hidden, weight, out)
+    dx, row = slot_gradients(dvalues, values, hidden, head, indices)
+    return loss, values, dvalues, sum_rows(dx, row, hidden, weight, out)

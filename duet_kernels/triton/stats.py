@@ -44,13 +44,10 @@ from ..products import product
 from . import tiles
 from .primitives import (
     accumulator,
-    current_device,
     finish,
     log1p,
     origin,
-    require_device,
     require_grid,
-    require_sizes,
 )
 from .slabs import allocate, cut_logits
 from .tiles import cdiv, next_power_of_2
@@ -201,20 +198,17 @@ def token_stats(
 
     `cut` replaces the plan, for tests and measurements.
     """
-    require_device(hidden=hidden, weight=head.weight, bias=head.bias, labels=labels)
     n, v, device = hidden.shape[0], head.weight.shape[0], hidden.device
-    require_sizes("linear_token_stats", hidden=hidden.shape[1], weight=v)
     names = 3 if labels is None else 4
     results = [torch.empty(n, dtype=head.acc, device=device) for _ in range(names)]
     if n:
         cut = cut or plan(n, v, head.acc.itemsize, workspace_bytes(device), tiles.architecture(device))
         elements = token_elements(cut.columns, v, cut.block)
         memory = allocate([min(n, cut.tokens) * count for count in elements], head.acc, device)
-        with current_device(hidden):
-            for start in range(0, n, cut.tokens):
-                rows = slice(start, start + cut.tokens)
-                some = None if labels is None else labels[rows]
-                _some_tokens(hidden[rows], head, some, cut, memory, [result[rows] for result in results])
+        for start in range(0, n, cut.tokens):
+            rows = slice(start, start + cut.tokens)
+            some = None if labels is None else labels[rows]
+            _some_tokens(hidden[rows], head, some, cut, memory, [result[rows] for result in results])
     logsumexp, entropy, variance, *logprob = results
     return logsumexp, entropy, variance, logprob[0] if logprob else None
 

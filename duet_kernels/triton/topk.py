@@ -63,14 +63,11 @@ from .primitives import (
     INTERPRETED,
     accumulator,
     add_exponentials,
-    current_device,
     finish,
     number,
     ordered,
     origin,
-    require_device,
     require_grid,
-    require_sizes,
     unordered,
 )
 from .slabs import allocate, cut_logits
@@ -503,9 +500,7 @@ def linear_topk(
 
     `cut` replaces the plan, for tests and measurements.
     """
-    require_device(hidden=hidden, weight=head.weight, bias=head.bias)
     n, v, device = hidden.shape[0], head.weight.shape[0], hidden.device
-    require_sizes("linear_topk", hidden=hidden.shape[1], weight=v)
     values = torch.empty(n, k, dtype=head.acc, device=device)
     indices = torch.empty(n, k, dtype=torch.int64, device=device)
     tail = torch.empty(n, dtype=head.acc, device=device)
@@ -513,11 +508,10 @@ def linear_topk(
         arch = tiles.architecture(device)
         cut = cut or plan(n, v, k, head.acc.itemsize, workspace_bytes(device), arch)
         scratch = _scratch(min(n, cut.tokens), cut, k, head.acc, device)
-        with current_device(hidden):
-            for start in range(0, n, cut.tokens):
-                rows = slice(start, start + cut.tokens)
-                results = values[rows], indices[rows], tail[rows]
-                _topk_of_tokens(hidden[rows], head, 1.0 / temperature, cut, arch, scratch, *results)
+        for start in range(0, n, cut.tokens):
+            rows = slice(start, start + cut.tokens)
+            results = values[rows], indices[rows], tail[rows]
+            _topk_of_tokens(hidden[rows], head, 1.0 / temperature, cut, arch, scratch, *results)
     return values, indices, tail
 
 

@@ -43,11 +43,9 @@ from ..options import Divergence
 from . import tiles
 from .primitives import (
     accumulator,
-    current_device,
     expm1_near_zero,
     log1p,
     number,
-    require_device,
     require_grid,
 )
 from .terms import clipped, expected, gradient, minus, of_distributions, of_logits
@@ -248,13 +246,6 @@ def topk_divergence(
             raise ValueError(f"{name}: normalization={spec.normalization!r} needs it, got None")
     student_tail_n = student_tail_n if use_student_tail else None
     teacher_tail_n = teacher_tail_n if use_teacher_tail else None
-    require_device(
-        student=student_nk,
-        teacher=teacher_nk,
-        student_tail=student_tail_n,
-        teacher_tail=teacher_tail_n,
-        factor=factor_n,
-    )
     n, k = student_nk.shape
     torch_acc, acc = accumulator(student_nk, teacher_nk)
     loss = torch.empty(n, dtype=torch_acc, device=student_nk.device)
@@ -265,18 +256,17 @@ def topk_divergence(
     if k == 0:
         return loss.zero_(), dstudent, dtail.zero_()
     tile = tile or tiles.divergence_tile(k)
-    with current_device(student_nk):
-        _divergence_kernel[(require_grid(triton.cdiv(n, tile.tokens), "topk_divergence"),)](
-            student_nk, teacher_nk, student_tail_n, teacher_tail_n, factor_n,
-            loss, dstudent, dtail,
-            n, k,
-            *student_nk.stride(), *teacher_nk.stride(),
-            student_tail_n.stride(0) if use_student_tail else 0,
-            teacher_tail_n.stride(0) if use_teacher_tail else 0,
-            factor_n.stride(0),
-            spec.temperature, spec.beta, spec.delta, spec.clip,
-            STUDENT_TAIL=use_student_tail, TEACHER_TAIL=use_teacher_tail,
-            DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, CLIPPED=spec.clip < torch.inf, EPS=torch.finfo(torch_acc).eps, ACC=acc,
-            TOKENS=tile.tokens, COLUMNS=tile.columns, num_warps=tile.warps,
-        )  # fmt: skip
+    _divergence_kernel[(require_grid(triton.cdiv(n, tile.tokens), "topk_divergence"),)](
+        student_nk, teacher_nk, student_tail_n, teacher_tail_n, factor_n,
+        loss, dstudent, dtail,
+        n, k,
+        *student_nk.stride(), *teacher_nk.stride(),
+        student_tail_n.stride(0) if use_student_tail else 0,
+        teacher_tail_n.stride(0) if use_teacher_tail else 0,
+        factor_n.stride(0),
+        spec.temperature, spec.beta, spec.delta, spec.clip,
+        STUDENT_TAIL=use_student_tail, TEACHER_TAIL=use_teacher_tail,
+        DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, CLIPPED=spec.clip < torch.inf, EPS=torch.finfo(torch_acc).eps, ACC=acc,
+        TOKENS=tile.tokens, COLUMNS=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
     return loss, dstudent, dtail
