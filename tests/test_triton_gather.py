@@ -294,7 +294,7 @@ def test_a_row_of_dw_beyond_32_bits(tmp_path):
         offset, row, token, dx, hidden, hidden, dweight,
         1, 8, v, d,
         *hidden.stride(),
-        ACC=sparse_weight.accumulator(dx)[1], VOCABULARY=4, COLUMNS=columns, AHEAD=4, num_warps=1,
+        ACC=sparse_weight.ACCUMULATORS[dx.dtype], VOCABULARY=4, COLUMNS=columns, AHEAD=4, num_warps=1,
     )  # fmt: skip
     wanted = [hidden[0], 0 * hidden[0], 2 * hidden[0] + 3 * hidden[1], 4 * hidden[1]]
     for i, each in enumerate(wanted):

@@ -47,8 +47,8 @@ from ..options import Divergence
 from . import dense, tiles
 from .gather import slot_gradients, sum_rows
 from .primitives import (
+    ACCUMULATORS,
     LOG2E,
-    accumulator,
     load_tile,
     log1p,
     number,
@@ -286,7 +286,7 @@ class _Complement(dense.Loss):
     ) -> None:
         self.partials = 3 if moment else self.partials
         (n, k), self.v = ids.shape, head.weight.shape[0]
-        self.acc, self.acc_tl = accumulator(head.weight, hidden)
+        self.acc, self.acc_tl = head.acc, ACCUMULATORS[head.acc]
         self.side = dense.Side(hidden, head)
         self.ids, self.factor, self.temperature = ids, factor, temperature
         self.token_bytes = (8 + 2 * k) * self.acc.itemsize

@@ -39,8 +39,8 @@ from ..products import add_product, fp16_gain, pitch, product
 from . import tiles
 from .dense_plan import Plan, Shape, Sweep, buffers, folds_alone, lent, placed, plan
 from .primitives import (
+    ACCUMULATORS,
     MAX_SIZE,
-    accumulator,
     finish,
     require_grid,
 )
@@ -142,7 +142,7 @@ def _finish_kernel(
     R, C, first, SPLITS,
     z_pitch, stride_bv,
     softcap: tl.float64, scale: tl.float64,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows, COLUMNS columns: logits in the place of products."""
     n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -152,7 +152,7 @@ def _finish_kernel(
     inside = (c < C)[None, :]
     z = finish(
         tl.load(place, mask=there, other=0.0), (first + c)[None, :], bias_ptr, stride_bv, inside, softcap, scale,
-        HAS_BIAS, HAS_SOFTCAP,
+        HAS_SOFTCAP,
     )  # fmt: skip
     tl.store(place, z, mask=there)
 
@@ -166,7 +166,7 @@ def finish_in_place(side: Side, z: Tensor, first: int) -> None:
         rows, columns, first, splits,
         z.stride(0), 0 if bias is None else bias.stride(0),
         side.head.softcap or 0.0, side.head.scale,
-        HAS_BIAS=bias is not None, HAS_SOFTCAP=side.head.softcap is not None,
+        HAS_SOFTCAP=side.head.softcap is not None,
         ROWS=tiles.SLAB_ROWS, COLUMNS=width, num_warps=tiles.SLAB_WARPS,
     )  # fmt: skip
 
@@ -196,7 +196,7 @@ def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tens
         _scale_kernel[(programs,)](
             gradient, out, factor,
             gradient.numel(),
-            SKIP=out is gradient, ACC=accumulator(gradient, factor)[1], BLOCK=tiles.SCALE_BLOCK, num_warps=4,
+            SKIP=out is gradient, ACC=ACCUMULATORS[factor.dtype], BLOCK=tiles.SCALE_BLOCK, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -224,7 +224,7 @@ def times_rows(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         _scale_rows_kernel[(require_grid(n, "a gradient"),)](
             gradient, out, factor,
             d, factor.stride(0) if factor.dim() else 0,
-            ACC=accumulator(gradient, factor)[1], BLOCK=min(tiles.SCALE_BLOCK, tiles.next_power_of_2(d)), num_warps=4,
+            ACC=ACCUMULATORS[factor.dtype], BLOCK=min(tiles.SCALE_BLOCK, tiles.next_power_of_2(d)), num_warps=4,
         )  # fmt: skip
     return out
 

@@ -50,8 +50,8 @@ from ..head import LMHead, Need
 from ..options import Divergence
 from . import dense, tiles
 from .primitives import (
+    ACCUMULATORS,
     LOG2E,
-    accumulator,
     expm1_near_zero,
     load_pair,
     load_rows,
@@ -335,7 +335,7 @@ class _Divergence(dense.Loss):
         self, student: dense.Side, teacher: dense.Side, factor: Tensor, spec: Divergence, with_gradient: bool
     ) -> None:
         n = factor.shape[0]
-        self.acc, self.acc_tl = accumulator(student.hidden)
+        self.acc, self.acc_tl = student.head.acc, ACCUMULATORS[student.head.acc]
         self.student, self.teacher, self.factor, self.spec = student, teacher, factor, spec
         self.divergence, self.raw = spec.name, spec.raw
         self.with_gradient = with_gradient

@@ -151,12 +151,10 @@ def load_pair(s_ptr, t_ptr, n, c, s_pitch, t_pitch, live, whole, C, s_by, t_by, 
 
 
 @triton.jit
-def finish(
-    x, columns, bias_ptr, stride_bv, keep, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
-):
+def finish(x, columns, bias_ptr, stride_bv, keep, softcap, scale, HAS_SOFTCAP: tl.constexpr):
     """z = softcap tanh(scale (x + b) / softcap) of products x in ACC; b is read at the columns that are kept."""
     ACC: tl.constexpr = x.dtype
-    if HAS_BIAS:
+    if bias_ptr is not None:
         x += tl.load(bias_ptr + columns.to(tl.int64) * stride_bv, mask=keep, other=0.0).to(ACC)
     z = x * number(scale, ACC)
     if HAS_SOFTCAP:
@@ -204,6 +202,8 @@ def add_exponentials(m, s, x, counted):
     return top, s * tl.exp(m - zero) + tl.sum(terms, 1)
 
 
+ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}  # Triton's name of the dtype of logits
+
 # True when TRITON_INTERPRET=1 was set before the first import: kernels then run on the CPU, one program at a time.
 INTERPRETED = not isinstance(expm1, triton.JITFunction)
 
@@ -244,10 +244,3 @@ def require_grid(programs: int, what: str) -> int:
             f"{what}: {programs} programs are more than a grid holds ({MAX_GRID}); pass fewer tokens"
         )
     return programs
-
-
-def accumulator(*tensors: torch.Tensor | None) -> tuple[torch.dtype, tl.dtype]:
-    """The dtype logits live in, for torch and for Triton: fp64 when an input is fp64, else fp32."""
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        return torch.float64, tl.float64
-    return torch.float32, tl.float32

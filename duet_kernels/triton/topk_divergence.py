@@ -39,10 +39,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import acc_dtype
 from ..options import Divergence
 from . import tiles
 from .primitives import (
-    accumulator,
+    ACCUMULATORS,
     expm1_near_zero,
     log1p,
     number,
@@ -247,10 +248,10 @@ def topk_divergence(
     student_tail_n = student_tail_n if use_student_tail else None
     teacher_tail_n = teacher_tail_n if use_teacher_tail else None
     n, k = student_nk.shape
-    torch_acc, acc = accumulator(student_nk, teacher_nk)
-    loss = torch.empty(n, dtype=torch_acc, device=student_nk.device)
-    dstudent = torch.empty(n, k, dtype=torch_acc, device=student_nk.device)
-    dtail = torch.empty(n if use_student_tail else 0, dtype=torch_acc, device=student_nk.device)
+    acc = acc_dtype(student_nk.dtype)
+    loss = torch.empty(n, dtype=acc, device=student_nk.device)
+    dstudent = torch.empty(n, k, dtype=acc, device=student_nk.device)
+    dtail = torch.empty(n if use_student_tail else 0, dtype=acc, device=student_nk.device)
     if n == 0:
         return loss, dstudent, dtail
     if k == 0:
@@ -266,7 +267,7 @@ def topk_divergence(
         factor_n.stride(0),
         spec.temperature, spec.beta, spec.delta, spec.clip,
         STUDENT_TAIL=use_student_tail, TEACHER_TAIL=use_teacher_tail,
-        DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, CLIPPED=spec.clip < torch.inf, EPS=torch.finfo(torch_acc).eps, ACC=acc,
+        DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, CLIPPED=spec.clip < torch.inf, EPS=torch.finfo(acc).eps, ACC=ACCUMULATORS[acc],
         TOKENS=tile.tokens, COLUMNS=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return loss, dstudent, dtail
