@@ -136,9 +136,10 @@ def test_a_dimension_that_32_bits_cannot_count_is_refused(size):
 def test_tokens_whose_statistics_32_bits_cannot_find_are_refused():
     n = dense.MAX_TOKENS + 1
     hidden, weight, row = torch.zeros(1, 1).expand(n, 2), torch.zeros(3, 2), torch.ones(1).expand(n)
-    side = dense.Side(hidden, LMHead(weight))
+    loss = dense.Loss()
+    loss.sides, loss.factor = (dense.Side(hidden, LMHead(weight)),), row
     with pytest.raises(ValueError, match=f"hidden: .* at most {2**27} tokens at a time, got {n}"):
-        dense.run((side,), row, None, Need(True))
+        dense.run(loss, Need(True))
 
 
 def test_no_number_replaces_another_of_its_name():

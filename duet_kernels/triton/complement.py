@@ -288,6 +288,7 @@ class _Complement(dense.Loss):
         (n, k), self.v = ids.shape, head.weight.shape[0]
         self.acc, self.acc_tl = head.acc, ACCUMULATORS[head.acc]
         self.side = dense.Side(hidden, head)
+        self.sides = (self.side,)
         self.ids, self.factor, self.temperature = ids, factor, temperature
         self.token_bytes = (8 + 2 * k) * self.acc.itemsize
         self.moment = moment
@@ -296,11 +297,6 @@ class _Complement(dense.Loss):
         self.values = self.sums.new_empty(n, k)
         self.dtail, self.loss = factor, self.sums[2]
         self.upstream: Tensor | None = None  # of the values
-
-    def run(
-        self, need: Need, as_beside: Need | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return dense.run((self.side,), self.factor, self, need, as_beside)
 
     @property
     def folds(self):
@@ -431,7 +427,7 @@ def linear_cross_entropy(
     Gradients have the dtype of the hidden states; those of fp16 are fp32, because a loss scale comes after them.
     """
     loss = _CrossEntropy(hidden, head, labels[:, None], factor)
-    gradients = loss.run(need)
+    gradients = dense.run(loss, need)
     return loss.loss, *gradients
 
 
@@ -451,7 +447,7 @@ def complement_and_values(
     ones = torch.ones(len(hidden), dtype=head.acc, device=hidden.device)
     loss = _Complement(hidden, head, ids, ones, temperature, with_entropy)
     # dW is made of the tail later, and must not depend on whether dh is wanted too.
-    dtail, entropy = loss.run(Need(need.hidden), as_beside=Need(True))[0], None
+    dtail, entropy = dense.run(loss, Need(need.hidden), as_beside=Need(True))[0], None
     tail = loss.loss
     if ids.shape[1]:
         tail.masked_fill_((ids >= len(head.weight)).any(1), torch.nan)
@@ -490,7 +486,7 @@ def complement_and_values_backward(
     if need.weight or need.bias:
         counts = ((grad_tail != 0) | (grad_values != 0).any(1)).to(grad_tail.dtype)
         saved = _Saved(grad_tail, grad_values, tail, values, hidden, head, ids, counts, temperature)
-        _, dweight, dbias = saved.run(need._replace(hidden=False))
+        _, dweight, dbias = dense.run(saved, need._replace(hidden=False))
     return dhidden, dweight, dbias
 
 
@@ -506,5 +502,5 @@ def topk_loss_with_tail(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(`[N]` factor * loss, dh, dW, db of its sum) of a loss that reads the student's log-sum-exp beside the ids."""
     loss = _TopkDivergence(teacher, teacher_tail, spec, hidden, head, ids, factor)
-    gradients = loss.run(need)
+    gradients = dense.run(loss, need)
     return loss.loss, *gradients

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import workspace_bytes
+from ..dispatch import grad_dtype, workspace_bytes
 from ..head import LMHead, Need
 from ..products import add_product, fp16_gain, pitch, product
 from . import tiles
@@ -86,6 +86,8 @@ class Block(NamedTuple):
 class Loss:
     """What is asked of a loss: `gradient` writes gain dz, for the `first` time or again; `bound` is that of |dL/dz|."""
 
+    sides: tuple[Side, ...]  # the first is the one with gradients
+    factor: Tensor  # of each row
     bounded = True  # `bound` knows without the folds of the rows
     token_bytes = 0  # of what it keeps of every token
     partials = 0  # numbers that a fold leaves of a row's split
@@ -233,32 +235,31 @@ def times_rows(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def run(
-    sides: tuple[Side, ...], factor: Tensor, loss: Loss, need: Need, as_beside: Need | None = None
+    loss: Loss, need: Need, as_beside: Need | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Make the loss's statistics, and (dh, dW, db) of its sum; `sides[0]` is the one with gradients.
+    """Make the loss's statistics, and (dh, dW, db) of its sum.
 
     `as_beside`: without gradients, the statistics are made as beside these: bit by bit the same.
     """
-    hidden, head = sides[0]
+    hidden, head = loss.sides[0]
     (n, d), v = hidden.shape, head.weight.shape[0]
     if n > MAX_TOKENS:
         raise ValueError(f"hidden: the dense losses take at most {MAX_TOKENS} tokens at a time, got {n}")
-    acc, dtype, device = head.acc, hidden.dtype, factor.device
-    out = acc if dtype == torch.float16 else dtype
+    acc, device, out = head.acc, hidden.device, grad_dtype(hidden.dtype)
     make = torch.empty if n and v else torch.zeros
     dhidden = make(n, d, dtype=out, device=device) if need.hidden else None
     dweight = make(v, d, dtype=out, device=device) if need.weight else None
     dbias = torch.zeros(v, dtype=acc, device=device) if need.bias else None
     if n and v:
         shape = Shape(
-            n, v, d, tuple(side.head.acc.itemsize for side in sides),
-            sides[0].operand.itemsize, acc.itemsize, out.itemsize, len(loss.folds), as_beside or need,
+            n, v, d, tuple(side.head.acc.itemsize for side in loss.sides),
+            loss.sides[0].operand.itemsize, acc.itemsize, out.itemsize, len(loss.folds), as_beside or need,
             loss.token_bytes, loss.partials * acc.itemsize, whole=not loss.bounded,
         )  # fmt: skip
         planned = plan(shape, workspace_bytes(device))
         if as_beside and not any(need):
             planned = folds_alone(planned)
-        _Walk(sides, factor, loss, shape, planned).run(dhidden, dweight, dbias)
+        _Walk(loss, shape, planned).run(dhidden, dweight, dbias)
     return dhidden, dweight, None if dbias is None else dbias.to(out)
 
 
@@ -275,11 +276,11 @@ def _matrix(memory: Tensor, rows: int, columns: int) -> Tensor:
 class _Walk:
     """One call: its sides and its memory, which is made anew for the folds and for each sweep."""
 
-    def __init__(self, sides: tuple[Side, ...], factor: Tensor, loss: Loss, shape: Shape, plan: Plan) -> None:
-        self.sides, self.factor, self.loss, self.shape, self.plan = sides, factor, loss, shape, plan
-        self.n, self.v, self.acc = shape.n, shape.v, sides[0].head.acc
+    def __init__(self, loss: Loss, shape: Shape, plan: Plan) -> None:
+        self.sides, self.factor, self.loss, self.shape, self.plan = loss.sides, loss.factor, loss, shape, plan
+        self.n, self.v, self.acc = shape.n, shape.v, loss.sides[0].head.acc
         self.memory: list[Tensor] = []
-        self.dz = factor.new_empty(0)
+        self.dz = loss.factor.new_empty(0)
         self.counted: tuple[slice | None, Tensor | None] = None, None
 
     def run(self, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None) -> None:

@@ -336,7 +336,8 @@ class _Divergence(dense.Loss):
     ) -> None:
         n = factor.shape[0]
         self.acc, self.acc_tl = student.head.acc, ACCUMULATORS[student.head.acc]
-        self.student, self.teacher, self.factor, self.spec = student, teacher, factor, spec
+        self.sides = self.student, self.teacher = student, teacher
+        self.factor, self.spec = factor, spec
         self.divergence, self.raw = spec.name, spec.raw
         self.with_gradient = with_gradient
         # fp16 weights are multiplied by a number that only the values of a block's rows tell.
@@ -447,8 +448,8 @@ def linear_divergence(
 
     Gradients have the dtype of the hidden states; those of fp16 are fp32, because a loss scale comes after them.
     """
-    student, teacher = dense.Side(hidden, head), dense.Side(teacher_hidden, teacher_head)
-    loss = _Divergence(student, teacher, factor, spec, any(need))
-    gradients = dense.run((student, teacher), factor, loss, need)
+    sides = dense.Side(hidden, head), dense.Side(teacher_hidden, teacher_head)
+    loss = _Divergence(*sides, factor, spec, any(need))
+    gradients = dense.run(loss, need)
     values = torch.where(factor == 0, 0.0, factor * loss.values()).to(loss.acc)
     return values, *gradients
