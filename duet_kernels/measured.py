@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, get_type_hints
 
 PATH = pathlib.Path(__file__).parent / "triton" / "measured.json"
 FORMAT = 2
-_JSON: dict[Any, tuple[type, ...]] = {int: (int,), float: (float, int), str: (str,)}  # all others: lists of integers
+# Types of JSON for those of a field; all others are lists of integers.
+_JSON: dict[Any, tuple[type, ...]] = {int: (int,), float: (float, int), str: (str,)}
 
 
 class Slower(NamedTuple):
@@ -76,16 +77,8 @@ def load(path: pathlib.Path = PATH) -> Measured:
         if not right:
             raise ValueError(f"{path.name}{place}: wanted {wanted}, got {got!r}")
 
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name}: not JSON: {error}") from None
-    names = ["exceptions", "format", "tiles"]
-    right = isinstance(content, dict) and sorted(content) == names and content["format"] == FORMAT
-    require(right, "", f"the fields {names} and format {FORMAT}", content)
-    found: dict[str, list[Any]] = {"exceptions": [], "tiles": []}
-    for name, kind in zip(found, (Slower, Tile), strict=True):
-        types = get_type_hints(kind)
+    def entries(name: str, kind: Any) -> tuple[Any, ...]:
+        types, found = get_type_hints(kind), []
         for i, fields in enumerate(content[name]):
             place = f": {name}[{i}]"
             right = isinstance(fields, dict) and fields.keys() == types.keys()
@@ -95,14 +88,25 @@ def load(path: pathlib.Path = PATH) -> Measured:
                 of_integers = isinstance(value, list) and all(type(x) is int for x in value)
                 right = type(value) in _JSON[wanted] if wanted in _JSON else of_integers
                 require(right, f"{place}.{field}", str(wanted), value)
-                limits = name == "exceptions" and field in ("tokens", "k")
-                right = not limits or (len(value) == 2 and value[0] >= 0 and (value[1] == 0 or value[0] <= value[1]))
-                require(right, f"{place}.{field}", "the least and the most (0: however many)", value)
             entry = kind(**{n: tuple(x) if isinstance(x, list) else x for n, x in fields.items()})
-            right = kind is Tile or 0 < entry.chunked_ms < entry.triton_ms
-            require(right, place, "a chunked_ms above 0 and below triton_ms", entry)
-            found[name].append(entry)
-    return Measured(*map(tuple, found.values()))
+            if kind is Slower:
+                for field in ("tokens", "k"):
+                    limits = getattr(entry, field)
+                    right = len(limits) == 2 and limits[0] >= 0 and (limits[1] == 0 or limits[0] <= limits[1])
+                    require(right, f"{place}.{field}", "the least and the most (0: however many)", limits)
+                right = 0 < entry.chunked_ms < entry.triton_ms
+                require(right, place, "a chunked_ms above 0 and below triton_ms", entry)
+            found.append(entry)
+        return tuple(found)
+
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name}: not JSON: {error}") from None
+    names = ["exceptions", "format", "tiles"]
+    right = isinstance(content, dict) and sorted(content) == names and content["format"] == FORMAT
+    require(right, "", f"the fields {names} and format {FORMAT}", content)
+    return Measured(entries("exceptions", Slower), entries("tiles", Tile))
 
 
 MEASURED = load()

@@ -21,14 +21,13 @@ from ..options import Divergence, Tokens
 from .op import (
     DIVERGENCE,
     HEAD,
+    LEAVES,
     Op,
-    for_autograd,
     gradients_like,
     implementation,
     needs_gradient,
     plain,
     refuse_second_derivative,
-    save_for_backward,
     times,
 )
 from .primitives import complement_and_values, linear_gather_backward, linear_topk
@@ -65,62 +64,48 @@ def _of_vocabulary(op_name: str, inputs: str, name: str) -> Op:
         loss = hidden.new_empty(() if reduce else hidden.shape[:1], dtype=acc_dtype(hidden.dtype))
         return loss, *gradients_like((hidden, weight, bias), need, grad_dtype(hidden.dtype))
 
-    def context(ctx, inputs, output):
-        *_, ctx.reduce, need, ctx.impl = inputs
-        ctx.dtype, ctx.need, ctx.given_away = inputs[0].dtype, Need(*need), False
-        ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
-        ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-        made_again = any(ctx.needs_input_grad[1:3])
-        save_for_backward(ctx, *output[1:], *(inputs[i] for i in ctx.places if made_again))
-
-    def gradient(ctx, grad, *_):
-        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint refuses a second time
-        made, tensors = saved[:3], saved[3:]
-
-        def again(need, upstream):
-            inputs = list(ctx.numbers)
-            for i, x in zip(ctx.places, tensors, strict=True):
-                inputs[i] = x
-            if upstream is not None:
-                inputs[ctx.places[-1]] = tensors[-1] * upstream
-            return op(*inputs[:-3], True, need, ctx.impl)[1:]
-
-        return _gradient(ctx, grad, name, made, again)
+    def gradient(ctx, inputs, made, grad, *_):
+        return _gradient(ctx, grad, name, op, inputs, made)
 
     op.register_fake(fake)
-    op.register_autograd(gradient, setup_context=context)
+    op.register_autograd(gradient, slice(1, None), saved=op.names, by_head=True)
     return op
 
 
 def _gradient(
-    ctx: Any,
-    grad: Tensor,
-    name: str,
-    made: Sequence[Tensor],
-    again: Callable[[Need, Tensor | None], tuple[Tensor, ...]],
-) -> tuple[Tensor | None, ...]:
-    """What the forward pass `made`, times the upstream gradient; `again` runs the op with another factor of each row.
+    ctx: Any, grad: Tensor, name: str, op: Op, inputs: list[Any], made: Sequence[Tensor]
+) -> list[Tensor]:
+    """What the forward pass `made`, times the upstream gradient.
 
     dW and db of a sum are scaled in place and given away: autograd may make a leaf's `grad` of their memory. A second
     backward pass over the same graph makes them again, and does to them what the first one did.
     """
     refuse_second_derivative(name)
     need = Need(*ctx.needs_input_grad[:3])
+    *_, reduce, made_along, impl = inputs
+
+    def again(wanted: Sequence[bool], upstream: Tensor | None) -> tuple[Tensor, ...]:
+        """dW and db, with another factor of each row."""
+        given = inputs[:-3]
+        if upstream is not None:
+            given[ctx.places[-1]] = given[ctx.places[-1]] * upstream
+        return op(*given, True, wanted, impl)[2:]
+
     dhidden, *others = made
     if need.hidden:
-        dhidden = times(dhidden, grad, ctx.dtype, ctx.impl)
-    if any(need[1:]) and not ctx.reduce:
-        others = [g.to(ctx.dtype) for g in again(need._replace(hidden=False), grad)[1:]]
+        dhidden = times(dhidden, grad, ctx.dtype, impl)
+    if any(need[1:]) and not reduce:
+        others = [g.to(ctx.dtype) for g in again(need._replace(hidden=False), grad)]
     elif any(need[1:]):
         if not plain(grad):
             others = [(g * grad).to(ctx.dtype) for g in others]
         else:
-            if ctx.given_away:
-                others = again(ctx.need, None)[1:]
+            if getattr(ctx, "given_away", False):
+                others = again(made_along, None)
             ctx.given_away = any(g.numel() and g.dtype == ctx.dtype for g in others)
             # `.data`: autograd would refuse the saved tensors to the next pass, which does not read these.
-            others = [implementation(ctx.impl).times_upstream(g.data, grad, ctx.dtype) for g in others]
-    return for_autograd([dhidden, *others], need, len(ctx.needs_input_grad))
+            others = [implementation(impl).times_upstream(g.data, grad, ctx.dtype) for g in others]
+    return [dhidden, *others]
 
 
 # --- losses of the logits at K ids alone ------------------------------------------------------------------------
@@ -165,26 +150,21 @@ def _(hidden, weight, bias, softcap, scale, ids, teacher, factor, *rest):
     return loss, values, torch.empty_like(values), dhidden
 
 
-def _topk_loss_context(ctx, inputs, output):
-    hidden, weight, bias, *ctx.head, ids = inputs[:6]
-    ctx.impl = inputs[-1]
-    save_for_backward(ctx, *output[1:], hidden, weight, bias, ids)
-
-
-def _topk_loss_gradient(ctx, grad, *_):
+def _topk_loss_gradient(ctx, inputs, outputs, grad, *_):
     refuse_second_derivative("topk_distill_loss")
-    values, dvalues, dhidden, *leaves, ids = ctx.saved_tensors
-    need: tuple[bool, ...] = ctx.needs_input_grad[:3]
+    *head, ids = inputs[:6]
+    values, dvalues, dhidden = outputs
+    need = ctx.needs_input_grad[:3]
     gradients: list[Tensor | None] = [None, None, None]
     if any(need[1:]):  # sparse: made where the upstream factor is known
-        inputs = *leaves, *ctx.head, grad[:, None] * dvalues, values, ids
-        gradients = list(linear_gather_backward(*inputs, (False, *need[1:]), ctx.impl))
+        dz, need_of_head = grad[:, None] * dvalues, (False, *need[1:])
+        gradients = list(linear_gather_backward(*head, dz, values, ids, need_of_head, inputs[-1]))
     if need[0]:
-        gradients[0] = times(dhidden, grad, leaves[0].dtype, ctx.impl)
-    return for_autograd(gradients, need, len(ctx.needs_input_grad))
+        gradients[0] = times(dhidden, grad, ctx.dtype, inputs[-1])
+    return gradients
 
 
-_topk_loss.register_autograd(_topk_loss_gradient, setup_context=_topk_loss_context)
+_topk_loss.register_autograd(_topk_loss_gradient, slice(1, None), saved=(*LEAVES, "ids"), by_head=True)
 
 
 # --- losses of the logits at K ids and the log-sum-exp of all others, and what else is known of the token -----------
@@ -304,18 +284,13 @@ def _(values, teacher, tail, teacher_tail, factor, *options):
     return loss, values.new_empty(values.shape), loss.new_empty(0) if tail is None else torch.empty_like(loss)
 
 
-def _divergence_context(ctx, inputs, output):
-    save_for_backward(ctx, *output[1:])
-
-
-def _divergence_gradient(ctx, grad, *_):
+def _divergence_gradient(ctx, inputs, outputs, grad, *_):
     refuse_second_derivative("topk_distill_stats")
-    dvalues, dtail = ctx.saved_tensors
-    tail = grad * dtail if ctx.needs_input_grad[2] else None
-    return grad[:, None] * dvalues, None, tail, *[None] * (len(ctx.needs_input_grad) - 3)
+    dvalues, dtail = outputs
+    return grad[:, None] * dvalues, None, grad * dtail if ctx.needs_input_grad[2] else None
 
 
-divergence_and_gradient.register_autograd(_divergence_gradient, setup_context=_divergence_context)
+divergence_and_gradient.register_autograd(_divergence_gradient, slice(1, None), saved=())
 
 
 # --- the dense divergences, from both hidden states -------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,10 +17,10 @@ from ..options import Divergence
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # dh, dW, db; an empty tensor where nobody asked
 
-HEAD = (
-    "Tensor hidden, Tensor weight, Tensor? bias, float? softcap, float scale"  # hidden states and an LMHead
-)
-DIVERGENCE = "str divergence, str normalization, float[] numbers"  # `Divergence.options`
+LEAVES = "hidden", "weight", "bias"
+# Hidden states and an LMHead; `Divergence.options`.
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, float? softcap, float scale"
+DIVERGENCE = "str divergence, str normalization, float[] numbers"
 # What a schema takes apart, by the name of its first part: (the number of parts, what they make).
 _WHOLE: dict[str, tuple[int, Callable[..., Any]]] = {
     "weight": (4, LMHead),
@@ -67,7 +67,8 @@ class Op:
                 self.setup_context(ctx, args, output)
             return output
 
-        self.name, self.forward, run = name, forward, functools.partial(forward, None)
+        self.name, self.names, self.forward = name, names, forward
+        run = functools.partial(forward, None)
         self.custom = torch.library.custom_op(f"duet_kernels::{name}", run, mutates_args=(), schema=schema)
         self.eager: Callable[..., Any] = run
 
@@ -75,11 +76,38 @@ class Op:
         return self.custom.register_fake(fake)
 
     def register_autograd(
-        self, gradient: Callable[..., Any], setup_context: Callable[[Any, Any, Any], None]
+        self,
+        gradient: Callable[..., Iterable[Tensor | None]],
+        made: slice,
+        saved: Collection[str],
+        by_head: bool = False,
     ) -> None:
+        """`gradient(ctx, inputs, outputs, *grads)` gives the gradients of the first inputs.
+
+        It has the outputs `made` and of the tensors among the inputs those that are `saved`; `by_head`: only where the head
+        is trainable, because everything else was made along.
+        """
+
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            keep = any(ctx.needs_input_grad[1:3]) if by_head else True
+            tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+            ctx.places = [i for i in tensors if keep and self.names[i] in saved]
+            ctx.inputs = [None if i in tensors else x for i, x in enumerate(inputs)]
+            ctx.dtype = inputs[0].dtype
+            outputs = (output,) if isinstance(output, Tensor) else output
+            save_for_backward(ctx, *outputs[made], *(inputs[i] for i in ctx.places))
+
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            known = any(grad is not None for grad in grads)
-            return gradient(ctx, *grads) if known else (None,) * len(ctx.needs_input_grad)
+            padding = (None,) * len(ctx.needs_input_grad)
+            if all(grad is None for grad in grads):
+                return padding
+            tensors = ctx.saved_tensors  # read once: torch.utils.checkpoint refuses a second time
+            inputs, first = list(ctx.inputs), len(tensors) - len(ctx.places)
+            for i, x in zip(ctx.places, tensors[first:], strict=True):
+                inputs[i] = x
+            found = gradient(ctx, inputs, tensors[:first], *grads)
+            wanted = [g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False)]
+            return *wanted, *padding[len(wanted) :]
 
         self.setup_context = setup_context
         self.custom.register_autograd(backward, setup_context=setup_context)
@@ -160,12 +188,6 @@ def gradients_like(
         for x, needed in zip(leaves, need, strict=True)
     )
     return dhidden, dweight, dbias
-
-
-def for_autograd(gradients: Any, need: tuple[bool, ...], inputs: int) -> tuple[Tensor | None, ...]:
-    """One entry for each input of an op, the first of which are hidden states, weight and bias."""
-    wanted = [gradient if needed else None for gradient, needed in zip(gradients, need, strict=True)]
-    return *wanted, *[None] * (inputs - len(wanted))
 
 
 def needs_gradient(*leaves: Tensor | None) -> Need:

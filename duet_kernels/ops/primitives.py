@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..dispatch import acc_dtype, grad_dtype
 from ..head import LMHead
-from .op import (
-    HEAD,
-    Op,
-    for_autograd,
-    gradients_like,
-    needs_gradient,
-    refuse_second_derivative,
-    save_for_backward,
-)
+from .op import HEAD, LEAVES, Op, gradients_like, needs_gradient, refuse_second_derivative
 
 # --- top-k: a selection, without a gradient ---------------------------------------------------------------------
 
@@ -57,20 +47,13 @@ def _(hidden, weight, bias, softcap, scale, grad, values, indices, need, impl):
     return gradients_like((hidden, weight, bias), need)
 
 
-def _linear_gather_context(ctx, inputs, output):
-    hidden, weight, bias, *ctx.head, indices, ctx.impl = inputs
-    save_for_backward(ctx, output, hidden, weight, bias, indices)
-
-
-def _linear_gather_gradient(ctx, grad):
+def _linear_gather_gradient(ctx, inputs, outputs, grad):
     refuse_second_derivative("linear_gather")
-    values, *leaves, indices = ctx.saved_tensors
-    need = ctx.needs_input_grad[:3]
-    gradients = linear_gather_backward(*leaves, *ctx.head, grad, values, indices, need, ctx.impl)
-    return for_autograd(gradients, need, len(ctx.needs_input_grad))
+    *head, indices, impl = inputs
+    return linear_gather_backward(*head, grad, *outputs, indices, ctx.needs_input_grad[:3], impl)
 
 
-linear_gather.register_autograd(_linear_gather_gradient, setup_context=_linear_gather_context)
+linear_gather.register_autograd(_linear_gather_gradient, slice(1), saved=(*LEAVES, "indices"))
 
 
 # --- the log-sum-exp without given ids, and the logits at them --------------------------------------------------
@@ -127,28 +110,19 @@ def _(hidden, weight, bias, softcap, scale, *rest):
     return gradients_like((hidden, weight, bias), need)
 
 
-def _complement_and_values_context(ctx, inputs, output):
-    hidden, weight, bias, *ctx.head, ids, ctx.temperature, with_values, _, _, ctx.impl = inputs
-    ctx.name = "topk_distill_stats" if with_values else "linear_logsumexp"
-    save_for_backward(ctx, *output[:3], hidden, weight, bias, ids)
-
-
-def _complement_and_values_gradient(ctx, grad_tail, grad_values, *_):
-    refuse_second_derivative(ctx.name)
-    need = ctx.needs_input_grad[:3]
-    tail, values, dtail, *leaves, ids = ctx.saved_tensors
+def _complement_and_values_gradient(ctx, inputs, outputs, grad_tail, grad_values, *_):
+    *head, ids, temperature, with_values, _, _, impl = inputs
+    refuse_second_derivative("topk_distill_stats" if with_values else "linear_logsumexp")
+    tail, values, dtail = outputs
     if grad_tail is None:
         grad_tail = torch.zeros_like(tail)
     if grad_values is None:
         values = grad_values = values[:, :0]  # the ids have no gradient
-    inputs: Any = *leaves, *ctx.head, ids, ctx.temperature, tail, values, dtail, grad_tail, grad_values
-    gradients = complement_and_values_backward(*inputs, need, ctx.impl)
-    return for_autograd(gradients, need, len(ctx.needs_input_grad))
+    given = ids, temperature, tail, values, dtail, grad_tail, grad_values
+    return complement_and_values_backward(*head, *given, ctx.needs_input_grad[:3], impl)
 
 
-_complement_and_values.register_autograd(
-    _complement_and_values_gradient, setup_context=_complement_and_values_context
-)
+_complement_and_values.register_autograd(_complement_and_values_gradient, slice(3), saved=(*LEAVES, "ids"))
 
 
 # --- token statistics: one pass, without a gradient -------------------------------------------------------------
