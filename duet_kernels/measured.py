@@ -89,7 +89,7 @@ def load(path: pathlib.Path = PATH) -> Measured:
                 right = type(value) in _JSON[wanted] if wanted in _JSON else of_integers
                 require(right, f"{place}.{field}", str(wanted), value)
             entry = kind(**{n: tuple(x) if isinstance(x, list) else x for n, x in fields.items()})
-            if kind is Slower:
+            if name == "exceptions":
                 for field in ("tokens", "k"):
                     limits = getattr(entry, field)
                     right = len(limits) == 2 and limits[0] >= 0 and (limits[1] == 0 or limits[0] <= limits[1])

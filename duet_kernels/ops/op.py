@@ -71,9 +71,7 @@ class Op:
         run = functools.partial(forward, None)
         self.custom = torch.library.custom_op(f"duet_kernels::{name}", run, mutates_args=(), schema=schema)
         self.eager: Callable[..., Any] = run
-
-    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
-        return self.custom.register_fake(fake)
+        self.register_fake = self.custom.register_fake
 
     def register_autograd(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import acc_dtype, grad_dtype
 from ..head import LMHead
-from .op import HEAD, LEAVES, Op, gradients_like, needs_gradient, refuse_second_derivative
+from .op import HEAD, LEAVES, Op, gradients_like, needs_gradient, refuse_second_derivative, times
 
 # --- top-k: a selection, without a gradient ---------------------------------------------------------------------
 
@@ -113,13 +113,17 @@ def _(hidden, weight, bias, softcap, scale, *rest):
 def _complement_and_values_gradient(ctx, inputs, outputs, grad_tail, grad_values, *_):
     *head, ids, temperature, with_values, _, _, impl = inputs
     refuse_second_derivative("topk_distill_stats" if with_values else "linear_logsumexp")
-    tail, values, dtail = outputs
+    (tail, values, dtail), need, dhidden = outputs, ctx.needs_input_grad[:3], None
     if grad_tail is None:
         grad_tail = torch.zeros_like(tail)
-    if grad_values is None:
-        values = grad_values = values[:, :0]  # the ids have no gradient
+    if grad_values is None:  # the ids have no gradient, and dh has one term
+        values = grad_values = values[:, :0]
+        dhidden, need = times(dtail, grad_tail, ctx.dtype, impl) if need[0] else None, (False, *need[1:])
+    if not any(need):
+        return [dhidden]
     given = ids, temperature, tail, values, dtail, grad_tail, grad_values
-    return complement_and_values_backward(*head, *given, ctx.needs_input_grad[:3], impl)
+    gradients = complement_and_values_backward(*head, *given, need, impl)
+    return gradients if dhidden is None else (dhidden, *gradients[1:])
 
 
 _complement_and_values.register_autograd(_complement_and_values_gradient, slice(3), saved=(*LEAVES, "ids"))

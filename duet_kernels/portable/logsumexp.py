@@ -109,11 +109,8 @@ def complement_and_values_backward(
     if grad_values.shape[1]:
         dx = (grad_values * head.slope(values)).masked_fill(indices < 0, 0)
     if need.hidden and dtail is not None:
-        if grad_values.shape[1]:
-            sparse = sum_of_rows(head.weight, indices.clamp(0, head.weight.shape[0] - 1), dx)
-            dhidden = sparse.addcmul_(grad_tail[:, None], dtail).to(out)
-        else:
-            dhidden = torch.mul(dtail, grad_tail[:, None], out=torch.empty_like(dtail, dtype=out))
+        sparse = sum_of_rows(head.weight, indices.clamp(0, head.weight.shape[0] - 1), dx)
+        dhidden = sparse.addcmul_(grad_tail[:, None], dtail).to(out)
     if not (need.weight or need.bias):
         return dhidden, None, None
     v, d = head.weight.shape

@@ -476,13 +476,12 @@ def complement_and_values_backward(
     `grad_values` and `values` of no columns: the ids are excluded from the log-sum-exp, and their logits have no gradient.
     """
     dhidden = dweight = dbias = None
-    if need.hidden and grad_values.numel() and dtail.numel():
-        dx, row = slot_gradients(grad_values, values, hidden, head, ids)
+    if need.hidden:
         dhidden = dtail * grad_tail[:, None]
-        dhidden += sum_rows(dx, row, hidden, head.weight, dtail.dtype)
+        if grad_values.numel() and dhidden.numel():
+            dx, row = slot_gradients(grad_values, values, hidden, head, ids)
+            dhidden += sum_rows(dx, row, hidden, head.weight, dtail.dtype)
         dhidden = dhidden.to(hidden.dtype)
-    elif need.hidden:
-        dhidden = dense.times_rows(dtail, grad_tail, hidden.dtype)
     if need.weight or need.bias:
         counts = ((grad_tail != 0) | (grad_values != 0).any(1)).to(grad_tail.dtype)
         saved = _Saved(grad_tail, grad_values, tail, values, hidden, head, ids, counts, temperature)
