@@ -42,6 +42,8 @@ class Op:
     torch.compile, fake tensors and torch.func.vmap get a custom op, of tensors and numbers alone. Everything else calls the
     function itself, as an autograd function where there is a derivative: the machinery of a custom op takes longer than a
     small kernel. A result that is None becomes an empty tensor. A `body` is called with the function and its arguments.
+
+    The names of a schema say what stands together (`_WHOLE`): a head, a divergence, which gradients are asked for.
     """
 
     def __init__(self, name: str, schema: str, body: Callable[..., Any] | None = None) -> None:

@@ -1,7 +1,7 @@
 """The Triton kernels: one file a family, from top to bottom a formula, its kernels and their launchers.
 
 The functions below have the signatures of those in `duet_kernels.portable`. Importing this package imports triton, so
-`ops` does it when a kernel is first wanted. They take checked, flattened tensors.
+`ops` does it when a kernel is first wanted. They take checked, flattened tensors, inside of `launching`.
 """
 
 from .complement import (
