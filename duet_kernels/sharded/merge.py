@@ -176,8 +176,9 @@ def topk_loss(
         tail, values, _ = complement_and_values(hidden, head, ids, spec.temperature, False, impl)
     else:
         values = _gather(Part.of(hidden, head), head, ids, impl)
-    loss = divergence_and_gradient(values, values_t, tail, tail_t, tokens.factor, spec, impl)[0]
-    return tokens.reduce(loss)
+    each = torch.ones_like(tokens.factor)
+    loss = divergence_and_gradient(values, values_t, tail, tail_t, each, spec, impl)[0]
+    return tokens.reduce(tokens.weigh(loss))
 
 
 @collective
