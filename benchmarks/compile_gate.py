@@ -42,7 +42,6 @@ from duet_kernels.triton.complement import (
     complement_and_values,
     complement_and_values_backward,
     linear_cross_entropy,
-    linear_logsumexp,
     topk_loss_with_tail,
 )
 from duet_kernels.triton.dense import times_rows, times_upstream
@@ -129,7 +128,7 @@ def gather_cases(
     shape = f"D={d} K={k} softcap={softcap} scale={scale}"
 
     def backward(need: Need):
-        return linear_gather_backward(values, values, hidden, head, indices, need)
+        return linear_gather_backward(hidden, head, values, values, indices, need)
 
     # Rows that do not begin on 16 bytes cannot be read 16 bytes at a time.
     wide = (
@@ -212,15 +211,15 @@ def dense_cases(
         yield Case(f"dense divergence {name} beta={beta} {shape}", dtype, call, True, wide)
     call = functools.partial(linear_cross_entropy, hidden, head, labels, row, need)
     yield Case(f"cross-entropy {shape}", dtype, call, True, wide)
-    call = functools.partial(linear_logsumexp, hidden, head, ids, 2.0, Need(True))
+    call = functools.partial(complement_and_values, hidden, head, ids, 2.0, False, False, Need(True))
     yield Case(f"logsumexp K={k} {shape}", dtype, call, True, wide)
-    saved = row, values, row, values, hidden, hidden, head, ids, 2.0
+    saved = hidden, head, ids, 2.0, row, values, hidden, row, values
     call = functools.partial(complement_and_values_backward, *saved, need._replace(hidden=False))
     yield Case(f"values and tail backward K={k} {shape}", dtype, call, True, wide)
     spec = Divergence("forward_kl", "tail", 2.0, 0.5, 1.0)
     call = functools.partial(topk_loss_with_tail, hidden, head, ids, values, row, row, spec, need)
     yield Case(f"top-k loss with a tail K={k} {shape}", dtype, call, True, wide, ("_divergence_kernel",))
-    call = functools.partial(complement_and_values, hidden, head, ids, 2.0, True, True)
+    call = functools.partial(complement_and_values, hidden, head, ids, 2.0, True, True, Need(True))
     yield Case(f"values, tail and entropy K={k} {shape}", dtype, call, True, wide)
     for out in {dtype, torch.float32}:
         call = functools.partial(times_upstream, meta(v, D, dtype=out), meta(), dtype)

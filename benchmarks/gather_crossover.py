@@ -50,7 +50,7 @@ def dense_backward(grad: Tensor, hidden: Tensor, head: LMHead, ids: Tensor) -> t
 
 
 def sparse_backward(grad: Tensor, hidden: Tensor, head: LMHead, ids: Tensor) -> tuple[Tensor, ...]:
-    return gather.linear_gather_backward(grad, grad, hidden, head, ids, Need(True, True))[:2]
+    return gather.linear_gather_backward(hidden, head, grad, grad, ids, Need(True, True))[:2]
 
 
 def gate() -> bool:

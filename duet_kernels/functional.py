@@ -70,8 +70,7 @@ def linear_topk(
     hidden_nd = hidden_nd.detach()
     k = check_number("k", k, (1, head.num_ids), "an integer from {} to {} (the vocabulary)", int)
     temperature = check_number("temperature", temperature, TEMPERATURES)
-    choice = _resolve("linear_topk", hidden_nd, impl, k)
-    run = ops if head.group is None else sharded
+    run, choice = _resolve("linear_topk", hidden_nd, head, impl, k)
     values, indices, tail = run.linear_topk(hidden_nd, head, k, temperature, choice)
     return TopK(values.view(*lead, k), indices.view(*lead, k), tail.view(lead), temperature)
 
@@ -110,8 +109,7 @@ def linear_gather(hidden: Tensor, head: LMHead | Tensor, indices: Tensor, *, imp
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
     ids = flatten_ids("indices", indices, lead, head.num_ids, hidden.device)
-    choice = _resolve("linear_gather", hidden_nd, impl, ids.shape[1])
-    run = ops if head.group is None else sharded
+    run, choice = _resolve("linear_gather", hidden_nd, head, impl, ids.shape[1])
     return run.linear_gather(hidden_nd, head, ids, choice).view(*lead, ids.shape[1])
 
 
@@ -157,8 +155,7 @@ def linear_logsumexp(
         ids = torch.empty(hidden_nd.shape[0], 0, dtype=torch.int64, device=hidden.device)
     else:
         ids = flatten_ids("exclude", exclude, lead, head.num_ids, hidden.device)
-    choice = _resolve("linear_logsumexp", hidden_nd, impl, ids.shape[1])
-    run = ops if head.group is None else sharded
+    run, choice = _resolve("linear_logsumexp", hidden_nd, head, impl, ids.shape[1])
     return run.linear_logsumexp(hidden_nd, head, ids, temperature, choice).view(lead)
 
 
@@ -239,11 +236,11 @@ def topk_distill_loss(
     head = as_head(head)
     hidden_nd, lead = flatten_hidden(hidden, head)
     values, indices, tail = check_topk(teacher, lead, head.num_ids, spec, hidden_nd)
-    choice = _resolve("topk_distill_loss", hidden_nd, impl, values.shape[1], spec.needs_student_logsumexp)
+    k, lse = values.shape[1], spec.needs_student_logsumexp
+    run, choice = _resolve("topk_distill_loss", hidden_nd, head, impl, k, lse)
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
     values, indices = tokens.take(values, fill=-torch.inf), tokens.take(indices, head.num_ids)
     tail = None if tail is None else tokens.take(tail)
-    run = ops if head.group is None else sharded
     return run.topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
 
 
@@ -320,22 +317,21 @@ def topk_distill_stats(
         sampled = flatten_ids("token_ids", token_ids, lead, head.num_ids, hidden.device, per_token=True)
     differentiable = spec.needs_student_logsumexp or sampled is not None  # in the log-sum-exp
     lse = differentiable or student_mass or entropy
-    choice = _resolve("topk_distill_loss", hidden_nd, impl, values.shape[1], lse)
+    run, choice = _resolve("topk_distill_loss", hidden_nd, head, impl, values.shape[1], lse)
     tokens = loss_tokens(hidden_nd, lead, mask, None, "none", None, choice)
 
     def results(rows: Tensor | None) -> Tensor | None:
         return None if rows is None else tokens.reduce(tokens.weigh(rows.to(tokens.factor.dtype)))
 
-    run, shared = ops if head.group is None else sharded, None
     hidden_nd, indices = tokens.take(hidden_nd), tokens.take(indices, head.num_ids)
     values = tokens.take(values, fill=-torch.inf)  # no slots: nothing infinite is multiplied by 0
     tail, told = None if tail is None else tokens.take(tail), None
     if tail is not None:  # at the temperature of the loss
         told = ops.teacher_mass(values, indices, tail, spec.temperature)
     sampled = None if sampled is None else tokens.take(sampled, head.num_ids)
-    still, still_head = hidden_nd.detach(), head.detach()
+    still, still_head, shared = hidden_nd.detach(), head.detach(), None
     if overlap:
-        choice_k = _resolve("linear_topk", hidden_nd, impl, values.shape[1])
+        _, choice_k = _resolve("linear_topk", hidden_nd, head, impl, values.shape[1])
         shared = run.overlap(still, still_head, values, indices, choice_k)
     of_teacher = values, indices, tail if spec.needs_teacher_logsumexp else None
     options = sampled, entropy, spec, choice
@@ -415,19 +411,19 @@ def linear_distill_loss(
     if k is not None:
         k = check_number("k", k, (1, common), "None or an integer from {} to {} (the common vocabulary)", int)
     op = "linear_distill_loss" if k is None else "linear_topk"
-    choice = _resolve(op, hidden_nd, impl, k)
+    run, choice = _resolve(op, hidden_nd, student_head, impl, k)
     # Masked tokens are left out before the teacher's pass over the vocabulary, the dearest step of all.
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
     hidden_nd, teacher_nd = tokens.take(hidden_nd), tokens.take(teacher_nd)
     if k is None:
-        run = ops if student_head.group is None and teacher_head.group is None else sharded
+        run = run if teacher_head.group is None else sharded
         return run.dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
     teacher = _teacher_topk(hidden_nd, student_head, teacher_nd, teacher_head, k, support, spec, impl)
     values, ids, tail = teacher.values.to(student_head.acc), teacher.indices, None
     if teacher.tail_logsumexp is not None and spec.needs_teacher_logsumexp:
         tail = teacher.tail_logsumexp.to(student_head.acc)
-    choice = _resolve("topk_distill_loss", hidden_nd, impl, ids.shape[1], spec.needs_student_logsumexp)
-    run = ops if student_head.group is None else sharded
+    k, lse = ids.shape[1], spec.needs_student_logsumexp
+    run, choice = _resolve("topk_distill_loss", hidden_nd, student_head, impl, k, lse)
     return run.topk_loss(hidden_nd, student_head, values, ids, tail, spec, tokens, choice)
 
 
@@ -475,11 +471,10 @@ def linear_cross_entropy(
     hidden_nd, lead = flatten_hidden(hidden, head)
     check_ignore_index(ignore_index)
     ids = flatten_ids("labels", labels, lead, head.num_ids, hidden.device, ignore_index=ignore_index)
-    choice = _resolve("linear_cross_entropy", hidden_nd, impl)
+    run, choice = _resolve("linear_cross_entropy", hidden_nd, head, impl)
     mask = ids.view(lead) != ignore_index
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
     ids, hidden_nd = tokens.take(ids.where(ids != ignore_index, 0), head.num_ids), tokens.take(hidden_nd)
-    run = ops if head.group is None else sharded
     return run.cross_entropy(hidden_nd, head, ids, tokens, choice)
 
 
@@ -529,23 +524,25 @@ def linear_token_stats(
         if ignore_index is not None:
             ignored = ids == ignore_index
             ids = ids.masked_fill(ignored, 0)
-    run = ops if head.group is None else sharded
-    stats = run.token_stats(hidden_nd, head, ids, _resolve("linear_token_stats", hidden_nd, impl))
-    label = stats.label_logprob
-    if label is not None:
-        label = (label if ignored is None else label.masked_fill(ignored, 0)).view(lead)
-    return TokenStats(
-        stats.logsumexp.view(lead), stats.entropy.view(lead), stats.logprob_variance.view(lead), label
-    )
+    run, choice = _resolve("linear_token_stats", hidden_nd, head, impl)
+    stats = run.token_stats(hidden_nd, head, ids, choice)
+    logsumexp, entropy, variance = (x.view(lead) for x in stats[:3])
+    label = None if ids is None else stats[3].view(lead)
+    if label is not None and ignored is not None:
+        label = label.masked_fill(ignored.view(lead), 0)
+    return TokenStats(logsumexp, entropy, variance, label)
 
 
 # --- shared steps ----------------------------------------------------------------------------------------------
 
 
-def _resolve(op: str, hidden_nd: Tensor, impl: Impl, k: int | None = None, lse: bool = False) -> str:
-    """The implementation of `op`; `lse`: of its form that needs a log-sum-exp of the student."""
-    op = f"{op}/lse" if lse else op
-    return resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl, tokens=hidden_nd.shape[0], k=k)[0]
+def _resolve(
+    op: str, hidden_nd: Tensor, head: LMHead, impl: Impl, k: int | None = None, lse: bool = False
+) -> tuple[Any, str]:
+    """(`ops` or `sharded`, the implementation of `op`); `lse`: of its form that needs a log-sum-exp of the student."""
+    op, (n, _) = f"{op}/lse" if lse else op, hidden_nd.shape
+    choice, _ = resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl, tokens=n, k=k)
+    return ops if head.group is None else sharded, choice
 
 
 def _teacher_topk(

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, get_type_hints
 
 PATH = pathlib.Path(__file__).parent / "triton" / "measured.json"
 FORMAT = 2
+# Types of JSON for those of a field; all others are lists of integers.
+_JSON: dict[Any, tuple[type, ...]] = {int: (int,), float: (float, int), str: (str,)}
 
 
 class Slower(NamedTuple):
@@ -40,11 +42,10 @@ class Slower(NamedTuple):
 
     def takes(self, tokens: int | None, k: int | None) -> bool:
         """Whether a call of that size belongs to it; a size that nobody gave is a large one."""
-        return _within(tokens, *self.tokens) and _within(k, *self.k)
-
-
-def _within(size: int | None, least: int, most: int) -> bool:
-    return most == 0 if size is None else least <= size and (most == 0 or size <= most)
+        return all(
+            most == 0 if size is None else least <= size and (most == 0 or size <= most)
+            for size, (least, most) in ((tokens, self.tokens), (k, self.k))
+        )
 
 
 class Tile(NamedTuple):
@@ -71,48 +72,41 @@ def load(path: pathlib.Path = PATH) -> Measured:
     Raises:
         ValueError: naming the file, the entry, what came and what was wanted.
     """
+
+    def require(right: bool, place: str, wanted: str, got: Any) -> None:
+        if not right:
+            raise ValueError(f"{path.name}{place}: wanted {wanted}, got {got!r}")
+
+    def entries(name: str, kind: Any) -> tuple[Any, ...]:
+        types, found = get_type_hints(kind), []
+        for i, fields in enumerate(content[name]):
+            place = f": {name}[{i}]"
+            right = isinstance(fields, dict) and fields.keys() == types.keys()
+            require(right, place, f"the fields {sorted(types)}", fields)
+            for field, wanted in types.items():
+                value = fields[field]
+                of_integers = isinstance(value, list) and all(type(x) is int for x in value)
+                right = type(value) in _JSON[wanted] if wanted in _JSON else of_integers
+                require(right, f"{place}.{field}", str(wanted), value)
+            entry = kind(**{n: tuple(x) if isinstance(x, list) else x for n, x in fields.items()})
+            if name == "exceptions":
+                for field in ("tokens", "k"):
+                    limits = getattr(entry, field)
+                    right = len(limits) == 2 and limits[0] >= 0 and (limits[1] == 0 or limits[0] <= limits[1])
+                    require(right, f"{place}.{field}", "the least and the most (0: however many)", limits)
+                right = 0 < entry.chunked_ms < entry.triton_ms
+                require(right, place, "a chunked_ms above 0 and below triton_ms", entry)
+            found.append(entry)
+        return tuple(found)
+
     try:
         content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name}: not JSON: {error}") from None
-    wanted = {"format", "exceptions", "tiles"}
-    if not isinstance(content, dict) or set(content) != wanted or content["format"] != FORMAT:
-        raise ValueError(f"{path.name}: wanted the fields {sorted(wanted)} and format {FORMAT}")
-    exceptions, tiles = (
-        [_entry(kind, fields, f"{path.name}: {name}[{i}]") for i, fields in enumerate(content[name])]
-        for name, kind in (("exceptions", Slower), ("tiles", Tile))
-    )
-    for i, entry in enumerate(exceptions):
-        for field in ("tokens", "k"):
-            limits = getattr(entry, field)
-            if len(limits) != 2 or limits[0] < 0 or (limits[1] and limits[1] < limits[0]):
-                raise ValueError(
-                    f"{path.name}: exceptions[{i}].{field}: wanted the least and the most (0: however many), got {limits}"
-                )
-        if not 0 < entry.chunked_ms < entry.triton_ms:
-            raise ValueError(
-                f"{path.name}: exceptions[{i}]: wanted a chunked_ms above 0 and below triton_ms, got {entry}"
-            )
-    return Measured(tuple(exceptions), tuple(tiles))
-
-
-def _entry(kind: Any, fields: Any, name: str) -> Any:
-    """A NamedTuple of the fields, each of its annotated type."""
-    if not isinstance(fields, dict) or set(fields) != set(kind._fields):
-        got = sorted(fields) if isinstance(fields, dict) else fields
-        raise ValueError(f"{name}: wanted the fields {sorted(kind._fields)}, got {got}")
-    made = {}
-    for field, wanted in get_type_hints(kind).items():
-        value = fields[field]
-        if wanted not in (int, float, str):
-            value = tuple(value) if isinstance(value, list) else value
-            right = isinstance(value, tuple) and all(type(x) is int for x in value)
-        else:
-            right = type(value) is wanted or (wanted is float and type(value) is int)
-        if not right:
-            raise ValueError(f"{name}.{field}: wanted {wanted}, got {value!r}")
-        made[field] = value
-    return kind(**made)
+    names = ["exceptions", "format", "tiles"]
+    right = isinstance(content, dict) and sorted(content) == names and content["format"] == FORMAT
+    require(right, "", f"the fields {names} and format {FORMAT}", content)
+    return Measured(entries("exceptions", Slower), entries("tiles", Tile))
 
 
 MEASURED = load()

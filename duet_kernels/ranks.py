@@ -85,7 +85,9 @@ def gather_tokens(
     """
     shapes = {name: (str(x.dtype).removeprefix("torch."), list(x.shape)) for name, x in tensors.items()}
     device = next(iter(tensors.values())).device
-    said = _texts(json.dumps([kind, shapes]), device, group)
+    text = json.dumps([kind, shapes]).encode().ljust(512)  # each says at most 512 characters
+    row = torch.tensor(list(text), dtype=torch.uint8, device=device)
+    said = [json.loads(bytes(each)) for each in all_gather(row, group).tolist()]
     kinds = {repr((k, {name: (dtype, size[1:]) for name, (dtype, size) in each.items()})) for k, each in said}
     if len(kinds) > 1 or not all(size for _, each in said for _, size in each.values()):
         told = (", ".join([k] * bool(k) + [f"{n} {t} {size}" for n, (t, size) in d.items()]) for k, d in said)
@@ -110,12 +112,6 @@ def _gather_rows(x: Tensor, counts: list[int], group: ProcessGroup, averaged: bo
     else:
         everything = all_gather(padded, group)
     return torch.cat([everything[rank, :count] for rank, count in enumerate(counts)])
-
-
-def _texts(text: str, device: torch.device, group: ProcessGroup) -> list[Any]:
-    """What each rank says in JSON, in at most 512 characters."""
-    row = torch.tensor(list(text.encode().ljust(512)), dtype=torch.uint8, device=device)
-    return [json.loads(bytes(said)) for said in all_gather(row, group).tolist()]
 
 
 class _Replicated(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import acc_dtype, exact_dtypes
-from .head import LMHead, TokenStats
+from .head import LMHead
 from .options import DISTRIBUTION, RAW, Divergence, require_every
 
 
@@ -40,7 +40,8 @@ def linear_topk(hidden_nd: Tensor, head: LMHead, k: int, temperature: float) -> 
 
 
 def linear_gather(hidden_nd: Tensor, head: LMHead, indices_nk: Tensor) -> Tensor:
-    return logits(hidden_nd, head).gather(-1, indices_nk)
+    """`[N, K]` z at the ids; at the first id where one is below 0."""
+    return logits(hidden_nd, head).gather(-1, indices_nk.clamp(min=0))
 
 
 def _among(ids_nk: Tensor, v: int) -> Tensor:
@@ -64,7 +65,9 @@ def complement_and_values(
     return tail.masked_fill(nothing[:, 0], -torch.inf), values
 
 
-def token_stats(hidden_nd: Tensor, head: LMHead, labels_n: Tensor | None) -> TokenStats:
+def token_stats(
+    hidden_nd: Tensor, head: LMHead, labels_n: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     z = logits(hidden_nd, head)
     logp = torch.log_softmax(z, -1)
     p = logp.exp()
@@ -72,7 +75,7 @@ def token_stats(hidden_nd: Tensor, head: LMHead, labels_n: Tensor | None) -> Tok
     entropy = -(p * finite_logp).sum(-1)
     variance = (p * (finite_logp + entropy[:, None]).square()).sum(-1)
     label = None if labels_n is None else logp.gather(-1, labels_n[:, None])[:, 0]
-    return TokenStats(torch.logsumexp(z, -1), entropy, variance, label)
+    return torch.logsumexp(z, -1), entropy, variance, label
 
 
 def topk_loss(
@@ -88,7 +91,7 @@ def topk_loss(
     if spec.needs_student_logsumexp:
         tail, values = complement_and_values(hidden_nd, head, ids, spec.temperature)
     else:
-        values = linear_gather(hidden_nd, head, ids.clamp(min=0))
+        values = linear_gather(hidden_nd, head, ids)
     return divergence(values, teacher_nk, tail, teacher_tail_n, spec)
 
 

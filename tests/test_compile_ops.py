@@ -206,15 +206,6 @@ def _samples():
             "linear_topk": (*plain, *shape, 5, 1.5, "chunked"),
             "linear_gather": (*linear, *shape, ids, "chunked"),
             "linear_gather_backward": (*plain, *shape, values, values, ids, need, "chunked"),
-            # Without its gradient the op has none to give in the hidden states: then they do not ask for one.
-            "linear_logsumexp": (
-                *(linear if full else (plain[0], *linear[1:])),
-                *shape,
-                ids,
-                1.5,
-                (full, False, False),
-                "chunked",
-            ),
             "topk_loss": (*linear, *shape, *given, torch.rand(7), *options, (True, False, False), "chunked"),
             "topk_loss_with_tail": (
                 *linear,
@@ -225,23 +216,33 @@ def _samples():
                 *tail_options,
                 *(not full, need, "chunked"),
             ),
-            "complement_and_values": (*linear, *shape, ids, 1.5, (True, False, False), full, "chunked"),
+            # Without its gradient the op has none to give in the hidden states: then they do not ask for one.
+            "complement_and_values": (
+                *(linear if full else (plain[0], *linear[1:])),
+                *shape,
+                ids,
+                1.5,
+                *(full, full, (full, False, False), "chunked"),
+            ),
             "complement_and_values_backward": (
                 *plain,
                 *shape,
-                torch.randn(7, 5),
-                torch.randn(7, 5),
-                torch.randn(7, 9),
                 ids,
                 1.5,
+                torch.randn(7),
+                torch.randn(7, 4),
+                torch.randn(7, 9),
+                torch.randn(7),
+                torch.randn(7, 4),
                 need,
                 "chunked",
             ),
-            "topk_divergence": (
+            "divergence_and_gradient": (
                 values.clone().requires_grad_(),
                 teacher.values,
                 rows.clone().requires_grad_() if full else None,
                 teacher.tail_logsumexp if full else None,
+                torch.rand(7),
                 "jsd",
                 "tail" if full else "renormalize",
                 options[2],
@@ -282,7 +283,7 @@ def test_every_custom_op_is_checked():
 
 
 # What they return depends on the options in which the samples differ; others only lack a bias and a softcap.
-OTHER_RESULTS = "linear_logsumexp", "complement_and_values", "topk_divergence"
+OTHER_RESULTS = "complement_and_values", "divergence_and_gradient"
 FUSED = "linear_divergence", "linear_cross_entropy", "topk_loss_with_tail"
 QUICK = "test_schema", "test_autograd_registration", "test_faketensor"
 OTHER_DTYPES = torch.float16, torch.bfloat16, torch.float64

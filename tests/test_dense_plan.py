@@ -186,7 +186,7 @@ def test_the_log_sum_exp_is_made_of_the_same_products_with_and_without_dh(kiloby
 
     def tail(need):
         made.clear()
-        value = complement.linear_logsumexp(case.hidden, case.head, ids, 1.0, need)[0]
+        value = complement.complement_and_values(case.hidden, case.head, ids, 1.0, False, False, need)[0]
         return value, list(made)
 
     alone, products = tail(Need(False))

@@ -67,7 +67,7 @@ SCRIPT = """
 import torch, triton, triton.language as tl
 from benchmarks import compile_gate as gate
 from duet_kernels import LMHead
-from duet_kernels.triton import linear_gather
+from duet_kernels.ops import linear_gather
 
 @triton.jit
 def _bad_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
@@ -97,7 +97,7 @@ call = lambda: _upcast_kernel[(1,)](y, y, 32, num_warps=1, maxnreg=64)
 print("product", problems(gate.Case("bad", torch.bfloat16, call, False)))
 
 x = torch.ones(2, 4)
-linear_gather(x, LMHead(x), torch.zeros(2, 1, dtype=torch.int64))
+linear_gather(x, LMHead(x), torch.zeros(2, 1, dtype=torch.int64), "triton")
 """
 
 

@@ -90,11 +90,12 @@ def run(family, case, need=ALL):
     if family == "cross-entropy":
         return kernel.linear_cross_entropy(*inputs, p.labels, case.factor, need)
     if family == "logsumexp":
-        tail, dhidden = kernel.linear_logsumexp(*inputs, case.ids, 1.7, Need(need.hidden))
+        inputs = *inputs, case.ids, 1.7
+        tail, _, dhidden, _ = kernel.complement_and_values(*inputs, False, False, Need(need.hidden))
         zeros = torch.zeros_like(case.teacher)
-        saved = case.factor, zeros, tail, zeros, dhidden
+        saved = tail, zeros, dhidden, case.factor, zeros
         backward = kernel.complement_and_values_backward
-        gradients = backward(*saved, *inputs, case.ids, 1.7, need._replace(hidden=False))[1:]
+        gradients = backward(*inputs, *saved, need._replace(hidden=False))[1:]
         skip = case.factor == 0
         if dhidden is not None:
             dhidden = (dhidden * case.factor[:, None]).masked_fill(skip[:, None], 0).to(dhidden.dtype)
@@ -191,7 +192,7 @@ def test_the_pair_its_entropy_and_its_gradient(way, monkeypatch):
     p = case.problem.requiring(case.problem.leaves)
     head, ids = p.head.narrowed(), case.ids
     plain = p.hidden.detach(), head.detach()
-    tail, values, dtail, entropy = kernel.complement_and_values(*plain, ids, 1.7, True, True)
+    tail, values, dtail, entropy = kernel.complement_and_values(*plain, ids, 1.7, True, True, ALL)
     wanted = reference.complement_and_values(p.hidden, head, ids, 1.7)
     check((tail, values), wanted)
     z = reference.logits(*plain)
@@ -199,7 +200,7 @@ def test_the_pair_its_entropy_and_its_gradient(way, monkeypatch):
     rest = torch.distributions.Categorical(logits=(z / 1.7).masked_fill(excluded[:, :V], -1e9))
     check((entropy,), (rest.entropy(),))
     grads = torch.randn_like(tail), torch.randn_like(values).masked_fill(ids < 0, 0)
-    got = kernel.complement_and_values_backward(*grads, tail, values, dtail, *plain, ids, 1.7, ALL)
+    got = kernel.complement_and_values_backward(*plain, ids, 1.7, tail, values, dtail, *grads, ALL)
     leaves = [getattr(p, name) for name in p.leaves]
     check(got, torch.autograd.grad([wanted[0], wanted[1].where(ids >= 0, 0)], leaves, grads))
 
@@ -209,11 +210,11 @@ def test_values_that_are_not_there_have_no_gradient(backward):
     """Without columns the ids are excluded and nothing more: as with gradients of 0 in their logits."""
     case = make_case(**FULL)
     head, hidden = case.problem.head.narrowed().detach(), case.problem.hidden.detach()
-    tail, values, dtail, _ = kernel.complement_and_values(hidden, head, case.ids, 1.7, True, False)
-    rest, grad = (dtail, hidden, head, case.ids, 1.7, ALL), torch.randn_like(tail)
-    wanted = backward.complement_and_values_backward(grad, torch.zeros_like(values), tail, values, *rest)
-    none = values[:, :0]
-    got = backward.complement_and_values_backward(grad, none, tail, none, *rest)
+    inputs = hidden, head, case.ids, 1.7
+    tail, values, dtail, _ = kernel.complement_and_values(*inputs, True, False, ALL)
+    grad, zeros, none = torch.randn_like(tail), torch.zeros_like(values), values[:, :0]
+    wanted = backward.complement_and_values_backward(*inputs, tail, values, dtail, grad, zeros, ALL)
+    got = backward.complement_and_values_backward(*inputs, tail, none, dtail, grad, none, ALL)
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b) and bool(a.any())
 
@@ -352,7 +353,8 @@ def test_a_tail_too_small_to_be_a_difference():
     case = make_case(torch.float32, n=4)
     ids = torch.arange(3, V, 30, device=DEVICE).expand(4, -1)
     head = dataclasses.replace(case.problem.head, weight=z.T.contiguous())
-    tail, _ = kernel.linear_logsumexp(torch.eye(4, device=DEVICE), head, ids, 1.0, Need(False))
+    eye, options = torch.eye(4, device=DEVICE), (False, False, Need(False))
+    tail = kernel.complement_and_values(eye, head, ids, 1.0, *options)[0]
     wanted = torch.full((4,), -17.5 + math.log(V - ids.shape[1]), device=DEVICE)
     torch.testing.assert_close(tail, wanted, rtol=0, atol=1e-5)
 
@@ -498,6 +500,6 @@ def test_how_often_logits_are_multiplied(family, monkeypatch):
     seen.clear()
     p = case.problem
     tail, zeros = torch.zeros_like(case.factor), torch.zeros_like(case.teacher)
-    saved = case.factor, zeros, tail, zeros, tail, p.hidden, p.head, case.ids, 1.0
-    kernel.complement_and_values_backward(*saved, ALL._replace(hidden=False))
+    saved = tail, zeros, tail, case.factor, zeros
+    kernel.complement_and_values_backward(p.hidden, p.head, case.ids, 1.0, *saved, ALL._replace(hidden=False))
     assert seen == ["logits"] * 3

@@ -70,7 +70,7 @@ def gather(hidden, weight, bias, indices, *, softcap=None, scale=1.0, **tile):
 def run(hidden, weight, bias, indices, grad, *, softcap=None, scale=1.0, need=ALL, **tiles):
     head = LMHead(weight, bias, softcap, scale)
     values = linear_gather(hidden, head, indices)
-    return values, *linear_gather_backward(grad, values, hidden, head, indices, need, **tiles)
+    return values, *linear_gather_backward(hidden, head, grad, values, indices, need, **tiles)
 
 
 def relative_rms(got, wanted):
@@ -138,7 +138,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad):
         values, hidden, weight, bias, indices = ctx.saved_tensors
         head = LMHead(weight, bias, *ctx.options)
-        return *linear_gather_backward(grad, values, hidden, head, indices, ALL), None, None, None
+        return *linear_gather_backward(hidden, head, grad, values, indices, ALL), None, None, None
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -294,7 +294,7 @@ def test_a_row_of_dw_beyond_32_bits(tmp_path):
         offset, row, token, dx, hidden, hidden, dweight,
         1, 8, v, d,
         *hidden.stride(),
-        ACC=sparse_weight.accumulator(dx)[1], VOCABULARY=4, COLUMNS=columns, AHEAD=4, num_warps=1,
+        ACC=sparse_weight.ACCUMULATORS[dx.dtype], VOCABULARY=4, COLUMNS=columns, AHEAD=4, num_warps=1,
     )  # fmt: skip
     wanted = [hidden[0], 0 * hidden[0], 2 * hidden[0] + 3 * hidden[1], 4 * hidden[1]]
     for i, each in enumerate(wanted):
@@ -306,7 +306,7 @@ def test_more_pairs_than_32_bits_are_refused():
     indices = torch.zeros(1, 1, dtype=torch.int64).expand(2**20, 2**11)
     grad = torch.zeros(1, 1).expand(2**20, 2**11)
     with pytest.raises(ValueError, match=r"indices: 1048576 tokens x 2048 slots; .* pass fewer tokens"):
-        linear_gather_backward(grad, grad, hidden, LMHead(hidden[:9]), indices, ALL)
+        linear_gather_backward(hidden, LMHead(hidden[:9]), grad, grad, indices, ALL)
 
 
 def test_the_last_pairs_that_32_bits_can_number(tmp_path):

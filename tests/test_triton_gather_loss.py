@@ -238,8 +238,8 @@ def test_offsets_beyond_32_bits(tmp_path):
         2, 3, far,
         *hidden.stride(), *weight.stride(), 0, *ids.stride(), *teacher.stride(), factor.stride(0),
         0.0, 1.0, 1.0, 0.5, 1.0,
-        HAS_BIAS=False, HAS_SOFTCAP=False, HIDDEN=need.hidden,
-        DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, EPS=1e-7, ACC=kernel.accumulator(loss)[1],
+        HAS_SOFTCAP=False, HIDDEN=need.hidden,
+        DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, EPS=1e-7, ACC=kernel.ACCUMULATORS[loss.dtype],
         FIRST=True, SECOND=True, PACKED=False, EVEN=False, SPLITS=1, PARTS=1, ROWS=2, WORDS=columns, PIECE=columns,
         num_warps=1,
     )  # fmt: skip

@@ -10,9 +10,8 @@ import torch
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from duet_kernels import triton as kernels  # noqa: E402
+import duet_kernels as dk  # noqa: E402
 from duet_kernels.head import LMHead, Need  # noqa: E402
-from duet_kernels.options import Divergence  # noqa: E402
 from duet_kernels.triton import dense, primitives, tiles  # noqa: E402
 
 DEVICE = "cpu" if primitives.INTERPRETED else "cuda"
@@ -93,12 +92,12 @@ def test_number_arguments_keep_fp64():
 def test_cpu_tensor_is_refused_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(primitives, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match=r"hidden: Triton kernels read GPU tensors.*impl='chunked'"):
-        primitives.require_device(bias=None, hidden=torch.zeros(2))
+        primitives.launching({"bias": None, "hidden": torch.zeros(2)})
 
 
 def test_two_devices_are_refused():
     with pytest.raises(RuntimeError, match="indices: is on meta, but hidden is on cpu"):
-        primitives.require_device(hidden=torch.zeros(2), indices=torch.zeros(2, device="meta"))
+        primitives.launching({"hidden": torch.zeros(2), "indices": torch.zeros(2, device="meta")})
 
 
 def test_grid_beyond_the_axis_is_refused():
@@ -117,18 +116,17 @@ def test_a_dimension_that_32_bits_cannot_count_is_refused(size):
     """Half of them: the end of a tile or a split beyond the last position has to fit as well."""
     most = primitives.MAX_SIZE + 1
     hidden, weight = _wide(most, 3) if size == "weight" else _wide(3, most)
-    head, ids, row = LMHead(weight), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2)
-    column, need, spec = row[:, None], Need(True), Divergence("mse", "none", 1.0, 0.5, 1.0)
-    most_slots, tile = torch.zeros(2, 64, dtype=torch.int64), tiles.LossTile(64, 16, 16, 4, 96)
+    labels, options = torch.zeros(2, dtype=torch.int64), {"impl": "triton"}
+    ids = labels[:, None]
+    teacher = dk.TopK(ids.float(), ids)
     calls = (
-        lambda: kernels.linear_gather(hidden, head, ids),
-        lambda: kernels.linear_gather_backward(column, column, hidden, head, ids, need),
-        lambda: kernels.linear_topk(hidden, head, 1, 1.0),
-        lambda: kernels.linear_logsumexp(hidden, head, ids, 1.0, need),
-        lambda: kernels.token_stats(hidden, head, None),
-        lambda: kernels.linear_cross_entropy(hidden, head, ids[:, 0], row, need),
-        lambda: kernels.linear_divergence(hidden, head, hidden, head, row, spec, need),
-        lambda: kernels.topk_loss(hidden, head, most_slots, most_slots.float(), row, spec, need, tile=tile),
+        lambda: dk.linear_gather(hidden, weight, ids, **options),
+        lambda: dk.linear_topk(hidden, weight, 1, **options),
+        lambda: dk.linear_logsumexp(hidden, weight, exclude=ids, **options),
+        lambda: dk.linear_token_stats(hidden, weight, **options),
+        lambda: dk.linear_cross_entropy(hidden, weight, labels, **options),
+        lambda: dk.linear_distill_loss(hidden, weight, hidden, weight, **options),
+        lambda: dk.topk_distill_loss(hidden, weight, teacher, **options),
     )
     for call in calls:
         with pytest.raises(ValueError, match=f"{size}: .* in 32 bits, at most {2**30}, got {most}"):
@@ -138,9 +136,10 @@ def test_a_dimension_that_32_bits_cannot_count_is_refused(size):
 def test_tokens_whose_statistics_32_bits_cannot_find_are_refused():
     n = dense.MAX_TOKENS + 1
     hidden, weight, row = torch.zeros(1, 1).expand(n, 2), torch.zeros(3, 2), torch.ones(1).expand(n)
-    side = dense.Side(hidden, LMHead(weight))
+    loss = dense.Loss()
+    loss.sides, loss.factor = (dense.Side(hidden, LMHead(weight)),), row
     with pytest.raises(ValueError, match=f"hidden: .* at most {2**27} tokens at a time, got {n}"):
-        dense.run((side,), row, None, Need(True))
+        dense.run(loss, Need(True))
 
 
 def test_no_number_replaces_another_of_its_name():

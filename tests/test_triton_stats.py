@@ -209,7 +209,7 @@ def test_tokens_beyond_32_bits(monkeypatch, tmp_path):
     far.start(n - 1)
     kernel._fold_kernel[(1,)](
         z, None, labels, *partial, value, 1, block, block, 0, 1, 0, 1, 0.0, 1.0,
-        HAS_BIAS=False, HAS_SOFTCAP=False, HAS_LABEL=True, RAGGED=False, ACC=kernel.tl.float32,
+        HAS_SOFTCAP=False, HAS_LABEL=True, RAGGED=False, ACC=kernel.tl.float32,
         BLOCKS=1, BLOCK=block, PIECE=32,
     )  # fmt: skip
     top, rest = partial[0][-1], partial[1][-1]

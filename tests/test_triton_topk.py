@@ -192,7 +192,7 @@ def test_blocks_beyond_32_bits(monkeypatch, tmp_path):
     far.start(pairs // 4 - 1)
     kernel._fold_kernel[(1,)](
         z, bias, top, total, pairs, 0, j * block, j, 1, 0.0, 1.0, 1.0,
-        HAS_BIAS=True, HAS_SOFTCAP=False, RAGGED=False, ACC=kernel.tl.float32, BLOCKS=4, BLOCK=block, PIECE=32,
+        HAS_SOFTCAP=False, RAGGED=False, ACC=kernel.tl.float32, BLOCKS=4, BLOCK=block, PIECE=32,
     )  # fmt: skip
     rows += bias.view(j, block)[[2, 0, 1, 2]]
     sums = (rows - rows.amax(1, keepdim=True)).exp().sum(1)

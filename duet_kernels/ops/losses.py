@@ -19,23 +19,18 @@ from ..dispatch import acc_dtype, grad_dtype
 from ..head import LMHead, Need
 from ..options import Divergence, Tokens
 from .op import (
+    DIVERGENCE,
     HEAD,
+    LEAVES,
     Op,
-    custom_op,
-    flat,
-    for_autograd,
     gradients_like,
     implementation,
     needs_gradient,
     plain,
-    present,
     refuse_second_derivative,
-    save_for_backward,
     times,
 )
 from .primitives import complement_and_values, linear_gather_backward, linear_topk
-
-_DIVERGENCE = "str divergence, str normalization, float[] numbers"  # `Divergence.options`
 
 # --- what losses of the whole vocabulary share ------------------------------------------------------------------
 
@@ -43,81 +38,74 @@ _DIVERGENCE = "str divergence, str normalization, float[] numbers"  # `Divergenc
 _SUMMED = "bool reduce, bool[] need, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
 
 
-def _loss(op: Op, inputs: tuple[Any, ...], tokens: Tokens, options: tuple[Any, ...], impl: str) -> Tensor:
-    """The losses of an op of `_register`, reduced as `tokens` says; dW and db are made along only with a sum."""
-    reduce, need = tokens.reduction != "none", needs_gradient(*inputs[:3])
-    need = need if reduce else Need(need.hidden)
-    loss = op(*inputs, tokens.factor, *options, reduce, need, impl)[0]
+def _loss(op: Op, hidden: Tensor, head: LMHead, *inputs: Any, tokens: Tokens, impl: str) -> Tensor:
+    """The losses of an op of `_of_vocabulary`, reduced as `tokens` says; dW and db are made along only with a sum."""
+    reduce, need = tokens.reduction != "none", needs_gradient(hidden, head.weight, head.bias)
+    loss = op(hidden, head, *inputs, reduce, need if reduce else Need(need.hidden), impl)[0]
     return loss if reduce else tokens.reduce(loss)
 
 
-def _register(op: Op, name: str) -> None:
-    """Register the shapes and the gradient of an op of a loss; errors name the public function `name`.
+def _summed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
+    *inputs, reduce, need = arguments
+    loss, *gradients = function(*inputs, need)
+    return loss.sum() if reduce else loss, *gradients
 
-    The op takes hidden states, weight, bias, ..., factor, ..., reduce, need, impl, with the factor of each row as its last
-    tensor. It gives the losses of the rows or their sum, and dh, dW and db of the sum, empty where nobody asked.
+
+def _of_vocabulary(op_name: str, inputs: str, name: str) -> Op:
+    """An op of a loss, with its shapes and its gradient; errors name the public function `name`.
+
+    It takes hidden states, a head, ..., the factor of each row as its last tensor, ..., reduce, need, impl. It gives the
+    losses of the rows or their sum, and dh, dW and db of the sum, empty where nobody asked.
     """
+    op = Op(op_name, f"({HEAD}, {inputs}, {_SUMMED}", _summed)
 
     def fake(hidden, weight, bias, *rest):
         *_, reduce, need, _impl = rest
         loss = hidden.new_empty(() if reduce else hidden.shape[:1], dtype=acc_dtype(hidden.dtype))
         return loss, *gradients_like((hidden, weight, bias), need, grad_dtype(hidden.dtype))
 
-    def context(ctx, inputs, output):
-        *_, ctx.reduce, need, ctx.impl = inputs
-        ctx.dtype, ctx.need, ctx.given_away = inputs[0].dtype, Need(*need), False
-        ctx.numbers = [None if isinstance(x, Tensor) else x for x in inputs]
-        ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-        made_again = any(ctx.needs_input_grad[1:3])
-        save_for_backward(ctx, *output[1:], *(inputs[i] for i in ctx.places if made_again))
-
-    def gradient(ctx, grad, *_):
-        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint refuses a second time
-        made, tensors = saved[:3], saved[3:]
-
-        def again(need, upstream):
-            inputs = list(ctx.numbers)
-            for i, x in zip(ctx.places, tensors, strict=True):
-                inputs[i] = x
-            if upstream is not None:
-                inputs[ctx.places[-1]] = tensors[-1] * upstream
-            return op(*inputs[:-3], True, need, ctx.impl)[1:]
-
-        return _gradient(ctx, grad, name, made, again)
+    def gradient(ctx, inputs, made, grad, *_):
+        return _gradient(ctx, grad, name, op, inputs, made)
 
     op.register_fake(fake)
-    op.register_autograd(gradient, setup_context=context)
+    op.register_autograd(gradient, slice(1, None), saved=op.names, by_head=True)
+    return op
 
 
 def _gradient(
-    ctx: Any,
-    grad: Tensor,
-    name: str,
-    made: Sequence[Tensor],
-    again: Callable[[Need, Tensor | None], tuple[Tensor, ...]],
-) -> tuple[Tensor | None, ...]:
-    """What the forward pass `made`, times the upstream gradient; `again` runs the op with another factor of each row.
+    ctx: Any, grad: Tensor, name: str, op: Op, inputs: list[Any], made: Sequence[Tensor]
+) -> list[Tensor]:
+    """What the forward pass `made`, times the upstream gradient.
 
     dW and db of a sum are scaled in place and given away: autograd may make a leaf's `grad` of their memory. A second
     backward pass over the same graph makes them again, and does to them what the first one did.
     """
     refuse_second_derivative(name)
     need = Need(*ctx.needs_input_grad[:3])
+    *_, reduce, made_along, impl = inputs
+
+    def again(wanted: Sequence[bool], upstream: Tensor | None) -> tuple[Tensor, ...]:
+        """dW and db, with another factor of each row."""
+        given = inputs[:-3]
+        if upstream is not None:
+            given[ctx.places[-1]] = given[ctx.places[-1]] * upstream
+        return op(*given, True, wanted, impl)[2:]
+
     dhidden, *others = made
     if need.hidden:
-        dhidden = times(dhidden, grad, ctx.dtype, ctx.impl)
-    if any(need[1:]) and not ctx.reduce:
-        others = [g.to(ctx.dtype) for g in again(need._replace(hidden=False), grad)[1:]]
+        dhidden = times(dhidden, grad, ctx.dtype, impl)
+    if any(need[1:]) and not reduce:
+        others = [g.to(ctx.dtype) for g in again(need._replace(hidden=False), grad)]
     elif any(need[1:]):
         if not plain(grad):
             others = [(g * grad).to(ctx.dtype) for g in others]
         else:
-            if ctx.given_away:
-                others = again(ctx.need, None)[1:]
+            if getattr(ctx, "given_away", False):
+                others = again(made_along, None)
             ctx.given_away = any(g.numel() and g.dtype == ctx.dtype for g in others)
             # `.data`: autograd would refuse the saved tensors to the next pass, which does not read these.
-            others = [implementation(ctx.impl).times_upstream(g.data, grad, ctx.dtype) for g in others]
-    return for_autograd([dhidden, *others], need, len(ctx.needs_input_grad))
+            others = [implementation(impl).times_upstream(g.data, grad, ctx.dtype) for g in others]
+    return [dhidden, *others]
 
 
 # --- losses of the logits at K ids alone ------------------------------------------------------------------------
@@ -139,23 +127,18 @@ def topk_loss(
         skip = (tokens.factor == 0)[:, None]  # has no slots: through an infinite difference 0 would be NaN
         ids, values_t = ids.masked_fill(skip, -1), values_t.masked_fill(skip, -torch.inf)
         return tokens.reduce(tokens.weigh(reference.topk_loss(hidden, head, ids, values_t, tail_t, spec)))
-    inputs = *flat(hidden, head), ids, values_t
+    inputs = hidden, head, ids, values_t
     if spec.needs_student_logsumexp:
-        return _loss(_topk_loss_with_tail, (*inputs, tail_t), tokens, spec.options, impl)
-    need = needs_gradient(hidden)
-    return tokens.reduce(_topk_loss(*inputs, tokens.factor, *spec.options, need, impl)[0])
+        return _loss(_topk_loss_with_tail, *inputs, tail_t, tokens.factor, spec, tokens=tokens, impl=impl)
+    return tokens.reduce(_topk_loss(*inputs, tokens.factor, spec, needs_gradient(hidden), impl)[0])
 
 
-@custom_op(
+# (factor * loss `[N]`, the student's logits `[N, K]`, the gradient in them, dh `[N, D]` or empty)
+_topk_loss = Op(
     "topk_loss",
-    f"({HEAD}, Tensor ids, Tensor teacher, Tensor factor, {_DIVERGENCE}, bool[] need, str impl)"
+    f"({HEAD}, Tensor ids, Tensor teacher, Tensor factor, {DIVERGENCE}, bool[] need, str impl)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _topk_loss(hidden, head, ids, teacher, factor, divergence, normalization, numbers, need, impl):
-    """(factor * loss `[N]`, the student's logits `[N, K]`, the gradient in them, dh `[N, D]` or empty)."""
-    spec, run = Divergence(divergence, normalization, *numbers), implementation(impl).topk_loss
-    *rows, dhidden = run(hidden, head, ids, teacher, factor, spec, Need(*need))
-    return *rows, hidden.new_empty(0) if dhidden is None else dhidden
 
 
 @_topk_loss.register_fake
@@ -167,47 +150,30 @@ def _(hidden, weight, bias, softcap, scale, ids, teacher, factor, *rest):
     return loss, values, torch.empty_like(values), dhidden
 
 
-def _topk_loss_context(ctx, inputs, output):
-    hidden, weight, bias, *ctx.head, ids = inputs[:6]
-    ctx.impl = inputs[-1]
-    save_for_backward(ctx, *output[1:], hidden, weight, bias, ids)
-
-
-def _topk_loss_gradient(ctx, grad, *_):
+def _topk_loss_gradient(ctx, inputs, outputs, grad, *_):
     refuse_second_derivative("topk_distill_loss")
-    values, dvalues, dhidden, *leaves, ids = ctx.saved_tensors
-    need: tuple[bool, ...] = ctx.needs_input_grad[:3]
+    *head, ids = inputs[:6]
+    values, dvalues, dhidden = outputs
+    need = ctx.needs_input_grad[:3]
     gradients: list[Tensor | None] = [None, None, None]
     if any(need[1:]):  # sparse: made where the upstream factor is known
-        inputs = *leaves, *ctx.head, grad[:, None] * dvalues, values, ids
-        gradients = list(linear_gather_backward(*inputs, (False, *need[1:]), ctx.impl))
+        dz, need_of_head = grad[:, None] * dvalues, (False, *need[1:])
+        gradients = list(linear_gather_backward(*head, dz, values, ids, need_of_head, inputs[-1]))
     if need[0]:
-        gradients[0] = times(dhidden, grad, leaves[0].dtype, ctx.impl)
-    return for_autograd(gradients, need, len(ctx.needs_input_grad))
+        gradients[0] = times(dhidden, grad, ctx.dtype, inputs[-1])
+    return gradients
 
 
-_topk_loss.register_autograd(_topk_loss_gradient, setup_context=_topk_loss_context)
+_topk_loss.register_autograd(_topk_loss_gradient, slice(1, None), saved=(*LEAVES, "ids"), by_head=True)
 
 
-# --- losses of the logits at K ids and the log-sum-exp of all others --------------------------------------------
+# --- losses of the logits at K ids and the log-sum-exp of all others, and what else is known of the token -----------
 
-
-@custom_op(
+_topk_loss_with_tail = _of_vocabulary(
     "topk_loss_with_tail",
-    f"({HEAD}, Tensor ids, Tensor teacher, Tensor? teacher_tail, Tensor factor, {_DIVERGENCE}, {_SUMMED}",
+    f"Tensor ids, Tensor teacher, Tensor? teacher_tail, Tensor factor, {DIVERGENCE}",
+    "topk_distill_loss",
 )
-def _topk_loss_with_tail(
-    hidden, head, ids, teacher, teacher_tail, factor, divergence, normalization, numbers, reduce, need, impl
-):
-    spec, run = Divergence(divergence, normalization, *numbers), implementation(impl).topk_loss_with_tail
-    loss, *gradients = run(hidden, head, ids, teacher, teacher_tail, factor, spec, Need(*need))
-    return loss.sum() if reduce else loss, *present(gradients, hidden)
-
-
-_register(_topk_loss_with_tail, "topk_distill_loss")
-
-
-# --- the same with what else is known of the token --------------------------------------------------------------
 
 
 def topk_stats(
@@ -250,7 +216,8 @@ def topk_stats(
     mass = (of_teacher.logsumexp(1) - x.detach().logsumexp(1)).exp()
     entropy = _entropy(x.detach(), inner) if with_entropy else None
     tails = (tail, tail_t) if spec.needs_student_logsumexp else (None, None)
-    return topk_divergence(values, values_t, *tails, *spec.options, impl)[0], logprob, mass, entropy
+    loss = divergence_and_gradient(values, values_t, *tails, torch.ones_like(mass), spec, impl)[0]
+    return loss, logprob, mass, entropy
 
 
 def teacher_mass(values: Tensor, ids: Tensor, tail: Tensor, temperature: float) -> Tensor:
@@ -303,36 +270,27 @@ def _entropy(x: Tensor, inner: Tensor) -> Tensor:
     return p[:, -1] * inner - (p * log_p.clamp(min=-1e4)).sum(1)  # where p is 0: 0 inf would be NaN
 
 
-@custom_op(
-    "topk_divergence",
-    f"(Tensor values, Tensor teacher, Tensor? tail, Tensor? teacher_tail, {_DIVERGENCE}, str impl)"
+# (factor * loss `[N]`, its gradient in the student's logits `[N, K]`, that in the student's tail `[N]` or empty)
+divergence_and_gradient = Op(
+    "divergence_and_gradient",
+    f"(Tensor values, Tensor teacher, Tensor? tail, Tensor? teacher_tail, Tensor factor, {DIVERGENCE}, str impl)"
     " -> (Tensor, Tensor, Tensor)",
 )
-def topk_divergence(values, teacher, tail, teacher_tail, divergence, normalization, numbers, impl):
-    """(loss `[N]`, its gradient in the student's logits `[N, K]`, that in the student's tail `[N]` or empty)."""
-    spec = Divergence(divergence, normalization, *numbers)
-    run = implementation(impl).divergence_and_gradient
-    return run(values, teacher, tail, teacher_tail, values.new_ones(len(values)), spec)
 
 
-@topk_divergence.register_fake
-def _(values, teacher, tail, teacher_tail, *options):
+@divergence_and_gradient.register_fake
+def _(values, teacher, tail, teacher_tail, factor, *options):
     loss = values.new_empty(values.shape[0])
     return loss, values.new_empty(values.shape), loss.new_empty(0) if tail is None else torch.empty_like(loss)
 
 
-def _topk_divergence_context(ctx, inputs, output):
-    save_for_backward(ctx, *output[1:])
-
-
-def _topk_divergence_gradient(ctx, grad, *_):
+def _divergence_gradient(ctx, inputs, outputs, grad, *_):
     refuse_second_derivative("topk_distill_stats")
-    dvalues, dtail = ctx.saved_tensors
-    tail = grad * dtail if ctx.needs_input_grad[2] else None
-    return grad[:, None] * dvalues, None, tail, *[None] * (len(ctx.needs_input_grad) - 3)
+    dvalues, dtail = outputs
+    return grad[:, None] * dvalues, None, grad * dtail if ctx.needs_input_grad[2] else None
 
 
-topk_divergence.register_autograd(_topk_divergence_gradient, setup_context=_topk_divergence_context)
+divergence_and_gradient.register_autograd(_divergence_gradient, slice(1, None), saved=())
 
 
 # --- the dense divergences, from both hidden states -------------------------------------------------------------
@@ -351,23 +309,16 @@ def dense_loss(
     if impl == "reference":
         sides = hidden, head, teacher_hidden, teacher_head
         return tokens.reduce(tokens.weigh(reference.dense_loss(*sides, spec, tokens.factor == 0)))
-    inputs = *flat(hidden, head), *flat(teacher_hidden, teacher_head)
-    return _loss(_linear_divergence, inputs, tokens, spec.options, impl)
+    inputs = hidden, head, teacher_hidden, teacher_head, tokens.factor, spec
+    return _loss(_linear_divergence, *inputs, tokens=tokens, impl=impl)
 
 
-@custom_op(
+_linear_divergence = _of_vocabulary(
     "linear_divergence",
-    f"({HEAD}, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, float? teacher_softcap, "
-    f"float teacher_scale, Tensor factor, {_DIVERGENCE}, {_SUMMED}",
+    "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, float? teacher_softcap, float teacher_scale, "
+    f"Tensor factor, {DIVERGENCE}",
+    "linear_distill_loss with k=None",
 )
-def _linear_divergence(hidden, head, teacher_hidden, *rest):
-    *teacher_head, factor, divergence, normalization, numbers, reduce, need, impl = rest
-    spec, run = Divergence(divergence, normalization, *numbers), implementation(impl).linear_divergence
-    loss, *gradients = run(hidden, head, teacher_hidden, LMHead(*teacher_head), factor, spec, Need(*need))
-    return loss.sum() if reduce else loss, *present(gradients, hidden)
-
-
-_register(_linear_divergence, "linear_distill_loss with k=None")
 
 
 # --- cross-entropy of labels ------------------------------------------------------------------------------------
@@ -378,14 +329,9 @@ def cross_entropy(hidden: Tensor, head: LMHead, labels: Tensor, tokens: Tokens, 
         tail, values = reference.complement_and_values(hidden, head, labels[:, None], 1.0)
         # log(1 + exp(tail - z_label)): a token that is almost certain keeps the digits of its small loss.
         return tokens.reduce(tokens.weigh(F.softplus(tail - values[:, 0], threshold=40.0)))
-    return _loss(_linear_cross_entropy, (*flat(hidden, head), labels), tokens, (), impl)
+    return _loss(_linear_cross_entropy, hidden, head, labels, tokens.factor, tokens=tokens, impl=impl)
 
 
-@custom_op("linear_cross_entropy", f"({HEAD}, Tensor labels, Tensor factor, {_SUMMED}")
-def _linear_cross_entropy(hidden, head, labels, factor, reduce, need, impl):
-    run = implementation(impl).linear_cross_entropy
-    loss, *gradients = run(hidden, head, labels, factor, Need(*need))
-    return loss.sum() if reduce else loss, *present(gradients, hidden)
-
-
-_register(_linear_cross_entropy, "linear_cross_entropy")
+_linear_cross_entropy = _of_vocabulary(
+    "linear_cross_entropy", "Tensor labels, Tensor factor", "linear_cross_entropy"
+)

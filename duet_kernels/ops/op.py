@@ -2,95 +2,154 @@
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import reference
 from ..dispatch import exact_dtypes
 from ..head import LMHead, Need
+from ..options import Divergence
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # dh, dW, db; an empty tensor where nobody asked
 
+LEAVES = "hidden", "weight", "bias"
+# Hidden states and an LMHead; `Divergence.options`.
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, float? softcap, float scale"
+DIVERGENCE = "str divergence, str normalization, float[] numbers"
+# What a schema takes apart, by the name of its first part: (the number of parts, what they make).
+_WHOLE: dict[str, tuple[int, Callable[..., Any]]] = {
+    "weight": (4, LMHead),
+    "teacher_weight": (4, LMHead),
+    "divergence": (3, lambda name, normalization, numbers: Divergence(name, normalization, *numbers)),
+    "need": (1, lambda need: Need(*need)),
+}
 
+
+@functools.cache
 def implementation(impl: str) -> Any:
     """The package that runs an op: `portable`, or `triton`, which is imported when it is first wanted."""
     return importlib.import_module(f"..{'triton' if impl == 'triton' else 'portable'}", __package__)
 
 
-def flat(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor, Tensor | None, float | None, float]:
-    """What every op begins with: hidden states, weight, bias, softcap and scale.
-
-    A custom op drops forward-mode tangents without a word, and zeros would pass for a derivative. torch.func.grad cannot go
-    through the autograd function that torch makes of it.
-    """
-    head = head.narrowed()
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if transformed and not torch.compiler.is_compiling():
-        for name, leaf in (("hidden", hidden), ("head.weight", head.weight), ("head.bias", head.bias)):
-            if leaf is not None and (got := _differentiated_by(leaf)):
-                raise RuntimeError(f"{name}: {got}, wanted a plain tensor; use impl='reference'")
-    return hidden, head.weight, head.bias, head.softcap, head.scale
-
-
-def _differentiated_by(leaf: Tensor) -> str | None:
-    """Which way of torch.func differentiates by this tensor, if one does that the ops do not know."""
-    if forward_ad.unpack_dual(leaf).tangent is not None:
-        return "carries a forward-mode tangent (torch.func.jvp)"
-    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (not in torch's stubs)
-    while functorch.is_functorch_wrapped_tensor(leaf):
-        if functorch.is_gradtrackingtensor(leaf) and leaf.requires_grad:
-            return "is differentiated by torch.func.grad or vjp"
-        leaf = functorch.get_unwrapped(leaf)
-    return None
-
-
-HEAD = "Tensor hidden, Tensor weight, Tensor? bias, float? softcap, float scale"  # what `flat` gives
-
-
 class Op:
-    """A pure operation on tensors and numbers, with its derivative; its body takes an LMHead for what follows `hidden` in HEAD.
+    """A pure operation: the function of its name in `portable`, `triton` or `reference`, called with its arguments and `impl`.
 
-    torch.compile, fake tensors and torch.func.vmap get a custom op. Everything else calls the body itself, as an
-    autograd function where there is a derivative: the machinery of a custom op takes longer than a small kernel.
+    torch.compile, fake tensors and torch.func.vmap get a custom op, of tensors and numbers alone. Everything else calls the
+    function itself, as an autograd function where there is a derivative: the machinery of a custom op takes longer than a
+    small kernel. A result that is None becomes an empty tensor. A `body` is called with the function and its arguments.
+
+    The names of a schema say what stands together (`_WHOLE`): a head, a divergence, which gradients are asked for.
     """
 
-    def __init__(self, name: str, schema: str, body: Callable[..., Any]) -> None:
-        has_head = schema.startswith(f"({HEAD}")
-
-        def exact(first: Tensor, *args: Any) -> Any:
-            with exact_dtypes(first.device):  # autocast would turn fp32 products into bf16
-                return body(first, LMHead(*args[:4]), *args[4:]) if has_head else body(first, *args)
-
-        name = f"duet_kernels::{name}"
-        self.custom = torch.library.custom_op(name, exact, mutates_args=(), schema=schema)
-        self.eager: Callable[..., Any] = exact
-
-    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
-        return self.custom.register_fake(fake)
-
-    def register_autograd(
-        self, gradient: Callable[..., Any], setup_context: Callable[[Any, Any, Any], None]
-    ) -> None:
-        def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Any:
-            # Nobody differentiates the first output, and no other has a derivative.
-            return gradient(ctx, grad, *others) if grad is not None else (None,) * len(ctx.needs_input_grad)
-
-        body = self.eager
+    def __init__(self, name: str, schema: str, body: Callable[..., Any] | None = None) -> None:
+        names = [argument.split()[-1] for argument in schema[1 : schema.index(")")].split(", ")]
+        whole, at = [], 0
+        while at < len(names):
+            size, make = _WHOLE.get(names[at], (1, lambda x: x))
+            whole.append((make, slice(at, at + size)))
+            at += size
 
         def forward(ctx: Any, *args: Any) -> Any:
-            output = body(*args)
-            setup_context(ctx, args, output)
+            *given, impl = [make(*args[parts]) for make, parts in whole]
+            room = implementation(impl)
+            launching = (
+                room.launching(dict(zip(names, args, strict=True))) if impl == "triton" else nullcontext()
+            )
+            with exact_dtypes(args[0].device), launching:  # autocast would turn fp32 products into bf16
+                function = getattr(room, name)
+                output = function(*given) if body is None else body(function, *given)
+            if not isinstance(output, Tensor):
+                output = tuple(args[0].new_empty(0) if x is None else x for x in output)
+            if ctx is not None:
+                self.setup_context(ctx, args, output)
             return output
 
+        self.name, self.names, self.forward = name, names, forward
+        run = functools.partial(forward, None)
+        self.custom = torch.library.custom_op(f"duet_kernels::{name}", run, mutates_args=(), schema=schema)
+        self.eager: Callable[..., Any] = run
+        self.register_fake = self.custom.register_fake
+
+    def register_autograd(
+        self,
+        gradient: Callable[..., Iterable[Tensor | None]],
+        made: slice,
+        saved: Collection[str],
+        by_head: bool = False,
+    ) -> None:
+        """`gradient(ctx, inputs, outputs, *grads)` gives the gradients of the first inputs.
+
+        It has the outputs `made` and of the tensors among the inputs those that are `saved`; `by_head`: only where the head
+        is trainable, because everything else was made along.
+        """
+
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            keep = any(ctx.needs_input_grad[1:3]) if by_head else True
+            tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+            ctx.places = [i for i in tensors if keep and self.names[i] in saved]
+            ctx.inputs = [None if i in tensors else x for i, x in enumerate(inputs)]
+            ctx.dtype = inputs[0].dtype
+            outputs = (output,) if isinstance(output, Tensor) else output
+            save_for_backward(ctx, *outputs[made], *(inputs[i] for i in ctx.places))
+
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            padding = (None,) * len(ctx.needs_input_grad)
+            if all(grad is None for grad in grads):
+                return padding
+            tensors = ctx.saved_tensors  # read once: torch.utils.checkpoint refuses a second time
+            inputs, first = list(ctx.inputs), len(tensors) - len(ctx.places)
+            for i, x in zip(ctx.places, tensors[first:], strict=True):
+                inputs[i] = x
+            found = gradient(ctx, inputs, tensors[:first], *grads)
+            wanted = [g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False)]
+            return *wanted, *padding[len(wanted) :]
+
+        self.setup_context = setup_context
         self.custom.register_autograd(backward, setup_context=setup_context)
-        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        members = {"forward": staticmethod(self.forward), "backward": staticmethod(backward)}
         self.eager = type("Eager", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
 
-    def __call__(self, first: Tensor, *args: Any) -> Any:
-        return (self.eager if plain(first) else self.custom)(first, *args)
+    def __call__(self, *args: Any) -> Any:
+        """With heads and divergences, or with what they are taken apart into.
+
+        A custom op drops forward-mode tangents without a word, and zeros would pass for a derivative. torch.func.grad cannot
+        go through the autograd function that torch makes of it.
+        """
+        if args[-1] == "reference":
+            return getattr(reference, self.name)(*args[:-1])
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        parts: list[Any] = []
+        for x in args:
+            if isinstance(x, LMHead):
+                head = x.narrowed()
+                if transformed and not torch.compiler.is_compiling():
+                    _refuse_transforms(parts[-1], head)
+                parts += head.weight, head.bias, head.softcap, head.scale
+            elif isinstance(x, Divergence):
+                parts += x.options
+            else:
+                parts.append(x)
+        return (self.eager if plain(args[0]) else self.custom)(*parts)
+
+
+def _refuse_transforms(hidden: Tensor, head: LMHead) -> None:
+    """Refuse the ways of torch.func to differentiate that the ops do not know."""
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (not in torch's stubs)
+    for name, leaf in (("hidden", hidden), ("head.weight", head.weight), ("head.bias", head.bias)):
+        got = ""
+        if leaf is not None and forward_ad.unpack_dual(leaf).tangent is not None:
+            got = "carries a forward-mode tangent (torch.func.jvp)"
+        while not got and leaf is not None and functorch.is_functorch_wrapped_tensor(leaf):
+            if functorch.is_gradtrackingtensor(leaf) and leaf.requires_grad:
+                got = "is differentiated by torch.func.grad or vjp"
+            leaf = functorch.get_unwrapped(leaf)
+        if got:
+            raise RuntimeError(f"{name}: {got}, wanted a plain tensor; use impl='reference'")
 
 
 def plain(x: Tensor) -> bool:
@@ -98,10 +157,6 @@ def plain(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return False
     return not torch._C._are_functorch_transforms_active()
-
-
-def custom_op(name: str, schema: str) -> Callable[[Callable[..., Any]], Op]:
-    return functools.partial(Op, name, schema)
 
 
 def refuse_second_derivative(name: str) -> None:
@@ -123,27 +178,16 @@ def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*(x.clone() if x is not None and x.is_inference() else x for x in tensors))
 
 
-def present(gradients: Iterable[Tensor | None], hidden: Tensor) -> Gradients:
-    """(dh, dW, db) with an empty tensor for each None."""
-    dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in gradients)
-    return dhidden, dweight, dbias
-
-
 def gradients_like(
     leaves: Sequence[Any], need: Sequence[bool], dtype: torch.dtype | None = None
 ) -> Gradients:
-    """What `present` returns, without values, for a fake kernel; `leaves` are hidden states, weight and bias."""
+    """(dh, dW, db) without values, for a fake kernel; `leaves` are hidden states, weight and bias."""
     options: Any = {"dtype": dtype, "memory_format": torch.contiguous_format}
-    like = (
-        torch.empty_like(x, **options) if needed else None for x, needed in zip(leaves, need, strict=True)
+    dhidden, dweight, dbias = (
+        torch.empty_like(x, **options) if needed else leaves[0].new_empty(0)
+        for x, needed in zip(leaves, need, strict=True)
     )
-    return present(like, leaves[0])
-
-
-def for_autograd(gradients: Any, need: tuple[bool, ...], inputs: int) -> tuple[Tensor | None, ...]:
-    """One entry for each input of an op, the first of which are hidden states, weight and bias."""
-    wanted = [gradient if needed else None for gradient, needed in zip(gradients, need, strict=True)]
-    return *wanted, *[None] * (inputs - len(wanted))
+    return dhidden, dweight, dbias
 
 
 def needs_gradient(*leaves: Tensor | None) -> Need:

@@ -9,7 +9,6 @@ from .gather import linear_gather, linear_gather_backward, topk_loss
 from .logsumexp import (
     complement_and_values,
     complement_and_values_backward,
-    linear_logsumexp,
     token_stats,
     topk_loss_with_tail,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "linear_divergence",
     "linear_gather",
     "linear_gather_backward",
-    "linear_logsumexp",
     "linear_topk",
     "times_rows",
     "times_upstream",

@@ -88,17 +88,12 @@ def linear_cross_entropy(
     """
 
     def settle(rows: slice, tail: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        loss, miss = _cross_entropy(tail, values[:, 0], factor[rows])
+        f, gap = factor[rows], tail - values[:, 0]
+        loss = F.softplus(gap, threshold=40.0).mul_(f).masked_fill_(f == 0, 0)
+        miss = gap.sigmoid().mul_(f).masked_fill_(f == 0, 0)
         return loss, -miss[:, None], miss
 
     return loss_and_gradients(hidden, head, labels[:, None], 1.0, settle, need)
-
-
-def _cross_entropy(tail: Tensor, value: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """(factor * loss, factor * (1 - q_label)), exactly 0 where the factor is 0."""
-    gap, skip = tail - value, factor == 0
-    loss = F.softplus(gap, threshold=40.0).mul_(factor).masked_fill_(skip, 0)
-    return loss, gap.sigmoid().mul_(factor).masked_fill_(skip, 0)
 
 
 def linear_divergence(

@@ -52,9 +52,10 @@ def linear_gather(hidden: Tensor, head: LMHead, indices: Tensor) -> Tensor:
 def _rows_of_logits(head: LMHead, n: int, k: int) -> int:
     """How many tokens' logits are made at a time where that is cheaper than gathering k rows of W; else 0."""
     many_ids = _MANY_IDS_ON_A_GPU if cuts.asynchronous(head.weight.device) else _MANY_IDS
-    many = k * many_ids[head.weight.dtype == head.acc] >= len(head.weight)
+    if k * many_ids[head.weight.dtype == head.acc] < len(head.weight):
+        return 0
     step = rows_that_fit(n, head, copies=1)
-    return step if many and step >= cuts.ENOUGH_ROWS else 0
+    return step if step >= cuts.ENOUGH_ROWS else 0
 
 
 def gather_from_logits(hidden: Tensor, head: LMHead, ids: Tensor, step: int) -> Tensor:
@@ -117,10 +118,10 @@ def _weighted_sums(weights: Tensor, gathered: Tensor, out: Tensor) -> None:
 
 
 def linear_gather_backward(
-    grad: Tensor,
-    values: Tensor,
     hidden: Tensor,
     head: LMHead,
+    grad: Tensor,
+    values: Tensor,
     indices: Tensor,
     need: Need,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -42,54 +42,61 @@ def complement_and_values(
     head: LMHead,
     indices: Tensor,
     temperature: float,
-    with_gradient: bool,
-    with_entropy: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(tail `[N]`, values `[N, K]`, d tail / d h `[N, D]` or empty, entropy `[N]` of the others' softmax or empty).
+    with_values: bool,
+    with_entropy: bool,
+    need: Need,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(tail `[N]`, values `[N, K]`, d tail / d h `[N, D]` if needed, entropy `[N]` of the others' softmax).
 
     tail = log sum over j not in ids of exp(z_j / T), values = z at the ids. The gradient of the tail is a softmax
     average of rows of W, so it is summed along like the exponentials themselves and costs one more product; the
-    backward pass then needs none. An index below 0 is an absent slot: value -inf, nothing excluded.
+    backward pass then needs none. An index below 0 is an absent slot: value -inf, nothing excluded. Without values (no
+    columns) nothing is added to dh in the dtype of the sums: d tail / d h has the dtype of gradients.
     """
     n, k, device = hidden.shape[0], indices.shape[1], hidden.device
     tail = torch.empty(n, dtype=head.acc, device=device)
-    values = torch.full((n, k), -torch.inf, dtype=head.acc, device=device)
-    dtail = torch.zeros((n, hidden.shape[1]) if with_gradient else (0,), dtype=head.acc, device=device)
-    entropy = tail.new_empty(n if with_entropy else 0)
+    values = torch.full((n, k if with_values else 0), -torch.inf, dtype=head.acc, device=device)
+    dtail = torch.zeros(n, hidden.shape[1], dtype=head.acc, device=device) if need.hidden else None
+    entropy = torch.empty_like(tail) if with_entropy else None
     for rows in row_blocks(n, head):
         h, ids = operand(hidden[rows]), indices[rows]
         running = RunningLogsumexp(h.shape[0], tail, with_entropy)
         for columns, weight, z in vocab_tiles(h, head, copies=4 if with_entropy else 3):
-            slope = head.slope(z) if with_gradient else 1.0
+            slope = 1.0 if dtail is None else head.slope(z)
             if k:
                 inside, local = locate(ids, columns)
                 spare = with_spare_column(z)
-                values[rows] = torch.where(inside, spare.gather(1, local), values[rows])
+                if with_values:
+                    values[rows] = torch.where(inside, spare.gather(1, local), values[rows])
                 spare.scatter_(1, local, -torch.inf)
             weights, rescale = running.add(divide_(z, temperature))
-            if with_gradient:
+            if dtail is not None:
                 dtail[rows].mul_(rescale[:, None])
                 scaled(multiply_(weights, slope), weight.dtype).add_to(dtail[rows], weight)
         tail[rows] = running.result()
-        if with_entropy:
+        if entropy is not None:
             entropy[rows] = running.entropy()
-        if with_gradient:
+        if dtail is not None:
             total = running.sum.masked_fill(running.sum == 0, 1)  # nothing left over: no gradient
             dtail[rows].div_(total[:, None] * temperature)
     tail.masked_fill_((indices >= head.weight.shape[0]).any(1), torch.nan)
-    return tail, mark_ids(values, indices, head), dtail, entropy
+    if with_values:
+        mark_ids(values, indices, head)
+    elif dtail is not None:
+        dtail = dtail.to(grad_dtype(hidden.dtype))
+    return tail, values, dtail, entropy
 
 
 def complement_and_values_backward(
-    grad_tail: Tensor,
-    grad_values: Tensor,
-    tail: Tensor,
-    values: Tensor,
-    dtail: Tensor,
     hidden: Tensor,
     head: LMHead,
     indices: Tensor,
     temperature: float,
+    tail: Tensor,
+    values: Tensor,
+    dtail: Tensor | None,
+    grad_tail: Tensor,
+    grad_values: Tensor,
     need: Need,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -98,12 +105,10 @@ def complement_and_values_backward(
     dh from what the forward pass summed; dW and db from recomputed tiles, each written once. `grad_values` and `values` of no
     columns: the ids are excluded from the log-sum-exp, and their logits have no gradient.
     """
-    dhidden, out = None, dtype or hidden.dtype
+    dhidden, out, dx = None, dtype or hidden.dtype, grad_tail.new_zeros(indices.shape)
     if grad_values.shape[1]:
         dx = (grad_values * head.slope(values)).masked_fill(indices < 0, 0)
-    else:
-        dx = grad_tail.new_zeros(indices.shape)
-    if need.hidden:
+    if need.hidden and dtail is not None:
         sparse = sum_of_rows(head.weight, indices.clamp(0, head.weight.shape[0] - 1), dx)
         dhidden = sparse.addcmul_(grad_tail[:, None], dtail).to(out)
     if not (need.weight or need.bias):
@@ -169,14 +174,6 @@ def token_stats(
 # --- what the public functions ask for -----------------------------------------------------------------------------
 
 
-def linear_logsumexp(
-    hidden: Tensor, head: LMHead, exclude: Tensor, temperature: float, need: Need
-) -> tuple[Tensor, Tensor | None]:
-    """(`[N]` log-sum-exp of z / T over the ids not in `exclude`, its gradient `[N, D]` in h if that is needed)."""
-    tail, _, dtail, _ = complement_and_values(hidden, head, exclude, temperature, need.hidden)
-    return tail, dtail.to(grad_dtype(hidden.dtype)) if need.hidden else None
-
-
 def topk_loss_with_tail(
     hidden: Tensor,
     head: LMHead,
@@ -208,12 +205,13 @@ def loss_and_gradients(
     step = rows_that_fit(len(hidden), head, copies=3 if head.softcap is not None else 1)
     if need.weight and head.weight.dtype == head.acc and step >= ENOUGH_ROWS:
         return _by_rows(hidden, head, ids, temperature, settle, step, need)
-    tail, values, dtail, _ = complement_and_values(hidden, head, ids, temperature, need.hidden)
+    inputs = hidden, head, ids, temperature
+    tail, values, dtail, _ = complement_and_values(*inputs, True, False, need)
     loss, dvalues, grad_tail = settle(slice(None), tail, values)
     if not any(need):
         return loss, None, None, None
-    inputs = grad_tail, dvalues, tail, values, dtail, hidden, head, ids, temperature, need
-    return loss, *complement_and_values_backward(*inputs, grad_dtype(hidden.dtype))
+    made = tail, values, dtail, grad_tail, dvalues
+    return loss, *complement_and_values_backward(*inputs, *made, need, grad_dtype(hidden.dtype))
 
 
 def _by_rows(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import ops, ranks
 from ..dispatch import acc_dtype
-from ..head import LMHead, TokenStats
-from ..ops.losses import topk_divergence
+from ..head import LMHead
+from ..ops.losses import divergence_and_gradient
 from ..ops.primitives import complement_and_values as local_complement
 from ..options import Divergence, Tokens
 from .part import Part, agree, collective, id_counts
@@ -98,16 +98,18 @@ def _shares(logsumexps: Tensor) -> Tensor:
 
 
 @collective
-def token_stats(hidden: Tensor, head: LMHead, labels: Tensor | None, impl: str) -> TokenStats:
+def token_stats(
+    hidden: Tensor, head: LMHead, labels: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     agree(head, "linear_token_stats", (), hidden=hidden, labels=labels)
     part = Part.of(hidden, head)
     own = None if labels is None else part.own(labels)
     rows = torch.zeros(len(hidden), 4, dtype=acc_dtype(hidden.dtype), device=hidden.device)
     rows[:, 0] = -torch.inf
     if part.size:
-        stats = ops.token_stats(hidden, part.head, None if own is None else own.clamp(min=0), impl)
-        rows[:, 0], rows[:, 1], rows[:, 2], label = stats
-        if own is not None and label is not None:
+        own_labels = None if own is None else own.clamp(min=0)
+        rows[:, 0], rows[:, 1], rows[:, 2], label = ops.token_stats(hidden, part.head, own_labels, impl)
+        if own is not None:
             rows[:, 3] = label.where(own >= 0, 0)
     sums, entropies, variances, label = ranks.all_gather(rows, part.group).unbind(2)
     shares = _shares(sums)
@@ -127,7 +129,7 @@ def token_stats(hidden: Tensor, head: LMHead, labels: Tensor | None, impl: str) 
     nothing = (sums == -torch.inf).all(0)  # every id is ruled out: there is no distribution
     entropy, variance = entropy.masked_fill(nothing, torch.nan), variance.masked_fill(nothing, torch.nan)
     logprob = None if logprob is None else logprob.masked_fill(nothing, torch.nan)
-    return TokenStats(_log_of_sum(sums), entropy, variance, logprob)
+    return _log_of_sum(sums), entropy, variance, logprob
 
 
 def _entropy(shares: Tensor, entropies: Tensor) -> Tensor:
@@ -174,9 +176,9 @@ def topk_loss(
         tail, values, _ = complement_and_values(hidden, head, ids, spec.temperature, False, impl)
     else:
         values = _gather(Part.of(hidden, head), head, ids, impl)
-    return tokens.reduce(
-        tokens.weigh(topk_divergence(values, values_t, tail, tail_t, *spec.options, impl)[0])
-    )
+    each = torch.ones_like(tokens.factor)
+    loss = divergence_and_gradient(values, values_t, tail, tail_t, each, spec, impl)[0]
+    return tokens.reduce(tokens.weigh(loss))
 
 
 @collective

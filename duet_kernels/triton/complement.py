@@ -47,15 +47,12 @@ from ..options import Divergence
 from . import dense, tiles
 from .gather import slot_gradients, sum_rows
 from .primitives import (
+    ACCUMULATORS,
     LOG2E,
-    accumulator,
-    current_device,
     load_tile,
     log1p,
     number,
     origin,
-    require_device,
-    require_sizes,
 )
 from .terms import BOUNDS
 from .topk_divergence import topk_divergence
@@ -288,11 +285,10 @@ class _Complement(dense.Loss):
         moment: bool = False,
     ) -> None:
         self.partials = 3 if moment else self.partials
-        require_device(hidden=hidden, weight=head.weight, bias=head.bias, ids=ids, factor=factor)
         (n, k), self.v = ids.shape, head.weight.shape[0]
-        require_sizes("a log-sum-exp without ids", ids=k)
-        self.acc, self.acc_tl = accumulator(head.weight, hidden)
+        self.acc, self.acc_tl = head.acc, ACCUMULATORS[head.acc]
         self.side = dense.Side(hidden, head)
+        self.sides = (self.side,)
         self.ids, self.factor, self.temperature = ids, factor, temperature
         self.token_bytes = (8 + 2 * k) * self.acc.itemsize
         self.moment = moment
@@ -301,12 +297,6 @@ class _Complement(dense.Loss):
         self.values = self.sums.new_empty(n, k)
         self.dtail, self.loss = factor, self.sums[2]
         self.upstream: Tensor | None = None  # of the values
-
-    def run(
-        self, need: Need, as_beside: Need | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        with current_device(self.factor):
-            return dense.run((self.side,), self.factor, self, need, as_beside)
 
     @property
     def folds(self):
@@ -414,7 +404,6 @@ class _CrossEntropy(_WithValues):
 
 class _TopkDivergence(_WithValues):
     def __init__(self, teacher: Tensor, teacher_tail: Tensor | None, spec: Divergence, *inputs) -> None:
-        require_device(hidden=inputs[0], teacher=teacher, teacher_tail=teacher_tail)
         super().__init__(*inputs, spec.temperature)
         self.teacher, self.teacher_tail, self.spec = teacher, teacher_tail, spec
         # fp16 weights are multiplied by a number that only the values of a block's rows tell.
@@ -438,49 +427,48 @@ def linear_cross_entropy(
     Gradients have the dtype of the hidden states; those of fp16 are fp32, because a loss scale comes after them.
     """
     loss = _CrossEntropy(hidden, head, labels[:, None], factor)
-    gradients = loss.run(need)
+    gradients = dense.run(loss, need)
     return loss.loss, *gradients
 
 
-def linear_logsumexp(
-    hidden: Tensor, head: LMHead, exclude: Tensor, temperature: float, need: Need
-) -> tuple[Tensor, Tensor | None]:
-    """(`[N]` log-sum-exp of z / T over the ids not in `exclude`, its gradient `[N, D]` in h if that is needed)."""
-    n, acc = hidden.shape[0], accumulator(hidden, head.weight)[0]
-    loss = _Complement(hidden, head, exclude, torch.ones(n, dtype=acc, device=hidden.device), temperature)
-    # dW is made of the tail later, and must not depend on whether dh is wanted too.
-    dhidden = loss.run(Need(need.hidden), as_beside=Need(True))[0]
-    tail = loss.loss
-    if exclude.shape[1]:
-        tail.masked_fill_((exclude >= head.weight.shape[0]).any(1), torch.nan)
-    return tail, dhidden
-
-
 def complement_and_values(
-    hidden: Tensor, head: LMHead, ids: Tensor, temperature: float, with_gradient: bool, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(tail `[N]`, values `[N, K]`, d tail / d h `[N, D]` or empty, entropy `[N]` of the others' softmax or empty), in ACC."""
-    acc = accumulator(hidden, head.weight)[0]
-    loss = _Complement(hidden, head, ids, hidden.new_ones(len(hidden), dtype=acc), temperature, with_entropy)
-    dtail = loss.run(Need(with_gradient), as_beside=Need(True))[0]
-    tail = loss.loss.masked_fill_((ids >= head.weight.shape[0]).any(1), torch.nan)
-    entropy = tail.new_empty(0)
-    if with_entropy:
-        s = loss.sums[1].masked_fill(loss.sums[1] == 0, 1)
-        entropy = s.log() - loss.sums[3] / s
-    return tail, loss.values, tail.new_empty(0) if dtail is None else dtail.to(acc), entropy
-
-
-def complement_and_values_backward(
-    grad_tail: Tensor,
-    grad_values: Tensor,
-    tail: Tensor,
-    values: Tensor,
-    dtail: Tensor,
     hidden: Tensor,
     head: LMHead,
     ids: Tensor,
     temperature: float,
+    with_values: bool,
+    with_entropy: bool,
+    need: Need,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(tail `[N]`, values `[N, K]`, d tail / d h `[N, D]` if needed, entropy `[N]` of the others' softmax), in ACC.
+
+    Without values, which then have no columns, d tail / d h has the dtype of gradients.
+    """
+    ones = torch.ones(len(hidden), dtype=head.acc, device=hidden.device)
+    loss = _Complement(hidden, head, ids, ones, temperature, with_entropy)
+    # dW is made of the tail later, and must not depend on whether dh is wanted too.
+    dtail, entropy = dense.run(loss, Need(need.hidden), as_beside=Need(True))[0], None
+    tail = loss.loss
+    if ids.shape[1]:
+        tail.masked_fill_((ids >= len(head.weight)).any(1), torch.nan)
+    if with_entropy:
+        s = loss.sums[1].masked_fill(loss.sums[1] == 0, 1)
+        entropy = s.log() - loss.sums[3] / s
+    if not with_values:
+        return tail, tail.new_empty(len(hidden), 0), dtail, entropy
+    return tail, loss.values, None if dtail is None else dtail.to(head.acc), entropy
+
+
+def complement_and_values_backward(
+    hidden: Tensor,
+    head: LMHead,
+    ids: Tensor,
+    temperature: float,
+    tail: Tensor,
+    values: Tensor,
+    dtail: Tensor,
+    grad_tail: Tensor,
+    grad_values: Tensor,
     need: Need,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dh, dW, db). dh from what the forward pass multiplied; dW and db of logits that are computed again.
@@ -491,14 +479,13 @@ def complement_and_values_backward(
     if need.hidden:
         dhidden = dtail * grad_tail[:, None]
         if grad_values.numel() and dhidden.numel():
-            with current_device(hidden):
-                dx, row = slot_gradients(grad_values, values, hidden, head, ids)
-                dhidden += sum_rows(dx, row, hidden, head.weight, dtail.dtype)
+            dx, row = slot_gradients(grad_values, values, hidden, head, ids)
+            dhidden += sum_rows(dx, row, hidden, head.weight, dtail.dtype)
         dhidden = dhidden.to(hidden.dtype)
     if need.weight or need.bias:
         counts = ((grad_tail != 0) | (grad_values != 0).any(1)).to(grad_tail.dtype)
         saved = _Saved(grad_tail, grad_values, tail, values, hidden, head, ids, counts, temperature)
-        _, dweight, dbias = saved.run(need._replace(hidden=False))
+        _, dweight, dbias = dense.run(saved, need._replace(hidden=False))
     return dhidden, dweight, dbias
 
 
@@ -514,5 +501,5 @@ def topk_loss_with_tail(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(`[N]` factor * loss, dh, dW, db of its sum) of a loss that reads the student's log-sum-exp beside the ids."""
     loss = _TopkDivergence(teacher, teacher_tail, spec, hidden, head, ids, factor)
-    gradients = loss.run(need)
+    gradients = dense.run(loss, need)
     return loss.loss, *gradients

@@ -33,19 +33,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import workspace_bytes
+from ..dispatch import grad_dtype, workspace_bytes
 from ..head import LMHead, Need
 from ..products import add_product, fp16_gain, pitch, product
 from . import tiles
 from .dense_plan import Plan, Shape, Sweep, buffers, folds_alone, lent, placed, plan
 from .primitives import (
+    ACCUMULATORS,
     MAX_SIZE,
-    accumulator,
-    current_device,
     finish,
-    require_device,
     require_grid,
-    require_sizes,
 )
 
 # A loss keeps up to eight statistics of every token one behind the other, which its kernels find in 32 bits.
@@ -89,6 +86,8 @@ class Block(NamedTuple):
 class Loss:
     """What is asked of a loss: `gradient` writes gain dz, for the `first` time or again; `bound` is that of |dL/dz|."""
 
+    sides: tuple[Side, ...]  # the first is the one with gradients
+    factor: Tensor  # of each row
     bounded = True  # `bound` knows without the folds of the rows
     token_bytes = 0  # of what it keeps of every token
     partials = 0  # numbers that a fold leaves of a row's split
@@ -145,7 +144,7 @@ def _finish_kernel(
     R, C, first, SPLITS,
     z_pitch, stride_bv,
     softcap: tl.float64, scale: tl.float64,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows, COLUMNS columns: logits in the place of products."""
     n = (tl.program_id(0) // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -155,7 +154,7 @@ def _finish_kernel(
     inside = (c < C)[None, :]
     z = finish(
         tl.load(place, mask=there, other=0.0), (first + c)[None, :], bias_ptr, stride_bv, inside, softcap, scale,
-        HAS_BIAS, HAS_SOFTCAP,
+        HAS_SOFTCAP,
     )  # fmt: skip
     tl.store(place, z, mask=there)
 
@@ -169,7 +168,7 @@ def finish_in_place(side: Side, z: Tensor, first: int) -> None:
         rows, columns, first, splits,
         z.stride(0), 0 if bias is None else bias.stride(0),
         side.head.softcap or 0.0, side.head.scale,
-        HAS_BIAS=bias is not None, HAS_SOFTCAP=side.head.softcap is not None,
+        HAS_SOFTCAP=side.head.softcap is not None,
         ROWS=tiles.SLAB_ROWS, COLUMNS=width, num_warps=tiles.SLAB_WARPS,
     )  # fmt: skip
 
@@ -193,16 +192,14 @@ def _scale_kernel(
 
 def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor * gradient (contiguous), rounded to `dtype`: in place where that is the gradient's own."""
-    require_device(gradient=gradient, factor=factor)
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     programs = min(tiles.SCALE_PROGRAMS, triton.cdiv(gradient.numel(), tiles.SCALE_BLOCK))
     if programs:
-        with current_device(gradient):
-            _scale_kernel[(programs,)](
-                gradient, out, factor,
-                gradient.numel(),
-                SKIP=out is gradient, ACC=accumulator(gradient, factor)[1], BLOCK=tiles.SCALE_BLOCK, num_warps=4,
-            )  # fmt: skip
+        _scale_kernel[(programs,)](
+            gradient, out, factor,
+            gradient.numel(),
+            SKIP=out is gradient, ACC=ACCUMULATORS[factor.dtype], BLOCK=tiles.SCALE_BLOCK, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -223,16 +220,14 @@ def _scale_rows_kernel(
 
 def times_rows(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor * gradient `[N, D]` (contiguous), rounded to `dtype`; a factor, or one of each row `[N]`."""
-    require_device(gradient=gradient, factor=factor)
     n, d = gradient.shape
     out = torch.empty_like(gradient, dtype=dtype)
     if out.numel():
-        with current_device(gradient):
-            _scale_rows_kernel[(require_grid(n, "a gradient"),)](
-                gradient, out, factor,
-                d, factor.stride(0) if factor.dim() else 0,
-                ACC=accumulator(gradient, factor)[1], BLOCK=min(tiles.SCALE_BLOCK, tiles.next_power_of_2(d)), num_warps=4,
-            )  # fmt: skip
+        _scale_rows_kernel[(require_grid(n, "a gradient"),)](
+            gradient, out, factor,
+            d, factor.stride(0) if factor.dim() else 0,
+            ACC=ACCUMULATORS[factor.dtype], BLOCK=min(tiles.SCALE_BLOCK, tiles.next_power_of_2(d)), num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -240,33 +235,31 @@ def times_rows(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def run(
-    sides: tuple[Side, ...], factor: Tensor, loss: Loss, need: Need, as_beside: Need | None = None
+    loss: Loss, need: Need, as_beside: Need | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Make the loss's statistics, and (dh, dW, db) of its sum; `sides[0]` is the one with gradients.
+    """Make the loss's statistics, and (dh, dW, db) of its sum.
 
     `as_beside`: without gradients, the statistics are made as beside these: bit by bit the same.
     """
-    hidden, head = sides[0]
+    hidden, head = loss.sides[0]
     (n, d), v = hidden.shape, head.weight.shape[0]
-    require_sizes("the dense losses", hidden=d, weight=v)
     if n > MAX_TOKENS:
         raise ValueError(f"hidden: the dense losses take at most {MAX_TOKENS} tokens at a time, got {n}")
-    acc, dtype, device = head.acc, hidden.dtype, factor.device
-    out = acc if dtype == torch.float16 else dtype
+    acc, device, out = head.acc, hidden.device, grad_dtype(hidden.dtype)
     make = torch.empty if n and v else torch.zeros
     dhidden = make(n, d, dtype=out, device=device) if need.hidden else None
     dweight = make(v, d, dtype=out, device=device) if need.weight else None
     dbias = torch.zeros(v, dtype=acc, device=device) if need.bias else None
     if n and v:
         shape = Shape(
-            n, v, d, tuple(side.head.acc.itemsize for side in sides),
-            sides[0].operand.itemsize, acc.itemsize, out.itemsize, len(loss.folds), as_beside or need,
+            n, v, d, tuple(side.head.acc.itemsize for side in loss.sides),
+            loss.sides[0].operand.itemsize, acc.itemsize, out.itemsize, len(loss.folds), as_beside or need,
             loss.token_bytes, loss.partials * acc.itemsize, whole=not loss.bounded,
         )  # fmt: skip
         planned = plan(shape, workspace_bytes(device))
         if as_beside and not any(need):
             planned = folds_alone(planned)
-        _Walk(sides, factor, loss, shape, planned).run(dhidden, dweight, dbias)
+        _Walk(loss, shape, planned).run(dhidden, dweight, dbias)
     return dhidden, dweight, None if dbias is None else dbias.to(out)
 
 
@@ -283,11 +276,11 @@ def _matrix(memory: Tensor, rows: int, columns: int) -> Tensor:
 class _Walk:
     """One call: its sides and its memory, which is made anew for the folds and for each sweep."""
 
-    def __init__(self, sides: tuple[Side, ...], factor: Tensor, loss: Loss, shape: Shape, plan: Plan) -> None:
-        self.sides, self.factor, self.loss, self.shape, self.plan = sides, factor, loss, shape, plan
-        self.n, self.v, self.acc = shape.n, shape.v, sides[0].head.acc
+    def __init__(self, loss: Loss, shape: Shape, plan: Plan) -> None:
+        self.sides, self.factor, self.loss, self.shape, self.plan = loss.sides, loss.factor, loss, shape, plan
+        self.n, self.v, self.acc = shape.n, shape.v, loss.sides[0].head.acc
         self.memory: list[Tensor] = []
-        self.dz = factor.new_empty(0)
+        self.dz = loss.factor.new_empty(0)
         self.counted: tuple[slice | None, Tensor | None] = None, None
 
     def run(self, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None) -> None:

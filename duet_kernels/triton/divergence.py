@@ -50,16 +50,14 @@ from ..head import LMHead, Need
 from ..options import Divergence
 from . import dense, tiles
 from .primitives import (
+    ACCUMULATORS,
     LOG2E,
-    accumulator,
-    current_device,
     expm1_near_zero,
     load_pair,
     load_rows,
     log1p,
     number,
     origin,
-    require_device,
     require_grid,
 )
 from .terms import BOUNDS, expected, gradient, minus, of_distributions, of_logits
@@ -337,8 +335,9 @@ class _Divergence(dense.Loss):
         self, student: dense.Side, teacher: dense.Side, factor: Tensor, spec: Divergence, with_gradient: bool
     ) -> None:
         n = factor.shape[0]
-        self.acc, self.acc_tl = accumulator(student.hidden)
-        self.student, self.teacher, self.factor, self.spec = student, teacher, factor, spec
+        self.acc, self.acc_tl = student.head.acc, ACCUMULATORS[student.head.acc]
+        self.sides = self.student, self.teacher = student, teacher
+        self.factor, self.spec = factor, spec
         self.divergence, self.raw = spec.name, spec.raw
         self.with_gradient = with_gradient
         # fp16 weights are multiplied by a number that only the values of a block's rows tell.
@@ -449,13 +448,8 @@ def linear_divergence(
 
     Gradients have the dtype of the hidden states; those of fp16 are fp32, because a loss scale comes after them.
     """
-    require_device(
-        hidden=hidden, weight=head.weight, bias=head.bias,
-        teacher_hidden=teacher_hidden, teacher_weight=teacher_head.weight, teacher_bias=teacher_head.bias, factor=factor,
-    )  # fmt: skip
-    student, teacher = dense.Side(hidden, head), dense.Side(teacher_hidden, teacher_head)
-    with current_device(hidden):
-        loss = _Divergence(student, teacher, factor, spec, any(need))
-        gradients = dense.run((student, teacher), factor, loss, need)
-        values = torch.where(factor == 0, 0.0, factor * loss.values()).to(loss.acc)
+    sides = dense.Side(hidden, head), dense.Side(teacher_hidden, teacher_head)
+    loss = _Divergence(*sides, factor, spec, any(need))
+    gradients = dense.run(loss, need)
+    values = torch.where(factor == 0, 0.0, factor * loss.values()).to(loss.acc)
     return values, *gradients

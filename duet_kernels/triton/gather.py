@@ -49,14 +49,11 @@ from ..head import LMHead, Need
 from ..products import product
 from . import tiles
 from .primitives import (
-    accumulator,
-    current_device,
+    ACCUMULATORS,
     finish,
     load_rows,
     number,
-    require_device,
     require_grid,
-    require_sizes,
     tanh,
 )
 from .sparse_weight import SortedPairs, require_pairs
@@ -70,7 +67,7 @@ def _forward_kernel(
     K, V, D,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_bv, stride_in, stride_ik,
     softcap: tl.float64, scale: tl.float64,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One token, ROWS of its slots: z."""
@@ -90,7 +87,7 @@ def _forward_kernel(
         h = tl.load(hidden_ptr + n * stride_hn + d.to(tl.int64) * stride_hd, mask=d < D, other=0.0).to(ACC)
         dots += w * h[None, :]
     x = tl.sum(dots, axis=1)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         x += tl.load(bias_ptr + ids * stride_bv, mask=known, other=0.0).to(ACC)
     z = x * number(scale, ACC)
     if HAS_SOFTCAP:
@@ -106,7 +103,7 @@ def _pick_kernel(
     E, K, V,
     stride_bv, stride_in, stride_ik,
     softcap: tl.float64, scale: tl.float64,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK (token, slot) pairs: z from the products h W^T of all ids."""
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -114,7 +111,7 @@ def _pick_kernel(
     ids = tl.load(indices_ptr + n * stride_in + (e % K) * stride_ik, mask=e < E, other=-1).to(tl.int64)
     known = (ids >= 0) & (ids < V)
     x = tl.load(product_ptr + n * V + ids, mask=known, other=0.0).to(ACC)
-    z = finish(x, ids, bias_ptr, stride_bv, known, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+    z = finish(x, ids, bias_ptr, stride_bv, known, softcap, scale, HAS_SOFTCAP)
     z = tl.where(known, z, tl.where(ids < 0, float("-inf"), float("nan")))
     tl.store(values_ptr + e, z, mask=e < E)
 
@@ -193,32 +190,27 @@ def linear_gather(
 ) -> Tensor:
     """z at the ids, `[N, K]` in ACC. `tile`, of a gather, replaces the table's choice, for tests and measurements."""
     weight_vd, bias_v, softcap, scale = head.weight, head.bias, head.softcap, head.scale
-    require_device(hidden=hidden_nd, weight=weight_vd, bias=bias_v, indices=indices_nk)
     (n, d), v, k = hidden_nd.shape, weight_vd.shape[0], indices_nk.shape[1]
-    require_sizes("linear_gather", hidden=d, weight=v, indices=k)
-    torch_acc, acc = accumulator(hidden_nd, weight_vd)
-    values_nk = torch.empty(n, k, dtype=torch_acc, device=hidden_nd.device)
+    values_nk = torch.empty(n, k, dtype=head.acc, device=hidden_nd.device)
     if values_nk.numel() == 0:
         return values_nk
     arch, itemsize = tiles.architecture(hidden_nd.device), weight_vd.element_size()
     tokens = tiles.gather_product_tokens(
-        arch, itemsize, torch_acc.itemsize, n, v, k, workspace_bytes(hidden_nd.device)
+        arch, itemsize, head.acc.itemsize, n, v, k, workspace_bytes(hidden_nd.device)
     )
     if tokens and tile is None:
-        with current_device(hidden_nd):
-            _pick(hidden_nd, head, indices_nk, values_nk, tokens)
+        _pick(hidden_nd, head, indices_nk, values_nk, tokens)
         return values_nk
     tile = tile or tiles.gather_tile(tiles.GATHER_FORWARD, arch, itemsize, k, d)
     grid = (require_grid(n * triton.cdiv(k, tile.rows), "linear_gather"),)
-    with current_device(hidden_nd):
-        _forward_kernel[grid](
-            hidden_nd, weight_vd, bias_v, indices_nk, values_nk,
-            k, v, d,
-            *hidden_nd.stride(), *weight_vd.stride(), 0 if bias_v is None else bias_v.stride(0), *indices_nk.stride(),
-            softcap or 0.0, scale,
-            HAS_BIAS=bias_v is not None, HAS_SOFTCAP=softcap is not None, ACC=acc,
-            ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
-        )  # fmt: skip
+    _forward_kernel[grid](
+        hidden_nd, weight_vd, bias_v, indices_nk, values_nk,
+        k, v, d,
+        *hidden_nd.stride(), *weight_vd.stride(), 0 if bias_v is None else bias_v.stride(0), *indices_nk.stride(),
+        softcap or 0.0, scale,
+        HAS_SOFTCAP=softcap is not None, ACC=ACCUMULATORS[head.acc],
+        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
     return values_nk
 
 
@@ -237,16 +229,16 @@ def _pick(hidden: Tensor, head: LMHead, indices: Tensor, values: Tensor, tokens:
             count * k, k, v,
             0 if bias is None else bias.stride(0), *ids.stride(),
             head.softcap or 0.0, head.scale,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, ACC=accumulator(values)[1],
+            HAS_SOFTCAP=head.softcap is not None, ACC=ACCUMULATORS[head.acc],
             BLOCK=tiles.SLOTS_BLOCK, num_warps=4,
         )  # fmt: skip
 
 
 def linear_gather_backward(
-    grad_nk: Tensor,
-    values_nk: Tensor,
     hidden_nd: Tensor,
     head: LMHead,
+    grad_nk: Tensor,
+    values_nk: Tensor,
     indices_nk: Tensor,
     need: Need,
     *,
@@ -259,9 +251,6 @@ def linear_gather_backward(
     `tile` (of dh), `segments` and `chunk` (of dW and db) replace the table's choices, for tests and measurements.
     """
     weight_vd, bias_v = head.weight, head.bias
-    require_device(
-        grad=grad_nk, values=values_nk, hidden=hidden_nd, weight=weight_vd, bias=bias_v, indices=indices_nk
-    )
     need = need._replace(bias=need.bias and bias_v is not None)
     (n, d), v, k = hidden_nd.shape, weight_vd.shape[0], indices_nk.shape[1]
     if n * k == 0 or d == 0 or v == 0 or not any(need):
@@ -270,19 +259,17 @@ def linear_gather_backward(
             torch.zeros_like(weight_vd, memory_format=torch.contiguous_format) if need.weight else None,
             torch.zeros_like(bias_v, memory_format=torch.contiguous_format) if need.bias else None,
         )
-    require_sizes("linear_gather", hidden=d, weight=v, indices=k)
     require_pairs(n, k, d)
     dweight = dbias = None
-    with current_device(hidden_nd):
-        dx, row = slot_gradients(grad_nk, values_nk, hidden_nd, head, indices_nk)
-        dhidden = sum_rows(dx, row, hidden_nd, weight_vd, tile=tile) if need.hidden else None
-        if need.weight or need.bias:
-            pairs = SortedPairs(dx, row, v)
-            if need.weight:
-                dweight = pairs.sum(hidden_nd, weight_vd.dtype, segments, chunk)
-            if need.bias:
-                ones = dx.new_ones(1, 1).expand(n, 1)
-                dbias = pairs.sum(ones, bias_v.dtype, chunk=chunk)[:, 0]
+    dx, row = slot_gradients(grad_nk, values_nk, hidden_nd, head, indices_nk)
+    dhidden = sum_rows(dx, row, hidden_nd, weight_vd, tile=tile) if need.hidden else None
+    if need.weight or need.bias:
+        pairs = SortedPairs(dx, row, v)
+        if need.weight:
+            dweight = pairs.sum(hidden_nd, weight_vd.dtype, segments, chunk)
+        if need.bias:
+            ones = dx.new_ones(1, 1).expand(n, 1)
+            dbias = pairs.sum(ones, bias_v.dtype, chunk=chunk)[:, 0]
     return dhidden, dweight, dbias
 
 
@@ -290,16 +277,15 @@ def slot_gradients(
     grad_nk: Tensor, values_nk: Tensor, hidden_nd: Tensor, head: LMHead, indices_nk: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(dx in ACC, its row of W in int32), both `[N, K]`."""
-    torch_acc, acc = accumulator(hidden_nd, head.weight)
     n, k = indices_nk.shape
-    dx = torch.empty(n, k, dtype=torch_acc, device=hidden_nd.device)
+    dx = torch.empty(n, k, dtype=head.acc, device=hidden_nd.device)
     row = torch.empty(n, k, dtype=torch.int32, device=hidden_nd.device)
     _slots_kernel[(triton.cdiv(n * k, tiles.SLOTS_BLOCK),)](
         grad_nk, values_nk, indices_nk, dx, row,
         n * k, k, head.weight.shape[0],
         *grad_nk.stride(), *values_nk.stride(), *indices_nk.stride(),
         head.softcap or 0.0, head.scale,
-        HAS_SOFTCAP=head.softcap is not None, ACC=acc, BLOCK=tiles.SLOTS_BLOCK, num_warps=4,
+        HAS_SOFTCAP=head.softcap is not None, ACC=ACCUMULATORS[head.acc], BLOCK=tiles.SLOTS_BLOCK, num_warps=4,
     )  # fmt: skip
     return dx, row
 
@@ -317,6 +303,6 @@ def sum_rows(
         dx, row, weight_vd, dhidden,
         n, k, weight_vd.shape[0], d,
         *weight_vd.stride(),
-        ACC=accumulator(dx)[1], ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+        ACC=ACCUMULATORS[dx.dtype], ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return dhidden

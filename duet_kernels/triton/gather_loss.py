@@ -44,13 +44,10 @@ from ..options import Divergence
 from . import tiles
 from .gather import linear_gather, slot_gradient, slot_gradients, sum_rows
 from .primitives import (
+    ACCUMULATORS,
     INTERPRETED,
-    accumulator,
-    current_device,
     finish,
-    require_device,
     require_grid,
-    require_sizes,
 )
 from .topk_divergence import compare, topk_divergence
 
@@ -106,7 +103,7 @@ def _topk_loss_kernel(
     K, V, D,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_bv, stride_in, stride_ik, stride_tn, stride_tk, stride_fn,
     softcap: tl.float64, scale: tl.float64, temperature: tl.float64, beta: tl.float64, delta: tl.float64,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HIDDEN: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HIDDEN: tl.constexpr,
     DIVERGENCE: tl.constexpr, NORMALIZATION: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, PIECE: tl.constexpr,
@@ -163,7 +160,7 @@ def _topk_loss_kernel(
                 other = start + tl.arange(0, PARTS)[:, None]
                 part = place + other * ROWS + k[None, :]
                 x += tl.sum(tl.load(part, mask=other < SPLITS, other=0.0, cache_modifier=".cg"), 0)
-        z = finish(x, ids, bias_ptr, stride_bv, known, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+        z = finish(x, ids, bias_ptr, stride_bv, known, softcap, scale, HAS_SOFTCAP)
         z = tl.where(known, z, tl.where(ids < 0, float("-inf"), float("nan")))
         slot = t != float("-inf")
         none = tl.full([1], 0.0, ACC)
@@ -218,21 +215,18 @@ def topk_loss(
     if not (together or tile) or k > tiles.LOSS_SLOTS or 0 in (*hidden.shape, k, len(head.weight)):
         return _one_by_one(hidden, head, indices, teacher, factor, spec, need)
     (n, d), v, weight, bias = hidden.shape, len(head.weight), head.weight, head.bias
-    require_device(hidden=hidden, weight=weight, bias=bias, indices=indices, teacher=teacher, factor=factor)
-    require_sizes("topk_distill_loss", hidden=max(n, d), weight=v)
-    torch_acc, acc = accumulator(hidden, weight)
     device, arch = hidden.device, tiles.architecture(hidden.device)
     packed = _packs(hidden, weight)
     halves = 2 if packed else 1
-    tile = tile or tiles.loss_tile(arch, weight.element_size() if packed else torch_acc.itemsize, k, d)
+    tile = tile or tiles.loss_tile(arch, weight.element_size() if packed else head.acc.itemsize, k, d)
     splits = triton.cdiv(d, tile.columns)
-    loss = torch.empty(n, dtype=torch_acc, device=device)
-    values = torch.empty(n, k, dtype=torch_acc, device=device)
+    loss = torch.empty(n, dtype=head.acc, device=device)
+    values = torch.empty(n, k, dtype=head.acc, device=device)
     dvalues = torch.empty_like(values)
     dhidden = torch.empty(n, d, dtype=grad_dtype(hidden.dtype), device=device) if need.hidden else None
     each = splits * tile.rows
-    tokens = min(n, max(1, workspace_bytes(device) // (4 * each * torch_acc.itemsize)))
-    scratch = torch.empty(tokens * each if splits > 1 else 0, dtype=torch_acc, device=device)
+    tokens = min(n, max(1, workspace_bytes(device) // (4 * each * head.acc.itemsize)))
+    scratch = torch.empty(tokens * each if splits > 1 else 0, dtype=head.acc, device=device)
 
     def launch(rows: slice, first: bool, second: bool) -> None:
         counters = registers = None
@@ -246,22 +240,21 @@ def topk_loss(
             k, v, d,
             *h.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *ids.stride(), *t.stride(), f.stride(0),
             head.softcap or 0.0, head.scale, spec.temperature, spec.beta, spec.delta,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, HIDDEN=need.hidden,
-            DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, EPS=torch.finfo(torch_acc).eps, ACC=acc,
+            HAS_SOFTCAP=head.softcap is not None, HIDDEN=need.hidden,
+            DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, EPS=torch.finfo(head.acc).eps, ACC=ACCUMULATORS[head.acc],
             FIRST=first, SECOND=second,
             PACKED=packed, EVEN=d % tile.columns == 0, SPLITS=splits, PARTS=min(16, triton.next_power_of_2(splits)),
             ROWS=tile.rows, WORDS=tile.columns // halves, PIECE=tile.piece // halves,
             num_warps=tile.warps, maxnreg=registers,
         )  # fmt: skip
 
-    with current_device(hidden):
-        for start in range(0, n, tokens):
-            rows = slice(start, min(start + tokens, n))
-            if phases and splits > 1:
-                launch(rows, True, False)
-                launch(rows, False, True)
-            else:
-                launch(rows, True, True)
+    for start in range(0, n, tokens):
+        rows = slice(start, min(start + tokens, n))
+        if phases and splits > 1:
+            launch(rows, True, False)
+            launch(rows, False, True)
+        else:
+            launch(rows, True, True)
     return loss, values, dvalues, dhidden
 
 
@@ -291,6 +284,5 @@ def _one_by_one(
     if values.numel() == 0 or weight.numel() == 0:
         nothing = torch.zeros_like(hidden, dtype=out, memory_format=torch.contiguous_format)
         return loss, values, dvalues, nothing
-    with current_device(hidden):
-        dx, row = slot_gradients(dvalues, values, hidden, head, indices)
-        return loss, values, dvalues, sum_rows(dx, row, hidden, weight, out)
+    dx, row = slot_gradients(dvalues, values, hidden, head, indices)
+    return loss, values, dvalues, sum_rows(dx, row, hidden, weight, out)

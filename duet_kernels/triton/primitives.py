@@ -1,4 +1,4 @@
-"""What the kernels share: arithmetic that stays accurate near zero, loading rows, and a launcher's checks.
+"""What the kernels share: arithmetic that stays accurate near zero, loading rows, and what is checked before a launch.
 
 Arithmetic is written once for the compiler and the CPU interpreter, hence three rules. A load is upcast in the line
 that makes it (the interpreter computes bf16 wrongly and without a word). Only `tl.exp`, `tl.log` and arithmetic are
@@ -7,6 +7,7 @@ undeclared one is rounded to fp32, and fp64 inputs would see it.
 """
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -150,12 +151,10 @@ def load_pair(s_ptr, t_ptr, n, c, s_pitch, t_pitch, live, whole, C, s_by, t_by, 
 
 
 @triton.jit
-def finish(
-    x, columns, bias_ptr, stride_bv, keep, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
-):
+def finish(x, columns, bias_ptr, stride_bv, keep, softcap, scale, HAS_SOFTCAP: tl.constexpr):
     """z = softcap tanh(scale (x + b) / softcap) of products x in ACC; b is read at the columns that are kept."""
     ACC: tl.constexpr = x.dtype
-    if HAS_BIAS:
+    if bias_ptr is not None:
         x += tl.load(bias_ptr + columns.to(tl.int64) * stride_bv, mask=keep, other=0.0).to(ACC)
     z = x * number(scale, ACC)
     if HAS_SOFTCAP:
@@ -203,6 +202,8 @@ def add_exponentials(m, s, x, counted):
     return top, s * tl.exp(m - zero) + tl.sum(terms, 1)
 
 
+ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}  # Triton's name of the dtype of logits
+
 # True when TRITON_INTERPRET=1 was set before the first import: kernels then run on the CPU, one program at a time.
 INTERPRETED = not isinstance(expm1, triton.JITFunction)
 
@@ -212,18 +213,28 @@ MAX_GRID = 2**31 - 1
 MAX_SIZE = 2**30
 
 
-def require_device(**tensors: torch.Tensor | None) -> None:
-    """Refuse what the kernels would read wrongly: a CPU tensor without the interpreter, or two devices at once."""
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    first = next(iter(devices))
-    for name, device in devices.items():
-        if device.type == "cpu" and not INTERPRETED:
+def launching(inputs: dict[str, Any]) -> contextlib.AbstractContextManager[object]:
+    """The device of an op's inputs as the current one, on which Triton launches; refuses what the kernels would read wrongly.
+
+    That is a CPU tensor without the interpreter, two devices, and a dimension whose positions (and the end of a tile or a
+    split past the last) 32 bits cannot count.
+    """
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+    first = next(iter(tensors))
+    for name, x in tensors.items():
+        if x.device.type == "cpu" and not INTERPRETED:
             raise RuntimeError(
                 f"{name}: Triton kernels read GPU tensors and this one is on the CPU; move it to a GPU, use "
                 "impl='chunked', or set TRITON_INTERPRET=1 before the first import to run the interpreter"
             )
-        if device != devices[first]:
-            raise RuntimeError(f"{name}: is on {device}, but {first} is on {devices[first]}")
+        if x.device != tensors[first].device:
+            raise RuntimeError(f"{name}: is on {x.device}, but {first} is on {tensors[first].device}")
+        if max(x.shape, default=0) > MAX_SIZE:
+            raise ValueError(
+                f"{name}: the kernels count the positions of a dimension in 32 bits, at most {MAX_SIZE}, got {max(x.shape)}"
+            )
+    device = tensors[first].device
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def require_grid(programs: int, what: str) -> int:
@@ -233,24 +244,3 @@ def require_grid(programs: int, what: str) -> int:
             f"{what}: {programs} programs are more than a grid holds ({MAX_GRID}); pass fewer tokens"
         )
     return programs
-
-
-def require_sizes(what: str, **sizes: int) -> None:
-    """Refuse a dimension whose positions, and the end of a tile or a split past the last, 32 bits cannot count."""
-    for name, size in sizes.items():
-        if size > MAX_SIZE:
-            raise ValueError(
-                f"{name}: {what} counts the positions of a dimension in 32 bits, at most {MAX_SIZE}, got {size}"
-            )
-
-
-def accumulator(*tensors: torch.Tensor | None) -> tuple[torch.dtype, tl.dtype]:
-    """The dtype logits live in, for torch and for Triton: fp64 when an input is fp64, else fp32."""
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        return torch.float64, tl.float64
-    return torch.float32, tl.float32
-
-
-def current_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the one that holds the tensor."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

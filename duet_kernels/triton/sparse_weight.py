@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .primitives import accumulator, load_rows, require_grid
+from .primitives import ACCUMULATORS, load_rows, require_grid
 
 
 @triton.jit
@@ -213,7 +213,7 @@ class SortedPairs:
                 self.row, self.token, self.dx, hidden_nd, partial,
                 chunks, chunk, self.v, d,
                 *hidden_nd.stride(),
-                ACC=accumulator(self.dx)[1], ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+                ACC=ACCUMULATORS[self.dx.dtype], ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
             )  # fmt: skip
         return partial
 
@@ -234,6 +234,6 @@ class SortedPairs:
             self.offset, self.row, self.token, self.dx, hidden_nd, partial, out,
             blocks, chunk, self.v, d,
             *hidden_nd.stride(),
-            ACC=accumulator(self.dx)[1], VOCABULARY=tile.vocabulary, COLUMNS=tile.columns, AHEAD=tile.ahead,
+            ACC=ACCUMULATORS[self.dx.dtype], VOCABULARY=tile.vocabulary, COLUMNS=tile.columns, AHEAD=tile.ahead,
             num_warps=tile.warps,
         )  # fmt: skip

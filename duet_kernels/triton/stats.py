@@ -43,14 +43,11 @@ from ..head import LMHead
 from ..products import product
 from . import tiles
 from .primitives import (
-    accumulator,
-    current_device,
+    ACCUMULATORS,
     finish,
     log1p,
     origin,
-    require_device,
     require_grid,
-    require_sizes,
 )
 from .slabs import allocate, cut_logits
 from .tiles import cdiv, next_power_of_2
@@ -61,14 +58,14 @@ from .tiles import cdiv, next_power_of_2
 @triton.jit
 def _write_label(
     row, bias_ptr, label_ptr, value_ptr, part, first, C, stride_bv, softcap, scale,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """z of a token's label, by the first program that reads the token; a label in no slab is the first slab's NaN."""
     if part == 0:
         label = tl.load(label_ptr).to(tl.int64) - first
         here = (label >= 0) & (label < C)
         x = tl.load(row + label, mask=here, other=0.0).to(ACC)
-        z = finish(x, first + label, bias_ptr, stride_bv, here, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+        z = finish(x, first + label, bias_ptr, stride_bv, here, softcap, scale, HAS_SOFTCAP)
         tl.store(value_ptr, tl.where(here, z, float("nan")), mask=here | (first == 0))
 
 
@@ -78,7 +75,7 @@ def _fold_kernel(
     PARTS, C, PITCH, first, J,
     stride_bv, stride_l,
     softcap: tl.float64, scale: tl.float64,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_LABEL: tl.constexpr, RAGGED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_LABEL: tl.constexpr, RAGGED: tl.constexpr,
     ACC: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """BLOCKS consecutive blocks of one token's products: maximum, rest, mean and variance; and z of its label.
@@ -92,7 +89,7 @@ def _fold_kernel(
     if HAS_LABEL:
         _write_label(
             row, bias_ptr, label_ptr + n * stride_l, value_ptr + n, part, first, C, stride_bv,
-            softcap, scale, HAS_BIAS, HAS_SOFTCAP, ACC,
+            softcap, scale, HAS_SOFTCAP, ACC,
         )  # fmt: skip
     block = part * BLOCKS + tl.arange(0, BLOCKS)
     column = (
@@ -103,7 +100,7 @@ def _fold_kernel(
     whole = block * BLOCK < PITCH
     x = tl.load(row + column, mask=whole[:, None, None], other=0.0, eviction_policy="evict_first").to(ACC)
     inside = column < C
-    z = finish(x, first + column, bias_ptr, stride_bv, inside, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+    z = finish(x, first + column, bias_ptr, stride_bv, inside, softcap, scale, HAS_SOFTCAP)
     if RAGGED:
         z = tl.where(inside, z, float("-inf"))
     top = tl.max(tl.max(z, 1), 1)
@@ -201,20 +198,17 @@ def token_stats(
 
     `cut` replaces the plan, for tests and measurements.
     """
-    require_device(hidden=hidden, weight=head.weight, bias=head.bias, labels=labels)
     n, v, device = hidden.shape[0], head.weight.shape[0], hidden.device
-    require_sizes("linear_token_stats", hidden=hidden.shape[1], weight=v)
     names = 3 if labels is None else 4
     results = [torch.empty(n, dtype=head.acc, device=device) for _ in range(names)]
     if n:
         cut = cut or plan(n, v, head.acc.itemsize, workspace_bytes(device), tiles.architecture(device))
         elements = token_elements(cut.columns, v, cut.block)
         memory = allocate([min(n, cut.tokens) * count for count in elements], head.acc, device)
-        with current_device(hidden):
-            for start in range(0, n, cut.tokens):
-                rows = slice(start, start + cut.tokens)
-                some = None if labels is None else labels[rows]
-                _some_tokens(hidden[rows], head, some, cut, memory, [result[rows] for result in results])
+        for start in range(0, n, cut.tokens):
+            rows = slice(start, start + cut.tokens)
+            some = None if labels is None else labels[rows]
+            _some_tokens(hidden[rows], head, some, cut, memory, [result[rows] for result in results])
     logsumexp, entropy, variance, *logprob = results
     return logsumexp, entropy, variance, logprob[0] if logprob else None
 
@@ -243,8 +237,8 @@ def _some_tokens(
             parts, c, pitch, first, blocks,
             0 if bias is None else bias.stride(0), 0 if labels is None else labels.stride(0),
             head.softcap or 0.0, head.scale,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, HAS_LABEL=labels is not None,
-            RAGGED=c != pitch, ACC=accumulator(slab)[1],
+            HAS_SOFTCAP=head.softcap is not None, HAS_LABEL=labels is not None,
+            RAGGED=c != pitch, ACC=ACCUMULATORS[head.acc],
             BLOCKS=tile.blocks, BLOCK=cut.block, PIECE=tile.piece, num_warps=tile.warps,
         )  # fmt: skip
     padded = next_power_of_2(blocks)

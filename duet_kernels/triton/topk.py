@@ -60,17 +60,14 @@ from ..head import LMHead
 from ..products import product
 from . import tiles
 from .primitives import (
+    ACCUMULATORS,
     INTERPRETED,
-    accumulator,
     add_exponentials,
-    current_device,
     finish,
     number,
     ordered,
     origin,
-    require_device,
     require_grid,
-    require_sizes,
     unordered,
 )
 from .slabs import allocate, cut_logits
@@ -85,7 +82,7 @@ def _skinny_kernel(
     N, D, first, C, J,
     stride_hn, stride_hd, stride_wv, stride_wd, stride_bv,
     softcap: tl.float64, scale: tl.float64, inverse_temperature: tl.float64,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr, NATIVE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr, NATIVE: tl.constexpr,
     TOKENS: tl.constexpr, VOCABULARY: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All tokens against VOCABULARY rows of W: z, and of each block the largest z and the sum of exponentials."""
@@ -110,9 +107,7 @@ def _skinny_kernel(
         else:
             dots += tl.dot(w.to(ACC), h.to(ACC), input_precision="ieee", out_dtype=ACC)
     known = (column < C)[:, None]
-    z = finish(
-        dots, (first + column)[:, None], bias_ptr, stride_bv, known, softcap, scale, HAS_BIAS, HAS_SOFTCAP
-    )
+    z = finish(dots, (first + column)[:, None], bias_ptr, stride_bv, known, softcap, scale, HAS_SOFTCAP)
     inside = known & (n < N)[None, :]
     tl.store(z_ptr + n.to(tl.int64)[None, :] * J * BLOCK + column[:, None], z, mask=inside)
 
@@ -136,7 +131,7 @@ def _fold_kernel(
     PAIRS, first, C, J,
     stride_bv,
     softcap: tl.float64, scale: tl.float64, inverse_temperature: tl.float64,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr, ACC: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, RAGGED: tl.constexpr, ACC: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """BLOCKS of the PAIRS (token, block) of a slab of products: the largest z and the sum of exponentials.
@@ -153,7 +148,7 @@ def _fold_kernel(
     column = column[:, None, None] * BLOCK + place
     inside = keep & (column < C)
     x = tl.load(here, mask=keep, other=0.0, eviction_policy="evict_first").to(ACC)
-    z = finish(x, first + column, bias_ptr, stride_bv, inside, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+    z = finish(x, first + column, bias_ptr, stride_bv, inside, softcap, scale, HAS_SOFTCAP)
     if HAS_SOFTCAP:
         tl.store(here, z, mask=keep)
     order = ordered(z)
@@ -241,7 +236,7 @@ def _elements(slab, n, blocks, start, FINISHED: tl.constexpr, COLUMNS: tl.conste
     here = tl.max_contiguous(z_ptr + n[:, None] * J * BLOCK + column, [1, 1])
     z = tl.load(here, mask=there, other=0.0)
     if not FINISHED:
-        z = finish(z, first + column, bias_ptr, stride_bv, there, 0.0, scale, bias_ptr is not None, False)
+        z = finish(z, first + column, bias_ptr, stride_bv, there, 0.0, scale, False)
     return z, first + column, there
 
 
@@ -468,22 +463,9 @@ class Plan(NamedTuple):
     skinny: bool
 
 
-class Scratch(NamedTuple):
-    """The memory of a block of tokens: numbers in ACC or (i) integers of its width."""
-
-    z: Tensor
-    top: Tensor  # i
-    total: Tensor
-    chosen: Tensor  # i
-    value: Tensor
-    id: Tensor  # i
-    count: Tensor  # i
-    rest_max: Tensor
-    rest_sum: Tensor
-
-
 def token_elements(columns: int, k: int, block: int) -> list[int]:
-    """Elements a token has of each field of `Scratch`: rows of the slab hold whole blocks."""
+    """Elements a token has of the slab (whole blocks), of maxima and sums of its blocks, of chosen blocks, of values and ids
+    of candidates, of their count, and of the maximum and the sum of the rest."""
     blocks, room = cdiv(columns, block), tiles.topk_room(k)
     return [blocks * block, blocks, blocks, min(k, blocks), room, room, 1, 1, 1]
 
@@ -503,34 +485,20 @@ def linear_topk(
 
     `cut` replaces the plan, for tests and measurements.
     """
-    require_device(hidden=hidden, weight=head.weight, bias=head.bias)
     n, v, device = hidden.shape[0], head.weight.shape[0], hidden.device
-    require_sizes("linear_topk", hidden=hidden.shape[1], weight=v)
     values = torch.empty(n, k, dtype=head.acc, device=device)
     indices = torch.empty(n, k, dtype=torch.int64, device=device)
     tail = torch.empty(n, dtype=head.acc, device=device)
     if n:
         arch = tiles.architecture(device)
         cut = cut or plan(n, v, k, head.acc.itemsize, workspace_bytes(device), arch)
-        scratch = _scratch(min(n, cut.tokens), cut, k, head.acc, device)
-        with current_device(hidden):
-            for start in range(0, n, cut.tokens):
-                rows = slice(start, start + cut.tokens)
-                results = values[rows], indices[rows], tail[rows]
-                _topk_of_tokens(hidden[rows], head, 1.0 / temperature, cut, arch, scratch, *results)
+        elements = token_elements(cut.columns, k, cut.block)
+        scratch = allocate([min(n, cut.tokens) * count for count in elements], head.acc, device)
+        for start in range(0, n, cut.tokens):
+            rows = slice(start, start + cut.tokens)
+            results = values[rows], indices[rows], tail[rows]
+            _topk_of_tokens(hidden[rows], head, 1.0 / temperature, cut, arch, scratch, *results)
     return values, indices, tail
-
-
-def _scratch(n: int, cut: Plan, k: int, acc: torch.dtype, device: torch.device) -> Scratch:
-    elements = token_elements(cut.columns, k, cut.block)
-    scratch = Scratch(*allocate([n * count for count in elements], acc, device))
-    integer = torch.int64 if acc == torch.float64 else torch.int32
-    return scratch._replace(
-        top=scratch.top.view(integer),
-        chosen=scratch.chosen.view(integer),
-        id=scratch.id.view(integer),
-        count=scratch.count.view(integer),
-    )
 
 
 def _topk_of_tokens(
@@ -539,38 +507,48 @@ def _topk_of_tokens(
     inverse_temperature: float,
     cut: Plan,
     arch: int,
-    scratch: Scratch,
+    scratch: tuple[Tensor, ...],
     values: Tensor,
     indices: Tensor,
     tail: Tensor,
 ) -> None:
     """One block of tokens through all slabs, into views of the outputs."""
-    (n, k), v, block = values.shape, head.weight.shape[0], cut.block
-    _, acc = accumulator(hidden, head.weight)
-    bias, stride_bv = head.bias, 0 if head.bias is None else head.bias.stride(0)
-    integer = tl.int64 if acc == tl.float64 else tl.int32
+    (n, k), (v, d), block = values.shape, head.weight.shape, cut.block
+    acc, bias, stride_bv = ACCUMULATORS[head.acc], head.bias, 0 if head.bias is None else head.bias.stride(0)
+    integer, in_torch = (tl.int64, torch.int64) if acc == tl.float64 else (tl.int32, torch.int32)
+    slab, top, total, chosen, value, ids, count, rest_max, rest_sum = scratch
+    top, chosen, ids, count = (x.view(in_torch) for x in (top, chosen, ids, count))
     blocks = cdiv(cut.columns, block)
     fold = tiles.fold_tile(arch, block, head.acc.itemsize)
+    skinny = tiles.skinny_tile(arch, head.weight.element_size(), n)
     select = tiles.select_tile(k, blocks, block)
     for first in range(0, v, cut.columns):
         c = min(cut.columns, v - first)
         j = cdiv(c, block)
         if cut.skinny:
-            _skinny(hidden, head, first, c, inverse_temperature, arch, scratch, block)
+            _skinny_kernel[(cdiv(c, skinny.vocabulary),)](
+                hidden, head.weight, bias, slab, top, total,
+                n, d, first, c, j,
+                *hidden.stride(), *head.weight.stride(), stride_bv,
+                head.softcap or 0.0, head.scale, inverse_temperature,
+                HAS_SOFTCAP=head.softcap is not None, ACC=acc,
+                NATIVE=not INTERPRETED and acc == tl.float32 and hidden.dtype == head.weight.dtype,
+                TOKENS=max(16, next_power_of_2(n)), VOCABULARY=skinny.vocabulary, DEPTH=skinny.depth, BLOCK=block,
+                num_warps=skinny.warps, num_stages=skinny.stages,
+            )  # fmt: skip
         else:
-            z = scratch.z[: n * j * block].view(n, j * block)[:, :c]
+            z = slab[: n * j * block].view(n, j * block)[:, :c]
             product(hidden, head.weight[first : first + c].T, out=z)
             _fold_kernel[(require_grid(cdiv(n * j, fold.blocks), "linear_topk"),)](
-                scratch.z, bias, scratch.top, scratch.total,
+                slab, bias, top, total,
                 n * j, first, c, j,
                 stride_bv,
                 head.softcap or 0.0, head.scale, inverse_temperature,
-                HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, RAGGED=c % block != 0, ACC=acc,
+                HAS_SOFTCAP=head.softcap is not None, RAGGED=c % block != 0, ACC=acc,
                 BLOCKS=fold.blocks, BLOCK=block, PIECE=fold.piece, num_warps=fold.warps,
             )  # fmt: skip
         _select_kernel[(cdiv(n, select.tokens),)](
-            scratch.z, bias, scratch.top, scratch.total, scratch.chosen, scratch.value, scratch.id,
-            scratch.count, scratch.rest_max, scratch.rest_sum,
+            slab, bias, top, total, chosen, value, ids, count, rest_max, rest_sum,
             values, indices, tail,
             n, v, first, c, j, k, min(k, blocks), tiles.topk_room(k),
             stride_bv,
@@ -581,29 +559,3 @@ def _topk_of_tokens(
             COLUMNS=select.columns, BLOCK=block, RANKED=select.ranked, COMPARED=select.compared,
             num_warps=select.warps, num_stages=1,
         )  # fmt: skip
-
-
-def _skinny(
-    hidden: Tensor,
-    head: LMHead,
-    first: int,
-    c: int,
-    inverse_temperature: float,
-    arch: int,
-    scratch: Scratch,
-    block: int,
-) -> None:
-    """z of all tokens for C columns, and its fold, reading W once."""
-    (n, d), bias = hidden.shape, head.bias
-    _, acc = accumulator(hidden, head.weight)
-    tile = tiles.skinny_tile(arch, head.weight.element_size(), n)
-    _skinny_kernel[(cdiv(c, tile.vocabulary),)](
-        hidden, head.weight, bias, scratch.z, scratch.top, scratch.total,
-        n, d, first, c, cdiv(c, block),
-        *hidden.stride(), *head.weight.stride(), 0 if bias is None else bias.stride(0),
-        head.softcap or 0.0, head.scale, inverse_temperature,
-        HAS_BIAS=bias is not None, HAS_SOFTCAP=head.softcap is not None, ACC=acc,
-        NATIVE=not INTERPRETED and acc == tl.float32 and hidden.dtype == head.weight.dtype,
-        TOKENS=max(16, next_power_of_2(n)), VOCABULARY=tile.vocabulary, DEPTH=tile.depth, BLOCK=block,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip

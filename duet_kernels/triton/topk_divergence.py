@@ -39,15 +39,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import acc_dtype
 from ..options import Divergence
 from . import tiles
 from .primitives import (
-    accumulator,
-    current_device,
+    ACCUMULATORS,
     expm1_near_zero,
     log1p,
     number,
-    require_device,
     require_grid,
 )
 from .terms import clipped, expected, gradient, minus, of_distributions, of_logits
@@ -248,35 +247,27 @@ def topk_divergence(
             raise ValueError(f"{name}: normalization={spec.normalization!r} needs it, got None")
     student_tail_n = student_tail_n if use_student_tail else None
     teacher_tail_n = teacher_tail_n if use_teacher_tail else None
-    require_device(
-        student=student_nk,
-        teacher=teacher_nk,
-        student_tail=student_tail_n,
-        teacher_tail=teacher_tail_n,
-        factor=factor_n,
-    )
     n, k = student_nk.shape
-    torch_acc, acc = accumulator(student_nk, teacher_nk)
-    loss = torch.empty(n, dtype=torch_acc, device=student_nk.device)
-    dstudent = torch.empty(n, k, dtype=torch_acc, device=student_nk.device)
-    dtail = torch.empty(n if use_student_tail else 0, dtype=torch_acc, device=student_nk.device)
+    acc = acc_dtype(student_nk.dtype)
+    loss = torch.empty(n, dtype=acc, device=student_nk.device)
+    dstudent = torch.empty(n, k, dtype=acc, device=student_nk.device)
+    dtail = torch.empty(n if use_student_tail else 0, dtype=acc, device=student_nk.device)
     if n == 0:
         return loss, dstudent, dtail
     if k == 0:
         return loss.zero_(), dstudent, dtail.zero_()
     tile = tile or tiles.divergence_tile(k)
-    with current_device(student_nk):
-        _divergence_kernel[(require_grid(triton.cdiv(n, tile.tokens), "topk_divergence"),)](
-            student_nk, teacher_nk, student_tail_n, teacher_tail_n, factor_n,
-            loss, dstudent, dtail,
-            n, k,
-            *student_nk.stride(), *teacher_nk.stride(),
-            student_tail_n.stride(0) if use_student_tail else 0,
-            teacher_tail_n.stride(0) if use_teacher_tail else 0,
-            factor_n.stride(0),
-            spec.temperature, spec.beta, spec.delta, spec.clip,
-            STUDENT_TAIL=use_student_tail, TEACHER_TAIL=use_teacher_tail,
-            DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, CLIPPED=spec.clip < torch.inf, EPS=torch.finfo(torch_acc).eps, ACC=acc,
-            TOKENS=tile.tokens, COLUMNS=tile.columns, num_warps=tile.warps,
-        )  # fmt: skip
+    _divergence_kernel[(require_grid(triton.cdiv(n, tile.tokens), "topk_divergence"),)](
+        student_nk, teacher_nk, student_tail_n, teacher_tail_n, factor_n,
+        loss, dstudent, dtail,
+        n, k,
+        *student_nk.stride(), *teacher_nk.stride(),
+        student_tail_n.stride(0) if use_student_tail else 0,
+        teacher_tail_n.stride(0) if use_teacher_tail else 0,
+        factor_n.stride(0),
+        spec.temperature, spec.beta, spec.delta, spec.clip,
+        STUDENT_TAIL=use_student_tail, TEACHER_TAIL=use_teacher_tail,
+        DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, CLIPPED=spec.clip < torch.inf, EPS=torch.finfo(acc).eps, ACC=ACCUMULATORS[acc],
+        TOKENS=tile.tokens, COLUMNS=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
     return loss, dstudent, dtail
