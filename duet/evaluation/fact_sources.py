@@ -171,7 +171,7 @@ def source_rows(
         for column, wordings in source.kinds.items():
             entries = {entry["name"]: entry for entry in read if entry.get(column)}
             if not entries:
-                raise ValueError(f"source: {name} wants a {source.package} that gives {column!r}, this one does not")
+                raise ValueError(f"source: {name}: nothing in {source.package} has a {column!r}")
             values = {key: entry[column] for key, entry in entries.items() if entry[column] not in WORDS}
             by_fold = {each.casefold(): each for each in values}
             known += by_fold
