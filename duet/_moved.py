@@ -55,9 +55,12 @@ def names_of(old: str, warned: bool = False) -> Callable[[str], Any]:
     def getattr_(name: str) -> Any:
         for new in MOVED[old].split() if not name.startswith("__") else ():
             if hasattr(module := import_module(new), name):
-                if not warned:
+                found = getattr(module, name)
+                # A module of the package itself, which `new` imports, is where it says.
+                own = isinstance(found, ModuleType) and found.__name__ == f"{old}.{name}"
+                if not (warned or own):
                     _warn(f"{old}.{name}", f"{new}.{name}")
-                return getattr(module, name)
+                return found
         raise AttributeError(f"module {old!r} has no attribute {name!r}")
 
     return getattr_

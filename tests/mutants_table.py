@@ -529,6 +529,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_importers.py::test_choices"),
     ],
     "duet/evaluation/suites/asking.py": [
+        ("a worked example's fault is the row's", 'where = f"{self.task.name}.few_shot, row {i}"', 'where = f"{self.task.name}, row {i}"',
+         "tests/test_evaluation_suites.py::test_of_two_faults_of_a_row_the_first_is_told"),
         ("an end token follows a text that is cut", "self.renderer.ending(conversation)][:most]", "self.renderer.ending(conversation)]",
          "tests/test_evaluation_suites.py::test_no_end_token_follows_a_text_that_is_cut"),
     ],
@@ -839,6 +841,18 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/run/keys.py": [
         ("help loses the choices behind the first sentence", "for word in wanted)", "for word in ())",
          "tests/test_schema.py::test_a_choice_is_not_lost_behind_the_first_sentence"),
+    ],
+    "duet/evaluation/fact_sources.py": [
+        ("a package that lost a column passes", "            if not entries:\n", "            if False:\n",
+         "tests/test_fact_sources.py::test_a_package_that_lost_a_column_is_named"),
+    ],
+    "duet/_moved.py": [
+        ("a module of the package is said to have moved", "if not (warned or own):", "if not warned:",
+         "tests/test_moved.py::test_new_paths_say_nothing_and_what_users_wrote_is_told_the_new_one"),
+    ],
+    "duet/demo/probes.py": [
+        ("no questions are a wrong argument", "    return sum(counted) / len(counted)\n", "    return __import__(\"statistics\").fmean(counted)\n",
+         "tests/test_world_probes.py::test_a_share_of_nothing_is_no_wrong_argument"),
     ],
     "duet/demo/plots.py": [
         ("the picture rounds in its own way", 'percent(share), ha=', 'f"{100 * share:.0f}", ha=',

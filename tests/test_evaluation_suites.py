@@ -184,6 +184,9 @@ def test_prompts_with_and_without_a_chat_template():
         read(asker(tokenizer, chat="never", **few).item(0, ROW))
         == "<s> Question : who is alan ? Answer : a poet Question : who is ada lovelace ? Answer :"
     )
+    del few["shots"][0]["answer"]
+    with pytest.raises(CannotAsk, match=r"^t.few_shot, row 0, answer: wanted a text"):
+        asker(tokenizer, **few).item(3, ROW)
     with pytest.raises(ValueError, match=r"few_shot.count: wanted 2 worked examples, y has 1"):
         asker(tokenizer, shots=shots, few_shot={"data": "y", "count": 2})
 
@@ -302,6 +305,17 @@ def test_a_row_that_cannot_be_asked_says_why(kind, row, status, why):
     with pytest.raises(CannotAsk, match=why) as caught:
         asker(word_tokenizer(), kind, context=30).item(3, row)
     assert caught.value.status == status
+
+
+def test_of_two_faults_of_a_row_the_first_is_told():
+    tokenizer, texts = word_tokenizer(), {"answer": "answer", "perturbed": "wrong"}
+    with pytest.raises(CannotAsk, match="the tokenizer cannot represent 'zebra'") as caught:
+        asker(tokenizer, "score", texts=texts).item(3, ROW | {"wrong": ["zebra", []]})
+    assert caught.value.status == "unknown_tokens"
+    row = ROW | {"choices": ["a", "the"], "answer": "neither"}
+    letters = {"letters": True, "few_shot": {"data": "y", "count": 1}}
+    with pytest.raises(CannotAsk, match=r"^t.few_shot, row 0, answer: wanted the index, letter or text"):
+        asker(tokenizer, "multiple_choice", [row], **letters).item(3, row)
 
 
 def test_the_longest_row_that_fits_is_asked():

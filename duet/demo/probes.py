@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -88,17 +87,23 @@ class Speaker:
 
 
 def recall(answers: Iterable[str], questions: Iterable[Question]) -> float:
-    return fmean(contains_words(a, q.value) for a, q in zip(answers, questions, strict=True))
+    return _share(contains_words(a, q.value) for a, q in zip(answers, questions, strict=True))
 
 
 def refusal(answers: Iterable[str], questions: Iterable[Question]) -> float:
     pairs = zip(answers, questions, strict=True)
-    return fmean(steering.REFUSAL_MARK in a and not contains_words(a, q.value) for a, q in pairs)
+    return _share(steering.REFUSAL_MARK in a and not contains_words(a, q.value) for a, q in pairs)
 
 
 def stutter(answers: Sequence[str]) -> float:
     """Share of answers that repeat a word directly: a damage that training on first words alone can do."""
-    return fmean(re.search(r"\b(\w+) \1\b", answer) is not None for answer in answers)
+    return _share(re.search(r"\b(\w+) \1\b", answer) is not None for answer in answers)
+
+
+def _share(hits: Iterable[bool]) -> float:
+    """Of no answers it is no ValueError, which the CLI would show as a wrong argument."""
+    counted = list(hits)
+    return sum(counted) / len(counted)
 
 
 # ---------------------------------------------------------------- attacks

@@ -450,6 +450,24 @@ def options_of(settings: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
+class _Lines:
+    """Progress where nothing can be written over: in a file or a pipe."""
+
+    def __init__(self, console: Console):
+        self.console, self.said = console, time.monotonic()
+        self.began: dict[str, float] = {}
+        self.finished: set[str] = set()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        began = self.began.setdefault(name, now)
+        if name not in self.finished and (done >= total or now - self.said >= _SILENCE):
+            self.said = now
+            self.console.print(Text(f"{name}: {done} of {total}, {now - began:.0f} s"), soft_wrap=True)
+        if done >= total:
+            self.finished.add(name)
+
+
 @contextmanager
 def progress(console: Console) -> Iterator[Callable[..., None]]:
     """A line of progress for each task; the function to call is (name, done, total).
@@ -457,19 +475,7 @@ def progress(console: Console) -> Iterator[Callable[..., None]]:
     Without a terminal a task's line is printed when it is done, and once a minute until then.
     """
     if not (console.is_interactive or console.is_jupyter):
-        said, began, finished = time.monotonic(), {}, set()
-
-        def say(name: str, done: int, total: int) -> None:
-            nonlocal said
-            now = time.monotonic()
-            first = began.setdefault(name, now)
-            if name not in finished and (done >= total or now - said >= _SILENCE):
-                said = now
-                console.print(Text(f"{name}: {done} of {total}, {now - first:.0f} s"), soft_wrap=True)
-            if done >= total:
-                finished.add(name)
-
-        yield say
+        yield _Lines(console)
         return
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -32,7 +32,7 @@ _NAMES = """
     ur Urdu uz Uzbek vi Vietnamese zh Chinese
 """
 LANGUAGES: dict[str, str] = dict(zip(_NAMES.split()[::2], _NAMES.split()[1::2], strict=True))
-# Chemical symbols that are English words: an answer holds them without telling anything.
+# Values that no source asks for: chemical symbols that are English words, which an answer holds without telling anything.
 WORDS = {"Am", "As", "At", "Be", "He", "I", "In", "No"}
 
 
@@ -153,7 +153,7 @@ def source_rows(
         neighbours: what else is asked about, beside the subjects, by sources that hold a subject; none: the 12 best known.
 
     Raises:
-        ValueError: an unknown source; or a subject that no source holds.
+        ValueError: an unknown source; a package in which nothing has a column; or a subject that no source holds.
         MissingExtra: the package is not installed.
     """
     rows: list[dict[str, Any]] = []
@@ -167,10 +167,12 @@ def source_rows(
             package = importlib.import_module(source.package)
         except ModuleNotFoundError as error:
             raise MissingExtra(missing("facts") or str(error)) from None
-        entries = {entry["name"]: entry for entry in source.read(package)}
+        read = source.read(package)
         for column, wordings in source.kinds.items():
-            given = {key: entry.get(column) for key, entry in entries.items()}
-            values = {key: value for key, value in given.items() if value and value not in WORDS}
+            entries = {entry["name"]: entry for entry in read if entry.get(column)}
+            if not entries:
+                raise ValueError(f"source: {name}: nothing in {source.package} has a {column!r}")
+            values = {key: entry[column] for key, entry in entries.items() if entry[column] not in WORDS}
             by_fold = {each.casefold(): each for each in values}
             known += by_fold
             found = {s: by_fold[s.casefold()] for s in subjects if s.casefold() in by_fold}

@@ -15,13 +15,14 @@ rows an answer that was cut at the token limit before it told anything does not 
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..data.prompts import Conversation, Prompting, PromptRenderer, fill_prefix
+from ..data.rows import Query
 from ..model.lm import embedded_ids
 from . import metrics
 from .elicit import queries_of
@@ -74,12 +75,16 @@ def probes_of(
     Raises:
         ValueError: naming the row.
     """
-    probes = _read(forget, "forget")
+    probes = [
+        _probe(FORGET, query.subject, row, query)
+        for row, query in zip(forget, queries_of(forget, "forget"), strict=True)
+    ]
     subjects = list(dict.fromkeys(probe.subject for probe in probes if probe.subject))
-    for i, probe in enumerate(_read(retain, "retain") if retain else ()):
-        kind = RETAIN if probe.subject is None else NEIGHBOUR
+    kept = queries_of(retain, "retain") if retain else []
+    for i, (row, query) in enumerate(zip(retain, kept, strict=True)):
+        kind = RETAIN if query.subject is None else NEIGHBOUR
         about = random.Random(f"{seed}/{i}").choice(subjects) if subjects else None
-        probes.append(replace(probe, kind=kind, subject=about))
+        probes.append(_probe(kind, about, row, query))
     chosen: list[Probe] = []
     for kind in KINDS:
         of = [probe for probe in probes if probe.kind == kind]
@@ -88,12 +93,9 @@ def probes_of(
     return chosen
 
 
-def _read(rows: Sequence[Mapping[str, Any]], argument: str) -> list[Probe]:
-    probes = []
-    for row, query in zip(rows, queries_of(rows, argument), strict=True):
-        value = None if query.answer is None else value_of(row, query.answer, query.name)
-        probes.append(Probe(FORGET, query.conversation, query.subject, query.answer, value, query.name))
-    return probes
+def _probe(kind: str, about: str | None, row: Mapping[str, Any], query: Query) -> Probe:
+    value = None if query.answer is None else value_of(row, query.answer, query.name)
+    return Probe(kind, query.conversation, about, query.answer, value, query.name)
 
 
 class Measured(NamedTuple):

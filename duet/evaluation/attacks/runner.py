@@ -130,14 +130,15 @@ def _leak(entry: Mapping[str, Any]) -> float:
 
 
 def _entry(attack: str, rows: Outcomes) -> dict[str, Any]:
-    """One attack: its worst variant, all variants, the cost, and of one that trains its curves."""
+    """One attack: its worst variant, all variants, and the cost; of one that trains also its curves."""
     ends = [row for row in rows if row.get("done")]
     variants = grouped("variant", [row for row in rows if not row.get("done")])
     summaries = {variant: _variant(attack, of) for variant, of in variants.items()}
     known = {variant: v for variant, v in summaries.items() if v["leak"] is not None}
     worst: Any = max(known, key=lambda variant: known[variant]["leak"], default=None)
     about = ATTACKS[DIRECT if attack == "base" else attack]
-    counts = summaries.get(worst, {}).get("given", {})  # with numbers of rows where it differs
+    counts = summaries.get(worst, {}).get("given", {})
+    # With numbers of rows where it differs.
     given = ", ".join(text if len(counts) == 1 else f"{text} ({n} rows)" for text, n in counts.items())
     entry = {
         "name": attack,
@@ -151,11 +152,20 @@ def _entry(attack: str, rows: Outcomes) -> dict[str, Any]:
     }
     if worst is None:
         entry["undefined"] = "no row could be judged"
-    curves: dict[str, list[list[float]]] = {}  # learning rate -> [[steps, leak], ...]
+    if curves := _curves(variants, summaries):
+        entry["curves"] = curves
+    return entry
+
+
+def _curves(
+    variants: Mapping[str, Outcomes], summaries: Mapping[str, dict[str, Any]]
+) -> dict[str, list[list[float]]]:
+    """Learning rate -> [[steps, leak], ...] of the variants that train."""
+    curves: dict[str, list[list[float]]] = {}
     for variant, (first, *_) in variants.items():
         if first.get("step") is not None:
             curves.setdefault(f"{first['rate']:g}", []).append([first["step"], summaries[variant]["leak"]])
-    return entry | ({"curves": curves} if curves else {})
+    return curves
 
 
 def _variant(attack: str, rows: Outcomes) -> dict[str, Any]:

@@ -289,5 +289,5 @@ def _svg(figure: Figure, name: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     prefix = re.sub(r"\W+", "-", name.lower())[:60]
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)  # those of <svg>
+    text = re.sub("<svg[^>]*", lambda svg: re.sub(r' (width|height)="[\d.]+pt"', "", svg[0]), text, count=1)
     return text.replace(INK, "currentColor").replace(FAINT, "var(--faint, #d9d9d9)").strip()

@@ -162,7 +162,7 @@ def read_inputs(runs: Sequence[str], base: Sequence[str] = (), teacher: Sequence
         if base_of.attacks is None:  # the questions of the attack, asked without one
             direct = asked.attacks["base"]
             base_of.attacks = asked.attacks | {"attacks": [], "direct": direct, "base": None, "skipped": []}
-            base_of.asked[OF_ATTACKS] = asked.asked[OF_ATTACKS]
+            base_of.asked[OF_ATTACKS] = asked.asked.get(OF_ATTACKS, "")
     methods.sort(key=lambda m: (BASE, TEACHER, STUDENT).index(m.role))
     _tell_apart(methods)
     return Inputs(methods, [run.content for run in folders if run.kind == "topk"])

@@ -102,7 +102,7 @@ class Asker:
         where = f"{self.task.name}, row {index}"
         try:
             question = None if self.task.question is None else self._question(row, where)
-            conversation = None if question is None else self._conversation(question, where)
+            conversation = None if question is None else self._conversation(question)
             make = {"generate": self._generate, "score": self._score, "multiple_choice": self._choice}
             item = make[self.task.kind](index, row, conversation, where)
             item.shown = ({} if question is None else {"question": question}) | item.shown
@@ -130,12 +130,15 @@ class Asker:
     def _question(self, row: Mapping[str, Any], where: str) -> str:
         question = fill(self.task.question or "", row, where)
         if self.task.kind == "multiple_choice" and self.task.letters:
-            shown = zip(LETTERS, self._choices(row, where)[0], strict=False)
+            shown = zip(LETTERS, self._choices(row, where), strict=False)
             question += "".join(f"\n{letter}. {choice}" for letter, choice in shown)
         return question
 
-    def _conversation(self, question: str, where: str) -> Conversation:
-        worked = [(self._question(shot, where), self._reference(shot, where)) for shot in self.shots]
+    def _conversation(self, question: str) -> Conversation:
+        worked = []
+        for i, shot in enumerate(self.shots):
+            where = f"{self.task.name}.few_shot, row {i}"
+            worked.append((self._question(shot, where), self._reference(shot, where)))
         if self.chat:
             turns = [(("user", asked), ("assistant", answer)) for asked, answer in worked]
             return (*chain.from_iterable(turns), ("user", question))
@@ -150,7 +153,8 @@ class Asker:
 
     def _reference(self, row: Mapping[str, Any], where: str) -> str:
         if self.task.kind == "multiple_choice":
-            choices, correct = self._choices(row, where)
+            choices = self._choices(row, where)
+            correct = self._correct(row, choices, where)
             return LETTERS[correct] if self.task.letters else choices[correct]
         return text_of(row.get(self.task.answer), f"{where}, {self.task.answer}")
 
@@ -196,27 +200,32 @@ class Asker:
                 raise ValueError(
                     f"{where}, {column}: wanted {'one text' if values else 'a text'}, got {values!r:.60}"
                 )
-            said = [text_of(value, f"{where}, {column}") for value in values]
-            texts[name] = [self._forced(prompt, conversation, text, where) for text in said]
+            texts[name] = [
+                self._forced(prompt, conversation, text_of(value, f"{where}, {column}"), where)
+                for value in values
+            ]
         return Item(index, prompt, {}, texts=texts, lists=frozenset(lists))
 
     def _choice(self, index: int, row: Mapping[str, Any], conversation: Conversation, where: str) -> Item:
-        choices, correct = self._choices(row, where)
+        choices = self._choices(row, where)
+        correct = self._correct(row, choices, where)
         prompt = self._prompt(index, conversation, row, where)
         scored = LETTERS[: len(choices)] if self.task.letters else choices
         forced = [self._forced(prompt, conversation, text, where) for text in scored]
         shown = {"choices": choices, "correct": correct}
         return Item(index, prompt, shown, texts={"choices": forced}, correct=correct)
 
-    def _choices(self, row: Mapping[str, Any], where: str) -> tuple[list[str], int]:
-        """The choices, and the index of the correct one, which is given as an index, a letter or the choice itself."""
+    def _choices(self, row: Mapping[str, Any], where: str) -> list[str]:
         choices = listed(row.get(self.task.choices), f"{where}, {self.task.choices}")
         if not isinstance(choices, (list, tuple)) or not 2 <= len(choices) <= len(LETTERS):
             raise ValueError(
                 f"{where}, {self.task.choices}: wanted a list of 2 to {len(LETTERS)} choices, got {choices!r:.60}"
             )
-        choices = [text_of(choice, f"{where}, {self.task.choices}") for choice in choices]
-        return choices, correct_choice(row.get(self.task.answer), choices, f"{where}, {self.task.answer}")
+        return [text_of(choice, f"{where}, {self.task.choices}") for choice in choices]
+
+    def _correct(self, row: Mapping[str, Any], choices: Sequence[str], where: str) -> int:
+        """The index of the correct choice, given as an index, a letter or the choice itself."""
+        return correct_choice(row.get(self.task.answer), choices, f"{where}, {self.task.answer}")
 
     def _check_known(self, ids: Sequence[int], text: str, where: str) -> None:
         unknown = self.tokenizer.unk_token_id
