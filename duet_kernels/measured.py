@@ -105,7 +105,8 @@ def load(path: pathlib.Path = PATH) -> Measured:
         raise ValueError(f"{path.name}: not JSON: {error}") from None
     names = ["exceptions", "format", "tiles"]
     right = isinstance(content, dict) and sorted(content) == names and content["format"] == FORMAT
-    require(right, "", f"the fields {names} and format {FORMAT}", content)
+    got = content if not isinstance(content, dict) else f"{sorted(content)}, format {content.get('format')}"
+    require(right, "", f"the fields {names} and format {FORMAT}", got)
     return Measured(entries("exceptions", Slower), entries("tiles", Tile))
 
 

@@ -176,11 +176,17 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_triton_stats.py::test_ties_and_flat_rows"),
     ],
     # --- duet_kernels, operations and arguments -----------------------------------------------------------------------
+    "duet_kernels/ops/primitives.py": [
+        ("an absent result is fp32 in the fake", "dtail, entropy = hidden.new_empty(0), hidden.new_empty(0)", "dtail, entropy = tail.new_empty(0), tail.new_empty(0)",
+         "tests/test_compile_ops.py::test_opcheck_of_absent_results_in_other_dtypes[(False, False, False)-torch.bfloat16]"),
+    ],
     "duet_kernels/ops/op.py": [
         ("a second derivative is zeros", "    if torch.is_grad_enabled():\n        raise", "    if False:\n        raise",
          "tests/test_regressions.py::test_a_second_derivative_is_refused_by_name[cross-entropy]"),
         ("a forward-mode tangent is dropped", "if leaf is not None and forward_ad.unpack_dual(leaf).tangent is not None:", "if False:",
          "tests/test_regressions.py::test_forward_mode_is_refused_and_never_zero[gather]"),
+        ("a surplus argument is the implementation", "            if len(args) != len(names):", "            if len(args) < len(names):",
+         "tests/test_compile_ops.py::test_an_op_counts_its_arguments[2]"),
         ("saved tensors are read twice", "            tensors = ctx.saved_tensors  # read once", "            tensors = ctx.saved_tensors and ctx.saved_tensors  # read once",
          "tests/test_contract_settings.py::test_checkpointing_recomputes_the_same[none]"),
         ("torch.func.grad is not refused", "if functorch.is_gradtrackingtensor(leaf) and leaf.requires_grad:", "if False:",

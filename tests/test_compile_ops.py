@@ -315,3 +315,27 @@ def test_opcheck_of_the_fused_losses_in_other_dtypes(name, dtype, reduce):
     arguments[-3] = reduce
     arguments[factor] = arguments[factor].to(torch.float64 if dtype == torch.float64 else torch.float32)
     torch.library.opcheck(OPERATORS[name], tuple(arguments), test_utils=QUICK)
+
+
+# complement_and_values: with_values, with_entropy, and whether hidden states need a gradient.
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [(False, False, True), (False, False, False), (True, True, True), (True, False, False)],
+    ids=str,
+)
+def test_opcheck_of_absent_results_in_other_dtypes(dtype, options):
+    """The fake kernel has to know the dtype of a result that is absent, too."""
+    hidden = torch.randn(6, 8, dtype=dtype).requires_grad_(options[2])
+    weight, ids = torch.randn(19, 8, dtype=dtype).requires_grad_(), torch.tensor([[0, 3]] * 6)
+    with_values, with_entropy, need = options
+    arguments = hidden, weight, None, None, 1.0, ids, 1.0, with_values, with_entropy, [need, False, False]
+    torch.library.opcheck(OPERATORS["complement_and_values"], (*arguments, "chunked"), test_utils=QUICK)
+
+
+@pytest.mark.parametrize("more", [(), (3, "chunked")], ids=len)
+def test_an_op_counts_its_arguments(more):
+    """A surplus one would be taken for the implementation."""
+    op, hidden = ops.primitives._linear_gather, torch.randn(2, 8)
+    with pytest.raises(TypeError, match=r"linear_gather: wanted 7 arguments, hidden, weight, .* got"):
+        op(hidden, LMHead(torch.randn(19, 8)), torch.zeros(2, 1, dtype=torch.int64), *more)

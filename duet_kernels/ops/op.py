@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import reference
 from ..dispatch import exact_dtypes
 from ..head import LMHead, Need
 from ..options import Divergence
@@ -36,25 +35,37 @@ def implementation(impl: str) -> Any:
     return importlib.import_module(f"..{'triton' if impl == 'triton' else 'portable'}", __package__)
 
 
+def _grouped(names: list[str]) -> list[tuple[Callable[..., Any], slice]]:
+    """How the arguments of a schema become those of the function: what makes each, and of which."""
+    whole, at = [], 0
+    while at < len(names):
+        size, make = _WHOLE.get(names[at], (1, lambda x: x))
+        whole.append((make, slice(at, at + size)))
+        at += size
+    return whole
+
+
 class Op:
-    """A pure operation: the function of its name in `portable`, `triton` or `reference`, called with its arguments and `impl`.
+    """A pure operation: the function of its name in `portable` or `triton`, which its last argument, `impl`, chooses.
+
+    `Op("linear_topk", "(Tensor hidden, <the four of a head>, SymInt k, float temperature, str impl) -> ...")` called with
+    `(hidden, head, 5, 1.0, "chunked")` runs `portable.linear_topk(hidden, head, 5, 1.0)`. The first argument is a tensor.
+    The names `weight`, `teacher_weight`, `divergence` and `need` of a schema stand for what they begin (`_WHOLE`): a head,
+    a divergence, which gradients are asked for. A result that is None becomes an empty tensor. `body` is called with the
+    function and its arguments, in place of the function.
 
     torch.compile, fake tensors and torch.func.vmap get a custom op, of tensors and numbers alone. Everything else calls the
     function itself, as an autograd function where there is a derivative: the machinery of a custom op takes longer than a
-    small kernel. A result that is None becomes an empty tensor. A `body` is called with the function and its arguments.
-
-    The names of a schema say what stands together (`_WHOLE`): a head, a divergence, which gradients are asked for.
+    small kernel.
     """
 
     def __init__(self, name: str, schema: str, body: Callable[..., Any] | None = None) -> None:
         names = [argument.split()[-1] for argument in schema[1 : schema.index(")")].split(", ")]
-        whole, at = [], 0
-        while at < len(names):
-            size, make = _WHOLE.get(names[at], (1, lambda x: x))
-            whole.append((make, slice(at, at + size)))
-            at += size
+        whole = _grouped(names)
 
         def forward(ctx: Any, *args: Any) -> Any:
+            if len(args) != len(names):
+                raise TypeError(f"{name}: wanted {len(names)} arguments, {', '.join(names)}, got {len(args)}")
             *given, impl = [make(*args[parts]) for make, parts in whole]
             room = implementation(impl)
             launching = (
@@ -120,8 +131,6 @@ class Op:
         A custom op drops forward-mode tangents without a word, and zeros would pass for a derivative. torch.func.grad cannot
         go through the autograd function that torch makes of it.
         """
-        if args[-1] == "reference":
-            return getattr(reference, self.name)(*args[:-1])
         transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
         parts: list[Any] = []
         for x in args:

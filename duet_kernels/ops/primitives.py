@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,21 @@ from .op import HEAD, LEAVES, Op, gradients_like, needs_gradient, refuse_second_
 # --- top-k: a selection, without a gradient ---------------------------------------------------------------------
 
 
-linear_topk = Op(
+def linear_topk(
+    hidden: Tensor, head: LMHead, k: int, temperature: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(`[N, K]` the largest logits, their ids, `[N]` log-sum-exp of z / T)."""
+    if impl == "reference":
+        return reference.linear_topk(hidden, head, k, temperature)
+    return _linear_topk(hidden, head, k, temperature, impl)
+
+
+_linear_topk = Op(
     "linear_topk", f"({HEAD}, SymInt k, float temperature, str impl) -> (Tensor, Tensor, Tensor)"
 )
 
 
-@linear_topk.register_fake
+@_linear_topk.register_fake
 def _(hidden, weight, bias, softcap, scale, k, temperature, impl):
     values = hidden.new_empty(hidden.shape[0], k, dtype=acc_dtype(hidden.dtype))
     return values, torch.empty_like(values, dtype=torch.int64), values.new_empty(hidden.shape[0])
@@ -27,11 +38,17 @@ def _(hidden, weight, bias, softcap, scale, k, temperature, impl):
 # --- gather: logits at given ids --------------------------------------------------------------------------------
 
 
-# An id below 0 is an absent slot with the value -inf, except in the definition.
-linear_gather = Op("linear_gather", f"({HEAD}, Tensor indices, str impl) -> Tensor")
+def linear_gather(hidden: Tensor, head: LMHead, indices: Tensor, impl: str) -> Tensor:
+    """`[N, K]` logits at ids. An id below 0 is an absent slot with the value -inf, except in the definition."""
+    if impl == "reference":
+        return reference.linear_gather(hidden, head, indices)
+    return _linear_gather(hidden, head, indices, impl)
 
 
-@linear_gather.register_fake
+_linear_gather = Op("linear_gather", f"({HEAD}, Tensor indices, str impl) -> Tensor")
+
+
+@_linear_gather.register_fake
 def _(hidden, weight, bias, softcap, scale, indices, impl):
     return hidden.new_empty(indices.shape, dtype=acc_dtype(hidden.dtype))
 
@@ -53,7 +70,7 @@ def _linear_gather_gradient(ctx, inputs, outputs, grad):
     return linear_gather_backward(*head, grad, *outputs, indices, ctx.needs_input_grad[:3], impl)
 
 
-linear_gather.register_autograd(_linear_gather_gradient, slice(1), saved=(*LEAVES, "indices"))
+_linear_gather.register_autograd(_linear_gather_gradient, slice(1), saved=(*LEAVES, "indices"))
 
 
 # --- the log-sum-exp without given ids, and the logits at them --------------------------------------------------
@@ -91,10 +108,11 @@ _complement_and_values = Op(
 def _(hidden, weight, bias, softcap, scale, ids, temperature, with_values, with_entropy, need, impl):
     (n, k), acc = ids.shape, acc_dtype(hidden.dtype)
     tail = hidden.new_empty(n, dtype=acc)
-    dtail = hidden.new_empty(
-        hidden.shape if need[0] else (0,), dtype=acc if with_values else grad_dtype(hidden.dtype)
-    )
-    return tail, tail.new_empty(n, k if with_values else 0), dtail, tail.new_empty(n if with_entropy else 0)
+    values = tail.new_empty(n, k if with_values else 0)
+    dtail, entropy = hidden.new_empty(0), hidden.new_empty(0)  # absent: as `Op` gives what is None
+    if need[0]:
+        dtail = hidden.new_empty(hidden.shape, dtype=acc if with_values else grad_dtype(hidden.dtype))
+    return tail, values, dtail, torch.empty_like(tail) if with_entropy else entropy
 
 
 complement_and_values_backward = Op(
@@ -113,17 +131,19 @@ def _(hidden, weight, bias, softcap, scale, *rest):
 def _complement_and_values_gradient(ctx, inputs, outputs, grad_tail, grad_values, *_):
     *head, ids, temperature, with_values, _, _, impl = inputs
     refuse_second_derivative("topk_distill_stats" if with_values else "linear_logsumexp")
-    (tail, values, dtail), need, dhidden = outputs, ctx.needs_input_grad[:3], None
+    (tail, values, dtail), need = outputs, ctx.needs_input_grad[:3]
     if grad_tail is None:
         grad_tail = torch.zeros_like(tail)
     if grad_values is None:  # the ids have no gradient, and dh has one term
         values = grad_values = values[:, :0]
-        dhidden, need = times(dtail, grad_tail, ctx.dtype, impl) if need[0] else None, (False, *need[1:])
-    if not any(need):
-        return [dhidden]
+        need = False, *need[1:]
     given = ids, temperature, tail, values, dtail, grad_tail, grad_values
-    gradients = complement_and_values_backward(*head, *given, need, impl)
-    return gradients if dhidden is None else (dhidden, *gradients[1:])
+    gradients: list[Tensor | None] = [None, None, None]
+    if any(need):
+        gradients = list(complement_and_values_backward(*head, *given, need, impl))
+    if ctx.needs_input_grad[0] and not need[0]:  # after dW, which needs memory of its own
+        gradients[0] = times(dtail, grad_tail, ctx.dtype, impl)
+    return gradients
 
 
 _complement_and_values.register_autograd(_complement_and_values_gradient, slice(3), saved=(*LEAVES, "ids"))
@@ -132,11 +152,19 @@ _complement_and_values.register_autograd(_complement_and_values_gradient, slice(
 # --- token statistics: one pass, without a gradient -------------------------------------------------------------
 
 
-# Log-sum-exp, entropy, variance of the log-probability and log p of the labels, each `[N]`.
-token_stats = Op("token_stats", f"({HEAD}, Tensor? labels, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
+def token_stats(
+    hidden: Tensor, head: LMHead, labels: Tensor | None, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Log-sum-exp, entropy, variance of the log-probability, each `[N]`; log p of the labels, without them empty or None."""
+    if impl == "reference":
+        return reference.token_stats(hidden, head, labels)
+    return _token_stats(hidden, head, labels, impl)
 
 
-@token_stats.register_fake
+_token_stats = Op("token_stats", f"({HEAD}, Tensor? labels, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+@_token_stats.register_fake
 def _(hidden, weight, bias, softcap, scale, labels, impl):
     row = hidden.new_empty(hidden.shape[0], dtype=acc_dtype(hidden.dtype))
     logprob = hidden.new_empty(0) if labels is None else torch.empty_like(row)

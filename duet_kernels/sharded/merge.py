@@ -6,6 +6,7 @@ Legend: N tokens, D hidden size, V vocabulary, K ids of a token, R ranks, T temp
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ def _shares(logsumexps: Tensor) -> Tensor:
 @collective
 def token_stats(
     hidden: Tensor, head: LMHead, labels: Tensor | None, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Any]:
     agree(head, "linear_token_stats", (), hidden=hidden, labels=labels)
     part = Part.of(hidden, head)
     own = None if labels is None else part.own(labels)

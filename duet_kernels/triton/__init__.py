@@ -1,7 +1,8 @@
 """The Triton kernels: one file a family, from top to bottom a formula, its kernels and their launchers.
 
 The functions below have the signatures of those in `duet_kernels.portable`. Importing this package imports triton, so
-`ops` does it when a kernel is first wanted. They take checked, flattened tensors, inside of `launching`.
+`ops` does it when a kernel is first wanted. They take checked, flattened tensors, inside of `launching`;
+`times_rows` and `times_upstream` run in a backward pass, where autograd has made the gradient's device the current one.
 """
 
 from .complement import (

@@ -448,7 +448,7 @@ def complement_and_values(
     loss = _Complement(hidden, head, ids, ones, temperature, with_entropy)
     # dW is made of the tail later, and must not depend on whether dh is wanted too.
     dtail, entropy = dense.run(loss, Need(need.hidden), as_beside=Need(True))[0], None
-    tail = loss.loss
+    tail = loss.loss.clone()
     if ids.shape[1]:
         tail.masked_fill_((ids >= len(head.weight)).any(1), torch.nan)
     if with_entropy:
