@@ -370,7 +370,10 @@ def file(*exceptions):
     [
         ("{", "not JSON"),
         ({}, "wanted the fields"),
-        ({"format": 1, "exceptions": [], "tiles": []}, r"format 2, got \"\['exceptions', 'format', 'tiles'\], format 1\""),
+        (
+            {"format": 1, "exceptions": [], "tiles": []},
+            r"format 2, got \"\['exceptions', 'format', 'tiles'\], format 1\"",
+        ),
         (file({**SLOWER, "speed": 1}), r"exceptions\[0\]: wanted the fields"),
         (file(SLOWER, {**SLOWER, "arch": "90"}), r"exceptions\[1\].arch: wanted"),
         (file({**SLOWER, "tokens": [64]}), r"exceptions\[0\].tokens: wanted the least and the most"),
