@@ -10,7 +10,8 @@ import duet
 from duet import extras
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TABLES = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = TABLES["project"]
 IMPORTED_AS = {"pyyaml": "yaml"}
 
 
@@ -30,7 +31,7 @@ def test_extras_are_told_as_they_are_declared(extra):
 
 def test_the_lowest_versions_are_those_that_are_declared():
     """`make test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt` tests what pyproject.toml promises."""
-    declared = [*PROJECT["dependencies"]]
+    declared = [*TABLES["build-system"]["requires"], *PROJECT["dependencies"]]
     for extra in ("train", "eval", "triton", "quant"):
         declared += PROJECT["optional-dependencies"][extra]
     lowest = (ROOT / "constraints-lowest.txt").read_text().splitlines()[1:]
