@@ -13,7 +13,7 @@ from dense_walks import WALKS, columns, few_programs, force
 from divergences import FORMS
 
 from duet_kernels import portable, reference
-from duet_kernels.head import Need
+from duet_kernels.head import LMHead, Need
 from duet_kernels.options import Divergence
 from duet_kernels.testing import assert_within_budget, make_problem
 from duet_kernels.triton import complement as kernel
@@ -217,6 +217,21 @@ def test_values_that_are_not_there_have_no_gradient(backward):
     got = backward.complement_and_values_backward(*inputs, tail, none, dtail, grad, none, ALL)
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b) and bool(a.any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("room", [kernel, portable], ids=["triton", "chunked"])
+def test_gradients_have_the_dtype_of_the_inputs(room, dtype):
+    """As the fake kernel says: a compiled graph reads their memory as this dtype."""
+    hidden, head = (
+        torch.randn(4, 8, dtype=dtype),
+        LMHead(torch.randn(37, 8, dtype=dtype), torch.randn(37, dtype=dtype)),
+    )
+    ids, need = torch.tensor([[0, 3]] * 4), Need(True, True, True)
+    tail, values, dtail, _ = room.complement_and_values(hidden, head, ids, 1.0, True, False, need)
+    given = tail, values, dtail, torch.ones_like(tail), torch.ones_like(values), need
+    found = room.complement_and_values_backward(hidden, head, ids, 1.0, *given)
+    assert [x.dtype for x in found] == [dtype] * 3
 
 
 @pytest.mark.parametrize("family", FAMILIES[:3])
