@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -115,10 +116,16 @@ def _(hidden, weight, bias, softcap, scale, ids, temperature, with_values, with_
     return tail, values, dtail, torch.empty_like(tail) if with_entropy else entropy
 
 
+def _rounded(function: Callable[..., Iterable[Tensor | None]], hidden: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """The gradients in the dtype of the inputs, as the fake says: Triton's of fp16 come in fp32."""
+    return tuple(None if x is None else x.to(hidden.dtype) for x in function(hidden, *rest))
+
+
 complement_and_values_backward = Op(
     "complement_and_values_backward",
     f"({HEAD}, Tensor ids, float temperature, Tensor tail, Tensor values, Tensor dtail, Tensor grad_tail, Tensor grad_values, "
     "bool[] need, str impl) -> (Tensor, Tensor, Tensor)",
+    _rounded,
 )
 
 

@@ -485,8 +485,7 @@ def complement_and_values_backward(
     if need.weight or need.bias:
         counts = ((grad_tail != 0) | (grad_values != 0).any(1)).to(grad_tail.dtype)
         saved = _Saved(grad_tail, grad_values, tail, values, hidden, head, ids, counts, temperature)
-        _, *made = dense.run(saved, need._replace(hidden=False))
-        dweight, dbias = (None if x is None else x.to(hidden.dtype) for x in made)
+        _, dweight, dbias = dense.run(saved, need._replace(hidden=False))
     return dhidden, dweight, dbias
 
 
