@@ -42,7 +42,8 @@ def train(out, lora: bool, batch: int, resume: str | None = None, forget: int = 
     trainer = DuetTrainer(model, args, *rows, word_tokenizer(), peft_config=adapter)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(out / "last"))
-    trainer.state.save_to_json(str(out / "state.json"))
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(out / "state.json"))
 
 
 def sharded(rank: int) -> None:
