@@ -154,15 +154,7 @@ def import_teacher(
         TypeError, ValueError, OSError: naming the column and the row.
     """
     job = _Job.of(
-        model,
-        args,
-        forget_dataset,
-        retain_dataset,
-        processing_class,
-        eval_dataset,
-        folder,
-        dtype,
-        elsewhere=True,
+        model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, folder, dtype, here=False
     )
     entry_ids = [entry_id for entry_ids in job.rows.values() for entry_id in entry_ids]
     entries = dict(read_columns(columns, job.provenance, entry_ids))
@@ -210,15 +202,7 @@ def ask_teacher(
                 f"ask: wanted ask_prompt with temperature={args.temperature}, as in args.temperature, got {asked_at}"
             )
     job = _Job.of(
-        model,
-        args,
-        forget_dataset,
-        retain_dataset,
-        processing_class,
-        eval_dataset,
-        folder,
-        dtype,
-        elsewhere=True,
+        model, args, forget_dataset, retain_dataset, processing_class, eval_dataset, folder, dtype, here=False
     )
     if job.provenance.answers == "teacher":
         raise ValueError(
@@ -286,13 +270,13 @@ class _Job:
         eval_dataset: Any,
         folder: str | Path | None,
         dtype: str,
-        elsewhere: bool = False,
+        here: bool = True,
     ) -> "_Job":
-        """As in `cache_teacher`; `elsewhere`: another program makes the log-probabilities."""
+        """As in `cache_teacher`; `here`: whether this program makes the logits, or another one log-probabilities."""
         folder = folder or args.teacher_store
         if not folder:
             raise ValueError("folder: wanted a path here or in args.teacher_store, got neither")
-        device = None if elsewhere else loading_device(args)
+        device = loading_device(args) if here else None
         model = load_model(model, "model", args.model_init_kwargs, device, args.earlier_adapter)
         model = without_attached_adapter(model, args.earlier_adapter)
         objective = objective_of(args)
@@ -318,7 +302,7 @@ class _Job:
                 questions[entry_id] = asked
                 named.setdefault(asked.name, []).append(entry_id)
         provenance = provenance_of(model, head, tokenizer, args, datasets[0], objective, dtype)
-        if elsewhere:
+        if not here:
             provenance = replace(provenance, values=LOG_PROBABILITIES, autocast=None)
         return cls(folder, model, tokenizer, pad_id, datasets[0], questions, named, provenance)
 
