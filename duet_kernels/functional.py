@@ -538,7 +538,7 @@ def linear_token_stats(
 
 def _resolve(
     op: str, hidden_nd: Tensor, head: LMHead, impl: Impl, k: int | None = None, lse: bool = False
-):  # without its type, a checker knows what `ops` and `sharded` take
+):  # no type is written for the result: a type checker then checks the calls into `ops` and `sharded`
     """(`ops` or `sharded`, the implementation of `op`); `lse`: of its form that needs a log-sum-exp of the student."""
     op, (n, _) = f"{op}/lse" if lse else op, hidden_nd.shape
     choice, _ = resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl, tokens=n, k=k)

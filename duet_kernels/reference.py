@@ -40,7 +40,7 @@ def linear_topk(hidden_nd: Tensor, head: LMHead, k: int, temperature: float) -> 
 
 
 def linear_gather(hidden_nd: Tensor, head: LMHead, indices_nk: Tensor) -> Tensor:
-    """`[N, K]` z at the ids; at the first id where one is below 0."""
+    """`[N, K]` z at the ids. An id below 0 is read as id 0."""
     return logits(hidden_nd, head).gather(-1, indices_nk.clamp(min=0))
 
 

@@ -40,7 +40,7 @@ def _(hidden, weight, bias, softcap, scale, k, temperature, impl):
 
 
 def linear_gather(hidden: Tensor, head: LMHead, indices: Tensor, impl: str) -> Tensor:
-    """`[N, K]` logits at ids. An id below 0 is an absent slot with the value -inf, except in the definition."""
+    """`[N, K]` logits at ids. An id below 0 is an absent slot with the value -inf; `reference` reads it as id 0."""
     if impl == "reference":
         return reference.linear_gather(hidden, head, indices)
     return _linear_gather(hidden, head, indices, impl)
