@@ -258,6 +258,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _steer_by_template(self) -> None:
+        """Puts the steering prefix into the chat template: `in_context` trains nothing."""
         subjects = ", ".join(self._train_subjects) or None  # one prefix for every conversation
         said = fill_prefix(self.args.steering_prefixes[0], subjects, "forget_dataset")
         tokenizer, options = self.renderer.tokenizer, self.renderer.template_kwargs

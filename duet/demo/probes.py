@@ -101,7 +101,7 @@ def stutter(answers: Sequence[str]) -> float:
 
 
 def _share(hits: Iterable[bool]) -> float:
-    """Of no answers it is no ValueError, which the CLI would show as a wrong argument."""
+    """The share of True. Without answers a ZeroDivisionError: the CLI shows a ValueError as a wrong argument."""
     counted = list(hits)
     return sum(counted) / len(counted)
 

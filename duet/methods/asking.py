@@ -1,4 +1,4 @@
-"""What a method may ask of the frozen teacher before training: the trainer as `Objective.prepare(trainer, dataset)` meets it."""
+"""What the frozen teacher is asked before training: by a method, in `Objective.prepare(trainer, dataset)`, and for a warning."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
