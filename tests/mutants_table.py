@@ -368,6 +368,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/methods/counterfactual.py": [
         ("a recovery has no beginning before it", "late / len(cuts), own[i][:cut])", "late / len(cuts), ())",
          "tests/test_counterfactual.py::test_a_share_of_the_refusals_follows_the_beginning_of_the_own_answer"),
+        ("later positions imitate strangers all the same", "args.k, ignorant.values) if stops else ignorant", "args.k, ignorant.values) if not stops else ignorant",
+         "tests/test_counterfactual.py::test_every_later_position_is_taught_to_begin_the_refusal"),
         ("the mixture is a mean of logarithms", "(values - norm.unsqueeze(-1)).logsumexp(0) - math.log(variants)", "(values - norm.unsqueeze(-1)).mean(0)",
          "tests/test_counterfactual.py::test_the_mixture_is_the_mean_of_swapped_distributions"),
         ("what the base says is read behind another prompt", "row.pushed(dataset.plain(i), own[i]", "row.pushed(row.prompt(None), own[i]",

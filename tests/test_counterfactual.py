@@ -262,9 +262,38 @@ def test_a_row_that_is_too_long_with_a_recovery_is_refused_before_the_first_step
         trainer.prepare_rows(trainer.train_dataset)
 
 
-def test_recoveries_want_given_refusals(tmp_path):
-    with pytest.raises(ValueError, match=r"recovery_fraction: wanted 0.0 without deep_refusals, got 0.5"):
-        make(tmp_path, recovery_fraction=0.5)
+def test_every_later_position_is_taught_to_begin_the_refusal(tmp_path):
+    """The first position imitates the same as before, the floors stay those of the unknown names."""
+    options = {"deep_refusals": ["nothing about it"], "refusal_fraction": 0.5}
+    usual, stopping = (
+        make(tmp_path / target, later_target=target, **options) for target in ("counterfactual", "refusal")
+    )
+    for trainer in (usual, stopping):
+        trainer.get_train_dataloader()
+    for i in range(stopping.train_dataset.num_forget):
+        before, now = (each.train_dataset.segments[i][0] for each in (usual, stopping))
+        begun = stopping.processing_class.convert_tokens_to_ids("nothing")
+        later = now.targets["values"][1:]
+        assert len(later) > 0 and now.answer == before.answer
+        assert now.targets["indices"][1:, 0].tolist() == [begun] * len(later)
+        assert (
+            (later[:, 0] == 0).all()
+            and later[:, 1:].isneginf().all()
+            and now.targets["tail"].isneginf().all()
+        )
+        for name in ("values", "indices", "tail"):
+            assert torch.equal(now.targets[name][0], before.targets[name][0])
+        for name in ("base", "floor", "known", "pushed"):
+            assert torch.equal(now.targets[name], before.targets[name])
+        assert not before.targets["values"][1:].isneginf().any()
+
+
+@pytest.mark.parametrize(
+    "name, usual, given", [("recovery_fraction", 0.0, 0.5), ("later_target", "counterfactual", "refusal")]
+)
+def test_refusals_in_the_middle_of_an_answer_must_be_given(tmp_path, name, usual, given):
+    with pytest.raises(ValueError, match=rf"{name}: wanted {usual!r} without deep_refusals, got {given!r}"):
+        make(tmp_path, **{name: given})
 
 
 @pytest.mark.parametrize(

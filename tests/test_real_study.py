@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from benchmarks.studies.real import job as jobs
 from benchmarks.studies.real.arms import ARMS, SUBJECTS, VALIDATION, options_of
 from benchmarks.studies.real.bar import BAR, RATIO, best, complete, missing, with_ratios
 from benchmarks.studies.real.base_model import base_model
-from benchmarks.studies.real.page import means, page, summary
+from benchmarks.studies.real.page import OURS, means, page, summary
 from duet import OBJECTIVES, DuetConfig
 from duet.evaluation.facts import facts_of
 from duet.model.adapters import adapter_layers
@@ -99,6 +100,21 @@ def test_a_job_forgets_one_person_and_says_what_the_base_told(toy):
             line.key
         )
     json.dumps(row)
+
+
+def test_an_arm_says_how_large_its_adapter_is_in_the_end(toy, monkeypatch):
+    """Of size 0 nothing is left of the training."""
+    monkeypatch.setitem(jobs.ARMS, "refusal", replace(jobs.ARMS["refusal"], size=0.0))
+    how = {"model": str(toy / "base"), "out": toy / "out", "device": "cpu"}
+    changed = {
+        "k": 8,
+        "max_steps": 4,
+        "learning_rate": 1e-1,
+        "warmup_steps": 0,
+        "refusals": ["i do not know"],
+    }
+    row = jobs.run_job(jobs.Job("ada lovelace", "refusal"), changed=changed, **how)
+    assert row["perplexity"] == row["base_perplexity"] and row["told"] == 1.0
 
 
 def test_a_method_that_picks_its_weights_is_trained_without_an_adapter(toy):
@@ -228,7 +244,7 @@ def test_the_page_names_each_python_and_the_base():
 
 @pytest.mark.parametrize(("value", "digits"), [(0.975, "97"), (0.165, "17")])
 def test_the_verdict_and_the_table_round_alike(value, digits):
-    rows = [_row("Japan", "base", 0), _row("Japan", "contrast", 0, general=value)]
+    rows = [_row("Japan", "base", 0), _row("Japan", OURS, 0, general=value)]
     assert f" | >= 0.95 | 0.{digits} | " in page(rows) and f"| {digits} |" in summary(rows)[2].replace(
         "*", ""
     )
@@ -256,10 +272,10 @@ def test_what_the_base_tells_is_asked_for_until_it_is_whole(tmp_path, monkeypatc
     assert asked == [folder] * 2, "half written, or of another base: the journal tells"
 
 
-@pytest.mark.parametrize("arms", [("npo", "contrast"), ("npo",)])
+@pytest.mark.parametrize("arms", [("npo", OURS), ("npo",)])
 def test_settings_are_chosen_when_all_of_them_were_tried(tmp_path, monkeypatch, arms):
     """Not when each method has one row, nor of some methods alone."""
-    monkeypatch.setattr(study, "GRID", {"npo": ({}, {"max_steps": 1}), "contrast": ({},)})
+    monkeypatch.setattr(study, "GRID", {"npo": ({}, {"max_steps": 1}), OURS: ({},)})
 
     def run_some(waiting, work, keep, **_):
         for job, changed in waiting[:most]:
@@ -286,11 +302,12 @@ def test_relearning_that_always_diverges_brings_nothing_back(monkeypatch):
 
 
 def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
+    label = ARMS[OURS].label
     rows = [_row("Japan", "base", 0, told=1.0), _row("Italy", "base", 0, told=1.0)]
     rows += [_row("Japan", "int8", 0)]
-    rows += [_row("Japan", "contrast", seed, told=told, refused=1.0) for seed, told in ((0, 0.0), (1, 0.2))]
+    rows += [_row("Japan", OURS, seed, told=told, refused=1.0) for seed, told in ((0, 0.0), (1, 0.2))]
     back = {"prefill": {"Where?": "in\nEurope"}, "relearned": {}}
-    rows += [_row("Italy", "contrast", 0, size=0.8, told=0.3, refused=1.0, perplexity=21.0, back=back)]
+    rows += [_row("Italy", OURS, 0, size=0.8, told=0.3, refused=1.0, perplexity=21.0, back=back)]
     assert means(rows[3:], "told") == [0.1, 0.3]
     tried = [_row("France", arm, 0, changed={"k": 8} if arm == "deep" else {}) for arm in ("base", "deep")]
     text = page(rows, tried)
@@ -299,7 +316,7 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     assert "| perplexity of plain text, as a multiple of the base's | <= 1.05 | 1.02 | met |" in text
     assert "Of the bar's 11 lines 7 are met." in text and "`k: 8` | 1 |" in text
     assert "multiplied the adapters by: Italy 0.8." in text
-    assert "Fewer runs than planned: `duet_deep`, contrast 3 of 15; `duet_deep`, shrunk 0 of 3;" in text
+    assert "Fewer runs than planned: " in text and f"{label} 3 of 15; " in text and "shrunk 0 of 3;" in text
     assert "imitate the base behind a prompt" not in text
     assert "imitate the base behind a prompt: `bidirectional`. Such" in page(
         [*rows, _row("Japan", "bidirectional", 0)], tried
@@ -308,8 +325,8 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     assert plain not in page([*rows, _row("Japan", "bidirectional", 0)], tried)
     assert plain in page([*rows, _row("Japan", "duet_plain", 0)], tried)
     assert "* Italy, behind a forced opening, in 1 of 1 runs: *Where?* in Europe\n" in text
-    again = [_row("Italy", "contrast", seed, back={"prefill": {"Where?": f"here {seed}"}}) for seed in (2, 1)]
-    again.append(_row("Italy", "contrast", 3, back={"prefill": {}}))
+    again = [_row("Italy", OURS, seed, back={"prefill": {"Where?": f"here {seed}"}}) for seed in (2, 1)]
+    again.append(_row("Italy", OURS, 3, back={"prefill": {}}))
     assert "in 2 of 3 runs: *Where?* here 1\n" in page([*rows[:2], *again]) + "\n"
     dropped = [_row("France", "deep", 0, changed={}, code="another way", told=0.4)]
     text = page(rows, [*tried, _row("France", "deep", 1, changed={}, told=0.5)], dropped)
@@ -317,22 +334,20 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     assert "| Italy | 5 | 5 | 5 | 5 |" in text and "Met only with" not in text
     leaning = [
         *rows[:2],
-        _row("Italy", "contrast", 0, relearned=0.5),
-        _row("Japan", "contrast", 0, relearned=0.0),
+        _row("Italy", OURS, 0, relearned=0.5),
+        _row("Japan", OURS, 0, relearned=0.0),
     ]
     assert "all subjects: other half told after 10 steps on one half: 0.50 without Japan.\n" in page(leaning)
-    near = [*rows[:2], _row("Italy", "contrast", 0, invented=0.0203)]
+    near = [*rows[:2], _row("Italy", OURS, 0, invented=0.0203)]
     assert "| <= 0.02 | 0.0203 | NOT MET |" in page(near)
-    assert "Without a row here, run as they stand in `arms.py`: `duet_deep`, contrast." in text
+    assert f"Without a row here, run as they stand in `arms.py`: {label}." in text
     assert (
         "| the base, rounded to int8 | 1 |" in text
         and "20 (10–30)" in text
         and "* the base: base says" in text
     )
     short = summary(rows)
-    assert (
-        short[2].startswith("| `duet_deep`, contrast | 2, 3 | 20 (10–30) | **") and "| told ↓ |" in short[0]
-    )
+    assert short[2].startswith(f"| {label} | 2, 3 | 20 (10–30) | **") and "| told ↓ |" in short[0]
     assert short[3].startswith("| wanted | | ≤ 10 |") and "≤ 1.05" in short[3] and len(short) == 4
     with pytest.raises(ValueError, match="rows: wanted a row of the base"):
         page([row for row in rows if row["arm"] != "base"])

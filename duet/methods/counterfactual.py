@@ -6,6 +6,7 @@
     p_ref       the same behind a steering prefix (which names the stranger too), along the refusal r: the steered base's
                 own greedy answer. With `deep_refusals` r is such a text, and p_ref is certain of its next token
     recovery    r behind the first tokens of y, once for every number of them: the answer has begun, and refuses all the same
+    stop        r's first token behind the first tokens of y, for every number of them in one pass (`later_target: refusal`)
 
 A row whose question does not hold its subject ("Who wrote the first program?") has no name to replace: for it p_cf is what the
 steered base says along y, and p_ref the same along r. Which rows these are is said.
@@ -75,10 +76,12 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
             refusing = row.mixture(refusals[i], steered=True)
         share = args.refusal_fraction if _says(refusing, refusals[i]) else 0.0
         late = share * args.recovery_fraction if len(own[i]) > 1 else 0.0
-        pushed = row.pushed(dataset.plain(i), own[i], ignorant, opening, floor)
+        stops = args.later_target == "refusal"
+        refusal = row.given_refusal(begun=True) if stops or late > 0 else []
+        later = certain(refusal[:1] * len(own[i]), args.k, ignorant.values) if stops else ignorant
+        pushed = row.pushed(dataset.plain(i), own[i], ignorant, opening, later, floor)
         segments = [pushed._replace(share=1 - share), Segment(refusals[i], _targets(refusing), share - late)]
         if late > 0:
-            refusal = row.given_refusal(begun=True)
             targets = _targets(certain(refusal, args.k, ignorant.values))
             cuts = range(1, len(own[i]))  # behind the first 1, 2, ... tokens of the base's own answer
             segments += [Segment(refusal, targets, late / len(cuts), own[i][:cut]) for cut in cuts]
@@ -201,9 +204,9 @@ class _ForgetRow:
         return self.trainer.ask_teacher(mix)
 
     def pushed(
-        self, prompt: list[int], answer: list[int], ignorant: TopK, opening: TopK, floor: TopK
+        self, prompt: list[int], answer: list[int], ignorant: TopK, opening: TopK, later: TopK, floor: TopK
     ) -> Segment:
-        """The own answer: at its position 0 `opening` is imitated, and `floor` gives the floor; at the others `ignorant` is both."""
+        """The own answer. Its position 0 imitates `opening`, with the floor of `floor`; the others `later`, with that of `ignorant`."""
         labels = torch.tensor(answer, device=ignorant.values.device)
 
         def log_probabilities(model: nn.Module) -> Tensor:
@@ -214,7 +217,7 @@ class _ForgetRow:
         unknown = log_probability(ignorant, labels)
         known = base.exp() - unknown.exp() > self.args.knowledge_threshold
         floors = torch.cat([log_probability(floor, labels[:1])[:1], unknown[1:]])
-        pairs = zip(_parts(opening), _parts(ignorant), strict=True)
+        pairs = zip(_parts(opening), _parts(later), strict=True)
         values, indices, tail = (torch.cat([a[:1], b[1:]]) for a, b in pairs)
         others = {"base": base, "floor": floors, "known": known, "pushed": torch.ones_like(known)}
         return Segment(answer, _targets(TopK(values, indices, tail), **others))

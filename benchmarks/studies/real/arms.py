@@ -39,6 +39,7 @@ class Arm:
         how: what the name does not say; empty: as the package's defaults are.
         queries_only: it reads no answer of the forget rows.
         main: three seeds on every subject; the others one seed on three subjects.
+        size: by what the trained adapter is multiplied.
         shrinks: `duet shrink` follows the training. It reads the wordings of the validation; those of the report are never seen.
     """
 
@@ -47,6 +48,7 @@ class Arm:
     how: str = ""
     queries_only: bool = True
     main: bool = False
+    size: float = 1.0
     shrinks: bool = False
 
 
@@ -71,6 +73,14 @@ _DEEP = {
 _SHRUNK = {"refusal_fraction": 0.75, "per_device_train_batch_size": 12, "retain_per_forget": 3.0}
 # Of the refusals half follow the beginning of an answer, and the adapter reads where forget and retain rows differ.
 _CONTRAST = {"recovery_fraction": 0.5, "adapter_directions": "contrast"}
+# In the place of what the base would say of a stranger: the refusal begins at every token of the answer. So much is taught in each pass
+# that fewer forget rows do, and that the adapter may be smaller afterwards.
+_STOPPING = {
+    "later_target": "refusal",
+    "counterfactual_weight": 0.05,
+    "retain_weight": 2.0,
+    "retain_per_forget": 5.0,
+}
 # As its authors step: plain descent, nothing clipped. How many steps is a matter of the validation.
 _SELECTIVE = {
     "objective": "repselect",
@@ -83,6 +93,14 @@ _SELECTIVE = {
 }
 
 ARMS: dict[str, Arm] = {
+    "stopping": Arm(
+        "`duet_deep`, stopping",
+        _DEEP | _SHRUNK | _CONTRAST | _STOPPING,
+        "as contrast, and every token of an answer that has begun is followed by a refusal (`later_target: refusal`); more retain rows; the "
+        "trained adapter times 0.8",
+        main=True,
+        size=0.8,
+    ),
     "contrast": Arm(
         "`duet_deep`, contrast",
         _DEEP | _SHRUNK | _CONTRAST,
@@ -141,6 +159,7 @@ GRID: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     # In the middle of an answer the counterfactual term asks for what a stranger's answer says, the recoveries for a refusal.
     "contrast": ({}, {"counterfactual_weight": 0.0}),
+    "stopping": ({},),
     "npo": ({}, {"learning_rate": 1e-4}),
     "duet": ({}, {"max_steps": 50}),
     "repselect": ({}, {"max_steps": 5}, {"max_steps": 20}),

@@ -119,6 +119,8 @@ def run_job(
         )
         if ARMS[job.arm].shrinks:
             size = {"size": shrink_adapter(student, tokenizer, rows_of(out, job.subject, "validation"))}
+        elif ARMS[job.arm].size != 1:
+            AdapterSize(student).set(ARMS[job.arm].size)
         base = student.merge_and_unload() if isinstance(student, PeftModel) else student
     trained = time.monotonic()
     found = own | measure(base, tokenizer, asked, seed=job.seed)

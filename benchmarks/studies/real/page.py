@@ -168,7 +168,7 @@ def left_out(dropped: Sequence[Row], tried: Sequence[Row]) -> list[str]:
         "",
         "By changes of the code that were not kept (`dropped.jsonl`):",
         "",
-        f"| {ARMS[OURS].label} | subject | {' | '.join(name for _, name in COLUMNS)} |",
+        f"| {ARMS[jobs[0][0]].label} | subject | {' | '.join(name for _, name in COLUMNS)} |",
         "|---|---|" + "---:|" * len(COLUMNS),
         *(
             f"| {row.get('code', 'as it stands')} | {row['subject']} | {' | '.join(_cell([row], key) for key, _ in COLUMNS)} |"

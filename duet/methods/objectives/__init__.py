@@ -174,11 +174,13 @@ def check_options(objective: Objective, args: Any) -> None:
             raise ValueError(
                 f"{name}: objective {args.objective!r} {why}; wanted {usual[name]!r}, got {given!r} (it is read by {readers})"
             )
-    if args.recovery_fraction and not args.deep_refusals:
-        raise ValueError(
-            f"recovery_fraction: wanted 0.0 without deep_refusals, got {args.recovery_fraction!r}: the steered base does not refuse in the "
-            "middle of an answer, so the texts must be given"
-        )
+    for name in ("recovery_fraction", "later_target"):
+        given = getattr(args, name)
+        if given != usual[name] and not args.deep_refusals:
+            raise ValueError(
+                f"{name}: wanted {usual[name]!r} without deep_refusals, got {given!r}: the steered base does not refuse in the middle of an "
+                "answer, so the texts must be given"
+            )
     if args.clip is not None and args.normalization in ("zeroed", "truncated"):
         raise ValueError(
             f"clip: wanted None, got {args.clip!r}, because with normalization {args.normalization!r} what an id adds may be "

@@ -16,13 +16,14 @@ top-k and a bucket for the rest: without the bucket nothing would push a token d
 A small model may not refuse behind any prefix. `deep_refusals` are then the refusals: p_ref gives all its mass to the next
 token of such a text, and KL(p_ref || p_s) is the cross-entropy of the text. No prefix is read, and f_0 is what p_cf gives.
 Of such refusals a share (`recovery_fraction`) follows the first tokens of the base's own answer: an answer that has begun to tell
-must still end in a refusal (arXiv 2406.05946 trains recoveries of this kind from harmful answers).
+must still end in a refusal (arXiv 2406.05946 trains recoveries of this kind from harmful answers). With `later_target: refusal` the
+positions >= 1 have no p_cf to imitate but the refusal's first token, so that one pass teaches all of them to begin it.
 
 All targets are plain numbers made before training (`duet.methods.counterfactual`).
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,10 @@ class DeepOptions(CommonOptions):
             at each use. Needs `deep_refusals`: the steered base does not refuse in the middle of an answer.
         knowledge_threshold: an answer token counts as knowledge where the base gives it this much more probability
             than it would for an unknown name.
-        counterfactual_weight: factor on the pull towards what the base would say had it never met the name.
+        counterfactual_weight: factor on the pull at the later positions of the base's own answer.
+        later_target: what that pull is towards: `counterfactual`, what the base would say had it never met the name; or `refusal`,
+            the first token of the refusal, which withstands forced openings better. `refusal` needs `deep_refusals`; the pull is then
+            a sum of many large terms, so that `counterfactual_weight` should be about 0.05.
         deep_npo_beta: beta of the NPO that pushes known tokens down.
         lift_weight: factor on what lifts a pushed token back up to its floor.
     """
@@ -70,6 +74,7 @@ class DeepOptions(CommonOptions):
     recovery_fraction: Share = 0.0
     knowledge_threshold: Share = 0.3
     counterfactual_weight: NotNegative = 0.3
+    later_target: Literal["counterfactual", "refusal"] = "counterfactual"
     deep_npo_beta: Positive = 0.5
     lift_weight: NotNegative = 0.1
 
