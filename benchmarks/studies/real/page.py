@@ -159,20 +159,22 @@ def settings(tried: Sequence[Row]) -> list[str]:
 
 
 def left_out(dropped: Sequence[Row], tried: Sequence[Row]) -> list[str]:
-    """What was tried by a change of the code that was not kept (`code`), below the same job as it stands."""
+    """What was tried and not kept (`code` says what), below the same job as it stands."""
     if not dropped:
         return []
     jobs = [(row["arm"], row["subject"]) for row in dropped]
     same = [row for row in tried if not row["changed"] and (row["arm"], row["subject"]) in jobs]
+    rows = sorted([*same, *dropped], key=lambda row: list(ARMS).index(row["arm"]))
     return [
         "",
-        "By changes of the code that were not kept (`dropped.jsonl`):",
+        "By other code or settings, which were not kept (`dropped.jsonl`):",
         "",
-        f"| {ARMS[jobs[0][0]].label} | subject | {' | '.join(name for _, name in COLUMNS)} |",
-        "|---|---|" + "---:|" * len(COLUMNS),
+        f"| method | otherwise | subject | {' | '.join(name for _, name in COLUMNS)} |",
+        "|---|---|---|" + "---:|" * len(COLUMNS),
         *(
-            f"| {row.get('code', 'as it stands')} | {row['subject']} | {' | '.join(_cell([row], key) for key, _ in COLUMNS)} |"
-            for row in [*same, *dropped]
+            f"| {ARMS[row['arm']].label} | {row.get('code', 'as it stands')} | {row['subject']} | "
+            f"{' | '.join(_cell([row], key) for key, _ in COLUMNS)} |"
+            for row in rows
         ),
     ]
 
