@@ -29,7 +29,7 @@ from .measure import Row, plain, refusals, told
 
 RESULTS = Path("benchmarks/results/real")  # what the base tells was asked once, for the study
 SUBJECT = "France"
-# The study's method, with fewer steps and fewer rows to keep in each.
+# Of the study, with fewer steps and fewer rows to keep in each.
 OPTIONS = {"max_steps": 50, "retain_per_forget": 2.0}
 MOST = 24  # rows of each kind
 AT_ONCE = 32  # questions between two looks at the progress

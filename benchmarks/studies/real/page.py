@@ -14,7 +14,7 @@ from .arms import ARMS, FEW, LABELS, SEEDS, SUBJECTS, VALIDATION
 from .bar import BAR, Line, measured, missing, with_ratios
 
 Row = dict[str, Any]
-OURS, SMOLLM = "contrast", "SmolLM2-135M-Instruct (4-bit weights, unpacked)"
+OURS, SMOLLM = "stopping", "SmolLM2-135M-Instruct (4-bit weights, unpacked)"
 
 COLUMNS = (
     ("told", "told"),
