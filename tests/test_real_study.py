@@ -19,10 +19,13 @@ from benchmarks.studies.real import job as jobs
 from benchmarks.studies.real.arms import ARMS, SUBJECTS, VALIDATION, options_of
 from benchmarks.studies.real.bar import BAR, RATIO, best, complete, missing, with_ratios
 from benchmarks.studies.real.base_model import base_model
-from benchmarks.studies.real.page import OURS, means, page, summary
+from benchmarks.studies.real.page import OURS as OUR_ARMS
+from benchmarks.studies.real.page import means, page, summary
 from duet import OBJECTIVES, DuetConfig
 from duet.evaluation.facts import facts_of
 from duet.model.adapters import adapter_layers
+
+OURS = OUR_ARMS[0]
 
 
 def test_every_question_has_four_wordings_a_value_and_is_asked_once():
@@ -345,6 +348,14 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
         "| the base, rounded to int8 | 1 |" in text
         and "20 (10–30)" in text
         and "* the base: base says" in text
+    )
+    assert "lacks" in text and "has chosen by the report" not in text
+    ours = [
+        _row("France", arm, 0, changed={}, told=told) for arm, told in zip(OUR_ARMS, (0.3, 0.6), strict=True)
+    ]
+    text = page(rows, [*tried, *ours])
+    assert re.search(
+        r"`duet_deep`, stopping lacks [0-9.]+, `duet_deep`, contrast lacks [0-9.]+ \(below\)", text
     )
     short = summary(rows)
     assert short[2].startswith(f"| {label} | 2, 3 | 20 (10–30) | **") and "| told ↓ |" in short[0]
