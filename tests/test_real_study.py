@@ -349,13 +349,13 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
         and "20 (10–30)" in text
         and "* the base: base says" in text
     )
-    assert "lacks" in text and "has chosen by the report" not in text
+    assert "to choose between these methods" not in text, "one of them was not tried"
     ours = [
         _row("France", arm, 0, changed={}, told=told) for arm, told in zip(OUR_ARMS, (0.3, 0.6), strict=True)
     ]
     text = page(rows, [*tried, *ours])
     assert re.search(
-        r"`duet_deep`, stopping lacks [0-9.]+, `duet_deep`, contrast lacks [0-9.]+ \(below\)", text
+        r"`duet_deep`, stopping lacks [0-9.]+, `duet_deep`, contrast lacks [0-9.]+ of the bar", text
     )
     short = summary(rows)
     assert short[2].startswith(f"| {label} | 2, 3 | 20 (10–30) | **") and "| told ↓ |" in short[0]

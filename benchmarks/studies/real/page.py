@@ -152,9 +152,10 @@ def settings(tried: Sequence[Row]) -> list[str]:
         for changed in {str(row["changed"]): row["changed"] for row in of}.values():
             same = [row for row in of if row["changed"] == changed]
             words = ", ".join(f"`{key}: {value}`" for key, value in changed.items()) or "–"
-            lack = sum(missing(row, common) for row in same) / len(same)
             cells = " | ".join(_cell(same, key) for key, _ in COLUMNS)
-            lines.append(f"| {ARMS[arm].label} | {words} | {len(same)} | {cells} | {lack:.2f} |")
+            lines.append(
+                f"| {ARMS[arm].label} | {words} | {len(same)} | {cells} | {_lack(same, common):.2f} |"
+            )
     return lines
 
 
@@ -254,22 +255,22 @@ def against_the_bar(arm: str, rows: Sequence[Row]) -> list[str]:
 
 
 def not_chosen(tried: Sequence[Row]) -> list[str]:
-    """A paragraph on what the validation says of our methods, beside each other: it chose the settings of each, not one of them."""
-    lacks = {arm: _lacks([row for row in tried if row["arm"] == arm and not row["changed"]]) for arm in OURS}
-    if math.isnan(sum(lacks.values())):
+    """A paragraph on what our methods lack on the validation subjects, where all of them were tried."""
+    of = {arm: [row for row in tried if row["arm"] == arm and not row["changed"]] for arm in OURS}
+    if not all(of.values()):
         return []
-    each = ", ".join(f"{ARMS[arm].label} lacks {lack:.2f}" for arm, lack in lacks.items())
+    lines = measured([row for rows in of.values() for row in rows])
+    each = ", ".join(f"{ARMS[arm].label} lacks {_lack(rows, lines):.2f}" for arm, rows in of.items())
     return [
-        f"The validation chose the settings of each of these methods, not one of the methods: of the bar, on {' and '.join(VALIDATION)}, {each} "
-        "(below). Who takes the better one above has chosen by the report.",
+        f"The validation was not used to choose between these methods. On {' and '.join(VALIDATION)}, {each} of the bar (table below). To take "
+        "the one that meets more lines above is to choose by the report.",
         "",
     ]
 
 
-def _lacks(rows: Sequence[Row]) -> float:
-    """What rows of one method lack of the bar, the mean; NaN of none."""
-    common = measured(rows)
-    return sum(missing(row, common) for row in rows) / len(rows) if rows else math.nan
+def _lack(rows: Sequence[Row], lines: Sequence[Line]) -> float:
+    """How much rows lack of these lines of the bar, the mean."""
+    return sum(missing(row, lines) for row in rows) / len(rows)
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -16,8 +16,9 @@ top-k and a bucket for the rest: without the bucket nothing would push a token d
 A small model may not refuse behind any prefix. `deep_refusals` are then the refusals: p_ref gives all its mass to the next
 token of such a text, and KL(p_ref || p_s) is the cross-entropy of the text. No prefix is read, and f_0 is what p_cf gives.
 Of such refusals a share (`recovery_fraction`) follows the first tokens of the base's own answer: an answer that has begun to tell
-must still end in a refusal (arXiv 2406.05946 trains recoveries of this kind from harmful answers). With `later_target: refusal` the
-positions >= 1 have no p_cf to imitate but the refusal's first token, so that one pass teaches all of them to begin it.
+must still end in a refusal (arXiv 2406.05946 trains recoveries of this kind from harmful answers). But at these positions p_cf asks for
+other tokens, and with the default weights its pull is the stronger one. With `later_target: refusal` the positions >= 1 imitate the
+first token of the refusal in the place of p_cf: one pass teaches all of them to begin it.
 
 All targets are plain numbers made before training (`duet.methods.counterfactual`).
 """
