@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from duet.model import lm, loading
-from duet.model.lm import call_through, check_head, evaluating, find_backbone, head_inputs, hidden_states_at
+from duet.model.lm import call_through, check_head, find_backbone, head_inputs, hidden_states_at
 from duet.model.loading import load_model, loading_device
 from duet_kernels import linear_gather
 
@@ -267,13 +267,3 @@ def test_call_through_runs_hooks_and_puts_the_forward_back():
     with pytest.raises(ZeroDivisionError):
         call_through(model, model, lambda: 1 / 0)
     assert model.forward is patched
-
-
-def test_evaluating_switches_dropout_off_and_on_again():
-    model = tiny().train()
-    with evaluating(model):
-        assert not any(m.training for m in model.modules())
-    assert all(m.training for m in model.modules())
-    with evaluating(model.eval()):
-        pass
-    assert not model.training

@@ -6,8 +6,9 @@ from peft import LNTuningConfig, LoraConfig, TrainableTokensConfig, get_peft_mod
 from tiny_models import tiny
 from torch import nn
 
+from duet.evaluation.scoring import Forced, token_scores
 from duet.model.lm import hidden_states_at
-from duet.model.switches import Switches
+from duet.model.switches import Switches, evaluating
 from duet.model.teacher import AdapterOffTeacher
 
 IDS = torch.tensor([[5, 9, 11, 30], [7, 8, 12, 3]])
@@ -96,6 +97,17 @@ def test_what_was_frozen_off_or_in_evaluation_stays_so():
         with switches.base_model():
             assert torch.equal(logits(model), inside)
         assert state(model) == off
+
+
+def test_a_look_at_a_model_leaves_each_module_in_its_mode():
+    model = tiny().train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    token_scores(model, [Forced([5, 9], [11])], 0)
+    assert [module.training for module in model.modules()] == before
 
 
 def test_an_adapter_that_comes_or_goes_is_noticed():

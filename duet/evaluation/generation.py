@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from ..model.answers import end_tokens, generate_answers, padding_id
-from ..model.lm import context_length, evaluating
+from ..model.lm import context_length
+from ..model.switches import evaluating
 from .scoring import batches_by_length
 
 

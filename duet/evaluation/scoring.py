@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from duet_kernels import LMHead, linear_gather, linear_logsumexp, linear_token_stats, linear_topk
 
 from ..data.dataset import Collator, plain_item
-from ..model.lm import evaluating, head_inputs
+from ..model.lm import head_inputs
+from ..model.switches import evaluating
 
 COUNT_BYTES = 64 * 2**20  # of one tile of logits while ranks are counted
 

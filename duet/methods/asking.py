@@ -14,6 +14,7 @@ from duet_kernels import LMHead
 from ..data.dataset import UnlearnDataset, plain_item
 from ..model import lm, loading
 from ..model.answers import generate_answers
+from ..model.switches import evaluating
 from ..model.teacher import RowTargets, TeacherGuard
 
 logger = logging.get_logger(__name__)
@@ -136,7 +137,7 @@ class Asking(Trainer):
         def states(model: nn.Module) -> Tensor:
             return self.head_inputs(model, inputs, to_the_end=True)[0]
 
-        with torch.no_grad(), lm.evaluating(student):
+        with torch.no_grad(), evaluating(student):
             own = lm.call_through(self.model_wrapped, student, lambda: states(student))
         return own, self.teacher.run(states, student, self.model_wrapped)
 

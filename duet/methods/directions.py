@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from ..data.dataset import Draw
 from ..model.adapters import adapter_layers
-from ..model.lm import evaluating
 from ..model.loading import is_sharded
+from ..model.switches import evaluating
 from .asking import Asking
 
 _USES = 6  # of each forget row: what is drawn for it differs

@@ -18,7 +18,8 @@ from transformers.utils import logging
 
 from duet_kernels import linear_cross_entropy
 
-from ..model.lm import call_through, evaluating
+from ..model.lm import call_through
+from ..model.switches import evaluating
 from ..options import Count, NotNegative, Share
 
 logger = logging.get_logger(__name__)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from duet_kernels import LMHead, linear_gather
 
+from .switches import evaluating
+
 _HEAD_BYTES = 64 << 20
 
 
@@ -209,17 +211,6 @@ def call_through(wrapped: nn.Module, inner: nn.Module, function: Callable[[], An
             del inner.forward
         else:
             inner.forward = own
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within the context, dropout is off; afterwards `module` trains again if it did."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
 
 
 @torch.no_grad()

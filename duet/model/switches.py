@@ -6,7 +6,7 @@ added, deleted or merged is noticed; then the flags that the layers read are set
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -105,6 +105,11 @@ class Switches:
                 config.is_prompt_learning or getattr(config.peft_type, "value", None) in _WITHOUT_FLAGS
                 for config in self.model.peft_config.values()
             )
+
+
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """`Switches.evaluating` of a model that is not asked at every step."""
+    return Switches(model).evaluating()
 
 
 def _acts(module: nn.Module) -> bool:

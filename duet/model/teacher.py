@@ -21,9 +21,9 @@ from transformers.utils import logging
 from duet_kernels import LMHead
 
 from ..data.dataset import UnlearnDataset
-from .lm import base_language_model, call_through, check_head, evaluating
+from .lm import base_language_model, call_through, check_head
 from .loading import load_model
-from .switches import Switches
+from .switches import Switches, evaluating
 
 logger = logging.get_logger(__name__)
 

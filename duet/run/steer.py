@@ -32,8 +32,8 @@ from ..evaluation.steering import (
     short,
 )
 from ..methods.objectives import objective_of
-from ..model.lm import evaluating
 from ..model.loading import is_sharded
+from ..model.switches import evaluating
 from ..names import check_one_of
 from ..store.teacher import CachedTeacher
 from ..trainer import DuetTrainer

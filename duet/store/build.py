@@ -30,9 +30,10 @@ from ..methods.objectives import objective_of, teacher_topk
 from ..methods.reuse import SHORTEST
 from ..methods.views import Views, datasets_in
 from ..model.answers import generate_answers, tokenizer_of
-from ..model.lm import check_head, evaluating, hidden_states_at
+from ..model.lm import check_head, hidden_states_at
 from ..model.loading import keep_differentiable, load_model, loading_device, without_attached_adapter
 from ..model.prefix_cache import PrefixCache, cannot_reuse, common_length
+from ..model.switches import evaluating
 from .columns import read_columns
 from .provenance import check_cacheable, provenance_of
 from .read import LOG_PROBABILITIES, Entry, Provenance, TopKStore, fingerprint

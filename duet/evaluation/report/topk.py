@@ -16,7 +16,7 @@ from torch import nn
 from duet_kernels import linear_gather, linear_logsumexp, linear_topk
 
 from ...data.prompts import Prompting, PromptRenderer
-from ...model.lm import evaluating
+from ...model.switches import evaluating
 from ..scoring import Forced, forced_hidden
 
 TOPK = "topk.json"
