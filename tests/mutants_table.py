@@ -434,6 +434,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/model/switches.py": [
         ("dropout stays on while the base is asked", "            for state in states:\n                state[\"training\"] = False\n", "", "tests/test_switches.py::test_the_base_model_is_the_one_that_peft_gives[lora]"),
         ("a merged adapter is taken for one beside the weights", "if any(layer.get(\"merged_adapters\") for layer in self._layers):", "if False:", "tests/test_switches.py::test_an_adapter_that_is_merged_is_refused"),
+        ("what was in evaluation trains afterwards", "                state[\"training\"] = was\n", "                state[\"training\"] = any(before)\n", "tests/test_switches.py::test_a_look_at_a_model_leaves_each_module_in_its_mode"),
     ],
     "duet/model/adapters.py": [
         ("a merge changes the head through the tied embedding", "    own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)\n    inner[1].weight = own\n", "    inner[1].weight = shared\n",

@@ -11,6 +11,7 @@ from duet.evaluation.attacks import weights
 from duet.evaluation.attacks.attacks import ATTACKS
 from duet.evaluation.attacks.rows import read_attack_rows
 from duet.evaluation.attacks.target import AttackOptions, Target
+from duet.evaluation.scoring import Forced
 
 
 def bits(model):
@@ -58,6 +59,16 @@ def test_the_model_leaves_every_attack_as_it_came(dtype):
         weights.round_weights(model, 4)
         raise KeyError
     assert same(bits(model), before)
+
+
+def test_an_attack_that_trains_leaves_each_module_in_its_mode():
+    model = tiny().train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    with weights.restored(model):
+        steps = weights.fine_tune(model, [Forced([5, 9], [11])], rate=1e-2, curve=(1,), rows=1, pad_id=0)
+        assert [done for done, _ in steps] == [1]
+    assert [module.training for module in model.modules()] == before
 
 
 def test_adapter_removed_and_merged():

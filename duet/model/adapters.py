@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from ..names import instead
 from .lm import base_language_model
-from .switches import Switches
+from .switches import evaluating
 
 ADAPTER = "adapter_config.json"
 BASE = "base"  # folder beside an adapter: the model that the adapter was trained on, where no other folder holds it
@@ -134,7 +134,7 @@ def logits_of(model: Any) -> Tensor:
     device, count = embedding.weight.device, embedding.weight.shape[0]
     count = min(count, getattr(model.config.get_text_config(), "vocab_size", None) or count)
     ids = torch.linspace(0, count - 1, 8, device=device).long().unsqueeze(0)
-    with Switches(model).evaluating():
+    with evaluating(model):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return logits[0].float()
 

@@ -20,24 +20,24 @@ from duet_kernels import linear_cross_entropy
 
 from ...model.adapters import adapter_layers, check_same_logits, logits_of, merged_in_place
 from ...model.lm import base_language_model
+from ...model.switches import evaluating
 from ..scoring import Forced, forced_hidden
 
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Weights, dtypes and flags may change inside; afterwards the model is bitwise what it was."""
+    """Weights, dtypes and flags may change inside, where dropout is off at first; afterwards the model is bitwise what it was."""
     tensors = [*model.parameters(), *model.buffers()]
     saved = [(t, t.data.device, t.data.to("cpu", copy=True), t.requires_grad) for t in tensors]
-    was_training = model.training
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for tensor, device, data, requires_grad in saved:
             tensor.data = data.to(device)
             tensor.grad = None
             if tensor.is_floating_point():
                 tensor.requires_grad_(requires_grad)
-        model.train(was_training)
 
 
 # --- quantisation ----------------------------------------------------------------------------------------------
