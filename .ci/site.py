@@ -11,7 +11,7 @@ from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the checkout's packages, not installed ones
-# In the site under the same path as in the repository, so that a link is the same in both.
+# In the site under the same path as in the repository, whose folder docs/ is the site's root.
 SHOWN = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
@@ -28,6 +28,14 @@ def on_files(files, config):
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links of docs/ out of docs/, which hold in the repository: in the site these files are one folder nearer."""
+    if page.file.src_dir != config.docs_dir:  # one of SHOWN
+        return markdown
+    nearer = "](" + "../" * page.file.src_uri.count("/")
+    return markdown.replace(f"{nearer}../", nearer)
 
 
 class Docstrings(griffe.Extension):

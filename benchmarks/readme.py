@@ -168,12 +168,13 @@ PAGES = {
 
 
 def filled(page: pathlib.Path, text: str) -> str:
-    """The text of a page with every block made anew. The pages lie where the site has them: links are the same in all."""
+    """The text of a page with every block made anew, whose links begin at the root of the repository."""
+    up = "../" * len(page.parent.relative_to(ROOT).parts)
     for name in PAGES[page]:
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if len(pattern.findall(text)) != 1:
             raise ValueError(f"{page.name}: wanted one block {name!r}, got {len(pattern.findall(text))}")
-        made = BLOCKS[name]()
+        made = BLOCKS[name]().replace("](", f"]({up}")
         text = pattern.sub(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)
     return text
 
