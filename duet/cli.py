@@ -3,6 +3,8 @@
 import io
 import json
 import platform
+import re
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -160,7 +162,7 @@ def train(
         out = str(run.training.output_dir)
         merged = f", merged with its base: {Path(out, 'merged')}" if run.merge else ""
         say(f"{out}: the model after {trainer.state.global_step} steps{merged}")
-        say(f"what it still says: duet eval {out} --suite probes --data DIR --out DIR")
+        say(f"what it still says: duet eval {shlex.quote(out)} --suite probes --data DIR --out DIR")
 
 
 @app.command(context_settings=_KEYS)
@@ -469,6 +471,13 @@ def env() -> None:
 
 # What the input or the machine is to blame for, with a sentence that says so. A TypeError that wants nothing is ours.
 _EXPECTED = (ValueError, OSError, MissingExtra)
+# Arguments of DuetTrainer, which the user of a command did not give -> their keys in the YAML file.
+_KEY_OF = {
+    "forget_dataset": "data.forget",
+    "retain_dataset": "data.retain",
+    "eval_dataset": "data.eval",
+    "processing_class": "tokenizer",
+}
 
 
 def main() -> None:
@@ -493,6 +502,7 @@ def main() -> None:
             if named
             else f"{type(error).__name__}: {error} (not expected; `duet --debug ...` shows where)"
         )
+        words = re.sub(r"\b\w+\b", lambda word: _KEY_OF.get(word[0], word[0]), words)
         text = Text.assemble(("error", "bold red"), f": {words}")
         literal_console(stderr=True).print(text, soft_wrap=True)  # a line is broken by the terminal
         raise SystemExit(2 if named else 1) from None

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from .data.prompts import SUBJECT, check_placeholders
 from .methods.directions import DirectionOptions
@@ -122,6 +123,11 @@ class DuetConfig(
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.get_device_capability() >= (8, 0)
+        elif self.bf16 and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+            raise ValueError(
+                "bf16: wanted None or False, because no device here is made for it (None: True where one is), got True; on a CPU "
+                "use_cpu allows it"
+            )
         _name_checkpointing(self)
         super().__post_init__()
         check_options(self)

@@ -41,6 +41,12 @@ def flatten_hidden(
     return hidden.reshape(math.prod(lead), hidden.shape[-1]), lead
 
 
+def check_ids(name: str, ids: Tensor) -> None:
+    """Refuses other integers than int64 and int32."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: wanted int64 or int32 ids, got {ids.dtype}")
+
+
 def flatten_ids(
     name: str,
     ids: Tensor,
@@ -56,8 +62,7 @@ def flatten_ids(
     if ignore_index is not None:
         check_ignore_index(ignore_index)
         per_token = True
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: wanted int64 or int32 ids, got {ids.dtype}")
+    check_ids(name, ids)
     given = tuple(ids.shape) if per_token else tuple(ids.shape[:-1])
     if given != lead or (not per_token and ids.dim() == 0):
         wanted = list(lead) if per_token else [*lead, "K"]
@@ -87,7 +92,14 @@ def check_topk(
     `mass`, which can do without.
     """
     if not isinstance(teacher, TopK):
-        raise TypeError(f"teacher: wanted a TopK, got {type(teacher).__name__}")
+        kind = type(teacher).__name__
+        plain = "; a slice of a TopK is a plain tuple of its fields" if kind == "tuple" else ""
+        raise TypeError(f"teacher: wanted a TopK, got {kind}{plain}")
+    if not isinstance(teacher.log_probabilities, bool):
+        raise TypeError(
+            f"teacher.log_probabilities: wanted True or False, got {type(teacher.log_probabilities).__name__}; a DataLoader's default "
+            "collate makes a tensor of every field: collate values, indices and tail_logsumexp alone"
+        )
     values = check_tensor("teacher.values", teacher.values, hidden.device)
     indices = check_tensor("teacher.indices", teacher.indices, hidden.device)
     if not values.is_floating_point():
@@ -129,6 +141,7 @@ def check_topk(
                 f"teacher.{name}: a teacher gets no gradient; wanted a detached tensor (make it under torch.no_grad())"
             )
     (n, k), acc = (math.prod(lead), values.shape[-1]), acc_dtype(hidden.dtype)
+    check_ids("teacher.indices", indices)
     indices = indices.masked_fill(values == -torch.inf, 0)  # an absent slot may hold any id
     return (
         values.reshape(n, k).to(acc),

@@ -396,7 +396,8 @@ class LMHead:
 
         Raises:
             TypeError: the model type is not known; the output layer is missing, carries an adapter, is quantised, is
-                offloaded, or is not a plain linear layer. Nothing is guessed.
+                offloaded, or is not a plain linear layer. Nothing is guessed. Hooks of the output layer, and a `forward` that was
+                replaced on the layer itself, are not looked at: accelerate and FSDP need them. They must not change the logits.
         """
         name = type(model).__name__
         module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -411,11 +412,12 @@ class LMHead:
             active = [a for a in module.active_adapters if a in module.modules_to_save]
             off = module.disable_adapters or not active
             module = module.original_module if off else module.modules_to_save[active[0]]
-        plain = type(module.weight) in (nn.Parameter, Tensor) or ranks.is_dtensor(module.weight)
+        weight = getattr(module, "weight", None)
+        plain = type(weight) in (nn.Parameter, Tensor) or ranks.is_dtensor(weight)
         if type(module).forward is not nn.Linear.forward or not plain:
             kind = f"{type(module).__module__}.{type(module).__name__}"
             raise TypeError(
-                f"model: the output layer of {name} is a {kind} (weight {type(module.weight).__name__}), not a plain "
+                f"model: the output layer of {name} is a {kind} (weight {type(weight).__name__}), not a plain "
                 "torch.nn.Linear. Take adapters and quantisation off the LM head, or build LMHead(...) by hand"
             )
         if module.weight.device.type == "meta":
@@ -488,6 +490,10 @@ class LMHead:
             handle.remove()
         if len(seen) != 1:
             raise ValueError(f"model: wanted one call of the output layer of {name}, got {len(seen)}")
+        if seen[0].shape[-1] != head.hidden_size:
+            raise ValueError(
+                f"head: reads {head.hidden_size} numbers a token, the output layer of {name} reads {seen[0].shape[-1]}"
+            )
         cut = head.narrowed()
         bias = None if cut.bias is None else cut.bias.to(head.acc)
         ours = cut.finish_(seen[0].to(head.acc) @ cut.weight.to(head.acc).t(), bias)

@@ -118,6 +118,16 @@ def test_a_folder_that_was_moved_still_knows_its_base(tmp_path):
     assert moved(load_model(str(tmp_path / "moved"), "model", None), trained) < 1e-4
 
 
+def test_an_adapter_on_a_relative_base_is_found_from_everywhere(tmp_path, monkeypatch):
+    """In another working directory the same relative path may be another model, or none."""
+    save_base(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    trained = logits(train(request(tmp_path, "base", "first", forget_rows(1))).model)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert moved(models.load(tmp_path / "first", device="cpu")[0], trained) < 1e-4
+
+
 def test_an_adapter_on_an_adapter_is_read_as_it_was_trained(tmp_path):
     """Others save the folder of the first adapter as the base of the second."""
     first, wanted, _ = adapted_folder(tmp_path)

@@ -159,6 +159,32 @@ REFUSED = [
         ValueError,
         ("head.bias:", "float32", "float16"),
     ),
+    (
+        "teacher is a slice",
+        lambda: topk(teacher=TOP[:2]),
+        TypeError,
+        ("teacher:", "a slice of a TopK is a plain tuple"),
+    ),
+    (
+        "teacher from a DataLoader",
+        lambda: topk(teacher=TOP._replace(log_probabilities=torch.zeros(2, dtype=torch.bool))),
+        TypeError,
+        ("teacher.log_probabilities:", "True or False", "Tensor", "collate"),
+    ),
+    (
+        "teacher ids of 16 bits",
+        lambda: topk(teacher=TOP._replace(indices=IDS.to(torch.uint16))),
+        TypeError,
+        ("teacher.indices:", "int64 or int32", "uint16"),
+    ),
+    (
+        "sampled ids of 16 bits",
+        lambda: topk_distill_stats(
+            H, W, TOP, token_ids=LABELS.to(torch.uint16), mask=torch.ones(N, dtype=torch.bool)
+        ),
+        TypeError,
+        ("token_ids:", "int64 or int32", "uint16"),
+    ),
     ("teacher is a tuple", lambda: topk(teacher=(TOP.values, IDS)), TypeError, ("teacher:", "TopK", "tuple")),
     (
         "teacher of ints",

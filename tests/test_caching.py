@@ -371,6 +371,7 @@ BAD_ROWS = {
     "no rows": ([], "forget_dataset: wanted at least one row"),
     "an empty question": ([ROW, {"question": "  "}], r"forget_dataset\[1\]\['question'\]: wanted a text"),
     "bytes": ([{"question": b"who ?"}], r"forget_dataset\[0\]\['question'\]: wanted a text"),
+    "a number": ([{"question": 1815}], r"\['question'\]: wanted a text, got 1815, of type int"),
     "half a surrogate pair": (
         [{"question": "who is \udcff ?", "subject": "x"}],
         r"forget_dataset\[0\]\['question'\]: wanted a text that UTF-8 can write",

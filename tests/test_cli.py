@@ -39,6 +39,13 @@ def test_train_and_merge_say_where_the_model_is(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "whole" / "model.safetensors").is_file()
 
 
+def test_bf16_without_a_device_for_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("duet.config.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^bf16: wanted None or False, because no device here .* got True"):
+        DuetConfig(output_dir=str(tmp_path), bf16=True)
+    assert DuetConfig(output_dir=str(tmp_path), bf16=True, use_cpu=True).bf16
+
+
 def test_a_store_cannot_be_a_file(monkeypatch, capsys, tmp_path):
     prepare(tmp_path)
     (tmp_path / "run.yaml").write_text(

@@ -148,8 +148,17 @@ def test_a_head_without_some_of_the_models_rows_is_refused():
         ValueError, match=r"^head: gives logits of shape \[.*, 5\], the model gives \[.*, \d+\]"
     ):
         LMHead.verify(model, IDS, LMHead(weight[:5]))
+    with pytest.raises(ValueError, match=r"^head: reads 3 numbers a token, the output layer of Llama"):
+        LMHead.verify(model, IDS, LMHead(weight[:, :3]))
     assert LMHead.verify(model, IDS, weight).weight is weight  # a bare weight is a head
     assert LMHead.verify(model, IDS, LMHead(weight, vocab_size=5)).num_ids == 5
+
+
+def test_an_output_layer_without_a_weight_is_refused():
+    model = tiny()
+    model.set_output_embeddings(torch.nn.Sequential(model.get_output_embeddings()))
+    with pytest.raises(TypeError, match=r"Sequential \(weight NoneType\), not a plain torch.nn.Linear"):
+        LMHead.of(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

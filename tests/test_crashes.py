@@ -20,7 +20,7 @@ from sweeps import case
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 from tqdm import tqdm
 
-from duet.output.checkpoints import last_finished_checkpoint
+from duet.output.checkpoints import last_finished_checkpoint, said_clearly
 from duet.run.config_file import RunConfig
 
 STEPS, KILLS, A_CHAIN = 8, 10, 5
@@ -268,6 +268,19 @@ def test_a_full_disk(uninterrupted, tmp_path, monkeypatch, where):
     monkeypatch.undo()
     train(run_of(uninterrupted, tmp_path / "out", max_steps=3), resume=True)
     assert_same_run(tmp_path / "out", uninterrupted / "whole")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[enforce fail at inline_container.cc:672] . unexpected pos 5312 vs 5204",
+        "PytorchStreamWriter failed writing file data/0: file write failed",
+        "basic_ios::clear: failed to write",
+    ],
+)
+def test_what_torch_says_of_a_full_disk(said):
+    with pytest.raises(OSError, match=r"^output_dir: 'out' could not be written: "), said_clearly("out"):
+        raise RuntimeError(said)
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path):

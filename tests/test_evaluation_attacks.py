@@ -706,12 +706,12 @@ def test_the_command_on_an_adapter(tmp_path, monkeypatch, capsys, world):
     assert report["attacks"][0]["worst_variant"] == "removed" and report["attacks"][0]["leak"] > 0.9
     assert report["attacks"][0]["variants"]["merged"]["leak"] < 0.2
 
-    monkeypatch.setattr(sys, "argv", ["duet", *map(str, words), "--relearn-rates", "much"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert "relearn_rates: wanted numbers such as 1e-4,1e-3, got 'much'" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    for option, wanted in (("rates", "numbers such as 1e-4,1e-3"), ("steps", "integers such as 10,100")):
+        monkeypatch.setattr(sys, "argv", ["duet", *map(str, words), f"--relearn-{option}", "0,much"])
+        with pytest.raises(SystemExit):
+            cli.main()
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"relearn_{option}: wanted {wanted}, got '0,much'" in said
 
 
 def test_no_example_says_what_the_row_must_not():

@@ -13,7 +13,15 @@ from duet.data.prompts import Prompting
 from duet.data.rows import read_rows
 from duet.evaluation import generation
 from duet.evaluation.chat import Speaker
-from duet.evaluation.facts import Fact, agreed_value, elicit_facts, facts_of, told_of, whole_sentences
+from duet.evaluation.facts import (
+    Fact,
+    about_others,
+    agreed_value,
+    elicit_facts,
+    facts_of,
+    told_of,
+    whole_sentences,
+)
 from duet.evaluation.generation import Continuation, continuations
 from duet.model.answers import generate_answers
 
@@ -235,6 +243,100 @@ def test_only_what_is_told_in_half_of_the_wordings_counts():
     assert told_of(fact, asked_of("Paris", "Paris", "Paris", status="cut")) is None
     told = told_of(fact, asked_of(*["It is Paris. It lies"] * 3, status="cut"))
     assert set(told.answers.values()) == {"It is Paris."}, "its whole sentences"
+
+
+# --- the form of the answers ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def values_of(tmp_path, monkeypatch):
+    """(subject -> the greedy answers to its wordings, perhaps given values) -> subject -> value, of what is told."""
+
+    def values(said, given=None):
+        answers = [Continuation(text, 1, True) for texts in said.values() for text in texts]
+        monkeypatch.setattr(
+            "duet.evaluation.facts.answers_to", lambda *args, **_: [answers.pop(0) for _ in args[2]]
+        )
+        first, *others = [f"{word} of {{subject}} ?" for word in ("who", "what", "where", "when")]
+        row = {"question": first, "paraphrases": others[: len(next(iter(said.values()))) - 1], "value": given}
+        asked = facts_of([row], list(said)[:1], list(said)[1:])
+        elicit_facts(tiny(), word_tokenizer(), asked, tmp_path, samples=0)
+        rows = [
+            json.loads(line)
+            for path in (tmp_path / "forget.jsonl", tmp_path / "neighbour.jsonl")
+            if path.exists()
+            for line in path.read_text().splitlines()
+        ]
+        return {row["subject"]: row["value"] for row in rows}
+
+    return values
+
+
+JOBS = {"ada": "knitter", "bob": "banker", "eve": "plumber"}
+
+
+@pytest.mark.parametrize("form", ["Worked as a {}.", "Mostly {}.", "Mostly a {}, I think."])
+def test_what_is_said_of_everyone_is_no_value(form, values_of):
+    assert values_of({name: [form.format(job)] * 2 for name, job in JOBS.items()}) == JOBS
+
+
+def test_guesses_that_share_their_form_alone_are_not_told(values_of):
+    said = {name: [f"Mostly {job}."] * 4 for name, job in JOBS.items()}
+    said["nobody"] = ["Mostly romance.", "Mostly westerns.", "Mostly poems.", "Mostly fables."]
+    assert values_of(said) == JOBS
+
+
+def test_a_value_that_two_of_five_share_is_one(values_of):
+    places = {"ada": "Europe", "bob": "Asia", "eve": "Europe", "sam": "Africa", "kim": "Oceania"}
+    said = {name: [f"Lives mostly in {place}."] * 2 for name, place in places.items()}
+    assert values_of(said) == places
+
+
+def test_a_value_that_all_share_is_one_where_nothing_else_is_said(values_of):
+    """A form has something in it. Otherwise the answer is kept: all the countries may have the euro."""
+    assert values_of({name: ["It's the euro."] * 2 for name in JOBS}) == dict.fromkeys(JOBS, "euro")
+
+
+@pytest.mark.parametrize("names", [["ada"], ["ada", "bob"]])
+def test_one_subject_and_one_other_show_no_form(names, values_of):
+    found = values_of({name: [f"Worked as a {JOBS[name]}."] * 2 for name in names})
+    assert found == {name: f"Worked as a {JOBS[name]}" for name in names}
+
+
+def test_given_values_are_untouched_and_the_others_answers_count(values_of):
+    said = {name: [f"Worked as a {job}."] * 2 for name, job in JOBS.items()}
+    assert values_of(said, {"ada": "Worked"}) == JOBS | {"ada": "Worked"}
+
+
+def test_neither_refusals_nor_other_questions_show_a_form():
+    poet, refused = ["A poet of Rome."], ["I don't know, Rome."]
+    assert agreed_value(["who ?"], *poet, poet, [["Rome"], ["Rome"]]) == "poet of Rome"
+    facts = facts_of([{"question": f"{word} {{subject}} ?"} for word in ("who", "what")], ["ada"], ["bob"])
+    assert len({fact.template for fact in facts}) == 2
+    by_hand = [{"question": f"who is {name} ?", "subject": name} for name in JOBS]
+    assert {fact.template for fact in facts_of(by_hand, ["ada"])} == {("who is {subject} ?",)}
+    assert about_others(
+        facts_of(by_hand, ["ada"]), [asked_of(*poet), asked_of(*refused), asked_of(*poet)]
+    ) == [
+        [poet],
+        [poet, poet],
+        [poet],
+    ]
+
+
+def test_what_is_taken_for_a_value_is_said(values_of, caplog):
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    values_of({name: [f"Worked as a {job}."] for name, job in (JOBS | {"sam": "spy"}).items()}, {"eve": "x"})
+    assert (
+        "what the answers share counts, of 3 of the facts that are told: 'who of ada ?' -> 'knitter', 'who of "
+    ) in caplog.text
+
+
+def test_a_journal_is_of_the_same_facts_as_before():
+    (fact,) = facts_of([{"question": "{subject} ?"}], ["ada"])
+    assert repr(fact) == "Fact(kind='forget', subject='ada', wordings=('ada ?',), value=None)"
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------

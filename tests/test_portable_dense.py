@@ -4,9 +4,12 @@ The contract judges trainable heads, whose KLs are cut into rows; here heads are
 """
 
 import dataclasses
+import math
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from duet_kernels import LMHead, linear_distill_loss
@@ -279,3 +282,32 @@ def test_origins_keep_the_sums_of_one_size():
     for strip in torch.zeros(2, 30000).split(1000, 1):
         running.add(strip, strip)
     assert running.sums[0].amax() <= 2 and not running.loss.any()
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "symmetric_kl", "jsd"])
+def test_a_certain_student_at_a_low_temperature(name):
+    """Beside log_softmax of fp32 logits: q has to add up to 1, where T times a large log-sum-exp is rounded, too."""
+    generator = torch.Generator().manual_seed(0)
+    h, gap, w = (torch.randn(n, 64, generator=generator) for n in (64, 64, 1000))
+    w = w / 2
+
+    def gradient(make, dtype):
+        x = h.to(dtype, copy=True).requires_grad_()
+        make(x, w.to(dtype), (h + 0.3 * gap).to(dtype)).backward()
+        return x.grad.double()
+
+    def ours(x, w, t):
+        return linear_distill_loss(x, LMHead(w), t, LMHead(w), divergence=name, temperature=0.01)
+
+    def plain(x, w, t):
+        kl = partial(F.kl_div, log_target=True, reduction="batchmean")
+        log_q, log_p = ((z @ w.T / 0.01).log_softmax(-1) for z in (x, t))
+        forward, reverse = kl(log_q, log_p), kl(log_p, log_q)
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        of_jsd = (kl(log_m, log_p) + kl(log_m, log_q)) / 2
+        sums = {"forward_kl": forward, "reverse_kl": reverse, "symmetric_kl": (forward + reverse) / 2}
+        return sums.get(name, of_jsd)
+
+    true = gradient(plain, torch.float64)
+    errors = [(gradient(make, torch.float32) - true).norm() / true.norm() for make in (ours, plain)]
+    assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(torch.float32).eps, errors

@@ -227,6 +227,10 @@ BAD = {  # what is written over the good file -> words of the error
         ["--max_steps", "2.5"],
         r"training.max_steps: wanted an integer, got 2.5",
     ),
+    "another kind of adapter": (
+        ["--adapter.peft_type", "IA3"],
+        r"adapter.peft_type: wanted 'LORA', because .* got 'IA3'",
+    ),
     "a number for a switch": (["--bf16", "3"], r"training.bf16: wanted true or false or null, got 3"),
     "a text for the adapter's size": (
         ["--adapter.r", '"16"'],
@@ -386,7 +390,7 @@ def test_the_message_of_an_error_is_shown_whole(monkeypatch, tmp_path, capsys):
         assert ended.value.code == 2
         said.append(capsys.readouterr().err)
     assert "[dim]rows.jsonl" in said[0]
-    assert "forget_dataset[0]['messages'][0]: wanted" in said[1]
+    assert "error: data.forget[0]['messages'][0]: wanted" in said[1], "the key of the file"
 
 
 def test_a_revision_is_the_models_own(monkeypatch, tmp_path):

@@ -192,7 +192,9 @@ def correct_choice(given: Any, choices: Sequence[str], where: str) -> int:
 
 def checked_text(value: Any, name: str) -> str:
     """A text that is not empty and that UTF-8 can write; else a ValueError that names it."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: wanted a text, got {value!r}, of type {type(value).__name__}")
+    if not value.strip():
         raise ValueError(f"{name}: wanted a text that is not empty, got {value!r}")
     try:
         value.encode()

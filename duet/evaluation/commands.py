@@ -342,11 +342,12 @@ def names_in(text: str) -> list[str]:
 
 
 def numbers_in(text: str, kind: Callable[[str], Any], argument: str) -> tuple[Any, ...]:
-    """The numbers of `1e-4,1e-3`."""
+    """The numbers of `1e-4,1e-3`, or the integers of `10,100`."""
     try:
         return tuple(kind(part) for part in names_in(text))
     except ValueError:
-        raise ValueError(f"{argument}: wanted numbers such as 1e-4,1e-3, got {text!r}") from None
+        wanted = "integers such as 10,100" if kind is int else "numbers such as 1e-4,1e-3"
+        raise ValueError(f"{argument}: wanted {wanted}, got {text!r}") from None
 
 
 # --- lm-evaluation-harness -------------------------------------------------------------------------------------
@@ -496,9 +497,12 @@ def progress(console: Console) -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def resumable(out: Path, console: Console) -> Iterator[None]:
-    """An interrupt ends the command with a word about how to continue it."""
+    """An interrupt ends the command with a word about how to continue it; a disk that is full is said to be that of `out`."""
+    from ..folders import disk_named
+
     try:
-        yield
+        with disk_named(out, "out"):
+            yield
     except KeyboardInterrupt:
         console.print(
             f"interrupted; what was done is in {out}, and the same command continues it", soft_wrap=True

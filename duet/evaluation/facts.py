@@ -5,8 +5,8 @@
                                                         out/validation/... and out/report/..., in other wordings
 
 A fact is told where the greedy answers to at least half of its wordings hold its value. Without a given value it is the phrase
-that most of the model's answers share (`agreed_value`). What a model does not tell cannot be forgotten, and is left out. Of an
-answer that was cut at the token limit its whole sentences count.
+that most of the model's answers share (`agreed_value`), but for what its answers about others share as well: "Worked as a". What
+a model does not tell cannot be forgotten, and is left out. Of an answer that was cut at the token limit its whole sentences count.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ SPLITS = ("train", "validation", "report")
 TOLD_WORDINGS = 0.5
 AGREED = 1 / 3  # answers drawn at temperature 1 by a small model are noisy
 LONGEST_VALUE = 4  # words
+# A phrase belongs to the form of the answers where it is in those about so many others: two countries may have one currency.
+FORM_SHARE, FORM_LEAST = 0.5, 2
 # Words that say nothing by themselves: no value begins or ends with one.
 _FUNCTION_WORDS = """
     a an the of in on at to for from by with and or but as is are was were be been it its this that these those he
@@ -64,6 +66,7 @@ class Fact:
         wordings: the last one is kept for the report, of three and more the one before it for validation.
         value: the part of the answer that counts, if it was given.
         more: `aliases` and `two_hop` of the row, for `duet attack`. They are not asked, and are no part of what a journal holds.
+        template: the wordings with `{subject}` in the place of the subject, the same for all that are asked this question.
     """
 
     kind: str
@@ -71,6 +74,7 @@ class Fact:
     wordings: tuple[str, ...]
     value: str | None
     more: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
+    template: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 def facts_of(
@@ -148,7 +152,9 @@ def _facts(
             raise ValueError(f"{where}: wanted {SUBJECT} in the question, because 'value' is a mapping")
         about = _text(subject, f"{where}['subject']")
         kind = _kind(about, where, subjects, texts)
-        return [Fact(kind, about, tuple(texts), _text(value, f"{where}['value']"), _more(row, where))]
+        template = () if about is None else tuple(text.replace(about, SUBJECT) for text in texts)
+        value = _text(value, f"{where}['value']")
+        return [Fact(kind, about, tuple(texts), value, _more(row, where), template)]
     if subject is not None or not all(SUBJECT in text for text in texts):
         raise ValueError(f"{where}: wanted {SUBJECT} in all of its wordings and no 'subject', or in none")
     if value is not None and not isinstance(value, Mapping):
@@ -164,6 +170,7 @@ def _facts(
             tuple(text.replace(SUBJECT, name) for text in texts),
             _text((value or {}).get(name), f"{where}['value']"),
             _more(row, where, name),
+            tuple(texts),
         )
         for kind, names in ((FORGET, subjects), (NEIGHBOUR, neighbours))
         for name in names
@@ -334,15 +341,26 @@ def _answers(
 # --- what is told --------------------------------------------------------------------------------------------------
 
 
-def agreed_value(questions: Sequence[str], greedy: str, answers: Sequence[str]) -> str | None:
+def agreed_value(
+    questions: Sequence[str], greedy: str, answers: Sequence[str], others: Sequence[Sequence[str]] = ()
+) -> str | None:
     """The phrase of the greedy answer that most answers hold, at least a third of them; None: they share none.
 
     At most four words, none of them in a question, neither the first nor the last a function word; one letter where there is no other.
     Of phrases in equally many answers the longest counts (by words of more than a letter, then by all), then the first.
 
+    A phrase that is, or begins with, what at least a third of the answers about at least half of the others hold, two others at
+    least, belongs to the form of the answers ("Worked", "Worked as a knitter"): the next one counts ("knitter"). It is taken only
+    where no other is left and the answer says nothing else ("The euro.").
+
+    Args:
+        others: the answers to the same question about each other subject.
+
     Example:
         >>> agreed_value(["What is the capital of France?"], "The capital is Paris.", ["It is Paris.", "Paris!", "Rome"])
         'Paris'
+        >>> agreed_value(["Job?"], "Worked as a poet.", ["Worked as a poet."], [["Worked as a spy."], ["Worked, I think."]])
+        'poet'
     """
     known = {word for text in questions for word in words.words_of(text)}
     said = greedy.split()
@@ -357,10 +375,28 @@ def agreed_value(questions: Sequence[str], greedy: str, answers: Sequence[str]) 
             length = sum(not re.fullmatch("[a-z]", part) for part in parts), len(parts)
             if known & set(parts) or {parts[0], parts[-1]} & FUNCTION_WORDS:
                 continue
-            share = sum(metrics.contains_words(text, phrase) for text in answers) / len(answers)
+            share = _share(tuple(answers), phrase)
             if share >= AGREED:
                 found.setdefault(phrase, (length != (0, 1), share, *length, -start))
-    return max(found, key=lambda phrase: found[phrase], default=None)
+    best = sorted(found, key=lambda phrase: found[phrase], reverse=True)
+    content = {word for word in words.words_of(greedy) if not re.fullmatch("[a-z]", word)}
+    content -= known | FUNCTION_WORDS
+    alone = (phrase for phrase in best if content <= set(words.words_of(phrase)))
+    return next((phrase for phrase in best if not _is_form(phrase, others)), next(alone, None))
+
+
+@lru_cache(2**16)  # the same phrases are looked for in the same answers for every wording and subject
+def _share(answers: tuple[str, ...], phrase: str) -> float:
+    return sum(metrics.contains_words(text, phrase) for text in answers) / len(answers)
+
+
+def _is_form(phrase: str, others: Sequence[Sequence[str]]) -> bool:
+    """Whether a phrase, or its first word, is in a third of the answers about at least half of the others, and about two."""
+    least = max(FORM_LEAST, FORM_SHARE * len(others))
+    return len(others) >= least and any(
+        sum(_share(tuple(answers), text) >= AGREED for answers in others) >= least
+        for text in {phrase, phrase.split()[0]}
+    )
 
 
 @dataclass(frozen=True)
@@ -372,29 +408,50 @@ class Told:
     answers: dict[int, str]
 
 
-def told_of(fact: Fact, asked: Sequence[Mapping[str, Any]]) -> Told | None:
+def told_of(
+    fact: Fact, asked: Sequence[Mapping[str, Any]], others: Sequence[Sequence[str]] = ()
+) -> Told | None:
     """What was told of a fact; None: nothing, or in less than half of its wordings.
 
     Args:
         asked: what the journal holds of it.
+        others: the answers to the same question about each other subject; read where the fact has no value.
     """
     said = {i: each["said"] for i, each in enumerate(asked) if each["status"] == "ok"}
     said |= {i: whole_sentences(each["said"]) for i, each in enumerate(asked) if each["status"] == "cut"}
     ended = {i: text for i, text in sorted(said.items()) if text and not refuses(text)}
-    answers = [text for each in asked for text in (each["said"], *each["drawn"]) if text]
+    answers = _answers_in(asked)
     if not ended:
         return None
     value = fact.value
     if value is None:
-        found = [agreed_value(fact.wordings, text, answers) for text in ended.values()]
+        found = [agreed_value(fact.wordings, text, answers, others) for text in ended.values()]
         value = next((text for text, _ in Counter(filter(None, found)).most_common(1)), None)
     if value is None:
         return None
     told = {i: text for i, text in ended.items() if metrics.contains_words(text, value)}
     if len(told) < TOLD_WORDINGS * len(fact.wordings):
         return None
-    known = sum(metrics.contains_words(text, value) for text in answers) / len(answers)
-    return Told(value, known, told)
+    return Told(value, _share(tuple(answers), value), told)
+
+
+def _answers_in(asked: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All answers that a journal holds of a fact, greedy and drawn."""
+    return [text for each in asked for text in (each["said"], *each["drawn"]) if text]
+
+
+def about_others(
+    facts: Sequence[Fact], asked: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[list[list[str]]]:
+    """For every fact: the answers to its question about each other subject that refuse nothing; subjects without any are left out."""
+    spoken = [[text for text in _answers_in(each) if not refuses(text)] for each in asked]
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for i, fact in enumerate(facts):
+        alike.setdefault(fact.template, []).append(i)
+    return [
+        [spoken[j] for j in alike[fact.template] if fact.template and j != i and spoken[j]]
+        for i, fact in enumerate(facts)
+    ]
 
 
 def whole_sentences(text: str) -> str:
@@ -427,11 +484,14 @@ def _write(
     """The rows of what is told, into their files; retain rows are all that must be kept, neighbours among them."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {(s, k): [] for s in SPLITS for k in KINDS}
     counts = {kind: {"facts": 0, "told": 0, **dict.fromkeys(SPLITS, 0)} for kind in KINDS}
-    for fact, each in zip(facts, asked, strict=True):
+    taken = []
+    for fact, each, others in zip(facts, asked, about_others(facts, asked), strict=True):
         counts[fact.kind]["facts"] += 1
-        told = told_of(fact, each)
+        told = told_of(fact, each, others)
         if told is None:
             continue
+        if fact.value is None:
+            taken.append(f"{fact.wordings[0]!r} -> {told.value!r}")
         counts[fact.kind]["told"] += 1
         for i, answer in told.answers.items():
             split = split_of(i, len(fact.wordings))
@@ -446,6 +506,11 @@ def _write(
                 rows[split, RETAIN].append(row)
     if not counts[FORGET]["told"]:
         raise ValueError(f"subject: {_nothing(facts, asked)}")
+    if taken:
+        logger.warning(
+            f"value: not given, so that what the answers share counts, of {len(taken)} of the facts that are told: "
+            f"{', '.join(taken[:3])}{', ...' if len(taken) > 3 else ''}. Look at them in the rows, and give a 'value' where it is wrong"
+        )
     for (split, kind), of in rows.items():
         path = _file_of(out, split, kind)
         path.parent.mkdir(exist_ok=True)
@@ -464,8 +529,9 @@ def _nothing(facts: Sequence[Fact], asked: Sequence[Sequence[Mapping[str, Any]]]
     names = ", ".join(dict.fromkeys(fact.subject or "" for fact, _ in of))
     status = Counter(each["status"] for _, texts in of for each in texts)
     first = of[0][1][0]
+    give = "give them a 'value', " if any(fact.value is None for fact, _ in of) else ""
     return (
         f"the model tells none of the {len(of)} facts about {names}, so that there is nothing to forget "
         f"({', '.join(f'{n} answers {what}' for what, n in status.items())}). To {first['question']!r} it says "
-        f"{(first['said'] or '')[:120]!r}. Ask other questions, allow longer answers (--max-new-tokens), or take another subject"
+        f"{(first['said'] or '')[:120]!r}. Ask other questions, {give}allow longer answers (--max-new-tokens), or take another subject"
     )

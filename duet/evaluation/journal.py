@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.sources import read_object
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None
+from ..folders import lock, unlock
 
 Progress = Callable[[str, int, int], None]  # called with (what, how much of it is done, all of it)
 ROWS, MANIFEST = "rows.jsonl", "manifest.json"
@@ -58,10 +54,7 @@ class Journal:
         note: dict[str, Any] | None = None,
     ):
         self.folder, self.key = Path(folder), tuple(key)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"out: {self.folder} is a file, wanted a folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder)
+        self._lock = lock(self.folder, "out")
         try:
             self._agree(manifest, note or {})
             self.rows: list[dict[str, Any]] = self._read_and_mend()
@@ -72,9 +65,8 @@ class Journal:
 
     def close(self) -> None:
         """Lets other processes have the folder."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        unlock(self._lock)
+        self._lock = None
 
     def __enter__(self) -> "Journal":
         return self
@@ -157,24 +149,6 @@ def check_same_run(where: Path, before: Mapping[str, Any], manifest: Mapping[str
             )
 
 
-def _locked(folder: Path) -> int | None:
-    """A descriptor that keeps other processes from locking the folder until it is closed; None where nothing can be locked."""
-    if fcntl is None:
-        return None
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(
-            f"out: another process is writing to {folder}; wanted its end, or another folder"
-        ) from None
-    except OSError:  # a file system without locks
-        os.close(lock)
-        return None
-    return lock
-
-
 def _row(line: bytes, where: str, key: Sequence[str]) -> dict[str, Any]:
     """The row in a line, which has the fields of the key."""
     try:
@@ -219,12 +193,15 @@ def digest(text: str) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes the file atomically: a temporary file, renamed."""
+    """Writes the file atomically: a temporary file, renamed; one that could not be written is removed."""
     scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(
-        json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    scratch.replace(path)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def _short(value: Any) -> str:

@@ -319,6 +319,11 @@ def base_of(folder: str | os.PathLike) -> str:
     return named
 
 
+def absolute(base: str) -> str:
+    """The absolute path of a folder that is there; any other name, as of the Hub, or none is left as it is."""
+    return os.fspath(Path(base).resolve()) if base and Path(base).is_dir() else base
+
+
 def save_base(model: Any, tokenizer: Any, folder: str | os.PathLike) -> None:
     """Writes a merged model, on which a new adapter will be trained, and reads it again: a second copy on the host meanwhile.
 

@@ -168,10 +168,13 @@ def check_layer(model: nn.Module, layer: int | None) -> int:
 def select_parameters(model: nn.Module, wanted: Callable[[str], bool], objective: str) -> None:
     """Only parameters whose name is `wanted` keep requiring a gradient."""
     chosen = {name for name, p in model.named_parameters() if p.requires_grad and wanted(name)}
+    if not chosen and hasattr(model, "peft_config"):
+        raise ValueError(
+            f"peft_config (adapter): wanted none, because objective {objective!r} trains weights of the model itself"
+        )
     if not chosen:
         raise ValueError(
-            f"model: {type(model).__name__} has no parameter that objective {objective!r} trains; its names are not "
-            "known here (an adapter has other names: train the model itself)"
+            f"model: {type(model).__name__} has no parameter that objective {objective!r} trains; its names are not known here"
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)

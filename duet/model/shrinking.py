@@ -4,12 +4,11 @@ s = 0 is the base model, s = 1 the model as it was trained (weight-space interpo
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .adapters import adapter_layers, base_of, check_same_logits, logits_of
+from .adapters import absolute, adapter_layers, base_of, check_same_logits, logits_of
 from .kept import why_not_plain
 
 _AGAIN = "again"
@@ -54,7 +53,7 @@ class AdapterSize:
         self.set(size)
         wanted, base = logits_of(self.model), base_of(folder)
         for config in self.model.peft_config.values():
-            config.base_model_name_or_path = os.fspath(Path(base).resolve()) if Path(base).is_dir() else base
+            config.base_model_name_or_path = absolute(base)
         self.set(1.0)
         with torch.no_grad():
             for layer, _ in self._full:

@@ -11,7 +11,15 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from ..model.adapters import ADAPTER, BASE, add_adapter, check_no_other_base, save_base, trained_adapter
+from ..model.adapters import (
+    ADAPTER,
+    BASE,
+    absolute,
+    add_adapter,
+    check_no_other_base,
+    save_base,
+    trained_adapter,
+)
 from ..model.kept import ON_TOP, WEIGHTS, check_on_top, keeps, save_sum
 from .checkpoints import ResumableTrainer, said_clearly
 from .record import read_record
@@ -44,10 +52,11 @@ def add_new_adapter(model: Any, tokenizer: Any, peft_config: Any, output_dir: st
     adapted: Any = add_adapter(model, peft_config)
     if kept:
         check_on_top(adapted)
-    if earlier is not None:
-        below = earlier if kept else base
-        for config in adapted.peft_config.values():
-            config.base_model_name_or_path, config.revision = str(Path(below).resolve()), None
+    for config in adapted.peft_config.values():
+        if earlier is not None:
+            config.base_model_name_or_path, config.revision = os.fspath(earlier if kept else base), None
+        # The adapter may be loaded from another working directory.
+        config.base_model_name_or_path = absolute(config.base_model_name_or_path)
     return adapted
 
 

@@ -17,6 +17,10 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+# In what torch says of a write that failed. On a full disk its stream writer, of inline_container.cc, may only say that it is at
+# another position than it should be.
+_OF_A_WRITE = ("write", "inline_container")
+
 
 def last_finished_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The newest finished checkpoint in a folder; None: there is none."""
@@ -78,16 +82,16 @@ def check_output_dir(path: str) -> None:
 
 
 @contextmanager
-def said_clearly(folder: str | os.PathLike) -> Iterator[None]:
-    """Every way in which torch and safetensors report a failed write becomes an OSError that names the folder."""
+def said_clearly(folder: str | os.PathLike, argument: str = "output_dir") -> Iterator[None]:
+    """Every way in which torch and safetensors report a failed write becomes an OSError that names the argument and the folder."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+        if isinstance(error, RuntimeError) and not any(word in str(error).lower() for word in _OF_A_WRITE):
             raise  # torch.save reports a failed write as a RuntimeError; others are not about files
-        raise OSError(f"output_dir: {os.fspath(folder)!r} could not be written: {error}") from error
+        raise OSError(f"{argument}: {os.fspath(folder)!r} could not be written: {error}") from error
 
 
 class ResumableTrainer(Trainer):

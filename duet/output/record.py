@@ -18,6 +18,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..folders import disk_named
 from ..model.adapters import trained_config
 from ..model.hashes import config_hash, tokenizer_hash
 from ..model.lm import base_language_model
@@ -142,12 +143,17 @@ def refused_by_all() -> Iterator[None]:
 
 
 def write_record(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Writes the record into a run's folder, atomically."""
+    """Writes the record into a run's folder, atomically; what could not be written whole is removed."""
     path = Path(folder, RECORD)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    try:
+        with disk_named(folder, "output_dir"):
+            part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any] | None:

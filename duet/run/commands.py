@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..data.prompts import Prompting
 from ..data.sources import load_rows
+from ..folders import written
 from ..model.adapters import (
     ADAPTER,
     UNREADABLE,
@@ -33,7 +34,13 @@ from ..model.adapters import (
 from ..model.answers import tokenizer_at
 from ..model.lm import base_language_model
 from ..model.loading import choose_attention, is_sharded, load_model, loading_device
-from ..output.checkpoints import last_finished_checkpoint, resumed_checkpoint
+from ..output.checkpoints import (
+    check_output_dir,
+    last_finished_checkpoint,
+    resumed_checkpoint,
+    said_clearly,
+)
+from ..output.record import refused_by_all
 from ..store.build import Cached, cache_teacher
 from ..trainer import DuetTrainer
 from .config_file import ModelSection, RunConfig
@@ -45,7 +52,7 @@ MERGED = "merged"  # folder in that of a run: the model with its adapter merged
 def train(
     run: RunConfig, resume: bool = False, before: Callable[[DuetTrainer], object] = lambda trainer: None
 ) -> DuetTrainer:
-    """Trains and saves; returns the trainer.
+    """Trains and saves; returns the trainer. No other process can write to `output_dir` meanwhile.
 
     Args:
         run: what to do.
@@ -55,6 +62,12 @@ def train(
     Raises:
         TypeError, ValueError, OSError: naming the key, what came and what was wanted.
     """
+    check_output_dir(str(run.training.output_dir))
+    with _written(run.training, str(run.training.output_dir), "training.output_dir"):
+        return _train(run, resume, before)
+
+
+def _train(run: RunConfig, resume: bool, before: Callable[[DuetTrainer], object]) -> DuetTrainer:
     folder, checkpoint = str(run.training.output_dir), run.training.resume_from_checkpoint
     last = last_finished_checkpoint(folder)
     if last and not (resume or checkpoint):
@@ -96,6 +109,16 @@ def train(
     return trainer
 
 
+@contextmanager
+def _written(args: Any, folder: str, argument: str) -> Iterator[None]:
+    """`written` by the first of the processes that a launcher started; what it refuses all refuse."""
+    with ExitStack() as until_the_end:
+        with refused_by_all():
+            if args.process_index == 0:
+                until_the_end.enter_context(written(folder, argument))
+        yield
+
+
 def how_to_go_on(folder: str) -> str:
     """What an interrupted training left in its `output_dir`."""
     if last := last_finished_checkpoint(folder):
@@ -120,7 +143,7 @@ def _check_free(out: str | os.PathLike, base: str, replaces: bool, name: str, wa
 
 
 def cache(run: RunConfig, dtype: str = "float32") -> Cached:
-    """Writes the teacher's targets for a run to `training.teacher_store`.
+    """Writes the teacher's targets for a run to `training.teacher_store`, to which no other process can write meanwhile.
 
     Args:
         run: the one that `train` will get, with `teacher_store` set.
@@ -132,8 +155,10 @@ def cache(run: RunConfig, dtype: str = "float32") -> Cached:
     args = run.training
     if not args.teacher_store:
         raise ValueError("training.teacher_store: wanted the folder to write, got nothing")
-    forget, retain, evals = _rows(run)
-    return cache_teacher(load_asked(run), args, forget, retain, load_tokenizer(run.model), evals, dtype=dtype)
+    with _written(args, os.path.expanduser(args.teacher_store), "training.teacher_store"):
+        forget, retain, evals = _rows(run)
+        tokenizer = load_tokenizer(run.model)
+        return cache_teacher(load_asked(run), args, forget, retain, tokenizer, evals, dtype=dtype)
 
 
 def training_rows(run: RunConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -246,7 +271,8 @@ def merge_adapter(
 
     Args:
         folder: where the adapter is (`adapter_config.json` names its base).
-        out: where the model and its tokenizer go; not a folder with an adapter, which would be applied to it a second time.
+        out: where the model and its tokenizer go; not a folder with an adapter, which would be applied to it a second time, nor one
+            to which another process is writing.
         dtype: of the saved model; `auto`: the base checkpoint's.
         trained: the model whose adapter was saved in `folder`; None: not compared with it.
         replaces: whether a model in `out` is replaced.
@@ -256,13 +282,23 @@ def merge_adapter(
 
     Raises:
         FileNotFoundError: there is no adapter in `folder`, or its base cannot be loaded.
-        ValueError: `out` holds an adapter or a model; or a step changes the model.
+        ValueError: `out` holds an adapter or a model, or another process is writing to it; or a step changes the model.
+        OSError: `out` cannot be written.
     """
     if not holds_adapter(folder):
         raise FileNotFoundError(f"{folder}: wanted a folder with an adapter, found no {ADAPTER}")
     with _naming(folder):
         base = base_of(folder)
-    _check_free(out, base, replaces, "out", f"a new folder, such as {os.path.join(out, MERGED)!r}")
+    free = base, replaces, "out", f"a new folder, such as {os.path.join(out, MERGED)!r}"
+    _check_free(out, *free)
+    with written(out, "out"):
+        _check_free(out, *free)  # now that nobody else writes to it
+        return _merge(folder, Path(out), base, dtype, trained)
+
+
+def _merge(
+    folder: str | os.PathLike, out: Path, base: str, dtype: str, trained: nn.Module | None
+) -> nn.Module:
     tokenizer = tokenizer_at("adapter", folder, base)
     with _naming(folder):
         model: Any = load_adapted(folder, dtype=dtype, device_map="cpu")
@@ -272,10 +308,11 @@ def merge_adapter(
         coarsest = max(dtypes, key=lambda kind: torch.finfo(kind).eps)
         check_same_logits(trained, wanted, f"{folder}: saving and loading its adapter", coarsest)
     model = merge_adapters(model, str(folder))
-    with _written_beside(Path(out)) as new:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        Prompting.of(folder).save(new)
+    with _written_beside(out) as new:
+        with said_clearly(out, "out"):
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            Prompting.of(folder).save(new)
         model = None  # one copy at a time
         model = AutoModelForCausalLM.from_pretrained(new, device_map="cpu")
         check_same_logits(model, wanted, f"{out}: saving and loading the merged model")

@@ -248,4 +248,10 @@ def _adapter(options: dict[str, Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(LoraConfig) | {"r": Count, "lora_dropout": Share}
     options = {name: fitted(f"adapter.{name}", value, hints[name]) for name, value in options.items()}
     check_task_type("adapter.task_type", options.get("task_type"))
+    kind = options.get("peft_type")
+    if getattr(kind, "value", kind) not in (None, "LORA"):
+        raise ValueError(
+            f"adapter.peft_type: wanted 'LORA', because `adapter` holds fields of peft.LoraConfig, got {kind!r}; an adapter of another "
+            "kind is given to DuetTrainer as peft_config"
+        )
     return options

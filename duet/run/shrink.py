@@ -27,8 +27,10 @@ from ..evaluation.journal import Progress
 from ..evaluation.metrics import percent
 from ..evaluation.models import load
 from ..evaluation.steering import STILL_TOLD, counted, refuses, share_of, short, shown
+from ..folders import written
 from ..model.adapters import holds_adapter
 from ..model.shrinking import AdapterSize
+from ..output.checkpoints import said_clearly
 from ..output.record import RECORD, read_record
 
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -246,7 +248,7 @@ def run_shrink(
     Args:
         folder: of the trained adapter.
         data: folder with `forget.jsonl` and `retain.jsonl`, whose rows have answers and perhaps a `value`.
-        out: a new folder.
+        out: a new folder, to which no other process can write meanwhile.
         sizes, most, progress: as in `shrink`.
         limit: only so many first rows of each file.
         dtype, device: of the model.
@@ -262,8 +264,24 @@ def run_shrink(
         )
     if out.is_file():
         raise NotADirectoryError(f"out: wanted a folder, but {str(out)!r} is a file")
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"out: {str(out)!r} is not empty; wanted a new folder")
+    with written(out, "out"):
+        if any(out.iterdir()):
+            raise ValueError(f"out: {str(out)!r} is not empty; wanted a new folder")
+        return _shrink(folder, data, out, sizes, most, limit, dtype, device, progress, asking)
+
+
+def _shrink(
+    folder: Path,
+    data: Path,
+    out: Path,
+    sizes: Sequence[float],
+    most: float,
+    limit: int | None,
+    dtype: str,
+    device: str | None,
+    progress: Progress,
+    asking: dict[str, Any],
+) -> Shrunk:
     forget, retain = (_rows(data / f"{name}.jsonl", name, limit) for name in ("forget", "retain"))
     record = read_record(folder) or {}
     options = AttackOptions(seen_reverse_prompts=tuple(record.get("override_wordings") or ()), **asking)
@@ -271,15 +289,16 @@ def run_shrink(
     adapter = AdapterSize(model)
     how: dict[str, Any] = {"options": options, "prompting": Prompting.of(folder), "progress": progress}
     found = shrink(adapter, tokenizer, forget, retain, sizes=sizes, most=most, **how)
-    adapter.save(found.best.size, folder, out)
-    tokenizer.save_pretrained(out)
-    for name in (PROMPTING, RECORD):
-        if (folder / name).is_file():
-            shutil.copy(folder / name, out / name)
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {out.name}\n"
-    said = f"\n## The size of the adapter\n\nEach of its matrices B was multiplied by {found.best.size:g} after the training (`duet shrink`).\n"
-    (out / "README.md").write_text(text + said, encoding="utf-8")
+    with said_clearly(out, "out"):
+        adapter.save(found.best.size, folder, out)
+        tokenizer.save_pretrained(out)
+        for name in (PROMPTING, RECORD):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, out / name)
+        card = folder / "README.md"
+        text = card.read_text(encoding="utf-8") if card.is_file() else f"# {out.name}\n"
+        said = f"\n## The size of the adapter\n\nEach of its matrices B was multiplied by {found.best.size:g} after the training (`duet shrink`).\n"
+        (out / "README.md").write_text(text + said, encoding="utf-8")
     return found
 
 

@@ -37,11 +37,13 @@ class CachedTeacher(Teacher):
             if entry_id not in self.store:
                 made = self.store.rows.get(asked.name)
                 why = (
-                    "it has no row of that name" if made is None else "that row was another when it was made"
+                    "it has no row of that name"
+                    if made is None
+                    else "that row, or what it is asked with, was another when it was made"
                 )
                 raise ValueError(
                     f"teacher_store: rows: {self.store.folder} has nothing for {asked.where}: {why}."
-                    " The dataset, steering_place or retain_prefix differs from what was cached; cache this one"
+                    " The rows to forget, those to retain, steering_place or retain_prefix differ from what was cached; cache these"
                 )
             places[asked.key] = entry_id
             if dataset.answers == "teacher":

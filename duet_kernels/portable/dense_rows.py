@@ -135,7 +135,9 @@ class DenseRows:
         dloss/ds = (a - m q) / T        a of every logit (`terms`), m the sum of a
 
     w = (s - t) / T - r needs no B here: r is the difference of the rounded normalisers that p and q are made with, and
-    its rounding cancels to first order in the losses, which add up terms like q - p - p w, and in a - m q. Both logits
+    its rounding cancels to first order in the losses, which add up terms like q - p - p w. A normaliser is an origin, the row's
+    largest logit, and what is left, T log sum exp((z - origin) / T): as one number it would be rounded as large logits are, q
+    would not add up to 1, and a - m q would keep that beside the little that is left where the student is certain. Both logits
     are overwritten. `ruled_out`: raw logits may be -inf in both (`subtract_`).
     """
 
@@ -145,7 +147,8 @@ class DenseRows:
         self.noise = self._noise() if spec.noise else student.new_zeros(())
         if not spec.raw:
             self.s_norm, self.t_norm = self._normaliser(student), self._normaliser(teacher)
-            self.r = (self.s_norm - self.t_norm) * self.inverse
+            origins, rests = (x - y for x, y in zip(self.s_norm, self.t_norm, strict=True))
+            self.r = (origins + rests) * self.inverse
 
     def compare_(self, factor: Tensor, with_gradient: bool) -> Tensor:
         """`[R]` factor * loss; with a gradient, factor * dloss/ds is left in the teacher's memory. 0 gives 0."""
@@ -171,8 +174,8 @@ class DenseRows:
         rows, v = self.s.shape
         return row_chunks(v, max(16, strip_bytes(self.s.device) // (max(rows, 1) * self.s.element_size())))
 
-    def _normaliser(self, z: Tensor) -> Tensor:
-        """`[R, 1]` T log sum exp(z / T)"""
+    def _normaliser(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`[R, 1]` an origin, and T log sum exp((z - origin) / T)"""
         tops, sums = [], []
         for c in self._strips():
             tops.append(z[:, c].amax(1, keepdim=True))
@@ -181,7 +184,7 @@ class DenseRows:
         total = z.new_zeros(len(z), 1)
         for top, part in zip(tops, sums, strict=True):
             total += self._exponential_(top - origin) * part
-        return origin + total.log() * self.spec.temperature
+        return origin, total.log() * self.spec.temperature
 
     def _exponential_(self, x: Tensor) -> Tensor:
         return multiply_(x, self.inverse).exp_()
@@ -208,7 +211,9 @@ class DenseRows:
         if infinite(s) and infinite(t):
             w.nan_to_num_(0.0, torch.inf, -torch.inf)  # inf - inf; a row with a NaN has one in r as well
         w = multiply_(w, self.inverse).sub_(self.r)
-        q, p = self._exponential_(s.sub_(self.s_norm)), self._exponential_(t.sub_(self.t_norm))
+        for z, (origin, rest) in ((s, self.s_norm), (t, self.t_norm)):
+            z.sub_(origin).sub_(rest)
+        q, p = self._exponential_(s), self._exponential_(t)
         return OF_DISTRIBUTIONS[self.spec.name](p, q, w, self.noise * self.inverse, self.spec)
 
 
