@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from typer import Argument, Option
 
+from ..folders import disk_named
+
 _SILENCE = 60.0  # seconds
 LM_EVAL_TASKS = Path(__file__).parent / "suites" / "lm_eval_tasks"
 
@@ -107,7 +109,8 @@ def run_eval(
             console.print(f"left out: {task} ({why}{'' if data is None else f' in {data}'})", soft_wrap=True)
         console.print(f"written to {out / runner.SUMMARY}", soft_wrap=True)
     if tasks is not None:
-        run_lm_eval(loaded, tokenizer, tasks, out, limit, batch_size, console, name=model)
+        with disk_named(out, "out"):
+            run_lm_eval(loaded, tokenizer, tasks, out, limit, batch_size, console, name=model)
 
 
 def run_attack(
@@ -498,7 +501,6 @@ def progress(console: Console) -> Iterator[Callable[..., None]]:
 @contextmanager
 def resumable(out: Path, console: Console) -> Iterator[None]:
     """An interrupt ends the command with a word about how to continue it; a disk that is full is said to be that of `out`."""
-    from ..folders import disk_named
 
     try:
         with disk_named(out, "out"):
