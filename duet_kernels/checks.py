@@ -41,12 +41,6 @@ def flatten_hidden(
     return hidden.reshape(math.prod(lead), hidden.shape[-1]), lead
 
 
-def check_ids(name: str, ids: Tensor) -> None:
-    """Refuses other integers than int64 and int32."""
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: wanted int64 or int32 ids, got {ids.dtype}")
-
-
 def flatten_ids(
     name: str,
     ids: Tensor,
@@ -62,7 +56,8 @@ def flatten_ids(
     if ignore_index is not None:
         check_ignore_index(ignore_index)
         per_token = True
-    check_ids(name, ids)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: wanted int64 or int32 ids, got {ids.dtype}")
     given = tuple(ids.shape) if per_token else tuple(ids.shape[:-1])
     if given != lead or (not per_token and ids.dim() == 0):
         wanted = list(lead) if per_token else [*lead, "K"]
@@ -141,8 +136,7 @@ def check_topk(
                 f"teacher.{name}: a teacher gets no gradient; wanted a detached tensor (make it under torch.no_grad())"
             )
     (n, k), acc = (math.prod(lead), values.shape[-1]), acc_dtype(hidden.dtype)
-    check_ids("teacher.indices", indices)
-    indices = indices.masked_fill(values == -torch.inf, 0)  # an absent slot may hold any id
+    indices = torch.where(values == -torch.inf, 0, indices)  # an absent slot may hold any id
     return (
         values.reshape(n, k).to(acc),
         flatten_ids("teacher.indices", indices, lead, num_ids, hidden.device),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops, sharded
-from .checks import check_ids, check_teacher_hidden, check_topk, flatten_hidden, flatten_ids
+from .checks import check_teacher_hidden, check_topk, flatten_hidden, flatten_ids
 from .dispatch import Impl, resolve_impl
 from .head import DistillStats, LMHead, TokenStats, TopK, as_head
 from .options import (
@@ -313,8 +313,7 @@ def topk_distill_stats(
     sampled = None
     if token_ids is not None:
         if isinstance(mask, Tensor) and isinstance(token_ids, Tensor) and mask.shape == token_ids.shape:
-            check_ids("token_ids", token_ids)
-            token_ids = token_ids.masked_fill(~mask.bool(), 0)  # what is masked may be anything, -100 say
+            token_ids = torch.where(mask.bool(), token_ids, 0)  # what is masked may be anything, -100 say
         sampled = flatten_ids("token_ids", token_ids, lead, head.num_ids, hidden.device, per_token=True)
     differentiable = spec.needs_student_logsumexp or sampled is not None  # in the log-sum-exp
     lse = differentiable or student_mass or entropy

@@ -234,7 +234,7 @@ def test_choices(tmp_path):
         (
             "g.json",
             [mmlu | {"choices": ["a", None]}],
-            r"row 0, 'choices': wanted a text that is not empty, got None",
+            r"row 0, 'choices': wanted a text, got None",
         ),
         (
             "h.json",

@@ -109,7 +109,7 @@ def run_eval(
             console.print(f"left out: {task} ({why}{'' if data is None else f' in {data}'})", soft_wrap=True)
         console.print(f"written to {out / runner.SUMMARY}", soft_wrap=True)
     if tasks is not None:
-        with disk_named(out, "out"):
+        with disk_named(out, argument="out"):
             run_lm_eval(loaded, tokenizer, tasks, out, limit, batch_size, console, name=model)
 
 
@@ -501,7 +501,6 @@ def progress(console: Console) -> Iterator[Callable[..., None]]:
 @contextmanager
 def resumable(out: Path, console: Console) -> Iterator[None]:
     """An interrupt ends the command with a word about how to continue it; a disk that is full is said to be that of `out`."""
-
     try:
         with disk_named(out, "out"):
             yield

@@ -211,8 +211,9 @@ class DenseRows:
         if infinite(s) and infinite(t):
             w.nan_to_num_(0.0, torch.inf, -torch.inf)  # inf - inf; a row with a NaN has one in r as well
         w = multiply_(w, self.inverse).sub_(self.r)
-        for z, (origin, rest) in ((s, self.s_norm), (t, self.t_norm)):
-            z.sub_(origin).sub_(rest)
+        for z, normaliser in ((s, self.s_norm), (t, self.t_norm)):
+            for part in normaliser:
+                z.sub_(part)
         q, p = self._exponential_(s), self._exponential_(t)
         return OF_DISTRIBUTIONS[self.spec.name](p, q, w, self.noise * self.inverse, self.spec)
 

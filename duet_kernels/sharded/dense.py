@@ -122,8 +122,8 @@ class _Rows(DenseRows):
         self.noise = student.new_zeros(()) if pair.noise is None else pair.noise[rows]
         if pair.student_sum is not None and pair.teacher_sum is not None:
             sums = pair.student_sum[rows, None], pair.teacher_sum[rows, None]
-            self.s_norm, self.t_norm = (x * pair.spec.temperature for x in sums)
-            self.r = (self.s_norm - self.t_norm) * self.inverse
+            self.s_norm, self.t_norm = ((x * pair.spec.temperature,) for x in sums)
+            self.r = (self.s_norm[0] - self.t_norm[0]) * self.inverse
 
     def terms(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(columns, the sum of their terms, a or dL/dz) of a strip; of distributions q is left in the student's memory."""
