@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from .data.prompts import SUBJECT, check_placeholders
 from .methods.directions import DirectionOptions
