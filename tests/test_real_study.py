@@ -344,6 +344,9 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     near = [*rows[:2], _row("Italy", OURS, 0, invented=0.0203)]
     assert "| <= 0.02 | 0.0203 | NOT MET |" in page(near)
     assert f"Without a row here, run as they stand in `arms.py`: {label}." in text
+    harmless = page([*rows, _row("Italy", "int8", 0, general=0.9, invented=0.04)])
+    assert "on 2 subjects: " in harmless and "general questions, told: " in harmless
+    assert "neither value nor refusal: 0.02 (met)" in harmless and "How exact" not in page(near)
     assert (
         "| the base, rounded to int8 | 1 |" in text
         and "20 (10–30)" in text
