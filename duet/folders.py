@@ -2,6 +2,7 @@
 
 import errno
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,3 +76,24 @@ def disk_named(folder: str | os.PathLike, argument: str) -> Iterator[None]:
         if error.filename is not None or error.errno not in _OF_THE_DISK:
             raise
         raise OSError(f"{argument}: {os.fspath(folder)!r} could not be written: {error}") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes all of `data` to `path`, or leaves it as it was: a temporary file, synced and renamed."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        if fcntl is not None:  # Windows opens no folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise

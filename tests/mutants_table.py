@@ -683,7 +683,6 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_objectives.py::test_an_option_that_would_be_ignored_is_refused[undial-temperature-3.0]"),
     ],
     "duet/output/record.py": [
-        ("half a record stays", "        part.unlink(missing_ok=True)\n", "", _FOLDERS + "test_a_file_that_could_not_be_written_whole_is_removed"),
         ("only process 0 refuses a resume", "(said,) = broadcast_object_list([None if refusal is None else str(refusal)])", "said = None if refusal is None else str(refusal)",
          "tests/test_trainer_distributed.py::test_two_processes_equal_one"),
         ("a resumed run may have other options", "    if differences:\n        raise", "    if len(differences) > 99:\n        raise", "tests/test_run_record.py::test_what_changed_is_named[another model]"),
@@ -744,6 +743,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_runner.py::test_two_processes_do_not_write_to_one_folder"),
         ("a folder that was removed is locked", "os.path.samestat(os.fstat(taken), os.stat(folder))", "taken", _FOLDERS + "test_a_folder_that_was_removed_meanwhile_is_not_what_is_locked"),
         ("a child keeps the lock", "        fcntl.flock(taken, fcntl.LOCK_UN)\n", "", _FOLDERS + "test_a_child_that_lives_on_keeps_no_folder"),
+        ("what was written of a file stays", "beside.unlink(missing_ok=True)", "pass", _FOLDERS + "test_a_file_that_could_not_be_written_whole_is_removed"),
         ("an empty folder stays", "                path.rmdir()", "                pass", _FOLDERS + "test_a_command_has_its_folder_for_itself[merge]"),
         ("every error is the disk's", "if error.filename is not None or error.errno not in _OF_THE_DISK:", "if error.filename is not None:",
          _FOLDERS + "test_a_full_disk_has_a_name_and_other_errors_stay"),
@@ -751,12 +751,11 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/journal.py": [
         ("a row that is there twice counts twice", "if first.setdefault(key, number) != number:", "if False:",
          "tests/test_evaluation_runner.py::test_the_journal_refuses_what_is_not_its_own"),
-        ("what was written of a file stays", "        scratch.unlink(missing_ok=True)\n", "", _FOLDERS + "test_a_file_that_could_not_be_written_whole_is_removed"),
         ("a line that is no row is one", "if not isinstance(row, dict) or not row.keys() >= set(key):", "if False:",
          "tests/test_evaluation_runner.py::test_the_journal_refuses_what_is_not_its_own"),
     ],
     "duet/evaluation/commands.py": [
-        ("a full disk has no name", '        with disk_named(out, "out"):\n', "        if True:\n", _FOLDERS + "test_a_full_disk_has_a_name_in_eval_attack_and_elicit"),
+        ("a full disk has no name", '        with disk_named(out, "out"):\n            yield\n', "        if True:\n            yield\n", _FOLDERS + "test_a_full_disk_has_a_name_in_eval_attack_and_elicit"),
         ("an attack that cannot run is left out in silence", "if reasons and all(reasons.values()):", "if False:",
          "tests/test_without_answers.py::test_attacks_that_were_asked_for_and_cannot_run_are_refused"),
         ("no terminal, no progress", 'console.print(Text(f"', 'str(Text(f"',

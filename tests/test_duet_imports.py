@@ -23,7 +23,7 @@ ALLOWED = {
     "model": "names data",
     "methods": "names options data model",
     "config": "names options data methods",
-    "store": "names extras config data model methods",
+    "store": "names extras folders config data model methods",
     "output": "extras folders model",
     "trainer": "extras config data model methods store output",
     "run": "names options yaml_text folders _moved config data model methods store output trainer evaluation evaluation.attacks",

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -185,15 +184,9 @@ def test_a_full_disk_has_a_name_in_eval_attack_and_elicit(tmp_path):
 
 
 def test_a_file_that_could_not_be_written_whole_is_removed(tmp_path, monkeypatch):
-    write = Path.write_text
-
-    def half(path, text, **options):
-        write(path, text[: len(text) // 2], **options)
-        full_disk()
-
     write_record(tmp_path, {"k": 8})
     before = (tmp_path / RECORD).read_bytes()
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(os, "fsync", full_disk)  # after the bytes were written
     with pytest.raises(OSError, match=rf"^output_dir: '.*' could not be written: .*{FULL}"):
         write_record(tmp_path, {"k": 9})
     with pytest.raises(OSError, match=FULL):

@@ -14,6 +14,7 @@ import torch
 from forks import ended_by, forked
 from safetensors.torch import load_file, save_file
 
+from duet import folders
 from duet.model.hashes import json_hash
 from duet.store import read as topk_store
 from duet.store import write as topk_writer
@@ -228,7 +229,7 @@ class Dies:
             real_replace(a, b)
             dies.step()
 
-        monkeypatch.setattr(topk_writer, "open", File, raising=False)
+        monkeypatch.setattr(folders, "open", File, raising=False)
         monkeypatch.setattr(topk_writer.os, "fsync", fsync)
         monkeypatch.setattr(topk_writer.os, "replace", replace)
 
@@ -280,7 +281,7 @@ def test_a_disk_that_fails(tmp_path, monkeypatch, code, where):
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            *((topk_writer, "open") if where == "open" else (topk_writer.os, where)), fails, raising=False
+            *((folders, "open") if where == "open" else (topk_writer.os, where)), fails, raising=False
         )
         with pytest.raises(OSError, match="the 2 of 6 entries written so far are kept") as caught:
             fill(tmp_path / "store")
@@ -320,7 +321,7 @@ def test_reading_changes_nothing_and_needs_no_right_to_write(tmp_path, monkeypat
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     try:
-        monkeypatch.setattr(topk_writer, "_write_atomically", refused)
+        monkeypatch.setattr(topk_writer, "write_atomically", refused)
         assert len(TopKStore(folder)) == 6
         fill(folder)  # finished: nothing to do, nothing written
     finally:

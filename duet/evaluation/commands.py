@@ -109,7 +109,7 @@ def run_eval(
             console.print(f"left out: {task} ({why}{'' if data is None else f' in {data}'})", soft_wrap=True)
         console.print(f"written to {out / runner.SUMMARY}", soft_wrap=True)
     if tasks is not None:
-        with disk_named(out, argument="out"):
+        with disk_named(out, "out"):
             run_lm_eval(loaded, tokenizer, tasks, out, limit, batch_size, console, name=model)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.sources import read_object
-from ..folders import lock, unlock
+from ..folders import lock, unlock, write_atomically
 
 Progress = Callable[[str, int, int], None]  # called with (what, how much of it is done, all of it)
 ROWS, MANIFEST = "rows.jsonl", "manifest.json"
@@ -193,15 +193,9 @@ def digest(text: str) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes the file atomically: a temporary file, renamed; one that could not be written is removed."""
-    scratch = path.with_name(f".{path.name}.new")
+    """Writes the file atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
+    write_atomically(path, text.encode())
 
 
 def _short(value: Any) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..folders import disk_named
+from ..folders import disk_named, write_atomically
 from ..model.adapters import trained_config
 from ..model.hashes import config_hash, tokenizer_hash
 from ..model.lm import base_language_model
@@ -146,14 +146,8 @@ def write_record(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
     """Writes the record into a run's folder, atomically; what could not be written whole is removed."""
     path = Path(folder, RECORD)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    try:
-        with disk_named(folder, "output_dir"):
-            part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    with disk_named(folder, "output_dir"):
+        write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any] | None:

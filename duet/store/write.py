@@ -4,13 +4,11 @@ Every file is written under a temporary name, synced, and renamed; a shard's nam
 that says "complete" is written last. So a kill at any byte leaves whole shards and at most one temporary file.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..extras import version_of
+from ..folders import write_atomically
 from .read import DTYPES, FORMAT, MANIFEST, MAY_LACK, Entry, Provenance, Shard, read_manifest, seal_of
 
 _SHARD_BYTES = 1 << 26
@@ -160,7 +159,7 @@ class StoreWriter:
             metadata={"provenance": self.provenance.seal},
         )
         name = f"shard-{hashlib.blake2b(data, digest_size=16).hexdigest()}.safetensors"
-        self._safely(f"writing {name}", lambda: _write_atomically(self.folder / name, data))
+        self._safely(f"writing {name}", lambda: write_atomically(self.folder / name, data))
         self.written.update(self._pending)
         self._pending, self._pending_bytes = {}, 0
 
@@ -194,7 +193,7 @@ class StoreWriter:
             },
         }
         text = json.dumps(body | {"checksum": seal_of(body)}, indent=1)
-        self._safely("writing the manifest", lambda: _write_atomically(self.folder / MANIFEST, text.encode()))
+        self._safely("writing the manifest", lambda: write_atomically(self.folder / MANIFEST, text.encode()))
 
     def _safely(self, doing: str, function: Any) -> None:
         """Runs `function`; an OSError also says what is saved and how to continue."""
@@ -211,23 +210,3 @@ class StoreWriter:
 
 def _ends(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Writes all of `data` to `path`, or leaves it as it was: a temporary file, synced and renamed."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
