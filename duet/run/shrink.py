@@ -267,39 +267,24 @@ def run_shrink(
     with written(out, "out"):
         if any(out.iterdir()):
             raise ValueError(f"out: {str(out)!r} is not empty; wanted a new folder")
-        return _shrink(folder, data, out, sizes, most, limit, dtype, device, progress, asking)
-
-
-def _shrink(
-    folder: Path,
-    data: Path,
-    out: Path,
-    sizes: Sequence[float],
-    most: float,
-    limit: int | None,
-    dtype: str,
-    device: str | None,
-    progress: Progress,
-    asking: dict[str, Any],
-) -> Shrunk:
-    forget, retain = (_rows(data / f"{name}.jsonl", name, limit) for name in ("forget", "retain"))
-    record = read_record(folder) or {}
-    options = AttackOptions(seen_reverse_prompts=tuple(record.get("override_wordings") or ()), **asking)
-    model, tokenizer = load(folder, dtype, device)
-    adapter = AdapterSize(model)
-    how: dict[str, Any] = {"options": options, "prompting": Prompting.of(folder), "progress": progress}
-    found = shrink(adapter, tokenizer, forget, retain, sizes=sizes, most=most, **how)
-    with said_clearly(out, "out"):
-        adapter.save(found.best.size, folder, out)
-        tokenizer.save_pretrained(out)
-        for name in (PROMPTING, RECORD):
-            if (folder / name).is_file():
-                shutil.copy(folder / name, out / name)
-        card = folder / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else f"# {out.name}\n"
-        said = f"\n## The size of the adapter\n\nEach of its matrices B was multiplied by {found.best.size:g} after the training (`duet shrink`).\n"
-        (out / "README.md").write_text(text + said, encoding="utf-8")
-    return found
+        forget, retain = (_rows(data / f"{name}.jsonl", name, limit) for name in ("forget", "retain"))
+        record = read_record(folder) or {}
+        options = AttackOptions(seen_reverse_prompts=tuple(record.get("override_wordings") or ()), **asking)
+        model, tokenizer = load(folder, dtype, device)
+        adapter = AdapterSize(model)
+        how: dict[str, Any] = {"options": options, "prompting": Prompting.of(folder), "progress": progress}
+        found = shrink(adapter, tokenizer, forget, retain, sizes=sizes, most=most, **how)
+        with said_clearly(out, "out"):
+            adapter.save(found.best.size, folder, out)
+            tokenizer.save_pretrained(out)
+            for name in (PROMPTING, RECORD):
+                if (folder / name).is_file():
+                    shutil.copy(folder / name, out / name)
+            card = folder / "README.md"
+            text = card.read_text(encoding="utf-8") if card.is_file() else f"# {out.name}\n"
+            said = f"\n## The size of the adapter\n\nEach of its matrices B was multiplied by {found.best.size:g} after the training (`duet shrink`).\n"
+            (out / "README.md").write_text(text + said, encoding="utf-8")
+        return found
 
 
 def _rows(path: Path, argument: str, limit: int | None) -> list[AttackRow]:
