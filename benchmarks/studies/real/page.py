@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from benchmarks.studies.runner import origins
@@ -238,17 +239,12 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
 def of_rounding(rows: Sequence[Row]) -> list[str]:
     """A paragraph on what int8 does to the base of what is to be kept: finer differences say nothing of a method."""
     rows = [row for row in rows if row["arm"] == "int8"]
-    kept = [
-        line
-        for line in BAR
-        if line.key in ("unseen", "seen", "general", "invented") and means(rows, line.key)
-    ]
-    if not kept:
+    if not rows:
         return []
-    each = [(line, sum(values) / len(values)) for line in kept for values in [means(rows, line.key)]]
+    kept = {line: fmean(means(rows, line.key)) for line in BAR if line.of and "forget" not in line.of}
     said = "; ".join(
         f"{line.name}: {_exact(line, mean)} ({'met' if _holds(line, mean) else 'NOT MET'})"
-        for line, mean in each
+        for line, mean in kept.items()
     )
     return [
         f"How exact these figures are: the base itself with its weights rounded to int8, a change that is meant to do no harm, on "
