@@ -287,7 +287,7 @@ def test_origins_keep_the_sums_of_one_size():
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "symmetric_kl", "jsd"])
 def test_a_certain_student_at_a_low_temperature(name):
     """Beside log_softmax of fp32 logits: q has to add up to 1, where T times a large log-sum-exp is rounded, too."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(5)
     h, gap, w = (torch.randn(n, 64, generator=generator) for n in (64, 64, 1000))
     w = w / 2
 

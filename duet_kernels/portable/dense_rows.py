@@ -136,9 +136,9 @@ class DenseRows:
 
     w = (s - t) / T - r needs no B here: r is the difference of the rounded normalisers that p and q are made with, and
     its rounding cancels to first order in the losses, which add up terms like q - p - p w. A normaliser is an origin, the row's
-    largest logit, and what is left, T log sum exp((z - origin) / T): as one number it would be rounded as large logits are, q
-    would not add up to 1, and a - m q would keep that beside the little that is left where the student is certain. Both logits
-    are overwritten. `ruled_out`: raw logits may be -inf in both (`subtract_`).
+    largest logit, and what is left, T log sum exp((z - origin) / T). As one number it would be rounded as large logits are: where
+    the student is certain, its q would not add up to 1, and little is left of a - m q beside that. Both logits are overwritten.
+    `ruled_out`: raw logits may be -inf in both (`subtract_`).
     """
 
     def __init__(self, student: Tensor, teacher: Tensor, spec: Divergence, ruled_out: bool = True) -> None:
