@@ -245,7 +245,7 @@ def elicit(
     """Ask a model what it knows of a subject, and write what it tells as rows to forget and to keep."""
     from duet.data.prompts import Prompting
     from duet.data.sources import read_table
-    from duet.evaluation import facts, models
+    from duet.evaluation import elicit, facts, models
     from duet.evaluation.fact_sources import source_rows
 
     check_one_process("elicit")
@@ -267,11 +267,11 @@ def elicit(
     }
     with resumable(out, console), progress(console) as shown:
         prompting = Prompting.of(model)
-        counts = facts.elicit_facts(
+        counts = elicit.elicit_facts(
             base, tokenizer, asked, out, prompting=prompting, name=model, progress=shown, **how
         )
     table = Table(
-        "", "facts asked", "told", *(f"rows: {split}" for split in facts.SPLITS), title=f"what {model} tells"
+        "", "facts asked", "told", *(f"rows: {split}" for split in elicit.SPLITS), title=f"what {model} tells"
     )
     for kind, count in counts.items():
         table.add_row(kind, *map(str, count.values()))

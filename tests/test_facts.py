@@ -13,16 +13,10 @@ from duet.data.prompts import Prompting
 from duet.data.rows import read_rows
 from duet.evaluation import generation
 from duet.evaluation.chat import Speaker
-from duet.evaluation.facts import (
-    Fact,
-    about_others,
-    agreed_value,
-    elicit_facts,
-    facts_of,
-    told_of,
-    whole_sentences,
-)
+from duet.evaluation.elicit import elicit_facts
+from duet.evaluation.facts import Fact, facts_of
 from duet.evaluation.generation import Continuation, continuations
+from duet.evaluation.told import about_others, agreed_value, told_of, whole_sentences
 from duet.model.answers import generate_answers
 
 
@@ -255,7 +249,7 @@ def values_of(tmp_path, monkeypatch):
     def values(said, given=None):
         answers = [Continuation(text, 1, True) for texts in said.values() for text in texts]
         monkeypatch.setattr(
-            "duet.evaluation.facts.answers_to", lambda *args, **_: [answers.pop(0) for _ in args[2]]
+            "duet.evaluation.elicit.answers_to", lambda *args, **_: [answers.pop(0) for _ in args[2]]
         )
         first, *others = [f"{word} of {{subject}} ?" for word in ("who", "what", "where", "when")]
         row = {"question": first, "paraphrases": others[: len(next(iter(said.values()))) - 1], "value": given}

@@ -5,9 +5,10 @@ scoring, generation   log-probabilities of given answers; greedy and drawn answe
 suites/               a YAML file -> rows -> rows.jsonl -> means and intervals
 attacks/              prompts, changes of the weights and probes that bring back what was forgotten
 report/               all results on one page
-facts, steering       what a model tells, and what it tells behind a steering prefix; rows to forget and to keep
-elicit, fact_sources  answers of rows that have none; facts of installed packages
-values, words         texts in the columns of a row; how texts are compared
+facts, fact_sources   questions in several wordings; those of installed packages
+elicit, told          the base's own answers as rows to forget and to keep; what counts as told
+steering              what a model tells behind a steering prefix
+values, words         rows and the texts in their columns; how texts are compared
 chat                  answers side by side
 models, journal       loading the model; results that can be continued
 commands              the commands eval, attack and report

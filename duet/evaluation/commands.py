@@ -281,7 +281,7 @@ def _attack_rows(
     """The rows of a file that have an answer, perhaps one of `answering`; which ones are left out is printed."""
     from ..data.sources import read_table
     from .attacks.rows import read_attack_rows
-    from .elicit import queries_of
+    from .values import queries_of
 
     if path is None:
         return []

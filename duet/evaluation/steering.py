@@ -25,10 +25,9 @@ from ..data.prompts import Conversation, Prompting, PromptRenderer, fill_prefix
 from ..data.rows import Query
 from ..model.lm import embedded_ids
 from . import metrics
-from .elicit import queries_of
 from .generation import Continuation, answers_to
 from .journal import Progress
-from .values import value_of
+from .values import queries_of, value_of
 
 FORGET, NEIGHBOUR, RETAIN = "forget", "neighbour", "retain"
 KINDS = (FORGET, NEIGHBOUR, RETAIN)

@@ -1,12 +1,20 @@
-"""Texts and lists of texts in the columns of a row; `value` is the part of its answer that is to be said, or must not be."""
+"""Rows of a file; lists of texts in their columns; `value`, the part of the answer that is to be said, or must not be."""
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..data.rows import text_of
+from ..data.rows import Query, read_rows, text_of
 from . import metrics
+
+
+def queries_of(rows: Sequence[Mapping[str, Any]], argument: str) -> list[Query]:
+    """`read_rows` of a file, in which a wrong type is a wrong value: a ValueError that names the row."""
+    try:
+        return read_rows(rows, argument)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def listed(value: Any, where: str) -> Any:

@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel
 from duet import OBJECTIVES, DuetConfig, DuetTrainer
 from duet.evaluation.attacks.rows import read_attack_rows
 from duet.evaluation.attacks.weights import round_weights
-from duet.evaluation.facts import elicit_facts, facts_of
+from duet.evaluation.elicit import elicit_facts
+from duet.evaluation.facts import facts_of
 from duet.evaluation.journal import MANIFEST
 from duet.evaluation.models import load
 from duet.model.shrinking import AdapterSize

@@ -17,8 +17,7 @@ from typing import Any
 from ...data.prompts import Conversation
 from ...data.rows import checked_text
 from .. import metrics
-from ..elicit import queries_of
-from ..values import listed, value_of
+from ..values import listed, queries_of, value_of
 from ..words import first_half, words_of
 
 SAME_FORM = 0.5  # of the likeness of two questions
