@@ -344,12 +344,16 @@ def test_an_adapter_that_is_no_change_of_weights_is_named(tmp_path):
             {"modules_to_save": ["lm_hed"]},
             r"\(adapter.modules_to_save\): the model has no module 'lm_hed'.*'lm_head'",
         ),
+        (
+            {"target_modules": ["q_proj", "v_prj"]},
+            r"\(adapter.target_modules\): the model has no module 'v_prj'.*'v_proj'",
+        ),
         ({"task_type": "SEQ_CLS"}, r"\(adapter.task_type\): wanted 'CAUSAL_LM', got 'SEQ_CLS'"),
     ],
-    ids=["options0", "options1"],
+    ids=["saved", "targets", "task"],
 )
 def test_an_adapter_that_would_not_be_what_was_asked_for_is_refused(tmp_path, options, why):
-    """peft takes both in silence: one is not trained, the other is saved and cannot be loaded."""
+    """peft takes them in silence: two names are not trained, and what is of another task is saved and cannot be loaded."""
     with pytest.raises(ValueError, match=f"^peft_config {why}"):
         make(tmp_path, trainer_options={"peft_config": LoraConfig(**LORA | options)})
 

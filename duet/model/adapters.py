@@ -343,15 +343,17 @@ def check_task_type(name: str, task_type: str | None) -> None:
         raise ValueError(f"{name}: wanted 'CAUSAL_LM', got {getattr(task_type, 'value', task_type)!r}")
 
 
-def _check_saved(model: nn.Module, peft_config: Any) -> None:
-    """Refuses a name in `modules_to_save` that no module has: peft passes over it."""
+def _check_named(model: nn.Module, peft_config: Any) -> None:
+    """Refuses a name in `target_modules` or `modules_to_save` that no module has, as peft compares them: it passes over such a name."""
     names = [name for name, _ in model.named_modules()]
-    for wanted in getattr(peft_config, "modules_to_save", None) or ():
-        if not any(name.endswith(wanted) for name in names):  # as peft compares
-            known = {name.rpartition(".")[2] for name in names} - {""}
-            raise ValueError(
-                f"peft_config (adapter.modules_to_save): the model has no module {wanted!r}{instead(wanted, known)}"
-            )
+    for option, before in (("target_modules", "."), ("modules_to_save", "")):
+        given = getattr(peft_config, option, None) or ()
+        for wanted in () if isinstance(given, str) else sorted(given):
+            if not any(name == wanted or name.endswith(before + wanted) for name in names):
+                known = {name.rpartition(".")[2] for name in names} - {""}
+                raise ValueError(
+                    f"peft_config (adapter.{option}): the model has no module {wanted!r}{instead(wanted, known)}"
+                )
 
 
 def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
@@ -380,7 +382,7 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
             "model: wanted one without an adapter under the new one, which would replace it; merge it first (`duet merge`)"
         )
     check_task_type("peft_config (adapter.task_type)", peft_config.task_type)
-    _check_saved(model, peft_config)
+    _check_named(model, peft_config)
     wanted = logits_of(model)
     try:
         adapted: Any = get_peft_model(model, peft_config)
