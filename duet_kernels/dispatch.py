@@ -36,7 +36,8 @@ OPS = (
 LEAST_ARCH = 80  # Triton compiles for sm_80 and newer
 MAX_SLOTS = 8192  # of `topk_distill_loss`'s kernel: `tiles.MAX_SLOTS`, known here without triton
 
-LEAST_BYTES, MOST_BYTES = 256 * 2**20, 3 * 2**30
+# The most: with it the losses with a trainable head of 128256 x 4096 need not multiply logits twice.
+LEAST_BYTES, MOST_BYTES = 256 * 2**20, 9 * 2**28
 _set: int | None = None
 
 # --- dtypes ------------------------------------------------------------------------------------------------------
@@ -91,8 +92,8 @@ def half_products(device: torch.device, dtype: torch.dtype) -> bool:
 def set_workspace_bytes(num_bytes: int | None) -> int | None:
     """Set the bytes that a call may use beyond its inputs and outputs, for this process and every device.
 
-    Without a setting it is 256 MiB on a CPU, and on a CUDA device a 64th of its memory, at least 256 MiB and at most
-    3 GiB (1.25 GiB of an 80 GB card).
+    Without a setting it is 256 MiB on a CPU, and on a CUDA device a 32nd of its memory, at least 256 MiB and at most
+    2.25 GiB (of a card of 80 GB and more).
 
     Args:
         num_bytes: at least 1 MiB, or None for the default of each device.
@@ -129,7 +130,7 @@ def workspace_bytes(device: torch.device | None = None) -> int:
 
 def share_of(total_memory: int) -> int:
     """The default on a CUDA device with so many bytes of memory."""
-    return min(max(total_memory // 64, LEAST_BYTES), MOST_BYTES)
+    return min(max(total_memory // 32, LEAST_BYTES), MOST_BYTES)
 
 
 @functools.lru_cache

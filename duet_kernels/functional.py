@@ -241,7 +241,8 @@ def topk_distill_loss(
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
     values, indices = tokens.take(values, fill=-torch.inf), tokens.take(indices, head.num_ids)
     tail = None if tail is None else tokens.take(tail)
-    return run.topk_loss(tokens.take(hidden_nd), head, values, indices, tail, spec, tokens, choice)
+    hidden_nd = tokens.take(hidden_nd, passed_over=(run, choice) == (ops, "triton"))
+    return run.topk_loss(hidden_nd, head, values, indices, tail, spec, tokens, choice)
 
 
 def topk_distill_stats(
@@ -391,9 +392,9 @@ def linear_distill_loss(
         TypeError, ValueError: naming the argument, what came and what was wanted; teacher hidden states that require
             grad are refused.
 
-    Memory: within the workspace, never `[N, V]`; a trainable head adds dW accumulated in fp32.
-    FLOP, with G = 2 N D V: dense 4 G (3 G with a frozen head, of which a KL cut into tiles 4 G; `reduction="none"` recomputes: 6 G); top-k 1 G for the
-    teacher, then those of `topk_distill_loss`.
+    Memory: within the workspace, never `[N, V]`; `chunked` adds dW accumulated in fp32, which the kernels sum in the workspace.
+    FLOP, with G = 2 N D V: dense 4 G (3 G with a frozen head, of which a KL cut into tiles 4 G; `reduction="none"`, and where dW in fp32
+    does not fit into the workspace: 6 G); top-k 1 G for the teacher, then those of `topk_distill_loss`.
     Source: Hinton et al. 2015 (arXiv 1503.02531); generalised JSD: Agarwal et al. 2023 (arXiv 2306.13649).
 
     Example:
@@ -414,10 +415,12 @@ def linear_distill_loss(
     run, choice = _resolve(op, hidden_nd, student_head, impl, k)
     # Masked tokens are left out before the teacher's pass over the vocabulary, the dearest step of all.
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
-    hidden_nd, teacher_nd = tokens.take(hidden_nd), tokens.take(teacher_nd)
     if k is None:
         run = run if teacher_head.group is None else sharded
+        passed_over = (run, choice) == (ops, "triton")
+        hidden_nd, teacher_nd = (tokens.take(x, passed_over=passed_over) for x in (hidden_nd, teacher_nd))
         return run.dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
+    hidden_nd, teacher_nd = tokens.take(hidden_nd), tokens.take(teacher_nd)
     teacher = _teacher_topk(hidden_nd, student_head, teacher_nd, teacher_head, k, support, spec, impl)
     values, ids, tail = teacher.values.to(student_head.acc), teacher.indices, None
     if teacher.tail_logsumexp is not None and spec.needs_teacher_logsumexp:
@@ -459,8 +462,8 @@ def linear_cross_entropy(
     Memory: within the workspace, never `[N, V]`; labels that are ignored are left out as by a mask, and dW of halves is made
     as in `linear_logsumexp`.
     FLOP, with G = 2 N D V: 1 G for the loss, 1 G for dh, 1 G for dW, all in the forward pass, where the factor of every
-    row is known. `chunked` makes dW with 2 G where it tiles the vocabulary (a half head, few tokens, or a workspace
-    that holds few rows of logits). `reduction="none"` computes the logits again in the backward pass: 1 G more.
+    row is known. dW takes 2 G where its sum in fp32 does not fit into the workspace (`triton`), or where `chunked` tiles the vocabulary (a
+    half head, few tokens, or a workspace that holds few rows of logits). `reduction="none"` computes the logits again in the backward pass: 1 G more.
     Source: maximum likelihood; `-linear_cross_entropy(..., reduction="none")` are token log-probabilities.
 
     Example:
@@ -474,7 +477,8 @@ def linear_cross_entropy(
     run, choice = _resolve("linear_cross_entropy", hidden_nd, head, impl)
     mask = ids.view(lead) != ignore_index
     tokens = loss_tokens(hidden_nd, lead, mask, weights, reduction, num_items, choice)
-    ids, hidden_nd = tokens.take(ids.where(ids != ignore_index, 0), head.num_ids), tokens.take(hidden_nd)
+    ids = tokens.take(ids.where(ids != ignore_index, 0), head.num_ids)
+    hidden_nd = tokens.take(hidden_nd, passed_over=(run, choice) == (ops, "triton"))
     return run.cross_entropy(hidden_nd, head, ids, tokens, choice)
 
 

@@ -297,14 +297,17 @@ class Tokens:
     rows: Tensor | None = None  # None: nothing was left out
     masked: bool = False
 
-    def take(self, x: Tensor, num_ids: int | None = None, fill: float = 0) -> Tensor:
+    def take(
+        self, x: Tensor, num_ids: int | None = None, fill: float = 0, passed_over: bool = False
+    ) -> Tensor:
         """The rows of `x` that count. Where masked rows stay they are set to `fill`, so that a NaN in them cannot spread.
 
-        Of ids, with `num_ids` of them, only those that do not exist become 0: the logit of such an id is NaN.
+        Of ids, with `num_ids` of them, only those that do not exist become 0: the logit of such an id is NaN. Hidden states stay as they
+        are where the kernels pass over a row of factor 0, whatever is in it (`passed_over`): nothing is copied.
         """
         if self.rows is not None:
             return x.index_select(0, self.rows)
-        if not self.masked:
+        if not self.masked or passed_over:
             return x
         skip = (self.factor == 0).view(-1, *(1,) * (x.dim() - 1))
         return x.masked_fill(skip if num_ids is None else skip & (x >= num_ids), fill)

@@ -51,7 +51,7 @@ def test_plans_keep_the_workspace(workspace, folds, need):
                 assert all(w.group == n for w in plan.sweeps if any(w.need[1:]))
 
 
-@pytest.mark.parametrize("gib", [0.25, 1.25, 2.2, 3.0])
+@pytest.mark.parametrize("gib", [0.25, 1.25, 2.25, 3.0])
 @pytest.mark.parametrize("sides, trainable, wanted", [
     (2, False, [(512, 128), (1024, 1024), (4096, 1024), (4096, 2048)]),
     (2, True, [None, None, (2048, 512), (4096, 1024)]),
@@ -77,7 +77,7 @@ def test_the_anchor(gib, sides, trainable, wanted):
         )
         plan = dense_plan.plan.__wrapped__(s, int(gib * GIB))
         got = None if plan.folds else (plan.sweeps[0].kept, plan.sweeps[0].rows)
-        assert got == wanted[[0.25, 1.25, 2.2, 3.0].index(gib)]
+        assert got == wanted[[0.25, 1.25, 2.25, 3.0].index(gib)]
 
 
 def test_a_half_dweight_lends_its_memory():

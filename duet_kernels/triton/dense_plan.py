@@ -8,12 +8,13 @@
   nothing to recompute and goes this way first.
 
 Whatever the workspace, no buffer is `[N, V]` but for a few tokens, and one row of 16 columns is there. At N 8192, D 4096,
-V 128256, bf16, with (M, R) where logits are at hand (asserted in tests/test_dense_plan.py):
+V 128256, bf16, with (M, R) where logits are at hand (asserted in tests/test_dense_plan.py); by default a GPU of 80 GB has 2.25 GiB, of
+40 GB 1.25 GiB:
 
 | workspace | two sides, frozen | two sides, trainable | one side, frozen | one side, trainable |
 |-----------|-------------------|----------------------|------------------|---------------------|
 | 3 GiB     | 4096, 2048        | 4096, 1024           | 4096, 4096       | 4096, 2048          |
-| 2.2 GiB   | 4096, 1024        | 2048, 512            | 4096, 2048       | 2048, 1024          |
+| 2.25 GiB  | 4096, 1024        | 2048, 512            | 4096, 2048       | 2048, 1024          |
 | 1.25 GiB  | 1024, 1024        | recomputed           | 2048, 1024       | recomputed          |
 | 256 MiB   | 512, 128          | recomputed           | 512, 256         | recomputed          |
 
