@@ -6,7 +6,11 @@ from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
+from transformers.utils.import_utils import (
+    is_torch_bf16_gpu_available,
+    is_torch_tf32_available,
+    is_torch_xla_available,
+)
 
 from .data.prompts import SUBJECT, check_placeholders
 from .methods.directions import DirectionOptions
@@ -64,6 +68,8 @@ class DuetConfig(
             recurrent layers cannot, and the log says so. `duet cache` does likewise, with sliding windows too.
         bf16: whether the backbone computes in bf16 under autocast. None: on a GPU that is made for it (sm_80 and newer),
             unless `fp16` is set; not on a CPU. The losses run in the dtype of the LM head.
+        tf32: whether products of fp32 numbers, as those of an fp32 head, are made of TF32 ones (11 bits) on tensor cores. None:
+            where the backbone computes in bf16 and the GPU can; plain fp32 products are many times slower.
         activation_checkpointing: whether activations are recomputed in the backward instead of being kept. The older name,
             `gradient_checkpointing`, means the same, with every version of transformers.
         activation_checkpointing_kwargs: what `torch.utils.checkpoint` is given then, or None.
@@ -90,6 +96,7 @@ class DuetConfig(
     _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs", "model_init_kwargs")
 
     bf16: bool | None = None
+    tf32: bool | None = None
     activation_checkpointing: bool | None = None
     activation_checkpointing_kwargs: dict[str, Any] | str | None = None
     gradient_checkpointing: bool | None = None
@@ -128,6 +135,8 @@ class DuetConfig(
                 "bf16: wanted None or False, because no device here is made for it (None: True where one is), got True; on a CPU "
                 "use_cpu allows it"
             )
+        if self.tf32 is None and self.bf16 and not self.use_cpu and is_torch_tf32_available():
+            self.tf32 = True
         _name_checkpointing(self)
         super().__post_init__()
         check_options(self)
