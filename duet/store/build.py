@@ -7,8 +7,8 @@ stopped; of several processes each takes its part.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -33,7 +33,7 @@ from ..model.answers import generate_answers, tokenizer_of
 from ..model.lm import check_head, hidden_states_at
 from ..model.loading import keep_differentiable, load_model, loading_device, without_attached_adapter
 from ..model.prefix_cache import PrefixCache, cannot_reuse, common_length
-from ..model.switches import evaluating
+from ..model.switches import Switches
 from .columns import read_columns
 from .provenance import check_cacheable, provenance_of
 from .read import LOG_PROBABILITIES, Entry, Provenance, TopKStore, fingerprint
@@ -112,7 +112,7 @@ def cache_teacher(
 
     missing = sorted(writer.scan(), key=order)
     state.wait_for_everyone()  # everybody has seen the same files before anybody adds one
-    with _without_adapter(job.model):
+    with Switches(job.model).base_model():
         asker = _Asker(job, args)
         reuse = reuse_prefix and args.reuse_prefix
         if reuse and (why := cannot_reuse(job.model, in_order=True)) is not None:
@@ -235,18 +235,6 @@ def _check_positions(entry: Entry, answer: Sequence[int], asked: Asked) -> None:
         raise ValueError(f"columns: wanted {wanted} scored position(s) for {asked.name}, got {positions}")
 
 
-@contextmanager
-def _without_adapter(model: Any) -> Iterator[None]:
-    """Within the context the adapter is off; afterwards its weights are frozen as before (peft lets all of them be trained)."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-            yield
-    finally:
-        for parameter, trained in before:
-            parameter.requires_grad_(trained)
-
-
 @dataclass(frozen=True)
 class _Job:
     """The teacher, all its prompts and the folder of its store; the same in every process."""
@@ -288,7 +276,7 @@ class _Job:
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
         tokenizer, pad_id = tokenizer_of(model, processing_class)
         keep_differentiable(model, trains=False)  # the same object may be trained afterwards
-        with _without_adapter(model):
+        with Switches(model).base_model():
             head = check_head(model)
         if args.k > head.num_ids:
             raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
@@ -309,7 +297,7 @@ class _Job:
 
 
 class _Asker:
-    """Runs one teacher in batches."""
+    """Runs one teacher in batches; within `Switches.base_model`."""
 
     def __init__(self, job: _Job, args: DuetConfig):
         self.job, self.model, self.args = job, job.model, args
@@ -358,27 +346,25 @@ class _Asker:
     @torch.no_grad()
     def read_prefix(self, ids: list[int]) -> PrefixCache:
         self.saving.tokens += len(ids)
-        with evaluating(self.model), self._autocast():
+        with self._autocast():
             return PrefixCache(self.model, ids)
 
     def says(self, prompts: list[list[int]], max_new_tokens: int | None) -> list[list[int]]:
         """The teacher's greedy answers to one batch of prompts."""
-        with evaluating(self.model):
-            return generate_answers(self.model, prompts, self.job.tokenizer, self.job.pad_id, max_new_tokens)
+        return generate_answers(self.model, prompts, self.job.tokenizer, self.job.pad_id, max_new_tokens)
 
     @torch.no_grad()
     def ask(self, questions: Sequence[Asked], prefix: PrefixCache | None) -> list[Entry]:
         """The entries of one batch, on the CPU."""
-        with evaluating(self.model):
-            answers = [question.answer for question in questions]
-            if self.answered:
-                answers = self.says([question.steered for question in questions], self.job.dataset.max_scored)
-            read = sum(len(q.steered) + max(0, len(a) - 1) for q, a in zip(questions, answers, strict=True))
-            self.saving.tokens_without += read
-            self.saving.tokens += read - (prefix.length * len(questions) if prefix else 0)
-            if prefix is not None and self.saving.seconds is None:
-                self._measure(questions, answers, prefix)
-            targets: Any = self._targets(questions, answers, prefix)
+        answers = [question.answer for question in questions]
+        if self.answered:
+            answers = self.says([question.steered for question in questions], self.job.dataset.max_scored)
+        read = sum(len(q.steered) + max(0, len(a) - 1) for q, a in zip(questions, answers, strict=True))
+        self.saving.tokens_without += read
+        self.saving.tokens += read - (prefix.length * len(questions) if prefix else 0)
+        if prefix is not None and self.saving.seconds is None:
+            self._measure(questions, answers, prefix)
+        targets: Any = self._targets(questions, answers, prefix)
         sizes = [max(1, len(answer)) for answer in answers]
         parts = zip(*(part.split(sizes) for part in targets[:3]), answers, strict=True)
         return [
