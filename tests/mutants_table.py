@@ -490,6 +490,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("what is found in a store is read too late to be refused", "    missing = writer.scan()\n    try:\n", "    try:\n        missing = writer.scan()\n",
          "tests/test_served.py::test_asking_goes_on_where_it_stopped"),
         ("the cache ignores the run's reuse_prefix", "reuse = reuse_prefix and args.reuse_prefix", "reuse = reuse_prefix", "tests/test_caching.py::test_the_option_of_the_run_counts"),
+        ("wrong keys and values are kept", "                    reuse_prefix = False\n", "", "tests/test_caching.py::test_a_model_whose_cache_is_wrong_reads_whole_prompts[dataset]"),
         ("recurrent models are read by prefixes", "            reuse = False\n", "            pass\n", "tests/test_caching.py::test_a_model_with_recurrent_layers_reads_whole_prompts[mamba]"),
         ("a server is asked at another temperature", "if asked_at != args.temperature:", "if False:", "tests/test_served.py::test_a_server_that_would_be_asked_at_another_temperature[asked0-1.0]"),
     ],
