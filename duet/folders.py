@@ -13,6 +13,9 @@ except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+# In what torch says of a write that failed. On a full disk its stream writer, of inline_container.cc, may only say that it is at
+# another position than it should be.
+_OF_A_WRITE = ("write", "inline_container")
 
 
 def lock(folder: Path, argument: str) -> int | None:
@@ -75,7 +78,24 @@ def disk_named(folder: str | os.PathLike, argument: str) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None or error.errno not in _OF_THE_DISK:
             raise
-        raise OSError(f"{argument}: {os.fspath(folder)!r} could not be written: {error}") from error
+        raise _not_written(folder, argument, error) from error
+
+
+@contextmanager
+def write_named(folder: str | os.PathLike, argument: str) -> Iterator[None]:
+    """Around nothing but a write: every way in which torch and safetensors say that it failed becomes such an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error).lower() for word in _OF_A_WRITE):
+            raise  # torch.save reports a failed write as a RuntimeError; others are not about files
+        raise _not_written(folder, argument, error) from error
+
+
+def _not_written(folder: str | os.PathLike, argument: str, error: Exception) -> OSError:
+    return OSError(f"{argument}: {os.fspath(folder)!r} could not be written: {error}")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
