@@ -306,7 +306,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_data.py::test_a_prefix_is_sampled_from_a_set_per_query"),
         ("a retain row's prefix is about its own subject", "subject = rng.choice(self.subjects) if self.subjects else None", "subject = self.rows[i].subject",
          "tests/test_data.py::test_retain_queries_carry_a_prefix_about_a_forget_subject_never_their_own"),
-        ("the student sees the steering prefix", "student = [*self._prompt(i, None, override", "student = [*self._prompt(i, instruction, override",
+        ("the student sees the steering prefix", "student = [*self.prompt(i, None, override", "student = [*self.prompt(i, instruction, override",
          "tests/test_data.py::test_retain_queries_carry_a_prefix_about_a_forget_subject_never_their_own"),
         ("positions are shifted by one", "first = start + len(item[view]) - 1", "first = start + len(item[view])",
          "tests/test_data.py::test_positions_are_aligned_by_the_answer[words, system role-1-left]"),
@@ -375,7 +375,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_counterfactual.py::test_every_later_position_is_taught_to_begin_the_refusal"),
         ("the mixture is a mean of logarithms", "(values - norm.unsqueeze(-1)).logsumexp(0) - math.log(variants)", "(values - norm.unsqueeze(-1)).mean(0)",
          "tests/test_counterfactual.py::test_the_mixture_is_the_mean_of_swapped_distributions"),
-        ("what the base says is read behind another prompt", "row.pushed(dataset.plain(i), own[i]", "row.pushed(row.prompt(None), own[i]",
+        ("what the base says is read behind another prompt", "row.pushed(dataset.prompt(i), own[i]", "row.pushed(row.prompt(None), own[i]",
          "tests/test_counterfactual.py::test_a_dataset_of_other_prompts_is_compared_behind_its_own"),
     ],
     "duet/methods/noising.py": [
@@ -416,6 +416,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_prefix_reuse.py::test_prompts_that_share_nothing_are_read_whole"),
     ],
     "duet/trainer.py": [
+        ("nobody says that nothing is kept", "if not retain and self.objective.keeps:", "if False:", "tests/test_user_day.py::test_a_training_that_keeps_nothing_is_said[duet-False-True]"),
         ("the card of a resumed run has another loss", "            if self._resumed:", "            if False:",
          "tests/test_crashes.py::test_a_finished_run_is_not_trained_further"),
         ("rows that were evaluated are kept", "LossParts(), WeakSet()", "LossParts(), set()",

@@ -134,12 +134,12 @@ def beginnings_of(dataset: UnlearnDataset) -> dict[str | None, list[int]]:
     """
     instructions = dataset.instructions()
     rows = range(0, len(dataset), max(1, len(dataset) // _SAMPLED_ROWS))
-    prompts = {i: dataset.steered(i, instructions[0]) for i in rows}
+    prompts = {i: dataset.prompt(i, instructions[0]) for i in rows}
     # What the first and the last in order share, all between them share.
     ends = min(prompts, key=prompts.__getitem__), max(prompts, key=prompts.__getitem__)
     found = {}
     for text in instructions:
-        both = [dataset.steered(i, text) for i in ends]
+        both = [dataset.prompt(i, text) for i in ends]
         if shared := common_length(both):
             found[text] = both[0][:shared]
     return found
