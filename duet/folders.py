@@ -1,4 +1,4 @@
-"""The folder that a command writes to: one process writes to it at a time, and a disk that fails is said to be its."""
+"""The folder that a command writes to: one process writes to it at a time, and errors of a full disk name it."""
 
 import errno
 import os
@@ -72,7 +72,7 @@ def written(folder: str | os.PathLike, argument: str) -> Iterator[None]:
 
 @contextmanager
 def disk_named(folder: str | os.PathLike, argument: str) -> Iterator[None]:
-    """A full or broken disk, of which the system says no file, is an error that names the argument and the folder."""
+    """Inside, an OSError of a full or broken disk that names no file gets the argument and the folder."""
     try:
         yield
     except OSError as error:
@@ -83,7 +83,7 @@ def disk_named(folder: str | os.PathLike, argument: str) -> Iterator[None]:
 
 @contextmanager
 def write_named(folder: str | os.PathLike, argument: str) -> Iterator[None]:
-    """Around nothing but a write: every way in which torch and safetensors say that it failed becomes such an OSError."""
+    """The same for all errors of a failed write, those of torch and safetensors too; only a write may be inside."""
     from safetensors import SafetensorError
 
     try:

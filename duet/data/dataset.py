@@ -313,7 +313,7 @@ class UnlearnDataset(Dataset):
 
 @contextmanager
 def _of(query: Query) -> Iterator[None]:
-    """Within the context, what cannot be rendered is said of this row."""
+    """Inside, a CannotRender error becomes a ValueError that names the row."""
     try:
         yield
     except CannotRender as error:
