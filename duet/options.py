@@ -44,7 +44,7 @@ class Wanted(NamedTuple):
         """Whether `value` is such a number; True and False are not numbers."""
         if value is None:
             return self.optional
-        if isinstance(value, bool) or (self.whole and not isinstance(value, numbers.Integral)):
+        if isinstance(value, bool) or (self.whole and not issubclass(type(value), numbers.Integral)):
             return False
         low, high = self.edges
         try:  # a NaN fails too: every comparison with it is false
