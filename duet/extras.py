@@ -41,7 +41,7 @@ def missing(extra: str) -> str | None:
 
 
 def silence_what_no_user_can_change() -> None:
-    """Words of other libraries about themselves: on every command, and where a trainer is imported."""
+    """Silences warnings of other libraries that a user can do nothing about; every command and `duet.trainer` call it."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional faster kernel
     # peft asks for it
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

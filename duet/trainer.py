@@ -142,6 +142,11 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         forget = read_rows(forget_dataset, "forget_dataset")
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
         check_repeats(forget, retain)
+        if not retain and self.objective.keeps:
+            logger.warning(
+                f"retain_dataset (data.retain): got no rows, so that nothing says what objective {args.objective!r} is to keep; "
+                "give it rows of what must stay, above all about neighbours of what is forgotten"
+            )
         rows = {"forget": forget, "retain": retain}
         self._fingerprints = {k: (len(v), fingerprint([row[:3] for row in v])) for k, v in rows.items() if v}
 
