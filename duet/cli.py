@@ -32,7 +32,7 @@ from duet.evaluation.commands import (
     run_eval,
     run_report,
 )
-from duet.extras import MissingExtra, missing, silence_what_no_user_can_change, version_of
+from duet.extras import MissingExtra, missing, version_of
 
 Run = Annotated[Path, Option(help="YAML file of the run that `duet train` will get")]
 MaxNewTokens = Annotated[int, Option(min=1, help="of an answer")]
@@ -485,7 +485,6 @@ def main() -> None:
 
     Exit status 2: the input, or the machine; 1: something that we did not expect.
     """
-    silence_what_no_user_can_change()
     _shown["traceback"] = False
     try:
         app()

@@ -26,7 +26,6 @@ from .config import DuetConfig
 from .data.dataset import Collator, EpochOf, UnlearnSampler
 from .data.prompts import fill_prefix, steered_tokenizer
 from .data.rows import check_repeats, read_rows
-from .extras import silence_what_no_user_can_change
 from .methods.asking import look_at_teacher
 from .methods.directions import FixedDirections
 from .methods.evaluating import WholeSetLoss
@@ -49,7 +48,6 @@ from .store.provenance import cached_teacher, open_store
 from .store.read import TopKStore
 
 logger = logging.get_logger(__name__)
-silence_what_no_user_can_change()
 
 
 class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, AdapterTrainer):
