@@ -185,10 +185,8 @@ def _dhidden_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------
 
 
-def linear_gather(
-    hidden_nd: Tensor, head: LMHead, indices_nk: Tensor, *, tile: tiles.GatherTile | None = None
-) -> Tensor:
-    """z at the ids, `[N, K]` in ACC. `tile`, of a gather, replaces the table's choice, for tests and measurements."""
+def linear_gather(hidden_nd: Tensor, head: LMHead, indices_nk: Tensor) -> Tensor:
+    """z at the ids, `[N, K]` in ACC."""
     weight_vd, bias_v, softcap, scale = head.weight, head.bias, head.softcap, head.scale
     (n, d), v, k = hidden_nd.shape, weight_vd.shape[0], indices_nk.shape[1]
     values_nk = torch.empty(n, k, dtype=head.acc, device=hidden_nd.device)
@@ -198,10 +196,10 @@ def linear_gather(
     tokens = tiles.gather_product_tokens(
         arch, itemsize, head.acc.itemsize, n, v, k, workspace_bytes(hidden_nd.device)
     )
-    if tokens and tile is None:
+    if tokens:
         _pick(hidden_nd, head, indices_nk, values_nk, tokens)
         return values_nk
-    tile = tile or tiles.gather_tile(tiles.GATHER_FORWARD, arch, itemsize, k, d)
+    tile = tiles.gather_tile(tiles.GATHER_FORWARD, arch, itemsize, k, d)
     grid = (require_grid(n * triton.cdiv(k, tile.rows), "linear_gather"),)
     _forward_kernel[grid](
         hidden_nd, weight_vd, bias_v, indices_nk, values_nk,
@@ -241,15 +239,8 @@ def linear_gather_backward(
     values_nk: Tensor,
     indices_nk: Tensor,
     need: Need,
-    *,
-    tile: tiles.GatherTile | None = None,
-    segments: tiles.SegmentsTile | None = None,
-    chunk: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dh, dW, db) in the dtypes of hidden, weight and bias; None for what is not needed, which costs nothing.
-
-    `tile` (of dh), `segments` and `chunk` (of dW and db) replace the table's choices, for tests and measurements.
-    """
+    """(dh, dW, db) in the dtypes of hidden, weight and bias; None for what is not needed, which costs nothing."""
     weight_vd, bias_v = head.weight, head.bias
     need = need._replace(bias=need.bias and bias_v is not None)
     (n, d), v, k = hidden_nd.shape, weight_vd.shape[0], indices_nk.shape[1]
@@ -262,14 +253,13 @@ def linear_gather_backward(
     require_pairs(n, k, d)
     dweight = dbias = None
     dx, row = slot_gradients(grad_nk, values_nk, hidden_nd, head, indices_nk)
-    dhidden = sum_rows(dx, row, hidden_nd, weight_vd, tile=tile) if need.hidden else None
+    dhidden = sum_rows(dx, row, hidden_nd, weight_vd) if need.hidden else None
     if need.weight or need.bias:
         pairs = SortedPairs(dx, row, v)
         if need.weight:
-            dweight = pairs.sum(hidden_nd, weight_vd.dtype, segments, chunk)
+            dweight = pairs.sum(hidden_nd, weight_vd.dtype)
         if need.bias:
-            ones = dx.new_ones(1, 1).expand(n, 1)
-            dbias = pairs.sum(ones, bias_v.dtype, chunk=chunk)[:, 0]
+            dbias = pairs.sum(dx.new_ones(1, 1).expand(n, 1), bias_v.dtype)[:, 0]
     return dhidden, dweight, dbias
 
 
@@ -291,12 +281,12 @@ def slot_gradients(
 
 
 def sum_rows(
-    dx, row, hidden_nd, weight_vd, dtype: torch.dtype | None = None, tile: tiles.GatherTile | None = None
+    dx: Tensor, row: Tensor, hidden_nd: Tensor, weight_vd: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """dh `[N, D]` in `dtype`, or that of `hidden_nd`: the sum over k of dx times its row of W."""
     (n, d), (_, k) = hidden_nd.shape, dx.shape
     arch, itemsize = tiles.architecture(hidden_nd.device), weight_vd.element_size()
-    tile = tile or tiles.gather_tile(tiles.GATHER_DHIDDEN, arch, itemsize, k, d)
+    tile = tiles.gather_tile(tiles.GATHER_DHIDDEN, arch, itemsize, k, d)
     dhidden = torch.empty(n, d, dtype=dtype or hidden_nd.dtype, device=hidden_nd.device)
     grid = (require_grid(n * triton.cdiv(d, tile.columns), "linear_gather"),)
     _dhidden_kernel[grid](

@@ -231,13 +231,8 @@ def topk_divergence(
     teacher_tail_n: Tensor | None,
     factor_n: Tensor,
     spec: Divergence,
-    *,
-    tile: tiles.DivergenceTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(`[N]` f L, `[N, K]` f dL/ds, `[N]` f dL/ds_tail or an empty tensor), in ACC.
-
-    `tile` replaces the table's choice, for tests.
-    """
+    """(`[N]` f L, `[N, K]` f dL/ds, `[N]` f dL/ds_tail or an empty tensor), in ACC."""
     use_student_tail, use_teacher_tail = spec.needs_student_logsumexp, spec.needs_teacher_logsumexp
     for name, tail, used in (
         ("student_tail", student_tail_n, use_student_tail),
@@ -256,7 +251,7 @@ def topk_divergence(
         return loss, dstudent, dtail
     if k == 0:
         return loss.zero_(), dstudent, dtail.zero_()
-    tile = tile or tiles.divergence_tile(k)
+    tile = tiles.divergence_tile(k)
     _divergence_kernel[(require_grid(triton.cdiv(n, tile.tokens), "topk_divergence"),)](
         student_nk, teacher_nk, student_tail_n, teacher_tail_n, factor_n,
         loss, dstudent, dtail,
