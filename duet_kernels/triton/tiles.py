@@ -160,14 +160,9 @@ def gather_product_tokens(arch: int, operand: int, acc: int, n: int, v: int, k: 
 
 
 def divergence_tile(slots: int) -> DivergenceTile:
-    """The tile that holds whole rows of `slots` slots."""
-    for limit, tokens, warps in DIVERGENCE:
-        if slots <= limit:
-            return DivergenceTile(tokens, max(1, triton.next_power_of_2(slots)), warps)
-    raise ValueError(
-        f"k: the Triton divergence kernel holds a token's slots in registers, at most {MAX_SLOTS}, got {slots}; "
-        "use impl='chunked'"
-    )
+    """The tile that holds whole rows of 1 to `MAX_SLOTS` slots."""
+    tokens, warps = next((tokens, warps) for limit, tokens, warps in DIVERGENCE if slots <= limit)
+    return DivergenceTile(tokens, triton.next_power_of_2(slots), warps)
 
 
 class SkinnyTile(NamedTuple):
