@@ -48,14 +48,7 @@ from ..dispatch import workspace_bytes
 from ..head import LMHead, Need
 from ..products import product
 from . import tiles
-from .primitives import (
-    ACCUMULATORS,
-    finish,
-    load_rows,
-    number,
-    require_grid,
-    tanh,
-)
+from .primitives import ACCUMULATORS, finish, load_rows, number, require_grid
 from .sparse_weight import SortedPairs, require_pairs
 
 # --- forward ---------------------------------------------------------------------------------------------------
@@ -86,13 +79,7 @@ def _forward_kernel(
         w = load_rows(weight_ptr, ids, d, stride_wv, stride_wd, keep, ACC)
         h = tl.load(hidden_ptr + n * stride_hn + d.to(tl.int64) * stride_hd, mask=d < D, other=0.0).to(ACC)
         dots += w * h[None, :]
-    x = tl.sum(dots, axis=1)
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + ids * stride_bv, mask=known, other=0.0).to(ACC)
-    z = x * number(scale, ACC)
-    if HAS_SOFTCAP:
-        cap = number(softcap, ACC)
-        z = cap * tanh(z / cap)
+    z = finish(tl.sum(dots, axis=1), ids, bias_ptr, stride_bv, known, softcap, scale, HAS_SOFTCAP)
     z = tl.where(known, z, tl.where(ids < 0, float("-inf"), float("nan")))
     tl.store(values_ptr + n * K + k, z, mask=k < K)
 
