@@ -418,10 +418,20 @@ def linear_distill_loss(
     if k is None:
         run = run if teacher_head.group is None else sharded
         return run.dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
-    teacher = _teacher_topk(hidden_nd, student_head, teacher_nd, teacher_head, k, support, spec, impl)
-    values, ids, tail = teacher.values.to(student_head.acc), teacher.indices, None
-    if teacher.tail_logsumexp is not None and spec.needs_teacher_logsumexp:
-        tail = teacher.tail_logsumexp.to(student_head.acc)
+    options: dict[str, Any] = {"temperature": spec.temperature, "impl": impl}
+    if support == "teacher":
+        values, ids, tail, *_ = linear_topk(teacher_nd, teacher_head, k, **options)
+    else:
+        ids, tail = linear_topk(hidden_nd, student_head, k, **options).indices, None
+        if support == "union":
+            ids = torch.cat([linear_topk(teacher_nd, teacher_head, k, **options).indices, ids], -1)
+        with torch.no_grad():
+            values = linear_gather(teacher_nd, teacher_head, ids, impl=impl)
+            if spec.needs_teacher_logsumexp:
+                tail = linear_logsumexp(teacher_nd, teacher_head, exclude=ids, **options)
+        values = values.masked_fill(ops.met_before(ids), -torch.inf)  # an id that both chose is compared once
+    values = values.to(student_head.acc)
+    tail = tail.to(student_head.acc) if tail is not None and spec.needs_teacher_logsumexp else None
     k, lse = ids.shape[1], spec.needs_student_logsumexp
     run, choice = _resolve("topk_distill_loss", hidden_nd, student_head, impl, k, lse)
     return run.topk_loss(hidden_nd, student_head, values, ids, tail, spec, tokens, choice)
@@ -543,29 +553,3 @@ def _resolve(
     op, (n, _) = f"{op}/lse" if lse else op, hidden_nd.shape
     choice, _ = resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl, tokens=n, k=k)
     return ops if head.group is None else sharded, choice
-
-
-def _teacher_topk(
-    hidden_nd: Tensor,
-    student_head: LMHead,
-    teacher_nd: Tensor,
-    teacher_head: LMHead,
-    k: int,
-    support: Support,
-    spec: Divergence,
-    impl: Impl,
-) -> TopK:
-    """The teacher's logits and ids where `support` says they are compared, with its tail if the loss reads it."""
-    options: dict[str, Any] = {"temperature": spec.temperature, "impl": impl}
-    if support == "teacher":
-        return linear_topk(teacher_nd, teacher_head, k, **options)
-    ids = linear_topk(hidden_nd, student_head, k, **options).indices
-    if support == "union":
-        ids = torch.cat([linear_topk(teacher_nd, teacher_head, k, **options).indices, ids], -1)
-    with torch.no_grad():
-        values, tail = linear_gather(teacher_nd, teacher_head, ids, impl=impl), None
-        if spec.needs_teacher_logsumexp:
-            options = {"temperature": spec.temperature, "exclude": ids, "impl": impl}
-            tail = linear_logsumexp(teacher_nd, teacher_head, **options)
-    # An id that both chose is compared once.
-    return TopK(values.masked_fill(ops.met_before(ids), -torch.inf), ids, tail, spec.temperature)
