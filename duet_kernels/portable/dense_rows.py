@@ -166,9 +166,17 @@ class DenseRows:
         if with_gradient and not spec.raw:  # q is in the student's memory
             for c in self._strips():
                 t[:, c].addcmul_(s[:, c], mean, value=-1).mul_(scale)
+            self._balance()
         if with_gradient and any_of(skip):
             t.masked_fill_(skip[:, None], 0)
         return loss.mul_(factor).masked_fill_(skip, 0)
+
+    def _balance(self) -> None:
+        """A logit with more than 3/4 of q: a - m q has no digits left there. It is minus the sum of the row's others."""
+        q, lead = self.s.max(1, keepdim=True)
+        before = self.t.gather(1, lead)
+        others = self.t.scatter_(1, lead, 0).sum(1, keepdim=True)
+        self.t.scatter_(1, lead, torch.where(q > 0.75, -others, before))
 
     def _strips(self) -> Iterator[slice]:
         rows, v = self.s.shape
