@@ -17,7 +17,7 @@ Legend: R rows, C columns of a strip, V vocabulary, D hidden size, T temperature
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -138,25 +138,34 @@ class DenseRows:
     its rounding cancels to first order in the losses, which add up terms like q - p - p w. A normaliser is an origin, the row's
     largest logit, and what is left, T log sum exp((z - origin) / T). As one number it would be rounded as large logits are: where
     the student is certain, its q would not add up to 1, and little is left of a - m q beside that. Both logits are overwritten.
-    `ruled_out`: raw logits may be -inf in both (`subtract_`).
+    `ruled_out`: raw logits may be -inf in both (`subtract_`). `noise` `[R, 1]` and `normalisers`, each the parts `[R, 1]` of a sum,
+    are those of longer rows, of which these are a part.
     """
 
-    def __init__(self, student: Tensor, teacher: Tensor, spec: Divergence, ruled_out: bool = True) -> None:
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        spec: Divergence,
+        ruled_out: bool = True,
+        noise: Tensor | None = None,
+        normalisers: Sequence[Sequence[Tensor]] = (),
+    ) -> None:
         self.s, self.t, self.spec, self.ruled_out = student, teacher, spec, ruled_out
         self.inverse = 1.0 / spec.temperature
-        self.noise = self._noise() if spec.noise else student.new_zeros(())
+        if noise is None:
+            noise = self._noise() if spec.noise else student.new_zeros(())
+        self.noise = noise
         if not spec.raw:
-            self.s_norm, self.t_norm = self._normaliser(student), self._normaliser(teacher)
-            origins, rests = (x - y for x, y in zip(self.s_norm, self.t_norm, strict=True))
-            self.r = (origins + rests) * self.inverse
+            self.s_norm, self.t_norm = normalisers or [self._normaliser(z) for z in (student, teacher)]
+            self.r = sum(x - y for x, y in zip(self.s_norm, self.t_norm, strict=True)) * self.inverse
 
     def compare_(self, factor: Tensor, with_gradient: bool) -> Tensor:
         """`[R]` factor * loss; with a gradient, factor * dloss/ds is left in the teacher's memory. 0 gives 0."""
         s, t, spec, skip = self.s, self.t, self.spec, factor == 0
         scale = (factor * self.inverse)[:, None]
         loss, mean = s.new_zeros(len(s)), s.new_zeros(len(s), 1)
-        for c in self._strips():
-            terms, a = self._raw(c) if spec.raw else self._parts(c)
+        for c, terms, a in self.terms():
             loss += terms
             if with_gradient and spec.raw:
                 torch.mul(a, scale, out=t[:, c])
@@ -170,6 +179,11 @@ class DenseRows:
         if with_gradient and any_of(skip):
             t.masked_fill_(skip[:, None], 0)
         return loss.mul_(factor).masked_fill_(skip, 0)
+
+    def terms(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(columns, `[R]` the sum of their terms, a or dloss/dz) of a strip; of distributions q and p are written over its logits."""
+        for c in self._strips():
+            yield c, *(self._raw(c) if self.spec.raw else self._parts(c))
 
     def _balance(self) -> None:
         """A logit with more than 3/4 of q: a - m q has no digits left there. It is minus the sum of the row's others."""
@@ -213,7 +227,6 @@ class DenseRows:
         return OF_LOGITS[self.spec.name](d, self.noise, self.spec)
 
     def _parts(self, c: slice) -> tuple[Tensor, Tensor]:
-        """(`[R]` loss, a) of a strip; q and p are written over its logits."""
         s, t = self.s[:, c], self.t[:, c]
         w = s - t
         if infinite(s) and infinite(t):
