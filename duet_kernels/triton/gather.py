@@ -187,7 +187,7 @@ def linear_gather(hidden_nd: Tensor, head: LMHead, indices_nk: Tensor) -> Tensor
         _pick(hidden_nd, head, indices_nk, values_nk, tokens)
         return values_nk
     tile = tiles.gather_tile(tiles.GATHER_FORWARD, arch, itemsize, k, d)
-    grid = (require_grid(n * triton.cdiv(k, tile.rows), "linear_gather"),)
+    grid = (require_grid(n * tiles.cdiv(k, tile.rows), "linear_gather"),)
     _forward_kernel[grid](
         hidden_nd, weight_vd, bias_v, indices_nk, values_nk,
         k, v, d,
@@ -209,7 +209,7 @@ def _pick(hidden: Tensor, head: LMHead, indices: Tensor, values: Tensor, tokens:
         count = rows.stop - rows.start
         x = product(hidden[rows], weight.T, out=logits[: count * v].view(count, v))
         ids = indices[rows]
-        _pick_kernel[(require_grid(triton.cdiv(count * k, tiles.SLOTS_BLOCK), "linear_gather"),)](
+        _pick_kernel[(require_grid(tiles.cdiv(count * k, tiles.SLOTS_BLOCK), "linear_gather"),)](
             x, bias, ids, values[rows],
             count * k, k, v,
             0 if bias is None else bias.stride(0), *ids.stride(),
@@ -257,7 +257,7 @@ def slot_gradients(
     n, k = indices_nk.shape
     dx = torch.empty(n, k, dtype=head.acc, device=hidden_nd.device)
     row = torch.empty(n, k, dtype=torch.int32, device=hidden_nd.device)
-    _slots_kernel[(triton.cdiv(n * k, tiles.SLOTS_BLOCK),)](
+    _slots_kernel[(tiles.cdiv(n * k, tiles.SLOTS_BLOCK),)](
         grad_nk, values_nk, indices_nk, dx, row,
         n * k, k, head.weight.shape[0],
         *grad_nk.stride(), *values_nk.stride(), *indices_nk.stride(),
@@ -275,7 +275,7 @@ def sum_rows(
     arch, itemsize = tiles.architecture(hidden_nd.device), weight_vd.element_size()
     tile = tiles.gather_tile(tiles.GATHER_DHIDDEN, arch, itemsize, k, d)
     dhidden = torch.empty(n, d, dtype=dtype or hidden_nd.dtype, device=hidden_nd.device)
-    grid = (require_grid(n * triton.cdiv(d, tile.columns), "linear_gather"),)
+    grid = (require_grid(n * tiles.cdiv(d, tile.columns), "linear_gather"),)
     _dhidden_kernel[grid](
         dx, row, weight_vd, dhidden,
         n, k, weight_vd.shape[0], d,

@@ -182,7 +182,7 @@ class SortedPairs:
         self.token = torch.empty(pairs, dtype=torch.int32, device=row.device)
         self.dx = torch.empty(pairs, dtype=dx.dtype, device=row.device)
         self.offset = torch.empty(v + 1, dtype=torch.int32, device=row.device)
-        _pairs_kernel[(triton.cdiv(max(pairs, v + 1), tiles.SLOTS_BLOCK),)](
+        _pairs_kernel[(tiles.cdiv(max(pairs, v + 1), tiles.SLOTS_BLOCK),)](
             self.row, order, dx, self.token, self.dx, self.offset,
             pairs, row.shape[1], v, pairs.bit_length(),
             BLOCK=tiles.SLOTS_BLOCK, num_warps=4,
@@ -198,7 +198,7 @@ class SortedPairs:
         partial = torch.empty(chunks, d, dtype=self.dx.dtype, device=self.dx.device)
         if chunks:
             tile = tiles.gather_tile(tiles.DWEIGHT_CHUNK_SUMS, arch, itemsize, pairs, d)
-            _partial_kernel[(require_grid(triton.cdiv(d, tile.columns) * chunks, "linear_gather"),)](
+            _partial_kernel[(require_grid(tiles.cdiv(d, tile.columns) * chunks, "linear_gather"),)](
                 self.row, self.token, self.dx, hidden_nd, partial,
                 chunks, chunk, self.v, d,
                 *hidden_nd.stride(),
@@ -207,8 +207,8 @@ class SortedPairs:
         out = torch.empty(self.v, d, dtype=dtype, device=self.dx.device)
         tile = tiles.segments_tile(arch, itemsize, d)
         assert chunk % tile.ahead == 0
-        blocks = triton.cdiv(self.v, tile.vocabulary)
-        _segments_kernel[(require_grid(triton.cdiv(d, tile.columns) * blocks, "linear_gather"),)](
+        blocks = tiles.cdiv(self.v, tile.vocabulary)
+        _segments_kernel[(require_grid(tiles.cdiv(d, tile.columns) * blocks, "linear_gather"),)](
             self.offset, self.row, self.token, self.dx, hidden_nd, partial, out,
             blocks, chunk, self.v, d,
             *hidden_nd.stride(),

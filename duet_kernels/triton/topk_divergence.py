@@ -245,7 +245,7 @@ def topk_divergence(
     if k == 0:
         return loss.zero_(), dstudent, dtail.zero_()
     tile = tiles.divergence_tile(k)
-    _divergence_kernel[(require_grid(triton.cdiv(n, tile.tokens), "topk_divergence"),)](
+    _divergence_kernel[(require_grid(tiles.cdiv(n, tile.tokens), "topk_divergence"),)](
         student_nk, teacher_nk, student_tail_n, teacher_tail_n, factor_n,
         loss, dstudent, dtail,
         n, k,
