@@ -371,10 +371,9 @@ def linear_distill_loss(
 
     `k=None`: the divergences of `topk_distill_loss` summed over all ids. With k: the ids are the k largest logits of
     the `teacher`, of the `student`, or their `union` (`support`), and the loss is that of `topk_distill_loss` there.
-    Student and teacher may differ in hidden size, and in vocabulary size: then the common ids count. An id that the
-    teacher rules out with a bias of -inf counts with `k=None` unless the student does so, too; with k it is an absent slot,
-    and what the student gives it is seen by `normalization="tail"`, as a part of the tail.
-    For the other arguments see `topk_distill_loss`.
+    Student and teacher may differ in hidden size, and in vocabulary size: then the common ids count. An id with a teacher
+    bias of -inf counts with `k=None`, unless the student's is -inf, too. With k it is an absent slot; what the student
+    gives it belongs to its tail (`normalization="tail"`). For the other arguments see `topk_distill_loss`.
 
     Args:
         student_hidden: `[..., D_s]`.

@@ -39,7 +39,7 @@ class Slower(NamedTuple):
         )
 
     def takes(self, tokens: int | None, k: int | None) -> bool:
-        """Whether a call of that size belongs to it; a size that nobody gave is a large one."""
+        """Whether a call of that size belongs to it. A size of None counts as large."""
         return all(
             most == 0 if size is None else least <= size and (most == 0 or size <= most)
             for size, (least, most) in ((tokens, self.tokens), (k, self.k))

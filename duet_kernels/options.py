@@ -300,7 +300,7 @@ class Tokens:
     def take(self, x: Tensor, num_ids: int | None = None, fill: float = 0) -> Tensor:
         """The rows of `x` that count. Where masked rows stay they are set to `fill`, so that a NaN in them cannot spread.
 
-        Of ids, with `num_ids` of them, only those that do not exist become 0: the logit of such an id is NaN.
+        Of ids (`num_ids` given) only those >= `num_ids` become 0, because their logit would be NaN.
         """
         if self.rows is not None:
             return x.index_select(0, self.rows)

@@ -119,7 +119,7 @@ def _topk_loss_kernel(
     n = (program // SPLITS).to(tl.int64)
     split = program % SPLITS
     # One slot a thread, not four that a wide load would bring: the strip leaves no registers for more.
-    # The zero that the compiler does not know keeps them in fewer still.
+    # `tl.minimum(program, 0)` is always 0. The compiler does not know it and then uses fewer registers.
     k = tl.max_contiguous(tl.arange(0, ROWS) + tl.minimum(program, 0), [2])
     word, inside = _strip(split, D // HALVES, WORDS, PIECE, EVEN)
     # No branch: the factor and the ids are under way together.
