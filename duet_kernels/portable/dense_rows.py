@@ -26,7 +26,7 @@ from ..dispatch import workspace_bytes
 from ..options import Divergence
 from . import cuts
 from .cuts import multiply_, row_chunks
-from .terms import OF_DISTRIBUTIONS, OF_LOGITS, difference, expected, infinite
+from .terms import OF_DISTRIBUTIONS, OF_LOGITS, Terms, difference, expected, infinite
 
 _STRIP_BYTES = 2**19  # of one temporary: half a dozen of them lie in a core's share of the cache
 
@@ -165,7 +165,8 @@ class DenseRows:
         s, t, spec, skip = self.s, self.t, self.spec, factor == 0
         scale = (factor * self.inverse)[:, None]
         loss, mean = s.new_zeros(len(s)), s.new_zeros(len(s), 1)
-        for c, terms, a in self.terms():
+        for c in self.strips():
+            terms, a = self.terms(c)
             loss += terms
             if with_gradient and spec.raw:
                 torch.mul(a, scale, out=t[:, c])
@@ -173,33 +174,25 @@ class DenseRows:
                 mean += _sum(a)
                 t[:, c] = a
         if with_gradient and not spec.raw:  # q is in the student's memory
-            for c in self._strips():
+            for c in self.strips():
                 t[:, c].addcmul_(s[:, c], mean, value=-1).mul_(scale)
-            self._balance()
+            # An id with more than 3/4 of q: a - m q has no digits left there. It is minus the sum of the row's others.
+            top, lead = s.max(1, keepdim=True)
+            before = t.gather(1, lead)
+            others = t.scatter_(1, lead, 0).sum(1, keepdim=True)
+            t.scatter_(1, lead, torch.where(top > 0.75, -others, before))
         if with_gradient and any_of(skip):
             t.masked_fill_(skip[:, None], 0)
         return loss.mul_(factor).masked_fill_(skip, 0)
 
-    def terms(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(columns, `[R]` the sum of their terms, a or dloss/dz) of a strip; of distributions q and p are written over its logits."""
-        for c in self._strips():
-            yield c, *(self._raw(c) if self.spec.raw else self._parts(c))
-
-    def _balance(self) -> None:
-        """A logit with more than 3/4 of q: a - m q has no digits left there. It is minus the sum of the row's others."""
-        q, lead = self.s.max(1, keepdim=True)
-        before = self.t.gather(1, lead)
-        others = self.t.scatter_(1, lead, 0).sum(1, keepdim=True)
-        self.t.scatter_(1, lead, torch.where(q > 0.75, -others, before))
-
-    def _strips(self) -> Iterator[slice]:
+    def strips(self) -> Iterator[slice]:
         rows, v = self.s.shape
         return row_chunks(v, max(16, strip_bytes(self.s.device) // (max(rows, 1) * self.s.element_size())))
 
     def _normaliser(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """`[R, 1]` an origin, and T log sum exp((z - origin) / T)"""
         tops, sums = [], []
-        for c in self._strips():
+        for c in self.strips():
             tops.append(z[:, c].amax(1, keepdim=True))
             sums.append(_sum(self._exponential_(z[:, c] - cuts.origin(tops[-1]))))
         origin = cuts.origin(torch.cat(tops, 1).amax(1, keepdim=True))
@@ -214,7 +207,7 @@ class DenseRows:
     def _noise(self) -> Tensor:
         """`[R, 1]` 8 eps of the row's largest finite logit: a difference below it is rounding and has no sign."""
         largest = self.s.new_zeros(len(self.s), 1)
-        for c in self._strips():
+        for c in self.strips():
             for z in (self.s[:, c], self.t[:, c]):
                 size = z.abs()
                 if infinite(z):
@@ -222,12 +215,11 @@ class DenseRows:
                 largest = torch.maximum(largest, size.amax(1, keepdim=True))
         return largest.mul_(8 * torch.finfo(self.s.dtype).eps)
 
-    def _raw(self, c: slice) -> tuple[Tensor, Tensor]:
-        d = subtract_(self.s[:, c], self.t[:, c], self.ruled_out)
-        return OF_LOGITS[self.spec.name](d, self.noise, self.spec)
-
-    def _parts(self, c: slice) -> tuple[Tensor, Tensor]:
-        s, t = self.s[:, c], self.t[:, c]
+    def terms(self, c: slice) -> Terms:
+        """(`[R]` the sum of a strip's terms, a or dloss/dz); of distributions q and p are written over its logits."""
+        s, t, spec = self.s[:, c], self.t[:, c], self.spec
+        if spec.raw:
+            return OF_LOGITS[spec.name](subtract_(s, t, self.ruled_out), self.noise, spec)
         w = s - t
         if infinite(s) and infinite(t):
             w.nan_to_num_(0.0, torch.inf, -torch.inf)  # inf - inf; a row with a NaN has one in r as well
@@ -236,7 +228,7 @@ class DenseRows:
             for part in normaliser:
                 z.sub_(part)
         q, p = self._exponential_(s), self._exponential_(t)
-        return OF_DISTRIBUTIONS[self.spec.name](p, q, w, self.noise * self.inverse, self.spec)
+        return OF_DISTRIBUTIONS[spec.name](p, q, w, self.noise * self.inverse, spec)
 
 
 # --- elementwise ------------------------------------------------------------------------------------------------

@@ -119,7 +119,8 @@ class _Pair:
 
 def _gradient(logits: DenseRows, factor: Tensor, total: Tensor) -> Tensor:
     """factor dL/dz, given the sum of a over all ids of all ranks, in the teacher's memory."""
-    for c, _, a in logits.terms():
+    for c in logits.strips():
+        a = logits.terms(c)[1]
         logits.t[:, c] = a if logits.spec.raw else a.addcmul_(logits.s[:, c], total[:, None], value=-1)
     return logits.t.mul_(factor[:, None] * logits.inverse).masked_fill_((factor == 0)[:, None], 0)
 
@@ -132,7 +133,8 @@ class _Compared(torch.autograd.Function):
         sums = torch.zeros(2, len(hidden), dtype=pair.head.acc, device=hidden.device)  # loss, a
         with exact_dtypes(hidden.device):
             for rows, logits, _ in pair.chunks(hidden):
-                for _, terms, a in logits.terms():
+                for c in logits.strips():
+                    terms, a = logits.terms(c)
                     sums[0, rows] += terms
                     sums[1, rows] += a.sum(1)
         loss, ctx.total = ranks.all_reduce(sums, pair.group)
