@@ -36,6 +36,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_memory.py::test_hidden_states_are_neither_copied_nor_cast_whole[dense-kl-torch.float32]"),
         ("the sum of a is left out of the gradient", "t[:, c].addcmul_(s[:, c], mean, value=-1).mul_(scale)", "t[:, c].mul_(scale)",
          "tests/test_reference.py::test_gradcheck[linear-symmetric_kl-chunked]"),
+        ("an almost certain id keeps a small difference of large numbers", "torch.where(top > 0.75, -others, before)", "before",
+         "tests/test_regressions.py::test_whole_rows_keep_the_digits_of_a_certain_student[1.0-jsd]"),
         ("the temperature is left out of the gradient", "scale = (factor * self.inverse)[:, None]", "scale = factor[:, None]",
          "tests/test_regressions.py::test_loss_and_gradient_are_scaled_alike[linear-jsd]"),
         ("the change of earlier strips does not fall", "self.change = s_fall * self.change + fall_change * t_sum", "self.change = self.change + fall_change * t_sum",
