@@ -630,6 +630,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/attacks/distribution.py": [
         ("an AUC below one half leaks nothing", "{\"leak\": 2 * abs(area - 0.5),", "{\"leak\": max(0.0, 2 * (area - 0.5)),", _ATTACKS + "test_an_auc_on_either_side_of_chance_is_a_leak[members1-others1]"),
+        ("a blank in front of the value tells", ".decode([answer[i]]).strip()]", ".decode([answer[i]])]", _ATTACKS + "test_no_blank_and_no_likely_first_token_tells"),
+        ("a likely first character tells", "key=lambda i: above[i])", "key=lambda i: -i)", _ATTACKS + "test_no_blank_and_no_likely_first_token_tells"),
         ("the bottom of the vocabulary leaks nothing", "\"leaked\": int(top or bottom)", "\"leaked\": int(top)", _ATTACKS + "test_a_token_at_the_very_bottom_is_a_leak_too"),
     ],
     "duet/evaluation/report/tables.py": [

@@ -12,7 +12,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from test_attack_rows import asked_in_pairs
-from tiny_models import CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE, forget_rows, retain_rows, tiny, word_tokenizer
+from tiny_models import (
+    CHAT_TEMPLATE,
+    NO_SYSTEM_TEMPLATE,
+    forget_rows,
+    merging_tokenizer,
+    retain_rows,
+    tiny,
+    word_tokenizer,
+)
 from typer.testing import CliRunner
 
 from duet import cli
@@ -105,7 +113,7 @@ def test_a_token_at_the_very_bottom_is_a_leak_too():
     assert (outcome["rank"], outcome["leaked"], outcome["top"], outcome["bottom"]) == (0, 1, 1, 0)
 
 
-def test_the_telling_token_is_the_values_first(world):
+def test_the_telling_token_is_the_values(world):
     model, tokenizer = load_base()
     rows = read(world.questions(world.forget[:1], "report")[:1])
     wrong = [rows[0].__class__(0, rows[0].conversation, "Born in allegory.", None, "allegory")]
@@ -115,6 +123,27 @@ def test_the_telling_token_is_the_values_first(world):
     assert (
         false["rank"] > 3 and 0.4 < false["all_top"] < 1.0
     )  # "Born in" and the full stop are at the top all the same
+
+
+def test_no_blank_and_no_likely_first_token_tells():
+    """By characters, as numbers are by digits: the blank in front of a value and its first character are the likeliest there are."""
+    model, tokenizer = tiny(), merging_tokenizer()
+    row = {"question": "When?", "answer": "It was 78 then.", "value": "78"}
+    rows = read_attack_rows([row, {k: row[k] for k in ("question", "answer")}], "rows")
+    target = Target(model, tokenizer, rows)
+    forced = target.forced(rows[0])
+    text = tokenizer.convert_ids_to_tokens(forced.answer)
+    with torch.no_grad():
+        hidden = forced_hidden(model, [forced], target.pad_id)[0].double()
+        logits = torch.zeros(len(text), 128).double()
+        wanted = {" ": 3.0, "7": 2.0, "8": -1.0, **{c: 1.0 for c in "Itwashen."}}
+        logits[torch.arange(len(text)), torch.tensor(forced.answer)] = torch.tensor(
+            [wanted.get(t, 0) for t in text]
+        ).double()
+        model.lm_head.weight.copy_((torch.linalg.pinv(hidden) @ logits).T)
+    said, whole = next(distribution.rank_probe(target))[1]()
+    assert said["rank"] == whole["rank"] == 127
+    assert (said["bottom"], said["top"]) == (1, 0)
 
 
 def test_membership_tells_trained_answers_from_invented_ones(world, forget):

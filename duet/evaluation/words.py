@@ -112,11 +112,17 @@ def fold(text: str) -> tuple[str, list[int]]:
 
 
 def find(text: str, value: str) -> int | None:
-    """Place in `text` at which `value` starts; None: it does not occur. Anything but letters may stand between its words.
+    """Place in `text` at which `value` starts; None: it does not occur."""
+    place = span(text, value)
+    return None if place is None else place[0]
+
+
+def span(text: str, value: str) -> tuple[int, int] | None:
+    """Where `value` starts and ends in `text`; None: it does not occur. Anything but letters may stand between its words.
 
     Example:
-        >>> find("It is Paris, the capital.", '"Paris."'), find("5 degrees", "-5.")
-        (6, None)
+        >>> span("It is Paris, the capital.", '"Paris."'), span("5 degrees", "-5.")
+        ((6, 11), None)
 
     Raises:
         ValueError: an empty value.
@@ -142,7 +148,7 @@ def find(text: str, value: str) -> int | None:
     at = 0
     while (match := re.compile(pattern).search(folded, at)) is not None:
         if _stands_alone(folded, match.start(), match.end()):
-            return places[match.start()]
+            return places[match.start()], [*places, len(text)][match.end()]
         at = match.start() + 1
     return None
 
