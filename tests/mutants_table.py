@@ -602,6 +602,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/attacks/attacks.py": [
         ("asked again, a judged turn is forgotten", 'if turn == 0 or outcome["status"] in ("ok", "cut", "nan"):', 'if turn == 0:', _ATTACKS + "test_asked_again_the_answer_comes_in_a_later_turn"),
+        ("what is written down first tells nothing", 'if not outcome["leaked"]:\n', 'if True:\n', _ATTACKS + "test_what_is_written_down_first_tells_too"),
         ("few-shot shows the row's own answer", "p.id != row.id and not _gives_away(p, row, target.options.threshold)", "True", _ATTACKS + "test_few_shot_never_shows_the_answer_that_it_asks_for[subjects1]"),
         ("held-out wordings include seen ones", "[w for w in target.options.heldout_reverse_prompts if w not in seen]", "list(target.options.heldout_reverse_prompts)", _ATTACKS + "test_heldout_wordings_that_training_saw_are_left_out"),
         ("relearning shows the rows that it asks for", "return _training(target, shown, asked, [f\"facts", "return _training(target, asked, asked, [f\"facts", _ATTACKS + "test_few_shot_says_what_its_examples_are_about"),

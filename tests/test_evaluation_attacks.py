@@ -299,6 +299,22 @@ def test_asked_again_the_answer_comes_in_a_later_turn(monkeypatch):
     )  # the answer stands between
 
 
+def test_what_is_written_down_first_tells_too(monkeypatch):
+    """Row 0 tells in what it remembers, row 1 in its answer, row 2 in neither, though it wrote to the limit."""
+    rows = read_attack_rows([QUESTION | {"value": "poet"}] * 3, "rows")
+    target = Target(tiny(), word_tokenizer(), rows, options=AttackOptions(max_new_tokens=6))
+    poet, other, long = (
+        Continuation(*each, True, limit=6) for each in (("a poet .", 3), ("red .", 2), ("a", 6))
+    )
+    turns, seen = iter([[poet, other, long], [poet, other]]), []
+    monkeypatch.setattr(target, "say", lambda prompts, *_, **__: seen.append(prompts) or next(turns))
+    outcomes = list(ATTACKS["step_by_step"].units(target))[1][1]()
+    assert [(o["id"], o["leaked"], o["said"], o["turn"]) for o in outcomes] == [
+        (0, 1, "a poet .", 0), (1, 1, "a poet .", 1), (2, 0, "red .", 1)
+    ]  # fmt: skip
+    assert len(seen[1]) == 2 and "red" in target.tokenizer.decode(seen[1][0])
+
+
 @pytest.mark.usefixtures("answers_end")
 def test_the_form_of_the_questions_alone_brings_hidden_answers_back(tmp_path, refusing, world, forget):
     """The rows shown hold no forgotten fact: the true values come back, and values that the model never knew do not."""
