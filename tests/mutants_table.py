@@ -574,6 +574,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a part of a word is a leak", "alone = left and (stop == len(text) or _alone(last) or not _joined(text[stop]))", "alone = left", "tests/test_words.py::test_what_is_no_leak_is_none"),
         ("diacritics hide a leak", "(stress or unicodedata.name(base, \"\").startswith((\"LATIN\", \"GREEK\")))", "stress", "tests/test_words.py::test_a_leak_is_seen_in_every_script[Vietnamese]"),
         ("the given half is not the text's own", "return text[: ends[len(ends) // 2 - 1]] if len(ends) > 1 else \"\"", "return \" \".join(text.split()[: len(ends) // 2])", "tests/test_attack_rows.py::test_what_is_not_given_away_is_recalled_whatever_the_spaces"),
+        ("the tail of a contraction is a word", "start == m.start(1) or", "", "tests/test_words.py::test_what_is_no_leak_is_none[the tail of we're]"),
+        ("won't says won", "stop == m.start(1) - 1)", "False)", "tests/test_words.py::test_what_is_no_leak_is_none[the front of won't]"),
         ("a stroke hides a leak", "stroked[1].lower() if stroked else _SPELT", "_SPELT", "tests/test_words.py::test_a_leak_is_seen_in_every_script[Polish]"),
         ("a separator of thousands hides a leak", "\"[,.' ]?\".join(", "\"\".join(", "tests/test_words.py::test_a_leak_is_seen_in_every_script[thousands, an apostrophe]"),
         ("a part of a number is a leak", "and _cuts_a_number(text, start, stop))", "and False)", "tests/test_words.py::test_what_is_no_leak_is_none"),
