@@ -760,6 +760,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_runner.py::test_the_journal_refuses_what_is_not_its_own"),
     ],
     "duet/evaluation/commands.py": [
+        ("what the base does not tell stops the attack", "if answering is not None and row.get(ELICITED):", "if False:",
+         "tests/test_without_answers.py::test_attack_leaves_out_what_the_base_does_not_tell"),
         ("a full disk has no name", '        with disk_named(out, "out"):\n            yield\n', "        if True:\n            yield\n", _FOLDERS + "test_a_full_disk_has_a_name_in_eval_attack_and_elicit"),
         ("an attack that cannot run is left out in silence", "if reasons and all(reasons.values()):", "if False:",
          "tests/test_without_answers.py::test_attacks_that_were_asked_for_and_cannot_run_are_refused"),
