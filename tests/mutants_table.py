@@ -527,6 +527,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/suites/runner.py": [
         ("nothing at all is asked", "    if not prepared:\n", "    if False:\n", "tests/test_importers.py::test_choices"),
         ("rows of other worked examples are taken for this run's", "digest_of(rows) for task, rows in shots.items()}}", "task.data for task in shots}}", "tests/test_evaluation_runner.py::test_other_worked_examples_are_another_run"),
+        ("a column that a task reads is called unread", "for task in of)))", "for task in of[:1])))", "tests/test_evaluation_suites.py::test_a_column_that_no_task_of_the_suite_reads_is_named"),
         ("damage that was cut counts nowhere", "kept = self.task.name.startswith(TO_KEEP)", "kept = False", "tests/test_evaluation_runner.py::test_what_is_known_of_an_answer_that_was_cut"),
         ("a retain run on other rows gives a forget quality", "given[task] != theirs[task]:", "given[task] == 0:", "tests/test_evaluation_shipped.py::test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in"),
     ],

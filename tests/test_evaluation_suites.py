@@ -14,6 +14,7 @@ from transformers.utils import logging
 from duet.data.rows import correct_choice
 from duet.evaluation.suites import suite as suites
 from duet.evaluation.suites.asking import Asker, CannotAsk
+from duet.evaluation.suites.runner import _tables
 from duet.evaluation.suites.suite import load_suite, read_suite
 
 GOOD = {
@@ -138,6 +139,27 @@ def test_tables(tmp_path):
         NotADirectoryError, match=r"data: wanted a folder with files of rows, got the file '.*a.jsonl'"
     ):
         suites.load_table(tmp_path / "a.jsonl", "forget", None, "t")
+
+
+def test_a_column_that_no_task_of_the_suite_reads_is_named(tmp_path, caplog):
+    """`Value` and `answers` are misspelt; `question_2` and `Answer` are read where a task names them."""
+    row = {
+        "question": "who ?",
+        "question_2": "where ?",
+        "Answer": "in rome",
+        "answers": "ada",
+        "Value": "ada",
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    of = {"kind": "generate", "data": "rows", "metrics": ["refusal"]}
+    tasks = {"who": of, "where": of | {"question": "{question_2}", "answer": "Answer"}}
+    logging.enable_propagation()
+    tables = _tables(read_suite({"tasks": tasks}, "s"), tmp_path, None)
+    assert [line.getMessage() for line in caplog.records] == [
+        "rows[0]: 'answers' is not read; did you mean 'answer'?",
+        "rows[0]: 'Value' is not read; did you mean 'value'?",
+    ]
+    assert len(tables) == 2
 
 
 def test_of_two_files_of_one_name_the_one_that_is_read_is_named(tmp_path, caplog):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ...data.prompts import Prompting, check_placeholders
+from ...data.rows import warn_of_unread
 from ...extras import version_of
 from ...model.answers import check_tokenizer, padding_id
 from ...model.hashes import fingerprints
@@ -281,6 +282,9 @@ def _tables(suite: Suite, data: str | Path | None, limit: int | None) -> dict[Ta
     if not tables:
         wanted = ", ".join(task.data for task in suite.tasks)
         raise FileNotFoundError(f"data: {data} has none of the files of {suite.name}: {wanted}")
+    for name in dict.fromkeys(task.data for task in tables):
+        of = [task for task in tables if task.data == name]
+        warn_of_unread(tables[of[0]], name, set().union(*(task.columns() for task in of)))
     return tables
 
 

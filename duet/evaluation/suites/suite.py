@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +95,15 @@ class Task:
     max_tokens: MaybeCount = None
     few_shot: FewShot | None = None
     optional: bool = False
+
+    def columns(self) -> set[str]:
+        """The columns that are read."""
+        of_kind = {
+            "generate": [self.answer, "value"],
+            "score": chain.from_iterable(self.texts.values()),
+            "multiple_choice": [self.answer, self.choices],
+        }
+        return {"subject", *_COLUMN.findall(self.question or ""), *of_kind[self.kind]}
 
 
 @dataclass(frozen=True)
