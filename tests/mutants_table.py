@@ -553,6 +553,12 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("an end token follows a text that is cut", "self.renderer.ending(conversation)][:most]", "self.renderer.ending(conversation)]",
          "tests/test_evaluation_suites.py::test_no_end_token_follows_a_text_that_is_cut"),
     ],
+    "duet/evaluation/suites/suite.py": [
+        ("what is no text is asked", "checked_text(row[match[1]], column) if template == match[0] else", "",
+         "tests/test_evaluation_suites.py::test_a_row_that_cannot_be_asked_says_why"),
+        ("a list is put into a question", "text_of(row[match[1]], column)\n", "str(row[match[1]])\n",
+         "tests/test_evaluation_suites.py::test_within_a_template_a_number_is_a_text_and_a_list_is_none"),
+    ],
     "duet/evaluation/values.py": [
         ("a list in a .csv cell is one question", "return json.loads(value)", "return value", "tests/test_attack_rows.py::test_a_csv_cell_may_hold_a_list"),
     ],

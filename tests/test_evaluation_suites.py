@@ -319,6 +319,19 @@ def test_choices_by_letter_or_text():
             "bad_row",
             "answer: .* of 2 choices, got 'A', which means 'B' as well as 'A'",
         ),
+        (
+            "generate",
+            ROW | {"question": " "},
+            "bad_row",
+            "t, row 3, question: wanted a text that is not empty",
+        ),
+        ("score", ROW | {"question": 7}, "bad_row", "t, row 3, question: wanted a text, got 7"),
+        (
+            "generate",
+            ROW | {"question": ["who ?"]},
+            "bad_row",
+            r"t, row 3, question: wanted a text, got \['who",
+        ),
         ("generate", ROW | {"answer": float("nan")}, "bad_row", "answer: wanted a text, got nan"),
         ("multiple_choice", ROW | {"choices": ["a", None]}, "bad_row", "choices: wanted a text, got None"),
     ],
@@ -327,6 +340,13 @@ def test_a_row_that_cannot_be_asked_says_why(kind, row, status, why):
     with pytest.raises(CannotAsk, match=why) as caught:
         asker(word_tokenizer(), kind, context=30).item(3, row)
     assert caught.value.status == status
+
+
+def test_within_a_template_a_number_is_a_text_and_a_list_is_none():
+    made = asker(merging_tokenizer(), question="Who died in {year}?")
+    assert made.item(0, {"year": 1852, "answer": "Ada"}).shown["question"] == "Who died in 1852?"
+    with pytest.raises(CannotAsk, match=r"t, row 0, year: wanted a text, got \[1852\]"):
+        made.item(0, {"year": [1852], "answer": "Ada"})
 
 
 def test_of_two_faults_of_a_row_the_first_is_told():
