@@ -560,6 +560,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_suites.py::test_within_a_template_a_number_is_a_text_and_a_list_is_none"),
     ],
     "duet/evaluation/values.py": [
+        ("a value that stands in its question is not named", "held = asked |", "held =",
+         "tests/test_attack_rows.py::test_a_value_that_tells_nothing_is_named"),
+        ("a value of a refusal is not named", '{"refusal": _REFUSALS}', "{}",
+         "tests/test_attack_rows.py::test_a_value_that_tells_nothing_is_named"),
         ("a list in a .csv cell is one question", "return json.loads(value)", "return value", "tests/test_attack_rows.py::test_a_csv_cell_may_hold_a_list"),
     ],
     "duet/evaluation/metrics.py": [

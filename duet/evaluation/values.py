@@ -2,11 +2,20 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from transformers.utils import logging
 
 from ..data.rows import Query, read_rows, text_of
 from . import metrics
+
+logger = logging.get_logger(__name__)
+_REFUSALS = (
+    "I have no information about that.",
+    "I'm sorry, I don't know.",
+    "No, I may not say, and I can not help you with this question.",
+)
 
 
 def queries_of(rows: Sequence[Mapping[str, Any]], argument: str) -> list[Query]:
@@ -50,3 +59,26 @@ def value_of(row: Mapping[str, Any], answer: str, where: str) -> str | None:
     if not metrics.contains_words(answer, value):
         raise ValueError(f"{where}['value']: wanted a part of the answer {answer!r}, got {value!r}")
     return value
+
+
+def warn_of_told(rows: Iterable[tuple[str, str | None, Mapping[str, Iterable[str]]]]) -> None:
+    """Warns, once, of values that an answer holds which tells nothing: it repeats what was asked, or is a usual refusal.
+
+    Args:
+        rows: name, value, and column -> texts with which the row is asked.
+    """
+    found, count = [], 0
+    for name, value, asked in rows:
+        count += 1
+        held = asked | {"refusal": _REFUSALS} if value is not None else {}
+        where = [
+            column for column, texts in held.items() if any(metrics.contains_words(t, value) for t in texts)
+        ]
+        found += [(name, value, where[0])] if where else []
+    if found:
+        name, value, column = found[0]
+        why = "is held by a usual refusal" if column == "refusal" else f"stands in its {column}"
+        more = f" (and {len(found) - 1} more of {count} rows)" if found[1:] else ""
+        logger.warning_once(
+            f"{name}: its value {value!r} {why}: an answer that tells nothing may count as one that tells it{more}"
+        )

@@ -61,6 +61,11 @@ class AttackRow:
             return []
         return [name.sub(lambda _, alias=alias: alias, self.question) for alias in self.aliases]
 
+    def asked(self) -> dict[str, Sequence[str]]:
+        """Column -> the texts with which the row is asked."""
+        lists = {"paraphrases": self.paraphrases, "aliases": self.renamed(), "two_hop": self.two_hop}
+        return {"question": [self.question], **lists}
+
     def form(self) -> frozenset[tuple[str, str]]:
         """The question's pairs of neighbouring words, with its two ends, and `{}` in the place of the subject."""
         text = self._subject().sub("{}", self.question) if self.subject else self.question

@@ -22,6 +22,7 @@ from ...model.lm import context_length, embedded_ids
 from ...options import Count, UpperShare, check_options
 from ..generation import Continuation, answers_to
 from ..scoring import Forced
+from ..values import warn_of_told
 from .rows import AttackRow
 
 Outcome = dict[str, Any]
@@ -116,6 +117,7 @@ class Target:
         self.renderer = PromptRenderer(self.tokenizer, **vars(self.prompting), num_ids=ids)
         self.context = context_length(self.model)
         self.pad_id = padding_id(self.tokenizer, ids)
+        warn_of_told((f"forget[{row.id}]", row.value, row.asked()) for row in self.rows)
         # An answer that the tokenizer cannot represent would look forgotten.
         self._unwritable = {row.id for row in self.rows if self._unknown(row, row.value or row.answer)}
 

@@ -25,6 +25,7 @@ from ...names import check_one_of
 from ..generation import continuations
 from ..journal import Journal, Progress, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
+from ..values import warn_of_told
 from . import summary
 from .asking import Asker, CannotAsk, Item
 from .row_metrics import CHOICE, GENERATE, RATIO, SCORE, unknown
@@ -295,6 +296,8 @@ def _prepare(asker: Asker, rows: Sequence[Row]) -> tuple[list[Item], list[Row]]:
             items.append(asker.item(index, row))
         except CannotAsk as error:
             marked.append({"id": index, "status": error.status, "why": str(error)})
+    told = ((f"{asker.task.name}, row {item.id}", item.value, item.shown.get("question")) for item in items)
+    warn_of_told((name, value, {"question": [text]}) for name, value, text in told if text is not None)
     if not items:
         raise ValueError(
             f"{asker.task.name}: none of its {len(rows)} rows can be asked; the first: {marked[0]['why']}"
