@@ -892,6 +892,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/data/rows.py": [
         ("what is kept differs by a capital letter", '" ".join(text.split()).casefold()) for role', "text) for role",
          "tests/test_user_day.py::test_a_row_to_forget_and_to_keep_is_refused"),
+        ("digits are an index where a choice is written so", "if letter.isdecimal() and not meant else", "if letter.isdecimal() else",
+         "tests/test_evaluation_suites.py::test_choices_by_letter_or_text"),
         ("of two meanings the first is taken", "if len(which) == 1:", "if which:",
          "tests/test_evaluation_suites.py::test_a_row_that_cannot_be_asked_says_why"),
         ("a NaN is an answer", " and math.isfinite(value)", "",

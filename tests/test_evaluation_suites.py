@@ -281,6 +281,7 @@ def test_choices_by_letter_or_text():
     item = asker(tokenizer, "multiple_choice").item(0, row)
     assert [written(f.answer) for f in item.texts["choices"]] == [" Ada", " Bob", " 3"]
     assert correct_choice("2", ["1", "2", "4"], "answer") == 1, "a text that is a choice is that choice"
+    assert correct_choice(2, ["1", "2", "4"], "answer") == 2, "a number is an index"
     for answer, correct in (("B", 1), ("Ada", 0), ("2", 2), ("c", 2)):
         assert asker(tokenizer, "multiple_choice").item(0, row | {"answer": answer}).correct == correct
 

@@ -171,7 +171,8 @@ def text_of(value: Any, where: str) -> str:
 
 
 def correct_choice(given: Any, choices: Sequence[str], where: str) -> int:
-    """The index of the correct choice, which is given as an index, a letter or the choice itself.
+    """The index of the correct choice, which is given as an index, a letter or the choice itself. A text of digits is the choice
+    that is written so, and an index where there is none; a number is an index.
 
     Raises:
         ValueError: it is none of the choices, or two of them (the text of one is the letter of another).
