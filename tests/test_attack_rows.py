@@ -12,7 +12,9 @@ from duet.evaluation.attacks.attacks import ATTACKS
 from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows, that_tell_nothing
 from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.facts import facts_of
-from duet.evaluation.suites.asking import Asker
+from duet.evaluation.steering import told_in
+from duet.evaluation.suites.asking import Asker, CannotAsk
+from duet.evaluation.suites.row_metrics import GENERATE
 from duet.evaluation.suites.runner import _prepare
 from duet.evaluation.suites.suite import read_suite
 
@@ -81,6 +83,30 @@ def test_a_value_that_tells_nothing_is_named(caplog, row, said):
     of_suite = said and ("question" in said or "refusal" in said)
     assert len(items) == 2
     assert caplog.messages == ([f"t, row 0: its value {said}: {why}"] if of_suite else [])
+
+
+def test_each_spelling_of_a_value_tells():
+    """In attacks and suites, and for what gives an answer away; a text in brackets that is no list is one value."""
+    given = {"question": "How far ?", "answer": "It is 12 km.", "value": ["twelve km", "12 km"]}
+    row, cell = read_attack_rows([given, given | {"value": '["twelve km", "12 km"]'}], "forget")
+    assert row.value == cell.value == ("twelve km", "12 km") and row.opening() == "It is"
+    assert [row.recall(said) for said in ("Twelve km", "about 12 km", "12")] == [1.0, 1.0, 0.0]
+    (other,) = read_attack_rows([{"question": "How long ?", "answer": "Twelve km."}], "retain")
+    assert that_tell_nothing([other], [row]) == []
+    (ion,) = read_attack_rows([{"question": "Which ?", "answer": "An ion, [H+].", "value": "[H+]"}], "forget")
+    assert ion.value == "[H+]"
+    with pytest.raises(ValueError, match=r"forget\[0\]\['value'\]: wanted a part of the answer"):
+        read_attack_rows([given | {"value": ["13 km", "13km"]}], "forget")
+    assert GENERATE["contains_answer"]("Twelve km", row.answer, row.value) == 1.0
+    assert GENERATE["fabrication"]("Twelve km", row.answer, row.value) == 0.0
+    assert told_in("Twelve km", row.answer, row.value) and not told_in("It is far", row.answer, row.value)
+    task = {"kind": "generate", "data": "x", "metrics": ["contains_answer"]}
+    (task,) = read_suite({"tasks": {"t": task}}, "s").tasks
+    words = {"question": "who is ada ?", "answer": "a poet", "value": ["zebra", "poet"]}
+    assert Asker(word_tokenizer(), task).item(0, words).shown["value"] == ("zebra", "poet")
+    assert not Target(tiny(), word_tokenizer(), read_attack_rows([words], "forget"))._unwritable
+    with pytest.raises(CannotAsk, match="cannot represent 'zebra'"):
+        Asker(word_tokenizer(), task).item(0, words | {"answer": "a zebra", "value": ["zebra", "zebras"]})
 
 
 def test_a_csv_cell_may_hold_a_list(tmp_path):

@@ -23,6 +23,7 @@ All other marks count: `й` is not `и`, a Hindi or Thai vowel sign is a letter.
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -114,14 +115,15 @@ def fold(text: str) -> tuple[str, list[int]]:
     return "".join(char for _, char in folded), [start for start, _ in folded]
 
 
-def find(text: str, value: str) -> int | None:
-    """Place in `text` at which `value` starts; None: it does not occur."""
+def find(text: str, value: str | Sequence[str]) -> int | None:
+    """Place in `text` at which `value`, or the first of several, starts; None: it does not occur."""
     place = span(text, value)
     return None if place is None else place[0]
 
 
-def span(text: str, value: str) -> tuple[int, int] | None:
+def span(text: str, value: str | Sequence[str]) -> tuple[int, int] | None:
     """Where `value` starts and ends in `text`; None: it does not occur. Anything but letters may stand between its words.
+    Of several values that which comes first.
 
     Example:
         >>> span("It is Paris, the capital.", '"Paris."'), span("5 degrees", "-5.")
@@ -130,6 +132,8 @@ def span(text: str, value: str) -> tuple[int, int] | None:
     Raises:
         ValueError: an empty value.
     """
+    if not isinstance(value, str):
+        return min((place for each in value if (place := span(text, each)) is not None), default=None)
     together = re.sub(rf"(?<=\d)\s+(?=[{_BEHIND}])|(?<=[{_BEFORE}])\s+(?=\d)", "", fold(value)[0])
     words = re.sub(r"(?<=\b[^\W\d_]\.)(?=(?:[^\W\d_]\.)+\s)", " ", together).split()
     if not words:
