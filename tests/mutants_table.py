@@ -562,9 +562,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/values.py": [
         ("of several spellings the first alone tells", "value = tuple(text_of(each, f\"{where}['value']\") for each in value)", "value = text_of(value[0], where)",
          "tests/test_attack_rows.py::test_each_spelling_of_a_value_tells"),
-        ("a value that stands in its question is not named", "held = asked |", "held =",
+        ("a value that stands in its question is not named", "{**asked, ", "{",
          "tests/test_attack_rows.py::test_a_value_that_tells_nothing_is_named"),
-        ("a value of a refusal is not named", '{"refusal": _REFUSALS}', "{}",
+        ("a value of a refusal is not named", ', "refusal": _REFUSALS}', "}",
          "tests/test_attack_rows.py::test_a_value_that_tells_nothing_is_named"),
         ("a list in a .csv cell is one question", "return json.loads(value)", "return value", "tests/test_attack_rows.py::test_a_csv_cell_may_hold_a_list"),
     ],
@@ -646,8 +646,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/attacks/distribution.py": [
         ("an AUC below one half leaks nothing", "{\"leak\": 2 * abs(area - 0.5),", "{\"leak\": max(0.0, 2 * (area - 0.5)),", _ATTACKS + "test_an_auc_on_either_side_of_chance_is_a_leak[members1-others1]"),
-        ("a blank in front of the value tells", ".decode([answer[i]]).strip()]", ".decode([answer[i]])]", _ATTACKS + "test_no_blank_and_no_likely_first_token_tells"),
-        ("a likely first character tells", "key=lambda i: above[i])", "key=lambda i: -i)", _ATTACKS + "test_no_blank_and_no_likely_first_token_tells"),
+        ("a blank in front of the value tells", ".decode([answer[i]]).strip()]", ".decode([answer[i]])]", _ATTACKS + "test_no_blank_and_no_likely_first_token_tells[-1.0-3.0-0]"),
+        ("a likely first character tells", "key=lambda i: above[i])", "key=lambda i: -i)", _ATTACKS + "test_no_blank_and_no_likely_first_token_tells[3.0--1.0-127]"),
         ("the bottom of the vocabulary leaks nothing", "\"leaked\": int(top or bottom)", "\"leaked\": int(top)", _ATTACKS + "test_a_token_at_the_very_bottom_is_a_leak_too"),
     ],
     "duet/evaluation/report/tables.py": [

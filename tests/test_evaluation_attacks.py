@@ -125,8 +125,9 @@ def test_the_telling_token_is_the_values(world):
     )  # "Born in" and the full stop are at the top all the same
 
 
-def test_no_blank_and_no_likely_first_token_tells():
-    """By characters, as numbers are by digits: the blank in front of a value and its first character are the likeliest there are."""
+@pytest.mark.parametrize(("blank", "last", "rank"), [(3.0, -1.0, 127), (-1.0, 3.0, 0)])
+def test_no_blank_and_no_likely_first_token_tells(blank, last, rank):
+    """By characters, as numbers are by digits: the last digit of 78 tells, wherever the blank in front of it and the 7 stand."""
     model, tokenizer = tiny(), merging_tokenizer()
     row = {"question": "When?", "answer": "It was 78 then.", "value": "78"}
     rows = read_attack_rows([row, {k: row[k] for k in ("question", "answer")}], "rows")
@@ -136,14 +137,14 @@ def test_no_blank_and_no_likely_first_token_tells():
     with torch.no_grad():
         hidden = forced_hidden(model, [forced], target.pad_id)[0].double()
         logits = torch.zeros(len(text), 128).double()
-        wanted = {" ": 3.0, "7": 2.0, "8": -1.0, **{c: 1.0 for c in "Itwashen."}}
+        wanted = {" ": blank, "7": 2.0, "8": last, **{c: 1.0 for c in "Itwashen."}}
         logits[torch.arange(len(text)), torch.tensor(forced.answer)] = torch.tensor(
             [wanted.get(t, 0) for t in text]
         ).double()
         model.lm_head.weight.copy_((torch.linalg.pinv(hidden) @ logits).T)
     said, whole = next(distribution.rank_probe(target))[1]()
-    assert said["rank"] == whole["rank"] == 127
-    assert (said["bottom"], said["top"]) == (1, 0)
+    assert said["rank"] == whole["rank"] == rank
+    assert (said["bottom"], said["top"]) == ((1, 0) if rank else (0, 1))
 
 
 def test_membership_tells_trained_answers_from_invented_ones(world, forget):

@@ -86,7 +86,7 @@ def warn_of_told(rows: Iterable[tuple[str, Value | None, Mapping[str, Iterable[s
         count += 1
         if value is None:
             continue
-        held = asked | {"refusal": _REFUSALS}
+        held = {**asked, "refusal": _REFUSALS}
         where = [column for column, texts in held.items() if any(find(t, value) is not None for t in texts)]
         found += [(name, value, where[0])] if where else []
     if found:
