@@ -161,6 +161,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet_kernels/triton/divergence.py": [
         ("the noise is that of the last slab", "tl.maximum(moment, tl.max(moments, 1))", "tl.max(moments, 1)",
          "tests/test_triton_divergence.py::test_the_noise_is_that_of_the_largest_logit_of_all_slabs[recomputed]"),
+        ("what certain ids differ by is rounded away", "u = ((s - t) - gap[:, None]) * inverse\n    return p, q, u, u - ratio[:, None]", "u = (s - t) * inverse - (gap * inverse)[:, None]\n    return p, q, u, (s - t) * inverse - (gap * inverse + ratio)[:, None]",
+         "tests/test_triton_divergence.py::test_both_certain_of_one_id[forward_kl-1.0]"),
+        ("reverse KL's gradient is made of w", "            w = u\n", "            total -= norms[5]\n",
+         "tests/test_triton_divergence.py::test_both_certain_of_one_id[reverse_kl-1.0]"),
         ("the change of other slabs is not moved", "near = s_shrink * change + t_shrink * expm1_near_zero(shift) * t_sum", "near = s_shrink * change",
          "tests/test_triton_divergence.py::test_a_student_close_to_its_teacher_keeps_its_digits[forward_kl]"),
     ],
