@@ -249,6 +249,18 @@ def test_fp16_neither_underflows_nor_overflows(divergence, size, monkeypatch):
             assert a.isfinite().all() and (a.double() - b).norm() <= 2e-3 * b.norm()
 
 
+@pytest.mark.parametrize("delta", [4096.0, 1e10])
+def test_fp16_has_the_digits_of_a_huber_loss_with_a_large_delta(delta):
+    """All differences are far below it: as half the squared error."""
+    case, factor = problem(torch.float16), torch.full((N,), 1 / N, device=DEVICE)
+    sides = case.hidden, case.head, case.teacher_hidden, case.teacher_head
+    spec = dataclasses.replace(of("huber"), delta=delta)
+    got = kernel.linear_divergence(*sides, factor, spec, Need(True, True))
+    truth = expected(case.to(torch.float64), "mse", factor.double() / 2)
+    for a, b in zip(got[:3], truth, strict=True):
+        assert (a.double() - b).norm() <= 2e-3 * b.norm()
+
+
 # --- what must not leak --------------------------------------------------------------------------------------------
 
 

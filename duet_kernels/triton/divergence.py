@@ -344,7 +344,7 @@ class _Divergence(dense.Loss):
         self.divergence, self.raw = spec.name, spec.raw
         self.with_gradient = with_gradient
         # fp16 weights are multiplied by a number that only the values of a block's rows tell.
-        self.bounded = not (BOUNDS[spec.name].of_loss and student.operand == torch.float16)
+        self.bounded = not (BOUNDS[spec.name].of_loss(spec) and student.operand == torch.float16)
         self.moments = factor.new_zeros(MOMENTS, n, dtype=self.acc)
         self.moments[:2] = -torch.inf
         self.terms = factor.new_zeros(2, n, dtype=self.acc)
