@@ -68,6 +68,7 @@ import torch, triton, triton.language as tl
 from benchmarks import compile_gate as gate
 from duet_kernels import LMHead
 from duet_kernels.ops import linear_gather
+from triton.backends.amd.compiler import HIPOptions
 
 @triton.jit
 def _bad_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
@@ -96,6 +97,17 @@ y = torch.empty(32, 32, device="meta", dtype=torch.bfloat16)
 call = lambda: _upcast_kernel[(1,)](y, y, 32, num_warps=1, maxnreg=64)
 print("product", problems(gate.Case("bad", torch.bfloat16, call, False)))
 
+options = set()
+torch.version.hip = "7.0"
+for case in gate.cases():
+    if case.dtype == torch.bfloat16 or "gather" not in case.name:
+        with gate.recorded(0) as launches:
+            case.call()
+        options |= {option for launch in launches for option in launch.options}
+torch.version.hip = None
+print("options", *sorted(options))
+print("unknown", sorted(options - set(HIPOptions.__dataclass_fields__)))
+
 x = torch.ones(2, 4)
 linear_gather(x, LMHead(x), torch.zeros(2, 1, dtype=torch.int64), "triton")
 """
@@ -121,6 +133,11 @@ def test_the_gate_can_fail(script):
 def test_a_product_may_neither_spill_nor_miss_the_tensor_cores(script):
     assert "spills: stack" in script["product"] and "no wgmma" in script["product"]
     assert "shared memory" not in script["product"]
+
+
+@pytest.mark.slow
+def test_no_launch_has_an_option_that_triton_for_amd_refuses(script):
+    assert script["options"].split() == ["num_stages", "num_warps"] and script["unknown"] == "[]"
 
 
 @pytest.mark.slow
