@@ -454,6 +454,12 @@ def test_programs_wait_for_each_other(dtype, monkeypatch):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("arch, like", [(86, 80), (89, 80), (103, 100), (75, 0), (90, 0), (120, 0)])
+def test_a_chip_takes_the_tile_of_its_generation(arch, like, monkeypatch):
+    monkeypatch.setattr(kernel.tiles, "LOSS", {(a, 2): ONE._replace(registers=8 + a) for a in (0, 80, 100)})
+    assert kernel.tiles.loss_tile(arch, 2, 8, 32 * ONE.columns).registers == 8 + like
+
+
 @pytest.mark.parametrize(
     "rocm, tile, bounded", [(False, SPLIT, True), (False, ONE, False), (True, SPLIT, False)]
 )
