@@ -63,8 +63,8 @@ def test_every_kernel_compiles_without_spills(archs, dtypes, tmp_path):
 
 
 # Two kernels that the gate must refuse, and a launcher on the CPU: nothing of it needs a process of its own.
-SCRIPT = """
-import torch, triton, triton.language as tl
+SCRIPT = r"""
+import re, torch, triton, triton.language as tl
 from benchmarks import compile_gate as gate
 from duet_kernels import LMHead
 from duet_kernels.ops import linear_gather
@@ -108,6 +108,13 @@ torch.version.hip = None
 print("options", *sorted(options))
 print("unknown", sorted(options - set(HIPOptions.__dataclass_fields__)))
 
+case = next(iter(gate.dense_cases(torch.bfloat16, divergences=(("reverse_kl", 0.5),))))
+with gate.recorded(90) as launches:
+    case.call()
+launch = next(l for l in launches if l.kernel.fn.__name__ == "_gradient_kernel")
+ptx, columns = gate.compile_launch(launch, 90).asm["ptx"], launch.constexprs["COLUMNS"] // 32
+print("rounded", len(re.findall(r"fma\.rn\.f32[^;]*, 0f00000000;", ptx)), 2 * columns)
+
 x = torch.ones(2, 4)
 linear_gather(x, LMHead(x), torch.zeros(2, 1, dtype=torch.int64), "triton")
 """
@@ -138,6 +145,13 @@ def test_a_product_may_neither_spill_nor_miss_the_tensor_cores(script):
 @pytest.mark.slow
 def test_no_launch_has_an_option_that_triton_for_amd_refuses(script):
     assert script["options"].split() == ["num_stages", "num_warps"] and script["unknown"] == "[]"
+
+
+@pytest.mark.slow
+def test_logits_are_rounded_before_they_are_subtracted(script):
+    """Those of both sides times the scale of their head, a product that a compiler would fuse."""
+    found, wanted = map(int, script["rounded"].split())
+    assert found == wanted > 0
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ from .primitives import (
     number,
     origin,
     require_grid,
+    times,
 )
 from .terms import BOUNDS, expected, gradient, minus, of_distributions, of_logits
 
@@ -303,8 +304,10 @@ def _gradient_kernel(
     c = split * COLUMNS + tl.arange(0, COLUMNS)
     counted = live[:, None] & (c < C)[None, :]
     # Rows are as long as their pitch, a multiple of 16: a mask of whole groups of columns keeps loads wide.
-    s = load_rows(s_ptr, n, c, s_pitch, 1, live[:, None] & (c < s_pitch)[None, :], ACC) * s_times
-    t = load_rows(t_ptr, n, c, t_pitch, 1, live[:, None] & (c < t_pitch)[None, :], ACC) * t_times
+    s = load_rows(s_ptr, n, c, s_pitch, 1, live[:, None] & (c < s_pitch)[None, :], ACC)
+    t = load_rows(t_ptr, n, c, t_pitch, 1, live[:, None] & (c < t_pitch)[None, :], ACC)
+    s = times(s, s_times)
+    t = times(t, t_times)
     if RAW:
         absent = (s == t) & (s == float("-inf"))  # ruled out by both
         d = tl.where(counted & (absent == 0), s - t, 0.0)
