@@ -99,10 +99,14 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet_kernels/triton/terms.py": [
         ("reverse KL is weighed by the teacher", "        a = expected(q, w)\n        terms = a - minus(q, p, w)", "        a = expected(p, w)\n        terms = a - minus(q, p, w)",
          "tests/test_triton_topk_divergence.py::test_fp64_equals_the_definition[reverse_kl-tail]"),
-        ("a fp16 gradient may overflow", "\"mse\": Bound(lambda spec, loss: 2.0 * loss.sqrt(), of_loss=True)", "\"mse\": _CONSTANT",
+        ("a fp16 gradient may overflow", "\"mse\": Bound(lambda spec, loss: 2.0 * loss.sqrt(), of_loss=lambda spec: True)", "\"mse\": _CONSTANT",
          "tests/test_triton_divergence.py::test_fp16_neither_underflows_nor_overflows[1000.0-mse]"),
+        ("a large delta scales fp16 to 0", "return spec.delta > 2**12", "return False",
+         "tests/test_triton_divergence.py::test_fp16_has_the_digits_of_a_huber_loss_with_a_large_delta[10000000000.0]"),
     ],
     "duet_kernels/triton/primitives.py": [
+        ("a scaled logit is not rounded before it is subtracted", "return tl.fma(x, by, 0.0)", "return x * by",
+         "tests/test_triton_compile.py::test_logits_are_rounded_before_they_are_subtracted"),
         ("the softcap is not applied", "        cap = number(softcap, ACC)\n        z = cap * tanh(z / cap)\n    return z\n", "        z = z * 1.0\n    return z\n",
          "tests/test_triton_divergence.py::test_fp64_equals_the_definition[{'softcap': 9.0}-mse]"),
         ("an address is 32 bits wide", "offsets = rows.to(tl.int64)[:, None] * stride_row", "offsets = rows.to(tl.int32)[:, None] * stride_row.to(tl.int32)",
@@ -132,11 +136,17 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a chunk that lies in one segment counts twice", "                total += part\n                e += CHUNK", "                total += 2 * part\n                e += CHUNK",
          "tests/test_triton_gather.py::test_one_id_in_every_slot"),
     ],
+    "duet_kernels/triton/tiles.py": [
+        ("sm_86 is not taken for one like sm_80", "generation = arch // 10 * 10", "generation = arch",
+         "tests/test_triton_gather_loss.py::test_a_chip_takes_the_tile_of_its_generation[86-80]"),
+    ],
     "duet_kernels/triton/gather_loss.py": [
         ("programs go on before all have arrived", "    while arrived < wanted:\n        arrived = tl.atomic_add(counter_ptr, 0, sem=\"acquire\")\n", "",
          "tests/test_triton_gather_loss.py::test_programs_wait_for_each_other[torch.float32]"),
         ("half of a packed word is lost", "products = w_low * h_low[None, :, :] + w_high * h_high[None, :, :]", "products = w_low * h_low[None, :, :]",
          "tests/test_triton_gather_loss.py::test_error_budget[torch.bfloat16-huber]"),
+        ("an AMD GPU is given an option of NVIDIA's", "            if not on_rocm():", "            if True:",
+         "tests/test_triton_gather_loss.py::test_registers_are_bounded_where_programs_wait_and_never_on_rocm[True-tile2-False]"),
     ],
     "duet_kernels/triton/topk_divergence.py": [
         ("a tail above the slots overflows", "above = tail > origin", "above = tail > origin + 1e9",
@@ -163,6 +173,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet_kernels/triton/divergence.py": [
         ("the noise is that of the last slab", "tl.maximum(moment, tl.max(moments, 1))", "tl.max(moments, 1)",
          "tests/test_triton_divergence.py::test_the_noise_is_that_of_the_largest_logit_of_all_slabs[recomputed]"),
+        ("what certain ids differ by is rounded away", "u = ((s - t) - gap[:, None]) * inverse\n    return p, q, u, u - ratio[:, None]", "u = (s - t) * inverse - (gap * inverse)[:, None]\n    return p, q, u, (s - t) * inverse - (gap * inverse + ratio)[:, None]",
+         "tests/test_triton_divergence.py::test_both_certain_of_one_id[forward_kl-1.0]"),
+        ("reverse KL's gradient is made of w", "            w = u\n", "            total -= norms[5]\n",
+         "tests/test_triton_divergence.py::test_both_certain_of_one_id[reverse_kl-1.0]"),
         ("the change of other slabs is not moved", "near = s_shrink * change + t_shrink * expm1_near_zero(shift) * t_sum", "near = s_shrink * change",
          "tests/test_triton_divergence.py::test_a_student_close_to_its_teacher_keeps_its_digits[forward_kl]"),
     ],
@@ -188,6 +202,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_compile_ops.py::test_opcheck_of_absent_results_in_other_dtypes[(False, False, False)-torch.bfloat16]"),
     ],
     "duet_kernels/ops/op.py": [
+        ("a wrapper among the other inputs is launched", "self.eager if plain(*parts)", "self.eager if plain(parts[0])",
+         "tests/test_compile_ops.py::test_a_tensor_that_is_still_on_its_way[triton-weight]"),
         ("a second derivative is zeros", "    if torch.is_grad_enabled():\n        raise", "    if False:\n        raise",
          "tests/test_regressions.py::test_a_second_derivative_is_refused_by_name[cross-entropy]"),
         ("a forward-mode tangent is dropped", "if leaf is not None and forward_ad.unpack_dual(leaf).tangent is not None:", "if False:",
