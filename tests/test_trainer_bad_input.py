@@ -14,6 +14,12 @@ LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 CHAT = [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "ada"}]
 
 
+def attached():
+    model = tiny()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    return model
+
+
 def no_pad_no_end():
     return word_tokenizer(chat_template=None, pad=False, eos_token=None)
 
@@ -272,6 +278,11 @@ CASES = {
         {"Model": get_peft_model(tiny(), LORA), "Peft_config": LORA},
         ValueError,
         "peft_config: wanted None, because model is a PEFT model",
+    ),
+    "an adapter of transformers that is to be trained": (
+        {"Model": attached()},
+        ValueError,
+        "model: wanted one without an adapter of add_adapter .* as peft_config",
     ),
 }
 

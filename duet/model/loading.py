@@ -81,8 +81,15 @@ def without_frozen_adapter(model: Any, adds: bool, earlier: Earlier = "merge") -
         earlier: what becomes of the adapters (`DuetConfig.earlier_adapter`).
 
     Raises:
-        ValueError: an adapter of peft that is frozen, and no new one: nothing would be trained; or several that are active.
+        ValueError: an adapter of peft that is frozen, and no new one: nothing would be trained; several that are active; or one
+            that transformers attached and that is to be trained.
     """
+    attached = has_adapter(model) and not hasattr(model, "get_base_model")
+    if attached and not adds and any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "model: wanted one without an adapter of add_adapter that is to be trained, which would be merged and all weights "
+            "trained; give its LoraConfig to DuetTrainer as peft_config"
+        )
     model = without_attached_adapter(model, earlier)
     if not has_adapter(model):
         return model
