@@ -197,7 +197,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[*(callbacks or ()), LogsLastStep()],
+            callbacks=[*(callbacks or ()), self._parts, LogsLastStep()],
             optimizers=optimizers,
         )
         self.check_directions()

@@ -7,12 +7,15 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 
-class LossParts:
+class LossParts(TrainerCallback):
     """Adds up on the device; only a log asks for numbers."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.since = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.sums = {}  # an attempt that ended in an error may have left some
 
     def add(self, parts: dict[str, Tensor], step: int) -> None:
         """The parts of one micro-batch of optimizer step `step`: its share of the whole step's means."""
