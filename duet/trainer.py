@@ -156,7 +156,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
             model = add_new_adapter(model, tokenizer, peft_config, str(args.output_dir), args.should_save)
         head = lm.check_head(model)
-        fit_model(self.objective, model, head, args)
+        args = fit_model(self.objective, model, head, args)
 
         seed = None if self._store is None else self._store.provenance.seed
         self._views = Views.of(self.objective, args, tokenizer, model, seed)

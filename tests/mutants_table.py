@@ -685,6 +685,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("true is a number", "return not isinstance(value, bool) and bool(kind.holds(value))", "return bool(kind.holds(value))", "tests/test_schema.py::test_bounds_are_those_of_the_kind[Count]"),
     ],
     "duet/methods/objectives/__init__.py": [
+        ("options that two models share keep the first one's layer", "        args = copy(args)  #", "        pass  #",
+         "tests/test_methods_seams.py::test_rmu_refuses_a_layer_that_is_not_there_and_an_adapter"),
         ("a temperature that nobody reads is ignored", "if given != usual[name] and (objective.raw_logits or name not in objective.reads):", "if given != usual[name] and objective.raw_logits:",
          "tests/test_objectives.py::test_an_option_that_would_be_ignored_is_refused[undial-temperature-3.0]"),
     ],

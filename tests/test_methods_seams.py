@@ -125,6 +125,11 @@ def test_rmu_finds_the_projections(tmp_path, architecture):
 
 
 def test_rmu_refuses_a_layer_that_is_not_there_and_an_adapter(tmp_path):
+    args = make(tmp_path, objective="duet").args
+    args.objective = "rmu"
+    rows = forget_rows(), retain_rows(), word_tokenizer()
+    chosen = [DuetTrainer(tiny(num_hidden_layers=n), args, *rows).args.rmu_layer for n in (4, 12)]
+    assert chosen == [1, 3] and args.rmu_layer is None
     with pytest.raises(ValueError, match="rmu_layer: wanted one of the model's layers, 0 to 1, got 2"):
         make(tmp_path, objective="rmu", rmu_layer=2)
     from peft import LoraConfig

@@ -10,6 +10,7 @@
     deep           duet_deep
 """
 
+from copy import copy
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -188,8 +189,11 @@ def check_options(objective: Objective, args: Any) -> None:
         )
 
 
-def fit_model(objective: Objective, model: nn.Module, head: LMHead, args: Any) -> None:
+def fit_model(objective: Objective, model: nn.Module, head: LMHead, args: Any) -> Any:
     """What an objective wants of a model: its kind, a vocabulary of k ids, its layer, and which parameters are trained.
+
+    Returns:
+        the options for this model: `args`, or a copy with the layer.
 
     Raises:
         ValueError: naming what the model lacks.
@@ -198,8 +202,10 @@ def fit_model(objective: Objective, model: nn.Module, head: LMHead, args: Any) -
     if objective.targets in (teacher_topk, answer_topk) and args.k > head.num_ids:
         raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
     if objective.layer:
+        args = copy(args)  # another model may be trained with them, too
         args.rmu_layer = check_layer(model, args.rmu_layer)
     trains = objective.trains
     if trains is not None:
         select_parameters(model, lambda name: trains(name, args), args.objective)
     check_sharp_weights(objective, model)
+    return args
