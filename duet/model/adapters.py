@@ -7,6 +7,7 @@ fp32. A merge may change the model in ways that nobody asked for: one into an em
 too, one into 4-bit weights rounds the adapter away.
 """
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -383,7 +384,7 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         )
     check_task_type("peft_config (adapter.task_type)", peft_config.task_type)
     _check_named(model, peft_config)
-    wanted = logits_of(model)
+    wanted, peft_config = logits_of(model), copy.deepcopy(peft_config)  # peft writes into it
     try:
         adapted: Any = get_peft_model(model, peft_config)
     except ValueError as error:
