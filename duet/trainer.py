@@ -157,6 +157,8 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             model = add_new_adapter(model, tokenizer, peft_config, str(args.output_dir), args.should_save)
         head = lm.check_head(model)
         args = fit_model(self.objective, model, head, args)
+        if optimizers[0] is not None and self.objective.loss is not None:
+            loading.check_optimizer(optimizers[0], model)
 
         seed = None if self._store is None else self._store.provenance.seed
         self._views = Views.of(self.objective, args, tokenizer, model, seed)

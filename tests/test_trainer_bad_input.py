@@ -279,6 +279,11 @@ CASES = {
         ValueError,
         "peft_config: wanted None, because model is a PEFT model",
     ),
+    "an optimizer of what is not trained": (
+        {"Model": (base := tiny()), "Optimizers": (torch.optim.SGD(base.parameters()), None), "Peft_config": LORA},
+        ValueError,
+        "optimizers: wanted an optimizer of weights that are trained, got one that holds none",
+    ),
     "an adapter of transformers that is to be trained": (
         {"Model": attached()},
         ValueError,

@@ -188,6 +188,16 @@ def keep_differentiable(model: nn.Module, trains: bool = True) -> None:
                 )
 
 
+def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Refuses an optimizer that steps none of the weights that are trained."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(p.requires_grad and id(p) in held for p in model.parameters()):
+        raise ValueError(
+            "optimizers: wanted an optimizer of weights that are trained, got one that holds none of them; those of a new "
+            "adapter (peft_config) are made later: give the model with its adapter (peft.get_peft_model), and an optimizer of it"
+        )
+
+
 def warn_of_half_precision(model: nn.Module) -> None:
     """Warns when weights are trained in half precision: without an fp32 copy most updates round to 0.
 
