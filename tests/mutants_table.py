@@ -448,6 +448,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_trainer_bad_input.py::test_bad_input[an adapter of transformers that is to be trained]"),
     ],
     "duet/model/adapters.py": [
+        ("an adapter in inference mode is added", "    if peft_config.inference_mode:", "    if False:",
+         "tests/test_trainer_bad_input.py::test_bad_input[an adapter that is not to be trained]"),
         ("peft writes one model's layers into the user's LoraConfig", "logits_of(model), copy.deepcopy(peft_config)  #", "logits_of(model), peft_config  #",
          "tests/test_adapters.py::test_a_peft_config_is_not_written_into"),
         ("the base of an adapter is another one elsewhere", "Path(base).resolve()) if base and", "Path(base)) if base and",
@@ -689,6 +691,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("true is a number", "return not isinstance(value, bool) and bool(kind.holds(value))", "return bool(kind.holds(value))", "tests/test_schema.py::test_bounds_are_those_of_the_kind[Count]"),
     ],
     "duet/methods/objectives/__init__.py": [
+        ("a frozen model ends in torch's error", "    if objective.loss is not None and not trained(model):", "    if False:",
+         "tests/test_trainer_bad_input.py::test_bad_input[a frozen model]"),
         ("options that two models share keep the first one's layer", "        args = copy(args)  #", "        pass  #",
          "tests/test_methods_seams.py::test_rmu_refuses_a_layer_that_is_not_there_and_an_adapter"),
         ("a temperature that nobody reads is ignored", "if given != usual[name] and (objective.raw_logits or name not in objective.reads):", "if given != usual[name] and objective.raw_logits:",

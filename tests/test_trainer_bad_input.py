@@ -279,6 +279,16 @@ CASES = {
         ValueError,
         "peft_config: wanted None, because model is a PEFT model",
     ),
+    "an adapter that is not to be trained": (
+        {"Peft_config": LoraConfig(r=2, target_modules=["q_proj"], inference_mode=True)},
+        ValueError,
+        r"peft_config \(adapter.inference_mode\): wanted False, got True",
+    ),
+    "a frozen model": (
+        {"Model": tiny().requires_grad_(False)},
+        ValueError,
+        "model: wanted weights that can be trained, got none",
+    ),
     "an optimizer of what is not trained": (
         {"Model": (base := tiny()), "Optimizers": (torch.optim.SGD(base.parameters()), None), "Peft_config": LORA},
         ValueError,

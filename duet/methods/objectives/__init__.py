@@ -24,7 +24,7 @@ from ...names import check_one_of
 from ..counterfactual import prepare_deep
 from ..noising import UndoOptions, prepare_undo, start_undo
 from ..selectivity import SelectivityOptions, check_selective_model, mlp_matrices, selective_direction
-from ..sharpness import check_sharp_weights
+from ..sharpness import check_sharp_weights, trained
 from .baselines import (
     answer_nll,
     answer_topk,
@@ -198,6 +198,11 @@ def fit_model(objective: Objective, model: nn.Module, head: LMHead, args: Any) -
     Raises:
         ValueError: naming what the model lacks.
     """
+    if objective.loss is not None and not trained(model):
+        raise ValueError(
+            "model: wanted weights that can be trained, got none with requires_grad; model.requires_grad_(True) trains all, "
+            "peft_config an adapter"
+        )
     check_selective_model(objective, model)
     if objective.targets in (teacher_topk, answer_topk) and args.k > head.num_ids:
         raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
