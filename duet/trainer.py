@@ -29,7 +29,7 @@ from .data.rows import check_repeats, read_rows
 from .extras import silence_what_no_user_can_change
 from .methods.asking import look_at_teacher
 from .methods.directions import FixedDirections
-from .methods.evaluating import WholeSetLoss
+from .methods.evaluating import WholeSetLoss, check_fills_a_batch
 from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.reuse import reused_prefixes
 from .methods.selectivity import FixedSteps, check_selective
@@ -189,6 +189,9 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         if self.objective.loss is not None and not args.deepspeed:  # DeepSpeed keeps fp32 copies itself
             loading.warn_of_half_precision(model)
 
+        drawn = train_dataset.num_forget, train_dataset.num_retain, args.retain_per_forget
+        self._sampler = UnlearnSampler(*drawn, seed=args.seed if args.data_seed is None else args.data_seed)
+        check_fills_a_batch(len(self._sampler), args)
         self._parts, self._prepared = LossParts(), WeakSet()
         packed, why = loading.can_pack(model, args.padding_free)
         logger.info(f"batches are {'packed' if packed else 'padded'}: {why}")
@@ -203,8 +206,6 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             optimizers=optimizers,
         )
         self.check_directions()
-        drawn = train_dataset.num_forget, train_dataset.num_retain, args.retain_per_forget
-        self._sampler = UnlearnSampler(*drawn, seed=args.seed if args.data_seed is None else args.data_seed)
         self.add_callback(EpochOf(self._sampler))
         self._reused = reused_prefixes(self, packed)
         if self.teacher is not None:

@@ -133,6 +133,11 @@ CASES = {
         ValueError,
         r"forget_dataset: wanted at least one row, got none",
     ),
+    "no whole batch in an epoch": (
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 13},
+        ValueError,
+        r"dataloader_drop_last: .* 12 rows, .* \(13\); or a smaller per_device_train_batch_size",
+    ),
     "no retain rows": (
         {"Retain_dataset": []},
         ValueError,
