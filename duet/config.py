@@ -63,7 +63,7 @@ class DuetConfig(
             keys and values, in at most `workspace_bytes`; the same up to rounding. Models with sliding windows or
             recurrent layers cannot, and the log says so. `duet cache` does likewise, with sliding windows too.
         bf16: whether the backbone computes in bf16 under autocast. None: on a GPU that is made for it (sm_80 and newer),
-            unless `fp16` is set; not on a CPU. The losses run in the dtype of the LM head.
+            unless `fp16` is set (refused on a CPU); not on a CPU. The losses run in the dtype of the LM head.
         activation_checkpointing: whether activations are recomputed in the backward instead of being kept. The older name,
             `gradient_checkpointing`, means the same, with every version of transformers.
         activation_checkpointing_kwargs: what `torch.utils.checkpoint` is given then, or None.
@@ -131,6 +131,8 @@ class DuetConfig(
             )
         _name_checkpointing(self)
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16: wanted False, got True, because accelerate computes in fp32 on a CPU then")
         check_options(self)
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0  # what the Trainer takes for no limit

@@ -386,6 +386,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     # --- duet, training -----------------------------------------------------------------------------------------------
     "duet/config.py": [
+        ("fp16 on a CPU is fp32", "        if self.fp16 and self.device.type == \"cpu\":", "        if False:",
+         "tests/test_trainer_bad_input.py::test_bad_input[fp16 on a CPU]"),
         ("no limit of the gradient ends in an error of Python", "            self.max_grad_norm = 0.0  #", "            pass  #",
          "tests/test_run_config.py::test_what_is_not_read_may_be_anything"),
         ("options of accelerate that end in aborts are taken", "if value not in allowed:", "if value not in allowed and \".\" not in name:",

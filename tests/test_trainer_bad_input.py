@@ -127,6 +127,7 @@ CASES = {
         "output_dir: .*is a file",
     ),
     "arguments of another trainer": ({"Args": object()}, TypeError, "args: wanted a DuetConfig, got object"),
+    "fp16 on a CPU": ({"fp16": True}, ValueError, "fp16: wanted False, got True, because accelerate"),
     # rows
     "no forget rows": (
         {"Forget_dataset": []},
