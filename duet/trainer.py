@@ -43,7 +43,7 @@ from .model.weights import weights_hash
 from .output.adapters import AdapterTrainer, add_new_adapter, check_earlier_adapter
 from .output.card import STEERING, fingerprint, write_card
 from .output.checkpoints import check_output_dir, resumed_checkpoint
-from .output.parts import LogsLastStep, LossParts
+from .output.parts import LogsLastStep, LossParts, checked_parts
 from .output.record import begin_run, refused_by_all, run_record
 from .store.provenance import cached_teacher, open_store
 from .store.read import TopKStore
@@ -315,7 +315,9 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         def loss_of_student() -> dict[str, Tensor]:
             hidden, head = self.head_inputs(student, inputs)
             labels, query, forget = inputs["labels"], inputs["query"], inputs["forget"]
-            return self.objective.loss(Step(hidden, head, targets, labels, query, forget, counts, self.args))
+            parts = self.objective.loss(Step(hidden, head, targets, labels, query, forget, counts, self.args))
+            needed = ("loss", "forget_loss", "retain_loss") if self.objective.sharp else ("loss",)
+            return checked_parts(parts, self.args.objective, needed)
 
         return lm.call_through(model, student, loss_of_student)
 

@@ -20,7 +20,7 @@ from torch import nn
 from duet_kernels import LMHead
 
 from ...model.lm import check_layer, select_parameters
-from ...names import check_one_of
+from ...names import check_one_of, did_you_mean
 from ..counterfactual import prepare_deep
 from ..noising import UndoOptions, prepare_undo, start_undo
 from ..selectivity import SelectivityOptions, check_selective_model, mlp_matrices, selective_direction
@@ -167,6 +167,11 @@ def check_options(objective: Objective, args: Any) -> None:
         ValueError: naming the option, what came, what was wanted, and who reads it.
     """
     usual = {f.name: f.default for f in fields(args)}
+    for name in objective.reads:
+        if not hasattr(args, name):
+            raise ValueError(
+                f"objective {args.objective!r}: it reads {name!r} (Objective.reads), which is no option{did_you_mean(name, usual)}"
+            )
     for name in ("temperature", "normalization", "clip"):
         given = getattr(args, name)
         if given != usual[name] and (objective.raw_logits or name not in objective.reads):
