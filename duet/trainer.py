@@ -147,6 +147,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         earlier, loaded = args.earlier_adapter, (args.model_init_kwargs, loading.loading_device(args))
         model = loading.load_model(model, "model", *loaded, earlier)
         lm.check_whole(model)
+        lm.check_decoder(model)
         model = loading.without_frozen_adapter(model, peft_config is not None, earlier)
         loading.keep_differentiable(model, trains=self.objective.loss is not None)
         tokenizer, self.pad_id = tokenizer_of(model, processing_class)

@@ -481,6 +481,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("an adapter of another name stays in its own folder", "        _leave_trained(model, folder)\n", "", "tests/test_adapters.py::test_the_trained_adapter_is_what_is_saved_whatever_its_name[names1-second]"),
     ],
     "duet/model/lm.py": [
+        ("an encoder-decoder is told of a head", "    check_whole(model)\n    check_decoder(model)\n", "    check_whole(model)\n",
+         "tests/test_lm.py::test_models_of_another_kind_are_refused"),
         ("padding on the left shifts the places", "extra[\"position_ids\"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)", "extra[\"position_ids\"] = torch.arange(attention_mask.shape[1]).expand_as(attention_mask)",
          "tests/test_lm.py::test_hidden_states_and_head_are_the_models_logits"),
     ],

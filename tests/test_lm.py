@@ -224,8 +224,9 @@ def test_a_softcap_that_the_head_did_not_know_would_be_found(monkeypatch):
 
 def test_models_of_another_kind_are_refused():
     config = T5Config(vocab_size=64, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
-    with pytest.raises(TypeError, match="encoder-decoder T5ForConditionalGeneration"):
-        find_backbone(T5ForConditionalGeneration(config))
+    for look in (find_backbone, check_head):
+        with pytest.raises(TypeError, match="got the encoder-decoder T5ForConditionalGeneration"):
+            look(T5ForConditionalGeneration(config))
     with pytest.raises(TypeError, match="no backbone was found in Linear"):
         find_backbone(nn.Linear(4, 4))
 

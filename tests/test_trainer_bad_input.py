@@ -7,10 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import forget_rows, quick, retain_rows, tiny, word_tokenizer
+from transformers import T5Config, T5ForConditionalGeneration
 
 from duet import DuetConfig, DuetTrainer
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+SMALL_T5 = T5Config(vocab_size=128, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
 CHAT = [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "ada"}]
 
 
@@ -253,6 +255,11 @@ CASES = {
         {"Model": torch.nn.Linear(2, 2)},
         TypeError,
         "model: Linear has no output",
+    ),
+    "an encoder-decoder with a new adapter": (
+        {"Model": T5ForConditionalGeneration(SMALL_T5), "Peft_config": LORA},
+        TypeError,
+        "model: wanted a decoder-only language model, got the encoder-decoder T5For",
     ),
     "no tokenizer": ({"Processing_class": None}, ValueError, "processing_class: wanted a tokenizer"),
     "no pad and no end token": (
