@@ -241,11 +241,12 @@ def test_an_adapter_on_the_head_is_refused_and_a_full_copy_of_it_is_followed():
         assert check_head(model).weight is not trained
 
 
-def test_prompt_tuning_is_refused():
-    from peft import PromptTuningConfig
+def test_prompt_learning_is_refused():
+    from peft import PrefixTuningConfig, PromptTuningConfig
 
-    with pytest.raises(ValueError, match="prompt-learning"):
-        check_head(get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)))
+    for kind in (PromptTuningConfig, PrefixTuningConfig):
+        with pytest.raises(ValueError, match="model: wanted .*: prompt-learning adapters are not supported"):
+            check_head(get_peft_model(tiny(), kind(task_type="CAUSAL_LM", num_virtual_tokens=4)))
 
 
 def test_gradients_reach_the_weights_through_the_gathered_positions():

@@ -292,6 +292,11 @@ CASES = {
         ValueError,
         "peft_config: wanted None, because model is a PEFT model",
     ),
+    "an adapter that trains biases of its teacher": (
+        {"Model": tiny("phi"), "Peft_config": LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only")},
+        ValueError,
+        r"peft_config \(adapter.bias\): wanted 'none', got 'lora_only'",
+    ),
     "an adapter that is not to be trained": (
         {"Peft_config": LoraConfig(r=2, target_modules=["q_proj"], inference_mode=True)},
         ValueError,

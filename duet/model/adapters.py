@@ -125,6 +125,18 @@ def trained_config(model: Any) -> Any:
     return model.peft_config[trained_adapter(model)] if hasattr(model, "peft_config") else None
 
 
+def check_base_stays(model: Any) -> None:
+    """Refuses an adapter whose `bias` trains biases of the model itself: they stay as they are trained when it is switched off."""
+    bias = getattr(trained_config(model), "bias", "none")
+    own = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith(".bias")]
+    own = [name for name in own if "lora_" not in name and "modules_to_save" not in name]
+    if bias != "none" and own:
+        raise ValueError(
+            f"peft_config (adapter.bias): wanted 'none', got {bias!r}, which trains biases of the model: switched off, the adapter "
+            "would no longer give the teacher back; or pass teacher_model"
+        )
+
+
 # -- the same logits -------------------------------------------------------------------------------------------------
 
 

@@ -240,6 +240,10 @@ def check_head(model: nn.Module) -> LMHead:
     """
     check_whole(model)
     check_decoder(model)
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning:
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise ValueError(f"model: wanted an adapter of its weights, got {kind}: prompt-learning adapters are not supported")
     head = LMHead.of(model)
     if head.group is not None:
         raise TypeError(
@@ -256,7 +260,7 @@ def check_head(model: nn.Module) -> LMHead:
     if logits.shape[:2] != ids.shape or logits.shape[-1] < vocabulary:
         raise ValueError(
             f"model: {name} gave logits of shape {list(logits.shape)} for {ids.numel()} tokens and a vocabulary of "
-            f"{vocabulary}; prompt-learning adapters and heads of several tokens are not supported"
+            f"{vocabulary}; heads of several tokens are not supported"
         )
     logits = logits[0, :, :vocabulary]
     if logits.isnan().any():
