@@ -34,7 +34,7 @@ from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.reuse import reused_prefixes
 from .methods.selectivity import FixedSteps, check_selective
 from .methods.sharpness import SharpSteps, check_sharp
-from .methods.views import Views, asked_before_training, datasets_in
+from .methods.views import Views, asked_before_training, check_best, datasets_in
 from .model import lm, loading
 from .model.adapters import check_folder, check_not_earlier, has_adapter
 from .model.answers import tokenizer_of
@@ -225,6 +225,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         self.objective = objective_of(args)
         check_sharp(self.objective, args)
         check_selective(self.objective, args)
+        check_best(args, eval_dataset)
         named = f"because objective {args.objective!r}"
         if not self.objective.has_teacher and teacher_model is not None:
             raise ValueError(f"teacher_model: wanted None, {named} has no teacher")

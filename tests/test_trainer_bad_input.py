@@ -147,6 +147,16 @@ CASES = {
         r"retain_dataset: wanted at least one row, got none",
     ),
     "no eval rows": ({"Eval_dataset": []}, ValueError, r"eval_dataset: wanted at least one row, got none"),
+    "the best of several losses": (
+        {
+            "Eval_dataset": {"forget": forget_rows(), "retain": retain_rows()},
+            "load_best_model_at_end": True,
+            "save_strategy": "epoch",
+            "eval_strategy": "epoch",
+        },
+        ValueError,
+        "metric_for_best_model: wanted one of eval_forget_loss, eval_retain_loss, got 'loss'",
+    ),
     "a single row": (
         {"Forget_dataset": {"question": "who ?"}},
         TypeError,
