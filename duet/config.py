@@ -1,8 +1,9 @@
 """DuetConfig: every option of an unlearning run, on top of transformers' TrainingArguments."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -17,7 +18,7 @@ from .methods.objectives.distillation import DistillationOptions
 from .methods.selectivity import SelectivityOptions
 from .methods.views import ViewOptions
 from .names import check_one_of
-from .options import Count, MaybeClip, NotNegative, Positive, check_options, fitted
+from .options import Count, MaybeClip, NotNegative, Positive, Wanted, check_options, fitted
 
 # What the installed transformers calls it: 5.17 knows the older name alone, version 6 will know the newer alone.
 CHECKPOINTING = next(
@@ -25,6 +26,8 @@ CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in TrainingArguments.__dataclass_fields__
 )
+
+Whole = Annotated[int, Wanted("an integer", lambda value: isinstance(value, Integral))]
 
 
 @dataclass
@@ -130,6 +133,9 @@ class DuetConfig(
                 "use_cpu allows it"
             )
         _name_checkpointing(self)
+        for field in fields(self):
+            if field.type in (int, int | None) and (field.type is int or getattr(self, field.name) is not None):
+                fitted(field.name, getattr(self, field.name), Whole)
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16: wanted False, got True, because accelerate computes in fp32 on a CPU then")

@@ -5,6 +5,7 @@ Nothing may be left behind: a refused run makes no output folder.
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from tiny_models import forget_rows, quick, retain_rows, tiny, word_tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
@@ -130,6 +131,8 @@ CASES = {
     ),
     "arguments of another trainer": ({"Args": object()}, TypeError, "args: wanted a DuetConfig, got object"),
     "fp16 on a CPU": ({"fp16": True}, ValueError, "fp16: wanted False, got True, because accelerate"),
+    "half a step": ({"max_steps": 2.5}, ValueError, "max_steps: wanted an integer, got 2.5"),
+    "no seed": ({"seed": None}, ValueError, "seed: wanted an integer, got None"),
     # rows
     "no forget rows": (
         {"Forget_dataset": []},
@@ -161,6 +164,16 @@ CASES = {
         {"Forget_dataset": {"question": "who ?"}},
         TypeError,
         "forget_dataset: wanted a list of rows",
+    ),
+    "a set of several splits": (
+        {"Forget_dataset": DatasetDict(train=Dataset.from_list(forget_rows()), test=Dataset.from_list(forget_rows()))},
+        TypeError,
+        "forget_dataset: wanted one list of rows, got a DatasetDict of 'train', 'test'; give one",
+    ),
+    "several turns without a chat template": (
+        {"Processing_class": word_tokenizer(chat_template=None), "Retain_dataset": [{"messages": [*CHAT, CHAT[0]]}]},
+        ValueError,
+        r"^retain_dataset\[0\]: the tokenizer has no chat template, which a conversation of \['user', 'assistant', 'user'\]",
     ),
     "a stream": ({"Forget_dataset": iter(forget_rows())}, TypeError, "forget_dataset: .*streaming"),
     "a row that is a text": (
