@@ -168,6 +168,8 @@ _PLACEHOLDERS = {
 _UNSUPPORTED = (
     ("remove_unused_columns", False, "the rows' columns are read when queries are turned into tokens"),
     ("label_smoothing_factor", 0.0, "the losses here have no label smoothing"),
+    ("include_for_metrics", [], "an evaluation keeps its losses alone"),
+    ("batch_eval_metrics", False, "an evaluation keeps its losses alone"),
     ("torch_compile", False, "the loss runs inside the wrapped model's forward, which changes at every step"),
     (
         "train_sampling_strategy",

@@ -104,6 +104,8 @@ CASES = {
         ValueError,
         "label_smoothing_factor: got 0.1, wanted 0.0",
     ),
+    "inputs of metrics": ({"include_for_metrics": ["inputs"]}, ValueError, r"include_for_metrics: got .*, wanted \[\]"),
+    "metrics of batches": ({"batch_eval_metrics": True}, ValueError, "batch_eval_metrics: got True, wanted False"),
     "another sampler": (
         {"train_sampling_strategy": "sequential"},
         ValueError,
