@@ -134,11 +134,14 @@ class DuetConfig(
             )
         _name_checkpointing(self)
         for field in fields(self):
-            if field.type in (int, int | None) and (field.type is int or getattr(self, field.name) is not None):
-                fitted(field.name, getattr(self, field.name), Whole)
+            value = getattr(self, field.name)
+            if field.type is int or (field.type == int | None and value is not None):
+                fitted(field.name, value, Whole)
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
-            raise ValueError("fp16: wanted False, got True, because accelerate computes in fp32 on a CPU then")
+            raise ValueError(
+                "fp16: wanted False, got True, because accelerate computes in fp32 on a CPU then"
+            )
         check_options(self)
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0  # what the Trainer takes for no limit

@@ -245,7 +245,7 @@ def test_prompt_learning_is_refused():
     from peft import PrefixTuningConfig, PromptTuningConfig
 
     for kind in (PromptTuningConfig, PrefixTuningConfig):
-        with pytest.raises(ValueError, match="model: wanted .*: prompt-learning adapters are not supported"):
+        with pytest.raises(ValueError, match=r"model: wanted .*: prompt-learning adapters are not supported"):
             check_head(get_peft_model(tiny(), kind(task_type="CAUSAL_LM", num_virtual_tokens=4)))
 
 

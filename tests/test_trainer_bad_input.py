@@ -104,8 +104,16 @@ CASES = {
         ValueError,
         "label_smoothing_factor: got 0.1, wanted 0.0",
     ),
-    "inputs of metrics": ({"include_for_metrics": ["inputs"]}, ValueError, r"include_for_metrics: got .*, wanted \[\]"),
-    "metrics of batches": ({"batch_eval_metrics": True}, ValueError, "batch_eval_metrics: got True, wanted False"),
+    "inputs of metrics": (
+        {"include_for_metrics": ["inputs"]},
+        ValueError,
+        r"include_for_metrics: got .*, wanted \[\]",
+    ),
+    "metrics of batches": (
+        {"batch_eval_metrics": True},
+        ValueError,
+        "batch_eval_metrics: got True, wanted False",
+    ),
     "another sampler": (
         {"train_sampling_strategy": "sequential"},
         ValueError,
@@ -168,12 +176,19 @@ CASES = {
         "forget_dataset: wanted a list of rows",
     ),
     "a set of several splits": (
-        {"Forget_dataset": DatasetDict(train=Dataset.from_list(forget_rows()), test=Dataset.from_list(forget_rows()))},
+        {
+            "Forget_dataset": DatasetDict(
+                train=Dataset.from_list(forget_rows()), test=Dataset.from_list(forget_rows())
+            )
+        },
         TypeError,
         "forget_dataset: wanted one list of rows, got a DatasetDict of 'train', 'test'; give one",
     ),
     "several turns without a chat template": (
-        {"Processing_class": word_tokenizer(chat_template=None), "Retain_dataset": [{"messages": [*CHAT, CHAT[0]]}]},
+        {
+            "Processing_class": word_tokenizer(chat_template=None),
+            "Retain_dataset": [{"messages": [*CHAT, CHAT[0]]}],
+        },
         ValueError,
         r"^retain_dataset\[0\]: the tokenizer has no chat template, which a conversation of \['user', 'assistant', 'user'\]",
     ),
@@ -333,7 +348,11 @@ CASES = {
         "model: wanted weights that can be trained, got none",
     ),
     "an optimizer of what is not trained": (
-        {"Model": (base := tiny()), "Optimizers": (torch.optim.SGD(base.parameters()), None), "Peft_config": LORA},
+        {
+            "Model": (base := tiny()),
+            "Optimizers": (torch.optim.SGD(base.parameters()), None),
+            "Peft_config": LORA,
+        },
         ValueError,
         "optimizers: wanted an optimizer of weights that are trained, got one that holds none",
     ),

@@ -396,7 +396,9 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         )
     check_task_type("peft_config (adapter.task_type)", peft_config.task_type)
     if peft_config.inference_mode:
-        raise ValueError("peft_config (adapter.inference_mode): wanted False, got True, which freezes the adapter")
+        raise ValueError(
+            "peft_config (adapter.inference_mode): wanted False, got True, which freezes the adapter"
+        )
     _check_named(model, peft_config)
     wanted, peft_config = logits_of(model), copy.deepcopy(peft_config)  # peft writes into it
     try:

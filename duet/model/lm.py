@@ -243,7 +243,9 @@ def check_head(model: nn.Module) -> LMHead:
     for config in getattr(model, "peft_config", {}).values():
         if config.is_prompt_learning:
             kind = getattr(config.peft_type, "value", config.peft_type)
-            raise ValueError(f"model: wanted an adapter of its weights, got {kind}: prompt-learning adapters are not supported")
+            raise ValueError(
+                f"model: wanted an adapter of its weights, got {kind}: prompt-learning adapters are not supported"
+            )
     head = LMHead.of(model)
     if head.group is not None:
         raise TypeError(

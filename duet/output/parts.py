@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-
 # What the Trainer logs beside the loss.
 _TAKEN = ("epoch", "grad_norm", "learning_rate", "num_input_tokens_seen", "step")
 
