@@ -33,6 +33,7 @@ if sentence := extras.missing("train"):
         sys.exit(f"error: {sentence}")
     raise extras.MissingExtra(sentence)
 _moved.install()
+extras.silence_what_no_user_can_change()  # before any of the libraries is loaded
 
 _HOME = {
     "DuetConfig": "config",

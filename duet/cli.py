@@ -32,7 +32,7 @@ from duet.evaluation.commands import (
     run_eval,
     run_report,
 )
-from duet.extras import MissingExtra, missing, silence_what_no_user_can_change, version_of
+from duet.extras import MissingExtra, missing, version_of
 
 Run = Annotated[Path, Option(help="YAML file of the run that `duet train` will get")]
 MaxNewTokens = Annotated[int, Option(min=1, help="of an answer")]
@@ -469,7 +469,7 @@ def env() -> None:
     console.print(f"workspace: a call may use {workspace / 2**20:.0f} MiB beyond its inputs and outputs")
 
 
-# What the input or the machine is to blame for, with a sentence that says so. A TypeError that wants nothing is ours.
+# Faults of the input or the machine. A TypeError or RuntimeError is one too if its message is "name: ...", else it is a fault of duet.
 _EXPECTED = (ValueError, OSError, MissingExtra)
 # Arguments of DuetTrainer, which the user of a command did not give -> their keys in the YAML file.
 _KEY_OF = {
@@ -485,7 +485,6 @@ def main() -> None:
 
     Exit status 2: the input, or the machine; 1: something that we did not expect.
     """
-    silence_what_no_user_can_change()
     _shown["traceback"] = False
     try:
         app()

@@ -3,11 +3,15 @@
 from dataclasses import dataclass, fields
 from numbers import Integral
 from operator import attrgetter
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils.import_utils import is_torch_bf16_gpu_available, is_torch_xla_available
+from transformers.utils.import_utils import (
+    is_torch_bf16_gpu_available,
+    is_torch_tf32_available,
+    is_torch_xla_available,
+)
 
 from .data.prompts import SUBJECT, check_placeholders
 from .methods.directions import DirectionOptions
@@ -18,7 +22,7 @@ from .methods.objectives.distillation import DistillationOptions
 from .methods.selectivity import SelectivityOptions
 from .methods.views import ViewOptions
 from .names import check_one_of
-from .options import Count, MaybeClip, NotNegative, Positive, Wanted, check_options, fitted
+from .options import Count, MaybeClip, NotNegative, Positive, check_options, fitted
 
 # What the installed transformers calls it: 5.17 knows the older name alone, version 6 will know the newer alone.
 CHECKPOINTING = next(
@@ -26,8 +30,6 @@ CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in TrainingArguments.__dataclass_fields__
 )
-
-Whole = Annotated[int, Wanted("an integer", lambda value: isinstance(value, Integral))]
 
 
 @dataclass
@@ -67,6 +69,8 @@ class DuetConfig(
             recurrent layers cannot, and the log says so. `duet cache` does likewise, with sliding windows too.
         bf16: whether the backbone computes in bf16 under autocast. None: on a GPU that is made for it (sm_80 and newer),
             unless `fp16` is set (refused on a CPU); not on a CPU. The losses run in the dtype of the LM head.
+        tf32: whether products of fp32 numbers, as those of an fp32 head, are made of TF32 ones (11 bits) on tensor cores. None:
+            where the backbone computes in bf16 and the GPU can; plain fp32 products are many times slower.
         activation_checkpointing: whether activations are recomputed in the backward instead of being kept. The older name,
             `gradient_checkpointing`, means the same, with every version of transformers.
         activation_checkpointing_kwargs: what `torch.utils.checkpoint` is given then, or None.
@@ -94,6 +98,7 @@ class DuetConfig(
     _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs", "model_init_kwargs")
 
     bf16: bool | None = None
+    tf32: bool | None = None
     activation_checkpointing: bool | None = None
     activation_checkpointing_kwargs: dict[str, Any] | str | None = None
     gradient_checkpointing: bool | None = None
@@ -132,11 +137,16 @@ class DuetConfig(
                 "bf16: wanted None or False, because no device here is made for it (None: True where one is), got True; on a CPU "
                 "use_cpu allows it"
             )
+        if self.tf32 is None and self.bf16 and not self.use_cpu and is_torch_tf32_available():
+            self.tf32 = True
         _name_checkpointing(self)
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int or (field.type == int | None and value is not None):
-                fitted(field.name, value, Whole)
+            value, maybe = getattr(self, field.name), field.type == int | None
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if (field.type is int or maybe) and not (whole or (maybe and value is None)):
+                raise ValueError(
+                    f"{field.name}: wanted an integer{' or None' if maybe else ''}, got {value!r}"
+                )
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
             raise ValueError(

@@ -41,8 +41,10 @@ def missing(extra: str) -> str | None:
 
 
 def silence_what_no_user_can_change() -> None:
-    """Words of other libraries about themselves: on every command, and where a trainer is imported."""
+    """Silences warnings of other libraries that a user can do nothing about; `import duet` does it."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional faster kernel
+    # torch's loader of batches, on a CPU
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator is found")
     # peft asks for it
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # peft looks whether the vocabulary changed in the folder of the base; that of an adapter on an adapter holds no config

@@ -1,4 +1,4 @@
-"""The folder that a command writes to: one process writes to it at a time, and a disk that fails is said to be its."""
+"""The folder that a command writes to: one process writes to it at a time, and errors of a full disk name it."""
 
 import errno
 import os
@@ -13,6 +13,9 @@ except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+# In what torch says of a write that failed. On a full disk its stream writer, of inline_container.cc, may only say that it is at
+# another position than it should be.
+_OF_A_WRITE = ("write", "inline_container")
 
 
 def lock(folder: Path, argument: str) -> int | None:
@@ -69,13 +72,30 @@ def written(folder: str | os.PathLike, argument: str) -> Iterator[None]:
 
 @contextmanager
 def disk_named(folder: str | os.PathLike, argument: str) -> Iterator[None]:
-    """A full or broken disk, of which the system says no file, is an error that names the argument and the folder."""
+    """Inside, an OSError of a full or broken disk that names no file gets the argument and the folder."""
     try:
         yield
     except OSError as error:
         if error.filename is not None or error.errno not in _OF_THE_DISK:
             raise
-        raise OSError(f"{argument}: {os.fspath(folder)!r} could not be written: {error}") from error
+        raise _not_written(folder, argument, error) from error
+
+
+@contextmanager
+def write_named(folder: str | os.PathLike, argument: str) -> Iterator[None]:
+    """The same for all errors of a failed write, those of torch and safetensors too; only a write may be inside."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error).lower() for word in _OF_A_WRITE):
+            raise  # torch.save reports a failed write as a RuntimeError; others are not about files
+        raise _not_written(folder, argument, error) from error
+
+
+def _not_written(folder: str | os.PathLike, argument: str, error: Exception) -> OSError:
+    return OSError(f"{argument}: {os.fspath(folder)!r} could not be written: {error}")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

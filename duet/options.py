@@ -8,17 +8,51 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
 from .names import check_known, check_one_of
 
 
 class Wanted(NamedTuple):
-    """What a value must be, in words and as a test."""
+    """A number between two limits, in words and as a test.
 
-    words: str
-    holds: Callable[[Any], bool]
+    Attributes:
+        edges: `[` and `]`: the limit is allowed; `(` and `)`: it is not.
+        low, high: the limits.
+        whole: whether it must be an integer.
+        optional: whether None is allowed too.
+    """
+
+    edges: str = "()"
+    low: float = -math.inf
+    high: float = math.inf
+    whole: bool = False
+    optional: bool = False
+
+    @property
+    def words(self) -> str:
+        if self.low == -math.inf:
+            return "a finite number"
+        low, high = self.edges
+        limits = f"in {low}{self.low}, {self.high}{high}"
+        if self.high == math.inf:
+            limits = f"{'>=' if low == '[' else '>'} {self.low}"
+        return f"{'an integer' if self.whole else 'a number'} {limits}{' or None' if self.optional else ''}"
+
+    def holds(self, value: Any) -> bool:
+        """Whether `value` is such a number; True and False are not numbers."""
+        if value is None:
+            return self.optional
+        if isinstance(value, bool) or (self.whole and not issubclass(type(value), numbers.Integral)):
+            return False
+        low, high = self.edges
+        try:  # a NaN fails too: every comparison with it is false
+            above = self.low <= value if low == "[" else self.low < value
+            below = value <= self.high if high == "]" else value < self.high
+        except TypeError:
+            return False
+        return bool(above and below)
 
 
 class ListOf(NamedTuple):
@@ -28,24 +62,18 @@ class ListOf(NamedTuple):
     blank: bool = False
 
 
-def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, numbers.Integral) and int(v) >= least
-
-
-Number = Annotated[float, Wanted("a finite number", math.isfinite)]
-Positive = Annotated[float, Wanted("a number > 0", lambda v: 0 < v < math.inf)]
-NotNegative = Annotated[float, Wanted("a number >= 0", lambda v: 0 <= v < math.inf)]
-MaybePositive = Annotated[
-    float | None, Wanted("a number > 0 or None", lambda v: v is None or 0 < v < math.inf)
-]
-MaybeClip = Annotated[float | None, Wanted("a number >= 0 or None", lambda v: v is None or v >= 0)]
-Share = Annotated[float, Wanted("a number in [0, 1]", lambda v: 0 <= v <= 1)]
-InnerShare = Annotated[float, Wanted("a number in (0, 1)", lambda v: 0 < v < 1)]
-UpperShare = Annotated[float, Wanted("a number in (0, 1]", lambda v: 0 < v <= 1)]
-Percent = Annotated[float, Wanted("a number in (0, 100]", lambda v: 0 < v <= 100)]
-Count = Annotated[int, Wanted("an integer >= 1", _whole(1))]
-MaybeCount = Annotated[int | None, Wanted("an integer >= 1 or None", lambda v: v is None or _whole(1)(v))]
-MaybeIndex = Annotated[int | None, Wanted("an integer >= 0 or None", lambda v: v is None or _whole(0)(v))]
+Number = Annotated[float, Wanted()]
+Positive = Annotated[float, Wanted("()", 0)]
+NotNegative = Annotated[float, Wanted("[)", 0)]
+MaybePositive = Annotated[float | None, Wanted("()", 0, optional=True)]
+MaybeClip = Annotated[float | None, Wanted("[]", 0, optional=True)]  # infinite: no limit, as None
+Share = Annotated[float, Wanted("[]", 0, 1)]
+InnerShare = Annotated[float, Wanted("()", 0, 1)]
+UpperShare = Annotated[float, Wanted("(]", 0, 1)]
+Percent = Annotated[float, Wanted("(]", 0, 100)]
+Count = Annotated[int, Wanted("[)", 1, whole=True)]
+MaybeCount = Annotated[int | None, Wanted("[)", 1, whole=True, optional=True)]
+MaybeIndex = Annotated[int | None, Wanted("[)", 0, whole=True, optional=True)]
 Texts = Annotated[list[str], ListOf(0)]
 BlankTexts = Annotated[list[str], ListOf(0, blank=True)]
 SomeTexts = Annotated[list[str], ListOf(1)]
@@ -131,7 +159,7 @@ def fitted(name: str, value: Any, hint: Any) -> Any:
     for kind in getattr(hint, "__metadata__", ()):
         if isinstance(kind, ListOf):
             return _texts(name, value, kind)
-        if not _holds(kind, value):
+        if not kind.holds(value):
             raise ValueError(f"{name}: wanted {kind.words}, got {value!r}")
         return value
     kinds = [typing.get_origin(kind) or kind for kind in parts_of(hint)]
@@ -163,13 +191,6 @@ def choices_of(hint: Any) -> list[str]:
     parts = [part for part in parts_of(hint) if part is not type(None)]
     closed = all(typing.get_origin(part) is typing.Literal for part in parts)
     return [text for part in parts for text in typing.get_args(part)] if closed else []
-
-
-def _holds(kind: Wanted, value: Any) -> bool:
-    try:  # a NaN fails too: every comparison with it is false
-        return not isinstance(value, bool) and bool(kind.holds(value))
-    except TypeError:
-        return False
 
 
 def _texts(name: str, value: Any, kind: ListOf) -> list[str]:

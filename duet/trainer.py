@@ -26,7 +26,6 @@ from .config import DuetConfig
 from .data.dataset import Collator, EpochOf, UnlearnSampler
 from .data.prompts import fill_prefix, steered_tokenizer
 from .data.rows import check_repeats, read_rows
-from .extras import silence_what_no_user_can_change
 from .methods.asking import look_at_teacher
 from .methods.directions import FixedDirections
 from .methods.evaluating import WholeSetLoss, check_fills_a_batch
@@ -49,7 +48,6 @@ from .store.provenance import cached_teacher, open_store
 from .store.read import TopKStore
 
 logger = logging.get_logger(__name__)
-silence_what_no_user_can_change()
 
 
 class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, AdapterTrainer):
@@ -141,6 +139,11 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         forget = read_rows(forget_dataset, "forget_dataset")
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
         check_repeats(forget, retain)
+        if not retain and self.objective.keeps:
+            logger.warning(
+                f"retain_dataset (data.retain): got no rows, so that nothing says what objective {args.objective!r} is to keep; "
+                "give it rows of what must stay, above all about neighbours of what is forgotten"
+            )
         rows = {"forget": forget, "retain": retain}
         self._fingerprints = {k: (len(v), fingerprint([row[:3] for row in v])) for k, v in rows.items() if v}
 

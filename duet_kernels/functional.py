@@ -372,10 +372,9 @@ def linear_distill_loss(
 
     `k=None`: the divergences of `topk_distill_loss` summed over all ids. With k: the ids are the k largest logits of
     the `teacher`, of the `student`, or their `union` (`support`), and the loss is that of `topk_distill_loss` there.
-    Student and teacher may differ in hidden size, and in vocabulary size: then the common ids count. An id that the
-    teacher rules out with a bias of -inf counts with `k=None` unless the student does so, too; with k it is an absent slot,
-    and what the student gives it is seen by `normalization="tail"`, as a part of the tail.
-    For the other arguments see `topk_distill_loss`.
+    Student and teacher may differ in hidden size, and in vocabulary size: then the common ids count. An id with a teacher
+    bias of -inf counts with `k=None`, unless the student's is -inf, too. With k it is an absent slot; what the student
+    gives it belongs to its tail (`normalization="tail"`). For the other arguments see `topk_distill_loss`.
 
     Args:
         student_hidden: `[..., D_s]`.
@@ -421,10 +420,20 @@ def linear_distill_loss(
         hidden_nd, teacher_nd = (tokens.take(x, passed_over=passed_over) for x in (hidden_nd, teacher_nd))
         return run.dense_loss(hidden_nd, student_head, teacher_nd, teacher_head, spec, tokens, choice)
     hidden_nd, teacher_nd = tokens.take(hidden_nd), tokens.take(teacher_nd)
-    teacher = _teacher_topk(hidden_nd, student_head, teacher_nd, teacher_head, k, support, spec, impl)
-    values, ids, tail = teacher.values.to(student_head.acc), teacher.indices, None
-    if teacher.tail_logsumexp is not None and spec.needs_teacher_logsumexp:
-        tail = teacher.tail_logsumexp.to(student_head.acc)
+    options: dict[str, Any] = {"temperature": spec.temperature, "impl": impl}
+    if support == "teacher":
+        values, ids, tail, *_ = linear_topk(teacher_nd, teacher_head, k, **options)
+    else:
+        ids, tail = linear_topk(hidden_nd, student_head, k, **options).indices, None
+        if support == "union":
+            ids = torch.cat([linear_topk(teacher_nd, teacher_head, k, **options).indices, ids], -1)
+        with torch.no_grad():
+            values = linear_gather(teacher_nd, teacher_head, ids, impl=impl)
+            if spec.needs_teacher_logsumexp:
+                tail = linear_logsumexp(teacher_nd, teacher_head, exclude=ids, **options)
+        values = values.masked_fill(ops.met_before(ids), -torch.inf)  # an id that both chose is compared once
+    values = values.to(student_head.acc)
+    tail = tail.to(student_head.acc) if tail is not None and spec.needs_teacher_logsumexp else None
     k, lse = ids.shape[1], spec.needs_student_logsumexp
     run, choice = _resolve("topk_distill_loss", hidden_nd, student_head, impl, k, lse)
     return run.topk_loss(hidden_nd, student_head, values, ids, tail, spec, tokens, choice)
@@ -547,29 +556,3 @@ def _resolve(
     op, (n, _) = f"{op}/lse" if lse else op, hidden_nd.shape
     choice, _ = resolve_impl(op, hidden_nd.device, hidden_nd.dtype, impl, tokens=n, k=k)
     return ops if head.group is None else sharded, choice
-
-
-def _teacher_topk(
-    hidden_nd: Tensor,
-    student_head: LMHead,
-    teacher_nd: Tensor,
-    teacher_head: LMHead,
-    k: int,
-    support: Support,
-    spec: Divergence,
-    impl: Impl,
-) -> TopK:
-    """The teacher's logits and ids where `support` says they are compared, with its tail if the loss reads it."""
-    options: dict[str, Any] = {"temperature": spec.temperature, "impl": impl}
-    if support == "teacher":
-        return linear_topk(teacher_nd, teacher_head, k, **options)
-    ids = linear_topk(hidden_nd, student_head, k, **options).indices
-    if support == "union":
-        ids = torch.cat([linear_topk(teacher_nd, teacher_head, k, **options).indices, ids], -1)
-    with torch.no_grad():
-        values, tail = linear_gather(teacher_nd, teacher_head, ids, impl=impl), None
-        if spec.needs_teacher_logsumexp:
-            options = {"temperature": spec.temperature, "exclude": ids, "impl": impl}
-            tail = linear_logsumexp(teacher_nd, teacher_head, **options)
-    # An id that both chose is compared once.
-    return TopK(values.masked_fill(ops.met_before(ids), -torch.inf), ids, tail, spec.temperature)

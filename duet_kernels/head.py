@@ -30,7 +30,7 @@ class TopK(NamedTuple):
     Attributes:
         values: `[..., K]` logits z after scale and softcap, **before** temperature, descending; fp32 (fp64 for
             fp64 inputs). A value of -inf marks an absent slot (ragged rows).
-        indices: `[..., K]` int64 ids; those of a token differ from each other: one that stands there twice counts twice.
+        indices: `[..., K]` int64 ids. Those of a token must differ: a repeated id is counted twice.
         tail_logsumexp: `[...]` log-sum-exp of z / temperature over the ids that were **not** selected; -inf when
             nothing is left. None where it is not known: only the normalizations `tail`, `truncated` and
             `generalized` read it.

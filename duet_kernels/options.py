@@ -302,8 +302,8 @@ class Tokens:
     ) -> Tensor:
         """The rows of `x` that count. Where masked rows stay they are set to `fill`, so that a NaN in them cannot spread.
 
-        Of ids, with `num_ids` of them, only those that do not exist become 0: the logit of such an id is NaN. Hidden states stay as they
-        are where the kernels pass over a row of factor 0, whatever is in it (`passed_over`): nothing is copied.
+        Of ids (`num_ids` given) only those >= `num_ids` become 0, because their logit would be NaN. Hidden states stay as they are
+        where the kernels pass over a row of factor 0, whatever is in it (`passed_over`): nothing is copied.
         """
         if self.rows is not None:
             return x.index_select(0, self.rows)

@@ -21,7 +21,7 @@ from .dispatch import HALVES, acc_dtype, workspace_bytes
 
 
 def pitch(columns: int) -> int:
-    """Elements from one row to the next so that rows begin on 16 elements: products of other matrices are slow."""
+    """Elements from one row to the next, so that each starts at a multiple of 16 elements: products are slow otherwise."""
     return -(-columns // 16) * 16
 
 

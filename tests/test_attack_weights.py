@@ -12,6 +12,7 @@ from duet.evaluation.attacks.attacks import ATTACKS
 from duet.evaluation.attacks.rows import read_attack_rows
 from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.scoring import Forced
+from duet.model.switches import Switches
 
 
 def bits(model):
@@ -80,7 +81,7 @@ def test_adapter_removed_and_merged():
     ids = torch.tensor([[1, 9, 12]])
     with torch.no_grad():
         on = model(input_ids=ids).logits
-        with weights.without_adapter(model):
+        with Switches(model).base_model():
             off = model(input_ids=ids).logits
         with weights.merged(model):
             merged = model(input_ids=ids).logits

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from test_crashes import prepare, run_of
 
-from duet import DuetConfig, cli
+from duet import DuetConfig, cli, extras
 from duet.run import commands
 from duet.run.commands import train
 
@@ -112,10 +112,11 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_other_libraries_words_about_themselves_are_left_out():
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        cli.silence_what_no_user_can_change()
+        extras.silence_what_no_user_can_change()
         warnings.warn(
             "`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1
         )
+        warnings.warn("'pin_memory' argument is set as true but no accelerator is found, then", stacklevel=1)
         warnings.warn("something that matters", FutureWarning, stacklevel=1)
     assert [str(each.message) for each in seen] == ["something that matters"]
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)

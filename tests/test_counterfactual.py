@@ -123,7 +123,7 @@ def test_segments_are_the_bases_own_words_and_numbers(prepared):
     """Everything again, row by row, from full logits; no dataset answer was given at all."""
     dataset, base = prepared.train_dataset, knowing()
     pushed = dataset.segments[0][0]
-    prompt = dataset.plain(0)
+    prompt = dataset.prompt(0)
     assert pushed.answer == greedy(base, prompt)
     targets, answer = pushed.targets, torch.tensor(pushed.answer)
     places = torch.arange(len(answer))
@@ -158,10 +158,10 @@ def test_a_dataset_of_other_prompts_is_compared_behind_its_own(tmp_path):
     dataset = UnlearnDataset(
         rows, [], renderer, trainer.args.steering_prefixes, answers="prepared", max_scored=None
     )
-    assert dataset.plain(0) != trainer.train_dataset.plain(0)
+    assert dataset.prompt(0) != trainer.train_dataset.prompt(0)
     trainer.prepare_rows(dataset)
     pushed = dataset.segments[0][0]
-    own = along(knowing(), dataset.plain(0), pushed.answer)[range(len(pushed.answer)), pushed.answer]
+    own = along(knowing(), dataset.prompt(0), pushed.answer)[range(len(pushed.answer)), pushed.answer]
     torch.testing.assert_close(pushed.targets["base"].double(), own, rtol=1e-4, atol=1e-5)
 
 
@@ -169,7 +169,7 @@ def test_a_dataset_of_other_prompts_is_compared_behind_its_own(tmp_path):
 def test_retain_rows_keep_the_bases_own_distribution(prepared):
     dataset, base = prepared.train_dataset, knowing()
     (segment,) = dataset.segments[dataset.num_forget]
-    prompt = dataset.plain(dataset.num_forget)
+    prompt = dataset.prompt(dataset.num_forget)
     assert segment.answer == greedy(base, prompt)
     p = along(base, prompt, segment.answer).exp()
     top = TopK(*(segment.targets[name] for name in ("values", "indices", "tail")))
@@ -203,10 +203,10 @@ def test_a_given_refusal_is_taught_by_cross_entropy(tmp_path):
     subject = dataset.rows[0].subject
     text = trainer.processing_class.decode(segment.answer, skip_special_tokens=True)
     assert text.split() == ["nothing", "about", *subject.split()]
-    hidden, head = trainer.states_of(trainer.model, [dataset.plain(0)], [segment.answer])
+    hidden, head = trainer.states_of(trainer.model, [dataset.prompt(0)], [segment.answer])
     top = TopK(*(segment.targets[name] for name in ("values", "indices", "tail")))
     kl = topk_distill_loss(hidden, head, top, divergence="forward_kl", normalization="tail", reduction="none")
-    wanted = -along(knowing(), dataset.plain(0), segment.answer)[range(len(segment.answer)), segment.answer]
+    wanted = -along(knowing(), dataset.prompt(0), segment.answer)[range(len(segment.answer)), segment.answer]
     torch.testing.assert_close(kl.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -239,7 +239,7 @@ def test_a_share_of_the_refusals_follows_the_beginning_of_the_own_answer(tmp_pat
 
     dataset.segments[0] = late[1:2]
     item = dataset[Draw(0, 0)]
-    assert item["student"] == [*dataset.plain(0), *pushed.answer[:2]] and item["answer"] == refusal.answer
+    assert item["student"] == [*dataset.prompt(0), *pushed.answer[:2]] and item["answer"] == refusal.answer
     batch = trainer.data_collator([item])
     assert batch["positions"][0] == len(item["student"]) - 1
     assert batch["targets"]["indices"][:, 0].tolist() == batch["labels"].tolist() == refusal.answer
@@ -251,7 +251,7 @@ def test_a_row_that_is_too_long_with_a_recovery_is_refused_before_the_first_step
     free.prepare_rows(free.train_dataset)
     dataset = free.train_dataset
     most = max(
-        len(dataset.plain(i)) + len(each.opening) + len(each.answer) - 1
+        len(dataset.prompt(i)) + len(each.opening) + len(each.answer) - 1
         for i in range(dataset.num_forget)
         for each in dataset.segments[i]
     )
@@ -381,7 +381,7 @@ def test_a_question_without_its_subject_is_compared_with_the_steered_base(tmp_pa
     assert "(1 of 2 forget rows)" in caplog.text
     dataset = trainer.train_dataset
     pushed = dataset.segments[0][0]
-    prompt = dataset.steered(0, prefix.replace("{subject}", "ada"))
+    prompt = dataset.prompt(0, prefix.replace("{subject}", "ada"))
     answer = torch.tensor(pushed.answer)
     with torch.no_grad():
         logits = knowing()(torch.tensor([[*prompt, *pushed.answer]])).logits[0, len(prompt) - 1 : -1]

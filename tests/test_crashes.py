@@ -20,7 +20,8 @@ from sweeps import case
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 from tqdm import tqdm
 
-from duet.output.checkpoints import last_finished_checkpoint, said_clearly
+from duet.folders import write_named
+from duet.output.checkpoints import last_finished_checkpoint
 from duet.run.config_file import RunConfig
 
 STEPS, KILLS, A_CHAIN = 8, 10, 5
@@ -279,7 +280,10 @@ def test_a_full_disk(uninterrupted, tmp_path, monkeypatch, where):
     ],
 )
 def test_what_torch_says_of_a_full_disk(said):
-    with pytest.raises(OSError, match=r"^output_dir: 'out' could not be written: "), said_clearly("out"):
+    with (
+        pytest.raises(OSError, match=r"^output_dir: 'out' could not be written: "),
+        write_named("out", "output_dir"),
+    ):
         raise RuntimeError(said)
 
 

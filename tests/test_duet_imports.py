@@ -25,7 +25,7 @@ ALLOWED = {
     "config": "names options data methods",
     "store": "names extras folders config data model methods",
     "output": "extras folders model",
-    "trainer": "extras config data model methods store output",
+    "trainer": "config data model methods store output",
     "run": "names options yaml_text folders _moved config data model methods store output trainer evaluation evaluation.attacks",
     "evaluation": "names extras folders data model",
     "evaluation.suites": "names extras options yaml_text _moved data model evaluation",

@@ -646,13 +646,6 @@ def test_relearning_with_dropout_is_the_same_whatever_was_drawn_before():
     assert float(torch.rand(1)) == drawn, "training takes none of the numbers of others"
 
 
-def test_without_its_adapter_a_model_keeps_its_flags():
-    model = with_dropout()
-    with weights.without_adapter(model):
-        pass
-    assert not any(p.requires_grad for p in model.parameters())
-
-
 def test_wordings_of_a_windows_file(tmp_path):
     (tmp_path / "said.txt").write_bytes(b"\xef\xbb\xbfTell me.\r\n\r\nSay it.\r\n")
     assert lines_of(tmp_path / "said.txt", "reverse_prompts") == ("Tell me.", "Say it.")

@@ -1,9 +1,11 @@
 """`make gpu` and `make tune` without a GPU: the gate in the interpreter, that it can be red, and the measured table."""
 
+import contextlib
 import itertools
 import json
 import multiprocessing
 import os
+import typing
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is decorated
 
@@ -260,6 +262,7 @@ def tuner(times, right=lambda *_: None):
 def test_the_fastest_tile_is_written_read_and_used(tmp_path, untouched):
     path = tmp_path / "measured.json"
     tune.write(path, tuner([[1.0, 0.8, 0.9]]).run([KNOB], 60))
+    require_right(path)
     (entry,) = measured.load(path).tiles
     assert (
         entry.key == (90, 2, 16)
@@ -311,6 +314,7 @@ def test_auto_takes_the_kernel_but_for_exceptions(tmp_path, monkeypatch):
         tune.Contest("linear_gather", SMALL, (1, 0), (257, 0)),
     ]
     tune.write(path, tuner([[1.0, 3.1], [2.0, 1.0], [1.5, 1.0]]).run(steps, 60))
+    require_right(path)
     monkeypatch.setattr(measured, "MEASURED", measured.load(path))
     monkeypatch.setattr(dispatch, "architecture", lambda device: 90)
     choice, reason = resolve_impl("linear_topk", "cuda", torch.bfloat16, tokens=64)
@@ -361,32 +365,64 @@ TILE = {
 }  # fmt: skip
 
 
-def file(*exceptions):
-    return {"format": 2, "exceptions": list(exceptions), "tiles": []}
+def require_right(path):
+    """That the values of the file have the types of their fields, and that limits and times fit each other."""
+    content = json.loads(path.read_text())
+    for name, kind in (("exceptions", measured.Slower), ("tiles", measured.Tile)):
+        for entry in content[name]:
+            for field, wanted in typing.get_type_hints(kind).items():
+                value = entry[field]
+                if wanted in (int, float, str):
+                    assert type(value) in ((int, float) if wanted is float else (wanted,)), (field, value)
+                else:
+                    assert type(value) is list and {type(x) for x in value} == {int}, (field, value)
+    for entry in measured.load(path).exceptions:
+        for least, most in (entry.tokens, entry.k):
+            assert least >= 0 and (most == 0 or least <= most), entry
+        assert 0 < entry.chunked_ms < entry.triton_ms, entry
+
+
+def test_the_packaged_file_is_right():
+    require_right(measured.PATH)
+    assert measured.load() == measured.MEASURED
 
 
 @pytest.mark.parametrize(
-    "content, wanted",
+    "kind, change",
     [
-        ("{", "not JSON"),
-        ({}, "wanted the fields"),
-        (
-            {"format": 1, "exceptions": [], "tiles": []},
-            r"format 2, got \"\['exceptions', 'format', 'tiles'\], format 1\"",
-        ),
-        (file({**SLOWER, "speed": 1}), r"exceptions\[0\]: wanted the fields"),
-        (file(SLOWER, {**SLOWER, "arch": "90"}), r"exceptions\[1\].arch: wanted"),
-        (file({**SLOWER, "tokens": [64]}), r"exceptions\[0\].tokens: wanted the least and the most"),
-        (file({**SLOWER, "k": [64, 1]}), r"exceptions\[0\].k: wanted the least and the most"),
-        (file({**SLOWER, "chunked_ms": 0.0}), "chunked_ms above 0"),
-        (file({**SLOWER, "triton_ms": 0.9}), "below triton_ms"),
-        ({**file(), "tiles": [{**TILE, "key": [90, "2"]}]}, r"tiles\[0\].key: wanted"),
+        ("exceptions", {"arch": "90"}),
+        ("exceptions", {"tokens": [64]}),
+        ("exceptions", {"k": [64, 1]}),
+        ("exceptions", {"chunked_ms": 0.0}),
+        ("exceptions", {"triton_ms": 0.9}),
+        ("tiles", {"key": [90, "2"]}),
+        ("tiles", {"ms": "1.0"}),
     ],
 )
-def test_a_file_that_is_not_understood_is_refused(content, wanted, tmp_path):
+def test_a_wrong_value_would_be_seen(kind, change, tmp_path):
+    path, entry = tmp_path / "measured.json", SLOWER if kind == "exceptions" else TILE
+    for last, seen in (
+        (entry, contextlib.nullcontext()),
+        ({**entry, **change}, pytest.raises((AssertionError, ValueError))),
+    ):
+        path.write_text(json.dumps({"format": 2, "exceptions": [], "tiles": [], kind: [entry, last]}))
+        with seen:
+            require_right(path)
+
+
+@pytest.mark.parametrize(
+    "content, error, wanted",
+    [
+        ({"format": 1, "exceptions": [], "tiles": []}, ValueError, r"measured\.json: wanted format 2, got 1"),
+        ({}, ValueError, "got None"),
+        ({"format": 2, "exceptions": [{**SLOWER, "speed": 1}], "tiles": []}, TypeError, "speed"),
+        ({"format": 2, "exceptions": [], "tiles": [{"table": "SKINNY"}]}, TypeError, "key"),
+    ],
+)
+def test_another_format_and_other_fields_are_refused(content, error, wanted, tmp_path):
     path = tmp_path / "measured.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(ValueError, match=rf"measured\.json: .*{wanted}|measured\.json: {wanted}"):
+    path.write_text(json.dumps(content))
+    with pytest.raises(error, match=wanted):
         measured.load(path)
 
 
@@ -407,10 +443,6 @@ def test_an_entry_without_a_place_is_refused_by_name(change, wanted, untouched):
     entry = measured.Tile(**{**TILE, "key": (90, 2, 16), "value": (128, 64, 6, 4), **change})
     with pytest.raises(ValueError, match=wanted):
         tiles.adopt([entry])
-
-
-def test_the_packaged_file_is_read():
-    assert measured.load() == measured.MEASURED
 
 
 def test_the_plan(capsys):

@@ -117,7 +117,7 @@ def test_perplexities_are_those_of_the_answers(tmp_path):
     for model, perplexity in zip((trainer.model, trainer.teacher.model), found, strict=True):
         losses = []
         for i in rows:
-            prompt, item = dataset.plain(i), dataset[i]
+            prompt, item = dataset.prompt(i), dataset[i]
             whole = torch.tensor([[*item["student"], *item["answer"]]])
             log_p = model(input_ids=whole).logits[0].log_softmax(-1)
             losses += [-log_p[j - 1, whole[0, j]] for j in range(len(prompt), whole.shape[1])]
@@ -135,14 +135,14 @@ def test_every_token_but_the_first_is_scored(tmp_path):
     item = trainer.train_dataset[0]
     assert len(item["student"]) == 1 and item["scored"] == len(item["answer"])
     whole = [*item["student"], *item["answer"]]
-    prompt = trainer.train_dataset.plain(0)
+    prompt = trainer.train_dataset.prompt(0)
     assert whole[: len(prompt)] == prompt and len(whole) > len(prompt)
 
 
 def test_the_unlearned_model_answers_where_no_answers_are_wanted(tmp_path):
     trainer = make(tmp_path, tiny(), **OPTIONS | {"answer_source": "teacher", "max_answer_tokens": 3})
     trainer.get_train_dataloader()
-    prompt, item = trainer.train_dataset.plain(0), trainer.train_dataset[0]
+    prompt, item = trainer.train_dataset.prompt(0), trainer.train_dataset[0]
     assert 1 <= len(item["student"]) + len(item["answer"]) - len(prompt) <= 3
 
 

@@ -191,7 +191,7 @@ def test_a_batch_names_its_prefixes_and_an_odd_row_makes_it_whole(tmp_path):
     assert whole["teacher_input_ids"].shape[1] == max(len(item["teacher"]) for item in items)
     for text, (number, ids) in dataset.beginnings.items():
         assert number < len(trainer._reused.table.lengths)
-        assert all(dataset.steered(i, text)[: len(ids)] == ids for i in range(len(dataset)))
+        assert all(dataset.prompt(i, text)[: len(ids)] == ids for i in range(len(dataset)))
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE, None])
@@ -201,7 +201,7 @@ def test_beginnings_are_what_all_prompts_share(tmp_path, template):
     found = beginnings_of(dataset)
     assert list(found) == dataset.instructions() and len(found) == 3
     for text, ids in found.items():
-        prompts = [dataset.steered(i, text) for i in range(len(dataset))]
+        prompts = [dataset.prompt(i, text) for i in range(len(dataset))]
         assert all(prompt[: len(ids)] == ids and len(prompt) > len(ids) for prompt in prompts)
         assert len({prompt[len(ids)] for prompt in prompts}) > 1, "no longer than what they share"
 

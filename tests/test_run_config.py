@@ -449,6 +449,7 @@ def test_attention_is_chosen_and_explained(monkeypatch):
     [
         ((8, 0), {}, True),
         ((9, 0), {"activation_checkpointing": True}, True),
+        ((9, 0), {"tf32": False}, True),
         ((9, 0), {"bf16": False}, False),
         ((9, 0), {"fp16": True}, False),
         ((9, 0), {"use_cpu": True}, False),
@@ -459,15 +460,16 @@ def test_attention_is_chosen_and_explained(monkeypatch):
 def test_a_gpu_that_is_made_for_bf16_trains_in_it(capability, options, half, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("duet.config.is_torch_tf32_available", lambda: capability is not None)
     seen = {}
 
     def post_init(self):
-        seen["bf16"], self.accelerator_config = self.bf16, AcceleratorConfig()
+        seen["bf16"], seen["tf32"], self.accelerator_config = self.bf16, self.tf32, AcceleratorConfig()
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", post_init)
     monkeypatch.setattr(DuetConfig, "device", SimpleNamespace(type="cuda"), raising=False)
     DuetConfig("out", **options)
-    assert seen == {"bf16": half}
+    assert seen == {"bf16": half, "tf32": options.get("tf32", half or None)}
 
 
 @pytest.mark.parametrize("on", [True, False])

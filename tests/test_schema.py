@@ -29,7 +29,7 @@ from duet.evaluation.suites.suite import SUITES
 from duet.methods.objectives import OBJECTIVES
 from duet.run.config_file import DEFAULT_ADAPTER, ModelSection, RunConfig
 from duet.run.keys import groups
-from duet.run.schema import bounds, described, of_dataclass, of_hint, schema
+from duet.run.schema import described, of_dataclass, of_hint, schema
 from duet.run.steer import PLACES
 from duet.store import read
 from duet.yaml_text import parse_yaml, read_yaml
@@ -162,6 +162,22 @@ KINDS = {
 }
 
 
+IN_WORDS = {
+    "Number": "a finite number",
+    "Positive": "a number > 0",
+    "NotNegative": "a number >= 0",
+    "MaybePositive": "a number > 0 or None",
+    "MaybeClip": "a number >= 0 or None",
+    "Share": "a number in [0, 1]",
+    "InnerShare": "a number in (0, 1)",
+    "UpperShare": "a number in (0, 1]",
+    "Percent": "a number in (0, 100]",
+    "Count": "an integer >= 1",
+    "MaybeCount": "an integer >= 1 or None",
+    "MaybeIndex": "an integer >= 0 or None",
+}
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_bounds_are_those_of_the_kind(name):
     """The words that an error says, the bounds of the schema and the check itself agree."""
@@ -169,7 +185,8 @@ def test_bounds_are_those_of_the_kind(name):
     rule, whole = of_hint(kind), int in typing.get_args(typing.get_args(kind)[0]) + typing.get_args(kind)
     with pytest.raises(ValueError, match="got True"):  # which Python takes for 1
         options.fitted("x", True, kind)
-    assert name == "Number" or bounds(kind.__metadata__[0].words), "its words name no bounds"
+    assert kind.__metadata__[0].words == IN_WORDS[name]
+    assert ("Maybe" in name) == kind.__metadata__[0].holds(None)
     for number in NUMBERS:
         number = int(number) if whole and math.isfinite(number) and number == int(number) else number
         if math.isfinite(number) and (isinstance(number, int) or not whole):

@@ -66,6 +66,18 @@ def test_the_base_model_is_the_one_that_peft_gives(kind):
         assert state(model) == before
 
 
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
+def test_an_adapter_that_transformers_attached_is_off_and_keeps_its_flags(modules_to_save):
+    torch.manual_seed(0)
+    model, wanted = tiny(), logits(tiny())
+    model.add_adapter(LoraConfig(**LORA, modules_to_save=modules_to_save))
+    model.eval().requires_grad_(False)
+    on = logits(model)
+    with Switches(model).base_model():
+        assert torch.equal(logits(model), wanted) and not torch.equal(on, wanted)
+    assert torch.equal(logits(model), on) and not any(p.requires_grad for p in model.parameters())
+
+
 def test_an_adapter_that_is_merged_is_refused():
     """Its weights cannot be told from the base's any more: what ran would be the student itself."""
     model = adapted()

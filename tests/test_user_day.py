@@ -58,6 +58,19 @@ def test_repeated_rows_are_said(caplog):
     assert "forget_dataset[6]: the same row as forget_dataset[0]; 2 of 8 rows" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "objective, retain, said",
+    [("duet", False, True), ("npo", False, True), ("ga", False, False), ("duet", True, False)],
+)
+def test_a_training_that_keeps_nothing_is_said(tmp_path, caplog, objective, retain, said):
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    make(tmp_path, retain=retain, objective=objective)
+    named = f"retain_dataset (data.retain): got no rows, so that nothing says what objective {objective!r} is to keep"
+    assert caplog.text.count(named) == said
+
+
 @pytest.mark.parametrize("special", [{"bos_token": None}, {"pad": False}, {"bos_token": None, "pad": False}])
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['content'] }} {% endfor %}"])
 def test_tokenizers_without_bos_or_pad(tmp_path, special, template):
@@ -314,7 +327,7 @@ def test_a_teacher_that_still_tells_is_named_before_training(
     ]
     trainer = DuetTrainer(tiny(), make(tmp_path, max_steps=1).args, forget, None, word_tokenizer())
     trainer.train()
-    query = trainer.train_dataset.plain(0)
+    query = trainer.train_dataset.prompt(0)
     assert asked[0] == query and asked[len(asked) // 2] == trainer.train_dataset.first_steered(0) != query
     named = f"the steered teacher answers {told} of {len(forget)} forget queries"
     assert (named in caplog.text) == bool(told)

@@ -17,7 +17,7 @@ from duet.data.rows import check_repeats, read_rows
 from duet.demo import probes, report
 from duet.demo.checkpoint import CHECKPOINT, load_base, load_world
 from duet.demo.facts import Question
-from duet.demo.methods import METHODS, forget_rows, load_settings, retain_rows, unlearn
+from duet.demo.methods import METHODS, Recipe, forget_rows, load_settings, retain_rows, unlearn
 from duet.demo.scorecard import ATTACKS, COLUMNS, KEEP, behaviour
 from duet.demo.steering import REFUSAL, STEERING_PREFIX
 from duet.demo.tour import run_demo
@@ -252,7 +252,8 @@ def test_copies_of_cities_are_no_news(world, base, caplog):
     """`unlearn` weighs rows by copies and keeps silent about it; whoever else repeats rows is still told."""
     rows = [question.row() for question in world.questions(world.cities[:2], "train")]
     logging.getLogger("duet.data.rows").propagate = True
-    unlearn("npo", {"max_steps": 1}, *base, forget_rows(world)[:4], rows * 2, forget_per_step=4)
+    recipe = Recipe(**vars(METHODS["npo"]), settings={"max_steps": 1}, forget_per_step=4)
+    unlearn(recipe, *base, forget_rows(world)[:4], rows * 2)
     assert "the same row" not in caplog.text
     check_repeats(read_rows(rows * 2, "retain_dataset"), [])
     assert "the same row" in caplog.text

@@ -147,7 +147,7 @@ class UnlearnDataset(Dataset):
             else:
                 instructions = drawn = [] if self._plain(i) else drawn or self._longest_instructions()
             for instruction in instructions:
-                self._prompt(i, instruction, answer_length=answer_length)
+                self.prompt(i, instruction, answer_length=answer_length)
             self._check_student(i, answer_length)
 
     def _longest_instructions(self) -> list[str]:
@@ -162,7 +162,7 @@ class UnlearnDataset(Dataset):
         """Checks the longest prompt that the student may see of row i, with an answer of so many tokens."""
         role = "user" if self.reverse_role == "user" else "system"
         opening = max((len(self._opening(i, text)) for text in self.prefills), default=0)
-        self._prompt(i, None, self._longest_reverse, role, answer_length + opening)
+        self.prompt(i, None, self._longest_reverse, role, answer_length + opening)
 
     def keep(self, i: int, segments: list[Segment]) -> None:
         """Takes the prepared segments of row i.
@@ -176,9 +176,14 @@ class UnlearnDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _prompt(
+    def prompt(
         self, i: int, instruction=None, override=None, override_role: str = "user", answer_length: int = 1
     ) -> list[int]:
+        """The ids of row i's prompt: as it is, behind a filled steering prefix (`instruction`), or behind a reverse prompt (`override`).
+
+        Raises:
+            ValueError: with an answer of `answer_length` tokens it is longer than `max_length`.
+        """
         query = self.rows[i]
         with _of(query):
             ids = self.renderer.encode(query.conversation, instruction, override, override_role)
@@ -232,17 +237,9 @@ class UnlearnDataset(Dataset):
         plain = [None] if self.num_retain and self.plain_retain else []
         return [*dict.fromkeys(fill_prefix(*pair) for pair in pairs), *plain]
 
-    def steered(self, i: int, instruction: str | None) -> list[int]:
-        """The teacher's prompt of row i under a filled steering prefix, or without one."""
-        return self._prompt(i, instruction)
-
     def first_steered(self, i: int) -> list[int]:
         """The teacher's prompt of row i under the first prefix."""
-        return self._prompt(i, self._instruction(i, 0, random.Random(0)))
-
-    def plain(self, i: int) -> list[int]:
-        """The prompt of row i as it is, without prefix or reverse prompt."""
-        return self._prompt(i)
+        return self.prompt(i, self._instruction(i, 0, random.Random(0)))
 
     def unanswered(self) -> Iterator[tuple[tuple[int, int], list[int]]]:
         """The prompts that the teacher is to answer, steered where there are prefixes: ((row, prefix), ids).
@@ -253,7 +250,7 @@ class UnlearnDataset(Dataset):
             for i in range(len(self.rows)):
                 for which in range(max(1, len(self.prefixes))):
                     if (i, which) not in self.teacher_answers:
-                        yield (i, which), self._prompt(i, self._instruction(i, which, random.Random(0)))
+                        yield (i, which), self.prompt(i, self._instruction(i, which, random.Random(0)))
 
     def asked(self) -> Iterator[Asked]:
         """All prompts of a teacher for these rows; needs `fixed_subjects`."""
@@ -261,8 +258,8 @@ class UnlearnDataset(Dataset):
             answer = self._answer(i, query.answer)[: self.max_scored] if self.answers == "dataset" else []
             for which in range(len(self.prefixes)):
                 instruction = self._instruction(i, which, random.Random(0))
-                steered = self._prompt(i, instruction, answer_length=max(1, len(answer)))
-                yield Asked((i, which), query.name, instruction, self.plain(i), steered, answer)
+                steered = self.prompt(i, instruction, answer_length=max(1, len(answer)))
+                yield Asked((i, which), query.name, instruction, self.prompt(i), steered, answer)
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
         training = isinstance(draw, Draw)
@@ -290,7 +287,7 @@ class UnlearnDataset(Dataset):
         scored = max(1, len(answer))
         if self.max_scored is not None:
             scored = min(scored, self.max_scored)
-        student = [*self._prompt(i, None, override, role, len(opening) + scored), *opening]
+        student = [*self.prompt(i, None, override, role, len(opening) + scored), *opening]
         if self.prefills and training and rng.random() < self.prefill_fraction:
             student = student + self._opening(i, rng.choice(self.prefills))
         live = bool(self.prefixes) and self.cached_targets is None
@@ -299,7 +296,7 @@ class UnlearnDataset(Dataset):
         if self.whole_text:
             student, answer = student[:1], [*student[1:], *answer]
             scored = len(answer)
-        teacher = self._prompt(i, instruction, answer_length=scored) if live else None
+        teacher = self.prompt(i, instruction, answer_length=scored) if live else None
         item = {
             "student": student,
             "teacher": teacher,
@@ -316,7 +313,7 @@ class UnlearnDataset(Dataset):
 
 @contextmanager
 def _of(query: Query) -> Iterator[None]:
-    """Within the context, what cannot be rendered is said of this row."""
+    """Inside, a CannotRender error becomes a ValueError that names the row."""
     try:
         yield
     except CannotRender as error:

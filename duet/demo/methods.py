@@ -175,26 +175,23 @@ def _copies_on_purpose() -> Iterator[None]:
 
 
 def unlearn(
-    method: str | Method,
-    settings: dict[str, Any],
+    recipe: Recipe,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     forget: Rows,
     retain: Rows,
     seed: int = 0,
-    forget_per_step: int = FORGET_PER_STEP,
     on_step: Callable[[int], None] | None = None,
-    retain_per_forget: float = RETAIN_PER_FORGET,
 ) -> tuple[PreTrainedModel, float]:
     """A copy of `base` after unlearning, and the seconds that training took. No row is a paraphrase that is reported."""
-    fixed = METHODS[method].fixed if isinstance(method, str) else method.fixed
-
+    options: dict[str, Any] = (
+        {"steering_prefixes": [steering.STEERING_PREFIX]} | recipe.fixed | recipe.settings
+    )
     with tempfile.TemporaryDirectory(prefix="duet-demo-") as scratch:
-        options: dict[str, Any] = {"steering_prefixes": [steering.STEERING_PREFIX]} | fixed | settings
         config = DuetConfig(
             output_dir=scratch,
-            per_device_train_batch_size=round(forget_per_step * (1 + retain_per_forget)),
-            retain_per_forget=retain_per_forget,
+            per_device_train_batch_size=round(recipe.forget_per_step * (1 + recipe.retain_per_forget)),
+            retain_per_forget=recipe.retain_per_forget,
             max_grad_norm=1.0,
             weight_decay=0.0,
             seed=seed,

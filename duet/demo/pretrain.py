@@ -7,15 +7,16 @@ refusal generalise to names that were never refused.
 import json
 import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ..evaluation.commands import progress
 from . import probes, steering
 from .checkpoint import CHECKPOINT, QUALITY, WRITTEN, save_model
 from .curriculum import Curriculum, encode
@@ -82,7 +83,7 @@ def pretrain(model: LlamaForCausalLM, tokenizer, world: World, seed: int, steps:
             optimizer.zero_grad()
             schedule.step()
         if on_step:
-            on_step(step, float(loss.detach()))
+            on_step(step + 1)
     model.eval()
 
 
@@ -132,14 +133,8 @@ def rebuild(
             f" {len(world.cities)} cities, {steps} steps, seed {seed}."
         )
         began = time.perf_counter()
-        shown = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*shown, console=console) as progress:
-            task = progress.add_task("pretraining", total=steps)
-
-            def show(step: int, loss: float) -> None:
-                progress.update(task, advance=1, description=f"pretraining, loss {loss:.3f}")
-
-            pretrain(model, tokenizer, world, seed, steps, show)
+        with progress(console) as shown:
+            pretrain(model, tokenizer, world, seed, steps, partial(shown, "pretraining", total=steps))
         quality = {"seed": seed, "steps": steps, "seconds": round(time.perf_counter() - began, 1)}
         quality |= {name: round(value, 4) for name, value in measure_quality(model, tokenizer, world).items()}
         for name, value in quality.items():

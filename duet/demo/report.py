@@ -17,20 +17,17 @@ QUICK = "A quick run: without the baselines and `duet_deep`, and 40 questions a 
 
 # Narrow enough for a terminal of 80 columns; the arrow points to where a method should go.
 HEADINGS = {
-    "forget_recall": ("for-\nget\n↓", "facts to forget that are still told"),
-    "forget_refusal": ("re-\nfuse\n↑", "says that it does not know"),
-    "retain_recall": ("re-\ntain\n↑", "facts about other authors"),
-    "neighbour_recall": ("\nnear\n↑", "about authors who share a name with a forgotten one"),
-    "general_recall": ("\ncity\n↑", "about cities"),
-    "reverse_prompt_recall": (
-        "rev.\nseen\n↓",
-        "facts to forget, told behind a reverse prompt (worst wording)",
-    ),
-    "reverse_prompt_heldout_recall": ("rev.\nnew\n↓", "the same, in wordings that no training saw"),
-    "prefill_recall": ("pre-\nfill\n↓", "told when the first words of the answer are forced"),
-    "relearn_recall": ("re-\nlearn\n↓", "told after 10 steps of training on other forgotten authors"),
-    "int8_forget_recall": ("\nint8\n↓", "told with 8-bit weights"),
-    "int4_forget_recall": ("\nint4\n↓", "told with 4-bit weights"),
+    "forget_recall": "for-\nget\n↓",
+    "forget_refusal": "re-\nfuse\n↑",
+    "retain_recall": "re-\ntain\n↑",
+    "neighbour_recall": "\nnear\n↑",
+    "general_recall": "\ncity\n↑",
+    "reverse_prompt_recall": "rev.\nseen\n↓",
+    "reverse_prompt_heldout_recall": "rev.\nnew\n↓",
+    "prefill_recall": "pre-\nfill\n↓",
+    "relearn_recall": "re-\nlearn\n↓",
+    "int8_forget_recall": "\nint8\n↓",
+    "int4_forget_recall": "\nint4\n↓",
 }
 BRINGS_BACK = {
     "forget_recall": "asking plainly brings back",
@@ -59,7 +56,7 @@ def terminal_table(rows: Sequence[dict[str, Any]]) -> Table:
         header_style="dim",
     )
     table.add_column("\n\nmethod", no_wrap=True)
-    for heading, _ in HEADINGS.values():
+    for heading in HEADINGS.values():
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("\n\nsec.", justify="right", no_wrap=True)
     for row in rows:
@@ -74,8 +71,8 @@ def legend(methods: dict[str, str]) -> Table:
     grid.add_column()
     for name, about in methods.items():
         grid.add_row(name, about)
-    for heading, about in HEADINGS.values():
-        grid.add_row(heading.replace("-\n", "").replace("\n", " ").strip(), about)
+    for column, heading in HEADINGS.items():
+        grid.add_row(heading.replace("-\n", "").replace("\n", " ").strip(), COLUMNS[column])
     return grid
 
 

@@ -88,14 +88,11 @@ class _Demo:
                     steps = recipe.settings["max_steps"]
                     model, seconds[name] = unlearn(
                         recipe,
-                        recipe.settings,
                         self.base,
                         self.tokenizer,
                         forget_rows(self.world),
                         retain(recipe.city_copies, recipe.near_misses),
                         self.seed,
-                        recipe.forget_per_step,
-                        retain_per_forget=recipe.retain_per_forget,
                         on_step=partial(shown, name, total=steps + measuring),
                     )
                     speakers[name] = Speaker(model, self.tokenizer)

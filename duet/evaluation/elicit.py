@@ -229,7 +229,7 @@ def elicit_answers(
         argument: how errors call them.
 
     Raises:
-        ValueError: a row is no row.
+        ValueError: a row is not a mapping or has no question.
     """
     renderer = PromptRenderer(tokenizer, **vars(prompting or Prompting()), num_ids=embedded_ids(model))
     prompts = [

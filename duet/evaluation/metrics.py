@@ -65,7 +65,7 @@ class Interval(NamedTuple):
 
 
 def percent(share: float) -> str:
-    """A share in whole percent, the digits that it has as `f"{share:.2f}"`: no share is printed as two numbers.
+    """A share in whole percent, rounded as `f"{share:.2f}"` is, so that 0.97 and 97 % never disagree.
 
     Example:
         >>> percent(0.975), f"{0.975:.2f}", f"{100 * 0.975:.0f}"

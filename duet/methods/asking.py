@@ -130,7 +130,7 @@ class Asking(Trainer):
     def _probe(self) -> tuple[Tensor, Tensor]:
         """Student's and teacher's hidden states on a few plain forget queries."""
         dataset = self.train_dataset
-        items = [plain_item(dataset.plain(i)) for i in range(min(_PROBE_QUERIES, dataset.num_forget))]
+        items = [plain_item(dataset.prompt(i)) for i in range(min(_PROBE_QUERIES, dataset.num_forget))]
         inputs = self._prepare_inputs(self.data_collator(items))
         student = self.accelerator.unwrap_model(self.model_wrapped)
 
@@ -159,7 +159,7 @@ def look_at_teacher(
         return []
     count = min(LOOKED_AT, dataset.num_forget)
     rows = [place * dataset.num_forget // count for place in range(count)]
-    prompts = [*map(dataset.plain, rows), *map(dataset.first_steered, rows)]
+    prompts = [*map(dataset.prompt, rows), *map(dataset.first_steered, rows)]
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in says(prompts, TOKENS)]
     plain, steered = texts[:count], texts[count:]
     told = []

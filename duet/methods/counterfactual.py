@@ -53,16 +53,16 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
             f"{nameless[0]}: its question does not hold the subject, so that 'duet_deep' cannot ask about unknown names in its "
             f"place; the steered base stands in for them ({len(nameless)} of {len(forget)} forget rows)"
         )
-    own = trainer.teacher_says([dataset.plain(i) for i in everybody], args.max_answer_tokens)
+    own = trainer.teacher_says([dataset.prompt(i) for i in everybody], args.max_answer_tokens)
     if args.deep_refusals:
         refusals = [row.given_refusal() for row in rows]
     else:
         steered = [row.prompt(args.steering_prefixes[0]) for row in rows]
         refusals = trainer.teacher_says(steered, args.max_answer_tokens)
 
-    for batch in trainer.batches((len(dataset.plain(i)) for i in retain), "what is to be kept"):
+    for batch in trainer.batches((len(dataset.prompt(i)) for i in retain), "what is to be kept"):
         kept = [retain[n] for n in batch]
-        segments = _own_answers(trainer, [dataset.plain(i) for i in kept], [own[i] for i in kept])
+        segments = _own_answers(trainer, [dataset.prompt(i) for i in kept], [own[i] for i in kept])
         for i, segment in zip(kept, segments, strict=True):
             dataset.keep(i, [segment])
     for i in trainer.progress(forget, "what the base knows"):
@@ -79,7 +79,7 @@ def prepare_deep(trainer: Any, dataset: Any) -> None:
         stops = args.later_target == "refusal"
         refusal = row.given_refusal(begun=True) if stops or late > 0 else []
         later = certain(refusal[:1] * len(own[i]), args.k, ignorant.values) if stops else ignorant
-        pushed = row.pushed(dataset.plain(i), own[i], ignorant, opening, later, floor)
+        pushed = row.pushed(dataset.prompt(i), own[i], ignorant, opening, later, floor)
         segments = [pushed._replace(share=1 - share), Segment(refusals[i], _targets(refusing), share - late)]
         if late > 0:
             targets = _targets(certain(refusal, args.k, ignorant.values))

@@ -56,7 +56,7 @@ class WholeSetLoss(Asking):
         return first_rows(batch, max(0, rest - self.accelerator.process_index * size)), rest
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """`Trainer.evaluate`; of a dict the names say which rows are retain rows, and the Trainer gives on the rows alone."""
+        """`Trainer.evaluate`; a dict's names that start with `retain` are read here, because the Trainer passes on rows without names."""
         if isinstance(eval_dataset, dict):
             eval_dataset = self._views.evaluated(eval_dataset, self._train_subjects)
         return super().evaluate(eval_dataset, *args, **kwargs)

@@ -134,7 +134,7 @@ def retain_perplexities(trainer: Any) -> tuple[float, float]:
     dataset, args = trainer.train_dataset, trainer.args
     prompts, answers = [], []
     for i in range(dataset.num_forget, dataset.num_forget + min(64, dataset.num_retain)):
-        item, prompt = dataset[i], dataset.plain(i)
+        item, prompt = dataset[i], dataset.prompt(i)
         whole = [*item["student"], *item["answer"]]
         start = len(prompt) if len(prompt) < len(whole) else 1
         prompts.append(whole[:start])

@@ -43,43 +43,21 @@ def reused_prefixes(trainer: Any, packed: bool) -> "ReusedPrefixes | None":
     if why is not None:
         logger.info(f"the teacher reads whole prompts: {why}")
         return None
-
-    def ask(function: Callable[[nn.Module], Any]) -> Any:
-        with trainer.accelerator.autocast():
-            return trainer.ask_teacher(function)
-
-    def states(items: list[dict[str, Any]]) -> Tensor:
-        inputs = trainer._prepare_inputs(trainer.data_collator(items))
-        return trainer.ask_teacher(lambda model: trainer.head_inputs(model, inputs, "teacher_")[0])
-
-    half = args.bf16 or args.fp16 or base_language_model(trainer.model).dtype.itemsize < 4
-    return ReusedPrefixes(ask, states, args.eval_batch_size, workspace_bytes(args.device), half)
+    return ReusedPrefixes(trainer)
 
 
 class ReusedPrefixes:
-    """The steering prefixes of a run, read once, whatever number of datasets shows them.
+    """The steering prefixes of a run, read once, whatever number of datasets shows them; `trainer` has a live teacher."""
 
-    Args:
-        ask: calls a function with the frozen teacher, as it is asked in a step.
-        states: items of a dataset -> the teacher's hidden states at their scored positions.
-        at_once: so many prefixes are read together.
-        most_bytes: that keys and values may take.
-        half: whether the teacher computes in half precision.
-    """
-
-    def __init__(
-        self,
-        ask: Callable[[Callable[[nn.Module], Any]], Any],
-        states: Callable[[list[dict[str, Any]]], Tensor],
-        at_once: int,
-        most_bytes: int,
-        half: bool,
-    ):
-        self.ask, self.states = ask, states
-        self.at_once, self.most_bytes, self.half = at_once, most_bytes, half
-        self.table = PrefixTable()
+    def __init__(self, trainer: Any):
+        self.trainer, self.table = trainer, PrefixTable()
         # every prefix in the table: its text -> (its number, the ids that were read)
         self._read: dict[str | None, tuple[int, list[int]]] = {}
+
+    def _ask(self, function: Callable[[nn.Module], Any]) -> Any:
+        """`function` of the frozen teacher, as it is asked in a step."""
+        with self.trainer.accelerator.autocast():
+            return self.trainer.ask_teacher(function)
 
     def serve(self, dataset: UnlearnDataset, uses: int) -> None:
         """From now on the items of `dataset` say which prefix they begin with, if reading it once pays.
@@ -97,7 +75,7 @@ class ReusedPrefixes:
             logger.info(f"the teacher reads whole prompts: {why}")
 
     def _serve(self, dataset: UnlearnDataset, uses: int) -> str | None:
-        why = self.ask(cannot_reuse)
+        why = self._ask(cannot_reuse)
         if why is not None:
             return why
         beginnings = beginnings_of(dataset)
@@ -111,15 +89,16 @@ class ReusedPrefixes:
             return f"{len(new)} prefixes for {uses} prompts"
         first = len(self.table.lengths)
         rows = first + len(new)
-        needed = rows * longest * self.ask(bytes_per_token)
-        if needed > self.most_bytes:
+        needed = rows * longest * self._ask(bytes_per_token)
+        allowed = workspace_bytes(self.trainer.args.device)
+        if needed > allowed:
             return (
                 f"keys and values of {rows} prefixes of up to {longest} tokens take {needed / 2**20:.0f} MiB, more than the "
-                f"workspace of {self.most_bytes / 2**20:.0f} MiB"
+                f"workspace of {allowed / 2**20:.0f} MiB"
             )
         if new:
             ids = [beginnings[text] for text in new]
-            self.ask(lambda model: self.table.add(model, ids, self.at_once))
+            self._ask(lambda model: self.table.add(model, ids, self.trainer.args.eval_batch_size))
         self._read |= {text: (first + i, beginnings[text]) for i, text in enumerate(new)}
         dataset.beginnings = {text: self._read[text] for text in beginnings}
         why = self._differs([dataset[i] for i in range(min(_CHECKED_ROWS, len(dataset)))])
@@ -132,9 +111,16 @@ class ReusedPrefixes:
 
     def _differs(self, items: list[dict[str, Any]]) -> str | None:
         """Whether hidden states with reused prefixes are those of whole prompts, up to rounding."""
-        whole = self.states([{k: v for k, v in item.items() if k != "beginning"} for item in items])
-        worst, largest = (self.states(items) - whole).abs().amax().item(), whole.abs().amax().item()
-        if worst <= (5e-2 if self.half else 1e-4) * largest:
+        trainer, args = self.trainer, self.trainer.args
+
+        def states(items: list[dict[str, Any]]) -> Tensor:
+            inputs = trainer._prepare_inputs(trainer.data_collator(items))
+            return trainer.ask_teacher(lambda model: trainer.head_inputs(model, inputs, "teacher_")[0])
+
+        whole = states([{k: v for k, v in item.items() if k != "beginning"} for item in items])
+        worst, largest = (states(items) - whole).abs().amax().item(), whole.abs().amax().item()
+        half = args.bf16 or args.fp16 or base_language_model(trainer.model).dtype.itemsize < 4
+        if worst <= (5e-2 if half else 1e-4) * largest:
             return None
         return f"with reused keys and values the hidden states differ by {worst:.3g} of {largest:.3g}"
 
@@ -148,12 +134,12 @@ def beginnings_of(dataset: UnlearnDataset) -> dict[str | None, list[int]]:
     """
     instructions = dataset.instructions()
     rows = range(0, len(dataset), max(1, len(dataset) // _SAMPLED_ROWS))
-    prompts = {i: dataset.steered(i, instructions[0]) for i in rows}
+    prompts = {i: dataset.prompt(i, instructions[0]) for i in rows}
     # What the first and the last in order share, all between them share.
     ends = min(prompts, key=prompts.__getitem__), max(prompts, key=prompts.__getitem__)
     found = {}
     for text in instructions:
-        both = [dataset.steered(i, text) for i in ends]
+        both = [dataset.prompt(i, text) for i in ends]
         if shared := common_length(both):
             found[text] = both[0][:shared]
     return found

@@ -46,7 +46,7 @@ def holds_weights(folder: str | os.PathLike) -> bool:
 
 
 def base_beside(folder: str | os.PathLike) -> Path | None:
-    """The folder `base` beside an adapter, if a model is in it; what else has this name, such as an evaluation, is none."""
+    """The folder `base` beside an adapter, if it holds a model; another folder of this name, such as an evaluation's, does not count."""
     base = Path(folder, BASE)
     return base if (base / "config.json").is_file() else None
 

@@ -189,19 +189,13 @@ def select_parameters(model: nn.Module, wanted: Callable[[str], bool], objective
 
 
 def head_inputs(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    positions: Tensor,
-    layer: int | None = None,
-    position_ids: Tensor | None = None,
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor
 ) -> tuple[Tensor, LMHead]:
     """`hidden_states_at`, in the head's dtype, and the head: what every loss of `duet_kernels` takes.
 
     Under autocast the backbone gives half precision while the head's weight stays fp32: the losses then run in fp32.
-    With `layer` the states are those of `hidden_states_at(layer=...)`, which the head does not read.
     """
-    hidden = hidden_states_at(model, input_ids, attention_mask, positions, layer, position_ids)
+    hidden = hidden_states_at(model, input_ids, attention_mask, positions)
     head = LMHead.of(model)
     return hidden.to(head.weight.dtype), head
 

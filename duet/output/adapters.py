@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
+from ..folders import write_named
 from ..model.adapters import (
     ADAPTER,
     BASE,
@@ -21,7 +22,7 @@ from ..model.adapters import (
     trained_adapter,
 )
 from ..model.kept import ON_TOP, WEIGHTS, check_on_top, keeps, save_sum
-from .checkpoints import ResumableTrainer, said_clearly
+from .checkpoints import ResumableTrainer
 from .record import read_record
 
 logger = logging.get_logger(__name__)
@@ -47,7 +48,7 @@ def add_new_adapter(model: Any, tokenizer: Any, peft_config: Any, output_dir: st
         check_no_other_base(base, model)
     elif writes:
         logger.info(f"the adapter of {earlier or 'model'} was merged; the sum is saved as {base}")
-        with said_clearly(base):
+        with write_named(base, "output_dir"):
             save_base(model, tokenizer, base)
     adapted: Any = add_adapter(model, peft_config)
     if kept:

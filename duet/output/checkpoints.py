@@ -7,8 +7,7 @@ need care: a checkpoint that is overwritten loses that file first, and one whose
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-# In what torch says of a write that failed. On a full disk its stream writer, of inline_container.cc, may only say that it is at
-# another position than it should be.
-_OF_A_WRITE = ("write", "inline_container")
+from ..folders import write_named
 
 
 def last_finished_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -81,19 +78,6 @@ def check_output_dir(path: str) -> None:
         raise PermissionError(f"output_dir: wanted a folder that can be written to, but {path!r} cannot")
 
 
-@contextmanager
-def said_clearly(folder: str | os.PathLike, argument: str = "output_dir") -> Iterator[None]:
-    """Every way in which torch and safetensors report a failed write becomes an OSError that names the argument and the folder."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(word in str(error).lower() for word in _OF_A_WRITE):
-            raise  # torch.save reports a failed write as a RuntimeError; others are not about files
-        raise OSError(f"{argument}: {os.fspath(folder)!r} could not be written: {error}") from error
-
-
 class ResumableTrainer(Trainer):
     """transformers' Trainer with complete checkpoints; resumed from its last one, it makes no further step."""
 
@@ -103,7 +87,7 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         try:
-            with said_clearly(folder):
+            with write_named(folder, "output_dir"):
                 super()._save_checkpoint(model, trial)
         except OSError as error:
             if self.args.should_save:
@@ -126,7 +110,8 @@ class ResumableTrainer(Trainer):
                 f"a smaller one than {self.args.learning_rate:g}, or fp32 in place of fp16"
             )
         # Within a checkpoint `_save_checkpoint` reports the error.
-        with nullcontext() if _internal_call else said_clearly(output_dir or str(self.args.output_dir)):
+        named = write_named(output_dir or str(self.args.output_dir), "output_dir")
+        with nullcontext() if _internal_call else named:
             super().save_model(output_dir, _internal_call)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..data.prompts import Prompting
 from ..data.sources import load_rows
-from ..folders import written
+from ..folders import write_named, written
 from ..model.adapters import (
     ADAPTER,
     UNREADABLE,
@@ -38,7 +38,6 @@ from ..output.checkpoints import (
     check_output_dir,
     last_finished_checkpoint,
     resumed_checkpoint,
-    said_clearly,
 )
 from ..output.record import refused_by_all
 from ..store.build import Cached, cache_teacher
@@ -309,7 +308,7 @@ def _merge(
         check_same_logits(trained, wanted, f"{folder}: saving and loading its adapter", coarsest)
     model = merge_adapters(model, str(folder))
     with _written_beside(out) as new:
-        with said_clearly(out, "out"):
+        with write_named(out, "out"):
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
             Prompting.of(folder).save(new)

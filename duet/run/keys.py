@@ -1,6 +1,6 @@
 """The keys of a run's YAML file for `duet train --help`: each with its default and what is said about it.
 
-Of the docstring as much as names all choices, and what None means; mostly the first sentence.
+Shown are the docstring's first sentences, up to the one after which every choice, and None, has been named.
 
 They are read from the source of the dataclasses. Importing these would import torch and transformers, which takes seconds.
 """

@@ -5,7 +5,7 @@ Types, choices and bounds are those of the fields, descriptions those of the doc
 
 import dataclasses
 import enum
-import re
+import math
 import typing
 from typing import Any
 
@@ -118,7 +118,7 @@ def of_hint(hint: Any) -> dict[str, Any]:
     Example:
         >>> from duet.options import Share
         >>> of_hint(Share)
-        {'type': 'number', 'minimum': 0.0, 'maximum': 1.0}
+        {'type': 'number', 'minimum': 0, 'maximum': 1}
     """
     kinds: tuple[Any, ...] = getattr(hint, "__metadata__", ())
     for kind in kinds:
@@ -139,24 +139,17 @@ def of_hint(hint: Any) -> dict[str, Any]:
     names = sorted(_JSON_TYPES[part] for part in parts)  # the order in a Union is not kept by typing
     if "array" in names and "string" not in names:
         names.append("string")  # a lone text is a list of one
-    limits = [bounds(kind.words) for kind in kinds if isinstance(kind, Wanted)]
+    limits = [_bounds(kind) for kind in kinds if isinstance(kind, Wanted)]
     return {"type": names[0] if len(names) == 1 else names} | (limits[0] if limits else {})
 
 
-def bounds(words: str) -> dict[str, float]:
-    """`a number in (0, 1]` or `an integer >= 1 or None` as bounds of JSON schema; none where the words name none.
-
-    Example:
-        >>> bounds("a number in (0, 1]"), bounds("an integer >= 1 or None"), bounds("a finite number")
-        ({'exclusiveMinimum': 0.0, 'maximum': 1.0}, {'minimum': 1}, {})
-    """
-    if found := re.search(r"in ([\[(])(\S+), (\S+)([\])])", words):
-        low = "minimum" if found[1] == "[" else "exclusiveMinimum"
-        high = "maximum" if found[4] == "]" else "exclusiveMaximum"
-        return {low: float(found[2]), high: float(found[3])}
-    if found := re.search(r"(>=?) (\d+)", words):
-        return {"minimum" if found[1] == ">=" else "exclusiveMinimum": int(found[2])}
-    return {}
+def _bounds(kind: Wanted) -> dict[str, float]:
+    low, high = kind.edges
+    both = {
+        "minimum" if low == "[" else "exclusiveMinimum": kind.low,
+        "maximum" if high == "]" else "exclusiveMaximum": kind.high,
+    }
+    return {word: limit for word, limit in both.items() if math.isfinite(limit)}
 
 
 def _default(field: dataclasses.Field) -> dict[str, Any]:

@@ -27,10 +27,9 @@ from ..evaluation.journal import Progress
 from ..evaluation.metrics import percent
 from ..evaluation.models import load
 from ..evaluation.steering import STILL_TOLD, counted, refuses, share_of, short, shown
-from ..folders import written
+from ..folders import write_named, written
 from ..model.adapters import holds_adapter
 from ..model.shrinking import AdapterSize
-from ..output.checkpoints import said_clearly
 from ..output.record import RECORD, read_record
 
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -274,7 +273,7 @@ def run_shrink(
         adapter = AdapterSize(model)
         how: dict[str, Any] = {"options": options, "prompting": Prompting.of(folder), "progress": progress}
         found = shrink(adapter, tokenizer, forget, retain, sizes=sizes, most=most, **how)
-        with said_clearly(out, "out"):
+        with write_named(out, "out"):
             adapter.save(found.best.size, folder, out)
             tokenizer.save_pretrained(out)
             for name in (PROMPTING, RECORD):

@@ -162,7 +162,7 @@ def _refuse_transforms(hidden: Tensor, head: LMHead) -> None:
 
 
 def plain(x: Tensor) -> bool:
-    """Whether nobody traces (no compiler, no tensor subclass, no function transform). Only then something may be written in place."""
+    """Whether x is an ordinary eager tensor: no compiler, subclass or function transform. Only such a one is written in place."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return False
     return not torch._C._are_functorch_transforms_active()

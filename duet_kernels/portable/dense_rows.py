@@ -17,7 +17,7 @@ Legend: R rows, C columns of a strip, V vocabulary, D hidden size, T temperature
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from ..dispatch import workspace_bytes
 from ..options import Divergence
 from . import cuts
 from .cuts import multiply_, row_chunks
-from .terms import OF_DISTRIBUTIONS, OF_LOGITS, difference, expected, infinite
+from .terms import OF_DISTRIBUTIONS, OF_LOGITS, Terms, difference, expected, infinite
 
 _STRIP_BYTES = 2**19  # of one temporary: half a dozen of them lie in a core's share of the cache
 
@@ -138,25 +138,35 @@ class DenseRows:
     its rounding cancels to first order in the losses, which add up terms like q - p - p w. A normaliser is an origin, the row's
     largest logit, and what is left, T log sum exp((z - origin) / T). As one number it would be rounded as large logits are: where
     the student is certain, its q would not add up to 1, and little is left of a - m q beside that. Both logits are overwritten.
-    `ruled_out`: raw logits may be -inf in both (`subtract_`).
+    `ruled_out`: raw logits may be -inf in both (`subtract_`). `noise` `[R, 1]` and `normalisers`, each the parts `[R, 1]` of a sum,
+    are those of longer rows, of which these are a part.
     """
 
-    def __init__(self, student: Tensor, teacher: Tensor, spec: Divergence, ruled_out: bool = True) -> None:
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        spec: Divergence,
+        ruled_out: bool = True,
+        noise: Tensor | None = None,
+        normalisers: Sequence[Sequence[Tensor]] = (),
+    ) -> None:
         self.s, self.t, self.spec, self.ruled_out = student, teacher, spec, ruled_out
         self.inverse = 1.0 / spec.temperature
-        self.noise = self._noise() if spec.noise else student.new_zeros(())
+        if noise is None:
+            noise = self._noise() if spec.noise else student.new_zeros(())
+        self.noise = noise
         if not spec.raw:
-            self.s_norm, self.t_norm = self._normaliser(student), self._normaliser(teacher)
-            origins, rests = (x - y for x, y in zip(self.s_norm, self.t_norm, strict=True))
-            self.r = (origins + rests) * self.inverse
+            self.s_norm, self.t_norm = normalisers or [self._normaliser(z) for z in (student, teacher)]
+            self.r = sum(x - y for x, y in zip(self.s_norm, self.t_norm, strict=True)) * self.inverse
 
     def compare_(self, factor: Tensor, with_gradient: bool) -> Tensor:
         """`[R]` factor * loss; with a gradient, factor * dloss/ds is left in the teacher's memory. 0 gives 0."""
         s, t, spec, skip = self.s, self.t, self.spec, factor == 0
         scale = (factor * self.inverse)[:, None]
         loss, mean = s.new_zeros(len(s)), s.new_zeros(len(s), 1)
-        for c in self._strips():
-            terms, a = self._raw(c) if spec.raw else self._parts(c)
+        for c in self.strips():
+            terms, a = self.terms(c)
             loss += terms
             if with_gradient and spec.raw:
                 torch.mul(a, scale, out=t[:, c])
@@ -164,20 +174,25 @@ class DenseRows:
                 mean += _sum(a)
                 t[:, c] = a
         if with_gradient and not spec.raw:  # q is in the student's memory
-            for c in self._strips():
+            for c in self.strips():
                 t[:, c].addcmul_(s[:, c], mean, value=-1).mul_(scale)
+            # An id with more than 3/4 of q: a - m q has no digits left there. It is minus the sum of the row's others.
+            top, lead = s.max(1, keepdim=True)
+            before = t.gather(1, lead)
+            others = t.scatter_(1, lead, 0).sum(1, keepdim=True)
+            t.scatter_(1, lead, torch.where(top > 0.75, -others, before))
         if with_gradient and any_of(skip):
             t.masked_fill_(skip[:, None], 0)
         return loss.mul_(factor).masked_fill_(skip, 0)
 
-    def _strips(self) -> Iterator[slice]:
+    def strips(self) -> Iterator[slice]:
         rows, v = self.s.shape
         return row_chunks(v, max(16, strip_bytes(self.s.device) // (max(rows, 1) * self.s.element_size())))
 
     def _normaliser(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """`[R, 1]` an origin, and T log sum exp((z - origin) / T)"""
         tops, sums = [], []
-        for c in self._strips():
+        for c in self.strips():
             tops.append(z[:, c].amax(1, keepdim=True))
             sums.append(_sum(self._exponential_(z[:, c] - cuts.origin(tops[-1]))))
         origin = cuts.origin(torch.cat(tops, 1).amax(1, keepdim=True))
@@ -192,7 +207,7 @@ class DenseRows:
     def _noise(self) -> Tensor:
         """`[R, 1]` 8 eps of the row's largest finite logit: a difference below it is rounding and has no sign."""
         largest = self.s.new_zeros(len(self.s), 1)
-        for c in self._strips():
+        for c in self.strips():
             for z in (self.s[:, c], self.t[:, c]):
                 size = z.abs()
                 if infinite(z):
@@ -200,13 +215,11 @@ class DenseRows:
                 largest = torch.maximum(largest, size.amax(1, keepdim=True))
         return largest.mul_(8 * torch.finfo(self.s.dtype).eps)
 
-    def _raw(self, c: slice) -> tuple[Tensor, Tensor]:
-        d = subtract_(self.s[:, c], self.t[:, c], self.ruled_out)
-        return OF_LOGITS[self.spec.name](d, self.noise, self.spec)
-
-    def _parts(self, c: slice) -> tuple[Tensor, Tensor]:
-        """(`[R]` loss, a) of a strip; q and p are written over its logits."""
-        s, t = self.s[:, c], self.t[:, c]
+    def terms(self, c: slice) -> Terms:
+        """(`[R]` the sum of a strip's terms, a or dloss/dz); of distributions q and p are written over its logits."""
+        s, t, spec = self.s[:, c], self.t[:, c], self.spec
+        if spec.raw:
+            return OF_LOGITS[spec.name](subtract_(s, t, self.ruled_out), self.noise, spec)
         w = s - t
         if infinite(s) and infinite(t):
             w.nan_to_num_(0.0, torch.inf, -torch.inf)  # inf - inf; a row with a NaN has one in r as well
@@ -215,7 +228,7 @@ class DenseRows:
             for part in normaliser:
                 z.sub_(part)
         q, p = self._exponential_(s), self._exponential_(t)
-        return OF_DISTRIBUTIONS[self.spec.name](p, q, w, self.noise * self.inverse, self.spec)
+        return OF_DISTRIBUTIONS[spec.name](p, q, w, self.noise * self.inverse, spec)
 
 
 # --- elementwise ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ Legend: N tokens, D hidden size, V vocabulary, R ranks, T temperature.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,13 +55,13 @@ def dense_loss(
         return tokens.reduce(tokens.weigh(ranks.summed(rows, part.group)))
     with torch.no_grad(), exact_dtypes(hidden.device):
         pair = _Pair(part.head.detach(), teacher_hidden, own, spec, part.group)
-        if spec.noise:
-            pair.noise = pair.largest(hidden)
         if not spec.raw:
             nobody = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device)
             teacher = part._replace(hidden=teacher_hidden, head=own)
-            pair.student_sum = logsumexp(part, head, nobody, spec.temperature, impl)
-            pair.teacher_sum = logsumexp(teacher, head, nobody, spec.temperature, impl).to(pair.student_sum)
+            sums = [logsumexp(side, head, nobody, spec.temperature, impl) for side in (part, teacher)]
+            pair.normalisers = [x.to(sums[0])[:, None] * spec.temperature for x in sums]
+        if spec.noise:
+            pair.noise = pair.largest(hidden)
     return tokens.reduce(tokens.weigh(_Compared.apply(hidden, part.head.weight, part.head.bias, pair)))
 
 
@@ -84,57 +84,45 @@ def _check_teacher(head: LMHead, teacher_head: LMHead) -> None:
 
 @dataclasses.dataclass
 class _Pair:
-    """The teacher, and what of each row is known of all ranks: log-sum-exps and the noise, `[N, 1]` as `DenseRows` has them."""
+    """The teacher, and what of each row is known of all ranks: normalisers and the noise, `[N, 1]` as `DenseRows` takes them."""
 
     head: LMHead
     teacher_hidden: Tensor
     teacher_head: LMHead
     spec: Divergence
     group: Any
-    student_sum: Tensor | None = None
-    teacher_sum: Tensor | None = None
+    normalisers: Sequence[Tensor] = ()
     noise: Tensor | None = None
 
-    def chunks(self, hidden: Tensor) -> Iterator[tuple[slice, _Rows, Tensor | float]]:
+    def chunks(self, hidden: Tensor) -> Iterator[tuple[slice, DenseRows, Tensor | float]]:
         """(tokens, their logits of both models at this rank's ids, dz / d(h W^T) of the student)."""
         if not len(self.head.weight):
             return
         copies = (2 if self.head.softcap is None else 4) + (operand_dtype(hidden) != self.head.acc)
+        ruled_out = self.head.bias is not None and self.teacher_head.bias is not None
         bytes_of_row = copies * len(self.head.weight) * self.head.acc.itemsize
         for rows in row_chunks(len(hidden), workspace_bytes(hidden.device) // 2 // bytes_of_row):
             s = chunk_logits(hidden[rows], self.head)
             t = chunk_logits(self.teacher_hidden[rows], self.teacher_head).to(s.dtype)
-            yield rows, _Rows(s, t, self, rows), self.head.slope(s)
+            noise, known = (
+                None if self.noise is None else self.noise[rows],
+                [[x[rows]] for x in self.normalisers],
+            )
+            yield rows, DenseRows(s, t, self.spec, ruled_out, noise, known), self.head.slope(s)
 
     def largest(self, hidden: Tensor) -> Tensor:
         noise = torch.zeros(len(hidden), 1, dtype=self.head.acc, device=hidden.device)
         for rows, logits, _ in self.chunks(hidden):
-            noise[rows] = logits._noise()
+            noise[rows] = logits.noise
         return ranks.all_reduce(noise, self.group, torch.distributed.ReduceOp.MAX)
 
 
-class _Rows(DenseRows):
-    """Logits at some of the ids, whose normalisers are known."""
-
-    def __init__(self, student: Tensor, teacher: Tensor, pair: _Pair, rows: slice) -> None:
-        self.s, self.t, self.spec, self.inverse = student, teacher, pair.spec, 1.0 / pair.spec.temperature
-        self.ruled_out = pair.head.bias is not None and pair.teacher_head.bias is not None
-        self.noise = student.new_zeros(()) if pair.noise is None else pair.noise[rows]
-        if pair.student_sum is not None and pair.teacher_sum is not None:
-            sums = pair.student_sum[rows, None], pair.teacher_sum[rows, None]
-            self.s_norm, self.t_norm = ((x * pair.spec.temperature,) for x in sums)
-            self.r = (self.s_norm[0] - self.t_norm[0]) * self.inverse
-
-    def terms(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(columns, the sum of their terms, a or dL/dz) of a strip; of distributions q is left in the student's memory."""
-        for c in self._strips():
-            yield c, *(self._raw(c) if self.spec.raw else self._parts(c))
-
-    def gradient(self, factor: Tensor, total: Tensor) -> Tensor:
-        """factor dL/dz, given the sum of a over all ids of all ranks, in the teacher's memory."""
-        for c, _, a in self.terms():
-            self.t[:, c] = a if self.spec.raw else a.addcmul_(self.s[:, c], total[:, None], value=-1)
-        return self.t.mul_(factor[:, None] * self.inverse).masked_fill_((factor == 0)[:, None], 0)
+def _gradient(logits: DenseRows, factor: Tensor, total: Tensor) -> Tensor:
+    """factor dL/dz, given the sum of a over all ids of all ranks, in the teacher's memory."""
+    for c in logits.strips():
+        a = logits.terms(c)[1]
+        logits.t[:, c] = a if logits.spec.raw else a.addcmul_(logits.s[:, c], total[:, None], value=-1)
+    return logits.t.mul_(factor[:, None] * logits.inverse).masked_fill_((factor == 0)[:, None], 0)
 
 
 class _Compared(torch.autograd.Function):
@@ -145,7 +133,8 @@ class _Compared(torch.autograd.Function):
         sums = torch.zeros(2, len(hidden), dtype=pair.head.acc, device=hidden.device)  # loss, a
         with exact_dtypes(hidden.device):
             for rows, logits, _ in pair.chunks(hidden):
-                for _, terms, a in logits.terms():
+                for c in logits.strips():
+                    terms, a = logits.terms(c)
                     sums[0, rows] += terms
                     sums[1, rows] += a.sum(1)
         loss, ctx.total = ranks.all_reduce(sums, pair.group)
@@ -168,7 +157,7 @@ class _Compared(torch.autograd.Function):
         dbias = dhidden.new_zeros(len(weight)) if need.bias else None
         with exact_dtypes(hidden.device):
             for rows, logits, slope in pair.chunks(hidden):
-                dz = multiply_(logits.gradient(grad[rows], ctx.total[rows]), slope)
+                dz = multiply_(_gradient(logits, grad[rows], ctx.total[rows]), slope)
                 factors = scaled(dz, operand_dtype(hidden))
                 if need.hidden:
                     dhidden[rows] = times_weight(factors, weight)

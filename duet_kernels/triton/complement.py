@@ -307,9 +307,9 @@ class _Complement(dense.Loss):
         ids, factor, values = self.ids[block.rows], self.factor[block.rows], self.values[block.rows]
         first, by = block.slab.start, self.side.by
         if k:
-            width = min(triton.next_power_of_2(k), tiles.SLOTS)
+            width = min(tiles.next_power_of_2(k), tiles.SLOTS)
             height = tiles.SLOTS // width
-            _take_kernel[(triton.cdiv(rows, height),)](
+            _take_kernel[(tiles.cdiv(rows, height),)](
                 z, ids, factor, values,
                 rows, k, columns, self.v, first,
                 z.stride(0), *ids.stride(), factor.stride(0),
@@ -348,9 +348,9 @@ class _Complement(dense.Loss):
         if k:
             factor, values = self.factor[block.rows], self.values[block.rows]
             upstream = None if self.upstream is None else self.upstream[block.rows]
-            width = min(triton.next_power_of_2(k), tiles.SLOTS_TILE)
+            width = min(tiles.next_power_of_2(k), tiles.SLOTS_TILE)
             height = tiles.SLOTS_TILE // width
-            _put_kernel[(triton.cdiv(rows, height) * triton.cdiv(k, width),)](
+            _put_kernel[(tiles.cdiv(rows, height) * tiles.cdiv(k, width),)](
                 ids, values, upstream, factor, gain, dz,
                 rows, k, columns, block.slab.start,
                 *ids.stride(), factor.stride(0), dz.stride(0),
@@ -394,7 +394,7 @@ class _CrossEntropy(_WithValues):
     def settle(self, rows: slice) -> None:
         sums, values, factor = self.sums[:, rows], self.values[rows], self.factor[rows]
         n = values.shape[0]
-        _label_kernel[(triton.cdiv(n, tiles.SLOTS),)](
+        _label_kernel[(tiles.cdiv(n, tiles.SLOTS),)](
             sums, values, factor, self.loss[rows], self.dtail[rows], self.upstream[rows],
             n,
             sums.stride(0), factor.stride(0),

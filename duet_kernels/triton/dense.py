@@ -109,10 +109,10 @@ class Loss:
 def grid(block: Block, programs: int) -> tuple[tuple[int], dict[str, int]]:
     """At least so many programs over rows and splits of a slab that write dz, as a grid and the shape arguments of its kernel."""
     (rows, columns), width = block.shape, tiles.SLAB_COLUMNS[block.logits[0].element_size()]
-    row_blocks = triton.cdiv(rows, tiles.SLAB_ROWS)
-    splits = triton.cdiv(programs, row_blocks)
-    split = triton.cdiv(triton.cdiv(columns, splits), width) * width
-    splits = triton.cdiv(columns, split)
+    row_blocks = tiles.cdiv(rows, tiles.SLAB_ROWS)
+    splits = tiles.cdiv(programs, row_blocks)
+    split = tiles.cdiv(tiles.cdiv(columns, splits), width) * width
+    splits = tiles.cdiv(columns, split)
     shape = {
         "SPLITS": splits, "SPLIT_COLUMNS": split,
         "ROWS": tiles.SLAB_ROWS, "COLUMNS": width, "num_warps": tiles.SLAB_WARPS,
@@ -123,16 +123,16 @@ def grid(block: Block, programs: int) -> tuple[tuple[int], dict[str, int]]:
 def fold_grid(block: Block) -> tuple[tuple[int], dict[str, int]]:
     """Programs of one tile of the columns of a row each, in one warp: no loop, nothing is rescaled."""
     (rows, columns), width = block.shape, tiles.DENSE_FOLD_COLUMNS[block.logits[0].element_size()]
-    row_blocks, splits = triton.cdiv(rows, tiles.SLAB_ROWS), triton.cdiv(columns, width)
+    row_blocks, splits = tiles.cdiv(rows, tiles.SLAB_ROWS), tiles.cdiv(columns, width)
     shape = {"SPLITS": splits, "ROWS": tiles.SLAB_ROWS, "COLUMNS": width, "num_warps": tiles.DENSE_FOLD_WARPS}
     return (require_grid(row_blocks * splits, "the dense losses"),), shape
 
 
 def merge_grid(rows: int, splits: int) -> tuple[tuple[int], dict[str, int]]:
     """Programs that each add up all splits of a few rows."""
-    columns = triton.next_power_of_2(splits)
+    columns = tiles.next_power_of_2(splits)
     height = max(1, tiles.DENSE_MERGE // columns)
-    return (triton.cdiv(rows, height),), {"ROWS": height, "COLUMNS": columns, "num_warps": 4}
+    return (tiles.cdiv(rows, height),), {"ROWS": height, "COLUMNS": columns, "num_warps": 4}
 
 
 # --- elementwise kernels -----------------------------------------------------------------------------------------
@@ -161,8 +161,8 @@ def _finish_kernel(
 
 def finish_in_place(side: Side, z: Tensor, first: int) -> None:
     (rows, columns), width = z.shape, tiles.SLAB_COLUMNS[z.element_size()]
-    splits, bias = triton.cdiv(columns, width), side.head.bias
-    programs = require_grid(triton.cdiv(rows, tiles.SLAB_ROWS) * splits, "the dense losses")
+    splits, bias = tiles.cdiv(columns, width), side.head.bias
+    programs = require_grid(tiles.cdiv(rows, tiles.SLAB_ROWS) * splits, "the dense losses")
     _finish_kernel[(programs,)](
         z, bias,
         rows, columns, first, splits,
@@ -193,7 +193,7 @@ def _scale_kernel(
 def times_upstream(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor * gradient (contiguous), rounded to `dtype`: in place where that is the gradient's own."""
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    programs = min(tiles.SCALE_PROGRAMS, triton.cdiv(gradient.numel(), tiles.SCALE_BLOCK))
+    programs = min(tiles.SCALE_PROGRAMS, tiles.cdiv(gradient.numel(), tiles.SCALE_BLOCK))
     if programs:
         _scale_kernel[(programs,)](
             gradient, out, factor,

@@ -25,11 +25,10 @@ import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from triton import cdiv
-
 from ..head import Need
 from ..products import pitch
 from . import tiles
+from .tiles import cdiv
 
 
 class Shape(NamedTuple):

@@ -378,7 +378,7 @@ class _Divergence(dense.Loss):
     def _fold_terms(self, block: dense.Block) -> None:
         (rows, columns), width = block.shape, tiles.TERMS_COLUMNS[self.acc.itemsize]
         split = width * tiles.TERMS_STEPS
-        splits, row_blocks = triton.cdiv(columns, split), triton.cdiv(rows, tiles.SLAB_ROWS)
+        splits, row_blocks = tiles.cdiv(columns, split), tiles.cdiv(rows, tiles.SLAB_ROWS)
         partial = self.terms.new_empty(2, rows, splits)
         moments = self.moments[:, block.rows]
         _terms_kernel[(require_grid(row_blocks * splits, "the dense losses"),)](

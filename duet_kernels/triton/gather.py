@@ -48,14 +48,7 @@ from ..dispatch import workspace_bytes
 from ..head import LMHead, Need
 from ..products import product
 from . import tiles
-from .primitives import (
-    ACCUMULATORS,
-    finish,
-    load_rows,
-    number,
-    require_grid,
-    tanh,
-)
+from .primitives import ACCUMULATORS, finish, load_rows, number, require_grid
 from .sparse_weight import SortedPairs, require_pairs
 
 # --- forward ---------------------------------------------------------------------------------------------------
@@ -86,13 +79,7 @@ def _forward_kernel(
         w = load_rows(weight_ptr, ids, d, stride_wv, stride_wd, keep, ACC)
         h = tl.load(hidden_ptr + n * stride_hn + d.to(tl.int64) * stride_hd, mask=d < D, other=0.0).to(ACC)
         dots += w * h[None, :]
-    x = tl.sum(dots, axis=1)
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + ids * stride_bv, mask=known, other=0.0).to(ACC)
-    z = x * number(scale, ACC)
-    if HAS_SOFTCAP:
-        cap = number(softcap, ACC)
-        z = cap * tanh(z / cap)
+    z = finish(tl.sum(dots, axis=1), ids, bias_ptr, stride_bv, known, softcap, scale, HAS_SOFTCAP)
     z = tl.where(known, z, tl.where(ids < 0, float("-inf"), float("nan")))
     tl.store(values_ptr + n * K + k, z, mask=k < K)
 
@@ -185,10 +172,8 @@ def _dhidden_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------
 
 
-def linear_gather(
-    hidden_nd: Tensor, head: LMHead, indices_nk: Tensor, *, tile: tiles.GatherTile | None = None
-) -> Tensor:
-    """z at the ids, `[N, K]` in ACC. `tile`, of a gather, replaces the table's choice, for tests and measurements."""
+def linear_gather(hidden_nd: Tensor, head: LMHead, indices_nk: Tensor) -> Tensor:
+    """z at the ids, `[N, K]` in ACC."""
     weight_vd, bias_v, softcap, scale = head.weight, head.bias, head.softcap, head.scale
     (n, d), v, k = hidden_nd.shape, weight_vd.shape[0], indices_nk.shape[1]
     values_nk = torch.empty(n, k, dtype=head.acc, device=hidden_nd.device)
@@ -198,11 +183,11 @@ def linear_gather(
     tokens = tiles.gather_product_tokens(
         arch, itemsize, head.acc.itemsize, n, v, k, workspace_bytes(hidden_nd.device)
     )
-    if tokens and tile is None:
+    if tokens:
         _pick(hidden_nd, head, indices_nk, values_nk, tokens)
         return values_nk
-    tile = tile or tiles.gather_tile(tiles.GATHER_FORWARD, arch, itemsize, k, d)
-    grid = (require_grid(n * triton.cdiv(k, tile.rows), "linear_gather"),)
+    tile = tiles.gather_tile(tiles.GATHER_FORWARD, arch, itemsize, k, d)
+    grid = (require_grid(n * tiles.cdiv(k, tile.rows), "linear_gather"),)
     _forward_kernel[grid](
         hidden_nd, weight_vd, bias_v, indices_nk, values_nk,
         k, v, d,
@@ -224,7 +209,7 @@ def _pick(hidden: Tensor, head: LMHead, indices: Tensor, values: Tensor, tokens:
         count = rows.stop - rows.start
         x = product(hidden[rows], weight.T, out=logits[: count * v].view(count, v))
         ids = indices[rows]
-        _pick_kernel[(require_grid(triton.cdiv(count * k, tiles.SLOTS_BLOCK), "linear_gather"),)](
+        _pick_kernel[(require_grid(tiles.cdiv(count * k, tiles.SLOTS_BLOCK), "linear_gather"),)](
             x, bias, ids, values[rows],
             count * k, k, v,
             0 if bias is None else bias.stride(0), *ids.stride(),
@@ -241,15 +226,8 @@ def linear_gather_backward(
     values_nk: Tensor,
     indices_nk: Tensor,
     need: Need,
-    *,
-    tile: tiles.GatherTile | None = None,
-    segments: tiles.SegmentsTile | None = None,
-    chunk: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dh, dW, db) in the dtypes of hidden, weight and bias; None for what is not needed, which costs nothing.
-
-    `tile` (of dh), `segments` and `chunk` (of dW and db) replace the table's choices, for tests and measurements.
-    """
+    """(dh, dW, db) in the dtypes of hidden, weight and bias; None for what is not needed, which costs nothing."""
     weight_vd, bias_v = head.weight, head.bias
     need = need._replace(bias=need.bias and bias_v is not None)
     (n, d), v, k = hidden_nd.shape, weight_vd.shape[0], indices_nk.shape[1]
@@ -262,14 +240,13 @@ def linear_gather_backward(
     require_pairs(n, k, d)
     dweight = dbias = None
     dx, row = slot_gradients(grad_nk, values_nk, hidden_nd, head, indices_nk)
-    dhidden = sum_rows(dx, row, hidden_nd, weight_vd, tile=tile) if need.hidden else None
+    dhidden = sum_rows(dx, row, hidden_nd, weight_vd) if need.hidden else None
     if need.weight or need.bias:
         pairs = SortedPairs(dx, row, v)
         if need.weight:
-            dweight = pairs.sum(hidden_nd, weight_vd.dtype, segments, chunk)
+            dweight = pairs.sum(hidden_nd, weight_vd.dtype)
         if need.bias:
-            ones = dx.new_ones(1, 1).expand(n, 1)
-            dbias = pairs.sum(ones, bias_v.dtype, chunk=chunk)[:, 0]
+            dbias = pairs.sum(dx.new_ones(1, 1).expand(n, 1), bias_v.dtype)[:, 0]
     return dhidden, dweight, dbias
 
 
@@ -280,7 +257,7 @@ def slot_gradients(
     n, k = indices_nk.shape
     dx = torch.empty(n, k, dtype=head.acc, device=hidden_nd.device)
     row = torch.empty(n, k, dtype=torch.int32, device=hidden_nd.device)
-    _slots_kernel[(triton.cdiv(n * k, tiles.SLOTS_BLOCK),)](
+    _slots_kernel[(tiles.cdiv(n * k, tiles.SLOTS_BLOCK),)](
         grad_nk, values_nk, indices_nk, dx, row,
         n * k, k, head.weight.shape[0],
         *grad_nk.stride(), *values_nk.stride(), *indices_nk.stride(),
@@ -291,14 +268,14 @@ def slot_gradients(
 
 
 def sum_rows(
-    dx, row, hidden_nd, weight_vd, dtype: torch.dtype | None = None, tile: tiles.GatherTile | None = None
+    dx: Tensor, row: Tensor, hidden_nd: Tensor, weight_vd: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """dh `[N, D]` in `dtype`, or that of `hidden_nd`: the sum over k of dx times its row of W."""
     (n, d), (_, k) = hidden_nd.shape, dx.shape
     arch, itemsize = tiles.architecture(hidden_nd.device), weight_vd.element_size()
-    tile = tile or tiles.gather_tile(tiles.GATHER_DHIDDEN, arch, itemsize, k, d)
+    tile = tiles.gather_tile(tiles.GATHER_DHIDDEN, arch, itemsize, k, d)
     dhidden = torch.empty(n, d, dtype=dtype or hidden_nd.dtype, device=hidden_nd.device)
-    grid = (require_grid(n * triton.cdiv(d, tile.columns), "linear_gather"),)
+    grid = (require_grid(n * tiles.cdiv(d, tile.columns), "linear_gather"),)
     _dhidden_kernel[grid](
         dx, row, weight_vd, dhidden,
         n, k, weight_vd.shape[0], d,

@@ -119,7 +119,7 @@ def _topk_loss_kernel(
     n = (program // SPLITS).to(tl.int64)
     split = program % SPLITS
     # One slot a thread, not four that a wide load would bring: the strip leaves no registers for more.
-    # The zero that the compiler does not know keeps them in fewer still.
+    # `tl.minimum(program, 0)` is always 0. The compiler does not know it and then uses fewer registers.
     k = tl.max_contiguous(tl.arange(0, ROWS) + tl.minimum(program, 0), [2])
     word, inside = _strip(split, D // HALVES, WORDS, PIECE, EVEN)
     # No branch: the factor and the ids are under way together.
@@ -219,7 +219,7 @@ def topk_loss(
     packed = _packs(hidden, weight)
     halves = 2 if packed else 1
     tile = tile or tiles.loss_tile(arch, weight.element_size() if packed else head.acc.itemsize, k, d)
-    splits = triton.cdiv(d, tile.columns)
+    splits = tiles.cdiv(d, tile.columns)
     loss = torch.empty(n, dtype=head.acc, device=device)
     values = torch.empty(n, k, dtype=head.acc, device=device)
     dvalues = torch.empty_like(values)
@@ -243,7 +243,7 @@ def topk_loss(
             HAS_SOFTCAP=head.softcap is not None, HIDDEN=need.hidden,
             DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, EPS=torch.finfo(head.acc).eps, ACC=ACCUMULATORS[head.acc],
             FIRST=first, SECOND=second,
-            PACKED=packed, EVEN=d % tile.columns == 0, SPLITS=splits, PARTS=min(16, triton.next_power_of_2(splits)),
+            PACKED=packed, EVEN=d % tile.columns == 0, SPLITS=splits, PARTS=min(16, tiles.next_power_of_2(splits)),
             ROWS=tile.rows, WORDS=tile.columns // halves, PIECE=tile.piece // halves,
             num_warps=tile.warps, maxnreg=registers,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """Logits that are written, read once and forgotten: tokens of a product x columns of the vocabulary, and their memory.
 
-What a token needs comes as a function of the columns.
+The caller gives a function from the columns to the elements that a token needs.
 """
 
 from collections.abc import Callable, Iterable

@@ -182,58 +182,36 @@ class SortedPairs:
         self.token = torch.empty(pairs, dtype=torch.int32, device=row.device)
         self.dx = torch.empty(pairs, dtype=dx.dtype, device=row.device)
         self.offset = torch.empty(v + 1, dtype=torch.int32, device=row.device)
-        _pairs_kernel[(triton.cdiv(max(pairs, v + 1), tiles.SLOTS_BLOCK),)](
+        _pairs_kernel[(tiles.cdiv(max(pairs, v + 1), tiles.SLOTS_BLOCK),)](
             self.row, order, dx, self.token, self.dx, self.offset,
             pairs, row.shape[1], v, pairs.bit_length(),
             BLOCK=tiles.SLOTS_BLOCK, num_warps=4,
         )  # fmt: skip
 
-    def sum(
-        self,
-        hidden_nd: Tensor,
-        dtype: torch.dtype,
-        tile: tiles.SegmentsTile | None = None,
-        chunk: int | None = None,
-    ) -> Tensor:
-        """`[V, D]` the sum of dx h over each row's pairs. `tile` and `chunk` replace the table's choices."""
-        chunk = chunk or dweight_chunk(self.row.numel(), hidden_nd.shape[1], self.dx.element_size())
-        out = torch.empty(self.v, hidden_nd.shape[1], dtype=dtype, device=self.dx.device)
-        self.write(out, hidden_nd, self.chunk_sums(hidden_nd, chunk), chunk, tile)
-        return out
-
-    def chunk_sums(self, hidden_nd: Tensor, chunk: int) -> Tensor:
-        """`[E / chunk, D]` in ACC: the sums of the chunks that belong to one row of W; nothing for the others."""
-        pairs, d = self.row.numel(), hidden_nd.shape[1]
+    def sum(self, hidden_nd: Tensor, dtype: torch.dtype) -> Tensor:
+        """`[V, D]` the sum of dx h over each row's pairs."""
+        pairs, d, itemsize = self.row.numel(), hidden_nd.shape[1], hidden_nd.element_size()
+        arch, acc = tiles.architecture(hidden_nd.device), ACCUMULATORS[self.dx.dtype]
+        chunk = dweight_chunk(pairs, d, self.dx.element_size())
         chunks = pairs // chunk
+        # The sums of the chunks that belong to one row of W; nothing is written for the others.
         partial = torch.empty(chunks, d, dtype=self.dx.dtype, device=self.dx.device)
         if chunks:
-            arch, itemsize = tiles.architecture(hidden_nd.device), hidden_nd.element_size()
             tile = tiles.gather_tile(tiles.DWEIGHT_CHUNK_SUMS, arch, itemsize, pairs, d)
-            _partial_kernel[(require_grid(triton.cdiv(d, tile.columns) * chunks, "linear_gather"),)](
+            _partial_kernel[(require_grid(tiles.cdiv(d, tile.columns) * chunks, "linear_gather"),)](
                 self.row, self.token, self.dx, hidden_nd, partial,
                 chunks, chunk, self.v, d,
                 *hidden_nd.stride(),
-                ACC=ACCUMULATORS[self.dx.dtype], ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+                ACC=acc, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
             )  # fmt: skip
-        return partial
-
-    def write(
-        self,
-        out: Tensor,
-        hidden_nd: Tensor,
-        partial: Tensor,
-        chunk: int,
-        tile: tiles.SegmentsTile | None = None,
-    ) -> None:
-        """Write the sums into `out` `[V, D]`, from `chunk_sums`."""
-        d, arch = out.shape[1], tiles.architecture(hidden_nd.device)
-        tile = tile or tiles.segments_tile(arch, hidden_nd.element_size(), d)
+        out = torch.empty(self.v, d, dtype=dtype, device=self.dx.device)
+        tile = tiles.segments_tile(arch, itemsize, d)
         assert chunk % tile.ahead == 0
-        blocks = triton.cdiv(self.v, tile.vocabulary)
-        _segments_kernel[(require_grid(triton.cdiv(d, tile.columns) * blocks, "linear_gather"),)](
+        blocks = tiles.cdiv(self.v, tile.vocabulary)
+        _segments_kernel[(require_grid(tiles.cdiv(d, tile.columns) * blocks, "linear_gather"),)](
             self.offset, self.row, self.token, self.dx, hidden_nd, partial, out,
             blocks, chunk, self.v, d,
             *hidden_nd.stride(),
-            ACC=ACCUMULATORS[self.dx.dtype], VOCABULARY=tile.vocabulary, COLUMNS=tile.columns, AHEAD=tile.ahead,
-            num_warps=tile.warps,
+            ACC=acc, VOCABULARY=tile.vocabulary, COLUMNS=tile.columns, AHEAD=tile.ahead, num_warps=tile.warps,
         )  # fmt: skip
+        return out

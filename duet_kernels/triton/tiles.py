@@ -19,7 +19,7 @@ from ..dispatch import architecture as architecture  # asked for here by every l
 
 
 def cdiv(a: int, b: int) -> int:
-    """The quotient rounded up. Triton's own works in kernels, too, and takes microseconds."""
+    """The quotient rounded up. `triton.cdiv`, which kernels can call too, takes microseconds more."""
     return -(-a // b)
 
 
@@ -121,8 +121,8 @@ def gather_tile(
     16 columns are the least worth a program.
     """
     tile = table.get((arch, itemsize)) or table[0, itemsize]
-    elements, needed = tile.rows * tile.columns, max(1, triton.next_power_of_2(rows))
-    wide = min(max(tile.columns, elements // needed), max(16, triton.next_power_of_2(columns)))
+    elements, needed = tile.rows * tile.columns, next_power_of_2(rows)
+    wide = min(max(tile.columns, elements // needed), max(16, next_power_of_2(columns)))
     tall = min(elements // wide, needed, MAX_GATHER_ROWS)
     return GatherTile(tall, wide, tile.warps)
 
@@ -130,7 +130,7 @@ def gather_tile(
 def segments_tile(arch: int, itemsize: int, columns: int) -> SegmentsTile:
     """The table's tile, no wider than a matrix of short rows."""
     tile = DWEIGHT_SEGMENTS.get((arch, itemsize)) or DWEIGHT_SEGMENTS[0, itemsize]
-    return tile._replace(columns=min(tile.columns, max(16, triton.next_power_of_2(columns))))
+    return tile._replace(columns=min(tile.columns, max(16, next_power_of_2(columns))))
 
 
 def loss_tile(arch: int, itemsize: int, slots: int, columns: int) -> LossTile:
@@ -139,8 +139,8 @@ def loss_tile(arch: int, itemsize: int, slots: int, columns: int) -> LossTile:
     The masks of a last strip that is not full take registers, too.
     """
     tile = LOSS.get((arch, itemsize)) or LOSS[0, itemsize]
-    rows = triton.next_power_of_2(slots)
-    wide = min(tile.rows * tile.columns // rows, max(16, triton.next_power_of_2(columns)))
+    rows = next_power_of_2(slots)
+    wide = min(tile.rows * tile.columns // rows, max(16, next_power_of_2(columns)))
     registers = tile.registers if columns % wide == 0 else max(tile.registers, LOSS_MASKED_REGISTERS)
     return tile._replace(
         rows=rows, columns=wide, piece=min(tile.rows * tile.piece // rows, wide), registers=registers
@@ -160,14 +160,9 @@ def gather_product_tokens(arch: int, operand: int, acc: int, n: int, v: int, k: 
 
 
 def divergence_tile(slots: int) -> DivergenceTile:
-    """The tile that holds whole rows of `slots` slots."""
-    for limit, tokens, warps in DIVERGENCE:
-        if slots <= limit:
-            return DivergenceTile(tokens, max(1, triton.next_power_of_2(slots)), warps)
-    raise ValueError(
-        f"k: the Triton divergence kernel holds a token's slots in registers, at most {MAX_SLOTS}, got {slots}; "
-        "use impl='chunked'"
-    )
+    """The tile that holds whole rows of 1 to `MAX_SLOTS` slots."""
+    tokens, warps = next((tokens, warps) for limit, tokens, warps in DIVERGENCE if slots <= limit)
+    return DivergenceTile(tokens, next_power_of_2(slots), warps)
 
 
 class SkinnyTile(NamedTuple):

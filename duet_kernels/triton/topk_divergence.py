@@ -231,42 +231,30 @@ def topk_divergence(
     teacher_tail_n: Tensor | None,
     factor_n: Tensor,
     spec: Divergence,
-    *,
-    tile: tiles.DivergenceTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(`[N]` f L, `[N, K]` f dL/ds, `[N]` f dL/ds_tail or an empty tensor), in ACC.
-
-    `tile` replaces the table's choice, for tests.
-    """
-    use_student_tail, use_teacher_tail = spec.needs_student_logsumexp, spec.needs_teacher_logsumexp
-    for name, tail, used in (
-        ("student_tail", student_tail_n, use_student_tail),
-        ("teacher_tail", teacher_tail_n, use_teacher_tail),
-    ):
-        if used and tail is None:
-            raise ValueError(f"{name}: normalization={spec.normalization!r} needs it, got None")
-    student_tail_n = student_tail_n if use_student_tail else None
-    teacher_tail_n = teacher_tail_n if use_teacher_tail else None
+    """(`[N]` f L, `[N, K]` f dL/ds, `[N]` f dL/ds_tail or an empty tensor), in ACC."""
+    student_tail_n = student_tail_n if spec.needs_student_logsumexp else None
+    teacher_tail_n = teacher_tail_n if spec.needs_teacher_logsumexp else None
     n, k = student_nk.shape
     acc = acc_dtype(student_nk.dtype)
     loss = torch.empty(n, dtype=acc, device=student_nk.device)
     dstudent = torch.empty(n, k, dtype=acc, device=student_nk.device)
-    dtail = torch.empty(n if use_student_tail else 0, dtype=acc, device=student_nk.device)
+    dtail = torch.empty(0 if student_tail_n is None else n, dtype=acc, device=student_nk.device)
     if n == 0:
         return loss, dstudent, dtail
     if k == 0:
         return loss.zero_(), dstudent, dtail.zero_()
-    tile = tile or tiles.divergence_tile(k)
-    _divergence_kernel[(require_grid(triton.cdiv(n, tile.tokens), "topk_divergence"),)](
+    tile = tiles.divergence_tile(k)
+    _divergence_kernel[(require_grid(tiles.cdiv(n, tile.tokens), "topk_divergence"),)](
         student_nk, teacher_nk, student_tail_n, teacher_tail_n, factor_n,
         loss, dstudent, dtail,
         n, k,
         *student_nk.stride(), *teacher_nk.stride(),
-        student_tail_n.stride(0) if use_student_tail else 0,
-        teacher_tail_n.stride(0) if use_teacher_tail else 0,
+        0 if student_tail_n is None else student_tail_n.stride(0),
+        0 if teacher_tail_n is None else teacher_tail_n.stride(0),
         factor_n.stride(0),
         spec.temperature, spec.beta, spec.delta, spec.clip,
-        STUDENT_TAIL=use_student_tail, TEACHER_TAIL=use_teacher_tail,
+        STUDENT_TAIL=student_tail_n is not None, TEACHER_TAIL=teacher_tail_n is not None,
         DIVERGENCE=spec.name, NORMALIZATION=spec.normalization, CLIPPED=spec.clip < torch.inf, EPS=torch.finfo(acc).eps, ACC=ACCUMULATORS[acc],
         TOKENS=tile.tokens, COLUMNS=tile.columns, num_warps=tile.warps,
     )  # fmt: skip

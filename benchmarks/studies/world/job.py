@@ -13,7 +13,7 @@ import torch
 from duet.demo import probes, steering
 from duet.demo.checkpoint import CHECKPOINT, load_base, load_world
 from duet.demo.facts import Split, World
-from duet.demo.methods import Method, forget_rows, retain_rows, unlearn
+from duet.demo.methods import forget_rows, retain_rows, unlearn
 from duet.demo.pretrain import STEPS, build_model, pretrain
 from duet.demo.probes import Speaker
 from duet.demo.scorecard import scorecard, some
@@ -77,15 +77,12 @@ def unlearned(
         )
         began = time.process_time()
         model, _ = unlearn(
-            Method(recipe.about),
-            chosen,
+            replace(recipe, settings=chosen, retain_per_forget=recipe.retain_per_forget if retained else 0.0),
             model,
             tokenizer,
             forget_rows(world),
             retain,
             seed,
-            recipe.forget_per_step,
-            retain_per_forget=recipe.retain_per_forget if retained else 0.0,
         )
         seconds += time.process_time() - began
         used.append(chosen)

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from duet.demo.checkpoint import CHECKPOINT, load_base, load_world
-from duet.demo.methods import METHODS, SETTINGS, Method, forget_rows, retain_rows, unlearn
+from duet.demo.methods import METHODS, SETTINGS, Method, Recipe, forget_rows, retain_rows, unlearn
 from duet.demo.probes import Speaker
 from duet.demo.scorecard import KEEP, behaviour
 from duet.demo.workplace import one_thread
@@ -111,8 +111,9 @@ def tune(
     for name in methods or list(METHODS):
         trials = []
         for settings in TRIALS[name]:
+            recipe = Recipe(**vars(METHODS[name]), settings=settings)
             with one_thread():
-                model, seconds = unlearn(name, settings, base, tokenizer, forget, retain, seed)
+                model, seconds = unlearn(recipe, base, tokenizer, forget, retain, seed)
                 row = behaviour(Speaker(model, tokenizer), world, "validation")
             trial = {
                 "settings": settings,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ...model.switches import Switches
 from .. import metrics
 from . import distribution, weights
 from .rows import AttackRow, halves, of_the_same_form, that_tell_nothing
@@ -316,7 +317,10 @@ def _quantisation(target: Target) -> Iterator[Unit]:
 
 
 def _adapter(target: Target) -> Iterator[Unit]:
-    for name, changed in (("removed", weights.without_adapter), ("merged", weights.merged)):
+    for name, changed in (
+        ("removed", lambda model: Switches(model).base_model()),
+        ("merged", weights.merged),
+    ):
 
         def work(name=name, changed=changed) -> Outcomes:
             with changed(target.model):

@@ -1,4 +1,4 @@
-"""Changes of the weights, undone afterwards: rounding, fine-tuning, adapters off or merged.
+"""Changes of the weights, undone afterwards: rounding, fine-tuning, adapters merged.
 
     q = clamp(round(w / s), -(2^(bits-1) - 1), 2^(bits-1) - 1),   s = max|w_row| / (2^(bits-1) - 1),   w' = s q
 
@@ -100,25 +100,6 @@ def nf4_weights(model: Any) -> None:
 
 
 # --- adapters --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def without_adapter(model: Any) -> Iterator[None]:
-    """The model without its adapter, as after deleting the adapter's file."""
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        if hasattr(model, "disable_adapter"):
-            with model.disable_adapter():
-                yield
-            return
-        model.disable_adapters()  # adapters that transformers itself attached
-        try:
-            yield
-        finally:
-            model.enable_adapters()
-    finally:  # both ways back make the adapter's weights trainable
-        for parameter, flag in trained:
-            parameter.requires_grad_(flag)
 
 
 @contextmanager

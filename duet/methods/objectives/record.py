@@ -157,6 +157,7 @@ class Objective:
             part where they are (`duet.methods.sharpness`). The loss is `forget_loss` + retain_weight `retain_loss`.
         direction: `direction(trainer)`, run once on the untrained model: the gradient of every trained parameter, along which
             all steps are made. The loss is then only measured.
+        keeps: whether retain rows are what its loss keeps; training without any is then warned of.
     """
 
     loss: Callable[[Step], dict[str, Tensor]] | None
@@ -186,6 +187,7 @@ class Objective:
     counts: Callable[[dict[str, Any]], Tensor] | None = None
     sharp: bool = False
     direction: Callable[[Any], list[Tensor]] | None = None
+    keeps: bool = True
 
     def __post_init__(self) -> None:
         if not self.positions:
