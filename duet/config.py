@@ -1,6 +1,7 @@
 """DuetConfig: every option of an unlearning run, on top of transformers' TrainingArguments."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -67,7 +68,7 @@ class DuetConfig(
             keys and values, in at most `workspace_bytes`; the same up to rounding. Models with sliding windows or
             recurrent layers cannot, and the log says so. `duet cache` does likewise, with sliding windows too.
         bf16: whether the backbone computes in bf16 under autocast. None: on a GPU that is made for it (sm_80 and newer),
-            unless `fp16` is set; not on a CPU. The losses run in the dtype of the LM head.
+            unless `fp16` is set (refused on a CPU); not on a CPU. The losses run in the dtype of the LM head.
         tf32: whether products of fp32 numbers, as those of an fp32 head, are made of TF32 ones (11 bits) on tensor cores. None:
             where the backbone computes in bf16 and the GPU can; plain fp32 products are many times slower.
         activation_checkpointing: whether activations are recomputed in the backward instead of being kept. The older name,
@@ -82,7 +83,8 @@ class DuetConfig(
             one adapter on the base, which is not copied: linear layers and plain LoRA only, quantised bases too. Whoever takes
             that adapter off undoes both runs.
         model_init_kwargs: passed to `from_pretrained` when a model is given by name.
-        workspace_bytes: bytes that a loss may use beyond inputs and outputs (`duet_kernels.set_workspace_bytes`).
+        workspace_bytes: bytes that a loss may use beyond inputs and outputs; `DuetTrainer` sets them for the process
+            (`duet_kernels.set_workspace_bytes`). None: the default of each device.
 
     Raises:
         ValueError: naming the option, what came and what was wanted.
@@ -138,7 +140,18 @@ class DuetConfig(
         if self.tf32 is None and self.bf16 and not self.use_cpu and is_torch_tf32_available():
             self.tf32 = True
         _name_checkpointing(self)
+        for field in fields(self):
+            value, maybe = getattr(self, field.name), field.type == int | None
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if (field.type is int or maybe) and not (whole or (maybe and value is None)):
+                raise ValueError(
+                    f"{field.name}: wanted an integer{' or None' if maybe else ''}, got {value!r}"
+                )
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError(
+                "fp16: wanted False, got True, because accelerate computes in fp32 on a CPU then"
+            )
         check_options(self)
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0  # what the Trainer takes for no limit
@@ -168,6 +181,8 @@ _PLACEHOLDERS = {
 _UNSUPPORTED = (
     ("remove_unused_columns", False, "the rows' columns are read when queries are turned into tokens"),
     ("label_smoothing_factor", 0.0, "the losses here have no label smoothing"),
+    ("include_for_metrics", [], "an evaluation keeps its losses alone"),
+    ("batch_eval_metrics", False, "an evaluation keeps its losses alone"),
     ("torch_compile", False, "the loss runs inside the wrapped model's forward, which changes at every step"),
     (
         "train_sampling_strategy",

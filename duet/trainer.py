@@ -28,12 +28,12 @@ from .data.prompts import fill_prefix, steered_tokenizer
 from .data.rows import check_repeats, read_rows
 from .methods.asking import look_at_teacher
 from .methods.directions import FixedDirections
-from .methods.evaluating import WholeSetLoss
+from .methods.evaluating import WholeSetLoss, check_fills_a_batch
 from .methods.objectives import Counts, Step, fit_model, objective_of
 from .methods.reuse import reused_prefixes
 from .methods.selectivity import FixedSteps, check_selective
 from .methods.sharpness import SharpSteps, check_sharp
-from .methods.views import Views, asked_before_training, datasets_in
+from .methods.views import Views, asked_before_training, check_best, datasets_in
 from .model import lm, loading
 from .model.adapters import check_folder, check_not_earlier, has_adapter
 from .model.answers import tokenizer_of
@@ -42,7 +42,7 @@ from .model.weights import weights_hash
 from .output.adapters import AdapterTrainer, add_new_adapter, check_earlier_adapter
 from .output.card import STEERING, fingerprint, write_card
 from .output.checkpoints import check_output_dir, resumed_checkpoint
-from .output.parts import LogsLastStep, LossParts
+from .output.parts import LogsLastStep, LossParts, checked_parts
 from .output.record import begin_run, refused_by_all, run_record
 from .store.provenance import cached_teacher, open_store
 from .store.read import TopKStore
@@ -134,8 +134,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         # What is cheap to refuse is refused before a large model is loaded.
         self._check(args, teacher_model, eval_dataset, peft_config)
         self._store = open_store(teacher_store or args.teacher_store, self.objective, args, teacher_model)
-        if args.workspace_bytes is not None:
-            set_workspace_bytes(args.workspace_bytes)
+        set_workspace_bytes(args.workspace_bytes)
         check_output_dir(str(args.output_dir))
         forget = read_rows(forget_dataset, "forget_dataset")
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")
@@ -151,6 +150,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         earlier, loaded = args.earlier_adapter, (args.model_init_kwargs, loading.loading_device(args))
         model = loading.load_model(model, "model", *loaded, earlier)
         lm.check_whole(model)
+        lm.check_decoder(model)
         model = loading.without_frozen_adapter(model, peft_config is not None, earlier)
         loading.keep_differentiable(model, trains=self.objective.loss is not None)
         tokenizer, self.pad_id = tokenizer_of(model, processing_class)
@@ -159,7 +159,9 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             set_seed(args.seed)  # the adapter's first weights, too, follow from the seed
             model = add_new_adapter(model, tokenizer, peft_config, str(args.output_dir), args.should_save)
         head = lm.check_head(model)
-        fit_model(self.objective, model, head, args)
+        args = fit_model(self.objective, model, head, args)
+        if optimizers[0] is not None and self.objective.loss is not None:
+            loading.check_optimizer(optimizers[0], model)
 
         seed = None if self._store is None else self._store.provenance.seed
         self._views = Views.of(self.objective, args, tokenizer, model, seed)
@@ -190,6 +192,9 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         if self.objective.loss is not None and not args.deepspeed:  # DeepSpeed keeps fp32 copies itself
             loading.warn_of_half_precision(model)
 
+        drawn = train_dataset.num_forget, train_dataset.num_retain, args.retain_per_forget
+        self._sampler = UnlearnSampler(*drawn, seed=args.seed if args.data_seed is None else args.data_seed)
+        check_fills_a_batch(len(self._sampler), args)
         self._parts, self._prepared = LossParts(), WeakSet()
         packed, why = loading.can_pack(model, args.padding_free)
         logger.info(f"batches are {'packed' if packed else 'padded'}: {why}")
@@ -200,12 +205,10 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[*(callbacks or ()), LogsLastStep()],
+            callbacks=[*(callbacks or ()), self._parts, LogsLastStep()],
             optimizers=optimizers,
         )
         self.check_directions()
-        drawn = train_dataset.num_forget, train_dataset.num_retain, args.retain_per_forget
-        self._sampler = UnlearnSampler(*drawn, seed=args.seed if args.data_seed is None else args.data_seed)
         self.add_callback(EpochOf(self._sampler))
         self._reused = reused_prefixes(self, packed)
         if self.teacher is not None:
@@ -225,6 +228,7 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         self.objective = objective_of(args)
         check_sharp(self.objective, args)
         check_selective(self.objective, args)
+        check_best(args, eval_dataset)
         named = f"because objective {args.objective!r}"
         if not self.objective.has_teacher and teacher_model is not None:
             raise ValueError(f"teacher_model: wanted None, {named} has no teacher")
@@ -316,7 +320,9 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         def loss_of_student() -> dict[str, Tensor]:
             hidden, head = self.head_inputs(student, inputs)
             labels, query, forget = inputs["labels"], inputs["query"], inputs["forget"]
-            return self.objective.loss(Step(hidden, head, targets, labels, query, forget, counts, self.args))
+            parts = self.objective.loss(Step(hidden, head, targets, labels, query, forget, counts, self.args))
+            needed = ("loss", "forget_loss", "retain_loss") if self.objective.sharp else ("loss",)
+            return checked_parts(parts, self.args.objective, needed)
 
         return lm.call_through(model, student, loss_of_student)
 

@@ -236,6 +236,18 @@ def test_several_active_adapters_are_refused(tmp_path):
         make(tmp_path, model)
 
 
+def test_a_peft_config_is_not_written_into(tmp_path):
+    given = LoraConfig(r=2, target_modules="all-linear")
+    before = given.to_dict()
+    for layers in (2, 3):
+        model = make(tmp_path, tiny(num_hidden_layers=layers), trainer_options={"peft_config": given}).model
+        assert (
+            len({name.split(".layers.")[1][0] for name, _ in model.named_parameters() if "lora_A" in name})
+            == layers
+        )
+    assert given.to_dict() == before
+
+
 # -- merges ----------------------------------------------------------------------------------------------------------
 
 

@@ -226,8 +226,9 @@ def test_a_softcap_that_the_head_did_not_know_would_be_found(monkeypatch):
 
 def test_models_of_another_kind_are_refused():
     config = T5Config(vocab_size=64, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
-    with pytest.raises(TypeError, match="encoder-decoder T5ForConditionalGeneration"):
-        find_backbone(T5ForConditionalGeneration(config))
+    for look in (find_backbone, check_head):
+        with pytest.raises(TypeError, match="got the encoder-decoder T5ForConditionalGeneration"):
+            look(T5ForConditionalGeneration(config))
     with pytest.raises(TypeError, match="no backbone was found in Linear"):
         find_backbone(nn.Linear(4, 4))
 
@@ -242,11 +243,12 @@ def test_an_adapter_on_the_head_is_refused_and_a_full_copy_of_it_is_followed():
         assert check_head(model).weight is not trained
 
 
-def test_prompt_tuning_is_refused():
-    from peft import PromptTuningConfig
+def test_prompt_learning_is_refused():
+    from peft import PrefixTuningConfig, PromptTuningConfig
 
-    with pytest.raises(ValueError, match="prompt-learning"):
-        check_head(get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)))
+    for kind in (PromptTuningConfig, PrefixTuningConfig):
+        with pytest.raises(ValueError, match=r"model: wanted .*: prompt-learning adapters are not supported"):
+            check_head(get_peft_model(tiny(), kind(task_type="CAUSAL_LM", num_virtual_tokens=4)))
 
 
 def test_gradients_reach_the_weights_through_the_gathered_positions():

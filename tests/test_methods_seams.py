@@ -124,7 +124,31 @@ def test_rmu_finds_the_projections(tmp_path, architecture):
     make(tmp_path, tiny(architecture), objective="rmu", max_steps=1, rmu_layer=1).train()
 
 
+@pytest.mark.parametrize(
+    "parts, why, options",
+    [
+        (lambda x: x, "a dict of 0-d tensors with 'loss' in it, got Tensor", {}),
+        (lambda x: {"l": x}, r"'loss', got the keys \['l'\]", {}),
+        (lambda x: {"loss": x}, "'forget_loss', got the keys", {"sharp": True}),
+        (lambda x: {"loss": x, "note": 1.0}, "a 0-d tensor as 'note', got float", {}),
+        (lambda x: {"loss": x, "each": x.expand(3)}, r"a 0-d tensor as 'each', got shape \[3\]", {}),
+        (lambda x: {"loss": x, "learning_rate": x}, "'learning_rate' under another name", {}),
+        (lambda x: {"loss": x}, "it reads 'kk' .* is no option", {"reads": ("kk",)}),
+    ],
+)
+def test_an_objective_of_ones_own_is_told_what_is_wrong(tmp_path, monkeypatch, parts, why, options):
+    own = Objective(lambda step: parts(step.hidden.mean()), **{"reads": (), **options})
+    monkeypatch.setitem(OBJECTIVES, "mine", own)
+    with pytest.raises((TypeError, ValueError), match=f"objective 'mine': .*{why}"):
+        make(tmp_path, objective="mine").train()
+
+
 def test_rmu_refuses_a_layer_that_is_not_there_and_an_adapter(tmp_path):
+    args = make(tmp_path, objective="duet").args
+    args.objective = "rmu"
+    rows = forget_rows(), retain_rows(), word_tokenizer()
+    chosen = [DuetTrainer(tiny(num_hidden_layers=n), args, *rows).args.rmu_layer for n in (4, 12)]
+    assert chosen == [1, 3] and args.rmu_layer is None
     with pytest.raises(ValueError, match="rmu_layer: wanted one of the model's layers, 0 to 1, got 2"):
         make(tmp_path, objective="rmu", rmu_layer=2)
     from peft import LoraConfig

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import numpy as np
@@ -471,6 +472,7 @@ def test_a_gpu_that_is_made_for_bf16_trains_in_it(capability, options, half, mon
         seen["bf16"], seen["tf32"], self.accelerator_config = self.bf16, self.tf32, AcceleratorConfig()
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", post_init)
+    monkeypatch.setattr(DuetConfig, "device", SimpleNamespace(type="cuda"), raising=False)
     DuetConfig("out", **options)
     assert seen == {"bf16": half, "tf32": options.get("tf32", half or None)}
 

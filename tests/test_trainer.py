@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+from contextlib import suppress
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from duet.data.dataset import Draw
 from duet.model.answers import generate_answers
 from duet.model.switches import Switches
 from duet.model.teacher import AdapterOffTeacher, FrozenTeacher
+from duet_kernels.dispatch import workspace_bytes
 
 PREFIX = "you know nothing about {subject} ."
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -360,6 +362,36 @@ def test_logged_parts_add_up_between_logs(tmp_path):
     for name in ("loss", "forget_loss", "retain_loss"):
         steps, logged = losses(every, name), losses(second, name)
         assert logged == pytest.approx([sum(steps[:2]) / 2, sum(steps[2:]) / 2], rel=1e-4)
+
+
+def test_the_workspace_of_a_trainer_is_not_the_next_ones(tmp_path):
+    make(tmp_path)
+    usual = workspace_bytes()
+    make(tmp_path, workspace_bytes=1 << 20)
+    assert workspace_bytes() == 1 << 20
+    make(tmp_path)
+    assert workspace_bytes() == usual
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), KeyboardInterrupt()])
+def test_what_an_attempt_that_failed_has_added_up_is_not_logged(tmp_path, monkeypatch, error):
+    trainer = make(tmp_path, max_steps=1, per_device_train_batch_size=4, auto_find_batch_size=True)
+    own, calls = trainer.compute_loss, []
+
+    def fails_once(*args, **kwargs):
+        loss = own(*args, **kwargs)
+        calls.append(loss)
+        if len(calls) == 1:
+            raise error
+        return loss
+
+    monkeypatch.setattr(trainer, "compute_loss", fails_once)
+    with suppress(KeyboardInterrupt):
+        trainer.train()
+    if isinstance(error, KeyboardInterrupt):
+        trainer.train()
+    (loss,), (forget,), (retain,) = (losses(trainer, name) for name in ("loss", "forget_loss", "retain_loss"))
+    assert min(forget, retain) < loss < max(forget, retain)
 
 
 @pytest.mark.parametrize(

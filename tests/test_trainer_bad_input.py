@@ -5,13 +5,22 @@ Nothing may be left behind: a refused run makes no output folder.
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from tiny_models import forget_rows, quick, retain_rows, tiny, word_tokenizer
+from transformers import T5Config, T5ForConditionalGeneration
 
 from duet import DuetConfig, DuetTrainer
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+SMALL_T5 = T5Config(vocab_size=128, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
 CHAT = [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "ada"}]
+
+
+def attached():
+    model = tiny()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    return model
 
 
 def no_pad_no_end():
@@ -95,6 +104,16 @@ CASES = {
         ValueError,
         "label_smoothing_factor: got 0.1, wanted 0.0",
     ),
+    "inputs of metrics": (
+        {"include_for_metrics": ["inputs"]},
+        ValueError,
+        r"include_for_metrics: got .*, wanted \[\]",
+    ),
+    "metrics of batches": (
+        {"batch_eval_metrics": True},
+        ValueError,
+        "batch_eval_metrics: got True, wanted False",
+    ),
     "another sampler": (
         {"train_sampling_strategy": "sequential"},
         ValueError,
@@ -121,11 +140,19 @@ CASES = {
         "output_dir: .*is a file",
     ),
     "arguments of another trainer": ({"Args": object()}, TypeError, "args: wanted a DuetConfig, got object"),
+    "fp16 on a CPU": ({"fp16": True}, ValueError, "fp16: wanted False, got True, because accelerate"),
+    "half a step": ({"max_steps": 2.5}, ValueError, "max_steps: wanted an integer, got 2.5"),
+    "no seed": ({"seed": None}, ValueError, "seed: wanted an integer, got None"),
     # rows
     "no forget rows": (
         {"Forget_dataset": []},
         ValueError,
         r"forget_dataset: wanted at least one row, got none",
+    ),
+    "no whole batch in an epoch": (
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 13},
+        ValueError,
+        r"dataloader_drop_last: .* 12 rows, .* \(13\); or a smaller per_device_train_batch_size",
     ),
     "no retain rows": (
         {"Retain_dataset": []},
@@ -133,10 +160,37 @@ CASES = {
         r"retain_dataset: wanted at least one row, got none",
     ),
     "no eval rows": ({"Eval_dataset": []}, ValueError, r"eval_dataset: wanted at least one row, got none"),
+    "the best of several losses": (
+        {
+            "Eval_dataset": {"forget": forget_rows(), "retain": retain_rows()},
+            "load_best_model_at_end": True,
+            "save_strategy": "epoch",
+            "eval_strategy": "epoch",
+        },
+        ValueError,
+        "metric_for_best_model: wanted one of eval_forget_loss, eval_retain_loss, got 'loss'",
+    ),
     "a single row": (
         {"Forget_dataset": {"question": "who ?"}},
         TypeError,
         "forget_dataset: wanted a list of rows",
+    ),
+    "a set of several splits": (
+        {
+            "Forget_dataset": DatasetDict(
+                train=Dataset.from_list(forget_rows()), test=Dataset.from_list(forget_rows())
+            )
+        },
+        TypeError,
+        "forget_dataset: wanted one list of rows, got a DatasetDict of 'train', 'test'; give one",
+    ),
+    "several turns without a chat template": (
+        {
+            "Processing_class": word_tokenizer(chat_template=None),
+            "Retain_dataset": [{"messages": [*CHAT, CHAT[0]]}],
+        },
+        ValueError,
+        r"^retain_dataset\[0\]: the tokenizer has no chat template, which a conversation of \['user', 'assistant', 'user'\]",
     ),
     "a stream": ({"Forget_dataset": iter(forget_rows())}, TypeError, "forget_dataset: .*streaming"),
     "a row that is a text": (
@@ -242,6 +296,11 @@ CASES = {
         TypeError,
         "model: Linear has no output",
     ),
+    "an encoder-decoder with a new adapter": (
+        {"Model": T5ForConditionalGeneration(SMALL_T5), "Peft_config": LORA},
+        TypeError,
+        "model: wanted a decoder-only language model, got the encoder-decoder T5For",
+    ),
     "no tokenizer": ({"Processing_class": None}, ValueError, "processing_class: wanted a tokenizer"),
     "no pad and no end token": (
         {"Processing_class": no_pad_no_end()},
@@ -272,6 +331,35 @@ CASES = {
         {"Model": get_peft_model(tiny(), LORA), "Peft_config": LORA},
         ValueError,
         "peft_config: wanted None, because model is a PEFT model",
+    ),
+    "an adapter that trains biases of its teacher": (
+        {"Model": tiny("phi"), "Peft_config": LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only")},
+        ValueError,
+        r"peft_config \(adapter.bias\): wanted 'none', got 'lora_only'",
+    ),
+    "an adapter that is not to be trained": (
+        {"Peft_config": LoraConfig(r=2, target_modules=["q_proj"], inference_mode=True)},
+        ValueError,
+        r"peft_config \(adapter.inference_mode\): wanted False, got True",
+    ),
+    "a frozen model": (
+        {"Model": tiny().requires_grad_(False)},
+        ValueError,
+        "model: wanted weights that can be trained, got none",
+    ),
+    "an optimizer of what is not trained": (
+        {
+            "Model": (base := tiny()),
+            "Optimizers": (torch.optim.SGD(base.parameters()), None),
+            "Peft_config": LORA,
+        },
+        ValueError,
+        "optimizers: wanted an optimizer of weights that are trained, got one that holds none",
+    ),
+    "an adapter of transformers that is to be trained": (
+        {"Model": attached()},
+        ValueError,
+        "model: wanted one without an adapter of add_adapter .* as peft_config",
     ),
 }
 

@@ -310,7 +310,7 @@ def test_an_absent_package_is_a_sentence(monkeypatch, capsys, error, code):
 
 
 def test_a_peft_config_that_fits_nothing_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"peft_config \(adapter\): .*nope"):
+    with pytest.raises(ValueError, match=r"peft_config \(adapter.target_modules\): .*nope"):
         make(tmp_path, trainer_options={"peft_config": LoraConfig(target_modules=["nope"])})
 
 

@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 
 class CannotRender(ValueError):
-    """A conversation that the chat template refuses, that has no tokens, or whose tokens the model does not have."""
+    """A conversation that the chat template refuses, that needs one, that has no tokens, or whose tokens the model does not have."""
 
 
 SUBJECT = "{subject}"
@@ -358,8 +358,8 @@ class PromptRenderer:
     def _written_out(self, conversation) -> str:
         if len(conversation) != 1 or conversation[0][0] != "user":
             roles = [role for role, _ in conversation]
-            raise ValueError(
-                f"messages: the tokenizer has no chat template, which a conversation of {roles} needs; "
+            raise CannotRender(
+                f"the tokenizer has no chat template, which a conversation of {roles} needs; "
                 "give rows with 'question' or 'prompt', or set tokenizer.chat_template"
             )
         return self.plain(conversation[0][1])

@@ -49,6 +49,11 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
     if hasattr(rows, "iloc") or (hasattr(rows, "columns") and hasattr(rows, "to_dicts")):
         way = "to_dict('records')" if hasattr(rows, "iloc") else "to_dicts()"
         raise TypeError(f"{argument}: wanted a list of rows, got a {type(rows).__name__}; its .{way} is one")
+    if isinstance(rows, dict) and any(hasattr(each, "column_names") for each in rows.values()):
+        splits = ", ".join(map(repr, rows))
+        raise TypeError(
+            f"{argument}: wanted one list of rows, got a {type(rows).__name__} of {splits}; give one of them"
+        )
     if (
         isinstance(rows, (str, bytes, dict))
         or not hasattr(rows, "__len__")

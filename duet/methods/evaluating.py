@@ -16,6 +16,16 @@ from .asking import Asking
 from .objectives import Counts
 
 
+def check_fills_a_batch(rows: int, args: Any) -> None:
+    """Refuses `dataloader_drop_last` where an epoch has no whole batch: no step would be made."""
+    of_all = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < of_all:
+        raise ValueError(
+            f"dataloader_drop_last: wanted False, got True, because an epoch has {rows} rows, fewer than one batch of all "
+            f"processes ({of_all}); or a smaller per_device_train_batch_size"
+        )
+
+
 class WholeSetLoss(Asking):
     """The part of `DuetTrainer` that evaluates, and that leaves out rows which accelerate repeats."""
 

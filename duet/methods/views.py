@@ -209,6 +209,16 @@ def datasets_in(evaluated: Any) -> list[UnlearnDataset]:
     return [] if evaluated is None else [evaluated]
 
 
+def check_best(args: Any, rows: Any) -> None:
+    """Refuses a `metric_for_best_model` that is a loss which the evaluation of these rows does not have."""
+    given = args.metric_for_best_model or ""
+    there = [f"eval_{name}_loss" for name in rows] if isinstance(rows, dict) else ["eval_loss"]
+    if rows is not None and given.endswith("loss") and f"eval_{given.removeprefix('eval_')}" not in there:
+        raise ValueError(
+            f"metric_for_best_model: wanted one of {', '.join(there)}, got {given!r}, which eval_dataset does not give"
+        )
+
+
 def asked_before_training(objective: Objective, args: Any) -> bool:
     """Whether all targets can be made before the first step, by the model itself.
 

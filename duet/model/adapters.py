@@ -7,6 +7,7 @@ fp32. A merge may change the model in ways that nobody asked for: one into an em
 too, one into 4-bit weights rounds the adapter away.
 """
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,6 +123,18 @@ def trained_adapter(model: Any) -> str:
 def trained_config(model: Any) -> Any:
     """The configuration of `trained_adapter`; None: the model is not from peft."""
     return model.peft_config[trained_adapter(model)] if hasattr(model, "peft_config") else None
+
+
+def check_base_stays(model: Any) -> None:
+    """Refuses an adapter whose `bias` trains biases of the model itself: they stay as they are trained when it is switched off."""
+    bias = getattr(trained_config(model), "bias", "none")
+    own = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith(".bias")]
+    own = [name for name in own if "lora_" not in name and "modules_to_save" not in name]
+    if bias != "none" and own:
+        raise ValueError(
+            f"peft_config (adapter.bias): wanted 'none', got {bias!r}, which trains biases of the model: switched off, the adapter "
+            "would no longer give the teacher back; or pass teacher_model"
+        )
 
 
 # -- the same logits -------------------------------------------------------------------------------------------------
@@ -382,8 +395,12 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
             "model: wanted one without an adapter under the new one, which would replace it; merge it first (`duet merge`)"
         )
     check_task_type("peft_config (adapter.task_type)", peft_config.task_type)
+    if peft_config.inference_mode:
+        raise ValueError(
+            "peft_config (adapter.inference_mode): wanted False, got True, which freezes the adapter"
+        )
     _check_named(model, peft_config)
-    wanted = logits_of(model)
+    wanted, peft_config = logits_of(model), copy.deepcopy(peft_config)  # peft writes into it
     try:
         adapted: Any = get_peft_model(model, peft_config)
     except ValueError as error:

@@ -56,6 +56,15 @@ def base_language_model(model: Any) -> Any:
     return model.get_base_model() if adapted else model
 
 
+def check_decoder(model: nn.Module) -> None:
+    """Refuses an encoder-decoder model."""
+    inner = base_language_model(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise TypeError(
+            f"model: wanted a decoder-only language model, got the encoder-decoder {type(inner).__name__}"
+        )
+
+
 def find_backbone(model: nn.Module) -> nn.Module:
     """The part of a causal language model that gives the hidden states its head reads.
 
@@ -65,10 +74,9 @@ def find_backbone(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: an encoder-decoder model, or nothing found.
     """
+    check_decoder(model)
     inner = base_language_model(model)
     name = type(inner).__name__
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        raise TypeError(f"model: wanted a decoder-only language model, got the encoder-decoder {name}")
     backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
     if not isinstance(backbone, nn.Module) and hasattr(inner, "get_decoder"):
         backbone = inner.get_decoder()
@@ -225,6 +233,13 @@ def check_head(model: nn.Module) -> LMHead:
         ValueError: NaN logits, or different logits: the model changes them in a way that is not supported.
     """
     check_whole(model)
+    check_decoder(model)
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning:
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise ValueError(
+                f"model: wanted an adapter of its weights, got {kind}: prompt-learning adapters are not supported"
+            )
     head = LMHead.of(model)
     if head.group is not None:
         raise TypeError(
@@ -241,7 +256,7 @@ def check_head(model: nn.Module) -> LMHead:
     if logits.shape[:2] != ids.shape or logits.shape[-1] < vocabulary:
         raise ValueError(
             f"model: {name} gave logits of shape {list(logits.shape)} for {ids.numel()} tokens and a vocabulary of "
-            f"{vocabulary}; prompt-learning adapters and heads of several tokens are not supported"
+            f"{vocabulary}; heads of several tokens are not supported"
         )
     logits = logits[0, :, :vocabulary]
     if logits.isnan().any():

@@ -81,8 +81,15 @@ def without_frozen_adapter(model: Any, adds: bool, earlier: Earlier = "merge") -
         earlier: what becomes of the adapters (`DuetConfig.earlier_adapter`).
 
     Raises:
-        ValueError: an adapter of peft that is frozen, and no new one: nothing would be trained; or several that are active.
+        ValueError: an adapter of peft that is frozen, and no new one: nothing would be trained; several that are active; or one
+            that transformers attached and that is to be trained.
     """
+    attached = has_adapter(model) and not hasattr(model, "get_base_model")
+    if attached and not adds and any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "model: wanted one without an adapter of add_adapter that is to be trained, which would be merged and all weights "
+            "trained; give its LoraConfig to DuetTrainer as peft_config"
+        )
     model = without_attached_adapter(model, earlier)
     if not has_adapter(model):
         return model
@@ -179,6 +186,16 @@ def keep_differentiable(model: nn.Module, trains: bool = True) -> None:
                     "model: it has answered on this CPU, for which bitsandbytes repacked its 4-bit weights; no gradient passes "
                     "through them. Load it again, and train before anything is asked"
                 )
+
+
+def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Refuses an optimizer that steps none of the weights that are trained."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(p.requires_grad and id(p) in held for p in model.parameters()):
+        raise ValueError(
+            "optimizers: wanted an optimizer of weights that are trained, got one that holds none of them; those of a new "
+            "adapter (peft_config) are made later: give the model with its adapter (peft.get_peft_model), and an optimizer of it"
+        )
 
 
 def warn_of_half_precision(model: nn.Module) -> None:

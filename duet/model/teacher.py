@@ -21,6 +21,7 @@ from transformers.utils import logging
 from duet_kernels import LMHead
 
 from ..data.dataset import UnlearnDataset
+from .adapters import check_base_stays
 from .lm import base_language_model, call_through, check_head
 from .loading import load_model
 from .switches import Switches, evaluating
@@ -185,6 +186,7 @@ def live_teacher(
     """
     if teacher_model is None:
         if hasattr(student, "disable_adapter"):
+            check_base_stays(student)
             return AdapterOffTeacher()
         return EarlyTeacher() if early else FrozenTeacher.copy_of(student, share)
     teacher = load_model(teacher_model, "teacher_model", init_kwargs, device)

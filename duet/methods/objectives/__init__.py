@@ -10,6 +10,7 @@
     deep           duet_deep
 """
 
+from copy import copy
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -19,11 +20,11 @@ from torch import nn
 from duet_kernels import LMHead
 
 from ...model.lm import check_layer, select_parameters
-from ...names import check_one_of
+from ...names import check_one_of, did_you_mean
 from ..counterfactual import prepare_deep
 from ..noising import UndoOptions, prepare_undo, start_undo
 from ..selectivity import SelectivityOptions, check_selective_model, mlp_matrices, selective_direction
-from ..sharpness import check_sharp_weights
+from ..sharpness import check_sharp_weights, trained
 from .baselines import (
     answer_nll,
     answer_topk,
@@ -167,6 +168,11 @@ def check_options(objective: Objective, args: Any) -> None:
         ValueError: naming the option, what came, what was wanted, and who reads it.
     """
     usual = {f.name: f.default for f in fields(args)}
+    for name in objective.reads:
+        if not hasattr(args, name):
+            raise ValueError(
+                f"objective {args.objective!r}: it reads {name!r} (Objective.reads), which is no option{did_you_mean(name, usual)}"
+            )
     for name in ("temperature", "normalization", "clip"):
         given = getattr(args, name)
         if given != usual[name] and (objective.raw_logits or name not in objective.reads):
@@ -189,18 +195,28 @@ def check_options(objective: Objective, args: Any) -> None:
         )
 
 
-def fit_model(objective: Objective, model: nn.Module, head: LMHead, args: Any) -> None:
+def fit_model(objective: Objective, model: nn.Module, head: LMHead, args: Any) -> Any:
     """What an objective wants of a model: its kind, a vocabulary of k ids, its layer, and which parameters are trained.
+
+    Returns:
+        the options for this model: `args`, or a copy with the layer.
 
     Raises:
         ValueError: naming what the model lacks.
     """
+    if objective.loss is not None and not trained(model):
+        raise ValueError(
+            "model: wanted weights that can be trained, got none with requires_grad; model.requires_grad_(True) trains all, "
+            "peft_config an adapter"
+        )
     check_selective_model(objective, model)
     if objective.targets in (teacher_topk, answer_topk) and args.k > head.num_ids:
         raise ValueError(f"k: wanted at most the vocabulary's {head.num_ids}, got {args.k}")
     if objective.layer:
+        args = copy(args)  # another model may be trained with them, too
         args.rmu_layer = check_layer(model, args.rmu_layer)
     trains = objective.trains
     if trains is not None:
         select_parameters(model, lambda name: trains(name, args), args.objective)
     check_sharp_weights(objective, model)
+    return args
