@@ -83,8 +83,8 @@ class DuetConfig(
             one adapter on the base, which is not copied: linear layers and plain LoRA only, quantised bases too. Whoever takes
             that adapter off undoes both runs.
         model_init_kwargs: passed to `from_pretrained` when a model is given by name.
-        workspace_bytes: bytes that a loss may use beyond inputs and outputs; `DuetTrainer` sets them for the process
-            (`duet_kernels.set_workspace_bytes`). None: the default of each device.
+        workspace_bytes: bytes that a loss may use beyond inputs and outputs; set for the whole process, later trainers too
+            (`duet_kernels.set_workspace_bytes`). None: what is set, or else the default of each device.
 
     Raises:
         ValueError: naming the option, what came and what was wanted.

@@ -134,7 +134,8 @@ class DuetTrainer(SharpSteps, FixedSteps, FixedDirections, WholeSetLoss, Adapter
         # What is cheap to refuse is refused before a large model is loaded.
         self._check(args, teacher_model, eval_dataset, peft_config)
         self._store = open_store(teacher_store or args.teacher_store, self.objective, args, teacher_model)
-        set_workspace_bytes(args.workspace_bytes)
+        if args.workspace_bytes is not None:
+            set_workspace_bytes(args.workspace_bytes)
         check_output_dir(str(args.output_dir))
         forget = read_rows(forget_dataset, "forget_dataset")
         retain = [] if retain_dataset is None else read_rows(retain_dataset, "retain_dataset")

@@ -450,8 +450,6 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_prefix_reuse.py::test_prompts_that_share_nothing_are_read_whole"),
     ],
     "duet/trainer.py": [
-        ("workspace_bytes outlives its trainer", "        set_workspace_bytes(args.workspace_bytes)\n", "        if args.workspace_bytes:\n            set_workspace_bytes(args.workspace_bytes)\n",
-         "tests/test_trainer.py::test_the_workspace_of_a_trainer_is_not_the_next_ones"),
         ("nobody says that nothing is kept", "if not retain and self.objective.keeps:", "if False:", "tests/test_user_day.py::test_a_training_that_keeps_nothing_is_said[duet-False-True]"),
         ("the card of a resumed run has another loss", "            if self._resumed:", "            if False:",
          "tests/test_crashes.py::test_a_finished_run_is_not_trained_further"),

@@ -19,7 +19,6 @@ from duet.data.dataset import Draw
 from duet.model.answers import generate_answers
 from duet.model.switches import Switches
 from duet.model.teacher import AdapterOffTeacher, FrozenTeacher
-from duet_kernels.dispatch import workspace_bytes
 
 PREFIX = "you know nothing about {subject} ."
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -362,15 +361,6 @@ def test_logged_parts_add_up_between_logs(tmp_path):
     for name in ("loss", "forget_loss", "retain_loss"):
         steps, logged = losses(every, name), losses(second, name)
         assert logged == pytest.approx([sum(steps[:2]) / 2, sum(steps[2:]) / 2], rel=1e-4)
-
-
-def test_the_workspace_of_a_trainer_is_not_the_next_ones(tmp_path):
-    make(tmp_path)
-    usual = workspace_bytes()
-    make(tmp_path, workspace_bytes=1 << 20)
-    assert workspace_bytes() == 1 << 20
-    make(tmp_path)
-    assert workspace_bytes() == usual
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), KeyboardInterrupt()])
