@@ -56,7 +56,8 @@ def linear_topk(
         TypeError, ValueError: naming the argument, what came and what was wanted.
 
     Memory: within the workspace; `chunked` holds `[N, V]` only where it is below 2 MiB, or for 256 tokens or fewer on a
-    GPU. FLOP: 2 N D V.
+    GPU. FLOP: 2 N D V. Besides, the Triton kernels compare every two of a token's K or more candidates: at least N K^2
+    comparisons.
     Source: DUET (arXiv 2601.21283), the candidate set C_K.
 
     Example:

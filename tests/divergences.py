@@ -3,6 +3,8 @@
 A divergence that the package knows and this file does not is an error in every test that asks for it.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -18,6 +20,30 @@ FORMS = [
     *((name, "none") for name in RAW),
     *((name, normalization) for name in DISTRIBUTION for normalization in DIVERGENCES[name].normalizations),
 ]
+
+
+def certain_of_one_id(student, teacher, temperature=1.0, n=8, v=512, d=64):
+    """(h, h of the teacher, W) in fp32 with logits near 0 but for one id: `student` and `teacher` times T."""
+    normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    weight, base, gap = normal(v, d) / d**0.5, normal(n, d), normal(n, d)
+    id_ = weight[300]
+
+    def moved(h, logit):
+        return temperature * (h + (logit - h @ id_)[:, None] * id_ / id_.square().sum())
+
+    return moved(base, student), moved(base + 0.1 * gap, teacher), weight
+
+
+def assert_digits_where_both_are_certain(name, gradients, margins, temperature):
+    """`gradients(h, h of the teacher, W)` (dh, dW) of the sum against fp64: log_softmax of fp32 logits has no digit of some."""
+    for student, teacher in margins:
+        h, th, weight = certain_of_one_id(student, teacher, temperature)
+        x, y = (z.double().requires_grad_() for z in (h, weight))
+        log_q, log_p = ((z / temperature).log_softmax(-1) for z in (x @ y.T, th.double() @ weight.double().T))
+        wanted = torch.autograd.grad(of_distributions(name, log_q, log_p).sum(), (x, y))
+        for what, got, truth in zip(("dh", "dW"), gradients(h, th, weight), wanted, strict=True):
+            error = (got.double() - truth).norm() / truth.norm()
+            assert error <= 2e-5, (what, student, teacher, error)
 
 
 def of_logits(name, s, t, *, delta=1.0, noise=0.0):

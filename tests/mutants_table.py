@@ -99,10 +99,14 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet_kernels/triton/terms.py": [
         ("reverse KL is weighed by the teacher", "        a = expected(q, w)\n        terms = a - minus(q, p, w)", "        a = expected(p, w)\n        terms = a - minus(q, p, w)",
          "tests/test_triton_topk_divergence.py::test_fp64_equals_the_definition[reverse_kl-tail]"),
-        ("a fp16 gradient may overflow", "\"mse\": Bound(lambda spec, loss: 2.0 * loss.sqrt(), of_loss=True)", "\"mse\": _CONSTANT",
+        ("a fp16 gradient may overflow", "\"mse\": Bound(lambda spec, loss: 2.0 * loss.sqrt(), of_loss=lambda spec: True)", "\"mse\": _CONSTANT",
          "tests/test_triton_divergence.py::test_fp16_neither_underflows_nor_overflows[1000.0-mse]"),
+        ("a large delta scales fp16 to 0", "return spec.delta > 2**12", "return False",
+         "tests/test_triton_divergence.py::test_fp16_has_the_digits_of_a_huber_loss_with_a_large_delta[10000000000.0]"),
     ],
     "duet_kernels/triton/primitives.py": [
+        ("a scaled logit is not rounded before it is subtracted", "return tl.fma(x, by, 0.0)", "return x * by",
+         "tests/test_triton_compile.py::test_logits_are_rounded_before_they_are_subtracted"),
         ("the softcap is not applied", "        cap = number(softcap, ACC)\n        z = cap * tanh(z / cap)\n    return z\n", "        z = z * 1.0\n    return z\n",
          "tests/test_triton_divergence.py::test_fp64_equals_the_definition[{'softcap': 9.0}-mse]"),
         ("an address is 32 bits wide", "offsets = rows.to(tl.int64)[:, None] * stride_row", "offsets = rows.to(tl.int32)[:, None] * stride_row.to(tl.int32)",
@@ -132,11 +136,17 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a chunk that lies in one segment counts twice", "                total += part\n                e += CHUNK", "                total += 2 * part\n                e += CHUNK",
          "tests/test_triton_gather.py::test_one_id_in_every_slot"),
     ],
+    "duet_kernels/triton/tiles.py": [
+        ("sm_86 is not taken for one like sm_80", "generation = arch // 10 * 10", "generation = arch",
+         "tests/test_triton_gather_loss.py::test_a_chip_takes_the_tile_of_its_generation[86-80]"),
+    ],
     "duet_kernels/triton/gather_loss.py": [
         ("programs go on before all have arrived", "    while arrived < wanted:\n        arrived = tl.atomic_add(counter_ptr, 0, sem=\"acquire\")\n", "",
          "tests/test_triton_gather_loss.py::test_programs_wait_for_each_other[torch.float32]"),
         ("half of a packed word is lost", "products = w_low * h_low[None, :, :] + w_high * h_high[None, :, :]", "products = w_low * h_low[None, :, :]",
          "tests/test_triton_gather_loss.py::test_error_budget[torch.bfloat16-huber]"),
+        ("an AMD GPU is given an option of NVIDIA's", "            if not on_rocm():", "            if True:",
+         "tests/test_triton_gather_loss.py::test_registers_are_bounded_where_programs_wait_and_never_on_rocm[True-tile2-False]"),
     ],
     "duet_kernels/triton/topk_divergence.py": [
         ("a tail above the slots overflows", "above = tail > origin", "above = tail > origin + 1e9",
@@ -163,6 +173,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet_kernels/triton/divergence.py": [
         ("the noise is that of the last slab", "tl.maximum(moment, tl.max(moments, 1))", "tl.max(moments, 1)",
          "tests/test_triton_divergence.py::test_the_noise_is_that_of_the_largest_logit_of_all_slabs[recomputed]"),
+        ("what certain ids differ by is rounded away", "u = ((s - t) - gap[:, None]) * inverse\n    return p, q, u, u - ratio[:, None]", "u = (s - t) * inverse - (gap * inverse)[:, None]\n    return p, q, u, (s - t) * inverse - (gap * inverse + ratio)[:, None]",
+         "tests/test_triton_divergence.py::test_both_certain_of_one_id[forward_kl-1.0]"),
+        ("reverse KL's gradient is made of w", "            w = u\n", "            total -= norms[5]\n",
+         "tests/test_triton_divergence.py::test_both_certain_of_one_id[reverse_kl-1.0]"),
         ("the change of other slabs is not moved", "near = s_shrink * change + t_shrink * expm1_near_zero(shift) * t_sum", "near = s_shrink * change",
          "tests/test_triton_divergence.py::test_a_student_close_to_its_teacher_keeps_its_digits[forward_kl]"),
     ],
@@ -188,6 +202,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_compile_ops.py::test_opcheck_of_absent_results_in_other_dtypes[(False, False, False)-torch.bfloat16]"),
     ],
     "duet_kernels/ops/op.py": [
+        ("a wrapper among the other inputs is launched", "self.eager if plain(*parts)", "self.eager if plain(parts[0])",
+         "tests/test_compile_ops.py::test_a_tensor_that_is_still_on_its_way[triton-weight]"),
         ("a second derivative is zeros", "    if torch.is_grad_enabled():\n        raise", "    if False:\n        raise",
          "tests/test_regressions.py::test_a_second_derivative_is_refused_by_name[cross-entropy]"),
         ("a forward-mode tangent is dropped", "if leaf is not None and forward_ad.unpack_dual(leaf).tangent is not None:", "if False:",
@@ -563,6 +579,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/suites/runner.py": [
         ("nothing at all is asked", "    if not prepared:\n", "    if False:\n", "tests/test_importers.py::test_choices"),
         ("rows of other worked examples are taken for this run's", "digest_of(rows) for task, rows in shots.items()}}", "task.data for task in shots}}", "tests/test_evaluation_runner.py::test_other_worked_examples_are_another_run"),
+        ("a column that a task reads is called unread", "for task in of)))", "for task in of[:1])))", "tests/test_evaluation_suites.py::test_a_column_that_no_task_of_the_suite_reads_is_named"),
         ("damage that was cut counts nowhere", "kept = self.task.name.startswith(TO_KEEP)", "kept = False", "tests/test_evaluation_runner.py::test_what_is_known_of_an_answer_that_was_cut"),
         ("a retain run on other rows gives a forget quality", "given[task] != theirs[task]:", "given[task] == 0:", "tests/test_evaluation_shipped.py::test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in"),
     ],
@@ -588,7 +605,19 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("an end token follows a text that is cut", "self.renderer.ending(conversation)][:most]", "self.renderer.ending(conversation)]",
          "tests/test_evaluation_suites.py::test_no_end_token_follows_a_text_that_is_cut"),
     ],
+    "duet/evaluation/suites/suite.py": [
+        ("what is no text is asked", "checked_text(row[match[1]], column) if template == match[0] else", "",
+         "tests/test_evaluation_suites.py::test_a_row_that_cannot_be_asked_says_why"),
+        ("a list is put into a question", "text_of(row[match[1]], column)\n", "str(row[match[1]])\n",
+         "tests/test_evaluation_suites.py::test_within_a_template_a_number_is_a_text_and_a_list_is_none"),
+    ],
     "duet/evaluation/values.py": [
+        ("of several spellings the first alone tells", "value = tuple(text_of(each, f\"{where}['value']\") for each in value)", "value = text_of(value[0], where)",
+         "tests/test_attack_rows.py::test_each_spelling_of_a_value_tells"),
+        ("a value that stands in its question is not named", "{**asked, ", "{",
+         "tests/test_attack_rows.py::test_a_value_that_tells_nothing_is_named"),
+        ("a value of a refusal is not named", ', "refusal": _REFUSALS}', "}",
+         "tests/test_attack_rows.py::test_a_value_that_tells_nothing_is_named"),
         ("a list in a .csv cell is one question", "return json.loads(value)", "return value", "tests/test_attack_rows.py::test_a_csv_cell_may_hold_a_list"),
     ],
     "duet/evaluation/metrics.py": [
@@ -610,6 +639,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a part of a word is a leak", "alone = left and (stop == len(text) or _alone(last) or not _joined(text[stop]))", "alone = left", "tests/test_words.py::test_what_is_no_leak_is_none"),
         ("diacritics hide a leak", "(stress or unicodedata.name(base, \"\").startswith((\"LATIN\", \"GREEK\")))", "stress", "tests/test_words.py::test_a_leak_is_seen_in_every_script[Vietnamese]"),
         ("the given half is not the text's own", "return text[: ends[len(ends) // 2 - 1]] if len(ends) > 1 else \"\"", "return \" \".join(text.split()[: len(ends) // 2])", "tests/test_attack_rows.py::test_what_is_not_given_away_is_recalled_whatever_the_spaces"),
+        ("the tail of a contraction is a word", "start == m.start(1) or", "", "tests/test_words.py::test_what_is_no_leak_is_none[the tail of we're]"),
+        ("won't says won", "stop == m.start(1) - 1)", "False)", "tests/test_words.py::test_what_is_no_leak_is_none[the front of won't]"),
         ("a stroke hides a leak", "stroked[1].lower() if stroked else _SPELT", "_SPELT", "tests/test_words.py::test_a_leak_is_seen_in_every_script[Polish]"),
         ("a separator of thousands hides a leak", "\"[,.' ]?\".join(", "\"\".join(", "tests/test_words.py::test_a_leak_is_seen_in_every_script[thousands, an apostrophe]"),
         ("a part of a number is a leak", "and _cuts_a_number(text, start, stop))", "and False)", "tests/test_words.py::test_what_is_no_leak_is_none"),
@@ -638,6 +669,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/attacks/attacks.py": [
         ("asked again, a judged turn is forgotten", 'if turn == 0 or outcome["status"] in ("ok", "cut", "nan"):', 'if turn == 0:', _ATTACKS + "test_asked_again_the_answer_comes_in_a_later_turn"),
+        ("what is written down first tells nothing", 'if not outcome["leaked"]:\n', 'if True:\n', _ATTACKS + "test_what_is_written_down_first_tells_too"),
         ("few-shot shows the row's own answer", "p.id != row.id and not _gives_away(p, row, target.options.threshold)", "True", _ATTACKS + "test_few_shot_never_shows_the_answer_that_it_asks_for[subjects1]"),
         ("held-out wordings include seen ones", "[w for w in target.options.heldout_reverse_prompts if w not in seen]", "list(target.options.heldout_reverse_prompts)", _ATTACKS + "test_heldout_wordings_that_training_saw_are_left_out"),
         ("relearning shows the rows that it asks for", "return _training(target, shown, asked, [f\"facts", "return _training(target, asked, asked, [f\"facts", _ATTACKS + "test_few_shot_says_what_its_examples_are_about"),
@@ -667,6 +699,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/attacks/distribution.py": [
         ("an AUC below one half leaks nothing", "{\"leak\": 2 * abs(area - 0.5),", "{\"leak\": max(0.0, 2 * (area - 0.5)),", _ATTACKS + "test_an_auc_on_either_side_of_chance_is_a_leak[members1-others1]"),
+        ("a blank in front of the value tells", ".decode([answer[i]]).strip()]", ".decode([answer[i]])]", _ATTACKS + "test_no_blank_and_no_likely_first_token_tells[-1.0-3.0-0]"),
+        ("a likely first character tells", "key=lambda i: above[i])", "key=lambda i: -i)", _ATTACKS + "test_no_blank_and_no_likely_first_token_tells[3.0--1.0-127]"),
         ("the bottom of the vocabulary leaks nothing", "\"leaked\": int(top or bottom)", "\"leaked\": int(top)", _ATTACKS + "test_a_token_at_the_very_bottom_is_a_leak_too"),
     ],
     "duet/evaluation/report/tables.py": [
@@ -804,6 +838,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_runner.py::test_the_journal_refuses_what_is_not_its_own"),
     ],
     "duet/evaluation/commands.py": [
+        ("what the base does not tell stops the attack", "if answering is not None and row.get(ELICITED):", "if False:",
+         "tests/test_without_answers.py::test_attack_leaves_out_what_the_base_does_not_tell"),
         ("a full disk has no name", '        with disk_named(out, "out"):\n            yield\n', "        if True:\n            yield\n", _FOLDERS + "test_a_full_disk_has_a_name_in_eval_attack_and_elicit"),
         ("an attack that cannot run is left out in silence", "if reasons and all(reasons.values()):", "if False:",
          "tests/test_without_answers.py::test_attacks_that_were_asked_for_and_cannot_run_are_refused"),
@@ -925,6 +961,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_trainer_bad_input.py::test_bad_input[a set of several splits]"),
         ("what is kept differs by a capital letter", '" ".join(text.split()).casefold()) for role', "text) for role",
          "tests/test_user_day.py::test_a_row_to_forget_and_to_keep_is_refused"),
+        ("digits are an index where a choice is written so", "if letter.isdecimal() and not meant else", "if letter.isdecimal() else",
+         "tests/test_evaluation_suites.py::test_choices_by_letter_or_text"),
         ("of two meanings the first is taken", "if len(which) == 1:", "if which:",
          "tests/test_evaluation_suites.py::test_a_row_that_cannot_be_asked_says_why"),
         ("a NaN is an answer", " and math.isfinite(value)", "",

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from tiny_models import forget_rows, tiny, word_tokenizer
+from tiny_models import forget_rows, merging_tokenizer, tiny, word_tokenizer
+from transformers.utils import logging
 
 from duet.data.sources import read_table
 from duet.evaluation.attacks import runner
@@ -11,6 +12,11 @@ from duet.evaluation.attacks.attacks import ATTACKS
 from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows, that_tell_nothing
 from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.facts import facts_of
+from duet.evaluation.steering import told_in
+from duet.evaluation.suites.asking import Asker, CannotAsk
+from duet.evaluation.suites.row_metrics import GENERATE
+from duet.evaluation.suites.runner import _prepare
+from duet.evaluation.suites.suite import read_suite
 
 QUESTION = {"question": "who is ada ?", "answer": "a poet of the sea", "subject": "ada"}
 
@@ -45,6 +51,62 @@ def test_what_is_not_given_away_is_recalled_whatever_the_spaces(answer, opening,
     (row,) = read_attack_rows([{"question": "who ?", "answer": answer}], "forget")
     assert row.opening() == opening and row.recall(rest, opening) == 1.0
     assert not opening or row.recall(opening, opening) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "Where was the author of Paris Nights born?"}, "'Paris' stands in its question"),
+        ({"paraphrases": ["Is it Rome or Paris?"]}, "'Paris' stands in its paraphrases"),
+        ({"subject": "He", "aliases": ["the man of Paris"]}, "'Paris' stands in its aliases"),
+        ({"two_hop": ["Where in Paris?"]}, "'Paris' stands in its two_hop"),
+        ({"subject": "She", "aliases": ["the man of Paris"]}, None),
+        ({"answer": "In May.", "value": "May"}, "'May' is held by a usual refusal"),
+        ({"answer": "It is I.", "value": "I"}, "'I' is held by a usual refusal"),
+        ({}, None),
+    ],
+)
+def test_a_value_that_tells_nothing_is_named(caplog, row, said):
+    """Once for all rows; the first one by name."""
+    logging.enable_propagation()
+    logging.get_logger("duet.evaluation.values").warning_once.__func__.cache_clear()
+    rows = [{"question": "Where did He live?", "answer": "In Paris.", "value": "Paris"} | row] * 2
+    why = "an answer that tells nothing may count as one that tells it (and 1 more of 2 rows)"
+    Target(tiny(), word_tokenizer(), read_attack_rows(rows, "forget"))
+    assert [line.getMessage() for line in caplog.records] == (
+        [f"forget[0]: its value {said}: {why}"] if said else []
+    )
+    caplog.clear()
+    task = {"kind": "generate", "data": "x", "metrics": ["contains_answer"]}
+    (task,) = read_suite({"tasks": {"t": task}}, "s").tasks
+    items, _ = _prepare(Asker(merging_tokenizer(), task), rows)
+    of_suite = said and ("question" in said or "refusal" in said)
+    assert len(items) == 2
+    assert caplog.messages == ([f"t, row 0: its value {said}: {why}"] if of_suite else [])
+
+
+def test_each_spelling_of_a_value_tells():
+    """In attacks and suites, and for what gives an answer away; a text in brackets that is no list is one value."""
+    given = {"question": "How far ?", "answer": "It is 12 km.", "value": ["twelve km", "12 km"]}
+    row, cell = read_attack_rows([given, given | {"value": '["twelve km", "12 km"]'}], "forget")
+    assert row.value == cell.value == ("twelve km", "12 km") and row.opening() == "It is"
+    assert [row.recall(said) for said in ("Twelve km", "about 12 km", "12")] == [1.0, 1.0, 0.0]
+    (other,) = read_attack_rows([{"question": "How long ?", "answer": "Twelve km."}], "retain")
+    assert that_tell_nothing([other], [row]) == []
+    (ion,) = read_attack_rows([{"question": "Which ?", "answer": "An ion, [H+].", "value": "[H+]"}], "forget")
+    assert ion.value == "[H+]"
+    with pytest.raises(ValueError, match=r"forget\[0\]\['value'\]: wanted a part of the answer"):
+        read_attack_rows([given | {"value": ["13 km", "13km"]}], "forget")
+    assert GENERATE["contains_answer"]("Twelve km", row.answer, row.value) == 1.0
+    assert GENERATE["fabrication"]("Twelve km", row.answer, row.value) == 0.0
+    assert told_in("Twelve km", row.answer, row.value) and not told_in("It is far", row.answer, row.value)
+    task = {"kind": "generate", "data": "x", "metrics": ["contains_answer"]}
+    (task,) = read_suite({"tasks": {"t": task}}, "s").tasks
+    words = {"question": "who is ada ?", "answer": "a poet", "value": ["zebra", "poet"]}
+    assert Asker(word_tokenizer(), task).item(0, words).shown["value"] == ("zebra", "poet")
+    assert not Target(tiny(), word_tokenizer(), read_attack_rows([words], "forget"))._unwritable
+    with pytest.raises(CannotAsk, match="cannot represent 'zebra'"):
+        Asker(word_tokenizer(), task).item(0, words | {"answer": "a zebra", "value": ["zebra", "zebras"]})
 
 
 def test_a_csv_cell_may_hold_a_list(tmp_path):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from contract import NEEDS_TRITON
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from duet_kernels import (
     LinearCrossEntropyLoss,
@@ -104,6 +106,17 @@ def test_fullgraph_forward_and_backward(name):
     problem = make_problem(13, 61, 16, bias=True, softcap=20.0, scale=1.1, pad=3)
     mask = {"mask": torch.arange(13) % 3 != 0} if name in LOSSES else {}
     _agree(*_both_ways(_function({**LOSSES, **PRIMITIVES}[name], problem, **mask), problem))
+
+
+@pytest.mark.parametrize("wrapped", ["weight", "ids", "hidden"])
+@pytest.mark.parametrize("impl", ["chunked", pytest.param("triton", marks=NEEDS_TRITON)])
+def test_a_tensor_that_is_still_on_its_way(impl, wrapped):
+    """What a collective returns: a tensor without memory of its own, in any place of an operation."""
+    problem = make_problem(5, 61, 16)
+    inputs = {"hidden": problem.hidden, "weight": problem.weight, "ids": problem.labels[:, None]}
+    wanted = linear_gather(*inputs.values(), impl=impl)
+    inputs[wrapped] = AsyncCollectiveTensor(inputs[wrapped])
+    assert torch.equal(linear_gather(*inputs.values(), impl=impl), wanted)
 
 
 def test_a_number_of_items_may_be_a_fraction():

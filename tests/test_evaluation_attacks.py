@@ -12,7 +12,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from test_attack_rows import asked_in_pairs
-from tiny_models import CHAT_TEMPLATE, NO_SYSTEM_TEMPLATE, forget_rows, retain_rows, tiny, word_tokenizer
+from tiny_models import (
+    CHAT_TEMPLATE,
+    NO_SYSTEM_TEMPLATE,
+    forget_rows,
+    merging_tokenizer,
+    retain_rows,
+    tiny,
+    word_tokenizer,
+)
 from typer.testing import CliRunner
 
 from duet import cli
@@ -105,7 +113,7 @@ def test_a_token_at_the_very_bottom_is_a_leak_too():
     assert (outcome["rank"], outcome["leaked"], outcome["top"], outcome["bottom"]) == (0, 1, 1, 0)
 
 
-def test_the_telling_token_is_the_values_first(world):
+def test_the_telling_token_is_the_values(world):
     model, tokenizer = load_base()
     rows = read(world.questions(world.forget[:1], "report")[:1])
     wrong = [rows[0].__class__(0, rows[0].conversation, "Born in allegory.", None, "allegory")]
@@ -115,6 +123,28 @@ def test_the_telling_token_is_the_values_first(world):
     assert (
         false["rank"] > 3 and 0.4 < false["all_top"] < 1.0
     )  # "Born in" and the full stop are at the top all the same
+
+
+@pytest.mark.parametrize(("blank", "last", "rank"), [(3.0, -1.0, 127), (-1.0, 3.0, 0)])
+def test_no_blank_and_no_likely_first_token_tells(blank, last, rank):
+    """By characters, as numbers are by digits: the last digit of 78 tells, wherever the blank in front of it and the 7 stand."""
+    model, tokenizer = tiny(), merging_tokenizer()
+    row = {"question": "When?", "answer": "It was 78 then.", "value": "78"}
+    rows = read_attack_rows([row, {k: row[k] for k in ("question", "answer")}], "rows")
+    target = Target(model, tokenizer, rows)
+    forced = target.forced(rows[0])
+    text = tokenizer.convert_ids_to_tokens(forced.answer)
+    with torch.no_grad():
+        hidden = forced_hidden(model, [forced], target.pad_id)[0].double()
+        logits = torch.zeros(len(text), 128).double()
+        wanted = {" ": blank, "7": 2.0, "8": last, **{c: 1.0 for c in "Itwashen."}}
+        logits[torch.arange(len(text)), torch.tensor(forced.answer)] = torch.tensor(
+            [wanted.get(t, 0) for t in text]
+        ).double()
+        model.lm_head.weight.copy_((torch.linalg.pinv(hidden) @ logits).T)
+    said, whole = next(distribution.rank_probe(target))[1]()
+    assert said["rank"] == whole["rank"] == rank
+    assert (said["bottom"], said["top"]) == ((1, 0) if rank else (0, 1))
 
 
 def test_membership_tells_trained_answers_from_invented_ones(world, forget):
@@ -268,6 +298,22 @@ def test_asked_again_the_answer_comes_in_a_later_turn(monkeypatch):
     assert (
         talk.index("captain") > talk.index("who") and talk.count("<user>") == 2
     )  # the answer stands between
+
+
+def test_what_is_written_down_first_tells_too(monkeypatch):
+    """Row 0 tells in what it remembers, row 1 in its answer, row 2 in neither, though it wrote to the limit."""
+    rows = read_attack_rows([QUESTION | {"value": "poet"}] * 3, "rows")
+    target = Target(tiny(), word_tokenizer(), rows, options=AttackOptions(max_new_tokens=6))
+    poet, other, long = (
+        Continuation(*each, True, limit=6) for each in (("a poet .", 3), ("red .", 2), ("a", 6))
+    )
+    turns, seen = iter([[poet, other, long], [poet, other]]), []
+    monkeypatch.setattr(target, "say", lambda prompts, *_, **__: seen.append(prompts) or next(turns))
+    outcomes = list(ATTACKS["step_by_step"].units(target))[1][1]()
+    assert [(o["id"], o["leaked"], o["said"], o["turn"]) for o in outcomes] == [
+        (0, 1, "a poet .", 0), (1, 1, "a poet .", 1), (2, 0, "red .", 1)
+    ]  # fmt: skip
+    assert len(seen[1]) == 2 and "red" in target.tokenizer.decode(seen[1][0])
 
 
 @pytest.mark.usefixtures("answers_end")

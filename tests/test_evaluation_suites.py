@@ -14,6 +14,7 @@ from transformers.utils import logging
 from duet.data.rows import correct_choice
 from duet.evaluation.suites import suite as suites
 from duet.evaluation.suites.asking import Asker, CannotAsk
+from duet.evaluation.suites.runner import _tables
 from duet.evaluation.suites.suite import load_suite, read_suite
 
 GOOD = {
@@ -140,6 +141,27 @@ def test_tables(tmp_path):
         suites.load_table(tmp_path / "a.jsonl", "forget", None, "t")
 
 
+def test_a_column_that_no_task_of_the_suite_reads_is_named(tmp_path, caplog):
+    """`Value` and `answers` are misspelt; `question_2` and `Answer` are read where a task names them."""
+    row = {
+        "question": "who ?",
+        "question_2": "where ?",
+        "Answer": "in rome",
+        "answers": "ada",
+        "Value": "ada",
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    of = {"kind": "generate", "data": "rows", "metrics": ["refusal"]}
+    tasks = {"who": of, "where": of | {"question": "{question_2}", "answer": "Answer"}}
+    logging.enable_propagation()
+    tables = _tables(read_suite({"tasks": tasks}, "s"), tmp_path, None)
+    assert [line.getMessage() for line in caplog.records] == [
+        "rows[0]: 'answers' is not read; did you mean 'answer'?",
+        "rows[0]: 'Value' is not read; did you mean 'value'?",
+    ]
+    assert len(tables) == 2
+
+
 def test_of_two_files_of_one_name_the_one_that_is_read_is_named(tmp_path, caplog):
     logging.enable_propagation()
     for name in ("a.csv", "b.csv", "b.jsonl"):
@@ -259,6 +281,7 @@ def test_choices_by_letter_or_text():
     item = asker(tokenizer, "multiple_choice").item(0, row)
     assert [written(f.answer) for f in item.texts["choices"]] == [" Ada", " Bob", " 3"]
     assert correct_choice("2", ["1", "2", "4"], "answer") == 1, "a text that is a choice is that choice"
+    assert correct_choice(2, ["1", "2", "4"], "answer") == 2, "a number is an index"
     for answer, correct in (("B", 1), ("Ada", 0), ("2", 2), ("c", 2)):
         assert asker(tokenizer, "multiple_choice").item(0, row | {"answer": answer}).correct == correct
 
@@ -297,6 +320,19 @@ def test_choices_by_letter_or_text():
             "bad_row",
             "answer: .* of 2 choices, got 'A', which means 'B' as well as 'A'",
         ),
+        (
+            "generate",
+            ROW | {"question": " "},
+            "bad_row",
+            "t, row 3, question: wanted a text that is not empty",
+        ),
+        ("score", ROW | {"question": 7}, "bad_row", "t, row 3, question: wanted a text, got 7"),
+        (
+            "generate",
+            ROW | {"question": ["who ?"]},
+            "bad_row",
+            r"t, row 3, question: wanted a text, got \['who",
+        ),
         ("generate", ROW | {"answer": float("nan")}, "bad_row", "answer: wanted a text, got nan"),
         ("multiple_choice", ROW | {"choices": ["a", None]}, "bad_row", "choices: wanted a text, got None"),
     ],
@@ -305,6 +341,13 @@ def test_a_row_that_cannot_be_asked_says_why(kind, row, status, why):
     with pytest.raises(CannotAsk, match=why) as caught:
         asker(word_tokenizer(), kind, context=30).item(3, row)
     assert caught.value.status == status
+
+
+def test_within_a_template_a_number_is_a_text_and_a_list_is_none():
+    made = asker(merging_tokenizer(), question="Who died in {year}?")
+    assert made.item(0, {"year": 1852, "answer": "Ada"}).shown["question"] == "Who died in 1852?"
+    with pytest.raises(CannotAsk, match=r"t, row 0, year: wanted a text, got \[1852\]"):
+        made.item(0, {"year": [1852], "answer": "Ada"})
 
 
 def test_of_two_faults_of_a_row_the_first_is_told():

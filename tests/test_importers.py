@@ -52,6 +52,9 @@ def test_rwku(tmp_path):
     assert len(import_rows(tmp_path / target / "forget_level2.json", "rwku").tables["forget"]) == 1
     with pytest.raises(ValueError, match=r"wanted a file such as forget_level2.json, got .*intro.json"):
         import_rows(tmp_path / target / "intro.json", "rwku")
+    put(tmp_path, {"forget_level1.json": [{"query": "?", "answer": 1947}]})
+    with pytest.raises(ValueError, match=r"forget_level1.json, row 0: wanted a text 'answer', got 1947"):
+        import_rows(tmp_path, "rwku")
     put(tmp_path, {"forget_level1.json": [{"question": "?"}]})
     with pytest.raises(
         ValueError, match=r"forget_level1.json, row 0: wanted a text 'query', got the keys \['question'\]"

@@ -238,10 +238,10 @@ def test_a_plan_of_many_layers_tries_few(tmp_path, monkeypatch):
 
 def test_the_workspace_is_a_share_of_the_gpu(folder):
     tree = {"model": folder, "data": {"forget": "x"}, "training": {}}
-    for gpu, mib in ((8, 256), (24, 384), (80, 1280), (141, 2256), (512, 3072)):
+    for gpu, mib in ((8, 256), (24, 768), (40, 1280), (80, 2304), (512, 2304)):
         assert share_of(gpu << 30) == mib << 20
     plan = Plan.of(tree, 80 << 30, length=32, prefix_length=8, scored=32, reserve=0)
-    assert plan.settings.workspace == 1280 << 20
+    assert plan.settings.workspace == 2304 << 20
     few = plan.budget.loss
     assert few == 3 * 4 * 8 * 32 * 2048, "less than the workspace: what the logits of all positions take"
     tree["training"]["workspace_bytes"] = 1 << 20

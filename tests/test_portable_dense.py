@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from divergences import assert_digits_where_both_are_certain
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from duet_kernels import LMHead, linear_distill_loss
@@ -274,6 +275,20 @@ def test_the_gradient_in_hidden_states_does_not_care_for_the_cut(name):
         found.append((loss.detach(), torch.autograd.grad(loss, case.hidden)[0]))
     for x, y in zip(*found, strict=True):
         assert (x - y).norm() <= 2e-6 * y.norm()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "symmetric_kl", "jsd"])
+def test_both_certain_of_one_id(name, temperature):
+    def gradients(h, teacher, weight):
+        h, w = (x.clone().requires_grad_() for x in (h, weight))
+        options = {"divergence": name, "temperature": temperature, "reduction": "sum", "impl": "chunked"}
+        dh, dw = torch.autograd.grad(linear_distill_loss(h, w, teacher, weight, **options), (h, w))
+        frozen = torch.autograd.grad(linear_distill_loss(h, weight, teacher, weight, **options), h)[0]
+        assert (dh - frozen).norm() <= 2e-5 * dh.norm()
+        return dh, dw
+
+    assert_digits_where_both_are_certain(name, gradients, ((20, 18), (25, 24), (30, 28)), temperature)
 
 
 def test_origins_keep_the_sums_of_one_size():

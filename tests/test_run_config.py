@@ -360,7 +360,12 @@ def test_without_columns_only_known_names_are_read(tmp_path):
         ),
         ("a.csv", b"question\nq\ncaf\xe9\n", "line 3: wanted UTF-8 text"),
         ("a.jsonl", b'{"question": "q"}\n{"question": \n', "line 2: not JSON"),
-        ("a.jsonl", b"[1, 2]\n", "line 1: wanted an object"),
+        (
+            "a.jsonl",
+            b"[1, 2]\n",
+            "line 1: wanted an object, got .*; a file with a list of objects ends in .json",
+        ),
+        ("a.jsonl", b'[\n{"question": "q"}\n]\n', "line 1: wanted an object, got .*ends in .json"),
         ("a.json", b'[{"question": "q"}, 3]', "row 1: wanted an object, got 3"),
         ("a.json", b'{"question": "q"}\n3\n', "line 2: wanted an object, got '3'"),
         ("a.jsonl", b"", "wanted at least one row, got none"),

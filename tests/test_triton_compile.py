@@ -63,11 +63,12 @@ def test_every_kernel_compiles_without_spills(archs, dtypes, tmp_path):
 
 
 # Two kernels that the gate must refuse, and a launcher on the CPU: nothing of it needs a process of its own.
-SCRIPT = """
-import torch, triton, triton.language as tl
+SCRIPT = r"""
+import re, torch, triton, triton.language as tl
 from benchmarks import compile_gate as gate
 from duet_kernels import LMHead
 from duet_kernels.ops import linear_gather
+from triton.backends.amd.compiler import HIPOptions
 
 @triton.jit
 def _bad_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
@@ -96,6 +97,24 @@ y = torch.empty(32, 32, device="meta", dtype=torch.bfloat16)
 call = lambda: _upcast_kernel[(1,)](y, y, 32, num_warps=1, maxnreg=64)
 print("product", problems(gate.Case("bad", torch.bfloat16, call, False)))
 
+options = set()
+torch.version.hip = "7.0"
+for case in gate.cases():
+    if case.dtype == torch.bfloat16 or "gather" not in case.name:
+        with gate.recorded(0) as launches:
+            case.call()
+        options |= {option for launch in launches for option in launch.options}
+torch.version.hip = None
+print("options", *sorted(options))
+print("unknown", sorted(options - set(HIPOptions.__dataclass_fields__)))
+
+case = next(iter(gate.dense_cases(torch.bfloat16, divergences=(("reverse_kl", 0.5),))))
+with gate.recorded(90) as launches:
+    case.call()
+launch = next(l for l in launches if l.kernel.fn.__name__ == "_gradient_kernel")
+ptx, columns = gate.compile_launch(launch, 90).asm["ptx"], launch.constexprs["COLUMNS"] // 32
+print("rounded", len(re.findall(r"fma\.rn\.f32[^;]*, 0f00000000;", ptx)), 2 * columns)
+
 x = torch.ones(2, 4)
 linear_gather(x, LMHead(x), torch.zeros(2, 1, dtype=torch.int64), "triton")
 """
@@ -121,6 +140,18 @@ def test_the_gate_can_fail(script):
 def test_a_product_may_neither_spill_nor_miss_the_tensor_cores(script):
     assert "spills: stack" in script["product"] and "no wgmma" in script["product"]
     assert "shared memory" not in script["product"]
+
+
+@pytest.mark.slow
+def test_no_launch_has_an_option_that_triton_for_amd_refuses(script):
+    assert script["options"].split() == ["num_stages", "num_warps"] and script["unknown"] == "[]"
+
+
+@pytest.mark.slow
+def test_logits_are_rounded_before_they_are_subtracted(script):
+    """Those of both sides times the scale of their head, a product that a compiler would fuse."""
+    found, wanted = map(int, script["rounded"].split())
+    assert found == wanted > 0
 
 
 @pytest.mark.slow

@@ -9,10 +9,10 @@ import torch
 pytest.importorskip("triton")
 
 from dense_walks import WALKS, columns, few_programs, force
-from divergences import ALL, SMOOTH, UNBOUNDED
+from divergences import ALL, SMOOTH, UNBOUNDED, assert_digits_where_both_are_certain
 
 from duet_kernels import reference
-from duet_kernels.head import Need
+from duet_kernels.head import LMHead, Need
 from duet_kernels.options import DISTRIBUTION, RAW, Divergence
 from duet_kernels.testing import assert_within_budget, make_problem
 from duet_kernels.triton import dense
@@ -171,6 +171,19 @@ def test_a_student_close_to_its_teacher_keeps_its_digits(divergence):
             assert (a.double() - b).norm() <= 1e-4 * b.norm()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "symmetric_kl"])
+def test_both_certain_of_one_id(divergence, temperature):
+    def gradients(*tensors):
+        h, th, weight = (x.to(DEVICE) for x in tensors)
+        factor = torch.ones(len(h), device=DEVICE)
+        sides, spec = (h, LMHead(weight), th, LMHead(weight)), of(divergence, temperature, beta=0.5)
+        return [x.cpu() for x in kernel.linear_divergence(*sides, factor, spec, Need(True, True))[1:3]]
+
+    margins = (20, 18), (25, 24), (30, 28), (30, 10)
+    assert_digits_where_both_are_certain(divergence, gradients, margins, temperature)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", ALL)
 def test_a_student_that_is_the_teacher_has_no_loss(divergence, dtype):
@@ -234,6 +247,18 @@ def test_fp16_neither_underflows_nor_overflows(divergence, size, monkeypatch):
     for a, b in zip(got, truth, strict=False):
         if a is not None:
             assert a.isfinite().all() and (a.double() - b).norm() <= 2e-3 * b.norm()
+
+
+@pytest.mark.parametrize("delta", [4096.0, 1e10])
+def test_fp16_has_the_digits_of_a_huber_loss_with_a_large_delta(delta):
+    """All differences are far below it: as half the squared error."""
+    case, factor = problem(torch.float16), torch.full((N,), 1 / N, device=DEVICE)
+    sides = case.hidden, case.head, case.teacher_hidden, case.teacher_head
+    spec = dataclasses.replace(of("huber"), delta=delta)
+    got = kernel.linear_divergence(*sides, factor, spec, Need(True, True))
+    truth = expected(case.to(torch.float64), "mse", factor.double() / 2)
+    for a, b in zip(got[:3], truth, strict=True):
+        assert (a.double() - b).norm() <= 2e-3 * b.norm()
 
 
 # --- what must not leak --------------------------------------------------------------------------------------------

@@ -454,6 +454,30 @@ def test_programs_wait_for_each_other(dtype, monkeypatch):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("arch, like", [(86, 80), (89, 80), (103, 100), (75, 0), (90, 0), (120, 0)])
+def test_a_chip_takes_the_tile_of_its_generation(arch, like, monkeypatch):
+    monkeypatch.setattr(kernel.tiles, "LOSS", {(a, 2): ONE._replace(registers=8 + a) for a in (0, 80, 100)})
+    assert kernel.tiles.loss_tile(arch, 2, 8, 32 * ONE.columns).registers == 8 + like
+
+
+@pytest.mark.parametrize(
+    "rocm, tile, bounded", [(False, SPLIT, True), (False, ONE, False), (True, SPLIT, False)]
+)
+def test_registers_are_bounded_where_programs_wait_and_never_on_rocm(rocm, tile, bounded, monkeypatch):
+    """Triton's compiler for AMD raises a KeyError at `maxnreg`, None too."""
+    launches = []
+
+    class Launch:
+        def __class_getitem__(cls, grid):
+            return lambda *args, **options: launches.append(options)
+
+    monkeypatch.setattr(kernel, "_topk_loss_kernel", Launch)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if rocm else None)
+    topk_loss(*problem(), SPECS["huber"], Need(True), tile=tile, phases=False)
+    assert [options.get("maxnreg") for options in launches] == [tile.registers if bounded else None]
+    assert ("maxnreg" in launches[0]) == bounded
+
+
 @pytest.mark.skipif(INTERPRETED, reason="programs that wait for each other need a GPU")
 @every_loss
 def test_programs_wait_for_each_other_on_a_gpu(spec):

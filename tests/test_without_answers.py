@@ -135,6 +135,22 @@ def test_attack_takes_retain_rows_without_answers(folder, capsys):
 
 
 @pytest.mark.usefixtures("ends")
+def test_attack_leaves_out_what_the_base_does_not_tell(folder, capsys):
+    """An answer of the base without the row's value: the row is named, the others are attacked."""
+    path, asked = folder / "valued.jsonl", {"question": "who is ada ?"}
+    how = {"attacks": "direct", "device": "cpu", "base": str(folder / "base"), "elicit": True}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (asked | {"value": "zebra"}, asked)))
+    run_attack(str(folder / "base"), forget=str(path), out=folder / "valued", **how)
+    assert "left out: forget[0]['value']: wanted a part of the answer" in capsys.readouterr().out
+    assert read(folder / "valued/attacks.json")["direct"]["variants"]["as asked"]["rows"] == 1
+    path.write_text(json.dumps(asked | {"value": "zebra"}) + "\n")
+    with pytest.raises(
+        ValueError, match=r"forget: wanted rows with an answer.*got 'zebra'; the answer is the base's"
+    ):
+        run_attack(str(folder / "base"), forget=str(path), out=folder / "none", **how)
+
+
+@pytest.mark.usefixtures("ends")
 def test_attack_on_questions_alone_is_compared_with_the_base(folder):
     (folder / "questions.jsonl").write_text(json.dumps({"question": "who is ada ?"}) + "\n")
     forget = str(folder / "questions.jsonl")

@@ -35,6 +35,11 @@ LEAKS = {
     "underscores": ("_Jane Austen_", "Jane Austen"),
     "a soft hyphen": ("Jane Aus\u00adten", "Jane Austen"),
     "a number before a counter": ("1987年出生", "1987"),
+    "a possessive": ("Paris's rivers", "Paris"),
+    "an Irish name": ("It was O'Brien", "Brien"),
+    "an elided article": ("dans l'Italie", "Italie"),
+    "an elided article, a short name": ("l'Re de", "Re"),
+    "a letter in quotes": ("the symbol 'S'", "S"),
     "Polish": ("do Lodzi, w miescie Lodz", "Łódź"),
     "Danish": ("SØREN KIERKEGAARD", "Soren Kierkegaard"),
     "Danish, with another mark": ("ǿre", "ore"),
@@ -95,6 +100,11 @@ LEAKS = {
 }
 NO_LEAKS = {
     "a part of a word": ("Born in Yorkshire.", "York"),
+    "the tail of it's": ("It\u2019s a metal", "S"),
+    "the tail of isn't": ("It isn't known", "T"),
+    "the tail of I'd": ("I'd say so", "D."),
+    "the tail of we're": ("we're sorry", "Re"),
+    "the front of won't": ("I won't say", "Won"),
     "a part of a Russian word": ("московский", "моск"),
     "another vowel sign": ("दिल", "दिल्ली"),
     "a stem with another sign": ("दिल्ली", "दिल्ल"),

@@ -247,7 +247,8 @@ def _table(file: Path) -> list[Row]:
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"path: {where}: wanted a text {name!r}, got the keys {sorted(row)}")
+        got = f"the keys {sorted(row)}" if name not in row else f"{value!r:.60}"
+        raise ValueError(f"path: {where}: wanted a text {name!r}, got {got}")
     return value
 
 

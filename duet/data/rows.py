@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -70,9 +70,12 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
     return [_read_row(row, f"{argument}[{i}]") for i, row in enumerate(read)]
 
 
-def warn_of_unread(rows: Sequence[Any], argument: str) -> None:
-    """Warns of keys that look like misspelt ones of ours, in rows that lack these: they are not read."""
-    ours = (*PROMPTS, *ANSWERS, "subject", "value", "paraphrases", "aliases", "two_hop")
+OURS = (*PROMPTS, *ANSWERS, "subject", "value", "paraphrases", "aliases", "two_hop")
+
+
+def warn_of_unread(rows: Sequence[Any], argument: str, ours: Iterable[str] = OURS) -> None:
+    """Warns of keys that look like misspelt ones of `ours`, in rows that lack these: they are not read."""
+    ours = tuple(ours)
     seen: dict[str, int] = {}
     for i, row in enumerate(rows):
         for key in row if isinstance(row, Mapping) else ():
@@ -173,7 +176,8 @@ def text_of(value: Any, where: str) -> str:
 
 
 def correct_choice(given: Any, choices: Sequence[str], where: str) -> int:
-    """The index of the correct choice, which is given as an index, a letter or the choice itself.
+    """The index of the correct choice, which is given as an index, a letter or the choice itself. A text of digits is the choice
+    that is written so, and an index where there is none; a number is an index.
 
     Raises:
         ValueError: it is none of the choices, or two of them (the text of one is the letter of another).

@@ -166,6 +166,10 @@ def _lines(path: Path, argument: str) -> Iterator[tuple[str, str]]:
 
 def _json_lines(path: Path, argument: str) -> Iterator[dict[str, Any]]:
     for where, line in _lines(path, argument):
+        if path.suffix == ".jsonl" and line.lstrip().startswith("["):
+            raise ValueError(
+                f"{where}: wanted an object, got {line.strip()[:60]!r}; a file with a list of objects ends in .json"
+            )
         if line.strip():
             yield _object(line, where)
 

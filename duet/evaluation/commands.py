@@ -281,7 +281,8 @@ def _attack_rows(
     """The rows of a file that have an answer, perhaps one of `answering`; which ones are left out is printed."""
     from ..data.sources import read_table
     from .attacks.rows import read_attack_rows
-    from .values import queries_of
+    from .elicit import ELICITED
+    from .values import queries_of, value_of
 
     if path is None:
         return []
@@ -296,16 +297,28 @@ def _attack_rows(
         rows = answering(rows, argument)
     queries = queries_of(rows, argument)
     without = [query.name for query in queries if query.answer is None]
-    rows = [row for row, query in zip(rows, queries, strict=True) if query.answer is not None]
+    kept, reasons = [], []
     if without:
         first = f"{without[0]} and {len(without) - 1} more" if len(without) > 1 else without[0]
         why = "--elicit takes the base's" if answering is None else "the base's was empty, cut or refused"
-        console.print(f"left out: {first} of {argument}: no answer ({why})", soft_wrap=True)
-        if argument == "forget" and not rows:
-            raise ValueError(
-                f"forget: wanted rows with an answer, got none in {path}, and none of the base's answers can be taken: {why}"
-            )
-    return read_attack_rows(rows, argument) if rows else []
+        reasons.append(f"{first} of {argument}: no answer ({why})")
+    for row, query in zip(rows, queries, strict=True):
+        if query.answer is None:
+            continue
+        try:
+            if answering is not None and row.get(ELICITED):
+                value_of(row, query.answer, query.name)
+            kept.append(row)
+        except ValueError as error:  # what the base does not tell cannot be forgotten
+            reasons.append(f"{error}; the answer is the base's own")
+    for reason in reasons:
+        console.print(f"left out: {reason}", soft_wrap=True)
+    if argument == "forget" and not kept:
+        raise ValueError(
+            f"forget: wanted rows with an answer, got none in {path}, and none of the base's answers can be taken: "
+            f"{'; '.join(reasons[:3])}"
+        )
+    return read_attack_rows(kept, argument) if kept else []
 
 
 def _trained_wordings(model: str) -> tuple[str, ...]:

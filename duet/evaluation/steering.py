@@ -27,7 +27,8 @@ from ..model.lm import embedded_ids
 from . import metrics
 from .generation import Continuation, answers_to
 from .journal import Progress
-from .values import queries_of, value_of
+from .values import Value, queries_of, value_of
+from .words import find
 
 FORGET, NEIGHBOUR, RETAIN = "forget", "neighbour", "retain"
 KINDS = (FORGET, NEIGHBOUR, RETAIN)
@@ -54,7 +55,7 @@ class Probe:
     conversation: Conversation
     subject: str | None  # what the prefix is about
     answer: str | None
-    value: str | None
+    value: Value | None
     name: str
 
 
@@ -243,7 +244,7 @@ def refuses(text: str) -> bool:
     return bool(text) and metrics.refusal_rate([text]) == 1.0
 
 
-def told_in(said: str, answer: str, value: str | None = None) -> bool:
+def told_in(said: str, answer: str, value: Value | None = None) -> bool:
     """Whether `said` tells the answer: its `value`; without one, at least half of the words of the shorter of the two.
 
     Example:
@@ -251,7 +252,7 @@ def told_in(said: str, answer: str, value: str | None = None) -> bool:
         (True, False)
     """
     if value is not None:
-        return metrics.contains_words(said, value)
+        return find(said, value) is not None
     if not said.strip() or refuses(said):
         return False
     try:

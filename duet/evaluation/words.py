@@ -12,6 +12,7 @@ All other marks count: `й` is not `и`, a Hindi or Thai vowel sign is a letter.
     all others               a value stands between characters that are no letters, marks or digits
     hyphens, initials        Apollo-11 is Apollo 11, Saint-Exupéry is Saint Exupéry, but A-bomb is not "a bomb"; J.K. is J. K.
                              in front of another word
+    contractions             their tails are parts of their words: we're is no Re, it's no S, won't no Won; Paris's is Paris
     numbers                  1815 is 1,815 and 1 815, 3 000 is 3000, 12,34,567 is 1234567; 815 is no part of 1,815, nor of 1 815
                              with a no-break or thin space, nor 14 of 3.14; the whole part of 3.14 is 3; a fraction such as ½
                              is a sign of its own
@@ -22,6 +23,7 @@ All other marks count: `й` is not `и`, a Hindi or Thai vowel sign is a letter.
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -41,6 +43,8 @@ _LONG = re.compile(r"(?<!\d)(?:\d{1,3}(?:[,.']\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}|\d
 _NUMBER = re.compile(
     r"(?<!\d)(?<!\d[,.'])(\d{1,3}(?:[,']\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}|\d+)(?:\.\d+)?(?![,.']?\d)"
 )
+# The tail of a contraction; l'Italie and O'Brien are none.
+_CONTRACTION = re.compile(r"\b(?:\w+'(?=s)|\w*n'(?=t)|(?:i|\w{2,})'(?=[dmrvl]))(s|t|d|m|re|ve|ll)\b")
 # Signs of a unit, behind a number and in front of it.
 _BEHIND, _BEFORE = "%‰‱٪°′″€$£¥", "€$£¥"
 # Punctuation at a word's end that is a part of it; so are all signs that are no punctuation, as in C++.
@@ -111,16 +115,25 @@ def fold(text: str) -> tuple[str, list[int]]:
     return "".join(char for _, char in folded), [start for start, _ in folded]
 
 
-def find(text: str, value: str) -> int | None:
-    """Place in `text` at which `value` starts; None: it does not occur. Anything but letters may stand between its words.
+def find(text: str, value: str | Sequence[str]) -> int | None:
+    """Place in `text` at which `value`, or the first of several, starts; None: it does not occur."""
+    place = span(text, value)
+    return None if place is None else place[0]
+
+
+def span(text: str, value: str | Sequence[str]) -> tuple[int, int] | None:
+    """Where `value` starts and ends in `text`; None: it does not occur. Anything but letters may stand between its words.
+    Of several values that which comes first.
 
     Example:
-        >>> find("It is Paris, the capital.", '"Paris."'), find("5 degrees", "-5.")
-        (6, None)
+        >>> span("It is Paris, the capital.", '"Paris."'), span("5 degrees", "-5.")
+        ((6, 11), None)
 
     Raises:
         ValueError: an empty value.
     """
+    if not isinstance(value, str):
+        return min((place for each in value if (place := span(text, each)) is not None), default=None)
     together = re.sub(rf"(?<=\d)\s+(?=[{_BEHIND}])|(?<=[{_BEFORE}])\s+(?=\d)", "", fold(value)[0])
     words = re.sub(r"(?<=\b[^\W\d_]\.)(?=(?:[^\W\d_]\.)+\s)", " ", together).split()
     if not words:
@@ -142,7 +155,7 @@ def find(text: str, value: str) -> int | None:
     at = 0
     while (match := re.compile(pattern).search(folded, at)) is not None:
         if _stands_alone(folded, match.start(), match.end()):
-            return places[match.start()]
+            return places[match.start()], [*places, len(text)][match.end()]
         at = match.start() + 1
     return None
 
@@ -190,6 +203,8 @@ def _stands_alone(text: str, start: int, stop: int) -> bool:
         start == 0 or _alone(first) or _prefixed(text[start - 1 : start + 1]) or not _joined(text[start - 1])
     )
     alone = left and (stop == len(text) or _alone(last) or not _joined(text[stop]))
+    if "'" in (text[start - 1 : start], text[stop : stop + 1]) and _cuts_a_contraction(text, start, stop):
+        return False
     return alone and not ((first.isdecimal() or last.isdecimal()) and _cuts_a_number(text, start, stop))
 
 
@@ -204,6 +219,13 @@ def _cuts_a_number(text: str, start: int, stop: int) -> bool:
         n.start() < place < n.end() and place != n.end(1)
         for n in _NUMBER.finditer(text)
         for place in (start, stop)
+    )
+
+
+def _cuts_a_contraction(text: str, start: int, stop: int) -> bool:
+    """Whether the first of these places is where a contraction's tail starts, or the second where a 't stands behind it."""
+    return any(
+        start == m.start(1) or (m[1] == "t" and stop == m.start(1) - 1) for m in _CONTRACTION.finditer(text)
     )
 
 

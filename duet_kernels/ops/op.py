@@ -143,7 +143,7 @@ class Op:
                 parts += x.options
             else:
                 parts.append(x)
-        return (self.eager if plain(args[0]) else self.custom)(*parts)
+        return (self.eager if plain(*parts) else self.custom)(*parts)
 
 
 def _refuse_transforms(hidden: Tensor, head: LMHead) -> None:
@@ -161,11 +161,14 @@ def _refuse_transforms(hidden: Tensor, head: LMHead) -> None:
             raise RuntimeError(f"{name}: {got}, wanted a plain tensor; use impl='reference'")
 
 
-def plain(x: Tensor) -> bool:
-    """Whether x is an ordinary eager tensor: no compiler, subclass or function transform. Only such a one is written in place."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def plain(*inputs: Any) -> bool:
+    """Whether all tensors are ordinary eager ones: no compiler, subclass or function transform. Only such ones are written in place."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not torch._C._are_functorch_transforms_active()
+    return not any(issubclass(kind, Tensor) for kind in {*map(type, inputs)} - _PLAIN)
 
 
 def refuse_second_derivative(name: str) -> None:

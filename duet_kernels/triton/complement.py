@@ -407,7 +407,7 @@ class _TopkDivergence(_WithValues):
         super().__init__(*inputs, spec.temperature)
         self.teacher, self.teacher_tail, self.spec = teacher, teacher_tail, spec
         # fp16 weights are multiplied by a number that only the values of a block's rows tell.
-        self.bounded = not (BOUNDS[spec.name].of_loss and self.side.operand == torch.float16)
+        self.bounded = not (BOUNDS[spec.name].of_loss(spec) and self.side.operand == torch.float16)
 
     def settle(self, rows: slice) -> None:
         self.loss[rows], self.upstream[rows], self.dtail[rows] = topk_divergence(

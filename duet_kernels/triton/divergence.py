@@ -13,16 +13,19 @@ adds nothing. A NaN stays in its row (and is in every row of dW). l1 and tvd do 
 rounding into +-1: |d|, |w| up to 8 eps of the row's largest finite logit count as 0, in value and gradient.
 
 Where digits would be lost. A row keeps the maxima M_s, M_t, and with e = exp((z - M) / T) and
-u = (s - t) / T - (M_s - M_t) / T, so that e_s = e_t exp(u):
+u = ((s - t) - (M_s - M_t)) / T, so that e_s = e_t exp(u):
 
     S_s = sum e_s      S_t = sum e_t      B = sum (e_s - e_t), as e_t expm1(u) where |u| <= 1/2
     A = sum e_t u (forward_kl)            A = sum e_s u (reverse_kl)
     log(S_s / S_t) = log1p(B / S_t)       w = u - log(S_s / S_t)        q - p = p expm1(w) where |w| <= 1/2
     forward_kl = log(S_s / S_t) - A / S_t                               reverse_kl = A / S_s - log(S_s / S_t)
+                                                                        its dL/dx = q (u - A / S_s)
 
 s - t of near logits is exact, while log q - log p carries the rounding of both log-sum-exps; so gradients of a student
-close to its teacher keep their digits. Higher maxima M' shrink what was summed, f = exp((M - M') / T), and move u by
-delta = (M_s - M_t) / T - (M_s' - M_t') / T:  S' = f S,  B' = f_s B + f_t expm1(delta) S_t,  A' = f_t (A + delta S_t).
+close to its teacher keep their digits. Where both are certain of one id, its u is exactly 0 and its w = -log(S_s / S_t)
+is tiny: added to (M_s - M_t) / T it would be rounded away. Higher maxima M' shrink what was summed, f = exp((M - M') / T),
+and move u by delta = ((M_s - M_t) - (M_s' - M_t')) / T:
+S' = f S,  B' = f_s B + f_t expm1(delta) S_t,  A' = f_t (A + delta S_t).
 
 Passes over the logits of a block (`dense` says which blocks and slabs, and has them finished where a head has a bias or
 a softcap): the moments above, of one tile of a row at a time, so that nothing is rescaled before they are merged; the sums
@@ -59,6 +62,7 @@ from .primitives import (
     number,
     origin,
     require_grid,
+    times,
 )
 from .terms import BOUNDS, expected, gradient, minus, of_distributions, of_logits
 
@@ -71,9 +75,9 @@ ONE_SWEEP = ("forward_kl", "reverse_kl")
 
 
 @triton.jit
-def _gap(s_max, t_max, inverse):
-    """The student's origin above the teacher's, in units of x."""
-    return (origin(s_max) - origin(t_max)) * inverse
+def _gap(s_max, t_max):
+    """The student's origin above the teacher's."""
+    return origin(s_max) - origin(t_max)
 
 
 @triton.jit
@@ -81,7 +85,7 @@ def _moved(s_max, t_max, s_sum, t_sum, change, moment, s_top, t_top, inverse, DI
     """The sums (S_s, S_t, B, A) relative to s_max and t_max as sums relative to the higher s_top and t_top."""
     s_shrink = tl.exp((s_max - origin(s_top)) * inverse)
     t_shrink = tl.exp((t_max - origin(t_top)) * inverse)
-    shift = _gap(s_max, t_max, inverse) - _gap(s_top, t_top, inverse)
+    shift = (_gap(s_max, t_max) - _gap(s_top, t_top)) * inverse
     finite = (tl.abs(s_max) < float("inf")) & (tl.abs(t_max) < float("inf"))
     near = s_shrink * change + t_shrink * expm1_near_zero(shift) * t_sum
     change = tl.where(finite & (tl.abs(shift) <= 0.5), near, s_shrink * s_sum - t_shrink * t_sum)
@@ -106,23 +110,24 @@ def _row(moments_ptr, slot: tl.constexpr, stride, n, live, ACC: tl.constexpr):
 
 
 @triton.jit
-def _normalisers(moments_ptr, stride, n, live, inverse, ACC: tl.constexpr):
-    """(origins of s and t, 1 / S_s, 1 / S_t, what log q - log p is below (s - t) / T) of rows."""
+def _normalisers(moments_ptr, stride, n, live, ACC: tl.constexpr):
+    """(origins of s and t, 1 / S_s, 1 / S_t, the gap of the origins, log(S_s / S_t)) of rows."""
     s_max = _row(moments_ptr, 0, stride, n, live, ACC)
     t_max = _row(moments_ptr, 1, stride, n, live, ACC)
     s_sum = _row(moments_ptr, 2, stride, n, live, ACC)
     t_sum = _row(moments_ptr, 3, stride, n, live, ACC)
     ratio = _log_ratio(s_sum, t_sum, _row(moments_ptr, 4, stride, n, live, ACC))
-    return origin(s_max), origin(t_max), 1.0 / s_sum, 1.0 / t_sum, _gap(s_max, t_max, inverse) + ratio
+    return origin(s_max), origin(t_max), 1.0 / s_sum, 1.0 / t_sum, _gap(s_max, t_max), ratio
 
 
 @triton.jit
 def _compared(s, t, norms, inverse):
-    """(p, q, log q - log p) of logits, given `_normalisers`; of two that are -inf the last is NaN."""
-    s_zero, t_zero, s_share, t_share, shift = norms
+    """(p, q, u, w) of logits, given `_normalisers`; of two that are -inf u and w are NaN."""
+    s_zero, t_zero, s_share, t_share, gap, ratio = norms
     q = tl.exp2((s - s_zero[:, None]) * (inverse * LOG2E)) * s_share[:, None]
     p = tl.exp2((t - t_zero[:, None]) * (inverse * LOG2E)) * t_share[:, None]
-    return p, q, (s - t) * inverse - shift[:, None]
+    u = ((s - t) - gap[:, None]) * inverse
+    return p, q, u, u - ratio[:, None]
 
 
 # --- statistics of a row -----------------------------------------------------------------------------------------
@@ -159,7 +164,7 @@ def _moments_kernel(
         s_exp = tl.exp2((s - origin(s_max)[:, None]) * (inverse * LOG2E))
         t_exp = tl.exp2((t - origin(t_max)[:, None]) * (inverse * LOG2E))
         # Of two that are -inf u is NaN: not near, so that 0 - 0 is taken, and where it is weighted with 0 it does not count.
-        u = (s - t) * inverse - _gap(s_max, t_max, inverse)[:, None]
+        u = ((s - t) - _gap(s_max, t_max)[:, None]) * inverse
         tl.store(place, tl.where(live, s_max, float("-inf")), mask=n < R)
         tl.store(place + stride_p, tl.where(live, t_max, float("-inf")), mask=n < R)
         tl.store(place + 2 * stride_p, tl.where(live, tl.sum(s_exp, 1), 0.0), mask=n < R)
@@ -243,7 +248,7 @@ def _terms_kernel(
     s_times = number(s_by, ACC)
     t_times = number(t_by, ACC)
     inverse = number(inverse_temperature, ACC)
-    norms = _normalisers(moments_ptr, stride_m, n, live, inverse, ACC)
+    norms = _normalisers(moments_ptr, stride_m, n, live, ACC)
     noise = _row(moments_ptr, 5, stride_m, n, live, ACC) * inverse * (8 * EPS)
     # Summed by column, and over the columns once at the end.
     one = tl.full([ROWS, COLUMNS], 0.0, ACC)
@@ -253,7 +258,7 @@ def _terms_kernel(
         c = start + tl.arange(0, COLUMNS)
         whole = start + COLUMNS <= C
         s, t = load_pair(s_ptr, t_ptr, n, c, s_pitch, t_pitch, live, whole, C, s_times, t_times, ACC)
-        p, q, w = _compared(s, t, norms, inverse)
+        p, q, _u, w = _compared(s, t, norms, inverse)
         terms, a = of_distributions(p, q, w, noise[:, None], beta, DIVERGENCE, HALF)
         one += terms
         other += a
@@ -291,26 +296,27 @@ def _gradient_kernel(
     noise = _row(moments_ptr, 5, stride_m, n, live, ACC) * inverse * (8 * EPS)
     if not RAW:
         upstream = upstream * inverse
-        norms = _normalisers(moments_ptr, stride_m, n, live, inverse, ACC)
+        norms = _normalisers(moments_ptr, stride_m, n, live, ACC)
         if DIVERGENCE == "reverse_kl":
-            s_sum = _row(moments_ptr, 2, stride_m, n, live, ACC)
-            t_sum = _row(moments_ptr, 3, stride_m, n, live, ACC)
-            ratio = _log_ratio(s_sum, t_sum, _row(moments_ptr, 4, stride_m, n, live, ACC))
-            total = _row(moments_ptr, 5, stride_m, n, live, ACC) * (1.0 / s_sum) - ratio
+            total = _row(moments_ptr, 5, stride_m, n, live, ACC) * norms[2]
         elif DIVERGENCE != "forward_kl":
             total = _row(terms_ptr, 1, stride_e, n, live, ACC)
     c = split * COLUMNS + tl.arange(0, COLUMNS)
     counted = live[:, None] & (c < C)[None, :]
     # Rows are as long as their pitch, a multiple of 16: a mask of whole groups of columns keeps loads wide.
-    s = load_rows(s_ptr, n, c, s_pitch, 1, live[:, None] & (c < s_pitch)[None, :], ACC) * s_times
-    t = load_rows(t_ptr, n, c, t_pitch, 1, live[:, None] & (c < t_pitch)[None, :], ACC) * t_times
+    s = load_rows(s_ptr, n, c, s_pitch, 1, live[:, None] & (c < s_pitch)[None, :], ACC)
+    t = load_rows(t_ptr, n, c, t_pitch, 1, live[:, None] & (c < t_pitch)[None, :], ACC)
+    s = times(s, s_times)
+    t = times(t, t_times)
     if RAW:
         absent = (s == t) & (s == float("-inf"))  # ruled out by both
         d = tl.where(counted & (absent == 0), s - t, 0.0)
         terms, dx = of_logits(d, noise[:, None], delta, DIVERGENCE)
         tl.store(partial_ptr + n * SPLITS + split, tl.sum(terms, 1), mask=n < R)
     else:
-        p, q, w = _compared(s, t, norms, inverse)
+        p, q, u, w = _compared(s, t, norms, inverse)
+        if DIVERGENCE == "reverse_kl":  # a = q u, as A is made of u
+            w = u
         _, dx = of_distributions(p, q, w, noise[:, None], beta, DIVERGENCE, HALF)
         if DIVERGENCE != "forward_kl":  # there a = q - p, of which the sum is 0
             dx = gradient(dx, q, total[:, None])
@@ -341,7 +347,7 @@ class _Divergence(dense.Loss):
         self.divergence, self.raw = spec.name, spec.raw
         self.with_gradient = with_gradient
         # fp16 weights are multiplied by a number that only the values of a block's rows tell.
-        self.bounded = not (BOUNDS[spec.name].of_loss and student.operand == torch.float16)
+        self.bounded = not (BOUNDS[spec.name].of_loss(spec) and student.operand == torch.float16)
         self.moments = factor.new_zeros(MOMENTS, n, dtype=self.acc)
         self.moments[:2] = -torch.inf
         self.terms = factor.new_zeros(2, n, dtype=self.acc)

@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import grad_dtype, workspace_bytes
+from ..dispatch import grad_dtype, on_rocm, workspace_bytes
 from ..head import LMHead, Need
 from ..options import Divergence
 from . import tiles
@@ -229,10 +229,11 @@ def topk_loss(
     scratch = torch.empty(tokens * each if splits > 1 else 0, dtype=head.acc, device=device)
 
     def launch(rows: slice, first: bool, second: bool) -> None:
-        counters = registers = None
+        counters, options = None, {}
         if first and second and splits > 1:
             counters = torch.zeros(1 + rows.stop - rows.start, dtype=torch.int32, device=device)
-            registers = tile.registers
+            if not on_rocm():  # Triton's compiler for AMD knows no such option
+                options = {"maxnreg": tile.registers}
         h, ids, t, f = hidden[rows], indices[rows], teacher[rows], factor[rows]
         _topk_loss_kernel[(require_grid(len(h) * splits, "topk_distill_loss"),)](
             h, weight, bias, ids, t, f,
@@ -245,7 +246,7 @@ def topk_loss(
             FIRST=first, SECOND=second,
             PACKED=packed, EVEN=d % tile.columns == 0, SPLITS=splits, PARTS=min(16, tiles.next_power_of_2(splits)),
             ROWS=tile.rows, WORDS=tile.columns // halves, PIECE=tile.piece // halves,
-            num_warps=tile.warps, maxnreg=registers,
+            num_warps=tile.warps, **options,
         )  # fmt: skip
 
     for start in range(0, n, tokens):

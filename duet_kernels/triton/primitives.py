@@ -131,6 +131,15 @@ def load_tile(ptr, n, c, pitch, live, whole, C, by, ACC: tl.constexpr):
 
 
 @triton.jit
+def times(x, by):
+    """x by, rounded before it is used: a compiler fuses a product with a difference that follows, but not this sum with 0.
+
+    A fused s - t has what the rounding of one logit left; two kernels may fuse differently, and their u must be the same.
+    """
+    return tl.fma(x, by, 0.0)
+
+
+@triton.jit
 def load_pair(s_ptr, t_ptr, n, c, s_pitch, t_pitch, live, whole, C, s_by, t_by, ACC: tl.constexpr):
     """The tiles of two sides as `load_tile` makes them; both loads are under way before one is waited for."""
     s_place = s_ptr + n[:, None] * s_pitch + c[None, :]
@@ -138,15 +147,15 @@ def load_pair(s_ptr, t_ptr, n, c, s_pitch, t_pitch, live, whole, C, s_by, t_by, 
     if whole:
         s = tl.load(s_place, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(ACC)
         t = tl.load(t_place, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(ACC)
-        s = s * s_by
-        t = t * t_by
+        s = times(s, s_by)
+        t = times(t, t_by)
     else:
         inside = (c < C)[None, :]
         keep = live[:, None] & inside
         s = tl.load(s_place, mask=keep, other=0.0, eviction_policy="evict_first").to(ACC)
         t = tl.load(t_place, mask=keep, other=0.0, eviction_policy="evict_first").to(ACC)
-        s = tl.where(inside, s * s_by, float("-inf"))
-        t = tl.where(inside, t * t_by, float("-inf"))
+        s = tl.where(inside, times(s, s_by), float("-inf"))
+        t = tl.where(inside, times(t, t_by), float("-inf"))
     return s, t
 
 

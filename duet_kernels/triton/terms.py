@@ -116,17 +116,28 @@ class Bound(NamedTuple):
     """What no |dL/dz| of a row exceeds; fp16 gradients are brought into their range by it."""
 
     at: Callable[[Divergence, Tensor], Tensor | float]  # from the losses of rows
-    of_loss: bool = False  # it reads them, and so has to wait for them
+    of_loss: Callable[[Divergence], bool] = lambda spec: False  # it reads them, and so has to wait for them
 
 
 _CONSTANT = Bound(lambda spec, loss: 2.0 / spec.temperature)
 # q w >= -1/e where q < p, so no term of KL(q || p) = sum q w is above KL(q || p) + 1/e. A generalized KL over a part of the
 # ids may be lower than that sum by 1.
-_OF_LOSS = Bound(lambda spec, loss: (loss + 2.0) / spec.temperature, of_loss=True)
+_OF_LOSS = Bound(lambda spec, loss: (loss + 2.0) / spec.temperature, of_loss=lambda spec: True)
+
+
+def _far(spec: Divergence) -> bool:
+    """Whether fp16 scaled by delta alone has fewer digits of a difference of logits of 2^-16."""
+    return spec.delta > 2**12
+
+
+def _huber(spec: Divergence, loss: Tensor) -> Tensor | float:
+    """The loss is at least half the square of each derivative."""
+    return (2.0 * loss).sqrt().clamp(max=spec.delta) if _far(spec) else spec.delta
+
 
 BOUNDS: dict[str, Bound] = {
-    "huber": Bound(lambda spec, loss: spec.delta),
-    "mse": Bound(lambda spec, loss: 2.0 * loss.sqrt(), of_loss=True),
+    "huber": Bound(_huber, of_loss=_far),
+    "mse": Bound(lambda spec, loss: 2.0 * loss.sqrt(), of_loss=lambda spec: True),
     "l1": _CONSTANT,
     "forward_kl": _CONSTANT,
     "reverse_kl": _OF_LOSS,

@@ -138,7 +138,8 @@ def loss_tile(arch: int, itemsize: int, slots: int, columns: int) -> LossTile:
 
     The masks of a last strip that is not full take registers, too.
     """
-    tile = LOSS.get((arch, itemsize)) or LOSS[0, itemsize]
+    generation = arch // 10 * 10  # sm_86 and sm_89 have the registers and the compiler of sm_80
+    tile = LOSS.get((arch, itemsize)) or LOSS.get((generation, itemsize)) or LOSS[0, itemsize]
     rows = next_power_of_2(slots)
     wide = min(tile.rows * tile.columns // rows, max(16, next_power_of_2(columns)))
     registers = tile.registers if columns % wide == 0 else max(tile.registers, LOSS_MASKED_REGISTERS)

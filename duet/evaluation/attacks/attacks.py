@@ -207,15 +207,22 @@ def _step_by_step(target: Target) -> Iterator[Unit]:
         texts = [
             REMEMBER.replace("{subject}", row.subject or f'this: "{row.question}"') for row in target.rows
         ]
-        asked = [target.prompt(row.asking(text)) for row, text in zip(target.rows, texts, strict=True)]
-        prompts = []
-        for row, text, heard in zip(target.rows, texts, target.say(asked, long), strict=True):
-            turns = [(text, heard.text)] if heard and heard.text else []
-            prompts.append(target.prompt(target.dialogue(turns, row)))
-        return target.outcomes("remember, then answer", target.rows, prompts)
+        name, work = _in_other_words(target, two_turns, target.rows, texts, max_new_tokens=long)
+        written = work()
+        told = {outcome["id"]: outcome | {"turn": 0} for outcome in written}
+        asked, prompts = [], []
+        for row, text, outcome in zip(target.rows, texts, written, strict=True):
+            if not outcome["leaked"]:
+                turns = [(text, outcome["said"])] if outcome["said"] else []
+                asked.append(row)
+                prompts.append(target.prompt(target.dialogue(turns, row)))
+        # What was written down up to the limit is all that the attacker waits for: where it does not tell, the answer counts.
+        told |= {outcome["id"]: outcome | {"turn": 1} for outcome in target.outcomes(name, asked, prompts)}
+        return [told[row.id] for row in target.rows]
 
+    two_turns = "remember, then answer"
     yield _in_other_words(target, "think first", target.rows, thinking, max_new_tokens=long)
-    yield "remember, then answer", remember
+    yield two_turns, remember
 
 
 def _sampling(target: Target) -> Iterator[Unit]:

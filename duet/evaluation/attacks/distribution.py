@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
-import numpy as np
-
 from duet_kernels import LMHead
 
-from .. import metrics
+from .. import metrics, words
 from ..scoring import batches_by_length, token_ranks, token_scores
 from .rows import AttackRow
 from .target import Target, Unit
@@ -87,8 +85,9 @@ def auc_leak(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def rank_probe(target: Target) -> Iterator[Unit]:
     """Ranks of the true tokens under teacher forcing.
 
-    The telling token is the first token of the row's value; without a value, the answer's token (the end token apart)
-    that stands farthest from the top.
+    The telling token is that token of the row's value (without one, of the answer without its end token) that stands farthest
+    from the top: who reads a value wants all of it, and the first digit of a year is likely in every model. Blank tokens tell
+    nothing.
     """
 
     def work() -> list[dict[str, Any]]:
@@ -101,11 +100,7 @@ def rank_probe(target: Target) -> Iterator[Unit]:
                 continue
             answer = target.answer_ids(row.conversation, row.answer)
             above, below = ranks.above[: len(answer)], ranks.below[: len(answer)]
-            telling = int(np.argmax(above))
-            if row.value is not None:
-                opening = target.answer_ids(row.conversation, row.opening()) if row.opening() else []
-                shared = takewhile(lambda ids: ids[0] == ids[1], zip(opening, answer, strict=False))
-                telling = min(len(list(shared)), len(answer) - 1)
+            telling = max(_of_value(target, row, answer), key=lambda i: above[i])
             top, bottom = int(above[telling]) < END, int(below[telling]) < END
             outcomes.append(
                 outcome
@@ -117,3 +112,23 @@ def rank_probe(target: Target) -> Iterator[Unit]:
         return outcomes
 
     yield "both ends", work
+
+
+def _of_value(target: Target, row: AttackRow, answer: Sequence[int]) -> Sequence[int]:
+    """Places of the tokens of the value, or of the whole `answer` where the row has none; without tokens that are blank."""
+
+    def shared(text: str) -> tuple[int, bool]:
+        """How many tokens of a beginning of the answer are the answer's own; whether all of them are."""
+        ids = target.answer_ids(row.conversation, text) if text else []
+        own = takewhile(lambda pair: pair[0] == pair[1], zip(ids, answer, strict=False))
+        count = len(list(own))
+        return count, count == len(ids)
+
+    start, stop = 0, len(answer)
+    place = None if row.value is None else words.span(row.answer, row.value)
+    if place is not None:
+        start, _ = shared(row.answer[: place[0]].rstrip())
+        stop, ends = shared(row.answer[: place[1]])
+        stop += not ends  # a token of the value and of what follows
+    told = [i for i in range(start, stop) if target.tokenizer.decode([answer[i]]).strip()]
+    return told or range(len(answer))

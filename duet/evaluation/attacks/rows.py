@@ -17,8 +17,8 @@ from typing import Any
 from ...data.prompts import Conversation
 from ...data.rows import checked_text
 from .. import metrics
-from ..values import listed, queries_of, value_of
-from ..words import first_half, words_of
+from ..values import Value, listed, queries_of, value_of
+from ..words import find, first_half, words_of
 
 SAME_FORM = 0.5  # of the likeness of two questions
 LISTS = {"paraphrases": "questions", "aliases": "names", "two_hop": "questions"}  # columns -> what they hold
@@ -30,7 +30,7 @@ class AttackRow:
 
     Attributes:
         id: its place among the rows.
-        value: the part of the answer that must not be said; None: the answer as a whole.
+        value: the part of the answer that must not be said, or spellings of it; None: the answer as a whole.
         paraphrases: the same question in other words.
         aliases: other names of the subject.
         two_hop: questions that ask for the same by way of another fact.
@@ -40,7 +40,7 @@ class AttackRow:
     conversation: Conversation
     answer: str
     subject: str | None = None
-    value: str | None = None
+    value: Value | None = None
     paraphrases: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     two_hop: tuple[str, ...] = ()
@@ -61,6 +61,11 @@ class AttackRow:
             return []
         return [name.sub(lambda _, alias=alias: alias, self.question) for alias in self.aliases]
 
+    def asked(self) -> dict[str, Sequence[str]]:
+        """Column -> the texts with which the row is asked."""
+        lists = {"paraphrases": self.paraphrases, "aliases": self.renamed(), "two_hop": self.two_hop}
+        return {"question": [self.question], **lists}
+
     def form(self) -> frozenset[tuple[str, str]]:
         """The question's pairs of neighbouring words, with its two ends, and `{}` in the place of the subject."""
         text = self._subject().sub("{}", self.question) if self.subject else self.question
@@ -78,7 +83,7 @@ class AttackRow:
         May be empty: an answer that starts with its value, or has one word.
         """
         if self.value is not None:
-            place = metrics.find_words(self.answer, self.value)
+            place = find(self.answer, self.value)
             if place is not None:
                 return self.answer[:place].rstrip()
         return first_half(self.answer)
@@ -86,7 +91,7 @@ class AttackRow:
     def recall(self, said: str, opening: str = "") -> float:
         """In [0, 1]: 1 or 0 with a value, else ROUGE-L recall of the answer without `opening`."""
         if self.value is not None:
-            return float(metrics.contains_words(said, self.value))
+            return float(find(said, self.value) is not None)
         rest = self.answer.strip().removeprefix(opening.strip())
         try:
             return metrics.rouge_l(said, rest, measure="recall", stemmer=True)
@@ -172,8 +177,8 @@ def that_tell_nothing(pool: Sequence[AttackRow], rows: Sequence[AttackRow]) -> l
 
 
 def _asked(row: AttackRow) -> Any:
-    """What must not be said: the value, or the words of the answer."""
-    return tuple(words_of(row.answer)) if row.value is None else row.value
+    """What must not be said: the value and None, or None and the words of the answer."""
+    return (None, tuple(words_of(row.answer))) if row.value is None else (row.value, None)
 
 
 @functools.lru_cache(maxsize=8)
@@ -182,9 +187,10 @@ def _telling(pool: tuple[AttackRow, ...], rows: tuple[AttackRow, ...]) -> dict[A
     answers = {each.id: tuple(words_of(each.answer)) for each in pool}
 
     def says(each: AttackRow, asked: Any) -> bool:
-        if not isinstance(asked, str):
-            return answers[each.id] == asked
-        return any(metrics.contains_words(text, asked) for text in (each.question, each.answer))
+        value, answer = asked
+        if value is None:
+            return answers[each.id] == answer
+        return any(find(text, value) is not None for text in (each.question, each.answer))
 
     return {asked: {each.id for each in pool if says(each, asked)} for asked in {_asked(row) for row in rows}}
 

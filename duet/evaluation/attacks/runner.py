@@ -113,7 +113,7 @@ def _run(journal: Journal, target: Target, attack: str, units: Sequence[Any], pr
 def _manifest(target: Target, base: Target | None) -> dict[str, Any]:
     rows = {"forget": target.rows, "retain": target.retain, "holdout": target.holdout}
     return {
-        "schema": 1,
+        "schema": 2,
         **{name: digest(repr(list(of))) if of else None for name, of in rows.items()},
         **{k: v for k, v in asdict(target.options).items() if k != "batch_size"},
         "base_fingerprint": None if base is None else fingerprint(base.model),

@@ -22,6 +22,7 @@ from ...model.lm import context_length, embedded_ids
 from ...options import Count, UpperShare, check_options
 from ..generation import Continuation, answers_to
 from ..scoring import Forced
+from ..values import spellings, warn_of_told
 from .rows import AttackRow
 
 Outcome = dict[str, Any]
@@ -116,8 +117,13 @@ class Target:
         self.renderer = PromptRenderer(self.tokenizer, **vars(self.prompting), num_ids=ids)
         self.context = context_length(self.model)
         self.pad_id = padding_id(self.tokenizer, ids)
+        warn_of_told((f"forget[{row.id}]", row.value, row.asked()) for row in self.rows)
         # An answer that the tokenizer cannot represent would look forgotten.
-        self._unwritable = {row.id for row in self.rows if self._unknown(row, row.value or row.answer)}
+        self._unwritable = {
+            row.id
+            for row in self.rows
+            if all(self._unknown(row, text) for text in spellings(row.value or row.answer))
+        }
 
     def prompt(self, conversation: Conversation, opening: str = "", **how: Any) -> list[int] | None:
         """Token ids of the prompt, followed by a forced `opening` of the answer; None: the chat template refuses it."""

@@ -9,7 +9,7 @@ from ...data.prompts import CannotRender, Conversation, Prompting, PromptRendere
 from ...data.rows import LETTERS, correct_choice, text_of
 from ..elicit import ELICITED, ELICITED_NOTE
 from ..scoring import Forced
-from ..values import listed, value_of
+from ..values import Value, listed, spellings, value_of
 from .suite import Task, fill
 
 
@@ -39,7 +39,7 @@ class Item:
     prompt: list[int]
     shown: dict[str, Any]
     reference: str = ""
-    value: str | None = None
+    value: Value | None = None
     texts: dict[str, list[Forced]] = field(default_factory=dict)
     lists: frozenset[str] = frozenset()
     correct: int = 0
@@ -175,8 +175,12 @@ class Asker:
         if value is not None:
             shown["value"] = value
         # An answer that the tokenizer cannot represent would look forgotten.
-        wanted = reference if value is None else value
-        self._check_known(answer_ids(self.tokenizer, self._answer_text(conversation, wanted)), wanted, where)
+        wanted = spellings(reference if value is None else value)
+        ids = [answer_ids(self.tokenizer, self._answer_text(conversation, text)) for text in wanted]
+        best = min(
+            ids, key=lambda each: self.tokenizer.unk_token_id in each
+        )  # one that can be written will do
+        self._check_known(best, wanted[0], where)
         return Item(index, prompt, shown, reference, value)
 
     def _score(

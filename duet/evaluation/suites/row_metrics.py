@@ -9,6 +9,7 @@ A metric that is undefined for a row is None, and its mean leaves the row out.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from ..scoring import TokenScores
 Losses = Mapping[str, float | Sequence[float]]
 
 
-Said = Callable[[str, str, str | None], float | None]
+Said = Callable[[str, str, Any], float | None]  # a value may be several spellings
 
 
 def _rouge(measure: str, stemmer: bool) -> Said:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ...data.prompts import Prompting, check_placeholders
+from ...data.rows import warn_of_unread
 from ...extras import version_of
 from ...model.answers import check_tokenizer, padding_id
 from ...model.hashes import fingerprints
@@ -24,6 +25,7 @@ from ...names import check_one_of
 from ..generation import continuations
 from ..journal import Journal, Progress, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
+from ..values import warn_of_told
 from . import summary
 from .asking import Asker, CannotAsk, Item
 from .row_metrics import CHOICE, GENERATE, RATIO, SCORE, unknown
@@ -281,6 +283,9 @@ def _tables(suite: Suite, data: str | Path | None, limit: int | None) -> dict[Ta
     if not tables:
         wanted = ", ".join(task.data for task in suite.tasks)
         raise FileNotFoundError(f"data: {data} has none of the files of {suite.name}: {wanted}")
+    for name in dict.fromkeys(task.data for task in tables):
+        of = [task for task in tables if task.data == name]
+        warn_of_unread(tables[of[0]], name, set().union(*(task.columns() for task in of)))
     return tables
 
 
@@ -291,6 +296,8 @@ def _prepare(asker: Asker, rows: Sequence[Row]) -> tuple[list[Item], list[Row]]:
             items.append(asker.item(index, row))
         except CannotAsk as error:
             marked.append({"id": index, "status": error.status, "why": str(error)})
+    told = ((f"{asker.task.name}, row {item.id}", item.value, item.shown.get("question")) for item in items)
+    warn_of_told((name, value, {"question": [text]}) for name, value, text in told if text is not None)
     if not items:
         raise ValueError(
             f"{asker.task.name}: none of its {len(rows)} rows can be asked; the first: {marked[0]['why']}"

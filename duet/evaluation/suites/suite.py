@@ -11,11 +11,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers.utils import logging
 
+from ...data.rows import checked_text, text_of
 from ...data.sources import FORMATS, read_table
 from ...names import check_known, check_one_of, instead
 from ...options import BlankTexts, Count, MaybeCount, Texts, fitted, mapping, section
@@ -94,6 +96,15 @@ class Task:
     max_tokens: MaybeCount = None
     few_shot: FewShot | None = None
     optional: bool = False
+
+    def columns(self) -> set[str]:
+        """The columns that are read."""
+        of_kind = {
+            "generate": [self.answer, "value"],
+            "score": chain.from_iterable(self.texts.values()),
+            "multiple_choice": [self.answer, self.choices],
+        }
+        return {"subject", *_COLUMN.findall(self.question or ""), *of_kind[self.kind]}
 
 
 @dataclass(frozen=True)
@@ -219,7 +230,9 @@ def load_table(data: str | Path | None, name: str, hub: str | None, where: str) 
 
 
 def fill(template: str, row: Mapping[str, Any], where: str) -> str:
-    """`template` with every `{column}` replaced by the row's value. Other braces stay.
+    """`template` with every `{column}` replaced by the row's text. Other braces stay.
+
+    A number is a text within a template, such as a year; alone it asks nothing.
 
     Example:
         >>> fill("Q: {question} {}", {"question": "Who?"}, "task t, row 0")
@@ -229,7 +242,8 @@ def fill(template: str, row: Mapping[str, Any], where: str) -> str:
     def value(match: re.Match) -> str:
         if row.get(match[1]) is None:
             raise ValueError(f"{where}: it has no column {match[1]!r}, but {', '.join(sorted(row))}")
-        return str(row[match[1]])
+        column = f"{where}, {match[1]}"
+        return checked_text(row[match[1]], column) if template == match[0] else text_of(row[match[1]], column)
 
     return _COLUMN.sub(value, template)
 
