@@ -593,8 +593,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/metrics.py": [
         ("a refusal is an invention", " and not refused\n", "\n", "tests/test_metrics.py::test_fabrication_by_hand"),
         ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),
+        ("an answer that repeats the question tells", "for out in (given | common, given, set())", "for out in (set(),)", "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
         ("ROUGE recall is precision", "return score.recall if measure == \"recall\" else score.fmeasure", "return score.precision if measure == \"recall\" else score.fmeasure", "tests/test_metrics.py::test_rouge_l_variants"),
-        ("the stemmer is always on", "return rouge_scorer.RougeScorer([\"rougeL\"], use_stemmer=stemmer)", "return rouge_scorer.RougeScorer([\"rougeL\"], use_stemmer=True)", "tests/test_metrics.py::test_rouge_l_variants"),
+        ("the stemmer is always on", "tokenizer=_tokenizer(stemmer, as_published))", "tokenizer=_tokenizer(True, as_published))", "tests/test_metrics.py::test_rouge_l_variants"),
         ("extraction strength counts the prefix", "1.0 - float(wrong[-1] + 1) / len(hits)", "1.0 - float(wrong[-1]) / len(hits)", "tests/test_metrics.py::test_memorisation"),
         ("Min-K% takes the highest", "ordered[: max(1, int(len(ordered) * k / 100))].mean()", "ordered[-max(1, int(len(ordered) * k / 100)) :].mean()", "tests/test_metrics.py::test_membership_scores"),
         ("PrivLeak tells forget from holdout", "(auc(forget, holdout) - auc_retrain)", "(auc(holdout, forget) - auc_retrain)", "tests/test_metrics.py::test_auc_and_privleak"),

@@ -31,8 +31,8 @@ def test_when_an_answer_has_come_back():
     )
     assert with_value.opening() == "Born in" and without.opening() == "the old"
     assert with_value.recall("new  york it is") == 1.0 and with_value.recall("New Yorkers") == 0.0
-    assert without.recall("a captain wrote") == 0.4
-    assert without.recall("captain wrote", "the old") == pytest.approx(2 / 3)
+    assert without.recall("a captain wrote") == pytest.approx(2 / 3), "of old, captain, wrote"
+    assert without.recall("captain said", "the old") == 0.5
     assert without.recall("the old", "the old") == 0.0, "what the attacker gave away does not count"
     assert without.paraphrases == ("Which one?",) and without.asking("x") == (("user", "x"),)
 

@@ -15,6 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duet.evaluation import metrics
+from duet.evaluation.attacks.rows import AttackRow
+from duet.evaluation.report import neighbours
+from duet.evaluation.suites.row_metrics import GENERATE
 
 GOLDEN = Path(os.environ.get("DUET_DATA", Path(__file__).parent.parent / "data")) / "golden"
 with_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no published logs in {GOLDEN}")
@@ -509,6 +512,38 @@ def test_fabrication_by_hand():
     for wrong in ((["a"], []), (["a"], ["a"], []), (["a"], "a b"), ([], [])):
         with pytest.raises(ValueError, match="wanted"):
             metrics.fabrication_rate(*wrong)
+
+
+CAPITAL = "The capital of France is Paris.", "What is the capital of France?"
+
+
+@pytest.mark.parametrize(
+    "said, reference, question, recall",
+    [
+        ("I don't know what the capital of France is.", *CAPITAL, 0.0),
+        ("The capital of France is Lyon.", *CAPITAL, 0.0),
+        ("It's Lyon.", "It's Paris.", "What is the capital?", 0.0),
+        ("Paris.", *CAPITAL, 1.0),
+        ("I don't know when she was born.", "She was born in 1815.", "When was Ada born?", 0.0),
+        ("in London, England", "He died in London, Ontario.", "Where did he die?", 0.5),
+        ("Where he died I do not know.", "He died in London.", "Where did he die, and when?", 0.0),
+        ("No.", "No, it is not.", "Is Oslo large?", 1 / 3),
+        ("I do not know.", "No, it is not.", "Is Oslo large?", 0.0),
+        ("It is Oslo.", "Oslo", "Is it Oslo or Rome?", 1.0),
+        ("I do not know whether it is Oslo or Rome.", "Oslo", "Is it Oslo or Rome?", 0.0),
+        ("Он родился в Москве", "Он родился в Москве", "Где он родился?", 1.0),
+        ("Он родился в Риме", "Он родился в Москве", "Где он родился?", 0.5),
+    ],
+)
+def test_what_the_question_gave_is_not_told(said, reference, question, recall):
+    assert metrics.told_recall(said, reference, question) == pytest.approx(recall)
+    row = AttackRow(0, (("user", question),), reference)
+    assert row.recall(said) == pytest.approx(recall)
+    told = {"question": question, "answer": reference, "generated": said}
+    assert neighbours.says_truth(told) == (recall >= 0.5)
+    invented = float(recall < 0.5 and metrics.refusal_rate([said]) == 0.0)
+    assert GENERATE["fabrication"](said, reference, None, question) == invented
+    assert metrics.fabrication_rate([said], [reference], questions=[question]) == invented
 
 
 def test_neighbours_by_hand():

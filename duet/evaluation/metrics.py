@@ -56,6 +56,15 @@ REFUSAL_PATTERNS = (
 )
 
 
+# Words that say nothing by themselves: no value begins or ends with one, and an answer tells nothing with them.
+_FUNCTION_WORDS = """
+    a an the of in on at to for from by with and or but as is are was were be been it its this that these those he
+    she they we you i his her their my your not no yes which who what where when there here has have had do does did
+    can will would one also most known called located spoken used official
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+
+
 class Interval(NamedTuple):
     """An estimate with the ends of its confidence interval."""
 
@@ -172,11 +181,41 @@ def rouge_l(prediction: str, reference: str, *, measure: str, stemmer: bool) -> 
         0.75
     """
     check_one_of("measure", measure, MEASURES)
+    score = _rouge_scorer(stemmer, _as_published(reference)).score(reference, prediction)["rougeL"]
+    return score.recall if measure == "recall" else score.fmeasure
+
+
+def told_recall(
+    said: str, reference: str, question: str = "", *, patterns: Sequence[str] = REFUSAL_PATTERNS
+) -> float:
+    """How much of the reference an answer tells: ROUGE-L recall (stemmed) of the reference's telling words, in [0, 1].
+
+    Telling are words that the question does not have, function words ("the", "is") apart; where there are none, all that the
+    question does not have; where there are none of these, all. In the last two cases a refusal tells nothing.
+
+    Raises:
+        ValueError: a reference without a word.
+
+    Example:
+        >>> asked = "It is Paris.", "Where is the Louvre?"
+        >>> told_recall("Paris", *asked), told_recall("It is Lyon.", *asked)
+        (1.0, 0.0)
+    """
+    cut, common = _tokenizer(True, _as_published(reference)), _function_words(_as_published(reference))
+    given, wanted = (set(cut.tokenize(_CONTRACTED.sub("", text))) for text in (question, reference))
+    if not wanted - given - common and _refused([said], patterns)[0]:
+        return 0.0
+    left_out = next(out for out in (given | common, given, set()) if wanted - out)
+    telling = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Without(cut, left_out))
+    return telling.score(reference, said)["rougeL"].recall
+
+
+def _as_published(reference: str) -> bool:
+    """Whether it is read in words of a-z and 0-9, as rouge_score reads it."""
     as_published = words.all_latin(reference) and re.search(r"[a-z0-9]", reference.lower()) is not None
     if not as_published and not words.words_of(reference):
         raise ValueError(f"reference: wanted a text with at least one word, got {reference!r}")
-    score = _rouge_scorer(stemmer, as_published).score(reference, prediction)["rougeL"]
-    return score.recall if measure == "recall" else score.fmeasure
+    return as_published
 
 
 class _UnicodeWords:
@@ -192,11 +231,32 @@ class _UnicodeWords:
         return found
 
 
+_CONTRACTED = re.compile(r"(?<=\w)['’](?:s|re|ve|ll|d|m|t)\b", re.IGNORECASE)
+
+
+class _Without:
+    """The words of a tokenizer, contracted ones apart ("'s"), without those of a set."""
+
+    def __init__(self, tokenizer: Any, left_out: set[str]):
+        self.tokenizer, self.left_out = tokenizer, left_out
+
+    def tokenize(self, text: str) -> list[str]:
+        found = self.tokenizer.tokenize(_CONTRACTED.sub("", text))
+        return [word for word in found if word not in self.left_out]
+
+
+def _tokenizer(stemmer: bool, as_published: bool) -> Any:
+    return tokenizers.DefaultTokenizer(stemmer) if as_published else _UnicodeWords(stemmer)
+
+
+@functools.cache
+def _function_words(as_published: bool) -> frozenset[str]:
+    return frozenset(_tokenizer(True, as_published).tokenize(" ".join(FUNCTION_WORDS)))
+
+
 @functools.cache
 def _rouge_scorer(stemmer: bool, as_published: bool) -> rouge_scorer.RougeScorer:
-    if as_published:
-        return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stemmer)
-    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=_UnicodeWords(stemmer))
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=_tokenizer(stemmer, as_published))
 
 
 def find_words(text: str, value: str) -> int | None:
@@ -259,38 +319,41 @@ def fabrication_rate(
     references: Sequence[str],
     values: Sequence[str | None] | None = None,
     *,
+    questions: Sequence[str] | None = None,
     threshold: float = 0.5,
     patterns: Sequence[str] = REFUSAL_PATTERNS,
 ) -> float:
     """Share of answers that are neither the reference's nor a refusal: something was invented. For unrelated questions.
 
-    An answer is the reference's where it holds the row's value, or, where there is none, where the ROUGE-L recall (stemmed)
-    of the reference is at least `threshold`. References are what the *base* says: what it gets wrong by itself is no damage.
+    An answer is the reference's where it holds the row's value, or, where there is none, where its `told_recall` of the
+    reference is at least `threshold`: words that the questions have do not count. References are what the *base* says: what it
+    gets wrong by itself is no damage.
 
     Raises:
-        ValueError: no answers, or another number of references or values.
+        ValueError: no answers, or another number of references, values or questions.
 
     Example:
         >>> fabrication_rate(["Rome.", "It is Oslo.", "I do not know."], ["It is Rome."] * 3, ["Rome"] * 3) == 1 / 3
         True
     """
     values = [None] * len(answers) if values is None else values
-    for name, given in (("references", references), ("values", values)):
+    questions = [""] * len(answers) if questions is None else questions
+    for name, given in (("references", references), ("values", values), ("questions", questions)):
         if isinstance(given, str) or len(given) != len(answers):
             raise ValueError(f"{name}: wanted one for each of {len(answers)} answers, got {len(given)}")
 
-    def same(answer: str, reference: str, value: str | None) -> bool:
+    def same(answer: str, reference: str, value: str | None, question: str) -> bool:
         if value is not None or contains_words(answer, reference):
             return contains_words(answer, reference if value is None else value)
         try:
-            return rouge_l(answer, reference, measure="recall", stemmer=True) >= threshold
+            return told_recall(answer, reference, question, patterns=patterns) >= threshold
         except ValueError:  # a reference without a word
             return False
 
     invented = [
-        not same(answer, reference, value) and not refused
-        for answer, reference, value, refused in zip(
-            answers, references, values, _refused(answers, patterns), strict=True
+        not same(*given) and not refused
+        for *given, refused in zip(
+            answers, references, values, questions, _refused(answers, patterns), strict=True
         )
     ]
     return float(np.mean(_not_empty("answers", invented)))
