@@ -594,6 +594,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a refusal is an invention", " and not refused\n", "\n", "tests/test_metrics.py::test_fabrication_by_hand"),
         ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),
         ("an answer that repeats the question tells", "for out in (given | common, given, set())", "for out in (set(),)", "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
+        ("who hedges declines", "    f\"(?:{pattern}){_NO_ANSWER}\"\n", "    pattern\n", "tests/test_metrics.py::test_an_answer_that_hedges_first_is_an_invention"),
         ("ROUGE recall is precision", "return score.recall if measure == \"recall\" else score.fmeasure", "return score.precision if measure == \"recall\" else score.fmeasure", "tests/test_metrics.py::test_rouge_l_variants"),
         ("the stemmer is always on", "tokenizer=_tokenizer(stemmer, as_published))", "tokenizer=_tokenizer(True, as_published))", "tests/test_metrics.py::test_rouge_l_variants"),
         ("extraction strength counts the prefix", "1.0 - float(wrong[-1] + 1) / len(hits)", "1.0 - float(wrong[-1]) / len(hits)", "tests/test_metrics.py::test_memorisation"),
@@ -603,7 +604,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_metrics.py::test_the_interval_of_many_rows_near_either_end"),
         ("a NaN hides behind a 0", "    if any(map(math.isnan, parts)):\n        return math.nan\n", "",
          "tests/test_metrics.py::test_model_utility"),
-        ("of others who sold no records it is a refusal", "    _OWN + r\"(?:no|not any) (?:knowledge|idea|record)s?\\b\",", "    r\"\\b(?:no|not any) (?:knowledge|idea|record)s?\\b\",",
+        ("of others who sold no records it is a refusal", "rf\"{_OWN}(?:no|not any) (?:info", "rf\"\\b(?:no|not any) (?:info",
          "tests/test_metrics.py::test_refusals"),
     ],
     "duet/evaluation/words.py": [
