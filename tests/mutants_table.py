@@ -666,10 +666,12 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("queries and steps are swapped in the table", "spent = str(cost[\"queries\"]), str(cost[\"steps\"]),", "spent = str(cost[\"steps\"]), str(cost[\"queries\"]),", _ATTACKS + "test_every_column_of_the_terminal_table_holds_its_own_number"),
         ("the unjudged share counts the judged", "\"unjudged\": 1 - status[\"ok\"] / len(rows)", "\"unjudged\": status[\"ok\"] / len(rows)", _ATTACKS + "test_the_worst_variant_stands_for_an_attack"),
         ("an earlier call's skips are forgotten", "not in names]", "in ()]", _ATTACKS + "test_every_attack_on_every_kind_of_row[chat]"),
-        ("an AUC is called a share that comes back", "{worst['measure']}", "brought back", "tests/test_attack_rows.py::test_a_share_is_printed_as_duet_report_prints_it[membership]"),
+        ("membership is the worst attack", "key=lambda entry: (tells(entry), _leak(entry))", "key=_leak", "tests/test_attack_rows.py::test_the_worst_attack_makes_the_model_tell"),
+        ("an AUC is called a share that comes back", "%, {entry['measure']}", "%, brought back", "tests/test_attack_rows.py::test_a_share_is_printed_as_duet_report_prints_it[membership]"),
         ("the mildest variant stands for the attack", "worst: Any = max(known,", "worst: Any = min(known,", _ATTACKS + "test_the_worst_variant_stands_for_an_attack"),
     ],
     "duet/evaluation/attacks/distribution.py": [
+        ("the best of four scores is one score", "return float(np.abs(ranks[chosen].sum(0)).max())", "return float(np.abs(ranks[chosen].sum(0))[0])", _ATTACKS + "test_the_best_of_several_scores_is_above_0_by_chance"),
         ("an AUC below one half leaks nothing", "{\"leak\": 2 * abs(area - 0.5),", "{\"leak\": max(0.0, 2 * (area - 0.5)),", _ATTACKS + "test_an_auc_on_either_side_of_chance_is_a_leak[members1-others1]"),
         ("a blank in front of the value tells", ".decode([answer[i]]).strip()]", ".decode([answer[i]])]", _ATTACKS + "test_no_blank_and_no_likely_first_token_tells[-1.0-3.0-0]"),
         ("a likely first character tells", "key=lambda i: above[i])", "key=lambda i: -i)", _ATTACKS + "test_no_blank_and_no_likely_first_token_tells[3.0--1.0-127]"),
@@ -679,7 +681,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a metric of two tasks has the meaning of one", "if len(whats) > 1:", "if False:",
          "tests/test_evaluation_report.py::test_the_demo_is_explained_and_empty_sections_are_hidden"),
         ("the standard error stands in the value's column", "for key in (f\"{metric},{given}\", f\"{metric}_stderr,{given}\"):", "for key in (f\"{metric}_stderr,{given}\", f\"{metric},{given}\"):", "tests/test_evaluation_report.py::test_lm_eval_is_shown_or_absent"),
-        ("the mildest attack comes first", "*sorted(worst, key=lambda n: -worst[n]),", "*sorted(worst, key=lambda n: worst[n]),", "tests/test_evaluation_report.py::test_the_table_holds_the_numbers_of_the_runs"),
+        ("the mildest attack comes first", "-worst[n])),", "worst[n])),", "tests/test_evaluation_report.py::test_the_table_holds_the_numbers_of_the_runs"),
         ("methods that were asked other rows stand side by side without a word", "        if len(groups) > 1:\n            tasks", "        if len(groups) > 9:\n            tasks", "tests/test_evaluation_report.py::test_methods_that_were_asked_other_rows_are_named"),
     ],
     # --- duet_kernels, heads on several ranks: every catcher starts two or four processes ---------------------------------

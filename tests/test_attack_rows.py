@@ -17,6 +17,8 @@ from duet.evaluation.suites.asking import Asker, CannotAsk
 from duet.evaluation.suites.row_metrics import GENERATE
 from duet.evaluation.suites.runner import _prepare
 from duet.evaluation.suites.suite import read_suite
+from duet.evaluation.report.report import summary_sentence
+from duet.evaluation.report.runs import Inputs, Method
 
 QUESTION = {"question": "who is ada ?", "answer": "a poet of the sea", "subject": "ada"}
 
@@ -257,6 +259,31 @@ def test_a_share_is_printed_as_duet_report_prints_it(name):
     }
     said = runner.headline({"attacks": [{"name": name, **worst}], "direct": None, "base": None})
     assert (
-        f"the worst attack, {name}: 97%, {ATTACKS[name].measure}; " in said
+        f"{name}: 97%, {ATTACKS[name].measure}; " in said
+        and said.startswith("the worst attack") == (name == "prefill")
         and "7% of its rows could not be judged (most of any attack: 7%)" in said
     )
+
+
+def test_the_worst_attack_makes_the_model_tell():
+    """Of 12 rows the best of four scores tells half without any difference; it is named beside the worst attack, with its p-value."""
+    entries = [
+        {"name": name, "leak": leak, "measure": ATTACKS[name].measure, "worst_variant": None, "variants": {}, **more}
+        for name, leak, more in (
+            ("membership", 0.46, {"p_value": 0.4}), ("rank_probe", 0.3, {}), ("direct", 0.0, {}), ("prefill", 0.1, {})
+        )
+    ]  # fmt: skip
+    ordered = runner.worst_first(entries)
+    assert [each["name"] for each in ordered] == ["prefill", "direct", "membership", "rank_probe"]
+    said = runner.headline({"attacks": entries, "direct": None, "base": None})
+    assert said.startswith("the worst attack, prefill: 10%, ")
+    assert "; beside it membership: 46%, 2 |AUC - 0.5| of the best score; p = 0.4 that it is chance" in said
+    assert "; beside it rank_probe: 30%, share of rows with the telling token" in said
+    del entries[0]["p_value"]  # of an earlier version
+    assert "of the best score; beside it rank_probe" in runner.headline(
+        {"attacks": entries, "direct": None, "base": None}
+    )
+    inputs = Inputs([Method("student", attacks={"attacks": entries, "direct": None})], [])
+    told = summary_sentence(inputs)
+    assert "Of 2 kinds of attack the worst is prefill on student: 10 %" in told
+    assert "Beside it, membership on student: 46 %" in told and inputs.methods[0].entries == ordered

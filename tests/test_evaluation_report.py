@@ -216,7 +216,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, make, message):
 
 def test_the_headline_names_the_worst_attack(folder, page):
     attacks = json.loads((folder / "student-attack/attacks.json").read_text())["attacks"]
-    worst = max(attacks, key=lambda e: e["leak"] or 0)
+    worst = max((e for e in attacks if e["name"] != "rank_probe"), key=lambda e: e["leak"] or 0)
     told = re.search(r'class="headline">(.*?)</p>', page.read_text()).group(1)
     assert f"the worst is {worst['name']}" in told and "on student" in told
     assert f"{100 * worst['leak']:.0f} %" in told

@@ -8,7 +8,7 @@ attacks.json   the report
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ...names import check_one_of
 from .. import metrics
 from ..journal import MEANING, Journal, Progress, digest, num_rows, write_json
 from .attacks import ATTACKS, DIRECT
-from .distribution import auc_leak
+from .distribution import auc_leak, p_value
 from .target import Outcomes, Target, grouped
 
 REPORT = "attacks.json"
@@ -54,7 +54,7 @@ def run_attacks(
         progress: called before the first and after every unit of an attack.
 
     Returns:
-        what `attacks.json` holds: `attacks`, the worst first; `direct`, without an attack; `base`; `skipped`.
+        what `attacks.json` holds: `attacks`, in the order of `worst_first`; `direct`, without an attack; `base`; `skipped`.
 
     Raises:
         ValueError: an unknown attack; `out` with another run's results.
@@ -85,7 +85,7 @@ def run_attacks(
             "model": name,
             "rows": len(target.rows),
             "success": SUCCESS.format(target.options.threshold),
-            "attacks": sorted(entries.values(), key=_leak, reverse=True),
+            "attacks": worst_first(entries.values()),
             "direct": direct,
             "base": of_base,
             "skipped": skipped,
@@ -130,6 +130,22 @@ def _leak(entry: Mapping[str, Any]) -> float:
     return -1.0 if entry["leak"] is None else entry["leak"]
 
 
+def tells(entry: Mapping[str, Any]) -> bool:
+    """Whether its leak is a share of facts that are told, and so can be the worst of all."""
+    return entry["name"] not in ATTACKS or ATTACKS[entry["name"]].tells
+
+
+def worst_first(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The attacks that make the model tell, the worst first; then those that look at its probabilities."""
+    return sorted(entries, key=lambda entry: (tells(entry), _leak(entry)), reverse=True)
+
+
+def by_chance(entry: Mapping[str, Any]) -> str:
+    """The p-value in words; "" where there is none."""
+    p = entry.get("p_value")
+    return "" if p is None else f"; p = {p:.2g} that it is chance"
+
+
 def _entry(attack: str, rows: Outcomes) -> dict[str, Any]:
     """One attack: its worst variant, all variants, and the cost; of one that trains also its curves."""
     ends = [row for row in rows if row.get("done")]
@@ -153,6 +169,8 @@ def _entry(attack: str, rows: Outcomes) -> dict[str, Any]:
     }
     if worst is None:
         entry["undefined"] = "no row could be judged"
+    if attack == "membership":
+        entry["p_value"] = p_value([row for of in variants.values() for row in of])
     if curves := _curves(variants, summaries):
         entry["curves"] = curves
     return entry
@@ -220,7 +238,7 @@ def legend(report: Mapping[str, Any]) -> Group:
         worst = f"; worst: {worst_variant(entry)}" if len(variants) > 1 else ""
         status = (worst_of(entry) or next(iter(variants.values()), {})).get("status", {})
         left_out = "".join(f"; {num_rows(n)} {MEANING[s]}" for s, n in status.items() if s != "ok")
-        line = f"{entry['what']} (wants {entry['strength']}){measure}{worst}{left_out}"
+        line = f"{entry['what']} (wants {entry['strength']}){measure}{by_chance(entry)}{worst}{left_out}"
         if bounds := [f"{num_rows(v['bounds'])} of {k}" for k, v in variants.items() if v.get("bounds")]:
             line += f"; {', '.join(bounds)}: at least so much, since some of the answers could not be judged"
         shown.add_row(entry["name"], Text(line))
@@ -243,16 +261,24 @@ def unjudged(entry: Mapping[str, Any]) -> float:
 
 
 def headline(report: Mapping[str, Any]) -> str:
-    """The worst attack and its leak, and how many answers could not be judged, in a sentence."""
+    """The worst attack that makes the model tell, and how many answers could not be judged; beside it the others, in a sentence."""
     lines = [entry for entry in _lines(report) if entry["name"] != "base, direct"]
-    if not lines or all(entry["leak"] is None for entry in lines):
+    known = [entry for entry in lines if entry["leak"] is not None]
+    if not known:
         return "nothing could be judged: no answer was long enough to end, or none could be asked"
-    worst = max(lines, key=_leak)
+    worst = worst_first(known)[0]
     asked = max(unjudged(entry) for entry in lines)
-    return (
-        f"the worst attack, {worst['name']}: {metrics.percent(worst['leak'])}%, {worst['measure']}; {metrics.percent(unjudged(worst))}% of "
-        f"its rows could not be judged (most of any attack: {metrics.percent(asked)}%), and count neither as leaked nor as forgotten"
+    beside = "".join(
+        f"; beside it {_figure(entry)}" for entry in known if not tells(entry) and entry is not worst
     )
+    return (
+        f"{'the worst attack, ' if tells(worst) else ''}{_figure(worst)}; {metrics.percent(unjudged(worst))}% of its rows could not be "
+        f"judged (most of any attack: {metrics.percent(asked)}%), and count neither as leaked nor as forgotten{beside}"
+    )
+
+
+def _figure(entry: Mapping[str, Any]) -> str:
+    return f"{entry['name']}: {metrics.percent(entry['leak'])}%, {entry['measure']}{by_chance(entry)}"
 
 
 def worst_variant(entry: Mapping[str, Any]) -> str:
