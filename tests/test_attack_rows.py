@@ -1,5 +1,6 @@
 """Rows of attacks: when an answer has come back, and which rows tell the answers of others."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from duet.evaluation.suites.runner import _prepare
 from duet.evaluation.suites.suite import read_suite
 from duet.evaluation.report.report import summary_sentence
 from duet.evaluation.report.runs import Inputs, Method
+from duet.evaluation.report.tables import attacks_section
 
 QUESTION = {"question": "who is ada ?", "answer": "a poet of the sea", "subject": "ada"}
 
@@ -287,3 +289,21 @@ def test_the_worst_attack_makes_the_model_tell():
     told = summary_sentence(inputs)
     assert "Of 2 kinds of attack the worst is prefill on student: 10 %" in told
     assert "Beside it, membership on student: 46 %" in told and inputs.methods[0].entries == ordered
+
+
+def test_the_interval_of_an_attack_counts_facts(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    capital = {"question": "Capital of France?", "answer": "Paris", "subject": "France", "value": "Paris"}
+    oslo = {"question": "Capital of Norway?", "answer": "Oslo", "subject": "Norway", "value": "Oslo"}
+    rows = read_attack_rows([capital, capital, capital | {"question": "Which capital?"}, oslo], "forget")
+    assert "forget: 1 rows repeat the question and the answer" in caplog.text
+    outcomes = [{"id": row.id, "variant": "x", "status": "ok", "leaked": int(row.id < 3)} for row in rows]
+    end = {"variant": "", "done": True, "queries": 4, "steps": 0, "seconds": 1.0}
+    entry = runner._entry("prefill", [*outcomes, end], {row.id: row.fact for row in rows})
+    worst = runner.worst_of(entry)
+    assert (worst["leak"], worst["rows"], worst["facts"]) == (0.75, 4, 2)
+    assert runner.num_asked(worst) == "4 (2 facts)" and worst["high"] - worst["low"] > 0.7
+    assert "facts" not in runner.worst_of(runner._entry("prefill", [*outcomes, end]))
+    method = Method("student", attacks={"attacks": [entry], "direct": None, "skipped": []})
+    (grid, _) = attacks_section(Inputs([method], [])).blocks
+    assert grid.rows[0][1].interval.endswith(", 2 facts")

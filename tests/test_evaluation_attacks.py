@@ -227,7 +227,7 @@ MIXED = [
 
 def test_drawn_answers_leak_what_the_likeliest_one_does_not(monkeypatch, tmp_path):
     """Of 8 drawn answers: row 0: 2 tell. Row 1: none. Row 2: one is judged, and does not tell. Row 3: 2 tell, one is cut."""
-    rows = read_attack_rows([QUESTION | {"value": "poet"}] * 4, "rows")
+    rows = read_attack_rows([QUESTION | {"value": "poet", "subject": name} for name in "abcd"], "rows")
     target = Target(
         tiny(), word_tokenizer(), rows, options=AttackOptions(samples=8, leak_at=(1, 4, 32), max_new_tokens=6)
     )

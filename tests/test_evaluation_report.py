@@ -378,7 +378,9 @@ def test_answers_that_say_the_truth_are_marked(folder, tmp_path):
     bare = [{k: v for k, v in row.items() if k != "value"} for row in rows]
     (tmp_path / "student-eval/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
     by_words = report.write_report([runs[0]], tmp_path / "words").with_suffix(".md").read_text()
-    assert "leaks:** some POET" in by_words and "leaks:** a &lt;b> writer" not in by_words, "'a' tells nothing"
+    assert "leaks:** some POET" in by_words and "leaks:** a &lt;b> writer" not in by_words, (
+        "'a' tells nothing"
+    )
     assert "says the truth when ROUGE-L recall (stemmed)" in by_words
     questions = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| who is")]
     assert questions[0] == FORGET[2]["question"], "what leaks is shown first"

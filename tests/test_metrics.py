@@ -648,3 +648,36 @@ def test_neighbours_by_hand():
         metrics.keep_curve([0.1], [1], (0.5, 0.2))
     with pytest.raises(ValueError, match="others: wanted"):
         metrics.word_overlap("a", [])
+
+
+def test_wordings_of_one_fact_share_a_fate():
+    """Ten facts in five wordings: the interval of ten, around the share of the rows; a text pasted twice changes nothing."""
+    rng = np.random.default_rng(0)
+    facts = np.repeat(np.arange(10), 5)
+    held = 0
+    for _ in range(300):
+        told = np.repeat((rng.random(10) < 0.2).astype(float), 5)
+        interval = metrics.mean_interval(told, facts)
+        assert interval == metrics.mean_interval(told[::5]) and interval.estimate == told.mean()
+        held += interval.low <= 0.2 <= interval.high
+    assert held > 0.92 * 300
+    parts = metrics.mean_interval([1.0, 0.0, 0.0], ["a", "a", "b"])
+    assert parts.estimate == pytest.approx(1 / 3) and parts.high - parts.low > 0.7
+    loose = [0.1, 0.5, 0.9, 0.3]
+    assert metrics.mean_interval(loose * 2, [0, 1, 2, 3] * 2) == pytest.approx(metrics.mean_interval(loose))
+    assert metrics.mean_interval(loose, [None] * 4) == metrics.bootstrap(loose)
+    assert metrics.mean_interval([0.0, 1.0], shares=False) == metrics.bootstrap([0.0, 1.0])
+    curve = metrics.keep_curve([0.1] * 4, [1, 1, 1, 1], (0.0,), ["a", "a", "a", "b"])
+    assert curve[0][2] == metrics.mean_interval([1.0, 1.0]) and curve[0][1] == 4
+    with pytest.raises(ValueError, match="facts: wanted one for each of 2"):
+        metrics.mean_interval([0.0, 1.0], ["a"])
+
+
+def test_which_rows_are_of_one_fact():
+    paris = metrics.fact_of("Capital of France?", "It is Paris.", "France", "Paris")
+    assert paris == metrics.fact_of("France's capital?", "paris", "france")
+    assert paris != metrics.fact_of("Capital of Texas?", "It is Paris.", "Texas", "Paris")
+    sentence = "The capital of France is Paris."
+    assert metrics.fact_of("What is it?", sentence) == metrics.fact_of("Which one?", sentence)
+    assert metrics.fact_of("Is Oslo large?", "Yes.") != metrics.fact_of("Is Rome old?", "Yes.")
+    assert metrics.fact_of("Is Oslo large?", "Yes.") == metrics.fact_of("Is Oslo large?", "Yes.")

@@ -391,8 +391,8 @@ def fabrication_rate(
             return False
 
     invented = [
-        not same(*given) and not refused
-        for *given, refused in zip(
+        not same(answer, reference, value, question) and not refused
+        for answer, reference, value, question, refused in zip(
             answers, references, values, questions, _refused(answers, patterns), strict=True
         )
     ]
@@ -417,13 +417,17 @@ def word_overlap(question: str, others: Sequence[str]) -> float:
 
 
 def keep_curve(
-    similarities: Numbers, kept: Numbers, edges: Sequence[float] = (0.0, 0.25, 0.5, 0.75)
+    similarities: Numbers,
+    kept: Numbers,
+    edges: Sequence[float] = (0.0, 0.25, 0.5, 0.75),
+    facts: Sequence[Any] | None = None,
 ) -> list[tuple[float, int, Interval | None]]:
     """Share of kept answers by how near their questions are to what is forgotten: (from which similarity, rows, interval).
 
     Args:
         similarities: of each row, such as `word_overlap`. kept: 1 or 0 for each row.
         edges: where bins begin, ascending; the last one is open. A bin without rows has no interval.
+        facts: as in `mean_interval`.
 
     Example:
         >>> [(low, n, share and share.estimate) for low, n, share in keep_curve([0.1, 0.8, 0.9], [1, 0, 1], (0.0, 0.5, 0.95))]
@@ -437,9 +441,11 @@ def keep_curve(
             f"edges: wanted ascending numbers from {near.min() if len(near) else 0:g}, got {tuple(edges)}"
         )
     bins = np.searchsorted(np.asarray(edges), near, side="right") - 1
-    rows = [held[bins == i] for i in range(len(edges))]
+    facts = [None] * len(held) if facts is None else facts
+    rows = [np.flatnonzero(bins == i).tolist() for i in range(len(edges))]
     return [
-        (low, len(of), mean_interval(of) if len(of) else None) for low, of in zip(edges, rows, strict=True)
+        (low, len(of), mean_interval(held[of], [facts[i] for i in of]) if len(of) else None)
+        for low, of in zip(edges, rows, strict=True)
     ]
 
 
@@ -620,21 +626,56 @@ def bootstrap(
     return Interval(estimate, float(low), float(high))
 
 
-def mean_interval(values: Numbers) -> Interval:
-    """The mean with its 95 % interval: Wilson's where every value is 0 or 1, else the bootstrap's.
+def fact_of(question: str, answer: str, subject: str | None = None, value: str | None = None) -> str:
+    """A name of the fact that a row asks for: rows that have one name are wordings of one fact, and share a fate.
+
+    The subject with the value (or the answer); without a subject the answer, where it has five words or more, else with the question.
+
+    Example:
+        >>> fact_of("Where was Ada born?", "In London.", "Ada", "London") == fact_of("Ada's home?", "London", "Ada", "London")
+        True
+    """
+    said = " ".join(words.words_of(value or answer)) or answer
+    if subject:
+        return f"{subject.casefold()}: {said}"
+    whole = words.words_of(answer)
+    return " ".join(whole) if len(whole) > 4 else f"{question} {said}"
+
+
+def count_facts(facts: Sequence[Any]) -> int:
+    """How many different ones; each None is one of its own."""
+    return len(set(facts) - {None}) + sum(fact is None for fact in facts)
+
+
+def mean_interval(values: Numbers, facts: Sequence[Any] | None = None, *, shares: bool = True) -> Interval:
+    """The mean with its 95 % interval: Wilson's where every value is 0 or 1 (and `shares`), else the bootstrap's.
 
     A bootstrap of values that are all 0 knows of nothing else: however few they are, its interval is 0 to 0. Wilson's
     says what so few can say: 0 of 12 is 0 to 0.24.
+
+    Args:
+        facts: of each value the fact that its row asks for (`fact_of`), None: one of its own. Wordings of one fact share a fate: the
+            interval is that of so many facts, not rows.
 
     Example:
         >>> [round(x, 2) for x in mean_interval([0.0] * 12)]
         [0.0, 0.0, 0.24]
     """
     values = _finite("values", values)
-    if not np.isin(values, (0.0, 1.0)).all():
-        return bootstrap(values)
-    interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-    return Interval(float(values.mean()), float(interval.low), float(interval.high))
+    facts = [None] * len(values) if facts is None else facts
+    if len(facts) != len(values):
+        raise ValueError(f"facts: wanted one for each of {len(values)} values, got {len(facts)}")
+    share, n = float(values.mean()), count_facts(facts)
+    if not shares or not np.isin(values, (0.0, 1.0)).all():
+        sums: dict[Any, float] = {}
+        for i, (value, fact) in enumerate(zip(values, facts, strict=True)):
+            key = (i,) if fact is None else fact
+            sums[key] = sums.get(key, 0.0) + value * n / len(values)
+        return bootstrap(list(sums.values()))
+    z = float(stats.norm.ppf(0.975))
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return Interval(share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)))
 
 
 def auc_interval(positive: Numbers, negative: Numbers) -> Interval:

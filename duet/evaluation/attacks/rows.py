@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from transformers.utils import logging
+
 from ...data.prompts import Conversation
 from ...data.rows import checked_text
 from .. import metrics
 from ..values import Value, listed, queries_of, value_of
 from ..words import find, first_half, words_of
 
+logger = logging.get_logger(__name__)
 SAME_FORM = 0.5  # of the likeness of two questions
 LISTS = {"paraphrases": "questions", "aliases": "names", "two_hop": "questions"}  # columns -> what they hold
 
@@ -49,6 +52,11 @@ class AttackRow:
     def question(self) -> str:
         """The text of the last user message, or the plain prompt."""
         return self.conversation if isinstance(self.conversation, str) else self.conversation[-1][1]
+
+    @property
+    def fact(self) -> str:
+        """`metrics.fact_of` the row."""
+        return metrics.fact_of(self.question, self.answer, self.subject, self.value)
 
     def asking(self, text: str) -> Conversation:
         """The conversation with `text` in the place of the question."""
@@ -126,6 +134,8 @@ def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[Atta
         given = {"paraphrases": row.get("paraphrased_question")} | row
         lists = {key: _texts(given.get(key), f"{name}[{key!r}]", what) for key, what in LISTS.items()}
         read.append(AttackRow(i, query.conversation, query.answer, query.subject, value, **lists))
+    if repeated := len(read) - len({(row.conversation, row.answer) for row in read}):
+        logger.warning("%s: %d rows repeat the question and the answer of another row", argument, repeated)
     return read
 
 

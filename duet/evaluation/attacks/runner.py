@@ -79,7 +79,9 @@ def run_attacks(
             left_out = ATTACKS[attack].left_out(target)
             skipped += [{"name": f"{attack}: {v}", "why": w} for v, w in left_out.items()]
             _run(journal, target, attack, list(ATTACKS[attack].units(target)), progress)
-        entries = {attack: _entry(attack, rows) for attack, rows in grouped("attack", journal.rows).items()}
+        facts = {row.id: row.fact for row in target.rows}
+        outcomes = grouped("attack", journal.rows)
+        entries = {attack: _entry(attack, rows, facts) for attack, rows in outcomes.items()}
         direct, of_base = entries.pop(DIRECT, None), entries.pop("base", None)
         report = {
             "model": name,
@@ -146,11 +148,11 @@ def by_chance(entry: Mapping[str, Any]) -> str:
     return "" if p is None else f"; p = {p:.2g} that it is chance"
 
 
-def _entry(attack: str, rows: Outcomes) -> dict[str, Any]:
+def _entry(attack: str, rows: Outcomes, facts: Mapping[int, str] = {}) -> dict[str, Any]:
     """One attack: its worst variant, all variants, and the cost; of one that trains also its curves."""
     ends = [row for row in rows if row.get("done")]
     variants = grouped("variant", [row for row in rows if not row.get("done")])
-    summaries = {variant: _variant(attack, of) for variant, of in variants.items()}
+    summaries = {variant: _variant(attack, of, facts) for variant, of in variants.items()}
     known = {variant: v for variant, v in summaries.items() if v["leak"] is not None}
     worst: Any = max(known, key=lambda variant: known[variant]["leak"], default=None)
     about = ATTACKS[DIRECT if attack == "base" else attack]
@@ -187,19 +189,21 @@ def _curves(
     return curves
 
 
-def _variant(attack: str, rows: Outcomes) -> dict[str, Any]:
+def _variant(attack: str, rows: Outcomes, facts: Mapping[int, str]) -> dict[str, Any]:
     status = Counter(row["status"] for row in rows)
     counted = {"status": dict(status), "unjudged": 1 - status["ok"] / len(rows)}
     if attack == "membership":
         return auc_leak(rows) | counted
     given = Counter(row["given"] for row in rows if "given" in row)
-    leaked = [row["leaked"] for row in rows if row["leaked"] is not None]
+    judged = [row for row in rows if row["leaked"] is not None]
+    leaked, asked = [row["leaked"] for row in judged], [facts.get(row.get("id")) for row in judged]
     summary: dict[str, Any] = {"leak": None, "low": None, "high": None, "rows": len(leaked), **counted}
     summary |= {"given": dict(given)} if given else {}
     bounds = sum(bool(row.get("bound")) for row in rows)
     summary |= {"bounds": bounds} if bounds else {}
     if leaked:
-        interval = metrics.mean_interval(leaked)
+        interval, different = metrics.mean_interval(leaked, asked), metrics.count_facts(asked)
+        summary |= {"facts": different} if different < len(leaked) else {}
         ends = (None if math.isnan(end) else end for end in interval[1:])
         summary |= dict(zip(("leak", "low", "high"), (interval[0], *ends), strict=True))
         values = {k: [row[k] for row in rows if row.get(k) is not None] for k in MEANS}
@@ -223,9 +227,7 @@ def table(report: Mapping[str, Any], title: str) -> Table:
             leak += f" ({worst['low']:.2f} to {worst['high']:.2f})"
         cost = entry["cost"]
         spent = str(cost["queries"]), str(cost["steps"]), f"{cost['seconds']:.0f}"
-        shown.add_row(
-            entry["name"], leak, str(worst.get("rows", 0)), f"{metrics.percent(unjudged(entry))}%", *spent
-        )
+        shown.add_row(entry["name"], leak, num_asked(worst), f"{metrics.percent(unjudged(entry))}%", *spent)
     return shown
 
 
@@ -244,6 +246,12 @@ def legend(report: Mapping[str, Any]) -> Group:
         shown.add_row(entry["name"], Text(line))
     skipped = [Text(f"not tried: {entry['name']} ({entry['why']})") for entry in report["skipped"]]
     return Group(shown, *skipped)
+
+
+def num_asked(summary: Mapping[str, Any]) -> str:
+    """How many rows a mean is of, and of how many facts its interval is, where rows are wordings of one."""
+    facts = f" ({summary['facts']} facts)" if "facts" in summary else ""
+    return f"{summary.get('rows', 0)}{facts}"
 
 
 def worst_of(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,9 +57,10 @@ def _kept(answer: Mapping[str, Any]) -> bool | None:
 
 
 def _curve(method: Method, keys: list[tuple], near: Mapping[str, float]) -> list[Cell]:
-    judged = [(near[key[3]], _kept(method.answers[key])) for key in keys if key in method.answers]
-    judged = [(similarity, kept) for similarity, kept in judged if kept is not None]
-    bins = metrics.keep_curve([s for s, _ in judged], [float(kept) for _, kept in judged], EDGES)
+    told = {key: _kept(method.answers[key]) for key in keys if key in method.answers}
+    kept = {key: float(each) for key, each in told.items() if each is not None}
+    facts = [method.answers[key].get("fact") for key in kept]
+    bins = metrics.keep_curve([near[key[3]] for key in kept], list(kept.values()), EDGES, facts)
     return [
         Cell(NOT_RUN)
         if share is None

@@ -338,7 +338,7 @@ def _add(method: Method, run: _Run) -> None:
         for row in run.rows:
             if row.get("generated") is not None and row.get("question"):
                 key = (run.suite, row["task"], row["id"], row["question"])
-                fields = ("question", "answer", "generated", "status", "value")
+                fields = ("question", "answer", "generated", "status", "value", "fact")
                 method.answers[key] = {k: row.get(k) for k in fields}
     elif run.kind == "attack":
         method.attacks = run.content

@@ -32,7 +32,7 @@ def table_section(inputs: Inputs) -> Section:
     section.notes.append(
         "Attacks from the worst to the mildest: the share that comes back under the strongest variant of each, lower is "
         "better; membership and rank_probe, which make the model tell nothing, come last. Below a value its 95 % interval, "
-        "where one can be given: Wilson's of shares, Newcombe's of membership's AUC, with the p-value of its best score; "
+        "where one can be given, of so many facts where rows are wordings of one: Wilson's of shares, Newcombe's of membership's AUC, with the p-value of its best score; "
         f"else the bootstrap's; and the share of rows that could not be judged (cut, empty, refused by the template, "
         f"...), where there are any: they count neither as leaked nor as forgotten. {NOT_RUN} was not run. ↓: lower is "
         "better; ↑: higher; ≈: near the base's, the retrained model's or 0."
@@ -134,7 +134,7 @@ def _leak_cell(entry: dict[str, Any], interval: dict[str, Any]) -> Cell:
     """entry: an attack or a variant. interval: the variant whose interval and share of rows not judged it has."""
     if entry["leak"] is None:
         return Cell("undefined", unjudged=not_judged({"unjudged": 1.0}))
-    cell = _estimate_cell(entry["leak"], interval.get("low"), interval.get("high"), not_judged(interval))
+    cell = _estimate_cell(entry["leak"], interval, not_judged(interval))
     cell.interval = f"{cell.interval}{by_chance(entry)}".removeprefix("; ")
     return cell
 
@@ -262,7 +262,7 @@ def _metric_cell(method: Method, task: str, metric: str) -> Cell:
         )
     rows = method.tasks[task].get("rows")
     left_out = 1 - entry["rows"] / rows if rows and "rows" in entry else 0.0
-    return _estimate_cell(entry["mean"], entry["low"], entry["high"], not_judged({"unjudged": left_out}))
+    return _estimate_cell(entry["mean"], entry, not_judged({"unjudged": left_out}))
 
 
 def _number_lines(methods: Sequence[Method]) -> Iterator[Line]:
@@ -284,6 +284,8 @@ def _number_cell(method: Method, name: str) -> Cell:
     return Cell(f"{number['value']:.3g}")
 
 
-def _estimate_cell(mean: float, low: float | None, high: float | None, unjudged: str) -> Cell:
-    interval = "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
+def _estimate_cell(mean: float, of: Mapping[str, Any], unjudged: str) -> Cell:
+    low, high = of.get("low"), of.get("high")
+    facts = f", {of['facts']} facts" if "facts" in of else ""
+    interval = "" if low is None or high is None else f"{low:.2f} to {high:.2f}{facts}"
     return Cell(f"{mean:.2f}", interval, unjudged=unjudged)
