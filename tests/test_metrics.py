@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duet.data.importers import BRIEF
 from duet.evaluation import metrics
 from duet.evaluation.attacks.rows import AttackRow
 from duet.evaluation.report import neighbours
+from duet.evaluation.report.runs import Inputs, Method
 from duet.evaluation.suites.row_metrics import GENERATE
 
 GOLDEN = Path(os.environ.get("DUET_DATA", Path(__file__).parent.parent / "data")) / "golden"
@@ -648,6 +650,16 @@ def test_neighbours_by_hand():
         metrics.keep_curve([0.1], [1], (0.5, 0.2))
     with pytest.raises(ValueError, match="others: wanted"):
         metrics.word_overlap("a", [])
+
+
+def test_what_the_importer_puts_in_front_of_a_question_is_not_in_common():
+    asked = {"forget": "Who wrote Emma?", "retain": "What floats?"}
+    answers = {
+        ("own", task, 0, BRIEF.format(q)): {"question": BRIEF.format(q), "answer": "it", "generated": "it"}
+        for task, q in asked.items()
+    }
+    section = neighbours.neighbours_section(Inputs([Method("student", answers=answers)], []))
+    assert [row[0].text for row in section.blocks[0].rows] == ["0 to 0.25"]
 
 
 def test_wordings_of_one_fact_share_a_fate():

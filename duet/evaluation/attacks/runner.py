@@ -148,7 +148,7 @@ def by_chance(entry: Mapping[str, Any]) -> str:
     return "" if p is None else f"; p = {p:.2g} that it is chance"
 
 
-def _entry(attack: str, rows: Outcomes, facts: Mapping[int, str] = {}) -> dict[str, Any]:
+def _entry(attack: str, rows: Outcomes, facts: Mapping[Any, str] = {}) -> dict[str, Any]:
     """One attack: its worst variant, all variants, and the cost; of one that trains also its curves."""
     ends = [row for row in rows if row.get("done")]
     variants = grouped("variant", [row for row in rows if not row.get("done")])
@@ -189,7 +189,7 @@ def _curves(
     return curves
 
 
-def _variant(attack: str, rows: Outcomes, facts: Mapping[int, str]) -> dict[str, Any]:
+def _variant(attack: str, rows: Outcomes, facts: Mapping[Any, str]) -> dict[str, Any]:
     status = Counter(row["status"] for row in rows)
     counted = {"status": dict(status), "unjudged": 1 - status["ok"] / len(rows)}
     if attack == "membership":

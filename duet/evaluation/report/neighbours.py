@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ...data.importers import BLANK, BRIEF
 from .. import metrics
 from ..attacks.rows import AttackRow
 from ..attacks.target import AttackOptions
@@ -30,7 +31,7 @@ def neighbours_section(inputs: Inputs) -> Section:
         keep = [key for key in keys if key[0] == suite and key[1].startswith(TO_KEEP)]
         if not forget or not keep:
             continue
-        near = {question: metrics.word_overlap(question, forget) for question in {key[3] for key in keep}}
+        near = {q: metrics.word_overlap(_bare(q), list(map(_bare, forget))) for q in {key[3] for key in keep}}
         base = next((m for m in inputs.methods if m.role == BASE and m.answers), None)
         told = keep if base is None else [k for k in keep if k in base.answers and _kept(base.answers[k])]
         grid = Grid(["words in common", *(m.label for m in inputs.methods)], caption=f"{suite}: share kept")
@@ -49,6 +50,13 @@ def neighbours_section(inputs: Inputs) -> Section:
     if not section.blocks:
         section.notes.append("No neighbours: wanted answers to questions to forget and to questions to keep.")
     return section
+
+
+def _bare(question: str) -> str:
+    """Without the words that `duet import` puts in front of RWKU's questions: all of them share these."""
+    for form in (BLANK, BRIEF):
+        question = question.removeprefix(form.format(""))
+    return question
 
 
 def _kept(answer: Mapping[str, Any]) -> bool | None:
