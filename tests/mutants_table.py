@@ -580,6 +580,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_suites.py::test_a_row_that_cannot_be_asked_says_why"),
         ("a list is put into a question", "text_of(row[match[1]], column)\n", "str(row[match[1]])\n",
          "tests/test_evaluation_suites.py::test_within_a_template_a_number_is_a_text_and_a_list_is_none"),
+    ],
     "duet/evaluation/report/neighbours.py": [
         ("the importer's words are in common", "question = question.removeprefix(form.format(\"\"))", "pass", "tests/test_metrics.py::test_what_the_importer_puts_in_front_of_a_question_is_not_in_common"),
     ],

@@ -1,6 +1,5 @@
 """Rows of attacks: when an answer has come back, and which rows tell the answers of others."""
 
-import logging
 from dataclasses import replace
 
 import pytest
@@ -13,14 +12,14 @@ from duet.evaluation.attacks.attacks import ATTACKS
 from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows, that_tell_nothing
 from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.facts import facts_of
+from duet.evaluation.report.report import summary_sentence
+from duet.evaluation.report.runs import Inputs, Method
+from duet.evaluation.report.tables import attacks_section
 from duet.evaluation.steering import told_in
 from duet.evaluation.suites.asking import Asker, CannotAsk
 from duet.evaluation.suites.row_metrics import GENERATE
 from duet.evaluation.suites.runner import _prepare
 from duet.evaluation.suites.suite import read_suite
-from duet.evaluation.report.report import summary_sentence
-from duet.evaluation.report.runs import Inputs, Method
-from duet.evaluation.report.tables import attacks_section
 
 QUESTION = {"question": "who is ada ?", "answer": "a poet of the sea", "subject": "ada"}
 
@@ -77,7 +76,7 @@ def test_a_value_that_tells_nothing_is_named(caplog, row, said):
     rows = [{"question": "Where did He live?", "answer": "In Paris.", "value": "Paris"} | row] * 2
     why = "an answer that tells nothing may count as one that tells it (and 1 more of 2 rows)"
     Target(tiny(), word_tokenizer(), read_attack_rows(rows, "forget"))
-    assert [line.getMessage() for line in caplog.records] == (
+    assert [line.getMessage() for line in caplog.records if "repeat" not in line.getMessage()] == (
         [f"forget[0]: its value {said}: {why}"] if said else []
     )
     caplog.clear()
@@ -292,7 +291,7 @@ def test_the_worst_attack_makes_the_model_tell():
 
 
 def test_the_interval_of_an_attack_counts_facts(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
     capital = {"question": "Capital of France?", "answer": "Paris", "subject": "France", "value": "Paris"}
     oslo = {"question": "Capital of Norway?", "answer": "Oslo", "subject": "Norway", "value": "Oslo"}
     rows = read_attack_rows([capital, capital, capital | {"question": "Which capital?"}, oslo], "forget")

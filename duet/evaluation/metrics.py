@@ -628,7 +628,9 @@ def bootstrap(
     return Interval(estimate, float(low), float(high))
 
 
-def fact_of(question: str, answer: str, subject: str | None = None, value: str | None = None) -> str:
+def fact_of(
+    question: str, answer: str, subject: str | None = None, value: str | Sequence[str] | None = None
+) -> str:
     """A name of the fact that a row asks for: rows that have one name are wordings of one fact, and share a fate.
 
     The subject with the value (or the answer); without a subject the answer, where it has five words or more, else with the question.
@@ -637,7 +639,8 @@ def fact_of(question: str, answer: str, subject: str | None = None, value: str |
         >>> fact_of("Where was Ada born?", "In London.", "Ada", "London") == fact_of("Ada's home?", "London", "Ada", "London")
         True
     """
-    said = " ".join(words.words_of(value or answer)) or answer
+    first = value if isinstance(value, str) or not value else value[0]  # of several spellings
+    said = " ".join(words.words_of(first or answer)) or answer
     if subject:
         return f"{subject.casefold()}: {said}"
     whole = words.words_of(answer)

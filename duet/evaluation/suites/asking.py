@@ -109,9 +109,10 @@ class Asker:
             item.shown = ({} if question is None else {"question": question}) | item.shown
             answer = row.get(self.task.answer)
             if self.task.kind != "multiple_choice" and isinstance(answer, str):
-                known = (row.get(key) for key in ("subject", "value"))
-                texts = (text if isinstance(text, str) else None for text in known)
-                item.shown["fact"] = fact_of(question or "", answer, *texts)
+                subject, value = row.get("subject"), item.value or row.get("value")
+                subject = subject if isinstance(subject, str) else None
+                value = value if isinstance(value, (str, tuple)) else None
+                item.shown["fact"] = fact_of(question or "", answer, subject, value)
         except CannotRender as error:
             raise CannotAsk("refused_by_template", f"{where}: {error}") from None
         except (ValueError, TypeError) as error:

@@ -9,7 +9,6 @@ A metric that is undefined for a row is None, and its mean leaves the row out.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
