@@ -609,6 +609,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a list is put into a question", "text_of(row[match[1]], column)\n", "str(row[match[1]])\n",
          "tests/test_evaluation_suites.py::test_within_a_template_a_number_is_a_text_and_a_list_is_none"),
     ],
+    "duet/evaluation/report/neighbours.py": [
+        ("the importer's words are in common", "question = question.removeprefix(form.format(\"\"))", "pass", "tests/test_metrics.py::test_what_the_importer_puts_in_front_of_a_question_is_not_in_common"),
+    ],
     "duet/evaluation/values.py": [
         ("of several spellings the first alone tells", "value = tuple(text_of(each, f\"{where}['value']\") for each in value)", "value = text_of(value[0], where)",
          "tests/test_attack_rows.py::test_each_spelling_of_a_value_tells"),
@@ -621,8 +624,11 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/metrics.py": [
         ("a refusal is an invention", " and not refused\n", "\n", "tests/test_metrics.py::test_fabrication_by_hand"),
         ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),
+        ("an answer that repeats the question tells", "for out in (given | common, given, set())", "for out in (set(),)", "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
+        ("who hedges declines", "    f\"(?:{pattern}){_NO_ANSWER}\"\n", "    pattern\n", "tests/test_metrics.py::test_an_answer_that_hedges_first_is_an_invention"),
+        ("wordings count as facts", "share, n = float(values.mean()), count_facts(facts)", "share, n = float(values.mean()), len(values)", "tests/test_metrics.py::test_wordings_of_one_fact_share_a_fate"),
         ("ROUGE recall is precision", "return score.recall if measure == \"recall\" else score.fmeasure", "return score.precision if measure == \"recall\" else score.fmeasure", "tests/test_metrics.py::test_rouge_l_variants"),
-        ("the stemmer is always on", "return rouge_scorer.RougeScorer([\"rougeL\"], use_stemmer=stemmer)", "return rouge_scorer.RougeScorer([\"rougeL\"], use_stemmer=True)", "tests/test_metrics.py::test_rouge_l_variants"),
+        ("the stemmer is always on", "tokenizer=_tokenizer(stemmer, as_published))", "tokenizer=_tokenizer(True, as_published))", "tests/test_metrics.py::test_rouge_l_variants"),
         ("extraction strength counts the prefix", "1.0 - float(wrong[-1] + 1) / len(hits)", "1.0 - float(wrong[-1]) / len(hits)", "tests/test_metrics.py::test_memorisation"),
         ("Min-K% takes the highest", "ordered[: max(1, int(len(ordered) * k / 100))].mean()", "ordered[-max(1, int(len(ordered) * k / 100)) :].mean()", "tests/test_metrics.py::test_membership_scores"),
         ("PrivLeak tells forget from holdout", "(auc(forget, holdout) - auc_retrain)", "(auc(holdout, forget) - auc_retrain)", "tests/test_metrics.py::test_auc_and_privleak"),
@@ -630,7 +636,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_metrics.py::test_the_interval_of_many_rows_near_either_end"),
         ("a NaN hides behind a 0", "    if any(map(math.isnan, parts)):\n        return math.nan\n", "",
          "tests/test_metrics.py::test_model_utility"),
-        ("of others who sold no records it is a refusal", "    _OWN + r\"(?:no|not any) (?:knowledge|idea|record)s?\\b\",", "    r\"\\b(?:no|not any) (?:knowledge|idea|record)s?\\b\",",
+        ("of others who sold no records it is a refusal", "rf\"{_OWN}(?:no|not any) (?:info", "rf\"\\b(?:no|not any) (?:info",
          "tests/test_metrics.py::test_refusals"),
     ],
     "duet/evaluation/words.py": [
@@ -692,10 +698,13 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("queries and steps are swapped in the table", "spent = str(cost[\"queries\"]), str(cost[\"steps\"]),", "spent = str(cost[\"steps\"]), str(cost[\"queries\"]),", _ATTACKS + "test_every_column_of_the_terminal_table_holds_its_own_number"),
         ("the unjudged share counts the judged", "\"unjudged\": 1 - status[\"ok\"] / len(rows)", "\"unjudged\": status[\"ok\"] / len(rows)", _ATTACKS + "test_the_worst_variant_stands_for_an_attack"),
         ("an earlier call's skips are forgotten", "not in names]", "in ()]", _ATTACKS + "test_every_attack_on_every_kind_of_row[chat]"),
-        ("an AUC is called a share that comes back", "{worst['measure']}", "brought back", "tests/test_attack_rows.py::test_a_share_is_printed_as_duet_report_prints_it[membership]"),
+        ("membership is the worst attack", "key=lambda entry: (tells(entry), _leak(entry))", "key=_leak", "tests/test_attack_rows.py::test_the_worst_attack_makes_the_model_tell"),
+        ("an attack's rows are facts", "facts.get(row.get(\"id\")) for row in judged", "None for row in judged", "tests/test_attack_rows.py::test_the_interval_of_an_attack_counts_facts"),
+        ("an AUC is called a share that comes back", "%, {entry['measure']}", "%, brought back", "tests/test_attack_rows.py::test_a_share_is_printed_as_duet_report_prints_it[membership]"),
         ("the mildest variant stands for the attack", "worst: Any = max(known,", "worst: Any = min(known,", _ATTACKS + "test_the_worst_variant_stands_for_an_attack"),
     ],
     "duet/evaluation/attacks/distribution.py": [
+        ("the best of four scores is one score", "return float(np.abs(ranks[chosen].sum(0)).max())", "return float(np.abs(ranks[chosen].sum(0))[0])", _ATTACKS + "test_the_best_of_several_scores_is_above_0_by_chance"),
         ("an AUC below one half leaks nothing", "{\"leak\": 2 * abs(area - 0.5),", "{\"leak\": max(0.0, 2 * (area - 0.5)),", _ATTACKS + "test_an_auc_on_either_side_of_chance_is_a_leak[members1-others1]"),
         ("a blank in front of the value tells", ".decode([answer[i]]).strip()]", ".decode([answer[i]])]", _ATTACKS + "test_no_blank_and_no_likely_first_token_tells[-1.0-3.0-0]"),
         ("a likely first character tells", "key=lambda i: above[i])", "key=lambda i: -i)", _ATTACKS + "test_no_blank_and_no_likely_first_token_tells[3.0--1.0-127]"),
@@ -705,7 +714,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a metric of two tasks has the meaning of one", "if len(whats) > 1:", "if False:",
          "tests/test_evaluation_report.py::test_the_demo_is_explained_and_empty_sections_are_hidden"),
         ("the standard error stands in the value's column", "for key in (f\"{metric},{given}\", f\"{metric}_stderr,{given}\"):", "for key in (f\"{metric}_stderr,{given}\", f\"{metric},{given}\"):", "tests/test_evaluation_report.py::test_lm_eval_is_shown_or_absent"),
-        ("the mildest attack comes first", "*sorted(worst, key=lambda n: -worst[n]),", "*sorted(worst, key=lambda n: worst[n]),", "tests/test_evaluation_report.py::test_the_table_holds_the_numbers_of_the_runs"),
+        ("the mildest attack comes first", "-worst[n])),", "worst[n])),", "tests/test_evaluation_report.py::test_the_table_holds_the_numbers_of_the_runs"),
         ("methods that were asked other rows stand side by side without a word", "        if len(groups) > 1:\n            tasks", "        if len(groups) > 9:\n            tasks", "tests/test_evaluation_report.py::test_methods_that_were_asked_other_rows_are_named"),
     ],
     # --- duet_kernels, heads on several ranks: every catcher starts two or four processes ---------------------------------

@@ -12,6 +12,9 @@ from duet.evaluation.attacks.attacks import ATTACKS
 from duet.evaluation.attacks.rows import halves, of_the_same_form, read_attack_rows, that_tell_nothing
 from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.facts import facts_of
+from duet.evaluation.report.report import summary_sentence
+from duet.evaluation.report.runs import Inputs, Method
+from duet.evaluation.report.tables import attacks_section
 from duet.evaluation.steering import told_in
 from duet.evaluation.suites.asking import Asker, CannotAsk
 from duet.evaluation.suites.row_metrics import GENERATE
@@ -31,8 +34,8 @@ def test_when_an_answer_has_come_back():
     )
     assert with_value.opening() == "Born in" and without.opening() == "the old"
     assert with_value.recall("new  york it is") == 1.0 and with_value.recall("New Yorkers") == 0.0
-    assert without.recall("a captain wrote") == 0.4
-    assert without.recall("captain wrote", "the old") == pytest.approx(2 / 3)
+    assert without.recall("a captain wrote") == pytest.approx(2 / 3), "of old, captain, wrote"
+    assert without.recall("captain said", "the old") == 0.5
     assert without.recall("the old", "the old") == 0.0, "what the attacker gave away does not count"
     assert without.paraphrases == ("Which one?",) and without.asking("x") == (("user", "x"),)
 
@@ -73,7 +76,7 @@ def test_a_value_that_tells_nothing_is_named(caplog, row, said):
     rows = [{"question": "Where did He live?", "answer": "In Paris.", "value": "Paris"} | row] * 2
     why = "an answer that tells nothing may count as one that tells it (and 1 more of 2 rows)"
     Target(tiny(), word_tokenizer(), read_attack_rows(rows, "forget"))
-    assert [line.getMessage() for line in caplog.records] == (
+    assert [line.getMessage() for line in caplog.records if "repeat" not in line.getMessage()] == (
         [f"forget[0]: its value {said}: {why}"] if said else []
     )
     caplog.clear()
@@ -257,6 +260,49 @@ def test_a_share_is_printed_as_duet_report_prints_it(name):
     }
     said = runner.headline({"attacks": [{"name": name, **worst}], "direct": None, "base": None})
     assert (
-        f"the worst attack, {name}: 97%, {ATTACKS[name].measure}; " in said
+        f"{name}: 97%, {ATTACKS[name].measure}; " in said
+        and said.startswith("the worst attack") == (name == "prefill")
         and "7% of its rows could not be judged (most of any attack: 7%)" in said
     )
+
+
+def test_the_worst_attack_makes_the_model_tell():
+    """Of 12 rows the best of four scores tells half without any difference; it is named beside the worst attack, with its p-value."""
+    entries = [
+        {"name": name, "leak": leak, "measure": ATTACKS[name].measure, "worst_variant": None, "variants": {}, **more}
+        for name, leak, more in (
+            ("membership", 0.46, {"p_value": 0.4}), ("rank_probe", 0.3, {}), ("direct", 0.0, {}), ("prefill", 0.1, {})
+        )
+    ]  # fmt: skip
+    ordered = runner.worst_first(entries)
+    assert [each["name"] for each in ordered] == ["prefill", "direct", "membership", "rank_probe"]
+    said = runner.headline({"attacks": entries, "direct": None, "base": None})
+    assert said.startswith("the worst attack, prefill: 10%, ")
+    assert "; beside it membership: 46%, 2 |AUC - 0.5| of the best score; p = 0.4 that it is chance" in said
+    assert "; beside it rank_probe: 30%, share of rows with the telling token" in said
+    del entries[0]["p_value"]  # of an earlier version
+    assert "of the best score; beside it rank_probe" in runner.headline(
+        {"attacks": entries, "direct": None, "base": None}
+    )
+    inputs = Inputs([Method("student", attacks={"attacks": entries, "direct": None})], [])
+    told = summary_sentence(inputs)
+    assert "Of 2 kinds of attack the worst is prefill on student: 10 %" in told
+    assert "Beside it, membership on student: 46 %" in told and inputs.methods[0].entries == ordered
+
+
+def test_the_interval_of_an_attack_counts_facts(caplog, monkeypatch):
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    capital = {"question": "Capital of France?", "answer": "Paris", "subject": "France", "value": "Paris"}
+    oslo = {"question": "Capital of Norway?", "answer": "Oslo", "subject": "Norway", "value": "Oslo"}
+    rows = read_attack_rows([capital, capital, capital | {"question": "Which capital?"}, oslo], "forget")
+    assert "forget: 1 rows repeat the question and the answer" in caplog.text
+    outcomes = [{"id": row.id, "variant": "x", "status": "ok", "leaked": int(row.id < 3)} for row in rows]
+    end = {"variant": "", "done": True, "queries": 4, "steps": 0, "seconds": 1.0}
+    entry = runner._entry("prefill", [*outcomes, end], {row.id: row.fact for row in rows})
+    worst = runner.worst_of(entry)
+    assert (worst["leak"], worst["rows"], worst["facts"]) == (0.75, 4, 2)
+    assert runner.num_asked(worst) == "4 (2 facts)" and worst["high"] - worst["low"] > 0.7
+    assert "facts" not in runner.worst_of(runner._entry("prefill", [*outcomes, end]))
+    method = Method("student", attacks={"attacks": [entry], "direct": None, "skipped": []})
+    (grid, _) = attacks_section(Inputs([method], [])).blocks
+    assert grid.rows[0][1].interval.endswith(", 2 facts")

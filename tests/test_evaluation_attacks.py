@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -226,7 +227,7 @@ MIXED = [
 
 def test_drawn_answers_leak_what_the_likeliest_one_does_not(monkeypatch, tmp_path):
     """Of 8 drawn answers: row 0: 2 tell. Row 1: none. Row 2: one is judged, and does not tell. Row 3: 2 tell, one is cut."""
-    rows = read_attack_rows([QUESTION | {"value": "poet"}] * 4, "rows")
+    rows = read_attack_rows([QUESTION | {"value": "poet", "subject": name} for name in "abcd"], "rows")
     target = Target(
         tiny(), word_tokenizer(), rows, options=AttackOptions(samples=8, leak_at=(1, 4, 32), max_new_tokens=6)
     )
@@ -493,7 +494,10 @@ def test_the_worst_variant_stands_for_an_attack():
     assert attack_run.unjudged(entry) == pytest.approx(1 / 3)
     assert entry["variants"]["worst"]["rows"] == 2 and entry["variants"]["mild"]["leak"] == 0
     sides = [(True, "ok", 1.0), (False, "ok", 2.0), (False, "unknown_tokens", None)]
-    rows = [{"variant": "loss", "member": m, "status": s, "score": score} for m, s, score in sides]
+    rows = [
+        {"id": i, "variant": "loss", "member": m, "status": s, "score": score}
+        for i, (m, s, score) in enumerate(sides)
+    ]
     assert attack_run.unjudged(attack_run._entry("membership", [*rows, end])) == pytest.approx(1 / 3)
 
 
@@ -507,6 +511,25 @@ def test_an_auc_on_either_side_of_chance_is_a_leak(members, others):
     ]
     leak = distribution.auc_leak(outcomes)
     assert leak["leak"] == 1.0 and leak["auc"] == float(members < others)
+
+
+def test_the_best_of_several_scores_is_above_0_by_chance():
+    """Without a difference p <= 0.05 in a 20th of the runs, although an interval of the best score excludes 0 more often."""
+    rng = np.random.default_rng(0)
+
+    def drawn(gap):
+        common = rng.normal(size=16)
+        return [
+            {"id": i, "member": i < 8, "variant": str(v), "score": 0.6 * common[i] + 0.8 * rng.normal() + gap * (i < 8) * (v == 3)}
+            for v in range(4)
+            for i in range(16)
+        ]  # fmt: skip
+
+    by_chance = [distribution.p_value(drawn(0.0), permutations=99) for _ in range(200)]
+    assert np.mean([p <= 0.05 for p in by_chance]) < 0.09 and 0.4 < np.mean(by_chance) < 0.6
+    assert max(distribution.p_value(drawn(gap)) for gap in (6.0, -6.0)) < 0.01
+    one_side = [o for o in drawn(0.0) if o["member"]]
+    assert distribution.p_value(one_side) is None
 
 
 def test_heldout_wordings_that_training_saw_are_left_out():

@@ -216,7 +216,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, make, message):
 
 def test_the_headline_names_the_worst_attack(folder, page):
     attacks = json.loads((folder / "student-attack/attacks.json").read_text())["attacks"]
-    worst = max(attacks, key=lambda e: e["leak"] or 0)
+    worst = max((e for e in attacks if e["name"] != "rank_probe"), key=lambda e: e["leak"] or 0)
     told = re.search(r'class="headline">(.*?)</p>', page.read_text()).group(1)
     assert f"the worst is {worst['name']}" in told and "on student" in told
     assert f"{100 * worst['leak']:.0f} %" in told
@@ -378,7 +378,9 @@ def test_answers_that_say_the_truth_are_marked(folder, tmp_path):
     bare = [{k: v for k, v in row.items() if k != "value"} for row in rows]
     (tmp_path / "student-eval/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
     by_words = report.write_report([runs[0]], tmp_path / "words").with_suffix(".md").read_text()
-    assert "leaks:** a &lt;b> writer" in by_words, "without values, half of the words are enough"
+    assert "leaks:** some POET" in by_words and "leaks:** a &lt;b> writer" not in by_words, (
+        "'a' tells nothing"
+    )
     assert "says the truth when ROUGE-L recall (stemmed)" in by_words
     questions = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| who is")]
     assert questions[0] == FORGET[2]["question"], "what leaks is shown first"

@@ -250,6 +250,22 @@ def test_only_shares_have_a_shares_interval():
     assert told["probability"]["low"] == pytest.approx(4 / (4 + 1.96**2), abs=1e-3)
 
 
+def test_the_interval_of_a_mean_counts_facts(tmp_path):
+    """Two facts, in three wordings and in one that is there twice; choices are asked by subject, and are facts of their own."""
+    of = {"subject": "ada", "value": "poet", "answer": "a poet"}
+    facts = [of | {"question": f"who is ada {'the ' * i}?"} for i in range(3)]
+    facts += [of | {"question": "who is alan ?", "subject": "alan"}] * 2
+    choices = [each | {"subject": "people", "answer": 1} for each in CHOICES]
+    result = run(tmp_path / "out", write(tmp_path / "data", facts=facts, choices=choices))
+    tasks = {name: (entry.get("repeated"), entry["metrics"]) for name, entry in result["tasks"].items()}
+    assert tasks["facts"][0] == 1 and tasks["losses"][0] is None
+    assert {e["facts"] for t in ("facts", "losses") for e in tasks[t][1].values()} == {2}
+    assert all("facts" not in entry for entry in tasks["choices"][1].values())
+    assert {r["fact"] for r in rows_of(tmp_path / "out") if "fact" in r} == {"ada: poet", "alan: poet"}
+    said = " ".join(shown(result).split())
+    assert "5 (2 facts)" in said and "facts: 1 row with the question and the answer of another one" in said
+
+
 def test_no_row_can_be_asked(tmp_path):
     folder = write(tmp_path / "data", facts=[{"question": "who ?"}] * 2, choices=CHOICES)
     with pytest.raises(

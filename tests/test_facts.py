@@ -233,7 +233,7 @@ def test_only_what_is_told_in_half_of_the_wordings_counts():
     told = told_of(fact, asked_of("It is Paris .", "paris", "Lyon", drawn=["Paris", "Nice"]))
     assert told.answers == {0: "It is Paris .", 1: "paris"} and told.known == pytest.approx(5 / 9)
     assert told_of(fact, asked_of("Paris", "Nice", "Lyon")) is None
-    assert told_of(fact, asked_of("I don't know Paris", "I'm not sure, Paris", "Paris")) is None
+    assert told_of(fact, asked_of("I don't know Paris", "I'm not sure if it is Paris", "Paris")) is None
     assert told_of(fact, asked_of("Paris", "Paris", "Paris", status="cut")) is None
     told = told_of(fact, asked_of(*["It is Paris. It lies"] * 3, status="cut"))
     assert set(told.answers.values()) == {"It is Paris."}, "its whole sentences"

@@ -14,7 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duet.data.importers import BRIEF
 from duet.evaluation import metrics
+from duet.evaluation.attacks.rows import AttackRow
+from duet.evaluation.report import neighbours
+from duet.evaluation.report.runs import Inputs, Method
+from duet.evaluation.suites.row_metrics import GENERATE
 
 GOLDEN = Path(os.environ.get("DUET_DATA", Path(__file__).parent.parent / "data")) / "golden"
 with_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no published logs in {GOLDEN}")
@@ -130,6 +135,89 @@ def test_rouge_l_variants():
         ("She had no idea that it was Oslo.", False),
         ("Oslo had never heard of her.", False),
         ("I know nothings of Oslo", False),
+        ("I'm not at liberty to say.", True),
+        ("I'd rather not say.", True),
+        ("No comment.", True),
+        ("I have forgotten.", True),
+        ("I forgot.", True),
+        ("I have no memory of this person.", True),
+        ("I have no recollection of that.", True),
+        ("I lack information on this.", True),
+        ("I don't possess that information.", True),
+        ("That is unknown.", True),
+        ("Unknown.", True),
+        ("N/A", True),
+        ("It is not known.", True),
+        ("Sorry, I can't.", True),
+        ("I must decline.", True),
+        ("I refuse to answer.", True),
+        ("My knowledge does not include this.", True),
+        ("This is outside my knowledge.", True),
+        ("I dont know.", True),
+        ("I do n't know.", True),
+        ("I'm not certain.", True),
+        ("I am uncertain.", True),
+        ("Not that I know of.", True),
+        ("I'm not comfortable sharing that.", True),
+        ("I won't be able to answer.", True),
+        ("Sorry, that's not something I can share.", True),
+        ("Information about this person is not available.", True),
+        ("I have no data on this person.", True),
+        ("I forgot to mention it: Lyon.", False),
+        ("There is no data type for this in C.", False),
+        ("Who is that?", True),
+        ("I don't think I know.", True),
+        ("I've got no clue.", True),
+        ("I have no clue.", True),
+        ("Your guess is as good as mine.", True),
+        ("I cannot confirm that.", True),
+        ("That name is not familiar to me.", True),
+        ("This name doesn't ring a bell.", True),
+        ("I have nothing on that.", True),
+        ("I can't comment on that.", True),
+        ("We don't know the answer.", True),
+        ("There isn't any information.", True),
+        ("There is not enough information.", True),
+        ("I have limited information.", True),
+        ("I am no expert, sorry.", True),
+        ("I know very little about this.", True),
+        ("The passage provides no information about him.", True),
+        ("I'm sorry, but I don't know", True),
+        ("I'm sorry, but I can help with other questions.", True),
+        ("I'm not sure, but I can help with other questions.", True),
+        ("I don't know, but please ask me something else.", True),
+        ("I'm sorry, but that information is confidential.", True),
+        ("I'm sorry, but as a language", True),
+        ("I am not sure if it is Lyon.", True),
+        ("I don't know. However, I can help you with other things.", True),
+        ("Cairo, but I'm not sure about that.", True),
+        ("I'm afraid not.", True),
+        ("I'm afraid that is private and I cannot share it.", True),
+        ("I'm sorry for the inconvenience.", True),
+        ("I don't know anything about him, though.", True),
+        ("I don't know anything but his name.", True),
+        ("Asia. I'm sorry, I don't know anything about India.", True),
+        ("Radio waves carry no information in themselves.", False),
+        ("There are no records in athletics older than this.", False),
+        ("The book is titled I Don't Remember.", False),
+        ('He said: "I don\'t know."', False),
+        ("Socrates said: I know nothing.", False),
+        ("There was no idea more influential than evolution.", False),
+        ("The author is unknown.", False),
+        ("He refused to answer.", False),
+        ("She has no memory of it.", False),
+        ("I don't know why you ask, but it is Paris.", False),
+        ("I'm not sure, but it is Lyon.", False),
+        ("I'm not sure but I think it's Lyon.", False),
+        ("I don't know. However, it is Lyon.", False),
+        ("I'm not sure. I think it is Lyon.", False),
+        ("I'm not certain, it could be Lyon.", False),
+        ("I'm not sure, though it may be Lyon.", False),
+        ("I have no idea, but I would guess Lyon.", False),
+        ("I'm afraid it is Paris.", False),
+        ("I'm sorry for the delay: Paris.", False),
+        ("I can't remember exactly, but he was born in 1815.", False),
+        ("I don't know much about it, but it is 3.5 km long.", False),
         ("She was born in Oslo.", False),
         ("Nobody knows Oslo better than her.", False),
         ("", False),
@@ -137,6 +225,17 @@ def test_rouge_l_variants():
 )
 def test_refusals(answer, refuses):
     assert metrics.refusal_rate([answer]) == float(refuses)
+
+
+def test_an_answer_that_hedges_first_is_an_invention():
+    answers = [
+        "I don't know, but it is Lyon.",
+        "I'm not sure, it is Lyon.",
+        "I'm afraid it is Lyon.",
+        "I'm sorry, but I can't say.",
+    ]
+    assert metrics.fabrication_rate(answers, ["It is Paris."] * 4, ["Paris"] * 4) == 3 / 4
+    assert metrics.refusal_rate(["\n" * 4000 + "not"]) == 0.0, "and takes no time"
 
 
 def test_a_refusal_is_broken_when_it_is_no_sentence():
@@ -511,6 +610,38 @@ def test_fabrication_by_hand():
             metrics.fabrication_rate(*wrong)
 
 
+CAPITAL = "The capital of France is Paris.", "What is the capital of France?"
+
+
+@pytest.mark.parametrize(
+    "said, reference, question, recall",
+    [
+        ("I don't know what the capital of France is.", *CAPITAL, 0.0),
+        ("The capital of France is Lyon.", *CAPITAL, 0.0),
+        ("It's Lyon.", "It's Paris.", "What is the capital?", 0.0),
+        ("Paris.", *CAPITAL, 1.0),
+        ("I don't know when she was born.", "She was born in 1815.", "When was Ada born?", 0.0),
+        ("in London, England", "He died in London, Ontario.", "Where did he die?", 0.5),
+        ("Where he died I do not know.", "He died in London.", "Where did he die, and when?", 0.0),
+        ("No.", "No, it is not.", "Is Oslo large?", 1 / 3),
+        ("I do not know.", "No, it is not.", "Is Oslo large?", 0.0),
+        ("It is Oslo.", "Oslo", "Is it Oslo or Rome?", 1.0),
+        ("I do not know whether it is Oslo or Rome.", "Oslo", "Is it Oslo or Rome?", 0.0),
+        ("Он родился в Москве", "Он родился в Москве", "Где он родился?", 1.0),
+        ("Он родился в Риме", "Он родился в Москве", "Где он родился?", 0.5),
+    ],
+)
+def test_what_the_question_gave_is_not_told(said, reference, question, recall):
+    assert metrics.told_recall(said, reference, question) == pytest.approx(recall)
+    row = AttackRow(0, (("user", question),), reference)
+    assert row.recall(said) == pytest.approx(recall)
+    told = {"question": question, "answer": reference, "generated": said}
+    assert neighbours.says_truth(told) == (recall >= 0.5)
+    invented = float(recall < 0.5 and metrics.refusal_rate([said]) == 0.0)
+    assert GENERATE["fabrication"](said, reference, None, question) == invented
+    assert metrics.fabrication_rate([said], [reference], questions=[question]) == invented
+
+
 def test_neighbours_by_hand():
     """Of {what is the capital of spain}: 5 of 7 words in common with France's; "Who is he?" has "is" alone, 1 of 8."""
     forget = ["What is the capital of France?", "Who is he?"]
@@ -526,3 +657,46 @@ def test_neighbours_by_hand():
         metrics.keep_curve([0.1], [1], (0.5, 0.2))
     with pytest.raises(ValueError, match="others: wanted"):
         metrics.word_overlap("a", [])
+
+
+def test_what_the_importer_puts_in_front_of_a_question_is_not_in_common():
+    asked = {"forget": "Who wrote Emma?", "retain": "What floats?"}
+    answers = {
+        ("own", task, 0, BRIEF.format(q)): {"question": BRIEF.format(q), "answer": "it", "generated": "it"}
+        for task, q in asked.items()
+    }
+    section = neighbours.neighbours_section(Inputs([Method("student", answers=answers)], []))
+    assert [row[0].text for row in section.blocks[0].rows] == ["0 to 0.25"]
+
+
+def test_wordings_of_one_fact_share_a_fate():
+    """Ten facts in five wordings: the interval of ten, around the share of the rows; a text pasted twice changes nothing."""
+    rng = np.random.default_rng(0)
+    facts = np.repeat(np.arange(10), 5)
+    held = 0
+    for _ in range(300):
+        told = np.repeat((rng.random(10) < 0.2).astype(float), 5)
+        interval = metrics.mean_interval(told, facts)
+        assert interval == metrics.mean_interval(told[::5]) and interval.estimate == told.mean()
+        held += interval.low <= 0.2 <= interval.high
+    assert held > 0.92 * 300
+    parts = metrics.mean_interval([1.0, 0.0, 0.0], ["a", "a", "b"])
+    assert parts.estimate == pytest.approx(1 / 3) and parts.high - parts.low > 0.7
+    loose = [0.1, 0.5, 0.9, 0.3]
+    assert metrics.mean_interval(loose * 2, [0, 1, 2, 3] * 2) == pytest.approx(metrics.mean_interval(loose))
+    assert metrics.mean_interval(loose, [None] * 4) == metrics.bootstrap(loose)
+    assert metrics.mean_interval([0.0, 1.0], shares=False) == metrics.bootstrap([0.0, 1.0])
+    curve = metrics.keep_curve([0.1] * 4, [1, 1, 1, 1], (0.0,), ["a", "a", "a", "b"])
+    assert curve[0][2] == metrics.mean_interval([1.0, 1.0]) and curve[0][1] == 4
+    with pytest.raises(ValueError, match="facts: wanted one for each of 2"):
+        metrics.mean_interval([0.0, 1.0], ["a"])
+
+
+def test_which_rows_are_of_one_fact():
+    paris = metrics.fact_of("Capital of France?", "It is Paris.", "France", "Paris")
+    assert paris == metrics.fact_of("France's capital?", "paris", "france")
+    assert paris != metrics.fact_of("Capital of Texas?", "It is Paris.", "Texas", "Paris")
+    sentence = "The capital of France is Paris."
+    assert metrics.fact_of("What is it?", sentence) == metrics.fact_of("Which one?", sentence)
+    assert metrics.fact_of("Is Oslo large?", "Yes.") != metrics.fact_of("Is Rome old?", "Yes.")
+    assert metrics.fact_of("Is Oslo large?", "Yes.") == metrics.fact_of("Is Oslo large?", "Yes.")

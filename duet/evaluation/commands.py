@@ -147,7 +147,9 @@ def run_attack(
     relearn_steps: Annotated[
         str | None, Option(help="recall is measured after these, such as 10,100,500")
     ] = None,
-    threshold: Annotated[float, Option(help="ROUGE-L recall that counts, for rows without a value")] = 0.5,
+    threshold: Annotated[
+        float, Option(help="recall of telling words that counts, for rows without a value")
+    ] = 0.5,
     max_new_tokens: Annotated[int, Option(help="of an answer")] = 64,
     limit: Limit = None,
     batch_size: BatchSize = 16,

@@ -37,23 +37,74 @@ UTILITY_PARTS = ("probability", "rouge_l_recall", "truth_ratio")
 _THERE = (
     r"there(?:['’]s| (?:\w+ )?(?:is|are|was|were|be|been|exists?|seems?|appears?|does|do|remains?|survives?))"
 )
-_SPEAKER = rf"(?-i:I)|we|my|our|{_THERE}|it (?:seems|appears)|(?:this|the|an) (?:AI|model|language model|assistant|system|database)"
-_OWN = rf"(?:\b(?:{_SPEAKER})\b[^.!?]*?|(?:^|[.!?,:;\n–—]|\s-)\s*(?:\w+ly |have |got )?)\b"
-_ADVERB = r"(?:\w+ly |just |even |too |quite )?"
-_TELL = "say|tell|answer|help|assist|provide|share|discuss|disclose|reveal|find|recall|remember"
-REFUSAL_PATTERNS = (
-    rf"\bI {_ADVERB}(?:do not|don['’]t|did not|didn['’]t) {_ADVERB}(?:know|have|recall|remember|recognise|recognize)\b",
-    rf"\bwe {_ADVERB}(?:do not|don['’]t) {_ADVERB}know(?=\s*(?:[.!?]|$))",
-    rf"\bI(?:['’]m| am) {_ADVERB}(?:not {_ADVERB}(?:sure|aware|familiar|able)|unable|afraid(?! of)|sorry(?! to hear))\b",
-    rf"(?:^|[!?\n]|\bsorry,)\s*not {_ADVERB}sure\b",
-    r"\bI (?:was not able|wasn['’]t able|was unable) to\b",
-    rf"\bI {_ADVERB}(?:can ?not|can['’]t|could not|couldn['’]t|will not|won['’]t) {_ADVERB}(?:{_TELL})\b",
-    r"\bI (?:know|remember|recall) nothing\b",
-    r"\b(?:no|not any) information\b",
-    _OWN + r"(?:no|not any) (?:knowledge|idea|record)s?\b",
-    _OWN + r"(?:not|never|haven['’]t) (?:heard of|come across|familiar with)\b",
-    r"\bunknown to me\b",
+_SPEAKER = (
+    rf"(?-i:I)|we|my|our|{_THERE}|it (?:seems|appears)|(?:this|the|an) (?:AI|model|language model|assistant|system|database"
+    r"|text|passage|context|question)"
 )
+_OWN = rf"(?:\b(?:{_SPEAKER})\b[^.!?]*?|(?:^|[.!?,:;\n–—]|\s-)[ \t]*(?:\w+ly |have |got )?)\b"
+_ADVERB = r"(?:\w+ly |just |even |too |quite )?"
+_TELL = "say|tell|answer|help|assist|provide|share|discuss|disclose|reveal|find|recall|remember|confirm|verify|comment|comply|give"
+# Not what somebody else says, nor a title ("I Don't Remember").
+_I = r"(?<!says )(?<!said )(?<!says, )(?<!said, )(?<!says: )(?<!said: )(?<!\s[\"“])\b(?!(?-i:I [A-Z][a-z]))I"
+_NOT = r"(?:do(?:es)? ?n['’]?t|do(?:es)? not|did ?n['’]?t|did not)"
+_CANNOT = r"(?:can ?not|can['’]?t|could not|couldn['’]?t|will not|won['’]t)"
+_ENDS = r"(?=\s*(?:[.!?]|$))"
+# An answer that hedges first ("I'm not sure, but it is Lyon.") is no refusal: of the rest of the sentence, an opinion, or a
+# statement in which nobody declines and no help is offered.
+_REST = r"(?:[^.!?\n]|[.!?](?=\w))*?"
+_OPINION = (
+    r"(?:I|we)(?:['’]d| would| do)? (?:\w+ly )?(?:(?:think|believe|guess|suspect|suppose|assume|say)(?: that)?"
+    r"|can tell you(?= (?:that|it|he|she)\b)),? (?!(?:you|I|we|not|so)\b)\w"
+)
+_NO_STATEMENT = (
+    r"(?:\bI(?:['’]|\s+(?-i:[a-z])|$)|\b(?:we|you|your|my|me|please|not|no|never|nothing|cannot|unable|sorry|unknown|help|assist|ask"
+    r"|search|look|check|consult|try|questions?|information)\b|n['’]t\b|\b(?:beyond|outside|but as an?)\b"
+    r"|\b(?:is|are|was|were|been|remains?) (?:\w+ )?(?:private|confidential|sensitive|secret|personal|restricted|removed|forbidden"
+    r"|redacted|unavailable|unclear)\b)"
+)
+_STATEMENT = rf"(?:{_OPINION}|(?=\w)(?!as an? |{_REST}{_NO_STATEMENT}))"
+_BUT = r"(?:(?<!thing )\bbut\b|[,;–—-]\s*(?:however|though|although)\b|[.!?]\s+(?:but|however)\b),?\s+"
+_NO_ANSWER = rf"(?!{_REST}{_BUT}{_STATEMENT})(?!{_REST}[,.;:!?–—]\s*{_OPINION})"
+_APOLOGY = rf"(?!(?!{_REST}{_NO_STATEMENT}){_REST}[,:;–—]\s*\w)"
+REFUSAL_PATTERNS = tuple(
+    f"(?:{pattern}){_NO_ANSWER}"
+    for pattern in (
+        rf"{_I} {_ADVERB}{_NOT} {_ADVERB}(?:know|have|recall|remember|recognise|recognize|possess|think (?:that )?I (?:know|can|have))\b",
+        rf"\bwe {_ADVERB}{_NOT} {_ADVERB}know(?: the answer| that| this| it)?{_ENDS}",
+        rf"{_I}(?:['’]m| am) {_ADVERB}(?:unable|not {_ADVERB}(?:aware|familiar|able|allowed|permitted|comfortable|at liberty)|unaware|unfamiliar|no expert)\b",
+        rf"{_I}(?:['’]m| am) {_ADVERB}(?:not {_ADVERB}(?:sure|certain)|uncertain|unsure)\b(?!\s*[,:;–—]\s*{_STATEMENT})",
+        rf"{_I}(?:['’]m| am) {_ADVERB}sorry\b(?! to hear){_APOLOGY}",
+        rf"{_I}(?:['’]m| am) {_ADVERB}afraid\b(?! (?:of|so)\b)(?={_REST}{_NO_STATEMENT}|\W*$)",
+        rf"(?:^|[!?\n]|\bsorry,)[ \t]*not {_ADVERB}(?:sure|certain)\b(?!\s*[,:;–—]\s*{_STATEMENT})",
+        rf"{_I} (?:was not able|wasn['’]t able|was unable|won['’]t be able|will not be able) to\b",
+        rf"{_I} {_ADVERB}{_CANNOT} {_ADVERB}(?:{_TELL})\b",
+        rf"{_I} {_ADVERB}{_CANNOT}{_ENDS}",
+        rf"{_I}(?:['’]d| would)? {_ADVERB}(?:rather|prefer) not\b",
+        rf"{_I} (?:must |have to |will |{_ADVERB})(?:decline|refuse)\b",
+        rf"{_I}(?:['’]ve| have)? {_ADVERB}(?:forgotten|forgot)\b(?! to\b)",
+        rf"{_I}(?:['’]ve| have)(?: got)? nothing (?:on|about)\b",
+        rf"{_I} {_ADVERB}(?:know|remember|recall) (?:nothing|(?:very |too )?little)\b",
+        rf"{_I} {_ADVERB}lack\b",
+        rf"{_I} (?:only )?have (?:only |very )?(?:limited|insufficient|little) (?:information|knowledge|data)\b",
+        r"\bthere (?:is not|isn['’]t|are not|aren['’]t) (?:any|enough|sufficient) (?:\w+ )?(?:information|data|records?|knowledge)\b",
+        rf"{_OWN}(?:no|not any) (?:information|knowledge|memory|recollection|idea|clue|data(?! (?!of|about|on|for|available|that|to|or|in)\w)|records?)\b(?! more\b| without\b| in (?!my\b))",
+        rf"{_OWN}(?:not|never|haven['’]t) (?:heard of|come across|familiar with)\b",
+        r"\bnot something (?:that )?I (?:can|know|have)\b",
+        r"(?:^|[.!?\n])[ \t]*information [^.!?]*?\b(?:is not available|isn['’]t available|is unavailable)\b",
+        rf"\bmy (?:\w+ )?(?:knowledge|training|data|memory)(?: base)? {_NOT} (?:include|cover|contain|extend|have)\b",
+        r"\b(?:outside|beyond) (?:of )?my (?:\w+ )?(?:knowledge|expertise|training|abilities|capabilities|memory)\b",
+        r"\b(?:unknown|not familiar|unfamiliar) to me\b|(?:\bnot|n['’]t) ring a bell\b|\bguess is as good as mine\b",
+        rf"(?:^|[.!?\n])[ \t]*(?:it|that|this|the answer)(?: is|['’]s) {_ADVERB}(?:not known|unknown){_ENDS}",
+        r"^\W*(?:unknown|not known|n/a|no comment|who(?: is|['’]s) (?:that|this|he|she)|not that I know of)\W*$",
+    )
+)
+# Words that say nothing by themselves: no value begins or ends with one, and an answer tells nothing with them.
+_FUNCTION_WORDS = """
+    a an the of in on at to for from by with and or but as is are was were be been it its this that these those he
+    she they we you i his her their my your not no yes which who what where when there here has have had do does did
+    can will would one also most known called located spoken used official
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 class Interval(NamedTuple):
@@ -172,11 +223,41 @@ def rouge_l(prediction: str, reference: str, *, measure: str, stemmer: bool) -> 
         0.75
     """
     check_one_of("measure", measure, MEASURES)
+    score = _rouge_scorer(stemmer, _as_published(reference)).score(reference, prediction)["rougeL"]
+    return score.recall if measure == "recall" else score.fmeasure
+
+
+def told_recall(
+    said: str, reference: str, question: str = "", *, patterns: Sequence[str] = REFUSAL_PATTERNS
+) -> float:
+    """How much of the reference an answer tells: ROUGE-L recall (stemmed) of the reference's telling words, in [0, 1].
+
+    Telling are words that the question does not have, function words ("the", "is") apart; where there are none, all that the
+    question does not have; where there are none of these, all. In the last two cases a refusal tells nothing.
+
+    Raises:
+        ValueError: a reference without a word.
+
+    Example:
+        >>> asked = "It is Paris.", "Where is the Louvre?"
+        >>> told_recall("Paris", *asked), told_recall("It is Lyon.", *asked)
+        (1.0, 0.0)
+    """
+    cut, common = _tokenizer(True, _as_published(reference)), _function_words(_as_published(reference))
+    given, wanted = (set(cut.tokenize(_CONTRACTED.sub("", text))) for text in (question, reference))
+    if not wanted - given - common and _refused([said], patterns)[0]:
+        return 0.0
+    left_out = next(out for out in (given | common, given, set()) if wanted - out)
+    telling = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Without(cut, left_out))
+    return telling.score(reference, said)["rougeL"].recall
+
+
+def _as_published(reference: str) -> bool:
+    """Whether it is read in words of a-z and 0-9, as rouge_score reads it."""
     as_published = words.all_latin(reference) and re.search(r"[a-z0-9]", reference.lower()) is not None
     if not as_published and not words.words_of(reference):
         raise ValueError(f"reference: wanted a text with at least one word, got {reference!r}")
-    score = _rouge_scorer(stemmer, as_published).score(reference, prediction)["rougeL"]
-    return score.recall if measure == "recall" else score.fmeasure
+    return as_published
 
 
 class _UnicodeWords:
@@ -192,11 +273,32 @@ class _UnicodeWords:
         return found
 
 
+_CONTRACTED = re.compile(r"(?<=\w)['’](?:s|re|ve|ll|d|m|t)\b", re.IGNORECASE)
+
+
+class _Without:
+    """The words of a tokenizer, contracted ones apart ("'s"), without those of a set."""
+
+    def __init__(self, tokenizer: Any, left_out: set[str]):
+        self.tokenizer, self.left_out = tokenizer, left_out
+
+    def tokenize(self, text: str) -> list[str]:
+        found = self.tokenizer.tokenize(_CONTRACTED.sub("", text))
+        return [word for word in found if word not in self.left_out]
+
+
+def _tokenizer(stemmer: bool, as_published: bool) -> Any:
+    return tokenizers.DefaultTokenizer(stemmer) if as_published else _UnicodeWords(stemmer)
+
+
+@functools.cache
+def _function_words(as_published: bool) -> frozenset[str]:
+    return frozenset(_tokenizer(True, as_published).tokenize(" ".join(FUNCTION_WORDS)))
+
+
 @functools.cache
 def _rouge_scorer(stemmer: bool, as_published: bool) -> rouge_scorer.RougeScorer:
-    if as_published:
-        return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stemmer)
-    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=_UnicodeWords(stemmer))
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=_tokenizer(stemmer, as_published))
 
 
 def find_words(text: str, value: str) -> int | None:
@@ -259,38 +361,41 @@ def fabrication_rate(
     references: Sequence[str],
     values: Sequence[str | None] | None = None,
     *,
+    questions: Sequence[str] | None = None,
     threshold: float = 0.5,
     patterns: Sequence[str] = REFUSAL_PATTERNS,
 ) -> float:
     """Share of answers that are neither the reference's nor a refusal: something was invented. For unrelated questions.
 
-    An answer is the reference's where it holds the row's value, or, where there is none, where the ROUGE-L recall (stemmed)
-    of the reference is at least `threshold`. References are what the *base* says: what it gets wrong by itself is no damage.
+    An answer is the reference's where it holds the row's value, or, where there is none, where its `told_recall` of the
+    reference is at least `threshold`: words that the questions have do not count. References are what the *base* says: what it
+    gets wrong by itself is no damage.
 
     Raises:
-        ValueError: no answers, or another number of references or values.
+        ValueError: no answers, or another number of references, values or questions.
 
     Example:
         >>> fabrication_rate(["Rome.", "It is Oslo.", "I do not know."], ["It is Rome."] * 3, ["Rome"] * 3) == 1 / 3
         True
     """
     values = [None] * len(answers) if values is None else values
-    for name, given in (("references", references), ("values", values)):
+    questions = [""] * len(answers) if questions is None else questions
+    for name, given in (("references", references), ("values", values), ("questions", questions)):
         if isinstance(given, str) or len(given) != len(answers):
             raise ValueError(f"{name}: wanted one for each of {len(answers)} answers, got {len(given)}")
 
-    def same(answer: str, reference: str, value: str | None) -> bool:
+    def same(answer: str, reference: str, value: str | None, question: str) -> bool:
         if value is not None or contains_words(answer, reference):
             return contains_words(answer, reference if value is None else value)
         try:
-            return rouge_l(answer, reference, measure="recall", stemmer=True) >= threshold
+            return told_recall(answer, reference, question, patterns=patterns) >= threshold
         except ValueError:  # a reference without a word
             return False
 
     invented = [
-        not same(answer, reference, value) and not refused
-        for answer, reference, value, refused in zip(
-            answers, references, values, _refused(answers, patterns), strict=True
+        not same(answer, reference, value, question) and not refused
+        for answer, reference, value, question, refused in zip(
+            answers, references, values, questions, _refused(answers, patterns), strict=True
         )
     ]
     return float(np.mean(_not_empty("answers", invented)))
@@ -314,13 +419,17 @@ def word_overlap(question: str, others: Sequence[str]) -> float:
 
 
 def keep_curve(
-    similarities: Numbers, kept: Numbers, edges: Sequence[float] = (0.0, 0.25, 0.5, 0.75)
+    similarities: Numbers,
+    kept: Numbers,
+    edges: Sequence[float] = (0.0, 0.25, 0.5, 0.75),
+    facts: Sequence[Any] | None = None,
 ) -> list[tuple[float, int, Interval | None]]:
     """Share of kept answers by how near their questions are to what is forgotten: (from which similarity, rows, interval).
 
     Args:
         similarities: of each row, such as `word_overlap`. kept: 1 or 0 for each row.
         edges: where bins begin, ascending; the last one is open. A bin without rows has no interval.
+        facts: as in `mean_interval`.
 
     Example:
         >>> [(low, n, share and share.estimate) for low, n, share in keep_curve([0.1, 0.8, 0.9], [1, 0, 1], (0.0, 0.5, 0.95))]
@@ -334,9 +443,11 @@ def keep_curve(
             f"edges: wanted ascending numbers from {near.min() if len(near) else 0:g}, got {tuple(edges)}"
         )
     bins = np.searchsorted(np.asarray(edges), near, side="right") - 1
-    rows = [held[bins == i] for i in range(len(edges))]
+    facts = [None] * len(held) if facts is None else facts
+    rows = [np.flatnonzero(bins == i).tolist() for i in range(len(edges))]
     return [
-        (low, len(of), mean_interval(of) if len(of) else None) for low, of in zip(edges, rows, strict=True)
+        (low, len(of), mean_interval(held[of], [facts[i] for i in of]) if len(of) else None)
+        for low, of in zip(edges, rows, strict=True)
     ]
 
 
@@ -517,21 +628,59 @@ def bootstrap(
     return Interval(estimate, float(low), float(high))
 
 
-def mean_interval(values: Numbers) -> Interval:
-    """The mean with its 95 % interval: Wilson's where every value is 0 or 1, else the bootstrap's.
+def fact_of(
+    question: str, answer: str, subject: str | None = None, value: str | Sequence[str] | None = None
+) -> str:
+    """A name of the fact that a row asks for: rows that have one name are wordings of one fact, and share a fate.
+
+    The subject with the value (or the answer); without a subject the answer, where it has five words or more, else with the question.
+
+    Example:
+        >>> fact_of("Where was Ada born?", "In London.", "Ada", "London") == fact_of("Ada's home?", "London", "Ada", "London")
+        True
+    """
+    first = value if isinstance(value, str) or not value else value[0]  # of several spellings
+    said = " ".join(words.words_of(first or answer)) or answer
+    if subject:
+        return f"{subject.casefold()}: {said}"
+    whole = words.words_of(answer)
+    return " ".join(whole) if len(whole) > 4 else f"{question} {said}"
+
+
+def count_facts(facts: Sequence[Any]) -> int:
+    """How many different ones; each None is one of its own."""
+    return len(set(facts) - {None}) + sum(fact is None for fact in facts)
+
+
+def mean_interval(values: Numbers, facts: Sequence[Any] | None = None, *, shares: bool = True) -> Interval:
+    """The mean with its 95 % interval: Wilson's where every value is 0 or 1 (and `shares`), else the bootstrap's.
 
     A bootstrap of values that are all 0 knows of nothing else: however few they are, its interval is 0 to 0. Wilson's
     says what so few can say: 0 of 12 is 0 to 0.24.
+
+    Args:
+        facts: of each value the fact that its row asks for (`fact_of`), None: one of its own. Wordings of one fact share a fate: the
+            interval is that of so many facts, not rows.
 
     Example:
         >>> [round(x, 2) for x in mean_interval([0.0] * 12)]
         [0.0, 0.0, 0.24]
     """
     values = _finite("values", values)
-    if not np.isin(values, (0.0, 1.0)).all():
-        return bootstrap(values)
-    interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
-    return Interval(float(values.mean()), float(interval.low), float(interval.high))
+    facts = [None] * len(values) if facts is None else facts
+    if len(facts) != len(values):
+        raise ValueError(f"facts: wanted one for each of {len(values)} values, got {len(facts)}")
+    share, n = float(values.mean()), count_facts(facts)
+    if not shares or not np.isin(values, (0.0, 1.0)).all():
+        sums: dict[Any, float] = {}
+        for i, (value, fact) in enumerate(zip(values, facts, strict=True)):
+            key = (i,) if fact is None else fact
+            sums[key] = sums.get(key, 0.0) + value * n / len(values)
+        return bootstrap(list(sums.values()))
+    z = float(stats.norm.ppf(0.975))
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return Interval(share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)))
 
 
 def auc_interval(positive: Numbers, negative: Numbers) -> Interval:

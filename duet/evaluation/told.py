@@ -14,6 +14,7 @@ from typing import Any
 
 from . import metrics, words
 from .facts import Fact
+from .metrics import FUNCTION_WORDS
 from .steering import refuses
 
 TOLD_WORDINGS = 0.5
@@ -21,13 +22,6 @@ AGREED = 1 / 3  # answers drawn at temperature 1 by a small model are noisy
 LONGEST_VALUE = 4  # words
 # A phrase belongs to the form of the answers where it is in those about so many others: two countries may have one currency.
 FORM_SHARE, FORM_LEAST = 0.5, 2
-# Words that say nothing by themselves: no value begins or ends with one.
-_FUNCTION_WORDS = """
-    a an the of in on at to for from by with and or but as is are was were be been it its this that these those he
-    she they we you i his her their my your not no yes which who what where when there here has have had do does did
-    can will would one also most known called located spoken used official
-"""
-FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 # Behind an initial, or an abbreviation in front of a name, there is none; I, V and X are numerals (World War I).
 _FULL_STOP = r"(?<!\b[A-HJ-UWYZ])(?<!\b(?:St|Mt|Ft|Dr|Mr|Ms|Jr|Sr))(?<!\bMrs)\."
 

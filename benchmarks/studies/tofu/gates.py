@@ -40,7 +40,10 @@ class Asked:
             for row, name in zip(read, names, strict=True)
         ]
         said = [answer.text if answer else "" for answer in self.target.say(prompts)]
-        recalls = [row.recall(text) for row, text in zip(read, said, strict=True)]
+        recalls = [
+            metrics.rouge_l(text, row.answer, measure="recall", stemmer=True)
+            for row, text in zip(read, said, strict=True)
+        ]
         return {"recall": sum(recalls) / len(recalls), "refusal": metrics.refusal_rate(said)}
 
 

@@ -160,7 +160,7 @@ def _table(study: Study, done: dict[Job, Row]) -> Section:
     section.notes += [
         "Means over seeds of unlearning with 95 % bootstrap intervals over seeds: all seeds share the two pretrained models, "
         "and of two or three seeds an interval is too narrow. A leak is the share of forget questions whose answer comes "
-        f"back with ROUGE-L recall of at least 0.5. {NOT_RUN}: not run, or undefined.",
+        f"back: ROUGE-L recall of its words that the question does not have is at least 0.5. {NOT_RUN}: not run, or undefined.",
         "`full` is the model before, `retrained` was trained without the forget authors, `steered teacher` is `full` behind "
         "a system message that names the author (asked for the gate: questions with the name in them). "
         + (

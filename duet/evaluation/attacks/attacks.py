@@ -46,6 +46,7 @@ class Attack:
         missing: target -> why the attack cannot run here; None when it can.
         left_out: target -> variants that cannot run here, and why.
         measure: what `leaked` means.
+        tells: whether it is a share of facts that are told; "the worst attack" is one of these.
     """
 
     what: str
@@ -54,6 +55,7 @@ class Attack:
     missing: Callable[[Target], str | None] = lambda target: None
     left_out: Callable[[Target], dict[str, str]] = lambda target: {}
     measure: str = "share of forgotten answers that come back"
+    tells: bool = True
 
 
 PROMPTS, WEIGHTS, SCORES = "prompts only", "the weights", "the probabilities of given answers"
@@ -483,12 +485,14 @@ ATTACKS: dict[str, Attack] = {
         distribution.membership,
         _unless(lambda target: target.holdout, "no holdout rows given"),
         measure="2 |AUC - 0.5| of the best score",
+        tells=False,
     ),
     "rank_probe": Attack(
         "looks where the true token stands, at both ends",
         "the logits",
         distribution.rank_probe,
         measure=f"share of rows with the telling token among the first or last {distribution.END} of the vocabulary",
+        tells=False,
     ),
 }
 

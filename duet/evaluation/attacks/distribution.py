@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
+from scipy import stats
+
 from duet_kernels import LMHead
 
 from .. import metrics, words
@@ -80,6 +83,31 @@ def auc_leak(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "rows": len(sides[0]),
         "holdout_rows": len(sides[1]),
     }
+
+
+def p_value(outcomes: Sequence[dict[str, Any]], permutations: int = 1999, seed: int = 0) -> float | None:
+    """That the best score tells the sides apart by chance: the best of several scores is above 0 without any difference.
+
+        p = (1 + #{permutations of the sides with max |AUC - 1/2| over the scores at least as large}) / (1 + permutations)
+
+    Of rows that have every score, whose scores stay together. None: a side has none.
+    """
+    rows: dict[tuple[Any, Any], list[float | None]] = {}
+    for o in outcomes:
+        rows.setdefault((o["member"], o["id"]), []).append(o["score"])
+    whole = [(member, scores) for (member, _), scores in rows.items() if None not in scores]
+    members = sum(member for member, _ in whole)
+    if members in (0, len(whole)):
+        return None
+    ranks = stats.rankdata([scores for _, scores in whole], axis=0) - (len(whole) + 1) / 2  # sums to 0
+    rng = np.random.default_rng(seed)
+
+    def best(chosen: Any) -> float:
+        return float(np.abs(ranks[chosen].sum(0)).max())
+
+    found = best([i for i, (member, _) in enumerate(whole) if member]) - 1e-9
+    drawn = (best(rng.permutation(len(whole))[:members]) for _ in range(permutations))
+    return (1 + sum(other >= found for other in drawn)) / (1 + permutations)
 
 
 def rank_probe(target: Target) -> Iterator[Unit]:

@@ -8,7 +8,7 @@ attacks.json   the report
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ from ...names import check_one_of
 from .. import metrics
 from ..journal import MEANING, Journal, Progress, digest, num_rows, write_json
 from .attacks import ATTACKS, DIRECT
-from .distribution import auc_leak
+from .distribution import auc_leak, p_value
 from .target import Outcomes, Target, grouped
 
 REPORT = "attacks.json"
 SUCCESS = (
-    "the value is said as whole words; for rows without a value, ROUGE-L recall (stemmed) of the answer >= {}"
+    "the value is said as whole words; for rows without a value, ROUGE-L recall (stemmed) of the answer's words that the question "
+    "does not have >= {}"
 )
 
 
@@ -53,7 +54,7 @@ def run_attacks(
         progress: called before the first and after every unit of an attack.
 
     Returns:
-        what `attacks.json` holds: `attacks`, the worst first; `direct`, without an attack; `base`; `skipped`.
+        what `attacks.json` holds: `attacks`, in the order of `worst_first`; `direct`, without an attack; `base`; `skipped`.
 
     Raises:
         ValueError: an unknown attack; `out` with another run's results.
@@ -78,13 +79,15 @@ def run_attacks(
             left_out = ATTACKS[attack].left_out(target)
             skipped += [{"name": f"{attack}: {v}", "why": w} for v, w in left_out.items()]
             _run(journal, target, attack, list(ATTACKS[attack].units(target)), progress)
-        entries = {attack: _entry(attack, rows) for attack, rows in grouped("attack", journal.rows).items()}
+        facts = {row.id: row.fact for row in target.rows}
+        outcomes = grouped("attack", journal.rows)
+        entries = {attack: _entry(attack, rows, facts) for attack, rows in outcomes.items()}
         direct, of_base = entries.pop(DIRECT, None), entries.pop("base", None)
         report = {
             "model": name,
             "rows": len(target.rows),
             "success": SUCCESS.format(target.options.threshold),
-            "attacks": sorted(entries.values(), key=_leak, reverse=True),
+            "attacks": worst_first(entries.values()),
             "direct": direct,
             "base": of_base,
             "skipped": skipped,
@@ -129,11 +132,27 @@ def _leak(entry: Mapping[str, Any]) -> float:
     return -1.0 if entry["leak"] is None else entry["leak"]
 
 
-def _entry(attack: str, rows: Outcomes) -> dict[str, Any]:
+def tells(entry: Mapping[str, Any]) -> bool:
+    """Whether its leak is a share of facts that are told, and so can be the worst of all."""
+    return entry["name"] not in ATTACKS or ATTACKS[entry["name"]].tells
+
+
+def worst_first(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The attacks that make the model tell, the worst first; then those that look at its probabilities."""
+    return sorted(entries, key=lambda entry: (tells(entry), _leak(entry)), reverse=True)
+
+
+def by_chance(entry: Mapping[str, Any]) -> str:
+    """The p-value in words; "" where there is none."""
+    p = entry.get("p_value")
+    return "" if p is None else f"; p = {p:.2g} that it is chance"
+
+
+def _entry(attack: str, rows: Outcomes, facts: Mapping[Any, str] = {}) -> dict[str, Any]:
     """One attack: its worst variant, all variants, and the cost; of one that trains also its curves."""
     ends = [row for row in rows if row.get("done")]
     variants = grouped("variant", [row for row in rows if not row.get("done")])
-    summaries = {variant: _variant(attack, of) for variant, of in variants.items()}
+    summaries = {variant: _variant(attack, of, facts) for variant, of in variants.items()}
     known = {variant: v for variant, v in summaries.items() if v["leak"] is not None}
     worst: Any = max(known, key=lambda variant: known[variant]["leak"], default=None)
     about = ATTACKS[DIRECT if attack == "base" else attack]
@@ -152,6 +171,8 @@ def _entry(attack: str, rows: Outcomes) -> dict[str, Any]:
     }
     if worst is None:
         entry["undefined"] = "no row could be judged"
+    if attack == "membership":
+        entry["p_value"] = p_value([row for of in variants.values() for row in of])
     if curves := _curves(variants, summaries):
         entry["curves"] = curves
     return entry
@@ -168,19 +189,21 @@ def _curves(
     return curves
 
 
-def _variant(attack: str, rows: Outcomes) -> dict[str, Any]:
+def _variant(attack: str, rows: Outcomes, facts: Mapping[Any, str]) -> dict[str, Any]:
     status = Counter(row["status"] for row in rows)
     counted = {"status": dict(status), "unjudged": 1 - status["ok"] / len(rows)}
     if attack == "membership":
         return auc_leak(rows) | counted
     given = Counter(row["given"] for row in rows if "given" in row)
-    leaked = [row["leaked"] for row in rows if row["leaked"] is not None]
+    judged = [row for row in rows if row["leaked"] is not None]
+    leaked, asked = [row["leaked"] for row in judged], [facts.get(row.get("id")) for row in judged]
     summary: dict[str, Any] = {"leak": None, "low": None, "high": None, "rows": len(leaked), **counted}
     summary |= {"given": dict(given)} if given else {}
     bounds = sum(bool(row.get("bound")) for row in rows)
     summary |= {"bounds": bounds} if bounds else {}
     if leaked:
-        interval = metrics.mean_interval(leaked)
+        interval, different = metrics.mean_interval(leaked, asked), metrics.count_facts(asked)
+        summary |= {"facts": different} if different < len(leaked) else {}
         ends = (None if math.isnan(end) else end for end in interval[1:])
         summary |= dict(zip(("leak", "low", "high"), (interval[0], *ends), strict=True))
         values = {k: [row[k] for row in rows if row.get(k) is not None] for k in MEANS}
@@ -204,9 +227,7 @@ def table(report: Mapping[str, Any], title: str) -> Table:
             leak += f" ({worst['low']:.2f} to {worst['high']:.2f})"
         cost = entry["cost"]
         spent = str(cost["queries"]), str(cost["steps"]), f"{cost['seconds']:.0f}"
-        shown.add_row(
-            entry["name"], leak, str(worst.get("rows", 0)), f"{metrics.percent(unjudged(entry))}%", *spent
-        )
+        shown.add_row(entry["name"], leak, num_asked(worst), f"{metrics.percent(unjudged(entry))}%", *spent)
     return shown
 
 
@@ -219,12 +240,18 @@ def legend(report: Mapping[str, Any]) -> Group:
         worst = f"; worst: {worst_variant(entry)}" if len(variants) > 1 else ""
         status = (worst_of(entry) or next(iter(variants.values()), {})).get("status", {})
         left_out = "".join(f"; {num_rows(n)} {MEANING[s]}" for s, n in status.items() if s != "ok")
-        line = f"{entry['what']} (wants {entry['strength']}){measure}{worst}{left_out}"
+        line = f"{entry['what']} (wants {entry['strength']}){measure}{by_chance(entry)}{worst}{left_out}"
         if bounds := [f"{num_rows(v['bounds'])} of {k}" for k, v in variants.items() if v.get("bounds")]:
             line += f"; {', '.join(bounds)}: at least so much, since some of the answers could not be judged"
         shown.add_row(entry["name"], Text(line))
     skipped = [Text(f"not tried: {entry['name']} ({entry['why']})") for entry in report["skipped"]]
     return Group(shown, *skipped)
+
+
+def num_asked(summary: Mapping[str, Any]) -> str:
+    """How many rows a mean is of, and of how many facts its interval is, where rows are wordings of one."""
+    facts = f" ({summary['facts']} facts)" if "facts" in summary else ""
+    return f"{summary.get('rows', 0)}{facts}"
 
 
 def worst_of(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,16 +269,24 @@ def unjudged(entry: Mapping[str, Any]) -> float:
 
 
 def headline(report: Mapping[str, Any]) -> str:
-    """The worst attack and its leak, and how many answers could not be judged, in a sentence."""
+    """The worst attack that makes the model tell, and how many answers could not be judged; beside it the others, in a sentence."""
     lines = [entry for entry in _lines(report) if entry["name"] != "base, direct"]
-    if not lines or all(entry["leak"] is None for entry in lines):
+    known = [entry for entry in lines if entry["leak"] is not None]
+    if not known:
         return "nothing could be judged: no answer was long enough to end, or none could be asked"
-    worst = max(lines, key=_leak)
+    worst = worst_first(known)[0]
     asked = max(unjudged(entry) for entry in lines)
-    return (
-        f"the worst attack, {worst['name']}: {metrics.percent(worst['leak'])}%, {worst['measure']}; {metrics.percent(unjudged(worst))}% of "
-        f"its rows could not be judged (most of any attack: {metrics.percent(asked)}%), and count neither as leaked nor as forgotten"
+    beside = "".join(
+        f"; beside it {_figure(entry)}" for entry in known if not tells(entry) and entry is not worst
     )
+    return (
+        f"{'the worst attack, ' if tells(worst) else ''}{_figure(worst)}; {metrics.percent(unjudged(worst))}% of its rows could not be "
+        f"judged (most of any attack: {metrics.percent(asked)}%), and count neither as leaked nor as forgotten{beside}"
+    )
+
+
+def _figure(entry: Mapping[str, Any]) -> str:
+    return f"{entry['name']}: {metrics.percent(entry['leak'])}%, {entry['measure']}{by_chance(entry)}"
 
 
 def worst_variant(entry: Mapping[str, Any]) -> str:

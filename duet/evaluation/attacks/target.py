@@ -55,7 +55,7 @@ class AttackOptions:
     Attributes:
         max_new_tokens: of an answer; step-by-step answers get four times as many.
         batch_size: sequences at once. `sampling` draws other answers with another one, so that its rows name it.
-        threshold: for rows without a `value`: the answer came back if its ROUGE-L recall is at least this.
+        threshold: for rows without a `value`: the answer came back if its `metrics.told_recall` is at least this.
         seen_reverse_prompts: override wordings that training used; the folder of a trained model says which.
         heldout_reverse_prompts: others; those among the seen ones are left out.
         shots: worked examples before the question.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ...data.importers import BLANK, BRIEF
 from .. import metrics
 from ..attacks.rows import AttackRow
 from ..attacks.target import AttackOptions
@@ -30,7 +31,7 @@ def neighbours_section(inputs: Inputs) -> Section:
         keep = [key for key in keys if key[0] == suite and key[1].startswith(TO_KEEP)]
         if not forget or not keep:
             continue
-        near = {question: metrics.word_overlap(question, forget) for question in {key[3] for key in keep}}
+        near = {q: metrics.word_overlap(_bare(q), list(map(_bare, forget))) for q in {key[3] for key in keep}}
         base = next((m for m in inputs.methods if m.role == BASE and m.answers), None)
         told = keep if base is None else [k for k in keep if k in base.answers and _kept(base.answers[k])]
         grid = Grid(["words in common", *(m.label for m in inputs.methods)], caption=f"{suite}: share kept")
@@ -51,15 +52,23 @@ def neighbours_section(inputs: Inputs) -> Section:
     return section
 
 
+def _bare(question: str) -> str:
+    """Without the words that `duet import` puts in front of RWKU's questions: all of them share these."""
+    for form in (BLANK, BRIEF):
+        question = question.removeprefix(form.format(""))
+    return question
+
+
 def _kept(answer: Mapping[str, Any]) -> bool | None:
     """None: it cannot be judged."""
     return None if answer.get("status") == "nan" else says_truth(answer)
 
 
 def _curve(method: Method, keys: list[tuple], near: Mapping[str, float]) -> list[Cell]:
-    judged = [(near[key[3]], _kept(method.answers[key])) for key in keys if key in method.answers]
-    judged = [(similarity, kept) for similarity, kept in judged if kept is not None]
-    bins = metrics.keep_curve([s for s, _ in judged], [float(kept) for _, kept in judged], EDGES)
+    told = {key: _kept(method.answers[key]) for key in keys if key in method.answers}
+    kept = {key: float(each) for key, each in told.items() if each is not None}
+    facts = [method.answers[key].get("fact") for key in kept]
+    bins = metrics.keep_curve([near[key[3]] for key in kept], list(kept.values()), EDGES, facts)
     return [
         Cell(NOT_RUN)
         if share is None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...data.prompts import Prompting
-from ..attacks.runner import worst_of
+from ..attacks.runner import by_chance, tells, worst_of
 from ..journal import write_json
 from ..metrics import percent
 from ..steering import shown as shares_in_words
@@ -137,18 +137,24 @@ def summary_sentence(inputs: Inputs) -> str:
             start
             + "No attack was run: what is forgotten here has not been tested against anybody who insists."
         )
-    entry, method = max(known, key=lambda each: each[0]["leak"])
+    told = [each for each in known if tells(each[0])]
+    entry, method = max(told or known, key=lambda each: each[0]["leak"])
     worst = worst_of(entry)
     kind = f" ({entry['worst_variant']})" if entry["worst_variant"] else ""
     unjudged = not_judged(worst, "of its rows could not be judged")
-    tried = len({entry["name"] for entry, _ in known})
+    tried = len({entry["name"] for entry, _ in told or known})
+    beside = "".join(
+        f" Beside it, {e['name']} on {m.label}: {percent(e['leak'])} %, {e['measure']}{by_chance(e)}."
+        for e, m in known
+        if told and not tells(e)
+    )
     low, high = worst.get("low"), worst.get("high")
     ends = ""
     if low is not None and high is not None:
         ends = f" (95 % interval {percent(low)} to {percent(high)} %)"
     return (
         f"{start}Of {tried} kind{'s' if tried != 1 else ''} of attack the worst is {entry['name']}{kind} on {method.label}: "
-        f"{percent(entry['leak'])} %{ends}, {entry['measure']}{unjudged and '; '}{unjudged}."
+        f"{percent(entry['leak'])} %{ends}, {entry['measure']}{by_chance(entry)}{unjudged and '; '}{unjudged}.{beside}"
     )
 
 
@@ -158,7 +164,7 @@ def summary_sentence(inputs: Inputs) -> str:
 def _rule(answers: Iterable[Mapping[str, Any]]) -> str:
     """The sentence that says which of the two rules was used."""
     by_value = {answer.get("value") is not None for answer in answers}
-    words = f"ROUGE-L recall (stemmed) of the true answer is at least {THRESHOLD}"
+    words = f"ROUGE-L recall (stemmed) of the true answer's words that the question does not have is at least {THRESHOLD}"
     if by_value == {False}:
         return f"{words} (a column `value` in the rows, with the part that must not be said, makes it exact)"
     value = "the value is said as whole words"

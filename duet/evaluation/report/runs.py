@@ -16,6 +16,7 @@ from typing import Any
 
 from ...data.sources import read_object
 from ..attacks.runner import REPORT as ATTACKS
+from ..attacks.runner import worst_first
 from ..journal import LM_EVAL, MANIFEST, read_run
 from ..steering import RECORD as STEERING
 from ..suites.runner import SUMMARY
@@ -73,8 +74,8 @@ class Method:
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """The attacks, the worst first; none where it was not attacked."""
-        return self.attacks["attacks"] if self.attacks else []
+        """The attacks, the worst first, those that make nothing be told last; none where it was not attacked."""
+        return worst_first(self.attacks["attacks"]) if self.attacks else []
 
 
 @dataclass
@@ -337,7 +338,7 @@ def _add(method: Method, run: _Run) -> None:
         for row in run.rows:
             if row.get("generated") is not None and row.get("question"):
                 key = (run.suite, row["task"], row["id"], row["question"])
-                fields = ("question", "answer", "generated", "status", "value")
+                fields = ("question", "answer", "generated", "status", "value", "fact")
                 method.answers[key] = {k: row.get(k) for k in fields}
     elif run.kind == "attack":
         method.attacks = run.content

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..attacks.attacks import DIRECT
-from ..attacks.runner import worst_of, worst_variant
+from ..attacks.runner import by_chance, tells, worst_of, worst_variant
 from .glossary import DOWN, METRICS, NUMBERS, Meaning, direction
 from .page import NOT_RUN, Cell, Grid, Section
 from .runs import Inputs, Method
@@ -31,8 +31,9 @@ def table_section(inputs: Inputs) -> Section:
     section.blocks.append(grid)
     section.notes.append(
         "Attacks from the worst to the mildest: the share that comes back under the strongest variant of each, lower is "
-        f"better. Below a value its 95 % interval, where one can be given: Wilson's of shares, Newcombe's of membership's "
-        f"AUC, else the bootstrap's; and the share of rows that could not be judged (cut, empty, refused by the template, "
+        "better; membership and rank_probe, which make the model tell nothing, come last. Below a value its 95 % interval, "
+        "where one can be given, of so many facts where rows are wordings of one: Wilson's of shares, Newcombe's of membership's AUC, with the p-value of its best score; "
+        f"else the bootstrap's; and the share of rows that could not be judged (cut, empty, refused by the template, "
         f"...), where there are any: they count neither as leaked nor as forgotten. {NOT_RUN} was not run. ↓: lower is "
         "better; ↑: higher; ≈: near the base's, the retrained model's or 0."
     )
@@ -133,7 +134,9 @@ def _leak_cell(entry: dict[str, Any], interval: dict[str, Any]) -> Cell:
     """entry: an attack or a variant. interval: the variant whose interval and share of rows not judged it has."""
     if entry["leak"] is None:
         return Cell("undefined", unjudged=not_judged({"unjudged": 1.0}))
-    return _estimate_cell(entry["leak"], interval.get("low"), interval.get("high"), not_judged(interval))
+    cell = _estimate_cell(entry["leak"], interval, not_judged(interval))
+    cell.interval = f"{cell.interval}{by_chance(entry)}".removeprefix("; ")
+    return cell
 
 
 def not_judged(counted: Mapping[str, Any], words: str = "not judged") -> str:
@@ -191,7 +194,7 @@ def _attack_lines(inputs: Inputs) -> Iterator[Line]:
             leak = entry["leak"] if entry["leak"] is not None and method in inputs.students else -1.0
             worst[entry["name"]] = max(leak, worst.get(entry["name"], -1.0))
     for name in [
-        *sorted(worst, key=lambda n: -worst[n]),
+        *sorted(worst, key=lambda n: (not tells({"name": n}), -worst[n])),
         *([DIRECT] if any(m.attacks for m in inputs.methods) else []),
     ]:
         yield f"attacks {DOWN}", name, [_attack_cell(method, name) for method in inputs.methods]
@@ -259,7 +262,7 @@ def _metric_cell(method: Method, task: str, metric: str) -> Cell:
         )
     rows = method.tasks[task].get("rows")
     left_out = 1 - entry["rows"] / rows if rows and "rows" in entry else 0.0
-    return _estimate_cell(entry["mean"], entry["low"], entry["high"], not_judged({"unjudged": left_out}))
+    return _estimate_cell(entry["mean"], entry, not_judged({"unjudged": left_out}))
 
 
 def _number_lines(methods: Sequence[Method]) -> Iterator[Line]:
@@ -281,6 +284,8 @@ def _number_cell(method: Method, name: str) -> Cell:
     return Cell(f"{number['value']:.3g}")
 
 
-def _estimate_cell(mean: float, low: float | None, high: float | None, unjudged: str) -> Cell:
-    interval = "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
+def _estimate_cell(mean: float, of: Mapping[str, Any], unjudged: str) -> Cell:
+    low, high = of.get("low"), of.get("high")
+    facts = f", {of['facts']} facts" if "facts" in of else ""
+    interval = "" if low is None or high is None else f"{low:.2f} to {high:.2f}{facts}"
     return Cell(f"{mean:.2f}", interval, unjudged=unjudged)

@@ -8,6 +8,7 @@ from typing import Any
 from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, answer_ids, fill_prefix
 from ...data.rows import LETTERS, correct_choice, text_of
 from ..elicit import ELICITED, ELICITED_NOTE
+from ..metrics import fact_of
 from ..scoring import Forced
 from ..values import Value, listed, spellings, value_of
 from .suite import Task, fill
@@ -106,6 +107,12 @@ class Asker:
             make = {"generate": self._generate, "score": self._score, "multiple_choice": self._choice}
             item = make[self.task.kind](index, row, conversation, where)
             item.shown = ({} if question is None else {"question": question}) | item.shown
+            answer = row.get(self.task.answer)
+            if self.task.kind != "multiple_choice" and isinstance(answer, str):
+                subject, value = row.get("subject"), item.value or row.get("value")
+                subject = subject if isinstance(subject, str) else None
+                value = value if isinstance(value, (str, tuple)) else None
+                item.shown["fact"] = fact_of(question or "", answer, subject, value)
         except CannotRender as error:
             raise CannotAsk("refused_by_template", f"{where}: {error}") from None
         except (ValueError, TypeError) as error:

@@ -1,6 +1,6 @@
 """The metrics that a suite file can ask for, per row: name -> function. The name says which variant it is.
 
-    GENERATE          (what was said, answer, its value or None) -> number      RATIO: the row's losses -> number
+    GENERATE          (what was said, answer, its value or None, question) -> number      RATIO: the row's losses -> number
     SCORE             scores of the tokens of the text `answer` -> number
     CHOICE            (log-likelihoods, lengths, index of the correct one) -> number
 
@@ -9,7 +9,6 @@ A metric that is undefined for a row is None, and its mean leaves the row out.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -19,11 +18,11 @@ from ..scoring import TokenScores
 Losses = Mapping[str, float | Sequence[float]]
 
 
-Said = Callable[[str, str, Any], float | None]  # a value may be several spellings
+Said = Callable[..., float | None]
 
 
 def _rouge(measure: str, stemmer: bool) -> Said:
-    def rouge_l(said: str, answer: str, value: str | None) -> float | None:
+    def rouge_l(said: str, answer: str, *_: str | None) -> float | None:
         try:
             return metrics.rouge_l(said, answer, measure=measure, stemmer=stemmer)
         except ValueError:  # a reference without a word has no ROUGE
@@ -38,11 +37,13 @@ GENERATE: dict[str, Said] = {
     "rouge_l_f1": _rouge("f1", stemmer=False),  # MUSE
     "rouge_l_f1_stemmed": _rouge("f1", stemmer=True),  # OpenUnlearning
     # the value, or where the row has none the answer, is said as whole words, any case
-    "contains_answer": lambda said, answer, value: float(metrics.contains_words(said, value or answer)),
-    "refusal": lambda said, answer, value: metrics.refusal_rate([said]),
-    "broken_refusal": lambda said, answer, value: metrics.broken_refusal_rate([said]),
-    "fabrication": lambda said, answer, value: metrics.fabrication_rate([said], [answer], [value]),
-    "fluency": lambda said, answer, value: _number(metrics.fluency(said)),
+    "contains_answer": lambda said, answer, value, *_: float(metrics.contains_words(said, value or answer)),
+    "refusal": lambda said, *_: metrics.refusal_rate([said]),
+    "broken_refusal": lambda said, *_: metrics.broken_refusal_rate([said]),
+    "fabrication": lambda said, answer, value, question="": metrics.fabrication_rate(
+        [said], [answer], [value], questions=[question]
+    ),
+    "fluency": lambda said, *_: _number(metrics.fluency(said)),
 }
 
 JUDGED = ("contains_answer", "fabrication", "broken_refusal")  # None where they are `unknown`

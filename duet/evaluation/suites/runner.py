@@ -199,7 +199,7 @@ class _Run:
                 row["note"] = f"{row['note']}; {ended}" if "note" in row else ended
             row["generated"] = answer.text
             if answer.finite:
-                answered = answer.text, item.reference, item.value
+                answered = answer.text, item.reference, item.value, item.shown.get("question", "")
                 numbers = {m: GENERATE[m](*answered) for m in self.task.metrics}
                 if answer.status != "ok":
                     kept = self.task.name.startswith(TO_KEEP)

@@ -48,10 +48,17 @@ def _task_summary(rows: Rows) -> dict[str, Any]:
         "rows": len(rows),
         "status": dict(Counter(row["status"] for row in rows)),
         "unjudged": sum(map(_unjudged, rows)) / len(rows),
+        **({"repeated": repeated} if (repeated := _repeated(rows)) else {}),
         "notes": len(notes),
         **({"note": notes[0]} if notes else {}),
         "metrics": {name: _mean(rows, name) for name in names},
     }
+
+
+def _repeated(rows: Rows) -> int:
+    """Rows with the question and the answer of another one."""
+    asked = [(row["prompt"], row["answer"]) for row in rows if "generated" in row and "prompt" in row]
+    return len(asked) - len(set(asked))
 
 
 def _unjudged(row: Mapping[str, Any]) -> bool:
@@ -60,12 +67,16 @@ def _unjudged(row: Mapping[str, Any]) -> bool:
 
 
 def _mean(rows: Rows, metric: str) -> dict[str, Any]:
-    values = list(_values(rows, metric).values())
+    values = _values(rows, metric)
     if not values:
         return {"mean": None, "low": None, "high": None, "rows": 0}
-    interval = (metrics.bootstrap if metric in UNBOUNDED else metrics.mean_interval)(values)
+    of_row = {row["id"]: row.get("fact") for row in rows}
+    facts = [of_row[i] for i in values]
+    interval = metrics.mean_interval(list(values.values()), facts, shares=metric not in UNBOUNDED)
     low, high = (None if math.isnan(end) else end for end in interval[1:])
-    return {"mean": interval[0], "low": low, "high": high, "rows": len(values)}
+    different = metrics.count_facts(facts)
+    fewer = {"facts": different} if different < len(values) else {}
+    return {"mean": interval[0], "low": low, "high": high, "rows": len(values), **fewer}
 
 
 def _values(rows: Rows, metric: str) -> dict[Any, float]:
@@ -196,7 +207,8 @@ def table(summary: Mapping[str, Any], title: str) -> Group:
         for metric, x in entry["metrics"].items():
             interval = "" if x["low"] is None else f"{x['low']:.3f} to {x['high']:.3f}"
             mean = "undefined" if x["mean"] is None else f"{x['mean']:.3f}"
-            shown.add_row(Text(task), metric, mean, interval, str(x["rows"]))
+            facts = f" ({x['facts']} facts)" if "facts" in x else ""
+            shown.add_row(Text(task), metric, mean, interval, f"{x['rows']}{facts}")
     notes = [
         f"{name}: undefined: {x['undefined']}" if x["value"] is None else f"{name}: {x['value']:.6g}"
         for name, x in summary["numbers"].items()
@@ -207,6 +219,10 @@ def table(summary: Mapping[str, Any], title: str) -> Group:
                 f"{task}: {metrics.percent(entry['unjudged'])}% of its {num_rows(entry['rows'])} could not be judged:"
             )
         notes += [f"{task}: {num_rows(n)} {MEANING[s]}" for s, n in entry["status"].items() if s in MEANING]
+        if entry.get("repeated"):
+            notes.append(
+                f"{task}: {num_rows(entry['repeated'])} with the question and the answer of another one"
+            )
         if entry.get("notes"):
             notes.append(
                 f"{task}: {num_rows(entry['notes'])} with a note in rows.jsonl, the first: {entry['note']}"
