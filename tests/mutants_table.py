@@ -622,10 +622,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a list in a .csv cell is one question", "return json.loads(value)", "return value", "tests/test_attack_rows.py::test_a_csv_cell_may_hold_a_list"),
     ],
     "duet/evaluation/metrics.py": [
-        ("a refusal is an invention", " and not refused\n", "\n", "tests/test_metrics.py::test_fabrication_by_hand"),
+        ("a refusal is an invention", " and not declines\n", "\n", "tests/test_metrics.py::test_fabrication_by_hand"),
         ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),
         ("an answer that repeats the question tells", "for out in (given | common, given, set())", "for out in (set(),)", "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
-        ("who hedges declines", "    f\"(?:{pattern}){_NO_ANSWER}\"\n", "    pattern\n", "tests/test_metrics.py::test_an_answer_that_hedges_first_is_an_invention"),
         ("wordings count as facts", "share, n = float(values.mean()), count_facts(facts)", "share, n = float(values.mean()), len(values)", "tests/test_metrics.py::test_wordings_of_one_fact_share_a_fate"),
         ("ROUGE recall is precision", "return score.recall if measure == \"recall\" else score.fmeasure", "return score.precision if measure == \"recall\" else score.fmeasure", "tests/test_metrics.py::test_rouge_l_variants"),
         ("the stemmer is always on", "tokenizer=_tokenizer(stemmer, as_published))", "tokenizer=_tokenizer(True, as_published))", "tests/test_metrics.py::test_rouge_l_variants"),
@@ -636,8 +635,6 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_metrics.py::test_the_interval_of_many_rows_near_either_end"),
         ("a NaN hides behind a 0", "    if any(map(math.isnan, parts)):\n        return math.nan\n", "",
          "tests/test_metrics.py::test_model_utility"),
-        ("of others who sold no records it is a refusal", "rf\"{_OWN}(?:no|not any) (?:info", "rf\"\\b(?:no|not any) (?:info",
-         "tests/test_metrics.py::test_refusals"),
     ],
     "duet/evaluation/words.py": [
         ("a part of a word is a leak", "alone = left and (stop == len(text) or _alone(last) or not _joined(text[stop]))", "alone = left", "tests/test_words.py::test_what_is_no_leak_is_none"),
@@ -880,6 +877,11 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a word of all the answers is a value", "if not _is_form(phrase, others)", "if phrase",
          "tests/test_facts.py::test_guesses_that_share_their_form_alone_are_not_told"),
         ("an initial ends a phrase", "(?<!\\b[A-HJ-UWYZ])", "", "tests/test_facts.py::test_an_initial_ends_no_phrase"),
+    ],
+    "duet/evaluation/refusals.py": [
+        ("who hedges declines", "    f\"(?:{pattern}){_NO_ANSWER}\"\n", "    pattern\n", "tests/test_metrics.py::test_an_answer_that_hedges_first_is_an_invention"),
+        ("of others who sold no records it is a refusal", "rf\"{_OWN}(?:no|not any) (?:info", "rf\"\\b(?:no|not any) (?:info",
+         "tests/test_metrics.py::test_refusals"),
     ],
     "duet/evaluation/steering.py": [
         ("a value outside the answer is dropped", "None if query.answer is None else value_of(row, query.answer, query.name)", "None",

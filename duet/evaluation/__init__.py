@@ -9,6 +9,7 @@ facts, fact_sources   questions in several wordings; those of installed packages
 elicit, told          the base's own answers as rows to forget and to keep; what counts as told
 steering              what a model tells behind a steering prefix
 values, words         rows and the texts in their columns; how texts are compared
+refusals              which answers decline to say
 chat                  answers side by side
 models, journal       loading the model; results that can be continued
 commands              the commands eval, attack and report

@@ -14,8 +14,8 @@ from typing import Any
 
 from . import metrics, words
 from .facts import Fact
-from .metrics import FUNCTION_WORDS
 from .steering import refuses
+from .words import FUNCTION_WORDS
 
 TOLD_WORDINGS = 0.5
 AGREED = 1 / 3  # answers drawn at temperature 1 by a small model are noisy

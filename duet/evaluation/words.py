@@ -27,6 +27,13 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 
+# Words that say nothing by themselves: no value begins or ends with one, and an answer tells nothing with them.
+_FUNCTION_WORDS = """
+    a an the of in on at to for from by with and or but as is are was were be been it its this that these those he
+    she they we you i his her their my your not no yes which who what where when there here has have had do does did
+    can will would one also most known called located spoken used official
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 _WITHOUT_SPACES = (
     (0x0E00, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x19E0, 0x19FF), (0xA9E0, 0xA9FF),
     (0xAA60, 0xAA7F), (0x3005, 0x3007), (0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
