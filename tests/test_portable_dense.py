@@ -288,7 +288,9 @@ def test_both_certain_of_one_id(name, temperature):
         assert (dh - frozen).norm() <= 2e-5 * dh.norm()
         return dh, dw
 
-    assert_digits_where_both_are_certain(name, gradients, ((20, 18), (25, 24), (30, 28), (30, 10)), temperature)
+    assert_digits_where_both_are_certain(
+        name, gradients, ((20, 18), (25, 24), (30, 28), (30, 10)), temperature
+    )
 
 
 def test_origins_keep_the_sums_of_one_size():

@@ -228,7 +228,7 @@ def _rouge_scorer(stemmer: bool, as_published: bool) -> rouge_scorer.RougeScorer
     return rouge_scorer.RougeScorer(["rougeL"], tokenizer=_tokenizer(stemmer, as_published))
 
 
-def find_words(text: str, value: str) -> int | None:
+def find_words(text: str, value: str | Sequence[str]) -> int | None:
     """Index at which `value` starts in the text; None: it does not occur.
 
     As whole words, whatever their case, width, quotes and Latin diacritics, and whatever signs stand between them; in scripts
@@ -243,7 +243,7 @@ def find_words(text: str, value: str) -> int | None:
     return words.find(text, value)
 
 
-def contains_words(text: str, value: str) -> bool:
+def contains_words(text: str, value: str | Sequence[str]) -> bool:
     """Whether `value` occurs in the text (`find_words`).
 
     Example:
@@ -280,7 +280,7 @@ def broken_refusal_rate(answers: Sequence[str], patterns: Sequence[str] = REFUSA
 def fabrication_rate(
     answers: Sequence[str],
     references: Sequence[str],
-    values: Sequence[str | None] | None = None,
+    values: Sequence[str | Sequence[str] | None] | None = None,
     *,
     questions: Sequence[str] | None = None,
     threshold: float = 0.5,
@@ -305,7 +305,7 @@ def fabrication_rate(
         if isinstance(given, str) or len(given) != len(answers):
             raise ValueError(f"{name}: wanted one for each of {len(answers)} answers, got {len(given)}")
 
-    def same(answer: str, reference: str, value: str | None, question: str) -> bool:
+    def same(answer: str, reference: str, value: str | Sequence[str] | None, question: str) -> bool:
         if value is not None or contains_words(answer, reference):
             return contains_words(answer, reference if value is None else value)
         try:
@@ -550,7 +550,7 @@ def bootstrap(
 
 
 def fact_of(
-    question: str, answer: str, subject: str | None = None, value: str | Sequence[str] | None = None
+    question: str, answer: str, subject: str | None = None, value: str | tuple[str, ...] | None = None
 ) -> str:
     """A name of the fact that a row asks for: rows that have one name are wordings of one fact, and share a fate.
 
@@ -560,7 +560,7 @@ def fact_of(
         >>> fact_of("Where was Ada born?", "In London.", "Ada", "London") == fact_of("Ada's home?", "London", "Ada", "London")
         True
     """
-    first = value if isinstance(value, str) or not value else value[0]  # of several spellings
+    first = value[0] if isinstance(value, tuple) else value  # of several spellings
     said = " ".join(words.words_of(first or answer)) or answer
     if subject:
         return f"{subject.casefold()}: {said}"
