@@ -32,9 +32,9 @@ def table_section(inputs: Inputs) -> Section:
     section.notes.append(
         "Attacks from the worst to the mildest: the share that comes back under the strongest variant of each, lower is "
         "better; membership and rank_probe, which make the model tell nothing, come last. Below a value its 95 % interval, "
-        "where one can be given, of so many facts where rows are wordings of one: Wilson's of shares, Newcombe's of membership's AUC, with the p-value of its best score; "
-        f"else the bootstrap's; and the share of rows that could not be judged (cut, empty, refused by the template, "
-        f"...), where there are any: they count neither as leaked nor as forgotten. {NOT_RUN} was not run. ↓: lower is "
+        "where one can be given, of so many facts where rows are wordings of one: Wilson's of shares, Newcombe's of membership's "
+        "AUC, with the p-value of its best score; else the bootstrap's; and the share of rows that could not be judged (cut, "
+        f"empty, refused by the template, ...), where there are any: they count neither as leaked nor as forgotten. {NOT_RUN} was not run. ↓: lower is "
         "better; ↑: higher; ≈: near the base's, the retrained model's or 0."
     )
     section.notes += _different_rows(inputs.methods)

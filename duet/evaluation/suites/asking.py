@@ -181,12 +181,10 @@ class Asker:
             value, shown["note"] = None, f"{error}; it was not used"
         if value is not None:
             shown["value"] = value
-        # An answer that the tokenizer cannot represent would look forgotten.
+        # An answer that the tokenizer cannot represent would look forgotten; one spelling that it can is enough.
         wanted = spellings(reference if value is None else value)
         ids = [answer_ids(self.tokenizer, self._answer_text(conversation, text)) for text in wanted]
-        best = min(
-            ids, key=lambda each: self.tokenizer.unk_token_id in each
-        )  # one that can be written will do
+        best = min(ids, key=lambda each: self.tokenizer.unk_token_id in each)
         self._check_known(best, wanted[0], where)
         return Item(index, prompt, shown, reference, value)
 
