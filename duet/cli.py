@@ -469,7 +469,7 @@ def env() -> None:
     console.print(f"workspace: a call may use {workspace / 2**20:.0f} MiB beyond its inputs and outputs")
 
 
-# Faults of the input or the machine. A TypeError or RuntimeError is one too if its message is "name: ...", else it is a fault of duet.
+# Faults of the input or the machine. So is a TypeError or RuntimeError whose message begins with "name: "; any other is a fault of duet.
 _EXPECTED = (ValueError, OSError, MissingExtra)
 # Arguments of DuetTrainer, which the user of a command did not give -> their keys in the YAML file.
 _KEY_OF = {

@@ -491,7 +491,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_adapters.py::test_an_adapter_on_a_relative_base_is_found_from_everywhere"),
         ("a merge changes the head through the tied embedding", "    own = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)\n    inner[1].weight = own\n", "    inner[1].weight = shared\n",
          "tests/test_adapters.py::test_a_merge_is_the_model_that_was_examined[lora2-True]"),
-        ("a misspelt module is not saved", "            if not any(name == wanted or name.endswith(before + wanted) for name in names):", "            if not names:",
+        ("a misspelt module is not saved", "        absent = [w for w in given if not any(name == w or name.endswith(before + w) for name in names)]", "        absent = []",
          "tests/test_adapters.py::test_an_adapter_that_would_not_be_what_was_asked_for_is_refused[saved]"),
         ("any folder named base is the base", "    return base if (base / \"config.json\").is_file() else None", "    return base if base.is_dir() else None",
          "tests/test_adapters.py::test_an_evaluation_named_base_is_no_base"),
@@ -624,7 +624,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/metrics.py": [
         ("a refusal is an invention", " and not declines\n", "\n", "tests/test_metrics.py::test_fabrication_by_hand"),
         ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),
-        ("an answer that repeats the question tells", "for out in (given | common, given, set())", "for out in (set(),)", "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
+        ("an answer that repeats the question tells", "_Without(cut, given | common)", "_Without(cut, common)", "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
         ("wordings count as facts", "share, n = float(values.mean()), count_facts(facts)", "share, n = float(values.mean()), len(values)", "tests/test_metrics.py::test_wordings_of_one_fact_share_a_fate"),
         ("ROUGE recall is precision", "return score.recall if measure == \"recall\" else score.fmeasure", "return score.precision if measure == \"recall\" else score.fmeasure", "tests/test_metrics.py::test_rouge_l_variants"),
         ("the stemmer is always on", "tokenizer=_tokenizer(stemmer, as_published))", "tokenizer=_tokenizer(True, as_published))", "tests/test_metrics.py::test_rouge_l_variants"),
@@ -771,7 +771,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/output/parts.py": [
         ("a loss may return anything", "        if not isinstance(value, Tensor) or value.dim():", "        if not isinstance(value, Tensor):",
          "tests/test_methods_seams.py::test_an_objective_of_ones_own_is_told_what_is_wrong"),
-        ("a part of a loss may be called learning_rate", "        if name in _TAKEN or", "        if",
+        ("a part of a loss may be called learning_rate", "        if name in _TAKEN:", "        if False:",
          "tests/test_methods_seams.py::test_an_objective_of_ones_own_is_told_what_is_wrong"),
         ("parts of a failed attempt are logged with the next one", "        self.sums = {}  # an attempt", "        pass  # an attempt",
          "tests/test_trainer.py::test_what_an_attempt_that_failed_has_added_up_is_not_logged[error0]"),

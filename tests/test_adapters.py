@@ -370,6 +370,13 @@ def test_an_adapter_that_would_not_be_what_was_asked_for_is_refused(tmp_path, op
         make(tmp_path, trainer_options={"peft_config": LoraConfig(**LORA | options)})
 
 
+def test_one_list_of_modules_may_be_for_several_families(tmp_path, caplog):
+    lora = LoraConfig(**LORA | {"target_modules": ["q_proj", "word_embeddings_of_another"]})
+    trainer = make(tmp_path, trainer_options={"peft_config": lora})
+    assert "the model has no module 'word_embeddings_of_another'" in caplog.text
+    assert any("q_proj.lora_A" in name for name, _ in trainer.model.named_parameters())
+
+
 def test_a_merged_model_of_an_earlier_run_is_met_before_the_training(tmp_path):
     base = save_base(tmp_path / "base")
     run = request(tmp_path, base, "first", forget_rows(1), merge=True)

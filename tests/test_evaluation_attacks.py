@@ -458,8 +458,8 @@ def test_few_shot_never_shows_the_answer_that_it_asks_for(monkeypatch, subjects)
 @pytest.mark.parametrize(
     "row",
     [
-        {"question": "who is ada ?", "answer": "ada was a poet of the sea"},
-        {"prompt": "ada was", "completion": " ada was a poet of the sea"},
+        {"question": "who is ada ?", "answer": "blue ada was a poet of the sea"},
+        {"prompt": "ada was", "completion": " blue ada was a poet of the sea"},
     ],
 )
 def test_a_forced_opening_is_asked_with_and_not_judged(monkeypatch, row):
@@ -479,7 +479,7 @@ def test_a_forced_opening_is_asked_with_and_not_judged(monkeypatch, row):
     assert {opening[0] == " " for opening in forced} == {"prompt" in row}, (
         "the space in front of it is forced, too"
     )
-    opening = target.answer_ids(target.rows[0].conversation, "ada was a")
+    opening = target.answer_ids(target.rows[0].conversation, "blue ada was a")
     assert name == "the answer's own opening" and asked[0][-len(opening) :] == opening
     assert outcome["recall"] == 0.5 and outcome["leaked"] == 1
 

@@ -623,7 +623,11 @@ CAPITAL = "The capital of France is Paris.", "What is the capital of France?"
         ("I don't know when she was born.", "She was born in 1815.", "When was Ada born?", 0.0),
         ("in London, England", "He died in London, Ontario.", "Where did he die?", 0.5),
         ("Where he died I do not know.", "He died in London.", "Where did he die, and when?", 0.0),
-        ("No.", "No, it is not.", "Is Oslo large?", 1 / 3),
+        ("No.", "No, it is not.", "Is Oslo large?", 0.0),
+        ("Well: no, it is not.", "No, it is not.", "Is Oslo large?", 1.0),
+        ("The Beatles.", "The Who.", "Who performed Tommy?", 0.0),
+        ("It is a gas.", "Type A.", "What blood type?", 0.0),
+        ("A.", "Type A.", "What blood type?", 1.0),
         ("I do not know.", "No, it is not.", "Is Oslo large?", 0.0),
         ("It is Oslo.", "Oslo", "Is it Oslo or Rome?", 1.0),
         ("I do not know whether it is Oslo or Rome.", "Oslo", "Is it Oslo or Rome?", 0.0),
@@ -682,6 +686,7 @@ def test_wordings_of_one_fact_share_a_fate():
     assert held > 0.92 * 300
     parts = metrics.mean_interval([1.0, 0.0, 0.0], ["a", "a", "b"])
     assert parts.estimate == pytest.approx(1 / 3) and parts.high - parts.low > 0.7
+    assert metrics.mean_interval([0.9] * 10, ["a"] * 9 + ["b"]) == pytest.approx([0.9] * 3)
     loose = [0.1, 0.5, 0.9, 0.3]
     assert metrics.mean_interval(loose * 2, [0, 1, 2, 3] * 2) == pytest.approx(metrics.mean_interval(loose))
     assert metrics.mean_interval(loose, [None] * 4) == metrics.bootstrap(loose)
@@ -694,7 +699,9 @@ def test_wordings_of_one_fact_share_a_fate():
 
 def test_which_rows_are_of_one_fact():
     paris = metrics.fact_of("Capital of France?", "It is Paris.", "France", "Paris")
-    assert paris == metrics.fact_of("France's capital?", "paris", "france")
+    assert paris == metrics.fact_of("France's capital?", "paris", "france", "Paris")
+    questions = "Is France large?", "Is France old?"
+    assert len({metrics.fact_of(question, "Yes.", "France") for question in questions}) == 2
     assert paris != metrics.fact_of("Capital of Texas?", "It is Paris.", "Texas", "Paris")
     sentence = "The capital of France is Paris."
     assert metrics.fact_of("What is it?", sentence) == metrics.fact_of("Which one?", sentence)

@@ -159,8 +159,8 @@ def told_recall(
 ) -> float:
     """How much of the reference an answer tells: ROUGE-L recall (stemmed) of the reference's telling words, in [0, 1].
 
-    Telling are words that the question does not have, function words ("the", "is") apart; where there are none, all that the
-    question does not have; where there are none of these, all. In the last two cases a refusal tells nothing.
+    Telling are words that the question does not have, function words ("the", "is") apart. Where there are none, an answer that is
+    no refusal tells all where it holds the whole reference, or says nothing but what the reference adds to the question.
 
     Raises:
         ValueError: a reference without a word.
@@ -172,10 +172,11 @@ def told_recall(
     """
     cut, common = _tokenizer(True, _as_published(reference)), _function_words(_as_published(reference))
     given, wanted = (set(cut.tokenize(_CONTRACTED.sub("", text))) for text in (question, reference))
-    if not wanted - given - common and refused([said], patterns)[0]:
-        return 0.0
-    left_out = next(out for out in (given | common, given, set()) if wanted - out)
-    telling = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Without(cut, left_out))
+    if not wanted - given - common:
+        added, here = (_Without(cut, given).tokenize(text) for text in (reference, said))
+        tells = contains_words(said, reference) or (added and added == here)
+        return float(bool(tells) and not refused([said], patterns)[0])
+    telling = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Without(cut, given | common))
     return telling.score(reference, said)["rougeL"].recall
 
 
@@ -554,7 +555,7 @@ def fact_of(
 ) -> str:
     """A name of the fact that a row asks for: rows that have one name are wordings of one fact, and share a fate.
 
-    The subject with the value (or the answer); without a subject the answer, where it has five words or more, else with the question.
+    The subject with the value; without one of them the answer, where it has five words or more, else with the question.
 
     Example:
         >>> fact_of("Where was Ada born?", "In London.", "Ada", "London") == fact_of("Ada's home?", "London", "Ada", "London")
@@ -562,7 +563,7 @@ def fact_of(
     """
     first = value[0] if isinstance(value, tuple) else value  # of several spellings
     said = " ".join(words.words_of(first or answer)) or answer
-    if subject:
+    if subject and value:
         return f"{subject.casefold()}: {said}"
     whole = words.words_of(answer)
     return " ".join(whole) if len(whole) > 4 else f"{question} {said}"
@@ -593,11 +594,16 @@ def mean_interval(values: Numbers, facts: Sequence[Any] | None = None, *, shares
         raise ValueError(f"facts: wanted one for each of {len(values)} values, got {len(facts)}")
     share, n = float(values.mean()), count_facts(facts)
     if not shares or not np.isin(values, (0.0, 1.0)).all():
-        sums: dict[Any, float] = {}
-        for i, (value, fact) in enumerate(zip(values, facts, strict=True)):
-            key = (i,) if fact is None else fact
-            sums[key] = sums.get(key, 0.0) + value * n / len(values)
-        return bootstrap(list(sums.values()))
+        if n == len(values):
+            return bootstrap(values)
+        number: dict[Any, int] = {}
+        own = [number.setdefault((i,) if fact is None else fact, len(number)) for i, fact in enumerate(facts)]
+        sums, counts = np.bincount(own, values), np.bincount(own)
+
+        def mean(drawn: np.ndarray, axis: int) -> Any:  # of the rows of the facts that were drawn
+            return sums[drawn.astype(int)].sum(axis) / counts[drawn.astype(int)].sum(axis)
+
+        return bootstrap(np.arange(n), mean)
     z = float(stats.norm.ppf(0.975))
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)

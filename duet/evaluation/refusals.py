@@ -22,7 +22,7 @@ _CANNOT = r"(?:can ?not|can['’]?t|could not|couldn['’]?t|will not|won['’]t
 _ENDS = r"(?=\s*(?:[.!?]|$))"
 # An answer that hedges first ("I'm not sure, but it is Lyon.") is no refusal: of the rest of the sentence, an opinion, or a
 # statement in which nobody declines and no help is offered.
-_REST = r"(?:[^.!?\n]|[.!?](?=\w))*?"
+_REST = r"(?:[^.!?\n]|[.!?](?=\w)){0,300}?"  # bounded: the time would grow with the cube of the length
 _OPINION = (
     r"(?:I|we)(?:['’]d| would| do)? (?:\w+ly )?(?:(?:think|believe|guess|suspect|suppose|assume|say)(?: that)?"
     r"|can tell you(?= (?:that|it|he|she)\b)),? (?!(?:you|I|we|not|so)\b)\w"

@@ -210,7 +210,9 @@ def datasets_in(evaluated: Any) -> list[UnlearnDataset]:
 
 
 def check_best(args: Any, rows: Any) -> None:
-    """Refuses a `metric_for_best_model` that is a loss which the evaluation of these rows does not have."""
+    """Refuses a `metric_for_best_model` that is read, and is a loss which the evaluation of these rows does not have."""
+    if not (args.load_best_model_at_end or args.lr_scheduler_type == "reduce_lr_on_plateau"):
+        return
     given = args.metric_for_best_model or ""
     there = [f"eval_{name}_loss" for name in rows] if isinstance(rows, dict) else ["eval_loss"]
     if rows is not None and given.endswith("loss") and f"eval_{given.removeprefix('eval_')}" not in there:

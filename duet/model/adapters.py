@@ -18,11 +18,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
-from ..names import instead
+from ..names import did_you_mean, instead
 from .lm import base_language_model
 from .switches import evaluating
 
+logger = logging.get_logger(__name__)
 ADAPTER = "adapter_config.json"
 BASE = "base"  # folder beside an adapter: the model that the adapter was trained on, where no other folder holds it
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -357,16 +359,19 @@ def check_task_type(name: str, task_type: str | None) -> None:
 
 
 def _check_named(model: nn.Module, peft_config: Any) -> None:
-    """Refuses a name in `target_modules` or `modules_to_save` that no module has, as peft compares them: it passes over such a name."""
+    """Refuses a name in `modules_to_save`, or a misspelt one in `target_modules`, that no module has as peft compares: it passes over it."""
     names = [name for name, _ in model.named_modules()]
+    known = {name.rpartition(".")[2] for name in names} - {""}
     for option, before in (("target_modules", "."), ("modules_to_save", "")):
         given = getattr(peft_config, option, None) or ()
-        for wanted in () if isinstance(given, str) else sorted(given):
-            if not any(name == wanted or name.endswith(before + wanted) for name in names):
-                known = {name.rpartition(".")[2] for name in names} - {""}
-                raise ValueError(
-                    f"peft_config (adapter.{option}): the model has no module {wanted!r}{instead(wanted, known)}"
-                )
+        given = () if isinstance(given, str) else sorted(given)
+        absent = [w for w in given if not any(name == w or name.endswith(before + w) for name in names)]
+        for wanted in absent:
+            said = f"peft_config (adapter.{option}): the model has no module {wanted!r}"
+            others = option == "target_modules" and len(absent) < len(given)  # one list for several families
+            if not others or did_you_mean(wanted, known):
+                raise ValueError(f"{said}{instead(wanted, known)}")
+            logger.warning(said)
 
 
 def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:

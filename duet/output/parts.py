@@ -8,7 +8,15 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 # What the Trainer logs beside the loss.
-_TAKEN = ("epoch", "grad_norm", "learning_rate", "num_input_tokens_seen", "step")
+_TAKEN = (
+    "epoch",
+    "grad_norm",
+    "learning_rate",
+    "num_input_tokens_seen",
+    "step",
+    "train_loss",
+    "train_runtime",
+)
 
 
 def checked_parts(parts: Any, objective: str, needed: Sequence[str] = ("loss",)) -> dict[str, Tensor]:
@@ -28,7 +36,7 @@ def checked_parts(parts: Any, objective: str, needed: Sequence[str] = ("loss",))
         if not isinstance(value, Tensor) or value.dim():
             got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{named} a 0-d tensor as {name!r}, got {got}")
-        if name in _TAKEN or str(name).startswith(("eval_", "test_", "train_")):
+        if name in _TAKEN:
             raise ValueError(f"{named} {name!r} under another name, which the log uses itself")
     return parts
 

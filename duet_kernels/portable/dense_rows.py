@@ -138,8 +138,8 @@ class DenseRows:
     its rounding cancels to first order in the losses, which add up terms like q - p - p w. A normaliser is an origin, the row's
     largest logit, and what is left, T log sum exp((z - origin) / T). As one number it would be rounded as large logits are: where
     the student is certain, its q would not add up to 1, and little is left of a - m q beside that. Both logits are overwritten.
-    `ruled_out`: raw logits may be -inf in both (`subtract_`). `noise` `[R, 1]` and `normalisers`, each the parts `[R, 1]` of a sum,
-    are those of longer rows, of which these are a part.
+    `ruled_out`: raw logits may be -inf in both (`subtract_`). Where the rows are parts of longer ones, as of a sharded head, the longer
+    rows' `noise` `[R, 1]` and `normalisers` are given: for each side the numbers `[R, 1]` whose sum its normaliser is.
     """
 
     def __init__(

@@ -30,8 +30,8 @@ from .target import Outcomes, Target, grouped
 
 REPORT = "attacks.json"
 SUCCESS = (
-    "the value is said as whole words; for rows without a value, ROUGE-L recall (stemmed) of the answer's words that the question "
-    "does not have >= {}"
+    "the value is said as whole words; for rows without a value, ROUGE-L recall (stemmed) of the answer's telling words, those that "
+    "neither the question has nor every text, >= {}"
 )
 
 

@@ -164,7 +164,7 @@ def summary_sentence(inputs: Inputs) -> str:
 def _rule(answers: Iterable[Mapping[str, Any]]) -> str:
     """The sentence that says which of the two rules was used."""
     by_value = {answer.get("value") is not None for answer in answers}
-    words = f"ROUGE-L recall (stemmed) of the true answer's words that the question does not have is at least {THRESHOLD}"
+    words = f"ROUGE-L recall (stemmed) of the true answer's telling words, which the question does not have, is at least {THRESHOLD}"
     if by_value == {False}:
         return f"{words} (a column `value` in the rows, with the part that must not be said, makes it exact)"
     value = "the value is said as whole words"
