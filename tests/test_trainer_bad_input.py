@@ -357,7 +357,7 @@ CASES = {
         "optimizers: wanted an optimizer of weights that are trained, got one that holds none",
     ),
     "an adapter of transformers that is to be trained": (
-        {"Model": attached()},
+        {"Model": attached},
         ValueError,
         "model: wanted one without an adapter of add_adapter .* as peft_config",
     ),
@@ -381,6 +381,8 @@ def test_bad_input(case, tmp_path):
     for name, value in arguments.items():
         if isinstance(value, str) and value in ("EMPTY", "STUDENT"):
             arguments[name] = str(tmp_path / "empty") if value == "EMPTY" else arguments["model"]
+        elif value is attached:
+            arguments[name] = attached()
     if options["output_dir"] == "FILE":
         options["output_dir"] = str(tmp_path / "file" / "out")
         (tmp_path / "file").write_text("")
