@@ -884,6 +884,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_metrics.py::test_refusals"),
     ],
     "duet/evaluation/steering.py": [
+        ("words of the question tell behind a prefix", "told_in(after.text, wanted, probe.value, question)", "told_in(after.text, wanted, probe.value)",
+         "tests/test_steering.py::test_what_counts_as_told"),
         ("a value outside the answer is dropped", "None if query.answer is None else value_of(row, query.answer, query.name)", "None",
          "tests/test_steering.py::test_a_value_that_is_no_part_of_the_answer_is_refused"),
         ("a teacher whose answers were cut is said to have nothing to tell", "            if known\n            else", "            if not known\n            else",

@@ -85,6 +85,14 @@ def test_what_counts_as_told():
     assert told_in("Paris.", "The capital of France is Paris.")
     assert not told_in("I don't know the capital of France.", "The capital of France is Paris.")
     assert not told_in(" ", "Paris.")
+    asked, other = "What is the capital of France?", "The capital of France is Lyon."
+    assert not told_in(other, "The capital of France is Paris.", question=asked)
+    [probe] = probes_of(
+        [{"question": asked, "answer": "The capital of France is Paris.", "subject": "France"}]
+    )
+    before, after = (Continuation(text, 9, True, limit=20) for text in (probe.answer, other))
+    judged = steering._judged([(probe, before, after)])
+    assert judged["base_tells"] == 1 and judged["told"]["share"] == 0
 
 
 def test_an_answer_that_was_cut_is_not_called_forgotten(monkeypatch):
