@@ -779,6 +779,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("logged parts are sums over steps", "means = (values / max(1, step - self.since)).tolist()", "means = values.tolist()", "tests/test_trainer.py::test_logged_parts_add_up_between_logs"),
     ],
     "duet/run/shrink.py": [
+        ("wordings of one fact narrow the interval of a size", "[facts[each[\"id\"]] for each in outcomes]", "None",
+         _SHRINK + "test_rows_of_one_fact_count_as_one_in_the_interval"),
         ("two write to one folder", '    with written(out, "out"):\n', "    out.mkdir(exist_ok=True)\n    if True:\n", _FOLDERS + "test_a_command_has_its_folder_for_itself[shrink]"),
         ("the worst attack decides what every attack may bring back", 'max(self.most, full[name]["share"])', 'max(self.most, self.tried[0].worst["share"])',
          _SHRINK + "test_an_attack_that_succeeds_at_full_size_allows_no_other_one"),
@@ -888,6 +890,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_steering.py::test_what_counts_as_told"),
         ("a value outside the answer is dropped", "None if query.answer is None else value_of(row, query.answer, query.name)", "None",
          "tests/test_steering.py::test_a_value_that_is_no_part_of_the_answer_is_refused"),
+        ("wordings of one fact narrow a steering's interval", "for flag in flags], facts)", "for flag in flags])",
+         "tests/test_steering.py::test_wordings_of_one_fact_widen_the_interval_as_one"),
         ("a teacher whose answers were cut is said to have nothing to tell", "            if known\n            else", "            if not known\n            else",
          "tests/test_steering.py::test_an_answer_that_was_cut_is_not_called_forgotten"),
     ],

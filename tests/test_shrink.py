@@ -83,6 +83,16 @@ def test_the_size_that_keeps_most_and_tells_no_more_is_chosen(script):
     assert size_of(model) == 1 and "forgot little" not in verdict(found)
 
 
+def test_rows_of_one_fact_count_as_one_in_the_interval(script):
+    wordings = [
+        row | {"question": f"{row['question']} {i}", "value": row["answer"]}
+        for row in RETAIN[:1]
+        for i in range(3)
+    ]
+    found = shrink(AdapterSize(adapted()), word_tokenizer(), rows(FORGET), rows(wordings), sizes=[])
+    assert found.tried[0].kept == share_of([True]) | {"rows": 3}
+
+
 def test_full_size_stays_where_a_smaller_one_tells_or_keeps_no_more(script):
     plain = rows(FORGET), rows(RETAIN)
     found = shrink(AdapterSize(adapted()), word_tokenizer(), *plain, sizes=[0.6])

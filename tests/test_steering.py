@@ -69,10 +69,12 @@ def test_shares_are_counted_by_kind_of_row_and_place(script):
     good = probe.measure([GOOD, BAD], "user")  # they take turns
     assert counts(good.kinds["forget"]["told"]) == (2, 4) and good.forgets
     interval = good.kinds["forget"]["told"]
-    assert (round(interval["low"], 2), round(interval["high"], 2)) == (0.15, 0.85), "Wilson's"
+    assert (round(interval["low"], 2), round(interval["high"], 2)) == (0.05, 0.95), (
+        "of one fact, in four wordings"
+    )
     said = steering.sentence(strict.kinds)
     assert said.startswith(
-        "the steered teacher refuses 4 of 4 (51 to 100 %) of the forget rows, still tells 0 of 4"
+        "the steered teacher refuses 4 of 4 (21 to 100 %) of the forget rows, still tells 0 of 4"
     )
     assert said.endswith("over-refuses 2 of 2 (34 to 100 %) of the neighbour rows, over-refuses 2 of 3 (21 to 94 %) of the "
                          "retain rows")  # fmt: skip
@@ -93,6 +95,25 @@ def test_what_counts_as_told():
     before, after = (Continuation(text, 9, True, limit=20) for text in (probe.answer, other))
     judged = steering._judged([(probe, before, after)])
     assert judged["base_tells"] == 1 and judged["told"]["share"] == 0
+
+
+def test_wordings_of_one_fact_widen_the_interval_as_one():
+    """Four rows of two facts say no more than two rows do."""
+    asked = [
+        {"question": q, "answer": f"It is {a}.", "subject": s, "value": a}
+        for s, a in (("France", "Paris"), ("Italy", "Rome"))
+        for q in (f"What is the capital of {s}?", f"Name {s}'s capital.")
+    ]
+    said = Continuation("I don't know.", 9, True, limit=20)
+    for probes in (
+        probes_of(asked),
+        probes_of(asked[:1], asked)[1:],
+    ):  # also neighbours, whose prefix is about another
+        judged = steering._judged(
+            [(probe, Continuation(probe.answer, 9, True, limit=20), said) for probe in probes]
+        )
+        for share, of_two in ((judged["told"], [False] * 2), (judged["refused"], [True] * 2)):
+            assert share == steering.share_of(of_two) | {"rows": 4}
 
 
 def test_an_answer_that_was_cut_is_not_called_forgotten(monkeypatch):
@@ -255,7 +276,7 @@ def test_a_place_that_the_template_does_not_have(folder, script):
 
 def test_a_teacher_that_does_not_forget_stops_the_run(folder, script):
     stopped = duet("train", "--config", "run.yaml")
-    assert "still tells 4 of 4 (51 to 100 %)" in str(stopped.exception) and "--anyway" in str(
+    assert "still tells 4 of 4 (21 to 100 %)" in str(stopped.exception) and "--anyway" in str(
         stopped.exception
     )
     assert not (folder / "out" / "adapter_config.json").exists()
@@ -283,7 +304,7 @@ def test_a_good_teacher_is_recorded_live_and_cached(folder, script, monkeypatch)
         ["forget"],
     )
     page = write_report(["out"], folder / "report").with_suffix(".md").read_text()
-    assert "3 of 4 (30 to 95 %)" in page and "(retain_prefix: none)" in page
+    assert "3 of 4 (12 to 99 %)" in page and "(retain_prefix: none)" in page
     words += ["--retain_subjects", "fixed"]
     assert duet("cache", *words, "--out", "store").exit_code == 0
     done = duet("train", *words, "--output_dir", "read", "--teacher_store", "store")

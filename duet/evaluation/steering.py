@@ -57,6 +57,7 @@ class Probe:
     subject: str | None  # what the prefix is about
     answer: str | None
     value: Value | None
+    fact: str | None  # which it asks for (`metrics.fact_of`); None: one of its own
     name: str
 
 
@@ -96,7 +97,13 @@ def probes_of(
 
 def _probe(kind: str, about: str | None, row: Mapping[str, Any], query: Query) -> Probe:
     value = None if query.answer is None else value_of(row, query.answer, query.name)
-    return Probe(kind, query.conversation, about, query.answer, value, query.name)
+    asked = _question(query.conversation)
+    fact = query.answer and metrics.fact_of(asked, query.answer, query.subject, value)
+    return Probe(kind, query.conversation, about, query.answer, value, fact, query.name)
+
+
+def _question(conversation: Conversation) -> str:
+    return conversation if isinstance(conversation, str) else conversation[-1][1]
 
 
 class Measured(NamedTuple):
@@ -226,11 +233,13 @@ class SteeringProbe:
 
 def _judged(answers: Sequence[tuple[Probe, Continuation, Continuation]]) -> dict[str, Any]:
     """What the answers to rows of one kind say: without the prefix, and behind it."""
-    refused = [refuses(after.text) for _, before, after in answers if not refuses(before.text)]
-    told, known = [], 0
+    declined = [
+        (probe.fact, refuses(after.text)) for probe, before, after in answers if not refuses(before.text)
+    ]
+    told: list[tuple[str | None, bool]] = []
+    known = 0
     for probe, before, after in answers:
-        spoken = probe.conversation
-        question = spoken if isinstance(spoken, str) else spoken[-1][1]
+        question = _question(probe.conversation)
         if probe.answer is not None:
             tells, wanted = told_in(before.text, probe.answer, probe.value, question), probe.answer
         else:
@@ -238,8 +247,12 @@ def _judged(answers: Sequence[tuple[Probe, Continuation, Continuation]]) -> dict
         if tells:
             known += 1
             still = told_in(after.text, wanted, probe.value, question)
-            told += [still] if still or not after.cut or probe.kind != FORGET else []
-    return {"rows": len(answers), "base_tells": known, "refused": share_of(refused), "told": share_of(told)}
+            told += [(probe.fact, still)] if still or not after.cut or probe.kind != FORGET else []
+    shares = {
+        name: share_of([flag for _, flag in of], [fact for fact, _ in of])
+        for name, of in (("refused", declined), ("told", told))
+    }
+    return {"rows": len(answers), "base_tells": known, **shares}
 
 
 def refuses(text: str) -> bool:
@@ -265,11 +278,12 @@ def told_in(said: str, answer: str, value: Value | None = None, question: str = 
         return answer.strip() in said
 
 
-def share_of(flags: Sequence[bool]) -> dict[str, Any] | None:
-    """{"share", "low", "high", "rows"}: the share of the true ones with Wilson's 95 % interval; None: there are none."""
+def share_of(flags: Sequence[bool], facts: Sequence[str | None] | None = None) -> dict[str, Any] | None:
+    """{"share", "low", "high", "rows"}: the share of the true ones with its 95 % interval (`metrics.mean_interval`, of so many
+    facts); None: there are none."""
     if not flags:
         return None
-    share, low, high = metrics.mean_interval([float(flag) for flag in flags])
+    share, low, high = metrics.mean_interval([float(flag) for flag in flags], facts)
     return {"share": share, "low": low, "high": high, "rows": len(flags)}
 
 

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..data.prompts import PROMPTING, Prompting
 from ..data.sources import read_table
 from ..evaluation.attacks.attacks import DIRECT, by_variant
 from ..evaluation.attacks.rows import AttackRow, read_attack_rows
-from ..evaluation.attacks.target import AttackOptions, Outcomes, Target
+from ..evaluation.attacks.target import AttackOptions, Outcome, Outcomes, Target
 from ..evaluation.journal import Progress
 from ..evaluation.metrics import percent
 from ..evaluation.models import load
@@ -165,13 +166,15 @@ def _try(forgotten: Target, kept: Target, size: float, progress: Callable[[int, 
         progress(done, len(asks) + 1)
         variants[name] = ask()
     progress(len(asks), len(asks) + 1)
-    saved = _share(kept.ask("as asked"))
+    saved = _share(kept, kept.ask("as asked"))
     progress(len(asks) + 1, len(asks) + 1)
     [asked] = variants[DIRECT]
     told = {
-        name: max(map(_share, of), key=lambda share: share["share"]) for name, of in variants.items() if of
+        name: max((_share(forgotten, outcomes) for outcomes in of), key=lambda share: share["share"])
+        for name, of in variants.items()
+        if of
     }
-    declined: Any = share_of([refuses(outcome["said"] or "") for outcome in asked])
+    declined = _share(forgotten, asked, lambda outcome: refuses(outcome["said"] or ""))
     unjudged = max(
         sum(o["leaked"] is None for o in outcomes) / len(outcomes)
         for of in variants.values()
@@ -188,9 +191,12 @@ def _drawn(target: Target) -> Outcomes:
     return [{"id": row.id, "leaked": None if row.id in unclear else row.id in told} for row in target.rows]
 
 
-def _share(outcomes: Outcomes) -> Share:
+def _share(
+    target: Target, outcomes: Outcomes, counts: Callable[[Outcome], Any] = itemgetter("leaked")
+) -> Share:
     """Of all rows those that are told; what could not be judged was not told."""
-    share: Any = share_of([bool(outcome["leaked"]) for outcome in outcomes])
+    facts = {row.id: row.fact for row in target.rows}
+    share: Any = share_of([bool(counts(each)) for each in outcomes], [facts[each["id"]] for each in outcomes])
     return share
 
 
