@@ -104,12 +104,13 @@ def environment(device: torch.device | str | None = None) -> dict[str, str]:
     return fields
 
 
-def clocks_in_words(clocks: str) -> str:
-    """What the numbers of `clocks` are, in the order of the query."""
-    told = clocks.split(", ")
-    if len(told) != 3:
-        return f"clocks {clocks}"
-    return f"clocks when the run began: SM {told[0]} (at most {told[2]}), memory {told[1]}"
+def clocks_in_words(*clocks: str) -> str:
+    """What the numbers of `clocks` are, in the order of the query; of several runs each different number."""
+    told = [each.split(", ") for each in clocks]
+    if any(len(each) != 3 for each in told):
+        return f"clocks {'; '.join(dict.fromkeys(clocks))}"
+    sm, memory, most = (" or ".join(dict.fromkeys(of)) for of in zip(*told, strict=True))
+    return f"clocks when a run began: SM {sm} (at most {most}), memory {memory}"
 
 
 @functools.cache

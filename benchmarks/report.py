@@ -65,16 +65,11 @@ def line(row: Row) -> str:
 
 def where(rows: Sequence[Row]) -> str:
     """Device and versions, once for all rows; the commit is the first row's, others stand in `measured_at`."""
-    first = rows[0]
-    peers = sorted(
-        {
-            (r.provider, r.provider_version)
-            for r in rows
-            if r.ms is not None and r.provider not in (OURS, "torch")
-        }
-    )
+    first, measured = rows[0], [row for row in rows if row.ms is not None]
+    peers = sorted({(r.provider, r.provider_version) for r in measured if r.provider not in (OURS, "torch")})
     versions = [f"{name} {version}" for name, version in peers]
-    driver = [f"driver {first.driver}", clocks_in_words(first.clocks)] if first.driver else []
+    clocks = sorted({row.clocks for row in measured if row.clocks}, key=lambda told: int(told.split()[0]))
+    driver = [f"driver {first.driver}", clocks_in_words(*clocks)] if clocks else []
     return ", ".join(
         [
             first.device,
@@ -137,7 +132,7 @@ def tables(rows: Sequence[Row]) -> str:
 def summary(rows: Sequence[Row]) -> list[str]:
     """The largest case of every operation in one table: ours, plain torch, and the fastest of the others."""
     lines = [
-        "| | ours | torch eager | torch.compile | best of the others |",
+        "| | ours | torch eager | torch.compile | best of the others measured |",
         "|---|---:|---:|---:|---:|",
     ]
     for here, mine in largest_cases(rows):
@@ -178,7 +173,7 @@ def workspaces(rows: Iterable[Row]) -> list[str]:
     columns = sorted({row.workspace_mb for mine in cases for row in mine if row.workspace_mb})
     if not cases:
         return []
-    heads = [f"{size} MiB{', the default' if size in default else ''}" for size in columns]
+    heads = [f"{size} MiB{', the default when measured' if size in default else ''}" for size in columns]
     lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(columns)]
     for mine in cases:
         best = [_best(row for row in mine if row.workspace_mb == size) for size in columns]
@@ -204,6 +199,8 @@ def better_elsewhere(rows: Iterable[Row]) -> list[str]:
                 continue
             fastest, smallest = min(ours, key=lambda o: o.ms), min(ours, key=lambda o: o.peak_mb)
             within = "" if faster(fastest, row) in "AB" else " (within the spread)"
+            if row.commit != fastest.commit:  # clocks and drivers may have differed
+                within = " (another session)"
             lines.append(
                 f"| {title(row)}; {sizes(row)} | {called(row)}: {_cell(row, None)} | "
                 f"{number(row.ms / fastest.ms)} × {number(fastest.ms)} ms{within} | "

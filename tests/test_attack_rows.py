@@ -255,12 +255,12 @@ def test_a_share_is_printed_as_duet_report_prints_it(name):
     worst = {
         "leak": 0.975,
         "measure": ATTACKS[name].measure,
-        "variants": {"x": {"leak": 0.975, "unjudged": 0.075, "rows": 40}},
+        "variants": {"x": {"leak": 0.975, "unjudged": 0.075, "rows": 40, "status": {"ok": 40, "cut": 3}}},
         "worst_variant": "x",
     }
     said = runner.headline({"attacks": [{"name": name, **worst}], "direct": None, "base": None})
     assert (
-        f"{name}: 97%, {ATTACKS[name].measure}; " in said
+        f"{name}: 97% of 40 rows, {ATTACKS[name].measure}; " in said
         and said.startswith("the worst attack") == (name == "prefill")
         and "7% of its rows could not be judged (most of any attack: 7%)" in said
     )
@@ -269,7 +269,8 @@ def test_a_share_is_printed_as_duet_report_prints_it(name):
 def test_the_worst_attack_makes_the_model_tell():
     """Of 12 rows the best of four scores tells half without any difference; it is named beside the worst attack, with its p-value."""
     entries = [
-        {"name": name, "leak": leak, "measure": ATTACKS[name].measure, "worst_variant": None, "variants": {}, **more}
+        {"name": name, "leak": leak, "measure": ATTACKS[name].measure, "worst_variant": "x",
+         "variants": {"x": {"leak": leak, "rows": 12, "status": {"ok": 12}}}, **more}
         for name, leak, more in (
             ("membership", 0.46, {"p_value": 0.4}), ("rank_probe", 0.3, {}), ("direct", 0.0, {}), ("prefill", 0.1, {})
         )
@@ -277,16 +278,19 @@ def test_the_worst_attack_makes_the_model_tell():
     ordered = runner.worst_first(entries)
     assert [each["name"] for each in ordered] == ["prefill", "direct", "membership", "rank_probe"]
     said = runner.headline({"attacks": entries, "direct": None, "base": None})
-    assert said.startswith("the worst attack, prefill: 10%, ")
-    assert "; beside it membership: 46%, 2 |AUC - 0.5| of the best score; p = 0.4 that it is chance" in said
-    assert "; beside it rank_probe: 30%, share of rows with the telling token" in said
+    assert said.startswith("the worst attack, prefill: 10% of 12 rows, ")
+    assert (
+        "; beside it membership: 46% of 12 rows, 2 |AUC - 0.5| of the best score; p = 0.4 that it is chance"
+        in said
+    )
+    assert "; beside it rank_probe: 30% of 12 rows, share of rows with the telling token" in said
     del entries[0]["p_value"]  # of an earlier version
     assert "of the best score; beside it rank_probe" in runner.headline(
         {"attacks": entries, "direct": None, "base": None}
     )
     inputs = Inputs([Method("student", attacks={"attacks": entries, "direct": None})], [])
     told = summary_sentence(inputs)
-    assert "Of 2 kinds of attack the worst is prefill on student: 10 %" in told
+    assert "Of 2 kinds of attack the worst is prefill (x) on student: 10 %" in told
     assert "Beside it, membership on student: 46 %" in told and inputs.methods[0].entries == ordered
 
 

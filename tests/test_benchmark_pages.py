@@ -66,9 +66,18 @@ def test_clocks_have_names():
     row = dataclasses.replace(
         fake("torch", "eager", 9.0, 1.0), driver="5", clocks="345 MHz, 3201 MHz, 1980 MHz"
     )
-    said = "clocks when the run began: SM 345 MHz (at most 1980 MHz), memory 3201 MHz"
+    said = "clocks when a run began: SM 345 MHz (at most 1980 MHz), memory 3201 MHz"
     assert f"driver 5, {said}, torch t" in report.where([row])
     assert said in gate.page({"device": "d", "clocks": row.clocks}, [])
+    settled = dataclasses.replace(row, clocks="1980 MHz, 3201 MHz, 1980 MHz")
+    assert "SM 345 MHz or 1980 MHz (at most 1980 MHz), memory 3201 MHz, torch" in report.where([settled, row])
+
+
+def test_of_two_sessions_no_spread_is_compared():
+    mine, theirs = fake(report.OURS, "triton", 10.0, 1.0), fake("torch", "compile", 10.0, 0.5)
+    *_, same = report.better_elsewhere([mine, theirs])
+    *_, other = report.better_elsewhere([mine, dataclasses.replace(theirs, commit="another")])
+    assert "(within the spread)" in same and "(another session)" in other and "spread" not in other
 
 
 def test_who_was_measured_is_not_called_absent():
@@ -96,7 +105,7 @@ def test_what_a_smaller_workspace_costs():
         for impl, mb, ms, mib in sizes
     ]
     head, _, line = report.workspaces(rows)
-    assert head == "| | 256 MiB | 2236 MiB, the default |"
+    assert head == "| | 256 MiB | 2236 MiB, the default when measured |"
     assert line.endswith("| 30.1 ms, 379 MiB | 27.2 ms, 2134 MiB |")
     assert report.workspaces(rows[:1]) == []
 

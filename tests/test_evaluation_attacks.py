@@ -265,6 +265,7 @@ def test_drawn_answers_leak_what_the_likeliest_one_does_not(monkeypatch, tmp_pat
         row.get("batch_size") for row in drawn if row["attack"] == "sampling" and not row.get("done")
     } == {16}
     assert entry["variants"]["leak@8"]["low"] == pytest.approx(0.2077, abs=1e-3), "Wilson's, of 2 of 3"
+    assert entry["variants"]["leak@1"]["high"] == pytest.approx(0.69, abs=1e-3), "of 0.167 of 3, too"
     console = literal_console(file=io.StringIO(), width=900)
     console.print(attack_run.legend(report))
     said = "1 row of leak@1, 1 row of leak@4: at least so much, since some of the answers could not be judged"
@@ -499,6 +500,25 @@ def test_the_worst_variant_stands_for_an_attack():
         for i, (m, s, score) in enumerate(sides)
     ]
     assert attack_run.unjudged(attack_run._entry("membership", [*rows, end])) == pytest.approx(1 / 3)
+
+
+def test_what_few_rows_have_is_no_leak_of_all():
+    """One row of forty has a second paraphrase, which tells it; of the first one four rows of forty do."""
+    end = {"variant": "", "done": True, "queries": 4, "steps": 0, "seconds": 1.0}
+
+    def entry(name, first, second):
+        rows = [{"variant": "first", "status": "ok", "leaked": leaked} for leaked in first]
+        rows += [{"variant": "second", "status": "ok", "leaked": leaked} for leaked in second]
+        return attack_run._entry(name, [*rows, end])
+
+    paraphrase = entry("paraphrase", [1] * 4 + [0] * 36, [1])
+    assert (paraphrase["worst_variant"], paraphrase["leak"]) == ("first", 0.1)
+    rare, often = entry("paraphrase", [0] * 40, [1]), entry("prefill", [1] * 3 + [0] * 37, [])
+    assert [each["leak"] for each in attack_run.worst_first([rare, often])] == [3 / 40, 1.0]
+    said = attack_run.headline({"attacks": [often, rare], "direct": None, "base": None})
+    assert said.startswith("the worst attack, prefill: 7% of 40 rows, ")
+    alone = attack_run.headline({"attacks": [rare], "direct": None, "base": None})
+    assert alone.startswith("the worst attack, paraphrase: 100% of 1 row, ")
 
 
 @pytest.mark.parametrize("members, others", [([1, 2, 3], [5, 6, 7]), ([5, 6, 7], [1, 2, 3])])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from duet.data.importers import BRIEF
 from duet.evaluation import metrics
@@ -689,12 +690,64 @@ def test_wordings_of_one_fact_share_a_fate():
     assert metrics.mean_interval([0.9] * 10, ["a"] * 9 + ["b"]) == pytest.approx([0.9] * 3)
     loose = [0.1, 0.5, 0.9, 0.3]
     assert metrics.mean_interval(loose * 2, [0, 1, 2, 3] * 2) == pytest.approx(metrics.mean_interval(loose))
-    assert metrics.mean_interval(loose, [None] * 4) == metrics.bootstrap(loose)
-    assert metrics.mean_interval([0.0, 1.0], shares=False) == metrics.bootstrap([0.0, 1.0])
-    curve = metrics.keep_curve([0.1] * 4, [1, 1, 1, 1], (0.0,), ["a", "a", "a", "b"])
+    whole = metrics.mean_interval(loose, [None] * 4)
+    assert (
+        whole == metrics.mean_interval(loose)
+        and whole.low == 0
+        and whole.high == pytest.approx(0.9935, abs=1e-3)
+    )
+    assert metrics.mean_interval([0.0, 1.0], shares=False).low < -5
+    curve = metrics.keep_curve([0.1] * 4, [1, 1, 1, 1], (0.0,), ["a", "a", "b", "b"])
     assert curve[0][2] == metrics.mean_interval([1.0, 1.0]) and curve[0][1] == 4
     with pytest.raises(ValueError, match="facts: wanted one for each of 2"):
         metrics.mean_interval([0.0, 1.0], ["a"])
+
+
+@pytest.mark.parametrize("most", [1, 5, 20])
+def test_a_fact_of_many_wordings_beside_others_of_one(most):
+    """The share of the rows is mostly that one fact's, and the interval says so."""
+    rng, held = np.random.default_rng(1), 0
+    rows = np.array([most, *[1] * 11])
+    for _ in range(300):
+        told = np.repeat((rng.random(12) < 0.5).astype(float), rows)
+        interval = metrics.share_interval(told, np.repeat(np.arange(12), rows))
+        held += interval.low <= 0.5 <= interval.high
+    assert held > 0.9 * 300
+
+
+@pytest.mark.parametrize("facts", [3, 5, 12])
+def test_intervals_of_few_means_cover_them_about_as_often_as_they_say(facts):
+    rng, held = np.random.default_rng(2), 0
+    for _ in range(400):
+        found = metrics.mean_interval(
+            np.repeat(rng.normal(2.0, 1.0, facts), 3), np.repeat(np.arange(facts), 3), shares=False
+        )
+        held += found.low <= 2.0 <= found.high
+    assert 0.925 <= held / 400 <= 0.98
+    values = rng.normal(2.0, 1.0, facts)
+    assert metrics.mean_interval(values, shares=False, confidence=0.9)[1:] == pytest.approx(
+        stats.ttest_1samp(values, 0.0).confidence_interval(0.9)
+    )
+
+
+def test_more_leak_has_no_lower_upper_end():
+    none, some, all_half = ([0.0] * 12, [0.0] * 11 + [0.5], [0.5] * 12)
+    ends = [metrics.share_interval(values).high for values in (none, some, all_half)]
+    assert ends == sorted(ends) and ends[0] == pytest.approx(0.243, abs=1e-3)
+    assert metrics.share_interval(all_half).low < 0.5 < ends[2]
+    with pytest.raises(ValueError, match="values: wanted shares in"):
+        metrics.share_interval([0.0, 1.5])
+
+
+def test_few_are_not_none_and_nearly_all_are_not_all():
+    shown = [metrics.percent(share) for share in (0.0, 1e-12, 1 / 300, 0.006, 0.994, 0.997, 1 - 1e-12, 1.0)]
+    assert shown == ["0", "0", "<1", "1", "99", ">99", "100", "100"]
+
+
+def test_differences_may_be_small_beside_one():
+    a = np.zeros(10)
+    far = metrics.compare_paired(a, a + 1e-14 * np.arange(1, 11))
+    assert far.p_value < 0.01
 
 
 def test_which_rows_are_of_one_fact():

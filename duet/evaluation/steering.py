@@ -279,11 +279,11 @@ def told_in(said: str, answer: str, value: Value | None = None, question: str = 
 
 
 def share_of(flags: Sequence[bool], facts: Sequence[str | None] | None = None) -> dict[str, Any] | None:
-    """{"share", "low", "high", "rows"}: the share of the true ones with its 95 % interval (`metrics.mean_interval`, of so many
+    """{"share", "low", "high", "rows"}: the share of the true ones with its 95 % interval (`metrics.share_interval`, of so many
     facts); None: there are none."""
     if not flags:
         return None
-    share, low, high = metrics.mean_interval([float(flag) for flag in flags], facts)
+    share, low, high = metrics.share_interval([float(flag) for flag in flags], facts)
     return {"share": share, "low": low, "high": high, "rows": len(flags)}
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from duet.evaluation import metrics
+from benchmarks.studies.seeds import over_seeds
+from duet.evaluation.metrics import mean_interval
 from duet.evaluation.report import figures
 from duet.evaluation.report.figures import Estimate
 from duet.evaluation.report.page import NOT_RUN, Cell, Chart, Grid, Section, markdown
@@ -124,13 +125,13 @@ def rows_of_method(study: Study, done: dict[Job, Row], method: str) -> list[Row]
 
 
 def estimate(rows: Sequence[Row], key: str) -> Estimate | None:
-    """Mean over seeds and its bootstrap interval; None where no row has the number."""
+    """Mean over seeds and its interval, Student's t; None where no row has the number."""
     values = [row[key] for row in rows if row.get(key) is not None]
     if not values:
         return None
     if len(values) == 1:
         return Estimate(values[0])
-    return Estimate(*metrics.bootstrap(values))
+    return Estimate(*(mean_interval(values, shares=False) if key.endswith("seconds") else over_seeds(values)))
 
 
 def _table(study: Study, done: dict[Job, Row]) -> Section:
@@ -158,8 +159,7 @@ def _table(study: Study, done: dict[Job, Row]) -> Section:
         grid.rows.insert(1, [Cell("steered teacher"), Cell("1"), *told])
     section.blocks.append(grid)
     section.notes += [
-        "Means over seeds of unlearning with 95 % bootstrap intervals over seeds: all seeds share the two pretrained models, "
-        "and of two or three seeds an interval is too narrow. A leak is the share of forget questions whose answer comes "
+        "Means over seeds of unlearning with 95 % intervals over seeds (Student's t): all seeds share the two pretrained models. A leak is the share of forget questions whose answer comes "
         f"back: ROUGE-L recall of its words that the question does not have is at least 0.5. {NOT_RUN}: not run, or undefined.",
         "`full` is the model before, `retrained` was trained without the forget authors, `steered teacher` is `full` behind "
         "a system message that names the author (asked for the gate: questions with the name in them). "

@@ -18,8 +18,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.studies.seeds import over_seeds
 from duet.demo.plots import FAINT, INK
-from duet.evaluation.metrics import bootstrap
 
 from .arms import QUESTIONS, VOCABULARY
 
@@ -101,7 +101,7 @@ def k_sweep(rows: Sequence[Row], path: Path) -> bool:
     figure, axis = plt.subplots(figsize=(7.5, 4.6))
     ks = [NUMBER_OF_LOGITS[arm] for arm in arms]
     for column, (label, colour) in SWEPT.items():
-        found = [bootstrap([row[column] for row in rows if row["arm"] == arm]) for arm in arms]
+        found = [over_seeds([row[column] for row in rows if row["arm"] == arm]) for arm in arms]
         _band(axis, ks, found, label, colour)
     axis.set_xscale("log", base=2)
     axis.set_xticks(ks, [f"{k}" if k < VOCABULARY else f"V = {k}" for k in ks])
@@ -126,7 +126,7 @@ def relearn_curves(rows: Sequence[Row], path: Path) -> bool:
     for arm in arms:
         curves = [row["relearn_curve"] for row in rows if row["arm"] == arm]
         steps = sorted(map(int, curves[0]))
-        found = [bootstrap([curve[str(step)] for curve in curves]) for step in steps]
+        found = [over_seeds([curve[str(step)] for curve in curves]) for step in steps]
         _band(axis, steps, found, QUESTIONS["relearning"].label(arm), COLOURS[arm], MARKERS[arm])
     axis.set_xlabel("steps of training on one half of the forgotten authors", fontsize=9, color=INK)
     axis.set_ylabel("facts about the other half that are told, %\n(lower is better)", fontsize=9, color=INK)
@@ -145,7 +145,7 @@ def _arms(rows: Sequence[Row]) -> list[str]:
 
 def _with_error(rows: Sequence[Row], arm: str, column: str) -> tuple[float, list[list[float]] | None]:
     """Mean in percent, and how far the interval reaches below and above it; None for one seed."""
-    found = bootstrap([row[column] for row in rows if row["arm"] == arm])
+    found = over_seeds([row[column] for row in rows if row["arm"] == arm])
     if math.isnan(found.low):
         return 100 * found.estimate, None
     return 100 * found.estimate, [

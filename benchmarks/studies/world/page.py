@@ -1,7 +1,7 @@
 """Rows of the study -> study.md: tables with intervals, and a verdict for each column, computed from them.
 
-    cell        mean over seeds [ends of the 95 % bootstrap interval of that mean], in percent
-    a apart b   the 95 % bootstrap interval of their difference, paired by seed, does not contain 0
+    cell        mean over seeds [ends of the 95 % interval of that mean, Student's t], in percent
+    a apart b   the 95 % interval of their difference, paired by seed, does not contain 0
 
 What no number decides (what holds, what does not, what is only true here) is written by hand in `discussion.md` beside
 the results and taken over as it stands.
@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.studies.seeds import over_seeds
 from duet.demo.scorecard import COLUMNS, KEEP
-from duet.evaluation.metrics import Interval, bootstrap, compare_paired
+from duet.evaluation.metrics import Interval, compare_paired
 
 from .arms import ARMS, BAR, MOST_QUERIES, QUESTIONS, REFERENCE, Question
 from .figures import draw_figures
@@ -39,9 +40,9 @@ def values_by_seed(rows: Sequence[Row], arm: str, column: str) -> dict[int, floa
 
 
 def interval(rows: Sequence[Row], arm: str, column: str) -> Interval | None:
-    """Mean over seeds with its 95 % bootstrap interval; None: no row has the column."""
+    """Mean over seeds with its 95 % interval; None: no row has the column."""
     values = list(values_by_seed(rows, arm, column).values())
-    return bootstrap(values) if values else None
+    return over_seeds(values) if values else None
 
 
 def shown(found: Interval | None) -> str:
@@ -131,7 +132,7 @@ def bar(rows: Sequence[Row], arm: str = "duet_deep") -> list[str]:
         if not per_seed[0]:
             continue
         worst = max if sense == "<=" else min
-        found = bootstrap([worst(values[seed] for values in per_seed) for seed in per_seed[0]])
+        found = over_seeds([worst(values[seed] for values in per_seed) for seed in per_seed[0]])
         met = found.estimate <= wanted if sense == "<=" else found.estimate >= wanted
         lines.append([what, f"{sense} {100 * wanted:.0f}", shown(found), "met" if met else "**missed**"])
     if not lines:
@@ -158,10 +159,10 @@ def page(rows: Sequence[Row], seeds: Sequence[int], discussion: str, figures: Se
         "Written by `python -m benchmarks.studies.world --report` from `results.jsonl`; `make study` runs what is missing.",
         f"{len(rows)} jobs (arm x seed, scale: {', '.join(scales)}), {minutes:.0f} CPU minutes; {'; '.join(made)}.",
         "",
-        "Every cell is the mean over seeds in percent with its 95 % bootstrap interval over seeds, on wordings of the "
-        "questions that neither training nor tuning read. All seeds share one base model and one world, so the interval "
-        "covers the randomness of unlearning and nothing else; and with so few seeds a bootstrap interval is too narrow "
-        "(of two seeds it is no more than the two values). Arms are compared seed by seed with the best one.",
+        "Every cell is the mean over seeds in percent with its 95 % interval over seeds (Student's t, cut at 0 and 100), on wordings of "
+        "the questions that neither training nor tuning read. All seeds share one base model and one world, so the interval covers the "
+        "randomness of unlearning and nothing else. Arms are compared seed by seed with the best one. The best one is chosen by the same "
+        "seeds, and many columns are compared: of arms that do not differ about one comparison in twenty or more excludes zero.",
         "",
         f"Equal compute means: no arm (but those marked) shows more than {MOST_QUERIES:,} queries in training, forget and retain "
         "together.",

@@ -5,7 +5,6 @@ rows.jsonl     one line per row and variant, and a line {"done": ...} after each
 attacks.json   the report
 """
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -128,8 +127,19 @@ def _manifest(target: Target, base: Target | None) -> dict[str, Any]:
 # --- report ----------------------------------------------------------------------------------------------------
 
 
-def _leak(entry: Mapping[str, Any]) -> float:
-    return -1.0 if entry["leak"] is None else entry["leak"]
+def _asked(summary: Mapping[str, Any]) -> int:
+    return sum(summary["status"].values())
+
+
+def told_share(entry: Mapping[str, Any]) -> float:
+    """An attack's leak as a share of the rows that any of its variants asked; -1: not known.
+
+    A second paraphrase that one row has, and that tells it, leaks 1 of its rows, and is not the worst of all.
+    """
+    if entry["leak"] is None:
+        return -1.0
+    most = max(map(_asked, entry["variants"].values()), default=0)
+    return entry["leak"] * (_asked(worst_of(entry)) / most if most else 1.0)
 
 
 def tells(entry: Mapping[str, Any]) -> bool:
@@ -139,7 +149,7 @@ def tells(entry: Mapping[str, Any]) -> bool:
 
 def worst_first(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The attacks that make the model tell, the worst first; then those that look at its probabilities."""
-    return sorted(entries, key=lambda entry: (tells(entry), _leak(entry)), reverse=True)
+    return sorted(entries, key=lambda entry: (tells(entry), told_share(entry)), reverse=True)
 
 
 def by_chance(entry: Mapping[str, Any]) -> str:
@@ -154,7 +164,7 @@ def _entry(attack: str, rows: Outcomes, facts: Mapping[Any, str] = {}) -> dict[s
     variants = grouped("variant", [row for row in rows if not row.get("done")])
     summaries = {variant: _variant(attack, of, facts) for variant, of in variants.items()}
     known = {variant: v for variant, v in summaries.items() if v["leak"] is not None}
-    worst: Any = max(known, key=lambda variant: known[variant]["leak"], default=None)
+    worst: Any = max(known, key=lambda variant: known[variant]["leak"] * _asked(known[variant]), default=None)
     about = ATTACKS[DIRECT if attack == "base" else attack]
     counts = summaries.get(worst, {}).get("given", {})
     # With numbers of rows where it differs.
@@ -202,10 +212,9 @@ def _variant(attack: str, rows: Outcomes, facts: Mapping[Any, str]) -> dict[str,
     bounds = sum(bool(row.get("bound")) for row in rows)
     summary |= {"bounds": bounds} if bounds else {}
     if leaked:
-        interval, different = metrics.mean_interval(leaked, asked), metrics.count_facts(asked)
+        interval, different = metrics.share_interval(leaked, asked), metrics.count_facts(asked)
         summary |= {"facts": different} if different < len(leaked) else {}
-        ends = (None if math.isnan(end) else end for end in interval[1:])
-        summary |= dict(zip(("leak", "low", "high"), (interval[0], *ends), strict=True))
+        summary |= dict(zip(("leak", "low", "high"), interval, strict=True))
         values = {k: [row[k] for row in rows if row.get(k) is not None] for k in MEANS}
         summary |= {k: sum(of) / len(of) for k, of in values.items() if of}
     return summary
@@ -286,7 +295,8 @@ def headline(report: Mapping[str, Any]) -> str:
 
 
 def _figure(entry: Mapping[str, Any]) -> str:
-    return f"{entry['name']}: {metrics.percent(entry['leak'])}%, {entry['measure']}{by_chance(entry)}"
+    of = f" of {num_rows(worst_of(entry)['rows'])}" if "rows" in worst_of(entry) else ""
+    return f"{entry['name']}: {metrics.percent(entry['leak'])}%{of}, {entry['measure']}{by_chance(entry)}"
 
 
 def worst_variant(entry: Mapping[str, Any]) -> str:

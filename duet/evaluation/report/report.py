@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...data.prompts import Prompting
-from ..attacks.runner import by_chance, tells, worst_of
+from ..attacks.runner import by_chance, tells, told_share, worst_of
 from ..journal import write_json
 from ..metrics import percent
 from ..steering import shown as shares_in_words
@@ -138,7 +138,7 @@ def summary_sentence(inputs: Inputs) -> str:
             + "No attack was run: what is forgotten here has not been tested against anybody who insists."
         )
     told = [each for each in known if tells(each[0])]
-    entry, method = max(told or known, key=lambda each: each[0]["leak"])
+    entry, method = max(told or known, key=lambda each: told_share(each[0]))
     worst = worst_of(entry)
     kind = f" ({entry['worst_variant']})" if entry["worst_variant"] else ""
     unjudged = not_judged(worst, "of its rows could not be judged")

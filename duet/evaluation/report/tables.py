@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..attacks.attacks import DIRECT
-from ..attacks.runner import by_chance, tells, worst_of, worst_variant
+from ..attacks.runner import by_chance, tells, told_share, worst_of, worst_variant
 from .glossary import DOWN, METRICS, NUMBERS, Meaning, direction
 from .page import NOT_RUN, Cell, Grid, Section
 from .runs import Inputs, Method
@@ -33,7 +33,7 @@ def table_section(inputs: Inputs) -> Section:
         "Attacks from the worst to the mildest: the share that comes back under the strongest variant of each, lower is "
         "better; membership and rank_probe, which make the model tell nothing, come last. Below a value its 95 % interval, "
         "where one can be given, of so many facts where rows are wordings of one: Wilson's of shares, Newcombe's of membership's "
-        "AUC, with the p-value of its best score; else the bootstrap's; and the share of rows that could not be judged (cut, "
+        "AUC, with the p-value of its best score; else Student's t; and the share of rows that could not be judged (cut, "
         f"empty, refused by the template, ...), where there are any: they count neither as leaked nor as forgotten. {NOT_RUN} was not run. ↓: lower is "
         "better; ↑: higher; ≈: near the base's, the retrained model's or 0."
     )
@@ -191,8 +191,8 @@ def _attack_lines(inputs: Inputs) -> Iterator[Line]:
     worst: dict[str, float] = {}
     for method in inputs.methods:
         for entry in method.entries:
-            leak = entry["leak"] if entry["leak"] is not None and method in inputs.students else -1.0
-            worst[entry["name"]] = max(leak, worst.get(entry["name"], -1.0))
+            told = told_share(entry) if method in inputs.students else -1.0
+            worst[entry["name"]] = max(told, worst.get(entry["name"], -1.0))
     for name in [
         *sorted(worst, key=lambda n: (not tells({"name": n}), -worst[n])),
         *([DIRECT] if any(m.attacks for m in inputs.methods) else []),
