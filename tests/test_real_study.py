@@ -248,7 +248,7 @@ def test_the_page_names_each_python_and_the_base():
 @pytest.mark.parametrize(("value", "digits"), [(0.975, "97"), (0.165, "17")])
 def test_the_verdict_and_the_table_round_alike(value, digits):
     rows = [_row("Japan", "base", 0), _row("Japan", OURS, 0, general=value)]
-    assert f" | >= 0.95 | 0.{digits} | " in page(rows) and f"| {digits} |" in summary(rows)[2].replace(
+    assert f" | >= 0.95 | 0.{digits} | " in page(rows) and f"| {digits} |" in summary(rows)[3].replace(
         "*", ""
     )
 
@@ -341,6 +341,18 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
         _row("Japan", OURS, 0, relearned=0.0),
     ]
     assert "all subjects: other half told after 10 steps on one half: 0.50 without Japan.\n" in page(leaning)
+    without = {"relearned": math.nan}
+    some = [_row("Italy", "base", 0, relearned=0.0), _row("Japan", "base", 0, **without)]
+    some += [_row("Italy", OURS, 0, relearned=0.5), _row("Japan", OURS, 0, **without)]
+    assert "50 (of 1)" in page(some) and "50 (of 1)" in summary(some)[3]
+    assert "of the other half: Italy 0.00. On Italy the attack shows nothing.\n" in page(some)
+    assert "of the other half: Italy 0.50, Japan 0.00. On" in page(
+        [*some[2:], _row("Italy", "base", 0, relearned=0.5), _row("Japan", "base", 0)]
+    )
+    eights = [_row("France", "deep", 0, changed={"k": 8}), _row("France", "deep", 0, changed={}, told=0.9)]
+    ran = [*rows[:2], _row("Italy", "deep", 0)]
+    assert "`duet_deep` ran as it stands in `arms.py`, not as `k: 8`, which lacks less." in page(ran, eights)
+    assert "which lacks less" not in page([*ran, _row("Japan", "deep", 0, changed={"k": 8})], eights)
     near = [*rows[:2], _row("Italy", OURS, 0, invented=0.0203)]
     assert "| <= 0.02 | 0.0203 | NOT MET |" in page(near)
     assert f"Without a row here, run as they stand in `arms.py`: {label}." in text
@@ -361,8 +373,9 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
         r"`duet_deep`, stopping lacks [0-9.]+, `duet_deep`, contrast lacks [0-9.]+ of the bar", text
     )
     short = summary(rows)
-    assert short[2].startswith(f"| {label} | 2, 3 | 20 (10–30) | **") and "| told ↓ |" in short[0]
-    assert short[3].startswith("| wanted | | ≤ 10 |") and "≤ 1.05" in short[3] and len(short) == 4
+    assert short[2].startswith("| the base | 2, 2 | 100 |") and "**" not in short[2]
+    assert short[3].startswith(f"| {label} | 2, 3 | 20 (10–30) | **") and "| told ↓ |" in short[0]
+    assert short[4].startswith("| wanted | | ≤ 10 |") and "≤ 1.05" in short[4] and len(short) == 5
     with pytest.raises(ValueError, match="rows: wanted a row of the base"):
         page([row for row in rows if row["arm"] != "base"])
 

@@ -247,8 +247,9 @@ def page(rows: Sequence[Row]) -> str:
             "Told of: in more than 5 % of the answers. The first two arms start each request from the same model, and have the same "
             "numbers. A request that trains on nothing about the persons before it brings them back, whoever teaches: what no row "
             "keeps forgotten is lost to the retain rows, which ask for answers about people. With the earlier rows in `data.forget` "
-            "again they stay forgotten. The original base teaches better than the model of the request before, because training shows "
-            "a student no prefix, and it obeys one less with every request. A forced opening is the weakness of DUET at the first "
+            "again they stay forgotten after the third request; after the second, in one of three seeds, B was still told. With the original base as the "
+            "teacher C is forgotten better than with the model of the request before, A and B come back more: which of the two teaches better, "
+            "three seeds do not show. A forced opening is the weakness of DUET at the first "
             "token, with one request as with three (see [the study](../study/study.md)). One world, one tiny model, three seeds.",
             "",
         ]

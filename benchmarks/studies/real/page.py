@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from benchmarks.studies.runner import origins
-from duet.evaluation.metrics import percent
 
 from .arms import ARMS, FEW, LABELS, SEEDS, SUBJECTS, VALIDATION
-from .bar import BAR, Line, measured, missing, with_ratios
+from .bar import BAR, Line, best, measured, missing, with_ratios
 
 Row = dict[str, Any]
 OURS, SMOLLM = ("stopping", "contrast"), "SmolLM2-135M-Instruct (4-bit weights, unpacked)"
@@ -60,16 +59,23 @@ def means(rows: Sequence[Row], key: str) -> list[float]:
 
 
 def _cell(rows: Sequence[Row], key: str) -> str:
-    """Mean over subjects (lowest to highest subject), in percent; a perplexity as it is."""
-    values = means(rows, key)
+    """Mean over subjects (lowest to highest subject), in percent, and of how many where some lack it; a perplexity as it is."""
+    values, subjects = means(rows, key), {row["subject"] for row in rows}
     if not values:
         return "–"
     if key == "perplexity_ratio":
         return f"{sum(values) / len(values):.2f}"
-    mean, low, high = sum(values) / len(values), percent(min(values)), percent(max(values))
+    mean, low, high = fmean(values), _percent(min(values)), _percent(max(values))
     line = next((line for line in BAR if line.key == key), None)
-    shown = _exact(line, mean, in_percent=True) if line else percent(mean)
-    return f"{shown}" if low == high else f"{shown} ({low}–{high})"
+    shown = _exact(line, mean, in_percent=True) if line else _percent(mean)
+    notes = [f"{low}–{high}"] if low != high else []
+    notes += [f"of {len(values)}"] if len(values) < len(subjects) else []
+    return f"{shown} ({', '.join(notes)})" if notes else shown
+
+
+def _percent(share: float) -> str:
+    """Rounded as `f"{share:.2f}"` is."""
+    return f"{100 * round(share, 2):.0f}"
 
 
 def _met(rows: Sequence[Row], line: Line) -> bool:
@@ -152,10 +158,9 @@ def settings(tried: Sequence[Row]) -> list[str]:
         common = measured(of)
         for changed in {str(row["changed"]): row["changed"] for row in of}.values():
             same = [row for row in of if row["changed"] == changed]
-            words = ", ".join(f"`{key}: {value}`" for key, value in changed.items()) or "–"
             cells = " | ".join(_cell(same, key) for key, _ in COLUMNS)
             lines.append(
-                f"| {ARMS[arm].label} | {words} | {len(same)} | {cells} | {_lack(same, common):.2f} |"
+                f"| {ARMS[arm].label} | {_changed(changed) or '–'} | {len(same)} | {cells} | {_lack(same, common):.2f} |"
             )
     return lines
 
@@ -253,6 +258,38 @@ def of_rounding(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def of_relearning(rows: Sequence[Row]) -> list[str]:
+    """A paragraph on what relearning brings back from the base itself: no method can be told to withstand more than that."""
+    rows = [row for row in rows if row["arm"] == "base" and not math.isnan(row.get("relearned", math.nan))]
+    if not rows:
+        return []
+    each = ", ".join(f"{row['subject']} {row['relearned']:.2f}" for row in rows)
+    nothing = [row["subject"] for row in rows if row["relearned"] == 0]
+    no_use = f" On {', '.join(nothing)} the attack shows nothing." if nothing else ""
+    return [
+        "Relearning breaks what it does not bring back. The same ten steps on the base, which has forgotten nothing, leave of the other "
+        f"half: {each}.{no_use}",
+        "",
+    ]
+
+
+def chosen_otherwise(rows: Sequence[Row], tried: Sequence[Row]) -> list[str]:
+    """A sentence on methods of the report that ran with another setting than the one that lacks least."""
+    said = []
+    for arm in ARMS:
+        of, ran = ([row for row in some if row["arm"] == arm] for some in (tried, rows))
+        if of and ran and best(of) not in [row["changed"] for row in ran]:
+            took, less = (
+                _changed(changed) or "it stands in `arms.py`" for changed in (ran[0]["changed"], best(of))
+            )
+            said.append(f"{ARMS[arm].label} ran as {took}, not as {less}")
+    return ["", f"{'; '.join(said)}, which lacks less."] if said else []
+
+
+def _changed(changed: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}: {value}`" for key, value in changed.items())
+
+
 def against_the_bar(arm: str, rows: Sequence[Row]) -> list[str]:
     """A section on one of our methods, by its rows; nothing without any."""
     if not rows:
@@ -321,15 +358,15 @@ def summary(rows: Sequence[Row]) -> list[str]:
         f"| | subjects, runs | {' | '.join(heads)} |",
         "|---|---:|" + "---:|" * len(bar),
     ]
-    for arm in ARMS:
+    for arm in LABELS:
         of = [row for row in rows if row["arm"] == arm]
-        if of and ARMS[arm].main:
+        if of and (arm == "base" or (arm in ARMS and ARMS[arm].main)):
             cells = [_cell(of, line.key) for line in bar]
             cells = [
-                f"**{cell}**" if cell != "–" and _met(of, line) else cell
+                f"**{cell}**" if cell != "–" and arm != "base" and _met(of, line) else cell
                 for cell, line in zip(cells, bar, strict=True)
             ]
-            lines.append(f"| {ARMS[arm].label} | {len(means(of, 'told'))}, {len(of)} | {' | '.join(cells)} |")
+            lines.append(f"| {LABELS[arm]} | {len(means(of, 'told'))}, {len(of)} | {' | '.join(cells)} |")
     bounds = [f"{'≤' if line.less else '≥'} {_bound(line)}" for line in bar]
     return [*lines, f"| wanted | | {' | '.join(bounds)} |"]
 
@@ -430,12 +467,13 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = (), dropped: Sequence[Row] 
                 for line in against_the_bar(arm, [row for row in rows if row["arm"] == arm])
             ),
             *of_rounding(rows),
+            *of_relearning(rows),
             *not_chosen(tried),
             "One small model, short questions in English: nothing is shown here about larger models, other languages or long texts.",
             "",
             "## All methods",
             "",
-            "Percent, means over the subjects of which a figure was measured (lowest to highest subject). *told*, *leak@32*, *reverse prompt*, *prefill*, *relearned* and "
+            "Percent, means over the subjects of which a figure was measured (lowest to highest subject; of how many, where not of all). *told*, *leak@32*, *reverse prompt*, *prefill*, *relearned* and "
             "*invented*: lower is better. *refused*, *neighbours*, *general*: higher is better. *runs*: subjects times seeds.",
             "",
             *table(rows),
@@ -450,9 +488,10 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = (), dropped: Sequence[Row] 
             f"## Settings, on {' and '.join(VALIDATION)}",
             "",
             "Other wordings than those above. *lacks*: how far a row is from the bar, summed over the lines that "
-            "every setting has; the least one is chosen.",
+            "every setting has; a run of the study takes the least one.",
             "",
             *(settings(tried) if tried else ["not run"]),
+            *chosen_otherwise(rows, tried),
             *not_validated(rows, tried),
             *left_out(dropped, tried),
             "",
