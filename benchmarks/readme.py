@@ -22,8 +22,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.harness import Row, read_rows
-from benchmarks.studies import runner
-from benchmarks.studies.real.job import job_of
+from benchmarks.studies.real.job import read_report
 from benchmarks.studies.real.page import summary
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -79,8 +78,7 @@ def _demo() -> dict[str, Any]:
 
 def real_block() -> str:
     """The main methods on a pretrained model."""
-    rows = runner.read_rows(RESULTS / "real" / runner.RESULTS, job_of)
-    return "\n".join(summary(list(rows.values())))
+    return "\n".join(summary(read_report(RESULTS / "real")))
 
 
 # The rows of a short table.

@@ -236,6 +236,21 @@ def test_a_perplexity_is_compared_with_the_bases_of_the_same_text():
     assert with_ratios([new | {"base_perplexity": 16.0}], bases)[0][RATIO] == 1.25
 
 
+def test_the_base_stays_under_every_python(tmp_path):
+    """A row of an earlier commit lacks the base's own perplexity; a newer base under another Python is not in its place."""
+    old = [_row("Japan", arm, 0, python="3.12.3", relearned=math.nan) for arm in ("base", OURS)]
+    new = [_row("Japan", "base", 0, relearned=0.5), _row("Japan", OURS, 0)]
+    with (tmp_path / "results.jsonl").open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in (*old, *new))
+    rows = jobs.read_report(tmp_path)
+    assert [(row["arm"], row["python"]) for row in rows] == [
+        ("base", "3.12.3"),
+        (OURS, "3.11.7"),
+        ("base", "3.11.7"),
+    ]
+    assert "| the base | 1, 1 | " in summary(rows)[2] and " 50 " in summary(rows)[2]
+
+
 def test_the_page_names_each_python_and_the_base():
     rows = [_row("Japan", "base", 0), _row("Japan", "base", 1, python="3.12.3")]
     assert "* cpu: Python 3.11.7, commit abc, " in page(rows) and "* cpu: Python 3.12.3, commit " in page(

@@ -31,7 +31,7 @@ from benchmarks.studies.runner import (
 from .arms import ARMS, FEW, GRID, SEEDS, SUBJECTS, UNTRAINED, VALIDATION
 from .bar import best, complete, with_ratios
 from .base_model import base_model
-from .job import Job, elicit, job_of, run_tried
+from .job import Job, elicit, job_of, read_report, run_tried
 from .page import page
 
 OUT, PAGE = Path("benchmarks/results/real"), "real.md"
@@ -95,7 +95,7 @@ def main() -> None:
         )
     if not chosen.report:
         _run(chosen)
-    rows = list(read_rows(chosen.out / RESULTS, job_of).values())
+    rows = read_report(chosen.out)
     if rows:
         tried = list(read_rows(chosen.out / TRIED, tried_of).values())
         dropped = list(read_rows(chosen.out / DROPPED, lambda row: (row["code"], row["subject"])).values())
@@ -166,7 +166,7 @@ def _settings(runner: _Runner, arms: tuple[str, ...]) -> dict[str, Row]:
         return {}
     bases = [(Job(subject, "base"), {}) for subject in VALIDATION]
     runner.run(bases + tried, "validation", TRIED, runner.choose_minutes)
-    report = list(read_rows(runner.out / RESULTS, job_of).values())
+    report = read_report(runner.out)
     rows = with_ratios(list(read_rows(runner.out / TRIED, tried_of).values()), report)
     found = {arm: best(of) for arm in GRID if (of := [row for row in rows if row["arm"] == arm])}
     if runner.done(TRIED) >= {_key(*each) for each in every}:  # else the next run goes on with the validation

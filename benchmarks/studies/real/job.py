@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel
 
+from benchmarks.studies.runner import RESULTS, read_rows
 from duet import OBJECTIVES, DuetConfig, DuetTrainer
 from duet.evaluation.attacks.rows import read_attack_rows
 from duet.evaluation.attacks.weights import round_weights
@@ -43,6 +44,15 @@ class Job(NamedTuple):
 def job_of(row: Row) -> Job:
     """The job that made a row of the results."""
     return Job(row["subject"], row["arm"], row["seed"])
+
+
+def read_report(out: Path) -> list[Row]:
+    """Of every job the newest row; of the base one for each Python, since its perplexity is that of Python's manual."""
+
+    def key(row: Row) -> tuple[Job, str | None]:
+        return job_of(row), row["python"] if row["arm"] == "base" else None
+
+    return list(read_rows(out / RESULTS, key).values())
 
 
 def elicit(model: str, out: Path, device: str | None, progress: Any) -> None:

@@ -338,9 +338,14 @@ def table(rows: Sequence[Row]) -> list[str]:
         of = [row for row in rows if row["arm"] == arm]
         if of:
             lines.append(
-                f"| {LABELS[arm]} | {len(of)} | {' | '.join(_cell(of, key) for key, _ in COLUMNS)} |"
+                f"| {LABELS[arm]} | {_runs(of)} | {' | '.join(_cell(of, key) for key, _ in COLUMNS)} |"
             )
     return lines
+
+
+def _runs(rows: Sequence[Row]) -> int:
+    """Subjects times seeds; of the base there is a row for each Python."""
+    return len({(row["subject"], row["seed"]) for row in rows})
 
 
 def names(rows: Sequence[Row]) -> list[str]:
@@ -366,7 +371,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
                 f"**{cell}**" if cell != "–" and arm != "base" and _met(of, line) else cell
                 for cell, line in zip(cells, bar, strict=True)
             ]
-            lines.append(f"| {LABELS[arm]} | {len(means(of, 'told'))}, {len(of)} | {' | '.join(cells)} |")
+            lines.append(f"| {LABELS[arm]} | {len(means(of, 'told'))}, {_runs(of)} | {' | '.join(cells)} |")
     bounds = [f"{'≤' if line.less else '≥'} {_bound(line)}" for line in bar]
     return [*lines, f"| wanted | | {' | '.join(bounds)} |"]
 
