@@ -501,7 +501,7 @@ def main() -> None:
             if named
             else f"{type(error).__name__}: {error} (not expected; `duet --debug ...` shows where)"
         )
-        words = re.sub(r"\w+(?=[:\[])", lambda word: _KEY_OF.get(word[0], word[0]), words)
+        words = re.sub(r"\b\w+(?=[:\[])", lambda word: _KEY_OF.get(word[0], word[0]), words)
         text = Text.assemble(("error", "bold red"), f": {words}")
         literal_console(stderr=True).print(text, soft_wrap=True)  # a line is broken by the terminal
         raise SystemExit(2 if named else 1) from None

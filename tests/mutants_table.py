@@ -923,6 +923,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a teacher without a prefix reads one", "length + (prefix_length if objective.is_steered else 0)", "length + prefix_length", "tests/test_plan.py::test_prefixes_that_nobody_keeps_are_not_counted[options1]"),
     ],
     "duet/cli.py": [
+        ("an error with a long word hangs", r'r"\b\w+(?=', r'r"\w+(?=', "tests/test_user_mistakes.py::test_a_long_word_in_an_error_takes_no_time"),
         ("an error names an argument that nobody gave", '_KEY_OF.get(word[0], word[0])', "word[0]",
          "tests/test_run_config.py::test_the_message_of_an_error_is_shown_whole"),
         ("a plan takes the revision of another model", '["--model", quoted(model)]', '["--model.name", quoted(model)]',

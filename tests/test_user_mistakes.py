@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -307,6 +308,17 @@ def test_an_absent_package_is_a_sentence(monkeypatch, capsys, error, code):
     monkeypatch.setattr(cli, "app", lambda: (cli._shown.update(traceback=True), fail()))
     with pytest.raises(type(error)):
         cli.main()
+
+
+def test_a_long_word_in_an_error_takes_no_time(monkeypatch, capsys):
+    def fail():
+        raise ValueError(f"forget_dataset: got {'x' * 40_000}")
+
+    monkeypatch.setattr(cli, "app", fail)
+    began = time.process_time()
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert time.process_time() - began < 5 and "error: data.forget: got xx" in capsys.readouterr().err
 
 
 def test_a_peft_config_that_fits_nothing_is_named(tmp_path):
