@@ -277,7 +277,7 @@ def elicit(
         table.add_row(kind, *map(str, count.values()))
     console.print(table)
     if counts["forget"]["report"]:
-        coming = f"duet steer --data {out} --config FILE comes next"
+        coming = f"duet steer --data {shlex.quote(str(out))} --config FILE comes next"
     else:  # nothing would be left to measure by
         coming = "duet steer --config FILE comes next, with these rows in its data; --data needs three wordings of a question"
     say(f"written to {out}: {coming}")
@@ -334,12 +334,14 @@ def import_(
         say(f"written to {written}")
     for name, value in found.numbers.items():
         say(f"{name}: {value:.6g} (as the run reports it)")
-    files = " ".join(f"--{name} {out / name}.jsonl" for name in ("forget", "retain") if name in found.tables)
+    kinds = [name for name in ("forget", "retain") if name in found.tables]
+    files = " ".join(f"--{name} {shlex.quote(str(out / f'{name}.jsonl'))}" for name in kinds)
     if "forget" in found.tables:
-        say(f"duet attack {found.model or 'MODEL'} {files} --out attack comes next")
+        model = shlex.quote(str(found.model or "MODEL"))
+        say(f"duet attack {model} {files} --out attack comes next")
     if "choices" in found.tables:
         task = {"forget": "wmdp_bio", "retain": "mmlu"}[role]
-        words = f"--suite mcq --data {out} --set {task}=choices --out choices"
+        words = f"--suite mcq --data {shlex.quote(str(out))} --set {task}=choices --out choices"
         say(f"duet eval MODEL {words} asks for the letter")
 
 

@@ -1,6 +1,10 @@
 """`duet import`: tiny files in the layouts of RWKU, OpenUnlearning, WMDP and MMLU become rows that the commands read."""
 
+import errno
 import json
+import os
+import shlex
+import time
 
 import pytest
 from test_facts import duet
@@ -180,6 +184,69 @@ def test_another_import_overwrites_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"published.json is there with other content"):
         write_rows(other._replace(numbers={"a": 1.0}), tmp_path / "folder")
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["published.json"]
+
+
+def test_an_import_that_fails_writes_no_file(tmp_path, monkeypatch):
+    """So that it can be done again into the same folder."""
+    put(
+        tmp_path,
+        {
+            "forget_level1.json": [
+                probe("?", "Portland", "1", "cloze"),
+                probe("half a pair: \ud83d", "x", "1", ""),
+            ]
+        },
+    )
+    out = tmp_path / "rows"
+    with pytest.raises(
+        ValueError, match=r"path: forget, row 1: .* UTF-8 can write, got .*half a pair: .ud83d"
+    ):
+        write_rows(import_rows(tmp_path, "rwku"), out)
+    assert not out.exists()
+    put(tmp_path, {"forget_level1.json": [probe("?", "Portland", "1", "cloze")]})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"^out: '.*rows' could not be written: .* No space left"):
+            write_rows(import_rows(tmp_path, "rwku"), out)
+    assert not list(out.iterdir())
+    assert len(write_rows(import_rows(tmp_path, "rwku"), out)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["user" + 20_000 * "\n" + "x", "[INST]" * 15_000 + "[/INST]" * 15_000 + "x", "user\n" * 5000 + "assistan", " " * 20_000 + "x"],
+)  # fmt: skip
+def test_no_text_of_openunlearning_takes_long(tmp_path, text):
+    put(tmp_path, {"X_EVAL.json": {"forget_x": eval_log(text)}})
+    began = time.process_time()
+    assert import_rows(tmp_path, "openunlearning").tables["forget"][0]["prompt"] == text
+    assert time.process_time() - began < 5
+
+
+def test_what_comes_next_can_be_copied(tmp_path):
+    """A folder's name is one word of the command, whatever it holds."""
+    run, out = tmp_path / "run; touch x #", tmp_path / "the rows"
+    put(run, {"evals/X_EVAL.json": {"forget_x": eval_log("a"), "retain_x": eval_log("b")}, "config.json": {}})
+    said = duet("import", run, "--kind", "openunlearning", "--out", out).output.splitlines()
+    (line,) = (each for each in said if each.startswith("duet attack"))
+    wanted = [
+        str(run),
+        "--forget",
+        f"{out / 'forget.jsonl'}",
+        "--retain",
+        f"{out / 'retain.jsonl'}",
+        "--out",
+        "attack",
+    ]
+    assert shlex.split(line)[2:9] == wanted
+    row = {"question": "who is the captain ?", "choices": ["ada", "alan"], "answer": 1}
+    put(tmp_path, {"wmdp.json": [row]})
+    said = duet("import", tmp_path / "wmdp.json", "--kind", "choices", "--out", tmp_path / "a b").output
+    assert f"--data '{tmp_path / 'a b'}' --set" in said
 
 
 def test_choices(tmp_path):

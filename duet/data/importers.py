@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..folders import disk_named, write_atomically
 from ..names import check_one_of
 from .rows import LETTERS, correct_choice, text_of
 from .sources import FORMATS, csv_cells, read_object, read_table
@@ -67,24 +68,35 @@ def write_rows(found: Imported, out: str | Path) -> list[Path]:
     """One `.jsonl` file for each table, and `published.json` with the numbers, if there are any; returns their paths.
 
     Raises:
-        ValueError: one of the files is there with other content; nothing is written then.
+        ValueError: one of the files is there with other content, or a row holds what UTF-8 cannot write; nothing is written then.
+        OSError: `out` cannot be written.
     """
     out = Path(out)
     files = {
-        out / f"{name}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        out / f"{name}.jsonl": b"".join(_line(row, f"path: {name}, row {i}") for i, row in enumerate(rows))
         for name, rows in found.tables.items()
     }
     if found.numbers:
-        files[out / "published.json"] = json.dumps(found.numbers, indent=1) + "\n"
-    for path, text in files.items():
-        if path.exists() and (not path.is_file() or path.read_bytes() != text.encode()):
+        files[out / "published.json"] = (json.dumps(found.numbers, indent=1) + "\n").encode()
+    for path, data in files.items():
+        if path.exists() and (not path.is_file() or path.read_bytes() != data):
             raise ValueError(
                 f"out: {path} is there with other content; wanted another folder, nothing was written"
             )
     out.mkdir(parents=True, exist_ok=True)
-    for path, text in files.items():
-        path.write_text(text, encoding="utf-8", newline="\n")
+    with disk_named(out, "out"):
+        for path, data in files.items():
+            write_atomically(path, data)
     return list(files)
+
+
+def _line(row: Row, where: str) -> bytes:
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError as error:
+        got = f"got {text[max(0, error.start - 40) : error.end]!r} ({error.reason})"
+        raise ValueError(f"{where}: wanted texts that UTF-8 can write, {got}") from None
 
 
 # --- RWKU ----------------------------------------------------------------------------------------------------------
@@ -111,13 +123,13 @@ def _rwku(path: Path, role: str) -> Imported:
 
 # --- OpenUnlearning ------------------------------------------------------------------------------------------------
 
-# Chat templates as they look without their special tokens; the last question counts.
+# Chat templates as they look without their special tokens: what stands before a question, and what ends the text behind it.
 _ASKED = (
-    re.compile(r".*\[INST\](.*)\[/INST\]\s*$", re.DOTALL),
-    re.compile(r".*(?:^|\n|\W)user\s*\n+(.*?)\s*assistant\s*$", re.DOTALL),
-    re.compile(r"(?:.*\n)?user\n(.*)\nmodel\s*$", re.DOTALL),
-    re.compile(r".*<\|user\|>(.*)<\|assistant\|>\s*$", re.DOTALL),
-    re.compile(r".*Question:(.*)\nAnswer:\s*$", re.DOTALL),
+    (r"\[INST\]", "[/INST]"),
+    (r"(?<!\w)user[^\S\n]*\n", "assistant"),
+    (r"(?m:^)user\n", "\nmodel"),
+    (r"<\|user\|>", "<|assistant|>"),
+    (r"Question:", "\nAnswer:"),
 )
 # How a metric's name begins -> the table. TOFU's other sets (`ra`: real authors, `wf`: world facts) must be kept, too.
 _TABLES = {"forget": "forget", "retain": "retain", "ra": "retain", "wf": "retain", "holdout": "holdout"}
@@ -165,11 +177,12 @@ def _asked(values: Any, where: str) -> Iterator[Row]:
 
 
 def _prompt(text: str) -> Row:
-    """A question, where a known chat template is around it; else a text to be continued."""
-    for pattern in _ASKED:
-        match = pattern.fullmatch(text)
-        if match and match[1].strip():
-            return {"question": match[1].strip()}
+    """The last question, where a known chat template is around it; else a text to be continued."""
+    whole = text.rstrip()
+    for before, behind in _ASKED:
+        _, *asked = re.split(before, whole.removesuffix(behind)) if whole.endswith(behind) else [""]
+        if asked and asked[-1].strip():
+            return {"question": asked[-1].strip()}
     return {"prompt": text}
 
 
