@@ -169,6 +169,24 @@ def test_what_no_file_could_hold_is_refused_before_training(tmp_path, options, w
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    (tmp_path / "prompting.json").write_text('{"plain": 1}')
-    with pytest.raises(ValueError, match=r"prompting\.json: wanted plain_template and chat_template_kwargs"):
-        Prompting.of(tmp_path)
+    for text in ('{"plain": 1}', "[" * 100_000):
+        (tmp_path / "prompting.json").write_text(text)
+        with pytest.raises(ValueError, match=r"prompting\.json: wanted plain_template and chat_template_kwargs"):
+            Prompting.of(tmp_path)
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_a_model_of_the_hub_that_cannot_be_reached_is_not_silently_asked_otherwise(
+    tmp_path, monkeypatch, caplog, asked_before
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    name = f"somebody/asked-{asked_before}"
+    folder = tmp_path / f"models--somebody--asked-{asked_before}"
+    files = {"refs/main": "1234", **({".no_exist/1234/prompting.json": ""} if asked_before else {})}
+    for file, text in files.items():
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).write_text(text)
+    assert Prompting.saved_with(name) is None
+    said = f"{name}: whether it has a prompting.json is not known, because the Hub could not be reached"
+    assert (said in caplog.text) != asked_before

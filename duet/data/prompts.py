@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
 from ..names import check_folder_is_there
@@ -189,20 +189,26 @@ class Prompting:
 
     @classmethod
     def saved_with(cls, name: str | os.PathLike) -> "Prompting | None":
-        """As `of`; None where there is no `prompting.json`."""
+        """As `of`; None where there is no `prompting.json`, or, with a warning, where a model of the Hub may have one that is not here."""
         name = os.path.expanduser(os.fspath(name))
         check_folder_is_there("model", name)
         path = Path(name, PROMPTING)
         if not Path(name).is_dir():
             try:
                 path = Path(hf_hub_download(name, PROMPTING))
-            except EntryNotFoundError:
+            except EntryNotFoundError as error:
+                unknown = isinstance(error, LocalEntryNotFoundError)  # the Hub was not asked
+                if unknown and try_to_load_from_cache(name, PROMPTING) is None:  # nor at an earlier time
+                    logger.warning_once(
+                        f"{name}: whether it has a {PROMPTING} is not known, because the Hub could not be reached: it is asked with "
+                        "the default prompts, which a trained model may not have seen"
+                    )
                 return None
         if not path.is_file():
             return None
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path}: wanted plain_template and chat_template_kwargs of a trained model: {error}"
             ) from None
