@@ -229,6 +229,24 @@ def test_a_checkpoint_that_is_written_again_is_unfinished_meanwhile(tmp_path):
     assert last_finished_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_with_a_cut_file_is_passed_over(uninterrupted, tmp_path, caplog, name):
+    from duet.run.commands import train
+
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted / "whole", out)
+    cut = out / "checkpoint-3" / name
+    os.truncate(cut, cut.stat().st_size // 2)
+    assert last_finished_checkpoint(out) == str(out / "checkpoint-2")
+    assert f"{cut} is damaged: its checkpoint is passed over" in caplog.text
+    said = r"^resume_from_checkpoint: '.*checkpoint-3/(\w+\.\w+)' is damaged; the newest finished .*checkpoint-2$"
+    with pytest.raises(ValueError, match=said):
+        train(run_of(uninterrupted, out, max_steps=3, resume_from_checkpoint=str(cut.parent)))
+    if name == "optimizer.pt":
+        train(run_of(uninterrupted, out, max_steps=3), resume=True)
+        assert_same_run(out, uninterrupted / "whole")
+
+
 # -- a full disk -------------------------------------------------------------------------------------------------------
 
 

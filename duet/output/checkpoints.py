@@ -1,22 +1,28 @@
 """Complete checkpoints: one that a killed process or a full disk left unfinished is never resumed from.
 
 The Trainer writes `trainer_state.json` last, so a checkpoint is finished when that file exists and is valid. Two cases
-need care: a checkpoint that is overwritten loses that file first, and one whose writing failed is removed.
+need care: a checkpoint that is overwritten loses that file first, and one whose writing failed is removed. One of which a
+file was cut afterwards is passed over with a warning.
 """
 
 import json
 import os
 import shutil
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from ..folders import write_named
+
+logger = logging.get_logger(__name__)
 
 
 def last_finished_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -32,17 +38,35 @@ def last_finished_checkpoint(output_dir: str | os.PathLike) -> str | None:
 def _finished(checkpoint: Path, step: int) -> bool:
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(state, dict) and state.get("global_step") == step
+    if not isinstance(state, dict) or state.get("global_step") != step:
+        return False
+    if cut := _cut_file(checkpoint):
+        logger.warning_once(f"{cut} is damaged: its checkpoint is passed over")
+    return cut is None
+
+
+def _cut_file(checkpoint: Path) -> Path | None:
+    """A file of tensors in a checkpoint that is not whole."""
+    for path in sorted(checkpoint.rglob("*")):
+        if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+            return path
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except (OSError, SafetensorError):
+                return path
+    return None
 
 
 def resumed_checkpoint(resume_from: str | bool | None, output_dir: str) -> str | None:
     """The checkpoint that `Trainer.train(resume_from)` goes on with, for True the newest finished one; None: it goes on with none.
 
     Raises:
-        ValueError: there is none; it is not finished; or it has no optimizer and scheduler: the Trainer would begin with new
-            ones and say nothing.
+        ValueError: there is none; it is not finished; a file of it is damaged; or it has no optimizer and scheduler: the Trainer
+            would begin with new ones and say nothing.
     """
     if not resume_from:
         return None
@@ -55,6 +79,10 @@ def resumed_checkpoint(resume_from: str | bool | None, output_dir: str) -> str |
         raise ValueError(
             f"resume_from_checkpoint: {checkpoint!r} is not finished: it has no {TRAINER_STATE_NAME}, which is written last; "
             f"the newest finished one in {output_dir!r} is {last}"
+        )
+    if cut := _cut_file(folder):
+        raise ValueError(
+            f"resume_from_checkpoint: {str(cut)!r} is damaged; the newest finished checkpoint in {output_dir!r} is {last}"
         )
     whole = (any(folder.glob("optimizer*")) and (folder / SCHEDULER_NAME).is_file()) or any(
         folder.glob("global_step*")  # DeepSpeed's
