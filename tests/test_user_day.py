@@ -175,10 +175,12 @@ def test_the_model_card_says_how_and_from_what(tmp_path):
 def test_the_card_names_a_base_of_the_hub_and_no_folder(tmp_path):
     trainer = make(tmp_path, trainer_options={"peft_config": LORA})
     (tmp_path / "out").mkdir(exist_ok=True)
-    for name, shown in ((str(tmp_path), False), ("somebody/model", True)):
+    trainer.args.teacher_store = str(tmp_path / "store")
+    for name, shown in ((str(tmp_path), False), (f"{tmp_path}/gone", False), ("somebody/model", True)):
         trainer.model.get_base_model().config._name_or_path = name
         trainer.create_model_card()
-        assert ((tmp_path / "out" / "README.md").read_text().count(f"base_model: {name}") > 0) == shown
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert (card.count(f"base_model: {name}") > 0) == shown and str(tmp_path) not in card
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ..model.lm import base_language_model
 STEERING = ("steering_prefixes", "steering_place", "retain_prefix")
 _METHOD = (  # noqa: SIM905  as a list literal, one word a line
     "positions num_positions answer_source reverse_prompts reverse_prompt_fraction prefills "
-    "retain_per_forget plain_template chat_template_kwargs teacher_store learning_rate max_steps num_train_epochs "
+    "retain_per_forget plain_template chat_template_kwargs learning_rate max_steps num_train_epochs "
     "per_device_train_batch_size gradient_accumulation_steps optim seed"
 ).split()
 _CARD = """---
@@ -80,8 +80,8 @@ def write_card(
         name: of the model; None: that of the folder.
     """
     config, base = trained_config(model), getattr(base_language_model(model).config, "_name_or_path", None)
-    # A repository of the Hub. The path of a folder is private, and no name of a model.
-    base = None if not base or os.path.isdir(base) else base
+    # A repository of the Hub. The path of a folder is private, and no name of a model; so is that of one that is gone.
+    base = None if not base or os.path.isdir(base) or os.path.isabs(base) else base
     data = ModelCardData(
         base_model=base,
         library_name="peft" if config else "transformers",
