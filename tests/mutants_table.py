@@ -947,6 +947,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("both models of a chat are asked as the first", "own or usual, max_new_tokens", "usual, max_new_tokens", "tests/test_facts.py::test_each_model_of_a_chat_is_asked_as_it_was_trained"),
     ],
     "duet/run/commands.py": [
+        ("a merge removes a copy of weights", "if _WEIGHTS.fullmatch(path.name):", "if path.name:",
+         "tests/test_user_mistakes.py::test_a_merge_removes_and_replaces_no_file_of_others"),
         ("two trainings write to one folder", '    with _written(run.training, str(run.training.output_dir), "training.output_dir"):\n', "    if True:\n",
          _FOLDERS + "test_a_command_has_its_folder_for_itself[train]"),
         ("two caches write to one folder", '    with _written(args, os.path.expanduser(args.teacher_store), "training.teacher_store"):\n', "    if True:\n",

@@ -99,6 +99,21 @@ def test_a_folder_that_is_not_there_is_no_name_on_the_hub():
             Prompting.saved_with(name)
 
 
+def test_a_merge_removes_and_replaces_no_file_of_others(folders, tmp_path):
+    out = tmp_path / "merged"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"out: .*merged' holds the config.json of another model; wanted a new"):
+        merge_adapter(folders / "adapter", out)
+    assert (out / "config.json").read_text() == "{}"
+    own = ("model.safetensors.bak", "model-before.safetensors.txt", "model_of_mine.safetensors")
+    earlier = ("model-00002-of-00002.safetensors", "model.safetensors.index.json")
+    for name in (*own, *earlier):
+        (out / name).write_text(name)
+    merge_adapter(folders / "adapter", out, replaces=True)
+    assert {name for name in (*own, *earlier) if (out / name).exists()} == set(own)
+
+
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(folders, tmp_path):
     """And where neither has one, nothing is written."""
     alone = tmp_path / "alone"

@@ -5,6 +5,7 @@ load model and rows -> DuetTrainer -> train (or resume) -> save model, tokenizer
 
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ from .config_file import ModelSection, RunConfig
 
 logger = logging.get_logger(__name__)
 MERGED = "merged"  # folder in that of a run: the model with its adapter merged
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # as `save_pretrained` calls the files
 
 
 def train(
@@ -135,9 +137,10 @@ def _check_free(out: str | os.PathLike, base: str, replaces: bool, name: str, wa
         raise ValueError(
             f"out: {os.fspath(out)!r} is the base of the adapter, on which it is loaded; wanted another folder"
         )
-    adapter = holds_adapter(out)
-    if adapter or (holds_weights(out) and not replaces):
-        there = "an adapter, which would be applied once more" if adapter else "a model already"
+    adapter, weights = holds_adapter(out), holds_weights(out)
+    if adapter or ((weights or Path(out, "config.json").is_file()) and not replaces):
+        of_a_model = "a model already" if weights else "the config.json of another model"
+        there = "an adapter, which would be applied once more" if adapter else of_a_model
         raise ValueError(f"{name}: {os.fspath(out)!r} holds {there}; wanted {wanted}")
 
 
@@ -328,7 +331,8 @@ def _written_beside(out: Path) -> Iterator[Path]:
         new = Path(beside, "model")
         yield new
         for path in out.glob("model*.safetensors*"):  # there may have been more files than now
-            path.unlink()
+            if _WEIGHTS.fullmatch(path.name):
+                path.unlink()
         shutil.copytree(new, out, dirs_exist_ok=True, copy_function=os.replace)
 
 
