@@ -1,8 +1,9 @@
 """YAML text <-> plain values: `1e-4` is a number, `no` is a text, and a repeated key is an error.
 
-Only texts, numbers, booleans, nulls, lists and mappings are made; no object is ever constructed.
+Only texts, numbers, booleans, nulls, lists and mappings are made; no object is ever constructed. What `*aliases` repeat is bounded.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,31 @@ import yaml
 _PLAIN = tuple(f"tag:yaml.org,2002:{name}" for name in ("str", "null", "bool", "int", "float", "seq", "map"))
 
 
+_MOST = 1_000_000  # values and characters of a text with anchors, its aliases written out
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe subset with the numbers and booleans of YAML 1.2: a date, `1:30` and `1_000` are texts."""
+
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self.sizes: dict[yaml.Node, float] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """`SafeLoader.compose_node`; refuses aliases that hold themselves, or that stand for more than anybody can walk through."""
+        alias, line = self.check_event(yaml.AliasEvent), self.peek_event().start_mark.line + 1
+        node: Any = super().compose_node(parent, index)
+        if alias:
+            return node
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [each for pair in parts for each in pair]
+        scalar = isinstance(node, yaml.ScalarNode)
+        size = 1 + (len(parts) if scalar else sum(self.sizes.get(part, math.inf) for part in parts))
+        self.sizes[node] = size
+        if self.anchors and size > _MOST:
+            raise ValueError(f"line {line}: its *aliases stand for more than {_MOST} values and characters")
+        return node
 
 
 _Loader.yaml_constructors = {
@@ -57,7 +81,7 @@ def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     try:
         return int(text, 0 if text[:2] in ("0o", "0x") else 10)
     except ValueError:
-        raise ValueError(f"line {node.start_mark.line + 1}: wanted an integer, got {text!r}") from None
+        raise ValueError(f"line {node.start_mark.line + 1}: wanted an integer, got {text!r:.60}") from None
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
@@ -88,7 +112,7 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        ValueError: it is not YAML, or a key is repeated.
+        ValueError: it is not YAML, a key is repeated, or its aliases repeat too much.
 
     Example:
         >>> parse_yaml("{rate: 1e-4, chat: no}")
@@ -96,7 +120,12 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, TypeError, KeyError) as error:  # a list as a key; !!bool of another text
+    except (
+        yaml.YAMLError,
+        TypeError,
+        KeyError,
+        RecursionError,
+    ) as error:  # a list as a key; !!bool of another text
         raise ValueError(f"not YAML: {error}") from None
 
 

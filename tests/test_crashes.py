@@ -229,7 +229,9 @@ def test_a_checkpoint_that_is_written_again_is_unfinished_meanwhile(tmp_path):
     assert last_finished_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
 def test_a_checkpoint_with_a_cut_file_is_passed_over(uninterrupted, tmp_path, caplog, name):
     from duet.run.commands import train
 

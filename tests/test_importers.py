@@ -219,6 +219,7 @@ def test_an_import_that_fails_writes_no_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text",
     ["user" + 20_000 * "\n" + "x", "[INST]" * 15_000 + "[/INST]" * 15_000 + "x", "user\n" * 5000 + "assistan", " " * 20_000 + "x"],
+    ids=["lines", "templates", "roles", "blanks"],
 )  # fmt: skip
 def test_no_text_of_openunlearning_takes_long(tmp_path, text):
     put(tmp_path, {"X_EVAL.json": {"forget_x": eval_log(text)}})

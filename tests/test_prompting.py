@@ -171,7 +171,9 @@ def test_what_no_file_could_hold_is_refused_before_training(tmp_path, options, w
 def test_a_damaged_file_is_named(tmp_path):
     for text in ('{"plain": 1}', "[" * 100_000):
         (tmp_path / "prompting.json").write_text(text)
-        with pytest.raises(ValueError, match=r"prompting\.json: wanted plain_template and chat_template_kwargs"):
+        with pytest.raises(
+            ValueError, match=r"prompting\.json: wanted plain_template and chat_template_kwargs"
+        ):
             Prompting.of(tmp_path)
 
 

@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from duet import DuetConfig, cli
 from duet.config import CHECKPOINTING
 from duet.data.sources import DataSource, load_rows
+from duet.evaluation.suites.suite import load_suite
 from duet.output.checkpoints import resumed_checkpoint
 from duet.run import commands as run
 from duet.run.config_file import RunConfig, apply_overrides, quoted, read_run, training_options
@@ -195,6 +196,34 @@ def test_no_other_object_is_made(text):
         parse_yaml(text)
 
 
+LEVELS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 8))
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (f"a0: &a0 [x]\n{LEVELS}", "line 7: its .aliases stand for more than 1000000 values and characters"),
+        ("a: 1\nb: &b {c: [*b]}", "line 2: its .aliases stand for more"),
+        (f"a: &a {'x' * 2000}\nb: [{'*a, ' * 1000}]", "line 2: its .aliases stand for more"),
+        ("[" * 10_000, "not YAML: maximum recursion"),
+        (f"a: {'9' * 5000}", r"line 1: wanted an integer, got '9{59}$"),
+    ],
+    ids=["many", "itself", "long", "deep", "digits"],
+)
+def test_no_text_is_too_much(tmp_path, text, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        parse_yaml(text)
+    (tmp_path / "suite.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"suite\.yaml: {said}"):
+        load_suite(tmp_path / "suite.yaml")
+
+
+def test_aliases_are_read():
+    text = f"a: &a {{x: 1, y: [2]}}\nb: {{<<: *a, x: 3}}\nc: [*a, *a]\nd: {'x' * 10**5}"
+    read = parse_yaml(text)
+    assert read["b"] == {"x": 3, "y": [2]} and read["c"] == [{"x": 1, "y": [2]}] * 2
+
+
 BAD = {  # what is written over the good file -> words of the error
     "a misspelt option": (["--lerning_rate", "1"], r"--lerning_rate: .*did you mean 'learning_rate'"),
     "a misspelt section": (["--modl", "x"], r"--modl: .*did you mean 'model'"),
@@ -370,8 +399,15 @@ def test_without_columns_only_known_names_are_read(tmp_path):
         ("a.json", b'{"question": "q"}\n3\n', "line 2: wanted an object, got '3'"),
         ("a.jsonl", b"", "wanted at least one row, got none"),
         ("a.txt", b"q", "wanted a file that ends in .jsonl"),
+        pytest.param(
+            "a.jsonl", b'{"question": "q"}\n' + b'{"question": ' * 10**5, "line 2: not JSON that can be read: max", id="deep row"
+        ),
+        pytest.param("a.json", b"[" * 10**5, r"a\.json: not JSON that can be read: maximum rec", id="deep"),
+        pytest.param(
+            "a.jsonl", b'{"question": ' + b"9" * 5000 + b"}", "line 1: not JSON that can be read: Exceeds the limit", id="digits"
+        ),
     ],
-)
+)  # fmt: skip
 def test_bad_rows_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):

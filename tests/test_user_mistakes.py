@@ -103,7 +103,9 @@ def test_a_merge_removes_and_replaces_no_file_of_others(folders, tmp_path):
     out = tmp_path / "merged"
     out.mkdir()
     (out / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"out: .*merged' holds the config.json of another model; wanted a new"):
+    with pytest.raises(
+        ValueError, match=r"out: .*merged' holds the config.json of another model; wanted a new"
+    ):
         merge_adapter(folders / "adapter", out)
     assert (out / "config.json").read_text() == "{}"
     own = ("model.safetensors.bak", "model-before.safetensors.txt", "model_of_mine.safetensors")

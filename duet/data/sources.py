@@ -200,6 +200,11 @@ def _parsed(text: str, where: str) -> Any:
             f"line {error.lineno}, column {error.colno}" if "\n" in text.rstrip() else f"column {error.colno}"
         )
         raise ValueError(f"{where}: not JSON: {error.msg} at {place}") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # an integer of thousands of digits; lists in lists in lists
+        raise ValueError(f"{where}: not JSON that can be read: {error}") from None
 
 
 def csv_cells(path: Path, argument: str, strict: bool = True) -> Iterator[tuple[str, list[str]]]:

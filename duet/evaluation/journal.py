@@ -153,7 +153,7 @@ def _row(line: bytes, where: str, key: Sequence[str]) -> dict[str, Any]:
     """The row in a line, which has the fields of the key."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict) or not row.keys() >= set(key):
         raise ValueError(f"{where}: wanted a row with {', '.join(key)}, got {_short(row)}")

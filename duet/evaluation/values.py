@@ -42,7 +42,7 @@ def listed(value: Any, where: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(
             f'{where}: wanted a text, or a list as JSON writes it: ["one", "two"], got {value!r:.80}'
         ) from None

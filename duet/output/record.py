@@ -161,7 +161,7 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: wanted the record of a run as JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path}: wanted the record of a run, got {record!r:.60}")

@@ -47,7 +47,9 @@ from .config_file import ModelSection, RunConfig
 
 logger = logging.get_logger(__name__)
 MERGED = "merged"  # folder in that of a run: the model with its adapter merged
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # as `save_pretrained` calls the files
+_WEIGHTS = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)  # as `save_pretrained` calls the files
 
 
 def train(
