@@ -335,6 +335,13 @@ def test_choices_by_letter_or_text():
         ),
         ("generate", ROW | {"answer": float("nan")}, "bad_row", "answer: wanted a text, got nan"),
         ("multiple_choice", ROW | {"choices": ["a", None]}, "bad_row", "choices: wanted a text, got None"),
+        (
+            "generate",
+            ROW | {"subject": "ada \ud83d"},
+            "bad_row",
+            "t, row 3, subject: .* that UTF-8 can write",
+        ),
+        ("score", ROW | {"value": "ada \ud83d"}, "bad_row", "t, row 3, value: .* that UTF-8 can write"),
     ],
 )
 def test_a_row_that_cannot_be_asked_says_why(kind, row, status, why):

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, answer_ids, fill_prefix
-from ...data.rows import LETTERS, correct_choice, text_of
+from ...data.rows import LETTERS, checked_text, correct_choice, text_of
 from ..elicit import ELICITED, ELICITED_NOTE
 from ..metrics import fact_of
 from ..scoring import Forced
@@ -109,6 +109,9 @@ class Asker:
             item.shown = ({} if question is None else {"question": question}) | item.shown
             answer = row.get(self.task.answer)
             if self.task.kind != "multiple_choice" and isinstance(answer, str):
+                for name in ("subject", "value", self.task.answer):  # of which the fact is made
+                    if isinstance(text := row.get(name), str) and text.strip():
+                        checked_text(text, f"{where}, {name}")
                 subject, value = row.get("subject"), item.value or row.get("value")
                 subject = subject if isinstance(subject, str) else None
                 value = value if isinstance(value, (str, tuple)) else None
