@@ -359,6 +359,8 @@ def chat(
     from duet.evaluation.chat import Speaker
     from duet.evaluation.chat import chat as talk
 
+    if sys.stdin is None:
+        raise ValueError("chat: wanted questions from the standard input, got one that is closed")
     names = [model] if beside is None else [model, beside]
     saved = [Prompting.saved_with(name) for name in names]
     usual = next(filter(None, saved), Prompting())  # a base is asked as the model that was trained from it

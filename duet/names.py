@@ -56,6 +56,22 @@ def check_folder_is_there(argument: str, name: str) -> None:
         raise FileNotFoundError(f"{argument}: there is no folder {name!r}")
 
 
+def expanded(argument: str, path: str | os.PathLike) -> str:
+    """The path with `~` written out.
+
+    Raises:
+        ValueError: it is the home of a user who is not there; naming the argument.
+
+    Example:
+        >>> expanded("data", "rows")
+        'rows'
+    """
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        raise ValueError(f"{argument}: there is no user whose home is meant by {os.fspath(path)!r}")
+    return whole
+
+
 def check_one_of(where: str, value: Any, choices: Iterable[str]) -> None:
     """Refuses a value that is none of `choices`.
 

@@ -953,7 +953,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_user_mistakes.py::test_a_merge_removes_and_replaces_no_file_of_others"),
         ("two trainings write to one folder", '    with _written(run.training, str(run.training.output_dir), "training.output_dir"):\n', "    if True:\n",
          _FOLDERS + "test_a_command_has_its_folder_for_itself[train]"),
-        ("two caches write to one folder", '    with _written(args, os.path.expanduser(args.teacher_store), "training.teacher_store"):\n', "    if True:\n",
+        ("two caches write to one folder", '    with _written(args, store, "training.teacher_store"):\n', "    if True:\n",
          _FOLDERS + "test_a_command_has_its_folder_for_itself[cache]"),
         ("two merges write to one folder", '    with written(out, "out"):\n', "    if True:\n", _FOLDERS + "test_a_command_has_its_folder_for_itself[merge]"),
         ("a second process of a launch refuses its own first", "            if args.process_index == 0:\n", "            if True:\n", _FOLDERS + "test_the_processes_of_a_launch_lock_once_and_are_refused_together"),

@@ -5,8 +5,10 @@ import os
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from test_crashes import prepare, run_of
 from test_trainer import make
@@ -18,10 +20,12 @@ from duet.data.rows import read_rows
 from duet.data.sources import DataSource, load_rows, read_table
 from duet.evaluation import models
 from duet.evaluation.commands import run_attack
+from duet.evaluation.suites.suite import load_table
 from duet.model.loading import load_model
-from duet.run.commands import merge_adapter, train
+from duet.run.commands import cache, merge_adapter, train
 from duet.run.config_file import RunConfig
 from duet.run.plan_report import parse_size
+from duet.store.read import TopKStore
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,12 @@ def folders(tmp_path_factory):
     for name in ("base", "adapter"):
         word_tokenizer().save_pretrained(path / name)
     return path
+
+
+def pickled(folder):
+    """Weights as a pickle that makes an object, which torch refuses to load."""
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"weight": Path(".")}, folder / "adapter_model.bin")
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
@@ -78,6 +88,10 @@ def test_the_model_of_an_earlier_run_is_not_written_over(folders, tmp_path, resu
         (lambda f: (f / "adapter_config.json").write_text("{"), "property name"),
         (lambda f: edit(f, base_model_name_or_path=None), "names no base_model_name_or_path"),
         (lambda f: edit(f, base_model_name_or_path="/gone/base"), "an adapter on the base '/gone/base'"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "'list' object"),
+        (lambda f: edit(f, peft_type="LORE"), "LORE"),
+        (lambda f: edit(f, base_model_name_or_path=5), "not int"),
+        (pickled, "Weights only load failed"),
     ],
 )
 def test_a_damaged_adapter_is_named(folders, tmp_path, damage, why):
@@ -293,6 +307,43 @@ def test_answers_of_the_base_that_never_end_are_named(folders, tmp_path):
         run_attack(
             base, str(tmp_path / "questions.jsonl"), tmp_path / "out", base=base, elicit=True, device="cpu"
         )
+
+
+def test_the_home_of_nobody_is_named():
+    said = "there is no user whose home is meant by '~nobody-of-that-name/x'"
+    path = "~nobody-of-that-name/x"
+    for name, work in {
+        "data.forget": lambda: load_rows(DataSource(path), "data.forget"),
+        "data": lambda: load_table(path, "facts", None, "task"),
+        "teacher_store": lambda: TopKStore(path),
+        "training.teacher_store": lambda: cache(
+            RunConfig.of(
+                {"model": "m", "data": {"forget": "f"}, "training": {"teacher_store": path, "use_cpu": True}}
+            )
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: {said}"):
+            work()
+    assert not Path("~nobody-of-that-name").exists()
+
+
+@pytest.mark.parametrize("wordings", [5, "all", ["a", 5], {"a": 1}])
+def test_wordings_of_a_record_that_are_none_are_named(tmp_path, wordings):
+    (tmp_path / "run_record.json").write_text(json.dumps({"override_wordings": wordings}))
+    with pytest.raises(
+        ValueError, match=r"^model: .*run_record.json, 'override_wordings': wanted a list of texts, got"
+    ):
+        run_attack(str(tmp_path), "rows.jsonl", tmp_path / "out")
+
+
+def test_chat_without_an_input_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    monkeypatch.setattr("sys.argv", ["duet", "chat", "nowhere"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (
+        ended.value.code == 2 and "chat: wanted questions from the standard input" in capsys.readouterr().err
+    )
 
 
 # -- numbers, packages -----------------------------------------------------------------------------------------------------

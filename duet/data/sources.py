@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..names import did_you_mean
+from ..names import did_you_mean, expanded
 from ..options import MaybeCount
 from .rows import ANSWERS, PROMPTS, warn_of_unread
 
@@ -116,7 +116,7 @@ def _renamed(row: dict[str, Any], source: DataSource, where: str) -> dict[str, A
 
 
 def _read(source: DataSource, argument: str) -> list[dict[str, Any]]:
-    path = Path(source.path).expanduser()
+    path = Path(expanded(argument, source.path))
     if path.is_file():
         return read_table(path, argument)
     if not path.is_dir() and (path.suffix in FORMATS or source.path[0] in "./~"):

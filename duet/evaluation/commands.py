@@ -328,7 +328,10 @@ def _trained_wordings(model: str) -> tuple[str, ...]:
     from ..data.sources import read_object
 
     path = Path(model, "run_record.json")
-    return tuple(read_object(path, "model").get("override_wordings") or ()) if path.is_file() else ()
+    wordings = (read_object(path, "model").get("override_wordings") or []) if path.is_file() else []
+    if not isinstance(wordings, list) or not all(isinstance(each, str) for each in wordings):
+        raise ValueError(f"model: {path}, 'override_wordings': wanted a list of texts, got {wordings!r:.60}")
+    return tuple(wordings)
 
 
 def lines_of(path: Path, argument: str) -> tuple[str, ...]:

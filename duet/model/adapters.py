@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ ADAPTER = "adapter_config.json"
 BASE = "base"  # folder beside an adapter: the model that the adapter was trained on, where no other folder holds it
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _PRECISE = (torch.float32, torch.float64)
-# What reading a damaged or missing model raises.
-UNREADABLE = (OSError, ValueError, SafetensorError)
+# What reading a damaged or missing model raises; a TypeError or KeyError, that of a file with other fields.
+UNREADABLE = (OSError, ValueError, SafetensorError, TypeError, KeyError, UnpicklingError)
 
 
 # -- what there is ---------------------------------------------------------------------------------------------------

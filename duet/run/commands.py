@@ -35,6 +35,7 @@ from ..model.adapters import (
 from ..model.answers import tokenizer_at
 from ..model.lm import base_language_model
 from ..model.loading import choose_attention, is_sharded, load_model, loading_device
+from ..names import expanded
 from ..output.checkpoints import (
     check_output_dir,
     last_finished_checkpoint,
@@ -159,7 +160,8 @@ def cache(run: RunConfig, dtype: str = "float32") -> Cached:
     args = run.training
     if not args.teacher_store:
         raise ValueError("training.teacher_store: wanted the folder to write, got nothing")
-    with _written(args, os.path.expanduser(args.teacher_store), "training.teacher_store"):
+    store = expanded("training.teacher_store", args.teacher_store)
+    with _written(args, store, "training.teacher_store"):
         forget, retain, evals = _rows(run)
         tokenizer = load_tokenizer(run.model)
         return cache_teacher(load_asked(run), args, forget, retain, tokenizer, evals, dtype=dtype)
@@ -292,7 +294,7 @@ def merge_adapter(
     if not holds_adapter(folder):
         raise FileNotFoundError(f"{folder}: wanted a folder with an adapter, found no {ADAPTER}")
     with _naming(folder):
-        base = base_of(folder)
+        base = os.fspath(base_of(folder))
     free = base, replaces, "out", f"a new folder, such as {os.path.join(out, MERGED)!r}"
     _check_free(out, *free)
     with written(out, "out"):

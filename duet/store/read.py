@@ -33,7 +33,7 @@ from duet_kernels import TopK
 
 from ..model.hashes import json_hash as seal_of
 from ..model.weights import older_weights
-from ..names import check_one_of
+from ..names import check_one_of, expanded
 
 FORMAT = "duet-topk-store/1"
 MANIFEST = "manifest.json"
@@ -308,7 +308,7 @@ class TopKStore:
     """
 
     def __init__(self, folder: str | os.PathLike, verify: bool = True):
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(expanded("teacher_store", folder))
         body = read_manifest(self.folder)
         if not body["complete"]:
             raise ValueError(

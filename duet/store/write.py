@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..extras import version_of
 from ..folders import write_atomically
+from ..names import expanded
 from .read import DTYPES, FORMAT, MANIFEST, MAY_LACK, Entry, Provenance, Shard, read_manifest, seal_of
 
 _SHARD_BYTES = 1 << 26
@@ -47,7 +48,7 @@ class StoreWriter:
         rows: Mapping[str, Sequence[bytes]],
         shard_entries: int = 1024,
     ):
-        self.folder, self.provenance = Path(folder).expanduser(), provenance
+        self.folder, self.provenance = Path(expanded("folder", folder)), provenance
         self.rows = {name: list(entry_ids) for name, entry_ids in rows.items()}
         self.shard_entries = shard_entries
         self.wanted = dict.fromkeys(entry_id for entry_ids in self.rows.values() for entry_id in entry_ids)

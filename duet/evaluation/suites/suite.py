@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ...data.rows import checked_text, text_of
 from ...data.sources import FORMATS, read_table
-from ...names import check_known, check_one_of, instead
+from ...names import check_known, check_one_of, expanded, instead
 from ...options import BlankTexts, Count, MaybeCount, Texts, fitted, mapping, section
 from ...yaml_text import read_yaml
 from ..journal import digest
@@ -202,7 +202,7 @@ def load_table(data: str | Path | None, name: str, hub: str | None, where: str) 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: nothing there; not readable; no rows.
     """
-    folder = Path(data).expanduser() if data is not None else Path()
+    folder = Path(expanded("data", data)) if data is not None else Path()
     if folder.is_file():
         raise NotADirectoryError(f"data: wanted a folder with files of rows, got the file {str(data)!r}")
     found = [path for suffix in ("", *FORMATS) if (path := folder / f"{name}{suffix}").is_file()]
