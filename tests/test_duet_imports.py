@@ -19,7 +19,7 @@ ALLOWED = {
     "folders": "",
     "options": "names",
     "_moved": "",
-    "data": "names options _moved",
+    "data": "names folders options _moved",
     "model": "names data",
     "methods": "names options data model",
     "config": "names options data methods",
