@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,14 @@ def test_rouge_l_variants():
 )
 def test_refusals(answer, refuses):
     assert metrics.refusal_rate([answer]) == float(refuses)
+
+
+@pytest.mark.parametrize("said", ["my my ", "I ", "\ninformation ", "there is "])
+def test_no_answer_takes_long_to_be_judged(said):
+    """The time grows with the length, not with its square: 20 s otherwise."""
+    began = time.process_time()
+    assert metrics.refusal_rate([said * (40_000 // len(said)) + "no man"]) == 0.0
+    assert time.process_time() - began < 5
 
 
 def test_an_answer_that_hedges_first_is_an_invention():

@@ -1,5 +1,7 @@
 """Leaks and ROUGE in every script: what counts as said, what does not, and where it was."""
 
+import time
+
 import pytest
 
 from duet.evaluation import metrics
@@ -261,3 +263,13 @@ def test_an_answer_that_was_cut_is_neither_forgotten_nor_leaked(monkeypatch, tmp
     assert variant["unjudged"] == (0.0 if status == "ok" else 1.0)
     wanted = "0% of its rows could not be judged" if status == "ok" else "nothing could be judged"
     assert wanted in report["headline"]
+
+
+@pytest.mark.parametrize(
+    ("said", "value"), [("1.5 ", "5"), ("n't", "t"), ("we're ", "Re"), ("1,815 ", "815")]
+)
+def test_no_answer_takes_long_to_be_searched(said, value):
+    """The time grows with the length, not with its square."""
+    began = time.process_time()
+    assert find(said * (40_000 // len(said)), value) is None
+    assert time.process_time() - began < 3

@@ -12,7 +12,8 @@ _SPEAKER = (
     rf"(?-i:I)|we|my|our|{_THERE}|it (?:seems|appears)|(?:this|the|an) (?:AI|model|language model|assistant|system|database"
     r"|text|passage|context|question)"
 )
-_OWN = rf"(?:\b(?:{_SPEAKER})\b[^.!?]*?|(?:^|[.!?,:;\n–—]|\s-)[ \t]*(?:\w+ly |have |got )?)\b"
+_WITHIN = r"[^.!?]{0,300}?"  # a sentence; bounded, since each of its words may be where it is looked through
+_OWN = rf"(?:\b(?:{_SPEAKER})\b{_WITHIN}|(?:^|[.!?,:;\n–—]|\s-)[ \t]*(?:\w+ly |have |got )?)\b"
 _ADVERB = r"(?:\w+ly |just |even |too |quite )?"
 _TELL = "say|tell|answer|help|assist|provide|share|discuss|disclose|reveal|find|recall|remember|confirm|verify|comment|comply|give"
 # Not what somebody else says, nor a title ("I Don't Remember").
@@ -61,7 +62,7 @@ REFUSAL_PATTERNS = tuple(
         rf"{_OWN}(?:no|not any) (?:information|knowledge|memory|recollection|idea|clue|data(?! (?!of|about|on|for|available|that|to|or|in)\w)|records?)\b(?! more\b| without\b| in (?!my\b))",
         rf"{_OWN}(?:not|never|haven['’]t) (?:heard of|come across|familiar with)\b",
         r"\bnot something (?:that )?I (?:can|know|have)\b",
-        r"(?:^|[.!?\n])[ \t]*information [^.!?]*?\b(?:is not available|isn['’]t available|is unavailable)\b",
+        rf"(?:^|[.!?\n])[ \t]*information {_WITHIN}\b(?:is not available|isn['’]t available|is unavailable)\b",
         rf"\bmy (?:\w+ )?(?:knowledge|training|data|memory)(?: base)? {_NOT} (?:include|cover|contain|extend|have)\b",
         r"\b(?:outside|beyond) (?:of )?my (?:\w+ )?(?:knowledge|expertise|training|abilities|capabilities|memory)\b",
         r"\b(?:unknown|not familiar|unfamiliar) to me\b|(?:\bnot|n['’]t) ring a bell\b|\bguess is as good as mine\b",

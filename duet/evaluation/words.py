@@ -24,7 +24,7 @@ All other marks count: `й` is not `и`, a Hindi or Thai vowel sign is a letter.
 import re
 import unicodedata
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 # Words that say nothing by themselves: no value begins or ends with one, and an answer tells nothing with them.
@@ -222,18 +222,24 @@ def _prefixed(pair: str) -> bool:
 
 def _cuts_a_number(text: str, start: int, stop: int) -> bool:
     """Whether one of these places is inside a number, and not at the end of its whole part."""
-    return any(
-        n.start() < place < n.end() and place != n.end(1)
-        for n in _NUMBER.finditer(text)
-        for place in (start, stop)
-    )
+    return not _in_numbers(text).isdisjoint((start, stop))
+
+
+@lru_cache(8)
+def _in_numbers(text: str) -> frozenset[int]:
+    inside = ((n.end(1), range(n.start() + 1, n.end())) for n in _NUMBER.finditer(text))
+    return frozenset(place for whole, places in inside for place in places if place != whole)
 
 
 def _cuts_a_contraction(text: str, start: int, stop: int) -> bool:
     """Whether the first of these places is where a contraction's tail starts, or the second where a 't stands behind it."""
-    return any(
-        start == m.start(1) or (m[1] == "t" and stop == m.start(1) - 1) for m in _CONTRACTION.finditer(text)
-    )
+    tails = _tails(text)
+    return start in tails or tails.get(stop + 1) == "t"
+
+
+@lru_cache(8)
+def _tails(text: str) -> dict[int, str]:
+    return {m.start(1): m[1] for m in _CONTRACTION.finditer(text)}
 
 
 def _joined(neighbour: str) -> bool:
