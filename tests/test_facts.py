@@ -358,7 +358,7 @@ def base(tmp_path_factory):
 
 
 def test_elicit_writes_rows_that_the_other_commands_read(base, tmp_path):
-    path, out = questions(tmp_path), tmp_path / "out"
+    path, out = questions(tmp_path), tmp_path / "the rows"
     words = [
         "elicit",
         base,
@@ -373,7 +373,7 @@ def test_elicit_writes_rows_that_the_other_commands_read(base, tmp_path):
     ]
     done = duet(*words, "--out", out, "--batch-size", 4)
     assert done.exit_code == 0, (done.output, done.exception)
-    assert f"duet steer --data {out} --config FILE comes next" in done.output
+    assert f"duet steer --data '{out}' --config FILE comes next" in done.output
     rows = {
         p.relative_to(out).as_posix(): [json.loads(x) for x in p.read_text().splitlines()]
         for p in out.rglob("*.jsonl")

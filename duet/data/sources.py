@@ -200,10 +200,7 @@ def _parsed(text: str, where: str) -> Any:
             f"line {error.lineno}, column {error.colno}" if "\n" in text.rstrip() else f"column {error.colno}"
         )
         raise ValueError(f"{where}: not JSON: {error.msg} at {place}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # an integer of thousands of digits; lists in lists in lists
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists
         raise ValueError(f"{where}: not JSON that can be read: {error}") from None
 
 
