@@ -479,6 +479,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_trainer_bad_input.py::test_bad_input[an optimizer of what is not trained]"),
         ("an adapter of add_adapter is merged and the whole model trained", "    if attached and not adds and any(", "    if attached and adds and any(",
          "tests/test_trainer_bad_input.py::test_bad_input[an adapter of transformers that is to be trained]"),
+        ("code of a model runs for a yes on stdin", '{"trust_remote_code": False} | placed', "placed", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
     ],
     "duet/model/adapters.py": [
         ("biases of the teacher are trained until its guard sees it", "    if bias != \"none\" and own:", "    if False:",
@@ -496,6 +497,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("any folder named base is the base", "    return base if (base / \"config.json\").is_file() else None", "    return base if base.is_dir() else None",
          "tests/test_adapters.py::test_an_evaluation_named_base_is_no_base"),
         ("a merge that changes the model goes through", "    if not worst <= allowed:", "    if worst != worst:", "tests/test_adapters.py::test_the_logits_are_compared_to_five_digits"),
+        ("code of an adapter's base runs for a yes on stdin", 'base_of(folder), {"trust_remote_code": False} | how', "base_of(folder), how", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
+        ("a model whose code is trusted cannot be written for a second request", ", trust_remote_code=own_code)", ", trust_remote_code=False)",
+         "tests/test_adapters.py::test_code_of_a_model_runs_where_it_is_trusted"),
     ],
     "duet/output/checkpoints.py": [
         ("weights that are not finite are saved", "not x.isfinite().all()", "x.isnan().all() and False",
@@ -517,6 +521,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/model/answers.py": [
         ("the checkpoint's own generation options act", "        part.generation_config = GenerationConfig()\n", "        pass\n", "tests/test_closed_sets.py::test_greedy_is_greedy_whatever_a_checkpoint_carries"),
+        ("code of a tokenizer runs for a yes on stdin", ", trust_remote_code=False", "", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
     ],
     "duet/model/weights.py": [
         ("all words have one multiplier", "2 * BLOCK * 8)", "2 * BLOCK * 8)[:8] * (2 * BLOCK)", "tests/test_weights_hash.py::test_order_signs_shape_dtype_and_names_count"),
@@ -918,9 +923,11 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/run/plan.py": [
         ("a sharpness-aware step takes no more", "(2 * gradients if settings.sharp else 0)", "0", "tests/test_plan.py::test_the_two_numbers_of_a_sharpness_aware_step_are_counted"),
+        ("a plan runs code of a head for a yes on stdin", ", trust_remote_code=False", "", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
     ],
     "duet/run/plan_report.py": [
         ("a teacher without a prefix reads one", "length + (prefix_length if objective.is_steered else 0)", "length + prefix_length", "tests/test_plan.py::test_prefixes_that_nobody_keeps_are_not_counted[options1]"),
+        ("a plan runs code of a model for a yes on stdin", ", trust_remote_code=False", "", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
     ],
     "duet/cli.py": [
         ("an error names an argument that nobody gave", '_KEY_OF.get(word[0], word[0])', "word[0]",
@@ -1025,5 +1032,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/data/sources.py": [
         ("several files of a folder are one set", "if len(sets) < 2 or", "if len(sets) < 9 or",
          "tests/test_user_mistakes.py::test_a_folder_of_several_files_is_no_set_of_rows"),
+    ],
+    "duet/demo/checkpoint.py": [
+        ("a demo runs code of a model for a yes on stdin", "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)", "AutoModelForCausalLM.from_pretrained(folder)", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
     ],
 }  # fmt: skip
