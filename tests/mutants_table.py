@@ -1028,6 +1028,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/report/page.py": [
         ("an answer is Markdown", "    text = _literal(cell.text)\n", "    text = cell.text\n",
          "tests/test_report_figures.py::test_answers_are_no_markdown"),
+        ("two methods have one figure", "while chart.file in drawn:", "while False:", "tests/test_evaluation_report.py::test_every_method_has_figures_of_its_own"),
+        ("a line's end in an answer ends the row", '"<br>".join(map(_plain, str(c).splitlines()))', '_plain(str(c).replace("\\n", "<br>"))',
+         "tests/test_report_figures.py::test_the_end_of_a_line_ends_no_cell_and_no_caption"),
     ],
     "duet/data/sources.py": [
         ("several files of a folder are one set", "if len(sets) < 2 or", "if len(sets) < 9 or",
@@ -1035,5 +1038,15 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/demo/checkpoint.py": [
         ("a demo runs code of a model for a yes on stdin", "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)", "AutoModelForCausalLM.from_pretrained(folder)", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
+    ],
+    "duet/evaluation/report/report.py": [
+        ("files of others are replaced by a report", "    _check_free(out, files)\n", "", "tests/test_evaluation_report.py::test_what_others_wrote_is_not_replaced[report.md]"),
+        ("figures of others are replaced by a report", "not ours & {PAGE, MARKDOWN}", "False", "tests/test_evaluation_report.py::test_what_others_wrote_is_not_replaced[figures/frontier.svg]"),
+        ("a file of others is replaced by first tokens", "    _check_free(Path(out), (TOPK,))\n", "", "tests/test_evaluation_report.py::test_what_others_wrote_is_not_replaced[topk.json]"),
+        ("a figure of others that the report shows is deleted", "if _text(out / name).startswith(ALONE):", "if True:", "tests/test_evaluation_report.py::test_an_earlier_report_is_replaced_and_files_of_others_stay"),
+        ("a figure of an earlier report stays", "            (out / name).unlink()\n", "            pass\n", "tests/test_evaluation_report.py::test_an_earlier_report_is_replaced_and_files_of_others_stay"),
+        ("a full disk cuts the earlier report", "write_atomically(out / name, text.encode(\"utf-8\", errors=\"backslashreplace\"))", "(out / name).write_bytes(b\"\"), write_atomically(out / name, text.encode())",
+         "tests/test_evaluation_report.py::test_a_full_disk_leaves_the_earlier_report"),
+        ("half of a surrogate pair ends the report", ', errors="backslashreplace"', "", "tests/test_evaluation_report.py::test_half_of_a_pair_is_shown"),
     ],
 }  # fmt: skip

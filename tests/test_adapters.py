@@ -646,7 +646,7 @@ def yes(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("yes")
 def test_code_of_a_model_does_not_run_unasked(tmp_path):
     """Also not when somebody would answer yes: such a yes may be the first question of `duet chat`."""
-    ran, (adapter, _, base) = tmp_path / "ran", adapted_folder(tmp_path)
+    ran, adapter = tmp_path / "ran", adapted_folder(tmp_path)[0]
     own = with_own_code(tmp_path / "own", ran, "config.json", OWN_MODEL)
     head = with_own_code(tmp_path / "head", ran, "config.json", OWN_HEAD)
     reader = with_own_code(tmp_path / "reader", ran, "tokenizer_config.json", OWN_TOKENIZER)
@@ -665,7 +665,7 @@ def test_code_of_a_model_does_not_run_unasked(tmp_path):
             load_model(str(name), "model", None)
         with pytest.raises((FileNotFoundError, ValueError), match=CODE):
             Plan.of({**DEFAULT_TREE, "model": str(name)}, **PLAN)
-    with pytest.raises(FileNotFoundError, match="no tokenizer (.|\n)*trust_remote_code"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer (.|\n)*trust_remote_code"):
         models.load(reader, device="cpu")
     shutil.copy(checkpoint.CHECKPOINT / checkpoint.QUALITY, own)
     with pytest.raises(ValueError, match=CODE):
