@@ -37,4 +37,4 @@ def load_world(folder: str | Path = CHECKPOINT) -> World:
     report = Path(folder) / QUALITY
     if not report.is_file():
         raise FileNotFoundError(f"checkpoint: there is no {report}; `duet demo --rebuild` makes one")
-    return World.make(json.loads(report.read_text())["seed"])
+    return World.make(json.loads(report.read_text(encoding="utf-8"))["seed"])
