@@ -969,6 +969,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/demo/workplace.py": [
         ("a folder with other files is replaced", "len(held) == 1 or not held <= set(names)", "len(held) == 1",
          "tests/test_world_probes.py::test_a_folder_appears_whole_or_not_at_all"),
+        ("the folder that a shell is in is deleted", "        if not out.exists():\n            fresh", "        if out.rename(Path(name) / out.name):\n            fresh", "tests/test_world_probes.py::test_the_folder_itself_stays_where_it_is_replaced[held1-link]"),
+        ("a link to a folder is replaced by a folder", "Path(out).resolve()", "Path(out).absolute()", "tests/test_world_probes.py::test_the_folder_itself_stays_where_it_is_replaced[held1-link]"),
+        ("what was half replaced stays so", "                target.rename(source)\n", "                pass\n", "tests/test_world_probes.py::test_the_folder_itself_stays_where_it_is_replaced[held1-link]"),
     ],
     "duet/output/card.py": [
         ("the path of a local base is published", "not base or os.path.isdir(base)", "not base",
