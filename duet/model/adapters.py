@@ -299,7 +299,7 @@ def load_adapted(folder: str | os.PathLike, **how: Any) -> Any:
     with an adapter, too, its adapter is merged first.
 
     Args:
-        how: arguments of the base's `from_pretrained`; code of its own runs only with `trust_remote_code=True`.
+        how: arguments of the base's `from_pretrained`; its own code runs only where `trust_remote_code` is true.
     """
     from peft import AutoPeftModelForCausalLM, PeftModel
 
