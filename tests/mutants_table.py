@@ -495,6 +495,12 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_adapters.py::test_an_adapter_that_would_not_be_what_was_asked_for_is_refused[saved]"),
         ("any folder named base is the base", "    return base if (base / \"config.json\").is_file() else None", "    return base if base.is_dir() else None",
          "tests/test_adapters.py::test_an_evaluation_named_base_is_no_base"),
+        ("a merge has the dtype of the base's files", "    return said if said in DTYPES else \"auto\"", "    return \"auto\"",
+         "tests/test_adapters.py::test_a_run_merges_in_its_own_dtype"),
+        ("a merge may round an adapter away", "    if lost > _LOST[1]:", "    if False:",
+         "tests/test_adapters.py::test_a_merge_that_rounds_the_adapter_away_is_refused"),
+        ("what rounding loses is not said", "    logger.warning(f\"{said}: attack", "    str(f\"{said}: attack",
+         "tests/test_adapters.py::test_a_merge_says_how_much_of_the_adapter_is_rounded_away"),
         ("a merge that changes the model goes through", "    if not worst <= allowed:", "    if worst != worst:", "tests/test_adapters.py::test_the_logits_are_compared_to_five_digits"),
     ],
     "duet/output/checkpoints.py": [

@@ -1,6 +1,7 @@
 """A second unlearning request, and merges: whatever is done to an adapter, the model computes what it did before."""
 
 import json
+import re
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -11,7 +12,9 @@ from test_trainer import make
 from tiny_models import forget_rows, tiny, word_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import SaveStrategy
+from typer.testing import CliRunner
 
+from duet import cli
 from duet.evaluation import models
 from duet.evaluation.attacks import weights
 from duet.model.adapters import (
@@ -22,6 +25,7 @@ from duet.model.adapters import (
     load_adapted,
     logits_of,
     merge_adapters,
+    trained_dtype,
 )
 from duet.model.loading import load_model
 from duet.run import commands
@@ -291,6 +295,73 @@ def test_the_attack_merged_asks_the_same_model_and_leaves_it(tmp_path, target):
     assert torch.equal(logits(model), wanted)
     assert model.get_output_embeddings().weight is shared
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def in_half(tmp_path, size, **record):
+    """An adapter of this size on a base that is saved in bf16, and the logits of fp32."""
+    folder, _, base = adapted_folder(tmp_path, "half")
+    AutoModelForCausalLM.from_pretrained(base).bfloat16().save_pretrained(base)
+    model = load_adapted(folder, dtype="float32")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(size)
+    model.save_pretrained(folder)
+    if record:
+        (folder / "run_record.json").write_text(json.dumps(record))
+    return folder, logits(model)
+
+
+def test_a_merge_has_the_dtype_of_its_run(tmp_path):
+    folder, wanted = in_half(tmp_path, 0.1, model_dtype="float32")
+    assert moved(merge_adapter(folder, tmp_path / "merged"), wanted) < 1e-4
+    words = ["merge", str(folder), "--out", str(tmp_path / "rounded"), "--dtype", "bfloat16"]
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    assert models.load(tmp_path / "rounded")[0].dtype == torch.bfloat16
+    assert models.load(folder, device="cpu")[0].dtype == torch.float32
+    assert models.load(folder, "bfloat16", "cpu")[0].dtype == torch.bfloat16
+    (folder / "checkpoint-2").mkdir()
+    assert trained_dtype(folder / "checkpoint-2") == "float32"
+    (folder / "run_record.json").unlink()
+    assert merge_adapter(folder, tmp_path / "other").dtype == models.load(folder)[0].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"^dtype: wanted one of .*, got 'bf16'"):
+        merge_adapter(folder, tmp_path / "misspelt", "bf16")
+
+
+def test_a_run_merges_in_its_own_dtype(tmp_path):
+    base = save_base(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(base).bfloat16().save_pretrained(base)
+    run = request(tmp_path, base, "first", forget_rows(1), merge=True)
+    run = replace(run, model=replace(run.model, dtype="float32"))
+    run.training.learning_rate = 1e-5  # in bf16 nothing would be left of it
+    trained = train(run).model
+    assert moved(models.load(tmp_path / "first" / "merged")[0], logits(trained)) < 1e-5
+
+
+def test_a_merge_says_how_much_of_the_adapter_is_rounded_away(tmp_path, caplog):
+    folder, _ = in_half(tmp_path, 0.03)
+    merge_adapter(folder, tmp_path / "merged")
+    assert re.search(
+        r"half: merged in bfloat16, [1-4]\d % of what its adapter changes is rounded away", caplog.text
+    )
+    caplog.clear()
+    merge_adapter(folder, tmp_path / "whole", "float32")
+    assert "rounded away" not in caplog.text
+
+
+def test_a_merge_that_rounds_the_adapter_away_is_refused(tmp_path):
+    """Its logits may stay within the tolerance of bf16: what the adapter says is smaller than that."""
+    folder, _ = in_half(tmp_path, 1e-3)
+    for work in (
+        lambda: merge_adapter(folder, tmp_path / "merged"),
+        lambda: load_model(str(folder), "model", {"dtype": torch.bfloat16}),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"9\d % of what its adapter changes .* told again; wanted float32: `duet merge --dtype",
+        ):
+            work()
+    assert not (tmp_path / "merged").exists()
+    merge_adapter(folder, tmp_path / "merged", "float32")
 
 
 def test_a_merge_that_changes_the_model_is_refused(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from ..data.sources import load_rows
 from ..folders import write_named, written
 from ..model.adapters import (
     ADAPTER,
+    DTYPES,
     UNREADABLE,
     base_of,
     check_same_logits,
@@ -30,10 +31,12 @@ from ..model.adapters import (
     load_adapted,
     logits_of,
     merge_adapters,
+    trained_dtype,
 )
 from ..model.answers import tokenizer_at
 from ..model.lm import base_language_model
 from ..model.loading import choose_attention, is_sharded, load_model, loading_device
+from ..names import check_one_of
 from ..output.checkpoints import (
     check_output_dir,
     last_finished_checkpoint,
@@ -272,7 +275,8 @@ def merge_adapter(
         folder: where the adapter is (`adapter_config.json` names its base).
         out: where the model and its tokenizer go; not a folder with an adapter, which would be applied to it a second time, nor one
             to which another process is writing.
-        dtype: of the saved model; `auto`: the base checkpoint's.
+        dtype: of the saved model: `float32`, `bfloat16`, `float16`; `auto`: that in which the adapter was trained, by the record
+            of its run, else the base checkpoint's. 16 bits may round much of the adapter away.
         trained: the model whose adapter was saved in `folder`; None: not compared with it.
         replaces: whether a model in `out` is replaced.
 
@@ -281,11 +285,14 @@ def merge_adapter(
 
     Raises:
         FileNotFoundError: there is no adapter in `folder`, or its base cannot be loaded.
-        ValueError: `out` holds an adapter or a model, or another process is writing to it; or a step changes the model.
+        ValueError: `out` holds an adapter or a model, or another process is writing to it; more than half of what the adapter
+            changes would be rounded away; or a step changes the model.
         OSError: `out` cannot be written.
     """
+    check_one_of("dtype", dtype, DTYPES)
     if not holds_adapter(folder):
         raise FileNotFoundError(f"{folder}: wanted a folder with an adapter, found no {ADAPTER}")
+    dtype = trained_dtype(folder) if dtype == "auto" else dtype
     with _naming(folder):
         base = base_of(folder)
     free = base, replaces, "out", f"a new folder, such as {os.path.join(out, MERGED)!r}"
