@@ -497,7 +497,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_adapters.py::test_an_evaluation_named_base_is_no_base"),
         ("a merge has the dtype of the base's files", "    return said if said in DTYPES else \"auto\"", "    return \"auto\"",
          "tests/test_adapters.py::test_a_run_merges_in_its_own_dtype"),
-        ("a merge may round an adapter away", "    if lost > _LOST[1]:", "    if False:",
+        ("a merge may round an adapter away", "    if lost > MUCH_LOST[1]:", "    if False:",
          "tests/test_adapters.py::test_a_merge_that_rounds_the_adapter_away_is_refused"),
         ("what rounding loses is not said", "    logger.warning(f\"{said}: attack", "    str(f\"{said}: attack",
          "tests/test_adapters.py::test_a_merge_says_how_much_of_the_adapter_is_rounded_away"),

@@ -346,6 +346,9 @@ def test_a_merge_says_how_much_of_the_adapter_is_rounded_away(tmp_path, caplog):
     caplog.clear()
     merge_adapter(folder, tmp_path / "whole", "float32")
     assert "rounded away" not in caplog.text
+    assert re.search(
+        r"whole: whoever loads it in bfloat16 rounds [1-4]\d % of what its adapter changes away", caplog.text
+    )
 
 
 def test_a_merge_that_rounds_the_adapter_away_is_refused(tmp_path):

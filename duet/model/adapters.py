@@ -32,7 +32,7 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _PRECISE = (torch.float32, torch.float64)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Of what an adapter changes, the share that rounding may lose: from the first on a merge warns, above the second it is refused.
-_LOST = 0.1, 0.5
+MUCH_LOST = 0.1, 0.5
 # What reading a damaged or missing model raises.
 UNREADABLE = (OSError, ValueError, SafetensorError)
 
@@ -237,31 +237,36 @@ def merged_in_place(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def lost_in_rounding(model: nn.Module) -> float:
-    """The share of what the adapters change in the weights W that is lost where the sum is rounded to their dtype; 0 in fp32.
+def lost_in_rounding(model: nn.Module, dtype: torch.dtype | None = None) -> float:
+    """The share of what the adapters change in the weights W that is lost where the sum is rounded; 0 in fp32.
 
-    |round(W') - W'| / |W' - W|,   W': merged in fp32; root mean squares over all layers with an adapter
+    |round(W') - round(W) - (W' - W)| / |W' - W|,   W': merged in fp32; root mean squares over all layers with an adapter
+
+    Args:
+        model: with its adapters, not merged.
+        dtype: to which is rounded; None: that of the weights.
     """
     lost = change = 0.0
     for layer in adapter_layers(model):
         weight = getattr(layer.get_base_layer(), "weight", None)
-        if layer.merged or not isinstance(weight, Tensor) or weight.dtype in _PRECISE:
+        if layer.merged or not isinstance(weight, Tensor) or (to := dtype or weight.dtype) in _PRECISE:
             continue
         exact = copy.deepcopy(layer).float()
         exact.merge()
-        merged = exact.get_base_layer().weight
-        lost += (merged.to(weight.dtype).float() - merged).square().sum().item()
-        change += (merged - weight.float()).square().sum().item()
+        merged, before = exact.get_base_layer().weight, weight.float()
+        wanted, kept = merged - before, merged.to(to).float() - before.to(to).float()
+        lost += (kept - wanted).square().sum().item()
+        change += wanted.square().sum().item()
     return (lost / change) ** 0.5 if change else 0.0
 
 
 def _check_rounding(lost: float, dtype: torch.dtype, argument: str) -> None:
     """Refuses, or warns of, a merge in half precision that loses much of the adapter."""
-    if lost < _LOST[0]:
+    if lost < MUCH_LOST[0]:
         return
     said = f"{argument}: merged in {str(dtype).removeprefix('torch.')}, {100 * lost:.0f} % of what its adapter changes is rounded away"
     way_out = "float32: `duet merge --dtype float32`, or model.dtype: float32 in the file of a run"
-    if lost > _LOST[1]:
+    if lost > MUCH_LOST[1]:
         raise ValueError(f"{said}, and what was forgotten may be told again; wanted {way_out}")
     logger.warning(f"{said}: attack the merged model, too, or take {way_out}")
 

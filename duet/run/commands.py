@@ -23,6 +23,7 @@ from ..folders import write_named, written
 from ..model.adapters import (
     ADAPTER,
     DTYPES,
+    MUCH_LOST,
     UNREADABLE,
     base_of,
     check_same_logits,
@@ -30,6 +31,7 @@ from ..model.adapters import (
     holds_weights,
     load_adapted,
     logits_of,
+    lost_in_rounding,
     merge_adapters,
     trained_dtype,
 )
@@ -313,7 +315,13 @@ def _merge(
         dtypes = (base_language_model(each).dtype for each in (model, trained))
         coarsest = max(dtypes, key=lambda kind: torch.finfo(kind).eps)
         check_same_logits(trained, wanted, f"{folder}: saving and loading its adapter", coarsest)
+    half = lost_in_rounding(model, torch.bfloat16)
     model = merge_adapters(model, str(folder))
+    if model.dtype.itemsize > 2 and half > MUCH_LOST[0]:
+        logger.warning(
+            f"{out}: whoever loads it in bfloat16 rounds {100 * half:.0f} % of what its adapter changes away; load it in the float32 "
+            "in which it is saved, and attack it as it will be loaded (`duet attack --dtype`)"
+        )
     with _written_beside(out) as new:
         with write_named(out, "out"):
             model.save_pretrained(new)
