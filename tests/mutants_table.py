@@ -689,6 +689,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a prefill is judged with its opening", "return target.outcomes(name, rows, prompts, openings)", "return target.outcomes(name, rows, prompts)", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged"),
         ("a prefilled opening is not in the prompt", "prompts = [target.prompt(row.conversation, o) for row, o in zip(rows, openings, strict=True)]", "prompts = [target.prompt(row.conversation) for row, o in zip(rows, openings, strict=True)]", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged"),
         ("an affirmation is glued to the prompt", "f\" {text}\" if isinstance(row.conversation, str) else text", "text", _ATTACKS + "test_a_forced_opening_is_asked_with_and_not_judged[row1]"),
+        ("an adapter that is taken off is the worst attack", "        apart=(REMOVED,),\n", "", "tests/test_evaluation_attacks.py::test_the_command_on_an_adapter"),
         ("an adapter that is taken off answers", "Switches(model).base_model()", "Switches(model).evaluating()", "tests/test_evaluation_attacks.py::test_the_command_on_an_adapter"),
         ("the attack leaves its fine-tuning in the model", "            with weights.restored(target.model):\n", "            if True:\n", "tests/test_attack_weights.py::test_the_model_leaves_every_attack_as_it_came[dtype0]"),
         ("a row that was told is not judged for one answer that was cut", "if unclear and not told:", "if unclear:", _ATTACKS + "test_drawn_answers_leak_what_the_likeliest_one_does_not"),

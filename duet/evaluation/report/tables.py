@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..attacks.attacks import DIRECT
-from ..attacks.runner import by_chance, tells, told_share, worst_of, worst_variant
+from ..attacks.runner import apart, by_chance, tells, told_share, worst_of, worst_variant
 from .glossary import DOWN, METRICS, NUMBERS, Meaning, direction
 from .page import NOT_RUN, Cell, Grid, Section
 from .runs import Inputs, Method
@@ -108,7 +108,7 @@ def _attack_line(entry: dict[str, Any]) -> list[Cell]:
     return [
         Cell(entry["name"]),
         _leak_cell(entry, worst_of(entry)),
-        Cell(worst_variant(entry)),
+        Cell(f"{worst_variant(entry)}{apart(entry)}"),
         Cell(entry["strength"]),
         Cell(", ".join(spent if cost["steps"] else [spent[0], spent[2]])),
     ]
