@@ -983,6 +983,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("an operation where ours failed is left out", "        ours = _best(mine)\n", "        ours = _best(mine)\n        if ours is None:\n            continue\n",
          "tests/test_benchmark_pages.py::test_the_short_table_says_where_ours_failed"),
     ],
+    "duet/evaluation/models.py": [
+        ("an adapter is asked in the dtype of its base's files", "trained_dtype(name) if dtype == \"auto\" and holds_adapter(name) else dtype", "dtype",
+         "tests/test_adapters.py::test_an_adapter_is_asked_in_the_dtype_of_its_run"),
+    ],
     "duet/evaluation/report/runs.py": [
         ("of two tasks of one name the last is kept", "if len(suites[name]) > 1}", "if len(suites[name]) > 9}",
          "tests/test_evaluation_report.py::test_suites_that_name_their_tasks_alike_keep_their_numbers"),

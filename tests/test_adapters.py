@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -25,7 +26,6 @@ from duet.model.adapters import (
     load_adapted,
     logits_of,
     merge_adapters,
-    trained_dtype,
 )
 from duet.model.loading import load_model
 from duet.run import commands
@@ -317,14 +317,20 @@ def test_a_merge_has_the_dtype_of_its_run(tmp_path):
     words = ["merge", str(folder), "--out", str(tmp_path / "rounded"), "--dtype", "bfloat16"]
     assert CliRunner().invoke(cli.app, words).exit_code == 0
     assert models.load(tmp_path / "rounded")[0].dtype == torch.bfloat16
-    assert models.load(folder, device="cpu")[0].dtype == torch.float32
-    assert models.load(folder, "bfloat16", "cpu")[0].dtype == torch.bfloat16
-    (folder / "checkpoint-2").mkdir()
-    assert trained_dtype(folder / "checkpoint-2") == "float32"
     (folder / "run_record.json").unlink()
-    assert merge_adapter(folder, tmp_path / "other").dtype == models.load(folder)[0].dtype == torch.bfloat16
+    assert merge_adapter(folder, tmp_path / "other").dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"^dtype: wanted one of .*, got 'bf16'"):
         merge_adapter(folder, tmp_path / "misspelt", "bf16")
+
+
+def test_an_adapter_is_asked_in_the_dtype_of_its_run(tmp_path):
+    folder, wanted = in_half(tmp_path, 0.1, model_dtype="float32")
+    shutil.copytree(folder, folder / "checkpoint-2", ignore=shutil.ignore_patterns("run_record.json"))
+    for name in (folder, folder / "checkpoint-2"):
+        assert moved(models.load(name, device="cpu")[0], wanted) < 1e-5
+    assert models.load(folder, "bfloat16", "cpu")[0].dtype == torch.bfloat16
+    (folder / "run_record.json").unlink()
+    assert models.load(folder, device="cpu")[0].dtype == torch.bfloat16
 
 
 def test_a_run_merges_in_its_own_dtype(tmp_path):
