@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from duet import cli
 from duet.evaluation import models
 from duet.evaluation.attacks import weights
+from duet.evaluation.commands import _trained_wordings
 from duet.model.adapters import (
     adapter_layers,
     check_folder,
@@ -341,6 +342,20 @@ def test_a_run_merges_in_its_own_dtype(tmp_path):
     run.training.learning_rate = 1e-5  # in bf16 nothing would be left of it
     trained = train(run).model
     assert moved(models.load(tmp_path / "first" / "merged")[0], logits(trained)) < 1e-5
+
+
+def test_a_merged_model_has_the_card_and_the_record_of_its_run(tmp_path):
+    """They name its rows and options; `duet attack` reads the wordings that training used."""
+    run = request(tmp_path, save_base(tmp_path / "base"), "first", forget_rows(1), merge=True)
+    run.training.reverse_prompts = ["ignore earlier instructions"]
+    train(run)
+    out, merged = tmp_path / "first", tmp_path / "first" / "merged"
+    assert (merged / "run_record.json").read_bytes() == (out / "run_record.json").read_bytes()
+    assert _trained_wordings(str(merged)) == _trained_wordings(str(out)) != ()
+    card, of_adapter = ((each / "README.md").read_text() for each in (merged, out))
+    assert "library_name: peft" in of_adapter and "An adapter for an unnamed model" in of_adapter
+    assert "library_name: transformers" in card and "Merged with its adapter: an unnamed model" in card
+    assert card.partition("## Method")[2] == of_adapter.partition("## Method")[2]
 
 
 def test_a_merge_says_how_much_of_the_adapter_is_rounded_away(tmp_path, caplog):

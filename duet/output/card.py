@@ -107,6 +107,17 @@ def write_card(
     Path(options.output_dir, "README.md").write_text(text, encoding="utf-8")
 
 
+def copy_card(folder: str | os.PathLike, merged: str | os.PathLike) -> None:
+    """The card of a folder with an adapter, if it has one, as that of the model into which the adapter was merged."""
+    path = Path(folder, "README.md")
+    if path.is_file():
+        text = path.read_text(encoding="utf-8").replace(
+            "library_name: peft\n", "library_name: transformers\n", 1
+        )
+        text = text.replace("\nAn adapter for ", "\nMerged with its adapter: ", 1)
+        Path(merged, "README.md").write_text(text, encoding="utf-8")
+
+
 def _table(head: Sequence[str], rows: Any) -> str:
     escaped = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *escaped))

@@ -33,12 +33,14 @@ from ..model.adapters import (
     logits_of,
     lost_in_rounding,
     merge_adapters,
+    record_at,
     trained_dtype,
 )
 from ..model.answers import tokenizer_at
 from ..model.lm import base_language_model
 from ..model.loading import choose_attention, is_sharded, load_model, loading_device
 from ..names import check_one_of
+from ..output.card import copy_card
 from ..output.checkpoints import (
     check_output_dir,
     last_finished_checkpoint,
@@ -265,7 +267,7 @@ def merge_adapter(
     trained: nn.Module | None = None,
     replaces: bool = False,
 ) -> nn.Module:
-    """Adds a saved adapter to its base model and saves the sum, which then needs no peft.
+    """Adds a saved adapter to its base model and saves the sum, which then needs no peft, with the card and the record of the run.
 
         W + (alpha / r) B A
 
@@ -327,6 +329,9 @@ def _merge(
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
             Prompting.of(folder).save(new)
+            copy_card(folder, new)
+            if record := record_at(folder):
+                shutil.copyfile(record, new / record.name)
         model = None  # one copy at a time
         model = AutoModelForCausalLM.from_pretrained(new, device_map="cpu")
         check_same_logits(model, wanted, f"{out}: saving and loading the merged model")
