@@ -354,7 +354,7 @@ def test_a_merged_model_has_the_card_and_the_record_of_its_run(tmp_path):
     assert _trained_wordings(str(merged)) == _trained_wordings(str(out)) != ()
     card, of_adapter = ((each / "README.md").read_text() for each in (merged, out))
     assert "library_name: peft" in of_adapter and "An adapter for an unnamed model" in of_adapter
-    assert "library_name: transformers" in card and "Merged with its adapter: an unnamed model" in card
+    assert "library_name: transformers" in card and "A model made from an unnamed model" in card
     assert card.partition("## Method")[2] == of_adapter.partition("## Method")[2]
 
 

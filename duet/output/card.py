@@ -108,14 +108,12 @@ def write_card(
 
 
 def copy_card(folder: str | os.PathLike, merged: str | os.PathLike) -> None:
-    """The card of a folder with an adapter, if it has one, as that of the model into which the adapter was merged."""
-    path = Path(folder, "README.md")
-    if path.is_file():
-        text = path.read_text(encoding="utf-8").replace(
-            "library_name: peft\n", "library_name: transformers\n", 1
-        )
-        text = text.replace("\nAn adapter for ", "\nMerged with its adapter: ", 1)
-        Path(merged, "README.md").write_text(text, encoding="utf-8")
+    """The card that a run wrote of its adapter, if there is one, as that of the model into which the adapter was merged."""
+    path, made = Path(folder, "README.md"), "\nAn adapter for "
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if made in text:  # else it is peft's, which has placeholders
+        text = text.replace("library_name: peft\n", "library_name: transformers\n", 1)
+        Path(merged, "README.md").write_text(text.replace(made, "\nA model made from ", 1), encoding="utf-8")
 
 
 def _table(head: Sequence[str], rows: Any) -> str:
