@@ -381,7 +381,7 @@ def test_a_merge_that_rounds_the_adapter_away_is_refused(tmp_path):
     ):
         with pytest.raises(
             ValueError,
-            match=r"9\d % of what its adapter changes .* told again; wanted float32: `duet merge --dtype",
+            match=r"9\d % of what its adapter changes .* told again; wanted float32: `duet merge ADAPTER --out NEW --dtype",
         ):
             work()
     assert not (tmp_path / "merged").exists()

@@ -265,7 +265,7 @@ def _check_rounding(lost: float, dtype: torch.dtype, argument: str) -> None:
     if lost < MUCH_LOST[0]:
         return
     said = f"{argument}: merged in {str(dtype).removeprefix('torch.')}, {100 * lost:.0f} % of what its adapter changes is rounded away"
-    way_out = "float32: `duet merge --dtype float32`, or model.dtype: float32 in the file of a run"
+    way_out = "float32: `duet merge ADAPTER --out NEW --dtype float32`, or model.dtype: float32 in the file of a run"
     if lost > MUCH_LOST[1]:
         raise ValueError(f"{said}, and what was forgotten may be told again; wanted {way_out}")
     logger.warning(f"{said}: attack the merged model, too, or take {way_out}")
