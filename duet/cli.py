@@ -438,11 +438,17 @@ def schema() -> None:
 def merge(
     adapter: Annotated[Path, Argument(help="folder with a trained adapter")],
     out: Annotated[Path, Option(help="folder for the merged model and its tokenizer")],
+    dtype: Annotated[
+        str,
+        Option(
+            help="auto (as the adapter was trained), float32, bfloat16 or float16, which may round it away"
+        ),
+    ] = "auto",
 ) -> None:
     """Add a trained adapter to its base model and save a model that needs no peft."""
     from duet.run.commands import merge_adapter
 
-    merge_adapter(adapter, out)
+    merge_adapter(adapter, out, dtype)
     say(f"{out}: the merged model and its tokenizer")
 
 

@@ -14,10 +14,13 @@ from test_trainer import make
 from tiny_models import forget_rows, tiny, word_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import SaveStrategy
+from typer.testing import CliRunner
 
+from duet import cli
 from duet.demo import checkpoint
 from duet.evaluation import models
 from duet.evaluation.attacks import weights
+from duet.evaluation.commands import _trained_wordings
 from duet.model import adapters
 from duet.model.adapters import (
     adapter_layers,
@@ -297,6 +300,96 @@ def test_the_attack_merged_asks_the_same_model_and_leaves_it(tmp_path, target):
     assert torch.equal(logits(model), wanted)
     assert model.get_output_embeddings().weight is shared
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def in_half(tmp_path, size, **record):
+    """An adapter of this size on a base that is saved in bf16, and the logits of fp32."""
+    folder, _, base = adapted_folder(tmp_path, "half")
+    AutoModelForCausalLM.from_pretrained(base).bfloat16().save_pretrained(base)
+    model = load_adapted(folder, dtype="float32")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(size)
+    model.save_pretrained(folder)
+    if record:
+        (folder / "run_record.json").write_text(json.dumps(record))
+    return folder, logits(model)
+
+
+def test_a_merge_has_the_dtype_of_its_run(tmp_path):
+    folder, wanted = in_half(tmp_path, 0.1, model_dtype="float32")
+    assert moved(merge_adapter(folder, tmp_path / "merged"), wanted) < 1e-4
+    words = ["merge", str(folder), "--out", str(tmp_path / "rounded"), "--dtype", "bfloat16"]
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    assert models.load(tmp_path / "rounded")[0].dtype == torch.bfloat16
+    (folder / "run_record.json").unlink()
+    assert merge_adapter(folder, tmp_path / "other").dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"^dtype: wanted one of .*, got 'bf16'"):
+        merge_adapter(folder, tmp_path / "misspelt", "bf16")
+
+
+def test_an_adapter_is_asked_in_the_dtype_of_its_run(tmp_path):
+    folder, wanted = in_half(tmp_path, 0.1, model_dtype="float32")
+    shutil.copytree(folder, folder / "checkpoint-2", ignore=shutil.ignore_patterns("run_record.json"))
+    for name in (folder, folder / "checkpoint-2"):
+        assert moved(models.load(name, device="cpu")[0], wanted) < 1e-5
+    assert models.load(folder, "bfloat16", "cpu")[0].dtype == torch.bfloat16
+    (folder / "run_record.json").unlink()
+    assert models.load(folder, device="cpu")[0].dtype == torch.bfloat16
+
+
+def test_a_run_merges_in_its_own_dtype(tmp_path):
+    base = save_base(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(base).bfloat16().save_pretrained(base)
+    run = request(tmp_path, base, "first", forget_rows(1), merge=True)
+    run = replace(run, model=replace(run.model, dtype="float32"))
+    run.training.learning_rate = 1e-5  # in bf16 nothing would be left of it
+    trained = train(run).model
+    assert moved(models.load(tmp_path / "first" / "merged")[0], logits(trained)) < 1e-5
+
+
+def test_a_merged_model_has_the_card_and_the_record_of_its_run(tmp_path):
+    """They name its rows and options; `duet attack` reads the wordings that training used."""
+    run = request(tmp_path, save_base(tmp_path / "base"), "first", forget_rows(1), merge=True)
+    run.training.reverse_prompts = ["ignore earlier instructions"]
+    train(run)
+    out, merged = tmp_path / "first", tmp_path / "first" / "merged"
+    assert (merged / "run_record.json").read_bytes() == (out / "run_record.json").read_bytes()
+    assert _trained_wordings(str(merged)) == _trained_wordings(str(out)) != ()
+    card, of_adapter = ((each / "README.md").read_text() for each in (merged, out))
+    assert "library_name: peft" in of_adapter and "An adapter for an unnamed model" in of_adapter
+    assert "library_name: transformers" in card and "A model made from an unnamed model" in card
+    assert card.partition("## Method")[2] == of_adapter.partition("## Method")[2]
+
+
+def test_a_merge_says_how_much_of_the_adapter_is_rounded_away(tmp_path, caplog):
+    folder, _ = in_half(tmp_path, 0.03)
+    merge_adapter(folder, tmp_path / "merged")
+    assert re.search(
+        r"half: merged in bfloat16, [1-4]\d % of what its adapter changes is rounded away", caplog.text
+    )
+    caplog.clear()
+    merge_adapter(folder, tmp_path / "whole", "float32")
+    assert "rounded away" not in caplog.text
+    assert re.search(
+        r"whole: whoever loads it in bfloat16 rounds [1-4]\d % of what its adapter changes away", caplog.text
+    )
+
+
+def test_a_merge_that_rounds_the_adapter_away_is_refused(tmp_path):
+    """Its logits may stay within the tolerance of bf16: what the adapter says is smaller than that."""
+    folder, _ = in_half(tmp_path, 1e-3)
+    for work in (
+        lambda: merge_adapter(folder, tmp_path / "merged"),
+        lambda: load_model(str(folder), "model", {"dtype": torch.bfloat16}),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"9\d % of what its adapter changes .* told again; wanted float32: `duet merge ADAPTER --out NEW --dtype",
+        ):
+            work()
+    assert not (tmp_path / "merged").exists()
+    merge_adapter(folder, tmp_path / "merged", "float32")
 
 
 def test_a_merge_that_changes_the_model_is_refused(tmp_path, monkeypatch):

@@ -785,8 +785,13 @@ def test_the_command_on_an_adapter(tmp_path, monkeypatch, capsys, world):
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "out" / "attacks.json").read_text())
     assert report["direct"]["leak"] < 0.2
-    assert report["attacks"][0]["worst_variant"] == "removed" and report["attacks"][0]["leak"] > 0.9
-    assert report["attacks"][0]["variants"]["merged"]["leak"] < 0.2
+    variants, told = report["attacks"][0]["variants"], " ".join(done.output.split())
+    assert variants["removed"]["leak"] > 0.9 and variants["merged"]["leak"] < 0.2
+    # Without its adapter any model is the base: no attack on what is published.
+    assert report["attacks"][0]["worst_variant"] == "merged"
+    assert report["attacks"][0]["leak"] == variants["merged"]["leak"]
+    assert "worst: merged; removed: 100%, the base by construction" in told
+    assert "100%" not in report["headline"]
 
     for option, wanted in (("rates", "numbers such as 1e-4,1e-3"), ("steps", "integers such as 10,100")):
         monkeypatch.setattr(sys, "argv", ["duet", *map(str, words), f"--relearn-{option}", "0,much"])

@@ -336,6 +336,22 @@ def test_methods_that_were_asked_other_rows_are_named(folder, page, tmp_path):
     assert attacked == ("the attacks", "base, student; few"), "three retain rows are all there are"
 
 
+def test_one_model_in_two_dtypes_is_said_to_be_that(folder, tmp_path):
+    half = Target(tiny(seed=1).bfloat16(), word_tokenizer(), read_attack_rows(FORGET, "forget"))
+    attack_run.run_attacks(half, attacks=["rank_probe"], out=tmp_path / "attack", name="models/student")
+    given = [*runs_of(folder, "student-eval"), str(tmp_path / "attack")]
+    assert [m.label for m in read_inputs(given).methods] == ["student (float32)", "student (bfloat16)"]
+    named = [f"mine={given[0]}", f"own={given[1]}"]
+    assert [m.label for m in read_inputs(named).methods] == ["mine", "own"]
+    text = report.write_report(named, tmp_path / "report").with_suffix(".md").read_text()
+    assert (
+        "One model in several dtypes, whose results are not joined: mine: float32; own: bfloat16. The same --dtype"
+        in text
+    )
+    text = report.write_report(runs_of(folder), tmp_path / "one").with_suffix(".md").read_text()
+    assert "several dtypes" not in text
+
+
 def test_suites_that_name_their_tasks_alike_keep_their_numbers(folder, tmp_path):
     tree = {"tasks": {"forget_answers": SUITE["tasks"]["forget_answers"] | {"metrics": ["refusal"]}}}
     runner.evaluate(

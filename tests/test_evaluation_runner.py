@@ -132,6 +132,7 @@ def test_a_finished_run_computes_nothing(tmp_path, data, monkeypatch):
     ("change", "field"),
     [
         ({"model": "other"}, "model_fingerprint was .* and is .* now"),
+        ({"model": "half"}, 'model_dtype was "float32" and is "bfloat16" now'),
         ({"suite": {**SUITE, "name": "another"}}, 'suite was "own" and is "another" now'),
         ({"limit": 4}, "limit was null and is 4 now"),
         ({"tokenizer": "other"}, "tokenizer_fingerprint was"),
@@ -141,7 +142,9 @@ def test_a_finished_run_computes_nothing(tmp_path, data, monkeypatch):
 def test_another_run_is_refused_by_the_field_that_differs(tmp_path, data, change, field):
     run(tmp_path / "out", data, limit=None)
     before = (tmp_path / "out" / "rows.jsonl").read_bytes()
-    if "model" in change:
+    if change.get("model") == "half":
+        change["model"] = tiny().bfloat16()
+    elif "model" in change:
         change["model"] = tiny()
         with torch.no_grad():
             change["model"].model.layers[1].mlp.down_proj.weight[3, 5] += 1e-3
@@ -160,7 +163,7 @@ def test_another_configuration_is_another_run(tmp_path, data):
     with pytest.raises(ValueError, match=r"holds results of another run: model_config was"):
         run(out, data, model=tiny(rms_norm_eps=1e-3))
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest.pop("model_config")
+    del manifest["model_config"], manifest["model_dtype"]
     (out / "manifest.json").write_text(json.dumps(manifest))
     run(out, data)
 

@@ -25,7 +25,9 @@ LM_EVAL_TASKS = Path(__file__).parent / "suites" / "lm_eval_tasks"
 Model = Annotated[str, Argument(help="folder or name of a model, or folder of an adapter")]
 Limit = Annotated[int | None, Option(help="only so many first rows of each task or file")]
 BatchSize = Annotated[int, Option(help="sequences at once")]
-Dtype = Annotated[str, Option(help="auto, float32, bfloat16 or float16")]
+Dtype = Annotated[
+    str, Option(help="auto (as saved; an adapter as it was trained), float32, bfloat16 or float16")
+]
 Device = Annotated[str | None, Option(help="such as cuda:1; the GPU if there is one")]
 
 

@@ -17,7 +17,7 @@ from ..folders import lock, unlock, write_atomically
 Progress = Callable[[str, int, int], None]  # called with (what, how much of it is done, all of it)
 ROWS, MANIFEST = "rows.jsonl", "manifest.json"
 LM_EVAL = "lm_eval.json"
-MAY_LACK = ("model_config",)  # which manifests of earlier versions do not have
+MAY_LACK = ("model_config", "model_dtype")  # which manifests of earlier versions do not have
 # What a row's status other than `ok` means.
 MEANING = {
     "empty": "answered with nothing",

@@ -7,14 +7,13 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..model.adapters import UNREADABLE, holds_adapter, load_adapted
+from ..model.adapters import DTYPES, UNREADABLE, holds_adapter, load_adapted, trained_dtype
 from ..model.answers import tokenizer_at
 from ..model.lm import base_language_model, check_head
 from ..model.loading import load_model
 from ..names import check_one_of
 
 logger = logging.get_logger(__name__)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None) -> tuple[nn.Module, Any]:
@@ -22,7 +21,8 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
 
     Args:
         name: a model, or a folder with a PEFT adapter, which is then attached to its base model and not merged.
-        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        dtype: `auto` (as saved; of an adapter: that in which it was trained, by the record of its run), `float32`, `bfloat16` or
+            `float16`.
         device: None: the GPU if there is one.
 
     Raises:
@@ -31,7 +31,8 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str | None = None
     check_one_of("dtype", dtype, DTYPES)
     check_device(device)
     name = os.path.expanduser(os.fspath(name))
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    wanted = trained_dtype(name) if dtype == "auto" and holds_adapter(name) else dtype
+    kind = wanted if wanted == "auto" else getattr(torch, wanted)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if holds_adapter(name):
         try:

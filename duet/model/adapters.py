@@ -4,7 +4,7 @@
 
 Whatever is done to a model here, its logits are compared before and after (`check_same_logits`): 1e-5 of the largest logit in
 fp32. A merge may change the model in ways that nobody asked for: one into an embedding that the head shares changes the head
-too, one into 4-bit weights rounds the adapter away.
+too, one into 4-bit weights rounds the adapter away, one into 16-bit weights a part of it (`lost_in_rounding`).
 """
 
 import copy
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from ..data.sources import read_object
 from ..names import did_you_mean, instead
 from .lm import base_language_model
 from .switches import evaluating
@@ -30,6 +31,9 @@ ADAPTER = "adapter_config.json"
 BASE = "base"  # folder beside an adapter: the model that the adapter was trained on, where no other folder holds it
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _PRECISE = (torch.float32, torch.float64)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Of what an adapter changes, the share that rounding may lose: from the first on a merge warns, above the second it is refused.
+MUCH_LOST = 0.1, 0.5
 # What reading a damaged or missing model raises; a TypeError or KeyError, that of a file with other fields.
 UNREADABLE = (OSError, ValueError, SafetensorError, TypeError, KeyError, UnpicklingError)
 
@@ -52,6 +56,20 @@ def base_beside(folder: str | os.PathLike) -> Path | None:
     """The folder `base` beside an adapter, if it holds a model; another folder of this name, such as an evaluation's, does not count."""
     base = Path(folder, BASE)
     return base if (base / "config.json").is_file() else None
+
+
+def record_at(folder: str | os.PathLike) -> Path | None:
+    """The record of the run that saved this folder; that of a checkpoint lies one folder above. None: there is none."""
+    folder = Path(folder).resolve()
+    places = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
+    return next((path for place in places if (path := place / "run_record.json").is_file()), None)
+
+
+def trained_dtype(folder: str | os.PathLike) -> str:
+    """The dtype of the model that a folder's adapter was trained on, by the record of the run; `auto`: it is not known."""
+    record = record_at(folder)
+    said = None if record is None else read_object(record, "model").get("model_dtype")
+    return said if said in DTYPES else "auto"
 
 
 def check_folder(output_dir: str | os.PathLike, adapter: bool) -> None:
@@ -219,6 +237,41 @@ def merged_in_place(model: Any) -> Iterator[None]:
             was[0].weight = was[1]
 
 
+@torch.no_grad()
+def lost_in_rounding(model: nn.Module, dtype: torch.dtype | None = None) -> float:
+    """The share of what the adapters change in the weights W that is lost where the sum is rounded; 0 in fp32.
+
+    |round(W') - round(W) - (W' - W)| / |W' - W|,   W': merged in fp32; root mean squares over all layers with an adapter
+
+    Args:
+        model: with its adapters, not merged.
+        dtype: to which is rounded; None: that of the weights.
+    """
+    lost = change = 0.0
+    for layer in adapter_layers(model):
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if layer.merged or not isinstance(weight, Tensor) or (to := dtype or weight.dtype) in _PRECISE:
+            continue
+        exact = copy.deepcopy(layer).float()
+        exact.merge()
+        merged, before = exact.get_base_layer().weight, weight.float()
+        wanted, kept = merged - before, merged.to(to).float() - before.to(to).float()
+        lost += (kept - wanted).square().sum().item()
+        change += wanted.square().sum().item()
+    return (lost / change) ** 0.5 if change else 0.0
+
+
+def _check_rounding(lost: float, dtype: torch.dtype, argument: str) -> None:
+    """Refuses, or warns of, a merge in half precision that loses much of the adapter."""
+    if lost < MUCH_LOST[0]:
+        return
+    said = f"{argument}: merged in {str(dtype).removeprefix('torch.')}, {100 * lost:.0f} % of what its adapter changes is rounded away"
+    way_out = "float32: `duet merge ADAPTER --out NEW --dtype float32`, or model.dtype: float32 in the file of a run"
+    if lost > MUCH_LOST[1]:
+        raise ValueError(f"{said}, and what was forgotten may be told again; wanted {way_out}")
+    logger.warning(f"{said}: attack the merged model, too, or take {way_out}")
+
+
 def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
     """The transformers model that computes what `model` with its adapters does; `model` itself is taken apart.
 
@@ -230,12 +283,14 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
         argument: how errors call it.
 
     Raises:
-        ValueError: its kind of adapter cannot be merged, its base is quantised, or the merge changes the model.
+        ValueError: its kind of adapter cannot be merged, its base is quantised, more than half of what it changes would be
+            rounded away, or the merge changes the model.
     """
     _check_takes_adapter(model, argument)
     wanted, shared = logits_of(model), untie(model)
     inner = base_language_model(model)
     try:
+        lost = lost_in_rounding(model)
         if hasattr(model, "merge_and_unload"):
             inner = model.merge_and_unload()
         elif inner is model:
@@ -248,6 +303,7 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
         raise ValueError(
             f"{argument}: wanted an adapter that can be merged into its base, got {type(model).__name__}: {error}"
         ) from error
+    _check_rounding(lost, inner.dtype, argument)
     pair = inner.get_input_embeddings(), inner.get_output_embeddings()
     embedding, head = (getattr(each, "weight", None) for each in pair)
     if shared is not None or embedding is not head:

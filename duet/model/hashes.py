@@ -93,8 +93,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def fingerprints(model: nn.Module, tokenizer: Any) -> dict[str, str | None]:
-    """What results of one model share: `model_fingerprint`, `model_config` and `tokenizer_fingerprint`, with the template."""
+    """What results of one model share: its dtype, `model_fingerprint`, `model_config` and `tokenizer_fingerprint`, with the template."""
     return {
+        "model_dtype": str(getattr(base_language_model(model), "dtype", None)).removeprefix("torch."),
         "model_fingerprint": fingerprint(model),
         "model_config": config_hash(model),
         "tokenizer_fingerprint": tokenizer_hash(tokenizer, template=True),

@@ -107,6 +107,15 @@ def write_card(
     Path(options.output_dir, "README.md").write_text(text, encoding="utf-8")
 
 
+def copy_card(folder: str | os.PathLike, merged: str | os.PathLike) -> None:
+    """The card that a run wrote of its adapter, if there is one, as that of the model into which the adapter was merged."""
+    path, made = Path(folder, "README.md"), "\nAn adapter for "
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if made in text:  # else it is peft's, which has placeholders
+        text = text.replace("library_name: peft\n", "library_name: transformers\n", 1)
+        Path(merged, "README.md").write_text(text.replace(made, "\nA model made from ", 1), encoding="utf-8")
+
+
 def _table(head: Sequence[str], rows: Any) -> str:
     escaped = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *escaped))

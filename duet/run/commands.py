@@ -23,6 +23,8 @@ from ..data.sources import load_rows
 from ..folders import write_named, written
 from ..model.adapters import (
     ADAPTER,
+    DTYPES,
+    MUCH_LOST,
     UNREADABLE,
     base_of,
     check_same_logits,
@@ -30,12 +32,16 @@ from ..model.adapters import (
     holds_weights,
     load_adapted,
     logits_of,
+    lost_in_rounding,
     merge_adapters,
+    record_at,
+    trained_dtype,
 )
 from ..model.answers import tokenizer_at
 from ..model.lm import base_language_model
 from ..model.loading import choose_attention, is_sharded, load_model, loading_device
-from ..names import expanded
+from ..names import check_one_of, expanded
+from ..output.card import copy_card
 from ..output.checkpoints import (
     check_output_dir,
     last_finished_checkpoint,
@@ -267,7 +273,7 @@ def merge_adapter(
     trained: nn.Module | None = None,
     replaces: bool = False,
 ) -> nn.Module:
-    """Adds a saved adapter to its base model and saves the sum, which then needs no peft.
+    """Adds a saved adapter to its base model and saves the sum, which then needs no peft, with the card and the record of the run.
 
         W + (alpha / r) B A
 
@@ -279,7 +285,8 @@ def merge_adapter(
         folder: where the adapter is (`adapter_config.json` names its base).
         out: where the model and its tokenizer go; not a folder with an adapter, which would be applied to it a second time, nor one
             to which another process is writing.
-        dtype: of the saved model; `auto`: the base checkpoint's.
+        dtype: of the saved model: `float32`, `bfloat16`, `float16`; `auto`: that in which the adapter was trained, by the record
+            of its run, else the base checkpoint's. 16 bits may round much of the adapter away.
         trained: the model whose adapter was saved in `folder`; None: not compared with it.
         replaces: whether a model in `out` is replaced.
 
@@ -288,11 +295,14 @@ def merge_adapter(
 
     Raises:
         FileNotFoundError: there is no adapter in `folder`, or its base cannot be loaded.
-        ValueError: `out` holds an adapter or a model, or another process is writing to it; or a step changes the model.
+        ValueError: `out` holds an adapter or a model, or another process is writing to it; more than half of what the adapter
+            changes would be rounded away; or a step changes the model.
         OSError: `out` cannot be written.
     """
+    check_one_of("dtype", dtype, DTYPES)
     if not holds_adapter(folder):
         raise FileNotFoundError(f"{folder}: wanted a folder with an adapter, found no {ADAPTER}")
+    dtype = trained_dtype(folder) if dtype == "auto" else dtype
     with _naming(folder):
         base = os.fspath(base_of(folder))
     free = base, replaces, "out", f"a new folder, such as {os.path.join(out, MERGED)!r}"
@@ -313,12 +323,21 @@ def _merge(
         dtypes = (base_language_model(each).dtype for each in (model, trained))
         coarsest = max(dtypes, key=lambda kind: torch.finfo(kind).eps)
         check_same_logits(trained, wanted, f"{folder}: saving and loading its adapter", coarsest)
+    half = lost_in_rounding(model, torch.bfloat16)
     model = merge_adapters(model, str(folder))
+    if model.dtype.itemsize > 2 and half > MUCH_LOST[0]:
+        logger.warning(
+            f"{out}: whoever loads it in bfloat16 rounds {100 * half:.0f} % of what its adapter changes away; load it in the float32 "
+            "in which it is saved, and attack it as it will be loaded (`duet attack --dtype`)"
+        )
     with _written_beside(out) as new:
         with write_named(out, "out"):
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
             Prompting.of(folder).save(new)
+            copy_card(folder, new)
+            if record := record_at(folder):
+                shutil.copyfile(record, new / record.name)
         model = None  # one copy at a time
         model = AutoModelForCausalLM.from_pretrained(new, device_map="cpu")
         check_same_logits(model, wanted, f"{out}: saving and loading the merged model")

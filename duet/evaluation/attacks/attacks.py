@@ -47,6 +47,7 @@ class Attack:
         left_out: target -> variants that cannot run here, and why.
         measure: what `leaked` means.
         tells: whether it is a share of facts that are told; "the worst attack" is one of these.
+        apart: variants that are another model than the one to publish, whatever was trained: shown, and never the worst.
     """
 
     what: str
@@ -56,6 +57,7 @@ class Attack:
     left_out: Callable[[Target], dict[str, str]] = lambda target: {}
     measure: str = "share of forgotten answers that come back"
     tells: bool = True
+    apart: tuple[str, ...] = ()
 
 
 PROMPTS, WEIGHTS, SCORES = "prompts only", "the weights", "the probabilities of given answers"
@@ -325,9 +327,12 @@ def _quantisation(target: Target) -> Iterator[Unit]:
         yield name, work
 
 
+REMOVED = "removed"
+
+
 def _adapter(target: Target) -> Iterator[Unit]:
     for name, changed in (
-        ("removed", lambda model: Switches(model).base_model()),
+        (REMOVED, lambda model: Switches(model).base_model()),
         ("merged", weights.merged),
     ):
 
@@ -478,6 +483,7 @@ ATTACKS: dict[str, Attack] = {
         WEIGHTS,
         _adapter,
         _unless(lambda target: weights.adapter_layers(target.model), "the model has no adapter"),
+        apart=(REMOVED,),
     ),
     "membership": Attack(
         "tells forgotten answers from answers that were never trained on",

@@ -163,9 +163,9 @@ def _entry(attack: str, rows: Outcomes, facts: Mapping[Any, str] = {}) -> dict[s
     ends = [row for row in rows if row.get("done")]
     variants = grouped("variant", [row for row in rows if not row.get("done")])
     summaries = {variant: _variant(attack, of, facts) for variant, of in variants.items()}
-    known = {variant: v for variant, v in summaries.items() if v["leak"] is not None}
-    worst: Any = max(known, key=lambda variant: known[variant]["leak"] * _asked(known[variant]), default=None)
     about = ATTACKS[DIRECT if attack == "base" else attack]
+    known = {k: v for k, v in summaries.items() if v["leak"] is not None and k not in about.apart}
+    worst: Any = max(known, key=lambda variant: known[variant]["leak"] * _asked(known[variant]), default=None)
     counts = summaries.get(worst, {}).get("given", {})
     # With numbers of rows where it differs.
     given = ", ".join(text if len(counts) == 1 else f"{text} ({n} rows)" for text, n in counts.items())
@@ -249,7 +249,7 @@ def legend(report: Mapping[str, Any]) -> Group:
         worst = f"; worst: {worst_variant(entry)}" if len(variants) > 1 else ""
         status = (worst_of(entry) or next(iter(variants.values()), {})).get("status", {})
         left_out = "".join(f"; {num_rows(n)} {MEANING[s]}" for s, n in status.items() if s != "ok")
-        line = f"{entry['what']} (wants {entry['strength']}){measure}{by_chance(entry)}{worst}{left_out}"
+        line = f"{entry['what']} (wants {entry['strength']}){measure}{by_chance(entry)}{worst}{apart(entry)}{left_out}"
         if bounds := [f"{num_rows(v['bounds'])} of {k}" for k, v in variants.items() if v.get("bounds")]:
             line += f"; {', '.join(bounds)}: at least so much, since some of the answers could not be judged"
         shown.add_row(entry["name"], Text(line))
@@ -301,9 +301,25 @@ def _figure(entry: Mapping[str, Any]) -> str:
 
 def worst_variant(entry: Mapping[str, Any]) -> str:
     """Its name, where one brought anything back."""
-    if entry["leak"] == 0 and len(entry["variants"]) > 1:
-        return f"none of {len(entry['variants'])} brought anything back"
+    tried = entry["variants"].keys() - _apart(entry)
+    if entry["leak"] == 0 and len(tried) > 1:
+        return f"none of {len(tried)} brought anything back"
     return entry["worst_variant"] or "none could be judged"
+
+
+def apart(entry: Mapping[str, Any]) -> str:
+    """What is brought back by variants that are the base whatever was trained; "" where there are none."""
+    of = {variant: entry["variants"].get(variant, {}).get("leak") for variant in _apart(entry)}
+    shares = (
+        f"; {k}: {metrics.percent(leak)}%, the base by construction"
+        for k, leak in of.items()
+        if leak is not None
+    )
+    return "".join(shares)
+
+
+def _apart(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    return ATTACKS[entry["name"]].apart if entry["name"] in ATTACKS else ()
 
 
 def _lines(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,8 @@ is the base; a model that was asked behind a steering prefix, or whose chat temp
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class Method:
             is there; None: not given.
         folders: where this was read.
         weights, base_weights: fingerprints of the model, and of the base that an attack on it was given.
+        name, dtype: of the model, as the commands were given it, and in which it was read; None: not known.
     """
 
     label: str
@@ -71,6 +73,8 @@ class Method:
     folders: list[Path] = field(default_factory=list)
     weights: str | None = None
     base_weights: str | None = None
+    name: str | None = None
+    dtype: str | None = None
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -331,6 +335,8 @@ def _add(method: Method, run: _Run) -> None:
     method.folders.append(run.folder)
     method.weights = run.manifest.get("model_fingerprint", method.weights)
     method.base_weights = run.manifest.get("base_fingerprint", method.base_weights)
+    if "model_dtype" in run.manifest:
+        method.name, method.dtype = os.path.realpath(run.name), run.manifest["model_dtype"]
     if run.kind == "eval":
         method.tasks |= run.told(run.content["tasks"])
         method.numbers |= run.told(run.content["numbers"])
@@ -354,11 +360,23 @@ def _add(method: Method, run: _Run) -> None:
 
 
 def _tell_apart(methods: Sequence[Method]) -> None:
-    """Equal labels get the name of their folder in addition."""
+    """Equal labels get in addition their dtype, where this is what differs, else the name of their folder."""
     labels = [m.label for m in methods]
+    alike = {label: [m for m in methods if m.label == label] for label in labels if labels.count(label) > 1}
+    for label, of in alike.items():
+        by_dtype = None not in (dtypes := [m.dtype for m in of]) and len(set(dtypes)) == len(of)
+        for method in of:
+            if by_dtype or method.folders:
+                method.label = f"{label} ({method.dtype if by_dtype else method.folders[0].resolve().name})"
+
+
+def in_several_dtypes(methods: Sequence[Method]) -> Iterator[list[Method]]:
+    """The methods of each model that was read in several dtypes."""
+    known: dict[tuple[str, str], list[Method]] = {}
     for method in methods:
-        if labels.count(method.label) > 1 and method.folders:
-            method.label = f"{method.label} ({method.folders[0].resolve().name})"
+        if method.name and method.dtype:
+            known.setdefault((method.role, method.name), []).append(method)
+    return (of for of in known.values() if len({m.dtype for m in of}) > 1)
 
 
 # --- the demo --------------------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..attacks.attacks import DIRECT
-from ..attacks.runner import by_chance, tells, told_share, worst_of, worst_variant
+from ..attacks.runner import apart, by_chance, tells, told_share, worst_of, worst_variant
 from .glossary import DOWN, METRICS, NUMBERS, Meaning, direction
 from .page import NOT_RUN, Cell, Grid, Section
-from .runs import Inputs, Method
+from .runs import Inputs, Method, in_several_dtypes
 
 
 def table_section(inputs: Inputs) -> Section:
@@ -38,6 +38,11 @@ def table_section(inputs: Inputs) -> Section:
         "better; ↑: higher; ≈: near the base's, the retrained model's or 0."
     )
     section.notes += _different_rows(inputs.methods)
+    for of in in_several_dtypes(inputs.methods):
+        section.notes.append(
+            f"One model in several dtypes, whose results are not joined: {'; '.join(f'{m.label}: {m.dtype}' for m in of)}. The same "
+            "--dtype for all commands gives one column."
+        )
     if any(m.attacks is None for m in inputs.students):
         names = ", ".join(m.label for m in inputs.students if m.attacks is None)
         section.notes.append(f"Not attacked: {names} (no run of duet attack was given).")
@@ -108,7 +113,7 @@ def _attack_line(entry: dict[str, Any]) -> list[Cell]:
     return [
         Cell(entry["name"]),
         _leak_cell(entry, worst_of(entry)),
-        Cell(worst_variant(entry)),
+        Cell(f"{worst_variant(entry)}{apart(entry)}"),
         Cell(entry["strength"]),
         Cell(", ".join(spent if cost["steps"] else [spent[0], spent[2]])),
     ]
