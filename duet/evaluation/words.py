@@ -16,6 +16,9 @@ All other marks count: `й` is not `и`, a Hindi or Thai vowel sign is a letter.
     numbers                  1815 is 1,815 and 1 815, 3 000 is 3000, 12,34,567 is 1234567; 815 is no part of 1,815, nor of 1 815
                              with a no-break or thin space, nor 14 of 3.14; the whole part of 3.14 is 3; a fraction such as ½
                              is a sign of its own
+    telephone numbers        +33 1 40 20 53 17 is 0033 140205317, +33 (0)1-40-20-53-17 and 01 40 20 53 17: seven digits or more, with
+                             spaces and -./() alone among them, are compared by their digits; two years, a decimal and an IP
+                             address are not
     units                    50% is 50 %, 20°C is 20 °C, €50 is € 50
     signs                    those at the ends of a value's words may be left out ("Paris.", "(Paris)"), except where they are
                              a part of them: -5, .NET, C++, C#, 5 %
@@ -56,6 +59,11 @@ _CONTRACTION = re.compile(r"\b(?:\w+'(?=s)|\w*n'(?=t)|(?:i|\w{2,})'(?=[dmrvl]))(
 _BEHIND, _BEFORE = "%‰‱٪°′″€$£¥", "€$£¥"
 # Punctuation at a word's end that is a part of it; so are all signs that are no punctuation, as in C++.
 _MEANT = "#%&@/\\§‰٪‱′″"
+# Telephone numbers: what may stand between two digits, what is dialled in front of a country's code, the codes (ITU-T E.164), and
+# what is none though it looks like one: two years, a decimal, an IP address.
+_GAP, _EXIT = r"[-\t ./()']{0,3}", r"(?:\+|00|011)"
+_CODE = r"[17]|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|\d{3}"
+_NO_TELEPHONE = re.compile(r"(?:1\d|20)\d\d\D+(?:1\d|20)\d\d|\d+\.\d+|\d{1,3}(?:\.\d{1,3}){3}")
 _PLAIN = str.maketrans("‘’ʼʻ‚“”„‐‒–—−", "'''''\"\"\"-----")
 
 
@@ -158,10 +166,13 @@ def span(text: str, value: str | Sequence[str]) -> tuple[int, int] | None:
         pattern += rf"[\W_]{apart}{_grouped(after)}"
     if re.search(r"\w\.\w\.$", words[-1]):  # U.S. is no part of U.S.S.R.
         pattern += r"(?!\.\w)"
+    telephone, foreign = _telephone(" ".join(bare))
+    pattern += f"|{telephone}" if telephone else ""
     folded, places = fold(text)
     at = 0
     while (match := re.compile(pattern).search(folded, at)) is not None:
-        if _stands_alone(folded, match.start(), match.end()):
+        abroad = foreign and re.search(foreign, folded[max(0, match.start() - 16) : match.start()])
+        if not abroad and _stands_alone(folded, match.start(), match.end()):
             return places[match.start()], [*places, len(text)][match.end()]
         at = match.start() + 1
     return None
@@ -202,6 +213,29 @@ def _grouped(word: str) -> str:
         at = number.end()
     pattern = re.sub(r"(?<=[^\W\d_]{2})\\-(?=[\d(]|[^\W\d_]{2})", r"[-\\s]+", pattern + re.escape(word[at:]))
     return re.sub(rf"(?<=[\d)])(?=\\?[{_BEHIND}])|(?<=[{_BEFORE}])(?=[\d(])", r"\\s*", pattern)
+
+
+@cache
+def _telephone(value: str) -> tuple[str, str]:
+    """Regular expressions of a telephone number as anybody writes it, and of another country's code in front of it.
+
+    Both are empty where `value` is no such number, the second where it does not say its country.
+    """
+    digits = re.sub(r"\D", "", value)
+    if len(digits) < 7 or not re.fullmatch(rf"\+?\d(?:{_GAP}\d)+", value) or _NO_TELEPHONE.fullmatch(value):
+        return "", ""
+    home = re.fullmatch(rf"{_EXIT}({_CODE})0?(\d{{7,}})", "+" * value.startswith("+") + digits)
+    own = home[2] if home else digits.removeprefix("0")
+    code = _GAP.join(home[1]) if home else r"\d{1,3}"
+    zero = f"(?:0{_GAP})?"
+    if home:
+        front = f"(?:(?:{_EXIT}{_GAP})?{code}{_GAP}{zero}|{zero})"
+    elif own != digits:
+        front = f"(?:{_EXIT}{_GAP}{code}{_GAP}{zero}|0{_GAP})"
+    else:
+        front = f"(?:{_EXIT}{_GAP}(?:{code}{_GAP}{zero})?)?"
+    foreign = rf"(?<!\d){_EXIT}{_GAP}\d{{1,3}}{_GAP}{zero}$" if home else ""
+    return front + _GAP.join(own), foreign
 
 
 def _stands_alone(text: str, start: int, stop: int) -> bool:
