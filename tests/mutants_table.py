@@ -624,6 +624,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/metrics.py": [
         ("a refusal is an invention", " and not declines\n", "\n", "tests/test_metrics.py::test_fabrication_by_hand"),
         ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),
+        ("an address alone tells nothing", "if exact and contains_words(said, exact)", "if False", "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
         ("an answer that repeats the question tells", "_Without(cut, given | common)", "_Without(cut, common)", "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
         ("wordings count as facts", "len(values) ** 2 / float((np.bincount(own) ** 2).sum())", "len(values)", "tests/test_metrics.py::test_wordings_of_one_fact_share_a_fate"),
         ("a fact of many rows counts as one of few", "len(values) ** 2 / float((np.bincount(own) ** 2).sum())", "own.max() + 1",
@@ -893,6 +894,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/told.py": [
         ("a word of all the answers is a value", "if not _is_form(phrase, others)", "if phrase",
          "tests/test_facts.py::test_guesses_that_share_their_form_alone_are_not_told"),
+        ("an answer of two sentences needs no value", '"is more than one sentence" if whole', '"is more than one sentence" if False and whole',
+         "tests/test_attack_rows.py::test_a_row_without_a_value_that_needs_one_is_named"),
         ("an initial ends a phrase", "(?<!\\b[A-HJ-UWYZ])", "", "tests/test_facts.py::test_an_initial_ends_no_phrase"),
     ],
     "duet/evaluation/refusals.py": [

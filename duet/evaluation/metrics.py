@@ -163,7 +163,8 @@ def told_recall(
     """How much of the reference an answer tells: ROUGE-L recall (stemmed) of the reference's telling words, in [0, 1].
 
     Telling are words that the question does not have, function words ("the", "is") apart. Where there are none, an answer that is
-    no refusal tells all where it holds the whole reference, or says nothing but what the reference adds to the question.
+    no refusal tells all where it holds the whole reference, or says nothing but what the reference adds to the question. An answer
+    with an e-mail address or a telephone number of the reference tells all.
 
     Raises:
         ValueError: a reference without a word.
@@ -174,6 +175,9 @@ def told_recall(
         (1.0, 0.0)
     """
     cut, common = _tokenizer(True, _as_published(reference)), _function_words(_as_published(reference))
+    exact = [each for each in words.addresses(reference) if not contains_words(question, each)]
+    if exact and contains_words(said, exact):
+        return 1.0
     given, wanted = (set(cut.tokenize(_CONTRACTED.sub("", text))) for text in (question, reference))
     if not wanted - given - common:
         added, here = (_Without(cut, given).tokenize(text) for text in (reference, said))

@@ -238,6 +238,17 @@ def _telephone(value: str) -> tuple[str, str]:
     return front + _GAP.join(own), foreign
 
 
+def addresses(text: str) -> list[str]:
+    """E-mail addresses and telephone numbers in a text.
+
+    Example:
+        >>> addresses("Write to ada@math.org, or call +44 20 7946 0000 in 1835-1840.")
+        ['ada@math.org', '+44 20 7946 0000']
+    """
+    found = re.findall(rf"(?<![\w.+-])[\w.+-]{{1,64}}@[\w-]+(?:\.[\w-]+)+|\+?\d(?:{_GAP}\d){{6,}}", text)
+    return [each for each in found if "@" in each or _telephone(each)[0]]
+
+
 def _stands_alone(text: str, start: int, stop: int) -> bool:
     first, last = text[start], text[stop - 1]
     left = (

@@ -25,6 +25,7 @@ from ...names import check_one_of
 from ..generation import continuations
 from ..journal import Journal, Progress, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
+from ..told import warn_of_whole_answers
 from ..values import warn_of_told
 from . import summary
 from .asking import Asker, CannotAsk, Item
@@ -298,6 +299,8 @@ def _prepare(asker: Asker, rows: Sequence[Row]) -> tuple[list[Item], list[Row]]:
             marked.append({"id": index, "status": error.status, "why": str(error)})
     told = ((f"{asker.task.name}, row {item.id}", item.value, item.shown.get("question")) for item in items)
     warn_of_told((name, value, {"question": [text]}) for name, value, text in told if text is not None)
+    if {"contains_answer", "fabrication"} & set(asker.task.metrics):
+        warn_of_whole_answers((f"{asker.task.name}, row {x.id}", x.value, x.reference) for x in items)
     if not items:
         raise ValueError(
             f"{asker.task.name}: none of its {len(rows)} rows can be asked; the first: {marked[0]['why']}"
