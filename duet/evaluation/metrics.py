@@ -162,7 +162,7 @@ def told_recall(
 ) -> float:
     """How much of the reference an answer tells: ROUGE-L recall (stemmed) of the reference's telling words, in [0, 1].
 
-    Telling are words that the question does not have, function words ("the", "is") apart. Where there are none, an answer that is
+    Telling are words that the question does not have, function words of its language ("the", "is", "der") apart. Where there are none, an answer that is
     no refusal tells all where it holds the whole reference, or says nothing but what the reference adds to the question. An answer
     with an e-mail address or a telephone number of the reference tells all.
 
@@ -174,7 +174,8 @@ def told_recall(
         >>> told_recall("Paris", *asked), told_recall("It is Lyon.", *asked)
         (1.0, 0.0)
     """
-    cut, common = _tokenizer(True, _as_published(reference)), _function_words(_as_published(reference))
+    cut = _tokenizer(True, _as_published(reference))
+    common = _function_words(_as_published(reference), words.function_words(f"{question} {reference}"))
     exact = [each for each in words.addresses(reference) if not contains_words(question, each)]
     if exact and contains_words(said, exact):
         return 1.0
@@ -227,8 +228,8 @@ def _tokenizer(stemmer: bool, as_published: bool) -> Any:
 
 
 @functools.cache
-def _function_words(as_published: bool) -> frozenset[str]:
-    return frozenset(_tokenizer(True, as_published).tokenize(" ".join(words.FUNCTION_WORDS)))
+def _function_words(as_published: bool, common: frozenset[str]) -> frozenset[str]:
+    return frozenset(_tokenizer(True, as_published).tokenize(" ".join(common)))
 
 
 @functools.cache

@@ -52,6 +52,7 @@ def agreed_value(
         'poet'
     """
     known = {word for text in questions for word in words.words_of(text)}
+    common = words.function_words(" ".join((*questions, greedy)))
     said = greedy.split()
     ends = [re.search(rf"({_FULL_STOP}|[,;:!?])$", word) is not None for word in said]
     found: dict[str, tuple[float, ...]] = {}
@@ -62,14 +63,14 @@ def agreed_value(
             if start + size > len(said) or not parts or any(ends[start : start + size - 1]):
                 break
             length = sum(not re.fullmatch("[a-z]", part) for part in parts), len(parts)
-            if known & set(parts) or {parts[0], parts[-1]} & FUNCTION_WORDS:
+            if known & set(parts) or {parts[0], parts[-1]} & common:
                 continue
             share = _share(tuple(answers), phrase)
             if share >= AGREED:
                 found.setdefault(phrase, (length != (0, 1), share, *length, -start))
     best = sorted(found, key=lambda phrase: found[phrase], reverse=True)
     content = {word for word in words.words_of(greedy) if not re.fullmatch("[a-z]", word)}
-    content -= known | FUNCTION_WORDS
+    content -= known | common
     alone = (phrase for phrase in best if content <= set(words.words_of(phrase)))
     return next((phrase for phrase in best if not _is_form(phrase, others)), next(alone, None))
 

@@ -27,16 +27,39 @@ All other marks count: `й` is not `и`, a Hindi or Thai vowel sign is a letter.
 import re
 import unicodedata
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 # Words that say nothing by themselves: no value begins or ends with one, and an answer tells nothing with them.
-_FUNCTION_WORDS = """
+_FUNCTION_WORDS = {
+    "English": """
     a an the of in on at to for from by with and or but as is are was were be been it its this that these those he
     she they we you i his her their my your not no yes which who what where when there here has have had do does did
-    can will would one also most known called located spoken used official
-"""
-FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+    can will would one also most known called located spoken used official""",
+    "German": """
+    der die das den dem des ein eine einen einem einer eines und oder aber in im an am auf aus bei mit nach von vom zu zum zur für um
+    als wie ist sind war waren wird wurde wurden worden werden hat haben hatte sein seine seinen seiner ihr ihre ich du er sie es wir man
+    mir mich ihm ihn sich nicht kein keine ja nein auch noch sehr dass dieser diese dieses wer was wann wo welche welcher welches""",
+    "French": """
+    le la les l un une des du de d à au aux en dans sur par pour avec et ou mais que qui qu quoi dont où est sont était étaient été être
+    a ont avait il elle ils elles je j tu nous vous on ce c cette cet ces se s sa son ses leur leurs ne n pas plus y très aussi comme
+    quel quelle quels quelles quand non oui m me mon ma""",
+    "Spanish": """
+    el la los las lo un una unos unas de del a al en con por para y e o u pero que quien quién cual cuál qué dónde cuándo cómo es son era
+    eran fue fueron ser sido está están ha han había se su sus le les me mi tu yo él ella ellos no sí también más muy este esta esto""",
+    "Italian": """
+    il lo la i gli le l un uno una di d del dello della dell dei degli delle a al allo alla ai agli alle all da dal dalla in nel nella nell
+    con su sul sulla per tra fra e ed o ma che chi cui cosa dove quando come quale quali è sono era erano fu furono essere stato stata ha
+    hanno aveva si suo sua suoi sue io lui lei noi loro mi ti ci non no sì anche più molto questo questa""",
+    "Portuguese": """
+    o a os as um uma de do da dos das em no na nos nas ao aos à às com por pelo pela para e ou mas que quem qual quais onde quando como é
+    são era eram foi foram ser sido está estão tem têm tinha se seu sua seus suas ele ela eles elas eu lhe me não sim também mais muito""",
+    "Dutch": """
+    de het een en of maar van in op aan bij met naar door voor uit over tot te om als dat die dit deze wie wat waar wanneer welke welk hoe
+    is zijn was waren werd werden wordt worden heeft hebben had ik jij je hij zij ze wij we u zich niet geen ook nog zeer er hem haar hun""",
+}  # fmt: skip
+_FUNCTION_WORDS_OF = {name: frozenset(text.split()) for name, text in _FUNCTION_WORDS.items()}
+FUNCTION_WORDS = _FUNCTION_WORDS_OF["English"]
 _WITHOUT_SPACES = (
     (0x0E00, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x19E0, 0x19FF), (0xA9E0, 0xA9FF),
     (0xAA60, 0xAA7F), (0x3005, 0x3007), (0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
@@ -307,6 +330,19 @@ def words_of(text: str) -> list[str]:
             words.append(cluster)
             inside = True
     return words
+
+
+@lru_cache(2**12)
+def function_words(text: str) -> frozenset[str]:
+    """The function words of the language of which a text has most; English where no other has two, and more. Not those of all languages at
+    once: "die" and "war" tell something in an English answer, "or" (gold) in a French one.
+
+    Example:
+        >>> [sorted(function_words(text) & {"war", "will"}) for text in ("Er war ein Dichter.", "They die in the war.")]
+        [['war'], ['will']]
+    """
+    said = words_of(text)
+    return max(_FUNCTION_WORDS_OF.values(), key=lambda of: max(1, sum(word in of for word in said)))
 
 
 def without_spaces(text: str) -> bool:
