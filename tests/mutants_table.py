@@ -582,6 +582,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a retain run on other rows gives a forget quality", "given[task] != theirs[task]:", "given[task] == 0:", "tests/test_evaluation_shipped.py::test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in"),
     ],
     "duet/evaluation/suites/row_metrics.py": [
+        ("a suite wants the whole answer where an attack wants half", "float(metrics.told_recall(said, answer, question) >= TOLD)", "float(metrics.contains_words(said, answer))",
+         "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
         ("a refusal is broken by the token limit", "return number == 1.0 and", "return False and", "tests/test_evaluation_runner.py::test_what_is_known_of_an_answer_that_was_cut"),
     ],
     "duet/data/importers.py": [

@@ -212,7 +212,8 @@ def test_rows_that_cannot_be_asked_are_marked_and_left_out(tmp_path):
 def test_the_value_asked_for_is_recorded_and_judges(tmp_path):
     said = run(tmp_path / "once", write(tmp_path / "a", facts=FACTS[:1], choices=CHOICES))
     (row,) = [r for r in rows_of(tmp_path / "once") if r["task"] == "facts"]
-    assert "value" not in row and said["tasks"]["facts"]["metrics"]["contains_answer"]["mean"] == 0.0
+    assert "value" not in row and said["tasks"]["facts"]["metrics"]["contains_answer"]["mean"] == 1.0
+    assert "a poet" not in row["generated"] and "poet" in row["generated"]
     word = row["generated"].split()[0]
     facts = [
         {**FACTS[0], "answer": f"a poet {word}", "value": word},

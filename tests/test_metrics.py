@@ -656,9 +656,15 @@ def test_what_the_question_gave_is_not_told(said, reference, question, recall):
     assert row.recall(said) == pytest.approx(recall)
     told = {"question": question, "answer": reference, "generated": said}
     assert neighbours.says_truth(told) == (recall >= 0.5)
+    assert GENERATE["contains_answer"](said, reference, None, question) == (recall >= 0.5)
     invented = float(recall < 0.5 and metrics.refusal_rate([said]) == 0.0)
     assert GENERATE["fabrication"](said, reference, None, question) == invented
     assert metrics.fabrication_rate([said], [reference], questions=[question]) == invented
+
+
+@pytest.mark.parametrize("said, answer", [("Well: ?!", "?!"), ("No.", "?!")])
+def test_an_answer_of_signs_alone_is_told_where_they_are_said(said, answer):
+    assert GENERATE["contains_answer"](said, answer, None) == (answer in said)
 
 
 def test_neighbours_by_hand():
