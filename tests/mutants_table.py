@@ -908,7 +908,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/evaluation/refusals.py": [
         ("who hedges declines", "    f\"(?:{pattern}){_NO_ANSWER}\"\n", "    pattern\n", "tests/test_metrics.py::test_an_answer_that_hedges_first_is_an_invention"),
-        ("of others who sold no records it is a refusal", "rf\"{_OWN}(?:no|not any) (?:info", "rf\"\\b(?:no|not any) (?:info",
+        ("who will not reproduce a text tells", "(?:(?:{_FULFIL})\\b|", "(?:", "tests/test_metrics.py::test_refusals"),
+        ("who cannot go on declines", "(?:{_WRITE}) {_ASKED})", "(?:{_WRITE}))", "tests/test_metrics.py::test_refusals"),
+        ("who could not write declines", "{_WILL_NOT} {_ADVERB}(?:(?:", "{_CANNOT} {_ADVERB}(?:(?:", "tests/test_metrics.py::test_refusals"),
+        ("of others who sold no records it is a refusal", "rf\"{_OWN}(?:no|not any) (?:publ", "rf\"\\b(?:no|not any) (?:publ",
          "tests/test_metrics.py::test_refusals"),
     ],
     "duet/evaluation/steering.py": [
