@@ -581,6 +581,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("damage that was cut counts nowhere", "kept = self.task.name.startswith(TO_KEEP)", "kept = False", "tests/test_evaluation_runner.py::test_what_is_known_of_an_answer_that_was_cut"),
         ("a retain run on other rows gives a forget quality", "given[task] != theirs[task]:", "given[task] == 0:", "tests/test_evaluation_shipped.py::test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in"),
     ],
+    "duet/evaluation/suites/summary.py": [
+        ("an entropy may be below 0", "-math.inf if metric in SIGNED else 0.0", "-math.inf", "tests/test_evaluation_runner.py::test_only_shares_have_a_shares_interval"),
+        ("nobody says why a row was left out", "{MEANING[s]}{why.get(s, '')}", "{MEANING[s]}", "tests/test_evaluation_runner.py::test_rows_that_cannot_be_asked_are_marked_and_left_out"),
+    ],
     "duet/evaluation/suites/row_metrics.py": [
         ("a suite wants the whole answer where an attack wants half", "float(metrics.told_recall(said, answer, question) >= TOLD)", "float(metrics.contains_words(said, answer))",
          "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),

@@ -202,6 +202,10 @@ def test_rows_that_cannot_be_asked_are_marked_and_left_out(tmp_path):
     assert (
         "wanted answer, got question" in by["losses", 2]["why"] and "can read 256" in by["losses", 3]["why"]
     )
+    lacks = "facts, row 2, answer: wanted a text, got None, of type NoneType; --elicit MODEL compares with that model's own answers"
+    assert by["facts", 2]["why"] == lacks == result["tasks"]["facts"]["why"]["bad_row"]
+    assert f"something is wrong with the row (`why` in rows.jsonl); the first: {lacks}" in shown(result)
+    assert "can read 256" in shown(result) and "--elicit" not in by["facts", 3]["why"]
     assert result["tasks"]["losses"]["metrics"]["probability"]["rows"] == 2
     assert result["tasks"]["losses"]["status"] == {"bad_row": 1, "too_long": 1, "unknown_tokens": 1, "ok": 2}
     run(tmp_path / "out", tmp_path / "data")
@@ -246,8 +250,12 @@ def test_only_shares_have_a_shares_interval():
         {"task": "t", "id": i, "status": "ok", "metrics": {"truth_ratio": 1.0, "probability": 1.0}}
         for i in range(4)
     ]
+    for i, row in enumerate(rows):
+        row["metrics"] |= {"fluency": 0.1 + 9 * (i == 0), "min_k_plus_plus_20": 0.1 + 9 * (i == 0)}
     told = summary.summarise(rows, {})["tasks"]["t"]["metrics"]
     assert (told["truth_ratio"]["low"], told["truth_ratio"]["high"]) == (1.0, 1.0)
+    assert told["fluency"]["low"] == 0.0 < told["fluency"]["mean"] < told["fluency"]["high"]  # an entropy
+    assert told["min_k_plus_plus_20"]["low"] < -2
     assert told["probability"]["low"] == pytest.approx(4 / (4 + 1.96**2), abs=1e-3)
 
 

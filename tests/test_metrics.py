@@ -745,6 +745,7 @@ def test_wordings_of_one_fact_share_a_fate():
         and whole.high == pytest.approx(0.9935, abs=1e-3)
     )
     assert metrics.mean_interval([0.0, 1.0], shares=False).low < -5
+    assert metrics.mean_interval([0.0, 9.0], shares=False, least=0.0).low == 0.0
     curve = metrics.keep_curve([0.1] * 4, [1, 1, 1, 1], (0.0,), ["a", "a", "b", "b"])
     assert curve[0][2] == metrics.mean_interval([1.0, 1.0]) and curve[0][1] == 4
     with pytest.raises(ValueError, match="facts: wanted one for each of 2"):

@@ -610,7 +610,12 @@ def share_interval(
 
 
 def mean_interval(
-    values: Numbers, facts: Sequence[Any] | None = None, *, shares: bool = True, confidence: float = 0.95
+    values: Numbers,
+    facts: Sequence[Any] | None = None,
+    *,
+    shares: bool = True,
+    least: float = -math.inf,
+    confidence: float = 0.95,
 ) -> Interval:
     """The mean with its interval: Wilson's (`share_interval`) where every value is 0 or 1, else Student's t.
 
@@ -622,6 +627,7 @@ def mean_interval(
         facts: of each value the fact that its row asks for (`fact_of`), None: one of its own. Wordings of one fact share a fate: the
             interval is that of so many facts, not rows.
         shares: whether the values lie in [0, 1], and so the interval.
+        least: what no value is below, and so the interval, where they are no shares.
 
     Example:
         >>> [round(x, 2) for x in mean_interval([1.0, 2.0, 3.0], shares=False)]
@@ -636,7 +642,7 @@ def mean_interval(
         return Interval(mean, math.nan, math.nan)
     error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / len(values)
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
-    low, high = (0.0, 1.0) if shares else (-math.inf, math.inf)
+    low, high = (0.0, 1.0) if shares else (least, math.inf)
     return Interval(mean, max(low, mean - half), min(high, mean + half))
 
 

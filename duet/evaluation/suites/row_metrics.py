@@ -123,6 +123,7 @@ CHOICE: dict[str, Callable[[Sequence[float], Sequence[int], int], float]] = {
 UNBOUNDED = frozenset(
     {"loss", "fluency", "truth_ratio", *(name for name in SCORE if name.startswith("min_k"))}
 )
+SIGNED = frozenset(name for name in SCORE if name.startswith("min_k_plus_plus"))  # all others are at least 0
 
 METRICS_OF_KIND: dict[str, tuple[str, ...]] = {
     "generate": tuple(GENERATE),
