@@ -204,8 +204,9 @@ def test_rows_that_cannot_be_asked_are_marked_and_left_out(tmp_path):
     )
     lacks = "facts, row 2, answer: wanted a text, got None, of type NoneType; --elicit MODEL compares with that model's own answers"
     assert by["facts", 2]["why"] == lacks == result["tasks"]["facts"]["why"]["bad_row"]
-    assert f"something is wrong with the row (`why` in rows.jsonl); the first: {lacks}" in shown(result)
-    assert "can read 256" in shown(result) and "--elicit" not in by["facts", 3]["why"]
+    said = " ".join(shown(result).split())
+    assert f"something is wrong with the row (`why` in rows.jsonl); the first: {lacks}" in said
+    assert "can read 256" in said and "--elicit" not in by["facts", 3]["why"]
     assert result["tasks"]["losses"]["metrics"]["probability"]["rows"] == 2
     assert result["tasks"]["losses"]["status"] == {"bad_row": 1, "too_long": 1, "unknown_tokens": 1, "ok": 2}
     run(tmp_path / "out", tmp_path / "data")
