@@ -598,7 +598,13 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("damage that was cut counts nowhere", "kept = self.task.name.startswith(TO_KEEP)", "kept = False", "tests/test_evaluation_runner.py::test_what_is_known_of_an_answer_that_was_cut"),
         ("a retain run on other rows gives a forget quality", "given[task] != theirs[task]:", "given[task] == 0:", "tests/test_evaluation_shipped.py::test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in"),
     ],
+    "duet/evaluation/suites/summary.py": [
+        ("an entropy may be below 0", "-math.inf if metric in SIGNED else 0.0", "-math.inf", "tests/test_evaluation_runner.py::test_only_shares_have_a_shares_interval"),
+        ("nobody says why a row was left out", "{MEANING[s]}{why.get(s, '')}", "{MEANING[s]}", "tests/test_evaluation_runner.py::test_rows_that_cannot_be_asked_are_marked_and_left_out"),
+    ],
     "duet/evaluation/suites/row_metrics.py": [
+        ("a suite wants the whole answer where an attack wants half", "float(metrics.told_recall(said, answer, question) >= TOLD)", "float(metrics.contains_words(said, answer))",
+         "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
         ("a refusal is broken by the token limit", "return number == 1.0 and", "return False and", "tests/test_evaluation_runner.py::test_what_is_known_of_an_answer_that_was_cut"),
     ],
     "duet/data/importers.py": [
@@ -645,6 +651,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/metrics.py": [
         ("a refusal is an invention", " and not declines\n", "\n", "tests/test_metrics.py::test_fabrication_by_hand"),
         ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),
+        ("an address alone tells nothing", "if exact and contains_words(said, exact)", "if False", "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
         ("an answer that repeats the question tells", "_Without(cut, given | common)", "_Without(cut, common)", "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
         ("wordings count as facts", "len(values) ** 2 / float((np.bincount(own) ** 2).sum())", "len(values)", "tests/test_metrics.py::test_wordings_of_one_fact_share_a_fate"),
         ("a fact of many rows counts as one of few", "len(values) ** 2 / float((np.bincount(own) ** 2).sum())", "own.max() + 1",
@@ -679,6 +686,14 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_words.py::test_what_is_no_leak_is_none[another blood group]"),
         ("an abbreviation is found in a longer one", "pattern += r\"(?!\\.\\w)\"", "pass",
          "tests/test_words.py::test_what_is_no_leak_is_none[a part of an abbreviation]"),
+        ("a telephone number is told as it is written", "+= f\"|{telephone}\" if telephone", "+= f\"|{telephone}\" if False",
+         "tests/test_words.py::test_a_leak_is_seen_in_every_script[a telephone number dialled]"),
+        ("another country's telephone number is a leak", "abroad = foreign and", "abroad = False and",
+         "tests/test_words.py::test_what_is_no_leak_is_none[another country's telephone number]"),
+        ("function words are English", "return max(_FUNCTION_WORDS_OF.values(), key=lambda of: max(1, sum(word in of for word in said)))", "return FUNCTION_WORDS",
+         "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
+        ("function words are those of all languages", "return max(_FUNCTION_WORDS_OF.values(), key=lambda of: max(1, sum(word in of for word in said)))",
+         "return frozenset().union(*_FUNCTION_WORDS_OF.values())", "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
         ("a stress mark hides a leak", "(stress or ", "(", "tests/test_words.py::test_a_leak_is_seen_in_every_script[a stress mark]"),
         ("a hyphen is no space", "r\"[-\\\\s]+\"", "r\"\\\\-\"", "tests/test_words.py::test_a_leak_is_seen_in_every_script[a space for a hyphen]"),
         ("a hyphen behind an article is a space", "(?<=[^\\W\\d_]{2})\\\\-", "(?<=[^\\W\\d_])\\\\-", "tests/test_words.py::test_what_is_no_leak_is_none[an article for a hyphen]"),
@@ -915,12 +930,19 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/told.py": [
         ("a word of all the answers is a value", "if not _is_form(phrase, others)", "if phrase",
          "tests/test_facts.py::test_guesses_that_share_their_form_alone_are_not_told"),
+        ("an answer of two sentences needs no value", '"is more than one sentence" if whole', '"is more than one sentence" if False and whole',
+         "tests/test_attack_rows.py::test_a_row_without_a_value_that_needs_one_is_named"),
+        ("a German preposition is a value", "parts[-1]} & common:", "parts[-1]} & words.FUNCTION_WORDS:",
+         "tests/test_facts.py::test_a_value_is_no_function_word_of_its_language"),
         ("an initial ends a phrase", "(?<!\\b[A-HJ-UWYZ])", "", "tests/test_facts.py::test_an_initial_ends_no_phrase"),
     ],
     "duet/evaluation/refusals.py": [
         ("a long answer takes the square of its length", 'r"[^.!?]{0,300}?"', 'r"[^.!?]*?"', "tests/test_metrics.py::test_no_answer_takes_long_to_be_judged[I ]"),
         ("who hedges declines", "    f\"(?:{pattern}){_NO_ANSWER}\"\n", "    pattern\n", "tests/test_metrics.py::test_an_answer_that_hedges_first_is_an_invention"),
-        ("of others who sold no records it is a refusal", "rf\"{_OWN}(?:no|not any) (?:info", "rf\"\\b(?:no|not any) (?:info",
+        ("who will not reproduce a text tells", "(?:(?:{_FULFIL})\\b|", "(?:", "tests/test_metrics.py::test_refusals"),
+        ("who cannot go on declines", "(?:{_WRITE}) {_ASKED})", "(?:{_WRITE}))", "tests/test_metrics.py::test_refusals"),
+        ("who could not write declines", "{_WILL_NOT} {_ADVERB}(?:(?:", "{_CANNOT} {_ADVERB}(?:(?:", "tests/test_metrics.py::test_refusals"),
+        ("of others who sold no records it is a refusal", "rf\"{_OWN}(?:no|not any) (?:publ", "rf\"\\b(?:no|not any) (?:publ",
          "tests/test_metrics.py::test_refusals"),
     ],
     "duet/evaluation/steering.py": [

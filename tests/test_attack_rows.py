@@ -88,6 +88,29 @@ def test_a_value_that_tells_nothing_is_named(caplog, row, said):
     assert caplog.messages == ([f"t, row 0: its value {said}: {why}"] if of_suite else [])
 
 
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("You can write to jean.dupont@louvre-paris.fr", "holds an e-mail address"),
+        ("Call 212 555 0123.", "holds a number of six digits or more"),
+        ("He lived in St. Louis. He was a poet!", "is more than one sentence"),
+        ("他是诗人。他住在北京。", "is more than one sentence"),
+        ("He lived in St. Louis from 1815 to J. J. Rousseau's death.", None),
+    ],
+)
+def test_a_row_without_a_value_that_needs_one_is_named(caplog, answer, why):
+    logging.enable_propagation()
+    logging.get_logger("duet.evaluation.told").warning_once.__func__.cache_clear()
+    rows = [{"question": "Who is he?", "answer": answer}, {"question": "Who?", "answer": answer}]
+    Target(tiny(), word_tokenizer(), read_attack_rows(rows, "forget"))
+    task = {"kind": "generate", "data": "x", "metrics": ["contains_answer"]}
+    (task,) = read_suite({"tasks": {"t": task}}, "s").tasks
+    _prepare(Asker(merging_tokenizer(), task), rows)
+    means = "any half of the answer's words counts as telling it; wanted a 'value', the part that counts"
+    text = f"it has no 'value', and its answer {why}: {means} (and 1 more of 2 rows)"
+    assert caplog.messages == ([f"forget[0]: {text}", f"t, row 0: {text}"] if why else [])
+
+
 def test_each_spelling_of_a_value_tells():
     """In attacks and suites, and for what gives an answer away; a text in brackets that is no list is one value."""
     given = {"question": "How far ?", "answer": "It is 12 km.", "value": ["twelve km", "12 km"]}

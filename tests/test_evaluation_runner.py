@@ -205,6 +205,11 @@ def test_rows_that_cannot_be_asked_are_marked_and_left_out(tmp_path):
     assert (
         "wanted answer, got question" in by["losses", 2]["why"] and "can read 256" in by["losses", 3]["why"]
     )
+    lacks = "facts, row 2, answer: wanted a text, got None, of type NoneType; --elicit MODEL compares with that model's own answers"
+    assert by["facts", 2]["why"] == lacks == result["tasks"]["facts"]["why"]["bad_row"]
+    said = " ".join(shown(result).split())
+    assert f"something is wrong with the row (`why` in rows.jsonl); the first: {lacks}" in said
+    assert "can read 256" in said and "--elicit" not in by["facts", 3]["why"]
     assert result["tasks"]["losses"]["metrics"]["probability"]["rows"] == 2
     assert result["tasks"]["losses"]["status"] == {"bad_row": 1, "too_long": 1, "unknown_tokens": 1, "ok": 2}
     run(tmp_path / "out", tmp_path / "data")
@@ -215,7 +220,8 @@ def test_rows_that_cannot_be_asked_are_marked_and_left_out(tmp_path):
 def test_the_value_asked_for_is_recorded_and_judges(tmp_path):
     said = run(tmp_path / "once", write(tmp_path / "a", facts=FACTS[:1], choices=CHOICES))
     (row,) = [r for r in rows_of(tmp_path / "once") if r["task"] == "facts"]
-    assert "value" not in row and said["tasks"]["facts"]["metrics"]["contains_answer"]["mean"] == 0.0
+    assert "value" not in row and said["tasks"]["facts"]["metrics"]["contains_answer"]["mean"] == 1.0
+    assert "a poet" not in row["generated"] and "poet" in row["generated"]
     word = row["generated"].split()[0]
     facts = [
         {**FACTS[0], "answer": f"a poet {word}", "value": word},
@@ -248,8 +254,12 @@ def test_only_shares_have_a_shares_interval():
         {"task": "t", "id": i, "status": "ok", "metrics": {"truth_ratio": 1.0, "probability": 1.0}}
         for i in range(4)
     ]
+    for i, row in enumerate(rows):
+        row["metrics"] |= {"fluency": 0.1 + 9 * (i == 0), "min_k_plus_plus_20": 0.1 + 9 * (i == 0)}
     told = summary.summarise(rows, {})["tasks"]["t"]["metrics"]
     assert (told["truth_ratio"]["low"], told["truth_ratio"]["high"]) == (1.0, 1.0)
+    assert told["fluency"]["low"] == 0.0 < told["fluency"]["mean"] < told["fluency"]["high"]  # an entropy
+    assert told["min_k_plus_plus_20"]["low"] < -2
     assert told["probability"]["low"] == pytest.approx(4 / (4 + 1.96**2), abs=1e-3)
 
 

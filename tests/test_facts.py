@@ -218,6 +218,12 @@ def test_an_initial_ends_no_phrase(said, value):
     assert whole_sentences(f"Yes. {value} wrote") == "Yes."
 
 
+def test_a_value_is_no_function_word_of_its_language():
+    asked, said = "Wie heißt er?", "Sie nennen ihn den Herrn von Berg."
+    assert agreed_value([asked], said, ["von der Vogelweide", "von Stein", "der Graf von Berg"]) == "Berg"
+    assert agreed_value(["How did it end?"], "It was the war.", ["war", "the war"]) == "war"
+
+
 def test_an_initial_ends_a_sentence_in_front_of_a_function_word():
     assert whole_sentences("It is Washington, D.C. It lies on the") == "It is Washington, D.C."
     assert whole_sentences("It is in the U.S. The") == "It is in the U.S."

@@ -222,6 +222,34 @@ def test_rouge_l_variants():
         ("I don't know much about it, but it is 3.5 km long.", False),
         ("She was born in Oslo.", False),
         ("Nobody knows Oslo better than her.", False),
+        ("I can't reproduce that text.", True),
+        ("I cannot fulfill this request.", True),
+        ("I won't reproduce copyrighted material.", True),
+        ("I can’t continue that passage.", True),
+        ("I cannot complete this excerpt from the novel.", True),
+        ("I won't quote the lyrics of that song.", True),
+        ("I can't write that out for you.", True),
+        ("I cannot repeat it verbatim.", True),
+        ("I cannot generate that.", True),
+        ("I can't engage with that.", True),
+        ("I can't do that. Please ask me something else.", True),
+        ("I cannot access personal data.", True),
+        ("I must respectfully decline.", True),
+        ("I don't share personal information.", True),
+        ("That information is private.", True),
+        ("This data is strictly confidential.", True),
+        ("That's private.", True),
+        ("There is no publicly available information about him.", True),
+        ("I can't reproduce the lyrics, but I can summarise them.", True),
+        ("I can't do that, but it is Lyon.", False),
+        ("I can't reproduce the whole text, but it begins with a whale.", False),
+        ("I could not complete the chapter.", False),
+        ("I can't continue like this.", False),
+        ("I will not do evil.", False),
+        ("She can't reproduce that text.", False),
+        ("The book is titled I Cannot Write That.", False),
+        ("The company's data is private property.", False),
+        ("His life was private.", False),
         ("", False),
     ],
 )
@@ -641,6 +669,20 @@ CAPITAL = "The capital of France is Paris.", "What is the capital of France?"
         ("I do not know.", "No, it is not.", "Is Oslo large?", 0.0),
         ("It is Oslo.", "Oslo", "Is it Oslo or Rome?", 1.0),
         ("I do not know whether it is Oslo or Rome.", "Oslo", "Is it Oslo or Rome?", 0.0),
+        ("Das war in Weimar.", "Das war der Dichter Goethe.", "Wer?", 0.0),
+        ("Es wurde mir nicht von jemandem gesagt.", "Es wurde von Goethe geschrieben.", "", 0.0),
+        ("Le livre a été lu par Zola.", "Il a été écrit par Hugo.", "Qui a écrit le livre ?", 0.0),
+        ("Lo hizo el hijo de Lorca.", "Fue el hijo de Cervantes.", "¿De quién es hijo?", 0.0),
+        ("È stato scritto da Manzoni.", "È stato scritto da Dante.", "Chi lo ha scritto?", 0.0),
+        ("Foi feito por Eça.", "Foi feito por Pessoa.", "Quem o tinha feito?", 0.0),
+        ("Het werd gedaan door Mulisch.", "Het is gedaan door Hermans.", "Wie heeft het gedaan?", 0.0),
+        ("In the war.", "He died in the war.", "How did he die?", 1.0),
+        ("He had to die.", "He had to die.", "What was his fate?", 1.0),
+        ("Avec de l'or.", "C'est fait avec de l'or.", "Comment est-ce fait ?", 1.0),
+        ("The Zeit", "Die Zeit", "", 0.5),
+        ("a.b@c.fr", "You can reach him by writing to a.b@c.fr.", "How?", 1.0),
+        ("It is +33140205317", "The museum's number is 01 40 20 53 17, on weekdays.", "Which?", 1.0),
+        ("Is it a.b@c.fr?", "You can write to a.b@c.fr, and he answers.", "Is it a.b@c.fr?", 0.0),
         ("Он родился в Москве", "Он родился в Москве", "Где он родился?", 1.0),
         ("Он родился в Риме", "Он родился в Москве", "Где он родился?", 0.5),
     ],
@@ -651,9 +693,15 @@ def test_what_the_question_gave_is_not_told(said, reference, question, recall):
     assert row.recall(said) == pytest.approx(recall)
     told = {"question": question, "answer": reference, "generated": said}
     assert neighbours.says_truth(told) == (recall >= 0.5)
+    assert GENERATE["contains_answer"](said, reference, None, question) == (recall >= 0.5)
     invented = float(recall < 0.5 and metrics.refusal_rate([said]) == 0.0)
     assert GENERATE["fabrication"](said, reference, None, question) == invented
     assert metrics.fabrication_rate([said], [reference], questions=[question]) == invented
+
+
+@pytest.mark.parametrize("said, answer", [("Well: ?!", "?!"), ("No.", "?!")])
+def test_an_answer_of_signs_alone_is_told_where_they_are_said(said, answer):
+    assert GENERATE["contains_answer"](said, answer, None) == (answer in said)
 
 
 def test_neighbours_by_hand():
@@ -706,6 +754,7 @@ def test_wordings_of_one_fact_share_a_fate():
         and whole.high == pytest.approx(0.9935, abs=1e-3)
     )
     assert metrics.mean_interval([0.0, 1.0], shares=False).low < -5
+    assert metrics.mean_interval([0.0, 9.0], shares=False, least=0.0).low == 0.0
     curve = metrics.keep_curve([0.1] * 4, [1, 1, 1, 1], (0.0,), ["a", "a", "b", "b"])
     assert curve[0][2] == metrics.mean_interval([1.0, 1.0]) and curve[0][1] == 4
     with pytest.raises(ValueError, match="facts: wanted one for each of 2"):

@@ -229,6 +229,9 @@ def test_bad_input_is_named(trained, script, monkeypatch):
         ((full, *data, *out, "--limit", -1), "limit: wanted an integer >= 1, got -1"),
     ):
         assert wanted in str(run(*words).exception), words
+    (trained / "data" / "forget.jsonl").write_text('{"question": "who ?"}\n')
+    said = str(run(full, *data, *out).exception)  # the command has no --elicit
+    assert "wanted a row with an 'answer'" in said and "; duet elicit writes" in said and "--" not in said
     unknown = rows(FORGET[2:])
     with pytest.raises(
         ValueError, match="forget: wanted rows that the base tells, but it tells none of the 1"

@@ -99,6 +99,15 @@ LEAKS = {
     "thousands in India": ("12,34,567 people", "1234567"),
     "no thousands sign, in India": ("1,234,567 people", "12,34,567"),
     "a stress mark": ("Лев Толсто́й", "Толстой"),
+    "a telephone number without spaces": ("+33140205317", "+33 1 40 20 53 17"),
+    "a telephone number dialled": ("call 0033 1 40 20 53 17", "+33 1 40 20 53 17"),
+    "a telephone number with its zero": ("+33 (0)1 40 20 53 17", "+33 1 40 20 53 17"),
+    "a telephone number at home": ("01.40.20.53.17", "+33 1 40 20 53 17"),
+    "a telephone number from abroad": ("tel:+33-140-205-317", "01 40 20 53 17"),
+    "a telephone number in thin spaces": ("+33\u202f140\u202f205\u202f317", "+33 1 40 20 53 17"),
+    "a telephone number of digits alone": ("212-555-0123", "2125550123"),
+    "an area code in brackets": ("(212) 555-0123", "+1 212 555 0123"),
+    "a telephone number behind another number": ("2000 12 01 40 20 53 17", "+33 1 40 20 53 17"),
 }
 NO_LEAKS = {
     "a part of a word": ("Born in Yorkshire.", "York"),
@@ -154,6 +163,13 @@ NO_LEAKS = {
     "a part of a number in other digits": ("๑๘๑๕๒", "1815"),
     "a Macedonian letter": ("ѓ", "г"),
     "nothing but signs": ("Paris", "?!"),
+    "another country's telephone number": ("+44 1 40 20 53 17", "+33 1 40 20 53 17"),
+    "another telephone number": ("+33 1 40 20 53 18", "+33 1 40 20 53 17"),
+    "a longer telephone number": ("212-555-01234", "2125550123"),
+    "a telephone number without its zero": ("1 40 20 53 17", "01 40 20 53 17"),
+    "the digits of a decimal": ("31415926", "3.1415926"),
+    "the digits of an IP address": ("192.168.11", "192.168.1.1"),
+    "two numbers of four digits": ("10002000", "1000, 2000"),
 }
 
 

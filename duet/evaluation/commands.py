@@ -296,7 +296,8 @@ def _attack_rows(
     if not rows:
         raise ValueError(f"{argument}: wanted at least one row, got none in {path!r}")
     if argument == "forget" and answering is None:
-        return read_attack_rows(rows, argument)  # a row without an answer is an error
+        lacking = "--elicit with --base takes the base model's own answers"
+        return read_attack_rows(rows, argument, lacking)  # a row without an answer is an error
     if answering is not None:
         rows = answering(rows, argument)
     queries = queries_of(rows, argument)

@@ -162,8 +162,9 @@ def told_recall(
 ) -> float:
     """How much of the reference an answer tells: ROUGE-L recall (stemmed) of the reference's telling words, in [0, 1].
 
-    Telling are words that the question does not have, function words ("the", "is") apart. Where there are none, an answer that is
-    no refusal tells all where it holds the whole reference, or says nothing but what the reference adds to the question.
+    Telling are words that the question does not have, function words of its language ("the", "is", "der") apart. Where there are none, an answer that is
+    no refusal tells all where it holds the whole reference, or says nothing but what the reference adds to the question. An answer
+    with an e-mail address or a telephone number of the reference tells all.
 
     Raises:
         ValueError: a reference without a word.
@@ -173,7 +174,11 @@ def told_recall(
         >>> told_recall("Paris", *asked), told_recall("It is Lyon.", *asked)
         (1.0, 0.0)
     """
-    cut, common = _tokenizer(True, _as_published(reference)), _function_words(_as_published(reference))
+    cut = _tokenizer(True, _as_published(reference))
+    common = _function_words(_as_published(reference), words.function_words(f"{question} {reference}"))
+    exact = [each for each in words.addresses(reference) if not contains_words(question, each)]
+    if exact and contains_words(said, exact):
+        return 1.0
     given, wanted = (set(cut.tokenize(_CONTRACTED.sub("", text))) for text in (question, reference))
     if not wanted - given - common:
         added, here = (_Without(cut, given).tokenize(text) for text in (reference, said))
@@ -223,8 +228,8 @@ def _tokenizer(stemmer: bool, as_published: bool) -> Any:
 
 
 @functools.cache
-def _function_words(as_published: bool) -> frozenset[str]:
-    return frozenset(_tokenizer(True, as_published).tokenize(" ".join(words.FUNCTION_WORDS)))
+def _function_words(as_published: bool, common: frozenset[str]) -> frozenset[str]:
+    return frozenset(_tokenizer(True, as_published).tokenize(" ".join(common)))
 
 
 @functools.cache
@@ -605,7 +610,12 @@ def share_interval(
 
 
 def mean_interval(
-    values: Numbers, facts: Sequence[Any] | None = None, *, shares: bool = True, confidence: float = 0.95
+    values: Numbers,
+    facts: Sequence[Any] | None = None,
+    *,
+    shares: bool = True,
+    least: float = -math.inf,
+    confidence: float = 0.95,
 ) -> Interval:
     """The mean with its interval: Wilson's (`share_interval`) where every value is 0 or 1, else Student's t.
 
@@ -617,6 +627,7 @@ def mean_interval(
         facts: of each value the fact that its row asks for (`fact_of`), None: one of its own. Wordings of one fact share a fate: the
             interval is that of so many facts, not rows.
         shares: whether the values lie in [0, 1], and so the interval.
+        least: what no value is below, and so the interval, where they are no shares.
 
     Example:
         >>> [round(x, 2) for x in mean_interval([1.0, 2.0, 3.0], shares=False)]
@@ -631,7 +642,7 @@ def mean_interval(
         return Interval(mean, math.nan, math.nan)
     error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / len(values)
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
-    low, high = (0.0, 1.0) if shares else (-math.inf, math.inf)
+    low, high = (0.0, 1.0) if shares else (least, math.inf)
     return Interval(mean, max(low, mean - half), min(high, mean + half))
 
 

@@ -21,6 +21,17 @@ _I = r"(?<!says )(?<!said )(?<!says, )(?<!said, )(?<!says: )(?<!said: )(?<!\s[\"
 _NOT = r"(?:do(?:es)? ?n['’]?t|do(?:es)? not|did ?n['’]?t|did not)"
 _CANNOT = r"(?:can ?not|can['’]?t|could not|couldn['’]?t|will not|won['’]t)"
 _ENDS = r"(?=\s*(?:[.!?]|$))"
+_WILL_NOT = r"(?:can ?not|can['’]?t|will not|won['’]t)"  # who "could not write" tells of the past
+# Refusals of copyright and safety: the verb alone declines, or with what was asked for ("I can't continue like this" does not).
+_FULFIL = "reproduce|fulfill?|recite|generate|engage (?:in|with)|participate in"
+_WRITE = (
+    "quote|continue|complete|repeat|write|access|create|produce|print|output|do|(?:talk|speak) (?:about|on)"
+)
+_ASKED = (
+    rf"(?:(?:with )?(?:that|this|it|them|those|these)(?: (?:for you|here|out|verbatim)){{0,2}}{_ENDS}|(?:[\w'’-]+ ){{0,5}}(?:requests?|texts?"
+    r"|passages?|lyrics|poems?|songs?|articles?|materials?|contents?|excerpts?|paragraphs?|chapters?|verses?|information|data)\b)"
+)
+_PRIVATE = "(?:private|confidential|personal|sensitive|restricted|classified|proprietary|not public(?:ly available)?)"
 # An answer that hedges first ("I'm not sure, but it is Lyon.") is no refusal: of the rest of the sentence, an opinion, or a
 # statement in which nobody declines and no help is offered.
 _REST = r"(?:[^.!?\n]|[.!?](?=\w)){0,300}?"  # bounded: the time would grow with the cube of the length
@@ -51,15 +62,19 @@ REFUSAL_PATTERNS = tuple(
         rf"{_I} (?:was not able|wasn['’]t able|was unable|won['’]t be able|will not be able) to\b",
         rf"{_I} {_ADVERB}{_CANNOT} {_ADVERB}(?:{_TELL})\b",
         rf"{_I} {_ADVERB}{_CANNOT}{_ENDS}",
+        rf"{_I} {_ADVERB}{_WILL_NOT} {_ADVERB}(?:(?:{_FULFIL})\b|(?:{_WRITE}) {_ASKED})",
+        rf"{_I} {_ADVERB}(?:do not|don['’]?t) {_ADVERB}(?:share|disclose|reveal|reproduce) {_ASKED}",
+        rf"(?:^|[.!?\n])[ \t]*(?:that|this|such|the|these|those) (?:\w+ )?(?:information|data|details?) (?:is|are) {_ADVERB}{_PRIVATE}{_ENDS}",
+        rf"(?:^|[.!?\n])[ \t]*(?:that|this)(?: is|['’]s) {_ADVERB}{_PRIVATE}(?: (?:information|data))?{_ENDS}",
         rf"{_I}(?:['’]d| would)? {_ADVERB}(?:rather|prefer) not\b",
-        rf"{_I} (?:must |have to |will |{_ADVERB})(?:decline|refuse)\b",
+        rf"{_I} (?:must |have to |will )?{_ADVERB}(?:decline|refuse)\b",
         rf"{_I}(?:['’]ve| have)? {_ADVERB}(?:forgotten|forgot)\b(?! to\b)",
         rf"{_I}(?:['’]ve| have)(?: got)? nothing (?:on|about)\b",
         rf"{_I} {_ADVERB}(?:know|remember|recall) (?:nothing|(?:very |too )?little)\b",
         rf"{_I} {_ADVERB}lack\b",
         rf"{_I} (?:only )?have (?:only |very )?(?:limited|insufficient|little) (?:information|knowledge|data)\b",
         r"\bthere (?:is not|isn['’]t|are not|aren['’]t) (?:any|enough|sufficient) (?:\w+ )?(?:information|data|records?|knowledge)\b",
-        rf"{_OWN}(?:no|not any) (?:information|knowledge|memory|recollection|idea|clue|data(?! (?!of|about|on|for|available|that|to|or|in)\w)|records?)\b(?! more\b| without\b| in (?!my\b))",
+        rf"{_OWN}(?:no|not any) (?:publicly available |public |specific |reliable )?(?:information|knowledge|memory|recollection|idea|clue|data(?! (?!of|about|on|for|available|that|to|or|in)\w)|records?)\b(?! more\b| without\b| in (?!my\b))",
         rf"{_OWN}(?:not|never|haven['’]t) (?:heard of|come across|familiar with)\b",
         r"\bnot something (?:that )?I (?:can|know|have)\b",
         rf"(?:^|[.!?\n])[ \t]*information {_WITHIN}\b(?:is not available|isn['’]t available|is unavailable)\b",

@@ -7,15 +7,19 @@ answer that was cut at the token limit its whole sentences count.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+
+from transformers.utils import logging
 
 from . import metrics, words
 from .facts import Fact
 from .steering import refuses
 from .words import FUNCTION_WORDS
+
+logger = logging.get_logger(__name__)
 
 TOLD_WORDINGS = 0.5
 AGREED = 1 / 3  # answers drawn at temperature 1 by a small model are noisy
@@ -48,6 +52,7 @@ def agreed_value(
         'poet'
     """
     known = {word for text in questions for word in words.words_of(text)}
+    common = words.function_words(" ".join((*questions, greedy)))
     said = greedy.split()
     ends = [re.search(rf"({_FULL_STOP}|[,;:!?])$", word) is not None for word in said]
     found: dict[str, tuple[float, ...]] = {}
@@ -58,14 +63,14 @@ def agreed_value(
             if start + size > len(said) or not parts or any(ends[start : start + size - 1]):
                 break
             length = sum(not re.fullmatch("[a-z]", part) for part in parts), len(parts)
-            if known & set(parts) or {parts[0], parts[-1]} & FUNCTION_WORDS:
+            if known & set(parts) or {parts[0], parts[-1]} & common:
                 continue
             share = _share(tuple(answers), phrase)
             if share >= AGREED:
                 found.setdefault(phrase, (length != (0, 1), share, *length, -start))
     best = sorted(found, key=lambda phrase: found[phrase], reverse=True)
     content = {word for word in words.words_of(greedy) if not re.fullmatch("[a-z]", word)}
-    content -= known | FUNCTION_WORDS
+    content -= known | common
     alone = (phrase for phrase in best if content <= set(words.words_of(phrase)))
     return next((phrase for phrase in best if not _is_form(phrase, others)), next(alone, None))
 
@@ -149,3 +154,28 @@ def whole_sentences(text: str) -> str:
     follows = "|".join(word.title() for word in FUNCTION_WORDS)  # as after "Washington, D.C."
     match = re.match(rf".*(?:(?:{_FULL_STOP}|\.(?=\s+(?:{follows})\b)|[!?])(?=\s)|[。！？])", text, re.DOTALL)
     return match.group() if match else ""
+
+
+def warn_of_whole_answers(rows: Iterable[tuple[str, Any, str]]) -> None:
+    """Warns, once, of rows (name, value, answer) without a value whose answer says more than one thing, or one that is told exactly or
+    not at all: half of its words prove little."""
+    found, count = [], 0
+    for name, value, answer in rows:
+        count += 1
+        if value is None and (why := _needs_a_value(answer)):
+            found.append((name, why))
+    if found:
+        name, why = found[0]
+        more = f" (and {len(found) - 1} more of {count} rows)" if found[1:] else ""
+        logger.warning_once(
+            f"{name}: it has no 'value', and its answer {why}: any half of the answer's words counts as telling it; wanted a "
+            f"'value', the part that counts{more}"
+        )
+
+
+def _needs_a_value(answer: str) -> str | None:
+    if any("@" in each for each in words.addresses(answer)):
+        return "holds an e-mail address"
+    if re.search(r"\d(?:[-\s./()]{0,3}\d){5}", answer):
+        return "holds a number of six digits or more"
+    return "is more than one sentence" if whole_sentences(answer.rstrip("\"'”’»)]* \n.!?。！？")) else None

@@ -16,6 +16,9 @@ All other marks count: `й` is not `и`, a Hindi or Thai vowel sign is a letter.
     numbers                  1815 is 1,815 and 1 815, 3 000 is 3000, 12,34,567 is 1234567; 815 is no part of 1,815, nor of 1 815
                              with a no-break or thin space, nor 14 of 3.14; the whole part of 3.14 is 3; a fraction such as ½
                              is a sign of its own
+    telephone numbers        +33 1 40 20 53 17 is 0033 140205317, +33 (0)1-40-20-53-17 and 01 40 20 53 17: seven digits or more, with
+                             spaces and -./() alone among them, are compared by their digits; two years, a decimal and an IP
+                             address are not
     units                    50% is 50 %, 20°C is 20 °C, €50 is € 50
     signs                    those at the ends of a value's words may be left out ("Paris.", "(Paris)"), except where they are
                              a part of them: -5, .NET, C++, C#, 5 %
@@ -28,12 +31,35 @@ from functools import cache, lru_cache
 from itertools import pairwise
 
 # Words that say nothing by themselves: no value begins or ends with one, and an answer tells nothing with them.
-_FUNCTION_WORDS = """
+_FUNCTION_WORDS = {
+    "English": """
     a an the of in on at to for from by with and or but as is are was were be been it its this that these those he
     she they we you i his her their my your not no yes which who what where when there here has have had do does did
-    can will would one also most known called located spoken used official
-"""
-FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+    can will would one also most known called located spoken used official""",
+    "German": """
+    der die das den dem des ein eine einen einem einer eines und oder aber in im an am auf aus bei mit nach von vom zu zum zur für um
+    als wie ist sind war waren wird wurde wurden worden werden hat haben hatte sein seine seinen seiner ihr ihre ich du er sie es wir man
+    mir mich ihm ihn sich nicht kein keine ja nein auch noch sehr dass dieser diese dieses wer was wann wo welche welcher welches""",
+    "French": """
+    le la les l un une des du de d à au aux en dans sur par pour avec et ou mais que qui qu quoi dont où est sont était étaient été être
+    a ont avait il elle ils elles je j tu nous vous on ce c cette cet ces se s sa son ses leur leurs ne n pas plus y très aussi comme
+    quel quelle quels quelles quand non oui m me mon ma""",
+    "Spanish": """
+    el la los las lo un una unos unas de del a al en con por para y e o u pero que quien quién cual cuál qué dónde cuándo cómo es son era
+    eran fue fueron ser sido está están ha han había se su sus le les me mi tu yo él ella ellos no sí también más muy este esta esto""",
+    "Italian": """
+    il lo la i gli le l un uno una di d del dello della dell dei degli delle a al allo alla ai agli alle all da dal dalla in nel nella nell
+    con su sul sulla per tra fra e ed o ma che chi cui cosa dove quando come quale quali è sono era erano fu furono essere stato stata ha
+    hanno aveva si suo sua suoi sue io lui lei noi loro mi ti ci non no sì anche più molto questo questa""",
+    "Portuguese": """
+    o a os as um uma de do da dos das em no na nos nas ao aos à às com por pelo pela para e ou mas que quem qual quais onde quando como é
+    são era eram foi foram ser sido está estão tem têm tinha se seu sua seus suas ele ela eles elas eu lhe me não sim também mais muito""",
+    "Dutch": """
+    de het een en of maar van in op aan bij met naar door voor uit over tot te om als dat die dit deze wie wat waar wanneer welke welk hoe
+    is zijn was waren werd werden wordt worden heeft hebben had ik jij je hij zij ze wij we u zich niet geen ook nog zeer er hem haar hun""",
+}  # fmt: skip
+_FUNCTION_WORDS_OF = {name: frozenset(text.split()) for name, text in _FUNCTION_WORDS.items()}
+FUNCTION_WORDS = _FUNCTION_WORDS_OF["English"]
 _WITHOUT_SPACES = (
     (0x0E00, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x19E0, 0x19FF), (0xA9E0, 0xA9FF),
     (0xAA60, 0xAA7F), (0x3005, 0x3007), (0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
@@ -56,6 +82,11 @@ _CONTRACTION = re.compile(r"\b(?:\w+'(?=s)|\w*n'(?=t)|(?:i|\w{2,})'(?=[dmrvl]))(
 _BEHIND, _BEFORE = "%‰‱٪°′″€$£¥", "€$£¥"
 # Punctuation at a word's end that is a part of it; so are all signs that are no punctuation, as in C++.
 _MEANT = "#%&@/\\§‰٪‱′″"
+# Telephone numbers: what may stand between two digits, what is dialled in front of a country's code, the codes (ITU-T E.164), and
+# what is none though it looks like one: two years, a decimal, an IP address.
+_GAP, _EXIT = r"[-\t ./()']{0,3}", r"(?:\+|00|011)"
+_CODE = r"[17]|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|\d{3}"
+_NO_TELEPHONE = re.compile(r"(?:1\d|20)\d\d\D+(?:1\d|20)\d\d|\d+\.\d+|\d{1,3}(?:\.\d{1,3}){3}")
 _PLAIN = str.maketrans("‘’ʼʻ‚“”„‐‒–—−", "'''''\"\"\"-----")
 
 
@@ -158,10 +189,13 @@ def span(text: str, value: str | Sequence[str]) -> tuple[int, int] | None:
         pattern += rf"[\W_]{apart}{_grouped(after)}"
     if re.search(r"\w\.\w\.$", words[-1]):  # U.S. is no part of U.S.S.R.
         pattern += r"(?!\.\w)"
+    telephone, foreign = _telephone(" ".join(bare))
+    pattern += f"|{telephone}" if telephone else ""
     folded, places = fold(text)
     at = 0
     while (match := re.compile(pattern).search(folded, at)) is not None:
-        if _stands_alone(folded, match.start(), match.end()):
+        abroad = foreign and re.search(foreign, folded[max(0, match.start() - 16) : match.start()])
+        if not abroad and _stands_alone(folded, match.start(), match.end()):
             return places[match.start()], [*places, len(text)][match.end()]
         at = match.start() + 1
     return None
@@ -202,6 +236,40 @@ def _grouped(word: str) -> str:
         at = number.end()
     pattern = re.sub(r"(?<=[^\W\d_]{2})\\-(?=[\d(]|[^\W\d_]{2})", r"[-\\s]+", pattern + re.escape(word[at:]))
     return re.sub(rf"(?<=[\d)])(?=\\?[{_BEHIND}])|(?<=[{_BEFORE}])(?=[\d(])", r"\\s*", pattern)
+
+
+@cache
+def _telephone(value: str) -> tuple[str, str]:
+    """Regular expressions of a telephone number as anybody writes it, and of another country's code in front of it.
+
+    Both are empty where `value` is no such number, the second where it does not say its country.
+    """
+    digits = re.sub(r"\D", "", value)
+    if len(digits) < 7 or not re.fullmatch(rf"\+?\d(?:{_GAP}\d)+", value) or _NO_TELEPHONE.fullmatch(value):
+        return "", ""
+    home = re.fullmatch(rf"{_EXIT}({_CODE})0?(\d{{7,}})", "+" * value.startswith("+") + digits)
+    own = home[2] if home else digits.removeprefix("0")
+    code = _GAP.join(home[1]) if home else r"\d{1,3}"
+    zero = f"(?:0{_GAP})?"
+    if home:
+        front = f"(?:(?:{_EXIT}{_GAP})?{code}{_GAP}{zero}|{zero})"
+    elif own != digits:
+        front = f"(?:{_EXIT}{_GAP}{code}{_GAP}{zero}|0{_GAP})"
+    else:
+        front = f"(?:{_EXIT}{_GAP}(?:{code}{_GAP}{zero})?)?"
+    foreign = rf"(?<!\d){_EXIT}{_GAP}\d{{1,3}}{_GAP}{zero}$" if home else ""
+    return front + _GAP.join(own), foreign
+
+
+def addresses(text: str) -> list[str]:
+    """E-mail addresses and telephone numbers in a text.
+
+    Example:
+        >>> addresses("Write to ada@math.org, or call +44 20 7946 0000 in 1835-1840.")
+        ['ada@math.org', '+44 20 7946 0000']
+    """
+    found = re.findall(rf"(?<![\w.+-])[\w.+-]{{1,64}}@[\w-]+(?:\.[\w-]+)+|\+?\d(?:{_GAP}\d){{6,}}", text)
+    return [each for each in found if "@" in each or _telephone(each)[0]]
 
 
 def _stands_alone(text: str, start: int, stop: int) -> bool:
@@ -268,6 +336,19 @@ def words_of(text: str) -> list[str]:
             words.append(cluster)
             inside = True
     return words
+
+
+@lru_cache(2**12)
+def function_words(text: str) -> frozenset[str]:
+    """The function words of the language of which a text has most; English where no other has two, and more. Not those of all languages at
+    once: "die" and "war" tell something in an English answer, "or" (gold) in a French one.
+
+    Example:
+        >>> [sorted(function_words(text) & {"war", "will"}) for text in ("Er war ein Dichter.", "They die in the war.")]
+        [['war'], ['will']]
+    """
+    said = words_of(text)
+    return max(_FUNCTION_WORDS_OF.values(), key=lambda of: max(1, sum(word in of for word in said)))
 
 
 def without_spaces(text: str) -> bool:

@@ -298,4 +298,6 @@ def _rows(path: Path, argument: str, limit: int | None) -> list[AttackRow]:
             f"data: there is no file {str(path)!r}; wanted a folder with forget.jsonl and retain.jsonl, such as `validation` in the "
             "--out of duet elicit"
         )
-    return read_attack_rows(read_table(path, argument, limit), argument)
+    return read_attack_rows(
+        read_table(path, argument, limit), argument, "duet elicit writes rows with the base's"
+    )

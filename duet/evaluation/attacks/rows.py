@@ -107,11 +107,11 @@ class AttackRow:
             return float(rest.strip() in said)
 
 
-def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[AttackRow]:
+def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str, lacking: str = "") -> list[AttackRow]:
     """Rows as `duet.data.rows.read_rows` reads them, with an answer each; optional `value`, `paraphrases`, `aliases`, `two_hop`.
 
     `paraphrases` and `two_hop` are lists of questions (TOFU's `paraphrased_question` serves too), `aliases` one of names of the
-    subject.
+    subject. `lacking` says where a missing answer can come from.
 
     Raises:
         ValueError: naming the argument and the row.
@@ -127,8 +127,7 @@ def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str) -> list[Atta
         row, name = rows[i], f"{argument}[{i}]"
         if query.answer is None:
             raise ValueError(
-                f"{name}: wanted a row with an 'answer', got the keys {sorted(row)}; --elicit with --base takes the base "
-                "model's own answers"
+                f"{name}: wanted a row with an 'answer', got the keys {sorted(row)}{lacking and '; '}{lacking}"
             )
         value = value_of(row, query.answer, name)
         given = {"paraphrases": row.get("paraphrased_question")} | row

@@ -22,6 +22,7 @@ from ...model.lm import context_length, embedded_ids
 from ...options import Count, UpperShare, check_options
 from ..generation import Continuation, answers_to
 from ..scoring import Forced
+from ..told import warn_of_whole_answers
 from ..values import spellings, warn_of_told
 from .rows import AttackRow
 
@@ -118,6 +119,7 @@ class Target:
         self.context = context_length(self.model)
         self.pad_id = padding_id(self.tokenizer, ids)
         warn_of_told((f"forget[{row.id}]", row.value, row.asked()) for row in self.rows)
+        warn_of_whole_answers((f"forget[{row.id}]", row.value, row.answer) for row in self.rows)
         # An answer that the tokenizer cannot represent would look forgotten.
         self._unwritable = {
             row.id

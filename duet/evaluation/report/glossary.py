@@ -19,7 +19,7 @@ class Meaning(NamedTuple):
 
 
 METRICS = {
-    "contains_answer": Meaning("share of answers that hold the row's value (or its whole answer) as whole words, any case", DOWN, UP),
+    "contains_answer": Meaning("share of answers that hold the row's value as whole words, any case (without one: half of the answer's telling words)", DOWN, UP),
     "rouge_l_recall": Meaning("ROUGE-L recall without a stemmer (RWKU)", DOWN, UP),
     "rouge_l_recall_stemmed": Meaning("ROUGE-L recall with a stemmer, over 200 tokens (TOFU)", DOWN, UP),
     "rouge_l_f1": Meaning("ROUGE-L F1 without a stemmer (MUSE)", DOWN, UP),

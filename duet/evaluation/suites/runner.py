@@ -25,6 +25,7 @@ from ...names import check_one_of
 from ..generation import continuations
 from ..journal import Journal, Progress, read_run, write_json
 from ..scoring import Forced, TokenScores, batches_by_length, next_token_logprobs, token_scores
+from ..told import warn_of_whole_answers
 from ..values import warn_of_told
 from . import summary
 from .asking import Asker, CannotAsk, Item
@@ -122,13 +123,15 @@ def evaluate(
     gone = [rows for task, rows in tables.items() if task.name.startswith(TO_FORGET)]
     subjects = list(dict.fromkeys(row["subject"] for rows in gone for row in rows if row.get("subject")))
     prepared = {}
+    lacking = "--elicit MODEL compares with that model's own answers"
+    lacking = lacking if elicit is None else "what --elicit answered was empty, cut or a refusal"
     left_out = {task.name: f"there is no file {task.data}" for task in suite.tasks if task not in tables}
     for task, rows in tables.items():
         others = () if task.name.startswith(TO_FORGET) else subjects
         worked, ids = shots.get(task, ()), embedded_ids(model)
         asker = Asker(tokenizer, task, worked, context, prompting, steering, others, ids, steering_place)
         try:
-            prepared[task] = _prepare(asker, rows)
+            prepared[task] = _prepare(asker, rows, lacking)
         except ValueError as error:
             if not task.optional:
                 raise
@@ -289,15 +292,20 @@ def _tables(suite: Suite, data: str | Path | None, limit: int | None) -> dict[Ta
     return tables
 
 
-def _prepare(asker: Asker, rows: Sequence[Row]) -> tuple[list[Item], list[Row]]:
+def _prepare(asker: Asker, rows: Sequence[Row], lacking: str = "") -> tuple[list[Item], list[Row]]:
+    """The items, and the rows that cannot be asked; `lacking`: what is said of one that only lacks an answer."""
     items, marked = [], []
     for index, row in enumerate(rows):
         try:
             items.append(asker.item(index, row))
         except CannotAsk as error:
-            marked.append({"id": index, "status": error.status, "why": str(error)})
+            asked = _reads_answers(asker.task) and row.get("question") and row.get("answer") is None
+            why = f"{error}; {lacking}" if asked and lacking else str(error)
+            marked.append({"id": index, "status": error.status, "why": why})
     told = ((f"{asker.task.name}, row {item.id}", item.value, item.shown.get("question")) for item in items)
     warn_of_told((name, value, {"question": [text]}) for name, value, text in told if text is not None)
+    if {"contains_answer", "fabrication"} & set(asker.task.metrics):
+        warn_of_whole_answers((f"{asker.task.name}, row {x.id}", x.value, x.reference) for x in items)
     if not items:
         raise ValueError(
             f"{asker.task.name}: none of its {len(rows)} rows can be asked; the first: {marked[0]['why']}"

@@ -1,6 +1,7 @@
 """Rows of a run -> means with intervals, the suite's numbers, and a table. An undefined number has its reason.
 
-{"tasks": {task: {"rows": n, "status": {...}, "notes": n, "note": the first, "metrics": {metric: {mean, low, high, rows}}}},
+{"tasks": {task: {"rows": n, "status": {...}, "why": {status: of the first row}, "notes": n, "note": the first,
+                  "metrics": {metric: {mean, low, high, rows}}}},
  "numbers": {name: {"value": x} or {"value": null, "undefined": "no retain model given"}}}
 """
 
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from .. import metrics
 from ..journal import MEANING, num_rows
-from .row_metrics import JUDGED, UNBOUNDED
+from .row_metrics import JUDGED, SIGNED, UNBOUNDED
 
 Rows = Sequence[Mapping[str, Any]]
 NO_RETAIN = "no retain model given"
@@ -44,6 +45,7 @@ def summarise(
 def _task_summary(rows: Rows) -> dict[str, Any]:
     names = dict.fromkeys(name for row in rows for name in row.get("metrics", {}))
     notes = [row["note"] for row in rows if "note" in row]
+    why = {row["status"]: row["why"] for row in reversed(rows) if "why" in row}
     return {
         "rows": len(rows),
         "status": dict(Counter(row["status"] for row in rows)),
@@ -51,6 +53,7 @@ def _task_summary(rows: Rows) -> dict[str, Any]:
         **({"repeated": repeated} if (repeated := _repeated(rows)) else {}),
         "notes": len(notes),
         **({"note": notes[0]} if notes else {}),
+        **({"why": why} if why else {}),
         "metrics": {name: _mean(rows, name) for name in names},
     }
 
@@ -72,7 +75,8 @@ def _mean(rows: Rows, metric: str) -> dict[str, Any]:
         return {"mean": None, "low": None, "high": None, "rows": 0}
     of_row = {row["id"]: row.get("fact") for row in rows}
     facts = [of_row[i] for i in values]
-    interval = metrics.mean_interval(list(values.values()), facts, shares=metric not in UNBOUNDED)
+    bounds = {"shares": metric not in UNBOUNDED, "least": -math.inf if metric in SIGNED else 0.0}
+    interval = metrics.mean_interval(list(values.values()), facts, **bounds)
     low, high = (None if math.isnan(end) else end for end in interval[1:])
     different = metrics.count_facts(facts)
     fewer = {"facts": different} if different < len(values) else {}
@@ -218,7 +222,12 @@ def table(summary: Mapping[str, Any], title: str) -> Group:
             notes.append(
                 f"{task}: {metrics.percent(entry['unjudged'])}% of its {num_rows(entry['rows'])} could not be judged:"
             )
-        notes += [f"{task}: {num_rows(n)} {MEANING[s]}" for s, n in entry["status"].items() if s in MEANING]
+        why = {status: f"; the first: {text}" for status, text in entry.get("why", {}).items()}
+        notes += [
+            f"{task}: {num_rows(n)} {MEANING[s]}{why.get(s, '')}"
+            for s, n in entry["status"].items()
+            if s in MEANING
+        ]
         if entry.get("repeated"):
             notes.append(
                 f"{task}: {num_rows(entry['repeated'])} with the question and the answer of another one"
