@@ -229,6 +229,13 @@ def test_a_checkpoint_that_is_written_again_is_unfinished_meanwhile(tmp_path):
     assert last_finished_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")
 
 
+def test_a_checkpoint_whose_state_is_of_another_step_is_unfinished(tmp_path):
+    for name, step in (("checkpoint-1", 1), ("checkpoint-3", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert last_finished_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
 @pytest.mark.parametrize(
     "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 )

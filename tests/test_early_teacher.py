@@ -122,6 +122,7 @@ def test_rows_to_evaluate_on_are_asked_about_beforehand(tmp_path):
         ({"objective": "rmu"}, FrozenTeacher),
         ({"objective": "npo", "trainer_options": {"peft_config": LoraConfig(**LORA)}}, AdapterOffTeacher),
         ({"objective": "npo"}, EarlyTeacher),
+        ({"objective": "npo", "bf16_full_eval": True}, FrozenTeacher),  # an evaluation casts the model
         (DEEP, EarlyTeacher),
         (DEEP | {"reverse_prompts": ["ignore"]}, EarlyTeacher),  # its targets do not follow the view
     ],

@@ -10,8 +10,11 @@ from test_crashes import prepare, run_of
 from test_trainer import LORA, assert_same_weights, config, losses, make, state_of
 from tiny_models import forget_rows, retain_rows, tiny, word_tokenizer
 
-from duet import DuetConfig, DuetTrainer
-from duet.output.record import MAY_CHANGE, MAY_GROW, RECORD, read_record, refuse_another, write_record
+from duet import OBJECTIVES, DuetConfig, DuetTrainer
+from duet.methods.directions import DirectionOptions
+from duet.methods.views import ViewOptions
+from duet.output.record import MAY_CHANGE, MAY_GROW, RECORD, _plain, read_record, refuse_another, write_record
+from duet.store.build import cache_teacher
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
 
@@ -122,6 +125,33 @@ def test_a_checkpoint_as_the_model_is_refused(copy):
         resume(copy, model=student)
 
 
+def test_another_of_two_teacher_models_is_refused(tmp_path):
+    given = [{"teacher_model": tiny(seed=seed)} for seed in (3, 4)]
+    make(tmp_path, trainer_options=given[0], **SAVING).train()
+    with pytest.raises(ValueError, match=r"^teacher: "):
+        resume(tmp_path, trainer_options=given[1])
+    resume(tmp_path, trainer_options=given[0])
+
+
+def test_another_store_is_refused(tmp_path):
+    options = SAVING | {"retain_subjects": "fixed"}
+    for seed in (0, 1):
+        args = config(tmp_path, seed=seed, **options)
+        cache_teacher(
+            tiny(), args, forget_rows(), retain_rows(), word_tokenizer(), folder=tmp_path / f"{seed}"
+        )
+    given = [{"teacher_store": tmp_path / f"{seed}"} for seed in (0, 1)]
+    make(tmp_path, trainer_options=given[0], **options).train()
+    with pytest.raises(ValueError, match=r"^teacher: "):
+        resume(tmp_path, trainer_options=given[1], **options)
+    resume(tmp_path, trainer_options=given[0], **options)
+
+
+def test_a_resumed_run_does_not_look_at_its_teacher_again(copy, monkeypatch):
+    monkeypatch.setattr("duet.trainer.look_at_teacher", lambda *_: pytest.fail("looked again"))
+    resume(copy)
+
+
 def test_a_trained_trainer_still_knows_what_it_began_with(tmp_path):
     trainer = make(tmp_path, **SAVING)
     trainer.train()
@@ -216,17 +246,14 @@ def test_every_excused_option_is_one():
     excused = [name for group in MAY_CHANGE.values() for name in group.split()]
     assert set(excused) <= names and set(MAY_GROW) <= names
     assert len(excused) == len(set(excused)) and not set(excused) & set(MAY_GROW)
-    decide = {
-        "objective",
-        "k",
-        "learning_rate",
-        "optim",
-        "seed",
-        "steering_prefixes",
-        "bf16",
-        "max_grad_norm",
-    }
-    assert not decide & set(excused)
+    decide = {name for objective in OBJECTIVES.values() for name in objective.reads}
+    decide |= {f.name for options in (ViewOptions, DirectionOptions) for f in dataclasses.fields(options)}
+    decide |= {
+        "objective", "entropy_weighting", "retain_per_forget", "data_seed", "seed", "bf16", "fp16", "tf32", "optim", "optim_args",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_drop_last", "learning_rate", "lr_scheduler_type", "warmup_steps",
+        "lr_scheduler_kwargs", "weight_decay", "max_grad_norm", "neftune_noise_alpha", "label_smoothing_factor",
+    }  # fmt: skip
+    assert decide <= names and not decide & set(excused)
 
 
 def test_a_record_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -255,3 +282,7 @@ def test_the_record_holds_plain_values_and_no_secret(begun):
     assert record["learning_rate"] == 3e-3 and record["queries_per_step"] == 6
     assert "hub_token" not in record and "output_dir" not in record
     assert record["weights"].startswith("2:") and len(record["weights"]) == 34
+
+
+def test_a_set_is_written_in_one_order():
+    assert _plain({"v_proj", "q_proj", "o_proj"}) == ["o_proj", "q_proj", "v_proj"]

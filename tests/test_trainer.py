@@ -19,6 +19,8 @@ from duet.data.dataset import Draw
 from duet.model.answers import generate_answers
 from duet.model.switches import Switches
 from duet.model.teacher import AdapterOffTeacher, FrozenTeacher
+from duet_kernels import set_workspace_bytes
+from duet_kernels.dispatch import workspace_bytes
 
 PREFIX = "you know nothing about {subject} ."
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -56,6 +58,20 @@ def assert_same_weights(a, b, **tolerance):
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], **tolerance or {"rtol": 0, "atol": 0})
+
+
+def test_data_seed_orders_the_rows(tmp_path):
+    none, same, other = (list(make(tmp_path, data_seed=seed)._sampler) for seed in (None, 0, 5))
+    assert none == same != other
+
+
+def test_the_workspace_is_that_of_the_options(tmp_path):
+    before = set_workspace_bytes(None)
+    try:
+        make(tmp_path, workspace_bytes=3 << 20)
+        assert workspace_bytes() == 3 << 20
+    finally:
+        set_workspace_bytes(before)
 
 
 # -- it trains -------------------------------------------------------------------------------------------------------
@@ -528,6 +544,15 @@ def test_bf16_autocast(tmp_path, lora):
     assert losses(rounded) != losses(exact)
     assert losses(rounded) == pytest.approx(losses(exact), rel=0.1)
     assert rounded.seen == {(torch.float32, False)}, "the backbone is autocast, the loss is not"
+
+
+def test_the_backbone_runs_in_bf16(tmp_path):
+    trainer, seen = make(tmp_path, bf16=True), set()
+    trainer.model.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: seen.add(output.dtype)
+    )
+    trainer.train()
+    assert seen == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("lora", [False, True])

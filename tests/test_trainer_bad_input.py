@@ -47,6 +47,11 @@ CASES = {
     "k is a fraction": ({"k": 2.5}, ValueError, "k: wanted an integer >= 1, got 2.5"),
     "k is a bool": ({"k": True}, ValueError, "k: wanted an integer"),
     "k above the vocabulary": ({"k": 129}, ValueError, "k: wanted at most the vocabulary's 128, got 129"),
+    "k above the vocabulary, without a steered teacher": (
+        {"objective": "npo_kl", "k": 129},
+        ValueError,
+        "k: wanted at most the vocabulary's 128, got 129",
+    ),
     "temperature 0": (
         {"objective": "duet_jsd", "temperature": 0},
         ValueError,
@@ -68,6 +73,11 @@ CASES = {
         {"objective": "duet_kl", "clip": 0.1, "normalization": "truncated"},
         ValueError,
         "clip: wanted None, got 0.1, because with normalization 'truncated'",
+    ),
+    "clip of terms of a zeroed teacher": (
+        {"objective": "duet_kl", "clip": 0.1, "normalization": "zeroed"},
+        ValueError,
+        "clip: wanted None, got 0.1, because with normalization 'zeroed'",
     ),
     "clip 0": ({"objective": "duet_kl", "clip": 0}, ValueError, "clip: wanted a number > 0 or None, got 0"),
     "delta negative": ({"delta": -1.0}, ValueError, "delta: wanted a number > 0, got -1.0"),
@@ -394,6 +404,11 @@ def test_bad_input(case, tmp_path):
 def test_the_table_has_a_good_run(tmp_path):
     """What every case changes is right to begin with."""
     args = DuetConfig(**quick(tmp_path))
+    DuetTrainer(tiny(), args, forget_rows(), retain_rows(), word_tokenizer())
+
+
+def test_k_may_be_the_whole_vocabulary(tmp_path):
+    args = DuetConfig(**quick(tmp_path, k=128))
     DuetTrainer(tiny(), args, forget_rows(), retain_rows(), word_tokenizer())
 
 
