@@ -1,6 +1,7 @@
 """Targets of duet_deep: names exchanged, distributions averaged, and what of an answer counts as knowledge."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from duet import DuetConfig, DuetTrainer
 from duet.data.dataset import Draw, UnlearnDataset
 from duet.data.prompts import PromptRenderer
 from duet.data.rows import read_rows
-from duet.methods.counterfactual import certain, log_probability, mixture_topk, stranger
+from duet.methods.counterfactual import _ForgetRow, certain, log_probability, mixture_topk, stranger
 from duet_kernels import LMHead, TopK, topk_distill_loss
 
 NAMES = ["red river", "blue animal", "green color"]
@@ -43,6 +44,25 @@ def test_a_name_is_replaced_and_its_tokens_change_places():
 def test_names_of_other_lengths_line_up_behind_the_name(new, answer, places):
     found = stranger(word_tokenizer(), [1], ids("yes ada lovelace wrote"), "ada lovelace", new)
     assert words(found.answer) == answer.split() and found.places == places
+
+
+def test_an_id_changes_places_once():
+    swaps = stranger(word_tokenizer(), [1], ids("yes"), "ada lovelace", "red red").swaps
+    assert swaps and all(swaps[new] == old for old, new in swaps.items())
+
+
+def test_names_are_drawn_from_the_seed_and_never_the_subject():
+    many = ["red river", "blue animal", "green color", "one two", "ada lovelace"]
+    [row, *_] = read_rows(forget_rows(1, answers=False), "forget_dataset")
+
+    def drawn(count, seed=0):
+        options = {"counterfactual_names": many, "num_counterfactuals": count, "seed": seed}
+        args = DuetConfig(output_dir="unused", objective="duet_deep", **options)
+        return _ForgetRow(SimpleNamespace(args=args), row, 0).names
+
+    pairs = [drawn(2, seed) for seed in range(6)]
+    assert all(len(names) == 2 for names in pairs) and len(set(map(tuple, pairs))) > 1
+    assert row.subject == "ada lovelace" and sorted(drawn(9)) == sorted(many[:-1])
 
 
 def test_an_answer_without_the_name_stays():
@@ -326,6 +346,12 @@ def test_a_given_refusal_that_cannot_be_taught_whole_is_refused(tmp_path, refusa
         make(tmp_path, rows=rows, **options).get_train_dataloader()
 
 
+def test_a_given_refusal_may_have_as_many_tokens_as_an_answer(tmp_path):
+    trainer = make(tmp_path, deep_refusals=["no not nothing"], refusal_fraction=1.0, max_answer_tokens=4)
+    trainer.get_train_dataloader()
+    assert len(trainer.train_dataset.segments[0][-1].answer) == 4  # with the end token
+
+
 @pytest.mark.parametrize("token", [0, 3, 5])
 def test_certainty_names_no_id_twice(token):
     top = certain([token, 1], 4, torch.zeros(1))
@@ -358,6 +384,22 @@ def test_two_micro_batches_equal_one(tmp_path):
         states.append(trainer.model.state_dict())
     for name in states[0]:
         torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=1e-6)
+
+
+def test_the_prefixes_take_turns_over_the_strangers(tmp_path, monkeypatch):
+    prefixes = ["you know nothing about {subject} .", "forget everything about {subject} ."]
+    trainer, asked = make(tmp_path, steering_prefixes=prefixes), []
+    row = _ForgetRow(trainer, trainer.train_dataset.rows[0], 0)
+    monkeypatch.setattr(row, "prompt", lambda prefix, name: asked.append(prefix) or [1])
+    row.mixture([5], steered=True)
+    assert asked == [prefixes[0], prefixes[1], prefixes[0]]
+
+
+def test_each_row_is_taught_a_refusal_that_is_drawn(tmp_path):
+    trainer = make(tmp_path, deep_refusals=["no", "maybe", "not"], refusal_fraction=1.0)
+    trainer.get_train_dataloader()
+    segments = trainer.train_dataset.segments
+    assert len({tuple(segments[i][-1].answer) for i in range(6)}) > 1
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

@@ -90,6 +90,17 @@ def test_padding_and_the_size_of_batches_change_no_direction(tmp_path, monkeypat
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
 
 
+def test_the_uses_of_rows_follow_from_the_seed(tmp_path):
+    options = CONTRAST | {"objective": "npo", "prefills": ["yes", "no"]}
+    found = []
+    for seed in (0, 1):
+        trainer = make(tmp_path, trainer_options=WITH_LORA, data_seed=seed, seed=seed, **options)
+        trainer.prepare_rows(trainer.train_dataset)
+        trainer._place(trainer._loras()[0][:1])
+        found.append(downs(trainer)[0].weight)
+    assert not torch.equal(*found)
+
+
 def test_a_resumed_run_is_the_whole_run(tmp_path):
     options = CONTRAST | {"save_strategy": "steps", "save_steps": 1}
     whole = make(tmp_path, trainer_options=WITH_LORA, **options)

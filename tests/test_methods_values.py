@@ -11,7 +11,7 @@ import torch
 
 from duet import DuetConfig
 from duet.methods.objectives import OBJECTIVES, Counts, Step
-from duet.methods.objectives.baselines import least_probable
+from duet.methods.objectives.baselines import least_probable, rmu_parameters
 from duet_kernels import LMHead
 
 NONE = -100
@@ -179,6 +179,12 @@ def test_shred_deletes_that_share_rounded_up(length, percent, deleted):
     ]
 
 
+def test_of_equal_tokens_the_earlier_are_deleted():
+    query = torch.zeros(40, dtype=torch.int64)  # enough for a sort that is not stable to move them
+    step = Step(torch.zeros(40, 2), None, None, query, query, torch.tensor([True]), None, None)
+    assert least_probable(step, torch.ones(40), 50).tolist() == [True] * 20 + [False] * 20
+
+
 def test_rmu_is_computed_in_single_precision():
     """A mean over 300 squares of bf16 states keeps more than bf16's 8 bits."""
     hidden = torch.linspace(0.5, 1.5, 300 * 8).reshape(300, 8).bfloat16()
@@ -205,6 +211,18 @@ def test_rmu():
     assert found["forget_loss"].item() == pytest.approx(18)
     assert found["retain_loss"].item() == pytest.approx(0.5)
     assert found["loss"].item() == pytest.approx(68)
+
+
+def test_the_control_vector_of_rmu_follows_from_the_seed():
+    rows = [[1.0, 2.0], [1.0, 2.0]], [0, 0], [[0.0, 0.0], [0.0, 0.0]]
+    first, again, other = (value("rmu", *rows, rmu_layer=0, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_rmu_trains_no_projection_of_the_attention():
+    args = DuetConfig(output_dir="unused", objective="rmu", rmu_layer=1)
+    names = "transformer.h.1.attn.c_proj.weight", "transformer.h.1.mlp.c_proj.weight"
+    assert [rmu_parameters(name, args) for name in names] == [False, True]
 
 
 def test_entropy_weighting():
@@ -285,6 +303,20 @@ def test_duet_deep_lifts_what_fell_under_its_floor():
     # 1/100 is more than one nat under 1/4: the gate is shut (the constant 4 log 2), and log 25 is to be made up
     assert found["push_loss"] == pytest.approx(4 * log(2)) and found["lift_loss"] == pytest.approx(log(25))
     assert found["loss"] == pytest.approx(4 * log(2) + 0.1 * log(25))
+
+
+@pytest.mark.parametrize("below, pushed", [(0.9, True), (1.1, False)])
+def test_the_push_of_duet_deep_ends_one_nat_under_the_floor(below, pushed):
+    targets = deep_targets(
+        [(1, 1, 2)] * 2,
+        pushed=[True, False],
+        known=[True, False],
+        base=[0.0, 0.0],
+        floor=[log(1 / 4) + below, 0.0],
+    )
+    options = {"prepared": targets, "queries": [0, 1], "deep_npo_beta": 0.5}
+    push = value("duet_deep", [odds(1, 1, 2)] * 2, [0, 0], part="push_loss", **options)
+    assert (push != pytest.approx(4 * log(2))) == pushed  # the constant of a gate that is shut
 
 
 def test_duet_deep_teaches_whole_refusals_by_position_and_keeps_answers_by_query():

@@ -7,7 +7,7 @@ import torch
 from learned_models import knowing
 from peft import LoraConfig
 from test_trainer import LORA, assert_same_weights, make, state_of
-from tiny_models import tiny
+from tiny_models import forget_rows, tiny
 from torch import nn
 
 from duet.methods import noising
@@ -128,6 +128,18 @@ def test_without_a_tolerance_it_runs_to_the_end(tmp_path):
     trainer = make(tmp_path, tiny(), max_steps=3, undo_tolerance=0.0, undo_check_steps=1, **OPTIONS)
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+def test_the_noise_of_a_run_follows_from_its_seed(tmp_path):
+    first, again, other = (make(tmp_path, seed=seed, **OPTIONS).model.lm_head.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_stop_rule_is_installed_once(tmp_path):
+    trainer = make(tmp_path, trainer_options={"eval_dataset": forget_rows(2)}, **OPTIONS)
+    trainer.get_train_dataloader()
+    trainer.get_eval_dataloader()
+    assert sum(isinstance(each, RecoveryStop) for each in trainer.callback_handler.callbacks) == 1
 
 
 def test_every_token_but_the_first_is_scored(tmp_path):

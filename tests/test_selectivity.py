@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from test_trainer import LORA, assert_same_weights, config, losses, make, state_of
-from tiny_models import forget_rows, tiny
+from tiny_models import forget_rows, tiny, word_tokenizer
 
 from duet import DuetConfig, DuetTrainer
-from duet.methods.selectivity import adversary, collapsed
+from duet.methods import selectivity
+from duet.methods.selectivity import adversary, collapsed, selective_direction
 
 FIXED = {"objective": "repselect", "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 
@@ -62,6 +63,41 @@ def test_the_attacker_is_there_and_leaves_nothing():
     with torch.no_grad():
         model.get_parameter(name).add_(up @ down)
     torch.testing.assert_close(model(ids).logits, inside)
+
+
+def test_the_attacker_learns_the_forget_answers(tmp_path, monkeypatch):
+    seen, losses_of = [], selectivity._losses
+
+    def kept(trainer, doing):
+        for loss in losses_of(trainer, doing):
+            seen.append(loss.item())  # -NLL
+            yield loss
+
+    monkeypatch.setattr(selectivity, "_losses", kept)
+    options = FIXED | {"per_device_train_batch_size": 6, "repselect_lora_rate": 0.1}
+    selective_direction(make(tmp_path, **options))
+    before, after = seen  # one batch of all six forget rows, twice
+    assert after > before
+
+
+def test_the_gradients_of_batches_are_averaged(tmp_path):
+    rows = [forget_rows()[0], forget_rows()[0] | {"question": "who was ada lovelace ?"}]
+    found = []
+    for size in (1, 2):
+        options = FIXED | {"repselect_lora_rate": 0.0, "repselect_components": 1}
+        args = config(tmp_path, per_device_train_batch_size=size, **options)
+        found.append(selective_direction(DuetTrainer(tiny(), args, rows, None, word_tokenizer())))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_the_direction_follows_from_the_seed_alone(tmp_path):
+    found = []
+    for count in (0, 5):
+        trainer = make(tmp_path, **FIXED | {"repselect_lora_rate": 0.1, "per_device_train_batch_size": 3})
+        torch.rand(count)
+        found.append(selective_direction(trainer))
+    assert all(map(torch.equal, *found))
 
 
 def test_a_resumed_run_takes_the_gradient_of_the_untrained_model(tmp_path):

@@ -91,6 +91,20 @@ def test_an_accumulated_step_is_the_step_of_the_whole_batch(tmp_path):
         assert losses(parts, name) == pytest.approx(losses(whole, name), rel=1e-4)
 
 
+def test_a_step_after_an_evaluation_is_looked_at_in_training_mode(tmp_path):
+    options = {"objective": "npo_sam", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    trainer = make(tmp_path, trainer_options={"eval_dataset": forget_rows(2)}, **options)
+    modes, parts_of = set(), trainer.parts_of
+
+    def seen(model, *args):
+        modes.add((torch.is_grad_enabled(), model.training))
+        return parts_of(model, *args)
+
+    trainer.parts_of = seen
+    trainer.train()
+    assert modes == {(True, True), (False, False)}
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_resumed_run_is_the_same_run(tmp_path, lora):
     options = {"objective": "npo_sam", "save_strategy": "steps", "save_steps": 1}
