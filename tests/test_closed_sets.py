@@ -133,7 +133,9 @@ def test_what_holds_a_model_or_is_held_by_one_is_no_model():
             LMHead.of(part)
 
 
-@pytest.mark.parametrize("wrong", [{"scale": 1.01}, {"softcap": 30.0}, {"vocab_size": 100, "scale": 2.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"scale": 1.01}, {"scale": 1.0001}, {"softcap": 30.0}, {"vocab_size": 100, "scale": 2.0}]
+)
 def test_a_head_made_by_hand_is_compared(wrong):
     model = tiny()
     with pytest.raises(ValueError, match="head: its logits are not those of LlamaForCausalLM"):

@@ -251,3 +251,29 @@ def test_an_id_that_only_the_teacher_rules_out(impl, support):
     q, p = (torch.cat([x[ids], 1 - x[ids].sum(0, True)]) for x in (q, p))
     bucket = linear_distill_loss(hidden, z.T, *teacher, k=2, support=support, normalization="tail", **options)
     torch.testing.assert_close(bucket, (q * (q / p).log()).sum())
+
+
+EVERY_IMPL = pytest.mark.parametrize(
+    "impl", ["reference", "chunked", pytest.param("triton", marks=NEEDS_TRITON)]
+)
+
+
+@EVERY_IMPL
+def test_noise_is_that_of_the_larger_of_both_logits(impl):
+    """8 eps of 100 are 1e-4: a difference of 5e-5 has no sign."""
+    hidden = torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[1.00005, 0.0, 100.0]])
+    linear_distill_loss(hidden, torch.eye(3), teacher, torch.eye(3), divergence="l1", impl=impl).backward()
+    assert hidden.grad.tolist() == [[0, 0, -1]]
+
+
+@EVERY_IMPL
+@pytest.mark.parametrize("k", [None, 3])
+def test_noise_follows_the_temperature(k, impl):
+    """Logits that differ by rounding do so at every temperature."""
+    hidden = torch.tensor([[100.0, 99.9, 99.8]], requires_grad=True)
+    teacher = torch.tensor([[100.00005, 99.9, 99.8]])
+    options = {"k": k, "divergence": "tvd", "temperature": 0.1, "impl": impl}
+    loss = linear_distill_loss(hidden, torch.eye(3), teacher, torch.eye(3), **options)
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any()

@@ -1,5 +1,7 @@
 """linear_cross_entropy's two ways in `chunked`: which one runs, what it multiplies, and the digits it keeps."""
 
+from math import exp, log1p
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,6 +123,14 @@ def test_an_almost_certain_token_keeps_its_digits(by, way):
     wanted = truth, *torch.autograd.grad(truth, exact)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=3e-5, atol=0)
+
+
+@BOTH
+def test_a_loss_of_22_nats_has_the_digits_of_fp64(by, way):
+    by(way)
+    hidden = torch.tensor([[0.0, 22.0]], dtype=torch.float64, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.eye(2, dtype=torch.float64), torch.tensor([0]))
+    assert loss.item() == pytest.approx(22 + log1p(exp(-22)), rel=2e-16, abs=0)
 
 
 @BOTH

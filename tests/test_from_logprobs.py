@@ -80,6 +80,13 @@ def test_the_k_hold_all_the_mass():
     assert over.tail_logsumexp.item() == -torch.inf
 
 
+def test_a_mass_above_1_is_refused_beyond_rounding():
+    ids = torch.tensor([[0, 1]])
+    TopK.from_logprobs(ids, torch.tensor([[0.5, 0.505]]).log())
+    with pytest.raises(ValueError, match=r"got a sum of 1\.05"):
+        TopK.from_logprobs(ids, torch.tensor([[0.5, 0.55]]).log())
+
+
 def test_nothing_present():
     top = TopK.from_logprobs(torch.tensor([[-1, -1]]), torch.tensor([[-0.5, -0.1]]))
     assert top.indices.tolist() == [[0, 0]] and top.tail_logsumexp.tolist() == [0.0]

@@ -277,6 +277,17 @@ def test_the_gradient_in_hidden_states_does_not_care_for_the_cut(name):
         assert (x - y).norm() <= 2e-6 * y.norm()
 
 
+def test_a_half_dweight_is_summed_over_blocks_in_fp32(monkeypatch):
+    """256 rows add 2^-9 each to a sum near 1, where bf16 would stay."""
+    monkeypatch.setattr(cuts, "MAX_ROWS", 1)
+    hidden = torch.full((256, 2), 2.0**-9, dtype=torch.bfloat16)
+    hidden[0] = 1
+    weight = torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True)
+    ones, teacher = hidden.new_ones(256, 1), hidden.new_full((3, 1), -0.5)  # s - t = 0.5: dloss/dz = 1
+    linear_distill_loss(hidden, weight, ones, teacher, divergence="mse", reduction="sum").backward()
+    assert weight.grad.float().unique().item() == pytest.approx(1 + 255 * 2.0**-9, rel=2**-8)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "symmetric_kl", "jsd"])
 def test_both_certain_of_one_id(name, temperature):

@@ -174,6 +174,13 @@ def test_the_overlap_is_of_as_many_ids_of_the_student():
         assert stats.overlap.tolist() == [0.0, 0.5]
 
 
+def test_a_teacher_may_have_more_slots_than_there_are_ids():
+    teacher = TopK(torch.zeros(1, 3), torch.tensor([[0, 1, 1]]))
+    for impl in IMPLS:
+        stats = topk_distill_stats(torch.eye(2)[:1], torch.eye(2), teacher, overlap=True, impl=impl)
+        assert stats.overlap.item() == 1
+
+
 def test_the_overlap_of_a_token_without_logits_is_nan():
     hidden = torch.eye(2).index_fill(0, torch.tensor([1]), torch.nan)
     teacher = TopK(torch.ones(2, 1), torch.tensor([[0], [0]]))
