@@ -7,7 +7,7 @@ import torch
 from learned_models import knowing
 from peft import LoraConfig
 from test_trainer import LORA, assert_same_weights, make, state_of
-from tiny_models import forget_rows, tiny
+from tiny_models import retain_rows, tiny
 from torch import nn
 
 from duet.methods import noising
@@ -136,9 +136,9 @@ def test_the_noise_of_a_run_follows_from_its_seed(tmp_path):
 
 
 def test_the_stop_rule_is_installed_once(tmp_path):
-    trainer = make(tmp_path, trainer_options={"eval_dataset": forget_rows(2)}, **OPTIONS)
+    trainer = make(tmp_path, trainer_options={"eval_dataset": {"retain": retain_rows(2)}}, **OPTIONS)
     trainer.get_train_dataloader()
-    trainer.get_eval_dataloader()
+    trainer.get_eval_dataloader("retain")
     assert sum(isinstance(each, RecoveryStop) for each in trainer.callback_handler.callbacks) == 1
 
 
