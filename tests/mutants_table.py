@@ -598,6 +598,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_importers.py::test_choices"),
     ],
     "duet/evaluation/suites/asking.py": [
+        ("a chat is asked its last question alone", "(*given[:-1], (\"user\", question))", "((\"user\", question),)",
+         "tests/test_evaluation_suites.py::test_chats_and_texts_are_asked_as_training_reads_them"),
+        ("a text's completion is set off by a space", "isinstance(conversation, _Written) and not", "isinstance(conversation, str) and not",
+         "tests/test_evaluation_suites.py::test_chats_and_texts_are_asked_as_training_reads_them"),
         ("a worked example's fault is the row's", 'where = f"{self.task.name}.few_shot, row {i}"', 'where = f"{self.task.name}, row {i}"',
          "tests/test_evaluation_suites.py::test_of_two_faults_of_a_row_the_first_is_told"),
         ("an end token follows a text that is cut", "self.renderer.ending(conversation)][:most]", "self.renderer.ending(conversation)]",

@@ -272,6 +272,19 @@ def test_the_command_on_the_worlds_base(tmp_path):
     assert found["tasks"]["mc"]["metrics"]["accuracy"]["mean"] > 0.95
 
 
+def test_the_examples_of_chats_and_texts_are_asked(tmp_path):
+    data, tokenizer = Path(__file__).parent.parent / "configs/data", merging_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    suite = with_short_answers(load_suite("probes", {"forget": "forget_chats", "retain": "retain_texts"}))
+    model = tiny(vocab_size=len(tokenizer), max_position_embeddings=512)
+    runner.evaluate(model, tokenizer, suite, out=tmp_path, data=data)
+    rows = {(row["task"], row["id"]): row for row in rows_of(tmp_path)}
+    assert not any("why" in row for row in rows.values())
+    second = rows["forget_answers", 1]
+    assert (second["question"], second["answer"]) == ("Who wrote a program for it?", "Ada Lovelace.")
+    assert rows["retain_losses", 0]["question"] == "The capital of France is"
+
+
 def test_expected_errors_of_the_command(tmp_path, monkeypatch, capsys):
     def fails(*words):
         monkeypatch.setattr(sys, "argv", ["duet", "eval", *map(str, words)])

@@ -67,7 +67,7 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
         raise ValueError(f"{argument}: wanted at least one row, got none")
     read = [rows[i] for i in range(len(rows))]
     warn_of_unread(read, argument)
-    return [_read_row(row, f"{argument}[{i}]") for i, row in enumerate(read)]
+    return [read_row(row, f"{argument}[{i}]") for i, row in enumerate(read)]
 
 
 OURS = (*PROMPTS, *ANSWERS, "subject", "value", "paraphrases", "aliases", "two_hop")
@@ -116,7 +116,8 @@ def _asked(query: Query) -> Any:
     return tuple((role, " ".join(text.split()).casefold()) for role, text in turns)
 
 
-def _read_row(row: Any, name: str) -> Query:
+def read_row(row: Any, name: str) -> Query:
+    """One row of `read_rows`; errors call it `name`."""
     if not isinstance(row, Mapping):
         raise TypeError(f"{name}: wanted a dict, got {type(row).__name__}")
     given = [key for key in PROMPTS if row.get(key) is not None]

@@ -61,6 +61,7 @@ class Task:
         metrics: per row; `row_metrics` lists them by kind.
         hub: the dataset on the Hub; None: the suite's.
         question: what is asked, with `{column}`; null: nothing, the texts are scored alone.
+            A row without the column `question` may have `messages` or `prompt` (`duet.data.rows`): it is then their last message or text.
         plain: how the question is written where there is no chat template; `{question}` stands for it. None: as the
             model was trained.
         chat: `auto` (the tokenizer's chat template, if it has one) or `never`.
