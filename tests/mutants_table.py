@@ -575,6 +575,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_scoring.py::test_the_room_of_an_answer_follows_from_its_own_prompt"),
     ],
     "duet/evaluation/suites/runner.py": [
+        ("answers are as long as the suite says", "suite = _with_answers_of(suite, max_new_tokens)", "_with_answers_of(suite, max_new_tokens)",
+         "tests/test_evaluation_shipped.py::test_answers_are_as_long_as_the_command_says"),
         ("nothing at all is asked", "    if not prepared:\n", "    if False:\n", "tests/test_importers.py::test_choices"),
         ("rows of other worked examples are taken for this run's", "digest_of(rows) for task, rows in shots.items()}}", "task.data for task in shots}}", "tests/test_evaluation_runner.py::test_other_worked_examples_are_another_run"),
         ("a column that a task reads is called unread", "for task in of)))", "for task in of[:1])))", "tests/test_evaluation_suites.py::test_a_column_that_no_task_of_the_suite_reads_is_named"),
@@ -859,6 +861,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_runner.py::test_the_journal_refuses_what_is_not_its_own"),
     ],
     "duet/evaluation/commands.py": [
+        ("the base's answers are cut at 64", "answering = _eliciting(asked, prompting, batch_size, console, max_new_tokens or 64)",
+         "answering = _eliciting(asked, prompting, batch_size, console, 64)", "tests/test_evaluation_shipped.py::test_answers_are_as_long_as_the_command_says"),
         ("what the base does not tell stops the attack", "if answering is not None and row.get(ELICITED):", "if False:",
          "tests/test_without_answers.py::test_attack_leaves_out_what_the_base_does_not_tell"),
         ("a full disk has no name", '        with disk_named(out, "out"):\n            yield\n', "        if True:\n            yield\n", _FOLDERS + "test_a_full_disk_has_a_name_in_eval_attack_and_elicit"),
