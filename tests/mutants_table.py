@@ -991,6 +991,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_report.py::test_a_folder_that_is_no_run_is_named"),
     ],
     "duet/data/rows.py": [
+        ("ShareGPT's human is no user", "ROLES.get(turn[\"role\"], turn[\"role\"])", "turn[\"role\"]", "tests/test_data.py::test_rows"),
+        ("an Alpaca row is told nothing", "if all(row.get(theirs) for", "if not any(row.get(theirs) for",
+         "tests/test_data.py::test_rows_of_other_forms_are_told_how_they_are_written_here"),
         ("a set of several splits is taken for a stream", "    if isinstance(rows, dict) and any(", "    if isinstance(rows, list) and any(",
          "tests/test_trainer_bad_input.py::test_bad_input[a set of several splits]"),
         ("what is kept differs by a capital letter", '" ".join(text.split()).casefold()) for role', "text) for role",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from transformers.utils import logging
 
-from ...data.rows import checked_text, text_of
+from ...data.rows import checked_text, how_to_rename, text_of
 from ...data.sources import FORMATS, read_table
 from ...names import check_known, check_one_of, instead
 from ...options import BlankTexts, Count, MaybeCount, Texts, fitted, mapping, section
@@ -242,7 +242,8 @@ def fill(template: str, row: Mapping[str, Any], where: str) -> str:
 
     def value(match: re.Match) -> str:
         if row.get(match[1]) is None:
-            raise ValueError(f"{where}: it has no column {match[1]!r}, but {', '.join(sorted(row))}")
+            hint = how_to_rename(row) if match[1] == "question" else ""
+            raise ValueError(f"{where}: it has no column {match[1]!r}, but {', '.join(sorted(row))}{hint}")
         column = f"{where}, {match[1]}"
         return checked_text(row[match[1]], column) if template == match[0] else text_of(row[match[1]], column)
 
