@@ -276,6 +276,8 @@ def elicit(
     for kind, count in counts.items():
         table.add_row(kind, *map(str, count.values()))
     console.print(table)
+    if kept := facts.neighbours_in(asked):
+        say(kept)
     if counts["forget"]["report"]:
         coming = f"duet steer --data {out} --config FILE comes next"
     else:  # nothing would be left to measure by
