@@ -401,7 +401,13 @@ def plan(
     gpu_memory: Annotated[str, Option(help="such as 24GiB; a number alone is GiB")] = "24GiB",
     length: Annotated[int, Option(min=1, help="tokens of the longest query with its answer")] = 256,
     prefix_length: Annotated[int, Option(min=0, help="tokens that the steering prefix adds")] = 128,
-    scored: Annotated[int, Option(min=1, help="scored positions a query")] = 1,
+    scored: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="scored positions a query, such as the tokens of the longest answer; default: what the method may score",
+        ),
+    ] = None,
     subjects: Annotated[int, Option(min=1, help="how many people or things are to be forgotten")] = 1,
     reserve: Annotated[str, Option(help="kept free for the CUDA context and fragmentation")] = "1GiB",
     as_json: Annotated[bool, Option("--json", help="print JSON, sizes in bytes")] = False,
