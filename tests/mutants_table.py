@@ -915,6 +915,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_steering.py::test_an_answer_that_was_cut_is_not_called_forgotten"),
     ],
     "duet/run/steer.py": [
+        ("a choice by a few rows is not warned of", "for m in (best, chosen.best))) < FEW:", "for m in (best, chosen.best))) < 0:",
+         "tests/test_steering.py::test_few_judged_rows_are_said_and_cut_ones_shown"),
         ("a steering that nobody knows is written", "chosen.report.forgets is None and declines", "chosen.report.forgets is None",
          "tests/test_steering.py::test_a_steering_is_not_written_where_nothing_says_that_it_forgets"),
         ("every second row, whatever its subject", "(first, second) if len(first) <= len(second) else (second, first)", "(first, second)",
@@ -928,6 +930,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a sharpness-aware step takes no more", "(2 * gradients if settings.sharp else 0)", "0", "tests/test_plan.py::test_the_two_numbers_of_a_sharpness_aware_step_are_counted"),
     ],
     "duet/run/plan_report.py": [
+        ("one position of an answer is planned", "scored=scored or _scored(objective, args, length)", "scored=scored or 1",
+         "tests/test_plan.py::test_whole_answers_are_planned_where_the_method_scores_them"),
         ("a teacher without a prefix reads one", "length + (prefix_length if objective.is_steered else 0)", "length + prefix_length", "tests/test_plan.py::test_prefixes_that_nobody_keeps_are_not_counted[options1]"),
     ],
     "duet/cli.py": [

@@ -36,6 +36,7 @@ KINDS = (FORGET, NEIGHBOUR, RETAIN)
 RECORD = "steering.json"  # in the folder of a training: what was measured before it
 STILL_TOLD = 0.5  # a teacher that still tells more than this share does not forget
 ALIKE = 0.5
+FEW = 10  # forget rows: shares of fewer say little
 
 # Wordings to try, from the mildest to the strictest. `{subject}` is replaced.
 WORDINGS = (
@@ -285,6 +286,12 @@ def share_of(flags: Sequence[bool], facts: Sequence[str | None] | None = None) -
         return None
     share, low, high = metrics.share_interval([float(flag) for flag in flags], facts)
     return {"share": share, "low": low, "high": high, "rows": len(flags)}
+
+
+def judged_rows(entry: Mapping[str, Any]) -> int:
+    """How many rows of a kind say whether they are still told; where the plain model tells none, whether they are refused."""
+    of = entry["told"] if entry["base_tells"] else entry["refused"]
+    return of["rows"] if of else 0
 
 
 def counted(entry: Mapping[str, Any]) -> str:
