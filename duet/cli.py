@@ -327,16 +327,20 @@ def import_(
     role: Annotated[
         str, Option(help="of the questions of choices: forget (WMDP) or retain (MMLU)")
     ] = "forget",
+    subject: Annotated[
+        str | None, Option(help="of rows to forget that name none; a steering prefix with {subject} needs one")
+    ] = None,
 ) -> None:
     """Turn files of other benchmarks and frameworks into rows that duet eval and duet attack read."""
-    from duet.data.importers import import_rows, write_rows
+    from duet.data.importers import OPEN, import_rows, write_rows
 
-    found = import_rows(path, kind, role)
+    found = import_rows(path, kind, role, subject)
     for written in write_rows(found, out):
         say(f"written to {written}")
     for name, value in found.numbers.items():
         say(f"{name}: {value:.6g} (as the run reports it)")
-    files = " ".join(f"--{name} {out / name}.jsonl" for name in ("forget", "retain") if name in found.tables)
+    tables = {"forget": OPEN if OPEN in found.tables else "forget", "retain": "retain"}
+    files = " ".join(f"--{name} {out / of}.jsonl" for name, of in tables.items() if of in found.tables)
     if "forget" in found.tables:
         say(f"duet attack {found.model or 'MODEL'} {files} --out attack comes next")
     if "choices" in found.tables:
