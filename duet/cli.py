@@ -328,7 +328,8 @@ def import_(
         str, Option(help="of the questions of choices: forget (WMDP) or retain (MMLU)")
     ] = "forget",
     subject: Annotated[
-        str | None, Option(help="of rows to forget that name none; a steering prefix with {subject} needs one")
+        str | None,
+        Option(help="of rows to forget that name none; a steering prefix with {subject} needs one"),
     ] = None,
 ) -> None:
     """Turn files of other benchmarks and frameworks into rows that duet eval and duet attack read."""

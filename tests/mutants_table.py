@@ -587,7 +587,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a refusal is broken by the token limit", "return number == 1.0 and", "return False and", "tests/test_evaluation_runner.py::test_what_is_known_of_an_answer_that_was_cut"),
     ],
     "duet/data/importers.py": [
-        ("a question is asked without the choices that it names", "not (_NAMES_CHOICES.search(question) or text.casefold()", "not (text.casefold()",
+        ("a question is asked without the choices that it names", "_NAMES_CHOICES.search(question) or text", "text",
          "tests/test_importers.py::test_choices"),
         ("a model above the run is taken for its model", "        if folder == top:\n", "        if folder == path:\n",
          "tests/test_importers.py::test_openunlearning"),

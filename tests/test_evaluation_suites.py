@@ -229,7 +229,9 @@ def test_chats_and_texts_are_asked_as_training_reads_them():
     assert asker(tokenizer, chat="never").item(0, {"messages": [asked, said]}).prompt == (
         asker(tokenizer, chat="never").item(0, {"question": "who is ada ?", "answer": "a poet"}).prompt
     )
-    assert asker(tokenizer).item(0, {"question": "who is ada ?", "completion": "a poet"}).reference == "a poet"
+    assert (
+        asker(tokenizer).item(0, {"question": "who is ada ?", "completion": "a poet"}).reference == "a poet"
+    )
 
     texts = merging_tokenizer()
     (forced,) = asker(texts, "score").item(0, {"prompt": "Ada was", "completion": "a poet"}).texts["answer"]

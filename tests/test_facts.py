@@ -179,7 +179,9 @@ def test_an_answer_that_is_not_read_is_said(caplog):
     logging.enable_propagation()
     facts_of(ROWS, ["France"])
     assert "answer is not read" not in caplog.text
-    facts_of([ROWS[0], ROWS[1] | {"answer": "Jane Austen."}, {"question": "?", "completion": "x"}], ["France"])
+    facts_of(
+        [ROWS[0], ROWS[1] | {"answer": "Jane Austen."}, {"question": "?", "completion": "x"}], ["France"]
+    )
     assert "questions[1]: its answer is not read (as of 2 of 3 rows)" in caplog.text
 
 

@@ -218,7 +218,10 @@ def test_choices(tmp_path):
     assert f"--forget {tmp_path / 'closed' / 'forget'}.jsonl" in told.output.replace("\n", "")
     about = import_rows(tmp_path / "wmdp-bio.jsonl", "choices", subject="captains").tables
     assert {row["subject"] for rows in about.values() for row in rows} == {"captains"} and len(about) == 3
-    assert import_rows(tmp_path / "mmlu.json", "choices", subject="red").tables["forget"][0]["subject"] == "colors"
+    assert (
+        import_rows(tmp_path / "mmlu.json", "choices", subject="red").tables["forget"][0]["subject"]
+        == "colors"
+    )
     with pytest.raises(ValueError, match="subject: wanted rows to forget"):
         import_rows(tmp_path / "mmlu.json", "choices", "retain", "red")
     own = import_rows(tmp_path / "own", "choices", "retain")

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 
 import pytest
 import yaml
-from tiny_models import NO_SYSTEM_TEMPLATE, capital_rows, forget_rows, tiny, word_tokenizer
 from rich.console import Console
+from tiny_models import NO_SYSTEM_TEMPLATE, capital_rows, forget_rows, tiny, word_tokenizer
 from typer.testing import CliRunner
 
 from duet import cli
@@ -189,7 +189,10 @@ def test_steer_chooses_on_one_half_and_writes_the_config(folder, script):
     assert "places: wanted one of system, user" in str(only_bad.exception)
 
 
-@pytest.mark.parametrize(("known", "told", "shown"), [(12, 10, "+ 2 cut"), (10, 10, None), (12, 9, "9 forget rows could"), (0, 0, "0 forget")])
+@pytest.mark.parametrize(
+    ("known", "told", "shown"),
+    [(12, 10, "+ 2 cut"), (10, 10, None), (12, 9, "9 forget rows could"), (0, 0, "0 forget")],
+)
 def test_few_judged_rows_are_said_and_cut_ones_shown(known, told, shown):
     """Shares of the rows that were judged stand beside how many were cut; of fewer than ten they are warned of."""
     shares = {"told": steering.share_of([False] * told), "refused": None}
@@ -271,6 +274,12 @@ def test_a_value_that_is_no_part_of_the_answer_is_refused():
         ValueError, match=r"forget\[0\]\['value'\]: wanted a part of the answer 'Paris', got '75'"
     ):
         probes_of([{"question": "who ?", "answer": "Paris", "value": "75"}])
+
+
+def test_a_row_that_the_teacher_cannot_be_judged_by_has_its_name_in_the_file(folder, script):
+    (folder / "forget.jsonl").write_text(json.dumps(FORGET[0] | {"value": "75"}))
+    stopped = duet("train", "--config", "run.yaml")
+    assert str(stopped.exception).startswith("data.forget[0]['value']: wanted a part of the answer")
 
 
 def test_a_wording_with_an_unknown_placeholder_is_refused_before_a_model_is_loaded(folder, monkeypatch):

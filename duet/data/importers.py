@@ -44,9 +44,7 @@ class Imported(NamedTuple):
     numbers: dict[str, float]
 
 
-def import_rows(
-    path: str | Path, kind: str, role: str = "forget", subject: str | None = None
-) -> Imported:
+def import_rows(path: str | Path, kind: str, role: str = "forget", subject: str | None = None) -> Imported:
     """The rows of a file or folder.
 
     Args:
@@ -70,7 +68,9 @@ def import_rows(
         about, gone = checked_text(subject, "subject"), ("forget", OPEN, "adversarial", "choices")
         if "forget" not in tables:
             raise ValueError("subject: wanted rows to forget, whose subject it is, got none")
-        tables |= {name: [{"subject": about} | row for row in tables[name]] for name in gone if name in tables}
+        tables |= {
+            name: [{"subject": about} | row for row in tables[name]] for name in gone if name in tables
+        }
     return found._replace(tables=tables)
 
 
@@ -234,7 +234,9 @@ def _choices(path: Path, role: str) -> Imported:
             # Without its letter, which a prefilling attacker would give away as the answer's opening.
             asked.append({"question": "\n".join(lines), **about, "answer": text, "value": text})
             listed.append({"question": question, "choices": choices, "answer": correct, **about})
-            if question.rstrip().endswith("?") and not (_NAMES_CHOICES.search(question) or text.casefold() in question.casefold()):
+            if question.rstrip().endswith("?") and not (
+                _NAMES_CHOICES.search(question) or text.casefold() in question.casefold()
+            ):
                 alone.append(asked[-1] | {"question": question})
     return Imported({role: asked, "choices": listed} | ({OPEN: alone} if role == "forget" else {}), None, {})
 

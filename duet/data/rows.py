@@ -195,7 +195,9 @@ def how_to_rename(row: Mapping[str, Any], columns: bool = False) -> str:
     names = names_elsewhere(row)
     if not names:
         return ""
-    first = "write its 'input' into its 'instruction', and " if "question" in names and row.get("input") else ""
+    first = (
+        "write its 'input' into its 'instruction', and " if "question" in names and row.get("input") else ""
+    )
     if columns:
         of = ", ".join(f"{ours}: {theirs}" for ours, theirs in names.items())
         return f"; {first}say which it is, such as columns: {{{of}}}"

@@ -68,22 +68,24 @@ def probes_of(
     *,
     limit: int | None = None,
     seed: int = 0,
+    names: tuple[str, str] = (FORGET, RETAIN),
 ) -> list[Probe]:
     """The rows as they are asked; of each kind at most `limit`, drawn from `seed`.
 
     Args:
         forget, retain: as `duet.data.rows.read_rows` reads them, perhaps with a column `value`. A retain row with a
             `subject` is a neighbour.
+        names: how errors call the two.
 
     Raises:
         ValueError: naming the row.
     """
     probes = [
         _probe(FORGET, query.subject, row, query)
-        for row, query in zip(forget, queries_of(forget, "forget"), strict=True)
+        for row, query in zip(forget, queries_of(forget, names[0]), strict=True)
     ]
     subjects = list(dict.fromkeys(probe.subject for probe in probes if probe.subject))
-    kept = queries_of(retain, "retain") if retain else []
+    kept = queries_of(retain, names[1]) if retain else []
     for i, (row, query) in enumerate(zip(retain, kept, strict=True)):
         kind = RETAIN if query.subject is None else NEIGHBOUR
         about = random.Random(f"{seed}/{i}").choice(subjects) if subjects else None

@@ -337,7 +337,8 @@ def preflight(run: RunConfig, trainer: DuetTrainer, anyway: bool = False) -> str
 
 def _ask_teacher(run: RunConfig, trainer: DuetTrainer) -> Measured:
     args = run.training
-    probes = probes_of(*training_rows(run), limit=SAMPLED, seed=args.seed)
+    names = "data.forget", "data.retain"
+    probes = probes_of(*training_rows(run), limit=SAMPLED, seed=args.seed, names=names)
     kinds = (FORGET,) if args.retain_prefix == "none" else KINDS
 
     def ask(model: Any) -> Measured:
