@@ -499,6 +499,9 @@ def main() -> None:
     Exit status 2: the input, or the machine; 1: something that we did not expect.
     """
     _shown["traceback"] = False
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what its encoding does not have becomes "?"
     try:
         app()
     except Exception as error:

@@ -479,6 +479,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_trainer_bad_input.py::test_bad_input[an optimizer of what is not trained]"),
         ("an adapter of add_adapter is merged and the whole model trained", "    if attached and not adds and any(", "    if attached and adds and any(",
          "tests/test_trainer_bad_input.py::test_bad_input[an adapter of transformers that is to be trained]"),
+        ("code of a model runs for a yes on stdin", '{"trust_remote_code": False} | placed', "placed", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
     ],
     "duet/model/adapters.py": [
         ("biases of the teacher are trained until its guard sees it", "    if bias != \"none\" and own:", "    if False:",
@@ -496,6 +497,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("any folder named base is the base", "    return base if (base / \"config.json\").is_file() else None", "    return base if base.is_dir() else None",
          "tests/test_adapters.py::test_an_evaluation_named_base_is_no_base"),
         ("a merge that changes the model goes through", "    if not worst <= allowed:", "    if worst != worst:", "tests/test_adapters.py::test_the_logits_are_compared_to_five_digits"),
+        ("code of an adapter's base runs for a yes on stdin", 'base_of(folder), {"trust_remote_code": False} | how', "base_of(folder), how", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
+        ("a model whose code is trusted cannot be written for a second request", ", trust_remote_code=own_code)", ", trust_remote_code=False)",
+         "tests/test_adapters.py::test_code_of_a_model_runs_where_it_is_trusted"),
     ],
     "duet/output/checkpoints.py": [
         ("weights that are not finite are saved", "not x.isfinite().all()", "x.isnan().all() and False",
@@ -517,6 +521,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/model/answers.py": [
         ("the checkpoint's own generation options act", "        part.generation_config = GenerationConfig()\n", "        pass\n", "tests/test_closed_sets.py::test_greedy_is_greedy_whatever_a_checkpoint_carries"),
+        ("code of a tokenizer runs for a yes on stdin", ", trust_remote_code=False", "", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
     ],
     "duet/model/weights.py": [
         ("all words have one multiplier", "2 * BLOCK * 8)", "2 * BLOCK * 8)[:8] * (2 * BLOCK)", "tests/test_weights_hash.py::test_order_signs_shape_dtype_and_names_count"),
@@ -895,6 +900,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/elicit.py": [
         ("somebody's rows are written over", "        if (path := _file_of(out, split, kind)).exists():", "        if not (path := _file_of(out, split, kind)):",
          "tests/test_facts.py::test_rows_that_somebody_else_wrote_are_neither_written_over_nor_deleted"),
+        ("corrections of the rows are written over", "        if there not in (ours, before.get(name)):", "        if False:", "tests/test_facts.py::test_rows_that_were_corrected_by_hand_stay"),
+        ("rows that nobody has touched cannot be written anew", "(ours, before.get(name))", "(ours,)", "tests/test_facts.py::test_rows_that_were_corrected_by_hand_stay"),
     ],
     "duet/evaluation/told.py": [
         ("a word of all the answers is a value", "if not _is_form(phrase, others)", "if phrase",
@@ -930,11 +937,13 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "duet/run/plan.py": [
         ("a sharpness-aware step takes no more", "(2 * gradients if settings.sharp else 0)", "0", "tests/test_plan.py::test_the_two_numbers_of_a_sharpness_aware_step_are_counted"),
+        ("a plan runs code of a head for a yes on stdin", ", trust_remote_code=False", "", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
     ],
     "duet/run/plan_report.py": [
         ("one position of an answer is planned", "scored=scored or _scored(objective, args, length)", "scored=scored or 1",
          "tests/test_plan.py::test_whole_answers_are_planned_where_the_method_scores_them"),
         ("a teacher without a prefix reads one", "length + (prefix_length if objective.is_steered else 0)", "length + prefix_length", "tests/test_plan.py::test_prefixes_that_nobody_keeps_are_not_counted[options1]"),
+        ("a plan runs code of a model for a yes on stdin", ", trust_remote_code=False", "", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
     ],
     "duet/cli.py": [
         ("an error names an argument that nobody gave", '_KEY_OF.get(word[0], word[0])', "word[0]",
@@ -948,6 +957,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("every process says what was cached", "if run.training.process_index == 0:", "if True:",
          "tests/test_cli.py::test_one_process_says_what_was_cached"),
         ("both models of a chat are asked as the first", "own or usual, max_new_tokens", "usual, max_new_tokens", "tests/test_facts.py::test_each_model_of_a_chat_is_asked_as_it_was_trained"),
+        ("a letter that the terminal does not have ends a command", 'stream.reconfigure(errors="replace")  #', "pass  #", "tests/test_cli.py::test_an_output_of_another_encoding_ends_no_command[ascii]"),
     ],
     "duet/run/commands.py": [
         ("two trainings write to one folder", '    with _written(run.training, str(run.training.output_dir), "training.output_dir"):\n', "    if True:\n",
@@ -973,6 +983,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/demo/workplace.py": [
         ("a folder with other files is replaced", "len(held) == 1 or not held <= set(names)", "len(held) == 1",
          "tests/test_world_probes.py::test_a_folder_appears_whole_or_not_at_all"),
+        ("the folder that a shell is in is deleted", "        if not out.exists():\n            fresh", "        if out.rename(Path(name) / out.name):\n            fresh", "tests/test_world_probes.py::test_the_folder_itself_stays_where_it_is_replaced[held1-link]"),
+        ("a link to a folder is replaced by a folder", "Path(out).resolve()", "Path(out).absolute()", "tests/test_world_probes.py::test_the_folder_itself_stays_where_it_is_replaced[held1-link]"),
+        ("what was half replaced stays so", "                target.rename(source)\n", "                pass\n", "tests/test_world_probes.py::test_the_folder_itself_stays_where_it_is_replaced[held1-link]"),
     ],
     "duet/output/card.py": [
         ("the path of a local base is published", "not base or os.path.isdir(base)", "not base",
@@ -1038,9 +1051,32 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "duet/evaluation/report/page.py": [
         ("an answer is Markdown", "    text = _literal(cell.text)\n", "    text = cell.text\n",
          "tests/test_report_figures.py::test_answers_are_no_markdown"),
+        ("two methods have one figure", "while chart.file in drawn:", "while False:", "tests/test_evaluation_report.py::test_every_method_has_figures_of_its_own"),
+        ("a line's end in an answer ends the row", '"<br>".join(map(_plain, str(c).splitlines()))', '_plain(str(c).replace("\\n", "<br>"))',
+         "tests/test_report_figures.py::test_the_end_of_a_line_ends_no_cell_and_no_caption"),
     ],
     "duet/data/sources.py": [
         ("several files of a folder are one set", "if len(sets) < 2 or", "if len(sets) < 9 or",
          "tests/test_user_mistakes.py::test_a_folder_of_several_files_is_no_set_of_rows"),
+    ],
+    "duet/demo/checkpoint.py": [
+        ("a demo runs code of a model for a yes on stdin", "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)", "AutoModelForCausalLM.from_pretrained(folder)", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
+    ],
+    "duet/evaluation/report/report.py": [
+        ("files of others are replaced by a report", "    _check_free(out, files)\n", "", "tests/test_evaluation_report.py::test_what_others_wrote_is_not_replaced[report.md]"),
+        ("figures of others are replaced by a report", "not ours & {PAGE, MARKDOWN}", "False", "tests/test_evaluation_report.py::test_what_others_wrote_is_not_replaced[figures/frontier.svg]"),
+        ("a file of others is replaced by first tokens", "    _check_free(Path(out), (TOPK,))\n", "", "tests/test_evaluation_report.py::test_what_others_wrote_is_not_replaced[topk.json]"),
+        ("a figure of others that the report shows is deleted", "if _text(out / name).startswith(ALONE):", "if True:", "tests/test_evaluation_report.py::test_an_earlier_report_is_replaced_and_files_of_others_stay"),
+        ("a figure of an earlier report stays", "            (out / name).unlink()\n", "            pass\n", "tests/test_evaluation_report.py::test_an_earlier_report_is_replaced_and_files_of_others_stay"),
+        ("a full disk cuts the earlier report", "write_atomically(out / name, text.encode(\"utf-8\", errors=\"backslashreplace\"))", "(out / name).write_bytes(b\"\"), write_atomically(out / name, text.encode())",
+         "tests/test_evaluation_report.py::test_a_full_disk_leaves_the_earlier_report"),
+        ("half of a surrogate pair ends the report", ', errors="backslashreplace"', "", "tests/test_evaluation_report.py::test_half_of_a_pair_is_shown"),
+    ],
+    "duet/evaluation/chat.py": [
+        ("a terminal obeys an answer", "Text(visible(speaker.answer(question)))", "Text(speaker.answer(question))", "tests/test_facts.py::test_a_chat_writes_control_characters_out"),
+        ("a terminal obeys C1 characters", "\\x7f-\\x9f]", "\\x7f]", "tests/test_facts.py::test_a_chat_writes_control_characters_out"),
+    ],
+    "duet/demo/report.py": [
+        ("an answer is markup", "Text(visible(answer), style=style)", "answer", "tests/test_world_demo.py::test_an_answer_is_shown_as_it_was_said"),
     ],
 }  # fmt: skip

@@ -1,7 +1,10 @@
 """A second unlearning request, and merges: whatever is done to an adapter, the model computes what it did before."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -12,8 +15,10 @@ from tiny_models import forget_rows, tiny, word_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import SaveStrategy
 
+from duet.demo import checkpoint
 from duet.evaluation import models
 from duet.evaluation.attacks import weights
+from duet.model import adapters
 from duet.model.adapters import (
     adapter_layers,
     check_folder,
@@ -27,6 +32,7 @@ from duet.model.loading import load_model
 from duet.run import commands
 from duet.run.commands import cache, make_trainer, merge_adapter, train
 from duet.run.config_file import RunConfig
+from duet.run.plan_report import DEFAULT_TREE, Plan
 
 IDS = torch.tensor([[5, 9, 11, 30]])
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -593,3 +599,103 @@ def test_an_evaluation_named_base_is_no_base(tmp_path):
         assert moved(read, wanted) < 1e-3
     train(request(tmp_path, base, "second", forget_rows(1)))
     assert load_adapted(tmp_path / "second")
+
+
+# -- code of a model's own ---------------------------------------------------------------------------------------------
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+Path({ran!r}).touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = {config}
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def with_own_code(folder, ran, file, change, config="OwnConfig"):
+    """A model whose `file` names the classes of own.py, which leaves a mark at `ran` when it runs."""
+    save_base(folder)
+    (folder / "own.py").write_text(OWN_CODE.format(ran=str(ran), config=config))
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
+    return str(folder)
+
+
+OWN_MODEL = {
+    "model_type": "own",
+    "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+}
+OWN_TOKENIZER = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+# A family that transformers knows, of which it has no causal language model.
+OWN_HEAD = {"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "own.OwnModel"}}
+CODE = r"trust_remote_code|Unrecognized"
+PLAN = {"memory": 2**30, "length": 8, "prefix_length": 0, "scored": 1, "reserve": 0}
+
+
+@pytest.fixture
+def yes(tmp_path, monkeypatch):
+    """Whoever asks whether code may run is told so; classes that ran are copied into the test's folder."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+
+@pytest.mark.usefixtures("yes")
+def test_code_of_a_model_does_not_run_unasked(tmp_path):
+    """Also not when somebody would answer yes: such a yes may be the first question of `duet chat`."""
+    ran, adapter = tmp_path / "ran", adapted_folder(tmp_path)[0]
+    own = with_own_code(tmp_path / "own", ran, "config.json", OWN_MODEL)
+    head = with_own_code(tmp_path / "head", ran, "config.json", OWN_HEAD)
+    reader = with_own_code(tmp_path / "reader", ran, "tokenizer_config.json", OWN_TOKENIZER)
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    on_top = tmp_path / "on_top"
+    shutil.copytree(adapter, on_top)
+    (on_top / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": str(adapter)}))
+    (adapter / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": own}))
+    beside = tmp_path / "beside"
+    shutil.copytree(adapter, beside)
+    shutil.copytree(own, beside / "base")
+    for name in (own, head, adapter, on_top, beside):
+        with pytest.raises(FileNotFoundError, match=CODE):
+            models.load(name, device="cpu")
+        with pytest.raises(FileNotFoundError, match=CODE):
+            load_model(str(name), "model", None)
+        with pytest.raises((FileNotFoundError, ValueError), match=CODE):
+            Plan.of({**DEFAULT_TREE, "model": str(name)}, **PLAN)
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer (.|\n)*trust_remote_code"):
+        models.load(reader, device="cpu")
+    shutil.copy(checkpoint.CHECKPOINT / checkpoint.QUALITY, own)
+    with pytest.raises(ValueError, match=CODE):
+        checkpoint.load_base(own)
+    assert not ran.exists()
+
+
+@pytest.mark.usefixtures("yes")
+def test_code_of_a_model_runs_where_it_is_trusted(tmp_path):
+    """As a model, as the base of an adapter, and in what a second request writes and reads again."""
+    ran, (adapter, wanted, _) = tmp_path / "ran", adapted_folder(tmp_path)
+    own = with_own_code(tmp_path / "base_of_first", ran, "config.json", OWN_MODEL)
+    trusted = {"trust_remote_code": True}
+    for name in (own, adapter):
+        model = load_model(str(name), "model", trusted)
+        assert type(model).__name__ == "OwnModel" and ran.exists()
+        adapters.save_base(model, word_tokenizer(), tmp_path / "second" / "base")
+    assert moved(model, wanted) < 1e-3
+    known = {"auto_map": {"AutoModelForCausalLM": "own.OwnModel"}}  # a head that duet knows
+    own = with_own_code(tmp_path / "known", ran, "config.json", known, "LlamaConfig")
+    run = request(tmp_path, own, "out", forget_rows(1), training={"model_init_kwargs": trusted})
+    assert type(train(run).model.get_base_model()).__name__ == "OwnModel"
+
+
+def test_no_from_pretrained_leaves_the_question_open():
+    """But in `run/commands.py`, which reads the model that it has just saved, and in a docstring."""
+    for path in Path(adapters.__file__).parents[1].rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        calls = re.findall(r"(?<!# )Auto\w+\.from_(?:pretrained|config)\((?!new, |folder\) loads)(.*)", text)
+        for call in calls:
+            assert "trust_remote_code=" in call or ("**" in call and '"trust_remote_code": False' in text), (
+                path
+            )

@@ -1,5 +1,6 @@
 """What the command line prints when all is well, and what it keeps quiet about."""
 
+import io
 import json
 import logging
 import warnings
@@ -23,6 +24,26 @@ def said(monkeypatch, capsys, *args):
 def test_the_version(monkeypatch, capsys):
     code, printed = said(monkeypatch, capsys, "--version")
     assert code == 0 and printed.out.startswith("duet-kernels ")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_an_output_of_another_encoding_ends_no_command(monkeypatch, encoding):
+    """The answers of a chat, the table of an attack, and the one line of an error."""
+
+    def command():
+        cli.console.print("1 … of 2: 東京")
+        raise ValueError("東京: wanted Tokyo")
+
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(cli, "app", command)
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    for stream in (out, err):
+        stream.flush()
+    assert out.buffer.getvalue().decode(encoding).rstrip() in ("1 ? of 2: ??", "1 … of 2: ??")
+    assert err.buffer.getvalue() == b"error: ??: wanted Tokyo\n"
 
 
 def test_train_and_merge_say_where_the_model_is(monkeypatch, capsys, tmp_path):

@@ -30,7 +30,7 @@ ALLOWED = {
     "evaluation": "names extras folders data model",
     "evaluation.suites": "names extras options yaml_text _moved data model evaluation",
     "evaluation.attacks": "names options _moved data model evaluation",
-    "evaluation.report": "_moved data model evaluation evaluation.suites evaluation.attacks",
+    "evaluation.report": "folders _moved data model evaluation evaluation.suites evaluation.attacks",
     "evaluation.commands": "names folders data model evaluation evaluation.suites evaluation.attacks evaluation.report",
     "demo": "names extras config data model trainer evaluation evaluation.attacks evaluation.report evaluation.commands",
     "cli": "extras data run demo evaluation evaluation.commands",

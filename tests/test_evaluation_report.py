@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from test_folders import FULL, full_disk
 from tiny_models import tiny, word_tokenizer
 from typer.testing import CliRunner
 
@@ -98,6 +100,71 @@ def page(folder, tmp_path_factory):
     )
     told = {"before": "base", "after": "student", "steering": "you know nothing .", "queries": topk}
     return report.write_report(runs_of(folder), out, topk=[told])
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md", "figures/frontier.svg", "topk.json"])
+def test_what_others_wrote_is_not_replaced(folder, tmp_path, name):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "figures" / "fig1.svg").write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"^out: .*{name} is there already and of no earlier report"):
+        if name == "topk.json":
+            report.write_topk("no model", "no model", ["who ?"], tmp_path)
+        report.write_report(runs_of(folder), tmp_path)
+    files = {path.name: path.read_text() for path in tmp_path.rglob("*.*")}
+    assert files == {Path(name).name: "mine", "fig1.svg": "mine"}
+
+
+def test_an_earlier_report_is_replaced_and_files_of_others_stay(folder, tmp_path):
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    (figures / "fig1.svg").write_text("mine")
+    assert report.write_report(runs_of(folder), tmp_path)
+    names = {"frontier.svg", "relearning-student-relearning.svg"}
+    assert {path.name for path in figures.iterdir()} == {"fig1.svg", *names}
+    shutil.copy(figures / "frontier.svg", figures / "kept.svg")
+    text = (tmp_path / "report.md").read_text()
+    (tmp_path / "report.md").write_text(f"{text}\n![mine](figures/fig1.svg)\n")
+    report.write_report(runs_of(folder, "student-eval", "base-eval"), tmp_path)
+    assert {path.name for path in figures.iterdir()} == {"fig1.svg", "frontier.svg", "kept.svg"}
+    assert (figures / "fig1.svg").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_the_earlier_report(folder, tmp_path, monkeypatch):
+    page = report.write_report(runs_of(folder), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    monkeypatch.setattr(os, "fsync", full_disk)  # after the bytes were written
+    with pytest.raises(OSError, match=rf"^out: '{tmp_path}' could not be written: .*{FULL}"):
+        report.write_report(runs_of(folder, "student-eval"), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before and page in before
+
+
+def test_half_of_a_pair_is_shown(folder, tmp_path):
+    shutil.copytree(folder / "student-eval", tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run/rows.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(row | {"generated": "half \ud83d <"}) + "\n" for row in rows)
+    (tmp_path / "run/rows.jsonl").write_text(text)
+    page = report.write_report([str(tmp_path / "run")], tmp_path / "out")
+    assert (
+        r"half \ud83d &lt;" in page.read_text() and r"half \ud83d &lt;" in page.with_suffix(".md").read_text()
+    )
+
+
+def test_every_method_has_figures_of_its_own(folder, tmp_path):
+    """Labels that differ in signs or in capitals give no one file."""
+    labels = ("duet", "duet+", "Duet", "duet 2", "d" * 240, "d" * 241)
+    runs = [f"{label}={tmp_path / str(i)}" for i, label in enumerate(labels)]
+    for i in range(len(labels)):
+        shutil.copytree(folder / "student-attack", tmp_path / str(i))
+    text = report.write_report(runs, tmp_path / "out").with_suffix(".md").read_text()
+    files = re.findall(r"\]\(figures/(relearning[^)]+)\)", text)
+    assert len({file.lower() for file in files}) == len(labels) == len(files)
+    for label, file in zip(labels, files, strict=True):
+        assert f"![{label}: relearning" in text.split(f"](figures/{file})")[0].rpartition("\n")[2]
+        assert label[:20] in (tmp_path / "out/figures" / file).read_text()
 
 
 # --- reading ---------------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 """What a base really tells becomes rows; two models answer side by side; drawn answers and leak@k."""
 
+import io
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from learned_models import knowing
+from rich.console import Console
 from tiny_models import CHAT_TEMPLATE, tiny, word_tokenizer
 from transformers.utils import logging
 from typer.testing import CliRunner
@@ -13,7 +17,7 @@ from duet import cli
 from duet.data.prompts import Prompting
 from duet.data.rows import read_rows
 from duet.evaluation import generation
-from duet.evaluation.chat import Speaker
+from duet.evaluation.chat import Speaker, chat
 from duet.evaluation.elicit import elicit_facts
 from duet.evaluation.facts import Fact, facts_of, neighbours_in
 from duet.evaluation.generation import Continuation, continuations
@@ -429,6 +433,34 @@ def test_elicit_writes_rows_that_the_other_commands_read(base, tmp_path):
     assert "seed was 0 and is 1 now" in str(other.exception)
 
 
+def test_rows_that_were_corrected_by_hand_stay(base, tmp_path):
+    """The same command again stops; what nobody has touched is written anew, here with other aliases."""
+    path, out, none = questions(tmp_path), tmp_path / "out", tmp_path / "out" / "report" / "neighbour.jsonl"
+    words = ["elicit", base, "--questions", path, "--subject", "ada lovelace", "--samples", 0, "--out", out]
+    written = {}
+
+    def again(**change):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row | change) + "\n" for row in rows))
+        done = duet(*words, "--max-new-tokens", 12, "--device", "cpu")
+        written.update({p: p.read_text() for p in out.rglob("*.jsonl")})
+        return done
+
+    assert again(paraphrases=[]).exit_code == 0 and again().exit_code == 0
+    assert again(aliases=["the countess"]).exit_code == 0
+    assert "the countess" in written[out / "forget.jsonl"] and not none.exists()
+    for file in (out / "forget.jsonl", none):
+        file.write_text(mine := '{"question": "mine ?", "answer": "mine", "value": "mine"}\n')
+        before = dict(written)
+        for change in ({}, {"aliases": ["another"]}):
+            failed = again(**change).exception
+            assert isinstance(failed, FileExistsError) and f"out: {file} was changed since" in str(failed)
+        assert written == before | {file: mine}
+        file.unlink()
+        assert again(aliases=["the countess"]).exit_code == 0
+    assert "the countess" in (out / "forget.jsonl").read_text() and not none.exists()
+
+
 def test_what_comes_next_where_no_wording_is_left_to_report(base, tmp_path):
     row = {"question": "who is ada lovelace ?", "subject": "ada lovelace", "value": "mathematician"}
     (tmp_path / "one.jsonl").write_text(json.dumps(row))
@@ -501,6 +533,18 @@ def test_chat_shows_two_models_side_by_side(base, tmp_path, monkeypatch):
     answer = next(line for line in lines if "a mathematician ." in line)
     assert answer.index("a mathematician .") > len(answer) / 2, "the second column is the base's"
     assert "captain of the sea" in done.output and "more than the 256" in done.output
+
+
+def test_a_chat_writes_control_characters_out():
+    """A terminal would obey them: clear the screen, set its title, or fill the clipboard."""
+    said = "a\x1b[2Jb \x1b]52;c;Zg==\x07 \x9b31mc\r\x7f\x00 line one\nline\ttwo"
+    speaker: Any = SimpleNamespace(label="my\x1bmodel", answer=lambda question: said)
+    for width, options in ((100, {}), (100, {"force_terminal": True, "color_system": None})):
+        shown = io.StringIO()
+        assert chat(["who \x1b[1m?"], [speaker], Console(file=shown, width=width, **options)) == 1
+        lines = [line.strip() for line in shown.getvalue().splitlines()]
+        assert lines[0] == r"who \x1b[1m?" and r"my\x1bmodel" in lines
+        assert r"a\x1b[2Jb \x1b]52;c;Zg==\x07 \x9b31mc\r\x7f\x00 line one" in lines
 
 
 def test_each_model_of_a_chat_is_asked_as_it_was_trained(base, tmp_path, monkeypatch):

@@ -273,6 +273,13 @@ def test_nobody_unpickles():
         assert not pattern.search(path.read_text().replace(error, "")), path
 
 
+def test_texts_are_utf8_on_every_machine():
+    for path in ROOT.glob("duet/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+                assert "encoding" in [keyword.arg for keyword in node.keywords], f"{path}:{node.lineno}"
+
+
 def _python(code, **environment):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(

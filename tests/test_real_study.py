@@ -389,8 +389,8 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     )
     short = summary(rows)
     assert short[2].startswith("| the base | 2, 2 | 100 |") and "**" not in short[2]
-    assert short[3].startswith(f"| {label} | 2, 3 | 20 (10–30) | **") and "| told ↓ |" in short[0]
-    assert short[4].startswith("| wanted | | ≤ 10 |") and "≤ 1.05" in short[4] and len(short) == 5
+    assert short[3].startswith(f"| {label} | 2, 3 | 20 (10–30) | **") and "| told ≤ 10 |" in short[0]
+    assert "| perplexity x ≤ 1.05 |" in short[0] and len(short) == 4
     with pytest.raises(ValueError, match="rows: wanted a row of the base"):
         page([row for row in rows if row["arm"] != "base"])
 

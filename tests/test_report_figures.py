@@ -12,7 +12,7 @@ from tiny_models import tiny, word_tokenizer
 from duet.evaluation.report import figures
 from duet.evaluation.report.figures import Estimate, Point
 from duet.evaluation.report.neighbours import neighbours_section
-from duet.evaluation.report.page import Cell, Grid, Section, markdown
+from duet.evaluation.report.page import Cell, Chart, Grid, Section, markdown
 from duet.evaluation.report.runs import Inputs, Method, read_inputs
 from duet.evaluation.report.topk import compare_topk
 
@@ -26,6 +26,17 @@ def test_answers_are_no_markdown():
     )
     shown = r"\*\*no\*\* \_x\_ a_b \_\_init\_\_ \`c\` \[d\](e) \$f\$ \~\~g\~\~ \\\| \&lt; &lt;h>"
     assert f"| q | **leaks:** {shown} |" in text and r"|  | my_model\* |" in text
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\v", "\x85", "\u2028"])
+def test_the_end_of_a_line_ends_no_cell_and_no_caption(end):
+    said = f"a{end}b"
+    blocks = [Grid([said], [[Cell(said)]], caption=said), Chart(said, "<svg ></svg>", f"*{said}*")]
+    blocks.append(Grid([said], [[Cell(said)]], caption=said, folded=True))
+    lines = markdown(said, [Section("a", "A", [said], blocks, {"c": said})], Path("figures")).splitlines()
+    assert lines.count("| a<br>b |") == 4 and lines.count("a b") == 2 and "**a b**" in lines
+    assert r"![\*a b\*](figures/a-b.svg)" in lines and r"*\*a b\**" in lines
+    assert "* `c`: a b" in lines and "<summary>a b</summary>" in lines
 
 
 def test_top_k_against_the_models_own_log_probabilities():

@@ -24,6 +24,7 @@ from tiny_models import tiny, word_tokenizer
         "run.config_file",
         "output.record",
         "trainer",
+        "evaluation.chat",
         "evaluation.elicit",
         "evaluation.facts",
         "evaluation.told",

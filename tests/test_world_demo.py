@@ -1,5 +1,6 @@
 """The quick demo from end to end: what it writes, and that the written model has forgotten."""
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from duet.demo import plots, probes, tour
 from duet.demo.checkpoint import load_world
 from duet.demo.methods import find_recipe
-from duet.demo.report import HEADINGS, markdown, terminal_table
+from duet.demo.report import HEADINGS, markdown, side_by_side, terminal_table
 from duet.demo.scorecard import COLUMNS
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,16 @@ def test_a_number_is_rounded_one_way(committed, tmp_path, monkeypatch):
         assert line.split(" | ")[1:-1] == list(wanted.values())
         for found, (_, _, columns) in zip(texts, plots.PANELS, strict=True):
             assert found[i * len(columns) : (i + 1) * len(columns)] == [wanted[c] for c in columns]
+
+
+def test_an_answer_is_shown_as_it_was_said():
+    """Nothing in it is markup, nor obeyed by a terminal."""
+    said = {"base": "[/] [bold]in Rome[/bold] :smile:", "duet": "[red]no[/red] \x1b[2J"}
+    example = {"kind": "[to] forget", "question": "who [is] [/x] ?", "truth": "Rome", "answers": said}
+    shown = Console(file=io.StringIO(), width=100)
+    shown.print(side_by_side([example]))
+    lines = [" ".join(line.split()) for line in shown.file.getvalue().splitlines()]
+    assert lines[1:] == ["[to] forget who [is] [/x] ?", f"base {said['base']}", r"duet [red]no[/red] \x1b[2J"]
 
 
 @pytest.mark.slow

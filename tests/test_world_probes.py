@@ -4,12 +4,14 @@ import copy
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import re
 import shutil
 
 import pytest
 import torch
+from test_folders import FULL, full_disk
 from transformers import AutoModelForCausalLM
 
 from benchmarks.studies.world.tune import TRIALS, judge
@@ -284,6 +286,42 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         ):
             pass
         assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", [".", "link"])
+@pytest.mark.parametrize("held", [(), ("mark", "model")])
+def test_the_folder_itself_stays_where_it_is_replaced(tmp_path, monkeypatch, place, held):
+    """The shell may be in it, and a link point to it. What cannot be moved leaves it as it was."""
+    out = tmp_path / "result"
+    out.mkdir()
+    link = tmp_path / "links" / "link"
+    link.parent.mkdir()
+    link.symlink_to(out)
+    for name in held:
+        (out / name).write_text("first")
+    monkeypatch.chdir(out if place == "." else link.parent)
+    with replaced_folder(pathlib.Path(place), "out_dir", ("mark", "model", "more")) as fresh:
+        assert fresh.parents[1] == tmp_path, "on the disk of the folder, not on that of the link"
+        for name in ("model", "more"):
+            (fresh / name).write_text("second")
+    assert link.is_symlink() and sorted(os.listdir(place)) == ["model", "more"]
+    assert {path.read_text() for path in out.iterdir()} == {"second"}
+    rename = pathlib.Path.rename
+
+    def fails_at_last(path, target):
+        return full_disk() if path.name == "b" else rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fails_at_last)
+    with (
+        pytest.raises(OSError, match=FULL),
+        replaced_folder(out, "out_dir", ("model", "more", "a", "b")) as fresh,
+    ):
+        for name in ("a", "b"):
+            (fresh / name).write_text("third")
+    assert sorted(os.listdir(out)) == ["model", "more"] and sorted(os.listdir(tmp_path)) == [
+        "links",
+        "result",
+    ]
 
 
 def test_run_demo_refuses_a_bad_folder_before_any_work(tmp_path):

@@ -28,7 +28,8 @@ def load_base(folder: str | Path = CHECKPOINT) -> tuple[PreTrainedModel, PreTrai
     """The base model, ready to be asked, and its tokenizer."""
     load_world(folder)
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_world(folder: str | Path = CHECKPOINT) -> World:
@@ -36,4 +37,4 @@ def load_world(folder: str | Path = CHECKPOINT) -> World:
     report = Path(folder) / QUALITY
     if not report.is_file():
         raise FileNotFoundError(f"checkpoint: there is no {report}; `duet demo --rebuild` makes one")
-    return World.make(json.loads(report.read_text())["seed"])
+    return World.make(json.loads(report.read_text(encoding="utf-8"))["seed"])

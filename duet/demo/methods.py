@@ -110,7 +110,7 @@ RECIPES: dict[str, Recipe] = {
 
 def load_settings() -> dict[str, dict[str, Any]]:
     """The DuetConfig options that `python -m benchmarks.studies.world.tune` chose, by method."""
-    table = json.loads(SETTINGS.read_text())["methods"]
+    table = json.loads(SETTINGS.read_text(encoding="utf-8"))["methods"]
     return {name: row["settings"] for name, row in table.items()}
 
 

@@ -140,6 +140,6 @@ def rebuild(
         for name, value in quality.items():
             console.print(f"  {name:<28}{value}")
         save_model(folder, model, tokenizer)
-        (folder / QUALITY).write_text(json.dumps(quality, indent=2) + "\n")
+        (folder / QUALITY).write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
     console.print(f"Wrote {out}", markup=False)
     return quality

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from ..evaluation.chat import visible
 from ..evaluation.metrics import contains_words, percent
 from .scorecard import ATTACKS, COLUMNS, KEEP
 
@@ -81,11 +83,10 @@ def side_by_side(examples: Sequence[dict[str, Any]]) -> Table:
     grid = Table.grid(padding=(0, 1))
     for example in examples:
         grid.add_row("", "")
-        grid.add_row(f"[dim]{example['kind']}[/dim]", f"[bold]{example['question']}[/bold]")
+        grid.add_row(Text(example["kind"], style="dim"), Text(visible(example["question"]), style="bold"))
         for name, answer in example["answers"].items():
-            grid.add_row(
-                name, f"[green]{answer}[/green]" if contains_words(answer, example["truth"]) else answer
-            )
+            style = "green" if contains_words(answer, example["truth"]) else ""
+            grid.add_row(name, Text(visible(answer), style=style))
     return grid
 
 

@@ -186,8 +186,8 @@ class _Demo:
     # ---------------------------------------------------------------- what is written
 
     def _write(self, folder: Path, results: dict[str, Any], speakers: dict[str, Speaker]) -> None:
-        (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
-        (folder / "report.md").write_text(report.markdown(results))
+        (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (folder / "report.md").write_text(report.markdown(results), encoding="utf-8")
         plots.overview(results["rows"], folder / "overview.png")
         question = self.world.questions(self.world.forget[:1], "report")[0]
         logits = {name: speakers[name].next_logits(question) for name in ("base", "teacher", "duet")}

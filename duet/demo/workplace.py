@@ -40,9 +40,9 @@ def replaced_folder(out: Path, argument: str, names: Collection[str]) -> Iterato
     """An empty folder that replaces `out` if the block succeeds, and is removed if it fails.
 
     An existing `out` is replaced only if it is empty or holds an earlier result: several of `names`, which are all that a result
-    has, and nothing else. Any other folder is refused.
+    has, and nothing else. Any other folder is refused. A link goes on to point to the folder, and who works in it goes on to.
     """
-    out = Path(out).absolute()
+    out = Path(out).resolve()
     if out.exists():
         if not out.is_dir():
             raise NotADirectoryError(f"{argument}: {out} is a file, wanted a folder")
@@ -63,12 +63,18 @@ def replaced_folder(out: Path, argument: str, names: Collection[str]) -> Iterato
         fresh = Path(name) / "new"
         fresh.mkdir()
         yield fresh
-        old = Path(name) / "old"
-        if out.exists():
-            out.rename(old)
-        try:
+        if not out.exists():
             fresh.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
+            return
+        old = Path(name) / "old"
+        old.mkdir()
+        moved = [(path, old / path.name) for path in out.iterdir()]
+        moved += [(path, out / path.name) for path in fresh.iterdir()]
+        done = []
+        try:
+            for source, target in moved:
+                done.append((source.rename(target), source))
+        except BaseException:
+            for target, source in reversed(done):
+                target.rename(source)
             raise

@@ -1,5 +1,6 @@
 """`duet chat`: a question a line, and what one or two models answer, side by side."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,16 @@ class Speaker:
         return f"{said.text} ..." if said.cut else said.text or "(says nothing)"
 
 
+def visible(text: str) -> str:
+    r"""The text with its control characters written out, which a terminal would obey; tabs and the ends of lines stay.
+
+    Example:
+        >>> visible("a\x1b[2J\tb\x9b\r\n")
+        'a\\x1b[2J\tb\\x9b\\r\n'
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+
+
 def chat(questions: Iterable[str], speakers: list[Speaker], console: Console) -> int:
     """Answers every question by itself: earlier ones are not remembered. Empty lines are left out.
 
@@ -60,11 +71,14 @@ def chat(questions: Iterable[str], speakers: list[Speaker], console: Console) ->
     asked = 0
     for question in filter(None, map(str.strip, questions)):
         table = Table(
-            title=Text(question, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, expand=True
+            title=Text(visible(question), style="bold"),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            expand=True,
         )
         for speaker in speakers:
-            table.add_column(Text(speaker.label), ratio=1, overflow="fold")
-        table.add_row(*(Text(speaker.answer(question)) for speaker in speakers))
+            table.add_column(Text(visible(speaker.label)), ratio=1, overflow="fold")
+        table.add_row(*(Text(visible(speaker.answer(question))) for speaker in speakers))
         console.print(table)
         asked += 1
     return asked

@@ -21,11 +21,13 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data.prompts import Prompting, PromptRenderer
+from ..data.sources import read_object
+from ..folders import write_atomically
 from ..model.hashes import fingerprints
 from ..model.lm import embedded_ids
 from .facts import Fact
 from .generation import Continuation, answers_to
-from .journal import MANIFEST, Journal, Progress, digest
+from .journal import MANIFEST, Journal, Progress, digest, write_json
 from .steering import FORGET, KINDS, NEIGHBOUR, RETAIN
 from .told import about_others, told_of
 from .values import queries_of
@@ -67,7 +69,7 @@ def elicit_facts(
 
     Raises:
         ValueError: `batch_size` is below 1; nothing about the subjects is told; or `out` holds another run.
-        FileExistsError: `out` holds rows that no such run wrote.
+        FileExistsError: `out` holds rows that no such run wrote, or that were changed since.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted an integer >= 1, got {batch_size}")
@@ -183,16 +185,33 @@ def _write(
             f"value: not given, so that what the answers share counts, of {len(taken)} of the facts that are told: "
             f"{', '.join(taken[:3])}{', ...' if len(taken) > 3 else ''}. Look at them in the rows, and give a 'value' where it is wrong"
         )
-    for (split, kind), of in rows.items():
-        path = _file_of(out, split, kind)
-        path.parent.mkdir(exist_ok=True)
-        if of:
-            path.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of), encoding="utf-8"
+    lines = {
+        key: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of) for key, of in rows.items()
+    }
+    _replace(out, {_file_of(out, *key): text.encode() for key, text in lines.items()})
+    return {kind: count for kind, count in counts.items() if count["facts"]}
+
+
+def _replace(out: Path, files: Mapping[Path, bytes]) -> None:
+    """Writes the files, and deletes those without content; one that somebody has changed since it was written is an error."""
+    manifest = read_object(out / MANIFEST, "out")
+    before = manifest.setdefault("note", {}).get("written", {})
+    written = {str(path.relative_to(out)): hashlib.sha256(data).hexdigest() for path, data in files.items()}
+    for (name, ours), path in zip(written.items(), files, strict=True):
+        there = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ours
+        if there not in (ours, before.get(name)):
+            raise FileExistsError(
+                f"out: {path} was changed since it was written, and stays as it is; wanted it moved away, to write it again, or "
+                "a new folder"
             )
+    for path, data in files.items():
+        path.parent.mkdir(exist_ok=True)
+        if data:
+            write_atomically(path, data)
         else:
             path.unlink(missing_ok=True)
-    return {kind: count for kind, count in counts.items() if count["facts"]}
+    manifest["note"]["written"] = written
+    write_json(out / MANIFEST, manifest)
 
 
 def _nothing(facts: Sequence[Fact], asked: Sequence[Sequence[Mapping[str, Any]]]) -> str:

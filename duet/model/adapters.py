@@ -299,13 +299,13 @@ def load_adapted(folder: str | os.PathLike, **how: Any) -> Any:
     with an adapter, too, its adapter is merged first.
 
     Args:
-        how: arguments of the base's `from_pretrained`.
+        how: arguments of the base's `from_pretrained`; its own code runs only where `trust_remote_code` is true.
     """
     from peft import AutoPeftModelForCausalLM, PeftModel
 
     if not any(Path(folder).glob("adapter_model.*")):
         raise FileNotFoundError(f"{os.fspath(folder)!r} holds {ADAPTER}, but no adapter_model.safetensors")
-    base = base_of(folder)
+    base, how = base_of(folder), {"trust_remote_code": False} | how
     try:
         if holds_adapter(base):
             model = merge_adapters(load_adapted(base, **how))
@@ -348,7 +348,8 @@ def save_base(model: Any, tokenizer: Any, folder: str | os.PathLike) -> None:
     wanted = logits_of(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    read = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+    own_code = getattr(model, "_auto_class", None) is not None  # it runs already, and was saved here
+    read = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=own_code)
     check_same_logits(read, wanted, f"{folder}: saving and loading the merged model")
 
 

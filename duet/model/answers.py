@@ -36,7 +36,7 @@ def tokenizer_at(argument: str, *places: str | os.PathLike, revision: str | None
     failure: Exception | None = None
     for place in places:
         try:
-            return AutoTokenizer.from_pretrained(place, revision=revision)
+            return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
         except (OSError, ValueError) as error:
             failure = error
     raise FileNotFoundError(

@@ -47,7 +47,8 @@ def load_model(
     name = os.path.expanduser(os.fspath(model))
     check_folder_is_there(argument, name)
     placed = {} if device is None else {"device_map": {"": device}}
-    kwargs = placed | (init_kwargs or {})
+    # Of None transformers would ask on the terminal whether the code of a model may run.
+    kwargs = {"trust_remote_code": False} | placed | (init_kwargs or {})
     try:
         if holds_adapter(name):
             loaded = load_adapted(name, **{k: v for k, v in kwargs.items() if k != "revision"})

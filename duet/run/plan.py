@@ -179,7 +179,7 @@ class Planner:
 
         def make() -> nn.Module:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+                return AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
 
         return self._once(("model", dtype), make)
 

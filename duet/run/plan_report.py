@@ -85,7 +85,7 @@ class Plan:
             name, revision = (
                 (base_of(run.model.name), None) if adapted else (run.model.name, run.model.revision)
             )
-            config = AutoConfig.from_pretrained(name, revision=revision)
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"model: no configuration of {run.model.name!r} could be read: {error}"

@@ -358,7 +358,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
     """The main methods in few figures, with what the bar wants of each: for the README. What meets the bar is bold."""
     rows, names = with_ratios(rows), dict(COLUMNS)
     bar = [line for key in SHORT for line in BAR if line.key == key]
-    heads = [f"{names[line.key]} {'↓' if line.less else '↑'}" for line in bar]
+    heads = [f"{names[line.key]} {'≤' if line.less else '≥'} {_bound(line)}" for line in bar]
     lines = [
         f"| | subjects, runs | {' | '.join(heads)} |",
         "|---|---:|" + "---:|" * len(bar),
@@ -372,8 +372,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
                 for cell, line in zip(cells, bar, strict=True)
             ]
             lines.append(f"| {LABELS[arm]} | {len(means(of, 'told'))}, {_runs(of)} | {' | '.join(cells)} |")
-    bounds = [f"{'≤' if line.less else '≥'} {_bound(line)}" for line in bar]
-    return [*lines, f"| wanted | | {' | '.join(bounds)} |"]
+    return lines
 
 
 def _bound(line: Line) -> str:

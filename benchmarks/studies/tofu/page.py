@@ -11,7 +11,7 @@ from benchmarks.studies.seeds import over_seeds
 from duet.evaluation.metrics import mean_interval
 from duet.evaluation.report import figures
 from duet.evaluation.report.figures import Estimate
-from duet.evaluation.report.page import NOT_RUN, Cell, Chart, Grid, Section, markdown
+from duet.evaluation.report.page import NOT_RUN, Cell, Chart, Grid, Section, drawings, markdown
 
 from .jobs import GATE, PRETRAINED, Job, Row, Study, chosen_rate, failed_gates, read_results, trials
 from .settings import GATES, METHODS, REFERENCES
@@ -86,6 +86,8 @@ def write_page(study: Study) -> Path:
         _made(study, done),
     ]
     (study.out / FIGURES).mkdir(parents=True, exist_ok=True)
+    for file, svg in drawings(sections).items():
+        (study.out / FIGURES / file).write_text(svg, encoding="utf-8")
     path = study.out / PAGE
     path.write_text(markdown(_headline(study, done), sections, study.out / FIGURES), encoding="utf-8")
     return path

@@ -9,6 +9,7 @@ from typing import Any
 
 ASSETS = Path(__file__).parent / "assets"
 NOT_RUN = "–"
+ALONE = '<svg style="background: #ffffff; color: #222222" '  # a file has no page to take the text colour from
 
 
 @dataclass
@@ -61,16 +62,18 @@ class Grid:
 
 @dataclass
 class Chart:
-    """An <svg> element and what it shows."""
+    """An <svg> element and what it shows. number: among the charts whose names give one file."""
 
     name: str
     svg: str
     caption: str
     kind: str = "chart"
+    number: int = 1
 
     @property
     def file(self) -> str:
-        return re.sub(r"\W+", "-", self.name).strip("-").lower() + ".svg"
+        words = re.sub(r"\W+", "-", self.name).strip("-").lower()[:60]
+        return f"{words}-{self.number}.svg" if self.number > 1 else f"{words}.svg"
 
 
 @dataclass
@@ -104,8 +107,18 @@ def html(headline: str, sections: Sequence[Section]) -> str:
     return page.render(headline=headline, sections=sections, css=css, drawn=lambda chart: Markup(chart.svg))
 
 
+def drawings(sections: Sequence[Section]) -> dict[str, str]:
+    """File -> figure, for the folder that is beside the Markdown."""
+    drawn: dict[str, str] = {}
+    for chart in (block for section in sections for block in section.blocks if isinstance(block, Chart)):
+        while chart.file in drawn:  # the labels `duet` and `duet+`
+            chart.number += 1
+        drawn[chart.file] = chart.svg.replace("<svg ", ALONE, 1) + "\n"
+    return drawn
+
+
 def markdown(headline: str, sections: Sequence[Section], figures: Path) -> str:
-    """The same in Markdown; charts are written into the folder `figures`, which is beside it."""
+    """The same in Markdown; the folder `figures` beside it holds the `drawings`, which are named by then."""
     lines = ["# What was forgotten", "", _plain(headline), ""]
     for section in sections:
         lines += [f"## {section.title}", ""]
@@ -123,7 +136,7 @@ def _grid(grid: Grid) -> Iterator[str]:
     if grid.folded:
         yield from ("<details>", f"<summary>{_plain(grid.caption)}</summary>", "")
     elif grid.caption:
-        yield from (f"**{_plain(grid.caption)}**", "")
+        yield from (f"**{_plain(_literal(grid.caption))}**", "")
     groups = grid.groups or [""] * len(grid.head)
     head = [f"{group}: {name}" if group else name for group, name in zip(groups, grid.head, strict=True)]
     align = "---" if grid.prose else "---:"
@@ -149,22 +162,18 @@ def _literal(text: str) -> str:
 
 
 def _line(cells: Iterable[Any]) -> str:
-    # A newline or a bar inside a cell would end it.
-    escaped = (_plain(str(c)).replace("|", "\\|").replace("\n", "<br>") for c in cells)
+    # A line's end or a bar inside a cell would end it.
+    escaped = ("<br>".join(map(_plain, str(c).splitlines())).replace("|", "\\|") for c in cells)
     return "| " + " | ".join(escaped) + " |"
 
 
 def _plain(text: str) -> str:
-    """Text in which nothing starts an HTML tag."""
-    return text.replace("<", "&lt;")
+    """Text on one line, in which nothing starts an HTML tag."""
+    return " ".join(text.splitlines()).replace("<", "&lt;")
 
 
 def _chart(chart: Chart, figures: Path) -> Iterator[str]:
-    # A file has no page to take the text colour from.
-    alone = chart.svg.replace("<svg ", '<svg style="background: #ffffff; color: #222222" ', 1)
-    (figures / chart.file).write_text(alone + "\n", encoding="utf-8")
-    caption = _plain(chart.caption)
-    label = caption.replace("[", "(").replace("]", ")")
-    yield f"![{label}]({figures.name}/{chart.file})"
+    caption = _plain(_literal(chart.caption))
+    yield f"![{caption}]({figures.name}/{chart.file})"
     yield ""
     yield f"*{caption}*"

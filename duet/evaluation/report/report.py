@@ -6,11 +6,13 @@ A section without inputs is left out; the last section says so in one line. An u
 never as 0.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...data.prompts import Prompting
+from ...folders import disk_named, write_atomically
 from ..attacks.runner import by_chance, tells, told_share, worst_of
 from ..journal import write_json
 from ..metrics import percent
@@ -20,10 +22,14 @@ from . import figures
 from .figures import Estimate
 from .glossary import METRICS, Meaning
 from .neighbours import THRESHOLD, neighbours_section, says_truth
-from .page import NOT_RUN, Cell, Chart, Grid, Section, html, markdown, shown
+from .page import ALONE, NOT_RUN, Cell, Chart, Grid, Section, drawings, html, markdown, shown
 from .runs import BASE, EXAMPLES, LABELS, STUDENT, TEACHER, Inputs, read_inputs
 from .tables import attacks_section, lm_eval_section, not_judged, table_section
 from .topk import MEASURE, TOPK, compare_topk
+
+PAGE, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
+# What those that are written here have near their beginning.
+_MARKS = {PAGE: "<title>What was forgotten</title>", MARKDOWN: "# What was forgotten\n", TOPK: '"measure": '}
 
 
 def write_report(
@@ -41,7 +47,7 @@ def write_report(
 
     Args:
         runs, base, teacher: `runs.read_inputs`.
-        out: folder; an earlier report in it is replaced.
+        out: folder; an earlier report in it is replaced, and files of others stay.
         forget_metric, retain_metric: `task.metric`, the axes of the frontier; None: the first metric that a task to
             forget and a task to keep have in common.
         examples: questions shown per task.
@@ -52,6 +58,8 @@ def write_report(
 
     Raises:
         FileNotFoundError, ValueError: naming the argument.
+        FileExistsError: `out` holds files of these names that no report wrote.
+        OSError: `out` cannot be written.
     """
     if examples < 1:
         raise ValueError(f"examples: wanted an integer >= 1, got {examples}")
@@ -70,16 +78,35 @@ def write_report(
         lm_eval_section(inputs),
         _training_section(inputs),
     ]
-    sections = shown(sections)
-    out = Path(out)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    for old in (out / "figures").glob("*.svg"):
-        old.unlink()
-    headline = summary_sentence(inputs)
-    page = out / "report.html"
-    page.write_text(html(headline, sections), encoding="utf-8")
-    (out / "report.md").write_text(markdown(headline, sections, out / "figures"), encoding="utf-8")
-    return page
+    sections, headline, out = shown(sections), summary_sentence(inputs), Path(out)
+    files = {f"{FIGURES}/{name}": svg for name, svg in drawings(sections).items()}
+    files |= {MARKDOWN: markdown(headline, sections, out / FIGURES), PAGE: html(headline, sections)}
+    _check_free(out, files)
+    earlier = re.findall(rf"\]\(({FIGURES}/[^/)]+)\)", _text(out / MARKDOWN))
+    (out / FIGURES).mkdir(parents=True, exist_ok=True)
+    with disk_named(out, "out"):
+        for name, text in files.items():
+            # Half of a surrogate pair, which a row may hold, cannot be written: it is shown as "\ud83d".
+            write_atomically(out / name, text.encode("utf-8", errors="backslashreplace"))
+    for name in set(earlier) - files.keys():  # of methods that are no longer in the report
+        if _text(out / name).startswith(ALONE):
+            (out / name).unlink()
+    return out / PAGE
+
+
+def _text(path: Path) -> str:
+    """Of a file; none where there is no file."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _check_free(out: Path, names: Iterable[str]) -> None:
+    """Refuses a folder with files of these names that no report wrote: they would be replaced."""
+    ours = {name for name, mark in _MARKS.items() if mark in _text(out / name)[:1000]}
+    for name in names:
+        if (out / name).exists() and name not in ours and (name in _MARKS or not ours & {PAGE, MARKDOWN}):
+            raise FileExistsError(
+                f"out: {out / name} is there already and of no earlier report; wanted another folder"
+            )
 
 
 def write_topk(
@@ -105,6 +132,7 @@ def write_topk(
             raise ValueError(
                 f"{argument}: first tokens before and after want two models and a query, got none"
             )
+    _check_free(Path(out), (TOPK,))
     if not all(map(str.strip, queries)):
         raise ValueError("query: wanted a text that is not empty, got ''")
     (before, tokenizer), (after, other) = (models.load(m, dtype, device) for m in (model_before, model_after))
@@ -115,7 +143,8 @@ def write_topk(
     told = {"before": model_before, "after": model_after, "steering": steering}
     result = {"measure": MEASURE, **told, "queries": compared}
     Path(out).mkdir(parents=True, exist_ok=True)
-    write_json(Path(out) / TOPK, result)
+    with disk_named(out, "out"):
+        write_json(Path(out) / TOPK, result)
     return result
 
 
