@@ -135,6 +135,7 @@ def test_a_finished_run_computes_nothing(tmp_path, data, monkeypatch):
         ({"model": "half"}, 'model_dtype was "float32" and is "bfloat16" now'),
         ({"suite": {**SUITE, "name": "another"}}, 'suite was "own" and is "another" now'),
         ({"limit": 4}, "limit was null and is 4 now"),
+        ({"max_new_tokens": 3}, "max_new_tokens was null and is 3 now"),
         ({"tokenizer": "other"}, "tokenizer_fingerprint was"),
         ({"data": "other"}, "data was"),
     ],
