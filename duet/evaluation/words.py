@@ -341,7 +341,7 @@ def function_words(text: str) -> frozenset[str]:
         >>> [sorted(function_words(text) & {"war", "will"}) for text in ("Er war ein Dichter.", "They die in the war.")]
         [['war'], ['will']]
     """
-    said = words_of(text)
+    said = words_of(re.sub(r"(?<=\w)['’](?:s|d|m)\b", "", text))  # "Ada's" is not French
     return max(_FUNCTION_WORDS_OF.values(), key=lambda of: max(1, sum(word in of for word in said)))
 
 
