@@ -167,6 +167,9 @@ def test_another_configuration_is_another_run(tmp_path, data):
     del manifest["model_config"], manifest["model_dtype"]
     (out / "manifest.json").write_text(json.dumps(manifest))
     run(out, data)
+    (out / "manifest.json").write_text(json.dumps(manifest | {"schema": 1}))
+    with pytest.raises(ValueError, match="schema was 1 and is 2 now"):  # which judged answers otherwise
+        run(out, data)
 
 
 def test_other_worked_examples_are_another_run(tmp_path, data):

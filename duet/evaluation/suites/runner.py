@@ -112,7 +112,7 @@ def evaluate(
         }
     prompting = prompting or Prompting()
     manifest = {
-        "schema": 1,
+        "schema": 2,
         "suite": suite.name,
         "options": dict(suite.options),
         "limit": limit,
