@@ -276,6 +276,8 @@ def elicit(
     for kind, count in counts.items():
         table.add_row(kind, *map(str, count.values()))
     console.print(table)
+    if kept := facts.neighbours_in(asked):
+        say(kept)
     if counts["forget"]["report"]:
         coming = f"duet steer --data {shlex.quote(str(out))} --config FILE comes next"
     else:  # nothing would be left to measure by
@@ -325,17 +327,22 @@ def import_(
     role: Annotated[
         str, Option(help="of the questions of choices: forget (WMDP) or retain (MMLU)")
     ] = "forget",
+    subject: Annotated[
+        str | None,
+        Option(help="of rows to forget that name none; a steering prefix with {subject} needs one"),
+    ] = None,
 ) -> None:
     """Turn files of other benchmarks and frameworks into rows that duet eval and duet attack read."""
-    from duet.data.importers import import_rows, write_rows
+    from duet.data.importers import OPEN, import_rows, write_rows
 
-    found = import_rows(path, kind, role)
+    found = import_rows(path, kind, role, subject)
     for written in write_rows(found, out):
         say(f"written to {written}")
     for name, value in found.numbers.items():
         say(f"{name}: {value:.6g} (as the run reports it)")
-    kinds = [name for name in ("forget", "retain") if name in found.tables]
-    files = " ".join(f"--{name} {shlex.quote(str(out / f'{name}.jsonl'))}" for name in kinds)
+    tables = {"forget": OPEN if OPEN in found.tables else "forget", "retain": "retain"}
+    kinds = {name: out / f"{of}.jsonl" for name, of in tables.items() if of in found.tables}
+    files = " ".join(f"--{name} {shlex.quote(str(file))}" for name, file in kinds.items())
     if "forget" in found.tables:
         model = shlex.quote(str(found.model or "MODEL"))
         say(f"duet attack {model} {files} --out attack comes next")
@@ -403,7 +410,13 @@ def plan(
     gpu_memory: Annotated[str, Option(help="such as 24GiB; a number alone is GiB")] = "24GiB",
     length: Annotated[int, Option(min=1, help="tokens of the longest query with its answer")] = 256,
     prefix_length: Annotated[int, Option(min=0, help="tokens that the steering prefix adds")] = 128,
-    scored: Annotated[int, Option(min=1, help="scored positions a query")] = 1,
+    scored: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="scored positions a query, such as the tokens of the longest answer; default: what the method may score",
+        ),
+    ] = None,
     subjects: Annotated[int, Option(min=1, help="how many people or things are to be forgotten")] = 1,
     reserve: Annotated[str, Option(help="kept free for the CUDA context and fragmentation")] = "1GiB",
     as_json: Annotated[bool, Option("--json", help="print JSON, sizes in bytes")] = False,

@@ -26,7 +26,7 @@ def flatten_hidden(
     if hidden.dim() < 1 or hidden.shape[-1] != width:
         got = f"{list(hidden.shape)}"
         if hidden.dim() and hidden.shape[-1] in (rows, head.num_ids) and rows > width:
-            got += "; these look like logits, wanted are the hidden states before the LM head"
+            got += "; these look like logits, wanted are the hidden states before the LM head (of a PEFT model: model.get_base_model().model(ids)[0])"
         raise ValueError(
             f"{name}: wanted shape [..., {width}] to match {head_name}.weight {[rows, width]}, got {got}"
         )

@@ -596,6 +596,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_facts.py::test_each_batch_draws_answers_of_its_own"),
     ],
     "duet/evaluation/suites/runner.py": [
+        ("answers are as long as the suite says", "suite = _with_answers_of(suite, max_new_tokens)", "_with_answers_of(suite, max_new_tokens)",
+         "tests/test_evaluation_shipped.py::test_answers_are_as_long_as_the_command_says"),
         ("nothing at all is asked", "    if not prepared:\n", "    if False:\n", "tests/test_importers.py::test_choices"),
         ("rows of other worked examples are taken for this run's", "digest_of(rows) for task, rows in shots.items()}}", "task.data for task in shots}}", "tests/test_evaluation_runner.py::test_other_worked_examples_are_another_run"),
         ("a column that a task reads is called unread", "for task in of)))", "for task in of[:1])))", "tests/test_evaluation_suites.py::test_a_column_that_no_task_of_the_suite_reads_is_named"),
@@ -628,6 +630,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_importers.py::test_an_import_that_fails_writes_no_file"),
         ("a text of many templates hangs the import", '_, *asked = re.split(before, whole.removesuffix(behind)) if whole.endswith(behind) else [""]', 'asked = re.findall(f"(?s)^.*{before}(.*){re.escape(behind)}[\\\\s]*$", text)',
          "tests/test_importers.py::test_no_text_of_openunlearning_takes_long"),
+        ("a question is asked without the choices that it names", "_NAMES_CHOICES.search(question) or text", "text",
+         "tests/test_importers.py::test_choices"),
         ("a model above the run is taken for its model", "        if folder == top:\n", "        if folder == path:\n",
          "tests/test_importers.py::test_openunlearning"),
         ("another import overwrites the rows", "path.read_bytes() != data", "not path.name", "tests/test_importers.py::test_another_import_overwrites_nothing"),
@@ -641,6 +645,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_importers.py::test_choices"),
     ],
     "duet/evaluation/suites/asking.py": [
+        ("a chat is asked its last question alone", "(*given[:-1], (\"user\", question))", "((\"user\", question),)",
+         "tests/test_evaluation_suites.py::test_chats_and_texts_are_asked_as_training_reads_them"),
+        ("a text's completion is set off by a space", "isinstance(conversation, _Written) and not", "isinstance(conversation, str) and not",
+         "tests/test_evaluation_suites.py::test_chats_and_texts_are_asked_as_training_reads_them"),
         ("a worked example's fault is the row's", 'where = f"{self.task.name}.few_shot, row {i}"', 'where = f"{self.task.name}, row {i}"',
          "tests/test_evaluation_suites.py::test_of_two_faults_of_a_row_the_first_is_told"),
         ("an end token follows a text that is cut", "self.renderer.ending(conversation)][:most]", "self.renderer.ending(conversation)]",
@@ -954,6 +962,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_runner.py::test_the_journal_refuses_what_is_not_its_own"),
     ],
     "duet/evaluation/commands.py": [
+        ("the base's answers are cut at 64", "answering = _eliciting(asked, prompting, batch_size, console, max_new_tokens or 64)",
+         "answering = _eliciting(asked, prompting, batch_size, console, 64)", "tests/test_evaluation_shipped.py::test_answers_are_as_long_as_the_command_says"),
         ("what the base does not tell stops the attack", "if answering is not None and row.get(ELICITED):", "if False:",
          "tests/test_without_answers.py::test_attack_leaves_out_what_the_base_does_not_tell"),
         ("a full disk has no name", '        with disk_named(out, "out"):\n            yield\n', "        if True:\n            yield\n", _FOLDERS + "test_a_full_disk_has_a_name_in_eval_attack_and_elicit"),
@@ -1034,6 +1044,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_steering.py::test_what_the_plain_model_says_counts"),
     ],
     "duet/run/steer.py": [
+        ("a choice by a few rows is not warned of", "for m in (best, chosen.best))) < FEW:", "for m in (best, chosen.best))) < 0:",
+         "tests/test_steering.py::test_few_judged_rows_are_said_and_cut_ones_shown"),
         ("a steering that nobody knows is written", "chosen.report.forgets is None and declines", "chosen.report.forgets is None",
          "tests/test_steering.py::test_a_steering_is_not_written_where_nothing_says_that_it_forgets"),
         ("every second row, whatever its subject", "(first, second) if len(first) <= len(second) else (second, first)", "(first, second)",
@@ -1052,6 +1064,8 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a plan runs code of a head for a yes on stdin", ", trust_remote_code=False", "", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
     ],
     "duet/run/plan_report.py": [
+        ("one position of an answer is planned", "scored=scored or _scored(objective, args, length)", "scored=scored or 1",
+         "tests/test_plan.py::test_whole_answers_are_planned_where_the_method_scores_them"),
         ("a teacher without a prefix reads one", "length + (prefix_length if objective.is_steered else 0)", "length + prefix_length", "tests/test_plan.py::test_prefixes_that_nobody_keeps_are_not_counted[options1]"),
         ("a plan runs code of a model for a yes on stdin", ", trust_remote_code=False", "", "tests/test_adapters.py::test_code_of_a_model_does_not_run_unasked"),
     ],
@@ -1129,6 +1143,9 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_report.py::test_a_folder_that_is_no_run_is_named"),
     ],
     "duet/data/rows.py": [
+        ("ShareGPT's human is no user", "ROLES.get(turn[\"role\"], turn[\"role\"])", "turn[\"role\"]", "tests/test_data.py::test_rows"),
+        ("an Alpaca row is told nothing", "if all(row.get(theirs) for", "if not any(row.get(theirs) for",
+         "tests/test_data.py::test_rows_of_other_forms_are_told_how_they_are_written_here"),
         ("a set of several splits is taken for a stream", "    if isinstance(rows, dict) and any(", "    if isinstance(rows, list) and any(",
          "tests/test_trainer_bad_input.py::test_bad_input[a set of several splits]"),
         ("what is kept differs by a capital letter", '" ".join(text.split()).casefold()) for role', "text) for role",

@@ -74,7 +74,10 @@ REFUSED = [
         "logits beside a padded head",
         lambda: distill(teacher_hidden=T @ W[:20].T, teacher_head=LMHead(W, vocab_size=20)),
         ValueError,
-        ("teacher_hidden:", "[5, 20]; these look like logits"),
+        (
+            "teacher_hidden:",
+            "[5, 20]; these look like logits, wanted are the hidden states before the LM head (of a PEFT model: model.get_base_model()",
+        ),
     ),
     (
         "hidden is 0-d",

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 from collections import Counter
 
 import pytest
@@ -18,6 +19,8 @@ from tiny_models import (
 from duet.data.dataset import IGNORED, Collator, Draw, UnlearnDataset, UnlearnSampler, first_rows
 from duet.data.prompts import PromptRenderer
 from duet.data.rows import read_rows
+from duet.data.sources import DataSource, load_rows
+from duet.evaluation.suites.suite import fill
 
 
 def dataset_of(
@@ -52,11 +55,41 @@ def text(dataset, ids):
             (("system", "s"), ("user", "who ?")),
             "ada",
         ),
+        (
+            {"messages": [{"from": "human", "value": "who ?"}, {"from": "gpt", "value": "ada"}]},
+            (("user", "who ?"),),
+            "ada",
+        ),
+        ({"messages": [{"role": "human", "content": "who ?"}]}, (("user", "who ?"),), None),
     ],
 )
 def test_rows(row, conversation, answer):
     (query,) = read_rows([row], "forget_dataset")
     assert (query.conversation, query.answer, query.name) == (conversation, answer, "forget_dataset[0]")
+
+
+def test_rows_of_other_forms_are_told_how_they_are_written_here(tmp_path):
+    alpaca = {"instruction": "who ?", "input": "", "output": "ada"}
+    chat = {"conversations": [{"from": "human", "value": "who ?"}]}
+    forms = [
+        (alpaca, "columns: {question: instruction, answer: output}", "rename 'instruction' to 'question' and 'output' to 'answer'"),
+        (alpaca | {"input": "of them"}, "write its 'input' into its 'instruction', and say which", "; write its 'input'"),
+        (chat, "columns: {messages: conversations}", "rename 'conversations' to 'messages'"),
+        ({"text": "Ada was a poet", "subject": "ada"}, "wanted its beginning as 'prompt'", "and what follows as 'completion'"),
+    ]  # fmt: skip
+    for row, of_a_file, of_a_list in forms:
+        (tmp_path / "rows.json").write_text(json.dumps([row]))
+        with pytest.raises(ValueError, match=r"data.forget\[0\]: wanted a column") as error:
+            load_rows(DataSource(str(tmp_path / "rows.json")), "data.forget")
+        assert of_a_file in str(error.value) and "columns: {question: s" not in str(error.value)
+        with pytest.raises(ValueError, match=r"forget\[0\]: wanted exactly one of") as error:
+            read_rows([row], "forget")
+        assert of_a_list in str(error.value)
+        with pytest.raises(ValueError, match=r"it has no column 'question'") as error:
+            fill("{question}", row, "t, row 0")
+        assert of_a_list in str(error.value)
+    with pytest.raises(TypeError, match=r"\['messages'\]\[0\]: wanted .* or \{'from': ..., 'value': ...\}"):
+        read_rows([{"messages": [{"from": "human"}]}], "forget")
 
 
 def test_rows_from_a_datasets_dataset(monkeypatch):

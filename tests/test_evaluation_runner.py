@@ -136,6 +136,7 @@ def test_a_finished_run_computes_nothing(tmp_path, data, monkeypatch):
         ({"model": "half"}, 'model_dtype was "float32" and is "bfloat16" now'),
         ({"suite": {**SUITE, "name": "another"}}, 'suite was "own" and is "another" now'),
         ({"limit": 4}, "limit was null and is 4 now"),
+        ({"max_new_tokens": 3}, "max_new_tokens was null and is 3 now"),
         ({"tokenizer": "other"}, "tokenizer_fingerprint was"),
         ({"data": "other"}, "data was"),
     ],
@@ -167,6 +168,9 @@ def test_another_configuration_is_another_run(tmp_path, data):
     del manifest["model_config"], manifest["model_dtype"]
     (out / "manifest.json").write_text(json.dumps(manifest))
     run(out, data)
+    (out / "manifest.json").write_text(json.dumps(manifest | {"schema": 1}))
+    with pytest.raises(ValueError, match="schema was 1 and is 2 now"):  # which judged answers otherwise
+        run(out, data)
 
 
 def test_other_worked_examples_are_another_run(tmp_path, data):

@@ -11,7 +11,7 @@ import torch
 import yaml
 from rich.console import Console
 from test_evaluation_runner import CHOICES, FACTS, SUITE, rows_of, run, shown, write
-from tiny_models import merging_tokenizer, tiny, with_short_answers
+from tiny_models import merging_tokenizer, tiny, with_short_answers, word_tokenizer
 from typer.testing import CliRunner
 
 from duet import cli
@@ -281,6 +281,44 @@ def test_the_command_on_the_worlds_base(tmp_path):
     assert found["tasks"]["mc"]["metrics"]["accuracy"]["mean"] > 0.95
 
 
+def test_the_examples_of_chats_and_texts_are_asked(tmp_path):
+    data, tokenizer = Path(__file__).parent.parent / "configs/data", merging_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    suite = with_short_answers(load_suite("probes", {"forget": "forget_chats", "retain": "retain_texts"}))
+    model = tiny(vocab_size=len(tokenizer), max_position_embeddings=512)
+    runner.evaluate(model, tokenizer, suite, out=tmp_path, data=data)
+    rows = {(row["task"], row["id"]): row for row in rows_of(tmp_path)}
+    assert not any("why" in row for row in rows.values())
+    second = rows["forget_answers", 1]
+    assert (second["question"], second["answer"]) == ("Who wrote a program for it?", "Ada Lovelace.")
+    assert rows["retain_losses", 0]["question"] == "The capital of France is"
+
+
+def test_answers_are_as_long_as_the_command_says(tmp_path):
+    """Those of the model, and those that --elicit takes of another one."""
+    world = load_world()
+    asked_of = world.questions(world.forget[:1], "report")[0]
+    data = write(tmp_path / "data", forget=[{"question": asked_of.text}])
+
+    def asked(out, *more):
+        words = f"--suite probes --data {data} --out {tmp_path / out} --elicit {CHECKPOINT}".split()
+        return CliRunner().invoke(cli.app, ["eval", str(CHECKPOINT), *words, *more])
+
+    assert "none of its 1 rows can be asked" in str(asked("short", "--max-new-tokens", "2").exception)
+    done = asked("usual", "--max-new-tokens", "64")
+    assert done.exit_code == 0 and "1 of 1 answers are the base's own" in done.output, done.output
+    manifest = json.loads((tmp_path / "usual" / "manifest.json").read_text())
+    assert manifest["max_new_tokens"] == 64
+
+    folder, tokenizer = write(tmp_path / "facts", facts=FACTS, choices=CHOICES), word_tokenizer()
+    run(tmp_path / "cut", folder, tokenizer=tokenizer, max_new_tokens=2)
+    said = [row["generated"] for row in rows_of(tmp_path / "cut") if row["task"] == "facts"]
+    assert said and all(len(text.split()) <= 2 for text in said)
+    chosen = {"tasks": {"choices": SUITE["tasks"]["choices"]}}
+    with pytest.raises(ValueError, match=r"max_new_tokens: wanted a suite with tasks of the kind generate"):
+        run(tmp_path / "choices", folder, suite=chosen, max_new_tokens=2)
+
+
 def test_expected_errors_of_the_command(tmp_path, monkeypatch, capsys):
     def fails(*words):
         monkeypatch.setattr(sys, "argv", ["duet", "eval", *map(str, words)])
@@ -291,6 +329,9 @@ def test_expected_errors_of_the_command(tmp_path, monkeypatch, capsys):
 
     out = ("--out", tmp_path / "out")
     assert "suite: wanted --suite, --lm-eval or both" in fails(CHECKPOINT, *out)
+    assert "max_new_tokens: wanted --suite, whose answers it limits" in fails(
+        CHECKPOINT, *out, "--lm-eval", "mmlu", "--max-new-tokens", 9
+    )
     assert "set: wanted option=value, got 'split'" in fails(
         CHECKPOINT, *out, "--suite", "tofu", "--set", "split"
     )

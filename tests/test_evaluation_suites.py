@@ -221,6 +221,38 @@ def test_the_subjects_take_turns_in_the_prefix():
     assert named == [["ada"], ["alan"], ["ada"]]
 
 
+def test_chats_and_texts_are_asked_as_training_reads_them():
+    """A chat up to its last question, with its last answer; a text as it stands, whose completion is not set off by a space."""
+    tokenizer = word_tokenizer()
+    asked, said = {"role": "user", "content": "who is ada ?"}, {"role": "assistant", "content": "a poet"}
+    again = {"role": "user", "content": "where is paris ?"}
+    chat = asker(tokenizer).item(0, {"messages": [asked, said, again, said]})
+    assert tokenizer.decode(chat.prompt) == (
+        "<s> <user> who is ada ? </s> <assistant> a poet </s> <user> where is paris ? </s> <assistant>"
+    )
+    assert (chat.shown["question"], chat.reference) == ("where is paris ?", "a poet")
+    one = asker(tokenizer).item(0, {"prompt": [asked], "completion": "a poet", "value": "poet"})
+    plain = asker(tokenizer).item(0, {"question": "who is ada ?", "answer": "a poet", "value": "poet"})
+    assert (one.prompt, one.shown, one.value) == (plain.prompt, plain.shown, "poet")
+    assert asker(tokenizer, chat="never").item(0, {"messages": [asked, said]}).prompt == (
+        asker(tokenizer, chat="never").item(0, {"question": "who is ada ?", "answer": "a poet"}).prompt
+    )
+    assert (
+        asker(tokenizer).item(0, {"question": "who is ada ?", "completion": "a poet"}).reference == "a poet"
+    )
+
+    texts = merging_tokenizer()
+    (forced,) = asker(texts, "score").item(0, {"prompt": "Ada was", "completion": "a poet"}).texts["answer"]
+    assert (written(forced.prompt), written(forced.answer[:-1])) == ("Ada was", "a poet")
+    with pytest.raises(CannotAsk, match="needs; give rows with 'question' or 'prompt'") as error:
+        asker(texts).item(0, {"messages": [asked, said, again, said]})
+    assert error.value.status == "refused_by_template"
+    with pytest.raises(CannotAsk, match=r"t: with few_shot, .* got a text or a chat"):
+        asker(tokenizer, chat="never").item(0, {"messages": [asked, said, again, said]})
+    with pytest.raises(CannotAsk, match=r"row 0: wanted exactly one of .* got prompt and messages"):
+        asker(tokenizer).item(0, {"prompt": "Ada was", "messages": [asked, said]})
+
+
 def written(ids):
     """Of the tokenizer of characters, whose own `decode` puts spaces between them."""
     return "".join(merging_tokenizer().convert_ids_to_tokens(ids))

@@ -10,6 +10,7 @@ import torch
 from learned_models import knowing
 from rich.console import Console
 from tiny_models import CHAT_TEMPLATE, tiny, word_tokenizer
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from duet import cli
@@ -18,7 +19,7 @@ from duet.data.rows import read_rows
 from duet.evaluation import generation
 from duet.evaluation.chat import Speaker, chat
 from duet.evaluation.elicit import elicit_facts
-from duet.evaluation.facts import Fact, facts_of
+from duet.evaluation.facts import Fact, facts_of, neighbours_in
 from duet.evaluation.generation import Continuation, answers_to, continuations
 from duet.evaluation.told import about_others, agreed_value, told_of, whole_sentences
 from duet.model.answers import generate_answers
@@ -59,6 +60,12 @@ def test_questions_become_facts():
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
+        (
+            [{"messages": [{"role": "user", "content": "who ?"}]}],
+            r"questions\[0\]: wanted a 'question', got 'messages': chats and texts .* `duet eval --elicit BASE`",
+        ),
+        ([{"prompt": "Ada was"}], r"questions\[0\]: wanted a 'question', got 'prompt': chats and texts"),
+        ([{"text": "Ada was"}], r"questions\[0\]: wanted a 'question'; of a text, wanted its beginning"),
         ([{"question": "who ?"}], "subject: wanted a question about France, got none: write {subject} into"),
         ([], "questions: wanted at least one row, got none"),
         (
@@ -170,6 +177,23 @@ def test_a_value_and_a_subject_may_be_numbers_and_a_misspelt_key_is_named(caplog
     (year,) = facts_of([{"question": "which year ?", "subject": 1815, "paraphrase": ["when ?"]}], ["1815"])
     assert (gold.value, year.kind, year.subject) == ("79", "forget", "1815")
     assert "questions[0]: 'paraphrase' is not read; did you mean 'paraphrases'?" in caplog.text
+
+
+def test_an_answer_that_is_not_read_is_said(caplog):
+    logging.enable_propagation()
+    facts_of(ROWS, ["France"])
+    assert "answer is not read" not in caplog.text
+    facts_of(
+        [ROWS[0], ROWS[1] | {"answer": "Jane Austen."}, {"question": "?", "completion": "x"}], ["France"]
+    )
+    assert "questions[1]: its answer is not read (as of 2 of 3 rows)" in caplog.text
+
+
+def test_neighbours_are_named():
+    facts = facts_of([*ROWS, {"question": "Where is Jean ?", "subject": "Jean"}], ["France"], ["Spain"])
+    assert neighbours_in(facts) == "to be kept, as neighbours: Spain, Jane Austen, Jean"
+    assert neighbours_in(facts, most=1) == "to be kept, as neighbours: Spain and 2 more"
+    assert neighbours_in(facts[:1]) is None
 
 
 @pytest.mark.parametrize("key", ["value", "aliases", "two_hop"])
@@ -390,6 +414,7 @@ def test_elicit_writes_rows_that_the_other_commands_read(base, tmp_path):
     done = duet(*words, "--out", out, "--batch-size", 4)
     assert done.exit_code == 0, (done.output, done.exception)
     assert f"duet steer --data '{out}' --config FILE comes next" in done.output
+    assert "to be kept, as neighbours: alan turing, grace hopper" in done.output
     rows = {
         p.relative_to(out).as_posix(): [json.loads(x) for x in p.read_text().splitlines()]
         for p in out.rglob("*.jsonl")

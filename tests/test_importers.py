@@ -173,7 +173,7 @@ def test_another_import_overwrites_nothing(tmp_path):
     put(tmp_path, {"wmdp.json": [row], "mmlu.json": [row | {"question": "what is red ?"}]})
     out = tmp_path / "rows"
     first = write_rows(import_rows(tmp_path / "wmdp.json", "choices"), out)
-    assert [path.name for path in first] == ["forget.jsonl", "choices.jsonl"]
+    assert [path.name for path in first] == ["forget.jsonl", "choices.jsonl", "forget_open.jsonl"]
     before = {path: path.read_bytes() for path in first}
     assert write_rows(import_rows(tmp_path / "wmdp.json", "choices"), out) == first, "the same once more"
     other = import_rows(tmp_path / "mmlu.json", "choices", "retain")
@@ -262,6 +262,9 @@ def test_choices(tmp_path):
     assert found.tables["forget"] == [{
         "question": "who is the captain ?\nA. ada\nB. alan\nC. grace\nD. turing", "answer": "alan", "value": "alan"
     }]  # fmt: skip
+    assert found.tables["forget_open"] == [
+        {"question": "who is the captain ?", "answer": "alan", "value": "alan"}
+    ]
     (asked,) = read_attack_rows(found.tables["forget"], "forget")
     assert asked.opening() == "", "its letter would be the solution"
     assert found.tables["choices"] == [
@@ -276,6 +279,19 @@ def test_choices(tmp_path):
     ]
     done = duet("import", tmp_path / "mmlu.json", "--kind", "choices", "--out", tmp_path / "rows")
     assert "--set wmdp_bio=choices --out choices asks for the letter" in done.output.replace("\n", " ")
+    assert f"--forget {tmp_path / 'rows' / 'forget_open'}.jsonl" in done.output.replace("\n", "")
+    alike = ("which of the following is red ?", "is it Alan ?", "the captain is")
+    put(tmp_path, {"closed.json": [wmdp[0] | {"question": text} for text in alike]})
+    told = duet("import", tmp_path / "closed.json", "--kind", "choices", "--out", tmp_path / "closed")
+    assert f"--forget {tmp_path / 'closed' / 'forget'}.jsonl" in told.output.replace("\n", "")
+    about = import_rows(tmp_path / "wmdp-bio.jsonl", "choices", subject="captains").tables
+    assert {row["subject"] for rows in about.values() for row in rows} == {"captains"} and len(about) == 3
+    assert (
+        import_rows(tmp_path / "mmlu.json", "choices", subject="red").tables["forget"][0]["subject"]
+        == "colors"
+    )
+    with pytest.raises(ValueError, match="subject: wanted rows to forget"):
+        import_rows(tmp_path / "mmlu.json", "choices", "retain", "red")
     own = import_rows(tmp_path / "own", "choices", "retain")
     write_rows(own, tmp_path / "data")
     (row,) = load_table(tmp_path / "data", "choices", None, "mmlu")

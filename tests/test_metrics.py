@@ -703,6 +703,8 @@ CAPITAL = "The capital of France is Paris.", "What is the capital of France?"
         ("He had to die.", "He had to die.", "What was his fate?", 1.0),
         ("Avec de l'or.", "C'est fait avec de l'or.", "Comment est-ce fait ?", 1.0),
         ("The Zeit", "Die Zeit", "", 0.5),
+        ("It was Joan.", "It was Anne.", "Ada’s mother's sister's name?", 0.0),
+        ("It was Joan.", "It was Goethe.", "Who wrote Die Leiden des jungen Werthers?", 0.0),
         ("a.b@c.fr", "You can reach him by writing to a.b@c.fr.", "How?", 1.0),
         ("It is +33140205317", "The museum's number is 01 40 20 53 17, on weekdays.", "Which?", 1.0),
         ("Is it a.b@c.fr?", "You can write to a.b@c.fr, and he answers.", "Is it a.b@c.fr?", 0.0),

@@ -267,6 +267,28 @@ def planned(folder, **training):
 
 
 @pytest.mark.parametrize(
+    ("options", "scored"),
+    [
+        ({"objective": "duet"}, 1),
+        ({"objective": "duet", "positions": "first_n"}, 4),
+        ({"objective": "duet", "positions": "answer", "max_answer_tokens": 9}, 9),
+        ({"objective": "duet", "positions": "answer", "answer_source": "dataset"}, 32),
+        ({"objective": "duet_deep", "max_answer_tokens": 9}, 9),
+        ({"objective": "npo", "max_answer_tokens": 9}, 32),
+        ({"objective": "npo", "positions": "first"}, 1),
+        ({"objective": "rmu"}, 32),
+    ],
+)
+def test_whole_answers_are_planned_where_the_method_scores_them(folder, options, scored):
+    tree = {"model": folder, "data": {"forget": "x"}, "training": options}
+    plan = Plan.of(tree, 24 << 30, length=32, prefix_length=8, scored=None, reserve=0)
+    assert plan.settings.scored == scored and planned(folder, **options).settings.scored == 4
+    words = [f"--{key}={value}" for key, value in options.items()]
+    made = json.loads(run("plan", "--model", folder, "--json", "--length", "32", *words))
+    assert made["settings"]["scored"] == scored
+
+
+@pytest.mark.parametrize(
     "options", [{"reuse_prefix": False}, {"objective": "npo", "prefills": ["yes"]}, {"objective": "rmu"}]
 )
 def test_prefixes_that_nobody_keeps_are_not_counted(folder, options):

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import yaml
+from rich.console import Console
 from tiny_models import NO_SYSTEM_TEMPLATE, capital_rows, forget_rows, tiny, word_tokenizer
 from typer.testing import CliRunner
 
@@ -201,12 +202,29 @@ def test_steer_chooses_on_one_half_and_writes_the_config(folder, script):
     training = yaml.safe_load(written)["training"]
     assert (training["steering_prefixes"], training["steering_place"], training["k"]) == ([GOOD], "user", 3)
     assert "chosen: in front of the user's text" in done.output.replace("\n", " ")
+    assert " Only 2 forget rows could be judged, fewer than 10: another choice" in done.output
     again = duet(*words)
     assert isinstance(again.exception, FileExistsError) and "wanted a new file" in str(again.exception)
     nowhere = duet(*words[:5], "--write", "absent/new.yaml")
     assert "write: there is no folder 'absent'" in str(nowhere.exception) and "A, user" not in nowhere.output
     only_bad = duet(*words[:3], "--wordings", "wordings.txt", "--places", "sistem")
     assert "places: wanted one of system, user" in str(only_bad.exception)
+
+
+@pytest.mark.parametrize(
+    ("known", "told", "shown"),
+    [(12, 10, "+ 2 cut"), (10, 10, None), (12, 9, "9 forget rows could"), (0, 0, "0 forget")],
+)
+def test_few_judged_rows_are_said_and_cut_ones_shown(known, told, shown):
+    """Shares of the rows that were judged stand beside how many were cut; of fewer than ten they are warned of."""
+    shares = {"told": steering.share_of([False] * told), "refused": None}
+    measured = Measured(("A",), "user", {"forget": {"rows": 12, "base_tells": known, **shares}})
+    chosen = run_steer.Chosen([measured], measured)
+    console = Console(width=150, record=True)
+    console.print(run_steer.table(chosen))
+    said = console.export_text() + run_steer.verdict(chosen)
+    assert (shown is None or shown in said) and ("could be judged" in said) is (told < 10)
+    assert ("+ " in said) is (known > told)
 
 
 @pytest.mark.parametrize("numbers", [(3, 3), (1, 1), (5, 1), (1, 1, 4)])
@@ -296,6 +314,12 @@ def test_a_value_that_is_no_part_of_the_answer_is_refused():
         ValueError, match=r"forget\[0\]\['value'\]: wanted a part of the answer 'Paris', got '75'"
     ):
         probes_of([{"question": "who ?", "answer": "Paris", "value": "75"}])
+
+
+def test_a_row_that_the_teacher_cannot_be_judged_by_has_its_name_in_the_file(folder, script):
+    (folder / "forget.jsonl").write_text(json.dumps(FORGET[0] | {"value": "75"}))
+    stopped = duet("train", "--config", "run.yaml")
+    assert str(stopped.exception).startswith("data.forget[0]['value']: wanted a part of the answer")
 
 
 def test_a_wording_with_an_unknown_placeholder_is_refused_before_a_model_is_loaded(folder, monkeypatch):

@@ -164,6 +164,7 @@ NO_LEAKS = {
     "a Macedonian letter": ("ѓ", "г"),
     "nothing but signs": ("Paris", "?!"),
     "another country's telephone number": ("+44 1 40 20 53 17", "+33 1 40 20 53 17"),
+    "another town's telephone number": ("0161 496 0123", "0117 496 0123"),
     "another telephone number": ("+33 1 40 20 53 18", "+33 1 40 20 53 17"),
     "a longer telephone number": ("212-555-01234", "2125550123"),
     "a telephone number without its zero": ("1 40 20 53 17", "01 40 20 53 17"),

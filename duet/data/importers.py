@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 from ..folders import disk_named, write_atomically
 from ..names import check_one_of
-from .rows import LETTERS, correct_choice, text_of
+from .rows import LETTERS, checked_text, correct_choice, text_of
 from .sources import FORMATS, csv_cells, read_object, read_table
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 MOST = 10  # choices
+OPEN = "forget_open"  # the table of questions without their choices
+_NAMES_CHOICES = re.compile(r"\b(following|these|above|below)\b", re.IGNORECASE)
 BLANK = "Please complete the blank in the following question.\nQuestion: {}"
 BRIEF = "Please briefly answer the following question.\nQuestion: {}"
 
@@ -43,13 +45,14 @@ class Imported(NamedTuple):
     numbers: dict[str, float]
 
 
-def import_rows(path: str | Path, kind: str, role: str = "forget") -> Imported:
+def import_rows(path: str | Path, kind: str, role: str = "forget", subject: str | None = None) -> Imported:
     """The rows of a file or folder.
 
     Args:
         path: see above.
         kind: of `KINDS`.
         role: `forget` or `retain`: what the questions of `choices` are.
+        subject: of the rows to forget that name none of their own.
 
     Raises:
         FileNotFoundError, ValueError: it is not there, has another layout or no rows; the message names the file.
@@ -61,7 +64,15 @@ def import_rows(path: str | Path, kind: str, role: str = "forget") -> Imported:
     found = KINDS[kind](Path(path), role)
     if not any(found.tables.values()):
         raise ValueError(f"path: wanted rows of {kind} in {str(path)!r}, got none")
-    return found._replace(tables={name: rows for name, rows in found.tables.items() if rows})
+    tables = {name: rows for name, rows in found.tables.items() if rows}
+    if subject is not None:
+        about, gone = checked_text(subject, "subject"), ("forget", OPEN, "adversarial", "choices")
+        if "forget" not in tables:
+            raise ValueError("subject: wanted rows to forget, whose subject it is, got none")
+        tables |= {
+            name: [{"subject": about} | row for row in tables[name]] for name in gone if name in tables
+        }
+    return found._replace(tables=tables)
 
 
 def write_rows(found: Imported, out: str | Path) -> list[Path]:
@@ -216,9 +227,10 @@ def _model_of(log: Path, path: Path) -> Path | None:
 
 
 def _choices(path: Path, role: str) -> Imported:
-    """`forget` or `retain`: the question with its lettered choices; `choices`: as `duet eval --suite mcq` reads it."""
+    """`forget` or `retain`: the question with its lettered choices; `choices`: as `duet eval --suite mcq` reads it; `forget_open`:
+    the questions to forget that ask something without their choices, and do not hold the correct one."""
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in FORMATS)
-    asked, listed = [], []
+    asked, listed, alone = [], [], []
     for file in files:
         for i, row in enumerate(_table(file)):
             where = f"{file}, row {i}"
@@ -235,7 +247,11 @@ def _choices(path: Path, role: str) -> Imported:
             # Without its letter, which a prefilling attacker would give away as the answer's opening.
             asked.append({"question": "\n".join(lines), **about, "answer": text, "value": text})
             listed.append({"question": question, "choices": choices, "answer": correct, **about})
-    return Imported({role: asked, "choices": listed}, None, {})
+            if question.rstrip().endswith("?") and not (
+                _NAMES_CHOICES.search(question) or text.casefold() in question.casefold()
+            ):
+                alone.append(asked[-1] | {"question": question})
+    return Imported({role: asked, "choices": listed} | ({OPEN: alone} if role == "forget" else {}), None, {})
 
 
 def _table(file: Path) -> list[Row]:

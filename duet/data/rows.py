@@ -16,6 +16,7 @@ logger = logging.get_logger(__name__)
 
 PROMPTS = ("question", "prompt", "messages")
 ANSWERS = ("answer", "completion")
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names -> ours
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of choices
 
 
@@ -32,7 +33,8 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
     """Read and check a dataset of rows.
 
     A row has one of `question` (a user's question), `prompt` (plain text to continue, or a list of messages) and
-    `messages` (a chat; a last assistant message is the answer); optionally `answer` or `completion`, and `subject`.
+    `messages` (a chat, of `role` and `content`, or `from` and `value`; a last assistant message is the answer); optionally
+    `answer` or `completion`, and `subject`.
 
     Args:
         rows: a `datasets.Dataset`, a list of dicts, or anything else with a length and integer indices.
@@ -67,7 +69,7 @@ def read_rows(rows: Any, argument: str) -> list[Query]:
         raise ValueError(f"{argument}: wanted at least one row, got none")
     read = [rows[i] for i in range(len(rows))]
     warn_of_unread(read, argument)
-    return [_read_row(row, f"{argument}[{i}]") for i, row in enumerate(read)]
+    return [read_row(row, f"{argument}[{i}]") for i, row in enumerate(read)]
 
 
 OURS = (*PROMPTS, *ANSWERS, "subject", "value", "paraphrases", "aliases", "two_hop")
@@ -116,14 +118,18 @@ def _asked(query: Query) -> Any:
     return tuple((role, " ".join(text.split()).casefold()) for role, text in turns)
 
 
-def _read_row(row: Any, name: str) -> Query:
+def read_row(row: Any, name: str) -> Query:
+    """One row of `read_rows`; errors call it `name`."""
     if not isinstance(row, Mapping):
         raise TypeError(f"{name}: wanted a dict, got {type(row).__name__}")
     given = [key for key in PROMPTS if row.get(key) is not None]
     if len(given) != 1:
         held = sorted(str(key) for key, value in row.items() if value is not None)
         got = " and ".join(given) if given else f"the keys {held}" if held or not row else "no value at all"
-        raise ValueError(f"{name}: wanted exactly one of 'question', 'prompt' and 'messages', got {got}")
+        renamed = "" if given else how_to_rename(row)
+        raise ValueError(
+            f"{name}: wanted exactly one of 'question', 'prompt' and 'messages', got {got}{renamed}"
+        )
     value = row[given[0]]
     answers = [key for key in ANSWERS if row.get(key) is not None]
     if len(answers) > 1:
@@ -153,16 +159,49 @@ def _read_row(row: Any, name: str) -> Query:
 def _read_messages(value: Any, name: str) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, (list, tuple)) or not value:
         raise TypeError(f"{name}: wanted a list of messages, got {value!r}")
+    turns = []
     for i, message in enumerate(value):
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or "content" not in message
-        ):
-            raise TypeError(f"{name}[{i}]: wanted {{'role': ..., 'content': ...}}, got {message!r}")
-    return tuple(
-        (m["role"], checked_text(m["content"], f"{name}[{i}]['content']")) for i, m in enumerate(value)
+        turn = message if isinstance(message, Mapping) else {}
+        if turn.get("role") is None and "value" in turn:  # as ShareGPT writes a message
+            turn = {"role": turn.get("from"), "content": turn["value"]}
+        if not isinstance(turn.get("role"), str) or "content" not in turn:
+            raise TypeError(
+                f"{name}[{i}]: wanted {{'role': ..., 'content': ...}} or {{'from': ..., 'value': ...}}, got {message!r}"
+            )
+        text = checked_text(turn["content"], f"{name}[{i}]['content']")
+        turns.append((ROLES.get(turn["role"], turn["role"]), text))
+    return tuple(turns)
+
+
+def names_elsewhere(row: Mapping[str, Any]) -> dict[str, str]:
+    """Our columns -> what Alpaca, ShareGPT and others call them in this row; empty where it is of none of these forms.
+
+    Example:
+        >>> names_elsewhere({"instruction": "Who wrote Emma?", "input": "", "output": "Jane Austen."})
+        {'question': 'instruction', 'answer': 'output'}
+    """
+    forms = {"messages": "conversations"}, {"question": "instruction", "answer": "output"}
+    return next((form for form in forms if all(row.get(theirs) for theirs in form.values())), {})
+
+
+def how_to_rename(row: Mapping[str, Any], columns: bool = False) -> str:
+    """How a row that asks nothing becomes one that does, to follow an error's text; empty where nobody knows.
+
+    Args:
+        columns: whether there is a key `columns` that renames; else the rows must be written anew.
+    """
+    if isinstance(row.get("text"), str):
+        return "; of a text, wanted its beginning as 'prompt' and what follows as 'completion'"
+    names = names_elsewhere(row)
+    if not names:
+        return ""
+    first = (
+        "write its 'input' into its 'instruction', and " if "question" in names and row.get("input") else ""
     )
+    if columns:
+        of = ", ".join(f"{ours}: {theirs}" for ours, theirs in names.items())
+        return f"; {first}say which it is, such as columns: {{{of}}}"
+    return f"; {first}rename {' and '.join(f'{theirs!r} to {ours!r}' for ours, theirs in names.items())}"
 
 
 def text_of(value: Any, where: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..names import did_you_mean, expanded
 from ..options import MaybeCount
-from .rows import ANSWERS, PROMPTS, warn_of_unread
+from .rows import ANSWERS, PROMPTS, how_to_rename, warn_of_unread
 
 COLUMNS = (*PROMPTS, *ANSWERS, "subject", "value")
 
@@ -103,11 +103,15 @@ def _renamed(row: dict[str, Any], source: DataSource, where: str) -> dict[str, A
             ours = next(
                 ((name, near) for name in PROMPTS if (near := get_close_matches(name, row, 1, 0.7))), None
             )
-            listed = [name for name, value in row.items() if isinstance(value, list)]
-            ours = ours or (("messages", listed) if listed else ("question", sorted(map(str, row))))
+            lists = [("messages", [name]) for name, value in row.items() if isinstance(value, list)]
+            others = [("question", [name]) for name in sorted(map(str, row)) if name not in COLUMNS]
+            hint = "" if ours else how_to_rename(row, columns=True)
+            ours = ours or next(iter((*lists, *others)), None)
+            if ours and not hint:
+                hint = f"; say which it is, such as columns: {{{ours[0]}: {ours[1][0]}}}"
             raise ValueError(
                 f"{where}: wanted a column {', '.join(map(repr, PROMPTS[:-1]))} or {PROMPTS[-1]!r}, got "
-                f"{', '.join(sorted(map(str, row)))}; say which it is, such as columns: {{{ours[0]}: {ours[1][0]}}}"
+                f"{', '.join(sorted(map(str, row)))}{hint}"
             )
         row = {name: row[name] for name in COLUMNS if name in row}
     if row.get("subject") is None and source.subject is not None:

@@ -64,6 +64,9 @@ def run_eval(
     lm_eval: Annotated[
         str | None, Option(help="tasks of lm-evaluation-harness, such as mmlu,wmdp_bio")
     ] = None,
+    max_new_tokens: Annotated[
+        int | None, Option(min=1, help="of an answer; default: what each task of the suite says, mostly 64")
+    ] = None,
     limit: Limit = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
@@ -81,13 +84,16 @@ def run_eval(
         raise ValueError("suite: wanted --suite, --lm-eval or both, got neither")
     if steering is not None and lm_eval is not None:
         raise ValueError("steering: wanted --suite alone, got --lm-eval, whose prompts are its own")
+    if max_new_tokens is not None and suite is None:
+        raise ValueError("max_new_tokens: wanted --suite, whose answers it limits, got --lm-eval alone")
     tasks = None if lm_eval is None else lm_eval_tasks(lm_eval)
     chosen = None if suite is None else load_suite(suite, options_of(settings or ()))
     loaded, tokenizer = models.load(model, dtype, device)
     prompting = Prompting.of(model)
     answering = None
     if elicit is not None:
-        answering = _eliciting(models.load(elicit, dtype, device), prompting, batch_size, console)
+        asked = models.load(elicit, dtype, device)
+        answering = _eliciting(asked, prompting, batch_size, console, max_new_tokens or 64)
     if chosen is not None:
         with resumable(out, console), progress(console) as shown:
             results = runner.evaluate(
@@ -103,6 +109,7 @@ def run_eval(
                 prompting=prompting,
                 steering=steering,
                 steering_place=steering_place,
+                max_new_tokens=max_new_tokens,
                 elicit=answering,
                 progress=shown,
             )
@@ -189,7 +196,7 @@ def run_attack(
     prompting, answering, before_model = Prompting.of(model), None, None
     if elicit:
         before_model = models.load(str(base), dtype, device)
-        answering = _eliciting(before_model, prompting, batch_size, console)
+        answering = _eliciting(before_model, prompting, batch_size, console, max_new_tokens)
     rows, known, unseen = (
         _attack_rows(path, name, limit, answering, console) for name, path in files.items()
     )
@@ -262,12 +269,15 @@ def run_report(
     literal_console().print(f"written to {page} and {page.with_suffix('.md')}")
 
 
-def _eliciting(base: tuple[Any, Any], prompting: Any, batch_size: int, console: Console) -> Any:
+def _eliciting(
+    base: tuple[Any, Any], prompting: Any, batch_size: int, console: Console, max_new_tokens: int
+) -> Any:
     """(rows, name) -> the rows, with the base's answers where they had none; how many these are is printed."""
     from .elicit import ELICITED, elicit_answers
 
     def answering(rows: list[dict[str, Any]], argument: str) -> list[dict[str, Any]]:
-        filled = elicit_answers(*base, rows, argument, prompting=prompting, batch_size=batch_size)
+        how: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        filled = elicit_answers(*base, rows, argument, prompting=prompting, **how)
         made = sum(ELICITED in row for row in filled)
         if made:
             console.print(

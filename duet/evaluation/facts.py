@@ -12,7 +12,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..data.prompts import SUBJECT, check_placeholders
-from ..data.rows import checked_text, text_of, warn_of_unread
+from ..data.rows import ANSWERS, checked_text, how_to_rename, text_of, warn_of_unread
 from ..names import did_you_mean
 from .steering import FORGET, NEIGHBOUR, RETAIN
 from .values import listed
@@ -74,6 +74,11 @@ def facts_of(
                 f"{argument}: wanted each name once, and none of the subjects, got {name!r} again"
             )
     warn_of_unread(rows, "questions")
+    if given := [i for i, row in enumerate(rows) if any(row.get(key) is not None for key in ANSWERS)]:
+        logger.warning(
+            f"questions[{given[0]}]: its answer is not read (as of {len(given)} of {len(rows)} rows): what the model itself says is "
+            "written in its place; only a 'value' decides whether that tells the fact"
+        )
     facts: list[Fact] = []
     asked: dict[str, str] = {}
     for i, row in enumerate(rows):
@@ -99,9 +104,27 @@ def facts_of(
     return facts
 
 
+def neighbours_in(facts: Sequence[Fact], most: int = 12) -> str | None:
+    """The subjects that are to be kept, at most so many of them, in a sentence; None where there are none."""
+    names = list(dict.fromkeys(fact.subject for fact in facts if fact.kind == NEIGHBOUR and fact.subject))
+    if not names:
+        return None
+    more = f" and {len(names) - most} more" if names[most:] else ""
+    return f"to be kept, as neighbours: {', '.join(names[:most])}{more}"
+
+
 def _facts(
     row: Mapping[str, Any], where: str, subjects: Sequence[str], neighbours: Sequence[str]
 ) -> list[Fact]:
+    held = [key for key in ("messages", "prompt") if row.get(key) is not None]
+    if row.get("question") is None and (held or (hint := how_to_rename(row))):
+        hint = (
+            f", got {held[0]!r}: chats and texts are not asked in several wordings. `duet eval --elicit BASE` and `duet attack "
+            "--base BASE --elicit` take the base's answers to them"
+            if held
+            else hint
+        )
+        raise ValueError(f"{where}: wanted a 'question'{hint}")
     others = listed(row.get("paraphrases"), f"{where}['paraphrases']") or []
     texts = [row.get("question"), *(others if isinstance(others, list) else [others])]
     if not all(isinstance(text, str) and text.strip() for text in texts):

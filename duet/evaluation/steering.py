@@ -36,6 +36,7 @@ KINDS = (FORGET, NEIGHBOUR, RETAIN)
 RECORD = "steering.json"  # in the folder of a training: what was measured before it
 STILL_TOLD = 0.5  # a teacher that still tells more than this share does not forget
 ALIKE = 0.5
+FEW = 10  # forget rows: shares of fewer say little
 
 # Wordings to try, from the mildest to the strictest. `{subject}` is replaced.
 WORDINGS = (
@@ -67,22 +68,24 @@ def probes_of(
     *,
     limit: int | None = None,
     seed: int = 0,
+    names: tuple[str, str] = (FORGET, RETAIN),
 ) -> list[Probe]:
     """The rows as they are asked; of each kind at most `limit`, drawn from `seed`.
 
     Args:
         forget, retain: as `duet.data.rows.read_rows` reads them, perhaps with a column `value`. A retain row with a
             `subject` is a neighbour.
+        names: how errors call the two.
 
     Raises:
         ValueError: naming the row.
     """
     probes = [
         _probe(FORGET, query.subject, row, query)
-        for row, query in zip(forget, queries_of(forget, "forget"), strict=True)
+        for row, query in zip(forget, queries_of(forget, names[0]), strict=True)
     ]
     subjects = list(dict.fromkeys(probe.subject for probe in probes if probe.subject))
-    kept = queries_of(retain, "retain") if retain else []
+    kept = queries_of(retain, names[1]) if retain else []
     for i, (row, query) in enumerate(zip(retain, kept, strict=True)):
         kind = RETAIN if query.subject is None else NEIGHBOUR
         about = random.Random(f"{seed}/{i}").choice(subjects) if subjects else None
@@ -285,6 +288,12 @@ def share_of(flags: Sequence[bool], facts: Sequence[str | None] | None = None) -
         return None
     share, low, high = metrics.share_interval([float(flag) for flag in flags], facts)
     return {"share": share, "low": low, "high": high, "rows": len(flags)}
+
+
+def judged_rows(entry: Mapping[str, Any]) -> int:
+    """How many rows of a kind say whether they are still told; where the plain model tells none, whether they are refused."""
+    of = entry["told"] if entry["base_tells"] else entry["refused"]
+    return of["rows"] if of else 0
 
 
 def counted(entry: Mapping[str, Any]) -> str:

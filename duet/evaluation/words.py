@@ -247,7 +247,7 @@ def _telephone(value: str) -> tuple[str, str]:
     digits = re.sub(r"\D", "", value)
     if len(digits) < 7 or not re.fullmatch(rf"\+?\d(?:{_GAP}\d)+", value) or _NO_TELEPHONE.fullmatch(value):
         return "", ""
-    home = re.fullmatch(rf"{_EXIT}({_CODE})0?(\d{{7,}})", "+" * value.startswith("+") + digits)
+    home = re.fullmatch(rf"(?:\+|00)({_CODE})0?(\d{{7,}})", "+" * value.startswith("+") + digits)
     own = home[2] if home else digits.removeprefix("0")
     code = _GAP.join(home[1]) if home else r"\d{1,3}"
     zero = f"(?:0{_GAP})?"
@@ -347,7 +347,7 @@ def function_words(text: str) -> frozenset[str]:
         >>> [sorted(function_words(text) & {"war", "will"}) for text in ("Er war ein Dichter.", "They die in the war.")]
         [['war'], ['will']]
     """
-    said = words_of(text)
+    said = words_of(re.sub(r"(?<=\w)['’](?:s|d|m)\b", "", text))  # "Ada's" is not French
     return max(_FUNCTION_WORDS_OF.values(), key=lambda of: max(1, sum(word in of for word in said)))
 
 

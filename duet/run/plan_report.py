@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from duet_kernels.dispatch import share_of
 
 from ..config import CHECKPOINTING
-from ..methods.objectives import find_objective
-from ..methods.views import asked_before_training
+from ..methods.objectives import Objective, find_objective
+from ..methods.views import asked_before_training, scored_positions
 from ..model.adapters import base_of, holds_adapter
 from .config_file import DEFAULT_ADAPTER, RunConfig
 from .plan import Budget, Planner, Settings
@@ -61,7 +61,7 @@ class Plan:
         memory: int,
         length: int,
         prefix_length: int,
-        scored: int,
+        scored: int | None,
         reserve: int,
         subjects: int = 1,
     ) -> "Plan":
@@ -72,7 +72,7 @@ class Plan:
             memory: of the GPU, bytes.
             length: tokens of the longest query with its answer.
             prefix_length: tokens that the steering prefix adds for the teacher.
-            scored: positions of a query that reach the LM head.
+            scored: positions of a query that reach the LM head; None: as many as the method may score.
             reserve: bytes that are kept free: the CUDA context, and what fragmentation costs.
             subjects: whose steering prefixes a live teacher reads once, and keeps.
         """
@@ -95,7 +95,7 @@ class Plan:
             batch=args.per_device_train_batch_size,
             length=length,
             teacher_length=length + (prefix_length if objective.is_steered else 0),
-            scored=scored,
+            scored=scored or _scored(objective, args, length),
             subjects=subjects * len(args.steering_prefixes) if args.reuse_prefix else 0,
             dtype=saved if named == "auto" else getattr(torch, named),
             autocast=taken.get("bf16") is not False or bool(taken.get("fp16")),  # as on a GPU
@@ -135,7 +135,7 @@ class Plan:
         s, b = self.settings, self.budget
         title = f"{self.name}: {b.parameters / 1e9:.2f} G parameters, {b.trained / 1e6:.1f} M trained"
         described = (
-            f"batch {s.batch} x {s.length} tokens (teacher {s.teacher_length}), {s.scored} scored a query, "
+            f"batch {s.batch} x {s.length} tokens (teacher {s.teacher_length}), at most {s.scored} scored a query, "
             f"checkpointing {'on' if s.checkpointing else 'off'}, accumulation {s.accumulation}, workspace "
             f"{s.workspace / 2**20:.0f} MiB"
         )
@@ -170,6 +170,14 @@ class Plan:
             checkpointing, peak = ("off", "on")[row["checkpointing"]], _gib(row["peak_at_1"] + self.reserve)
             fit.add_row(row["trained"], row["base"], checkpointing, str(row["largest_batch"] or "-"), peak)
         return [where, fit]
+
+
+def _scored(objective: Objective, args: Any, length: int) -> int:
+    """The most positions that a query of `length` tokens, prompt and answer, may have scored."""
+    positions = scored_positions(objective, args)
+    made = not objective.needs_answers and (positions == "prepared" or args.answer_source == "teacher")
+    whole = args.max_answer_tokens if made and positions != "text" else length
+    return min({"first": 1, "first_n": args.num_positions}.get(positions, whole), length)
 
 
 def _teacher(run: RunConfig, adapted: bool) -> str:

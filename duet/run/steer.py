@@ -18,6 +18,7 @@ from ..data.prompts import accepts_system, check_placeholders
 from ..data.sources import DataSource, load_rows
 from ..evaluation.journal import Progress, write_json
 from ..evaluation.steering import (
+    FEW,
     FORGET,
     KINDS,
     NEIGHBOUR,
@@ -27,6 +28,7 @@ from ..evaluation.steering import (
     WORDINGS,
     Measured,
     SteeringProbe,
+    judged_rows,
     probes_of,
     sentence,
     short,
@@ -190,7 +192,8 @@ def _rows_of(folder: Path) -> Rows:
 def table(chosen: Chosen) -> Table:
     """Every steering on the validation rows, the best first; then the best on the rows of the report.
 
-    `not asked`: on the forget rows alone it was worse already than another one is on all.
+    `not asked`: on the forget rows alone it was worse already than another one is on all. `+ 2 cut`: of two more rows the answer was cut
+    at the token limit before it told anything; for the order these count as told, so that all steerings are compared on the same rows.
     """
     made = Table(
         title="steerings, the best first: rows (95 % interval of the share, in %)",
@@ -205,7 +208,9 @@ def table(chosen: Chosen) -> Table:
     def add(name: str, measured: Measured) -> None:
         entries = [measured.kinds.get(kind) for kind in kinds]
         refused = ["not asked" if entry is None else short(entry["refused"]) for entry in entries]
-        made.add_row(name, short(measured.kinds[FORGET]["told"]), *refused)
+        forget = measured.kinds[FORGET]
+        cut = forget["base_tells"] - (forget["told"]["rows"] if forget["told"] else 0)
+        made.add_row(name, short(forget["told"]) + f" + {cut} cut" * bool(cut), *refused)
 
     names = wording_names(chosen)
     for measured in chosen.tried:
@@ -226,6 +231,11 @@ def verdict(chosen: Chosen) -> str:
     best = chosen.report
     place = {"system": "as a system message", "user": "in front of the user's text"}[best.place]
     said = f"chosen: {place}, {best.prefixes[0]!r}. On other rows {sentence(best.kinds)}."
+    if (judged := min(judged_rows(m.kinds[FORGET]) for m in (best, chosen.best))) < FEW:
+        said += (
+            f" Only {judged} forget row{'s' if judged != 1 else ''} could be judged, fewer than {FEW}: another choice of rows may give "
+            "another result (more questions, --limit, --max-new-tokens)."
+        )
     if best.forgets is False:
         said += " It does not forget: write other wordings (--wordings FILE), or take a method without a steered teacher."
     refused = [
@@ -327,7 +337,8 @@ def preflight(run: RunConfig, trainer: DuetTrainer, anyway: bool = False) -> str
 
 def _ask_teacher(run: RunConfig, trainer: DuetTrainer) -> Measured:
     args = run.training
-    probes = probes_of(*training_rows(run), limit=SAMPLED, seed=args.seed)
+    names = "data.forget", "data.retain"
+    probes = probes_of(*training_rows(run), limit=SAMPLED, seed=args.seed, names=names)
     kinds = (FORGET,) if args.retain_prefix == "none" else KINDS
 
     def ask(model: Any) -> Measured:

@@ -6,12 +6,16 @@ from itertools import chain
 from typing import Any
 
 from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, answer_ids, fill_prefix
-from ...data.rows import LETTERS, checked_text, correct_choice, text_of
+from ...data.rows import LETTERS, checked_text, correct_choice, read_row, text_of
 from ..elicit import ELICITED, ELICITED_NOTE
 from ..metrics import fact_of
 from ..scoring import Forced
 from ..values import Value, listed, spellings, value_of
 from .suite import Task, fill
+
+
+class _Written(str):
+    """A question as the plain template writes it; other texts are continued as they stand."""
 
 
 class CannotAsk(Exception):
@@ -102,8 +106,9 @@ class Asker:
         """
         where = f"{self.task.name}, row {index}"
         try:
+            row, given = self._read(row, where)
             question = None if self.task.question is None else self._question(row, where)
-            conversation = None if question is None else self._conversation(question)
+            conversation = None if question is None else self._conversation(question, given)
             make = {"generate": self._generate, "score": self._score, "multiple_choice": self._choice}
             item = make[self.task.kind](index, row, conversation, where)
             item.shown = ({} if question is None else {"question": question}) | item.shown
@@ -144,7 +149,26 @@ class Asker:
             question += "".join(f"\n{letter}. {choice}" for letter, choice in shown)
         return question
 
-    def _conversation(self, question: str) -> Conversation:
+    def _read(self, row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], Conversation]:
+        """A row of `messages` or `prompt`, or with a `completion`, as one with `question` and `answer`; and its conversation, or ()."""
+        read = self.task.columns()
+        asked = [row.get(name) is not None for name in ("question", "prompt", "messages")]
+        if "question" in read and not asked[0] and any(asked):
+            query = read_row(row, where)
+            text = query.conversation if isinstance(query.conversation, str) else query.conversation[-1][1]
+            return {**row, "question": text, "answer": query.answer}, query.conversation
+        if "answer" in read and row.get("answer") is None and row.get("completion") is not None:
+            row = {**row, "answer": row["completion"]}
+        return row, ()
+
+    def _conversation(self, question: str, given: Conversation = ()) -> Conversation:
+        """`question` as the model is asked it: in the place of the last message of `given`, or of the text that it is."""
+        if isinstance(given, str) or len(given) > 1:
+            if self.shots or (self.task.chat == "never" and not isinstance(given, str)):
+                raise ValueError(
+                    f"{self.task.name}: with few_shot, and with chat: never, wanted rows with one 'question', got a text or a chat"
+                )
+            return question if isinstance(given, str) else (*given[:-1], ("user", question))
         worked = []
         for i, shot in enumerate(self.shots):
             where = f"{self.task.name}.few_shot, row {i}"
@@ -152,13 +176,15 @@ class Asker:
         if self.chat:
             turns = [(("user", asked), ("assistant", answer)) for asked, answer in worked]
             return (*chain.from_iterable(turns), ("user", question))
-        texts = [self.renderer.plain(asked) + self._answer_text("", answer) for asked, answer in worked]
+        texts = [
+            self.renderer.plain(asked) + self._answer_text(_Written(), answer) for asked, answer in worked
+        ]
         between = self.task.few_shot.separator if self.task.few_shot else ""
-        return between.join([*texts, self.renderer.plain(question)])
+        return _Written(between.join([*texts, self.renderer.plain(question)]))
 
     def _answer_text(self, conversation: Conversation | None, text: str) -> str:
         """ "Answer:" is continued by " Paris", which is another token than "Paris"; a running text as it stands."""
-        written = isinstance(conversation, str) and not self.plain.endswith("{question}")
+        written = isinstance(conversation, _Written) and not self.plain.endswith("{question}")
         return f" {text}" if written and not self.plain[-1].isspace() else text
 
     def _reference(self, row: Mapping[str, Any], where: str) -> str:

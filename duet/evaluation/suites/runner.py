@@ -8,6 +8,7 @@ rows, so that it ends with the same file as an uninterrupted run.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def evaluate(
     prompting: Prompting | None = None,
     steering: str | None = None,
     steering_place: str = "system",
+    max_new_tokens: int | None = None,
     elicit: Callable[[list[Row], str], list[Row]] | None = None,
     progress: Progress = lambda task, done, total: None,
 ) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def evaluate(
         steering: a prefix before every question: the model as its own teacher. In tasks to forget `{subject}` stands
             for the row's; in others for those subjects in turn, as in training: the prefix is about what should go.
         steering_place: `system` or `user`, as the option of training; a task's own system message goes there too.
+        max_new_tokens: of an answer, in the place of what the tasks say; None: what they say.
         elicit: (rows, name) -> the rows with answers where they have none (`duet.evaluation.elicit`), for tasks that ask the
             column `question` and compare with the column `answer`.
         progress: called after every batch.
@@ -83,6 +86,8 @@ def evaluate(
         raise ValueError(f"batch_size: wanted an integer >= 1, got {batch_size}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: wanted an integer >= 1, got {limit}")
+    if max_new_tokens is not None:
+        suite = _with_answers_of(suite, max_new_tokens)
     check_one_of("steering_place", steering_place, ("system", "user"))
     if steering is not None and not steering.strip():
         raise ValueError(f"steering: wanted a text that is not empty, got {steering!r}")
@@ -107,7 +112,7 @@ def evaluate(
         }
     prompting = prompting or Prompting()
     manifest = {
-        "schema": 1,
+        "schema": 2,
         "suite": suite.name,
         "options": dict(suite.options),
         "limit": limit,
@@ -117,6 +122,7 @@ def evaluate(
         **prompting.changed(),
         **({"few_shot": {task.name: digest_of(rows) for task, rows in shots.items()}} if shots else {}),
         **({} if steering is None else {"steering": steering}),
+        **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
         **({} if steering_place == "system" else {"steering_place": steering_place}),
     }
     context = context_length(model)
@@ -273,6 +279,17 @@ def _halving(make: Callable[[Sequence[Item]], list[Row]], batch: Sequence[Item])
     torch.cuda.empty_cache()
     yield from _halving(make, batch[: len(batch) // 2])
     yield from _halving(make, batch[len(batch) // 2 :])
+
+
+def _with_answers_of(suite: Suite, max_new_tokens: int) -> Suite:
+    """The suite with another `max_new_tokens` in its tasks that generate."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: wanted an integer >= 1, got {max_new_tokens}")
+    if not any(task.kind == "generate" for task in suite.tasks):
+        raise ValueError(
+            f"max_new_tokens: wanted a suite with tasks of the kind generate, {suite.name} has none"
+        )
+    return replace(suite, tasks=tuple(replace(task, max_new_tokens=max_new_tokens) for task in suite.tasks))
 
 
 def _tables(suite: Suite, data: str | Path | None, limit: int | None) -> dict[Task, list[Row]]:

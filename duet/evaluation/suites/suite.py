@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from transformers.utils import logging
 
-from ...data.rows import checked_text, text_of
+from ...data.rows import checked_text, how_to_rename, text_of
 from ...data.sources import FORMATS, read_table
 from ...names import check_known, check_one_of, expanded, instead
 from ...options import BlankTexts, Count, MaybeCount, Texts, fitted, mapping, section
@@ -61,6 +61,7 @@ class Task:
         metrics: per row; `row_metrics` lists them by kind.
         hub: the dataset on the Hub; None: the suite's.
         question: what is asked, with `{column}`; null: nothing, the texts are scored alone.
+            A row without the column `question` may have `messages` or `prompt` (`duet.data.rows`): it is then their last message or text.
         plain: how the question is written where there is no chat template; `{question}` stands for it. None: as the
             model was trained.
         chat: `auto` (the tokenizer's chat template, if it has one) or `never`.
@@ -241,7 +242,8 @@ def fill(template: str, row: Mapping[str, Any], where: str) -> str:
 
     def value(match: re.Match) -> str:
         if row.get(match[1]) is None:
-            raise ValueError(f"{where}: it has no column {match[1]!r}, but {', '.join(sorted(row))}")
+            hint = how_to_rename(row) if match[1] == "question" else ""
+            raise ValueError(f"{where}: it has no column {match[1]!r}, but {', '.join(sorted(row))}{hint}")
         column = f"{where}, {match[1]}"
         return checked_text(row[match[1]], column) if template == match[0] else text_of(row[match[1]], column)
 
