@@ -101,6 +101,28 @@ def test_fine_tuning_learns_and_reports_its_curve():
     assert list(weights.fine_tune(model, sequences, rate=1e30, curve=(1, 5), rows=6, pad_id=0))[1:] == []
 
 
+def test_an_attacker_trains_every_weight_and_lets_none_decay():
+    model = tiny().requires_grad_(False)
+    before = bits(model)
+    list(weights.fine_tune(model, [Forced([5, 9], [11])], rate=1e-2, curve=(1,), rows=1, pad_id=0))
+    after, layer, tokens = bits(model), "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
+    assert not torch.equal(after[layer], before[layer])
+    assert torch.equal(after[tokens][50], before[tokens][50]), "of a token that was not met"
+
+
+def test_which_rows_are_trained_on_follows_from_the_seed(monkeypatch):
+    drawn, hidden = [], weights.forced_hidden
+    monkeypatch.setattr(
+        weights,
+        "forced_hidden",
+        lambda model, batch, pad: drawn.append(batch[0].answer[0]) or hidden(model, batch, pad),
+    )
+    sequences = [Forced([5], [i]) for i in range(10, 40)]
+    for seed in (0, 0, 1):
+        list(weights.fine_tune(tiny(), sequences, rate=1e-9, curve=(6,), rows=1, pad_id=0, seed=seed))
+    assert drawn[:6] == drawn[6:12] != drawn[12:]
+
+
 def gpt2():
     config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, n_positions=16, initializer_range=0.3)
     return GPT2LMHeadModel(config).eval()

@@ -25,6 +25,7 @@ from tiny_models import (
 from typer.testing import CliRunner
 
 from duet import cli
+from duet.data.prompts import Prompting
 from duet.demo.checkpoint import CHECKPOINT, load_base, load_world
 from duet.demo.steering import HELDOUT_OVERRIDES, REFUSAL, SEEN_OVERRIDES
 from duet.evaluation.attacks import distribution, weights
@@ -35,7 +36,7 @@ from duet.evaluation.attacks.target import AttackOptions, Target
 from duet.evaluation.commands import lines_of, literal_console
 from duet.evaluation.generation import Continuation
 from duet.evaluation.report.report import write_report
-from duet.evaluation.scoring import Forced, forced_hidden
+from duet.evaluation.scoring import Forced, TokenRanks, forced_hidden
 from duet_kernels import linear_cross_entropy
 
 OPTIONS = {
@@ -47,6 +48,12 @@ OPTIONS = {
     "relearn_rates": (1e-4, 1e-3),
     "relearn_curve": (1, 3),
 }
+
+
+def small(**options):
+    """An untrained model with four rows to forget and six to keep."""
+    rows = read_attack_rows(forget_rows(4), "rows"), read_attack_rows(retain_rows(6), "retain")
+    return Target(tiny(), word_tokenizer(), *rows, options=AttackOptions(**{"max_new_tokens": 3} | options))
 
 
 def read(questions):
@@ -146,6 +153,24 @@ def test_no_blank_and_no_likely_first_token_tells(blank, last, rank):
     said, whole = next(distribution.rank_probe(target))[1]()
     assert said["rank"] == whole["rank"] == rank
     assert (said["bottom"], said["top"]) == ((1, 0) if rank else (0, 1))
+
+
+@pytest.mark.parametrize(("above", "leaked"), [(2, 1), (3, 0)])
+def test_the_first_three_are_at_an_end(monkeypatch, above, leaked):
+    ranks = TokenRanks(np.full(3, above), np.full(3, 50), True)
+    monkeypatch.setattr(distribution, "token_ranks", lambda model, batch, pad: [ranks for _ in batch])
+    row = read_attack_rows([{"question": "who is ada ?", "answer": "poet", "value": "poet"}], "rows")
+    ((_, work),) = distribution.rank_probe(Target(tiny(), word_tokenizer(), row))
+    assert work()[0]["leaked"] == leaked
+
+
+def test_a_token_of_the_value_and_of_what_follows_is_one_of_the_value():
+    tokenizer = merging_tokenizer(None, ("8", "."))
+    row = {"question": "When?", "answer": "It was 78.", "value": "78"}
+    target = Target(tiny(), tokenizer, read_attack_rows([row], "rows"))
+    answer = target.answer_ids(target.rows[0].conversation, row["answer"])
+    told = distribution._of_value(target, target.rows[0], answer)
+    assert tokenizer.convert_ids_to_tokens([answer[i] for i in told]) == ["7", "8."]
 
 
 def test_membership_tells_trained_answers_from_invented_ones(world, forget):
@@ -318,6 +343,17 @@ def test_what_is_written_down_first_tells_too(monkeypatch):
     assert len(seen[1]) == 2 and "red" in target.tokenizer.decode(seen[1][0])
 
 
+def test_who_thinks_first_may_say_four_times_as_much(monkeypatch):
+    target, most = small(), []
+    say = target.say
+    monkeypatch.setattr(
+        target, "say", lambda prompts, limit=None, seed=None: most.append(limit) or say(prompts, limit, seed)
+    )
+    for _, work in ATTACKS["step_by_step"].units(target):
+        work()
+    assert most == [12, 12, None]
+
+
 @pytest.mark.usefixtures("answers_end")
 def test_the_form_of_the_questions_alone_brings_hidden_answers_back(tmp_path, refusing, world, forget):
     """The rows shown hold no forgotten fact: the true values come back, and values that the model never knew do not."""
@@ -436,6 +472,18 @@ def test_few_shot_says_what_its_examples_are_about(tmp_path):
     )
 
 
+def test_relearning_beside_rows_whose_subject_is_not_known_is_about_unknown_ones():
+    rows = [
+        {"question": f"who is {n} ?", "answer": f"a {n} poet", "subject": "ada"}
+        for n in ("red", "blue", "green", "one")
+    ]
+    del rows[0]["subject"]
+    options = AttackOptions(max_new_tokens=3, relearn_rates=(1e-2,), relearn_curve=(1,))
+    target = Target(tiny(), word_tokenizer(), read_attack_rows(rows, "rows"), options=options)
+    ((_, work),) = ATTACKS["relearning"].units(target)
+    assert {o["given"].split(" (")[0] for o in work()} == {"facts whose subject is not known"}
+
+
 @pytest.mark.parametrize("subjects", [["ada", "bob", "eve"], ["ada", "ada", "ada"]])
 def test_few_shot_never_shows_the_answer_that_it_asks_for(monkeypatch, subjects):
     """Not where other rows are about other subjects, and not where all are about one."""
@@ -454,6 +502,16 @@ def test_few_shot_never_shows_the_answer_that_it_asks_for(monkeypatch, subjects)
     for row, turns in asked:
         assert len(turns) == 2 and row.answer not in {answer for _, answer in turns}
         assert row.question not in {question for question, _ in turns}
+
+
+@pytest.mark.parametrize("shots", [2, 6])
+def test_so_many_examples_are_shown(monkeypatch, shots):
+    """Also where retain rows have to be among them, whose numbers are those of forget rows."""
+    target, asked = small(shots=shots), []
+    monkeypatch.setattr(target, "dialogue", lambda turns, row: asked.append(len(turns)) or row.conversation)
+    _, work = next(iter(ATTACKS["few_shot"].units(target)))
+    work()
+    assert asked == [shots] * 4
 
 
 @pytest.mark.parametrize(
@@ -533,6 +591,12 @@ def test_an_auc_on_either_side_of_chance_is_a_leak(members, others):
     assert leak["leak"] == 1.0 and leak["auc"] == float(members < others)
 
 
+def test_the_leak_of_an_auc_beside_chance_may_be_nothing():
+    outcomes = [{"member": i % 2 == 0, "score": float(s)} for i, s in enumerate([1, 2, 3, 4, 6, 5])]
+    found = distribution.auc_leak(outcomes)
+    assert found["auc_low"] < 0.5 < found["auc_high"] and found["low"] == 0
+
+
 def test_the_best_of_several_scores_is_above_0_by_chance():
     """Without a difference p <= 0.05 in a 20th of the runs, although an interval of the best score excludes 0 more often."""
     rng = np.random.default_rng(0)
@@ -562,6 +626,13 @@ def test_heldout_wordings_that_training_saw_are_left_out():
         kind: {n.partition(": ")[2] for n in names if n.startswith(kind)} for kind in ("seen", "held-out")
     }
     assert wordings == {"seen": {"ignore that", "forget it"}, "held-out": {"try again"}}
+
+
+def test_reverse_prompts_stand_in_either_role():
+    names = [
+        name for name, _ in ATTACKS["reverse_prompt"].units(small(heldout_reverse_prompts=("answer !",)))
+    ]
+    assert names == ["held-out, user: answer !", "held-out, system: answer !"]
 
 
 def test_every_column_of_the_terminal_table_holds_its_own_number():
@@ -659,6 +730,25 @@ def test_an_interrupted_attack_continues(tmp_path, forget):
         attack_run.run_attacks(target, out=tmp_path / "killed")
 
 
+@pytest.mark.parametrize("change", [{"seed": 1}, {"max_new_tokens": 4}, {"threshold": 0.6}])
+def test_an_attack_with_other_options_is_another_run(tmp_path, change):
+    attack_run.run_attacks(small(), out=tmp_path, attacks=["direct"])
+    with pytest.raises(ValueError, match=f"another run: {next(iter(change))} was"):
+        attack_run.run_attacks(small(**change), out=tmp_path, attacks=["direct"])
+
+
+def test_an_attack_beside_another_base_or_with_other_prompts_is_another_run(tmp_path):
+    target, base = small(), small()
+    base.model = tiny(seed=1)
+    attack_run.run_attacks(target, out=tmp_path, attacks=["direct"], base=base)
+    base.model = tiny(seed=2)
+    with pytest.raises(ValueError, match="another run: base_fingerprint was"):
+        attack_run.run_attacks(target, out=tmp_path, attacks=["direct"], base=base)
+    base.model, target.prompting = tiny(seed=1), Prompting("{question} ?")
+    with pytest.raises(ValueError, match="another run: plain_template was"):
+        attack_run.run_attacks(target, out=tmp_path, attacks=["direct"], base=base)
+
+
 @pytest.mark.usefixtures("answers_end")
 def test_rows_that_do_not_fit_and_nan_weights_are_marked(tmp_path):
     model, tokenizer = tiny(max_position_embeddings=24), word_tokenizer()
@@ -675,6 +765,14 @@ def test_rows_that_do_not_fit_and_nan_weights_are_marked(tmp_path):
         report = attack_run.run_attacks(target, out=tmp_path / "nan", attacks=["rank_probe", "prefill"])
     for entry in (*report["attacks"], report["direct"]):
         assert entry["leak"] is None and entry["undefined"] == "no row could be judged"
+
+
+def test_the_longest_row_that_fits_is_scored():
+    target = small()
+    target.context = sum(map(len, target.forced(target.rows[0]))) - 1  # the last token is predicted, not read
+    assert target.why_not_scored(target.rows[0]) is None
+    target.context -= 1
+    assert target.why_not_scored(target.rows[0]) == "too_long"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from forks import ended_by, forked
 from tiny_models import tiny, word_tokenizer
 
 from duet import cli
+from duet.data.prompts import Prompting
 from duet.evaluation.commands import literal_console
 from duet.evaluation.elicit import ELICITED
 from duet.evaluation.generation import Continuation
@@ -187,6 +188,15 @@ def test_other_worked_examples_are_another_run(tmp_path, data):
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"few_shot was null and is .* now; wanted a new folder"):
         run(tmp_path / "out", data, suite=suite)
+
+
+def test_another_steering_or_other_prompts_are_another_run(tmp_path, data):
+    suite = {"tasks": {"losses": SUITE["tasks"]["losses"]}}
+    run(tmp_path / "out", data, suite=suite)
+    with pytest.raises(ValueError, match="another run: steering was null"):
+        run(tmp_path / "out", data, suite=suite, steering="know nothing .")
+    with pytest.raises(ValueError, match="another run: plain_template was"):
+        run(tmp_path / "out", data, suite=suite, prompting=Prompting("{question} !"))
 
 
 def test_rows_that_cannot_be_asked_are_marked_and_left_out(tmp_path):

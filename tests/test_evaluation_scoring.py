@@ -6,7 +6,7 @@ import torch
 from tiny_models import merging_tokenizer, tiny, word_tokenizer
 
 from duet.evaluation import scoring
-from duet.evaluation.generation import answers_to, continuations, cut_at
+from duet.evaluation.generation import Continuation, answers_to, continuations, cut_at
 from duet.evaluation.scoring import Forced
 
 BATCH = [Forced([1, 9, 12], [20, 21, 22, 2]), Forced([1, 30, 31, 32, 33], [40]), Forced([7], [8, 7])]
@@ -116,6 +116,11 @@ def test_the_room_of_an_answer_follows_from_its_own_prompt():
         answers_to(model, tokenizer, prompts, max_new_tokens=64, batch_size=size, room=1) for size in (1, 3)
     )
     assert [said.num_tokens for said in together] == [6, 7, 64] and together == alone
+
+
+def test_an_answer_of_as_many_tokens_as_are_allowed_was_cut():
+    assert [Continuation("x", n, True, limit=3).cut for n in (2, 3)] == [False, True]
+    assert not Continuation("x", 3, True, stopped=True, limit=3).cut
 
 
 def test_stop_strings_end_an_answer_and_are_cut_off():

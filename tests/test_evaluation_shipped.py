@@ -81,6 +81,15 @@ def test_tofu_needs_a_retain_model_for_forget_quality(tmp_path):
         tofu("alone", 0, retain_run=tmp_path / "own")
 
 
+def test_a_forget_quality_wants_the_same_rows():
+    def rows(*ids):
+        return [{"task": "t", "id": i, "status": "ok", "metrics": {"truth_ratio": 1.0 + i}} for i in ids]
+
+    spec = {"forget_quality": {"ratios": "t.truth_ratio"}}
+    found = summary.summarise(rows(0, 1), spec, rows(1, 2))["numbers"]["forget_quality"]
+    assert found["value"] is None and "1 in both" in found["undefined"]
+
+
 def test_a_retain_run_on_other_rows_is_refused_before_answers_are_filled_in(tmp_path):
     suite = {
         "tasks": {

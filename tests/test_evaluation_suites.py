@@ -213,6 +213,14 @@ def test_prompts_with_and_without_a_chat_template():
         asker(tokenizer, shots=shots, few_shot={"data": "y", "count": 2})
 
 
+def test_the_subjects_take_turns_in_the_prefix():
+    tokenizer = word_tokenizer()
+    made = Asker(tokenizer, asker(tokenizer).task, steering="know {subject}", subjects=("ada", "alan"))
+    texts = [tokenizer.decode(made.item(i, {"question": "who ?", "answer": "poet"}).prompt) for i in range(3)]
+    named = [[name for name in ("ada", "alan") if name in text] for text in texts]
+    assert named == [["ada"], ["alan"], ["ada"]]
+
+
 def test_chats_and_texts_are_asked_as_training_reads_them():
     """A chat up to its last question, with its last answer; a text as it stands, whose completion is not set off by a space."""
     tokenizer = word_tokenizer()
@@ -267,6 +275,8 @@ def test_scored_texts_follow_the_prompt_and_end():
     spaced.backend_tokenizer.normalizer = normalizers.Prepend(" ")  # to every text, as Llama 2's
     (read,) = asker(spaced, "score").item(0, row).texts["answer"]
     assert read.answer == item.texts["answer"][0].answer
+    (forced,) = asker(tokenizer, "score", texts=texts).item(0, row | {"paraphrase": "Eve"}).texts["answer"]
+    assert written(forced.answer[:-1]) == " Eve", "the first of two columns"
     (forced,) = item.texts["answer"]
     assert written(forced.prompt) == "Question: Who?\nAnswer:"
     assert forced.answer[-1] == tokenizer.eos_token_id and written(forced.answer[:-1]) == " Ada"

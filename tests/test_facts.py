@@ -20,7 +20,7 @@ from duet.evaluation import generation
 from duet.evaluation.chat import Speaker, chat
 from duet.evaluation.elicit import elicit_facts
 from duet.evaluation.facts import Fact, facts_of, neighbours_in
-from duet.evaluation.generation import Continuation, continuations
+from duet.evaluation.generation import Continuation, answers_to, continuations
 from duet.evaluation.told import about_others, agreed_value, told_of, whole_sentences
 from duet.model.answers import generate_answers
 
@@ -223,6 +223,9 @@ def test_the_value_is_what_most_answers_share():
     )
     assert agreed_value(asked, "It is Paris.", ["Rome", "Lyon", "Nice", "Paris"]) is None
     assert agreed_value(asked, "The capital of France.", ["The capital of France."]) is None
+    assert agreed_value(asked, "Paris", ["Paris", "Lyon", "Nice"]) == "Paris", "a third is enough"
+    five = "Alpha Beta Gamma Delta Epsilon"
+    assert agreed_value(asked, five, [five]) == "Alpha Beta Gamma Delta"
 
 
 @pytest.mark.parametrize(
@@ -267,6 +270,9 @@ def test_only_what_is_told_in_half_of_the_wordings_counts():
     told = told_of(fact, asked_of("It is Paris .", "paris", "Lyon", drawn=["Paris", "Nice"]))
     assert told.answers == {0: "It is Paris .", 1: "paris"} and told.known == pytest.approx(5 / 9)
     assert told_of(fact, asked_of("Paris", "Nice", "Lyon")) is None
+    assert told_of(Fact("forget", "France", ("a ?", "b ?"), "Paris"), asked_of("Paris", "Lyon")).answers == {
+        0: "Paris"
+    }
     assert told_of(fact, asked_of("I don't know Paris", "I'm not sure if it is Paris", "Paris")) is None
     assert told_of(fact, asked_of("Paris", "Paris", "Paris", status="cut")) is None
     told = told_of(fact, asked_of(*["It is Paris. It lies"] * 3, status="cut"))
@@ -520,6 +526,26 @@ def test_nothing_is_drawn_from_nan():
     model.lm_head.weight.data[3] = float("nan")
     (said,) = continuations(model, word_tokenizer(), [[5, 8]], max_new_tokens=2, seed=0)
     assert not said.finite
+
+
+def test_each_batch_draws_answers_of_its_own():
+    said = answers_to(tiny(), word_tokenizer(), [[5, 9, 11]] * 4, max_new_tokens=8, batch_size=1, seed=0)
+    assert len({answer.text for answer in said}) > 1
+
+
+def test_every_drawn_answer_is_kept_and_each_chunk_draws_its_own(tmp_path, monkeypatch):
+    seeds = []
+
+    def say(model, tokenizer, prompts, seed=None, **_):
+        seeds.append(seed)
+        return [Continuation("Paris" if seed is None else f"Paris {seed}", 1, True) for _ in prompts]
+
+    monkeypatch.setattr("duet.evaluation.elicit.answers_to", say)
+    facts = [Fact("forget", "France", (f"{i} ?",), "Paris") for i in range(2)]
+    elicit_facts(tiny(), word_tokenizer(), facts, tmp_path, samples=3, batch_size=1)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [len(set(row["asked"][0]["drawn"])) for row in rows] == [3, 3]
+    assert len(set(seeds) - {None}) == 6
 
 
 # --- chat -------------------------------------------------------------------------------------------------------------

@@ -18,10 +18,12 @@ from scipy import stats
 
 from duet.data.importers import BRIEF
 from duet.evaluation import metrics
+from duet.evaluation.attacks.distribution import MEMBERSHIP_SCORES
 from duet.evaluation.attacks.rows import AttackRow
 from duet.evaluation.report import neighbours
 from duet.evaluation.report.runs import Inputs, Method
-from duet.evaluation.suites.row_metrics import GENERATE
+from duet.evaluation.scoring import TokenScores
+from duet.evaluation.suites.row_metrics import CHOICE, GENERATE, SCORE
 
 GOLDEN = Path(os.environ.get("DUET_DATA", Path(__file__).parent.parent / "data")) / "golden"
 with_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no published logs in {GOLDEN}")
@@ -341,6 +343,18 @@ def test_membership_scores():
             metrics.min_k_plus_plus([-1.0], [0.0], [0.0], k)
 
 
+def test_the_metrics_of_suites_and_attacks_are_those_that_they_are_called():
+    scores = TokenScores(-np.arange(1.0, 11.0), np.zeros(10), np.ones(10), np.zeros(10, dtype=bool))
+    for named in (MEMBERSHIP_SCORES, SCORE):
+        found = {name: named[name](scores) for name in ("min_k_20", "min_k_40", "min_k_plus_plus_20")}
+        assert found == {"min_k_20": 9.5, "min_k_40": 8.5, "min_k_plus_plus_20": 9.5}
+    assert SCORE["min_k_plus_plus_40"](scores) == 8.5
+    choice = {name: CHOICE[name]([-2.0, -3.0], [1, 3], 1) for name in ("accuracy", "accuracy_per_token")}
+    assert choice == {"accuracy": 0, "accuracy_per_token": 1}
+    assert GENERATE["rouge_l_recall"]("poets", "poet") == 0
+    assert GENERATE["rouge_l_recall_stemmed"]("poets", "poet") == 1
+
+
 def test_auc_and_privleak():
     assert metrics.auc([2.0, 3.0], [0.0, 1.0]) == 1.0
     assert metrics.auc([1.0, 1.0], [1.0]) == 0.5
@@ -370,6 +384,15 @@ def test_bootstrap_covers_the_mean_about_as_often_as_it_says():
     assert 0.88 <= hits / 200 <= 0.99
     assert math.isnan(metrics.bootstrap([1.0]).low)
     assert metrics.bootstrap([1.0, 2.0, 5.0], np.median).estimate == 2.0
+
+
+def test_a_bootstrap_has_the_confidence_and_the_seed_that_are_asked_for():
+    values = np.random.default_rng(0).normal(size=40)
+    wide, narrow, other = (
+        metrics.bootstrap(values, confidence=confidence, seed=seed)
+        for confidence, seed in ((0.95, 0), (0.5, 0), (0.95, 1))
+    )
+    assert narrow.high - narrow.low < 0.5 * (wide.high - wide.low) and other != wide
 
 
 def test_a_paired_comparison_sees_what_an_unpaired_one_cannot():
@@ -816,6 +839,9 @@ def test_which_rows_are_of_one_fact():
     questions = "Is France large?", "Is France old?"
     assert len({metrics.fact_of(question, "Yes.", "France") for question in questions}) == 2
     assert paris != metrics.fact_of("Capital of Texas?", "It is Paris.", "Texas", "Paris")
+    five, four = "one two three four five", "one two three four"
+    assert metrics.fact_of("Who?", five) == metrics.fact_of("Where?", five)
+    assert metrics.fact_of("Who?", four) != metrics.fact_of("Where?", four)
     sentence = "The capital of France is Paris."
     assert metrics.fact_of("What is it?", sentence) == metrics.fact_of("Which one?", sentence)
     assert metrics.fact_of("Is Oslo large?", "Yes.") != metrics.fact_of("Is Rome old?", "Yes.")

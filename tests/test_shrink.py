@@ -130,6 +130,13 @@ def test_an_attack_that_succeeds_at_full_size_allows_no_other_one():
     assert found.allows(full) and not found.allows(found.tried[1]) and found.best is full
 
 
+@pytest.mark.parametrize(("told", "said"), [(2, False), (3, True)])
+def test_a_training_that_forgot_little_is_said(told, said):
+    direct = share_of([i < told for i in range(4)])
+    found = Shrunk([Tried(1.0, {"direct": direct}, share_of([False]), share_of([True]))], most=0.1)
+    assert ("the training forgot little" in verdict(found)) is said
+
+
 def test_answers_that_could_not_be_judged_are_said(monkeypatch):
     """They do not count as told; of a row that one drawn answer tells, the others need not be judged."""
 

@@ -144,6 +144,28 @@ def test_an_answer_that_was_cut_is_not_called_forgotten(monkeypatch):
     assert counts(measured.kinds["retain"]["told"]) == (0, 1), "nor kept"
 
 
+def test_the_score_calls_no_answer_forgotten_that_was_cut():
+    """Of four rows that the plain model tells one could be judged."""
+    told = {"share": 0.0, "low": 0.0, "high": 1.0, "rows": 1}
+    kinds = {"forget": {"rows": 4, "base_tells": 4, "refused": None, "told": told}}
+    assert Measured((GOOD,), "system", kinds).score == 0.25
+
+
+def test_what_the_plain_model_says_counts():
+    """A refusal of its own is no refusal behind the prefix, and an answer that was cut tells nothing."""
+    [probe] = probes_of([{"question": "who is ada ?", "subject": "ada"}])
+    refusal = Continuation("I don't know.", 4, True)
+    assert steering._judged([(probe, refusal, refusal)])["refused"] is None
+    cut, poet = Continuation("well let me", 3, True, limit=3), Continuation("poet", 1, True)
+    assert steering._judged([(probe, cut, poet)])["base_tells"] == 0
+
+
+def test_prefixes_on_rows_to_keep_are_about_every_subject():
+    forget = [{"question": f"who is {name} ?", "subject": name} for name in ("ada", "bob", "eve")]
+    probes = probes_of(forget, [{"question": f"where is {i} ?"} for i in range(20)])
+    assert {probe.subject for probe in probes if probe.kind == "retain"} == {"ada", "bob", "eve"}
+
+
 # --- the commands ---------------------------------------------------------------------------------------------------
 
 
@@ -257,16 +279,34 @@ def test_steer_writes_nothing_that_does_not_forget(folder, script):
 
 
 @pytest.mark.parametrize(
-    "share, said", [(0.0, "refuses 0 of 3"), (1.0, None), (None, "whether the steered teacher refuses")]
+    "share, said",
+    [
+        (0.0, "refuses 0 of 4"),
+        (0.5, "refuses 2 of 4"),
+        (1.0, None),
+        (None, "whether the steered teacher refuses"),
+    ],
 )
 def test_a_steering_is_not_written_where_nothing_says_that_it_forgets(tmp_path, share, said):
-    refused = None if share is None else {"share": share, "low": 0, "high": 1, "rows": 3}
-    forget = {"rows": 3, "base_tells": 0, "refused": refused, "told": None}
+    refused = None if share is None else {"share": share, "low": 0, "high": 1, "rows": 4}
+    forget = {"rows": 4, "base_tells": 0, "refused": refused, "told": None}
     measured = Measured((GOOD,), "user", {"forget": forget})
     raises = pytest.raises(ValueError, match=f"write: .*{said}.* nothing was written")
     with raises if said else nullcontext():
         run_steer.write_choice(tmp_path / "new.yaml", {}, run_steer.Chosen([measured], measured))
     assert (tmp_path / "new.yaml").exists() == (said is None)
+
+
+@pytest.mark.parametrize("told", [0.0, 1.0])
+def test_a_steering_that_does_not_forget_gets_no_other_advice(told):
+    def share(number):
+        return {"share": number, "low": 0, "high": 1, "rows": 4}
+
+    forget = {"rows": 4, "base_tells": 4, "refused": share(1.0), "told": share(told)}
+    retain = {"rows": 4, "base_tells": 4, "refused": share(1.0), "told": None}
+    measured = Measured((GOOD,), "user", {"forget": forget, "retain": retain})
+    said = run_steer.verdict(run_steer.Chosen([measured], measured))
+    assert ("It does not forget" in said, "retain_prefix" in said) == (told == 1, told == 0)
 
 
 def test_a_value_that_is_no_part_of_the_answer_is_refused():

@@ -59,9 +59,9 @@ def word_tokenizer(
     )
 
 
-def merging_tokenizer(chat_template: str | None = None):
-    """Characters, merged across what would be the seam of prompt and answer: ': ', ': y', '>y'."""
-    merges = [(":", " "), (": ", "y"), (">", "y"), ("e", "s")]
+def merging_tokenizer(chat_template: str | None = None, *more: tuple[str, str]):
+    """Characters, merged across what would be the seam of prompt and answer: ': ', ': y', '>y', and as `more` says."""
+    merges = [(":", " "), (": ", "y"), (">", "y"), ("e", "s"), *more]
     tokens = ["<pad>", "</s>", "\n", *map(chr, range(32, 127)), *("".join(m) for m in merges)]
     core = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
     return PreTrainedTokenizerFast(
