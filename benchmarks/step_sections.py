@@ -316,6 +316,8 @@ class Bench:
         for section in sections:
             if section.name not in measured:
                 continue
+            if self.left <= 0:
+                return
             try:
                 with within(self.left):
                     budget = planner.budget(self.settings(section))

@@ -224,7 +224,7 @@ def test_a_csv_of_every_lawful_shape_is_read(tmp_path):
     [
         (
             {"instruction": "who ?", "output": "x"},
-            r"got instruction, output; .*columns: \{question: instruction\}",
+            r"got instruction, output; .*columns: \{question: instruction, answer: output\}",
         ),
         ({"conversations": [{"from": "human", "value": "x"}]}, r"columns: \{messages: conversations\}"),
         ({"Question": "who ?", "answer": "x"}, r"got Question, answer; .*columns: \{question: Question\}"),

@@ -171,7 +171,12 @@ def test_a_model_is_loaded_in_the_dtype_of_its_checkpoint_to_where_it_will_be(tm
     load_model("org/name", "model", {"dtype": "float32"}, meta)
     load_model("org/name", "model", {"device_map": "auto"}, meta)
     load_model("org/name", "model", None)
-    assert asked == [{"device_map": {"": meta}, "dtype": "float32"}, {"device_map": "auto"}, {}]
+    own = {"trust_remote_code": False}
+    assert asked == [
+        own | {"device_map": {"": meta}, "dtype": "float32"},
+        own | {"device_map": "auto"},
+        own,
+    ]
 
 
 def test_only_a_model_that_stays_whole_is_loaded_to_the_gpu(monkeypatch):
