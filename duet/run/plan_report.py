@@ -38,8 +38,8 @@ def parse_size(text: str, name: str = "gpu-memory") -> int:
         (1610612736, 24, 512)
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(?:([kmgt])(?:i?b)?)?\s*", text.lower())
-    if not match or (float(match[1]) == 0 and name == "gpu-memory"):
-        raise ValueError(f"{name}: wanted a size such as 24GiB, got {text!r}")
+    if not match or float(match[1]) > 1e12 or (float(match[1]) == 0 and name == "gpu-memory"):
+        raise ValueError(f"{name}: wanted a size such as 24GiB, got {text!r:.60}")
     return int(float(match[1]) * 2 ** _UNITS[match[2] or "g"])
 
 
