@@ -297,3 +297,11 @@ def answers_end(monkeypatch):
     from duet.evaluation.generation import Continuation
 
     monkeypatch.setattr(Continuation, "cut", False)
+
+
+@pytest.fixture(autouse=True)
+def workspace_of_the_test():
+    """A trainer sets the workspace of the whole process; the next test has the default again."""
+    yield
+    if (dispatch := sys.modules.get("duet_kernels.dispatch")) is not None:
+        dispatch.set_workspace_bytes(None)

@@ -392,6 +392,24 @@ def test_a_merge_that_rounds_the_adapter_away_is_refused(tmp_path):
     merge_adapter(folder, tmp_path / "merged", "float32")
 
 
+def test_what_is_no_merge_to_be_published_is_not_refused(tmp_path, caplog):
+    """An adapter on top of another one is loaded; a run that is over ends well, with its adapter and a warning."""
+    folder, _ = in_half(tmp_path, 1e-3)
+    above = Path(shutil.copytree(folder, tmp_path / "above"))
+    config = json.loads((above / "adapter_config.json").read_text())
+    (above / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(folder)}))
+    assert adapters.load_adapted(above, dtype=torch.bfloat16).peft_config
+    assert "of what its adapter changes is rounded away" in caplog.text
+    caplog.clear()
+    merge_adapter(folder, tmp_path / "merged", replaces=True)
+    assert "9" in caplog.text and "of what its adapter changes is rounded away" in caplog.text
+
+
+def test_a_wrong_argument_of_the_base_is_not_a_damaged_folder(tmp_path):
+    with pytest.raises(TypeError):
+        load_model(str(save_base(tmp_path / "base")), "model", {"no_such_argument": 1})
+
+
 def test_a_merge_that_changes_the_model_is_refused(tmp_path, monkeypatch):
     folder, _, _ = adapted_folder(tmp_path)
     from peft.tuners.lora import Linear

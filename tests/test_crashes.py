@@ -14,6 +14,7 @@ from itertools import compress
 from pathlib import Path
 
 import pytest
+import torch
 from forks import ended_by, forked
 from safetensors.torch import load_file
 from sweeps import case
@@ -254,6 +255,26 @@ def test_a_checkpoint_with_a_cut_file_is_passed_over(uninterrupted, tmp_path, ca
     if name == "optimizer.pt":
         train(run_of(uninterrupted, out, max_steps=3), resume=True)
         assert_same_run(out, uninterrupted / "whole")
+
+
+def test_a_folder_whose_checkpoint_is_damaged_is_not_begun_again(uninterrupted, tmp_path):
+    from duet.run.commands import train
+
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted / "whole" / "checkpoint-3", out / "checkpoint-3")
+    os.truncate(out / "checkpoint-3" / "optimizer.pt", 100)
+    with pytest.raises(
+        FileExistsError, match="checkpoint-3' of an earlier run, which is damaged; wanted another folder"
+    ):
+        train(run_of(uninterrupted, out, max_steps=3))
+
+
+def test_what_torch_wrote_without_a_zip_file_is_whole(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    torch.save({}, folder / "optimizer.pt", _use_new_zipfile_serialization=False)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
+    assert last_finished_checkpoint(tmp_path) == str(folder)
 
 
 # -- a full disk -------------------------------------------------------------------------------------------------------

@@ -575,6 +575,10 @@ def test_what_few_rows_have_is_no_leak_of_all():
     assert [each["leak"] for each in attack_run.worst_first([rare, often])] == [3 / 40, 1.0]
     said = attack_run.headline({"attacks": [often, rare], "direct": None, "base": None})
     assert said.startswith("the worst attack, prefill: 7% of 40 rows, ")
+    cut = [{"variant": "cut", "status": "cut", "leaked": None} for _ in range(38)]
+    few = [{"variant": "cut", "status": "ok", "leaked": 1} for _ in range(2)]
+    many = [{"variant": "many", "status": "ok", "leaked": n < 30} for n in range(40)]
+    assert attack_run._entry("prefill", [*cut, *few, *many, end])["worst_variant"] == "many"
     alone = attack_run.headline({"attacks": [rare], "direct": None, "base": None})
     assert alone.startswith("the worst attack, paraphrase: 100% of 1 row, ")
 

@@ -105,6 +105,14 @@ def page(folder, tmp_path_factory):
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
+def test_a_report_that_was_stopped_is_written_again(folder, tmp_path):
+    page = report.write_report(runs_of(folder), tmp_path)
+    figures = list((tmp_path / "figures").glob("*.svg"))
+    for written in (page, page.with_suffix(".md")):
+        written.unlink()
+    assert figures and report.write_report(runs_of(folder), tmp_path).is_file()
+
+
 @pytest.mark.parametrize("name", ["report.html", "report.md", "figures/frontier.svg", "topk.json"])
 def test_what_others_wrote_is_not_replaced(folder, tmp_path, name):
     (tmp_path / "figures").mkdir()

@@ -1,12 +1,9 @@
 """Suite files: the shipped ones, and what a wrong field, option or table is answered with."""
 
 import copy
-import doctest
-import importlib
 import json
 
 import pytest
-import torch
 from tiny_models import merging_tokenizer, word_tokenizer
 from tokenizers import AddedToken, normalizers
 from transformers.utils import logging
@@ -417,10 +414,3 @@ def test_the_longest_row_that_fits_is_asked():
     assert asker(tokenizer, "score", context=needed).item(0, ROW).length == item.length
     with pytest.raises(CannotAsk):
         asker(tokenizer, "score", context=needed - 1).item(0, ROW)
-
-
-@pytest.mark.parametrize("name", ["attacks.rows", "attacks.weights", "generation", "metrics", "suites.suite"])
-def test_examples_in_docstrings(name):
-    module = importlib.import_module(f"duet.evaluation.{name}")
-    found = doctest.testmod(module, extraglobs={"torch": torch})
-    assert found.attempted and not found.failed

@@ -818,6 +818,10 @@ def test_more_leak_has_no_lower_upper_end():
     ends = [metrics.share_interval(values).high for values in (none, some, all_half)]
     assert ends == sorted(ends) and ends[0] == pytest.approx(0.243, abs=1e-3)
     assert metrics.share_interval(all_half).low < 0.5 < ends[2]
+    assert (
+        metrics.share_interval([1 + 1e-12, 1.0]).estimate == 1
+        and metrics.share_interval([-1e-17, 0.0]).low == 0
+    )
     with pytest.raises(ValueError, match="values: wanted shares in"):
         metrics.share_interval([0.0, 1.5])
 

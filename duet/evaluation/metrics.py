@@ -601,8 +601,9 @@ def share_interval(
     """
     values, own = _of_facts(values, facts, confidence)
     share, n = float(values.mean()), len(values) ** 2 / float((np.bincount(own) ** 2).sum())
-    if not 0 <= values.min() <= values.max() <= 1:
+    if not -1e-9 <= values.min() <= values.max() <= 1 + 1e-9:
         raise ValueError(f"values: wanted shares in [0, 1], got {values.min():g} to {values.max():g}")
+    share = min(max(share, 0.0), 1.0)  # rounding
     z = float(stats.norm.ppf((1 + confidence) / 2))
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)

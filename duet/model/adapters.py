@@ -34,8 +34,8 @@ _PRECISE = (torch.float32, torch.float64)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Of what an adapter changes, the share that rounding may lose: from the first on a merge warns, above the second it is refused.
 MUCH_LOST = 0.1, 0.5
-# What reading a damaged or missing model raises; a TypeError or KeyError, that of a file with other fields.
-UNREADABLE = (OSError, ValueError, SafetensorError, TypeError, KeyError, UnpicklingError)
+# What reading a damaged or missing model raises.
+UNREADABLE = (OSError, ValueError, SafetensorError, UnpicklingError)
 
 
 # -- what there is ---------------------------------------------------------------------------------------------------
@@ -250,7 +250,9 @@ def lost_in_rounding(model: nn.Module, dtype: torch.dtype | None = None) -> floa
     lost = change = 0.0
     for layer in adapter_layers(model):
         weight = getattr(layer.get_base_layer(), "weight", None)
-        if layer.merged or not isinstance(weight, Tensor) or (to := dtype or weight.dtype) in _PRECISE:
+        if layer.merged or not isinstance(weight, Tensor) or not weight.is_floating_point():
+            continue
+        if (to := dtype or weight.dtype) in _PRECISE:
             continue
         exact = copy.deepcopy(layer).float()
         exact.merge()
@@ -261,18 +263,18 @@ def lost_in_rounding(model: nn.Module, dtype: torch.dtype | None = None) -> floa
     return (lost / change) ** 0.5 if change else 0.0
 
 
-def _check_rounding(lost: float, dtype: torch.dtype, argument: str) -> None:
-    """Refuses, or warns of, a merge in half precision that loses much of the adapter."""
+def _check_rounding(lost: float, dtype: torch.dtype, argument: str, refuse: bool) -> None:
+    """Warns of a merge in half precision that loses much of the adapter; may refuse one that loses most."""
     if lost < MUCH_LOST[0]:
         return
     said = f"{argument}: merged in {str(dtype).removeprefix('torch.')}, {100 * lost:.0f} % of what its adapter changes is rounded away"
     way_out = "float32: `duet merge ADAPTER --out NEW --dtype float32`, or model.dtype: float32 in the file of a run"
-    if lost > MUCH_LOST[1]:
+    if lost > MUCH_LOST[1] and refuse:
         raise ValueError(f"{said}, and what was forgotten may be told again; wanted {way_out}")
     logger.warning(f"{said}: attack the merged model, too, or take {way_out}")
 
 
-def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
+def merge_adapters(model: Any, argument: str = "model", refuse: bool = True) -> nn.Module:
     """The transformers model that computes what `model` with its adapters does; `model` itself is taken apart.
 
     Every floating-point weight of it can be trained. An embedding and a head that were tied and no longer are the same are
@@ -281,6 +283,7 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
     Args:
         model: from peft, or from transformers with adapters attached.
         argument: how errors call it.
+        refuse: whether more than half of what it changes may not be rounded away; else that is a warning.
 
     Raises:
         ValueError: its kind of adapter cannot be merged, its base is quantised, more than half of what it changes would be
@@ -303,7 +306,7 @@ def merge_adapters(model: Any, argument: str = "model") -> nn.Module:
         raise ValueError(
             f"{argument}: wanted an adapter that can be merged into its base, got {type(model).__name__}: {error}"
         ) from error
-    _check_rounding(lost, inner.dtype, argument)
+    _check_rounding(lost, inner.dtype, argument, refuse)
     pair = inner.get_input_embeddings(), inner.get_output_embeddings()
     embedding, head = (getattr(each, "weight", None) for each in pair)
     if shared is not None or embedding is not head:
@@ -365,12 +368,12 @@ def load_adapted(folder: str | os.PathLike, **how: Any) -> Any:
     base, how = base_of(folder), {"trust_remote_code": False} | how
     try:
         if holds_adapter(base):
-            model = merge_adapters(load_adapted(base, **how))
+            model = merge_adapters(load_adapted(base, **how), base, refuse=False)
         elif base == os.fspath(Path(folder, BASE)):
             model = AutoModelForCausalLM.from_pretrained(base, **how)
         else:
             return AutoPeftModelForCausalLM.from_pretrained(os.fspath(folder), **how)
-    except UNREADABLE as error:
+    except (*UNREADABLE, TypeError, KeyError) as error:  # the last two: of a file with other fields
         raise OSError(f"an adapter on the base {base!r}: {error}") from error
     return PeftModel.from_pretrained(model, os.fspath(folder))
 

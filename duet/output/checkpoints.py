@@ -26,31 +26,42 @@ logger = logging.get_logger(__name__)
 
 
 def last_finished_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest finished checkpoint in a folder; None: there is none."""
-    steps: dict[int, Path] = {}
+    """The newest finished checkpoint in a folder whose files are whole; None: there is none."""
+    for _, path in sorted(_saved(output_dir).items(), reverse=True):
+        if not (cut := _cut_file(path)):
+            return str(path)
+        logger.warning_once(f"{cut} is damaged: its checkpoint is passed over")
+    return None
+
+
+def damaged_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """A checkpoint that was written to its end and of which a file is cut now; None: there is none."""
+    saved = _saved(output_dir).values()
+    return next((path for path in saved if _cut_file(path)), None)
+
+
+def _saved(output_dir: str | os.PathLike) -> dict[int, Path]:
+    """Step -> the checkpoint in a folder that was written to its end."""
+    found = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.rpartition("-")[2]
-        if step.isdecimal() and _finished(path, int(step)):
-            steps[int(step)] = path
-    return str(steps[max(steps)]) if steps else None
+        if step.isdecimal() and _of_step(path, int(step)):
+            found[int(step)] = path
+    return found
 
 
-def _finished(checkpoint: Path, step: int) -> bool:
+def _of_step(checkpoint: Path, step: int) -> bool:
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    if not isinstance(state, dict) or state.get("global_step") != step:
-        return False
-    if cut := _cut_file(checkpoint):
-        logger.warning_once(f"{cut} is damaged: its checkpoint is passed over")
-    return cut is None
+    return isinstance(state, dict) and state.get("global_step") == step
 
 
 def _cut_file(checkpoint: Path) -> Path | None:
     """A file of tensors in a checkpoint that is not whole."""
     for path in sorted(checkpoint.rglob("*")):
-        if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+        if path.suffix in (".pt", ".pth") and not (zipfile.is_zipfile(path) or _old_format(path)):
             return path
         if path.suffix == ".safetensors":
             try:
@@ -59,6 +70,12 @@ def _cut_file(checkpoint: Path) -> Path | None:
             except (OSError, SafetensorError):
                 return path
     return None
+
+
+def _old_format(path: Path) -> bool:
+    """Whether torch wrote it as a pickle, not as a zip file; a cut zip file begins with PK."""
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80"
 
 
 def resumed_checkpoint(resume_from: str | bool | None, output_dir: str) -> str | None:

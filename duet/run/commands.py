@@ -44,6 +44,7 @@ from ..names import check_one_of, expanded
 from ..output.card import copy_card
 from ..output.checkpoints import (
     check_output_dir,
+    damaged_checkpoint,
     last_finished_checkpoint,
     resumed_checkpoint,
 )
@@ -84,6 +85,11 @@ def _train(run: RunConfig, resume: bool, before: Callable[[DuetTrainer], object]
         raise FileExistsError(
             f"training.output_dir: {folder!r} holds {last!r} of an earlier run, which a later --resume "
             "could take for this one's; wanted --resume, or a folder without checkpoints"
+        )
+    if not last and not resume and (cut := damaged_checkpoint(folder)):
+        raise FileExistsError(
+            f"training.output_dir: {folder!r} holds {os.fspath(cut)!r} of an earlier run, which is damaged; wanted another folder, or "
+            "--resume, which passes it over"
         )
     if run.merge:  # what would stand in the way after the training
         wanted = "another training.output_dir"
@@ -309,11 +315,11 @@ def merge_adapter(
     _check_free(out, *free)
     with written(out, "out"):
         _check_free(out, *free)  # now that nobody else writes to it
-        return _merge(folder, Path(out), base, dtype, trained)
+        return _merge(folder, Path(out), base, dtype, trained, refuse=not replaces)
 
 
 def _merge(
-    folder: str | os.PathLike, out: Path, base: str, dtype: str, trained: nn.Module | None
+    folder: str | os.PathLike, out: Path, base: str, dtype: str, trained: nn.Module | None, refuse: bool
 ) -> nn.Module:
     tokenizer = tokenizer_at("adapter", folder, base)
     with _naming(folder):
@@ -324,7 +330,7 @@ def _merge(
         coarsest = max(dtypes, key=lambda kind: torch.finfo(kind).eps)
         check_same_logits(trained, wanted, f"{folder}: saving and loading its adapter", coarsest)
     half = lost_in_rounding(model, torch.bfloat16)
-    model = merge_adapters(model, str(folder))
+    model = merge_adapters(model, str(folder), refuse)
     if model.dtype.itemsize > 2 and half > MUCH_LOST[0]:
         logger.warning(
             f"{out}: whoever loads it in bfloat16 rounds {100 * half:.0f} % of what its adapter changes away; load it in the float32 "
@@ -339,7 +345,7 @@ def _merge(
             if record := record_at(folder):
                 shutil.copyfile(record, new / record.name)
         model = None  # one copy at a time
-        model = AutoModelForCausalLM.from_pretrained(new, device_map="cpu")
+        model = AutoModelForCausalLM.from_pretrained(new, device_map="cpu", trust_remote_code=False)
         check_same_logits(model, wanted, f"{out}: saving and loading the merged model")
     model.name_or_path = model.config._name_or_path = os.fspath(out)
     return model

@@ -115,7 +115,7 @@ def _run(journal: Journal, target: Target, attack: str, units: Sequence[Any], pr
 def _manifest(target: Target, base: Target | None) -> dict[str, Any]:
     rows = {"forget": target.rows, "retain": target.retain, "holdout": target.holdout}
     return {
-        "schema": 2,
+        "schema": 3,
         **{name: digest(repr(list(of))) if of else None for name, of in rows.items()},
         **{k: v for k, v in asdict(target.options).items() if k != "batch_size"},
         "base_fingerprint": None if base is None else fingerprint(base.model),
@@ -127,19 +127,21 @@ def _manifest(target: Target, base: Target | None) -> dict[str, Any]:
 # --- report ----------------------------------------------------------------------------------------------------
 
 
-def _asked(summary: Mapping[str, Any]) -> int:
-    return sum(summary["status"].values())
-
-
 def told_share(entry: Mapping[str, Any]) -> float:
     """An attack's leak as a share of the rows that any of its variants asked; -1: not known.
 
-    A second paraphrase that one row has, and that tells it, leaks 1 of its rows, and is not the worst of all.
+    A second paraphrase that one row has, and that tells it, leaks 1 of its rows, and is not the worst of all; nor is a variant of which
+    most answers were cut.
     """
     if entry["leak"] is None:
         return -1.0
-    most = max(map(_asked, entry["variants"].values()), default=0)
-    return entry["leak"] * (_asked(worst_of(entry)) / most if most else 1.0)
+    most = max((sum(v["status"].values()) for v in entry["variants"].values()), default=0)
+    return _told(worst_of(entry)) / most if most else entry["leak"]
+
+
+def _told(summary: Mapping[str, Any]) -> float:
+    """How many rows a variant brings back."""
+    return summary["leak"] * summary["rows"]
 
 
 def tells(entry: Mapping[str, Any]) -> bool:
@@ -165,7 +167,7 @@ def _entry(attack: str, rows: Outcomes, facts: Mapping[Any, str] = {}) -> dict[s
     summaries = {variant: _variant(attack, of, facts) for variant, of in variants.items()}
     about = ATTACKS[DIRECT if attack == "base" else attack]
     known = {k: v for k, v in summaries.items() if v["leak"] is not None and k not in about.apart}
-    worst: Any = max(known, key=lambda variant: known[variant]["leak"] * _asked(known[variant]), default=None)
+    worst: Any = max(known, key=lambda variant: (_told(known[variant]), known[variant]["leak"]), default=None)
     counts = summaries.get(worst, {}).get("given", {})
     # With numbers of rows where it differs.
     given = ", ".join(text if len(counts) == 1 else f"{text} ({n} rows)" for text, n in counts.items())

@@ -103,7 +103,8 @@ def _check_free(out: Path, names: Iterable[str]) -> None:
     """Refuses a folder with files of these names that no report wrote: they would be replaced."""
     ours = {name for name, mark in _MARKS.items() if mark in _text(out / name)[:1000]}
     for name in names:
-        if (out / name).exists() and name not in ours and (name in _MARKS or not ours & {PAGE, MARKDOWN}):
+        figure = name not in _MARKS and (ours & {PAGE, MARKDOWN} or _text(out / name).startswith(ALONE))
+        if (out / name).exists() and name not in ours and not figure:
             raise FileExistsError(
                 f"out: {out / name} is there already and of no earlier report; wanted another folder"
             )
