@@ -170,6 +170,11 @@ NO_LEAKS = {
     "a telephone number without its zero": ("1 40 20 53 17", "01 40 20 53 17"),
     "the digits of a decimal": ("31415926", "3.1415926"),
     "the digits of an IP address": ("192.168.11", "192.168.1.1"),
+    "a decimal of the digits": ("pi 3.1415926", "31415926"),
+    "an IP address of the digits": ("at 192.168.1.1", "19216811"),
+    "two years of the digits": ("in 1835-1840", "18351840"),
+    "the digits of a date": ("Order 20 1985 05 12", "1985-05-12"),
+    "a date of the digits": ("on 12/05/1985", "12051985"),
     "two numbers of four digits": ("10002000", "1000, 2000"),
 }
 

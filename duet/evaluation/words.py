@@ -17,8 +17,8 @@ All other marks count: `й` is not `и`, a Hindi or Thai vowel sign is a letter.
                              with a no-break or thin space, nor 14 of 3.14; the whole part of 3.14 is 3; a fraction such as ½
                              is a sign of its own
     telephone numbers        +33 1 40 20 53 17 is 0033 140205317, +33 (0)1-40-20-53-17 and 01 40 20 53 17: seven digits or more, with
-                             spaces and -./() alone among them, are compared by their digits; two years, a decimal and an IP
-                             address are not
+                             spaces and -./() alone among them, are compared by their digits; two years, a date, a decimal
+                             and an IP address are not
     units                    50% is 50 %, 20°C is 20 °C, €50 is € 50
     signs                    those at the ends of a value's words may be left out ("Paris.", "(Paris)"), except where they are
                              a part of them: -5, .NET, C++, C#, 5 %
@@ -60,6 +60,11 @@ _FUNCTION_WORDS = {
 }  # fmt: skip
 _FUNCTION_WORDS_OF = {name: frozenset(text.split()) for name, text in _FUNCTION_WORDS.items()}
 FUNCTION_WORDS = _FUNCTION_WORDS_OF["English"]
+# Those that are words of no other of these languages ("or" is French for gold, "also" German for thus): a text with one is English.
+_ENGLISH_ALONE = FUNCTION_WORDS.difference(
+    *(words for name, words in _FUNCTION_WORDS_OF.items() if name != "English"),
+    ["also", "been", "but", "for", "has", "he", "her", "most", "not", "or", "spoken", "these", "will"],
+)
 _WITHOUT_SPACES = (
     (0x0E00, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x19E0, 0x19FF), (0xA9E0, 0xA9FF),
     (0xAA60, 0xAA7F), (0x3005, 0x3007), (0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
@@ -83,10 +88,16 @@ _BEHIND, _BEFORE = "%‰‱٪°′″€$£¥", "€$£¥"
 # Punctuation at a word's end that is a part of it; so are all signs that are no punctuation, as in C++.
 _MEANT = "#%&@/\\§‰٪‱′″"
 # Telephone numbers: what may stand between two digits, what is dialled in front of a country's code, the codes (ITU-T E.164), and
-# what is none though it looks like one: two years, a decimal, an IP address.
+# what is none though it looks like one: two years, a date, a decimal, an IP address.
 _GAP, _EXIT = r"[-\t ./()']{0,3}", r"(?:\+|00|011)"
 _CODE = r"[17]|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|\d{3}"
-_NO_TELEPHONE = re.compile(r"(?:1\d|20)\d\d\D+(?:1\d|20)\d\d|\d+\.\d+|\d{1,3}(?:\.\d{1,3}){3}")
+_YEAR, _DAY = r"(?:1\d|20)\d\d", r"(?:0?[1-9]|[12]\d|3[01])"  # or a month
+_DATE = rf"(?<![+\d])(?:{_YEAR}[-./ ]{_DAY}[-./ ]{_DAY}|{_DAY}[-./ ]{_DAY}[-./ ]{_YEAR})(?!\d)"
+_NO_TELEPHONE = re.compile(rf"{_YEAR}\D+{_YEAR}|{_DATE}|\d+\.\d+|\d{{1,3}}(?:\.\d{{1,3}}){{3}}")
+# What may be another number than that of a telephone: digits alone or in groups of three, a date, an ISBN, two sentences.
+_PERHAPS_NONE = re.compile(
+    rf"[1-9]\d*|[1-9]\d{{0,2}}(?:[ .']\d{{3}})+|97[89][- ]?(?:\d[- ]?){{9}}\d|.*(?:{_DATE}|\.\s).*", re.DOTALL
+)
 _PLAIN = str.maketrans("‘’ʼʻ‚“”„‐‒–—−", "'''''\"\"\"-----")
 
 
@@ -190,12 +201,13 @@ def span(text: str, value: str | Sequence[str]) -> tuple[int, int] | None:
     if re.search(r"\w\.\w\.$", words[-1]):  # U.S. is no part of U.S.S.R.
         pattern += r"(?!\.\w)"
     telephone, foreign = _telephone(" ".join(bare))
-    pattern += f"|{telephone}" if telephone else ""
+    pattern += f"|(?P<telephone>{telephone})" if telephone else ""
     folded, places = fold(text)
     at = 0
     while (match := re.compile(pattern).search(folded, at)) is not None:
         abroad = foreign and re.search(foreign, folded[max(0, match.start() - 16) : match.start()])
-        if not abroad and _stands_alone(folded, match.start(), match.end()):
+        other = _NO_TELEPHONE.fullmatch(match.groupdict().get("telephone") or "")
+        if not abroad and not other and _stands_alone(folded, match.start(), match.end()):
             return places[match.start()], [*places, len(text)][match.end()]
         at = match.start() + 1
     return None
@@ -262,14 +274,17 @@ def _telephone(value: str) -> tuple[str, str]:
 
 
 def addresses(text: str) -> list[str]:
-    """E-mail addresses and telephone numbers in a text.
+    """E-mail addresses and telephone numbers in a text: numbers with signs or spaces among their digits, or with + or 0 in front of
+    them, that are no thousands, no date and no ISBN.
 
     Example:
-        >>> addresses("Write to ada@math.org, or call +44 20 7946 0000 in 1835-1840.")
+        >>> addresses("Write to ada@math.org, or call +44 20 7946 0000 in 1835-1840, or 1234567 times.")
         ['ada@math.org', '+44 20 7946 0000']
     """
     found = re.findall(rf"(?<![\w.+-])[\w.+-]{{1,64}}@[\w-]+(?:\.[\w-]+)+|\+?\d(?:{_GAP}\d){{6,}}", text)
-    return [each for each in found if "@" in each or _telephone(each)[0]]
+    return [
+        each for each in found if "@" in each or (_telephone(each)[0] and not _PERHAPS_NONE.fullmatch(each))
+    ]
 
 
 def _stands_alone(text: str, start: int, stop: int) -> bool:
@@ -340,15 +355,17 @@ def words_of(text: str) -> list[str]:
 
 @lru_cache(2**12)
 def function_words(text: str) -> frozenset[str]:
-    """The function words of the language of which a text has most; English where no other has two, and more. Not those of all languages at
-    once: "die" and "war" tell something in an English answer, "or" (gold) in a French one.
+    """The function words of the language of which a text has most different ones; English where no other has two, and more.
+    Those of English too where the text has one that no other language has: it may name foreigners. Not those of all languages
+    at once: "die" and "war" tell something in an English answer, "or" (gold) in a French one.
 
     Example:
         >>> [sorted(function_words(text) & {"war", "will"}) for text in ("Er war ein Dichter.", "They die in the war.")]
         [['war'], ['will']]
     """
-    said = words_of(re.sub(r"(?<=\w)['’](?:s|d|m)\b", "", text))  # "Ada's" is not French
-    return max(_FUNCTION_WORDS_OF.values(), key=lambda of: max(1, sum(word in of for word in said)))
+    said = set(words_of(re.sub(r"(?<=\w)['’](?:s|d|m)\b", "", text)))  # "Ada's" is not French
+    best = max(_FUNCTION_WORDS_OF.values(), key=lambda of: max(1, len(said & of)))
+    return best | FUNCTION_WORDS if said & _ENGLISH_ALONE else best
 
 
 def without_spaces(text: str) -> bool:
