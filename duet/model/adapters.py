@@ -382,15 +382,21 @@ def base_of(folder: str | os.PathLike) -> str:
     """The model that a folder's adapter was trained on: its folder `base`, where there is one, else what its file names.
 
     Raises:
-        ValueError: it names none.
+        ValueError: it names none, or is no configuration of an adapter.
     """
     from peft import PeftConfig
 
     if beside := base_beside(folder):
         return os.fspath(beside)
-    named = PeftConfig.from_pretrained(os.fspath(folder)).base_model_name_or_path
+    file = f"{ADAPTER} in {os.fspath(folder)!r}"
+    try:
+        named = PeftConfig.from_pretrained(os.fspath(folder)).base_model_name_or_path
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{file} is no configuration of an adapter: {error}") from error
     if not named:
-        raise ValueError(f"{ADAPTER} in {os.fspath(folder)!r} names no base_model_name_or_path")
+        raise ValueError(f"{file} names no base_model_name_or_path")
+    if not isinstance(named, str):
+        raise ValueError(f"{file}: wanted a text as base_model_name_or_path, not {type(named).__name__}")
     return named
 
 

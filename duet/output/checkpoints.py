@@ -73,7 +73,7 @@ def _cut_file(checkpoint: Path) -> Path | None:
 
 
 def _old_format(path: Path) -> bool:
-    """Whether torch wrote it as a pickle, not as a zip file; a cut zip file begins with PK."""
+    """Whether torch wrote it in its old format, which is no zip file; a cut zip file begins with PK."""
     with path.open("rb") as file:
         return file.read(1) == b"\x80"
 
