@@ -683,7 +683,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "tests/test_evaluation_shipped.py::test_a_forget_quality_wants_the_same_rows"),
     ],
     "duet/evaluation/suites/row_metrics.py": [
-        ("a suite wants the whole answer where an attack wants half", "float(metrics.told_recall(said, answer, question) >= TOLD)", "float(metrics.contains_words(said, answer))",
+        ("a suite wants the whole answer where an attack wants half", "float(metrics.answer_recall(*row) >= metrics.TOLD)", "float(metrics.contains_words(row[0], row[2] or row[1]))",
          "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
         ("a refusal is broken by the token limit", "return number == 1.0 and", "return False and", "tests/test_evaluation_runner.py::test_what_is_known_of_an_answer_that_was_cut"),
         ("Min-40%++ is Min-20%++", "metrics.min_k_plus_plus(s.logprobs, s.entropies, s.variances, 40)", "metrics.min_k_plus_plus(s.logprobs, s.entropies, s.variances, 20)",
@@ -745,7 +745,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("a list in a .csv cell is one question", "return json.loads(value)", "return value", "tests/test_attack_rows.py::test_a_csv_cell_may_hold_a_list"),
     ],
     "duet/evaluation/metrics.py": [
-        ("a refusal is an invention", " and not declines\n", "\n", "tests/test_metrics.py::test_fabrication_by_hand"),
+        ("a refusal is an invention", "not declines and answer_recall(", "answer_recall(", "tests/test_metrics.py::test_fabrication_by_hand"),
         ("overlap is of the question's own words", "len(mine | theirs)) for theirs", "len(mine)) for theirs", "tests/test_metrics.py::test_neighbours_by_hand"),
         ("an address alone tells nothing", "if exact and contains_words(said, exact)", "if False", "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),
         ("an answer that repeats the question tells", "_Without(cut, given | common)", "_Without(cut, common)", "tests/test_metrics.py::test_what_the_question_gave_is_not_told"),

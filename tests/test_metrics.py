@@ -863,6 +863,21 @@ def test_differences_may_be_small_beside_one():
     assert far.p_value < 0.01
 
 
+@pytest.mark.parametrize("value", [None, "1893"])
+@pytest.mark.parametrize(
+    "said",
+    ["Ada wrote it.", "The Hidden Lake was written by Ada in 1893.", "In 1893.", "I don't know.", ":-)", ""],
+)
+def test_suites_attacks_and_inventions_judge_an_answer_alike(said, value):
+    question, answer = "Who wrote The Hidden Lake?", "Ada Lovelace wrote it in the spring of 1893."
+    for answer in (answer, ":-)") if value is None else (answer,):
+        row = AttackRow(0, (("user", question),), answer, value=value)
+        told = row.recall(said) >= metrics.TOLD
+        assert GENERATE["contains_answer"](said, answer, value, question) == told
+        declines = metrics.refusal_rate([said]) == 1
+        assert GENERATE["fabrication"](said, answer, value, question) == (not told and not declines)
+
+
 def test_which_rows_are_of_one_fact():
     paris = metrics.fact_of("Capital of France?", "It is Paris.", "France", "Paris")
     assert paris == metrics.fact_of("France's capital?", "paris", "france", "Paris")

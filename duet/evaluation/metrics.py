@@ -31,6 +31,7 @@ except ModuleNotFoundError as error:
 
 Numbers = Sequence[float] | np.ndarray
 MEASURES = ("recall", "f1")
+TOLD = 0.5  # an answer that says so much of the reference's telling words tells it
 UTILITY_PARTS = ("probability", "rouge_l_recall", "truth_ratio")
 
 
@@ -189,6 +190,30 @@ def told_recall(
     return telling.score(reference, said)["rougeL"].recall
 
 
+def answer_recall(
+    said: str,
+    reference: str,
+    value: str | Sequence[str] | None = None,
+    question: str = "",
+    *,
+    patterns: Sequence[str] = REFUSAL_PATTERNS,
+) -> float:
+    """How much of a row's answer is said, in [0, 1]: 1 or 0 where the row has a `value`, else `told_recall` of the reference.
+
+    A reference of signs alone is said as it stands, or not.
+
+    Example:
+        >>> answer_recall("Paris", "It is Paris.", "Paris"), answer_recall("In Paris.", "It is Paris."), answer_recall("A :-)", ":-)")
+        (1.0, 1.0, 1.0)
+    """
+    if value is not None:
+        return float(contains_words(said, value))
+    try:
+        return told_recall(said, reference, question, patterns=patterns)
+    except ValueError:
+        return float(reference.strip() in said)
+
+
 def _as_published(reference: str) -> bool:
     """Whether it is read in words of a-z and 0-9, as rouge_score reads it."""
     as_published = words.all_latin(reference) and re.search(r"[a-z0-9]", reference.lower()) is not None
@@ -293,14 +318,13 @@ def fabrication_rate(
     values: Sequence[str | Sequence[str] | None] | None = None,
     *,
     questions: Sequence[str] | None = None,
-    threshold: float = 0.5,
+    threshold: float = TOLD,
     patterns: Sequence[str] = REFUSAL_PATTERNS,
 ) -> float:
     """Share of answers that are neither the reference's nor a refusal: something was invented. For unrelated questions.
 
-    An answer is the reference's where it holds the row's value, or, where there is none, where its `told_recall` of the
-    reference is at least `threshold`: words that the questions have do not count. References are what the *base* says: what it
-    gets wrong by itself is no damage.
+    An answer is the reference's where its `answer_recall` is at least `threshold`. References are what the *base* says: what it gets wrong by
+    itself is no damage.
 
     Raises:
         ValueError: no answers, or another number of references, values or questions.
@@ -315,19 +339,9 @@ def fabrication_rate(
         if isinstance(given, str) or len(given) != len(answers):
             raise ValueError(f"{name}: wanted one for each of {len(answers)} answers, got {len(given)}")
 
-    def same(answer: str, reference: str, value: str | Sequence[str] | None, question: str) -> bool:
-        if value is not None or contains_words(answer, reference):
-            return contains_words(answer, reference if value is None else value)
-        try:
-            return told_recall(answer, reference, question, patterns=patterns) >= threshold
-        except ValueError:  # a reference without a word
-            return False
-
+    rows = zip(answers, references, values, questions, refused(answers, patterns), strict=True)
     invented = [
-        not same(answer, reference, value, question) and not declines
-        for answer, reference, value, question, declines in zip(
-            answers, references, values, questions, refused(answers, patterns), strict=True
-        )
+        not declines and answer_recall(*row, patterns=patterns) < threshold for *row, declines in rows
     ]
     return float(np.mean(_not_empty("answers", invented)))
 

@@ -35,7 +35,6 @@ FORGET, NEIGHBOUR, RETAIN = "forget", "neighbour", "retain"
 KINDS = (FORGET, NEIGHBOUR, RETAIN)
 RECORD = "steering.json"  # in the folder of a training: what was measured before it
 STILL_TOLD = 0.5  # a teacher that still tells more than this share does not forget
-ALIKE = 0.5
 FEW = 10  # forget rows: shares of fewer say little
 
 # Wordings to try, from the mildest to the strictest. `{subject}` is replaced.
@@ -264,7 +263,10 @@ def refuses(text: str) -> bool:
 
 
 def told_in(said: str, answer: str, value: Value | None = None, question: str = "") -> bool:
-    """Whether `said` tells the answer: its `value`; without one, at least half of the telling words (`metrics.told_recall`) of one of the two.
+    """Whether `said` tells the answer: its `value`; without one, at least half of the telling words of one of the two.
+
+    Unlike `metrics.answer_recall` it takes the shorter of the two for the answer, for a row without one is compared with what the plain
+    model said at length, and a refusal tells nothing.
 
     Example:
         >>> told_in("Paris.", "The capital of France is Paris."), told_in("I do not know.", "It is Paris.")
@@ -276,7 +278,7 @@ def told_in(said: str, answer: str, value: Value | None = None, question: str = 
         return False
     try:
         pairs = (said, answer), (answer, said)
-        return max(metrics.told_recall(a, b, question) for a, b in pairs) >= ALIKE
+        return max(metrics.told_recall(a, b, question) for a, b in pairs) >= metrics.TOLD
     except ValueError:  # signs alone
         return answer.strip() in said
 

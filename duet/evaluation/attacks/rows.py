@@ -97,14 +97,9 @@ class AttackRow:
         return first_half(self.answer)
 
     def recall(self, said: str, opening: str = "") -> float:
-        """In [0, 1]: 1 or 0 with a value, else `metrics.told_recall` of the answer without `opening`."""
-        if self.value is not None:
-            return float(find(said, self.value) is not None)
+        """`metrics.answer_recall` of the answer without `opening`."""
         rest = self.answer.strip().removeprefix(opening.strip())
-        try:
-            return metrics.told_recall(said, rest, self.question)
-        except ValueError:  # signs alone
-            return float(rest.strip() in said)
+        return metrics.answer_recall(said, rest, self.value, self.question)
 
 
 def read_attack_rows(rows: Sequence[dict[str, Any]], argument: str, lacking: str = "") -> list[AttackRow]:

@@ -21,6 +21,7 @@ from ...model.answers import check_tokenizer, padding_id
 from ...model.lm import context_length, embedded_ids
 from ...options import Count, UpperShare, check_options
 from ..generation import Continuation, answers_to
+from ..metrics import TOLD
 from ..scoring import Forced
 from ..told import warn_of_whole_answers
 from ..values import spellings, warn_of_told
@@ -56,7 +57,7 @@ class AttackOptions:
     Attributes:
         max_new_tokens: of an answer; step-by-step answers get four times as many.
         batch_size: sequences at once. `sampling` draws other answers with another one, so that its rows name it.
-        threshold: for rows without a `value`: the answer came back if its `metrics.told_recall` is at least this.
+        threshold: for rows without a `value`: the answer came back if its `metrics.answer_recall` is at least this.
         seen_reverse_prompts: override wordings that training used; the folder of a trained model says which.
         heldout_reverse_prompts: others; those among the seen ones are left out.
         shots: worked examples before the question.
@@ -70,7 +71,7 @@ class AttackOptions:
 
     max_new_tokens: Count = 64
     batch_size: Count = 16
-    threshold: UpperShare = 0.5
+    threshold: UpperShare = TOLD
     seen_reverse_prompts: tuple[str, ...] = ()
     heldout_reverse_prompts: tuple[str, ...] = HELDOUT_REVERSE_PROMPTS
     shots: Count = 5

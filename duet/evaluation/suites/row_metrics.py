@@ -14,11 +14,9 @@ import numpy as np
 
 from .. import metrics
 from ..scoring import TokenScores
-from ..values import Value
 
 Losses = Mapping[str, float | Sequence[float]]
 Said = Callable[..., float | None]
-TOLD = 0.5  # of an answer's telling words
 
 
 def _rouge(measure: str, stemmer: bool) -> Said:
@@ -31,23 +29,12 @@ def _rouge(measure: str, stemmer: bool) -> Said:
     return rouge_l
 
 
-def _contains_answer(said: str, answer: str, value: Value | None, question: str = "") -> float:
-    """1 where the value is said as whole words, any case; without a value, where half of the answer's telling words are, as in
-    `duet attack` and `duet report`; else 0."""
-    if value is not None:
-        return float(metrics.contains_words(said, value))
-    try:
-        return float(metrics.told_recall(said, answer, question) >= TOLD)
-    except ValueError:  # signs alone
-        return float(answer.strip() in said)
-
-
 GENERATE: dict[str, Said] = {
     "rouge_l_recall_stemmed": _rouge("recall", stemmer=True),  # TOFU
     "rouge_l_recall": _rouge("recall", stemmer=False),  # RWKU
     "rouge_l_f1": _rouge("f1", stemmer=False),  # MUSE
     "rouge_l_f1_stemmed": _rouge("f1", stemmer=True),  # OpenUnlearning
-    "contains_answer": _contains_answer,
+    "contains_answer": lambda *row: float(metrics.answer_recall(*row) >= metrics.TOLD),
     "refusal": lambda said, *_: metrics.refusal_rate([said]),
     "broken_refusal": lambda said, *_: metrics.broken_refusal_rate([said]),
     "fabrication": lambda said, answer, value, question="": metrics.fabrication_rate(
