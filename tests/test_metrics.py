@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from duet.data.importers import BRIEF
 from duet.evaluation import metrics
@@ -374,39 +373,6 @@ def test_performance_shift_is_the_papers():
         metrics.performance_shift(base, {"forget": 0, "forget_500": 0, "retain": 0})
 
 
-def test_bootstrap_covers_the_mean_about_as_often_as_it_says():
-    rng = np.random.default_rng(1)
-    hits = 0
-    for seed in range(200):
-        interval = metrics.bootstrap(rng.normal(2.0, 1.0, size=40), resamples=300, seed=seed)
-        assert interval.low < interval.estimate < interval.high
-        hits += interval.low <= 2.0 <= interval.high
-    assert 0.88 <= hits / 200 <= 0.99
-    assert math.isnan(metrics.bootstrap([1.0]).low)
-    assert metrics.bootstrap([1.0, 2.0, 5.0], np.median).estimate == 2.0
-
-
-def test_a_bootstrap_has_the_confidence_and_the_seed_that_are_asked_for():
-    values = np.random.default_rng(0).normal(size=40)
-    wide, narrow, other = (
-        metrics.bootstrap(values, confidence=confidence, seed=seed)
-        for confidence, seed in ((0.95, 0), (0.5, 0), (0.95, 1))
-    )
-    assert narrow.high - narrow.low < 0.5 * (wide.high - wide.low) and other != wide
-
-
-def test_a_paired_comparison_sees_what_an_unpaired_one_cannot():
-    rng = np.random.default_rng(2)
-    hard = rng.normal(0.0, 10.0, size=50)
-    better = metrics.compare_paired(hard, hard + 0.5 + rng.normal(0, 0.2, size=50))
-    assert better.p_value < 0.01
-    assert better.difference.low > 0.3
-    same = metrics.compare_paired(hard, hard + rng.normal(0, 0.2, size=50))
-    assert same.p_value > 0.05
-    with pytest.raises(ValueError, match="b: wanted 2 rows"):
-        metrics.compare_paired([1.0, 2.0], [1.0])
-
-
 # --- every metric against its definition, computed another way --------------------------------------------------
 
 LOSSES = st.floats(0, 50)
@@ -495,28 +461,6 @@ def test_auc_and_privleak_by_their_definitions(forget, holdout, retrained):
     assert 0 <= interval.low <= interval.estimate <= interval.high <= 1 and interval.low < interval.high
 
 
-@quick
-@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=40))
-def test_wilsons_interval_solves_its_equation(hits):
-    share, low, high = metrics.mean_interval(hits)
-    assert share == pytest.approx(np.mean(hits)) and 0 <= low <= share <= high <= 1 and low < high
-    for end in (low, high):  # |share - p| = z sqrt(p (1 - p) / n)
-        assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / len(hits)), abs=1e-5)
-
-
-@quick
-@given(
-    st.lists(st.floats(-5, 5), min_size=2, max_size=20), st.lists(st.floats(-5, 5), min_size=20, max_size=20)
-)
-def test_a_comparison_with_itself_says_nothing(a, noise):
-    same = metrics.compare_paired(a, a, resamples=50)
-    assert same.difference == (0.0, 0.0, 0.0) and same.p_value == 1.0
-    b = [x + y for x, y in zip(a, noise, strict=False)]
-    there, back = (metrics.compare_paired(*pair, resamples=50) for pair in ((a, b), (b, a)))
-    assert there.difference.estimate == pytest.approx(-back.difference.estimate)
-    assert there.p_value == back.p_value and 0 < there.p_value <= 1
-
-
 def test_the_intervals_of_an_auc_cover_it_about_as_often_as_they_say():
     rng, hits = np.random.default_rng(3), 0
     for _ in range(200):
@@ -532,13 +476,6 @@ def test_the_interval_of_many_rows_near_either_end():
     assert top.estimate == 1 - 1e-8 and 0.9998 < top.low < top.estimate < top.high <= 1
     assert bottom == pytest.approx((1 - top.estimate, 1 - top.high, 1 - top.low), abs=1e-10)
     assert 0.9998 < metrics.auc_interval(members, others[:-1]).low < 0.9999
-
-
-def test_large_samples_are_drawn_in_blocks(monkeypatch):
-    values = list(range(50))
-    whole = metrics.bootstrap(values)
-    monkeypatch.setattr(metrics, "_DRAWN_AT_ONCE", 50 * 100)
-    assert metrics.bootstrap(values) == pytest.approx(whole, rel=0.05)
 
 
 NAN = math.nan
@@ -782,85 +719,9 @@ def test_what_the_importer_puts_in_front_of_a_question_is_not_in_common():
     assert [row[0].text for row in section.blocks[0].rows] == ["0 to 0.25"]
 
 
-def test_wordings_of_one_fact_share_a_fate():
-    """Ten facts in five wordings: the interval of ten, around the share of the rows; a text pasted twice changes nothing."""
-    rng = np.random.default_rng(0)
-    facts = np.repeat(np.arange(10), 5)
-    held = 0
-    for _ in range(300):
-        told = np.repeat((rng.random(10) < 0.2).astype(float), 5)
-        interval = metrics.mean_interval(told, facts)
-        assert interval == metrics.mean_interval(told[::5]) and interval.estimate == told.mean()
-        held += interval.low <= 0.2 <= interval.high
-    assert held > 0.92 * 300
-    parts = metrics.mean_interval([1.0, 0.0, 0.0], ["a", "a", "b"])
-    assert parts.estimate == pytest.approx(1 / 3) and parts.high - parts.low > 0.7
-    assert metrics.mean_interval([0.9] * 10, ["a"] * 9 + ["b"]) == pytest.approx([0.9] * 3)
-    loose = [0.1, 0.5, 0.9, 0.3]
-    assert metrics.mean_interval(loose * 2, [0, 1, 2, 3] * 2) == pytest.approx(metrics.mean_interval(loose))
-    whole = metrics.mean_interval(loose, [None] * 4)
-    assert (
-        whole == metrics.mean_interval(loose)
-        and whole.low == 0
-        and whole.high == pytest.approx(0.9935, abs=1e-3)
-    )
-    assert metrics.mean_interval([0.0, 1.0], shares=False).low < -5
-    assert metrics.mean_interval([0.0, 9.0], shares=False, least=0.0).low == 0.0
-    curve = metrics.keep_curve([0.1] * 4, [1, 1, 1, 1], (0.0,), ["a", "a", "b", "b"])
-    assert curve[0][2] == metrics.mean_interval([1.0, 1.0]) and curve[0][1] == 4
-    with pytest.raises(ValueError, match="facts: wanted one for each of 2"):
-        metrics.mean_interval([0.0, 1.0], ["a"])
-
-
-@pytest.mark.parametrize("most", [1, 5, 20])
-def test_a_fact_of_many_wordings_beside_others_of_one(most):
-    """The share of the rows is mostly that one fact's, and the interval says so."""
-    rng, held = np.random.default_rng(1), 0
-    rows = np.array([most, *[1] * 11])
-    for _ in range(300):
-        told = np.repeat((rng.random(12) < 0.5).astype(float), rows)
-        interval = metrics.share_interval(told, np.repeat(np.arange(12), rows))
-        held += interval.low <= 0.5 <= interval.high
-    assert held > 0.9 * 300
-
-
-@pytest.mark.parametrize("facts", [3, 5, 12])
-def test_intervals_of_few_means_cover_them_about_as_often_as_they_say(facts):
-    rng, held = np.random.default_rng(2), 0
-    for _ in range(400):
-        found = metrics.mean_interval(
-            np.repeat(rng.normal(2.0, 1.0, facts), 3), np.repeat(np.arange(facts), 3), shares=False
-        )
-        held += found.low <= 2.0 <= found.high
-    assert 0.925 <= held / 400 <= 0.98
-    values = rng.normal(2.0, 1.0, facts)
-    assert metrics.mean_interval(values, shares=False, confidence=0.9)[1:] == pytest.approx(
-        stats.ttest_1samp(values, 0.0).confidence_interval(0.9)
-    )
-
-
-def test_more_leak_has_no_lower_upper_end():
-    none, some, all_half = ([0.0] * 12, [0.0] * 11 + [0.5], [0.5] * 12)
-    ends = [metrics.share_interval(values).high for values in (none, some, all_half)]
-    assert ends == sorted(ends) and ends[0] == pytest.approx(0.243, abs=1e-3)
-    assert metrics.share_interval(all_half).low < 0.5 < ends[2]
-    assert (
-        metrics.share_interval([1 + 1e-12, 1.0]).estimate == 1
-        and metrics.share_interval([-1e-17, 0.0]).low == 0
-    )
-    with pytest.raises(ValueError, match="values: wanted shares in"):
-        metrics.share_interval([0.0, 1.5])
-
-
 def test_few_are_not_none_and_nearly_all_are_not_all():
     shown = [metrics.percent(share) for share in (0.0, 1e-12, 1 / 300, 0.006, 0.994, 0.997, 1 - 1e-12, 1.0)]
     assert shown == ["0", "0", "<1", "1", "99", ">99", "100", "100"]
-
-
-def test_differences_may_be_small_beside_one():
-    a = np.zeros(10)
-    far = metrics.compare_paired(a, a + 1e-14 * np.arange(1, 11))
-    assert far.p_value < 0.01
 
 
 @pytest.mark.parametrize("value", [None, "1893"])
@@ -869,25 +730,10 @@ def test_differences_may_be_small_beside_one():
     ["Ada wrote it.", "The Hidden Lake was written by Ada in 1893.", "In 1893.", "I don't know.", ":-)", ""],
 )
 def test_suites_attacks_and_inventions_judge_an_answer_alike(said, value):
-    question, answer = "Who wrote The Hidden Lake?", "Ada Lovelace wrote it in the spring of 1893."
-    for answer in (answer, ":-)") if value is None else (answer,):
+    question, answers = "Who wrote The Hidden Lake?", ("Ada Lovelace wrote it in the spring of 1893.", ":-)")
+    for answer in answers if value is None else answers[:1]:
         row = AttackRow(0, (("user", question),), answer, value=value)
         told = row.recall(said) >= metrics.TOLD
         assert GENERATE["contains_answer"](said, answer, value, question) == told
         declines = metrics.refusal_rate([said]) == 1
         assert GENERATE["fabrication"](said, answer, value, question) == (not told and not declines)
-
-
-def test_which_rows_are_of_one_fact():
-    paris = metrics.fact_of("Capital of France?", "It is Paris.", "France", "Paris")
-    assert paris == metrics.fact_of("France's capital?", "paris", "france", "Paris")
-    questions = "Is France large?", "Is France old?"
-    assert len({metrics.fact_of(question, "Yes.", "France") for question in questions}) == 2
-    assert paris != metrics.fact_of("Capital of Texas?", "It is Paris.", "Texas", "Paris")
-    five, four = "one two three four five", "one two three four"
-    assert metrics.fact_of("Who?", five) == metrics.fact_of("Where?", five)
-    assert metrics.fact_of("Who?", four) != metrics.fact_of("Where?", four)
-    sentence = "The capital of France is Paris."
-    assert metrics.fact_of("What is it?", sentence) == metrics.fact_of("Which one?", sentence)
-    assert metrics.fact_of("Is Oslo large?", "Yes.") != metrics.fact_of("Is Rome old?", "Yes.")
-    assert metrics.fact_of("Is Oslo large?", "Yes.") == metrics.fact_of("Is Oslo large?", "Yes.")

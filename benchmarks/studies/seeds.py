@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from duet.evaluation.metrics import Interval, mean_interval
+from duet.evaluation.intervals import Interval, mean_interval
 
 
 def over_seeds(shares: Sequence[float]) -> Interval:

@@ -12,15 +12,28 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..extras import MissingExtra, missing
 from ..names import check_one_of
 from . import words
+from .intervals import (  # noqa: F401 - public here, too
+    Comparison,
+    Interval,
+    Numbers,
+    bootstrap,
+    compare_paired,
+    count_facts,
+    fact_of,
+    finite_numbers,
+    mean_interval,
+    not_empty,
+    share_interval,
+)
 from .refusals import REFUSAL_PATTERNS, refused
 
 try:
@@ -29,18 +42,9 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtra(missing("eval") or str(error)) from None
 
-Numbers = Sequence[float] | np.ndarray
 MEASURES = ("recall", "f1")
 TOLD = 0.5  # an answer that says so much of the reference's telling words tells it
 UTILITY_PARTS = ("probability", "rouge_l_recall", "truth_ratio")
-
-
-class Interval(NamedTuple):
-    """An estimate with the ends of its confidence interval."""
-
-    estimate: float
-    low: float
-    high: float
 
 
 def percent(share: float) -> str:
@@ -66,7 +70,7 @@ def probability(loss: float) -> float:
 
 def multiple_choice_probability(true_loss: float, wrong_losses: Numbers) -> float:
     """P_true / (P_true + sum P_wrong): TOFU's probability on real authors and world facts."""
-    losses = np.array([true_loss, *_not_empty("wrong_losses", wrong_losses)])
+    losses = np.array([true_loss, *not_empty("wrong_losses", wrong_losses)])
     with np.errstate(invalid="ignore"):  # NaN in, NaN out
         return float(np.exp(-losses[0] - np.logaddexp.reduce(-losses)))
 
@@ -80,12 +84,12 @@ def truth_ratio(paraphrased_loss: float, perturbed_losses: Numbers) -> float:
         >>> round(truth_ratio(1.0, [2.0, 4.0]), 4)
         7.3891
     """
-    return _exp(float(np.mean(_not_empty("perturbed_losses", perturbed_losses))) - paraphrased_loss)
+    return _exp(float(np.mean(not_empty("perturbed_losses", perturbed_losses))) - paraphrased_loss)
 
 
 def truth_ratio_score(ratios: Numbers) -> float:
     """mean max(0, 1 - 1 / R): the truth ratio of facts that should still be known. R is at least 0."""
-    ratios = _not_empty("ratios", ratios).astype(float)
+    ratios = not_empty("ratios", ratios).astype(float)
     if (ratios < 0).any():
         raise ValueError(f"ratios: wanted numbers >= 0, got {ratios[ratios < 0][0]}")
     with np.errstate(divide="ignore"):  # R = 0 after underflow counts like every R below 1
@@ -97,8 +101,8 @@ def forget_quality(unlearned_ratios: Numbers, retain_ratios: Numbers) -> float:
 
     The second model was trained without the forget rows. A high value: R does not distinguish the two models.
     """
-    unlearned = _finite("unlearned_ratios", unlearned_ratios)
-    test: Any = stats.ks_2samp(unlearned, _finite("retain_ratios", retain_ratios))
+    unlearned = finite_numbers("unlearned_ratios", unlearned_ratios)
+    test: Any = stats.ks_2samp(unlearned, finite_numbers("retain_ratios", retain_ratios))
     return float(test.pvalue)
 
 
@@ -133,7 +137,7 @@ def model_utility(sets: Mapping[str, Mapping[str, float]]) -> float:
 
 def perplexity(token_logprobs: Numbers) -> float:
     """exp(-mean log p_t) over all given tokens; infinite on overflow."""
-    return _exp(-float(np.mean(_not_empty("token_logprobs", token_logprobs))))
+    return _exp(-float(np.mean(not_empty("token_logprobs", token_logprobs))))
 
 
 # --- what is said ----------------------------------------------------------------------------------------------
@@ -290,7 +294,7 @@ def contains_words(text: str, value: str | Sequence[str]) -> bool:
 
 def refusal_rate(answers: Sequence[str], patterns: Sequence[str] = REFUSAL_PATTERNS) -> float:
     """Share of answers in which one of the regular expressions is found. An empty answer is no refusal."""
-    return float(np.mean(_not_empty("answers", refused(answers, patterns))))
+    return float(np.mean(not_empty("answers", refused(answers, patterns))))
 
 
 def broken_refusal_rate(answers: Sequence[str], patterns: Sequence[str] = REFUSAL_PATTERNS) -> float:
@@ -309,7 +313,7 @@ def broken_refusal_rate(answers: Sequence[str], patterns: Sequence[str] = REFUSA
         repeats = Counter(zip(said, said[1:], said[2:], strict=False))
         whole = re.search(r"[.!?…。！？][\"'”’»)\]*]*\s*$", answer) and max(repeats.values(), default=0) < 3
         broken.append(declines and not whole)
-    return float(np.mean(_not_empty("answers", broken)))
+    return float(np.mean(not_empty("answers", broken)))
 
 
 def fabrication_rate(
@@ -339,11 +343,14 @@ def fabrication_rate(
         if isinstance(given, str) or len(given) != len(answers):
             raise ValueError(f"{name}: wanted one for each of {len(answers)} answers, got {len(given)}")
 
-    rows = zip(answers, references, values, questions, refused(answers, patterns), strict=True)
+    declined = refused(answers, patterns)
     invented = [
-        not declines and answer_recall(*row, patterns=patterns) < threshold for *row, declines in rows
+        not declines and answer_recall(said, reference, value, question, patterns=patterns) < threshold
+        for said, reference, value, question, declines in zip(
+            answers, references, values, questions, declined, strict=True
+        )
     ]
-    return float(np.mean(_not_empty("answers", invented)))
+    return float(np.mean(not_empty("answers", invented)))
 
 
 def word_overlap(question: str, others: Sequence[str]) -> float:
@@ -438,7 +445,7 @@ def fluency(text: str) -> float:
 
 def exact_memorization(hits: Numbers) -> float:
     """Share of an answer's tokens that are the argmax under teacher forcing."""
-    return float(np.mean(_not_empty("hits", hits)))
+    return float(np.mean(not_empty("hits", hits)))
 
 
 def extraction_strength(hits: Numbers) -> float:
@@ -450,7 +457,7 @@ def extraction_strength(hits: Numbers) -> float:
         >>> extraction_strength([True, False, True, True])
         0.5
     """
-    hits = _not_empty("hits", hits)
+    hits = not_empty("hits", hits)
     wrong = np.flatnonzero(~np.asarray(hits, dtype=bool))
     return 1.0 if len(wrong) == 0 else 1.0 - float(wrong[-1] + 1) / len(hits)
 
@@ -465,7 +472,7 @@ def multiple_choice_accuracy(choice_scores: Sequence[Numbers], correct: Sequence
     for i, (scores, index) in enumerate(zip(choice_scores, correct, strict=True)):
         if not 0 <= index < len(scores):
             raise ValueError(f"correct[{i}]: wanted 0 to {len(scores) - 1}, got {index}")
-        hits.append(int(np.argmax(_finite(f"choice_scores[{i}]", scores))) == index)
+        hits.append(int(np.argmax(finite_numbers(f"choice_scores[{i}]", scores))) == index)
     return float(np.mean(hits))
 
 
@@ -500,7 +507,7 @@ def min_k_plus_plus(token_logprobs: Numbers, entropies: Numbers, variances: Numb
 
 def auc(positive: Numbers, negative: Numbers) -> float:
     """P(a positive scores higher than a negative), ties counted half: the area under the ROC curve."""
-    positive, negative = _finite("positive", positive), _finite("negative", negative)
+    positive, negative = finite_numbers("positive", positive), finite_numbers("negative", negative)
     return float(stats.mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative)))
 
 
@@ -512,7 +519,10 @@ def privleak(forget_scores: Numbers, holdout_scores: Numbers, auc_retrain: float
     """
     if not 0 < auc_retrain <= 1:
         raise ValueError(f"auc_retrain: wanted a number in (0, 1], got {auc_retrain}")
-    forget, holdout = _finite("forget_scores", forget_scores), _finite("holdout_scores", holdout_scores)
+    forget, holdout = (
+        finite_numbers("forget_scores", forget_scores),
+        finite_numbers("holdout_scores", holdout_scores),
+    )
     return 100 * (auc(forget, holdout) - auc_retrain) / auc_retrain
 
 
@@ -537,146 +547,6 @@ def performance_shift(base: Mapping[str, float], unlearned: Mapping[str, float])
     return forgotten + sum(unlearned[key] - base[key] for key in ("retain", "mmlu"))
 
 
-_DRAWN_AT_ONCE = 2**23  # rows: 64 MiB of indices
-
-
-def bootstrap(
-    values: Numbers,
-    statistic: Callable[..., np.ndarray] = np.mean,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap interval of a statistic of rows. `statistic` takes an `axis`, as numpy's do.
-
-    One row has no interval: its ends are NaN. Of few rows it is too narrow: of a mean of five normal values it holds the true one in 83
-    of 100 cases. `mean_interval` is better for means.
-
-    Raises:
-        ValueError: no values, or one that is not finite; `confidence` outside (0, 1); `resamples` below 1.
-    """
-    values = _finite("values", values)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: wanted a number in (0, 1), got {confidence}")
-    if resamples < 1:
-        raise ValueError(f"resamples: wanted an integer >= 1, got {resamples}")
-    estimate = float(statistic(values, axis=0))
-    if len(values) == 1:
-        return Interval(estimate, math.nan, math.nan)
-    rng = np.random.default_rng(seed)
-    block = max(1, _DRAWN_AT_ONCE // len(values))
-    sizes = [min(block, resamples - done) for done in range(0, resamples, block)]
-    drawn = np.concatenate(
-        [statistic(values[rng.integers(len(values), size=(size, len(values)))], axis=1) for size in sizes]
-    )
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(estimate, float(low), float(high))
-
-
-def fact_of(
-    question: str, answer: str, subject: str | None = None, value: str | tuple[str, ...] | None = None
-) -> str:
-    """A name of the fact that a row asks for: rows that have one name are wordings of one fact, and share a fate.
-
-    The subject with the value; without one of them the answer, where it has five words or more, else with the question.
-
-    Example:
-        >>> fact_of("Where was Ada born?", "In London.", "Ada", "London") == fact_of("Ada's home?", "London", "Ada", "London")
-        True
-    """
-    first = value[0] if isinstance(value, tuple) else value  # of several spellings
-    said = " ".join(words.words_of(first or answer)) or answer
-    if subject and value:
-        return f"{subject.casefold()}: {said}"
-    whole = words.words_of(answer)
-    return " ".join(whole) if len(whole) > 4 else f"{question} {said}"
-
-
-def count_facts(facts: Sequence[Any]) -> int:
-    """How many different ones; each None is one of its own."""
-    return len(set(facts) - {None}) + sum(fact is None for fact in facts)
-
-
-def share_interval(
-    values: Numbers, facts: Sequence[Any] | None = None, *, confidence: float = 0.95
-) -> Interval:
-    """The mean of shares with Wilson's interval, also where each value is itself a share, as leak@k is.
-
-    The variance of a value in [0, 1] with the mean p is at most p (1 - p), that of a 0 or 1: the interval of shares is rather too wide.
-    It knows what few values can say: 0 of 12 is 0 to 0.24.
-
-    Args:
-        facts: as in `mean_interval`. The interval is that of (sum_f m_f)^2 / sum_f m_f^2 rows, with m_f rows of fact f: of so many
-            facts, where they have equally many rows. Source: Kish, Survey Sampling (1965), 8.2.
-
-    Example:
-        >>> [round(x, 2) for x in share_interval([0.0] * 12)]
-        [0.0, 0.0, 0.24]
-    """
-    values, own = _of_facts(values, facts, confidence)
-    share, n = float(values.mean()), len(values) ** 2 / float((np.bincount(own) ** 2).sum())
-    if not -1e-9 <= values.min() <= values.max() <= 1 + 1e-9:
-        raise ValueError(f"values: wanted shares in [0, 1], got {values.min():g} to {values.max():g}")
-    share = min(max(share, 0.0), 1.0)  # rounding
-    z = float(stats.norm.ppf((1 + confidence) / 2))
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return Interval(share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)))
-
-
-def mean_interval(
-    values: Numbers,
-    facts: Sequence[Any] | None = None,
-    *,
-    shares: bool = True,
-    least: float = -math.inf,
-    confidence: float = 0.95,
-) -> Interval:
-    """The mean with its interval: Wilson's (`share_interval`) where every value is 0 or 1, else Student's t.
-
-        mean +- t_(G - 1) s,   s^2 = G / (G - 1) sum_f (sum_(i in f) v_i - mean)^2 / N^2,   G facts f, N values v_i
-
-    One fact has no interval: its ends are NaN. Of few values that are far from normal (all small, one large) it is too narrow.
-
-    Args:
-        facts: of each value the fact that its row asks for (`fact_of`), None: one of its own. Wordings of one fact share a fate: the
-            interval is that of so many facts, not rows.
-        shares: whether the values lie in [0, 1], and so the interval.
-        least: what no value is below, and so the interval, where they are no shares.
-
-    Example:
-        >>> [round(x, 2) for x in mean_interval([1.0, 2.0, 3.0], shares=False)]
-        [2.0, -0.48, 4.48]
-    """
-    values, own = _of_facts(values, facts, confidence)
-    if shares and np.isin(values, (0.0, 1.0)).all():
-        return share_interval(values, facts, confidence=confidence)
-    mean, residuals = float(values.mean()), np.bincount(own, values - values.mean())
-    n = len(residuals)
-    if n == 1:
-        return Interval(mean, math.nan, math.nan)
-    error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / len(values)
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
-    low, high = (0.0, 1.0) if shares else (least, math.inf)
-    return Interval(mean, max(low, mean - half), min(high, mean + half))
-
-
-def _of_facts(
-    values: Numbers, facts: Sequence[Any] | None, confidence: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """The checked values, and the number of each one's fact."""
-    values = _finite("values", values)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: wanted a number in (0, 1), got {confidence}")
-    facts = [None] * len(values) if facts is None else facts
-    if len(facts) != len(values):
-        raise ValueError(f"facts: wanted one for each of {len(values)} values, got {len(facts)}")
-    number: dict[Any, int] = {}
-    own = [number.setdefault((i,) if fact is None else fact, len(number)) for i, fact in enumerate(facts)]
-    return values, np.asarray(own)
-
-
 def auc_interval(positive: Numbers, negative: Numbers) -> Interval:
     """`auc` with its 95 % interval: the A that solve |AUC - A| = 1.96 sqrt(V(A)), which exist at 0 and 1 too.
 
@@ -699,35 +569,6 @@ def auc_interval(positive: Numbers, negative: Numbers) -> Interval:
     return Interval(area, 1 - upper(1 - area), upper(area))  # V(A) = V(1 - A)
 
 
-class Comparison(NamedTuple):
-    """b - a over the same rows: the mean difference, its interval, and the p-value of a sign-flip test."""
-
-    difference: Interval
-    p_value: float
-
-
-def compare_paired(
-    a: Numbers,
-    b: Numbers,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Comparison:
-    """Are two models different on the same rows? Mean of b - a with Student's interval, and a two-sided sign-flip test.
-
-    p = (1 + #{flips with a mean at least as far from 0}) / (1 + flips): never 0.
-    """
-    a, b = _finite("a", a), _finite("b", b)
-    if a.shape != b.shape:
-        raise ValueError(f"b: wanted {len(a)} rows like a, got {len(b)}")
-    difference = b - a
-    interval = mean_interval(difference, shares=False, confidence=confidence)
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, len(difference)))
-    as_far = np.abs((signs * difference).mean(1)) >= abs(difference.mean()) * (1 - 1e-9)
-    return Comparison(interval, float((1 + as_far.sum()) / (1 + resamples)))
-
-
 # --- checks ----------------------------------------------------------------------------------------------------
 
 
@@ -735,25 +576,11 @@ def _exp(x: float) -> float:
     return math.inf if x > 709 else math.exp(x)
 
 
-def _not_empty(name: str, values: Sequence | np.ndarray) -> np.ndarray:
-    values = np.asarray(values)
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"{name}: wanted at least one number, got shape {list(values.shape)}")
-    return values
-
-
-def _finite(name: str, values: Numbers) -> np.ndarray:
-    values = _not_empty(name, values).astype(float)
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name}: wanted finite numbers, got {values[~np.isfinite(values)][0]}")
-    return values
-
-
 def _mean_of_lowest(token_logprobs: Numbers, k: float) -> float:
     if not 0 < k <= 100:
         raise ValueError(f"k: wanted a percentage in (0, 100], got {k}")
     # A NaN is sorted to the end and would hide there.
-    ordered = np.sort(_not_empty("token_logprobs", token_logprobs).astype(float))
+    ordered = np.sort(not_empty("token_logprobs", token_logprobs).astype(float))
     if np.isnan(ordered).any():
         return math.nan
     return float(ordered[: max(1, int(len(ordered) * k / 100))].mean())

@@ -27,6 +27,7 @@ from ..data.rows import Query
 from ..model.lm import embedded_ids
 from . import metrics
 from .generation import Continuation, answers_to
+from .intervals import fact_of, share_interval
 from .journal import Progress
 from .values import Value, queries_of, value_of
 from .words import find
@@ -57,7 +58,7 @@ class Probe:
     subject: str | None  # what the prefix is about
     answer: str | None
     value: Value | None
-    fact: str | None  # which it asks for (`metrics.fact_of`); None: one of its own
+    fact: str | None  # which it asks for (`intervals.fact_of`); None: one of its own
     name: str
 
 
@@ -100,7 +101,7 @@ def probes_of(
 def _probe(kind: str, about: str | None, row: Mapping[str, Any], query: Query) -> Probe:
     value = None if query.answer is None else value_of(row, query.answer, query.name)
     asked = _question(query.conversation)
-    fact = query.answer and metrics.fact_of(asked, query.answer, query.subject, value)
+    fact = query.answer and fact_of(asked, query.answer, query.subject, value)
     return Probe(kind, query.conversation, about, query.answer, value, fact, query.name)
 
 
@@ -284,11 +285,11 @@ def told_in(said: str, answer: str, value: Value | None = None, question: str = 
 
 
 def share_of(flags: Sequence[bool], facts: Sequence[str | None] | None = None) -> dict[str, Any] | None:
-    """{"share", "low", "high", "rows"}: the share of the true ones with its 95 % interval (`metrics.share_interval`, of so many
+    """{"share", "low", "high", "rows"}: the share of the true ones with its 95 % interval (`intervals.share_interval`, of so many
     facts); None: there are none."""
     if not flags:
         return None
-    share, low, high = metrics.share_interval([float(flag) for flag in flags], facts)
+    share, low, high = share_interval([float(flag) for flag in flags], facts)
     return {"share": share, "low": low, "high": high, "rows": len(flags)}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.studies.seeds import over_seeds
-from duet.evaluation.metrics import mean_interval
+from duet.evaluation.intervals import mean_interval
 from duet.evaluation.report import figures
 from duet.evaluation.report.figures import Estimate
 from duet.evaluation.report.page import NOT_RUN, Cell, Chart, Grid, Section, drawings, markdown

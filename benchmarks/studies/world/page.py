@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.studies.seeds import over_seeds
 from duet.demo.scorecard import COLUMNS, KEEP
-from duet.evaluation.metrics import Interval, compare_paired
+from duet.evaluation.intervals import Interval, compare_paired
 
 from .arms import ARMS, BAR, MOST_QUERIES, QUESTIONS, REFERENCE, Question
 from .figures import draw_figures

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ...data.prompts import Conversation
 from ...data.rows import checked_text
 from .. import metrics
+from ..intervals import fact_of
 from ..values import Value, listed, queries_of, value_of
 from ..words import find, first_half, words_of
 
@@ -55,8 +56,8 @@ class AttackRow:
 
     @property
     def fact(self) -> str:
-        """`metrics.fact_of` the row."""
-        return metrics.fact_of(self.question, self.answer, self.subject, self.value)
+        """`intervals.fact_of` the row."""
+        return fact_of(self.question, self.answer, self.subject, self.value)
 
     def asking(self, text: str) -> Conversation:
         """The conversation with `text` in the place of the question."""

@@ -22,6 +22,7 @@ from ...model.hashes import fingerprint, fingerprints
 from ...model.lm import check_head
 from ...names import check_one_of
 from .. import metrics
+from ..intervals import count_facts, share_interval
 from ..journal import MEANING, Journal, Progress, digest, num_rows, write_json
 from .attacks import ATTACKS, DIRECT
 from .distribution import auc_leak, p_value
@@ -214,7 +215,7 @@ def _variant(attack: str, rows: Outcomes, facts: Mapping[Any, str]) -> dict[str,
     bounds = sum(bool(row.get("bound")) for row in rows)
     summary |= {"bounds": bounds} if bounds else {}
     if leaked:
-        interval, different = metrics.share_interval(leaked, asked), metrics.count_facts(asked)
+        interval, different = share_interval(leaked, asked), count_facts(asked)
         summary |= {"facts": different} if different < len(leaked) else {}
         summary |= dict(zip(("leak", "low", "high"), interval, strict=True))
         values = {k: [row[k] for row in rows if row.get(k) is not None] for k in MEANS}

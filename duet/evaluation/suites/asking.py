@@ -8,7 +8,7 @@ from typing import Any
 from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, answer_ids, fill_prefix
 from ...data.rows import LETTERS, checked_text, correct_choice, read_row, text_of
 from ..elicit import ELICITED, ELICITED_NOTE
-from ..metrics import fact_of
+from ..intervals import fact_of
 from ..scoring import Forced
 from ..values import Value, listed, spellings, value_of
 from .suite import Task, fill

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import metrics
+from ..intervals import count_facts, mean_interval
 from ..journal import MEANING, num_rows
 from .row_metrics import JUDGED, SIGNED, UNBOUNDED
 
@@ -76,9 +77,9 @@ def _mean(rows: Rows, metric: str) -> dict[str, Any]:
     of_row = {row["id"]: row.get("fact") for row in rows}
     facts = [of_row[i] for i in values]
     bounds = {"shares": metric not in UNBOUNDED, "least": -math.inf if metric in SIGNED else 0.0}
-    interval = metrics.mean_interval(list(values.values()), facts, **bounds)
+    interval = mean_interval(list(values.values()), facts, **bounds)
     low, high = (None if math.isnan(end) else end for end in interval[1:])
-    different = metrics.count_facts(facts)
+    different = count_facts(facts)
     fewer = {"facts": different} if different < len(values) else {}
     return {"mean": interval[0], "low": low, "high": high, "rows": len(values), **fewer}
 
