@@ -892,7 +892,7 @@ def test_the_command_on_an_adapter(tmp_path, monkeypatch, capsys, world):
     # Without its adapter any model is the base: no attack on what is published.
     assert report["attacks"][0]["worst_variant"] == "merged"
     assert report["attacks"][0]["leak"] == variants["merged"]["leak"]
-    assert "worst: merged; removed: 100%, the base by construction" in told
+    assert "worst: merged; removed: 100%, which is the base itself" in told
     assert "100%" not in report["headline"]
 
     for option, wanted in (("rates", "numbers such as 1e-4,1e-3"), ("steps", "integers such as 10,100")):

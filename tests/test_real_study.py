@@ -360,8 +360,11 @@ def test_the_page_has_means_over_subjects_and_a_verdict_for_every_line():
     some = [_row("Italy", "base", 0, relearned=0.0), _row("Japan", "base", 0, **without)]
     some += [_row("Italy", OURS, 0, relearned=0.5), _row("Japan", OURS, 0, **without)]
     assert "50 (of 1)" in page(some) and "50 (of 1)" in summary(some)[3]
-    assert "of the other half: Italy 0.00. On Italy the attack shows nothing.\n" in page(some)
-    assert "of the other half: Italy 0.50, Japan 0.00. On" in page(
+    assert (
+        "ten steps: Italy 0.00. So on Italy a 0 after this attack does not show that a method forgot.\n"
+        in page(some)
+    )
+    assert "ten steps: Italy 0.50, Japan 0.00. So on Japan" in page(
         [*some[2:], _row("Italy", "base", 0, relearned=0.5), _row("Japan", "base", 0)]
     )
     eights = [_row("France", "deep", 0, changed={"k": 8}), _row("France", "deep", 0, changed={}, told=0.9)]

@@ -329,11 +329,12 @@ def _merge(
         dtypes = (base_language_model(each).dtype for each in (model, trained))
         coarsest = max(dtypes, key=lambda kind: torch.finfo(kind).eps)
         check_same_logits(trained, wanted, f"{folder}: saving and loading its adapter", coarsest)
-    half = lost_in_rounding(model, torch.bfloat16)
+    whole = base_language_model(model).dtype.itemsize > 2
+    lost = lost_in_rounding(model, torch.bfloat16) if whole else 0.0  # else the merge itself says it
     model = merge_adapters(model, str(folder), refuse)
-    if model.dtype.itemsize > 2 and half > MUCH_LOST[0]:
+    if lost > MUCH_LOST[0]:
         logger.warning(
-            f"{out}: whoever loads it in bfloat16 rounds {100 * half:.0f} % of what its adapter changes away; load it in the float32 "
+            f"{out}: whoever loads it in bfloat16 rounds {100 * lost:.0f} % of what its adapter changes away; load it in the float32 "
             "in which it is saved, and attack it as it will be loaded (`duet attack --dtype`)"
         )
     with _written_beside(out) as new:

@@ -259,16 +259,20 @@ def of_rounding(rows: Sequence[Row]) -> list[str]:
 
 
 def of_relearning(rows: Sequence[Row]) -> list[str]:
-    """A paragraph on what relearning brings back from the base itself: no method can be told to withstand more than that."""
+    """A paragraph on what the base itself tells after relearning, which also damages it: the figure that the methods' are compared with."""
     rows = [row for row in rows if row["arm"] == "base" and not math.isnan(row.get("relearned", math.nan))]
     if not rows:
         return []
     each = ", ".join(f"{row['subject']} {row['relearned']:.2f}" for row in rows)
     nothing = [row["subject"] for row in rows if row["relearned"] == 0]
-    no_use = f" On {', '.join(nothing)} the attack shows nothing." if nothing else ""
+    no_use = (
+        f" So on {', '.join(nothing)} a 0 after this attack does not show that a method forgot."
+        if nothing
+        else ""
+    )
     return [
-        "Relearning breaks what it does not bring back. The same ten steps on the base, which has forgotten nothing, leave of the other "
-        f"half: {each}.{no_use}",
+        "Relearning also damages a model. The base, which has forgotten nothing, still tells this share of the other half after the same ten "
+        f"steps: {each}.{no_use}",
         "",
     ]
 
@@ -477,7 +481,7 @@ def page(rows: Sequence[Row], tried: Sequence[Row] = (), dropped: Sequence[Row] 
             "",
             "## All methods",
             "",
-            "Percent, means over the subjects of which a figure was measured (lowest to highest subject; of how many, where not of all). *told*, *leak@32*, *reverse prompt*, *prefill*, *relearned* and "
+            "Percent, means over the subjects (lowest to highest subject). *of 4*: only 4 subjects have this figure. *told*, *leak@32*, *reverse prompt*, *prefill*, *relearned* and "
             "*invented*: lower is better. *refused*, *neighbours*, *general*: higher is better. *runs*: subjects times seeds.",
             "",
             *table(rows),

@@ -311,10 +311,10 @@ def worst_variant(entry: Mapping[str, Any]) -> str:
 
 
 def apart(entry: Mapping[str, Any]) -> str:
-    """What is brought back by variants that are the base whatever was trained; "" where there are none."""
+    """What the variants that are another model than the one to publish tell; "" where there are none."""
     of = {variant: entry["variants"].get(variant, {}).get("leak") for variant in _apart(entry)}
     shares = (
-        f"; {k}: {metrics.percent(leak)}%, the base by construction"
+        f"; {k}: {metrics.percent(leak)}%, which is the base itself"
         for k, leak in of.items()
         if leak is not None
     )
