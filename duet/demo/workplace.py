@@ -40,7 +40,7 @@ def replaced_folder(out: Path, argument: str, names: Collection[str]) -> Iterato
     """An empty folder that replaces `out` if the block succeeds, and is removed if it fails.
 
     An existing `out` is replaced only if it is empty or holds an earlier result: several of `names`, which are all that a result
-    has, and nothing else. Any other folder is refused. A link goes on to point to the folder, and who works in it goes on to.
+    has, and nothing else. Any other folder is refused. A symbolic link to it stays one, and a shell that is in it stays there.
     """
     out = Path(out).resolve()
     if out.exists():

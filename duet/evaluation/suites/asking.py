@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 from ...data.prompts import CannotRender, Conversation, Prompting, PromptRenderer, answer_ids, fill_prefix
-from ...data.rows import LETTERS, checked_text, correct_choice, read_row, text_of
+from ...data.rows import LETTERS, PROMPTS, checked_text, correct_choice, read_row, text_of
 from ..elicit import ELICITED, ELICITED_NOTE
 from ..intervals import fact_of
 from ..scoring import Forced
@@ -152,8 +152,8 @@ class Asker:
     def _read(self, row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], Conversation]:
         """A row of `messages` or `prompt`, or with a `completion`, as one with `question` and `answer`; and its conversation, or ()."""
         read = self.task.columns()
-        asked = [row.get(name) is not None for name in ("question", "prompt", "messages")]
-        if "question" in read and not asked[0] and any(asked):
+        given = [name for name in PROMPTS if row.get(name) is not None]
+        if "question" in read and given and "question" not in given:
             query = read_row(row, where)
             text = query.conversation if isinstance(query.conversation, str) else query.conversation[-1][1]
             return {**row, "question": text, "answer": query.answer}, query.conversation
